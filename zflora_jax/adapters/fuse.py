@@ -1,0 +1,224 @@
+"""Fuse adapters into the base kernels, take them out again, swap them, pack kernels for decode: transforms of parameter trees.
+
+A fused kernel is [[W, forward], [s backward, cross]]: rows are the input stream's base then adapter channels, columns the output stream's. It is an
+ordinary kernel of a Llama with wider streams (design.md sections 2 and 3; this project's reconstruction of zFLoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax import trees
+from zflora_jax.adapters.init import adapter_shapes
+from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, Plan, base_config, fused_config, group, kernel_shapes, plan
+from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.layers import tile
+from zflora_jax.model import Model, param_shapes
+from zflora_jax.trees import Tree
+
+Array = jax.Array
+
+
+def _check(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
+    expected = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in adapter_shapes(config, adapter).items()}
+    trees.check_like(adapters, trees.unflatten(expected), f"adapters of method {adapter.method!r}")
+
+
+def _layer_map(fn: Callable[[str, str, Any], Any], params: Tree) -> Tree:
+    """fn(kernel, name, leaf) at the kernels of KERNELS; other leaves (norms, embeddings, head) are kernel ""."""
+
+    def visit(name: str, leaf: Any) -> Any:
+        parts = name.split("/")
+        return fn(parts[-2] if parts[0].startswith("layers") and parts[-2] in KERNELS else "", name, leaf)
+
+    return trees.map_with_names(visit, params)
+
+
+def _in_axis(config: LlamaConfig, kernel: str) -> int:
+    """The axis of a kernel (stacked or not) that runs over its input stream; the output stream's is always the last."""
+    return -len(kernel_shapes(config)[kernel][1]) - 1
+
+
+def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
+    """`model` with the adapters built into its kernels: a Model with the wider config, plain params and no adapters, computing what the adapted model computes.
+
+    Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never recomputed. LoRA and FFA are added in float32 and cast once; full
+    replaces the tree. Raises ValueError for leaves that are missing, unexpected, misshapen or not finite.
+    """
+    config = model.config
+    if model.adapter is not None:
+        raise ValueError(f"this model is already fused ({model.adapter.method}); unfuse it, or use swap to change its adapter.")
+    if config.packed:
+        raise ValueError("this model is packed for decode; fuse first, then pack.")
+    _check(adapters, config, adapter)
+    params = _fuse(config, adapter, model.params, adapters)
+    return Model(fused_config(config, adapter), params, model.tokenizer, model.source, adapter)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
+    in_place = METHODS[adapter.method].in_place
+    if in_place == "full":
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
+    flat, p = trees.flatten(adapters), plan(config, adapter)
+
+    def visit(kernel: str, name: str, leaf: Array) -> Array:
+        names = p.blocks.get(kernel, ())
+        blocks = {b: flat[name.removesuffix("kernel") + b] for b in names}
+        if in_place != "none":
+            if not names:
+                return leaf
+            product = blocks["lora_a"] @ blocks["lora_b"] if in_place == "lora" else tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
+            return (leaf.astype(jnp.float32) + adapter.scale * product.reshape(leaf.shape)).astype(leaf.dtype)
+        if kernel:
+            return _widen_kernel(leaf, blocks, kernel, config, adapter, p)
+        if p.residual and name == "embed/embedding":
+            return _pad(leaf, -1, p.residual, 0)
+        if p.residual and name == "lm_head/kernel":
+            return _pad(leaf, -2, p.residual, 0)
+        return _pad(leaf, -1, p.residual, 1)  # norm gains
+
+    return _layer_map(visit, params)
+
+
+def _pad(leaf: Array, axis: int, width: int, value: float) -> Array:
+    pads = [(0, 0)] * leaf.ndim
+    pads[axis] = (0, width)
+    return jnp.pad(leaf, pads, constant_values=value)
+
+
+def _widen_kernel(leaf: Array, blocks: dict[str, Array], kernel: str, config: LlamaConfig, adapter: AdapterConfig, p: Plan) -> Array:
+    axis = _in_axis(config, kernel)
+    reads, writes = KERNELS[kernel]
+    wide = _pad(_pad(leaf, axis, getattr(p, reads), 0), -1, getattr(p, writes), 0)
+    for name, block in blocks.items():
+        wide = wide.at[_region(name, axis, leaf.shape[axis], leaf.shape[-1])].set(_stored(name, block, adapter).astype(leaf.dtype))
+    return wide
+
+
+def _region(block: str, axis: int, base_in: int, base_out: int) -> tuple[Any, ...]:
+    """The index of a block in a wide kernel: forward is top right, backward bottom left, cross bottom right."""
+    rows = slice(0, base_in) if block == "forward" else slice(base_in, None)
+    columns = slice(0, base_out) if block == "backward" else slice(base_out, None)
+    return (..., rows, *[slice(None)] * (-axis - 2), columns)
+
+
+def _stored(name: str, block: Array, adapter: AdapterConfig) -> Array:
+    return block * adapter.scale if name == "backward" else block
+
+
+def _require_widened(fused: Model, verb: str) -> AdapterConfig:
+    if fused.adapter is None:
+        raise ValueError(f"cannot {verb}: this model is not fused (model.adapter is None).")
+    if METHODS[fused.adapter.method].in_place != "none":
+        raise ValueError(f"cannot {verb}: method {fused.adapter.method!r} was merged into the base kernels by addition, which cannot be undone exactly; keep the base and the adapters.")
+    return fused.adapter
+
+
+def unfuse(fused: Model) -> tuple[Model, Tree]:
+    """The base model, bit-identical to the one that was fused, and the adapters (float32; equal up to the rounding of fuse's cast and of dividing by s).
+
+    ValueError for a model that is not fused, or whose method merged by addition (lora, ffa, full).
+    """
+    adapter = _require_widened(fused, "unfuse")
+    if fused.config.packed:
+        raise ValueError("cannot unfuse a packed model; unfuse the model it was packed from.")
+    config = base_config(fused.config, adapter)
+    params, adapters = _unfuse(config, adapter, fused.params)
+    return Model(config, params, fused.tokenizer, fused.source), adapters
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[Tree, Tree]:
+    p, flat, shapes, back = plan(config, adapter), trees.flatten(params), param_shapes(config), {}
+    for name, leaf in flat.items():
+        kernel = name.split("/")[-2]
+        for block in p.blocks.get(kernel, ()) if name.startswith("layers") else ():
+            axis = _in_axis(config, kernel)
+            value = leaf[_region(block, axis, shapes[name][axis], shapes[name][-1])].astype(jnp.float32)
+            back[name.removesuffix("kernel") + block] = value / adapter.scale if block == "backward" else value
+    base = {name: leaf[tuple(slice(0, n) for n in shapes[name])] for name, leaf in flat.items()}
+    return trees.unflatten(base), trees.unflatten(back)
+
+
+def swap(fused: Model, adapters: Tree) -> Model:
+    """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same AdapterConfig. Only those blocks are written: O(adapter) bytes.
+
+    The buffers of `fused.params` are donated: use the returned model, not the old one. ValueError as for `fuse`.
+    """
+    adapter = _require_widened(fused, "swap")
+    base = base_config(fused.config.replace(packed=False), adapter)
+    given = base.replace(scan_layers="layers" in adapters)
+    _check(adapters, given, adapter)
+    if not fused.config.scan_layers:
+        adapters = trees.unstack_layers(adapters, base.num_layers)
+    elif "layers" not in adapters:
+        adapters = trees.stack_layers(adapters, base.num_layers)
+    params = _swap(fused.config, base, adapter, fused.params, adapters)
+    return Model(fused.config, params, fused.tokenizer, fused.source, adapter)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
+    flat = trees.flatten(params)
+    for name, block in trees.flatten(adapters).items():
+        layer, _, kernel, block_name = name.split("/")
+        leaf_name, rows = _leaf_of(config, kernel)
+        leaf = flat[f"{layer}/{leaf_name}"]
+        axis, shape = _in_axis(base, kernel), kernel_shapes(base)[kernel]
+        region = _region(block_name, axis, shape[0][-1], shape[1][-1])
+        value = _stored(block_name, block, adapter).astype(leaf.dtype)
+        if rows is None:
+            flat[f"{layer}/{leaf_name}"] = leaf.at[region].set(value)
+        else:  # one of several kernels side by side: view the columns as (rows, width) and write this kernel's rows
+            view = leaf.reshape(leaf.shape[0], -1, config.head_dim if kernel in ATTENTION else config.intermediate_size)
+            region = (region[1], rows, region[-1])
+            flat[f"{layer}/{leaf_name}"] = view.at[region].set(value.reshape(value.shape[0], -1, value.shape[-1])).reshape(leaf.shape)
+    return trees.unflatten(flat)
+
+
+def _leaf_of(config: LlamaConfig, kernel: str) -> tuple[str, slice | None]:
+    """The leaf that holds a kernel, and in a packed leaf which of its (heads or gate/up) rows."""
+    if config.packed and kernel in ("q", "k", "v"):
+        start = {"q": 0, "k": config.num_heads, "v": config.num_heads + config.num_kv_heads}[kernel]
+        return "attn/qkv/kernel", slice(start, start + (config.num_heads if kernel == "q" else config.num_kv_heads))
+    if config.packed and kernel in ("gate", "up"):
+        return "mlp/gate_up/kernel", slice(0, 1) if kernel == "gate" else slice(1, 2)
+    return f"{group(kernel)}/{kernel}/kernel", None
+
+
+def pack(model: Model) -> Model:
+    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel [d, (H + 2K) k] and gate|up in one [d, 2f]. For any Llama, fused or not."""
+    if model.config.packed:
+        return model
+    config = model.config.replace(scan_layers=False, packed=True, remat=False)
+    return Model(config, _pack(model.config, model.params), model.tokenizer, model.source, model.adapter)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pack(config: LlamaConfig, params: Tree) -> Tree:
+    tree = trees.unstack_layers(params, config.num_layers)
+    for i in range(config.num_layers):
+        layer = tree[f"layers_{i}"]
+
+        def join(group_name: str, kernels: tuple[str, ...], layer: Tree = layer) -> dict[str, Array]:
+            return {"kernel": jnp.concatenate([layer[group_name][n]["kernel"].reshape(config.hidden_size, -1) for n in kernels], axis=-1)}
+
+        tree[f"layers_{i}"] = {
+            "attn_norm": layer["attn_norm"],
+            "mlp_norm": layer["mlp_norm"],
+            "attn": {"qkv": join("attn", ATTENTION[:3]), "o": layer["attn"]["o"]},
+            "mlp": {"gate_up": join("mlp", MLP[:2]), "down": layer["mlp"]["down"]},
+        }
+    return tree
+
+
+
+
+

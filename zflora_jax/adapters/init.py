@@ -1,0 +1,59 @@
+"""Initial adapters: random forward blocks, zero elsewhere, so that every method leaves the model unchanged at step 0."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax import trees
+from zflora_jax.adapters.methods import SERVED_HEAD_DIMS, block_shapes, default_head_rank, group, kernel_shapes, plan
+from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.model import Model, param_shapes
+
+
+def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every leaf of the `adapters` collection, named and stacked as the base's parameters are ("layers/attn/q/forward": [L, ...]).
+
+    For method "full" these are the base's own parameters.
+    """
+    if METHODS[adapter.method].in_place == "full":
+        return param_shapes(config)
+    layer = {f"{group(k)}/{k}/{name}": shape for k, blocks in block_shapes(config, adapter).items() for name, shape in blocks.items()}
+    if config.scan_layers:
+        return {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
+    return {f"layers_{i}/{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
+
+
+def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:
+    """The `adapters` collection of `adapter` on `model`, float32; the adapted model equals the base until it is trained.
+
+    forward and lora_a are drawn from N(0, 1/in) with in the kernel's input width; backward, cross, lora_b, ffa_a and q's forward are zero (k's is random).
+    Method "full" gets a float32 copy of the base tree. The values depend on `key` alone, not on whether layers are stacked.
+    """
+    if METHODS[adapter.method].in_place == "full":
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), model.params)
+    config = model.config
+    heads = config.rotary_dim + plan(config, adapter).heads
+    if heads != config.rotary_dim and heads not in SERVED_HEAD_DIMS:
+        warnings.warn(
+            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of servers "
+            f"may refuse it (vLLM's CPU build does); head_rank={default_head_rank(config.rotary_dim)} is the nearest that they run.",
+            stacklevel=2,
+        )
+    shapes = kernel_shapes(config)
+
+    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+        _, _, kernel, block = name.split("/")
+        if block not in ("forward", "lora_a") or (kernel, block) == ("q", "forward"):
+            return jnp.zeros(shape, jnp.float32)
+        std = 1 / math.sqrt(math.prod(shapes[kernel][0]))
+        return std * jax.random.normal(jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))), shape, jnp.float32)
+
+    stacked = adapter_shapes(config.replace(scan_layers=True), adapter)
+    tree = trees.unflatten({name: draw(name, shape) for name, shape in stacked.items()})
+    return tree if config.scan_layers else trees.unstack_layers(tree, config.num_layers)

@@ -1,0 +1,206 @@
+"""What a method does to a model, as integers: which streams are widened by how much, which blocks each kernel gets, how many parameters that is.
+
+The six methods and the construction behind them are this project's reconstruction of zFLoRA (arXiv 2510.25784) and FLoRA (arXiv 2511.00050), whose
+method sections could not be obtained; see README. This module imports only `config`: the model reads its widths from here.
+
+Letters: d residual width, H query heads, K key/value heads, k head dim, f MLP units; r, e, m the channels an adapter adds to d, k, f.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from zflora_jax.config import METHODS, AdapterConfig, ConfigError, LlamaConfig, nearest, require
+
+Stream = Literal["residual", "heads", "mlp"]
+
+# kernel -> (stream it reads, stream it writes)
+KERNELS: dict[str, tuple[Stream, Stream]] = {
+    "q": ("residual", "heads"),
+    "k": ("residual", "heads"),
+    "v": ("residual", "heads"),
+    "o": ("heads", "residual"),
+    "gate": ("residual", "mlp"),
+    "up": ("residual", "mlp"),
+    "down": ("mlp", "residual"),
+}
+ATTENTION = ("q", "k", "v", "o")
+MLP = ("gate", "up", "down")
+
+# Head sizes that the attention kernels of common servers are built for (design.md section 2).
+SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved adapter: extra channels per stream and the blocks of each targeted kernel, in the order they are initialised."""
+
+    residual: int = 0
+    heads: int = 0
+    mlp: int = 0
+    blocks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+
+def group(kernel: str) -> str:
+    """The submodule of a block that holds the kernel: "attn" or "mlp"."""
+    return "attn" if kernel in ATTENTION else "mlp"
+
+
+def target_kernels(targets: str) -> tuple[str, ...]:
+    """The kernel names that `targets` ("all", "attention", "mlp" or a regex matched in full) selects. ConfigError when it selects none."""
+    named = {"all": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
+    if targets in named:
+        return named[targets]
+    try:
+        chosen = tuple(name for name in KERNELS if re.fullmatch(targets, name))
+    except re.error as error:
+        raise ConfigError(f"adapter.targets={targets!r} is not a valid regex ({error}); use {nearest(targets, named)} or a regex such as 'q|v'.") from None
+    require(
+        bool(chosen), f"adapter.targets={targets!r} matches no kernel; kernels are {', '.join(KERNELS)} (or use 'all', 'attention', 'mlp'). Matching is on the full name."
+    )
+    return chosen
+
+
+def default_head_rank(head_dim: int) -> int:
+    """e: the smallest even width that makes head_dim + e a served head size."""
+    for served in SERVED_HEAD_DIMS:
+        if served > head_dim:
+            return served - head_dim
+    raise ConfigError(f"head_dim={head_dim} has no larger served head size ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.head_rank yourself.")
+
+
+def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
+    """Resolve `adapter` on a base model of shape `config`.
+
+    A stream is widened only where its adapter channels can carry something: written by a targeted kernel and read by another. The residual state needs
+    one of o, down and one of q, k, v, gate, up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term). A method whose
+    targets leave no stream alive is refused with ConfigError.
+    """
+    row = METHODS[adapter.method]
+    chosen = set(target_kernels(adapter.targets))
+    if row.in_place == "full":
+        require(adapter.targets == "all", f"adapter.targets={adapter.targets!r}: method 'full' trains every base parameter; leave targets at 'all'.")
+        return Plan()
+    if row.in_place in ("lora", "ffa"):
+        names = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
+        return Plan(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
+
+    values, scores = {"v", "o"} <= chosen, adapter.head_scores and {"q", "k"} <= chosen
+    alive = {
+        "residual": row.residual and bool(chosen & {"o", "down"}) and bool(chosen & {"q", "k", "v", "gate", "up"}),
+        "heads": row.heads and (values or scores),
+        "mlp": row.mlp and {"gate", "up", "down"} <= chosen,
+    }
+    widths = {
+        "residual": adapter.rank if alive["residual"] else 0,
+        "heads": (default_head_rank(config.rotary_dim) if adapter.head_rank is None else adapter.head_rank) if alive["heads"] else 0,
+        "mlp": (adapter.rank if adapter.mlp_rank is None else adapter.mlp_rank) if alive["mlp"] else 0,
+    }
+    require(
+        any(widths.values()),
+        f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen: the residual state needs o or down and one of q, k, v, gate, up; "
+        "MLP units need gate, up and down; head dims need v and o, or q and k.",
+    )
+    head_live = ({"v", "o"} if values else set()) | ({"q", "k"} if scores else set())
+    blocks = {}
+    for kernel, (reads, writes) in KERNELS.items():
+        if kernel not in chosen:
+            continue
+        r_in = widths[reads] if reads != "heads" or kernel in head_live else 0
+        r_out = widths[writes] if writes != "heads" or kernel in head_live else 0
+        names = tuple(n for n, present in (("forward", r_out), ("backward", r_in), ("cross", r_in and r_out)) if present)
+        if names:
+            blocks[kernel] = names
+    return Plan(**widths, blocks=blocks)  # type: ignore[arg-type]
+
+
+def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
+    """The LlamaConfig of the fused model: the base's with wider streams."""
+    p = plan(config, adapter)
+    return config.replace(
+        hidden_size=config.hidden_size + p.residual,
+        head_dim=config.head_dim + p.heads,
+        intermediate_size=config.intermediate_size + p.mlp,
+        norm_dim=config.hidden_size if p.residual else None,
+        rope_dim=config.head_dim if p.heads else None,
+    )
+
+
+def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
+    """The inverse of `fused_config`. ConfigError if `fused` is not what `adapter` makes of any base."""
+    base = fused.replace(hidden_size=fused.base_dim, head_dim=fused.rotary_dim, norm_dim=None, rope_dim=None)
+    base = base.replace(intermediate_size=fused.intermediate_size - plan(base, adapter).mlp)
+    require(fused_config(base, adapter) == fused, f"a model with hidden_size={fused.hidden_size}, head_dim={fused.head_dim} was not fused from {adapter}.")
+    return base
+
+
+def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """kernel -> (input axes, output axes) of one layer's kernel, e.g. q: ((d,), (H, k))."""
+    d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
+    query, kv = (config.num_heads, k), (config.num_kv_heads, k)
+    return {"q": ((d,), query), "k": ((d,), kv), "v": ((d,), kv), "o": (query, (d,)), "gate": ((d,), (f,)), "up": ((d,), (f,)), "down": ((f,), (d,))}
+
+
+def block_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """kernel -> block name -> shape in one layer. `config` is the base's. Low-rank factors are over flattened axes: lora_a [in, r], lora_b [r, out], ffa_a [in, r].
+
+    forward [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z], where the z axes have the same heads and the stream's extra width in place of its width.
+    """
+    p = plan(config, adapter)
+    extra = {"residual": p.residual, "heads": p.heads, "mlp": p.mlp}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for kernel, names in p.blocks.items():
+        reads, writes = KERNELS[kernel]
+        axes_in, axes_out = kernel_shapes(config)[kernel]
+        z_in, z_out = axes_in[:-1] + (extra[reads],), axes_out[:-1] + (extra[writes],)
+        every = {
+            "lora_a": (math.prod(axes_in), adapter.rank),
+            "lora_b": (adapter.rank, math.prod(axes_out)),
+            "ffa_a": (math.prod(axes_in), adapter.rank),
+            "forward": axes_in + z_out,
+            "backward": z_in + axes_out,
+            "cross": z_in + z_out,
+        }
+        shapes[kernel] = {name: every[name] for name in names}
+    return shapes
+
+
+def count_base(config: LlamaConfig) -> int:
+    """Parameters of a model of shape `config` (tied embeddings counted once)."""
+    layer = sum(math.prod(i + o) for i, o in kernel_shapes(config).values()) + 2 * config.hidden_size
+    return config.num_layers * layer + config.hidden_size * (1 + config.vocab_size * (1 if config.tie_word_embeddings else 2))
+
+
+def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
+    """Trainable parameters of `adapter` on a base of shape `config`."""
+    if METHODS[adapter.method].in_place == "full":
+        return count_base(config)
+    return config.num_layers * sum(math.prod(shape) for blocks in block_shapes(config, adapter).values() for shape in blocks.values())
+
+
+def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
+    """`adapter` with the rank (and with it every width left at None) whose parameter count is nearest to `budget`; its alpha / rank is kept.
+
+    ConfigError for method "full", and where even rank 1 is more than 1.5 x budget. Ranks that keep hidden_size + r and intermediate_size + m multiples of 8
+    (better 16), and hidden_size + r a multiple of the heads, run and export best; this helper does not round to them.
+    """
+    require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
+    require(METHODS[adapter.method].in_place != "full", "method 'full' has no rank: it trains every base parameter.")
+
+    def at(rank: int) -> AdapterConfig:
+        return adapter.replace(rank=rank, alpha=None if adapter.alpha is None else adapter.scale * rank)
+
+    low, high = 1, 2
+    while count_params(config, at(high)) < budget and high < config.hidden_size * 64:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count_params(config, at(middle)) < budget else (low, middle)
+    best = min((at(low), at(high)), key=lambda a: abs(count_params(config, a) - budget))
+    found = count_params(config, best)
+    require(found <= 1.5 * budget, f"method {adapter.method!r} needs at least {found:,} parameters here; a budget of {budget:,} cannot be met.")
+    return best

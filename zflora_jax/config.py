@@ -1,0 +1,404 @@
+"""Configuration: frozen dataclasses, each field declared, every wrong key or value refused by name.
+
+Nothing here imports jax: a config can be read, checked and printed on a machine without it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says what was given, what is allowed and how to fix it."""
+
+
+def nearest(name: str, allowed: typing.Iterable[str]) -> str:
+    """A sentence for error messages: the closest allowed name if there is one, and all of them."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Allowed: {', '.join(names)}"
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+# --- dataclass <-> dict, dotted overrides -------------------------------------------------------------------------
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint` declares, or ConfigError. Lists become tuples, ints become floats; nothing else changes."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _coerce(value, option, name)
+            except ConfigError as error:
+                errors.append(str(error))
+        raise ConfigError(errors[-1])
+    if origin is Literal:
+        require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
+        return value
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{name}={value!r}: expected a list of {args[0].__name__}.")
+        return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        require(isinstance(value, dict), f"{name}={value!r}: expected a table of {hint.__name__} fields.")
+        return from_dict(typing.cast(type, hint), value, name)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_plain_int = isinstance(value, int) and not isinstance(value, bool)
+    require(is_plain_int if hint is int else isinstance(value, hint), f"{name}={value!r}: expected {hint.__name__}, got {type(value).__name__}.")
+    return value
+
+
+def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
+    """Build the dataclass `cls` from a plain dict (nested for nested dataclasses). Raises ConfigError on unknown keys or wrong types."""
+    hints = _hints(cls)
+    known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {f'{name}.{key}' if name else key!r}: {nearest(key, known)}.")
+    return cls(**{k: _coerce(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`, JSON-ready (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def override(config: T, changes: dict[str, Any]) -> T:
+    """`config` with dotted changes applied, e.g. {"train.steps": "50"}. Strings are parsed as Python literals where the field is not a string.
+
+    All changes to one nested config are made together, so that fields which constrain each other can be changed in one call.
+    """
+    nested: dict[str, dict[str, Any]] = {}
+    flat: dict[str, Any] = {}
+    hints = _hints(type(config))
+    known = [f.name for f in dataclasses.fields(config) if f.init]  # type: ignore[arg-type]
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        if head not in known:
+            raise ConfigError(f"unknown key {key!r} of {type(config).__name__}: {nearest(head, known)}.")
+        if rest:
+            require(dataclasses.is_dataclass(getattr(config, head)), f"{key!r}: {head!r} has no fields of its own.")
+            nested.setdefault(head, {})[rest] = value
+        else:
+            flat[head] = _coerce(_parse(value, hints[head]), hints[head], key)
+    for head, inner in nested.items():
+        flat[head] = override(getattr(config, head), inner)
+    return dataclasses.replace(config, **flat)  # type: ignore[type-var]
+
+
+def _parse(value: Any, hint: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    text_allowed = any(o is str or (typing.get_origin(o) is Literal and isinstance(typing.get_args(o)[0], str)) for o in options)
+    if text_allowed:
+        return None if value == "None" and type(None) in options else value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value  # _coerce then says what was expected
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling (`rope_type: llama3`): low frequencies are divided by `factor`, a band between is interpolated."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, f"rope_scaling.factor={self.factor}: must be at least 1.")
+        require(
+            self.high_freq_factor > self.low_freq_factor > 0,
+            f"rope_scaling: need high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and {self.low_freq_factor}.",
+        )
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and numerics of a Llama. A fused model is the same class with wider streams.
+
+    `norm_dim` and `rope_dim` say how many leading channels of the residual stream and of a head belong to the base model: RMSNorm takes its
+    mean over the first `norm_dim` channels, RoPE turns the first `rope_dim` dims of a head, and attention divides by sqrt(rope_dim).
+    None means all of them (a base model).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    norm_dim: int | None = None
+    rope_dim: int | None = None
+    dtype: Dtype = "float32"  # of activations; kernels are cast to it where they are used
+    scan_layers: bool = True  # one stacked block run by lax.scan (fast to compile) or one subtree per layer (fast to decode)
+    packed: bool = False  # q|k|v and gate|up each in one kernel (see adapters.fuse.pack)
+    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; grouped-query attention needs whole groups.",
+        )
+        require(self.rotary_dim % 2 == 0, f"rope_dim={self.rotary_dim}: RoPE turns pairs of dims, so it must be even.")
+        require(self.rotary_dim <= self.head_dim, f"rope_dim={self.rotary_dim} exceeds head_dim={self.head_dim}.")
+        require(self.base_dim <= self.hidden_size, f"norm_dim={self.base_dim} exceeds hidden_size={self.hidden_size}.")
+        require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps}: must be positive.")
+        require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be positive.")
+
+    @property
+    def base_dim(self) -> int:
+        """Residual channels of the base model, d."""
+        return self.norm_dim or self.hidden_size
+
+    @property
+    def rotary_dim(self) -> int:
+        """Head dims of the base model, k."""
+        return self.rope_dim or self.head_dim
+
+    def replace(self, **changes: Any) -> LlamaConfig:
+        return dataclasses.replace(self, **changes)
+
+
+_LLAMA3 = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072, "bos_token_id": 128000}
+_LLAMA32 = _LLAMA3 | {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "tie_word_embeddings": True, "eos_token_ids": (128001, 128008, 128009)}
+_ROWS: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": _LLAMA32 | {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8, "head_dim": 64},
+    "llama-3.2-3b": _LLAMA32 | {"hidden_size": 3072, "intermediate_size": 8192, "num_layers": 28, "num_heads": 24, "num_kv_heads": 8, "head_dim": 128},
+    "llama-3.1-8b": _LLAMA3
+    | {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "eos_token_ids": (128001, 128008, 128009)}
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
+    "llama-2-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32}
+    | {"head_dim": 128, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_ids": (2,)},
+    "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3}
+    | {"head_dim": 64, "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True}
+    | {"bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 2},
+    "tiny": {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    | {"max_position_embeddings": 512, "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_ids": (257,), "pad_token_id": 258},
+}
+PRESETS: dict[str, LlamaConfig] = {name: LlamaConfig(**row) for name, row in _ROWS.items()}
+
+
+def preset(name: str) -> LlamaConfig:
+    """The LlamaConfig of a named model shape; ConfigError with the nearest name otherwise."""
+    require(name in PRESETS, f"unknown model preset {name!r}: {nearest(name, PRESETS)}.")
+    return PRESETS[name]
+
+
+# --- the adapters -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of design.md section 2's table: which streams are widened, or how a kernel is changed in place."""
+
+    residual: bool = False
+    heads: bool = False
+    mlp: bool = False
+    in_place: Literal["none", "lora", "ffa", "full"] = "none"
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(in_place="lora"),
+    "ffa": Method(in_place="ffa"),
+    "ffba": Method(heads=True, mlp=True),
+    "zflora-minimal": Method(residual=True, mlp=True),
+    "zflora-uniform": Method(residual=True, heads=True, mlp=True),
+    "full": Method(in_place="full"),
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An adapter: a method, its widths and the kernels it may touch. Widths are counted in channels.
+
+    rank: r of LoRA and FFA, width of the residual state of the zFLoRA methods, and the divisor of the scale s = alpha / rank.
+    alpha: None means 2 * rank (s = 2).
+    mlp_rank: m, extra MLP units; None means `rank`. head_rank: e, extra dims per head, even; None means up to the next head size that attention
+    kernels of servers know. head_scores: whether q and k are widened too (an added score term) or v and o alone.
+    targets: "all", "attention", "mlp" or a regex over kernel names (q, k, v, o, gate, up, down), matched in full.
+    """
+
+    method: str
+    rank: int = 16
+    alpha: float | None = None
+    targets: str = "all"
+    mlp_rank: int | None = None
+    head_rank: int | None = None
+    head_scores: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.method in METHODS, f"unknown adapter method {self.method!r}: {nearest(self.method, METHODS)}.")
+        row = METHODS[self.method]
+        require(self.rank >= 1, f"adapter.rank={self.rank}: must be at least 1 (use the base model itself to run without an adapter).")
+        require(self.alpha is None or self.alpha > 0, f"adapter.alpha={self.alpha}: must be positive, or None for 2 * rank.")
+        for name, widened, stream in (("mlp_rank", row.mlp, "MLP"), ("head_rank", row.heads, "heads")):
+            width = getattr(self, name)
+            if width is not None:
+                require(widened, f"adapter.{name}={width}: method {self.method!r} does not widen the {stream} stream; leave {name} unset.")
+                require(width >= 0, f"adapter.{name}={width}: must be at least 0.")
+        if self.head_rank is not None:
+            require(
+                self.head_rank % 2 == 0,
+                f"adapter.head_rank={self.head_rank} is odd: Hugging Face rotates head dims in half-split pairs, so use an even width.",
+            )
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / rank."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def replace(self, **changes: Any) -> AdapterConfig:
+        return dataclasses.replace(self, **changes)
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it is batched. One step sees `batch_size` examples, in `accumulate` micro-batches."""
+
+    task: str = "arithmetic"
+    data_dir: str | None = None  # where manual files live (JSON/JSONL tasks) or generated data is kept
+    prompt_style: Literal["chat", "alpaca"] = "chat"
+    batch_size: int = 8
+    accumulate: int = 1
+    lengths: tuple[int, ...] = (64, 128, 192, 256, 384, 512)  # a batch is padded to the smallest that holds it: one compilation each
+    train_on_prompt: bool = False  # loss on the prompt too, as LLM-Adapters' train_on_inputs
+    train_limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: must be at least 1.")
+        require(self.accumulate >= 1, f"data.accumulate={self.accumulate}: must be at least 1.")
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"data.batch_size={self.batch_size} is not a multiple of data.accumulate={self.accumulate}; micro-batches must be equal.",
+        )
+        require(
+            len(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] >= 1,
+            f"data.lengths={list(self.lengths)}: expected increasing positive lengths, e.g. [128, 256].",
+        )
+        require(self.train_limit is None or self.train_limit >= 1, f"data.train_limit={self.train_limit}: must be at least 1, or None for all rows.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up, then a decay to `final_lr_fraction` of the peak."""
+
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 10
+    final_lr_fraction: float = 0.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate}: must be positive.")
+        require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must be at least 0.")
+        require(0 <= self.final_lr_fraction <= 1, f"optim.final_lr_fraction={self.final_lr_fraction}: must be within 0..1.")
+        require(self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm}: must be positive, or None to switch clipping off.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. `seed` draws the adapters' initial values; the data order has its own seed (data.seed)."""
+
+    steps: int = 100
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    loss_chunk: int = 256  # positions whose logits exist at one time
+    log_every: int = 10
+    eval_every: int | None = None  # None: at the end only
+    save_every: int | None = 50  # None: at the end only
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "loss_chunk", "log_every", "keep"):
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("eval_every", "save_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"train.{name}={value}: must be at least 1, or None for the end only.")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss and generated answers."""
+
+    limit: int | None = 200  # examples; None for all
+    batch_size: int = 16
+    max_new_tokens: int = 128
+    generate: bool = True  # False: held-out loss only
+
+    def __post_init__(self) -> None:
+        require(self.limit is None or self.limit >= 1, f"eval.limit={self.limit}: must be at least 1, or None for all examples.")
+        require(self.batch_size >= 1, f"eval.batch_size={self.batch_size}: must be at least 1.")
+        require(self.max_new_tokens >= 1, f"eval.max_new_tokens={self.max_new_tokens}: must be at least 1.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers, written beside its checkpoints as config.json."""
+
+    model: str = "smollm2-135m"
+    adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig("zflora-minimal"))
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)

@@ -1,0 +1,253 @@
+"""The Llama forward: one for base, adapted, fused and packed trees, with or without a key/value cache.
+
+Einsum legend: B batch, T query positions, S cache slots, H query heads, K key/value heads, d residual width, k head dim, f MLP units, V vocabulary,
+L layers; r, e, m the channels an adapter adds to d, k, f. Parameter names and shapes: `model.param_shapes`; adapters: `adapters.methods.block_shapes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
+from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, rope_tables
+from zflora_jax.model import Model
+from zflora_jax.trees import Tree
+
+Stream = tuple[Array, Array | None]
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of past positions.
+
+    layers: per layer a pair (keys, values), each [B, S, K, k+e] in the activation dtype; with scan_layers one pair stacked on a leading axis L.
+    valid: [B, S] bool, the slots that hold a real token (padding does not). index: int32, the slot that the next token goes to, the same in all rows.
+    """
+
+    layers: Any
+    valid: Array
+    index: Array
+
+
+def init_cache(config: LlamaConfig, batch: int, slots: int, adapter: AdapterConfig | None = None) -> KVCache:
+    """An empty cache of `slots` positions for `batch` rows; heads are as wide as the model's, adapter dims included."""
+    width = config.head_dim + (plan(config, adapter).heads if adapter else 0)
+    shape, dtype = (batch, slots, config.num_kv_heads, width), jnp.dtype(config.dtype)
+    if config.scan_layers:
+        layers: Any = tuple(jnp.zeros((config.num_layers, *shape), dtype) for _ in range(2))
+    else:
+        layers = [tuple(jnp.zeros(shape, dtype) for _ in range(2)) for _ in range(config.num_layers)]
+    return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+
+def _dense(config: LlamaConfig, adapter: AdapterConfig | None, p: Plan, kernel: str) -> Dense:
+    axes_in, axes_out = kernel_shapes(config)[kernel]
+    return Dense(axes_in, axes_out, adapter, p.blocks.get(kernel, ()))
+
+
+class Attention(nn.Module):
+    """(x, z) -> (y, y_z), each [B, T, width]; and the layer's updated (keys, values)."""
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+
+    def setup(self) -> None:
+        c = self.config
+        self.plan = plan(c, self.adapter) if self.adapter else Plan()
+        if c.packed:
+            self.qkv = Dense((c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,))
+        else:
+            self.q, self.k, self.v = (_dense(c, self.adapter, self.plan, name) for name in "qkv")
+        self.o = _dense(c, self.adapter, self.plan, "o")
+
+    def __call__(self, h: Stream, cos: Array, sin: Array, mask: Array, cache: tuple[Array, Array] | None, index: Array | None) -> tuple[Stream, Any]:
+        c = self.config
+        if c.packed:
+            flat, _ = self.qkv(h[0])
+            heads = flat.reshape(*flat.shape[:2], -1, c.head_dim)
+            q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
+        else:
+            q, k, v = (self._join(*project(*h)) for project in (self.q, self.k, self.v))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1) for old, new in zip(cache, (k, v), strict=True))
+        out = attention(q, k, v, mask, c.rotary_dim**-0.5)
+        extra = self.plan.heads
+        y, y_z = self.o(out[..., : c.head_dim], out[..., c.head_dim :]) if extra else self.o(out)
+        return (y, y_z), (None if cache is None else (k, v))
+
+    def _join(self, base: Array, extra: Array | None) -> Array:
+        """Base and adapter dims of heads side by side; heads that the adapter leaves alone (head_scores=False) get zeros."""
+        if not self.plan.heads:
+            return base
+        if extra is None:
+            extra = jnp.zeros((*base.shape[:-1], self.plan.heads), base.dtype)
+        return jnp.concatenate([base, extra], axis=-1)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(h)) * up(h)), the same for adapter units."""
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+
+    def setup(self) -> None:
+        c = self.config
+        p = plan(c, self.adapter) if self.adapter else Plan()
+        if c.packed:
+            self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,))
+        else:
+            self.gate, self.up = (_dense(c, self.adapter, p, name) for name in ("gate", "up"))
+        self.down = _dense(c, self.adapter, p, "down")
+
+    def __call__(self, h: Stream) -> Stream:
+        if self.config.packed:
+            gate, up = jnp.split(self.gate_up(h[0])[0], 2, axis=-1)
+            return self.down(nn.silu(gate) * up)
+        (gate, gate_z), (up, up_z) = self.gate(*h), self.up(*h)
+        units = None if gate_z is None else nn.silu(gate_z) * up_z
+        return self.down(nn.silu(gate) * up, units)
+
+
+class Block(nn.Module):
+    """One layer. The carry is the residual stream; `cache` is this layer's (keys, values) or None."""
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+
+    def setup(self) -> None:
+        c = self.config
+        self.attn_norm, self.mlp_norm = (RMSNorm(c.hidden_size, c.base_dim, c.rms_norm_eps) for _ in range(2))
+        self.attn, self.mlp = Attention(c, self.adapter), MLP(c, self.adapter)
+
+    def __call__(self, carry: Stream, cache: Any, cos: Array, sin: Array, mask: Array, index: Array | None) -> tuple[Stream, Any]:
+        update, cache = self.attn(self.attn_norm(*carry), cos, sin, mask, cache, index)
+        carry = _add(carry, update)
+        return _add(carry, self.mlp(self.mlp_norm(*carry))), cache
+
+
+def _add(stream: Stream, update: Stream) -> Stream:
+    return tuple(s if u is None else s + u for s, u in zip(stream, update, strict=True))  # type: ignore[return-value]
+
+
+class Embed(AdaptedModule):
+    """Token embeddings [V, d], also the output head where it is tied."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        self.table = self.base_param("embedding", nn.initializers.normal(0.02), (self.config.vocab_size, self.config.hidden_size))
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.table, tokens, axis=0).astype(self.config.dtype)
+
+    def attend(self, x: Array) -> Array:
+        return jnp.einsum("BTd,Vd->BTV", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class Llama(nn.Module):
+    """A Llama-style decoder.
+
+    config: shape and numerics. adapter: None for a base, fused or packed tree; else the AdapterConfig of the `adapters` collection.
+    """
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        if c.packed and self.adapter is not None:
+            raise ValueError("a packed model takes no adapters: fuse them first, then pack.")
+        self.embed = Embed(c)
+        block: Any = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        if c.scan_layers:
+            axes = {"params": 0, "adapters": 0}
+            scanned = nn.scan(block, axes, split_rngs={"params": True}, in_axes=(0, *[nn.broadcast] * 4), out_axes=0, length=c.num_layers)
+            self.layers = scanned(c, self.adapter)
+        else:
+            self.layers = [block(c, self.adapter) for _ in range(c.num_layers)]
+        self.final_norm = RMSNorm(c.hidden_size, c.base_dim, c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = Dense((c.hidden_size,), (c.vocab_size,))
+
+    def __call__(self, tokens: Array, valid: Array | None = None, cache: KVCache | None = None) -> Any:
+        """Logits [B, T, V] float32 of int32 tokens [B, T]; with a cache, (logits, updated cache).
+
+        valid: [B, T] bool, False at padding (left or right); None means all real. Padding is never attended to and takes no position.
+        With a cache the T tokens go to slots index .. index + T - 1 and attend to all valid slots before them.
+        """
+        x, cache = self.hidden(tokens, valid, cache)
+        return self.logits(x) if cache is None else (self.logits(x), cache)
+
+    def hidden(self, tokens: Array, valid: Array | None = None, cache: KVCache | None = None) -> tuple[Array, KVCache | None]:
+        """Final-norm hidden states [B, T, d] in the activation dtype, and the updated cache (None without one)."""
+        self._check_collections()
+        c, (batch, length) = self.config, tokens.shape
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        if cache is None:
+            slots, index, first = valid, None, 0
+            before = jnp.zeros((batch, 1), jnp.int32)
+        else:
+            index, first = cache.index, cache.index
+            before = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
+            slots = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, index, axis=1)
+        positions = before + jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+        causal = jnp.arange(slots.shape[1])[None, :] <= first + jnp.arange(length)[:, None]
+        mask = causal[None, None, :, :] & slots[:, None, None, :]
+        cos, sin = rope_tables(c, positions)
+
+        x = self.embed(tokens)
+        width = plan(c, self.adapter).residual if self.adapter else 0
+        carry: Stream = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
+        layers = None if cache is None else cache.layers
+        if c.scan_layers:
+            carry, layers = self.layers(carry, layers, cos, sin, mask, index)
+        else:
+            updated = []
+            for i, layer in enumerate(self.layers):
+                carry, pair = layer(carry, None if layers is None else layers[i], cos, sin, mask, index)
+                updated.append(pair)
+            layers = updated
+        x, _ = self.final_norm(*carry)  # the state is dropped here: the head has no rows for it
+        return x, None if cache is None else KVCache(layers, slots, cache.index + length)
+
+    def logits(self, x: Array) -> Array:
+        """Hidden states [B, T, d] -> logits [B, T, V] float32."""
+        if self.config.tie_word_embeddings:
+            return self.embed.attend(x)
+        return self.lm_head(x)[0].astype(jnp.float32)
+
+    def _check_collections(self) -> None:
+        if self.is_initializing():
+            return
+        present = "adapters" in self.variables
+        if self.adapter is not None and not present:
+            raise ValueError(f"Llama has adapter method {self.adapter.method!r} but no `adapters` collection: apply({{'params': ..., 'adapters': ...}}, tokens).")
+        if self.adapter is None and present:
+            raise ValueError("an `adapters` collection was given to a Llama without an adapter: pass Llama(config, adapter), or leave the collection out.")
+
+
+def random_model(config: LlamaConfig, key: Array) -> Model:
+    """A Model with random weights (normal, std 0.02), float32: for tests, latency (which does not depend on values) and training from scratch."""
+    variables = jax.jit(Llama(config).init)(key, jnp.zeros((1, 1), jnp.int32))
+    return Model(config, variables["params"])
+
+
+def forward(model: Model, tokens: Array, adapter: AdapterConfig | None = None, adapters: Tree | None = None, valid: Array | None = None) -> Array:
+    """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and config."""
+    variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
+    return _forward(model.config, adapter, variables, tokens, valid)
+
+
+@jax.jit(static_argnums=(0, 1))
+def _forward(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, tokens: Array, valid: Array | None) -> Array:
+    return Llama(config, adapter).apply(variables, tokens, valid)  # type: ignore[return-value]
+
+
+

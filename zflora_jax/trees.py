@@ -1,0 +1,112 @@
+"""Parameter trees by name: "a/b/c" paths, rules, comparison, stacking of layers. No knowledge of any model."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = dict[str, Any]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": x}} -> {"a/b": x}, in sorted order of names."""
+    flat: dict[str, Any] = {}
+    for key in sorted(tree):
+        value = tree[key]
+        if isinstance(value, Mapping):
+            flat |= {f"{key}/{name}": leaf for name, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """The inverse of `flatten`."""
+    tree: Tree = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def map_with_names(fn: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Tree:
+    """`fn(name, leaf)` at every leaf."""
+    return unflatten({name: fn(name, leaf) for name, leaf in flatten(tree).items()})
+
+
+def first_match(rules: Iterable[tuple[str, Any]], name: str) -> Any:
+    """The value of the first rule whose regex matches the whole name; KeyError if none does."""
+    for pattern, value in rules:
+        if re.fullmatch(pattern, name):
+            return value
+    raise KeyError(f"no rule covers {name!r}")
+
+
+def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -> str:
+    """"" if both name sets are equal, else a +/- list for an error message (missing first, then unexpected with the nearest expected name)."""
+    want, have = set(expected), set(given)
+    lines = [f"- missing    {name}" for name in sorted(want - have)]
+    for name in sorted(have - want):
+        close = difflib.get_close_matches(name, want - have, n=1)
+        lines.append(f"+ unexpected {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+    more = [f"  ... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "\n".join(lines[:limit] + more)
+
+
+def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or not finite, compared with `expected` (arrays or ShapeDtypeStructs)."""
+    have, want = flatten(given), flatten(expected)
+    if diff := difference(want, have):
+        raise ValueError(f"{what} does not have the expected leaves:\n{diff}")
+    for name, leaf in have.items():
+        if tuple(leaf.shape) != tuple(want[name].shape):
+            raise ValueError(f"{what}: {name} has shape {tuple(leaf.shape)}, expected {tuple(want[name].shape)}.")
+        if not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array | np.ndarray) and not bool(jnp.isfinite(leaf).all()):
+            raise ValueError(f"{what}: {name} holds NaN or infinite values.")
+
+
+def size(tree: Mapping[str, Any]) -> int:
+    """Number of scalars in all leaves."""
+    return sum(int(np.prod(leaf.shape)) for leaf in flatten(tree).values())
+
+
+# --- layers: stacked on a leading axis ("layers/...") or one subtree each ("layers_0/...") --------------------------
+
+
+def unstack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
+    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; a tree without "layers" is returned as it is."""
+    if "layers" not in tree:
+        return dict(tree)
+    rest = {k: v for k, v in tree.items() if k != "layers"}
+    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in range(num_layers)}
+
+
+def stack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
+    """The inverse of `unstack_layers`."""
+    if "layers_0" not in tree:
+        return dict(tree)
+    rest = {k: v for k, v in tree.items() if not re.fullmatch(r"layers_\d+", k)}
+    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[f"layers_{i}"] for i in range(num_layers)))}
+
+
+def fingerprint(tree: Mapping[str, Any]) -> str:
+    """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the same."""
+    digests = {}
+    for name, leaf in flatten(tree).items():
+        array = np.asarray(leaf)
+        parts = {re.sub(r"^layers/", f"layers_{i}/", name): row for i, row in enumerate(array)} if name.startswith("layers/") else {name: array}
+        for part, value in parts.items():
+            digest = hashlib.sha256(f"{part} {value.shape} {value.dtype}".encode())
+            digest.update(np.ascontiguousarray(value).view(np.uint8))
+            digests[part] = digest.digest()
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
