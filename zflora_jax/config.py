@@ -381,6 +381,7 @@ class TrainConfig:
 class EvalConfig:
     """Held-out loss and generated answers."""
 
+    split: Literal["validation", "test"] = "test"  # "validation" is what settings are chosen on
     limit: int | None = 200  # examples; None for all
     batch_size: int = 16
     max_new_tokens: int = 128
@@ -402,3 +403,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.optim.warmup_steps < self.train.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} does not leave a step at full rate in train.steps={self.train.steps}; lower warmup_steps.",
+        )

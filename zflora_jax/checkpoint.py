@@ -1,0 +1,84 @@
+"""A run's directory: its config, and orbax checkpoints of adapters, optimizer, step and data position.
+
+Layout: config.json (the RunConfig, written before the first step), checkpoints/<step>/ (orbax; one item "state", one item "meta"). The frozen base is not
+saved; its fingerprint is. Resume order: config.json must agree, then the base's fingerprint, then the newest checkpoint's state replaces the fresh one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from zflora_jax.config import ConfigError, RunConfig, from_dict, to_dict
+from zflora_jax.report import write_json
+from zflora_jax.trainer import TrainState
+from zflora_jax.trees import flatten
+
+# Settings that change what is logged, kept or evaluated but no number of the training itself: a resumed run may change them.
+FREE = ("eval", "train/log_every", "train/eval_every", "train/save_every", "train/keep")
+
+
+def read_config(workdir: str | Path) -> RunConfig:
+    """The RunConfig of a run. ConfigError if `workdir` holds none."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run, or --model for a model directory.")
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in another directory.") from None
+
+
+def claim(workdir: str | Path, run: RunConfig) -> None:
+    """Make `workdir` this run's, or check that it already is. ConfigError naming every setting that differs from the run found there."""
+    workdir = Path(workdir)
+    if (workdir / "config.json").is_file():
+        old, new = flatten(to_dict(read_config(workdir))), flatten(to_dict(run))
+        changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE)]
+        if changed:
+            rows = "\n".join(f"  {k.replace('/', '.')}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)
+            raise ConfigError(f"{workdir} holds a run with another config:\n{rows}\nUse another --workdir, or the same settings to resume it.")
+    elif (workdir / "checkpoints").exists():
+        raise ConfigError(f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to. Use another --workdir.")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", to_dict(run))
+    except OSError as error:
+        raise ConfigError(f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may write to.") from None
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager. Saving is atomic: a checkpoint is complete or is not seen."""
+
+    def __init__(self, workdir: str | Path, keep: int = 1, *, create: bool = True) -> None:
+        import orbax.checkpoint as ocp
+
+        # Synchronous: the state is small (adapters) and its buffers are donated to the next step, so nothing may still be reading them.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False, cleanup_tmp_directories=create)
+        self._ocp, self._manager = ocp, ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The number of steps in the newest complete checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Save after `step` finished steps; a step that is already saved is left alone."""
+        if step != self.latest:
+            self._manager.save(step, args=self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta)))
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """(state, meta) of the newest checkpoint, or of `step`. `like`: a TrainState of arrays or ShapeDtypeStructs."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like)
+        args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract), meta=self._ocp.args.JsonRestore())
+        found = self._manager.restore(self.latest if step is None else step, args=args)
+        return found["state"], found["meta"]
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()

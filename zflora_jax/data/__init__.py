@@ -1,0 +1,1 @@
+"""Tasks, prompts and batches: TFDS builders read as random-access sources, tokenised once, batched by grain."""

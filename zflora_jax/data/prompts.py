@@ -1,0 +1,111 @@
+"""Prompt text and its tokens. Training and generation build the same prompt, token for token.
+
+A prompt and its target are tokenised apart and joined, because generation only ever sees the prompt: tokenised as one string, the last
+prompt token could merge with the first of the target into a token that the model is trained on but never conditioned on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from zflora_jax.config import ConfigError, nearest, require
+
+STYLES = ("chat", "alpaca")
+
+# LLM-Adapters' training text (finetune.py), byte for byte: two spaces end the first header, one the second; the lines after it are indented by 16.
+_INDENT = " " * 16
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request. \n\n"
+)
+
+
+def _section(title: str, text: str) -> str:
+    return f"{_INDENT}### {title}:\n{_INDENT}{text}"
+
+
+def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "") -> str:
+    """The text a model is given before its answer.
+
+    chat: the tokenizer's own chat template with one user turn and the header of the answer. An `input` follows the instruction after an empty line.
+    alpaca: LLM-Adapters' prompt in the whitespace of its training script. Its evaluation script differs in three places, so that a model
+    there meets a prompt it was not trained on; here the training form is used for both.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer (only read by "chat").
+      prompt_style: "chat" or "alpaca".
+      instruction, input: the user's text; inserted as they are.
+
+    Raises:
+      ConfigError: an unknown style, or "chat" with a tokenizer that has no chat template.
+    """
+    require(prompt_style in STYLES, f"unknown prompt style {prompt_style!r}: {nearest(prompt_style, STYLES)}.")
+    if prompt_style == "alpaca":
+        sections = [_section("Instruction", instruction)] + ([_section("Input", input)] if input else []) + [_section("Response", "")]
+        return (_ALPACA_INPUT if input else _ALPACA) + f"\n{_INDENT}\n".join(sections)
+    require(
+        bool(getattr(tokenizer, "chat_template", None)),
+        "data.prompt_style='chat' needs a tokenizer with a chat template and this one has none. Use data.prompt_style='alpaca' or an instruct model.",
+    )
+    content = f"{instruction}\n\n{input}" if input else instruction
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+
+
+def end_token(tokenizer: Any, prompt_style: str) -> int:
+    """The id that ends a target: generation should stop at it.
+
+    alpaca: the tokenizer's EOS. chat: the special token that the template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...),
+    which in some models is not the EOS; the EOS if the template puts none.
+
+    Raises:
+      ConfigError: the tokenizer has neither.
+    """
+    if prompt_style == "chat":
+        marker = "zflora answer"
+        turns = [{"role": "user", "content": "zflora question"}, {"role": "assistant", "content": marker}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2].lstrip()
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        if ids and ids[0] in tokenizer.all_special_ids:
+            return int(ids[0])
+    require(
+        tokenizer.eos_token_id is not None,
+        "the tokenizer has no EOS token, so a model could not learn to stop. Set eos_token in its tokenizer_config.json.",
+    )
+    return int(tokenizer.eos_token_id)
+
+
+def encode_prompt_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered prompts. If the tokenizer starts texts with BOS, each has exactly one, also where a chat template writes it too."""
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][0] != bos:
+        return ids
+    return [row if row[:1] == [bos] else [bos, *row] for row in ids]
+
+
+def encode(
+    tokenizer: Any, prompt_style: str, prompts: Sequence[str], targets: Sequence[str], train_on_prompt: bool = False
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and loss mask of each (rendered prompt, target) pair.
+
+    Returns:
+      (tokens [n] int32, loss_mask [n] bool) per pair: the prompt's tokens, the target's and one `end_token`, never truncated. The mask is True
+      at the target and its end token, or everywhere with `train_on_prompt`. It speaks of the token at its own position; the loss shifts by one.
+    """
+    if len(prompts) != len(targets):
+        raise ConfigError(f"{len(prompts)} prompts and {len(targets)} targets: expected one target for each prompt.")
+    if not prompts:
+        return []
+    end = end_token(tokenizer, prompt_style)
+    target_ids = tokenizer(list(targets), add_special_tokens=False)["input_ids"]
+    rows = []
+    for prompt, target in zip(encode_prompt_texts(tokenizer, prompts), target_ids, strict=True):
+        tokens = np.asarray([*prompt, *target, end], np.int32)
+        rows.append((tokens, (np.arange(len(tokens)) >= len(prompt)) | train_on_prompt))
+    return rows

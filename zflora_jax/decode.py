@@ -1,0 +1,185 @@
+"""Generation: prefill and the token loop in one compiled function, for any Llama tree; batches with left padding.
+
+A row's result does not depend on the rows beside it: padding is never attended to and takes no position, and each row draws from its own random stream.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax.adapters.fuse import pack
+from zflora_jax.config import LlamaConfig, require
+from zflora_jax.llama import KVCache, Llama, init_cache
+from zflora_jax.model import Model
+from zflora_jax.trees import Tree
+
+Array = jax.Array
+PROMPT_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # a prompt is padded to one of these: few compilations
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is chosen: greedy at temperature 0, else drawn from softmax(logits / temperature) cut by top_k, then by top_p (nucleus)."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature={self.temperature}: must be at least 0 (0 is greedy).")
+        require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: must be at least 1, or None.")
+        require(self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p}: must be within (0, 1], or None.")
+        require(self.temperature > 0 or (self.top_k is None and self.top_p is None), "top_k and top_p need a temperature above 0; greedy decoding ignores them.")
+
+    def __call__(self, logits: Array, keys: Array) -> Array:
+        """logits [B, V] float32, keys [B] -> tokens int32 [B]."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            floor = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < floor, -jnp.inf, logits)
+        if self.top_p is not None and self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            probability = jax.nn.softmax(ordered, axis=-1)
+            kept = jnp.cumsum(probability, axis=-1) - probability < self.top_p  # the smallest set whose probability reaches top_p
+            floor = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < floor, -jnp.inf, logits)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """The loop's carry. out [B, N] int32, pad after a row's end; last [B] int32, the token to feed next; done [B] bool; step int32: tokens written so far."""
+
+    out: Array
+    last: Array
+    done: Array
+    step: Array
+    cache: KVCache
+
+
+@jax.jit(static_argnums=(0, 1, 2, 3))
+def decode(config: LlamaConfig, sampler: Sampler, max_new_tokens: int, stop: tuple[int, ...], params: Tree, tokens: Array, valid: Array, keys: Array) -> Array:
+    """Prompts [B, T] int32, left-padded, -> generated tokens [B, max_new_tokens] int32, ending with the stop token where one was drawn, then -1.
+
+    valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop: token ids that end a row. keys [B]: one random key per row.
+    """
+    llama = Llama(config)
+    batch, length = tokens.shape
+
+    def advance(tokens: Array, valid: Array | None, cache: KVCache) -> tuple[Array, KVCache]:
+        hidden, cache = llama.apply({"params": params}, tokens, valid, cache, method="hidden")  # type: ignore[misc,assignment]
+        return llama.apply({"params": params}, hidden[:, -1:], method="logits")[:, 0], cache  # type: ignore[index,return-value]
+
+    def choose(logits: Array, step: Array, done: Array) -> tuple[Array, Array]:
+        drawn = sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
+        ended = done | jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) if stop else done
+        return jnp.where(done, -1, drawn), ended
+
+    logits, cache = advance(tokens, valid, init_cache(config, batch, length + max_new_tokens))
+    first, done = choose(logits, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1))
+    out = jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first)
+    state = DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)
+
+    def going(s: DecodeState) -> Array:
+        return (s.step < max_new_tokens) & ~jnp.all(s.done)
+
+    def one_token(s: DecodeState) -> DecodeState:
+        logits, cache = advance(jnp.maximum(s.last, 0)[:, None], None, s.cache)
+        token, done = choose(logits, s.step, s.done)
+        return DecodeState(jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1), token, done, s.step + 1, cache)
+
+    return jax.lax.while_loop(going, one_token, state).out
+
+
+_packed: weakref.WeakKeyDictionary[Model, Model] = weakref.WeakKeyDictionary()
+
+
+def packed(model: Model) -> Model:
+    """`model` packed for decode; kept as long as `model` lives, so that repeated calls do not pack again."""
+    if model not in _packed:
+        _packed[model] = pack(model)
+    return _packed[model]
+
+
+def padded_length(length: int) -> int:
+    """The smallest of PROMPT_LENGTHS that holds `length` (a multiple of 2048 beyond the last)."""
+    return next((n for n in PROMPT_LENGTHS if n >= length), -(-length // 2048) * 2048)
+
+
+def generate_tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    stop: Sequence[int] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Token ids generated for each prompt, the stop token included where the model ended by itself.
+
+    stop: ids that end a row; None means the config's eos_token_ids. Prompts of similar length share a batch; the answers come back in the order of `prompts` and do
+    not depend on batch_size (up to float rounding of the matrix products). on_batch(n) is called after each batch with its number of prompts.
+    Raises ValueError for an empty prompt or one that does not fit the context.
+    """
+    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
+    require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
+    limit = model.config.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        require(len(prompt) > 0, f"prompt {i} is empty: generation needs at least one token (e.g. the BOS token).")
+        require(
+            len(prompt) + max_new_tokens <= limit,
+            f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's context of {limit}. Shorten the prompt or lower max_new_tokens.",
+        )
+        require(0 <= min(prompt) and max(prompt) < model.config.vocab_size, f"prompt {i} holds token ids outside 0..{model.config.vocab_size - 1}: is this the model's own tokenizer?")
+    sampler, run = sampler or Sampler(), packed(model)
+    stop = model.config.eos_token_ids if stop is None else stop
+    root = jax.random.key(seed)
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        length = padded_length(len(prompts[rows[-1]]))
+        tokens = np.zeros((batch_size if len(order) > batch_size else len(rows), length), np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        for row, i in enumerate(rows):
+            tokens[row, length - len(prompts[i]) :], valid[row, length - len(prompts[i]) :] = prompts[i], True
+        indices = jnp.asarray(np.resize(np.asarray(rows, np.uint32), len(tokens)))
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
+        out = np.asarray(decode(run.config, sampler, max_new_tokens, tuple(stop), run.params, tokens, valid, keys))
+        for row, i in enumerate(rows):
+            answers[i] = [int(t) for t in out[row] if t >= 0]
+        if on_batch:
+            on_batch(len(rows))
+    return answers
+
+
+def generate(
+    model: Model, prompts: Sequence[str], *, max_new_tokens: int = 64, sampler: Sampler | None = None, seed: int = 0, batch_size: int = 16, chat: bool = False
+) -> list[str]:
+    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler is given.
+
+    chat: wrap each prompt as a user turn in the tokenizer's chat template. Raises ValueError for a model without a tokenizer.
+    """
+    tokenizer: Any = model.tokenizer
+    require(tokenizer is not None, "this model has no tokenizer; use generate_tokens with token ids.")
+    require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
+    if chat:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    else:
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    answers = generate_tokens(model, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, batch_size=batch_size)
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

@@ -1,0 +1,40 @@
+"""Next-token cross-entropy on chosen positions, in chunks, so that the logits of a whole batch never exist at one time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def masked_cross_entropy(logits_fn: Callable[[Array], Array], hidden: Array, tokens: Array, loss_mask: Array, chunk: int) -> tuple[Array, Array]:
+    """Sum of -log p over the chosen tokens, and their number (both float32 scalars).
+
+    logits_fn: [1, chunk, d] -> [1, chunk, V] float32. hidden [B, T, d]; tokens int32 [B, T]; loss_mask bool [B, T]: position t counts when the *token at t* is to be
+    predicted (from hidden t-1). Chosen positions are gathered to the front, `chunk` at a time go through the head, and chunks without any are skipped. The
+    backward pass recomputes a chunk's logits: one chunk of logits is alive at a time in both directions.
+    """
+    x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    targets, mask = tokens[:, 1:].reshape(-1), loss_mask[:, 1:].reshape(-1)
+    positions = mask.shape[0]
+    chunks = -(-positions // chunk)
+    order = jnp.pad(jnp.argsort(~mask, stable=True), (0, chunks * chunk - positions)).reshape(chunks, chunk)
+    live = (jnp.arange(chunks * chunk) < jnp.sum(mask)).reshape(chunks, chunk)
+
+    @jax.checkpoint
+    def chunk_loss(rows: Array, wanted: Array, keep: Array) -> Array:
+        logits = logits_fn(rows[None])[0]
+        chosen = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
+        return jnp.sum(jnp.where(keep, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0))
+
+    def body(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        index, keep = inputs
+        # The gather is outside cond, so that its transpose is one scatter per chunk and not a branch.
+        rows, wanted = x[index], targets[index]
+        return total + jax.lax.cond(jnp.any(keep), chunk_loss, lambda *_: jnp.zeros((), jnp.float32), rows, wanted, keep), None
+
+    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), (order, live))
+    return total, jnp.sum(mask).astype(jnp.float32)

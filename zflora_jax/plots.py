@@ -1,0 +1,73 @@
+"""Figures, drawn without a display and without pyplot's global state. matplotlib is imported when a figure is drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zflora_jax.metrics import read_metrics
+from zflora_jax.report import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path, title: str) -> None:
+    """Draw the loss over steps from a run's metrics.jsonl: the training loss as a line, every other split as points."""
+    splits: dict[str, dict[int, float]] = {}
+    for record in read_metrics(metrics_jsonl_path):
+        if record.get("loss") is not None:  # null: a loss that was not finite
+            splits.setdefault(record["split"], {})[record["step"]] = record["loss"]
+    if not splits:
+        raise ValueError(f"{metrics_jsonl_path} holds no loss: nothing to draw.")
+    figure, axes = _figure(title)
+    for split, losses in sorted(splits.items(), key=lambda item: (item[0] != "train", item[0])):
+        steps, values = zip(*sorted(losses.items()), strict=True)
+        style = {"linewidth": 1.3} if split == "train" else {"linestyle": ":", "marker": "o", "markersize": 6}
+        axes.plot(steps, values, label=f"{split} (last {values[-1]:.4g})", **style)  # type: ignore[arg-type]
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    _save(figure, png_path)
+
+
+def bars(values: Mapping[str, float], png_path: str | Path, title: str, *, spread: Mapping[str, float] | None = None, label: str = "") -> None:
+    """Draw one horizontal bar per named value, first on top, with its number; `spread` adds +- whiskers to the names it holds."""
+    if not values:
+        raise ValueError(f"no values to draw for {title!r}.")
+    spread = dict(spread or {})
+    unknown = spread.keys() - values.keys()
+    if unknown:
+        raise ValueError(f"spread names {sorted(unknown)} have no value; values are given for {sorted(values)}.")
+    figure, axes = _figure(title, height=1.4 + 0.4 * len(values))
+    axes.barh(list(values), list(values.values()), xerr=[spread.get(name, 0.0) for name in values], height=0.6, capsize=3)
+    axes.invert_yaxis()
+    for row, (name, value) in enumerate(values.items()):
+        text = f"{value:.4g}" + (f" ± {spread[name]:.2g}" if name in spread else "")
+        edge = max(value, 0.0) + spread.get(name, 0.0)
+        axes.annotate(text, (edge, row), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.25)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    _save(figure, png_path)
+
+
+def _figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, png_path: str | Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)  # a Figure made without pyplot draws PNG with Agg
+    atomic_write(png_path, buffer.getvalue())

@@ -1,0 +1,205 @@
+"""Runs from start to end: train (or resume), evaluate, and load what a run has trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from zflora_jax import trees
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.methods import count_base, count_params
+from zflora_jax.checkpoint import Checkpoints, claim, read_config
+from zflora_jax.config import ConfigError, RunConfig, require, to_dict
+from zflora_jax.data.pipeline import Encoded, tokenize_examples, train_batches
+from zflora_jax.data.tasks import Example, load_examples
+from zflora_jax.evals import accuracy, generate_answers, held_out_loss
+from zflora_jax.hf.load import load_model
+from zflora_jax.metrics import MetricWriter
+from zflora_jax.model import Model
+from zflora_jax.report import atomic_write, environment, write_json
+from zflora_jax.trainer import TrainState, fit, init_state, make_train_step
+from zflora_jax.trees import Tree
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run has made: the base model, the adapters beside it, and the report (also in <workdir>/report.json)."""
+
+    model: Model
+    adapters: Tree
+    report: dict[str, Any]
+
+
+def load_base(run: RunConfig) -> Model:
+    """The run's base model in its dtype, with its remat setting."""
+    model = load_model(run.model, dtype=run.train.dtype)
+    model.config = model.config.replace(remat=run.train.remat)
+    require(model.tokenizer is not None, f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.")
+    longest, limit = max(run.data.lengths), model.config.max_position_embeddings
+    require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
+    return model
+
+
+def _fresh_state(run: RunConfig, model: Model) -> TrainState:
+    return init_state(init_adapters(jax.random.key(run.train.seed), model, run.adapter), run.optim, run.train.steps)
+
+
+def load_run(workdir: str | Path) -> tuple[RunConfig, Model, Tree, int]:
+    """(config, base model, adapters, finished steps) of the newest checkpoint of a run. ConfigError if it has none, or was trained on another base."""
+    run = read_config(workdir)
+    require((Path(workdir) / "checkpoints").is_dir(), f"{workdir} has no checkpoint yet; train it first.")
+    model = load_base(run)
+    with Checkpoints(workdir, create=False) as checkpoints:
+        require(checkpoints.latest is not None, f"{workdir} has no complete checkpoint yet; train it first.")
+        state, meta = checkpoints.restore(jax.eval_shape(lambda: _fresh_state(run, model)))
+    _check_base(meta, trees.fingerprint(model.params), workdir)
+    return run, model, state.adapters, int(state.step)
+
+
+def _check_base(meta: dict[str, Any], fingerprint: str, workdir: str | Path) -> None:
+    if meta["base_fingerprint"] != fingerprint:
+        raise ConfigError(f"{workdir} was trained on another base: fingerprint {meta['base_fingerprint'][:12]} there, {fingerprint[:12]} here. Load the base it was trained on.")
+
+
+def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Sequence[Example], Encoded]:
+    """The evaluation examples of a run (at most eval.limit, in their order) and their tokens."""
+    examples = load_examples(run.data.task, split or run.eval.split, run.data)
+    if run.eval.limit is not None and run.eval.limit < len(examples):
+        examples = examples[: run.eval.limit]
+    return examples, tokenize_examples(examples, model.tokenizer, run.data)
+
+
+def train(run: RunConfig, workdir: str | Path, *, console: bool = True) -> Trained:
+    """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded and said to be finished.
+
+    Writes config.json, checkpoints/, metrics.jsonl, tensorboard/ and report.json. Raises ConfigError for settings that cannot be used (also a `workdir` of another
+    config) and NonFiniteError when the loss stops being a number; the last checkpoint then is intact.
+    """
+    started = time.perf_counter()
+    model = load_base(run)
+    train_set = tokenize_examples(load_examples(run.data.task, "train", run.data), model.tokenizer, run.data)
+    _, eval_set = held_out(run, model)
+    claim(workdir, run)
+    fingerprint = trees.fingerprint(model.params)
+    state, meta = _fresh_state(run, model), {"base_fingerprint": fingerprint}
+    steps, every = run.train.steps, run.train
+    step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk)
+
+    with Checkpoints(workdir, run.train.keep) as checkpoints:
+        if checkpoints.latest is not None:
+            state, saved = checkpoints.restore(state)
+            _check_base(saved, fingerprint, workdir)
+            log.info("%s %s from step %d", workdir, "is finished: loaded" if int(state.step) >= steps else "resumes", int(state.step))
+        first = int(state.step)
+        with MetricWriter(workdir, steps, console=console, start_step=first) as writer:
+            clock = {"time": time.perf_counter(), "tokens": 0.0}
+
+            def on_metrics(step: int, metrics: dict[str, float]) -> None:
+                now = time.perf_counter()
+                rate = metrics["tokens"] / max(now - clock["time"], 1e-9)
+                clock["time"] = now
+                writer.progress(step, loss=metrics["loss"], tokens_per_s=rate)
+                if step % every.log_every == 0 or step in (1, steps):
+                    writer.write(step, "train", metrics | {"target_tokens_per_s": rate})
+
+            def due(step: int, period: int | None) -> bool:
+                return step == steps or (period is not None and step % period == 0)
+
+            def on_due(step: int, state: TrainState) -> None:
+                if due(step, every.save_every):
+                    checkpoints.save(step, state, meta | {"data": {"seed": run.data.seed, "next_step": step}})
+                if due(step, every.eval_every):
+                    writer.write(step, "eval", evaluate_loss(state.adapters))
+                clock["time"] = time.perf_counter()
+
+            def evaluate_loss(adapters: Tree) -> dict[str, float]:
+                return held_out_loss(model, eval_set, run.data, adapter=run.adapter, adapters=adapters, batch_size=_micro_batch(run), chunk=run.train.loss_chunk)
+
+            state = fit(
+                step_fn,
+                model.params,
+                state,
+                train_batches(train_set, run.data, first),
+                steps,
+                on_metrics=on_metrics,
+                is_due=lambda step: due(step, every.save_every) or due(step, every.eval_every),
+                on_due=on_due,
+            )
+            final = evaluate_loss(state.adapters)
+    report = {
+        "method": run.adapter.method,
+        "params_base": count_base(model.config),
+        "params_trainable": count_params(model.config, run.adapter),
+        "steps": int(state.step),
+        "resumed_from": first,
+        "train_rows": len(train_set),
+        "train_rows_dropped": train_set.dropped,
+        "train_on_prompt": run.data.train_on_prompt,
+        f"{run.eval.split}_loss": final["loss"],
+        f"{run.eval.split}_rows": int(final["rows"]),
+        "seconds": time.perf_counter() - started,
+        "base_fingerprint": fingerprint,
+        "config": to_dict(run),
+        "environment": environment(),
+    }
+    write_json(Path(workdir) / "report.json", report)
+    return Trained(model, state.adapters, report)
+
+
+def _micro_batch(run: RunConfig) -> int:
+    return run.data.batch_size // run.data.accumulate
+
+
+def evaluate(run: RunConfig, model: Model, *, out: str | Path | None = None, console: bool = True) -> dict[str, Any]:
+    """Held-out loss and, with eval.generate, exact match of generated answers of a base or fused model on the run's task.
+
+    Returns task, split, loss, rows and accuracy. With `out` (a path without suffix) writes <out>.json and one line per example to <out>.jsonl.
+    """
+    started = time.perf_counter()
+    examples, encoded = held_out(run, model)
+    loss = held_out_loss(model, encoded, run.data, batch_size=_micro_batch(run), chunk=run.train.loss_chunk)
+    result: dict[str, Any] = {"task": run.data.task, "split": run.eval.split, "loss": loss["loss"], "loss_rows": int(loss["rows"]), "rows": len(examples)}
+    records: list[dict[str, Any]] = []
+    if run.eval.generate:
+        with progress_bar(len(examples), "generating answers", console) as advance:
+            records = generate_answers(model, run.data.task, examples, run.data, run.eval, advance)
+        result |= {"accuracy": accuracy(records), "correct": sum(r["correct"] for r in records), "prompt_style": run.data.prompt_style}
+    result |= {"seconds": time.perf_counter() - started}
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        if records:
+            atomic_write(f"{out}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+        write_json(f"{out}.json", result | {"config": to_dict(run), "environment": environment()})
+    return result
+
+
+def evaluate_workdir(workdir: str | Path, run: RunConfig | None = None, *, console: bool = True) -> dict[str, Any]:
+    """Evaluate what `workdir` has trained, fused; `run` may change the eval section or the task. Written under <workdir>/eval/."""
+    trained_run, model, adapters, step = load_run(workdir)
+    run = run or trained_run
+    fused = fuse(model, trained_run.adapter, adapters)
+    return evaluate(run, fused, out=Path(workdir) / "eval" / f"{run.data.task}-{run.eval.split}-{step}", console=console)
+
+
+@contextmanager
+def progress_bar(total: int, description: str, console: bool) -> Any:
+    """A rich bar on stderr; yields advance(n). Without a terminal, or with console=False, nothing is drawn."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, disable=not (console and screen.is_terminal), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda n: progress.advance(task, n)

@@ -1,0 +1,130 @@
+"""Training: the state, one step, one evaluation step, one loop. No file formats: saving and logging are hooks.
+
+Only the adapter tree is differentiated; the base enters as a constant argument, so no gradient of a base kernel is formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from zflora_jax.config import AdapterConfig, LlamaConfig, OptimConfig
+from zflora_jax.llama import Llama
+from zflora_jax.loss import masked_cross_entropy
+from zflora_jax.optim import learning_rate_schedule, make_optimizer
+from zflora_jax.trees import Tree
+
+Array = jax.Array
+Batch = Mapping[str, Any]  # tokens int32, loss_mask bool, valid bool, each [B, T]; see data.pipeline
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient was NaN or infinite; nothing was saved from that step on."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training changes. step: int32 scalar, the number of finished steps. adapters: the trainable tree, float32. opt_state: optax's."""
+
+    step: Array
+    adapters: Tree
+    opt_state: Any
+
+
+def init_state(adapters: Tree, optim: OptimConfig, steps: int) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), adapters, make_optimizer(optim, steps).init(adapters))
+
+
+def batch_loss(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, batch: Batch, chunk: int) -> tuple[Array, Array]:
+    """Summed cross-entropy of a batch [B, T] on its loss_mask, and the number of tokens summed."""
+    llama = Llama(config, adapter)
+    hidden, _ = llama.apply(variables, batch["tokens"], batch["valid"], method="hidden")  # type: ignore[misc]
+    return masked_cross_entropy(lambda x: llama.apply(variables, x, method="logits"), hidden, batch["tokens"], batch["loss_mask"], chunk)  # type: ignore[return-value,arg-type]
+
+
+def make_train_step(
+    config: LlamaConfig, adapter: AdapterConfig, optim: OptimConfig, steps: int, accumulate: int = 1, chunk: int = 256
+) -> Callable[[Tree, TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """(params, state, batch) -> (state, metrics), jitted; the state is donated.
+
+    A batch [B, T] runs as `accumulate` micro-batches; sums of losses and gradients over all of them are divided by the number of tokens once, so the result does not
+    depend on `accumulate`. metrics: loss (mean per token), tokens, grad_norm (before clipping), learning_rate: float32 scalars.
+    """
+    optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
+
+    def loss_sum(adapters: Tree, params: Tree, micro: Batch) -> tuple[Array, Array]:
+        return batch_loss(config, adapter, {"params": params, "adapters": adapters}, micro, chunk)
+
+    @jax.jit(donate_argnums=1)
+    def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+
+        def add(total: tuple[Array, Array, Tree], micro: Batch) -> tuple[tuple[Array, Array, Tree], None]:
+            (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.adapters, params, micro)
+            return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
+
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapters))
+        (loss, tokens, grads), _ = jax.lax.scan(add, zero, micros)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats with int32 counters; our own code also runs under "strict"
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+            adapters, norm, rate = optax.apply_updates(state.adapters, updates), optax.global_norm(grads), schedule(state.step)
+        metrics = {"loss": loss / jnp.maximum(tokens, 1.0), "tokens": tokens, "grad_norm": norm, "learning_rate": jnp.asarray(rate, jnp.float32)}
+        return TrainState(state.step + 1, adapters, opt_state), metrics
+
+    return train_step
+
+
+@jax.jit(static_argnums=(0, 1, 4))
+def eval_step(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, batch: Batch, chunk: int = 256) -> tuple[Array, Array]:
+    """Summed loss and number of tokens of one batch, no gradients."""
+    return batch_loss(config, adapter, variables, batch, chunk)
+
+
+def fit(
+    step_fn: Callable[[Tree, TrainState, Batch], tuple[TrainState, dict[str, Array]]],
+    params: Tree,
+    state: TrainState,
+    batches: Iterator[Batch],
+    steps: int,
+    *,
+    on_metrics: Callable[[int, dict[str, float]], None],
+    is_due: Callable[[int], bool],
+    on_due: Callable[[int, TrainState], None],
+) -> TrainState:
+    """Run from `state` to `steps` finished steps.
+
+    Step n is dispatched before the metrics of step n-1 are fetched, so the device does not wait for the host. `on_metrics(n, metrics)` sees every step once, in order;
+    `on_due(n, state)` (saving, evaluation) runs after the n-th step where `is_due(n)`, and only once the metrics up to n are known to be finite.
+    Raises NonFiniteError naming the step.
+    """
+    pending: tuple[int, dict[str, Array]] | None = None
+
+    def settle() -> None:
+        nonlocal pending
+        if pending is None:
+            return
+        number, arrays = pending
+        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
+        pending = None
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise NonFiniteError(f"{name} is {metrics[name]} at step {number}; training stopped, the last checkpoint is from an earlier step and intact. "
+                                     "Try a lower learning rate, or float32 instead of bfloat16.")
+        on_metrics(number, metrics)
+
+    for number in range(int(state.step) + 1, steps + 1):
+        state, metrics = step_fn(params, state, next(batches))
+        settle()
+        pending = number, metrics
+        if is_due(number):
+            settle()
+            on_due(number, state)
+    settle()
+    return state
