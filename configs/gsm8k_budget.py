@@ -2,12 +2,13 @@
 
 Command: zflora sweep --config configs/gsm8k_budget.py --set data.data_dir=DIR --workdir runs/gsm8k_budget
 DIR holds GSM8K's train.jsonl and test.jsonl. About 5 to 8 minutes a run on 2 CPU cores, 9 runs. Result: results/gsm8k_budget.md.
-Question: does zflora-minimal reach LoRA's held-out loss at LoRA's number of parameters? Rows longer than 192 tokens are left out to keep a step near 2 s.
+Question: does zflora-minimal reach LoRA's held-out loss at LoRA's number of parameters? Rows longer than 192 tokens are left out to keep a step
+near 2 s.
 """
 
 from zflora_jax.adapters.methods import count_params, rank_for_budget
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, preset
-from zflora_jax.sweep import Sweep
+from zflora_jax.sweeps import Sweep
 
 
 def get_sweep() -> Sweep:

@@ -1,0 +1,81 @@
+"""zFLoRA in JAX: adapters that widen a Llama's streams, trained beside the frozen base and fused into an ordinary, slightly wider Llama.
+
+The papers' method sections (arXiv 2510.25784 and 2511.00050) could not be obtained; the methods here are this project's reconstruction.
+Names are loaded when they are first used: `import zflora_jax` alone imports no deep-learning library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
+    from zflora_jax.adapters.init import init_adapters
+    from zflora_jax.adapters.methods import count_params, rank_for_budget
+    from zflora_jax.config import (
+        PRESETS,
+        AdapterConfig,
+        ConfigError,
+        DataConfig,
+        EvalConfig,
+        LlamaConfig,
+        OptimConfig,
+        RunConfig,
+        TrainConfig,
+        preset,
+    )
+    from zflora_jax.decode import Sampler, generate, generate_tokens
+    from zflora_jax.hf.gap import export_gap
+    from zflora_jax.hf.load import load_model
+    from zflora_jax.hf.peft import load_peft, save_peft
+    from zflora_jax.hf.save import save_hf
+    from zflora_jax.llama import KVCache, Llama, forward, init_cache, random_model
+    from zflora_jax.model import Model
+    from zflora_jax.run import evaluate, export_run, load_run, train
+    from zflora_jax.sweeps import Sweep, sweep
+    from zflora_jax.trainer import NonFiniteError
+
+_HOME = {
+    "adapters.fuse": ("fuse", "pack", "swap", "unfuse"),
+    "adapters.init": ("init_adapters",),
+    "adapters.methods": ("count_params", "rank_for_budget"),
+    "config": (
+        "PRESETS",
+        "AdapterConfig",
+        "ConfigError",
+        "DataConfig",
+        "EvalConfig",
+        "LlamaConfig",
+        "OptimConfig",
+        "RunConfig",
+        "TrainConfig",
+        "preset",
+    ),
+    "decode": ("Sampler", "generate", "generate_tokens"),
+    "hf.gap": ("export_gap",),
+    "hf.load": ("load_model",),
+    "hf.peft": ("load_peft", "save_peft"),
+    "hf.save": ("save_hf",),
+    "llama": ("KVCache", "Llama", "forward", "init_cache", "random_model"),
+    "model": ("Model",),
+    "run": ("evaluate", "export_run", "load_run", "train"),
+    "sweeps": ("Sweep", "sweep"),
+    "trainer": ("NonFiniteError",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'zflora_jax' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"zflora_jax.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

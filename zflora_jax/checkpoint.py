@@ -1,7 +1,9 @@
 """A run's directory: its config, and orbax checkpoints of adapters, optimizer, step and data position.
 
-Layout: config.json (the RunConfig, written before the first step), checkpoints/<step>/ (orbax; one item "state", one item "meta"). The frozen base is not
-saved; its fingerprint is. Resume order: config.json must agree, then the base's fingerprint, then the newest checkpoint's state replaces the fresh one.
+Layout: config.json (the RunConfig, written before the first step), checkpoints/<step>/ (orbax; one item "state", one item "meta"). The frozen base
+is not
+saved; its fingerprint is. Resume order: config.json must agree, then the base's fingerprint, then the newest checkpoint's state replaces the fresh
+one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import functools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -38,8 +37,7 @@ def require(condition: bool, message: str) -> None:
 # --- dataclass <-> dict, dotted overrides -------------------------------------------------------------------------
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
@@ -64,11 +62,11 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{name}={value!r}: expected a list of {args[0].__name__}.")
         return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         require(isinstance(value, dict), f"{name}={value!r}: expected a table of {hint.__name__} fields.")
-        return from_dict(typing.cast(type, hint), value, name)
+        return from_dict(hint, value, name)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     is_plain_int = isinstance(value, int) and not isinstance(value, bool)
@@ -185,7 +183,16 @@ class LlamaConfig:
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         require(
             self.num_heads % self.num_kv_heads == 0,
@@ -215,7 +222,8 @@ _LLAMA3 = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embedding
 _LLAMA32 = _LLAMA3 | {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "tie_word_embeddings": True, "eos_token_ids": (128001, 128008, 128009)}
 _ROWS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _LLAMA32 | {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8, "head_dim": 64},
-    "llama-3.2-3b": _LLAMA32 | {"hidden_size": 3072, "intermediate_size": 8192, "num_layers": 28, "num_heads": 24, "num_kv_heads": 8, "head_dim": 128},
+    "llama-3.2-3b": _LLAMA32
+    | {"hidden_size": 3072, "intermediate_size": 8192, "num_layers": 28, "num_heads": 24, "num_kv_heads": 8, "head_dim": 128},
     "llama-3.1-8b": _LLAMA3
     | {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "eos_token_ids": (128001, 128008, 128009)}
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128},

@@ -1,6 +1,7 @@
 """Generation: prefill and the token loop in one compiled function, for any Llama tree; batches with left padding.
 
-A row's result does not depend on the rows beside it: padding is never attended to and takes no position, and each row draws from its own random stream.
+A row's result does not depend on the rows beside it: padding is never attended to and takes no position, and each row draws from its own random
+stream.
 """
 
 from __future__ import annotations
@@ -22,7 +23,26 @@ from zflora_jax.model import Model
 from zflora_jax.trees import Tree
 
 Array = jax.Array
-PROMPT_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # a prompt is padded to one of these: few compilations
+PROMPT_LENGTHS = (
+    16,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+    6144,
+    8192,
+)  # a prompt is padded to one of these: few compilations
 
 
 @dataclass(frozen=True)
@@ -37,7 +57,10 @@ class Sampler:
         require(self.temperature >= 0, f"temperature={self.temperature}: must be at least 0 (0 is greedy).")
         require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: must be at least 1, or None.")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p}: must be within (0, 1], or None.")
-        require(self.temperature > 0 or (self.top_k is None and self.top_p is None), "top_k and top_p need a temperature above 0; greedy decoding ignores them.")
+        require(
+            self.temperature > 0 or (self.top_k is None and self.top_p is None),
+            "top_k and top_p need a temperature above 0; greedy decoding ignores them.",
+        )
 
     def __call__(self, logits: Array, keys: Array) -> Array:
         """logits [B, V] float32, keys [B] -> tokens int32 [B]."""
@@ -58,7 +81,8 @@ class Sampler:
 
 @flax.struct.dataclass
 class DecodeState:
-    """The loop's carry. out [B, N] int32, pad after a row's end; last [B] int32, the token to feed next; done [B] bool; step int32: tokens written so far."""
+    """The loop's carry. out [B, N] int32, pad after a row's end; last [B] int32, the token to feed next; done [B] bool; step int32: tokens "
+    "written so far."""
 
     out: Array
     last: Array
@@ -68,17 +92,21 @@ class DecodeState:
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3))
-def decode(config: LlamaConfig, sampler: Sampler, max_new_tokens: int, stop: tuple[int, ...], params: Tree, tokens: Array, valid: Array, keys: Array) -> Array:
+def decode(
+    config: LlamaConfig, sampler: Sampler, max_new_tokens: int, stop: tuple[int, ...], params: Tree, tokens: Array, valid: Array, keys: Array
+) -> Array:
     """Prompts [B, T] int32, left-padded, -> generated tokens [B, max_new_tokens] int32, ending with the stop token where one was drawn, then -1.
 
-    valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop: token ids that end a row. keys [B]: one random key per row.
+    valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop: token ids that end a row. keys [B]: one random
+    key per row.
     """
     llama = Llama(config)
     batch, length = tokens.shape
 
     def advance(tokens: Array, valid: Array | None, cache: KVCache) -> tuple[Array, KVCache]:
-        hidden, cache = llama.apply({"params": params}, tokens, valid, cache, method="hidden")  # type: ignore[misc,assignment]
-        return llama.apply({"params": params}, hidden[:, -1:], method="logits")[:, 0], cache  # type: ignore[index,return-value]
+        out: Any = llama.apply({"params": params}, tokens, valid, cache, method="hidden")
+        logits: Any = llama.apply({"params": params}, out[0][:, -1:], method="logits")
+        return logits[:, 0], out[1]
 
     def choose(logits: Array, step: Array, done: Array) -> tuple[Array, Array]:
         drawn = sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
@@ -129,7 +157,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Token ids generated for each prompt, the stop token included where the model ended by itself.
 
-    stop: ids that end a row; None means the config's eos_token_ids. Prompts of similar length share a batch; the answers come back in the order of `prompts` and do
+    stop: ids that end a row; None means the config's eos_token_ids. Prompts of similar length share a batch; the answers come back in the order of
+    `prompts` and do
     not depend on batch_size (up to float rounding of the matrix products). on_batch(n) is called after each batch with its number of prompts.
     Raises ValueError for an empty prompt or one that does not fit the context.
     """
@@ -140,9 +169,13 @@ def generate_tokens(
         require(len(prompt) > 0, f"prompt {i} is empty: generation needs at least one token (e.g. the BOS token).")
         require(
             len(prompt) + max_new_tokens <= limit,
-            f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's context of {limit}. Shorten the prompt or lower max_new_tokens.",
+            f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's context of {limit}. Shorten "
+            f"the prompt or lower max_new_tokens.",
         )
-        require(0 <= min(prompt) and max(prompt) < model.config.vocab_size, f"prompt {i} holds token ids outside 0..{model.config.vocab_size - 1}: is this the model's own tokenizer?")
+        require(
+            min(prompt) >= 0 and max(prompt) < model.config.vocab_size,
+            f"prompt {i} holds token ids outside 0..{model.config.vocab_size - 1}: is this the model's own tokenizer?",
+        )
     sampler, run = sampler or Sampler(), packed(model)
     stop = model.config.eos_token_ids if stop is None else stop
     root = jax.random.key(seed)
@@ -166,7 +199,14 @@ def generate_tokens(
 
 
 def generate(
-    model: Model, prompts: Sequence[str], *, max_new_tokens: int = 64, sampler: Sampler | None = None, seed: int = 0, batch_size: int = 16, chat: bool = False
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    chat: bool = False,
 ) -> list[str]:
     """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler is given.
 

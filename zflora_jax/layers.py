@@ -58,7 +58,7 @@ class AdaptedModule(nn.Module):
         return self.param(name, init, shape, jnp.float32)
 
     def block(self, name: str, dtype: jnp.dtype) -> Array:
-        value = self.get_variable("adapters", name)
+        value: Array | None = self.get_variable("adapters", name)
         if value is None:
             raise ValueError(f"the adapters lack {'/'.join((*self.path, name))}; make them with init_adapters for this config and adapter.")
         return value.astype(dtype)
@@ -67,7 +67,8 @@ class AdaptedModule(nn.Module):
 class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel; low-rank factors are added to y.
 
-    x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or None).
+    x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
+    None).
     """
 
     in_axes: tuple[int, ...]
@@ -79,15 +80,16 @@ class Dense(AdaptedModule):
     def __call__(self, x: Array, z: Array | None = None) -> tuple[Array, Array | None]:
         n, dtype = len(self.in_axes), x.dtype
         kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
-        y, y_z = jnp.tensordot(x, kernel.astype(dtype), axes=n), None
+        y = jnp.tensordot(x, kernel.astype(dtype), axes=n)
+        y_z: Array | None = None
         if self.adapter is None or not self.blocks or self.is_initializing():
             return y, y_z
         block, scale = {name: self.block(name, dtype) for name in self.blocks}, self.adapter.scale
         if "forward" in block:
             y_z = jnp.tensordot(x, block["forward"], axes=n)
-        if "backward" in block:
+        if z is not None and "backward" in block:
             y = y + scale * jnp.tensordot(z, block["backward"], axes=n)
-        if "cross" in block:
+        if z is not None and y_z is not None and "cross" in block:
             y_z = y_z + jnp.tensordot(z, block["cross"], axes=n)
         if "lora_a" in block or "ffa_a" in block:
             flat = x.reshape(*x.shape[:-n], -1)
@@ -100,7 +102,8 @@ class Dense(AdaptedModule):
 
 
 def tile(h: Array, out: int) -> Array:
-    """h R for FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j mod r = i: h [..., r] -> [..., out]. Orthonormal rows when r divides out."""
+    """h R for FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j mod r = i: h [..., r] -> [..., out]. Orthonormal rows when r "
+    "divides out."""
     rank = h.shape[-1]
     return jnp.take(h, np.arange(out) % rank, axis=-1) * math.sqrt(rank / out)
 

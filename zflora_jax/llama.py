@@ -1,7 +1,8 @@
 """The Llama forward: one for base, adapted, fused and packed trees, with or without a key/value cache.
 
 Einsum legend: B batch, T query positions, S cache slots, H query heads, K key/value heads, d residual width, k head dim, f MLP units, V vocabulary,
-L layers; r, e, m the channels an adapter adds to d, k, f. Parameter names and shapes: `model.param_shapes`; adapters: `adapters.methods.block_shapes`.
+L layers; r, e, m the channels an adapter adds to d, k, f. Parameter names and shapes: `model.param_shapes`; adapters:
+`adapters.methods.block_shapes`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import AdapterConfig, LlamaConfig
@@ -75,7 +77,7 @@ class Attention(nn.Module):
         else:
             q, k, v = (self._join(*project(*h)) for project in (self.q, self.k, self.v))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
+        if cache is not None and index is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1) for old, new in zip(cache, (k, v), strict=True))
         out = attention(q, k, v, mask, c.rotary_dim**-0.5)
         extra = self.plan.heads
@@ -111,7 +113,7 @@ class MLP(nn.Module):
             gate, up = jnp.split(self.gate_up(h[0])[0], 2, axis=-1)
             return self.down(nn.silu(gate) * up)
         (gate, gate_z), (up, up_z) = self.gate(*h), self.up(*h)
-        units = None if gate_z is None else nn.silu(gate_z) * up_z
+        units = None if gate_z is None or up_z is None else nn.silu(gate_z) * up_z
         return self.down(nn.silu(gate) * up, units)
 
 
@@ -133,7 +135,8 @@ class Block(nn.Module):
 
 
 def _add(stream: Stream, update: Stream) -> Stream:
-    return tuple(s if u is None else s + u for s, u in zip(stream, update, strict=True))  # type: ignore[return-value]
+    (x, z), (dx, dz) = stream, update
+    return (x + dx, z if z is None or dz is None else z + dz)
 
 
 class Embed(AdaptedModule):
@@ -167,7 +170,7 @@ class Llama(nn.Module):
         self.embed = Embed(c)
         block: Any = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
-            axes = {"params": 0, "adapters": 0}
+            axes: Any = {"params": 0, "adapters": 0}
             scanned = nn.scan(block, axes, split_rngs={"params": True}, in_axes=(0, *[nn.broadcast] * 4), out_axes=0, length=c.num_layers)
             self.layers = scanned(c, self.adapter)
         else:
@@ -191,7 +194,7 @@ class Llama(nn.Module):
         c, (batch, length) = self.config, tokens.shape
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
         if cache is None:
-            slots, index, first = valid, None, 0
+            slots, index, first = valid, None, jnp.zeros((), jnp.int32)
             before = jnp.zeros((batch, 1), jnp.int32)
         else:
             index, first = cache.index, cache.index
@@ -228,9 +231,13 @@ class Llama(nn.Module):
             return
         present = "adapters" in self.variables
         if self.adapter is not None and not present:
-            raise ValueError(f"Llama has adapter method {self.adapter.method!r} but no `adapters` collection: apply({{'params': ..., 'adapters': ...}}, tokens).")
+            raise ValueError(
+                f"Llama has adapter method {self.adapter.method!r} but no `adapters` collection: apply({{'params': ..., 'adapters': ...}}, tokens)."
+            )
         if self.adapter is None and present:
-            raise ValueError("an `adapters` collection was given to a Llama without an adapter: pass Llama(config, adapter), or leave the collection out.")
+            raise ValueError(
+                "an `adapters` collection was given to a Llama without an adapter: pass Llama(config, adapter), or leave the collection out."
+            )
 
 
 def random_model(config: LlamaConfig, key: Array) -> Model:
@@ -239,7 +246,9 @@ def random_model(config: LlamaConfig, key: Array) -> Model:
     return Model(config, variables["params"])
 
 
-def forward(model: Model, tokens: Array, adapter: AdapterConfig | None = None, adapters: Tree | None = None, valid: Array | None = None) -> Array:
+def forward(
+    model: Model, tokens: ArrayLike, adapter: AdapterConfig | None = None, adapters: Tree | None = None, valid: ArrayLike | None = None
+) -> Array:
     """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and config."""
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
     return _forward(model.config, adapter, variables, tokens, valid)
@@ -248,6 +257,3 @@ def forward(model: Model, tokens: Array, adapter: AdapterConfig | None = None, a
 @jax.jit(static_argnums=(0, 1))
 def _forward(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, tokens: Array, valid: Array | None) -> Array:
     return Llama(config, adapter).apply(variables, tokens, valid)  # type: ignore[return-value]
-
-
-

@@ -13,8 +13,10 @@ Array = jax.Array
 def masked_cross_entropy(logits_fn: Callable[[Array], Array], hidden: Array, tokens: Array, loss_mask: Array, chunk: int) -> tuple[Array, Array]:
     """Sum of -log p over the chosen tokens, and their number (both float32 scalars).
 
-    logits_fn: [1, chunk, d] -> [1, chunk, V] float32. hidden [B, T, d]; tokens int32 [B, T]; loss_mask bool [B, T]: position t counts when the *token at t* is to be
-    predicted (from hidden t-1). Chosen positions are gathered to the front, `chunk` at a time go through the head, and chunks without any are skipped. The
+    logits_fn: [1, chunk, d] -> [1, chunk, V] float32. hidden [B, T, d]; tokens int32 [B, T]; loss_mask bool [B, T]: position t counts when the
+    *token at t* is to be
+    predicted (from hidden t-1). Chosen positions are gathered to the front, `chunk` at a time go through the head, and chunks without any are
+    skipped. The
     backward pass recomputes a chunk's logits: one chunk of logits is alive at a time in both directions.
     """
     x = hidden[:, :-1].reshape(-1, hidden.shape[-1])

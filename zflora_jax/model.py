@@ -29,7 +29,8 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every base parameter of an unpacked model, e.g. "layers/attn/q/kernel": (L, d, H, k).
 
     embed/embedding [V, d], lm_head/kernel [d, V] (untied only), final_norm/scale [d]; per layer attn_norm/scale and mlp_norm/scale [d],
-    attn/{q [d, H, k], k and v [d, K, k], o [H, k, d]}/kernel, mlp/{gate, up [d, f], down [f, d]}/kernel. With scan_layers the layers are stacked on a leading
+    attn/{q [d, H, k], k and v [d, K, k], o [H, k, d]}/kernel, mlp/{gate, up [d, f], down [f, d]}/kernel. With scan_layers the layers are stacked on
+    a leading
     axis L under "layers/", else they are "layers_0/" ... without it. d, k, f are the widths in `config`, so a fused config gives the fused shapes.
     """
     from zflora_jax.adapters.methods import group, kernel_shapes

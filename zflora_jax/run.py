@@ -18,11 +18,14 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params
 from zflora_jax.checkpoint import Checkpoints, claim, read_config
-from zflora_jax.config import ConfigError, RunConfig, require, to_dict
-from zflora_jax.data.pipeline import Encoded, tokenize_examples, train_batches
+from zflora_jax.config import ConfigError, RunConfig, nearest, require, to_dict
+from zflora_jax.data.pipeline import Encoded, encode_prompts, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example, load_examples
 from zflora_jax.evals import accuracy, generate_answers, held_out_loss
+from zflora_jax.hf.gap import export_gap
 from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import save_peft
+from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write, environment, write_json
@@ -45,7 +48,10 @@ def load_base(run: RunConfig) -> Model:
     """The run's base model in its dtype, with its remat setting."""
     model = load_model(run.model, dtype=run.train.dtype)
     model.config = model.config.replace(remat=run.train.remat)
-    require(model.tokenizer is not None, f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.")
+    require(
+        model.tokenizer is not None,
+        f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.",
+    )
     longest, limit = max(run.data.lengths), model.config.max_position_embeddings
     require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
     return model
@@ -56,7 +62,8 @@ def _fresh_state(run: RunConfig, model: Model) -> TrainState:
 
 
 def load_run(workdir: str | Path) -> tuple[RunConfig, Model, Tree, int]:
-    """(config, base model, adapters, finished steps) of the newest checkpoint of a run. ConfigError if it has none, or was trained on another base."""
+    """(config, base model, adapters, finished steps) of the newest checkpoint of a run. ConfigError if it has none, or was trained on "
+    "another base."""
     run = read_config(workdir)
     require((Path(workdir) / "checkpoints").is_dir(), f"{workdir} has no checkpoint yet; train it first.")
     model = load_base(run)
@@ -69,7 +76,10 @@ def load_run(workdir: str | Path) -> tuple[RunConfig, Model, Tree, int]:
 
 def _check_base(meta: dict[str, Any], fingerprint: str, workdir: str | Path) -> None:
     if meta["base_fingerprint"] != fingerprint:
-        raise ConfigError(f"{workdir} was trained on another base: fingerprint {meta['base_fingerprint'][:12]} there, {fingerprint[:12]} here. Load the base it was trained on.")
+        raise ConfigError(
+            f"{workdir} was trained on another base: fingerprint {meta['base_fingerprint'][:12]} there, {fingerprint[:12]} here. Load the "
+            f"base it was trained on."
+        )
 
 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Sequence[Example], Encoded]:
@@ -83,7 +93,8 @@ def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Se
 def train(run: RunConfig, workdir: str | Path, *, console: bool = True) -> Trained:
     """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded and said to be finished.
 
-    Writes config.json, checkpoints/, metrics.jsonl, tensorboard/ and report.json. Raises ConfigError for settings that cannot be used (also a `workdir` of another
+    Writes config.json, checkpoints/, metrics.jsonl, tensorboard/ and report.json. Raises ConfigError for settings that cannot be used (also a
+    `workdir` of another
     config) and NonFiniteError when the loss stops being a number; the last checkpoint then is intact.
     """
     started = time.perf_counter()
@@ -124,7 +135,9 @@ def train(run: RunConfig, workdir: str | Path, *, console: bool = True) -> Train
                 clock["time"] = time.perf_counter()
 
             def evaluate_loss(adapters: Tree) -> dict[str, float]:
-                return held_out_loss(model, eval_set, run.data, adapter=run.adapter, adapters=adapters, batch_size=_micro_batch(run), chunk=run.train.loss_chunk)
+                return held_out_loss(
+                    model, eval_set, run.data, adapter=run.adapter, adapters=adapters, batch_size=_micro_batch(run), chunk=run.train.loss_chunk
+                )
 
             state = fit(
                 step_fn,
@@ -169,7 +182,13 @@ def evaluate(run: RunConfig, model: Model, *, out: str | Path | None = None, con
     started = time.perf_counter()
     examples, encoded = held_out(run, model)
     loss = held_out_loss(model, encoded, run.data, batch_size=_micro_batch(run), chunk=run.train.loss_chunk)
-    result: dict[str, Any] = {"task": run.data.task, "split": run.eval.split, "loss": loss["loss"], "loss_rows": int(loss["rows"]), "rows": len(examples)}
+    result: dict[str, Any] = {
+        "task": run.data.task,
+        "split": run.eval.split,
+        "loss": loss["loss"],
+        "loss_rows": int(loss["rows"]),
+        "rows": len(examples),
+    }
     records: list[dict[str, Any]] = []
     if run.eval.generate:
         with progress_bar(len(examples), "generating answers", console) as advance:
@@ -184,12 +203,28 @@ def evaluate(run: RunConfig, model: Model, *, out: str | Path | None = None, con
     return result
 
 
-def evaluate_workdir(workdir: str | Path, run: RunConfig | None = None, *, console: bool = True) -> dict[str, Any]:
-    """Evaluate what `workdir` has trained, fused; `run` may change the eval section or the task. Written under <workdir>/eval/."""
-    trained_run, model, adapters, step = load_run(workdir)
-    run = run or trained_run
-    fused = fuse(model, trained_run.adapter, adapters)
-    return evaluate(run, fused, out=Path(workdir) / "eval" / f"{run.data.task}-{run.eval.split}-{step}", console=console)
+def load_fused(workdir: str | Path) -> tuple[Model, str]:
+    """What `workdir` has trained, fused, and a label for result files ("step120")."""
+    run, model, adapters, step = load_run(workdir)
+    return fuse(model, run.adapter, adapters), f"step{step}"
+
+
+def export_run(workdir: str | Path, out: str | Path, *, format: str = "hf", dtype: str | None = None) -> dict[str, Any]:
+    """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or "peft", LoRA adapters. Returns what was written.
+
+    For "hf" the report says how far the export's logits are from the fused model's in float32, on held-out prompts: max and mean |dlogit|, and
+    top-1 agreement.
+    """
+    run, model, adapters, step = load_run(workdir)
+    if format == "peft":
+        return save_peft(out, model, run.adapter, adapters)
+    require(format == "hf", f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")
+    fused = fuse(model, run.adapter, adapters)
+    card = {"task": run.data.task, "steps": step, "trainable parameters": count_params(model.config, run.adapter)}
+    report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
+    examples = load_examples(run.data.task, run.eval.split, run.data)
+    prompts = encode_prompts(examples[:8], model.tokenizer, run.data.prompt_style)
+    return report | export_gap(fused, out, prompts)
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def make_train_step(
 ) -> Callable[[Tree, TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(params, state, batch) -> (state, metrics), jitted; the state is donated.
 
-    A batch [B, T] runs as `accumulate` micro-batches; sums of losses and gradients over all of them are divided by the number of tokens once, so the result does not
+    A batch [B, T] runs as `accumulate` micro-batches; sums of losses and gradients over all of them are divided by the number of tokens once, so
+    the result does not
     depend on `accumulate`. metrics: loss (mean per token), tokens, grad_norm (before clipping), learning_rate: float32 scalars.
     """
     optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
@@ -100,7 +101,8 @@ def fit(
 ) -> TrainState:
     """Run from `state` to `steps` finished steps.
 
-    Step n is dispatched before the metrics of step n-1 are fetched, so the device does not wait for the host. `on_metrics(n, metrics)` sees every step once, in order;
+    Step n is dispatched before the metrics of step n-1 are fetched, so the device does not wait for the host. `on_metrics(n, metrics)` sees every
+    step once, in order;
     `on_due(n, state)` (saving, evaluation) runs after the n-th step where `is_due(n)`, and only once the metrics up to n are known to be finite.
     Raises NonFiniteError naming the step.
     """
@@ -115,8 +117,10 @@ def fit(
         pending = None
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                raise NonFiniteError(f"{name} is {metrics[name]} at step {number}; training stopped, the last checkpoint is from an earlier step and intact. "
-                                     "Try a lower learning rate, or float32 instead of bfloat16.")
+                raise NonFiniteError(
+                    f"{name} is {metrics[name]} at step {number}; training stopped, the last checkpoint is from an earlier step and intact. "
+                    "Try a lower learning rate, or float32 instead of bfloat16."
+                )
         on_metrics(number, metrics)
 
     for number in range(int(state.step) + 1, steps + 1):

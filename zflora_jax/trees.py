@@ -53,7 +53,7 @@ def first_match(rules: Iterable[tuple[str, Any]], name: str) -> Any:
 
 
 def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -> str:
-    """"" if both name sets are equal, else a +/- list for an error message (missing first, then unexpected with the nearest expected name)."""
+    """ "" if both name sets are equal, else a +/- list for an error message (missing first, then unexpected with the nearest expected name)."""
     want, have = set(expected), set(given)
     lines = [f"- missing    {name}" for name in sorted(want - have)]
     for name in sorted(have - want):
@@ -64,7 +64,8 @@ def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -
 
 
 def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or not finite, compared with `expected` (arrays or ShapeDtypeStructs)."""
+    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or not finite, compared with `expected` (arrays or "
+    "ShapeDtypeStructs)."""
     have, want = flatten(given), flatten(expected)
     if diff := difference(want, have):
         raise ValueError(f"{what} does not have the expected leaves:\n{diff}")
@@ -107,6 +108,6 @@ def fingerprint(tree: Mapping[str, Any]) -> str:
         parts = {re.sub(r"^layers/", f"layers_{i}/", name): row for i, row in enumerate(array)} if name.startswith("layers/") else {name: array}
         for part, value in parts.items():
             digest = hashlib.sha256(f"{part} {value.shape} {value.dtype}".encode())
-            digest.update(np.ascontiguousarray(value).view(np.uint8))
+            digest.update(np.ascontiguousarray(value).view(np.uint8).data)
             digests[part] = digest.digest()
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()

@@ -46,9 +46,11 @@ def _in_axis(config: LlamaConfig, kernel: str) -> int:
 
 
 def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
-    """`model` with the adapters built into its kernels: a Model with the wider config, plain params and no adapters, computing what the adapted model computes.
+    """`model` with the adapters built into its kernels: a Model with the wider config, plain params and no adapters, computing what the adapted
+    model computes.
 
-    Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never recomputed. LoRA and FFA are added in float32 and cast once; full
+    Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never recomputed. LoRA and FFA are added in float32 and
+    cast once; full
     replaces the tree. Raises ValueError for leaves that are missing, unexpected, misshapen or not finite.
     """
     config = model.config
@@ -74,7 +76,9 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
         if in_place != "none":
             if not names:
                 return leaf
-            product = blocks["lora_a"] @ blocks["lora_b"] if in_place == "lora" else tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
+            product = (
+                blocks["lora_a"] @ blocks["lora_b"] if in_place == "lora" else tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
+            )
             return (leaf.astype(jnp.float32) + adapter.scale * product.reshape(leaf.shape)).astype(leaf.dtype)
         if kernel:
             return _widen_kernel(leaf, blocks, kernel, config, adapter, p)
@@ -117,12 +121,16 @@ def _require_widened(fused: Model, verb: str) -> AdapterConfig:
     if fused.adapter is None:
         raise ValueError(f"cannot {verb}: this model is not fused (model.adapter is None).")
     if METHODS[fused.adapter.method].in_place != "none":
-        raise ValueError(f"cannot {verb}: method {fused.adapter.method!r} was merged into the base kernels by addition, which cannot be undone exactly; keep the base and the adapters.")
+        raise ValueError(
+            f"cannot {verb}: method {fused.adapter.method!r} was merged into the base kernels by addition, which cannot be undone exactly; "
+            f"keep the base and the adapters."
+        )
     return fused.adapter
 
 
 def unfuse(fused: Model) -> tuple[Model, Tree]:
-    """The base model, bit-identical to the one that was fused, and the adapters (float32; equal up to the rounding of fuse's cast and of dividing by s).
+    """The base model, bit-identical to the one that was fused, and the adapters (float32; equal up to the rounding of fuse's cast and of dividing
+    by s).
 
     ValueError for a model that is not fused, or whose method merged by addition (lora, ffa, full).
     """
@@ -148,7 +156,8 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
 
 
 def swap(fused: Model, adapters: Tree) -> Model:
-    """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same AdapterConfig. Only those blocks are written: O(adapter) bytes.
+    """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same AdapterConfig. Only those blocks are written: O(adapter)
+    bytes.
 
     The buffers of `fused.params` are donated: use the returned model, not the old one. ValueError as for `fuse`.
     """
@@ -194,7 +203,8 @@ def _leaf_of(config: LlamaConfig, kernel: str) -> tuple[str, slice | None]:
 
 
 def pack(model: Model) -> Model:
-    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel [d, (H + 2K) k] and gate|up in one [d, 2f]. For any Llama, fused or not."""
+    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel [d, (H + 2K) k] and gate|up in one [d, 2f]. For any "
+    "Llama, fused or not."""
     if model.config.packed:
         return model
     config = model.config.replace(scan_layers=False, packed=True, remat=False)
@@ -217,8 +227,3 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
             "mlp": {"gate_up": join("mlp", MLP[:2]), "down": layer["mlp"]["down"]},
         }
     return tree
-
-
-
-
-

@@ -32,7 +32,8 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
 def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:
     """The `adapters` collection of `adapter` on `model`, float32; the adapted model equals the base until it is trained.
 
-    forward and lora_a are drawn from N(0, 1/in) with in the kernel's input width; backward, cross, lora_b, ffa_a and q's forward are zero (k's is random).
+    forward and lora_a are drawn from N(0, 1/in) with in the kernel's input width; backward, cross, lora_b, ffa_a and q's forward are zero (k's is
+    random).
     Method "full" gets a float32 copy of the base tree. The values depend on `key` alone, not on whether layers are stacked.
     """
     if METHODS[adapter.method].in_place == "full":
@@ -41,7 +42,8 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     heads = config.rotary_dim + plan(config, adapter).heads
     if heads != config.rotary_dim and heads not in SERVED_HEAD_DIMS:
         warnings.warn(
-            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of servers "
+            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside {SERVED_HEAD_DIMS}: transformers runs it, but "
+            f"attention kernels of servers "
             f"may refuse it (vLLM's CPU build does); head_rank={default_head_rank(config.rotary_dim)} is the nearest that they run.",
             stacklevel=2,
         )

@@ -58,9 +58,13 @@ def target_kernels(targets: str) -> tuple[str, ...]:
     try:
         chosen = tuple(name for name in KERNELS if re.fullmatch(targets, name))
     except re.error as error:
-        raise ConfigError(f"adapter.targets={targets!r} is not a valid regex ({error}); use {nearest(targets, named)} or a regex such as 'q|v'.") from None
+        raise ConfigError(
+            f"adapter.targets={targets!r} is not a valid regex ({error}); use {nearest(targets, named)} or a regex such as 'q|v'."
+        ) from None
     require(
-        bool(chosen), f"adapter.targets={targets!r} matches no kernel; kernels are {', '.join(KERNELS)} (or use 'all', 'attention', 'mlp'). Matching is on the full name."
+        bool(chosen),
+        f"adapter.targets={targets!r} matches no kernel; kernels are {', '.join(KERNELS)} (or use 'all', 'attention', 'mlp'). Matching is on "
+        f"the full name.",
     )
     return chosen
 
@@ -70,13 +74,16 @@ def default_head_rank(head_dim: int) -> int:
     for served in SERVED_HEAD_DIMS:
         if served > head_dim:
             return served - head_dim
-    raise ConfigError(f"head_dim={head_dim} has no larger served head size ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.head_rank yourself.")
+    raise ConfigError(
+        f"head_dim={head_dim} has no larger served head size ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.head_rank yourself."
+    )
 
 
 def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
     """Resolve `adapter` on a base model of shape `config`.
 
-    A stream is widened only where its adapter channels can carry something: written by a targeted kernel and read by another. The residual state needs
+    A stream is widened only where its adapter channels can carry something: written by a targeted kernel and read by another. The residual state
+    needs
     one of o, down and one of q, k, v, gate, up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term). A method whose
     targets leave no stream alive is refused with ConfigError.
     """
@@ -86,7 +93,7 @@ def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
         require(adapter.targets == "all", f"adapter.targets={adapter.targets!r}: method 'full' trains every base parameter; leave targets at 'all'.")
         return Plan()
     if row.in_place in ("lora", "ffa"):
-        names = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
+        names: tuple[str, ...] = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
         return Plan(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
 
     values, scores = {"v", "o"} <= chosen, adapter.head_scores and {"q", "k"} <= chosen
@@ -102,7 +109,8 @@ def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
     }
     require(
         any(widths.values()),
-        f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen: the residual state needs o or down and one of q, k, v, gate, up; "
+        f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen: the residual state needs o or down and one "
+        f"of q, k, v, gate, up; "
         "MLP units need gate, up and down; head dims need v and o, or q and k.",
     )
     head_live = ({"v", "o"} if values else set()) | ({"q", "k"} if scores else set())
@@ -134,7 +142,9 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
     """The inverse of `fused_config`. ConfigError if `fused` is not what `adapter` makes of any base."""
     base = fused.replace(hidden_size=fused.base_dim, head_dim=fused.rotary_dim, norm_dim=None, rope_dim=None)
     base = base.replace(intermediate_size=fused.intermediate_size - plan(base, adapter).mlp)
-    require(fused_config(base, adapter) == fused, f"a model with hidden_size={fused.hidden_size}, head_dim={fused.head_dim} was not fused from {adapter}.")
+    require(
+        fused_config(base, adapter) == fused, f"a model with hidden_size={fused.hidden_size}, head_dim={fused.head_dim} was not fused from {adapter}."
+    )
     return base
 
 
@@ -146,9 +156,11 @@ def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple
 
 
 def block_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """kernel -> block name -> shape in one layer. `config` is the base's. Low-rank factors are over flattened axes: lora_a [in, r], lora_b [r, out], ffa_a [in, r].
+    """kernel -> block name -> shape in one layer. `config` is the base's. Low-rank factors are over flattened axes: lora_a [in, r], lora_b [r,
+    out], ffa_a [in, r].
 
-    forward [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z], where the z axes have the same heads and the stream's extra width in place of its width.
+    forward [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z], where the z axes have the same heads and the stream's extra width in place
+    of its width.
     """
     p = plan(config, adapter)
     extra = {"residual": p.residual, "heads": p.heads, "mlp": p.mlp}
@@ -185,7 +197,8 @@ def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
 def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
     """`adapter` with the rank (and with it every width left at None) whose parameter count is nearest to `budget`; its alpha / rank is kept.
 
-    ConfigError for method "full", and where even rank 1 is more than 1.5 x budget. Ranks that keep hidden_size + r and intermediate_size + m multiples of 8
+    ConfigError for method "full", and where even rank 1 is more than 1.5 x budget. Ranks that keep hidden_size + r and intermediate_size + m
+    multiples of 8
     (better 16), and hidden_size + r a multiple of the heads, run and export best; this helper does not round to them.
     """
     require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")

@@ -1,6 +1,7 @@
 """Sweeps: methods x learning rates x seeds over one base run; resumable, one directory per run.
 
-The learning rate of a method is chosen on the validation split with the first seed; the other seeds then run at the chosen rate, and the table reports the test
+The learning rate of a method is chosen on the validation split with the first seed; the other seeds then run at the chosen rate, and the table
+reports the test
 split over all seeds, with the seeds' spread beside the differences between methods.
 """
 
@@ -89,8 +90,17 @@ def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdi
         return saved["result"]
     trained = train(run, workdir, console=console)
     test = _loss(run, "test", trained.model, trained)
-    result = {"validation_loss": trained.report["validation_loss"], "test_loss": test["loss"], "test_rows": int(test["rows"]), "test_tokens": int(test["tokens"])}
-    result |= {"seconds": trained.report["seconds"], "train_rows": trained.report["train_rows"], "train_rows_dropped": trained.report["train_rows_dropped"]}
+    result = {
+        "validation_loss": trained.report["validation_loss"],
+        "test_loss": test["loss"],
+        "test_rows": int(test["rows"]),
+        "test_tokens": int(test["tokens"]),
+    }
+    result |= {
+        "seconds": trained.report["seconds"],
+        "train_rows": trained.report["train_rows"],
+        "train_rows_dropped": trained.report["train_rows_dropped"],
+    }
     write_json(done, {"config": to_dict(run), "result": result})
     return result
 
@@ -102,15 +112,18 @@ def _page(plan: Sweep, result: dict[str, Any]) -> str:
         [
             f"# {plan.name}",
             "",
-            f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`; {run.model}, {run.train.dtype}, {run.train.steps} steps of {run.data.batch_size} rows, "
+            f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`; {run.model}, {run.train.dtype}, "
+            f"{run.train.steps} steps of {run.data.batch_size} rows, "
             f"prompt style {run.data.prompt_style}, loss on {'prompt and completion' if run.data.train_on_prompt else 'the completion only'}, "
             f"rows up to {run.data.lengths[-1]} tokens ({first['train_rows']} train rows, {first['train_rows_dropped']} longer ones left out).",
-            f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f} ({first['test_rows']} rows, {first['test_tokens']} target tokens).",
+            f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f} ({first['test_rows']} rows, "
+            f"{first['test_tokens']} target tokens).",
             f"The learning rate is chosen on validation with seed {plan.seeds[0]}; test columns are at the chosen rate.",
             "",
             markdown_table(shown, list(dict.fromkeys(k for row in shown for k in row))),
             "",
-            f"Command: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; device {env['device']}; jax {env['jax']}; {env['date']}.",
+            f"Command: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; device {env['device']}; "
+            f"jax {env['jax']}; {env['date']}.",
             "",
         ]
     )

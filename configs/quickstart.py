@@ -1,0 +1,17 @@
+"""The quickstart: zflora-minimal on SmolLM2-135M-Instruct, generated arithmetic word problems with worked answers.
+
+Command: make quickstart (or: zflora quickstart --workdir runs/quickstart). Rank 16 on a 576-wide, 1536-unit model: 592 and 1552 are multiples of 16.
+"""
+
+from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        model="smollm2-135m",
+        adapter=AdapterConfig("zflora-minimal", rank=16),
+        data=DataConfig(task="arithmetic", batch_size=8, lengths=(96, 104, 128)),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=5),
+        train=TrainConfig(steps=60, save_every=20, log_every=5),
+        eval=EvalConfig(limit=100, batch_size=25, max_new_tokens=56),
+    )

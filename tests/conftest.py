@@ -1,0 +1,78 @@
+"""Settings that every test runs under: CPU devices, strict dtypes and ranks; a tiny model whose outputs vary; perturbed adapters."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from zflora_jax import trees
+from zflora_jax.config import METHODS, AdapterConfig, preset
+from zflora_jax.llama import random_model
+from zflora_jax.model import Model
+
+TOLERANCE = 1e-5  # float32: max |dlogit| <= TOLERANCE * max |logit|. CONTRIBUTING.md: never relaxed to make a test pass.
+
+
+def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
+    """`tree` plus noise at every leaf: without it, zero blocks would hide a wrong sign, scale or place."""
+    rng = np.random.default_rng(seed)
+    return trees.map_with_names(lambda _, x: x + jnp.asarray(std * rng.standard_normal(x.shape), x.dtype), tree)
+
+
+def tiny_model(seed: int = 0, **changes: object) -> Model:
+    """A tiny Model whose kernels are large enough that greedy decoding does not settle on one token, and whose norm gains are not 1."""
+    model = random_model(preset("tiny").replace(**changes), jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+
+    def scaled(name: str, x: jax.Array) -> jax.Array:
+        if name.endswith("scale"):
+            return x + jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype)
+        return x * (5.0 if "layers" in name else 20.0)
+
+    model.params = trees.map_with_names(scaled, model.params)
+    return model
+
+
+def assert_logits_close(got: object, want: object) -> None:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    gap, scale = np.abs(got - want).max(), np.abs(want).max()
+    assert gap <= TOLERANCE * scale, f"max |dlogit| {gap:.3g} exceeds {TOLERANCE} x {scale:.3g}"
+
+
+def assert_trees_equal(got: trees.Tree, want: trees.Tree) -> None:
+    got_flat, want_flat = trees.flatten(got), trees.flatten(want)
+    assert got_flat.keys() == want_flat.keys()
+    for name, leaf in want_flat.items():
+        np.testing.assert_array_equal(np.asarray(got_flat[name]), np.asarray(leaf), err_msg=name)
+
+
+@pytest.fixture
+def tokens() -> jax.Array:
+    return jax.random.randint(jax.random.key(7), (3, 11), 0, 256, jnp.int32)
+
+
+def adapter_cases() -> list[AdapterConfig]:
+    """Every method, and the variants that take other paths through the code. alpha / rank is 1.5: a scale of 1 or a power of two would hide "
+    "mistakes."""
+    cases = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
+    cases += [AdapterConfig(m, rank=6, alpha=9.0, targets=t) for m in METHODS for t in ("attention", "mlp") if m != "full"]
+    cases += [AdapterConfig(m, rank=5, alpha=7.5, head_rank=16, mlp_rank=7, head_scores=s) for m in ("zflora-uniform", "ffba") for s in (True, False)]
+    cases += [AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"), AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k")]
+    return cases
+
+
+def case_id(adapter: AdapterConfig) -> str:
+    parts = [adapter.method, adapter.targets.replace("|", ""), "" if adapter.head_scores else "values", str(adapter.head_rank or "")]
+    return "-".join(p for p in parts if p and p != "all")

@@ -1,0 +1,250 @@
+"""What must hold for every method (design.md section 7), adapters perturbed first so that each test can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import adapter_cases, assert_logits_close, assert_trees_equal, case_id, perturb, tiny_model
+
+from zflora_jax import trees
+from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
+from zflora_jax.adapters.init import adapter_shapes, init_adapters
+from zflora_jax.adapters.methods import base_config, count_params, fused_config, plan
+from zflora_jax.config import METHODS, AdapterConfig, OptimConfig
+from zflora_jax.decode import generate_tokens
+from zflora_jax.llama import Llama, forward, init_cache
+from zflora_jax.model import param_shapes
+from zflora_jax.trainer import batch_loss, init_state, make_train_step
+
+CASES = adapter_cases()
+BY_METHOD = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
+WIDENED = [a for a in CASES if METHODS[a.method].in_place == "none"]
+every_case = pytest.mark.parametrize("adapter", CASES, ids=case_id)
+every_method = pytest.mark.parametrize("adapter", BY_METHOD, ids=case_id)
+every_widened = pytest.mark.parametrize("adapter", WIDENED, ids=case_id)
+
+
+@every_case
+def test_unchanged_at_step_0(adapter, tokens):
+    model = tiny_model()
+    adapters = init_adapters(jax.random.key(1), model, adapter)
+    np.testing.assert_array_equal(forward(model, tokens, adapter, adapters), forward(model, tokens))
+
+
+@every_case
+def test_every_block_matters(adapter, tokens):
+    """No leaf is dead: changing any one of them changes the logits. A leaf that did not would be counted, trained and exported for nothing."""
+    model = tiny_model(num_layers=3)  # the state is zero in the first layer, so its backward blocks act from the second on
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    before = forward(model, tokens, adapter, adapters)
+    for name, leaf in trees.flatten(adapters).items():
+        changed = trees.map_with_names(lambda n, x, name=name, leaf=leaf: leaf * 1.7 if n == name else x, adapters)
+        assert np.abs(np.asarray(forward(model, tokens, adapter, changed)) - np.asarray(before)).max() > 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("adapter", "scan"),
+    [(a, True) for a in CASES] + [(a, False) for a in BY_METHOD],
+    ids=lambda v: {True: "scan", False: "unrolled"}[v] if isinstance(v, bool) else case_id(v),
+)
+def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
+    model = tiny_model(scan_layers=scan, tie_word_embeddings=not scan)
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    adapted, fused = forward(model, tokens, adapter, adapters), fuse(model, adapter, adapters)
+    assert np.abs(np.asarray(adapted) - np.asarray(forward(model, tokens))).max() > 0.05 * np.abs(np.asarray(adapted)).max()
+    assert {n: x.shape for n, x in trees.flatten(fused.params).items()} == param_shapes(fused.config)
+    assert_logits_close(forward(fused, tokens), adapted)
+    assert_logits_close(forward(pack(fused), tokens), adapted)
+
+
+@every_widened
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
+def test_unfuse_returns_the_base_bit_for_bit(adapter, scan):
+    model = tiny_model(scan_layers=scan, tie_word_embeddings=False)
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    base, back = unfuse(fuse(model, adapter, adapters))
+    assert base.config == model.config
+    assert_trees_equal(base.params, model.params)
+    for name, leaf in trees.flatten(adapters).items():
+        np.testing.assert_allclose(trees.flatten(back)[name], leaf, rtol=3e-7, err_msg=name)  # s = 1.5: one rounding each way
+
+
+@pytest.mark.parametrize("adapter", [a for a in BY_METHOD if METHODS[a.method].in_place != "none"], ids=case_id)
+def test_merged_methods_refuse_unfuse_and_swap(adapter):
+    model = tiny_model()
+    fused = fuse(model, adapter, init_adapters(jax.random.key(1), model, adapter))
+    with pytest.raises(ValueError, match=r"cannot unfuse.*merged"):
+        unfuse(fused)
+    with pytest.raises(ValueError, match=r"cannot swap.*merged"):
+        swap(fused, {})
+
+
+@every_widened
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_swap_equals_fusing_anew(adapter, packed, tokens):
+    model = tiny_model()
+    first, second = (perturb(init_adapters(jax.random.key(1), model, adapter), seed) for seed in (1, 2))
+    want = fuse(model, adapter, second)
+    fused = fuse(model, adapter, first)
+    got = swap(pack(fused) if packed else fused, second)
+    assert_trees_equal(got.params, (pack(want) if packed else want).params)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
+    """In bfloat16 too, base blocks are the base's bits, and a merge is float32 addition with one rounding."""
+    model = tiny_model()
+    model.params = jax.tree.map(lambda x: x.astype(dtype), model.params)
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter), std=1e-3)
+    fused = fuse(model, adapter, adapters)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(fused.params))
+    if METHODS[adapter.method].in_place == "none":
+        assert_trees_equal(unfuse(fused)[0].params, model.params)
+    elif adapter.method == "lora":
+        a, b, w = (t["layers"]["attn"]["o"][n] for t, n in ((adapters, "lora_a"), (adapters, "lora_b"), (model.params, "kernel")))
+        exact = np.asarray(w, np.float64).reshape(a.shape[0], a.shape[1], -1) + 1.5 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+        got = np.asarray(fused.params["layers"]["attn"]["o"]["kernel"], np.float64).reshape(exact.shape)
+        half_ulp = {"float32": 2**-24, "bfloat16": 2**-8}[dtype]
+        assert np.all(np.abs(got - exact) <= 1.01 * half_ulp * np.abs(exact) + 1e-8)
+
+
+@every_case
+def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
+    model = tiny_model()
+    before = jax.tree.map(np.array, model.params)
+    state = init_state(perturb(init_adapters(jax.random.key(1), model, adapter)), OptimConfig(warmup_steps=0), 3)
+    start = jax.tree.map(np.array, state.adapters)
+    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool), "valid": jnp.ones(tokens.shape, bool)}
+    step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3, chunk=16)
+    state, metrics = step(model.params, state, batch)
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    assert_trees_equal(model.params, before)
+    for name, leaf in trees.flatten(state.adapters).items():
+        assert not np.array_equal(leaf, trees.flatten(start)[name]), f"{name} was not trained"
+    moments = {x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim}
+    assert moments <= set(adapter_shapes(model.config, adapter).values())
+
+
+@every_method
+def test_no_product_forms_a_base_gradient(adapter):
+    """The compiled step holds no matrix product whose result has the shape of a frozen base kernel's gradient."""
+    if adapter.method == "full":
+        return
+    model = tiny_model(num_layers=1, scan_layers=False)
+    state = jax.eval_shape(lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100))
+    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+    batch = {"tokens": tokens} | {name: jax.ShapeDtypeStruct((2, 24), bool) for name in ("loss_mask", "valid")}
+    step = make_train_step(model.config, adapter, OptimConfig(), 100, chunk=16)
+    shapes: set[tuple[int, ...]] = set()
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                shapes.add(tuple(sorted(equation.outvars[0].aval.shape)))
+            for value in equation.params.values():
+                for inner in value if isinstance(value, list | tuple) else [value]:
+                    if hasattr(inner, "eqns"):
+                        walk(inner)
+                    elif hasattr(inner, "jaxpr"):
+                        walk(inner.jaxpr)
+
+    walk(jax.make_jaxpr(step)(model.params, state, batch).jaxpr)
+    assert shapes, "no products found: the walk is broken"
+    kernels = {tuple(sorted(x.shape)) for name, x in trees.flatten(model.params).items() if "kernel" in name}
+    assert not shapes & kernels
+
+
+@every_method
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prefill_and_decode_equal_full_forward(adapter, side):
+    """Any batch and padding: each row alone without padding, the padded batch, and prefill + one token at a time agree."""
+    model = tiny_model()
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    llama, variables = Llama(model.config, adapter), {"params": model.params, "adapters": adapters}
+    rng, length = np.random.default_rng(0), 12
+    rows = [rng.integers(0, 256, n).astype(np.int32) for n in (12, 5, 1)]
+    tokens, valid = np.zeros((3, length), np.int32), np.zeros((3, length), bool)
+    for i, row in enumerate(rows):
+        span = slice(length - len(row), None) if side == "left" else slice(0, len(row))
+        tokens[i, span], valid[i, span] = row, True
+    batch = np.asarray(forward(model, tokens, adapter, adapters, valid))
+    for i, row in enumerate(rows):
+        assert_logits_close(batch[i][valid[i]], forward(model, row[None], adapter, adapters)[0])
+    if side == "left":
+        cache = init_cache(model.config, 3, length + 4, adapter)
+        split = 7
+        pieces = []
+        for start, stop in [(0, split), *((t, t + 1) for t in range(split, length))]:
+            logits, cache = llama.apply(variables, tokens[:, start:stop], valid[:, start:stop], cache)
+            pieces.append(logits)
+        assert_logits_close(np.concatenate(pieces, axis=1)[valid], batch[valid])
+
+
+@every_method
+def test_greedy_tokens_are_the_same_for_any_batch_size_and_for_adapted_full_forwards(adapter):
+    model = tiny_model()
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    fused = fuse(model, adapter, adapters)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 256, n).tolist() for n in (3, 17, 8, 1, 30)]
+    answers = [generate_tokens(fused, prompts, max_new_tokens=10, batch_size=size, stop=()) for size in (1, 2, 5)]
+    assert answers[0] == answers[1] == answers[2]
+    assert len({t for answer in answers[0] for t in answer}) > 5, "the model repeats itself; the comparison says little"
+    for prompt, answer in zip(prompts[:2], answers[0], strict=False):
+        sequence = list(prompt)
+        for token in answer:
+            assert int(np.argmax(forward(model, np.asarray([sequence], np.int32), adapter, adapters)[0, -1])) == token
+            sequence.append(token)
+
+
+@every_case
+def test_bad_adapters_refuse_to_fuse(adapter):
+    model = tiny_model()
+    adapters = init_adapters(jax.random.key(1), model, adapter)
+    flat = trees.flatten(adapters)
+    name = sorted(flat)[0]
+    for value, message in [(flat[name].at[(0,) * flat[name].ndim].set(jnp.nan), "NaN"), (flat[name][..., :-1], "shape")]:
+        with pytest.raises(ValueError, match=f"{name}.*{message}"):
+            fuse(model, adapter, trees.unflatten(flat | {name: value}))
+    with pytest.raises(ValueError, match=f"missing +{name}"):
+        fuse(model, adapter, trees.unflatten({k: v for k, v in flat.items() if k != name}))
+    with pytest.raises(ValueError, match="unexpected layers/attn/q/foward"):
+        fuse(model, adapter, trees.unflatten(flat | {"layers/attn/q/foward": flat[name]}))
+
+
+@every_case
+def test_counts_and_configs_are_two_way(adapter):
+    model = tiny_model()
+    config = model.config
+    assert trees.size(init_adapters(jax.random.key(0), model, adapter)) == count_params(config, adapter)
+    assert base_config(fused_config(config, adapter), adapter) == config
+    p = plan(config, adapter)
+    assert (p.residual, p.heads, p.mlp) == tuple(
+        getattr(fused_config(config, adapter), n) - getattr(config, n) for n in ("hidden_size", "head_dim", "intermediate_size")
+    )
+
+
+def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
+    """At step 0 the random blocks have no gradient yet (what reads them is zero) and the zero blocks have one: training can start."""
+    model, adapter = tiny_model(num_layers=3), AdapterConfig("zflora-minimal", rank=6)
+    adapters = init_adapters(jax.random.key(1), model, adapter)
+    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool), "valid": jnp.ones(tokens.shape, bool)}
+    grads = jax.grad(lambda a: batch_loss(model.config, adapter, {"params": model.params, "adapters": a}, batch, 16)[0])(adapters)
+    for name, grad in trees.flatten(grads).items():
+        assert (np.abs(grad).max() > 0) == name.endswith("backward"), name
+
+
+def test_scale_is_on_backward_alone(tokens):
+    """s multiplies backward (and LoRA's B) and nothing else: halving alpha and doubling backward changes nothing."""
+    model = tiny_model()
+    for method in ("zflora-uniform", "lora"):
+        adapter = AdapterConfig(method, rank=6, alpha=9.0)
+        adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+        doubled = trees.map_with_names(lambda n, x: 2 * x if n.endswith(("backward", "lora_b")) else x, adapters)
+        halved = dataclasses.replace(adapter, alpha=4.5)
+        assert_logits_close(forward(model, tokens, halved, doubled), forward(model, tokens, adapter, adapters))

@@ -1,0 +1,147 @@
+"""PEFT directories: what the peft library computes with ours is what we compute, and what it writes we read; other settings are refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import perturb
+from test_hf_load import TOKENS, assert_close, hf_logits, hf_model
+
+from zflora_jax import trees
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.config import AdapterConfig, ConfigError
+from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import load_peft, save_peft
+from zflora_jax.llama import forward
+from zflora_jax.model import Model
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("base") / "model"
+    hf_model(head_dim=16).save_pretrained(path)
+    return load_model(path)
+
+
+def perturbed(base: Model, adapter: AdapterConfig) -> trees.Tree:
+    return perturb(init_adapters(jax.random.key(0), base, adapter), std=0.05)
+
+
+def adapted(base: Model, adapter: AdapterConfig, adapters: trees.Tree) -> np.ndarray:
+    return np.asarray(forward(base, jnp.asarray(TOKENS), adapter, adapters))
+
+
+@pytest.mark.parametrize("targets", ["all", "attention", "q|v", "down"])
+def test_peft_computes_what_we_do(targets: str, base: Model, tmp_path: Path) -> None:
+    adapter = AdapterConfig("lora", rank=4, alpha=6.0, targets=targets)
+    adapters = perturbed(base, adapter)
+    report = save_peft(tmp_path / "out", base, adapter, adapters)
+    expected = adapted(base, adapter, adapters)
+    theirs = peft.PeftModel.from_pretrained(hf_model(head_dim=16), tmp_path / "out").eval()
+    assert_close(hf_logits(theirs), expected)
+    assert np.abs(expected - hf_logits(hf_model(head_dim=16))).max() > 0.05 * np.abs(expected).max()
+    assert report["parameters"] == trees.size(adapters)
+
+    again, back = load_peft(tmp_path / "out", base)
+    assert again == adapter
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(adapters), strict=True))
+    apart = load_model(str(base.source), scan_layers=False)
+    assert trees.fingerprint(load_peft(tmp_path / "out", apart)[1]) == trees.fingerprint(adapters)
+
+
+def test_written_files(base: Model, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    adapter = AdapterConfig("lora", rank=2, targets="q|down")
+    model = Model(base.config, base.params, source="smollm2-135m")
+    adapters = trees.unstack_layers(perturbed(base, adapter), 2)
+    save_peft(tmp_path / "out", model, adapter, adapters)
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and settings["target_modules"] == ["down_proj", "q_proj"]
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"], settings["task_type"]) == (2, 4, "LORA", "CAUSAL_LM")
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "np") as file:
+        shape = file.get_slice("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight").get_shape()
+        assert file.metadata() == {"format": "pt"} and len(list(file.keys())) == 8 and shape == [2, 80]
+    save_peft(tmp_path / "out", model, adapter, adapters)  # its own directory may be replaced
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"notes\.txt"):
+        save_peft(tmp_path / "out", model, adapter, adapters)
+    with pytest.raises(ConfigError, match="save_hf"):
+        save_peft(tmp_path / "other", base, AdapterConfig("zflora-minimal"), {})
+    adapters["layers_0"]["attn"]["q"]["lora_a"] = adapters["layers_0"]["attn"]["q"]["lora_a"].at[0, 0].set(np.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        save_peft(tmp_path / "other", base, adapter, adapters)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj", "gate_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
+        {"target_modules": r".*\.layers\.1\..*(k|up)_proj", "lora_alpha": 1},
+        {"target_modules": ["down_proj", "k_proj"], "layers_to_transform": [1], "rank_pattern": {"k_proj": 8}, "use_rslora": True},
+        {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+    ],
+)
+def test_we_read_what_peft_writes(settings: dict[str, Any], base: Model, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**({"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM"} | settings))
+    theirs = peft.get_peft_model(hf_model(head_dim=16), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "out")
+    adapter, adapters = load_peft(tmp_path / "out", base)
+    assert adapter.method == "lora"
+    assert_close(adapted(base, adapter, adapters), hf_logits(theirs))
+
+
+def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_path: Path) -> None:
+    adapter = AdapterConfig("lora", rank=2, targets="q")
+    save_peft(tmp_path / "out", base, adapter, perturbed(base, adapter))
+    path = tmp_path / "out" / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for key, value in {
+        **{
+            "peft_type": "IA3",
+            "use_dora": True,
+            "bias": "all",
+            "modules_to_save": ["lm_head"],
+            "fan_in_fan_out": True,
+            "init_lora_weights": "pissa_niter_4",
+        },
+        **{"target_modules": ["c_attn"], "rank_pattern": {"^q_proj": 4}, "alpha_pattern": {"o_proj": 4}, "r": 0, "lora_bias": True},
+    }.items():
+        path.write_text(json.dumps(good | {key: value}))
+        with pytest.raises(ConfigError, match="r=0" if key == "r" else key):
+            load_peft(tmp_path / "out", base)
+    path.write_text(json.dumps(good | {"new_in_peft_9": 1, "another": None}))
+    with pytest.warns(UserWarning, match="another, new_in_peft_9"):
+        load_peft(tmp_path / "out", base)
+    path.write_text(json.dumps(good | {"r": 3}))
+    with pytest.raises(CheckpointError, match=r"lora_A.*\(2, 48\), expected \(3, 48\)"):
+        load_peft(tmp_path / "out", base)
+    path.write_text(json.dumps(good | {"target_modules": ["q_proj", "v_proj"]}))
+    with pytest.raises(CheckpointError, match=r"missing .*v_proj\.lora_A"):
+        load_peft(tmp_path / "out", base)
+    path.write_text(json.dumps(good | {"layers_to_transform": 0}))
+    with pytest.raises(CheckpointError, match=r"unexpected .*layers\.1"):
+        load_peft(tmp_path / "out", base)
+    path.write_text(json.dumps(good))
+    (tmp_path / "out" / "adapter_model.safetensors").rename(tmp_path / "out" / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="safe_serialization"):
+        load_peft(tmp_path / "out", base)
+    with pytest.raises(CheckpointError, match="no PEFT directory"):
+        load_peft(tmp_path / "nowhere", base)

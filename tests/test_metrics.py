@@ -1,0 +1,124 @@
+import json
+import struct
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zflora_jax import metrics
+from zflora_jax.metrics import MetricWriter, read_metrics
+
+
+def _lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _events(workdir):
+    """TensorBoard events in the order written: TFRecords of length, crc, data, crc."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            yield Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+
+
+def test_records_are_on_disk_at_once_and_exact(tmp_path):
+    with MetricWriter(tmp_path / "run", total_steps=3, console=False) as writer:
+        writer.write(1, "train", {"loss": jnp.float32(0.1), "tokens": np.int64(7)})
+        assert _lines(tmp_path / "run") == [{"step": 1, "split": "train", "loss": float(np.float32(0.1)), "tokens": 7.0}]
+        writer.write(1, "eval", {"loss": float("nan")})
+        assert _lines(tmp_path / "run")[1] == {"step": 1, "split": "eval", "loss": None}
+    writer.close()  # twice is fine
+    scalars = [(e.step, v.tag) for e in _events(tmp_path / "run") for v in e.summary.value]
+    assert scalars == [(1, "train/loss"), (1, "train/tokens"), (1, "eval/loss")]
+
+
+def _run(workdir, start, stop):
+    with MetricWriter(workdir, total_steps=9, console=False, start_step=start) as writer:
+        for step in range(start + 1, stop + 1):
+            writer.write(step, "train", {"loss": step / 10})
+            if step % 3 == 0:
+                writer.write(step, "eval", {"loss": step / 20})
+
+
+def test_resume_equals_an_uninterrupted_run(tmp_path):
+    _run(tmp_path / "whole", 0, 9)
+    _run(tmp_path / "resumed", 0, 8)  # killed after step 8, checkpoint at 6
+    with open(tmp_path / "resumed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "spl')
+    _run(tmp_path / "resumed", 6, 9)
+    assert (tmp_path / "resumed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    starts = [e.step for e in _events(tmp_path / "resumed") if e.HasField("session_log")]
+    assert starts == [0, 7]  # TensorBoard hides earlier events of steps >= 7
+
+
+def test_a_run_from_the_start_drops_an_older_file(tmp_path):
+    _run(tmp_path, 0, 4)
+    _run(tmp_path, 0, 1)
+    assert _lines(tmp_path) == [{"step": 1, "split": "train", "loss": 0.1}]
+
+
+def test_resume_refuses_a_damaged_file_and_keeps_it(tmp_path):
+    _run(tmp_path, 0, 4)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"step": 2', "{step: 2", 1))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="line 2: not a metrics record"):
+        MetricWriter(tmp_path, total_steps=9, console=False, start_step=3)
+    assert path.read_bytes() == before
+
+
+def test_read_metrics_lets_the_last_record_of_a_step_count(tmp_path):
+    path = tmp_path / "m.jsonl"
+    records = ['{"step": 1, "split": "train", "loss": 3}', '{"step": 1, "split": "eval", "loss": 2}', '{"step": 1, "split": "train", "loss": 1}']
+    path.write_text("\n".join([*records, '{"st']))
+    assert read_metrics(path) == [{"step": 1, "split": "train", "loss": 1}, {"step": 1, "split": "eval", "loss": 2}]
+
+
+def test_names_of_the_record_itself_are_refused(tmp_path):
+    with MetricWriter(tmp_path, total_steps=1, console=False) as writer, pytest.raises(ValueError, match=r"\['step'\] are taken"):
+        writer.write(1, "train", {"step": 2.0})
+
+
+def test_progress_is_periodic_lines_when_stdout_is_no_terminal(tmp_path, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    with MetricWriter(tmp_path, total_steps=40) as writer:
+        for step in range(1, 41):
+            writer.progress(step, loss=1 / step, tokens_per_s=1234.5)
+            now[0] += 1.0
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/40  loss 1.0000  1,234 tokens/s",
+        "step 11/40  loss 0.0909  1,234 tokens/s  ETA 0:00:29",
+        "step 21/40  loss 0.0476  1,234 tokens/s  ETA 0:00:19",
+        "step 31/40  loss 0.0323  1,234 tokens/s  ETA 0:00:09",
+        "step 40/40  loss 0.0250  1,234 tokens/s  ETA 0:00:00",
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(KeyboardInterrupt), MetricWriter(tmp_path, total_steps=4, start_step=2) as writer:
+        writer.progress(3, loss=0.5, tokens_per_s=2000.0)
+        raise KeyboardInterrupt
+    out = capsys.readouterr().out
+    assert "3/4" in out and "loss 0.5000  2,000 tokens/s" in out
+    assert "\x1b[?25h" in out  # the cursor is shown again
+
+
+def test_console_false_prints_nothing(tmp_path, capsys):
+    with MetricWriter(tmp_path, total_steps=1, console=False) as writer:
+        writer.progress(1, loss=1.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_import_is_light():
+    code = "import sys, zflora_jax.metrics, zflora_jax.plots, zflora_jax.report; print({'rich', 'matplotlib', 'tensorboardX'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

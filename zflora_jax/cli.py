@@ -1,0 +1,176 @@
+"""The commands. Only wiring: every command calls one function of the package and prints what it returns."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.config import ConfigError, RunConfig, nearest, override
+
+EXIT_BAD_INPUT, EXIT_NON_FINITE = 2, 3
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
+    """Run a command. Returns 0, 2 for input that cannot be used (the message says what to change), 3 for a non-finite loss."""
+    args = _parser(prog).parse_args(argv)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("zflora_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:  # ConfigError and the loaders' errors are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RuntimeError as error:
+        from zflora_jax.trainer import NonFiniteError
+
+        if not isinstance(error, NonFiniteError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NON_FINITE
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+    return 0
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="zFLoRA in JAX: train adapters, fuse them, decode, export.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, e.g. --set train.steps=50 adapter.rank=16"
+        )
+
+    sub = command("train", _train, "Train an adapter, or resume the run that the workdir holds.")
+    sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config() -> RunConfig, e.g. configs/quickstart.py")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: config, checkpoints, metrics, report")
+    overrides(sub)
+
+    sub = command("eval", _eval, "Held-out loss and exact match on generated answers; one record per example is kept.")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="DIR", help="evaluate what this run has trained, fused")
+    source.add_argument("--model", metavar="MODEL", help="evaluate a model: a Hugging Face directory, hub id, .gguf file or smollm2-135m")
+    sub.add_argument("--tasks", metavar="A,B", help="tasks to evaluate (default: the run's own task)")
+    sub.add_argument("--limit", type=int, metavar="N", help="examples per task (default: the run's eval.limit)")
+    sub.add_argument("--out", metavar="DIR", help="where to write results (default: WORKDIR/eval, or runs/eval with --model)")
+    overrides(sub)
+
+    sub = command("export", _export, "Write a trained run for other software: a fused Hugging Face directory, or a PEFT adapter directory (LoRA).")
+    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--out", required=True, metavar="DIR", help="a new directory, or an earlier export to replace")
+    sub.add_argument("--format", choices=["hf", "peft"], default="hf")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as trained)")
+
+    sub = command("sweep", _sweep, "Run methods x learning rates x seeds and write a table. Finished runs are not repeated.")
+    sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_sweep() -> Sweep")
+    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--out", default="results", metavar="DIR", help="where the table and its JSON go (default: results)")
+    overrides(sub)
+
+    sub = command("quickstart", _quickstart, "The whole path on SmolLM2-135M: train, evaluate, fuse, check, decode, export, report.")
+    sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
+    sub.add_argument("--config", default="configs/quickstart.py", metavar="FILE")
+    overrides(sub)
+    return parser
+
+
+def load_config(path: str, function: str) -> Any:
+    """Call `function` of the Python file at `path`. ConfigError if the file or the function is missing."""
+    file = Path(path)
+    if not file.is_file():
+        found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise ConfigError(f"config file {path} does not exist. {nearest(path, found) if found else 'Give the path of a Python file.'}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ConfigError(f"{path} has no function {function}().")
+    return getattr(module, function)()
+
+
+def _changes(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ConfigError(f"--set {pair!r}: expected KEY=VALUE, e.g. train.steps=50.")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _run_config(args: argparse.Namespace) -> RunConfig:
+    return override(load_config(args.config, "get_config"), _changes(args.set))
+
+
+def print_table(values: dict[str, Any], title: str) -> None:
+    """Print the scalars of `values` as two columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in values.items():
+        if isinstance(value, str | int | float) or value is None:
+            shown = (
+                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else str(value)
+            )
+            table.add_row(key, shown)
+    Console().print(table)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from zflora_jax.run import train
+
+    print_table(train(_run_config(args), args.workdir).report, f"trained in {args.workdir}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from zflora_jax.checkpoint import read_config
+    from zflora_jax.hf.load import load_model
+    from zflora_jax.run import evaluate, load_fused
+
+    changes = _changes(args.set) | ({} if args.limit is None else {"eval.limit": args.limit})
+    run = override(read_config(args.workdir) if args.workdir else RunConfig(model=args.model), changes)
+    model, label = load_fused(args.workdir) if args.workdir else (load_model(args.model, dtype=run.train.dtype), "model")
+    for task in (args.tasks or run.data.task).split(","):
+        one = override(run, {"data.task": task})
+        out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval")) / f"{task}-{one.eval.split}-{label}"
+        print_table(evaluate(one, model, out=out), f"{task} ({one.eval.split}), written to {out}.json")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from zflora_jax.run import export_run
+
+    print_table(export_run(args.workdir, args.out, format=args.format, dtype=args.dtype), f"exported to {args.out}")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from zflora_jax.sweeps import sweep
+
+    plan = load_config(args.config, "get_sweep")
+    plan = dataclasses.replace(plan, base=override(plan.base, _changes(args.set)))
+    for row in sweep(plan, args.workdir, args.out)["rows"]:
+        print_table(row, row["method"])
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from zflora_jax.quickstart import quickstart
+
+    print_table(quickstart(_run_config(args), args.workdir), f"quickstart, written to {args.workdir}/report.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

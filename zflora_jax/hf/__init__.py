@@ -1,0 +1,1 @@
+"""Hugging Face directories, GGUF files and PEFT adapters: read into native trees, written from them."""

@@ -1,0 +1,152 @@
+"""config.json <-> LlamaConfig, in the spellings of transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zflora_jax.config import ConfigError, LlamaConfig, RopeScaling, from_dict, require
+
+# What this Llama has no code for: key -> values that leave the forward as it is. Everything else a config.json may carry is bookkeeping.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "quantization_config": (None, {}),
+    "sliding_window": (None, False),
+    "is_encoder_decoder": (False, None),
+}
+
+
+def from_hf_config(hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, rope: bool = True) -> LlamaConfig:
+    """The LlamaConfig of a config.json, with the stop tokens of generation_config.json where it names any (as transformers' generate does).
+
+    Raises ConfigError that names each feature the forward has no code for (biases, other activations and RoPE types, quantised weights, custom
+    modelling code, ...). Keys that do not change the forward are ignored. rope=False skips the RoPE settings: our exports keep them in zflora.json.
+    """
+    require("model_type" in hf, "config.json has no model_type; expected 'llama'.")
+    for key, allowed in _ONLY.items():
+        require(hf.get(key, allowed[-1]) in allowed, f"config.json: {key}={hf.get(key)!r} is not supported; only {' or '.join(map(repr, allowed))}.")
+    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
+    require("LlamaForCausalLM" in architectures, f"config.json: architectures={architectures!r} is not supported; only ['LlamaForCausalLM'].")
+    require(
+        "AutoModelForCausalLM" not in (hf.get("auto_map") or {}),
+        "config.json: auto_map names custom modelling code; only the stock Llama is supported.",
+    )
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        require(isinstance(hf.get(key), int), f"config.json: {key}={hf.get(key)!r}: expected a whole number.")
+
+    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    head_dim = hf.get("head_dim")
+    if head_dim is None:
+        require(
+            heads >= 1 and hidden % heads == 0,
+            f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no head_dim.",
+        )
+        head_dim = hidden // heads
+    theta, scaling = _rope(hf) if rope else (10000.0, None)
+    kv_heads = hf.get("num_key_value_heads")
+    values = {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": head_dim,
+        # Defaults below are those of transformers' LlamaConfig: what it assumes where the file is silent.
+        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
+        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "bos_token_id": _token(hf, generation, "bos_token_id", 1),
+        "eos_token_ids": _tokens(hf, generation),
+        "pad_token_id": _token(hf, generation, "pad_token_id", None),
+    }
+    return from_dict(LlamaConfig, values, "config.json")
+
+
+def _token(hf: Mapping[str, Any], generation: Mapping[str, Any] | None, key: str, default: int | None) -> int | None:
+    value = (generation or {}).get(key)
+    value = hf.get(key, default) if value is None else value
+    return None if value == -1 else value  # -1: older files' spelling of "none"
+
+
+def _tokens(hf: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Any]:
+    value = (generation or {}).get("eos_token_id")
+    value = hf.get("eos_token_id", 2) if value is None else value
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) as transformers 5 finds them: a non-empty rope_scaling wins over rope_parameters; a missing theta comes from the top."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    require(isinstance(rope, Mapping), f"config.json: rope_scaling={rope!r}: expected a table.")
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require(
+        rope.get("partial_rotary_factor", 1) == 1,
+        f"config.json: partial_rotary_factor={rope.get('partial_rotary_factor')!r} is not supported; only 1.",
+    )
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ConfigError(
+            f"config.json: rope_type {kind!r} is not supported; only 'default' and 'llama3' (and exports of this project, beside their zflora.json)."
+        )
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in fields if name not in rope]
+    require(not missing, f"config.json: rope_type 'llama3' needs {', '.join(missing)}.")
+    return theta, from_dict(RopeScaling, {name: rope[name] for name in fields}, "rope_scaling")
+
+
+def to_hf_config(config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """config.json of a stock LlamaForCausalLM with this config's widths, readable by transformers 4 and 5 alike.
+
+    config: stock widths (norm_dim and rope_dim None). dtype: of the stored tensors. rope: rope_scaling to write in place of the config's own.
+    """
+    if config.norm_dim is not None or config.rope_dim is not None:
+        raise ConfigError("config.json has no words for norm_dim and rope_dim; export with save_hf, which puts a fused model into stock form.")
+    if rope is None and (s := config.rope_scaling) is not None:
+        rope = {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_position_embeddings,
+        }
+    eos = config.eos_token_ids
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token_id,
+        "dtype": dtype,
+        "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "pad_token_id": config.pad_token_id,
+        "pretraining_tp": 1,
+        "rms_norm_eps": config.rms_norm_eps,
+        # Both spellings: transformers 4 reading a version-5 file silently falls back to theta 10000 and no scaling.
+        "rope_parameters": {"rope_theta": config.rope_theta, **(rope or {"rope_type": "default"})},
+        "rope_scaling": dict(rope) if rope else None,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }

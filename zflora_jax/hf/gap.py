@@ -1,0 +1,41 @@
+"""export_gap: how far the numbers of an export are from those of the model in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from zflora_jax.config import require
+from zflora_jax.hf.restore import load_stock
+from zflora_jax.llama import forward
+from zflora_jax.model import Model
+
+
+def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str] | Sequence[Sequence[int]] | np.ndarray) -> dict[str, float]:
+    """Logits of `model` in float32 against those of the export at `path`: the stored stock-form tensors, run in the dtype they
+    are stored in (float16 exports: the rounded tensors, in float32).
+
+    Args:
+      model: what was exported (not packed).
+      prompts: texts for the model's tokenizer, or int tokens [B, T].
+
+    Returns:
+      {"max_abs_dlogit", "mean_abs_dlogit", "logit_scale": largest |logit|, "top1_agreement": share of positions whose likeliest token agrees}.
+    """
+    import jax.numpy as jnp
+
+    export = load_stock(Path(path), model.config.scan_layers)
+    exact = Model(model.config.replace(dtype="float32"), model.params)
+    worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0
+    for row in prompts:
+        ids = model.tokenizer(row)["input_ids"] if isinstance(row, str) else row
+        tokens = jnp.asarray(np.asarray(ids, np.int32)[None])
+        a, b = np.asarray(forward(exact, tokens)), np.asarray(forward(export, tokens))
+        gap = np.abs(a - b)
+        worst, total, scale = max(worst, float(gap.max())), total + float(gap.sum(dtype=np.float64)), max(scale, float(np.abs(a).max()))
+        same, logits, positions = same + int((a.argmax(-1) == b.argmax(-1)).sum()), logits + gap.size, positions + tokens.size
+    require(positions > 0, "export_gap needs at least one prompt with at least one token.")
+    return {"max_abs_dlogit": worst, "mean_abs_dlogit": total / logits, "logit_scale": scale, "top1_agreement": same / positions}

