@@ -34,8 +34,8 @@ def read_config(workdir: str | Path) -> RunConfig:
         raise ConfigError(f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in another directory.") from None
 
 
-def claim(workdir: str | Path, run: RunConfig) -> None:
-    """Make `workdir` this run's, or check that it already is. ConfigError naming every setting that differs from the run found there."""
+def check_workdir(workdir: str | Path, run: RunConfig) -> None:
+    """ConfigError naming every setting of `run` that differs from the run found in `workdir`; a directory without a run is fine."""
     workdir = Path(workdir)
     if (workdir / "config.json").is_file():
         old, new = flatten(to_dict(read_config(workdir))), flatten(to_dict(run))
@@ -45,6 +45,12 @@ def claim(workdir: str | Path, run: RunConfig) -> None:
             raise ConfigError(f"{workdir} holds a run with another config:\n{rows}\nUse another --workdir, or the same settings to resume it.")
     elif (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to. Use another --workdir.")
+
+
+def claim(workdir: str | Path, run: RunConfig) -> None:
+    """Make `workdir` this run's: check it, then write its config.json. ConfigError also where it cannot be written."""
+    check_workdir(workdir, run)
+    workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", to_dict(run))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -67,8 +68,13 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             return value
         require(isinstance(value, dict), f"{name}={value!r}: expected a table of {hint.__name__} fields.")
         return from_dict(hint, value, name)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        require(math.isfinite(number), f"{name}={value!r}: expected a finite number.")
+        return number
     is_plain_int = isinstance(value, int) and not isinstance(value, bool)
     require(is_plain_int if hint is int else isinstance(value, hint), f"{name}={value!r}: expected {hint.__name__}, got {type(value).__name__}.")
     return value
@@ -76,11 +82,15 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 
 def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
     """Build the dataclass `cls` from a plain dict (nested for nested dataclasses). Raises ConfigError on unknown keys or wrong types."""
+    require(isinstance(values, dict), f"{name or cls.__name__}={values!r}: expected a table of {cls.__name__} fields.")
     hints = _hints(cls)
-    known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
-        if key not in known:
-            raise ConfigError(f"unknown key {f'{name}.{key}' if name else key!r}: {nearest(key, known)}.")
+        if key not in fields:
+            raise ConfigError(f"unknown key {f'{name}.{key}' if name else key!r}: {nearest(str(key), fields)}.")
+    for key, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        require(key in values or not required, f"{f'{name}.{key}' if name else key!r} is missing: {cls.__name__} has no default for it, so give it.")
     return cls(**{k: _coerce(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()})
 
 
@@ -114,7 +124,7 @@ def override(config: T, changes: dict[str, Any]) -> T:
         else:
             flat[head] = _coerce(_parse(value, hints[head]), hints[head], key)
     for head, inner in nested.items():
-        flat[head] = override(getattr(config, head), inner)
+        flat[head] = override(flat.get(head, getattr(config, head)), inner)
     return dataclasses.replace(config, **flat)  # type: ignore[type-var]
 
 
@@ -127,7 +137,7 @@ def _parse(value: Any, hint: Any) -> Any:
         return None if value == "None" and type(None) in options else value
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value  # _coerce then says what was expected
 
 
@@ -149,6 +159,8 @@ class RopeScaling:
             self.high_freq_factor > self.low_freq_factor > 0,
             f"rope_scaling: need high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and {self.low_freq_factor}.",
         )
+        original = self.original_max_position_embeddings
+        require(original >= 1, f"rope_scaling.original_max_position_embeddings={original}: must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -198,6 +210,9 @@ class LlamaConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; grouped-query attention needs whole groups.",
         )
+        for name in ("norm_dim", "rope_dim"):
+            width = getattr(self, name)
+            require(width is None or width >= 1, f"{name}={width}: must be at least 1, or None for all channels.")
         require(self.rotary_dim % 2 == 0, f"rope_dim={self.rotary_dim}: RoPE turns pairs of dims, so it must be even.")
         require(self.rotary_dim <= self.head_dim, f"rope_dim={self.rotary_dim} exceeds head_dim={self.head_dim}.")
         require(self.base_dim <= self.hidden_size, f"norm_dim={self.base_dim} exceeds hidden_size={self.hidden_size}.")
@@ -290,7 +305,7 @@ class AdapterConfig:
         require(self.method in METHODS, f"unknown adapter method {self.method!r}: {nearest(self.method, METHODS)}.")
         row = METHODS[self.method]
         require(self.rank >= 1, f"adapter.rank={self.rank}: must be at least 1 (use the base model itself to run without an adapter).")
-        require(self.alpha is None or self.alpha > 0, f"adapter.alpha={self.alpha}: must be positive, or None for 2 * rank.")
+        require(self.alpha is None or 0 < self.alpha < math.inf, f"adapter.alpha={self.alpha}: must be positive, or None for 2 * rank.")
         for name, widened, stream in (("mlp_rank", row.mlp, "MLP"), ("head_rank", row.heads, "heads")):
             width = getattr(self, name)
             if width is not None:
@@ -340,6 +355,7 @@ class DataConfig:
             f"data.lengths={list(self.lengths)}: expected increasing positive lengths, e.g. [128, 256].",
         )
         require(self.train_limit is None or self.train_limit >= 1, f"data.train_limit={self.train_limit}: must be at least 1, or None for all rows.")
+        require(self.seed >= 0, f"data.seed={self.seed}: must be at least 0.")
 
 
 @dataclass(frozen=True)
@@ -357,9 +373,13 @@ class OptimConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate}: must be positive.")
+        require(0 < self.learning_rate < math.inf, f"optim.learning_rate={self.learning_rate}: must be positive and finite.")
         require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must be at least 0.")
         require(0 <= self.final_lr_fraction <= 1, f"optim.final_lr_fraction={self.final_lr_fraction}: must be within 0..1.")
+        require(0 <= self.weight_decay < math.inf, f"optim.weight_decay={self.weight_decay}: must be at least 0.")
+        for name in ("b1", "b2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)}: a decay rate of Adam's averages, so at least 0 and below 1.")
+        require(self.eps > 0, f"optim.eps={self.eps}: must be positive.")
         require(self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm}: must be positive, or None to switch clipping off.")
 
 
@@ -380,6 +400,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "loss_chunk", "log_every", "keep"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1.")
+        require(self.seed >= 0, f"train.seed={self.seed}: must be at least 0.")
         for name in ("eval_every", "save_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}={value}: must be at least 1, or None for the end only.")

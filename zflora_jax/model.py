@@ -16,6 +16,7 @@ class Model:
     config: LlamaConfig. params: the `params` collection, a nested dict of arrays (see `param_shapes`).
     tokenizer: a transformers tokenizer, or None. source: where the weights came from (a directory, file or hub id), or None.
     adapter: for a fused model, the AdapterConfig it was fused from; None for a base model.
+    Treat it as immutable once used: what is derived from it (the packed form that decoding runs) is kept beside it.
     """
 
     config: LlamaConfig

@@ -17,7 +17,7 @@ from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params
-from zflora_jax.checkpoint import Checkpoints, claim, read_config
+from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, read_config
 from zflora_jax.config import ConfigError, RunConfig, nearest, require, to_dict
 from zflora_jax.data.pipeline import Encoded, encode_prompts, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example, load_examples
@@ -98,6 +98,7 @@ def train(run: RunConfig, workdir: str | Path, *, console: bool = True) -> Train
     config) and NonFiniteError when the loss stops being a number; the last checkpoint then is intact.
     """
     started = time.perf_counter()
+    check_workdir(workdir, run)  # before anything slow; it is claimed once model and data are known to be usable
     model = load_base(run)
     train_set = tokenize_examples(load_examples(run.data.task, "train", run.data), model.tokenizer, run.data)
     _, eval_set = held_out(run, model)

@@ -75,7 +75,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats with int32 counters; our own code also runs under "strict"
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-            adapters, norm, rate = optax.apply_updates(state.adapters, updates), optax.global_norm(grads), schedule(state.step)
+            adapters, norm, rate = optax.apply_updates(state.adapters, updates), optax.tree.norm(grads), schedule(state.step)
         metrics = {"loss": loss / jnp.maximum(tokens, 1.0), "tokens": tokens, "grad_norm": norm, "learning_rate": jnp.asarray(rate, jnp.float32)}
         return TrainState(state.step + 1, adapters, opt_state), metrics
 

@@ -41,10 +41,12 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     config = model.config
     heads = config.rotary_dim + plan(config, adapter).heads
     if heads != config.rotary_dim and heads not in SERVED_HEAD_DIMS:
+        advice = "no head_rank gives one that they run"
+        if config.rotary_dim < max(SERVED_HEAD_DIMS):
+            advice = f"head_rank={default_head_rank(config.rotary_dim)} is the smallest that they run"
         warnings.warn(
             f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside {SERVED_HEAD_DIMS}: transformers runs it, but "
-            f"attention kernels of servers "
-            f"may refuse it (vLLM's CPU build does); head_rank={default_head_rank(config.rotary_dim)} is the nearest that they run.",
+            f"attention kernels of servers may refuse it (vLLM's CPU build does); {advice}.",
             stacklevel=2,
         )
     shapes = kernel_shapes(config)

@@ -57,7 +57,7 @@ def target_kernels(targets: str) -> tuple[str, ...]:
         return named[targets]
     try:
         chosen = tuple(name for name in KERNELS if re.fullmatch(targets, name))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:  # "q{99999999999}" overflows
         raise ConfigError(
             f"adapter.targets={targets!r} is not a valid regex ({error}); use {nearest(targets, named)} or a regex such as 'q|v'."
         ) from None
@@ -197,9 +197,9 @@ def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
 def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
     """`adapter` with the rank (and with it every width left at None) whose parameter count is nearest to `budget`; its alpha / rank is kept.
 
-    ConfigError for method "full", and where even rank 1 is more than 1.5 x budget. Ranks that keep hidden_size + r and intermediate_size + m
-    multiples of 8
-    (better 16), and hidden_size + r a multiple of the heads, run and export best; this helper does not round to them.
+    ConfigError for method "full", and where no rank comes within a factor of 1.5 of the budget. Ranks that keep hidden_size + r and
+    intermediate_size + m multiples of 8 (better 16), and hidden_size + r a multiple of the heads, run and export best; this helper does not round to
+    them.
     """
     require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
     require(METHODS[adapter.method].in_place != "full", "method 'full' has no rank: it trains every base parameter.")
@@ -215,5 +215,10 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
         low, high = (middle, high) if count_params(config, at(middle)) < budget else (low, middle)
     best = min((at(low), at(high)), key=lambda a: abs(count_params(config, a) - budget))
     found = count_params(config, best)
-    require(found <= 1.5 * budget, f"method {adapter.method!r} needs at least {found:,} parameters here; a budget of {budget:,} cannot be met.")
+    bound = "needs at least" if found > budget else "reaches no more than"
+    require(
+        budget / 1.5 <= found <= 1.5 * budget,
+        f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget of {budget:,} cannot be met. Change mlp_rank, "
+        f"head_rank or targets.",
+    )
     return best

@@ -1,0 +1,196 @@
+"""Runs: training changes what it should, a killed run resumes bit for bit, bad states are refused. On a tiny model with real files on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from byte_tokenizer import byte_tokenizer
+from conftest import assert_logits_close, assert_trees_equal, tiny_model
+
+from zflora_jax import run as runs
+from zflora_jax import trees
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.checkpoint import Checkpoints, read_config
+from zflora_jax.config import METHODS, AdapterConfig, ConfigError, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, override
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import load_peft
+from zflora_jax.hf.save import save_hf
+from zflora_jax.llama import forward
+from zflora_jax.metrics import read_metrics
+from zflora_jax.trainer import NonFiniteError
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model directory with a byte tokenizer."""
+    model = tiny_model(num_layers=2, max_position_embeddings=512)
+    model.params = jax.tree.map(lambda x: x / 4, model.params)
+    model.tokenizer = byte_tokenizer()
+    path = tmp_path_factory.mktemp("base") / "model"
+    save_hf(path, model)
+    return str(path)
+
+
+@pytest.fixture
+def run(base_dir: str) -> RunConfig:
+    return RunConfig(
+        model=base_dir,
+        adapter=AdapterConfig("zflora-minimal", rank=4),
+        data=DataConfig(batch_size=4, accumulate=2, lengths=(256, 320), train_limit=40),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+        train=TrainConfig(steps=8, save_every=2, log_every=1, loss_chunk=128),
+        eval=EvalConfig(limit=4, batch_size=4, max_new_tokens=8),
+    )
+
+
+def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
+    return runs.train(run, workdir, console=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_exports(method, run, tmp_path):
+    run = override(run, {"adapter.method": method, "train.steps": 6})
+    trained = quiet_train(run, tmp_path / "run")
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    assert losses[-1] < losses[0] - 0.05
+    report = runs.export_run(tmp_path / "run", tmp_path / "out")
+    assert report["top1_agreement"] == 1.0 and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
+    tokens = np.asarray([[5, 6, 7, 8]], np.int32)
+    assert_logits_close(
+        forward(load_model(str(tmp_path / "out")), tokens), forward(trained.model, tokens, run.adapter, trained.adapters)
+    )
+    result = runs.evaluate(run, runs.load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False)
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert len(rows) == result["rows"] == 4 and 0 <= result["accuracy"] <= 1
+    assert {"prompt", "output", "prediction", "answer", "correct"} <= rows[0].keys()
+
+
+def test_the_loss_does_not_depend_on_accumulation(run, tmp_path):
+    """Micro-batches hold different numbers of target tokens; a mean of means would differ."""
+    losses = []
+    for accumulate in (1, 2, 4):
+        quiet_train(override(run, {"data.accumulate": accumulate}), tmp_path / str(accumulate))
+        losses.append([r["loss"] for r in read_metrics(tmp_path / str(accumulate) / "metrics.jsonl") if r["split"] == "train"])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+
+
+def state_of(workdir: Path, run: RunConfig, model: runs.Model) -> trees.Tree:
+    with Checkpoints(workdir, create=False) as checkpoints:
+        state, _ = checkpoints.restore(jax.eval_shape(lambda: runs._fresh_state(run, model)))
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes]:
+    """`run` trained by a process of its own under the settings of conftest.py."""
+    program = "import sys, json, conftest; from zflora_jax import run, config; run.train(config.from_dict(config.RunConfig, json.loads(sys.argv[1])), sys.argv[2])"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, json.dumps(dataclasses.asdict(run)), str(workdir)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
+    """kill -9 during training, twice; then to the end. Parameters, optimizer state and every logged loss are those of one run."""
+    run = override(run, {"train.steps": 12, "train.keep": 3})
+    quiet_train(run, tmp_path / "whole")
+    for at_least in (3, 7):
+        process = train_in_subprocess(run, tmp_path / "killed")
+        metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and any(r["step"] >= at_least for r in read_metrics(metrics)):
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, f"ended before it could be killed: {process.stdout.read().decode()[-2000:]}"  # type: ignore[union-attr]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = train_in_subprocess(run, tmp_path / "killed")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()[-2000:]
+    resumed_from = json.loads((tmp_path / "killed" / "report.json").read_text())["resumed_from"]
+    assert 2 <= resumed_from < 12
+    model = runs.load_base(run)
+    assert_trees_equal(state_of(tmp_path / "killed", run, model), state_of(tmp_path / "whole", run, model))
+    losses = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / w / "metrics.jsonl") if r["split"] == "train"] for w in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def test_a_finished_run_is_loaded_not_trained(run, tmp_path, caplog):
+    first = quiet_train(run, tmp_path)
+    caplog.set_level("INFO", logger="zflora_jax")
+    again = quiet_train(run, tmp_path)
+    assert_trees_equal(again.adapters, first.adapters)
+    assert again.report["resumed_from"] == 8 and "is finished" in caplog.text
+
+
+def test_another_config_is_refused_and_nothing_is_lost(run, tmp_path):
+    first = quiet_train(run, tmp_path)
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.01 there, 0\.002 now"):
+        quiet_train(override(run, {"optim.learning_rate": 2e-3}), tmp_path)
+    assert read_config(tmp_path) == run
+    assert_trees_equal(quiet_train(override(run, {"eval.limit": 2, "train.log_every": 3}), tmp_path).adapters, first.adapters)
+
+
+def test_another_base_is_refused(run, base_dir, tmp_path):
+    quiet_train(run, tmp_path / "run")
+    model = load_model(base_dir)
+    model.params["final_norm"]["scale"] = model.params["final_norm"]["scale"] * 1.01
+    save_hf(tmp_path / "other", model)
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace(base_dir, str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="was trained on another base"):
+        runs.load_run(tmp_path / "run")
+
+
+def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(run, tmp_path, monkeypatch):
+    """A batch that makes the loss NaN at step 6: steps 1 to 5 were good, step 4 was saved."""
+    real = runs.make_train_step
+
+    def poisoned(*args, **kwargs):
+        step = real(*args, **kwargs)
+
+        def run_step(params, state, batch):
+            if int(state.step) == 5:
+                params = trees.map_with_names(lambda name, x: x * np.float32("nan") if name == "final_norm/scale" else x, params)
+            return step(params, state, batch)
+
+        return run_step
+
+    monkeypatch.setattr(runs, "make_train_step", poisoned)
+    with pytest.raises(NonFiniteError, match="loss is nan at step 6"):
+        quiet_train(run, tmp_path)
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, create=False) as checkpoints:
+        assert checkpoints.latest == 4
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(runs.load_run(tmp_path)[2]))
+    assert quiet_train(run, tmp_path).report["resumed_from"] == 4
+
+
+def test_lora_run_exports_to_peft_and_back(run, base_dir, tmp_path):
+    run = override(run, {"adapter.method": "lora", "train.steps": 4})
+    trained = quiet_train(run, tmp_path / "run")
+    runs.export_run(tmp_path / "run", tmp_path / "peft", format="peft")
+    adapter, adapters = load_peft(tmp_path / "peft", load_model(base_dir))
+    assert adapter.scale == run.adapter.scale
+    assert_trees_equal(adapters, trained.adapters)
+
+
+def test_bfloat16_run_trains_float32_adapters(run, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes dtypes in bfloat16
+        trained = quiet_train(override(run, {"train.dtype": "bfloat16", "train.remat": True}), tmp_path)
+        assert all(x.dtype == np.float32 for x in jax.tree.leaves(trained.adapters))
+        assert all(str(x.dtype) == "bfloat16" for x in jax.tree.leaves(fuse(trained.model, run.adapter, trained.adapters).params))
+    losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
+    assert losses[-1] < losses[0]
