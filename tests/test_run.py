@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -68,9 +70,7 @@ def test_every_method_learns_and_exports(method, run, tmp_path):
     report = runs.export_run(tmp_path / "run", tmp_path / "out")
     assert report["top1_agreement"] == 1.0 and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
     tokens = np.asarray([[5, 6, 7, 8]], np.int32)
-    assert_logits_close(
-        forward(load_model(str(tmp_path / "out")), tokens), forward(trained.model, tokens, run.adapter, trained.adapters)
-    )
+    assert_logits_close(forward(load_model(str(tmp_path / "out")), tokens), forward(trained.model, tokens, run.adapter, trained.adapters))
     result = runs.evaluate(run, runs.load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False)
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert len(rows) == result["rows"] == 4 and 0 <= result["accuracy"] <= 1
@@ -94,9 +94,12 @@ def state_of(workdir: Path, run: RunConfig, model: runs.Model) -> trees.Tree:
 
 
 def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes]:
-    """`run` trained by a process of its own under the settings of conftest.py."""
-    program = "import sys, json, conftest; from zflora_jax import run, config; run.train(config.from_dict(config.RunConfig, json.loads(sys.argv[1])), sys.argv[2])"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    """`run` trained by a process of its own, compiled as users' runs are (conftest.py switches most optimizations off), on one device."""
+    program = (
+        "import sys, json; from zflora_jax import run, config; "
+        "run.train(config.from_dict(config.RunConfig, json.loads(sys.argv[1])), sys.argv[2], console=False)"
+    )
+    env = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-c", program, json.dumps(dataclasses.asdict(run)), str(workdir)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -104,9 +107,10 @@ def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     """kill -9 during training, twice; then to the end. Parameters, optimizer state and every logged loss are those of one run."""
-    run = override(run, {"train.steps": 12, "train.keep": 3})
-    quiet_train(run, tmp_path / "whole")
-    for at_least in (3, 7):
+    run = override(run, {"train.steps": 30, "train.keep": 3})
+    output, _ = train_in_subprocess(run, tmp_path / "whole").communicate(timeout=300)
+    assert (tmp_path / "whole" / "report.json").exists(), output.decode()[-2000:]
+    for at_least in (3, 9):
         process = train_in_subprocess(run, tmp_path / "killed")
         metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 240
         while process.poll() is None and time.monotonic() < deadline:
@@ -120,11 +124,11 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output.decode()[-2000:]
     resumed_from = json.loads((tmp_path / "killed" / "report.json").read_text())["resumed_from"]
-    assert 2 <= resumed_from < 12
+    assert 2 <= resumed_from < 30
     model = runs.load_base(run)
     assert_trees_equal(state_of(tmp_path / "killed", run, model), state_of(tmp_path / "whole", run, model))
     losses = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / w / "metrics.jsonl") if r["split"] == "train"] for w in ("whole", "killed")]
-    assert losses[0] == losses[1] and len(losses[0]) == 12
+    assert losses[0] == losses[1] and len(losses[0]) == 30
 
 
 def test_a_finished_run_is_loaded_not_trained(run, tmp_path, caplog):
@@ -194,3 +198,56 @@ def test_bfloat16_run_trains_float32_adapters(run, tmp_path):
         assert all(str(x.dtype) == "bfloat16" for x in jax.tree.leaves(fuse(trained.model, run.adapter, trained.adapters).params))
     losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
     assert losses[-1] < losses[0]
+
+
+def test_other_data_is_refused(run, tmp_path):
+    """A run on a JSON file that has changed since does not go on with it in silence."""
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"} for i in range(40)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.json").write_text(json.dumps(rows))
+    run = override(run, {"data.task": "json", "data.data_dir": str(tmp_path / "data"), "train.steps": 4})
+    quiet_train(run, tmp_path / "run")
+    rows[3]["output"] = "something else"
+    (tmp_path / "data" / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(ConfigError, match="was trained on another data"):
+        quiet_train(run, tmp_path / "run")
+
+
+def test_two_processes_on_one_workdir(run, tmp_path):
+    with locked_by_another_process(tmp_path), pytest.raises(ConfigError, match="is being trained by another process"):
+        quiet_train(run, tmp_path)
+
+
+@contextmanager
+def locked_by_another_process(workdir: Path):
+    program = "import sys, time; from zflora_jax.checkpoint import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    env = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    with subprocess.Popen([sys.executable, "-c", program, str(workdir)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"  # type: ignore[union-attr]
+        yield
+        process.stdin.close()  # type: ignore[union-attr]
+
+
+def test_a_damaged_checkpoint_names_the_remedy(run, tmp_path):
+    quiet_train(run, tmp_path)
+    for file in (tmp_path / "checkpoints" / "8" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"checkpoints/8 cannot be read.*Remove that folder to go on from step 6"):
+        quiet_train(run, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    assert quiet_train(run, tmp_path).report["resumed_from"] == 6
+
+
+def test_an_export_with_widened_streams_is_no_base(run, tmp_path):
+    quiet_train(override(run, {"train.steps": 3}), tmp_path / "run")
+    runs.export_run(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(ConfigError, match="zflora-minimal fused in"):
+        quiet_train(override(run, {"model": str(tmp_path / "out")}), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_bad_targets_claim_no_workdir(run, tmp_path):
+    with pytest.raises(ConfigError, match="matches no kernel"):
+        quiet_train(override(run, {"adapter.targets": "zzz"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

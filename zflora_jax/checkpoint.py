@@ -8,7 +8,10 @@ one.
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,17 @@ def claim(workdir: str | Path, run: RunConfig) -> None:
         raise ConfigError(f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may write to.") from None
 
 
+@contextmanager
+def locked(workdir: str | Path) -> Iterator[None]:
+    """Hold `workdir` for this process alone (an advisory lock that ends with the process). ConfigError if another process holds it."""
+    with open(Path(workdir) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{workdir} is being trained by another process. Wait for it to end, or use another --workdir.") from None
+        yield
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager. Saving is atomic: a checkpoint is complete or is not seen."""
 
@@ -79,10 +93,23 @@ class Checkpoints:
             self._manager.save(step, args=self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta)))
 
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """(state, meta) of the newest checkpoint, or of `step`. `like`: a TrainState of arrays or ShapeDtypeStructs."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like)
+        """(state, meta) of the newest checkpoint, or of `step`. ConfigError if it cannot be read.
+
+        like: a TrainState of arrays or ShapeDtypeStructs. Leaves without a sharding go to the first device, whatever devices the run was saved on.
+        """
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first), like)
         args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract), meta=self._ocp.args.JsonRestore())
-        found = self._manager.restore(self.latest if step is None else step, args=args)
+        step = self.latest if step is None else step
+        try:
+            found = self._manager.restore(step, args=args)
+        except Exception as error:  # orbax and tensorstore raise many types, with messages that name neither run nor remedy
+            older = [s for s in self._manager.all_steps() if s != step]
+            remedy = (
+                f"Remove that folder to go on from step {max(older)}." if older else "It is the only one: start the run anew in another --workdir."
+            )
+            folder = Path(self._manager.directory) / str(step)
+            raise ConfigError(f"checkpoint {folder} cannot be read ({type(error).__name__}: {str(error)[:200]}). {remedy}") from error
         return found["state"], found["meta"]
 
     def __enter__(self) -> Checkpoints:

@@ -6,11 +6,14 @@ import argparse
 import dataclasses
 import importlib.util
 import logging
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from zflora_jax import config
 from zflora_jax.config import ConfigError, RunConfig, nearest, override
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE = 2, 3
@@ -72,20 +75,20 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     overrides(sub)
 
     sub = command("export", _export, "Write a trained run for other software: a fused Hugging Face directory, or a PEFT adapter directory (LoRA).")
-    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="the run to export")
     sub.add_argument("--out", required=True, metavar="DIR", help="a new directory, or an earlier export to replace")
-    sub.add_argument("--format", choices=["hf", "peft"], default="hf")
+    sub.add_argument("--format", choices=["hf", "peft"], default="hf", help="hf: the fused model (default); peft: LoRA adapters beside their base")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as trained)")
 
     sub = command("sweep", _sweep, "Run methods x learning rates x seeds and write a table. Finished runs are not repeated.")
     sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_sweep() -> Sweep")
-    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="where the runs live, one directory each")
     sub.add_argument("--out", default="results", metavar="DIR", help="where the table and its JSON go (default: results)")
     overrides(sub)
 
     sub = command("quickstart", _quickstart, "The whole path on SmolLM2-135M: train, evaluate, fuse, check, decode, export, report.")
-    sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
-    sub.add_argument("--config", default="configs/quickstart.py", metavar="FILE")
+    sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR", help="where run, export and report go (default: runs/quickstart)")
+    sub.add_argument("--config", default="configs/quickstart.py", metavar="FILE", help="a file with get_config() (default: configs/quickstart.py)")
     overrides(sub)
     return parser
 
@@ -95,14 +98,29 @@ def load_config(path: str, function: str) -> Any:
     file = Path(path)
     if not file.is_file():
         found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        raise ConfigError(f"config file {path} does not exist. {nearest(path, found) if found else 'Give the path of a Python file.'}")
+        raise ConfigError(f"config file {path} does not exist. {f'{nearest(path, found)}.' if found else 'Give the path of a Python file.'}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {path} is not a Python file; give a .py file with a function {function}().")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise ConfigError(f"{path} has no function {function}().")
-    return getattr(module, function)()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise ConfigError(f"{path} has no function {function}().")
+        return getattr(module, function)()
+    except ConfigError:
+        raise
+    except Exception as error:  # the file is the user's: say where in it, as for any other input
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == file.resolve()]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {error}. {_nearest_field(str(error))}") from error
+
+
+def _nearest_field(message: str) -> str:
+    """For Python's own message about a keyword that a config class lacks: the nearest one that it has."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    cls = getattr(config, found[1], None) if found else None
+    return f"{nearest(found[2], (f.name for f in dataclasses.fields(cls)))}." if found and dataclasses.is_dataclass(cls) else ""
 
 
 def _changes(pairs: list[str]) -> dict[str, str]:
@@ -113,7 +131,10 @@ def _changes(pairs: list[str]) -> dict[str, str]:
 
 
 def _run_config(args: argparse.Namespace) -> RunConfig:
-    return override(load_config(args.config, "get_config"), _changes(args.set))
+    run = load_config(args.config, "get_config")
+    if not isinstance(run, RunConfig):
+        raise ConfigError(f"get_config() of {args.config} returns {type(run).__name__}; it must return a zflora_jax.RunConfig.")
+    return override(run, _changes(args.set))
 
 
 def print_table(values: dict[str, Any], title: str) -> None:
@@ -158,9 +179,11 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from zflora_jax.sweeps import sweep
+    from zflora_jax.sweeps import Sweep, sweep
 
     plan = load_config(args.config, "get_sweep")
+    if not isinstance(plan, Sweep):
+        raise ConfigError(f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a zflora_jax.Sweep.")
     plan = dataclasses.replace(plan, base=override(plan.base, _changes(args.set)))
     for row in sweep(plan, args.workdir, args.out)["rows"]:
         print_table(row, row["method"])

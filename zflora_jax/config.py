@@ -61,7 +61,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{name}={value!r}: expected a list of {args[0].__name__}.")
+        require(isinstance(value, list | tuple), f"{name}={value!r}: expected a list of {args[0].__name__}, written as [{value}].")
         return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
@@ -88,9 +88,8 @@ def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
     for key in values:
         if key not in fields:
             raise ConfigError(f"unknown key {f'{name}.{key}' if name else key!r}: {nearest(str(key), fields)}.")
-    for key, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        require(key in values or not required, f"{f'{name}.{key}' if name else key!r} is missing: {cls.__name__} has no default for it, so give it.")
+    missing = [k for k, f in fields.items() if k not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    require(not missing, f"{name or cls.__name__} is incomplete or damaged: {', '.join(missing)} missing, and {cls.__name__} has no default for it.")
     return cls(**{k: _coerce(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()})
 
 

@@ -129,14 +129,16 @@ def decode(
     return jax.lax.while_loop(going, one_token, state).out
 
 
-_packed: weakref.WeakKeyDictionary[Model, Model] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
 
 
 def packed(model: Model) -> Model:
     """`model` packed for decode; kept as long as `model` lives, so that repeated calls do not pack again."""
-    if model not in _packed:
-        _packed[model] = pack(model)
-    return _packed[model]
+    if model.config.packed:
+        return model
+    if model not in _packed or _packed[model][0] is not model.params:
+        _packed[model] = model.params, pack(model)
+    return _packed[model][1]
 
 
 def padded_length(length: int) -> int:
@@ -164,6 +166,8 @@ def generate_tokens(
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
+    no_ids = any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts)
+    require(not no_ids, "prompts must be a list of prompts, each a list of token ids, e.g. [[1, 2], [3]]; `generate` takes a list of texts.")
     limit = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         require(len(prompt) > 0, f"prompt {i} is empty: generation needs at least one token (e.g. the BOS token).")

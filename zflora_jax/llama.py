@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, rope_tables
 from zflora_jax.model import Model
-from zflora_jax.trees import Tree
+from zflora_jax.trees import Tree, difference, flatten
 
 Stream = tuple[Array, Array | None]
 
@@ -234,6 +235,15 @@ class Llama(nn.Module):
             raise ValueError(
                 f"Llama has adapter method {self.adapter.method!r} but no `adapters` collection: apply({{'params': ..., 'adapters': ...}}, tokens)."
             )
+        if self.adapter is not None:
+            given = {name: leaf.shape for name, leaf in flatten(self.variables["adapters"]).items()}
+            expected = adapter_shapes(self.config, self.adapter)
+            if diff := difference(expected, given):
+                raise ValueError(f"the adapters are not those of {self.adapter}:\n{diff}")
+            if wrong := [n for n in expected if given[n] != expected[n]]:
+                raise ValueError(
+                    f"the adapters are not those of {self.adapter}: {wrong[0]} has shape {given[wrong[0]]}, expected {expected[wrong[0]]}."
+                )
         if self.adapter is None and present:
             raise ValueError(
                 "an `adapters` collection was given to a Llama without an adapter: pass Llama(config, adapter), or leave the collection out."
@@ -249,9 +259,13 @@ def random_model(config: LlamaConfig, key: Array) -> Model:
 def forward(
     model: Model, tokens: ArrayLike, adapter: AdapterConfig | None = None, adapters: Tree | None = None, valid: ArrayLike | None = None
 ) -> Array:
-    """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and config."""
+    """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and config.
+
+    Products are exact to the model's dtype on every device (GPUs and TPUs round float32 products to fewer bits unless told not to).
+    """
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
-    return _forward(model.config, adapter, variables, tokens, valid)
+    with jax.default_matmul_precision("highest"):
+        return _forward(model.config, adapter, variables, tokens, valid)
 
 
 @jax.jit(static_argnums=(0, 1))

@@ -26,17 +26,20 @@ def masked_cross_entropy(logits_fn: Callable[[Array], Array], hidden: Array, tok
     order = jnp.pad(jnp.argsort(~mask, stable=True), (0, chunks * chunk - positions)).reshape(chunks, chunk)
     live = (jnp.arange(chunks * chunk) < jnp.sum(mask)).reshape(chunks, chunk)
 
-    @jax.checkpoint
     def chunk_loss(rows: Array, wanted: Array, keep: Array) -> Array:
         logits = logits_fn(rows[None])[0]
         chosen = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
         return jnp.sum(jnp.where(keep, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0))
 
+    # checkpoint is outside cond: inside, cond would return the head among its residuals and scan would stack one copy of it per chunk.
+    @jax.checkpoint
+    def live_loss(rows: Array, wanted: Array, keep: Array) -> Array:
+        return jax.lax.cond(jnp.any(keep), chunk_loss, lambda *_: jnp.zeros((), jnp.float32), rows, wanted, keep)
+
     def body(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
         index, keep = inputs
         # The gather is outside cond, so that its transpose is one scatter per chunk and not a branch.
-        rows, wanted = x[index], targets[index]
-        return total + jax.lax.cond(jnp.any(keep), chunk_loss, lambda *_: jnp.zeros((), jnp.float32), rows, wanted, keep), None
+        return total + live_loss(x[index], targets[index], keep), None
 
     total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), (order, live))
     return total, jnp.sum(mask).astype(jnp.float32)

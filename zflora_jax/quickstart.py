@@ -10,7 +10,8 @@ import numpy as np
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.bench import decode_latency
-from zflora_jax.config import RunConfig, to_dict
+from zflora_jax.checkpoint import check_workdir
+from zflora_jax.config import ConfigError, RunConfig, to_dict
 from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.llama import forward
 from zflora_jax.metrics import METRICS_FILE
@@ -19,6 +20,7 @@ from zflora_jax.report import atomic_write, environment, markdown_table, write_j
 from zflora_jax.run import Trained, evaluate, export_run, held_out, load_base, train
 
 SAMPLES = 3
+FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}  # of the logit scale (design.md section 7); bfloat16 promises nothing
 
 
 def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     against adapted, on
     held-out rows), ttft/tpot_ms_base/fused and their spread, export_dir and the export's gaps, seconds in all and by part.
     """
-    workdir, started = Path(workdir), time.perf_counter()
+    workdir, started, env = Path(workdir), time.perf_counter(), environment()
     parts: dict[str, float] = {}
 
     def timed(name: str) -> None:
@@ -36,11 +38,12 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         if console:
             print(f"  {name}: {parts[name]:.0f} s", flush=True)
 
+    check_workdir(workdir, run)
     base = load_base(run)
     timed("load the model")
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)
     timed("evaluate the base")
-    trained = train(run, workdir, console=console)
+    trained = train(run, workdir, model=base, console=console)
     timed("train")
     fused = fuse(trained.model, run.adapter, trained.adapters)
     gap = _fused_gap(run, trained, fused)
@@ -67,7 +70,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "tpot_ms_base": latency["base"]["tpot_ms"],
         "tpot_ms_fused": latency["fused"]["tpot_ms"],
         "tpot_ratio": latency["fused"]["tpot_ms"] / latency["base"]["tpot_ms"],
-        "export_dir": "export",
+        "export_dir": str(workdir / "export"),
         "export_max_abs_dlogit": exported["max_abs_dlogit"],
         "export_top1_agreement": exported["top1_agreement"],
         "seconds": time.perf_counter() - started,
@@ -75,12 +78,16 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "latency": latency,
         "samples": [{"prompt": b["prompt"], "answer": b["answer"], "base": b["output"], "tuned": a["output"]} for b, a in _samples(workdir)],
         "config": to_dict(run),
-        "environment": environment(),
+        "environment": env,
     }
     write_json(workdir / "report.json", report)
     atomic_write(workdir / "report.md", _page(report).encode())
     if console:
         print(_samples_text(report))
+    allowed = FUSED_TOLERANCE[run.train.dtype]
+    if gap["max_abs_dlogit"] > allowed * gap["logit_scale"]:
+        gap_text = f"{gap['max_abs_dlogit']:.3g} at a logit scale of {gap['logit_scale']:.3g}"
+        raise ConfigError(f"fused and adapted logits differ by {gap_text}, more than {allowed:g} x scale; the report is in {workdir}.")
     return report
 
 

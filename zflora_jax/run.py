@@ -16,9 +16,9 @@ import jax
 from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.methods import count_base, count_params
-from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, read_config
-from zflora_jax.config import ConfigError, RunConfig, nearest, require, to_dict
+from zflora_jax.adapters.methods import count_base, count_params, plan
+from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, locked, read_config
+from zflora_jax.config import METHODS, ConfigError, RunConfig, nearest, require, to_dict
 from zflora_jax.data.pipeline import Encoded, encode_prompts, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example, load_examples
 from zflora_jax.evals import accuracy, generate_answers, held_out_loss
@@ -45,9 +45,16 @@ class Trained:
 
 
 def load_base(run: RunConfig) -> Model:
-    """The run's base model in its dtype, with its remat setting."""
+    """The run's base model in its dtype, with its remat setting; ConfigError where the run's settings do not fit it."""
     model = load_model(run.model, dtype=run.train.dtype)
+    if model.adapter is not None:
+        require(
+            METHODS[model.adapter.method].in_place != "none",
+            f"model {run.model!r} is an export with {model.adapter.method} fused in; an adapter on top of it could not be fused. Train on its base.",
+        )
+        model = Model(model.config, model.params, model.tokenizer, model.source)  # merged by addition: an ordinary base
     model.config = model.config.replace(remat=run.train.remat)
+    plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
     require(
         model.tokenizer is not None,
         f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.",
@@ -70,16 +77,14 @@ def load_run(workdir: str | Path) -> tuple[RunConfig, Model, Tree, int]:
     with Checkpoints(workdir, create=False) as checkpoints:
         require(checkpoints.latest is not None, f"{workdir} has no complete checkpoint yet; train it first.")
         state, meta = checkpoints.restore(jax.eval_shape(lambda: _fresh_state(run, model)))
-    _check_base(meta, trees.fingerprint(model.params), workdir)
+    _check_same(meta, "base", trees.fingerprint(model.params), workdir)
     return run, model, state.adapters, int(state.step)
 
 
-def _check_base(meta: dict[str, Any], fingerprint: str, workdir: str | Path) -> None:
-    if meta["base_fingerprint"] != fingerprint:
-        raise ConfigError(
-            f"{workdir} was trained on another base: fingerprint {meta['base_fingerprint'][:12]} there, {fingerprint[:12]} here. Load the "
-            f"base it was trained on."
-        )
+def _check_same(meta: dict[str, Any], name: str, fingerprint: str, workdir: str | Path) -> None:
+    if meta[f"{name}_fingerprint"] != fingerprint:
+        there, here = meta[f"{name}_fingerprint"][:12], fingerprint[:12]
+        raise ConfigError(f"{workdir} was trained on another {name}: fingerprint {there} there, {here} here. Restore it, or use another --workdir.")
 
 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Sequence[Example], Encoded]:
@@ -90,37 +95,51 @@ def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Se
     return examples, tokenize_examples(examples, model.tokenizer, run.data)
 
 
-def train(run: RunConfig, workdir: str | Path, *, console: bool = True) -> Trained:
+def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | None = None, console: bool = True) -> Trained:
     """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded and said to be finished.
 
+    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already (`load_base`).
     Writes config.json, checkpoints/, metrics.jsonl, tensorboard/ and report.json. Raises ConfigError for settings that cannot be used (also a
     `workdir` of another
-    config) and NonFiniteError when the loss stops being a number; the last checkpoint then is intact.
+    config, or one that another process is training) and NonFiniteError when the loss stops being a number; the last checkpoint then is intact.
     """
-    started = time.perf_counter()
-    check_workdir(workdir, run)  # before anything slow; it is claimed once model and data are known to be usable
-    model = load_base(run)
+    started, env = time.perf_counter(), environment()  # the commit that runs, not the one checked out when it ends
+    workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else workdir
+    check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
+    model = model or load_base(run)
     train_set = tokenize_examples(load_examples(run.data.task, "train", run.data), model.tokenizer, run.data)
     _, eval_set = held_out(run, model)
-    claim(workdir, run)
-    fingerprint = trees.fingerprint(model.params)
-    state, meta = _fresh_state(run, model), {"base_fingerprint": fingerprint}
+    state = _fresh_state(run, model)
+    meta = {"base_fingerprint": trees.fingerprint(model.params), "data_fingerprint": train_set.fingerprint()}
     steps, every = run.train.steps, run.train
     step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk)
+    claim(workdir, run)
+    spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
 
-    with Checkpoints(workdir, run.train.keep) as checkpoints:
+    def evaluate_loss(adapters: Tree) -> dict[str, float]:
+        return held_out_loss(
+            model, eval_set, run.data, adapter=run.adapter, adapters=adapters, batch_size=_micro_batch(run), chunk=run.train.loss_chunk
+        )
+
+    with locked(workdir), Checkpoints(workdir, run.train.keep) as checkpoints:
         if checkpoints.latest is not None:
             state, saved = checkpoints.restore(state)
-            _check_base(saved, fingerprint, workdir)
-            log.info("%s %s from step %d", workdir, "is finished: loaded" if int(state.step) >= steps else "resumes", int(state.step))
+            for name in ("base", "data"):
+                _check_same(saved, name, meta[f"{name}_fingerprint"], workdir)
+            spent = saved["seconds"]
+            finished = int(state.step) >= steps
+            log.info(
+                "%s %s", workdir, f"is finished ({steps} steps): nothing to train" if finished else f"resumes from step {int(state.step)} of {steps}"
+            )
         first = int(state.step)
         with MetricWriter(workdir, steps, console=console, start_step=first) as writer:
-            clock = {"time": time.perf_counter(), "tokens": 0.0}
+            clock = time.perf_counter()
 
             def on_metrics(step: int, metrics: dict[str, float]) -> None:
+                nonlocal clock
                 now = time.perf_counter()
-                rate = metrics["tokens"] / max(now - clock["time"], 1e-9)
-                clock["time"] = now
+                rate = metrics["tokens"] / max(now - clock, 1e-9)
+                clock = now
                 writer.progress(step, loss=metrics["loss"], tokens_per_s=rate)
                 if step % every.log_every == 0 or step in (1, steps):
                     writer.write(step, "train", metrics | {"target_tokens_per_s": rate})
@@ -129,27 +148,20 @@ def train(run: RunConfig, workdir: str | Path, *, console: bool = True) -> Train
                 return step == steps or (period is not None and step % period == 0)
 
             def on_due(step: int, state: TrainState) -> None:
-                if due(step, every.save_every):
-                    checkpoints.save(step, state, meta | {"data": {"seed": run.data.seed, "next_step": step}})
+                nonlocal clock, final
                 if due(step, every.eval_every):
-                    writer.write(step, "eval", evaluate_loss(state.adapters))
-                clock["time"] = time.perf_counter()
+                    final = evaluate_loss(state.adapters)
+                    writer.write(step, "eval", final)
+                if due(step, every.save_every):
+                    checkpoints.save(
+                        step, state, meta | {"next_step": step, "data_seed": run.data.seed, "seconds": spent + time.perf_counter() - started}
+                    )
+                clock = time.perf_counter()
 
-            def evaluate_loss(adapters: Tree) -> dict[str, float]:
-                return held_out_loss(
-                    model, eval_set, run.data, adapter=run.adapter, adapters=adapters, batch_size=_micro_batch(run), chunk=run.train.loss_chunk
-                )
-
-            state = fit(
-                step_fn,
-                model.params,
-                state,
-                train_batches(train_set, run.data, first),
-                steps,
-                on_metrics=on_metrics,
-                is_due=lambda step: due(step, every.save_every) or due(step, every.eval_every),
-                on_due=on_due,
-            )
+            batches = train_batches(train_set, run.data, first)
+            due_at_all = lambda step: due(step, every.save_every) or due(step, every.eval_every)  # noqa: E731
+            state = fit(step_fn, model.params, state, batches, steps, on_metrics=on_metrics, is_due=due_at_all, on_due=on_due)
+        if final is None:  # a finished run was loaded
             final = evaluate_loss(state.adapters)
     report = {
         "method": run.adapter.method,
@@ -162,10 +174,10 @@ def train(run: RunConfig, workdir: str | Path, *, console: bool = True) -> Train
         "train_on_prompt": run.data.train_on_prompt,
         f"{run.eval.split}_loss": final["loss"],
         f"{run.eval.split}_rows": int(final["rows"]),
-        "seconds": time.perf_counter() - started,
-        "base_fingerprint": fingerprint,
+        "seconds": spent + (time.perf_counter() - started if first < steps else 0.0),
+        **meta,
         "config": to_dict(run),
-        "environment": environment(),
+        "environment": env,
     }
     write_json(Path(workdir) / "report.json", report)
     return Trained(model, state.adapters, report)
@@ -180,7 +192,7 @@ def evaluate(run: RunConfig, model: Model, *, out: str | Path | None = None, con
 
     Returns task, split, loss, rows and accuracy. With `out` (a path without suffix) writes <out>.json and one line per example to <out>.jsonl.
     """
-    started = time.perf_counter()
+    started, env = time.perf_counter(), environment()
     examples, encoded = held_out(run, model)
     loss = held_out_loss(model, encoded, run.data, batch_size=_micro_batch(run), chunk=run.train.loss_chunk)
     result: dict[str, Any] = {
@@ -200,7 +212,7 @@ def evaluate(run: RunConfig, model: Model, *, out: str | Path | None = None, con
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         if records:
             atomic_write(f"{out}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
-        write_json(f"{out}.json", result | {"config": to_dict(run), "environment": environment()})
+        write_json(f"{out}.json", result | {"config": to_dict(run), "environment": env})
     return result
 
 

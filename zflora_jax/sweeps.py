@@ -19,6 +19,7 @@ from zflora_jax.config import AdapterConfig, RunConfig, require, to_dict
 from zflora_jax.evals import held_out_loss
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 from zflora_jax.run import Trained, held_out, load_base, train
+from zflora_jax.trainer import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Sweep:
 
 def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = True) -> dict[str, Any]:
     """Run `plan` under `workdir` (finished runs are not run again) and write <out>/<name>.json and <out>/<name>.md. Returns the JSON's contents."""
-    workdir, rows, runs = Path(workdir), [], []
+    workdir, rows, runs, env = Path(workdir), [], [], environment()
     base_model = load_base(plan.base)
     base = {split: _loss(plan.base, split, base_model)["loss"] for split in ("validation", "test")}
     for label, adapter in plan.methods.items():
@@ -49,9 +50,11 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
             return runs[-1]
 
         grid = [one(rate, plan.seeds[0]) for rate in plan.learning_rates]
-        best = min(grid, key=lambda r: r["validation_loss"])
+        finite = [r for r in grid if r["validation_loss"] is not None]
+        require(bool(finite), f"method {label!r} diverged at every learning rate of {plan.learning_rates}; give lower ones.")
+        best = min(finite, key=lambda r: r["validation_loss"])
         chosen = [best] + [one(best["learning_rate"], seed) for seed in plan.seeds[1:]]
-        tests = [r["test_loss"] for r in chosen]
+        tests = [r["test_loss"] for r in chosen if r["test_loss"] is not None]
         rows.append(
             {
                 "method": label,
@@ -61,10 +64,10 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
                 **{f"test, seed {r['seed']}": r["test_loss"] for r in chosen},
                 "test mean": statistics.mean(tests),
                 "test spread": max(tests) - min(tests),
-                "seconds": statistics.mean(r["seconds"] for r in chosen),
+                "seconds": statistics.mean(r["seconds"] for r in chosen if r["seconds"] is not None),
             }
         )
-    result = {"name": plan.name, "base": base, "rows": rows, "runs": runs, "config": to_dict(plan.base), "environment": environment()}
+    result = {"name": plan.name, "base": base, "rows": rows, "runs": runs, "config": to_dict(plan.base), "environment": env}
     write_json(Path(out) / f"{plan.name}.json", result)
     atomic_write(Path(out) / f"{plan.name}.md", _page(plan, result).encode())
     return result
@@ -88,7 +91,12 @@ def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdi
     done = workdir / "sweep.json"
     if done.is_file() and (saved := json.loads(done.read_text()))["config"] == json.loads(json.dumps(to_dict(run))):
         return saved["result"]
-    trained = train(run, workdir, console=console)
+    try:
+        trained = train(run, workdir, console=console)
+    except NonFiniteError as error:  # a rate too high is a result, not the end of the sweep
+        failed = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
+        write_json(done, {"config": to_dict(run), "result": failed})
+        return failed
     test = _loss(run, "test", trained.model, trained)
     result = {
         "validation_loss": trained.report["validation_loss"],
@@ -98,6 +106,7 @@ def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdi
     }
     result |= {
         "seconds": trained.report["seconds"],
+        "commit": trained.report["environment"]["commit"],
         "train_rows": trained.report["train_rows"],
         "train_rows_dropped": trained.report["train_rows_dropped"],
     }
@@ -107,7 +116,7 @@ def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdi
 
 def _page(plan: Sweep, result: dict[str, Any]) -> str:
     run, env, first = plan.base, result["environment"], result["runs"][0]
-    shown = [{k: f"{v:.4f}" if k.startswith(("validation", "test")) else v for k, v in row.items()} for row in result["rows"]]
+    shown = [{k: f"{v:.4f}" if k.startswith(("validation", "test")) and v is not None else v for k, v in row.items()} for row in result["rows"]]
     return "\n".join(
         [
             f"# {plan.name}",

@@ -104,9 +104,10 @@ def fingerprint(tree: Mapping[str, Any]) -> str:
     """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the same."""
     digests = {}
     for name, leaf in flatten(tree).items():
-        array = np.asarray(leaf)
-        parts = {re.sub(r"^layers/", f"layers_{i}/", name): row for i, row in enumerate(array)} if name.startswith("layers/") else {name: array}
-        for part, value in parts.items():
+        stacked = name.startswith("layers/")
+        for i in range(leaf.shape[0] if stacked else 1):
+            part = re.sub(r"^layers/", f"layers_{i}/", name)
+            value = np.asarray(leaf[i] if stacked else leaf[...])  # a temporary: jax keeps the host copy of an array as long as the array
             digest = hashlib.sha256(f"{part} {value.shape} {value.dtype}".encode())
             digest.update(np.ascontiguousarray(value).view(np.uint8).data)
             digests[part] = digest.digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all rows: what a resumed run compares, so that it does not go on with other data."""
+        digest = hashlib.sha256()
+        for tokens, loss_mask in self.rows:
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + loss_mask.tobytes())
+        return digest.hexdigest()
 
 
 def tokenize_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> Encoded:

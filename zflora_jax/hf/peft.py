@@ -25,7 +25,7 @@ from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.model import Model
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, WRITER = "adapter_config.json", "adapter_model.safetensors", "zflora_jax"
 
 # Settings that change the function in a way native LoRA has no words for: key -> the values that leave it alone (besides absence).
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -115,10 +115,21 @@ def save_peft(path: str | os.PathLike[str], model: Model, adapter: AdapterConfig
         "task_type": "CAUSAL_LM",
     }
     target = Path(path).expanduser().resolve()
-    with whole_directory(target, lambda directory: {CONFIG, WEIGHTS} if (directory / CONFIG).exists() else None) as staging:
+    with whole_directory(target, _own_files) as staging:
         write_json(staging / CONFIG, settings)
-        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "writer": WRITER})
     return {"path": str(target), "parameters": sum(t.size for t in tensors.values()), "files": [CONFIG, WEIGHTS], "rank": adapter.rank}
+
+
+def _own_files(directory: Path) -> set[str] | None:
+    """The files of an earlier save_peft, known by the writer in the tensors' metadata; None for anybody else's directory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(directory / WEIGHTS, "numpy") as file:
+            return {CONFIG, WEIGHTS} if (file.metadata() or {}).get("writer") == WRITER else None
+    except (OSError, SafetensorError):
+        return None
 
 
 def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig, trees.Tree]:
