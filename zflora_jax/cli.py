@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax import config
+from zflora_jax import config as config_module
 from zflora_jax.config import ConfigError, RunConfig, nearest, override
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE = 2, 3
@@ -113,6 +114,10 @@ def load_config(path: str, function: str) -> Any:
     except Exception as error:  # the file is the user's: say where in it, as for any other input
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == file.resolve()]
         where = f", line {lines[-1]}" if lines else ""
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if unknown and dataclasses.is_dataclass(kind := getattr(config_module, unknown[1], None)):
+            known = nearest(unknown[2], [f.name for f in dataclasses.fields(kind)])
+            raise ConfigError(f"config file {path}{where}: unknown key {unknown[2]!r} of {unknown[1]}: {known}.") from error
         raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {error}. {_nearest_field(str(error))}") from error
 
 
@@ -163,9 +168,12 @@ def _eval(args: argparse.Namespace) -> None:
     from zflora_jax.hf.load import load_model
     from zflora_jax.run import evaluate, load_fused
 
-    changes = _changes(args.set) | ({} if args.limit is None else {"eval.limit": args.limit})
+    changes: dict[str, Any] = _changes(args.set) | ({} if args.limit is None else {"eval.limit": args.limit})
+    trained = [key for key in changes if not key.startswith(("eval.", "data."))]
+    if args.workdir and trained:
+        raise ConfigError(f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated; eval.* and data.* can.")
     run = override(read_config(args.workdir) if args.workdir else RunConfig(model=args.model), changes)
-    model, label = load_fused(args.workdir) if args.workdir else (load_model(args.model, dtype=run.train.dtype), "model")
+    model, label = load_fused(args.workdir) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
     for task in (args.tasks or run.data.task).split(","):
         one = override(run, {"data.task": task})
         out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval")) / f"{task}-{one.eval.split}-{label}"

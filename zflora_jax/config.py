@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -38,8 +39,19 @@ def require(condition: bool, message: str) -> None:
 # --- dataclass <-> dict, dotted overrides -------------------------------------------------------------------------
 
 
+@functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
+
+
+def check_types(config: Any) -> None:
+    """Hold every field to its declared type, also where a config is built by keyword in Python: the first line of each __post_init__."""
+    hints: dict[str, Any] = _hints(typing.cast(Any, type(config)))
+    section = {"AdapterConfig": "adapter.", "DataConfig": "data.", "OptimConfig": "optim.", "TrainConfig": "train.", "EvalConfig": "eval."}
+    prefix = section.get(type(config).__name__, "")
+    for f in dataclasses.fields(config):
+        if f.init:
+            object.__setattr__(config, f.name, _coerce(getattr(config, f.name), hints[f.name], prefix + f.name))
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
@@ -83,7 +95,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
     """Build the dataclass `cls` from a plain dict (nested for nested dataclasses). Raises ConfigError on unknown keys or wrong types."""
     require(isinstance(values, dict), f"{name or cls.__name__}={values!r}: expected a table of {cls.__name__} fields.")
-    hints = _hints(cls)
+    hints = _hints(typing.cast(Any, cls))
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -111,7 +123,7 @@ def override(config: T, changes: dict[str, Any]) -> T:
     """
     nested: dict[str, dict[str, Any]] = {}
     flat: dict[str, Any] = {}
-    hints = _hints(type(config))
+    hints = _hints(typing.cast(Any, type(config)))
     known = [f.name for f in dataclasses.fields(config) if f.init]  # type: ignore[arg-type]
     for key, value in changes.items():
         head, _, rest = key.partition(".")
@@ -153,6 +165,7 @@ class RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.factor >= 1, f"rope_scaling.factor={self.factor}: must be at least 1.")
         require(
             self.high_freq_factor > self.low_freq_factor > 0,
@@ -194,6 +207,7 @@ class LlamaConfig:
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -301,6 +315,7 @@ class AdapterConfig:
     head_scores: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.method in METHODS, f"unknown adapter method {self.method!r}: {nearest(self.method, METHODS)}.")
         row = METHODS[self.method]
         require(self.rank >= 1, f"adapter.rank={self.rank}: must be at least 1 (use the base model itself to run without an adapter).")
@@ -343,6 +358,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: must be at least 1.")
         require(self.accumulate >= 1, f"data.accumulate={self.accumulate}: must be at least 1.")
         require(
@@ -372,6 +388,7 @@ class OptimConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(0 < self.learning_rate < math.inf, f"optim.learning_rate={self.learning_rate}: must be positive and finite.")
         require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must be at least 0.")
         require(0 <= self.final_lr_fraction <= 1, f"optim.final_lr_fraction={self.final_lr_fraction}: must be within 0..1.")
@@ -397,6 +414,7 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "loss_chunk", "log_every", "keep"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1.")
         require(self.seed >= 0, f"train.seed={self.seed}: must be at least 0.")
@@ -416,6 +434,7 @@ class EvalConfig:
     generate: bool = True  # False: held-out loss only
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.limit is None or self.limit >= 1, f"eval.limit={self.limit}: must be at least 1, or None for all examples.")
         require(self.batch_size >= 1, f"eval.batch_size={self.batch_size}: must be at least 1.")
         require(self.max_new_tokens >= 1, f"eval.max_new_tokens={self.max_new_tokens}: must be at least 1.")
@@ -433,6 +452,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} does not leave a step at full rate in train.steps={self.train.steps}; lower warmup_steps.",

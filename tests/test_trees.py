@@ -1,0 +1,173 @@
+"""Parameter trees: names, stacking, fingerprints and the messages that say what differs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import assert_trees_equal, tiny_model
+
+from zflora_jax import trees
+
+
+def small() -> trees.Tree:
+    return {
+        "embed": {"embedding": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "layers": {"attn": {"q": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}}, "norm": np.ones((2, 3), np.float32)},
+        "step": np.float32(3.0),
+    }
+
+
+def test_flatten_and_unflatten_are_inverse():
+    flat = trees.flatten(small())
+    assert list(flat) == ["embed/embedding", "layers/attn/q/kernel", "layers/norm", "step"]
+    assert_trees_equal(trees.unflatten(flat), small())
+    shuffled = dict(sorted(flat.items(), reverse=True))
+    assert_trees_equal(trees.unflatten(shuffled), small())
+    assert trees.flatten({}) == {} and trees.unflatten({}) == {}
+
+
+def test_map_with_names_sees_every_leaf_once_and_leaves_the_input_alone():
+    tree, seen = small(), []
+    doubled = trees.map_with_names(lambda name, leaf: seen.append(name) or leaf * np.float32(2), tree)
+    assert seen == list(trees.flatten(tree))
+    np.testing.assert_array_equal(doubled["layers"]["norm"], np.full((2, 3), 2, np.float32))
+    assert_trees_equal(tree, small())
+
+
+def test_size_counts_scalars():
+    assert trees.size(small()) == 6 + 24 + 6 + 1
+    assert trees.size({"a": jax.ShapeDtypeStruct((3, 5), jnp.float32)}) == 15
+
+
+def test_first_match_takes_the_first_rule_that_matches_the_whole_name():
+    rules = [(r".*/kernel", "kernel"), (r"embed/.*", "embed"), (r".*", "rest")]
+    assert trees.first_match(rules, "embed/kernel") == "kernel"
+    assert trees.first_match(rules, "embed/embedding") == "embed"
+    assert trees.first_match(rules, "layers/kernel_norm") == "rest"
+    with pytest.raises(KeyError, match="no rule covers 'layers/kernel_norm'"):
+        trees.first_match(rules[:2], "layers/kernel_norm")
+
+
+# --- stacking -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, 2, 12])  # 12: "layers_10" sorts before "layers_2"
+def test_stacking_and_unstacking_are_inverse(layers):
+    stacked = tiny_model(num_layers=layers).params
+    apart = trees.unstack_layers(stacked, layers)
+    assert {name.split("/")[0] for name in trees.flatten(apart)} == {f"layers_{i}" for i in range(layers)} | {"embed", "final_norm"}
+    last = layers - 1
+    np.testing.assert_array_equal(apart[f"layers_{last}"]["attn"]["q"]["kernel"], stacked["layers"]["attn"]["q"]["kernel"][last])
+    assert_trees_equal(trees.stack_layers(apart, layers), stacked)
+    assert_trees_equal(trees.unstack_layers(trees.stack_layers(apart, layers), layers), apart)
+
+
+def test_stacking_what_is_stacked_changes_nothing():
+    stacked = small()
+    apart = trees.unstack_layers(stacked, 2)
+    assert_trees_equal(trees.stack_layers(stacked, 2), stacked)
+    assert_trees_equal(trees.unstack_layers(apart, 2), apart)
+
+
+# --- fingerprint --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fingerprint_is_the_same_stacked_and_unstacked(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), tiny_model(num_layers=12).params)
+    apart = trees.unstack_layers(params, 12)
+    mark = trees.fingerprint(params)
+    assert len(mark) == 64 and int(mark, 16) >= 0
+    assert mark == trees.fingerprint(apart) == trees.fingerprint(jax.tree.map(np.asarray, params))
+    assert mark == trees.fingerprint(trees.unflatten(dict(sorted(trees.flatten(apart).items(), reverse=True))))
+
+
+def changed(name: str, leaf: object) -> trees.Tree:
+    return trees.unflatten(trees.flatten(small()) | {name: leaf})
+
+
+KERNEL = small()["layers"]["attn"]["q"]["kernel"]
+ONE_ULP = KERNEL.copy()
+ONE_ULP[1, 2, 3] = np.nextafter(ONE_ULP[1, 2, 3], np.float32(np.inf))
+NEGATIVE_ZERO = KERNEL.copy()
+NEGATIVE_ZERO[0, 0, 0] = -0.0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed("layers/attn/q/kernel", ONE_ULP),
+        changed("layers/attn/q/kernel", NEGATIVE_ZERO),
+        changed("layers/attn/q/kernel", KERNEL[::-1]),  # the same layers in another order
+        changed("layers/attn/q/kernel", KERNEL.reshape(2, 4, 3)),
+        changed("layers/attn/q/kernel", KERNEL.astype(np.float64)),
+        changed("layers/attn/q/kernel", KERNEL.astype(ml_dtypes.bfloat16)),
+        changed("layers/attn/q/kernel", KERNEL.view(np.int32)),  # the same bytes
+        changed("layers/attn/k/kernel", KERNEL),
+        changed("step", np.float32(4.0)),
+        {k: v for k, v in small().items() if k != "step"},
+        {("embedding" if k == "embed" else k): v for k, v in small().items()},
+    ],
+    ids=["ulp", "sign of zero", "order", "shape", "float64", "bfloat16", "int32", "extra", "scalar", "missing", "renamed"],
+)
+def test_fingerprint_changes_with_any_value_name_shape_or_dtype(other):
+    assert trees.fingerprint(other) != trees.fingerprint(small())
+
+
+def test_fingerprint_reads_values_not_memory_layout():
+    fortran = changed("layers/attn/q/kernel", np.asfortranarray(KERNEL))
+    assert trees.fingerprint(fortran) == trees.fingerprint(small()) == trees.fingerprint(jax.tree.map(jnp.asarray, small()))
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def test_difference_lists_missing_then_unexpected_with_the_nearest_missing_name():
+    assert trees.difference(["a", "b"], ["b", "a"]) == ""
+    text = trees.difference(["attn/q/forward", "attn/k/forward", "norm"], ["attn/q/foward", "norm", "zzz"])
+    assert text.splitlines() == [
+        "- missing    attn/k/forward",
+        "- missing    attn/q/forward",
+        "+ unexpected attn/q/foward (did you mean attn/q/forward?)",
+        "+ unexpected zzz",
+    ]
+
+
+def test_difference_is_cut_to_a_readable_length():
+    lines = trees.difference([f"name{i:02}" for i in range(30)], [], limit=5).splitlines()
+    assert len(lines) == 6 and lines[-1] == "  ... and 25 more"
+
+
+SPEC = trees.map_with_names(lambda _, x: jax.ShapeDtypeStruct(x.shape, x.dtype), small())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({k: v for k, v in small().items() if k != "step"}, r"the tree does not have the expected leaves:\n- missing    step"),
+        (changed("stepp", np.float32(0)), r"\+ unexpected stepp"),
+        (changed("layers/norm", np.ones((2, 4), np.float32)), r"the tree: layers/norm has shape \(2, 4\), expected \(2, 3\)"),
+        (changed("layers/norm", np.full((2, 3), np.nan, np.float32)), r"the tree: layers/norm holds NaN or infinite values"),
+        (changed("layers/norm", jnp.full((2, 3), -jnp.inf)), r"the tree: layers/norm holds NaN or infinite values"),
+        (changed("layers/norm", jnp.full((2, 3), jnp.nan, jnp.bfloat16)), r"layers/norm holds NaN"),
+    ],
+    ids=["missing", "unexpected", "shape", "NaN", "infinite", "bfloat16"],
+)
+def test_check_like_names_the_leaf(given, message):
+    with pytest.raises(ValueError, match=message):
+        trees.check_like(given, SPEC, "the tree")
+
+
+def test_check_like_accepts_arrays_and_shapes_and_runs_under_jit():
+    trees.check_like(small(), SPEC, "the tree")
+    trees.check_like(SPEC, small(), "the tree")
+
+    @jax.jit
+    def traced(tree):
+        trees.check_like(tree, SPEC, "the tree")  # values are unknown here, names and shapes are not
+        return tree["step"]
+
+    assert float(traced(small())) == 3.0
