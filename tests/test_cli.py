@@ -149,7 +149,7 @@ def test_missing_config_file_names_the_nearest(refused, config, tmp_path):
         ("def get_config():\n\n    return undefined\n", "line 3: NameError"),
         (
             "from zflora_jax import AdapterConfig\ndef get_config():\n    return AdapterConfig('lora', rnk=3)\n",
-            "line 3: TypeError: AdapterConfig.__init__() got an unexpected keyword argument 'rnk'. did you mean 'rank'? Allowed: alpha, head_rank",
+            "line 3: unknown key 'rnk' of AdapterConfig: did you mean 'rank'? Allowed: alpha, head_rank",
         ),
         ("from zflora_jax import AdapterConfig\ndef get_config():\n    return AdapterConfig('lora', rank=0)\n", "adapter.rank=0: must be at least 1"),
     ],
@@ -332,6 +332,7 @@ def test_export_into_a_directory_of_somebody_else(refused, workdir, tmp_path):
         (("--tasks", "arithmetik"), "unknown task 'arithmetik': did you mean 'arithmetic'?"),
         (("--limit", "0"), "eval.limit=0: must be at least 1, or None for all examples"),
         (("--set", "eval.split=train"), "split='train': "),
+        (("--set", "adapter.rank=5"), "--set adapter.rank: what a run has trained cannot be changed when it is evaluated; eval.* and data.* can."),
         (("--set", "eval.splt=test"), "unknown key 'splt' of EvalConfig: did you mean 'split'?"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
@@ -355,5 +356,5 @@ def test_eval_and_export_print_a_table_and_write_files(workdir, tmp_path, capsys
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
     changes = ["data.lengths=[320]", "data.batch_size=2", "eval.generate=False"]
     assert main(["eval", "--model", str(tmp_path / "out"), "--limit", "1", "--out", str(tmp_path / "e"), "--set", *changes]) == 0
-    again = json.loads((tmp_path / "e" / "arithmetic-test-model.json").read_text())
+    again = json.loads((tmp_path / "e" / "arithmetic-test-out.json").read_text())
     np.testing.assert_allclose(again["loss"], result["loss"], rtol=1e-5)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from zflora_jax import config
 from zflora_jax import config as config_module
 from zflora_jax.config import ConfigError, RunConfig, nearest, override
 
@@ -118,14 +117,7 @@ def load_config(path: str, function: str) -> Any:
         if unknown and dataclasses.is_dataclass(kind := getattr(config_module, unknown[1], None)):
             known = nearest(unknown[2], [f.name for f in dataclasses.fields(kind)])
             raise ConfigError(f"config file {path}{where}: unknown key {unknown[2]!r} of {unknown[1]}: {known}.") from error
-        raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {error}. {_nearest_field(str(error))}") from error
-
-
-def _nearest_field(message: str) -> str:
-    """For Python's own message about a keyword that a config class lacks: the nearest one that it has."""
-    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    cls = getattr(config, found[1], None) if found else None
-    return f"{nearest(found[2], (f.name for f in dataclasses.fields(cls)))}." if found and dataclasses.is_dataclass(cls) else ""
+        raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {error}.") from error
 
 
 def _changes(pairs: list[str]) -> dict[str, str]:

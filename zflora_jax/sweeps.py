@@ -1,4 +1,4 @@
-"""Sweeps: methods x learning rates x seeds over one base run; resumable, one directory per run.
+"""Sweeps: methods x learning rates x seeds over one base run; resumable, one record per run.
 
 The learning rate of a method is chosen on the validation split with the first seed; the other seeds then run at the chosen rate, and the table
 reports the test
@@ -38,14 +38,19 @@ class Sweep:
 
 
 def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = True) -> dict[str, Any]:
-    """Run `plan` under `workdir` (finished runs are not run again) and write <out>/<name>.json and <out>/<name>.md. Returns the JSON's contents."""
+    """Run `plan` under `workdir` and write <out>/<name>.json and <out>/<name>.md, after each method anew. Returns the JSON's contents.
+
+    Each finished run leaves a record <out>/<name>/<run>.json with its config and commit, and is not run again while its record is there and its
+    config the same.
+    """
     workdir, rows, runs, env = Path(workdir), [], [], environment()
     base_model = load_base(plan.base)
     base = {split: _loss(plan.base, split, base_model)["loss"] for split in ("validation", "test")}
     for label, adapter in plan.methods.items():
 
         def one(rate: float, seed: int, label: str = label, adapter: AdapterConfig = adapter) -> dict[str, Any]:
-            result = _run(plan.base, adapter, rate, seed, workdir / f"{label}-lr{rate:g}-seed{seed}", console)
+            run_name = f"{label}-lr{rate:g}-seed{seed}"
+            result = _run(plan.base, adapter, rate, seed, workdir / run_name, Path(out) / plan.name / f"{run_name}.json", console)
             runs.append({"method": label, "learning_rate": rate, "seed": seed} | result)
             return runs[-1]
 
@@ -67,9 +72,10 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
                 "seconds": statistics.mean(r["seconds"] for r in chosen if r["seconds"] is not None),
             }
         )
-    result = {"name": plan.name, "base": base, "rows": rows, "runs": runs, "config": to_dict(plan.base), "environment": env}
-    write_json(Path(out) / f"{plan.name}.json", result)
-    atomic_write(Path(out) / f"{plan.name}.md", _page(plan, result).encode())
+        missing = [m for m in plan.methods if m not in {row["method"] for row in rows}]
+        result = {"name": plan.name, "base": base, "rows": rows, "missing": missing, "runs": runs, "config": to_dict(plan.base), "environment": env}
+        write_json(Path(out) / f"{plan.name}.json", result)
+        atomic_write(Path(out) / f"{plan.name}.md", _page(plan, result).encode())
     return result
 
 
@@ -79,7 +85,7 @@ def _loss(run: RunConfig, split: str, model: Any, trained: Trained | None = None
     return held_out_loss(model, encoded, run.data, batch_size=run.data.batch_size // run.data.accumulate, chunk=run.train.loss_chunk, **extra)  # type: ignore[arg-type]
 
 
-def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdir: Path, console: bool) -> dict[str, Any]:
+def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdir: Path, record: Path, console: bool) -> dict[str, Any]:
     run = dataclasses.replace(
         base,
         adapter=adapter,
@@ -88,14 +94,13 @@ def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdi
         data=dataclasses.replace(base.data, seed=seed),
         eval=dataclasses.replace(base.eval, split="validation"),
     )
-    done = workdir / "sweep.json"
-    if done.is_file() and (saved := json.loads(done.read_text()))["config"] == json.loads(json.dumps(to_dict(run))):
+    if record.is_file() and (saved := json.loads(record.read_text()))["config"] == json.loads(json.dumps(to_dict(run))):
         return saved["result"]
     try:
         trained = train(run, workdir, console=console)
     except NonFiniteError as error:  # a rate too high is a result, not the end of the sweep
         failed = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
-        write_json(done, {"config": to_dict(run), "result": failed})
+        write_json(record, {"config": to_dict(run), "result": failed})
         return failed
     test = _loss(run, "test", trained.model, trained)
     result = {
@@ -110,7 +115,7 @@ def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdi
         "train_rows": trained.report["train_rows"],
         "train_rows_dropped": trained.report["train_rows_dropped"],
     }
-    write_json(done, {"config": to_dict(run), "result": result})
+    write_json(record, {"config": to_dict(run), "result": result})
     return result
 
 
@@ -131,6 +136,7 @@ def _page(plan: Sweep, result: dict[str, Any]) -> str:
             "",
             markdown_table(shown, list(dict.fromkeys(k for row in shown for k in row))),
             "",
+            *([f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []),
             f"Command: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; device {env['device']}; "
             f"jax {env['jax']}; {env['date']}.",
             "",
