@@ -30,16 +30,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
     logger.propagate = False
     try:
         args.run(args)
-    except (ValueError, OSError) as error:  # ConfigError and the loaders' errors are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except RuntimeError as error:
+    except Exception as error:
+        from zflora_jax.hf.keys import CheckpointError
         from zflora_jax.trainer import NonFiniteError
 
-        if not isinstance(error, NonFiniteError):
-            raise
+        if not isinstance(error, ConfigError | CheckpointError | NonFiniteError | OSError):
+            raise  # a bug, not an input: its traceback is needed
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_NON_FINITE
+        return EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
     finally:
         logger.removeHandler(handler)
         logger.propagate = True

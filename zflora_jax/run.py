@@ -55,13 +55,17 @@ def load_base(run: RunConfig) -> Model:
         model = Model(model.config, model.params, model.tokenizer, model.source)  # merged by addition: an ordinary base
     model.config = model.config.replace(remat=run.train.remat)
     plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
+    _require_fit(run, model)
+    return model
+
+
+def _require_fit(run: RunConfig, model: Model) -> None:
     require(
         model.tokenizer is not None,
         f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.",
     )
     longest, limit = max(run.data.lengths), model.config.max_position_embeddings
     require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
-    return model
 
 
 def _fresh_state(run: RunConfig, model: Model) -> TrainState:
@@ -89,6 +93,7 @@ def _check_same(meta: dict[str, Any], name: str, fingerprint: str, workdir: str 
 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Sequence[Example], Encoded]:
     """The evaluation examples of a run (at most eval.limit, in their order) and their tokens."""
+    _require_fit(run, model)
     examples = load_examples(run.data.task, split or run.eval.split, run.data)
     if run.eval.limit is not None and run.eval.limit < len(examples):
         examples = examples[: run.eval.limit]
