@@ -123,10 +123,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="directory of the results (default: results)")
     args = parser.parse_args()
 
-    from zflora_jax import load_model, save_hf
+    from zflora_jax import forward, fuse, generate_tokens, init_adapters, load_model, save_hf  # noqa: F401 - all loaded before `environment`
     from zflora_jax.config import METHODS
     from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 
+    origin = environment()  # now: the code that this process has loaded, whatever is committed while it runs
     base = load_model("smollm2-135m")
     prompts = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
     rows: list[dict[str, Any]] = []
@@ -152,7 +153,7 @@ def main() -> None:
         "seeds": {"init": 0, "noise": 0},
         "prompts": PROMPTS,
         "new_tokens": NEW_TOKENS,
-        "environment": environment(),
+        "environment": origin,
     }
     write_json(args.out / "transformers_versions.json", result)
     atomic_write(args.out / "transformers_versions.md", report(result).encode())
