@@ -32,7 +32,7 @@ def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
 
 
 def tiny_model(seed: int = 0, **changes: object) -> Model:
-    """A tiny Model whose kernels are large enough that greedy decoding does not settle on one token, and whose norm gains are not 1."""
+    """A tiny Model with kernels large enough that all of them matter, and norm gains that are not 1. Untied, its greedy output varies too."""
     model = random_model(preset("tiny").replace(**changes), jax.random.key(seed))
     rng = np.random.default_rng(seed)
 

@@ -189,19 +189,17 @@ def test_prefill_and_decode_equal_full_forward(adapter, side):
 
 @every_method
 def test_greedy_tokens_are_the_same_for_any_batch_size_and_for_adapted_full_forwards(adapter):
-    model = tiny_model()
+    model = tiny_model(seed=1, tie_word_embeddings=False)  # with tied embeddings a random model repeats its last token
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     fused = fuse(model, adapter, adapters)
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 256, n).tolist() for n in (3, 17, 8, 1, 30)]
     answers = [generate_tokens(fused, prompts, max_new_tokens=10, batch_size=size, stop=()) for size in (1, 2, 5)]
     assert answers[0] == answers[1] == answers[2]
-    assert len({t for answer in answers[0] for t in answer}) > 5, "the model repeats itself; the comparison says little"
-    for prompt, answer in zip(prompts[:2], answers[0], strict=False):
-        sequence = list(prompt)
-        for token in answer:
-            assert int(np.argmax(forward(model, np.asarray([sequence], np.int32), adapter, adapters)[0, -1])) == token
-            sequence.append(token)
+    assert len({t for answer in answers[0] for t in answer}) > 15, "the model repeats itself; the comparison says little"
+    for prompt, answer in zip(prompts[1:3], answers[0][1:3], strict=True):
+        logits = forward(model, np.asarray([prompt + answer], np.int32), adapter, adapters)[0]  # causal: each token's own prefix decides it
+        assert np.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist() == answer
 
 
 @every_case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_peft_computes_what_we_do(targets: str, base: Model, tmp_path: Path) -> 
 
 def test_written_files(base: Model, tmp_path: Path) -> None:
     from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
 
     adapter = AdapterConfig("lora", rank=2, targets="q|down")
     model = Model(base.config, base.params, source="smollm2-135m")
@@ -71,8 +73,13 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"], settings["task_type"]) == (2, 4, "LORA", "CAUSAL_LM")
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "np") as file:
         shape = file.get_slice("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight").get_shape()
-        assert file.metadata() == {"format": "pt"} and len(list(file.keys())) == 8 and shape == [2, 80]
+        assert file.metadata() == {"format": "pt", "writer": "zflora_jax"} and len(list(file.keys())) == 8 and shape == [2, 80]
     save_peft(tmp_path / "out", model, adapter, adapters)  # its own directory may be replaced
+    peft_written = tmp_path / "theirs"
+    shutil.copytree(tmp_path / "out", peft_written)
+    save_file(load_file(peft_written / "adapter_model.safetensors"), peft_written / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="was not written by this project"):
+        save_peft(peft_written, model, adapter, adapters)
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"notes\.txt"):
         save_peft(tmp_path / "out", model, adapter, adapters)

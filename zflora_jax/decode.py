@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.adapters.fuse import pack
-from zflora_jax.config import LlamaConfig, require
+from zflora_jax.config import LlamaConfig, check_types, require
 from zflora_jax.llama import KVCache, Llama, init_cache
 from zflora_jax.model import Model
 from zflora_jax.trees import Tree
@@ -54,6 +54,7 @@ class Sampler:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.temperature >= 0, f"temperature={self.temperature}: must be at least 0 (0 is greedy).")
         require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: must be at least 1, or None.")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p}: must be within (0, 1], or None.")
