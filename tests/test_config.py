@@ -16,7 +16,6 @@ from zflora_jax.config import (
     METHODS,
     PRESETS,
     AdapterConfig,
-    ConfigError,
     DataConfig,
     EvalConfig,
     LlamaConfig,
@@ -24,12 +23,9 @@ from zflora_jax.config import (
     RopeScaling,
     RunConfig,
     TrainConfig,
-    from_dict,
-    nearest,
-    override,
     preset,
-    to_dict,
 )
+from zflora_jax.fields import ConfigError, from_dict, nearest, override, to_dict
 
 TINY = to_dict(preset("tiny"))
 RUNS = [

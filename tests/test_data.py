@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
 
-from zflora_jax.config import ConfigError, DataConfig
+from zflora_jax.config import DataConfig
 from zflora_jax.data import prompts
 from zflora_jax.data.builders import open_prepared
 from zflora_jax.data.builders.arithmetic.arithmetic import TEMPLATES, Arithmetic, generate
 from zflora_jax.data.builders.local_json.local_json import LocalJson, local_json_config, read_rows
 from zflora_jax.data.pipeline import Encoded, encode_prompts, eval_batches, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
+from zflora_jax.fields import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.decode import Sampler, decode, generate, generate_tokens, padded_length
+from zflora_jax.decode import Sampler, decode, generate_tokens, padded_length
+from zflora_jax.evals import generate
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.model import Model
@@ -285,7 +286,7 @@ def test_prompts_that_cannot_be_decoded(prompts: Any, settings: dict[str, int], 
 
 @pytest.mark.parametrize("prompt", ["What?", ["What?"], [1, 2, 3]], ids=["a string", "texts", "one list of ids"])
 def test_one_prompt_is_not_a_list_of_prompts(prompt: Any) -> None:
-    with pytest.raises(ValueError, match=r"each a list of token ids.*`generate` takes a list of texts"):
+    with pytest.raises(ValueError, match=r"each a list of token ids.*`zf.generate` takes a list of texts"):
         generate_tokens(tiny_model(), prompt, max_new_tokens=8)
 
 

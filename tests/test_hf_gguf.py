@@ -15,7 +15,8 @@ from byte_tokenizer import byte_tokenizer
 from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
 from zflora_jax import trees
-from zflora_jax.config import ConfigError, RopeScaling, preset
+from zflora_jax.config import RopeScaling, preset
+from zflora_jax.fields import ConfigError
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model, locate
 from zflora_jax.hf.save import save_hf

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from zflora_jax import trees
-from zflora_jax.config import ConfigError, LlamaConfig, RopeScaling
+from zflora_jax.config import LlamaConfig, RopeScaling
+from zflora_jax.fields import ConfigError
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import CheckpointError, hf_table
 from zflora_jax.hf.load import load_model

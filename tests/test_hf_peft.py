@@ -16,7 +16,8 @@ from test_hf_load import TOKENS, assert_close, hf_logits, hf_model
 
 from zflora_jax import trees
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig, ConfigError
+from zflora_jax.config import AdapterConfig
+from zflora_jax.fields import ConfigError
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft

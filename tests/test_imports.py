@@ -24,7 +24,7 @@ MODULES = {
 
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
-    ("trees", "config", "report", "metrics"),
+    ("trees", "fields", "config", "report", "metrics"),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
     ("layers", "model"),
     ("adapters.init",),  # names and shapes of the adapter tree, which the model checks its `adapters` collection against
@@ -42,10 +42,11 @@ LAYERS = [
 # Narrower than the layers say: all that these may import of the package.
 ONLY = {
     "trees": set(),
-    "config": set(),
+    "fields": set(),
+    "config": {"fields"},
     "report": set(),
     "metrics": {"report"},
-    "adapters.methods": {"config"},
+    "adapters.methods": {"config", "fields"},
     "adapters.init": {"trees", "config", "adapters.methods", "model"},
     "loss": set(),
     "optim": {"trees", "config"},

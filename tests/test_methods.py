@@ -25,7 +25,8 @@ from zflora_jax.adapters.methods import (
     rank_for_budget,
     target_kernels,
 )
-from zflora_jax.config import METHODS, PRESETS, AdapterConfig, ConfigError, preset
+from zflora_jax.config import METHODS, PRESETS, AdapterConfig, preset
+from zflora_jax.fields import ConfigError
 from zflora_jax.layers import tile
 from zflora_jax.model import Model, param_shapes
 

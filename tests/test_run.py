@@ -23,7 +23,8 @@ from zflora_jax import run as runs
 from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.checkpoint import Checkpoints, read_config
-from zflora_jax.config import METHODS, AdapterConfig, ConfigError, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, override
+from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
 from zflora_jax.hf.save import save_hf

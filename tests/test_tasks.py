@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from zflora_jax.config import ConfigError, DataConfig
+from zflora_jax.config import DataConfig
 from zflora_jax.data.tasks import HOLD_OUT, SPLITS, TASKS, Example, load_examples, numbers
+from zflora_jax.fields import ConfigError
 
 
 @pytest.fixture(autouse=True)

@@ -15,19 +15,10 @@ if TYPE_CHECKING:
     from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
     from zflora_jax.adapters.init import init_adapters
     from zflora_jax.adapters.methods import count_params, rank_for_budget
-    from zflora_jax.config import (
-        PRESETS,
-        AdapterConfig,
-        ConfigError,
-        DataConfig,
-        EvalConfig,
-        LlamaConfig,
-        OptimConfig,
-        RunConfig,
-        TrainConfig,
-        preset,
-    )
-    from zflora_jax.decode import Sampler, generate, generate_tokens
+    from zflora_jax.config import PRESETS, AdapterConfig, DataConfig, EvalConfig, LlamaConfig, OptimConfig, RunConfig, TrainConfig, preset
+    from zflora_jax.decode import Sampler, generate_tokens
+    from zflora_jax.evals import generate
+    from zflora_jax.fields import ConfigError
     from zflora_jax.hf.gap import export_gap
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft, save_peft
@@ -45,7 +36,6 @@ _HOME = {
     "config": (
         "PRESETS",
         "AdapterConfig",
-        "ConfigError",
         "DataConfig",
         "EvalConfig",
         "LlamaConfig",
@@ -54,7 +44,9 @@ _HOME = {
         "TrainConfig",
         "preset",
     ),
-    "decode": ("Sampler", "generate", "generate_tokens"),
+    "decode": ("Sampler", "generate_tokens"),
+    "evals": ("generate",),
+    "fields": ("ConfigError",),
     "hf.gap": ("export_gap",),
     "hf.load": ("load_model",),
     "hf.peft": ("load_peft", "save_peft"),

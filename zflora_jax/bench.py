@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.config import require
 from zflora_jax.decode import Sampler, decode, packed
+from zflora_jax.fields import require
 from zflora_jax.model import Model
 
 

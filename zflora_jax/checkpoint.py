@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from zflora_jax.config import ConfigError, RunConfig, from_dict, to_dict
+from zflora_jax.config import RunConfig
+from zflora_jax.fields import ConfigError, from_dict, to_dict
 from zflora_jax.report import write_json
 from zflora_jax.trainer import TrainState
 from zflora_jax.trees import flatten

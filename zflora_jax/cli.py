@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax import config as config_module
-from zflora_jax.config import ConfigError, RunConfig, nearest, override
+from zflora_jax.config import RunConfig
+from zflora_jax.fields import ConfigError, nearest, override
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE = 2, 3
 

@@ -1,155 +1,15 @@
-"""Configuration: frozen dataclasses, each field declared, every wrong key or value refused by name.
-
-Nothing here imports jax: a config can be read, checked and printed on a machine without it.
-"""
+"""Configuration: one frozen dataclass per concern, each field declared, defaulted and checked here. `zflora_jax.fields` holds the machinery."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import functools
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-T = TypeVar("T")
+from zflora_jax.fields import check_types, nearest, require
+
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message says what was given, what is allowed and how to fix it."""
-
-
-def nearest(name: str, allowed: typing.Iterable[str]) -> str:
-    """A sentence for error messages: the closest allowed name if there is one, and all of them."""
-    names = sorted(allowed)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Allowed: {', '.join(names)}"
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-# --- dataclass <-> dict, dotted overrides -------------------------------------------------------------------------
-
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def check_types(config: Any) -> None:
-    """Hold every field to its declared type, also where a config is built by keyword in Python: the first line of each __post_init__."""
-    hints: dict[str, Any] = _hints(typing.cast(Any, type(config)))
-    section = {"AdapterConfig": "adapter.", "DataConfig": "data.", "OptimConfig": "optim.", "TrainConfig": "train.", "EvalConfig": "eval."}
-    prefix = section.get(type(config).__name__, "")
-    for f in dataclasses.fields(config):
-        if f.init:
-            object.__setattr__(config, f.name, _coerce(getattr(config, f.name), hints[f.name], prefix + f.name))
-
-
-def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint` declares, or ConfigError. Lists become tuples, ints become floats; nothing else changes."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        errors = []
-        for option in (a for a in args if a is not type(None)):
-            try:
-                return _coerce(value, option, name)
-            except ConfigError as error:
-                errors.append(str(error))
-        raise ConfigError(errors[-1])
-    if origin is Literal:
-        require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
-        return value
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{name}={value!r}: expected a list of {args[0].__name__}, written as [{value}].")
-        return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        require(isinstance(value, dict), f"{name}={value!r}: expected a table of {hint.__name__} fields.")
-        return from_dict(hint, value, name)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        require(math.isfinite(number), f"{name}={value!r}: expected a finite number.")
-        return number
-    is_plain_int = isinstance(value, int) and not isinstance(value, bool)
-    require(is_plain_int if hint is int else isinstance(value, hint), f"{name}={value!r}: expected {hint.__name__}, got {type(value).__name__}.")
-    return value
-
-
-def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
-    """Build the dataclass `cls` from a plain dict (nested for nested dataclasses). Raises ConfigError on unknown keys or wrong types."""
-    require(isinstance(values, dict), f"{name or cls.__name__}={values!r}: expected a table of {cls.__name__} fields.")
-    hints = _hints(typing.cast(Any, cls))
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"unknown key {f'{name}.{key}' if name else key!r}: {nearest(str(key), fields)}.")
-    missing = [k for k, f in fields.items() if k not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    require(not missing, f"{name or cls.__name__} is incomplete or damaged: {', '.join(missing)} missing, and {cls.__name__} has no default for it.")
-    return cls(**{k: _coerce(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`, JSON-ready (tuples become lists)."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-    return plain(config)
-
-
-def override(config: T, changes: dict[str, Any]) -> T:
-    """`config` with dotted changes applied, e.g. {"train.steps": "50"}. Strings are parsed as Python literals where the field is not a string.
-
-    All changes to one nested config are made together, so that fields which constrain each other can be changed in one call.
-    """
-    nested: dict[str, dict[str, Any]] = {}
-    flat: dict[str, Any] = {}
-    hints = _hints(typing.cast(Any, type(config)))
-    known = [f.name for f in dataclasses.fields(config) if f.init]  # type: ignore[arg-type]
-    for key, value in changes.items():
-        head, _, rest = key.partition(".")
-        if head not in known:
-            raise ConfigError(f"unknown key {key!r} of {type(config).__name__}: {nearest(head, known)}.")
-        if rest:
-            require(dataclasses.is_dataclass(getattr(config, head)), f"{key!r}: {head!r} has no fields of its own.")
-            nested.setdefault(head, {})[rest] = value
-        else:
-            flat[head] = _coerce(_parse(value, hints[head]), hints[head], key)
-    for head, inner in nested.items():
-        flat[head] = override(flat.get(head, getattr(config, head)), inner)
-    return dataclasses.replace(config, **flat)  # type: ignore[type-var]
-
-
-def _parse(value: Any, hint: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    text_allowed = any(o is str or (typing.get_origin(o) is Literal and isinstance(typing.get_args(o)[0], str)) for o in options)
-    if text_allowed:
-        return None if value == "None" and type(None) in options else value
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return value  # _coerce then says what was expected
 
 
 # --- the model ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.adapters.fuse import pack
-from zflora_jax.config import LlamaConfig, check_types, require
+from zflora_jax.config import LlamaConfig
+from zflora_jax.fields import check_types, require
 from zflora_jax.llama import KVCache, Llama, init_cache
 from zflora_jax.model import Model
 from zflora_jax.trees import Tree
@@ -168,7 +169,7 @@ def generate_tokens(
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
     no_ids = any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts)
-    require(not no_ids, "prompts must be a list of prompts, each a list of token ids, e.g. [[1, 2], [3]]; `generate` takes a list of texts.")
+    require(not no_ids, "prompts must be a list of prompts, each a list of token ids, e.g. [[1, 2], [3]]; `zf.generate` takes a list of texts.")
     limit = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         require(len(prompt) > 0, f"prompt {i} is empty: generation needs at least one token (e.g. the BOS token).")
@@ -201,30 +202,3 @@ def generate_tokens(
         if on_batch:
             on_batch(len(rows))
     return answers
-
-
-def generate(
-    model: Model,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    sampler: Sampler | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    chat: bool = False,
-) -> list[str]:
-    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler is given.
-
-    chat: wrap each prompt as a user turn in the tokenizer's chat template. Raises ValueError for a model without a tokenizer.
-    """
-    tokenizer: Any = model.tokenizer
-    require(tokenizer is not None, "this model has no tokenizer; use generate_tokens with token ids.")
-    require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
-    if chat:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    else:
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    answers = generate_tokens(model, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, batch_size=batch_size)
-    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

@@ -1,4 +1,4 @@
-"""Evaluation: held-out loss and generated answers, with a record of every example."""
+"""Text in, text out: held-out loss, generated answers with a record of every example, and plain generation from prompts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, require
+from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig
 from zflora_jax.data.pipeline import Encoded, encode_prompts, eval_batches
-from zflora_jax.data.prompts import end_token
+from zflora_jax.data.prompts import encode_prompt_texts, end_token, render
 from zflora_jax.data.tasks import Example, get_task
-from zflora_jax.decode import generate_tokens
+from zflora_jax.decode import Sampler, generate_tokens
+from zflora_jax.fields import require
 from zflora_jax.model import Model
 from zflora_jax.trainer import eval_step
 from zflora_jax.trees import Tree
@@ -40,9 +41,7 @@ def generate_answers(
     """One record per example: index, prompt, input, output (greedy), prediction, answer, correct. In the order of `examples`, whatever the "
     "batch size."""
     require(model.tokenizer is not None, "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has one.")
-    task, prompts = get_task(task_name), encode_prompts(examples, model.tokenizer, data.prompt_style)
-    # A chat template's end of turn is not always the model's EOS; either ends an answer.
-    stop = sorted({*model.config.eos_token_ids, end_token(model.tokenizer, data.prompt_style)})
+    task, prompts, stop = get_task(task_name), encode_prompts(examples, model.tokenizer, data.prompt_style), _stop(model, data.prompt_style)
     outputs = generate_tokens(
         model, prompts, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size, stop=stop, on_batch=on_batch
     )
@@ -58,3 +57,39 @@ def generate_answers(
 def accuracy(records: Sequence[dict[str, Any]]) -> float:
     """The share of records that are correct."""
     return sum(r["correct"] for r in records) / len(records)
+
+
+def _stop(model: Model, prompt_style: str) -> list[int]:
+    """The ids that end an answer: a chat template's end of turn is not always the model's EOS, so either does."""
+    return sorted({*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    chat: bool = False,
+) -> list[str]:
+    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler is given.
+
+    chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with data.prompt_style="chat" does; without it a prompt is
+    continued as it is. Raises ConfigError for a model without a tokenizer, or chat without a chat template.
+    """
+    tokenizer: Any = model.tokenizer
+    require(tokenizer is not None, "this model has no tokenizer; use generate_tokens with token ids.")
+    require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
+    texts = [render(tokenizer, "chat", prompt) for prompt in prompts] if chat else list(prompts)
+    answers = generate_tokens(
+        model,
+        encode_prompt_texts(tokenizer, texts),
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+        stop=_stop(model, "chat") if chat else None,
+    )
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

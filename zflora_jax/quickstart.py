@@ -11,8 +11,9 @@ import numpy as np
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.bench import decode_latency
 from zflora_jax.checkpoint import check_workdir
-from zflora_jax.config import ConfigError, RunConfig, to_dict
+from zflora_jax.config import RunConfig
 from zflora_jax.data.pipeline import eval_batches
+from zflora_jax.fields import ConfigError, to_dict
 from zflora_jax.llama import forward
 from zflora_jax.metrics import METRICS_FILE
 from zflora_jax.plots import loss_curve

@@ -18,10 +18,11 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params, plan
 from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, locked, read_config
-from zflora_jax.config import METHODS, ConfigError, RunConfig, nearest, require, to_dict
+from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.data.pipeline import Encoded, encode_prompts, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example, load_examples
 from zflora_jax.evals import accuracy, generate_answers, held_out_loss
+from zflora_jax.fields import ConfigError, nearest, require, to_dict
 from zflora_jax.hf.gap import export_gap
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.adapters.methods import count_params
-from zflora_jax.config import AdapterConfig, RunConfig, require, to_dict
+from zflora_jax.config import AdapterConfig, RunConfig
 from zflora_jax.evals import held_out_loss
+from zflora_jax.fields import require, to_dict
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 from zflora_jax.run import Trained, held_out, load_base, train
 from zflora_jax.trainer import NonFiniteError

@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from zflora_jax.config import METHODS, AdapterConfig, ConfigError, LlamaConfig, nearest, require
+from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.fields import ConfigError, nearest, require
 
 Stream = Literal["residual", "heads", "mlp"]
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.config import DataConfig, require
+from zflora_jax.config import DataConfig
 from zflora_jax.data.prompts import encode, encode_prompt_texts, render
 from zflora_jax.data.tasks import Example
+from zflora_jax.fields import require
 
 log = logging.getLogger(__name__)
 

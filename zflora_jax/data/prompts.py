@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.config import ConfigError, nearest, require
+from zflora_jax.fields import ConfigError, nearest, require
 
 STYLES = ("chat", "alpaca")
 

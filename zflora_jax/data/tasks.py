@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from zflora_jax.config import ConfigError, DataConfig, nearest, require
+from zflora_jax.config import DataConfig
+from zflora_jax.fields import ConfigError, nearest, require
 
 SPLITS = ("train", "validation", "test")
 HOLD_OUT = 200  # rows, at most a tenth of the train file, that stand in for a validation or test file that is not there

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.config import METHODS, to_dict
+from zflora_jax.config import METHODS
+from zflora_jax.fields import to_dict
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.model import Model
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zflora_jax.config import ConfigError, LlamaConfig, RopeScaling, from_dict, require
+from zflora_jax.config import LlamaConfig, RopeScaling
+from zflora_jax.fields import ConfigError, from_dict, require
 
 # What this Llama has no code for: key -> values that leave the forward as it is. Everything else a config.json may carry is bookkeeping.
 _ONLY: dict[str, tuple[Any, ...]] = {

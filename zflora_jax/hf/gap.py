@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zflora_jax.config import require
+from zflora_jax.decode import padded_length
+from zflora_jax.fields import require
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
@@ -32,10 +33,12 @@ def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str
     worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0
     for row in prompts:
         ids = model.tokenizer(row)["input_ids"] if isinstance(row, str) else row
-        tokens = jnp.asarray(np.asarray(ids, np.int32)[None])
-        a, b = np.asarray(forward(exact, tokens)), np.asarray(forward(export, tokens))
+        length = padded_length(len(ids))  # few lengths, few compilations
+        tokens = jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
+        valid = jnp.arange(length)[None] < len(ids)
+        a, b = (np.asarray(forward(m, tokens, valid=valid))[:, : len(ids)] for m in (exact, export))
         gap = np.abs(a - b)
         worst, total, scale = max(worst, float(gap.max())), total + float(gap.sum(dtype=np.float64)), max(scale, float(np.abs(a).max()))
-        same, logits, positions = same + int((a.argmax(-1) == b.argmax(-1)).sum()), logits + gap.size, positions + tokens.size
+        same, logits, positions = same + int((a.argmax(-1) == b.argmax(-1)).sum()), logits + gap.size, positions + len(ids)
     require(positions > 0, "export_gap needs at least one prompt with at least one token.")
     return {"max_abs_dlogit": worst, "mean_abs_dlogit": total / logits, "logit_scale": scale, "top1_agreement": same / positions}

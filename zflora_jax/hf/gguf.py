@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.config import ConfigError, LlamaConfig, RopeScaling, from_dict, require
+from zflora_jax.config import LlamaConfig, RopeScaling
+from zflora_jax.fields import ConfigError, from_dict, require
 from zflora_jax.hf.keys import CheckpointError, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
 from zflora_jax.layers import rope_frequencies
 from zflora_jax.model import Model

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.config import PRESETS, LlamaConfig, nearest, require
+from zflora_jax.config import PRESETS, LlamaConfig
+from zflora_jax.fields import nearest, require
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
 from zflora_jax.hf.shards import Shards, read_json

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig, from_dict
+from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.fields import from_dict
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import CheckpointError, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
 from zflora_jax.hf.load import accept_tied_head

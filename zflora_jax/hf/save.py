@@ -13,15 +13,17 @@ import numpy as np
 
 from zflora_jax import trees
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.config import METHODS, LlamaConfig, require, to_dict
+from zflora_jax.config import METHODS, LlamaConfig
+from zflora_jax.fields import require, to_dict
 from zflora_jax.hf.card import model_card
-from zflora_jax.hf.directory import whole_directory, write_json
+from zflora_jax.hf.directory import whole_directory
 from zflora_jax.hf.keys import CheckpointError, as_finite, hf_table
 from zflora_jax.hf.load import TOKENIZER_FILES, locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.stock import EPS_Z, StockForm, module_of, native_tensors, stock_form, to_stock
 from zflora_jax.model import Model, param_shapes
+from zflora_jax.report import write_json
 
 
 def save_hf(

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from zflora_jax import trees
-from zflora_jax.config import ConfigError, LlamaConfig
+from zflora_jax.config import LlamaConfig
+from zflora_jax.fields import ConfigError
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, as_finite, hf_table
 from zflora_jax.layers import rope_frequencies

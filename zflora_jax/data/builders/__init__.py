@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.config import ConfigError
+from zflora_jax.fields import ConfigError
 
 
 def cache_dir() -> Path:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from zflora_jax.config import ConfigError
+from zflora_jax.fields import ConfigError
 
 SPLIT = "rows"  # one file is one dataset with one split; which file is train or test is the task's business
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks: 48/2 = <<48/2=24>>24
