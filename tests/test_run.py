@@ -97,8 +97,8 @@ def state_of(workdir: Path, run: RunConfig, model: runs.Model) -> trees.Tree:
 def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes]:
     """`run` trained by a process of its own, compiled as users' runs are (conftest.py switches most optimizations off), on one device."""
     program = (
-        "import sys, json; from zflora_jax import run, config; "
-        "run.train(config.from_dict(config.RunConfig, json.loads(sys.argv[1])), sys.argv[2], console=False)"
+        "import sys, json; from zflora_jax import config, fields, run; "
+        "run.train(fields.from_dict(config.RunConfig, json.loads(sys.argv[1])), sys.argv[2], console=False)"
     )
     env = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
