@@ -259,7 +259,7 @@ def test_a_whole_table_can_be_overridden_and_refined():
         ("adapter", "lora", r"adapter='lora': expected a table"),
         ("model.name", "x", r"'model\.name': 'model' has no fields of its own"),
         ("data.lengths", "128", r"lengths=128: expected a list of int"),
-        ("data.prompt_style", "alpacca", r"prompt_style='alpacca': did you mean 'alpaca'\? Allowed: alpaca, chat"),
+        ("data.prompt_style", "alpacca", r"prompt_style='alpacca': did you mean 'alpaca'\? Allowed: alpaca, alpaca-eval, chat"),
         ("train.remat", "yes", r"remat='yes': expected bool"),
         ("train.steps", "None", r"steps=None: expected int"),
         ("optim.learning_rate", "1e999", r"learning_rate=inf: expected a finite number"),

@@ -119,7 +119,7 @@ def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
     before = jax.tree.map(np.array, model.params)
     state = init_state(perturb(init_adapters(jax.random.key(1), model, adapter)), OptimConfig(warmup_steps=0), 3)
     start = jax.tree.map(np.array, state.adapters)
-    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool), "valid": jnp.ones(tokens.shape, bool)}
+    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool), "segments": jnp.ones(tokens.shape, jnp.int32)}
     step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3, chunk=16)
     state, metrics = step(model.params, state, batch)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -140,7 +140,7 @@ def test_no_product_forms_a_base_gradient(adapter):
     model = tiny_model(num_layers=1, scan_layers=False)
     state = jax.eval_shape(lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100))
     tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
-    batch = {"tokens": tokens} | {name: jax.ShapeDtypeStruct((2, 24), bool) for name in ("loss_mask", "valid")}
+    batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct((2, 24), bool), "segments": jax.ShapeDtypeStruct((2, 24), jnp.int32)}
     step = make_train_step(model.config, adapter, OptimConfig(), 100, chunk=16)
     shapes: set[tuple[int, ...]] = set()
 
@@ -233,7 +233,7 @@ def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
     """At step 0 the random blocks have no gradient yet (what reads them is zero) and the zero blocks have one: training can start."""
     model, adapter = tiny_model(num_layers=3), AdapterConfig("zflora-minimal", rank=6)
     adapters = init_adapters(jax.random.key(1), model, adapter)
-    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool), "valid": jnp.ones(tokens.shape, bool)}
+    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool), "segments": jnp.ones(tokens.shape, jnp.int32)}
     grads = jax.grad(lambda a: batch_loss(model.config, adapter, {"params": model.params, "adapters": a}, batch, 16)[0])(adapters)
     for name, grad in trees.flatten(grads).items():
         assert (np.abs(grad).max() > 0) == name.endswith("backward"), name

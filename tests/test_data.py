@@ -17,7 +17,7 @@ from zflora_jax.data import prompts
 from zflora_jax.data.builders import open_prepared
 from zflora_jax.data.builders.arithmetic.arithmetic import TEMPLATES, Arithmetic, generate
 from zflora_jax.data.builders.local_json.local_json import LocalJson, local_json_config, read_rows
-from zflora_jax.data.pipeline import Encoded, encode_prompts, eval_batches, tokenize_examples, train_batches
+from zflora_jax.data.pipeline import Encoded, Row, encode_prompts, eval_batches, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
 from zflora_jax.fields import ConfigError
 
@@ -34,8 +34,8 @@ def tokenizer():
 
 def encoded_rows(count, pad_id=PAD):
     """Rows whose only token values are their own index, of lengths 2 to 6."""
-    rows = tuple((np.full(2 + i % 5, i, np.int32), np.ones(2 + i % 5, bool)) for i in range(count))
-    return Encoded(rows, tuple(range(count)), 0, pad_id)
+    rows = tuple(Row(np.full(2 + i % 5, i, np.int32), np.ones(2 + i % 5, bool), np.ones(2 + i % 5, np.int32)) for i in range(count))
+    return Encoded(rows, tuple(range(count)), 0, pad_id, parts=(count,))
 
 
 def row_ids(batch):
@@ -44,7 +44,7 @@ def row_ids(batch):
 
 def assert_same_batches(left, right):
     for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys() == {"tokens", "loss_mask", "valid"}
+        assert a.keys() == b.keys() == {"tokens", "loss_mask", "segments"}
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
 
@@ -229,6 +229,9 @@ def test_alpaca_text_byte_for_byte():
     )
     assert prompts.render(None, "alpaca", "Add\n1 and 2.") == plain
     assert prompts.render(None, "alpaca", "Add.", "1 2") == with_input
+    # The evaluation scripts: one space less at the end of each header, and nothing on the lines between.
+    assert prompts.render(None, "alpaca-eval", "Add\n1 and 2.") == plain.replace("request.  ", "request. ").replace(f"\n{s}\n", "\n\n")
+    assert prompts.render(None, "alpaca-eval", "Add.", "1 2") == with_input.replace("request. ", "request.").replace(f"\n{s}\n", "\n\n")
 
 
 def test_chat_uses_the_tokenizers_template(tokenizer):
@@ -254,13 +257,13 @@ def test_the_end_token_is_the_one_the_template_puts_after_an_answer():
         prompts.end_token(without_eos, "alpaca")
 
 
-@pytest.mark.parametrize("style", ["chat", "alpaca"])
+@pytest.mark.parametrize("style", ["chat", "alpaca", "alpaca-eval"])
 def test_the_loss_mask_covers_the_target_and_its_end_and_nothing_else(tokenizer, style):
     examples = [Example("2 and 3?", "2 + 3 = 5.", "5"), Example("é?", "日本", "1", input="x")]
     encoded = tokenize_examples(examples, tokenizer, DataConfig(prompt_style=style, lengths=(512,)))
     on_prompt = tokenize_examples(examples, tokenizer, DataConfig(prompt_style=style, lengths=(512,), train_on_prompt=True))
     generation = encode_prompts(examples, tokenizer, style)
-    for example, (tokens, mask), (_, full_mask), prompt in zip(examples, encoded.rows, on_prompt.rows, generation, strict=True):
+    for example, (tokens, mask, _), (_, full_mask, _), prompt in zip(examples, encoded.rows, on_prompt.rows, generation, strict=True):
         assert tokens.dtype == np.int32 and mask.dtype == np.bool_
         assert tokens[~mask].tolist() == prompt  # training conditions on exactly the tokens that generation starts from
         assert tokens[mask].tolist() == [*example.target.encode(), EOS]
@@ -273,9 +276,9 @@ def test_exactly_one_bos_if_the_tokenizer_adds_one(writes_bos):
     template = ("<bos>" if writes_bos else "") + "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
     example = [Example("q", "t", "1")]
     for style in ("chat", "alpaca"):
-        (tokens, mask) = tokenize_examples(example, byte_tokenizer(add_bos=True, chat_template=template), DataConfig(prompt_style=style)).rows[0]
+        tokens, mask, _ = tokenize_examples(example, byte_tokenizer(add_bos=True, chat_template=template), DataConfig(prompt_style=style)).rows[0]
         assert tokens.tolist().count(BOS) == 1 and tokens[0] == BOS and not mask[0]
-    (tokens, _) = tokenize_examples(example, byte_tokenizer(chat_template=template), DataConfig(prompt_style="alpaca")).rows[0]
+    tokens, *_ = tokenize_examples(example, byte_tokenizer(chat_template=template), DataConfig(prompt_style="alpaca")).rows[0]
     assert BOS not in tokens
 
 
@@ -294,7 +297,7 @@ def test_long_rows_are_dropped_counted_and_reported(tokenizer, caplog):
 def test_a_row_of_exactly_the_longest_length_stays(tokenizer):
     whole = len(tokenize_examples([Example("q", "t", "1")], tokenizer, DataConfig()).rows[0][0])
     encoded = tokenize_examples([Example("q", "t", "1")], tokenizer, DataConfig(lengths=(whole,)))
-    assert next(train_batches(encoded, DataConfig(lengths=(whole,), batch_size=1)))["valid"].all()
+    assert next(train_batches(encoded, DataConfig(lengths=(whole,), batch_size=1)))["segments"].all()
 
 
 def test_empty_datasets_are_refused(tokenizer):
@@ -351,11 +354,11 @@ def test_batches_are_padded_right_to_the_smallest_length_that_fits():
     shapes = [batch["tokens"].shape for batch in eval_batches(encoded, 1, (3, 5, 8))]
     assert shapes == [(1, 3), (1, 3), (1, 5), (1, 5), (1, 8)]
     (batch,) = eval_batches(encoded, 5, (3, 5, 8))
-    assert batch["tokens"].dtype == np.int32 and batch["loss_mask"].dtype == batch["valid"].dtype == np.bool_
-    assert batch["valid"].sum(1).tolist() == [2, 3, 4, 5, 6]
+    assert batch["tokens"].dtype == batch["segments"].dtype == np.int32 and batch["loss_mask"].dtype == np.bool_
+    assert batch["segments"].sum(1).tolist() == [2, 3, 4, 5, 6]
     for i in range(5):
         assert batch["tokens"][i].tolist() == [i] * (2 + i) + [PAD] * (6 - i)
-    assert not batch["loss_mask"][~batch["valid"]].any()
+    assert not batch["loss_mask"][batch["segments"] == 0].any()
     with pytest.raises(ConfigError, match="6 tokens"):
         list(eval_batches(encoded, 5, (3, 5)))
 
@@ -366,4 +369,4 @@ def test_evaluation_counts_every_row_once_whatever_the_batch_size(batch_size):
     assert all(batch["tokens"].shape == (batch_size, 8) for batch in batches)
     counted = [i for batch in batches for i, counts in zip(row_ids(batch), batch["loss_mask"].any(1), strict=True) if counts]
     assert counted == list(range(7))
-    assert all(batch["valid"].any(1).all() for batch in batches)  # also the filling rows have something to attend to
+    assert all(batch["segments"].any(1).all() for batch in batches)  # also the filling rows have something to attend to

@@ -152,7 +152,7 @@ def test_a_whole_training_gradient_never_holds_all_logits():
     batch, length, chunk, vocab = 2, 160, 16, 4099  # a prime: only sizes that hold the vocabulary are its multiples
     model, adapter = tiny_model(num_layers=1, vocab_size=vocab), AdapterConfig("zflora-minimal", rank=4)
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
-    data = {"tokens": jnp.zeros((batch, length), jnp.int32)} | {n: jnp.ones((batch, length), bool) for n in ("loss_mask", "valid")}
+    data = {"loss_mask": jnp.ones((batch, length), bool)} | {n: jnp.ones((batch, length), jnp.int32) for n in ("tokens", "segments")}
     jaxpr = jax.make_jaxpr(jax.grad(lambda a: batch_loss(model.config, adapter, {"params": model.params, "adapters": a}, data, chunk)[0]))(adapters)
     with_vocabulary = {n // vocab for n in sizes(jaxpr.jaxpr) if n % vocab == 0 and n}
     assert chunk in with_vocabulary

@@ -30,6 +30,7 @@ from zflora_jax.hf.peft import load_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import forward
 from zflora_jax.metrics import read_metrics
+from zflora_jax.scorecard import evaluate
 from zflora_jax.trainer import NonFiniteError
 
 TESTS = Path(__file__).parent
@@ -72,7 +73,7 @@ def test_every_method_learns_and_exports(method, run, tmp_path):
     assert report["top1_agreement"] == 1.0 and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
     tokens = np.asarray([[5, 6, 7, 8]], np.int32)
     assert_logits_close(forward(load_model(str(tmp_path / "out")), tokens), forward(trained.model, tokens, run.adapter, trained.adapters))
-    result = runs.evaluate(run, runs.load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False)
+    result = evaluate(run, runs.load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False)
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert len(rows) == result["rows"] == 4 and 0 <= result["accuracy"] <= 1
     assert {"prompt", "output", "prediction", "answer", "correct"} <= rows[0].keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from zflora_jax.config import DataConfig
-from zflora_jax.data.tasks import HOLD_OUT, SPLITS, TASKS, Example, load_examples, numbers
+from zflora_jax.data.tasks import GROUPS, HOLD_OUT, PARSERS, SPLITS, TASKS, Example, get_task, load_examples, numbers
 from zflora_jax.fields import ConfigError
 
 
@@ -170,28 +170,80 @@ def test_train_limit_takes_a_nested_sample_of_train_alone(tmp_path):
 
 
 def test_unknown_names():
-    with pytest.raises(ConfigError, match=r"unknown task 'gsm8': did you mean 'gsm8k'\? Allowed: arithmetic, gsm8k, json"):
+    with pytest.raises(ConfigError, match=r"unknown task 'gsm8': did you mean 'gsm8k'\? Allowed: addsub, aqua, .*, xsum"):
         load_examples("gsm8", "train", DataConfig())
     with pytest.raises(ConfigError, match=r"unknown split 'tests': did you mean 'test'"):
         load_examples("arithmetic", "tests", DataConfig())
 
 
-def test_missing_files(tmp_path):
-    def fails(message, split="train", directory=tmp_path):
-        with pytest.raises(ConfigError, match=message):
-            load_examples("gsm8k", split, DataConfig(data_dir=directory and str(directory)))
+def fails(message, task, directory, split="test"):
+    with pytest.raises(ConfigError, match=message):
+        load_examples(task, split, DataConfig(data_dir=directory and str(directory)))
 
-    fails(r"'gsm8k' reads files, but data.data_dir is not set. Set data.data_dir to", directory=None)
-    fails(r"nowhere' does not exist", directory=tmp_path / "nowhere")
-    fails(r"no train, validation or test file in")
+
+def test_missing_files(tmp_path):
+    fails(r"'json' reads files, but data.data_dir is not set. Set data.data_dir to", "json", None)
+    fails(r"nowhere' does not exist", "gsm8k", tmp_path / "nowhere")
+    fails(r"no train, validation or test file in .*grade-school-math", "gsm8k", tmp_path)
     write(tmp_path / "test.json", ["a"])
-    fails(r"no train file in .*found test.json.*validation.json\(l\)", split="validation")
-    fails(r"no train file in .*found test.json")
+    fails(r"no train file beside .*test.json. The validation split needs train.json\(l\) or validation.json\(l\)", "gsm8k", tmp_path, "validation")
+    fails(r"no train file beside .*test.json. The train split needs train.json\(l\) there", "gsm8k", tmp_path, "train")
     write(tmp_path / "train.json", ["a", "b"])
-    fails(r"train.json has 2 rows, too few to hold out a validation split", split="validation")
+    fails(r"train.json has 2 rows, too few to hold out a validation split", "gsm8k", tmp_path, "validation")
     assert len(prompts_of("train", tmp_path)) == 2
     write(tmp_path / "train.jsonl", ["a", "b"])
-    fails(r"both train.json and train.jsonl")
+    fails(r"both train.json and train.jsonl", "gsm8k", tmp_path, "train")
+
+
+def test_a_missing_folder_is_answered_with_what_was_tried_and_where_the_files_are(tmp_path):
+    fails(
+        r"no train, validation or test file in .*Tried: \S+/AddSub, \S+/dataset/AddSub, \S+/llm_adapters/dataset/AddSub.*--data-dir\) the folder "
+        r"that holds AddSub/.*AddSub/test.json\(l\).*AGI-Edgerunners/LLM-Adapters",
+        "addsub",
+        tmp_path,
+    )
+    fails(r"Tried: .*dialogsum/.*dialogsum.train.json\(l\).*cylnlp/dialogsum", "dialogsum", tmp_path)
+    fails(r"woz_train_en.json\(l\).*nmrksic/neural-belief-tracker", "woz", tmp_path)
+    fails(r"'woz' reads files, but data.data_dir is not set. Set data.data_dir to .*the folder that holds woz/", "woz", None)
+    fails(r"Tried: .*ft-training_set.*math_10k.json\(l\).*AGI-Edgerunners/LLM-Adapters", "math_10k", tmp_path, "train")
+    write(tmp_path / "test.json", ["a"])
+    fails(r"Tried: .*AddSub", "addsub", tmp_path)  # a file of that name, but not in a folder of the task's
+    fails(r"test.json' is a file. Set data.data_dir to", "addsub", tmp_path / "test.json")
+
+
+def test_a_test_only_task_says_so(tmp_path):
+    (tmp_path / "piqa").mkdir()
+    write(tmp_path / "piqa" / "test.json", ["a"])
+    for split in ("train", "validation"):
+        fails(
+            r"no train file beside \S+test.json. .*LLM-Adapters.* has none for this task, only test rows: train on another", "piqa", tmp_path, split
+        )
+    assert prompts_of("test", tmp_path, "piqa") == ["a"]
+
+
+@pytest.mark.parametrize("below", ["", "AQuA", "dataset/AQuA", "llm_adapters/dataset/AQuA", "llm_adapters/AQuA"])
+def test_the_folder_of_a_task_is_found(tmp_path, below):
+    root = tmp_path / "aqua"
+    (root / below).mkdir(parents=True)
+    write(root / below / "test.jsonl", ["q"], answer="B")
+    assert prompts_of("test", root, "aqua") == ["q"]  # for below="", root is the folder itself, in another case
+
+
+def test_gsm8k_as_published_comes_before_the_other_form(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "dataset" / "gsm8k").mkdir(parents=True)
+    write(tmp_path / "dataset" / "gsm8k" / "test.json", ["LLM-Adapters"])
+    assert prompts_of("test", tmp_path, "gsm8k") == ["LLM-Adapters"]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "published", "answer": "#### 1"}))
+    assert prompts_of("test", tmp_path, "gsm8k") == ["published"]
+
+
+def test_training_files_are_found_by_name_or_given(tmp_path):
+    (tmp_path / "ft-training_set").mkdir()
+    path = tmp_path / "ft-training_set" / "commonsense_15k.json"
+    write(path, [f"q{i}" for i in range(40)])
+    for given in (tmp_path, path.parent, path):
+        assert {split: len(prompts_of(split, given, "commonsense_15k")) for split in SPLITS} == {"train": 32, "validation": 4, "test": 4}
 
 
 def test_a_malformed_row_is_named_through_the_task(tmp_path):
@@ -203,6 +255,46 @@ def test_a_malformed_row_is_named_through_the_task(tmp_path):
         load_examples("gsm8k", "test", DataConfig(data_dir=str(tmp_path)))
 
 
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+def choice(directory, answer="answer2", output="the correct answer is answer2", allowed="answer1/answer2/answer3"):
+    (directory / "ARC-Easy").mkdir(exist_ok=True)
+    rows = [
+        {"instruction": f"Which?\n\nAnswer format: {a}", "input": "", "output": o, "answer": w}
+        for a, o, w in [("a/b", "a", "a"), (allowed, output, answer)]
+    ]
+    (directory / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
+    return load_examples("arc_easy", "test", DataConfig(data_dir=str(directory)))
+
+
+def test_options_have_the_form_of_the_target(tmp_path):
+    assert choice(tmp_path)[1].options == tuple(f"the correct answer is answer{i}" for i in (1, 2, 3))
+    bare = choice(tmp_path, output="answer2.", allowed="answer1/answer2")[1]
+    assert bare.options == ("answer1.", "answer2.") and bare.target in bare.options
+
+
+def test_an_answer_that_is_no_option_is_an_error_with_its_row(tmp_path):
+    examples = choice(tmp_path, answer="answer4")
+    assert examples[0].options == ("a", "b")
+    with pytest.raises(ConfigError, match=r"'arc_easy': \S+test.json, row 2: the answer is 'answer4'.*not one of .*answer1, answer2, answer3"):
+        examples[1]
+    with pytest.raises(ConfigError, match=r"row 2: the output 'two' does not state the answer 'answer2'"):
+        choice(tmp_path, output="two")[-1]
+
+
+# --- the registry -------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_18_tasks():
+    assert {name: len(tasks) for name, tasks in GROUPS.items()} == {"commonsense": 8, "math": 6, "summary": 4}
+    for group, names in GROUPS.items():
+        assert all(get_task(name).group == group for name in names)
+    assert "mawps" not in GROUPS["math"] and TASKS["mawps"].group == "math"
+    assert {task.group for task in TASKS.values()} == {*GROUPS, "other"}
+    assert all(name == task.name for name, task in TASKS.items())
+
+
 # --- real files ---------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +303,46 @@ def real(relative):
     if not path.exists():
         pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
     return path
+
+
+# train, validation, test; rows of a split without a file are held out of train
+ROWS = {
+    "boolq": (9227, 200, 3270), "piqa": (0, 0, 1838), "social_i_qa": (0, 0, 1954), "hellaswag": (0, 0, 10042), "winogrande": (0, 0, 1267),
+    "arc_easy": (2051, 200, 2376), "arc_challenge": (1008, 111, 1172), "openbookqa": (4757, 200, 500),
+    "addsub": (0, 0, 395), "aqua": (0, 0, 254), "multiarith": (0, 0, 600), "gsm8k": (7273, 200, 1319), "singleeq": (0, 0, 508), "svamp": (0, 0, 1000),
+    "mawps": (1709, 189, 238), "dialogsum": (0, 500, 500), "woz": (2536, 830, 1646), "math_data": (2860, 200, 200),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_real_row_is_read_and_its_gold_answer_can_be_reached(name):
+    """Stating the gold answer scores as right under both parsers, without exception; a wrong one does not."""
+    task, data = TASKS[name], DataConfig(data_dir=str(real(".")))
+    sizes = []
+    for split in SPLITS:
+        try:
+            examples = list(load_examples(name, split, data))
+        except ConfigError as error:
+            assert "no train file beside" in str(error)
+            examples = []
+        sizes.append(len(examples))
+        for example in examples:
+            assert example.prompt and example.target
+            assert not example.options or example.target in example.options
+            assert not example.references or example.target == example.references[0]
+            text = task.gold(example)
+            for parser in PARSERS if example.answer else ():
+                assert task.score_as(task.parse_as(text, parser), example.answer, parser), (parser, example)
+                assert not task.score_as(task.parse_as("nothing", parser), example.answer, parser), (parser, example)
+    assert tuple(sizes) == ROWS[name]
+    options = {len(example.options) for example in examples}
+    assert options == ({2, 3, 4, 5} & options if task.group == "commonsense" else {0})
+    assert (task.group == "summary") == any(example.references for example in examples)
+
+
+def test_real_gsm8k_in_the_form_of_llm_adapters():
+    examples = load_examples("gsm8k", "test", DataConfig(data_dir=str(real("llm_adapters/dataset"))))
+    assert len(examples) == 1319 and examples[0].answer.endswith(".0")
 
 
 def test_real_gsm8k():
@@ -232,9 +364,3 @@ def test_real_llm_adapters():
     sizes = {split: len(load_examples("json", split, data)) for split in SPLITS}
     assert sum(sizes.values()) == 3260 and sizes["validation"] >= 200 and sizes["test"] >= 200
     assert not any(e.target.startswith(("\n", "A:")) for e in load_examples("json", "validation", data))
-
-
-@pytest.mark.parametrize("name", ["boolq", "ARC-Easy", "mawps"])
-def test_real_llm_adapters_tests(name):
-    task, examples = TASKS["json"], load_examples("json", "test", DataConfig(data_dir=str(real(f"llm_adapters/dataset/{name}"))))
-    assert all(task.score(task.parse(example.target), example.answer) for example in examples[:200])

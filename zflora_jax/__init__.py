@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from zflora_jax.hf.save import save_hf
     from zflora_jax.llama import KVCache, Llama, forward, init_cache, random_model
     from zflora_jax.model import Model
-    from zflora_jax.run import evaluate, export_run, load_run, train
+    from zflora_jax.run import export_run, load_run, train
+    from zflora_jax.scorecard import evaluate, evaluate_tasks
     from zflora_jax.sweeps import Sweep, sweep
     from zflora_jax.trainer import NonFiniteError
 
@@ -53,7 +54,8 @@ _HOME = {
     "hf.save": ("save_hf",),
     "llama": ("KVCache", "Llama", "forward", "init_cache", "random_model"),
     "model": ("Model",),
-    "run": ("evaluate", "export_run", "load_run", "train"),
+    "run": ("export_run", "load_run", "train"),
+    "scorecard": ("evaluate", "evaluate_tasks"),
     "sweeps": ("Sweep", "sweep"),
     "trainer": ("NonFiniteError",),
 }

@@ -64,11 +64,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: config, checkpoints, metrics, report")
     overrides(sub)
 
-    sub = command("eval", _eval, "Held-out loss and exact match on generated answers; one record per example is kept.")
+    sub = command("eval", _eval, "Score a run or a model on tasks: loss, generated answers, likelihoods, ROUGE; one record per example is kept.")
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", metavar="DIR", help="evaluate what this run has trained, fused")
     source.add_argument("--model", metavar="MODEL", help="evaluate a model: a Hugging Face directory, hub id, .gguf file or smollm2-135m")
-    sub.add_argument("--tasks", metavar="A,B", help="tasks to evaluate (default: the run's own task)")
+    sub.add_argument("--tasks", metavar="A,B", help="tasks, or groups of tasks (commonsense, math, summary), to evaluate (default: the run's own)")
+    sub.add_argument("--data-dir", metavar="DIR", help="where the tasks' files are (the same as --set data.data_dir=DIR)")
+    sub.add_argument(
+        "--trained-on",
+        metavar="TASK",
+        help="with --model: its training data, to mark test questions found in it (default: what a --workdir trained on)",
+    )
     sub.add_argument("--limit", type=int, metavar="N", help="examples per task (default: the run's eval.limit)")
     sub.add_argument("--out", metavar="DIR", help="where to write results (default: WORKDIR/eval, or runs/eval with --model)")
     overrides(sub)
@@ -156,19 +162,29 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from zflora_jax.checkpoint import read_config
+    from zflora_jax.data.mixture import load_mixture, parse_mixture
+    from zflora_jax.data.tasks import GROUPS
     from zflora_jax.hf.load import load_model
-    from zflora_jax.run import evaluate, load_fused
+    from zflora_jax.run import load_fused
+    from zflora_jax.scorecard import evaluate_tasks
 
-    changes: dict[str, Any] = _changes(args.set) | ({} if args.limit is None else {"eval.limit": args.limit})
+    given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
+    changes: dict[str, Any] = _changes(args.set) | {key: value for key, value in given.items() if value is not None}
     trained = [key for key in changes if not key.startswith(("eval.", "data."))]
     if args.workdir and trained:
         raise ConfigError(f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated; eval.* and data.* can.")
-    run = override(read_config(args.workdir) if args.workdir else RunConfig(model=args.model), changes)
+    base = read_config(args.workdir) if args.workdir else RunConfig(model=args.model)
+    run = override(base, changes)
+    named = args.tasks.split(",") if args.tasks else parse_mixture(run.data.task)[0]
+    tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
+    trained_run = override(base, {"data.task": args.trained_on, "data.data_dir": run.data.data_dir}) if args.trained_on else base
+    trained_on = load_mixture(trained_run.data, "train") if args.trained_on or args.workdir else None
     model, label = load_fused(args.workdir) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
-    for task in (args.tasks or run.data.task).split(","):
-        one = override(run, {"data.task": task})
-        out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval")) / f"{task}-{one.eval.split}-{label}"
-        print_table(evaluate(one, model, out=out), f"{task} ({one.eval.split}), written to {out}.json")
+    out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
+    summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on)
+    for result in summary["tasks"]:
+        print_table(result, f"{result['task']} ({result['split']})")
+    print(f"written to {out}: summary-{label}.md, and {tasks[0]}-{run.eval.split}-{label}.jsonl with one line per example (so for each task)")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -180,12 +196,15 @@ def _export(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from zflora_jax.sweeps import Sweep, sweep
 
-    plan = load_config(args.config, "get_sweep")
-    if not isinstance(plan, Sweep):
-        raise ConfigError(f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a zflora_jax.Sweep.")
-    plan = dataclasses.replace(plan, base=override(plan.base, _changes(args.set)))
-    for row in sweep(plan, args.workdir, args.out)["rows"]:
-        print_table(row, row["method"])
+    plans = load_config(args.config, "get_sweep")
+    plans = list(plans) if isinstance(plans, list | tuple) else [plans]
+    for plan in plans:
+        if not isinstance(plan, Sweep):
+            raise ConfigError(f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a zflora_jax.Sweep, or a list of them.")
+    for plan in plans:
+        plan = dataclasses.replace(plan, base=override(plan.base, _changes(args.set)))
+        for row in sweep(plan, Path(args.workdir) / plan.name if len(plans) > 1 else args.workdir, args.out)["rows"]:
+            print_table(row, f"{plan.name}: {row['method']}")
 
 
 def _quickstart(args: argparse.Namespace) -> None:

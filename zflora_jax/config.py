@@ -10,6 +10,7 @@ from typing import Any, Literal
 from zflora_jax.fields import check_types, nearest, require
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]  # data.prompts says what each is
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -207,15 +208,16 @@ class AdapterConfig:
 class DataConfig:
     """What is read and how it is batched. One step sees `batch_size` examples, in `accumulate` micro-batches."""
 
-    task: str = "arithmetic"
+    task: str = "arithmetic"  # or a mixture: "boolq+arc_easy" (all rows of both), "boolq*1+arc_easy*3" (one row of boolq to three of arc_easy)
     data_dir: str | None = None  # where manual files live (JSON/JSONL tasks) or generated data is kept
-    prompt_style: Literal["chat", "alpaca"] = "chat"
+    prompt_style: PromptStyle = "chat"
     batch_size: int = 8
     accumulate: int = 1
     lengths: tuple[int, ...] = (64, 128, 192, 256, 384, 512)  # a batch is padded to the smallest that holds it: one compilation each
     train_on_prompt: bool = False  # loss on the prompt too, as LLM-Adapters' train_on_inputs
     train_limit: int | None = None
     seed: int = 0
+    packing: bool = False  # several examples in one row of the longest length, none seeing another; batch_size then counts rows, not examples
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -285,19 +287,28 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out loss and generated answers."""
+    """Held-out loss, generated answers, and log-likelihoods where a task has options."""
 
     split: Literal["validation", "test"] = "test"  # "validation" is what settings are chosen on
     limit: int | None = 200  # examples; None for all
     batch_size: int = 16
     max_new_tokens: int = 128
-    generate: bool = True  # False: held-out loss only
+    num_beams: int = 1  # 1 is greedy
+    prompt_style: PromptStyle | None = None  # of generation and likelihood; None means data.prompt_style
+    max_prompt_tokens: int | None = None  # documents are cut so that their prompt fits; None means the context less max_new_tokens
+    loss: bool = True
+    generate: bool = True
+    likelihood: bool = True  # where a task has options
+    seed: int = 0  # of the bootstrap
 
     def __post_init__(self) -> None:
         check_types(self)
         require(self.limit is None or self.limit >= 1, f"eval.limit={self.limit}: must be at least 1, or None for all examples.")
-        require(self.batch_size >= 1, f"eval.batch_size={self.batch_size}: must be at least 1.")
-        require(self.max_new_tokens >= 1, f"eval.max_new_tokens={self.max_new_tokens}: must be at least 1.")
+        for name in ("batch_size", "max_new_tokens", "num_beams"):
+            require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)}: must be at least 1.")
+        limit = self.max_prompt_tokens
+        require(limit is None or limit >= 1, f"eval.max_prompt_tokens={limit}: must be at least 1, or None for what the context holds.")
+        require(self.seed >= 0, f"eval.seed={self.seed}: must be at least 0.")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import flax.struct
 import jax
@@ -17,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.adapters.fuse import pack
+from zflora_jax.beam import beam_decode, next_logits
 from zflora_jax.config import LlamaConfig
 from zflora_jax.fields import check_types, require
-from zflora_jax.llama import KVCache, Llama, init_cache
+from zflora_jax.llama import KVCache, init_cache
 from zflora_jax.model import Model
 from zflora_jax.trees import Tree
 
@@ -102,20 +102,14 @@ def decode(
     valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop: token ids that end a row. keys [B]: one random
     key per row.
     """
-    llama = Llama(config)
     batch, length = tokens.shape
-
-    def advance(tokens: Array, valid: Array | None, cache: KVCache) -> tuple[Array, KVCache]:
-        out: Any = llama.apply({"params": params}, tokens, valid, cache, method="hidden")
-        logits: Any = llama.apply({"params": params}, out[0][:, -1:], method="logits")
-        return logits[:, 0], out[1]
 
     def choose(logits: Array, step: Array, done: Array) -> tuple[Array, Array]:
         drawn = sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
         ended = done | jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) if stop else done
         return jnp.where(done, -1, drawn), ended
 
-    logits, cache = advance(tokens, valid, init_cache(config, batch, length + max_new_tokens))
+    logits, cache = next_logits(config, params, tokens, valid, init_cache(config, batch, length + max_new_tokens))
     first, done = choose(logits, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1))
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first)
     state = DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)
@@ -124,7 +118,7 @@ def decode(
         return (s.step < max_new_tokens) & ~jnp.all(s.done)
 
     def one_token(s: DecodeState) -> DecodeState:
-        logits, cache = advance(jnp.maximum(s.last, 0)[:, None], None, s.cache)
+        logits, cache = next_logits(config, params, jnp.maximum(s.last, 0)[:, None], None, s.cache)
         token, done = choose(logits, s.step, s.done)
         return DecodeState(jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1), token, done, s.step + 1, cache)
 
@@ -157,6 +151,7 @@ def generate_tokens(
     seed: int = 0,
     batch_size: int = 16,
     stop: Sequence[int] | None = None,
+    num_beams: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Token ids generated for each prompt, the stop token included where the model ended by itself.
@@ -164,10 +159,20 @@ def generate_tokens(
     stop: ids that end a row; None means the config's eos_token_ids. Prompts of similar length share a batch; the answers come back in the order of
     `prompts` and do
     not depend on batch_size (up to float rounding of the matrix products). on_batch(n) is called after each batch with its number of prompts.
-    Raises ValueError for an empty prompt or one that does not fit the context.
+    num_beams: above 1, beam search (see `beam`), which draws nothing and so takes no sampler of a temperature above 0; a batch then decodes
+    batch_size * num_beams rows. Raises ValueError for an empty prompt or one that does not fit the context.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
+    sampler, stop = sampler or Sampler(), tuple(model.config.eos_token_ids if stop is None else stop)
+    require(num_beams >= 1, f"num_beams={num_beams}: must be at least 1 (1 is no beam search).")
+    require(
+        num_beams == 1 or sampler.temperature == 0,
+        f"num_beams={num_beams} with a sampler of temperature {sampler.temperature}: beam search draws nothing. Leave the sampler out, or set "
+        f"num_beams=1.",
+    )
+    room = model.config.vocab_size - len(stop)
+    require(num_beams == 1 or num_beams <= room, f"num_beams={num_beams}: must be at most {room}, the vocabulary's tokens that do not stop.")
     no_ids = any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts)
     require(not no_ids, "prompts must be a list of prompts, each a list of token ids, e.g. [[1, 2], [3]]; `zf.generate` takes a list of texts.")
     limit = model.config.max_position_embeddings
@@ -182,9 +187,7 @@ def generate_tokens(
             min(prompt) >= 0 and max(prompt) < model.config.vocab_size,
             f"prompt {i} holds token ids outside 0..{model.config.vocab_size - 1}: is this the model's own tokenizer?",
         )
-    sampler, run = sampler or Sampler(), packed(model)
-    stop = model.config.eos_token_ids if stop is None else stop
-    root = jax.random.key(seed)
+    run, root = packed(model), jax.random.key(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -194,9 +197,12 @@ def generate_tokens(
         valid = np.zeros(tokens.shape, bool)
         for row, i in enumerate(rows):
             tokens[row, length - len(prompts[i]) :], valid[row, length - len(prompts[i]) :] = prompts[i], True
-        indices = jnp.asarray(np.resize(np.asarray(rows, np.uint32), len(tokens)))
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
-        out = np.asarray(decode(run.config, sampler, max_new_tokens, tuple(stop), run.params, tokens, valid, keys))
+        if num_beams > 1:
+            out = np.asarray(beam_decode(run.config, num_beams, max_new_tokens, stop, run.params, tokens, valid))
+        else:
+            indices = jnp.asarray(np.resize(np.asarray(rows, np.uint32), len(tokens)))
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
+            out = np.asarray(decode(run.config, sampler, max_new_tokens, stop, run.params, tokens, valid, keys))
         for row, i in enumerate(rows):
             answers[i] = [int(t) for t in out[row] if t >= 0]
         if on_batch:

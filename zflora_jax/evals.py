@@ -1,21 +1,35 @@
-"""Text in, text out: held-out loss, generated answers with a record of every example, and plain generation from prompts."""
+"""Text in, text out: held-out loss, records of generated answers and of option log-likelihoods (resumable), plain generation from prompts."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from zflora_jax import trees
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig
 from zflora_jax.data.pipeline import Encoded, encode_prompts, eval_batches
 from zflora_jax.data.prompts import encode_prompt_texts, end_token, render
 from zflora_jax.data.tasks import Example, get_task
 from zflora_jax.decode import Sampler, generate_tokens
 from zflora_jax.fields import require
+from zflora_jax.likelihood import option_log_likelihoods
 from zflora_jax.model import Model
 from zflora_jax.trainer import eval_step
 from zflora_jax.trees import Tree
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+PARSERS = ("fixed", "legacy")
 
 
 def held_out_loss(
@@ -35,28 +49,190 @@ def held_out_loss(
     return {"loss": float(sum(losses) / sum(tokens)), "tokens": float(sum(tokens)), "rows": float(len(encoded))}
 
 
-def generate_answers(
-    model: Model, task_name: str, examples: Sequence[Example], data: DataConfig, evaluation: EvalConfig, on_batch: Callable[[int], None] | None = None
-) -> list[dict[str, Any]]:
-    """One record per example: index, prompt, input, output (greedy), prediction, answer, correct. In the order of `examples`, whatever the "
-    "batch size."""
-    require(model.tokenizer is not None, "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has one.")
-    task, prompts, stop = get_task(task_name), encode_prompts(examples, model.tokenizer, data.prompt_style), _stop(model, data.prompt_style)
-    outputs = generate_tokens(
-        model, prompts, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size, stop=stop, on_batch=on_batch
-    )
-    records = []
-    for i, (example, ids) in enumerate(zip(examples, outputs, strict=True)):
-        text = model.tokenizer.decode(ids, skip_special_tokens=True)
-        prediction = task.parse(text)
-        row = {"index": i, "prompt": example.prompt, "input": example.input, "output": text, "prediction": prediction, "answer": example.answer}
-        records.append(row | {"correct": bool(task.score(prediction, example.answer)), "new_tokens": len(ids)})
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def generation_records(
+    model: Model,
+    task_name: str,
+    examples: Sequence[Example],
+    data: DataConfig,
+    evaluation: EvalConfig,
+    *,
+    partial: Path | None = None,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> list[Record]:
+    """One record per example, in the order of `examples`, whatever the batch size: output (greedy, or beam search with eval.num_beams), new_tokens,
+    and by parser prediction and correct ("fixed"), prediction_legacy and correct_legacy, or the F-measures of ROUGE where the task has references.
+
+    partial: a file that finished batches are added to; a call with the same model, prompts and settings goes on from it. ROUGE is `rouge-score`'s
+    with stemming, the best over an example's references.
+    """
+    task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
+    prompts = _prompts(model, examples, style, evaluation)
+    stop = _stop(model, style)
+
+    def answer(rows: list[int]) -> list[Record]:
+        outputs = generate_tokens(
+            model,
+            [prompts[i] for i in rows],
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_size=evaluation.batch_size,
+            stop=stop,
+            num_beams=evaluation.num_beams,
+        )
+        return [{"output": model.tokenizer.decode(ids, skip_special_tokens=True), "new_tokens": len(ids)} for ids in outputs]
+
+    key = ("generation", stop, evaluation.max_new_tokens, evaluation.num_beams)
+    records = _in_batches(answer, model, prompts, key, evaluation.batch_size, partial, on_batch)
+    for record, example in zip(records, examples, strict=True):
+        # LLM-Adapters' models go on with another "### Response:"; its scripts cut there.
+        text = record["output"].partition("### Response:")[0].strip() if style.startswith("alpaca") else record["output"]
+        if example.references:
+            record |= rouge(text, example.references)
+        if example.answer:
+            for parser in PARSERS:
+                suffix = "" if parser == PARSERS[0] else f"_{parser}"
+                prediction = task.parse_as(text, parser)
+                record |= {f"prediction{suffix}": prediction, f"correct{suffix}": bool(task.score_as(prediction, example.answer, parser))}
     return records
 
 
-def accuracy(records: Sequence[dict[str, Any]]) -> float:
-    """The share of records that are correct."""
-    return sum(r["correct"] for r in records) / len(records)
+def likelihood_records(
+    model: Model,
+    examples: Sequence[Example],
+    data: DataConfig,
+    evaluation: EvalConfig,
+    *,
+    partial: Path | None = None,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> list[Record]:
+    """One record per example with options: log_likelihoods (nats, one per option), and whether the likeliest option is the target: correct_sum by the
+    sum, correct_norm by the sum over the option's number of characters (lm-evaluation-harness' acc and acc_norm)."""
+    require(all(example.options for example in examples), "likelihood needs tasks whose examples have options.")
+    prompts = _prompts(model, examples, evaluation.prompt_style or data.prompt_style, evaluation)
+    options = [model.tokenizer(list(example.options), add_special_tokens=False)["input_ids"] for example in examples]
+
+    def score(rows: list[int]) -> list[Record]:
+        sums = option_log_likelihoods(model, [prompts[i] for i in rows], [options[i] for i in rows], batch_size=evaluation.batch_size)
+        return [{"log_likelihoods": [float(x) for x in row]} for row in sums]
+
+    records = _in_batches(score, model, prompts, ("likelihood", options), evaluation.batch_size, partial, on_batch)
+    for record, example in zip(records, examples, strict=True):
+        sums, target = np.asarray(record["log_likelihoods"]), example.options.index(example.target)
+        record |= {"options": list(example.options), "correct_sum": bool(sums.argmax() == target)}
+        record |= {"correct_norm": bool((sums / [len(option) for option in example.options]).argmax() == target)}
+    return records
+
+
+def _prompts(model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig) -> list[list[int]]:
+    require(model.tokenizer is not None, "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has one.")
+    limit = evaluation.max_prompt_tokens or model.config.max_position_embeddings - evaluation.max_new_tokens
+    return encode_prompts(examples, model.tokenizer, style, limit)
+
+
+_BATCHES_AT_ONCE = 4  # more rows than a batch: lengths then differ less within one, and likelihoods of common prefixes are shared
+
+
+def _in_batches(
+    work: Callable[[list[int]], list[Record]],
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    key: Any,
+    batch_size: int,
+    partial: Path | None,
+    on_batch: Callable[[int], None],
+) -> list[Record]:
+    """`work` on all rows, similar lengths together; what `partial` holds of the same model, prompts and `key` is not done again."""
+    done: dict[int, Record] = {}
+    if partial is not None:
+        name = hashlib.sha256(repr((trees.fingerprint(model.params), [list(p) for p in prompts], key)).encode()).hexdigest()
+        done = _read_partial(partial, name)
+        if done:
+            log.info("%s holds %d of %d rows: going on from there", partial, len(done), len(prompts))
+            on_batch(len(done))
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"key": name}, *({"index": i} | record for i, record in done.items())]
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    left = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i))
+    for start in range(0, len(left), size := batch_size * _BATCHES_AT_ONCE):
+        rows = left[start : start + size]
+        fresh = dict(zip(rows, work(rows), strict=True))
+        done |= fresh
+        if partial is not None:
+            with partial.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"index": i} | record, ensure_ascii=False) + "\n" for i, record in fresh.items())
+        on_batch(len(rows))
+    return [done[i] for i in range(len(prompts))]
+
+
+def _read_partial(path: Path, name: str) -> dict[int, Record]:
+    """The rows of an interrupted evaluation called `name`; none if it is another one. A line torn by the interruption is left out."""
+    done: dict[int, Record] = {}
+    if not path.is_file():
+        return done
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if number == 0 and row.get("key") != name:
+            return {}
+        if "index" in row:
+            done[row.pop("index")] = row
+    return done
+
+
+def rouge(text: str, references: Sequence[str]) -> dict[str, float]:
+    """F-measures of ROUGE-1, -2, -L and -Lsum, each the best over `references`; `rouge-score` with stemming. Lsum takes lines as sentences."""
+    scores = _rouge_scorer().score_multi(list(references), text)
+    return {name: float(scores[name].fmeasure) for name in ROUGE}
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(ROUGE), use_stemmer=True)
+
+
+# --- summaries ----------------------------------------------------------------------------------------------------
+
+# Key of a record -> name of the score.
+SCORES = {
+    "correct": "accuracy",
+    "correct_legacy": "accuracy_legacy",
+    "correct_sum": "likelihood_sum",
+    "correct_norm": "likelihood_norm",
+    **{name: name for name in ROUGE},
+}
+_RESAMPLES = 2000
+
+
+def scores_of(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Score -> mean, low and high, the 95% interval of the bootstrap over rows, for each score that the records have. Empty without records."""
+    found = [key for key in SCORES if records and key in records[0]]
+    return {SCORES[key]: _mean_and_interval([np.asarray([float(r[key]) for r in records])], seed) for key in found}
+
+
+def group_scores(tables: Sequence[Sequence[Record]], seed: int = 0) -> dict[str, dict[str, float]]:
+    """The mean over tasks (each counts the same) of every score that all of them have, with its interval by resampling within tasks."""
+    keys = [key for key in SCORES if tables and all(table and key in table[0] for table in tables)]
+    return {SCORES[key]: _mean_and_interval([np.asarray([float(r[key]) for r in table]) for table in tables], seed) for key in keys}
+
+
+def _mean_and_interval(columns: Sequence[np.ndarray], seed: int) -> dict[str, float]:
+    """Mean of the columns' means; the 2.5% and 97.5% quantiles of the same over resampled columns."""
+    draw = np.random.default_rng(seed)
+    means = np.zeros(_RESAMPLES)
+    for column in columns:
+        values, counts = np.unique(column, return_counts=True)  # a resample is a multinomial draw over the distinct values
+        means += draw.multinomial(len(column), counts / len(column), _RESAMPLES) @ values / len(column) / len(columns)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(np.mean([column.mean() for column in columns])), "low": float(low), "high": float(high)}
+
+
+# --- generation ---------------------------------------------------------------------------------------------------
 
 
 def _stop(model: Model, prompt_style: str) -> list[int]:

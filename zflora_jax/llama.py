@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.fields import require
 from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, rope_tables
 from zflora_jax.model import Model
 from zflora_jax.trees import Tree, difference, flatten
@@ -135,6 +136,13 @@ class Block(nn.Module):
         return _add(carry, self.mlp(self.mlp_norm(*carry))), cache
 
 
+def segment_positions(segments: Array) -> Array:
+    """Segment ids [B, T] int32 -> the position of each token within its segment, [B, T] int32."""
+    slot = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return slot - jax.lax.cummax(jnp.where(starts, slot, 0), axis=1)
+
+
 def _add(stream: Stream, update: Stream) -> Stream:
     (x, z), (dx, dz) = stream, update
     return (x + dx, z if z is None or dz is None else z + dz)
@@ -184,6 +192,7 @@ class Llama(nn.Module):
         """Logits [B, T, V] float32 of int32 tokens [B, T]; with a cache, (logits, updated cache).
 
         valid: [B, T] bool, False at padding (left or right); None means all real. Padding is never attended to and takes no position.
+        Or int32 segment ids of packed rows, each id one run of tokens (0: padding): a token attends to its own segment, positions start anew there.
         With a cache the T tokens go to slots index .. index + T - 1 and attend to all valid slots before them.
         """
         x, cache = self.hidden(tokens, valid, cache)
@@ -198,12 +207,18 @@ class Llama(nn.Module):
             slots, index, first = valid, None, jnp.zeros((), jnp.int32)
             before = jnp.zeros((batch, 1), jnp.int32)
         else:
+            require(valid.dtype == bool, "packed rows (segment ids) cannot be continued from a cache: give valid as bool.")
             index, first = cache.index, cache.index
             before = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
             slots = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, index, axis=1)
-        positions = before + jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
         causal = jnp.arange(slots.shape[1])[None, :] <= first + jnp.arange(length)[:, None]
-        mask = causal[None, None, :, :] & slots[:, None, None, :]
+        if valid.dtype == bool:
+            positions = before + jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+            mask = causal[None, None, :, :] & slots[:, None, None, :]
+        else:
+            positions = segment_positions(valid)
+            # Equality alone: padding then attends to padding, and no row of the softmax is empty.
+            mask = causal[None, None, :, :] & (valid[:, None, :, None] == valid[:, None, None, :])
         cos, sin = rope_tables(c, positions)
 
         x = self.embed(tokens)

@@ -57,6 +57,26 @@ def bars(values: Mapping[str, float], png_path: str | Path, title: str, *, sprea
     _save(figure, png_path)
 
 
+def grouped_bars(values: Mapping[str, Mapping[str, float]], png_path: str | Path, title: str, *, label: str = "") -> None:
+    """Draw values[series][group] as groups of vertical bars, one colour per series, a number on each."""
+    groups = list(dict.fromkeys(group for series in values.values() for group in series))
+    if not groups:
+        raise ValueError(f"no values to draw for {title!r}.")
+    figure, axes = _figure(title)
+    figure.set_size_inches(max(7.0, 0.8 + 0.28 * len(groups) * (len(values) + 1)), 4.6)
+    width = 1 / (len(values) + 1)
+    for i, (series, heights) in enumerate(values.items()):
+        places = [groups.index(group) + (i - (len(values) - 1) / 2) * width for group in heights]
+        drawn = axes.bar(places, list(heights.values()), width, label=series)
+        axes.bar_label(drawn, fmt="%.0f", fontsize=6)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    _save(figure, png_path)
+
+
 def _figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 

@@ -18,7 +18,8 @@ from zflora_jax.llama import forward
 from zflora_jax.metrics import METRICS_FILE
 from zflora_jax.plots import loss_curve
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
-from zflora_jax.run import Trained, evaluate, export_run, held_out, load_base, train
+from zflora_jax.run import Trained, export_run, held_out, load_base, train
+from zflora_jax.scorecard import evaluate
 
 SAMPLES = 3
 FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}  # of the logit scale (design.md section 7); bfloat16 promises nothing
@@ -96,9 +97,9 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]
     """Largest |dlogit| between the fused and the adapted model on held-out rows, and the largest |logit|."""
     _, encoded = held_out(run, trained.model)
     batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.lengths)))
-    adapted = np.asarray(forward(trained.model, batch["tokens"], run.adapter, trained.adapters, batch["valid"]))
-    other = np.asarray(forward(fused, batch["tokens"], valid=batch["valid"]))
-    real = batch["valid"][..., None]
+    adapted = np.asarray(forward(trained.model, batch["tokens"], run.adapter, trained.adapters, batch["segments"]))
+    other = np.asarray(forward(fused, batch["tokens"], valid=batch["segments"]))
+    real = batch["segments"][..., None] > 0
     return {
         "max_abs_dlogit": float(np.max(np.abs(adapted - other), where=real, initial=0)),
         "logit_scale": float(np.max(np.abs(adapted), where=real, initial=0)),

@@ -1,8 +1,7 @@
-"""Runs from start to end: train (or resume), evaluate, and load what a run has trained."""
+"""Runs from start to end: train (or resume), load what a run has trained, export it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -19,9 +18,10 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params, plan
 from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, locked, read_config
 from zflora_jax.config import METHODS, RunConfig
-from zflora_jax.data.pipeline import Encoded, encode_prompts, tokenize_examples, train_batches
-from zflora_jax.data.tasks import Example, load_examples
-from zflora_jax.evals import accuracy, generate_answers, held_out_loss
+from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.pipeline import Encoded, encode_prompts, pack, tokenize_examples, train_batches
+from zflora_jax.data.tasks import Example
+from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, nearest, require, to_dict
 from zflora_jax.hf.gap import export_gap
 from zflora_jax.hf.load import load_model
@@ -29,7 +29,7 @@ from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
-from zflora_jax.report import atomic_write, environment, write_json
+from zflora_jax.report import environment, write_json
 from zflora_jax.trainer import TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
 
@@ -95,9 +95,7 @@ def _check_same(meta: dict[str, Any], name: str, fingerprint: str, workdir: str 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Sequence[Example], Encoded]:
     """The evaluation examples of a run (at most eval.limit, in their order) and their tokens."""
     _require_fit(run, model)
-    examples = load_examples(run.data.task, split or run.eval.split, run.data)
-    if run.eval.limit is not None and run.eval.limit < len(examples):
-        examples = examples[: run.eval.limit]
+    examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
     return examples, tokenize_examples(examples, model.tokenizer, run.data)
 
 
@@ -113,7 +111,10 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else workdir
     check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
     model = model or load_base(run)
-    train_set = tokenize_examples(load_examples(run.data.task, "train", run.data), model.tokenizer, run.data)
+    train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data)
+    examples = len(train_set)
+    if run.data.packing:
+        train_set = pack(train_set, run.data.lengths[-1])
     _, eval_set = held_out(run, model)
     state = _fresh_state(run, model)
     meta = {"base_fingerprint": trees.fingerprint(model.params), "data_fingerprint": train_set.fingerprint()}
@@ -175,8 +176,10 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
         "params_trainable": count_params(model.config, run.adapter),
         "steps": int(state.step),
         "resumed_from": first,
-        "train_rows": len(train_set),
+        "train_rows": examples,
         "train_rows_dropped": train_set.dropped,
+        "train_documents_cut": train_set.truncated,
+        "train_rows_packed": len(train_set) if run.data.packing else None,
         "train_on_prompt": run.data.train_on_prompt,
         f"{run.eval.split}_loss": final["loss"],
         f"{run.eval.split}_rows": int(final["rows"]),
@@ -191,35 +194,6 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
 
 def _micro_batch(run: RunConfig) -> int:
     return run.data.batch_size // run.data.accumulate
-
-
-def evaluate(run: RunConfig, model: Model, *, out: str | Path | None = None, console: bool = True) -> dict[str, Any]:
-    """Held-out loss and, with eval.generate, exact match of generated answers of a base or fused model on the run's task.
-
-    Returns task, split, loss, rows and accuracy. With `out` (a path without suffix) writes <out>.json and one line per example to <out>.jsonl.
-    """
-    started, env = time.perf_counter(), environment()
-    examples, encoded = held_out(run, model)
-    loss = held_out_loss(model, encoded, run.data, batch_size=_micro_batch(run), chunk=run.train.loss_chunk)
-    result: dict[str, Any] = {
-        "task": run.data.task,
-        "split": run.eval.split,
-        "loss": loss["loss"],
-        "loss_rows": int(loss["rows"]),
-        "rows": len(examples),
-    }
-    records: list[dict[str, Any]] = []
-    if run.eval.generate:
-        with progress_bar(len(examples), "generating answers", console) as advance:
-            records = generate_answers(model, run.data.task, examples, run.data, run.eval, advance)
-        result |= {"accuracy": accuracy(records), "correct": sum(r["correct"] for r in records), "prompt_style": run.data.prompt_style}
-    result |= {"seconds": time.perf_counter() - started}
-    if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        if records:
-            atomic_write(f"{out}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
-        write_json(f"{out}.json", result | {"config": to_dict(run), "environment": env})
-    return result
 
 
 def load_fused(workdir: str | Path) -> tuple[Model, str]:
@@ -241,8 +215,7 @@ def export_run(workdir: str | Path, out: str | Path, *, format: str = "hf", dtyp
     fused = fuse(model, run.adapter, adapters)
     card = {"task": run.data.task, "steps": step, "trainable parameters": count_params(model.config, run.adapter)}
     report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
-    examples = load_examples(run.data.task, run.eval.split, run.data)
-    prompts = encode_prompts(examples[:8], model.tokenizer, run.data.prompt_style)
+    prompts = encode_prompts(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, max(run.data.lengths))
     return report | export_gap(fused, out, prompts)
 
 

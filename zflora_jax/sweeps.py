@@ -1,8 +1,7 @@
-"""Sweeps: methods x learning rates x seeds over one base run; resumable, one record per run.
+"""Sweeps: methods x learning rates x seeds over one base run, scored on tasks; resumable, one record per run.
 
-The learning rate of a method is chosen on the validation split with the first seed; the other seeds then run at the chosen rate, and the table
-reports the test
-split over all seeds, with the seeds' spread beside the differences between methods.
+The learning rate of a method is chosen on the validation split with the first seed; every seed then runs at the chosen rate, and the tables report
+the test split, with the seeds' spread beside the differences between methods.
 """
 
 from __future__ import annotations
@@ -10,136 +9,271 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import count_params
-from zflora_jax.config import AdapterConfig, RunConfig
+from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig
+from zflora_jax.data.mixture import load_mixture
 from zflora_jax.evals import held_out_loss
-from zflora_jax.fields import require, to_dict
+from zflora_jax.fields import ConfigError, from_dict, require, to_dict
+from zflora_jax.model import Model
+from zflora_jax.plots import grouped_bars
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 from zflora_jax.run import Trained, held_out, load_base, train
+from zflora_jax.scorecard import evaluate_tasks
 from zflora_jax.trainer import NonFiniteError
+
+Result = dict[str, Any]
+BASE = "base"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to run. name: of the result files. methods: label -> adapter. A seed sets both the adapters' initial values and the data order."""
+    """What to run. name: of the result files. methods: label -> adapter. A seed sets both the adapters' initial values and the data order.
+
+    pick_steps: the learning rate is chosen by runs of that many steps (with the schedule of their own length); None by whole runs.
+    tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of a task is its clean rows' (data.contamination).
+    """
 
     name: str
     base: RunConfig
     methods: dict[str, AdapterConfig]
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    pick_steps: int | None = None
+    tasks: tuple[str, ...] = ()
+    scoring: EvalConfig | None = None
 
     def __post_init__(self) -> None:
         for field in ("methods", "learning_rates", "seeds"):
             require(len(getattr(self, field)) > 0, f"sweep.{field} is empty: give at least one.")
+        require(BASE not in self.methods, f"sweep.methods: {BASE!r} is the untrained model's row; give the method another label.")
+        require(bool(self.tasks) == (self.scoring is not None), "sweep.tasks and sweep.scoring go together: give both, or neither.")
+        steps = self.pick_steps
+        require(
+            steps is None or self.base.optim.warmup_steps < steps <= self.base.train.steps, f"sweep.pick_steps={steps}: between warm-up and steps."
+        )
 
 
-def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = True) -> dict[str, Any]:
-    """Run `plan` under `workdir` and write <out>/<name>.json and <out>/<name>.md, after each method anew. Returns the JSON's contents.
+def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = True) -> Result:
+    """Run `plan` under `workdir` and write <out>/<name>.json, .md and, with tasks, .png, after each method anew. Returns the JSON's contents.
 
     Each finished run leaves a record <out>/<name>/<run>.json with its config and commit, and is not run again while its record is there and its
     config the same.
     """
-    workdir, rows, runs, env = Path(workdir), [], [], environment()
+    workdir, out, env = Path(workdir), Path(out), environment()
     base_model = load_base(plan.base)
-    base = {split: _loss(plan.base, split, base_model)["loss"] for split in ("validation", "test")}
+    losses = {split: _loss(plan.base, split, base_model)["loss"] for split in ("validation", "test")}
+    rows: list[Result] = []
+    runs: list[Result] = []
+
+    def record(run: RunConfig, label: str, seed: int, scored: bool) -> Result:
+        steps = "" if run.train.steps == plan.base.train.steps else f"-steps{run.train.steps}"
+        name = f"{label}-lr{run.optim.learning_rate:g}{steps}-seed{seed}"
+        tasks = plan.tasks if scored else ()
+        result = _run(plan, run, tasks, workdir / name, out / plan.name / f"{name}.json", console)
+        runs.append({"method": label, "learning_rate": run.optim.learning_rate, "steps": run.train.steps, "seed": seed} | result)
+        return runs[-1]
+
+    if plan.tasks:
+        rows.append({"method": BASE, "trainable": 0} | _scores([_base(plan, base_model, workdir / BASE, out / plan.name / f"{BASE}.json", console)]))
     for label, adapter in plan.methods.items():
-
-        def one(rate: float, seed: int, label: str = label, adapter: AdapterConfig = adapter) -> dict[str, Any]:
-            run_name = f"{label}-lr{rate:g}-seed{seed}"
-            result = _run(plan.base, adapter, rate, seed, workdir / run_name, Path(out) / plan.name / f"{run_name}.json", console)
-            runs.append({"method": label, "learning_rate": rate, "seed": seed} | result)
-            return runs[-1]
-
-        grid = [one(rate, plan.seeds[0]) for rate in plan.learning_rates]
+        pick_steps = plan.pick_steps or plan.base.train.steps
+        grid = [record(_config(plan, adapter, rate, plan.seeds[0], pick_steps), label, plan.seeds[0], False) for rate in plan.learning_rates]
         finite = [r for r in grid if r["validation_loss"] is not None]
         require(bool(finite), f"method {label!r} diverged at every learning rate of {plan.learning_rates}; give lower ones.")
-        best = min(finite, key=lambda r: r["validation_loss"])
-        chosen = [best] + [one(best["learning_rate"], seed) for seed in plan.seeds[1:]]
+        rate = min(finite, key=lambda r: r["validation_loss"])["learning_rate"]
+        chosen = [record(_config(plan, adapter, rate, seed, plan.base.train.steps), label, seed, True) for seed in plan.seeds]
         tests = [r["test_loss"] for r in chosen if r["test_loss"] is not None]
         rows.append(
             {
                 "method": label,
                 "trainable": count_params(base_model.config, adapter),
-                "learning rate": best["learning_rate"],
+                "learning rate": rate,
                 **{f"validation, lr {r['learning_rate']:g}": r["validation_loss"] for r in grid},
                 **{f"test, seed {r['seed']}": r["test_loss"] for r in chosen},
-                "test mean": statistics.mean(tests),
-                "test spread": max(tests) - min(tests),
-                "seconds": statistics.mean(r["seconds"] for r in chosen if r["seconds"] is not None),
+                "test mean": statistics.mean(tests) if tests else None,
+                "test spread": max(tests) - min(tests) if tests else None,
+                "seconds": statistics.mean(r["seconds"] for r in chosen if r["seconds"] is not None) if tests else None,
+                **_scores(chosen),
             }
         )
         missing = [m for m in plan.methods if m not in {row["method"] for row in rows}]
-        result = {"name": plan.name, "base": base, "rows": rows, "missing": missing, "runs": runs, "config": to_dict(plan.base), "environment": env}
-        write_json(Path(out) / f"{plan.name}.json", result)
-        atomic_write(Path(out) / f"{plan.name}.md", _page(plan, result).encode())
-    return result
+        whole = {"name": plan.name, "base": losses, "rows": rows, "missing": missing, "runs": runs, "tasks": list(plan.tasks)}
+        whole |= {"config": to_dict(plan.base), "environment": env}
+        write_json(out / f"{plan.name}.json", whole)
+        atomic_write(out / f"{plan.name}.md", _page(plan, whole).encode())
+        if plan.tasks:
+            shown = {row["method"]: {task: row["scores"][task] for task in plan.tasks} for row in rows if row["scores"]}
+            grouped_bars(shown, out / f"{plan.name}.png", f"{plan.name}: {plan.base.model}", label=_HEADLINE[_kind(plan)])
+    return whole
 
 
-def _loss(run: RunConfig, split: str, model: Any, trained: Trained | None = None) -> dict[str, float]:
-    _, encoded = held_out(run, model, split)
-    extra = {} if trained is None else {"adapter": run.adapter, "adapters": trained.adapters}
-    return held_out_loss(model, encoded, run.data, batch_size=run.data.batch_size // run.data.accumulate, chunk=run.train.loss_chunk, **extra)  # type: ignore[arg-type]
-
-
-def _run(base: RunConfig, adapter: AdapterConfig, rate: float, seed: int, workdir: Path, record: Path, console: bool) -> dict[str, Any]:
-    run = dataclasses.replace(
+def _config(plan: Sweep, adapter: AdapterConfig, rate: float, seed: int, steps: int) -> RunConfig:
+    base = plan.base
+    return dataclasses.replace(
         base,
         adapter=adapter,
         optim=dataclasses.replace(base.optim, learning_rate=rate),
-        train=dataclasses.replace(base.train, seed=seed),
+        train=dataclasses.replace(base.train, seed=seed, steps=steps),
         data=dataclasses.replace(base.data, seed=seed),
         eval=dataclasses.replace(base.eval, split="validation"),
     )
-    if record.is_file() and (saved := json.loads(record.read_text()))["config"] == json.loads(json.dumps(to_dict(run))):
-        return saved["result"]
+
+
+def _loss(run: RunConfig, split: str, model: Model, trained: Trained | None = None) -> dict[str, float]:
+    _, encoded = held_out(run, model, split)
+    extra: Any = {} if trained is None else {"adapter": run.adapter, "adapters": trained.adapters}
+    return held_out_loss(model, encoded, run.data, batch_size=run.data.batch_size // run.data.accumulate, chunk=run.train.loss_chunk, **extra)
+
+
+def _recorded(plan: Sweep, run: RunConfig, tasks: Sequence[str]) -> Result:
+    """What decides the result of a run, as its record holds it."""
+    return to_dict(run) | ({"tasks": list(tasks), "scoring": to_dict(plan.scoring)} if tasks else {})
+
+
+def _saved(path: Path, config: Result) -> Result | None:
+    """The result of a finished run of the same config, if its record is there; settings that are younger than the record count as their defaults."""
+    if not path.is_file():
+        return None
+
+    def settings(config: Result) -> tuple[RunConfig, list[str], EvalConfig | None]:
+        run = {key: value for key, value in config.items() if key not in ("tasks", "scoring")}
+        scoring = config.get("scoring")
+        return from_dict(RunConfig, run), config.get("tasks", []), None if scoring is None else from_dict(EvalConfig, scoring)
+
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return saved["result"] if settings(saved["config"]) == settings(config) else None
+    except ConfigError:  # a setting that is gone
+        return None
+
+
+def _run(plan: Sweep, run: RunConfig, tasks: Sequence[str], workdir: Path, path: Path, console: bool) -> Result:
+    config = _recorded(plan, run, tasks)
+    if (saved := _saved(path, config)) is not None:
+        return saved
     try:
         trained = train(run, workdir, console=console)
     except NonFiniteError as error:  # a rate too high is a result, not the end of the sweep
         failed = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
-        write_json(record, {"config": to_dict(run), "result": failed})
+        write_json(path, {"config": config, "result": failed})
         return failed
+    report = trained.report
     test = _loss(run, "test", trained.model, trained)
     result = {
-        "validation_loss": trained.report["validation_loss"],
+        "validation_loss": report["validation_loss"],
         "test_loss": test["loss"],
         "test_rows": int(test["rows"]),
         "test_tokens": int(test["tokens"]),
+        "seconds": report["seconds"],
+        "commit": report["environment"]["commit"],
+        "train_rows": report["train_rows"],
+        "train_rows_dropped": report["train_rows_dropped"],
     }
-    result |= {
-        "seconds": trained.report["seconds"],
-        "commit": trained.report["environment"]["commit"],
-        "train_rows": trained.report["train_rows"],
-        "train_rows_dropped": trained.report["train_rows_dropped"],
-    }
-    write_json(record, {"config": to_dict(run), "result": result})
+    if tasks:
+        result["scores"] = _score(plan, run, fuse(trained.model, run.adapter, trained.adapters), workdir / "eval", console)
+    write_json(path, {"config": config, "result": result})
     return result
 
 
-def _page(plan: Sweep, result: dict[str, Any]) -> str:
+def _base(plan: Sweep, model: Model, workdir: Path, path: Path, console: bool) -> Result:
+    config = _recorded(plan, RunConfig(model=plan.base.model, data=plan.base.data), plan.tasks)
+    if (saved := _saved(path, config)) is None:
+        saved = {"scores": _score(plan, plan.base, model, workdir, console), "commit": environment()["commit"]}
+        write_json(path, {"config": config, "result": saved})
+    return saved
+
+
+def _score(plan: Sweep, run: RunConfig, model: Model, out: Path, console: bool) -> Result:
+    """Task -> its rows, clean rows and scores. Every example's record stays in `out`."""
+    assert plan.scoring is not None
+    scored = dataclasses.replace(run, eval=plan.scoring)
+    summary = evaluate_tasks(scored, model, plan.tasks, out, "chosen", trained_on=load_mixture(run.data, "train"), console=console)
+    return {r["task"]: {key: r[key] for key in ("rows", "clean_rows", "scores", "seconds")} for r in summary["tasks"]}
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+_HEADLINE = {"accuracy": "accuracy (%), generated answers, clean rows", "likelihood_sum": "accuracy (%), likeliest option, clean rows"}
+
+
+def _kind(plan: Sweep) -> str:
+    return "accuracy" if plan.scoring is None or plan.scoring.generate else "likelihood_sum"
+
+
+def _scores(chosen: Sequence[Result]) -> Result:
+    """Task -> headline score in percent, mean over seeds, under "scores"; every score under "all scores"; spread of the tasks' mean over seeds."""
+    runs = [r["scores"] for r in chosen if r.get("scores")]
+    if not runs:
+        return {"scores": {}, "all scores": {}}
+    kinds = list(dict.fromkeys(kind for task in runs[0].values() for kind in task["scores"]["clean"]))
+    table = {
+        kind: {
+            task: 100 * statistics.mean(run[task]["scores"]["clean"][kind]["mean"] for run in runs)
+            for task in runs[0]
+            if kind in runs[0][task]["scores"]["clean"]
+        }
+        for kind in kinds
+    }
+    head = kinds[kinds.index("accuracy") if "accuracy" in kinds else 0]
+    means = [100 * statistics.mean(run[task]["scores"]["clean"][head]["mean"] for task in table[head]) for run in runs]
+    rows = {task: runs[0][task]["clean_rows"] for task in runs[0]}
+    return {"scores": table[head], "all scores": table, "mean": statistics.mean(means), "spread": max(means) - min(means), "rows": rows}
+
+
+def _page(plan: Sweep, result: Result) -> str:
     run, env, first = plan.base, result["environment"], result["runs"][0]
-    shown = [{k: f"{v:.4f}" if k.startswith(("validation", "test")) and v is not None else v for k, v in row.items()} for row in result["rows"]]
-    return "\n".join(
-        [
-            f"# {plan.name}",
-            "",
-            f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`; {run.model}, {run.train.dtype}, "
-            f"{run.train.steps} steps of {run.data.batch_size} rows, "
-            f"prompt style {run.data.prompt_style}, loss on {'prompt and completion' if run.data.train_on_prompt else 'the completion only'}, "
-            f"rows up to {run.data.lengths[-1]} tokens ({first['train_rows']} train rows, {first['train_rows_dropped']} longer ones left out).",
-            f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f} ({first['test_rows']} rows, "
-            f"{first['test_tokens']} target tokens).",
-            f"The learning rate is chosen on validation with seed {plan.seeds[0]}; test columns are at the chosen rate.",
-            "",
-            markdown_table(shown, list(dict.fromkeys(k for row in shown for k in row))),
-            "",
-            *([f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []),
-            f"Command: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; device {env['device']}; "
-            f"jax {env['jax']}; {env['date']}.",
+    hidden = ("scores", "all scores", "mean", "spread", "rows")
+    trained = [row for row in result["rows"] if row["method"] != BASE]
+    shown = [
+        {k: f"{v:.4f}" if k.startswith(("validation", "test")) and v is not None else v for k, v in row.items() if k not in hidden} for row in trained
+    ]
+    packed = "packed " if run.data.packing else ""
+    picked = f"by runs of {plan.pick_steps} steps" if plan.pick_steps else "by whole runs"
+    lines = [
+        f"# {plan.name}",
+        "",
+        f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`; {run.model}, {run.train.dtype}, "
+        f"{run.train.steps} steps of {run.data.batch_size} {packed}rows, "
+        f"prompt style {run.data.prompt_style}, loss on {'prompt and completion' if run.data.train_on_prompt else 'the completion only'}, "
+        f"examples up to {run.data.lengths[-1]} tokens ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones left out).",
+        f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f} ({first['test_rows']} rows, "
+        f"{first['test_tokens']} target tokens).",
+        f"The learning rate is chosen on validation with seed {plan.seeds[0]}, {picked}; test columns are at the chosen rate.",
+        "",
+        markdown_table(shown, list(dict.fromkeys(k for row in shown for k in row))),
+        "",
+    ]
+    for kind in dict.fromkeys(kind for row in result["rows"] for kind in row["all scores"]):
+        lines += [f"## {kind}, percent", "", _score_table(plan, result["rows"], kind), ""]
+    if plan.scoring is not None:
+        scoring = plan.scoring
+        lines += [
+            f"Clean rows only: questions that are not in the training data. At most {scoring.limit} rows a task before that; greedy, at most "
+            f"{scoring.max_new_tokens} new tokens. accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters' rules; "
+            "likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens' log-probabilities, or by that sum over its characters. "
+            "mean ± spread: over tasks; highest less lowest over seeds.",
             "",
         ]
-    )
+    lines += [f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []
+    dirty = " (with local changes)" if env["dirty"] else ""
+    lines += [f"Command: `{env['command']}`; commit {env['commit']}{dirty}; device {env['device']}; jax {env['jax']}; {env['date']}.", ""]
+    return "\n".join(lines)
+
+
+def _score_table(plan: Sweep, rows: Sequence[Result], kind: str) -> str:
+    counts = next(row["rows"] for row in rows if row["scores"])
+    lines = []
+    for row in rows:
+        if values := row["all scores"].get(kind):
+            spread = f" ± {row['spread']:.1f}" if len(plan.seeds) > 1 and row["method"] != BASE and values == row["scores"] else ""
+            cells = {f"{task} ({counts[task]})": f"{value:.1f}" for task, value in values.items()}
+            lines.append(
+                {"method": row["method"], "trainable": row["trainable"]} | cells | {"mean": f"{statistics.mean(values.values()):.1f}{spread}"}
+            )
+    return markdown_table(lines, list(dict.fromkeys(k for line in lines for k in line)))

@@ -21,7 +21,7 @@ from zflora_jax.optim import learning_rate_schedule, make_optimizer
 from zflora_jax.trees import Tree
 
 Array = jax.Array
-Batch = Mapping[str, Any]  # tokens int32, loss_mask bool, valid bool, each [B, T]; see data.pipeline
+Batch = Mapping[str, Any]  # tokens int32, loss_mask bool, segments int32, each [B, T]; see data.pipeline
 
 
 class NonFiniteError(RuntimeError):
@@ -44,7 +44,7 @@ def init_state(adapters: Tree, optim: OptimConfig, steps: int) -> TrainState:
 def batch_loss(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, batch: Batch, chunk: int) -> tuple[Array, Array]:
     """Summed cross-entropy of a batch [B, T] on its loss_mask, and the number of tokens summed."""
     llama = Llama(config, adapter)
-    hidden, _ = llama.apply(variables, batch["tokens"], batch["valid"], method="hidden")  # type: ignore[misc]
+    hidden, _ = llama.apply(variables, batch["tokens"], batch["segments"], method="hidden")  # type: ignore[misc]
     return masked_cross_entropy(lambda x: llama.apply(variables, x, method="logits"), hidden, batch["tokens"], batch["loss_mask"], chunk)  # type: ignore[return-value,arg-type]
 
 

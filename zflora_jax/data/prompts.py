@@ -13,15 +13,17 @@ import numpy as np
 
 from zflora_jax.fields import ConfigError, nearest, require
 
-STYLES = ("chat", "alpaca")
-
-# LLM-Adapters' training text (finetune.py), byte for byte: two spaces end the first header, one the second; the lines after it are indented by 16.
+# LLM-Adapters' text, byte for byte: the lines after the header are indented by 16. Its training script (finetune.py) and its evaluation scripts
+# (evaluate.py, commonsense_evaluate.py) differ in three places: the spaces that end the header, without and with an input, and the line between
+# two sections.
 _INDENT = " " * 16
-_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request. \n\n"
+    "Write a response that appropriately completes the request."
 )
+_WHITESPACE = {"alpaca": ("  ", " ", _INDENT), "alpaca-eval": (" ", "", "")}  # after the header without input, with input; between sections
+STYLES = ("chat", *_WHITESPACE)
 
 
 def _section(title: str, text: str) -> str:
@@ -32,21 +34,23 @@ def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "")
     """The text a model is given before its answer.
 
     chat: the tokenizer's own chat template with one user turn and the header of the answer. An `input` follows the instruction after an empty line.
-    alpaca: LLM-Adapters' prompt in the whitespace of its training script. Its evaluation script differs in three places, so that a model
-    there meets a prompt it was not trained on; here the training form is used for both.
+    alpaca: LLM-Adapters' prompt in the whitespace of its training script. alpaca-eval: the same in the whitespace of its evaluation scripts, where
+    a model thus meets a prompt that it was not trained on.
 
     Args:
       tokenizer: a Hugging Face tokenizer (only read by "chat").
-      prompt_style: "chat" or "alpaca".
+      prompt_style: one of STYLES.
       instruction, input: the user's text; inserted as they are.
 
     Raises:
       ConfigError: an unknown style, or "chat" with a tokenizer that has no chat template.
     """
     require(prompt_style in STYLES, f"unknown prompt style {prompt_style!r}: {nearest(prompt_style, STYLES)}.")
-    if prompt_style == "alpaca":
+    if prompt_style in _WHITESPACE:
+        without, with_input, between = _WHITESPACE[prompt_style]
         sections = [_section("Instruction", instruction)] + ([_section("Input", input)] if input else []) + [_section("Response", "")]
-        return (_ALPACA_INPUT if input else _ALPACA) + f"\n{_INDENT}\n".join(sections)
+        header = _ALPACA_INPUT + with_input if input else _ALPACA + without
+        return f"{header}\n\n" + f"\n{between}\n".join(sections)
     require(
         bool(getattr(tokenizer, "chat_template", None)),
         "data.prompt_style='chat' needs a tokenizer with a chat template and this one has none. Use data.prompt_style='alpaca' or an instruct model.",
@@ -58,7 +62,7 @@ def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "")
 def end_token(tokenizer: Any, prompt_style: str) -> int:
     """The id that ends a target: generation should stop at it.
 
-    alpaca: the tokenizer's EOS. chat: the special token that the template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...),
+    alpaca styles: the tokenizer's EOS. chat: the special token that the template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...),
     which in some models is not the EOS; the EOS if the template puts none.
 
     Raises:

@@ -1,194 +1,198 @@
-"""Tasks: where the rows come from, what the model is asked, what it should say, and how its answer is scored.
+"""Tasks: what the model is asked, what it should say, and how its answer is scored. A new task is one more line of `TASKS`.
 
-A new task is one more entry of `TASKS`. Its rows come from a TFDS builder and are read at random through `as_data_source()`.
+`GROUPS` are the tasks of the paper. Its abstract counts 18 in three categories: the 8 of commonsense and 6 of math are LLM-Adapters'. Which four make
+up "summary-dialogue" could not be read there; the four here are this project's choice: news (CNN/DailyMail, XSum) and dialogue (DailyDialog,
+MultiWOZ), the last two as the next reply. DialogSum, SAMSum and WOZ 2.0 stand beside them.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, overload
 
 from zflora_jax.config import DataConfig
+from zflora_jax.data import answers
+from zflora_jax.data.answers import PARSERS, Kind, Rule, numbers, parse_number, same_number, stated
+from zflora_jax.data.sources import HOLD_OUT, SPLITS, TRAINING_SETS, Format, Row, Source, Split, named, read_split
 from zflora_jax.fields import ConfigError, nearest, require
 
-SPLITS = ("train", "validation", "test")
-HOLD_OUT = 200  # rows, at most a tenth of the train file, that stand in for a validation or test file that is not there
-TOLERANCE = 1e-3  # absolute, between numeric answers: the one of LLM-Adapters
-
-Row = Mapping[str, bytes]
+__all__ = ["GROUPS", "HOLD_OUT", "PARSERS", "SPLITS", "TASKS", "Example", "Task", "get_task", "load_examples"]
+__all__ += ["numbers", "parse_number", "same_number", "stated"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question. `prompt` and `input` are the user's text, `target` the completion to learn (without EOS), `answer` what is scored."""
+    """One question. `prompt` and `input` are the user's text, `target` the completion to learn (without EOS).
+
+    answer: what a parsed completion is compared with; "" where there is no single right one.
+    options: completions to compare by likelihood, each in the target's form ("the correct answer is answer2"); the target is one of them.
+    references: texts to compare a completion with by ROUGE; the target is the first.
+    document: `input` is a long text that may be cut at its end.
+    """
 
     prompt: str
     target: str
     answer: str
     input: str = ""
-
-
-# --- answers ------------------------------------------------------------------------------------------------------
-
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)", re.ASCII)  # in "5-3" the minus is no sign, in "solution1" there is no number
-_STATED = re.compile(r"answer is\b:?", re.IGNORECASE)
-
-
-def numbers(text: str) -> list[str]:
-    """The numbers in a text, in order, without thousands commas."""
-    return _NUMBER.findall(_THOUSANDS.sub("", text))
-
-
-def stated(text: str) -> str | None:
-    """What follows the last "answer is", to the end of its line; None if nothing is stated."""
-    found = list(_STATED.finditer(text))
-    return text[found[-1].end() :].partition("\n")[0].strip() if found else None
-
-
-def parse_number(text: str) -> str:
-    """The answer of a worked solution: the number stated after the last "answer is", else the last number of the text, else ""."""
-    anywhere = numbers(text)
-    return _stated_number(stated(text) or "") or (anywhere[-1] if anywhere else "")
-
-
-def _stated_number(statement: str) -> str:
-    """The first number of "36 dollars." and the result of "49 - 34 = 15 customers."."""
-    return next(iter(numbers(statement.rpartition("=")[2])), "")
-
-
-def _as_float(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
-def same_number(prediction: str, answer: str) -> bool:
-    """Both are numbers and differ by at most TOLERANCE."""
-    a, b = _as_float(prediction), _as_float(answer)
-    return a is not None and b is not None and abs(a - b) <= TOLERANCE
-
-
-# --- tasks --------------------------------------------------------------------------------------------------------
+    options: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    document: bool = False
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task with numeric answers; subclasses say where rows come from, and may parse and score otherwise."""
+    """A task whose answers are of one kind, in one group: commonsense, math, summary or other. Subclasses say where rows come from."""
 
     name: str
+    group: str
+    kind: Kind
 
-    def rows(self, split: str, data: DataConfig) -> tuple[Sequence[Row], Sequence[int]]:
-        """The random-access rows behind a split, and which of them, in which order, are the split."""
+    def split(self, split: str, data: DataConfig) -> Split:
         raise NotImplementedError
 
     def example(self, row: Row) -> Example:
         raise NotImplementedError
 
-    def parse(self, text: str) -> str:
+    def rule(self, parser: str) -> Rule:
+        """How answers are read and scored: "legacy" as LLM-Adapters does, "fixed" corrected; see data.answers."""
+        require(parser in PARSERS, f"unknown parser {parser!r}: {nearest(parser, PARSERS)}.")
+        return self.kind.legacy if parser == "legacy" else self.kind.fixed
+
+    def parse_as(self, text: str, parser: str) -> str:
         """The answer that a completion gives, "" if none."""
-        return parse_number(text)
+        return self.rule(parser).parse(text)
+
+    def score_as(self, prediction: str, answer: str, parser: str) -> bool:
+        """Whether a prediction, parsed by the same parser, is right."""
+        return self.rule(parser).score(prediction, answer)
+
+    def parse(self, text: str) -> str:
+        return self.parse_as(text, "fixed")
 
     def score(self, prediction: str, answer: str) -> bool:
-        """Whether a parsed prediction is right."""
-        return same_number(prediction, answer)
+        return self.score_as(prediction, answer, "fixed")
+
+    def gold(self, example: Example) -> str:
+        """A completion that states the right answer so that both parsers read it."""
+        return self.kind.state(example.answer) if example.answer else example.target
 
 
 @dataclass(frozen=True)
 class Arithmetic(Task):
     """Generated word problems. `data.data_dir`, if set, is where they are kept; the three splits share no question."""
 
-    def rows(self, split: str, data: DataConfig) -> tuple[Sequence[Row], Sequence[int]]:
+    def split(self, split: str, data: DataConfig) -> Split:
         from zflora_jax.data.builders import open_prepared
         from zflora_jax.data.builders.arithmetic.arithmetic import Arithmetic as Builder
 
         rows = open_prepared(Builder, split, data.data_dir)
-        return rows, range(len(rows))
+        return Split(rows, range(len(rows)), "arithmetic")
 
     def example(self, row: Row) -> Example:
-        return Example(row["question"].decode(), row["rationale"].decode(), row["answer"].decode())
+        return Example(_text(row["question"]), _text(row["rationale"]), _text(row["answer"]))
 
 
 @dataclass(frozen=True)
-class JsonFiles(Task):
-    """{train,validation,test}.json or .jsonl in `data.data_dir`, or one file there for all three splits.
+class FileTask(Task):
+    """Rows of files, or of the public dataset of that name: instruction, input, output, answer, references, as the builders give them."""
 
-    A validation or test split without a file is held out of the train file: HOLD_OUT rows each, at most a tenth, which the train split then
-    lacks. Which rows is a fixed function of the question texts alone: not of data.seed, so that two runs are judged alike, nor of the order
-    of the file, and a question that occurs twice never lies on both sides. Rows of the train file come in that pseudo-random order (so
-    `train_limit` takes a sample), rows of a test or validation file in the file's.
+    source: Source
+    document: bool = False
 
-    Answers are numbers or words. A number is compared as in `same_number`, a word (true, solution2, B) with what follows "answer is".
+    def split(self, split: str, data: DataConfig) -> Split:
+        return read_split(self.name, self.source, split, data.data_dir)
+
+    def example(self, row: Row) -> Example:
+        prompt, target, answer, extra = (_text(row.get(name, "")) for name in ("instruction", "output", "answer", "input"))
+        references = tuple(map(_text, row.get("references", ())))
+        return Example(prompt, target, answer, extra, options_of(prompt, target, answer), references, self.document)
+
+
+_FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*\Z")
+
+
+def options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
+    """The target with each answer of the prompt's last line, "Answer format: answer1/answer2", in its place; none without such a line.
+
+    Raises:
+      ConfigError: the answer is not one of them, or the target does not state it.
     """
-
-    def rows(self, split: str, data: DataConfig) -> tuple[Sequence[Row], Sequence[int]]:
-        files = self.files(data)
-        if split != "train" and split in files:
-            rows = _open_file(files[split])
-            return rows, range(len(rows))
-        if "train" not in files:
-            raise ConfigError(
-                f"task {self.name!r}: no train file in {data.data_dir}, found {', '.join(str(p.name) for p in files.values()) or 'none'}. "
-                f"The {split} split needs train.json or train.jsonl there" + (f", or {split}.json(l)." if split != "train" else ".")
-            )
-        rows = _open_file(files["train"])
-        held_out = [name for name in ("validation", "test") if name not in files]
-        parts = _hold_out([row["instruction"] for row in rows], held_out)
-        require(
-            len(parts[split]) > 0,
-            f"task {self.name!r}: {files['train']} has {len(rows)} rows, too few to hold out a {split} split (a tenth of them). "
-            f"Put {split}.json or {split}.jsonl beside it.",
-        )
-        return rows, parts[split]
-
-    def files(self, data: DataConfig) -> dict[str, Path]:
-        """The file of each split that has one."""
-        fix = "Set data.data_dir to a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l), or to one such file."
-        if not data.data_dir:
-            raise ConfigError(f"task {self.name!r} reads files, but data.data_dir is not set. {fix}")
-        root = Path(data.data_dir).expanduser()
-        require(root.exists(), f"task {self.name!r}: data.data_dir={data.data_dir!r} does not exist. {fix}")
-        if root.is_file():
-            return {"train": root}
-        files: dict[str, Path] = {}
-        for split in SPLITS:
-            found = [path for path in (root / f"{split}.json", root / f"{split}.jsonl") if path.is_file()]
-            require(len(found) < 2, f"task {self.name!r}: both {split}.json and {split}.jsonl are in {root}. Keep one of them.")
-            if found:
-                files[split] = found[0]
-        require(bool(files), f"task {self.name!r}: no train, validation or test file in {root}. {fix}")
-        return files
-
-    def example(self, row: Row) -> Example:
-        return Example(row["instruction"].decode(), row["output"].decode(), row["answer"].decode(), row["input"].decode())
-
-    def parse(self, text: str) -> str:
-        """What is stated after "answer is"; without that, the last number, or the text itself."""
-        after, anywhere = stated(text), numbers(text)
-        return after if after is not None else anywhere[-1] if anywhere else text.strip()
-
-    def score(self, prediction: str, answer: str) -> bool:
-        if _as_float(answer) is not None:
-            return same_number(_stated_number(prediction), answer)
-        said, wanted = (re.findall(r"\w+", text.lower()) for text in (prediction, answer))
-        return bool(wanted) and said[: len(wanted)] == wanted
+    found = _FORMAT.search(prompt)
+    if not found:
+        return ()
+    allowed = found.group(1).split("/")
+    require(answer in allowed, f"the answer is {answer!r}, which is not one of the options that the question lists, {', '.join(allowed)}.")
+    before, stated_answer, after = target.rpartition(answer)
+    require(bool(stated_answer), f"the output {target!r} does not state the answer {answer!r}.")
+    return tuple(f"{before}{option}{after}" for option in allowed)
 
 
-@dataclass(frozen=True)
-class Gsm8k(JsonFiles):
-    """GSM8K as published, train.jsonl and test.jsonl: worked solutions whose answers are numbers."""
-
-    parse = Task.parse
-    score = Task.score
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Arithmetic("arithmetic"), Gsm8k("gsm8k"), JsonFiles("json"))}
+# --- the registry -------------------------------------------------------------------------------------------------
+
+
+def _commonsense(name: str, words: Sequence[str], folder: str = "", *formats: Format, public: bool = True, test_only: bool = False) -> Task:
+    source = Source(folder or name, (named("local_json"), *formats), public=public, test_only=test_only)
+    return FileTask(name, "commonsense", answers.words(*words), source)
+
+
+def _math(name: str, folder: str, kind: Kind = answers.NUMBER, *formats: Format, test_only: bool = True) -> Task:
+    return FileTask(name, "math", kind, Source(folder, (named("local_json"), *formats), test_only=test_only))
+
+
+def _summary(name: str, format: Format, origin: str, kind: Kind = answers.TEXT, *, public: bool = True, document: bool = False) -> Task:
+    return FileTask(name, "summary", kind, Source(name, (format, named(format.builder)), origin=origin, public=public), document)
+
+
+def _training(name: str) -> Task:
+    source = Source("ft-training_set", (Format("local_json", {"train": (name,)}),), anywhere=True, origin=TRAINING_SETS)
+    return FileTask(name, "other", answers.ANY, source)
+
+
+_PUBLISHED_HELLASWAG = Format("hellaswag_json", {"train": ("hellaswag_train",), "test": ("hellaswag_val",)})  # test labels are not public
+_MAWPS_EQUATIONS = Format("mawps_json", {"train": ("trainset",)})
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Arithmetic("arithmetic", "other", answers.NUMBER),
+        FileTask("json", "other", answers.ANY, Source("", anywhere=True)),
+        _commonsense("boolq", answers.TRUE_FALSE),
+        _commonsense("piqa", answers.SOLUTIONS, test_only=True),
+        _commonsense("social_i_qa", answers.ANSWERS, test_only=True),
+        _commonsense("hellaswag", answers.ENDINGS, "", _PUBLISHED_HELLASWAG, test_only=True),
+        _commonsense("winogrande", answers.OPTIONS, test_only=True),
+        _commonsense("arc_easy", answers.ANSWERS, "ARC-Easy"),
+        _commonsense("arc_challenge", answers.ANSWERS, "ARC-Challenge"),
+        _commonsense("openbookqa", answers.ANSWERS),
+        _math("addsub", "AddSub"),
+        _math("aqua", "AQuA", answers.LETTER),
+        _math("multiarith", "MultiArith"),
+        FileTask("gsm8k", "math", answers.NUMBER, Source("gsm8k", anywhere=True, origin="https://github.com/openai/grade-school-math", public=True)),
+        _math("singleeq", "SingleEq"),
+        _math("svamp", "SVAMP"),
+        _math("mawps", "mawps", answers.NUMBER, _MAWPS_EQUATIONS, test_only=False),
+        _summary("cnn_dailymail", named("summary_json"), "https://github.com/abisee/cnn-dailymail", document=True),
+        _summary("xsum", named("summary_json"), "https://github.com/EdinburghNLP/XSum", document=True),
+        _summary("samsum", named("summary_json"), "https://arxiv.org/src/1911.12237v2/anc/corpus.7z", document=True),
+        _summary("dialogsum", named("summary_json", "dialogsum.{}"), "https://github.com/cylnlp/dialogsum", document=True),
+        _summary("dailydialog", named("dialogue_json"), "http://yanran.li/dailydialog"),
+        _summary("multiwoz", named("dialogue_json"), "https://github.com/budzianowski/multiwoz"),
+        _summary("woz", named("woz_json", "woz_{}_en"), "https://github.com/nmrksic/neural-belief-tracker", answers.BELIEF, public=False),
+        *map(_training, ("math_data", "math_7k", "math_10k", "math_14k", "math_50k", "commonsense_15k", "commonsense_170k")),
+    )
+}
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "commonsense": ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+    "math": ("addsub", "aqua", "multiarith", "gsm8k", "singleeq", "svamp"),
+    "summary": ("cnn_dailymail", "xsum", "dailydialog", "multiwoz"),
+}
 
 
 def get_task(name: str) -> Task:
@@ -206,52 +210,35 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
       data_config: data_dir and train_limit are read.
 
     Raises:
-      ConfigError: unknown task or split, missing directory or file, malformed row, or no example at all.
+      ConfigError: unknown task or split, missing directory or file, malformed row, or no example at all. Indexing raises it for a row that does
+        not fit the task, and names its file and number.
     """
     task = get_task(task_name)
     require(split in SPLITS, f"unknown split {split!r}: {nearest(split, SPLITS)}.")
-    rows, indices = task.rows(split, data_config)
+    rows, indices, origin = task.split(split, data_config)
     if split == "train":
         indices = indices[: data_config.train_limit]
     require(len(indices) > 0, f"task {task_name!r}: the {split} split is empty. Give a file with at least one row.")
-    return _Examples(task, rows, indices)
+    return _Examples(task, Split(rows, indices, origin))
 
 
 class _Examples(Sequence[Example]):
-    def __init__(self, task: Task, rows: Sequence[Row], indices: Sequence[int]) -> None:
-        self._task, self._rows, self._indices = task, rows, indices
+    def __init__(self, task: Task, split: Split) -> None:
+        self._task, self._split = task, split
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._split.indices)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Example]: ...
     def __getitem__(self, index: Any) -> Any:
+        rows, indices, origin = self._split
         if isinstance(index, slice):
-            return _Examples(self._task, self._rows, self._indices[index])
-        return self._task.example(self._rows[self._indices[index]])
-
-
-def _open_file(path: Path) -> Sequence[Row]:
-    from zflora_jax.data.builders import open_prepared
-    from zflora_jax.data.builders.local_json.local_json import SPLIT, LocalJson, local_json_config
-
-    return open_prepared(functools.partial(LocalJson, config=local_json_config(path)), SPLIT)
-
-
-def _hold_out(questions: Sequence[bytes], names: Sequence[str]) -> dict[str, list[int]]:
-    """Indices of "train" and of each split in `names`: rows sorted by a hash of the question, cut so that equal questions stay together."""
-    keys = [hashlib.sha256(b"zflora hold-out\n" + question).digest() for question in questions]
-    order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
-    size = min(HOLD_OUT, len(order) // 10)
-    parts: dict[str, list[int]] = {}
-    start = 0
-    for name in names:
-        stop = min(start + size, len(order))
-        while size and 0 < stop < len(order) and keys[order[stop]] == keys[order[stop - 1]]:
-            stop += 1
-        parts[name] = order[start:stop]
-        start = stop
-    return parts | {"train": order[start:]}
+            return _Examples(self._task, Split(rows, indices[index], origin))
+        number = indices[index]
+        try:
+            return self._task.example(rows[number])
+        except ConfigError as error:
+            raise ConfigError(f"task {self._task.name!r}: {origin}, row {number + 1}: {error}") from error

@@ -1,0 +1,74 @@
+"""Contamination: what counts as the same question, and the overlaps of the real files."""
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+
+from zflora_jax.config import DataConfig
+from zflora_jax.contamination import contaminated, normalise
+from zflora_jax.data.tasks import SPLITS, Example, load_examples
+
+REAL = Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def test_normalise():
+    assert normalise("  There are 7 crayons ,\n in_the  DRAWER . ") == "there are 7 crayons in the drawer"
+    assert normalise("Été: 1,000.5!") == "été 1 000 5"
+    assert normalise("...") == ""
+
+
+def test_a_question_is_its_prompt_and_input():
+    train = [Example("What is 1 + 1 ?", "2", "2"), Example("Sum.", "3", "3", input="1, 2")]
+    asked = [
+        Example("what is 1+1?", "x", "4"),  # whatever the answer
+        Example("What is 1 + 2?", "2", "2"),
+        Example("Sum. 1 2", "3", "3"),
+        Example("Sum.", "3", "3"),
+        Example("Sum.", "4", "4", input="1, 3"),
+    ]
+    assert contaminated(asked, train) == [True, False, True, False, False]
+    assert contaminated([], train) == [] and contaminated(asked, []) == [False] * 5
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is not there; set ZFLORA_DATA to the folder of the real data")
+
+    @functools.cache
+    def read(task, *splits):
+        return [example for split in splits for example in load_examples(task, split, DataConfig(data_dir=str(REAL)))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
+        yield read
+
+
+def test_overlaps_of_the_real_files_on_normalised_text(rows):
+    """Counted on lower-cased text with every run of other characters than letters and digits as one space: the numbers known of these files."""
+    train = rows("math_data", *SPLITS)
+    assert len(train) == 3260
+    known = {"addsub": (330, 395), "multiarith": (491, 600), "singleeq": (425, 508), "svamp": (800, 1000), "gsm8k": (1055, 1319), "aqua": (203, 254)}
+    for task, (found, size) in known.items():
+        marks = contaminated(rows(task, "test"), train)
+        assert (sum(marks), len(marks)) == (found, size), task
+    assert not any(contaminated(rows("gsm8k", "train", "validation"), train))
+
+    mawps = rows("mawps", "train", "validation")
+    assert {task: sum(contaminated(rows(task, "test"), mawps)) for task in ("addsub", "multiarith", "singleeq")} == {
+        "addsub": 327,
+        "multiarith": 452,
+        "singleeq": 416,
+    }
+
+
+def test_pairs_that_are_clean_or_nearly(rows):
+    for task in ("addsub", "multiarith", "singleeq", "svamp", "aqua"):
+        assert not any(contaminated(rows(task, "test"), rows("gsm8k", "train", "validation"))), task
+    own = {
+        task: sum(contaminated(rows(task, "test"), rows(task, "train", "validation")))
+        for task in ("arc_easy", "arc_challenge", "boolq", "openbookqa")
+    }
+    assert own == {"arc_easy": 2, "arc_challenge": 0, "boolq": 1, "openbookqa": 0}  # as published: three questions occur in train and in test

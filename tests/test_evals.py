@@ -1,0 +1,262 @@
+"""Records of answers and likelihoods, their scores and tables; evaluations that are stopped and go on; sweeps that score tasks."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from byte_tokenizer import byte_tokenizer
+from conftest import tiny_model
+
+from zflora_jax import evals
+from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.data.tasks import Example, load_examples
+from zflora_jax.evals import generation_records, group_scores, likelihood_records, rouge, scores_of
+from zflora_jax.fields import ConfigError
+from zflora_jax.hf.save import save_hf
+from zflora_jax.llama import forward
+from zflora_jax.scorecard import evaluate, evaluate_tasks
+from zflora_jax.sweeps import Sweep, sweep
+
+DATA = DataConfig(lengths=(256, 512))
+EVAL = EvalConfig(limit=None, batch_size=4, max_new_tokens=6)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model(max_position_embeddings=768, tie_word_embeddings=False)  # tied, it would repeat one token
+    model.tokenizer = byte_tokenizer()
+    return model
+
+
+def choice(i, answer="answer2"):
+    words = f"Question {i}{'?' * (i % 5 + 1)}\n\nAnswer1: {i} Answer2: {i + 1} Answer3: no\n\nAnswer format: answer1/answer2/answer3"
+    return {"instruction": words, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+
+
+@pytest.fixture
+def arc(tmp_path):
+    """A data directory with 30 train and 12 test rows of ARC-Easy; 3 of the test rows are train rows written otherwise."""
+    folder = tmp_path / "ARC-Easy"
+    folder.mkdir()
+    train = [choice(i, f"answer{i % 3 + 1}") for i in range(100, 130)]
+    again = [row | {"instruction": row["instruction"].replace("Question", "QUESTION --")} for row in train[:3]]
+    test = [choice(i, f"answer{i % 3 + 1}") for i in range(9)] + again
+    for name, rows in (("train", train), ("test", test)):
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return dataclasses.replace(DATA, task="arc_easy", data_dir=str(tmp_path))
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def test_records_do_not_depend_on_batch_size_or_order(model, arc):
+    examples = list(load_examples("arc_easy", "test", arc))
+    results = []
+    for batch_size, order in ((1, list(range(12))), (5, list(range(12))), (16, [7, 3, 11, 0, 5, 1, 2, 9, 10, 4, 6, 8])):
+        evaluation, some = dataclasses.replace(EVAL, batch_size=batch_size), [examples[i] for i in order]
+        answers, likelihoods = generation_records(model, "arc_easy", some, arc, evaluation), likelihood_records(model, some, arc, evaluation)
+        results.append([answers[order.index(i)] | likelihoods[order.index(i)] for i in range(12)])
+    for rows in results[1:]:
+        for row, first in zip(rows, results[0], strict=True):
+            np.testing.assert_allclose(row["log_likelihoods"], first["log_likelihoods"], rtol=1e-4)
+            assert row | {"log_likelihoods": None} == first | {"log_likelihoods": None}
+    assert len({row["output"] for row in results[0]}) > 3
+
+
+def test_likelihoods_are_those_of_the_whole_text(model, arc):
+    """By the plain definition, on the tokens of training; and the choices made from them."""
+    example = load_examples("arc_easy", "test", arc)[4]
+    (record,) = likelihood_records(model, [example], arc, EVAL)
+    (prompt,) = evals.encode_prompts([example], model.tokenizer, "chat")
+    wanted = []
+    for option in example.options:
+        ids = model.tokenizer(option, add_special_tokens=False)["input_ids"]
+        tokens = np.asarray([[*prompt, *ids]], np.int32)
+        logp = jax.nn.log_softmax(forward(model, tokens)[0], axis=-1)
+        wanted.append(sum(float(logp[len(prompt) - 1 + n, token]) for n, token in enumerate(ids)))
+    np.testing.assert_allclose(record["log_likelihoods"], wanted, rtol=1e-5)
+    assert record["correct_sum"] == (int(np.argmax(wanted)) == example.options.index(example.target))
+    assert record["options"] == list(example.options)
+
+
+def test_correct_norm_divides_by_characters(model, monkeypatch):
+    example = Example("Q", "yes indeed", "yes", options=("no", "yes indeed"))
+    monkeypatch.setattr(evals, "option_log_likelihoods", lambda *_, **__: [np.asarray([-4.0, -10.0], np.float32)])
+    (record,) = likelihood_records(model, [example], DATA, EVAL)
+    assert (record["correct_sum"], record["correct_norm"]) == (False, True)  # -2 a character against -1
+    with pytest.raises(ConfigError, match="options"):
+        likelihood_records(model, [Example("Q", "t", "a")], DATA, EVAL)
+
+
+def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):
+    text = "The answer is 4.\n\n### Response:\nThe answer is 5."
+    monkeypatch.setattr(evals, "generate_tokens", lambda m, prompts, **_: [m.tokenizer(text)["input_ids"] for _ in prompts])
+    example = [Example("2 + 2?", "The answer is 4.", "4")]
+    for style, correct in (("alpaca-eval", True), ("chat", False)):
+        (record,) = generation_records(model, "gsm8k", example, DATA, dataclasses.replace(EVAL, prompt_style=style))
+        assert (record["output"], record["correct"], record["correct_legacy"]) == (text, correct, correct)
+
+
+def test_rouge_is_rouge_score_s_and_takes_the_best_reference(model, monkeypatch):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+    text, references = "The cats were running.\nIt rained.", ("A cat runs in the rain.", "The cat ran.\nIt was raining hard.")
+    ours = rouge(text, references)
+    for name, value in ours.items():
+        assert value == max(scorer.score(reference, text)[name].fmeasure for reference in references)
+    assert ours["rouge1"] > 0
+    monkeypatch.setattr(evals, "generate_tokens", lambda m, prompts, **_: [m.tokenizer(text)["input_ids"] for _ in prompts])
+    example = Example("Sum up.", references[0], "", input="long", references=references, document=True)
+    (record,) = generation_records(model, "dialogsum", [example], DATA, EVAL)
+    assert {name: record[name] for name in evals.ROUGE} == ours and "correct" not in record
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------------
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(model, arc, tmp_path, monkeypatch):
+    examples = load_examples("arc_easy", "test", arc)
+    evaluation, path = dataclasses.replace(EVAL, batch_size=1), tmp_path / "a" / "x.partial.jsonl"
+    whole = generation_records(model, "arc_easy", examples, arc, evaluation)
+    calls, kill = [], [True]
+    real = evals.generate_tokens
+
+    def failing(model, prompts, **settings):
+        calls.append(len(prompts))
+        if kill and len(calls) == 3:
+            kill.clear()
+            raise KeyboardInterrupt
+        return real(model, prompts, **settings)
+
+    monkeypatch.setattr(evals, "generate_tokens", failing)
+    with pytest.raises(KeyboardInterrupt):
+        generation_records(model, "arc_easy", examples, arc, evaluation, partial=path)
+    with path.open("a") as file:
+        file.write('{"index": 11, "output": "to')  # torn by a kill
+    assert generation_records(model, "arc_easy", examples, arc, evaluation, partial=path) == whole
+    assert calls == [4, 4, 4, 4]  # the third batch again, nothing else
+    calls.clear()
+    assert generation_records(model, "arc_easy", examples, arc, evaluation, partial=path) == whole and calls == []
+    other = dataclasses.replace(evaluation, max_new_tokens=5)
+    generation_records(model, "arc_easy", examples, arc, other, partial=path)
+    assert len(calls) == 3  # other settings: nothing of it counts
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def test_scores_have_bootstrap_intervals():
+    draw = np.random.default_rng(0)
+    records = [{"correct": bool(x), "rouge1": float(y)} for x, y in zip(draw.random(400) < 0.3, draw.random(400), strict=True)]
+    scores = scores_of(records)
+    assert scores.keys() == {"accuracy", "rouge1"} and scores == scores_of(records)
+    for name, key in (("accuracy", "correct"), ("rouge1", "rouge1")):
+        values = np.asarray([r[key] for r in records], float)
+        error = 1.96 * values.std() / np.sqrt(400)
+        assert scores[name]["mean"] == pytest.approx(values.mean())
+        assert scores[name]["low"] == pytest.approx(values.mean() - error, abs=0.006)
+        assert scores[name]["high"] == pytest.approx(values.mean() + error, abs=0.006)
+    assert scores_of([]) == {}
+
+
+def test_a_group_s_mean_counts_tasks_alike_and_only_scores_all_have():
+    tables = [[{"correct": True, "correct_sum": False}] * 10, [{"correct": i < 50} for i in range(100)]]
+    scores = group_scores(tables)
+    assert scores.keys() == {"accuracy"} and scores["accuracy"]["mean"] == pytest.approx(0.75)
+    assert 0.69 < scores["accuracy"]["low"] < 0.72 and 0.78 < scores["accuracy"]["high"] < 0.81
+    assert group_scores([]) == {}
+
+
+def test_clean_rows_are_scored_apart(model, arc, tmp_path):
+    run = RunConfig(model="tiny", data=arc, eval=EVAL)
+    result = evaluate(run, model, out=tmp_path / "r", trained_on=load_examples("arc_easy", "train", arc), console=False)
+    assert (result["rows"], result["clean_rows"]) == (12, 9)
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows if row["contaminated"]] == [9, 10, 11]
+    for name, key in (("accuracy", "correct"), ("likelihood_sum", "correct_sum"), ("accuracy_legacy", "correct_legacy")):
+        assert result[name] == pytest.approx(np.mean([row[key] for row in rows]))
+        assert result[f"{name}_clean"] == pytest.approx(np.mean([row[key] for row in rows[:9]]))
+    assert not list(tmp_path.glob("*.partial.jsonl"))
+    assert json.loads((tmp_path / "r.json").read_text())["config"]["eval"]["max_new_tokens"] == 6
+
+
+def test_a_summary_of_tasks(model, arc, tmp_path):
+    (tmp_path / "ARC-Challenge").mkdir()
+    (tmp_path / "ARC-Challenge" / "test.json").write_text(json.dumps([choice(i) for i in range(5)]))
+    run = RunConfig(model="tiny", data=arc, eval=dataclasses.replace(EVAL, generate=False, loss=False))
+    summary = evaluate_tasks(run, model, ["arc_easy", "arc_challenge"], tmp_path / "out", "tiny", console=False)
+    assert [task["rows"] for task in summary["tasks"]] == [12, 5]
+    mean = np.mean([task["likelihood_sum"] for task in summary["tasks"]])
+    assert summary["groups"]["commonsense"]["all"]["likelihood_sum"]["mean"] == pytest.approx(mean)
+    page = (tmp_path / "out" / "summary-tiny.md").read_text()
+    assert "| arc_easy | all | 12 |" in page and "mean of 2 commonsense" in page
+    with pytest.raises(ConfigError, match=r"piqa.*test\.json"):
+        evaluate_tasks(run, model, ["arc_easy", "piqa"], tmp_path / "none", "tiny", console=False)
+    assert not (tmp_path / "none").exists()  # said before the first task has run
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_scores_tasks_and_is_not_run_again(model, arc, tmp_path, monkeypatch):
+    save_hf(tmp_path / "model", model)
+    base = RunConfig(
+        model=str(tmp_path / "model"),
+        data=dataclasses.replace(arc, batch_size=2, packing=True),
+        optim=OptimConfig(warmup_steps=1),
+        train=TrainConfig(steps=4, save_every=None, loss_chunk=128),
+        eval=EvalConfig(limit=2),
+    )
+    plan = Sweep(
+        "small",
+        base,
+        {"minimal": AdapterConfig("zflora-minimal", rank=2)},
+        (1e-3, 1e-2),
+        (0, 1),
+        pick_steps=2,
+        tasks=("arc_easy",),
+        scoring=dataclasses.replace(EVAL, generate=False, loss=False),
+    )
+    result = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert [row["method"] for row in result["rows"]] == ["base", "minimal"] and result["missing"] == []
+    assert len(result["runs"]) == 4 and {run["steps"] for run in result["runs"]} == {2, 4}
+    row = result["rows"][1]
+    assert row["scores"].keys() == {"arc_easy"} and row["rows"] == {"arc_easy": 9}
+    scored = [run for run in result["runs"] if run["steps"] == 4]
+    assert row["mean"] == pytest.approx(50 * sum(run["scores"]["arc_easy"]["scores"]["clean"]["likelihood_sum"]["mean"] for run in scored))
+    assert (tmp_path / "out" / "small.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "out" / "small.md").read_text()
+    assert "## likelihood_sum, percent" in page and "arc_easy (9)" in page
+
+    monkeypatch.setattr("zflora_jax.sweeps.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("zflora_jax.sweeps.evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
+    again = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert again["rows"] == json.loads(json.dumps(result["rows"]))
+    record = tmp_path / "out" / "small" / "minimal-lr0.01-steps2-seed0.json"
+    saved = json.loads(record.read_text())
+    del saved["config"]["data"]["packing"], saved["config"]["eval"]["num_beams"]  # a record that is older than a setting; packing's default differs
+    record.write_text(json.dumps(saved))
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {}}, "sweep.methods is empty"),
+        ({"methods": {"base": AdapterConfig("lora")}}, "the untrained model's row"),
+        ({"tasks": ("arc_easy",)}, "go together"),
+        ({"pick_steps": 1000}, "pick_steps=1000"),
+    ],
+)
+def test_wrong_sweeps(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Sweep(**({"name": "x", "base": RunConfig(), "methods": {"lora": AdapterConfig("lora")}, "learning_rates": (1e-3,), "seeds": (0,)} | changes))

@@ -1,0 +1,191 @@
+"""Log-likelihoods of options equal their definition, a full forward over prompt and option, and stock transformers'; wrong input is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from zflora_jax import likelihood
+from zflora_jax.fields import ConfigError
+from zflora_jax.hf.save import save_hf
+from zflora_jax.likelihood import advance, option_log_likelihoods
+from zflora_jax.llama import forward
+from zflora_jax.model import Model
+
+Rows = tuple[list[list[int]], list[list[list[int]]]]
+WIDTH = 48  # every sequence here fits: one shape, one compilation of the reference
+
+
+def ids(n: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, n).tolist()
+
+
+def definition(model: Model, prompts: Any, options: Any) -> list[np.ndarray]:
+    """log_softmax of a forward over prompt + option, gathered at the option's tokens and summed in float64."""
+    sequences = [(prompt, option) for prompt, row in zip(prompts, options, strict=True) for option in row]
+    tokens = np.zeros((-(-len(sequences) // 8) * 8, WIDTH), np.int32)
+    for line, (prompt, option) in zip(tokens, sequences, strict=False):
+        line[: len(prompt) + len(option)] = [*prompt, *option]  # padding on the right: causal attention never sees it
+    log_p = np.concatenate([np.asarray(jax.nn.log_softmax(forward(model, tokens[n : n + 8]))) for n in range(0, len(tokens), 8)])
+    sums = iter([sum(float(lp[len(p) + t - 1, o[t]]) for t in range(len(o))) for lp, (p, o) in zip(log_p, sequences, strict=False)])
+    return [np.asarray([next(sums) for _ in row]) for row in options]
+
+
+def assert_same(got: list[np.ndarray], want: list[np.ndarray], tolerance: float = 1e-4) -> None:
+    assert [g.shape for g in got] == [w.shape for w in want] and all(g.dtype == np.float32 for g in got)
+    np.testing.assert_allclose(np.concatenate(got), np.concatenate(want), rtol=0, atol=tolerance)
+
+
+def one_token_ends() -> Rows:
+    """As "the correct answer is answer" + "1".."4": one call per batch."""
+    return [ids(n, n) for n in (9, 3, 20)], [[ids(5, 90) + [t] for t in (49, 50, 51, 52)[:n]] for n in (4, 4, 3)]
+
+
+def mixed() -> Rows:
+    """Every way in which options can differ, in one list: none of them in common, one a prefix of another, equal ones, single ones, short, long."""
+    start = ids(4, 91)
+    options = [
+        [ids(3, 1), ids(6, 2), ids(1, 3)],
+        [start, start + [7], start + [7, 8, 9], start + [5]],
+        [start + [7, 8], start + [7, 8]],
+        [ids(19, 4)],
+        [[5]],
+        [[5], [6], [5, 6]],
+        [start + ids(11, 5), start + ids(2, 6), start + ids(5, 7), start + ids(1, 8), start + ids(9, 9)],
+    ]
+    return [ids(n, 10 + n) for n in (7, 12, 1, 25, 16, 17, 2)], options
+
+
+def model_of(**changes: Any) -> Model:
+    return tiny_model(seed=1, tie_word_embeddings=False, **changes)
+
+
+# --- the definition -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scan", "tied"), [(True, False), (False, True)], ids=["scanned", "unrolled and tied"])
+def test_equals_the_definition(scan: bool, tied: bool) -> None:
+    model = tiny_model(seed=1, scan_layers=scan, tie_word_embeddings=tied)
+    for prompts, options in (one_token_ends(), mixed()):
+        want = definition(model, prompts, options)
+        assert np.ptp(np.concatenate(want)) > 5, "options hardly differ: a weak comparison"
+        assert_same(option_log_likelihoods(model, prompts, options), want)
+
+
+def test_a_start_that_all_prompts_share_is_fed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (prompts, options), fed = model_of(), mixed(), []
+    prompts = [ids(20, 77) + prompt[:8] for prompt in prompts] + [ids(20, 77)]  # the last has nothing else
+    options = [[option[:10] for option in row] for row in options] + [[[1, 2], [3]]]
+
+    def counted(*args: Any) -> Any:
+        fed.append(int(args[7].sum()))
+        return advance(*args)
+
+    monkeypatch.setattr(likelihood, "advance", counted)
+    got = option_log_likelihoods(model, prompts, options)
+    assert_same(got, definition(model, prompts, options))
+    assert fed[0] == 19, "all but the last token of the shortest prompt"
+    assert sum(fed) < sum(len(p) + len(o) for p, row in zip(prompts, options, strict=True) for o in row) / 3
+    monkeypatch.setattr(likelihood, "WORTH_SHARING", 1000)
+    assert_same(option_log_likelihoods(model, prompts, options), [g.astype(np.float64) for g in got])
+
+
+def test_batch_size_and_order_do_not_matter() -> None:
+    model, (prompts, options) = model_of(), mixed()
+    want = definition(model, prompts, options)
+    done: list[int] = []
+    for size in (1, 3, 16):
+        assert_same(option_log_likelihoods(model, prompts, options, batch_size=size, on_batch=done.append), want)
+    assert done == [1] * 7 + [3, 3, 1] + [7]
+    shuffled = np.random.default_rng(0).permutation(len(prompts))
+    got = option_log_likelihoods(model, [prompts[i] for i in shuffled], [options[i][::-1] for i in shuffled], batch_size=3)
+    assert_same(got, [want[i][::-1] for i in shuffled])
+
+
+def test_bounds_of_memory_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options in several calls instead of one; the head over one row at a time."""
+    model, (prompts, options) = model_of(max_position_embeddings=500), mixed()  # a config that no other test compiles with the other bounds
+    want, sizes = definition(model, prompts, options), []
+
+    def counted(*args: Any) -> Any:
+        sizes.append(len(args[5]))
+        return advance(*args)
+
+    monkeypatch.setattr(likelihood, "CACHE_BYTES", 1)
+    monkeypatch.setattr(likelihood, "HEAD_POSITIONS", 1)
+    monkeypatch.setattr(likelihood, "advance", counted)
+    assert_same(option_log_likelihoods(model, prompts, options, batch_size=4), want)
+    assert len(sizes) > 2 and max(sizes) == 4
+
+
+def test_a_full_context_is_fine() -> None:
+    model = model_of(max_position_embeddings=20)
+    prompts, options = [ids(16, 1)], [[ids(4, 2), ids(3, 3)]]
+    assert_same(option_log_likelihoods(model, prompts, options), definition(model, prompts, options))
+
+
+def test_numpy_ids_and_no_prompts_are_fine() -> None:
+    model, (prompts, options) = model_of(), one_token_ends()
+    got = option_log_likelihoods(model, [np.asarray(p) for p in prompts], [np.asarray(row) for row in options])
+    assert_same(got, [g.astype(np.float64) for g in option_log_likelihoods(model, prompts, options)])
+    assert option_log_likelihoods(model, [], []) == []
+
+
+def test_prompts_of_similar_length_share_one_compilation() -> None:
+    model, before = model_of(max_position_embeddings=499), advance._cache_size()
+    for n in (2, 9, 11):
+        option_log_likelihoods(model, [ids(n, n), ids(1, 1)], [[ids(4, 5) + [t] for t in (1, 2, 3)]] * 2)
+    assert advance._cache_size() == before + 1
+
+
+# --- stock transformers ---------------------------------------------------------------------------------------------
+
+
+def test_equals_transformers(tmp_path: Path) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = model_of()
+    save_hf(tmp_path / "out", model)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    prompts, options = (a + b for a, b in zip(one_token_ends(), mixed(), strict=True))
+
+    def total(prompt: list[int], option: list[int]) -> float:
+        with torch.inference_mode():
+            log_p = torch.log_softmax(stock(torch.tensor([prompt + option])).logits[0].double(), dim=-1)
+        return sum(float(log_p[len(prompt) + t - 1, token]) for t, token in enumerate(option))
+
+    want = [np.asarray([total(p, o) for o in row]) for p, row in zip(prompts, options, strict=True)]
+    assert_same(option_log_likelihoods(model, prompts, options), want, tolerance=1e-3)
+
+
+# --- wrong input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], [[[1]], [[1]]], r"prompt 1 is empty: .*at least one before it"),
+        ([[1], [2]], [[[1]], []], r"prompt 1 has no options"),
+        ([[1]], [[[1], []]], r"option 1 of prompt 0 is empty: there is nothing to score"),
+        ([[1]], [], r"1 prompts and 0 lists of options: expected one list for each prompt"),
+        ([[259]], [[[1]]], r"prompt 0 holds token ids outside 0\.\.258: is this the model's own tokenizer"),
+        ([[1]], [[[1], [-1, 2]]], r"option 1 of prompt 0 holds token ids outside 0\.\.258"),
+        ([[1] * 510], [[[1], [1, 2, 3]]], r"prompt 0 and its option 1 have 513 tokens, 510 \+ 3; the model's context holds 512"),
+        (["What?"], [[[1]]], r"prompt 0 is 'What\?': expected a list of token ids"),
+        ([[1]], [["yes"]], r"option 0 of prompt 0 is 'yes': expected a list of token ids"),
+        ([[1]], [[1, 2]], r"option 0 of prompt 0 is 1: expected a list of token ids"),
+    ],
+    ids=["empty prompt", "no options", "empty option", "counts", "id too large", "id negative", "too long", "text", "text option", "one option"],
+)
+def test_what_cannot_be_scored(prompts: Any, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        option_log_likelihoods(tiny_model(), prompts, options)
+
+
+def test_a_batch_has_at_least_one_prompt() -> None:
+    with pytest.raises(ConfigError, match="batch_size=0: must be at least 1"):
+        option_log_likelihoods(tiny_model(), [[1]], [[[1]]], batch_size=0)

@@ -1,0 +1,190 @@
+"""Where a task's rows come from: its files below `data.data_dir`, or without one a public dataset, and rows held out for splits that have no file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zflora_jax.fields import ConfigError, require
+
+SPLITS = ("train", "validation", "test")
+HOLD_OUT = 200  # rows, at most a tenth of the train file, that stand in for a validation or test file that is not there
+
+Row = Mapping[str, Any]  # texts, as bytes or str, and lists of texts
+
+LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder dataset/"
+TRAINING_SETS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder ft-training_set/"
+
+
+class Split(NamedTuple):
+    """The random-access rows behind a split; which of them, in which order, are the split; and what they were read from, for messages."""
+
+    rows: Sequence[Row]
+    indices: Sequence[int]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """Files of one format: the builder (a module of data.builders) that reads them, and the names, without .json(l), that a split's file may have."""
+
+    builder: str
+    names: Mapping[str, tuple[str, ...]]
+
+
+def named(builder: str, pattern: str = "{}") -> Format:
+    """Files called `pattern` with train, validation (or valid, val, validate, dev) or test in it."""
+    words = {"train": ("train",), "validation": ("validation", "valid", "val", "validate", "dev"), "test": ("test",)}
+    return Format(builder, {split: tuple(map(pattern.format, names)) for split, names in words.items()})
+
+
+@dataclass(frozen=True)
+class Source:
+    """folder: the one that the files lie in. formats: tried in this order for each split. anywhere: files of these names need not be in that folder.
+
+    origin: where people get the files. public: there is a public dataset by the task's name. test_only: nothing to train on is published with it.
+    """
+
+    folder: str
+    formats: tuple[Format, ...] = (named("local_json"),)
+    anywhere: bool = False
+    origin: str = LLM_ADAPTERS
+    public: bool = False
+    test_only: bool = False
+
+    @property
+    def expected(self) -> str:
+        """The files, for messages."""
+        splits = ("test",) if self.test_only else SPLITS
+        names = [f"{f.names[split][0]}.json(l)" for split in splits for f in self.formats[:1] if split in f.names]
+        return f"{self.folder}/{{{','.join(names)}}}" if len(names) > 1 else f"{self.folder}/{names[0]}"
+
+
+def read_split(task: str, source: Source, split: str, data_dir: str | None) -> Split:
+    """The rows of one split of a task.
+
+    A validation or test split without a file is held out of the train file: HOLD_OUT rows each, at most a tenth, which the train split then
+    lacks. Which rows is a fixed function of the question texts alone: not of data.seed, so that two runs are judged alike, nor of the order
+    of the file, and a question that occurs twice (or a dialogue) never lies on both sides. Rows of the train file come in that pseudo-random
+    order (so `train_limit` takes a sample), rows of a test or validation file in the file's.
+
+    Raises:
+      ConfigError: no such file (the paths tried are listed), a file that is no dataset of the task, or one too short to hold rows out of.
+    """
+    if data_dir is None and source.public:
+        return _public(task, source, split)
+    files = find_files(task, source, data_dir)
+    if split != "train" and split in files:
+        rows = _open_file(*files[split])
+        return Split(rows, range(len(rows)), str(files[split][1]))
+    if "train" not in files:
+        found = ", ".join(str(path) for _, path in files.values())
+        wanted = " or ".join(f"{source.formats[0].names[name][0]}.json(l)" for name in dict.fromkeys(("train", split)))
+        fix = f"The {split} split needs {wanted} there."
+        if source.test_only:
+            fix = f"{source.origin} has none for this task, only test rows: train on another one, such as commonsense_170k, math_10k or gsm8k."
+        raise ConfigError(f"task {task!r}: no train file beside {found}. {fix}")
+    rows = _open_file(*files["train"])
+    held_out = [name for name in SPLITS[1:] if name not in files]
+    return _part(task, rows, held_out, split, str(files["train"][1]))
+
+
+def find_files(task: str, source: Source, data_dir: str | None) -> dict[str, tuple[str, Path]]:
+    """Split -> (builder, path) of each split that has a file, in the first folder that has any."""
+    where = "a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l), or one such file"
+    if source.folder:
+        holds = f"the folder that holds {source.folder}/, or dataset/{source.folder}/, or {source.folder} itself"
+        where = f"{holds}, or {where}" if source.anywhere else holds
+    fix = f"Set data.data_dir to (--data-dir) {where}."
+    fix += f" The files ({source.expected}) come from {source.origin}." if source.folder else ""
+    fix += " Or leave it unset: then the public dataset is downloaded." if source.public else ""
+    if not data_dir:
+        raise ConfigError(f"task {task!r} reads files, but data.data_dir is not set. {fix}")
+    root = Path(data_dir).expanduser()
+    require(root.exists(), f"task {task!r}: data.data_dir={data_dir!r} does not exist. {fix}")
+    if root.is_file():
+        require(source.anywhere, f"task {task!r}: data.data_dir={data_dir!r} is a file. {fix}")
+        return {"train": (source.formats[0].builder, root)}
+    tried = _folders(source, root)
+    for folder in tried:
+        if files := {split: file for split in SPLITS if (file := _file(task, source, folder, split))}:
+            return files
+    listed = ", ".join(map(str, tried))
+    raise ConfigError(f"task {task!r}: no train, validation or test file in data.data_dir={data_dir!r}. Tried: {listed}. {fix}")
+
+
+def _folders(source: Source, root: Path) -> list[Path]:
+    below = [root / prefix / source.folder for prefix in ("", "dataset", "llm_adapters/dataset", "llm_adapters")] if source.folder else []
+    itself = source.anywhere or root.resolve().name.lower() == source.folder.lower()
+    return ([root] if itself else []) + below
+
+
+def _file(task: str, source: Source, folder: Path, split: str) -> tuple[str, Path] | None:
+    for form in source.formats:
+        candidates = [folder / f"{name}{suffix}" for name in form.names.get(split, ()) for suffix in (".json", ".jsonl")]
+        found = [path for path in candidates if path.is_file()]
+        require(len(found) < 2, f"task {task!r}: both {' and '.join(path.name for path in found)} are in {folder}. Keep one of them.")
+        if found:
+            return form.builder, found[0]
+    return None
+
+
+def _open_file(builder: str, path: Path) -> Sequence[Row]:
+    from zflora_jax.data.builders import open_prepared
+    from zflora_jax.data.builders.files import SPLIT, file_config
+
+    module = importlib.import_module(f"zflora_jax.data.builders.{builder}.{builder}")
+    make = getattr(module, builder.title().replace("_", ""))  # local_json holds LocalJson
+    return open_prepared(functools.partial(make, config=file_config(path)), SPLIT)
+
+
+def _public(task: str, source: Source, split: str) -> Split:
+    from zflora_jax.data.builders.public import PUBLIC
+
+    dataset = PUBLIC[task]
+    try:
+        rows = dataset.open(split if split in dataset.splits else "train")
+    except ConfigError as error:
+        fix = f"Or read files: set data.data_dir (--data-dir) to the folder that holds {source.folder}/; they come from {source.origin}."
+        raise ConfigError(f"task {task!r}: data.data_dir is not set, and {error} {fix}") from error
+    if split != "train" and split in dataset.splits:
+        return Split(rows, range(len(rows)), dataset.name)
+    return _part(task, rows, [name for name in SPLITS[1:] if name not in dataset.splits], split, dataset.name)
+
+
+def _part(task: str, rows: Sequence[Row], held_out: Sequence[str], split: str, origin: str) -> Split:
+    """The split of a train file that lends rows to the splits `held_out`."""
+    parts = _hold_out([_key(rows[i]) for i in range(len(rows))], held_out)
+    require(
+        len(parts[split]) > 0,
+        f"task {task!r}: {origin} has {len(rows)} rows, too few to hold out a {split} split (a tenth of them). "
+        f"Put {split}.json or {split}.jsonl beside it.",
+    )
+    return Split(rows, parts[split], origin)
+
+
+def _key(row: Row) -> bytes:
+    """What is kept on one side: the dialogue that a row is of, or the question."""
+    parts = [row["unit"]] if "unit" in row else [row["instruction"], row.get("input") or b""]
+    return b"\n".join(part if isinstance(part, bytes) else part.encode() for part in parts if part)
+
+
+def _hold_out(questions: Sequence[bytes], names: Sequence[str]) -> dict[str, list[int]]:
+    """Indices of "train" and of each split in `names`: rows sorted by a hash of the question, cut so that equal questions stay together."""
+    keys = [hashlib.sha256(b"zflora hold-out\n" + question).digest() for question in questions]
+    order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
+    size = min(HOLD_OUT, len(order) // 10)
+    parts: dict[str, list[int]] = {}
+    start = 0
+    for name in names:
+        stop = min(start + size, len(order))
+        while size and 0 < stop < len(order) and keys[order[stop]] == keys[order[stop - 1]]:
+            stop += 1
+        parts[name] = order[start:stop]
+        start = stop
+    return parts | {"train": order[start:]}

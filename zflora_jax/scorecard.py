@@ -1,0 +1,166 @@
+"""Scores of a model on tasks: loss, generated answers, likelihoods, on all rows and on those that are not in the training data; a table of tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.config import RunConfig
+from zflora_jax.contamination import contaminated
+from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.pipeline import tokenize_examples
+from zflora_jax.data.tasks import GROUPS, Example, get_task
+from zflora_jax.evals import Record, generation_records, group_scores, held_out_loss, likelihood_records, scores_of
+from zflora_jax.fields import require, to_dict
+from zflora_jax.model import Model
+from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+from zflora_jax.run import progress_bar
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    run: RunConfig,
+    model: Model,
+    *,
+    out: str | Path | None = None,
+    trained_on: Sequence[Example] | None = None,
+    console: bool = True,
+) -> dict[str, Any]:
+    """Score a base or fused model on `run.data.task` (one task), as `run.eval` says.
+
+    out: a path without suffix: <out>.json gets the result, <out>.jsonl one line per example with its prompt, output, parsed answers and scores, and
+    <out>.*.partial.jsonl, while it runs, what a stopped evaluation goes on from. trained_on: the training examples; a test question that is one of
+    theirs (normalised text) is marked, and every score is given on all rows and on the clean ones.
+
+    Returns task, split, rows, clean_rows (None without trained_on), loss, accuracy and the other scores (evals.SCORES) as numbers, and `scores`:
+    rows ("all", "clean") -> score -> mean, low, high (95%, bootstrap).
+    """
+    started, env, evaluation = time.perf_counter(), environment(), run.eval
+    examples = load_mixture(run.data, evaluation.split, evaluation.limit)
+    require(len(examples.names) == 1, f"data.task={run.data.task!r} is a mixture; evaluate one at a time (--tasks {','.join(examples.names)}).")
+    (name,) = examples.names
+    result: dict[str, Any] = {"task": name, "split": evaluation.split, "rows": len(examples)}
+    prompts = [{"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target} for i, e in enumerate(examples)]
+    records: list[Record] = prompts
+    if trained_on is not None:
+        marks = contaminated(examples, trained_on)
+        records = [record | {"contaminated": mark} for record, mark in zip(records, marks, strict=True)]
+        result |= {"clean_rows": marks.count(False)}
+        if any(marks):
+            text = "%s: %d of %d questions are in the training data; scores are given on all rows and on the clean ones"
+            log.warning(text, name, sum(marks), len(marks))
+    if evaluation.loss:
+        encoded = tokenize_examples(examples, model.tokenizer, run.data)
+        loss = held_out_loss(model, encoded, run.data, batch_size=run.data.batch_size // run.data.accumulate, chunk=run.train.loss_chunk)
+        result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"])}
+    partials: list[Path] = []
+
+    def scored(kind: str, text: str, make: Any, *args: Any) -> None:
+        nonlocal records
+        partial = None if out is None else Path(f"{out}.{kind}.partial.jsonl")
+        with progress_bar(len(examples), f"{name}: {text}", console) as advance:
+            fresh = make(*args, run.data, evaluation, partial=partial, on_batch=advance)
+        records = [record | new for record, new in zip(records, fresh, strict=True)]
+        if partial is not None:
+            partials.append(partial)
+
+    if evaluation.likelihood and all(e.options for e in examples):
+        scored("likelihood", "likelihoods", likelihood_records, model, examples)
+    if evaluation.generate:
+        scored("generation", "generating answers", generation_records, model, name, examples)
+    scores = {"all": scores_of(records, evaluation.seed)}
+    if trained_on is not None:
+        scores["clean"] = scores_of([r for r in records if not r["contaminated"]], evaluation.seed)
+    result |= {score: values["mean"] for score, values in scores["all"].items()}
+    result |= {f"{score}_clean": values["mean"] for score, values in scores.get("clean", {}).items()}
+    result |= {"prompt_style": evaluation.prompt_style or run.data.prompt_style, "scores": scores, "seconds": time.perf_counter() - started}
+    if out is not None:
+        if records is not prompts:
+            atomic_write(f"{out}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+        write_json(f"{out}.json", result | {"config": to_dict(run), "environment": env})
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    return result
+
+
+def evaluate_tasks(
+    run: RunConfig,
+    model: Model,
+    tasks: Sequence[str],
+    out: str | Path,
+    label: str,
+    *,
+    trained_on: Sequence[Example] | None = None,
+    console: bool = True,
+) -> dict[str, Any]:
+    """`evaluate` on each of `tasks`, then <out>/summary-<label>.json and .md: a row per task, and the mean over the tasks of each group.
+
+    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Returns what the summary's JSON holds.
+    """
+    out, env = Path(out), environment()
+    for task in tasks:
+        get_task(task)  # a wrong name is said before the first task has run
+        load_mixture(dataclasses.replace(run.data, task=task), run.eval.split, 1)  # and a missing file
+    results, tables = [], {}
+    for task in tasks:
+        path = out / f"{task}-{run.eval.split}-{label}"
+        one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
+        results.append(evaluate(one, model, out=path, trained_on=trained_on, console=console))
+        lines = Path(f"{path}.jsonl")
+        tables[task] = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.is_file() else []
+    groups = {}
+    for group, members in GROUPS.items():
+        present = [task for task in tasks if task in members]
+        if len(present) > 1:
+            rows = {"all": [tables[task] for task in present]}
+            if trained_on is not None:
+                rows["clean"] = [[r for r in tables[task] if not r["contaminated"]] for task in present]
+            groups[group] = {"tasks": present} | {name: group_scores(table, run.eval.seed) for name, table in rows.items()}
+    summary = {"label": label, "tasks": results, "groups": groups, "config": to_dict(run), "environment": env}
+    write_json(out / f"summary-{label}.json", summary)
+    atomic_write(out / f"summary-{label}.md", summary_page(summary).encode())
+    return summary
+
+
+def summary_page(summary: dict[str, Any]) -> str:
+    """Markdown: one line per task and rows (all, clean), then per group, each score with its 95% interval."""
+    env, evaluation = summary["environment"], summary["config"]["eval"]
+    lines = [
+        {"task": r["task"], "on": kind, "rows": r["rows"] if kind == "all" else r["clean_rows"], "loss": r.get("loss") if kind == "all" else None}
+        | {name: _interval(values) for name, values in scores.items()}
+        for r in summary["tasks"]
+        for kind, scores in r["scores"].items()
+    ]
+    lines += [
+        {"task": f"mean of {len(group['tasks'])} {name}", "on": kind} | {score: _interval(values) for score, values in group[kind].items()}
+        for name, group in summary["groups"].items()
+        for kind in ("all", "clean")
+        if kind in group
+    ]
+    decoding = "greedy" if evaluation["num_beams"] == 1 else f"beam search, {evaluation['num_beams']} beams"
+    return "\n".join(
+        [
+            f"# {summary['label']}",
+            "",
+            f"Split {evaluation['split']}; prompt style {summary['tasks'][0]['prompt_style']}; {decoding}, "
+            f"at most {evaluation['max_new_tokens']} tokens. Scores with their 95% interval (bootstrap over rows). accuracy: the generated answer "
+            "by this project's parser; accuracy_legacy: by LLM-Adapters' rules; likelihood_sum, likelihood_norm: the likeliest option by the sum of "
+            "its tokens' log-probabilities, or by that sum over its characters. clean: rows whose question is not in the training data.",
+            "",
+            markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line))),
+            "",
+            f"Command: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; device {env['device']}; "
+            f"jax {env['jax']}; seed {evaluation['seed']}; {env['date']}.",
+            "",
+        ]
+    )
+
+
+def _interval(values: dict[str, float]) -> str:
+    return f"{values['mean']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
