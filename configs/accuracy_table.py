@@ -1,8 +1,8 @@
 """Accuracy of SmolLM2-135M on the paper's math and commonsense tasks at one budget of trainable parameters, method by method.
 
 Command: zflora sweep --config configs/accuracy_table.py --set data.data_dir=DIR --workdir runs/accuracy
-DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/) and gsm8k/ (train.jsonl, test.jsonl). About 13 minutes a method and
-table on 2 CPU cores, less on a GPU; stopped, it goes on where it was. Results: results/accuracy_math.*, accuracy_gsm8k.*, accuracy_commonsense.*.
+DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/) and gsm8k/ (train.jsonl, test.jsonl). About 13 minutes a method
+and table on 2 CPU cores; stopped, it goes on where it was. Results: results/accuracy_math.*, accuracy_gsm8k.*, accuracy_commonsense.*.
 Question: at LoRA r=16's number of trainable parameters, which adapter answers best? ffa has its own size (its rank would have to exceed the heads'),
 full trains everything.
 """

@@ -72,6 +72,13 @@ TABLE: list[tuple[Kind, str, str, str]] = [
     (NUMBER, "solution1", "1", ""),
     (NUMBER, "So on 3/4/2020 there were 7", "7", "7"),
     (NUMBER, "The answer is 4/0", "0", "4"),
+    (NUMBER, "The answer is 4. Then 4 + 1 = 5.", "5.", "4"),
+    (NUMBER, "The answer is 12. Check: 3 * 5 = 15", "15", "12"),
+    (NUMBER, "The answer is 5 hours (5 * 60 = 300 minutes).", "300", "5"),
+    (NUMBER, "The answer is 36 = 6^2", "2", "36"),
+    (NUMBER, "The answer is\n42\n\nThere were 10.", "10.", "42"),
+    (NUMBER, "The answer is 5 apples + 3 apples = 8 apples.", "8", "8"),
+    (NUMBER, "The answer is (5)", "5", "5"),
     (NUMBER, "no idea", "", ""),
     # letters
     (LETTER, "The answer is (B).", "B", "B"),
@@ -153,6 +160,13 @@ def test_scores(kind, prediction, answer, legacy, fixed):
         ("the correct answer is answer2", "answer2", True, True),
         ("the correct answer is answer2", "answer1", False, False),
         ("New York", "new york", True, True),
+        ("(B) 12", "B", True, True),
+        ("(B) 12", "A", False, False),
+        ("I have 2 ideas: solution1", "solution1", True, True),
+        ("I have 2 ideas: solution1", "solution2", False, False),
+        ("answer 2", "answer2", False, True),
+        ("The answer is 36 dollars in 3 days", "36", False, True),
+        ("The answer is 36 dollars in 3 days", "3", True, False),
     ],
 )
 def test_in_mixed_files_the_gold_answer_says_which_rule_applies(text, answer, legacy, fixed):

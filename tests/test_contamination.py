@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from zflora_jax.config import DataConfig
-from zflora_jax.contamination import contaminated, normalise
+from zflora_jax.contamination import contaminated, normalise, questions
 from zflora_jax.data.tasks import SPLITS, Example, load_examples
 
 REAL = Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -28,8 +28,8 @@ def test_a_question_is_its_prompt_and_input():
         Example("Sum.", "3", "3"),
         Example("Sum.", "4", "4", input="1, 3"),
     ]
-    assert contaminated(asked, train) == [True, False, True, False, False]
-    assert contaminated([], train) == [] and contaminated(asked, []) == [False] * 5
+    assert contaminated(asked, questions(train)) == [True, False, True, False, False]
+    assert contaminated([], questions(train)) == [] and contaminated(asked, questions([])) == [False] * 5
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,12 @@ def test_overlaps_of_the_real_files_on_normalised_text(rows):
     assert len(train) == 3260
     known = {"addsub": (330, 395), "multiarith": (491, 600), "singleeq": (425, 508), "svamp": (800, 1000), "gsm8k": (1055, 1319), "aqua": (203, 254)}
     for task, (found, size) in known.items():
-        marks = contaminated(rows(task, "test"), train)
+        marks = contaminated(rows(task, "test"), questions(train))
         assert (sum(marks), len(marks)) == (found, size), task
-    assert not any(contaminated(rows("gsm8k", "train", "validation"), train))
+    assert not any(contaminated(rows("gsm8k", "train", "validation"), questions(train)))
 
     mawps = rows("mawps", "train", "validation")
-    assert {task: sum(contaminated(rows(task, "test"), mawps)) for task in ("addsub", "multiarith", "singleeq")} == {
+    assert {task: sum(contaminated(rows(task, "test"), questions(mawps))) for task in ("addsub", "multiarith", "singleeq")} == {
         "addsub": 327,
         "multiarith": 452,
         "singleeq": 416,
@@ -66,9 +66,9 @@ def test_overlaps_of_the_real_files_on_normalised_text(rows):
 
 def test_pairs_that_are_clean_or_nearly(rows):
     for task in ("addsub", "multiarith", "singleeq", "svamp", "aqua"):
-        assert not any(contaminated(rows(task, "test"), rows("gsm8k", "train", "validation"))), task
+        assert not any(contaminated(rows(task, "test"), questions(rows("gsm8k", "train", "validation")))), task
     own = {
-        task: sum(contaminated(rows(task, "test"), rows(task, "train", "validation")))
+        task: sum(contaminated(rows(task, "test"), questions(rows(task, "train", "validation"))))
         for task in ("arc_easy", "arc_challenge", "boolq", "openbookqa")
     }
     assert own == {"arc_easy": 2, "arc_challenge": 0, "boolq": 1, "openbookqa": 0}  # as published: three questions occur in train and in test

@@ -196,8 +196,12 @@ def test_a_summary_of_tasks(model, arc, tmp_path):
     assert [task["rows"] for task in summary["tasks"]] == [12, 5]
     mean = np.mean([task["likelihood_sum"] for task in summary["tasks"]])
     assert summary["groups"]["commonsense"]["all"]["likelihood_sum"]["mean"] == pytest.approx(mean)
-    page = (tmp_path / "out" / "summary-tiny.md").read_text()
+    page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
     assert "| arc_easy | all | 12 |" in page and "mean of 2 commonsense" in page
+    other = dataclasses.replace(run, eval=dataclasses.replace(run.eval, limit=3, prompt_style="alpaca"))
+    evaluate_tasks(other, model, ["arc_easy"], tmp_path / "o", "tiny", console=False)
+    with pytest.raises(ConfigError, match=r"summary-test-tiny.json holds scores of other settings \(eval.prompt_style\); give another --out"):
+        evaluate_tasks(run, model, ["arc_easy"], tmp_path / "o", "tiny", console=False)
     with pytest.raises(ConfigError, match=r"piqa.*test\.json"):
         evaluate_tasks(run, model, ["arc_easy", "piqa"], tmp_path / "none", "tiny", console=False)
     assert not (tmp_path / "none").exists()  # said before the first task has run
@@ -242,6 +246,7 @@ def test_a_sweep_scores_tasks_and_is_not_run_again(model, arc, tmp_path, monkeyp
     assert again["rows"] == json.loads(json.dumps(result["rows"]))
     record = tmp_path / "out" / "small" / "minimal-lr0.01-steps2-seed0.json"
     saved = json.loads(record.read_text())
+    assert saved["result"]["device"] and saved["result"]["date"]
     del saved["config"]["data"]["packing"], saved["config"]["eval"]["num_beams"]  # a record that is older than a setting; packing's default differs
     record.write_text(json.dumps(saved))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
@@ -260,3 +265,31 @@ def test_a_sweep_scores_tasks_and_is_not_run_again(model, arc, tmp_path, monkeyp
 def test_wrong_sweeps(changes, message):
     with pytest.raises(ConfigError, match=message):
         Sweep(**({"name": "x", "base": RunConfig(), "methods": {"lora": AdapterConfig("lora")}, "learning_rates": (1e-3,), "seeds": (0,)} | changes))
+
+
+def test_rows_without_an_answer_do_not_count(model):
+    examples = [Example("Say hello.", "hello", ""), Example("1 + 1?", "The answer is 2.", "2")]
+    records = generation_records(model, "json", examples, DATA, EVAL)
+    assert "correct" not in records[0] and scores_of(records)["accuracy"]["mean"] == float(records[1]["correct"])
+
+
+def test_a_sweep_whose_grid_runs_are_whole_is_finished_too(model, arc, tmp_path, monkeypatch):
+    """The chosen run is one of the grid's: trained once, its record with scores serves both."""
+    save_hf(tmp_path / "model", model)
+    base = RunConfig(
+        model=str(tmp_path / "model"),
+        data=dataclasses.replace(arc, batch_size=2),
+        optim=OptimConfig(warmup_steps=1),
+        train=TrainConfig(steps=2, save_every=None, loss_chunk=128),
+        eval=EvalConfig(limit=2),
+    )
+    scoring = dataclasses.replace(EVAL, generate=False, loss=False, limit=4)
+    plan = Sweep("whole", base, {"lora": AdapterConfig("lora", rank=2)}, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
+    result = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    monkeypatch.setattr("zflora_jax.sweeps.train", lambda *_, **__: pytest.fail("trained again"))
+    assert sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"] == json.loads(json.dumps(result["rows"]))
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_anything_runs(arc):
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+        evaluate(RunConfig(model="tiny", data=arc, eval=EVAL), tiny_model(), console=False)

@@ -13,7 +13,7 @@ from conftest import perturb, tiny_model
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.config import AdapterConfig, DataConfig
 from zflora_jax.data.mixture import load_mixture, parse_mixture
-from zflora_jax.data.pipeline import Encoded, Row, encode_prompts, eval_batches, pack, pad, tokenize_examples, train_batches
+from zflora_jax.data.pipeline import Encoded, Row, encode_prompts, eval_batches, fit_documents, pack, pad, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
 from zflora_jax.fields import ConfigError
 from zflora_jax.llama import forward, segment_positions
@@ -177,9 +177,9 @@ def test_documents_are_cut_and_targets_never(caplog):
     prompt = bytes(t for t in tokens[~mask].tolist() if t < 256).decode()  # valid UTF-8: no half of a character is left
     assert "Sum up.\n\nLine 0: é. Line 1" in prompt and "[assistant]" in prompt
 
-    (short,) = encode_prompts(examples[:1], tokenizer, "chat", limit=100)
-    assert 90 < len(short) <= 100
-    assert encode_prompts(examples[1:], tokenizer, "chat", limit=100) == encode_prompts(examples[1:], tokenizer, "chat")
+    cut, same = fit_documents(examples, tokenizer, "chat", 100)
+    (short,) = encode_prompts([cut], tokenizer, "chat")
+    assert 90 < len(short) <= 100 and same is examples[1]
 
 
 def test_an_example_whose_target_alone_is_too_long_is_dropped():

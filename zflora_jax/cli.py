@@ -162,11 +162,11 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from zflora_jax.checkpoint import read_config
-    from zflora_jax.data.mixture import load_mixture, parse_mixture
+    from zflora_jax.data.mixture import load_mixture, load_source_rows, parse_mixture
     from zflora_jax.data.tasks import GROUPS
     from zflora_jax.hf.load import load_model
     from zflora_jax.run import load_fused
-    from zflora_jax.scorecard import evaluate_tasks
+    from zflora_jax.scorecard import check_tasks, evaluate_tasks
 
     given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
     changes: dict[str, Any] = _changes(args.set) | {key: value for key, value in given.items() if value is not None}
@@ -177,14 +177,19 @@ def _eval(args: argparse.Namespace) -> None:
     run = override(base, changes)
     named = args.tasks.split(",") if args.tasks else parse_mixture(run.data.task)[0]
     tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
-    trained_run = override(base, {"data.task": args.trained_on, "data.data_dir": run.data.data_dir}) if args.trained_on else base
-    trained_on = load_mixture(trained_run.data, "train") if args.trained_on or args.workdir else None
+    check_tasks(run, tasks)
+    trained_on = None
+    if args.trained_on:
+        trained_on = load_source_rows(override(run, {"data.task": args.trained_on}).data)
+    elif args.workdir:  # its own data_dir, unless that has been moved
+        moved = args.data_dir and base.data.data_dir and not Path(base.data.data_dir).expanduser().exists()
+        trained_on = load_mixture(dataclasses.replace(base.data, data_dir=args.data_dir) if moved else base.data, "train")
     model, label = load_fused(args.workdir) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on)
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")
-    print(f"written to {out}: summary-{label}.md, and {tasks[0]}-{run.eval.split}-{label}.jsonl with one line per example (so for each task)")
+    print(f"written to {out}: summary-{run.eval.split}-{label}.md, and for each task one line per example in <task>-{run.eval.split}-{label}.jsonl")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -194,7 +199,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from zflora_jax.sweeps import Sweep, sweep
+    from zflora_jax.sweeps import Sweep, overview, sweep
 
     plans = load_config(args.config, "get_sweep")
     plans = list(plans) if isinstance(plans, list | tuple) else [plans]
@@ -205,6 +210,8 @@ def _sweep(args: argparse.Namespace) -> None:
         plan = dataclasses.replace(plan, base=override(plan.base, _changes(args.set)))
         for row in sweep(plan, Path(args.workdir) / plan.name if len(plans) > 1 else args.workdir, args.out)["rows"]:
             print_table(row, f"{plan.name}: {row['method']}")
+    if len(plans) > 1:
+        print(f"all of them in {overview(plans, args.out)}")
 
 
 def _quickstart(args: argparse.Namespace) -> None:

@@ -15,13 +15,15 @@ import numpy as np
 
 from zflora_jax import trees
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig
-from zflora_jax.data.pipeline import Encoded, encode_prompts, eval_batches
+from zflora_jax.data.answers import PARSERS
+from zflora_jax.data.pipeline import Encoded, encode_prompts, eval_batches, fit_documents
 from zflora_jax.data.prompts import encode_prompt_texts, end_token, render
 from zflora_jax.data.tasks import Example, get_task
 from zflora_jax.decode import Sampler, generate_tokens
 from zflora_jax.fields import require
 from zflora_jax.likelihood import option_log_likelihoods
 from zflora_jax.model import Model
+from zflora_jax.report import atomic_write
 from zflora_jax.trainer import eval_step
 from zflora_jax.trees import Tree
 
@@ -29,7 +31,6 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-PARSERS = ("fixed", "legacy")
 
 
 def held_out_loss(
@@ -63,13 +64,14 @@ def generation_records(
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[Record]:
     """One record per example, in the order of `examples`, whatever the batch size: output (greedy, or beam search with eval.num_beams), new_tokens,
-    and by parser prediction and correct ("fixed"), prediction_legacy and correct_legacy, or the F-measures of ROUGE where the task has references.
+    and by parser prediction and correct ("fixed"), prediction_legacy and correct_legacy, or the F-measures of ROUGE where the task has references;
+    document_cut where a document did not fit the prompt.
 
     partial: a file that finished batches are added to; a call with the same model, prompts and settings goes on from it. ROUGE is `rouge-score`'s
     with stemming, the best over an example's references.
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
-    prompts = _prompts(model, examples, style, evaluation)
+    prompts, cut = _prompts(model, examples, style, evaluation)
     stop = _stop(model, style)
 
     def answer(rows: list[int]) -> list[Record]:
@@ -85,14 +87,16 @@ def generation_records(
 
     key = ("generation", stop, evaluation.max_new_tokens, evaluation.num_beams)
     records = _in_batches(answer, model, prompts, key, evaluation.batch_size, partial, on_batch)
-    for record, example in zip(records, examples, strict=True):
+    for record, example, is_cut in zip(records, examples, cut, strict=True):
+        if example.document:
+            record["document_cut"] = is_cut
         # LLM-Adapters' models go on with another "### Response:"; its scripts cut there.
         text = record["output"].partition("### Response:")[0].strip() if style.startswith("alpaca") else record["output"]
         if example.references:
             record |= rouge(text, example.references)
         if example.answer:
             for parser in PARSERS:
-                suffix = "" if parser == PARSERS[0] else f"_{parser}"
+                suffix = "" if parser == "fixed" else f"_{parser}"
                 prediction = task.parse_as(text, parser)
                 record |= {f"prediction{suffix}": prediction, f"correct{suffix}": bool(task.score_as(prediction, example.answer, parser))}
     return records
@@ -110,7 +114,7 @@ def likelihood_records(
     """One record per example with options: log_likelihoods (nats, one per option), and whether the likeliest option is the target: correct_sum by the
     sum, correct_norm by the sum over the option's number of characters (lm-evaluation-harness' acc and acc_norm)."""
     require(all(example.options for example in examples), "likelihood needs tasks whose examples have options.")
-    prompts = _prompts(model, examples, evaluation.prompt_style or data.prompt_style, evaluation)
+    prompts, _ = _prompts(model, examples, evaluation.prompt_style or data.prompt_style, evaluation)
     options = [model.tokenizer(list(example.options), add_special_tokens=False)["input_ids"] for example in examples]
 
     def score(rows: list[int]) -> list[Record]:
@@ -125,10 +129,15 @@ def likelihood_records(
     return records
 
 
-def _prompts(model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig) -> list[list[int]]:
+def _prompts(model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of the prompts, and which of them had their document cut."""
     require(model.tokenizer is not None, "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has one.")
     limit = evaluation.max_prompt_tokens or model.config.max_position_embeddings - evaluation.max_new_tokens
-    return encode_prompts(examples, model.tokenizer, style, limit)
+    fitted = fit_documents(examples, model.tokenizer, style, limit)
+    cut = [a.input != b.input for a, b in zip(fitted, examples, strict=True)]
+    if any(cut):
+        log.warning("cut %d of %d documents so that their prompts fit %d tokens; see eval.max_prompt_tokens", sum(cut), len(cut), limit)
+    return encode_prompts(fitted, model.tokenizer, style), cut
 
 
 _BATCHES_AT_ONCE = 4  # more rows than a batch: lengths then differ less within one, and likelihoods of common prefixes are shared
@@ -151,9 +160,8 @@ def _in_batches(
         if done:
             log.info("%s holds %d of %d rows: going on from there", partial, len(done), len(prompts))
             on_batch(len(done))
-        partial.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"key": name}, *({"index": i} | record for i, record in done.items())]
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        atomic_write(partial, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     left = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i))
     for start in range(0, len(left), size := batch_size * _BATCHES_AT_ONCE):
         rows = left[start : start + size]
@@ -210,15 +218,18 @@ _RESAMPLES = 2000
 
 
 def scores_of(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Score -> mean, low and high, the 95% interval of the bootstrap over rows, for each score that the records have. Empty without records."""
-    found = [key for key in SCORES if records and key in records[0]]
-    return {SCORES[key]: _mean_and_interval([np.asarray([float(r[key]) for r in records])], seed) for key in found}
+    """Score -> mean, low and high, the 95% interval of the bootstrap over rows, for each score that records have, over those that have it."""
+    return {SCORES[key]: _mean_and_interval([column], seed) for key in SCORES if len(column := _column(records, key))}
 
 
 def group_scores(tables: Sequence[Sequence[Record]], seed: int = 0) -> dict[str, dict[str, float]]:
     """The mean over tasks (each counts the same) of every score that all of them have, with its interval by resampling within tasks."""
-    keys = [key for key in SCORES if tables and all(table and key in table[0] for table in tables)]
-    return {SCORES[key]: _mean_and_interval([np.asarray([float(r[key]) for r in table]) for table in tables], seed) for key in keys}
+    columns = {key: [_column(table, key) for table in tables] for key in SCORES}
+    return {SCORES[key]: _mean_and_interval(some, seed) for key, some in columns.items() if some and all(map(len, some))}
+
+
+def _column(records: Sequence[Record], key: str) -> np.ndarray:
+    return np.asarray([float(record[key]) for record in records if key in record])
 
 
 def _mean_and_interval(columns: Sequence[np.ndarray], seed: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from zflora_jax.adapters.methods import count_base, count_params, plan
 from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, locked, read_config
 from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.data.mixture import load_mixture
-from zflora_jax.data.pipeline import Encoded, encode_prompts, pack, tokenize_examples, train_batches
+from zflora_jax.data.pipeline import Encoded, encode_prompts, fit_documents, pack, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, nearest, require, to_dict
@@ -56,11 +56,12 @@ def load_base(run: RunConfig) -> Model:
         model = Model(model.config, model.params, model.tokenizer, model.source)  # merged by addition: an ordinary base
     model.config = model.config.replace(remat=run.train.remat)
     plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
-    _require_fit(run, model)
+    require_fit(run, model)
     return model
 
 
-def _require_fit(run: RunConfig, model: Model) -> None:
+def require_fit(run: RunConfig, model: Model) -> None:
+    """ConfigError for a model without a tokenizer, or with less context than the longest of data.lengths."""
     require(
         model.tokenizer is not None,
         f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.",
@@ -94,7 +95,7 @@ def _check_same(meta: dict[str, Any], name: str, fingerprint: str, workdir: str 
 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Sequence[Example], Encoded]:
     """The evaluation examples of a run (at most eval.limit, in their order) and their tokens."""
-    _require_fit(run, model)
+    require_fit(run, model)
     examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
     return examples, tokenize_examples(examples, model.tokenizer, run.data)
 
@@ -215,7 +216,8 @@ def export_run(workdir: str | Path, out: str | Path, *, format: str = "hf", dtyp
     fused = fuse(model, run.adapter, adapters)
     card = {"task": run.data.task, "steps": step, "trainable parameters": count_params(model.config, run.adapter)}
     report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
-    prompts = encode_prompts(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, max(run.data.lengths))
+    examples = fit_documents(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, run.data.lengths[-1])
+    prompts = encode_prompts(examples, model.tokenizer, run.data.prompt_style)
     return report | export_gap(fused, out, prompts)
 
 

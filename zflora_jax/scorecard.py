@@ -6,12 +6,13 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zflora_jax import trees
 from zflora_jax.config import RunConfig
-from zflora_jax.contamination import contaminated
+from zflora_jax.contamination import contaminated, questions
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import tokenize_examples
 from zflora_jax.data.tasks import GROUPS, Example, get_task
@@ -19,7 +20,7 @@ from zflora_jax.evals import Record, generation_records, group_scores, held_out_
 from zflora_jax.fields import require, to_dict
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
-from zflora_jax.run import progress_bar
+from zflora_jax.run import progress_bar, require_fit
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +39,25 @@ def evaluate(
     <out>.*.partial.jsonl, while it runs, what a stopped evaluation goes on from. trained_on: the training examples; a test question that is one of
     theirs (normalised text) is marked, and every score is given on all rows and on the clean ones.
 
-    Returns task, split, rows, clean_rows (None without trained_on), loss, accuracy and the other scores (evals.SCORES) as numbers, and `scores`:
-    rows ("all", "clean") -> score -> mean, low, high (95%, bootstrap).
+    Returns task, split, rows, with trained_on clean_rows, loss, accuracy and the other scores (evals.SCORES) as numbers, and `scores`: rows ("all",
+    "clean") -> score -> mean, low, high (95%, bootstrap). The loss is over rows that fit data.lengths, documents cut to them; answers are generated
+    from prompts as long as the context allows (eval.max_prompt_tokens).
     """
+    return _evaluate(run, model, out, None if trained_on is None else questions(trained_on), console)[0]
+
+
+def _evaluate(
+    run: RunConfig, model: Model, out: str | Path | None, seen: frozenset[str] | None, console: bool
+) -> tuple[dict[str, Any], list[Record]]:
     started, env, evaluation = time.perf_counter(), environment(), run.eval
+    require_fit(run, model)
     examples = load_mixture(run.data, evaluation.split, evaluation.limit)
     require(len(examples.names) == 1, f"data.task={run.data.task!r} is a mixture; evaluate one at a time (--tasks {','.join(examples.names)}).")
     (name,) = examples.names
     result: dict[str, Any] = {"task": name, "split": evaluation.split, "rows": len(examples)}
-    prompts = [{"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target} for i, e in enumerate(examples)]
-    records: list[Record] = prompts
-    if trained_on is not None:
-        marks = contaminated(examples, trained_on)
+    records: list[Record] = [{"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target} for i, e in enumerate(examples)]
+    if seen is not None:
+        marks = contaminated(examples, seen)
         records = [record | {"contaminated": mark} for record, mark in zip(records, marks, strict=True)]
         result |= {"clean_rows": marks.count(False)}
         if any(marks):
@@ -59,34 +67,36 @@ def evaluate(
         encoded = tokenize_examples(examples, model.tokenizer, run.data)
         loss = held_out_loss(model, encoded, run.data, batch_size=run.data.batch_size // run.data.accumulate, chunk=run.train.loss_chunk)
         result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"])}
-    partials: list[Path] = []
-
-    def scored(kind: str, text: str, make: Any, *args: Any) -> None:
-        nonlocal records
-        partial = None if out is None else Path(f"{out}.{kind}.partial.jsonl")
-        with progress_bar(len(examples), f"{name}: {text}", console) as advance:
-            fresh = make(*args, run.data, evaluation, partial=partial, on_batch=advance)
-        records = [record | new for record, new in zip(records, fresh, strict=True)]
-        if partial is not None:
-            partials.append(partial)
-
+    partials = {kind: None if out is None else Path(f"{out}.{kind}.partial.jsonl") for kind in ("likelihood", "generation")}
     if evaluation.likelihood and all(e.options for e in examples):
-        scored("likelihood", "likelihoods", likelihood_records, model, examples)
+        with progress_bar(len(examples), f"{name}: likelihoods", console) as advance:
+            fresh = likelihood_records(model, examples, run.data, evaluation, partial=partials["likelihood"], on_batch=advance)
+        records = [record | new for record, new in zip(records, fresh, strict=True)]
     if evaluation.generate:
-        scored("generation", "generating answers", generation_records, model, name, examples)
+        with progress_bar(len(examples), f"{name}: generating answers", console) as advance:
+            fresh = generation_records(model, name, examples, run.data, evaluation, partial=partials["generation"], on_batch=advance)
+        records = [record | new for record, new in zip(records, fresh, strict=True)]
+        result |= {"documents_cut": sum(record["document_cut"] for record in records)} if "document_cut" in records[0] else {}
     scores = {"all": scores_of(records, evaluation.seed)}
-    if trained_on is not None:
+    if seen is not None:
         scores["clean"] = scores_of([r for r in records if not r["contaminated"]], evaluation.seed)
     result |= {score: values["mean"] for score, values in scores["all"].items()}
     result |= {f"{score}_clean": values["mean"] for score, values in scores.get("clean", {}).items()}
     result |= {"prompt_style": evaluation.prompt_style or run.data.prompt_style, "scores": scores, "seconds": time.perf_counter() - started}
     if out is not None:
-        if records is not prompts:
-            atomic_write(f"{out}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+        atomic_write(f"{out}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
         write_json(f"{out}.json", result | {"config": to_dict(run), "environment": env})
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-    return result
+        for partial in partials.values():
+            if partial is not None:
+                partial.unlink(missing_ok=True)
+    return result, records
+
+
+def check_tasks(run: RunConfig, tasks: Sequence[str]) -> None:
+    """ConfigError for a task that does not exist or whose files are not there: to be said before anything slow."""
+    for task in tasks:
+        get_task(task)
+        load_mixture(dataclasses.replace(run.data, task=task), run.eval.split, 1)
 
 
 def evaluate_tasks(
@@ -99,33 +109,54 @@ def evaluate_tasks(
     trained_on: Sequence[Example] | None = None,
     console: bool = True,
 ) -> dict[str, Any]:
-    """`evaluate` on each of `tasks`, then <out>/summary-<label>.json and .md: a row per task, and the mean over the tasks of each group.
+    """`evaluate` on each of `tasks`, then <out>/summary-<split>-<label>.json and .md: a row per task, and the mean over the tasks of each group.
 
-    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Returns what the summary's JSON holds.
+    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Returns what the summary's JSON holds. ConfigError where `out` holds a summary of
+    that name of another model or of other settings.
     """
     out, env = Path(out), environment()
-    for task in tasks:
-        get_task(task)  # a wrong name is said before the first task has run
-        load_mixture(dataclasses.replace(run.data, task=task), run.eval.split, 1)  # and a missing file
+    check_tasks(run, tasks)
+    path = out / f"summary-{run.eval.split}-{label}"
+    origin = {"model": trees.fingerprint(model.params), "data.prompt_style": run.data.prompt_style}
+    origin |= {f"eval.{key}": value for key, value in to_dict(run.eval).items() if key not in ("batch_size", "limit", "seed")}
+    _refuse_other(Path(f"{path}.json"), origin)
+    seen = None if trained_on is None else questions(trained_on)
     results, tables = [], {}
     for task in tasks:
-        path = out / f"{task}-{run.eval.split}-{label}"
         one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
-        results.append(evaluate(one, model, out=path, trained_on=trained_on, console=console))
-        lines = Path(f"{path}.jsonl")
-        tables[task] = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.is_file() else []
+        result, tables[task] = _evaluate(one, model, out / f"{task}-{run.eval.split}-{label}", seen, console)
+        results.append(result)
     groups = {}
     for group, members in GROUPS.items():
         present = [task for task in tasks if task in members]
         if len(present) > 1:
             rows = {"all": [tables[task] for task in present]}
-            if trained_on is not None:
+            if seen is not None:
                 rows["clean"] = [[r for r in tables[task] if not r["contaminated"]] for task in present]
             groups[group] = {"tasks": present} | {name: group_scores(table, run.eval.seed) for name, table in rows.items()}
-    summary = {"label": label, "tasks": results, "groups": groups, "config": to_dict(run), "environment": env}
-    write_json(out / f"summary-{label}.json", summary)
-    atomic_write(out / f"summary-{label}.md", summary_page(summary).encode())
+    summary = {"label": label, "tasks": results, "groups": groups, "origin": origin, "config": to_dict(run), "environment": env}
+    write_json(f"{path}.json", summary)
+    atomic_write(f"{path}.md", summary_page(summary).encode())
     return summary
+
+
+def _refuse_other(path: Path, origin: dict[str, Any]) -> None:
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8")).get("origin", {})
+        other = [key for key, value in json.loads(json.dumps(origin)).items() if there.get(key) != value]
+        require(not other, f"{path} holds scores of other settings ({', '.join(other)}); give another --out, or move them away.")
+
+
+SCORE_LEGEND = (
+    "accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters' rules; likelihood_sum, likelihood_norm: the "
+    "likeliest option by the sum of its tokens' log-probabilities, or by that sum over its characters. clean: rows whose question is not in the training data."
+)
+
+
+def decoding(evaluation: Mapping[str, Any]) -> str:
+    """How answers are generated, in words, from the settings of EvalConfig."""
+    how = "greedy" if evaluation["num_beams"] == 1 else f"beam search with {evaluation['num_beams']} beams"
+    return f"{how}, at most {evaluation['max_new_tokens']} new tokens"
 
 
 def summary_page(summary: dict[str, Any]) -> str:
@@ -143,15 +174,12 @@ def summary_page(summary: dict[str, Any]) -> str:
         for kind in ("all", "clean")
         if kind in group
     ]
-    decoding = "greedy" if evaluation["num_beams"] == 1 else f"beam search, {evaluation['num_beams']} beams"
     return "\n".join(
         [
             f"# {summary['label']}",
             "",
-            f"Split {evaluation['split']}; prompt style {summary['tasks'][0]['prompt_style']}; {decoding}, "
-            f"at most {evaluation['max_new_tokens']} tokens. Scores with their 95% interval (bootstrap over rows). accuracy: the generated answer "
-            "by this project's parser; accuracy_legacy: by LLM-Adapters' rules; likelihood_sum, likelihood_norm: the likeliest option by the sum of "
-            "its tokens' log-probabilities, or by that sum over its characters. clean: rows whose question is not in the training data.",
+            f"Split {evaluation['split']}; prompt style {summary['tasks'][0]['prompt_style']}; {decoding(evaluation)}. "
+            f"Scores with their 95% interval (bootstrap over rows). {SCORE_LEGEND}",
             "",
             markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line))),
             "",

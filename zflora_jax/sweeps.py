@@ -16,7 +16,7 @@ from typing import Any
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import count_params
-from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig
+from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, from_dict, require, to_dict
@@ -24,11 +24,12 @@ from zflora_jax.model import Model
 from zflora_jax.plots import grouped_bars
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 from zflora_jax.run import Trained, held_out, load_base, train
-from zflora_jax.scorecard import evaluate_tasks
+from zflora_jax.scorecard import SCORE_LEGEND, decoding, evaluate_tasks
 from zflora_jax.trainer import NonFiniteError
 
 Result = dict[str, Any]
 BASE = "base"
+_ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")  # of environment(), kept with every run: a resumed sweep can change machines
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Sweep:
     """What to run. name: of the result files. methods: label -> adapter. A seed sets both the adapters' initial values and the data order.
 
     pick_steps: the learning rate is chosen by runs of that many steps (with the schedule of their own length); None by whole runs.
-    tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of a task is its clean rows' (data.contamination).
+    tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of a task is that of its clean rows.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Sweep:
     pick_steps: int | None = None
     tasks: tuple[str, ...] = ()
     scoring: EvalConfig | None = None
+    reading: str = ""  # what the tables show, in words, written by whoever has read them; stands under them
 
     def __post_init__(self) -> None:
         for field in ("methods", "learning_rates", "seeds"):
@@ -108,9 +110,17 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
         write_json(out / f"{plan.name}.json", whole)
         atomic_write(out / f"{plan.name}.md", _page(plan, whole).encode())
         if plan.tasks:
-            shown = {row["method"]: {task: row["scores"][task] for task in plan.tasks} for row in rows if row["scores"]}
-            grouped_bars(shown, out / f"{plan.name}.png", f"{plan.name}: {plan.base.model}", label=_HEADLINE[_kind(plan)])
+            shown = {row["method"]: row["scores"] for row in rows if row["scores"]}
+            grouped_bars(shown, out / f"{plan.name}.png", f"{plan.name}: {plan.base.model}", label=f"{rows[0]['headline']} (%), clean rows")
     return whole
+
+
+def overview(plans: Sequence[Sweep], out: str | Path) -> Path:
+    """The pages of several sweeps as one, <out>/<the first word of their names>.md."""
+    path = Path(out) / f"{plans[0].name.partition('_')[0]}.md"
+    pages = [(Path(out) / f"{plan.name}.md").read_text(encoding="utf-8") for plan in plans]
+    atomic_write(path, "\n".join(pages).encode())
+    return path
 
 
 def _config(plan: Sweep, adapter: AdapterConfig, rate: float, seed: int, steps: int) -> RunConfig:
@@ -137,20 +147,25 @@ def _recorded(plan: Sweep, run: RunConfig, tasks: Sequence[str]) -> Result:
 
 
 def _saved(path: Path, config: Result) -> Result | None:
-    """The result of a finished run of the same config, if its record is there; settings that are younger than the record count as their defaults."""
+    """The result of a finished run of the same config, if its record is there; settings that are younger than the record count as their defaults.
+
+    A record with scores also serves where none are asked for.
+    """
     if not path.is_file():
         return None
 
-    def settings(config: Result) -> tuple[RunConfig, list[str], EvalConfig | None]:
-        run = {key: value for key, value in config.items() if key not in ("tasks", "scoring")}
-        scoring = config.get("scoring")
-        return from_dict(RunConfig, run), config.get("tasks", []), None if scoring is None else from_dict(EvalConfig, scoring)
+    def trained(config: Result) -> RunConfig:
+        return from_dict(RunConfig, {key: value for key, value in config.items() if key not in ("tasks", "scoring")})
+
+    def scored(config: Result) -> tuple[list[str], EvalConfig]:
+        return config.get("tasks", []), from_dict(EvalConfig, config.get("scoring", {}))
 
     saved = json.loads(path.read_text(encoding="utf-8"))
     try:
-        return saved["result"] if settings(saved["config"]) == settings(config) else None
+        same = trained(saved["config"]) == trained(config) and ("tasks" not in config or scored(saved["config"]) == scored(config))
     except ConfigError:  # a setting that is gone
         return None
+    return saved["result"] if same else None
 
 
 def _run(plan: Sweep, run: RunConfig, tasks: Sequence[str], workdir: Path, path: Path, console: bool) -> Result:
@@ -171,10 +186,10 @@ def _run(plan: Sweep, run: RunConfig, tasks: Sequence[str], workdir: Path, path:
         "test_rows": int(test["rows"]),
         "test_tokens": int(test["tokens"]),
         "seconds": report["seconds"],
-        "commit": report["environment"]["commit"],
+        "train_documents_cut": report["train_documents_cut"],
         "train_rows": report["train_rows"],
         "train_rows_dropped": report["train_rows_dropped"],
-    }
+    } | {key: report["environment"][key] for key in _ORIGIN}
     if tasks:
         result["scores"] = _score(plan, run, fuse(trained.model, run.adapter, trained.adapters), workdir / "eval", console)
     write_json(path, {"config": config, "result": result})
@@ -182,9 +197,10 @@ def _run(plan: Sweep, run: RunConfig, tasks: Sequence[str], workdir: Path, path:
 
 
 def _base(plan: Sweep, model: Model, workdir: Path, path: Path, console: bool) -> Result:
-    config = _recorded(plan, RunConfig(model=plan.base.model, data=plan.base.data), plan.tasks)
+    settings = RunConfig(model=plan.base.model, data=plan.base.data, train=TrainConfig(dtype=plan.base.train.dtype))
+    config = _recorded(plan, settings, plan.tasks)
     if (saved := _saved(path, config)) is None:
-        saved = {"scores": _score(plan, plan.base, model, workdir, console), "commit": environment()["commit"]}
+        saved = {"scores": _score(plan, plan.base, model, workdir, console)} | {key: environment()[key] for key in _ORIGIN}
         write_json(path, {"config": config, "result": saved})
     return saved
 
@@ -199,12 +215,6 @@ def _score(plan: Sweep, run: RunConfig, model: Model, out: Path, console: bool) 
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
-_HEADLINE = {"accuracy": "accuracy (%), generated answers, clean rows", "likelihood_sum": "accuracy (%), likeliest option, clean rows"}
-
-
-def _kind(plan: Sweep) -> str:
-    return "accuracy" if plan.scoring is None or plan.scoring.generate else "likelihood_sum"
-
 
 def _scores(chosen: Sequence[Result]) -> Result:
     """Task -> headline score in percent, mean over seeds, under "scores"; every score under "all scores"; spread of the tasks' mean over seeds."""
@@ -212,6 +222,7 @@ def _scores(chosen: Sequence[Result]) -> Result:
     if not runs:
         return {"scores": {}, "all scores": {}}
     kinds = list(dict.fromkeys(kind for task in runs[0].values() for kind in task["scores"]["clean"]))
+    require(bool(kinds), "nothing was scored: no task has a clean row, or scoring switches off all that the tasks have.")
     table = {
         kind: {
             task: 100 * statistics.mean(run[task]["scores"]["clean"][kind]["mean"] for run in runs)
@@ -223,12 +234,19 @@ def _scores(chosen: Sequence[Result]) -> Result:
     head = kinds[kinds.index("accuracy") if "accuracy" in kinds else 0]
     means = [100 * statistics.mean(run[task]["scores"]["clean"][head]["mean"] for task in table[head]) for run in runs]
     rows = {task: runs[0][task]["clean_rows"] for task in runs[0]}
-    return {"scores": table[head], "all scores": table, "mean": statistics.mean(means), "spread": max(means) - min(means), "rows": rows}
+    return {
+        "scores": table[head],
+        "all scores": table,
+        "headline": head,
+        "mean": statistics.mean(means),
+        "spread": max(means) - min(means),
+        "rows": rows,
+    }
 
 
 def _page(plan: Sweep, result: Result) -> str:
-    run, env, first = plan.base, result["environment"], result["runs"][0]
-    hidden = ("scores", "all scores", "mean", "spread", "rows")
+    run, env, first = plan.base, result["environment"], next(r for r in result["runs"] if "train_rows" in r)
+    hidden = ("scores", "all scores", "headline", "mean", "spread", "rows")
     trained = [row for row in result["rows"] if row["method"] != BASE]
     shown = [
         {k: f"{v:.4f}" if k.startswith(("validation", "test")) and v is not None else v for k, v in row.items() if k not in hidden} for row in trained
@@ -252,14 +270,10 @@ def _page(plan: Sweep, result: Result) -> str:
     for kind in dict.fromkeys(kind for row in result["rows"] for kind in row["all scores"]):
         lines += [f"## {kind}, percent", "", _score_table(plan, result["rows"], kind), ""]
     if plan.scoring is not None:
-        scoring = plan.scoring
-        lines += [
-            f"Clean rows only: questions that are not in the training data. At most {scoring.limit} rows a task before that; greedy, at most "
-            f"{scoring.max_new_tokens} new tokens. accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters' rules; "
-            "likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens' log-probabilities, or by that sum over its characters. "
-            "mean ± spread: over tasks; highest less lowest over seeds.",
-            "",
-        ]
+        rows = f"the first {plan.scoring.limit}" if plan.scoring.limit else "all"
+        lines += [f"Clean rows, out of {rows} of each test set, their number in brackets; {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}", ""]
+        lines += [f"![{plan.name}]({plan.name}.png)", ""]
+    lines += [plan.reading, ""] if plan.reading else []
     lines += [f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []
     dirty = " (with local changes)" if env["dirty"] else ""
     lines += [f"Command: `{env['command']}`; commit {env['commit']}{dirty}; device {env['device']}; jax {env['jax']}; {env['date']}.", ""]

@@ -44,9 +44,9 @@ _STATED = re.compile(r"answer is\b:?", re.IGNORECASE)
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is", to the end of its line; None if nothing is stated."""
+    """What follows the last "answer is", to the end of its line (the next one with text); None if nothing is stated."""
     after = _after_statement(text)
-    return None if after is None else after.partition("\n")[0].strip()
+    return None if after is None else after.strip().partition("\n")[0].strip()
 
 
 def _after_statement(text: str) -> str | None:
@@ -89,9 +89,16 @@ def parse_number(text: str) -> str:
     return _stated_number(stated(text) or "") or (anywhere[-1] if anywhere else "")
 
 
+_CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(")
+_OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
+
+
 def _stated_number(statement: str) -> str:
-    """The first number of "36 dollars." and the result of "49 - 34 = 15 customers."."""
-    return next(iter(values(statement.rpartition("=")[2])), "")
+    """The first number of "36 dollars." and of "4. Then 4 + 1 = 5.", and the result of "49 - 34 = 15 customers."."""
+    clause = _CLAUSE_END.split(statement, maxsplit=1)[0]
+    if _OPERATION.search(clause.partition("=")[0]) and (result := values(clause.rpartition("=")[2])):
+        return result[0]
+    return next(iter(values(clause) or values(statement)), "")
 
 
 def legacy_number(text: str) -> str:
@@ -202,26 +209,25 @@ TEXT = Kind(Rule(str.strip, same_text), Rule(str.strip, same_text), str)
 BELIEF = Kind(Rule(belief_state, _equal), Rule(belief_state, _equal), str)
 
 
-def _parse_any(text: str) -> str:
-    """What is stated after "answer is"; without that, the last number, or the text itself."""
-    after, anywhere = stated(text), values(text)
-    return after if after is not None else anywhere[-1] if anywhere else text.strip()
+_FAMILIES = (TRUE_FALSE, ANSWERS, SOLUTIONS, ENDINGS, OPTIONS)
 
 
 def _score_any(prediction: str, answer: str) -> bool:
+    """The rule of one task needs no gold answer to read a text; in a file of mixed answers the form of the gold answer says which rule it is."""
     if as_float(answer) is not None:
-        return same_number(_stated_number(prediction), answer)
+        return same_number(parse_number(prediction), answer)
     if answer in LETTERS:
-        return fixed_letter(f"The answer is {prediction}") == answer
-    said, wanted = (re.findall(r"\w+", text.lower()) for text in (prediction, answer))
+        return fixed_letter(prediction) == answer
+    if family := next((words for words in _FAMILIES if answer in words), None):
+        return fixed_word(prediction, family) == answer
+    said, wanted = (re.findall(r"\w+", text.lower()) for text in (stated(prediction) or prediction, answer))
     return bool(wanted) and said[: len(wanted)] == wanted
 
 
 def _score_any_legacy(prediction: str, answer: str) -> bool:
-    """LLM-Adapters has one rule per task; in a file of mixed answers the form of the gold answer says which."""
     if as_float(answer) is not None:
         return same_number(legacy_number(prediction), answer)
-    for family in (TRUE_FALSE, ANSWERS, SOLUTIONS, ENDINGS, OPTIONS, LETTERS):
+    for family in (*_FAMILIES, LETTERS):
         if answer in family:
             return legacy_word(prediction, family) == answer
     return same_text(prediction, answer)
@@ -231,5 +237,5 @@ def _state_any(answer: str) -> str:
     return NUMBER.state(answer) if as_float(answer) is not None else LETTER.state(answer) if answer in LETTERS else _state_choice(answer)
 
 
-ANY = Kind(Rule(str.strip, _score_any_legacy), Rule(_parse_any, _score_any), _state_any)
+ANY = Kind(Rule(str.strip, _score_any_legacy), Rule(str.strip, _score_any), _state_any)
 """Numbers, letters or words, as the gold answer is."""

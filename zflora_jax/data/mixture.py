@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from zflora_jax.config import DataConfig
-from zflora_jax.data.tasks import Example, get_task, load_examples
+from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples
 from zflora_jax.fields import ConfigError, require
 
 _PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
@@ -85,3 +85,19 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
             left -= shares[i]
         parts = [part[: shares[i]] for i, part in enumerate(parts)]
     return Mixture(names, tuple(parts), weights if split == "train" else None)
+
+
+def load_source_rows(data: DataConfig) -> Mixture:
+    """Every row of the files (or datasets) that the train split of `data.task` is taken from, held-out rows included: what a model that was trained
+    elsewhere on those files has seen."""
+    names, _ = parse_mixture(data.task)
+    parts = []
+    for name in names:
+        source = get_task(name).split("train", data).origin
+        for split in SPLITS:
+            try:
+                same = get_task(name).split(split, data).origin == source
+            except ConfigError:  # no such split
+                continue
+            parts += [load_examples(name, split, data)] if same else []
+    return Mixture(names, tuple(parts))

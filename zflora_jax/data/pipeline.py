@@ -85,8 +85,10 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: Any, data: DataCon
         chunk = [examples[i] for i in range(start, min(start + _CHUNK, len(examples)))]
         for example, row in zip(chunk, encoded(chunk), strict=True):
             if len(row.tokens) > limit and example.document:
-                row = encoded([shorten(example, tokenizer, limit, lambda e: len(encoded([e])[0].tokens))])[0]
-                truncated += len(row.tokens) <= limit
+                short = shorten(example, tokenizer, limit, lambda e: len(encoded([e])[0].tokens))
+                if short.input.strip():  # else the row has no room for any of it, and stays too long
+                    row = encoded([short])[0]
+                    truncated += 1
             rows.append(row)
     kept = tuple(i for i, row in enumerate(rows) if len(row.tokens) <= limit)
     shortest, longest = (f([len(row.tokens) for row in rows]) for f in (min, max))
@@ -117,17 +119,18 @@ def shorten(example: Example, tokenizer: Any, limit: int, length: Callable[[Exam
     return example
 
 
-def encode_prompts(examples: Sequence[Example], tokenizer: Any, prompt_style: str, limit: int | None = None) -> list[list[int]]:
-    """Token ids of each example's prompt, ready to generate from: exactly the prompt tokens of training. Documents are cut to fit `limit` tokens."""
+def encode_prompts(examples: Sequence[Example], tokenizer: Any, prompt_style: str) -> list[list[int]]:
+    """Token ids of each example's prompt, ready to generate from: exactly the prompt tokens of training."""
+    return encode_prompt_texts(tokenizer, [render(tokenizer, prompt_style, e.prompt, e.input) for e in examples])
 
-    def encoded(some: Sequence[Example]) -> list[list[int]]:
-        return encode_prompt_texts(tokenizer, [render(tokenizer, prompt_style, e.prompt, e.input) for e in some])
 
-    rows = encoded(examples)
-    for i, ids in enumerate(rows):
-        if limit is not None and len(ids) > limit and examples[i].document:
-            rows[i] = encoded([shorten(examples[i], tokenizer, limit, lambda e: len(encoded([e])[0]))])[0]
-    return rows
+def fit_documents(examples: Sequence[Example], tokenizer: Any, prompt_style: str, limit: int) -> list[Example]:
+    """The examples, documents cut at their end so that each prompt has at most `limit` tokens; an example that fits is the same object."""
+
+    def length(example: Example) -> int:
+        return len(encode_prompts([example], tokenizer, prompt_style)[0])
+
+    return [shorten(example, tokenizer, limit, length) if example.document else example for example in examples]
 
 
 def pack(encoded: Encoded, capacity: int) -> Encoded:

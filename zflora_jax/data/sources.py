@@ -45,8 +45,9 @@ def named(builder: str, pattern: str = "{}") -> Format:
 
 @dataclass(frozen=True)
 class Source:
-    """folder: the one that the files lie in. formats: tried in this order for each split. anywhere: files of these names need not be in that folder.
+    """folder: the one that the files lie in. formats: tried in this order for each split.
 
+    anywhere: files of these names may also lie in the data_dir itself, if no such folder has any and it is not another task's folder.
     origin: where people get the files. public: there is a public dataset by the task's name. test_only: nothing to train on is published with it.
     """
 
@@ -99,7 +100,7 @@ def find_files(task: str, source: Source, data_dir: str | None) -> dict[str, tup
     where = "a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l), or one such file"
     if source.folder:
         holds = f"the folder that holds {source.folder}/, or dataset/{source.folder}/, or {source.folder} itself"
-        where = f"{holds}, or {where}" if source.anywhere else holds
+        where = f"{holds}, or, unless it is another task's folder, {where}" if source.anywhere else holds
     fix = f"Set data.data_dir to (--data-dir) {where}."
     fix += f" The files ({source.expected}) come from {source.origin}." if source.folder else ""
     fix += " Or leave it unset: then the public dataset is downloaded." if source.public else ""
@@ -119,9 +120,19 @@ def find_files(task: str, source: Source, data_dir: str | None) -> dict[str, tup
 
 
 def _folders(source: Source, root: Path) -> list[Path]:
+    """Where to look, the most specific first: AddSub/test.json is no GSM8K, nor is a stray test.json beside gsm8k/."""
     below = [root / prefix / source.folder for prefix in ("", "dataset", "llm_adapters/dataset", "llm_adapters")] if source.folder else []
-    itself = source.anywhere or root.resolve().name.lower() == source.folder.lower()
-    return ([root] if itself else []) + below
+    name = root.resolve().name.lower()
+    own = name == source.folder.lower()
+    anothers = bool(source.folder) and not own and name in _folder_names()
+    return [*below, root] if own or (source.anywhere and not anothers) else below
+
+
+def _folder_names() -> set[str]:
+    """The folders of all tasks, in lower case."""
+    from zflora_jax.data.tasks import TASKS, FileTask  # which imports this module
+
+    return {task.source.folder.lower() for task in TASKS.values() if isinstance(task, FileTask)}
 
 
 def _file(task: str, source: Source, folder: Path, split: str) -> tuple[str, Path] | None:

@@ -1,4 +1,8 @@
-"""Public datasets by name, for tasks without local files: TFDS where it has them (4.9.10), else the Hugging Face hub through `datasets`.
+"""Public datasets by name, for tasks without local files: TFDS where it prepares them without TensorFlow (4.9.10), else the Hugging Face hub.
+
+TFDS has builders of cnn_dailymail, xsum and samsum, but all three read their source files with `tf.io.gfile`, so that preparing them needs
+TensorFlow, which this project does without (a test sees to it that this is still so). xsum and samsum also need files that one fetches by hand;
+those of samsum (train.json, val.json, test.json) are read from data.data_dir as they are. The hub is read through `datasets`.
 
 Rows are converted when read to the fields of the file builders, in LLM-Adapters' wording; `splits` follow its files, whose test rows are the
 published validation rows wherever the published test rows have no labels.
