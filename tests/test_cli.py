@@ -270,10 +270,12 @@ def test_truncated_safetensors(keep, refused, model_dir, tmp_path):
     assert "model.safetensors is not a readable safetensors file" in message and "truncated or damaged. Download or export it again." in message
 
 
+def without_tokenizer(model_dir: Path, target: Path) -> Path:
+    return shutil.copytree(model_dir, target, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*", "chat_template*", "vocab.json"))
+
+
 def test_model_directory_without_a_tokenizer(refused, model_dir, config, tmp_path):
-    ignore = shutil.ignore_patterns("tokenizer*", "special_tokens*", "chat_template*", "vocab.json")
-    shutil.copytree(model_dir, tmp_path / "m", ignore=ignore)
-    message = refused("train", "--config", config, "--workdir", tmp_path / "w", "--set", f"model={tmp_path / 'm'}")
+    message = refused("train", "--config", config, "--workdir", tmp_path / "w", "--set", f"model={without_tokenizer(model_dir, tmp_path / 'm')}")
     assert "comes without a tokenizer" in message and "add its tokenizer files to the directory" in message
 
 
@@ -341,6 +343,13 @@ def test_wrong_evaluations(argv, message, refused, workdir):
     assert message in refused("eval", "--workdir", workdir, *argv)
 
 
+def test_a_missing_task_file_is_named_with_where_to_get_it(refused, model_dir, tmp_path):
+    message = refused("eval", "--model", model_dir, "--tasks", "arc_easy", "--data-dir", tmp_path)
+    assert "ARC-Easy" in message and "test.json" in message and "AGI-Edgerunners/LLM-Adapters" in message and "--data-dir" in message
+    assert "did you mean 'arc_easy'?" in refused("eval", "--model", tmp_path / "none", "--tasks", "arc_eazy")  # said before a model is looked for
+    assert "comes without a tokenizer" in refused("eval", "--model", without_tokenizer(model_dir, tmp_path / "m"))
+
+
 # --- what works says so -------------------------------------------------------------------------------------------
 
 
@@ -358,3 +367,20 @@ def test_eval_and_export_print_a_table_and_write_files(workdir, tmp_path, capsys
     assert main(["eval", "--model", str(tmp_path / "out"), "--limit", "1", "--out", str(tmp_path / "e"), "--set", *changes]) == 0
     again = json.loads((tmp_path / "e" / "arithmetic-test-out.json").read_text())
     np.testing.assert_allclose(again["loss"], result["loss"], rtol=1e-5)
+
+
+def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
+    rows = [
+        {"instruction": f"{i}?\n\nAnswer format: answer1/answer2", "input": "", "output": "the correct answer is answer1", "answer": "answer1"}
+        for i in range(40)
+    ]
+    (tmp_path / "ARC-Easy").mkdir()
+    for name, some in (("train", rows[:30]), ("test", rows[28:32])):
+        (tmp_path / "ARC-Easy" / f"{name}.json").write_text(json.dumps(some))
+    changes = ["data.lengths=[320]", "data.batch_size=2", "eval.generate=False", "eval.loss=False"]
+    argv = ["eval", "--model", str(model_dir), "--tasks", "arc_easy", "--data-dir", str(tmp_path), "--out", str(tmp_path / "e"), "--set", *changes]
+    assert main([*argv, "--trained-on", "arc_easy"]) == 0  # also the rows that this project would hold out of the file
+    assert "likelihood_sum_clean" in capsys.readouterr().out
+    result = json.loads((tmp_path / "e" / "arc_easy-test-model.json").read_text())
+    assert (result["rows"], result["clean_rows"]) == (4, 2)
+    assert "| arc_easy | clean | 2 |" in (tmp_path / "e" / "summary-test-model.md").read_text()

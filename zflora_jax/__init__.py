@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft, save_peft
     from zflora_jax.hf.save import save_hf
+    from zflora_jax.likelihood import option_log_likelihoods
     from zflora_jax.llama import KVCache, Llama, forward, init_cache, random_model
     from zflora_jax.model import Model
     from zflora_jax.run import export_run, load_run, train
@@ -52,6 +53,7 @@ _HOME = {
     "hf.load": ("load_model",),
     "hf.peft": ("load_peft", "save_peft"),
     "hf.save": ("save_hf",),
+    "likelihood": ("option_log_likelihoods",),
     "llama": ("KVCache", "Llama", "forward", "init_cache", "random_model"),
     "model": ("Model",),
     "run": ("export_run", "load_run", "train"),

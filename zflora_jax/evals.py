@@ -259,9 +259,10 @@ def generate(
     sampler: Sampler | None = None,
     seed: int = 0,
     batch_size: int = 16,
+    num_beams: int = 1,
     chat: bool = False,
 ) -> list[str]:
-    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler is given.
+    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler, or num_beams above 1 for beam search, is given.
 
     chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with data.prompt_style="chat" does; without it a prompt is
     continued as it is. Raises ConfigError for a model without a tokenizer, or chat without a chat template.
@@ -277,6 +278,7 @@ def generate(
         sampler=sampler,
         seed=seed,
         batch_size=batch_size,
+        num_beams=num_beams,
         stop=_stop(model, "chat") if chat else None,
     )
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

@@ -149,7 +149,8 @@ def _refuse_other(path: Path, origin: dict[str, Any]) -> None:
 
 SCORE_LEGEND = (
     "accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters' rules; likelihood_sum, likelihood_norm: the "
-    "likeliest option by the sum of its tokens' log-probabilities, or by that sum over its characters. clean: rows whose question is not in the training data."
+    "likeliest option by the sum of its tokens' log-probabilities, or by that sum over its characters. clean: rows whose question is not in the "
+    "training data."
 )
 
 
