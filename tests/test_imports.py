@@ -25,6 +25,7 @@ MODULES = {
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
     ("trees", "fields", "config", "report", "metrics"),
+    ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
     ("layers", "model"),
     ("adapters.init",),  # names and shapes of the adapter tree, which the model checks its `adapters` collection against

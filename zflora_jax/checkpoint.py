@@ -24,7 +24,7 @@ from zflora_jax.trainer import TrainState
 from zflora_jax.trees import flatten
 
 # Settings that change what is logged, kept or evaluated but no number of the training itself: a resumed run may change them.
-FREE = ("eval", "train/log_every", "train/eval_every", "train/save_every", "train/keep")
+FREE = ("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every", "train/keep")
 
 
 def read_config(workdir: str | Path) -> RunConfig:
@@ -96,7 +96,8 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """(state, meta) of the newest checkpoint, or of `step`. ConfigError if it cannot be read.
 
-        like: a TrainState of arrays or ShapeDtypeStructs. Leaves without a sharding go to the first device, whatever devices the run was saved on.
+        like: a TrainState of arrays or ShapeDtypeStructs. Each leaf goes where its sharding says, whatever mesh the run was saved on; without one, to
+        the first device.
         """
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first), like)

@@ -286,6 +286,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many devices along each axis of the mesh (see sharding). The numbers of a run do not depend on it, up to float rounding."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("data", "fsdp", "tensor"):
+            require(getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)}: must be at least 1.")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out loss, generated answers, and log-likelihoods where a task has options."""
 
@@ -321,10 +335,17 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
         require(
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} does not leave a step at full rate in train.steps={self.train.steps}; lower warmup_steps.",
+        )
+        parts, micro = self.mesh.data * self.mesh.fsdp, self.data.batch_size // self.data.accumulate
+        require(
+            micro % parts == 0,
+            f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} does not divide the {micro} rows of a micro-batch "
+            f"(data.batch_size={self.data.batch_size} / data.accumulate={self.data.accumulate}); make the batch a multiple of {parts}.",
         )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.sharding import gather
 
 Array = jax.Array
 
@@ -53,9 +54,10 @@ class AdaptedModule(nn.Module):
 
     def base_param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
         """The base parameter, or what replaces it whole in the adapters (method "full")."""
+        whole = "/".join((*self.path, name))
         if self.has_variable("adapters", name):
-            return self.get_variable("adapters", name)
-        return self.param(name, init, shape, jnp.float32)
+            return gather(whole, self.get_variable("adapters", name))
+        return gather(whole, self.param(name, init, shape, jnp.float32))
 
     def block(self, name: str, dtype: jnp.dtype) -> Array:
         value: Array | None = self.get_variable("adapters", name)

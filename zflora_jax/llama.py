@@ -21,6 +21,7 @@ from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
 from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, rope_tables
 from zflora_jax.model import Model
+from zflora_jax.sharding import divide_rows
 from zflora_jax.trees import Tree, difference, flatten
 
 Stream = tuple[Array, Array | None]
@@ -221,7 +222,7 @@ class Llama(nn.Module):
             mask = causal[None, None, :, :] & (valid[:, None, :, None] == valid[:, None, None, :])
         cos, sin = rope_tables(c, positions)
 
-        x = self.embed(tokens)
+        x = divide_rows(self.embed(tokens))
         width = plan(c, self.adapter).residual if self.adapter else 0
         carry: Stream = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         layers = None if cache is None else cache.layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
 from zflora_jax.report import environment, write_json
+from zflora_jax.sharding import batch_sharding, make_mesh, shard, state_shardings
 from zflora_jax.trainer import TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
 
@@ -117,10 +119,13 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     if run.data.packing:
         train_set = pack(train_set, run.data.lengths[-1])
     _, eval_set = held_out(run, model)
-    state = _fresh_state(run, model)
     meta = {"base_fingerprint": trees.fingerprint(model.params), "data_fingerprint": train_set.fingerprint()}
+    mesh = make_mesh(run.mesh)
+    model = dataclasses.replace(model, params=shard(model.params, mesh))
+    where = state_shardings(jax.eval_shape(lambda: _fresh_state(run, model)), mesh)
+    state = jax.device_put(_fresh_state(run, model), where)
     steps, every = run.train.steps, run.train
-    step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk)
+    step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where)
     claim(workdir, run)
     spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
 
@@ -129,7 +134,7 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
             model, eval_set, run.data, adapter=run.adapter, adapters=adapters, batch_size=_micro_batch(run), chunk=run.train.loss_chunk
         )
 
-    with locked(workdir), Checkpoints(workdir, run.train.keep) as checkpoints:
+    with locked(workdir), Checkpoints(workdir, run.train.keep) as checkpoints, jax.set_mesh(mesh):
         if checkpoints.latest is not None:
             state, saved = checkpoints.restore(state)
             for name in ("base", "data"):
@@ -166,7 +171,8 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
                     )
                 clock = time.perf_counter()
 
-            batches = train_batches(train_set, run.data, first)
+            rows = batch_sharding(mesh)
+            batches = (jax.device_put(batch, rows) for batch in train_batches(train_set, run.data, first))
             due_at_all = lambda step: due(step, every.save_every) or due(step, every.eval_every)  # noqa: E731
             state = fit(step_fn, model.params, state, batches, steps, on_metrics=on_metrics, is_due=due_at_all, on_due=on_due)
         if final is None:  # a finished run was loaded

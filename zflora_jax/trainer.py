@@ -18,6 +18,7 @@ from zflora_jax.config import AdapterConfig, LlamaConfig, OptimConfig
 from zflora_jax.llama import Llama
 from zflora_jax.loss import masked_cross_entropy
 from zflora_jax.optim import learning_rate_schedule, make_optimizer
+from zflora_jax.sharding import batch_shards
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -45,26 +46,40 @@ def batch_loss(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tr
     """Summed cross-entropy of a batch [B, T] on its loss_mask, and the number of tokens summed."""
     llama = Llama(config, adapter)
     hidden, _ = llama.apply(variables, batch["tokens"], batch["segments"], method="hidden")  # type: ignore[misc]
-    return masked_cross_entropy(lambda x: llama.apply(variables, x, method="logits"), hidden, batch["tokens"], batch["loss_mask"], chunk)  # type: ignore[return-value,arg-type]
+    return masked_cross_entropy(
+        lambda x: llama.apply(variables, x, method="logits"),  # type: ignore[return-value,arg-type]
+        hidden,
+        batch["tokens"],
+        batch["loss_mask"],
+        chunk,
+        batch_shards(),
+    )
 
 
 def make_train_step(
-    config: LlamaConfig, adapter: AdapterConfig, optim: OptimConfig, steps: int, accumulate: int = 1, chunk: int = 256
+    config: LlamaConfig,
+    adapter: AdapterConfig,
+    optim: OptimConfig,
+    steps: int,
+    accumulate: int = 1,
+    chunk: int = 256,
+    state_sharding: Any = None,
 ) -> Callable[[Tree, TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(params, state, batch) -> (state, metrics), jitted; the state is donated.
 
     A batch [B, T] runs as `accumulate` micro-batches; sums of losses and gradients over all of them are divided by the number of tokens once, so
-    the result does not
-    depend on `accumulate`. metrics: loss (mean per token), tokens, grad_norm (before clipping), learning_rate: float32 scalars.
+    the result does not depend on `accumulate`. state_sharding: where the new state lies (sharding.state_shardings), None on one device.
+    metrics: loss (mean per token), tokens, grad_norm (before clipping), learning_rate: float32 scalars.
     """
     optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
 
     def loss_sum(adapters: Tree, params: Tree, micro: Batch) -> tuple[Array, Array]:
         return batch_loss(config, adapter, {"params": params, "adapters": adapters}, micro, chunk)
 
-    @jax.jit(donate_argnums=1)
+    @jax.jit(donate_argnums=1, out_shardings=(state_sharding, None))
     def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+        # Every accumulate-th row, so that each device's rows are spread over the micro-batches evenly.
+        micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), dict(batch))
 
         def add(total: tuple[Array, Array, Tree], micro: Batch) -> tuple[tuple[Array, Array, Tree], None]:
             (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.adapters, params, micro)

@@ -1,0 +1,182 @@
+"""Sharded training equals training on one device, whatever the mesh; the rules cover every parameter; wrong meshes say what to change."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from byte_tokenizer import byte_tokenizer
+from conftest import adapter_cases, assert_trees_equal, case_id, perturb, tiny_model
+from jax.sharding import PartitionSpec as P
+
+from zflora_jax import run as runs
+from zflora_jax import sharding, trees
+from zflora_jax.adapters.init import adapter_shapes, init_adapters
+from zflora_jax.config import METHODS, PRESETS, AdapterConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig, preset
+from zflora_jax.fields import ConfigError
+from zflora_jax.hf.save import save_hf
+from zflora_jax.metrics import read_metrics
+from zflora_jax.model import param_shapes
+from zflora_jax.trainer import init_state, make_train_step
+
+MESHES = {
+    "data 2": MeshConfig(data=2),
+    "fsdp 4": MeshConfig(fsdp=4),
+    "tensor 4": MeshConfig(tensor=4),
+    "data 2 fsdp 2 tensor 2": MeshConfig(2, 2, 2),
+}
+OPTIM = OptimConfig(warmup_steps=0, learning_rate=1e-2)
+
+
+def sharded_model(**changes):
+    """A tiny model whose every dimension 4 divides."""
+    return tiny_model(num_kv_heads=4, vocab_size=264, **changes)
+
+
+def batch(rows=8, length=24):
+    draw = np.random.default_rng(0)
+    segments = np.ones((rows, length), np.int32)
+    segments[1, 10:] = 2
+    segments[2, 20:] = 0
+    return {
+        "tokens": draw.integers(0, 250, (rows, length)).astype(np.int32),
+        "loss_mask": (draw.random((rows, length)) < 0.6) & (segments > 0),
+        "segments": segments,
+    }
+
+
+def train_three(model, adapter, mesh_config, accumulate=2):
+    """Metrics of three steps, the trained adapters, and the compiled text of the step."""
+    mesh = sharding.make_mesh(mesh_config)
+    state = init_state(perturb(init_adapters(jax.random.key(0), model, adapter), 1, 0.02), OPTIM, 10)
+    where = sharding.state_shardings(state, mesh)
+    step = make_train_step(model.config, adapter, OPTIM, 10, accumulate, 32, where)
+    with jax.set_mesh(mesh):
+        params, state = sharding.shard(model.params, mesh), jax.device_put(state, where)
+        rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
+        text = step.lower(params, state, rows).compile().as_text()
+        metrics = []
+        for _ in range(3):
+            state, found = step(params, state, rows)
+            metrics.append([float(found[name]) for name in ("loss", "grad_norm", "tokens")])
+        assert jax.tree.map(lambda x: x.sharding, state) == where  # the state stays where it was put: one compilation
+        assert step._cache_size() == 1
+    return np.asarray(metrics), jax.device_get(state.adapters), text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_mesh_gives_the_numbers_of_one_device(method):
+    model, adapter = sharded_model(), AdapterConfig(method, rank=6, alpha=9.0)
+    wanted, adapters, _ = train_three(model, adapter, MeshConfig())
+    assert wanted[2, 0] < wanted[0, 0]
+    for name, mesh in MESHES.items():
+        metrics, found, _ = train_three(model, adapter, mesh)
+        np.testing.assert_allclose(metrics, wanted, rtol=2e-5, err_msg=name)
+        for leaf, value in trees.flatten(found).items():
+            np.testing.assert_allclose(value, trees.flatten(adapters)[leaf], atol=2e-4, err_msg=f"{name}: {leaf}")
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
+    """No collective moves a stack of layers; every kernel is gathered on its own."""
+    model = sharded_model(scan_layers=scan_layers, num_layers=3)
+    _, _, text = train_three(model, AdapterConfig("zflora-minimal", rank=6), MeshConfig(fsdp=4), accumulate=1)
+    gathered = [tuple(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)]
+    assert gathered
+    shapes = {shape[1:] if name.startswith("layers/") else shape for name, shape in param_shapes(model.config).items()}
+    sizes = {int(np.prod(shape)) for shape in shapes}
+    assert max(int(np.prod(dims)) for dims in gathered) <= max(sizes)
+    assert not any(dims[0] == 3 and int(np.prod(dims[1:])) in sizes and len(dims) > 2 for dims in gathered)
+
+
+def test_every_parameter_of_every_model_and_method_has_a_rule():
+    for config in PRESETS.values():
+        for name in [*param_shapes(config), *param_shapes(config.replace(tie_word_embeddings=False))]:
+            assert len(sharding.axes_of(name)) >= 1
+    mesh, config = sharding.make_mesh(MeshConfig(2, 2, 2)), preset("tiny").replace(num_kv_heads=4, vocab_size=264)
+    for adapter in adapter_cases():
+        for name, shape in adapter_shapes(config, adapter).items():
+            assert len(sharding.spec(name, shape, mesh)) == len(shape), (case_id(adapter), name)
+    with pytest.raises(ConfigError, match=r"no sharding rule covers the parameter 'layers/attn/q/kernal': add one to RULES"):
+        sharding.axes_of("layers/attn/q/kernal")
+
+
+def test_large_kernels_are_divided_over_all_of_fsdp_and_tensor():
+    mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
+    for name, shape in param_shapes(preset("llama-3.2-1b")).items():
+        if not name.endswith("scale"):
+            local = jax.sharding.NamedSharding(mesh, sharding.spec(name, shape, mesh)).shard_shape(shape)
+            assert np.prod(local) * 8 == np.prod(shape), name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MeshConfig(data=0), r"mesh.data=0: must be at least 1"),
+        (lambda: sharding.make_mesh(MeshConfig(3, 3, 3)), r"needs 27 devices; there are 8"),
+        (
+            lambda: sharding.spec("layers/attn/k/kernel", (30, 576, 3, 64), sharding.make_mesh(MeshConfig(tensor=2))),
+            r"mesh.tensor=2 does not divide layers/attn/k/kernel, shape \(30, 576, 3, 64\), at the dimension of 3. Choose .* that does, e.g. 1",
+        ),
+        (
+            lambda: RunConfig(data=DataConfig(batch_size=6), mesh=MeshConfig(data=2, fsdp=2)),
+            r"does not divide the 6 rows of a micro-batch.*make the batch a multiple of 4",
+        ),
+    ],
+)
+def test_wrong_meshes(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
+    """Saved on one mesh, resumed on others: the state comes back bit for bit, and the losses are those of the run on one device."""
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
+    model = sharded_model(max_position_embeddings=400)
+    model.tokenizer = byte_tokenizer()
+    save_hf(tmp_path / "model", model)
+    whole = RunConfig(
+        model=str(tmp_path / "model"),
+        adapter=AdapterConfig("zflora-minimal", rank=4),
+        data=DataConfig(batch_size=4, lengths=(320,), train_limit=16),
+        optim=OptimConfig(warmup_steps=1, learning_rate=1e-2, schedule="constant"),
+        train=TrainConfig(steps=4, save_every=2, loss_chunk=128, log_every=1),
+        eval=EvalConfig(limit=4),
+    )
+
+    def losses(path):
+        return [r["loss"] for r in read_metrics(path / "metrics.jsonl") if r["split"] == "train"]
+
+    runs.train(whole, tmp_path / "one", console=False)
+    meshed = dataclasses.replace(whole, mesh=MeshConfig(data=2, tensor=2))
+    real = runs.Checkpoints.save
+
+    def stop(self, step, state, meta):
+        real(self, step, state, meta)
+        if step == 2:
+            saved.append(jax.device_get(state))
+            raise KeyboardInterrupt
+
+    saved: list = []
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Checkpoints, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(meshed, tmp_path / "many", console=False)
+    restored = runs.load_run(tmp_path / "many")
+    assert restored[3] == 2
+    assert_trees_equal(restored[2], saved[0].adapters)
+    trained = runs.train(dataclasses.replace(whole, mesh=MeshConfig(fsdp=4)), tmp_path / "many", console=False)
+    assert trained.report["resumed_from"] == 2
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-5)
+    assert trained.adapters["layers"]["mlp"]["up"]["backward"].sharding.mesh.shape["fsdp"] == 4
+
+
+def test_without_a_mesh_nothing_is_constrained():
+    x = jnp.ones((4, 8))
+    assert sharding.batch_shards() == 1 and sharding.divide_rows(x) is x and sharding.gather("embed/embedding", x) is x
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh):
+        assert sharding.batch_shards() == 4
+        assert jax.jit(sharding.divide_rows)(x).sharding.spec == P(("data", "fsdp"))

@@ -1,0 +1,127 @@
+"""Sharding: one mesh of three axes, one table from parameter names to the axes of their dimensions, for base and adapters alike.
+
+data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the base is stored in slices: a layer's kernels are
+gathered where they are used, one layer at a time. tensor: heads, MLP units and the vocabulary are divided, as in Megatron-LM (arXiv 1909.08053).
+Adapter blocks stay apart from their kernels while they are trained, so an adapter's width needs to divide nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zflora_jax import trees
+from zflora_jax.config import MeshConfig
+from zflora_jax.fields import ConfigError, require
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # what the rows of a batch are divided over
+
+# Name of a leaf, without its layer -> the mesh axis of each dimension. The first match counts; every leaf must have one.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(.*/)?scale", (None,)),
+    (r"embed/embedding", ("tensor", "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r"attn/[qkv]/(kernel|forward)", ("fsdp", "tensor", None)),
+    (r"attn/[qkv]/(backward|cross)", (None, "tensor", None)),
+    (r"attn/o/(kernel|backward)", ("tensor", None, "fsdp")),
+    (r"attn/o/(forward|cross)", ("tensor", None, None)),
+    (r"mlp/(gate|up)/kernel", ("fsdp", "tensor")),
+    (r"mlp/(gate|up)/forward", ("fsdp", None)),
+    (r"mlp/(gate|up)/backward", (None, "tensor")),
+    (r"mlp/down/kernel", ("tensor", "fsdp")),
+    (r"mlp/down/forward", ("tensor", None)),
+    (r"mlp/down/backward", (None, "fsdp")),
+    (r"mlp/(gate|up|down)/cross", (None, None)),
+    (r"(attn/[qkv]|mlp/(gate|up))/(lora_a|ffa_a)", ("fsdp", None)),
+    (r"(attn/[qkv]|mlp/(gate|up))/lora_b", (None, "tensor")),
+    (r"(attn/o|mlp/down)/(lora_a|ffa_a)", ("tensor", None)),
+    (r"(attn/o|mlp/down)/lora_b", (None, "fsdp")),
+)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over the first data * fsdp * tensor devices. ConfigError if there are fewer."""
+    need, have = config.data * config.fsdp * config.tensor, jax.devices()
+    require(
+        need <= len(have),
+        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs {need} devices; there are {len(have)}.",
+    )
+    return Mesh(np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def axes_of(name: str) -> tuple[str | None, ...]:
+    """The mesh axis of each dimension of the leaf `name` ("layers/attn/q/kernel": ("fsdp", "tensor", None)), without the stacked layer axis."""
+    bare = re.sub(r"^layers(_\d+)?/", "", name)
+    try:
+        return trees.first_match(RULES, bare)
+    except KeyError:
+        raise ConfigError(f"no sharding rule covers the parameter {name!r}: add one to RULES in zflora_jax/sharding.py.") from None
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The PartitionSpec of a leaf. ConfigError naming it where an axis of the mesh does not divide its dimension."""
+    axes = axes_of(name)
+    axes = (None,) * (len(shape) - len(axes)) + axes  # stacked layers stay whole: scan takes one at a time
+    for axis, size in zip(axes, shape, strict=True):
+        count = mesh.shape[axis] if axis else 1
+        if size % count:
+            fits = [n for n in range(1, count) if size % n == 0]
+            raise ConfigError(
+                f"mesh.{axis}={count} does not divide {name}, shape {shape}, at the dimension of {size}. "
+                f"Choose a mesh.{axis} that does, e.g. {max(fits)}."
+            )
+    return P(*axes)
+
+
+def shardings(tree: Mapping[str, Any], mesh: Mesh) -> trees.Tree:
+    """The NamedSharding of every leaf of a parameter or adapter tree (arrays or ShapeDtypeStructs)."""
+    return trees.map_with_names(lambda name, leaf: NamedSharding(mesh, spec(name, tuple(leaf.shape), mesh)), tree)
+
+
+def shard(tree: Mapping[str, Any], mesh: Mesh) -> trees.Tree:
+    """`tree` on the devices of `mesh`."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Shardings for a TrainState of arrays or ShapeDtypeStructs: adapters and their optimizer moments by the rules, scalars on all devices."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return NamedSharding(mesh, spec("/".join(names), tuple(leaf.shape), mesh) if leaf.shape else P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch's arrays [B, T]: rows over data and fsdp."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def batch_shards() -> int:
+    """Into how many parts the mesh in use divides the rows of a batch; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def divide_rows(x: jax.Array) -> jax.Array:
+    """`x` [B, ...] with its rows over data and fsdp and nothing else divided; as it is without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH))
+
+
+def gather(name: str, x: jax.Array) -> jax.Array:
+    """A base parameter where it is used: whole over fsdp, still divided over tensor. Without a mesh, as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*(axis if axis == "tensor" else None for axis in axes_of(name))))
