@@ -79,7 +79,7 @@ def test_reading_a_config_needs_no_jax():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"modle": "tiny"}, r"unknown key 'modle': did you mean 'model'\? Allowed: adapter, data, eval, model, optim, train\."),
+        ({"modle": "tiny"}, r"unknown key 'modle': did you mean 'model'\? Allowed: adapter, data, eval, mesh, model, optim, train\."),
         ({"adapter": {"method": "lora", "rnk": 4}}, r"unknown key 'adapter\.rnk': did you mean 'rank'\?"),
         ({"data": {"batchsize": 4}}, r"unknown key 'data\.batchsize': did you mean 'batch_size'\?"),
         ({"train": {"zzzz": 4}}, r"unknown key 'train\.zzzz': Allowed: dtype, eval_every"),
