@@ -170,6 +170,9 @@ def test_sweep_files_are_checked_too(refused, config, tmp_path):
     assert "has no function get_sweep()" in refused("sweep", "--config", config, "--workdir", tmp_path / "w")
     (tmp_path / "s.py").write_text("def get_sweep():\n    return 3\n")
     assert "returns int; it must return a zflora_jax.Sweep" in refused("sweep", "--config", tmp_path / "s.py", "--workdir", tmp_path / "w")
+    several = ("sweep", "--config", "configs/accuracy_table.py", "--workdir", tmp_path / "w")
+    assert "did you mean 'accuracy_math'?" in refused(*several, "--only", "accuracy_maths")
+    assert not (tmp_path / "w").exists()
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_sweep() -> Sweep")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="where the runs live, one directory each")
     sub.add_argument("--out", default="results", metavar="DIR", help="where the table and its JSON go (default: results)")
+    sub.add_argument("--only", metavar="NAME", help="of a config with several sweeps, the one of this name (several processes can share the work)")
     overrides(sub)
 
     sub = command("quickstart", _quickstart, "The whole path on SmolLM2-135M: train, evaluate, fuse, check, decode, export, report.")
@@ -206,12 +207,15 @@ def _sweep(args: argparse.Namespace) -> None:
     for plan in plans:
         if not isinstance(plan, Sweep):
             raise ConfigError(f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a zflora_jax.Sweep, or a list of them.")
-    for plan in plans:
+    names = [plan.name for plan in plans]
+    if args.only is not None and args.only not in names:
+        raise ConfigError(f"--only {args.only}: no sweep of {args.config} has that name. {nearest(args.only, names)}.")
+    for plan in (plan for plan in plans if args.only in (None, plan.name)):
         plan = dataclasses.replace(plan, base=override(plan.base, _changes(args.set)))
         for row in sweep(plan, Path(args.workdir) / plan.name if len(plans) > 1 else args.workdir, args.out)["rows"]:
             print_table(row, f"{plan.name}: {row['method']}")
-    if len(plans) > 1:
-        print(f"all of them in {overview(plans, args.out)}")
+    if len(plans) > 1 and (page := overview(plans, args.out)):
+        print(f"all of them in {page}")
 
 
 def _quickstart(args: argparse.Namespace) -> None:

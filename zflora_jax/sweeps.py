@@ -115,10 +115,12 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
     return whole
 
 
-def overview(plans: Sequence[Sweep], out: str | Path) -> Path:
-    """The pages of several sweeps as one, <out>/<the first word of their names>.md."""
+def overview(plans: Sequence[Sweep], out: str | Path) -> Path | None:
+    """The pages of several sweeps, those that are there, as one: <out>/<the first word of their names>.md. None if none is there yet."""
     path = Path(out) / f"{plans[0].name.partition('_')[0]}.md"
-    pages = [(Path(out) / f"{plan.name}.md").read_text(encoding="utf-8") for plan in plans]
+    pages = [page.read_text(encoding="utf-8") for plan in plans if (page := Path(out) / f"{plan.name}.md").is_file()]
+    if not pages:
+        return None
     atomic_write(path, "\n".join(pages).encode())
     return path
 
