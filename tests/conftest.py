@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,14 +59,22 @@ def assert_trees_equal(got: trees.Tree, want: trees.Tree) -> None:
         np.testing.assert_array_equal(np.asarray(got_flat[name]), np.asarray(leaf), err_msg=name)
 
 
+def real_data(relative: str = "") -> Path:
+    """A file or folder of the real data (never part of the project), named by ZFLORA_DATA or beside the checkout; the test is skipped without it."""
+    path = Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data") / relative
+    if not path.exists():
+        pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
+    return path
+
+
 @pytest.fixture
 def tokens() -> jax.Array:
     return jax.random.randint(jax.random.key(7), (3, 11), 0, 256, jnp.int32)
 
 
 def adapter_cases() -> list[AdapterConfig]:
-    """Every method, and the variants that take other paths through the code. alpha / rank is 1.5: a scale of 1 or a power of two would hide "
-    "mistakes."""
+    """Every method, and the variants that take other paths through the code. alpha / rank is 1.5: a scale of 1 or a power of two would hide
+    mistakes."""
     cases = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
     cases += [AdapterConfig(m, rank=6, alpha=9.0, targets=t) for m in METHODS for t in ("attention", "mlp") if m != "full"]
     cases += [AdapterConfig(m, rank=5, alpha=7.5, head_rank=16, mlp_rank=7, head_scores=s) for m in ("zflora-uniform", "ffba") for s in (True, False)]

@@ -39,7 +39,9 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def stock(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`model` in transformers."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     path: Path = tmp_path_factory.mktemp("stock") / "out"
     save_hf(path, model)
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -2,14 +2,13 @@
 
 import importlib.util
 import json
-import os
 import re
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
+from conftest import real_data
 
 from zflora_jax.config import DataConfig
 from zflora_jax.data.builders import public, wording
@@ -26,13 +25,6 @@ from zflora_jax.fields import ConfigError
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "tfds"))
-
-
-def real(relative):
-    path = Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data") / relative
-    if not path.exists():
-        pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
-    return path
 
 
 def write(path, *rows):
@@ -208,7 +200,7 @@ WORDINGS = {"piqa": wording.piqa, "winogrande": wording.winogrande}
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_wording_gives_llm_adapters_rows_byte_for_byte(name):
     """Every test row taken apart and put together again."""
-    for row in read_rows(real(f"llm_adapters/dataset/{name}/test.json")):
+    for row in read_rows(real_data(f"llm_adapters/dataset/{name}/test.json")):
         parts = [part for part in re.fullmatch(PATTERNS[name], row["instruction"], re.DOTALL).groups() if part is not None]
         if name == "boolq":
             made = wording.boolq(parts[0], row["answer"] == "true")

@@ -378,12 +378,12 @@ def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
         for i in range(40)
     ]
     (tmp_path / "ARC-Easy").mkdir()
-    for name, some in (("train", rows[:30]), ("test", rows[28:32])):
+    for name, some in (("train", rows[:30]), ("test", rows[:32])):
         (tmp_path / "ARC-Easy" / f"{name}.json").write_text(json.dumps(some))
     changes = ["data.lengths=[320]", "data.batch_size=2", "eval.generate=False", "eval.loss=False"]
     argv = ["eval", "--model", str(model_dir), "--tasks", "arc_easy", "--data-dir", str(tmp_path), "--out", str(tmp_path / "e"), "--set", *changes]
     assert main([*argv, "--trained-on", "arc_easy"]) == 0  # also the rows that this project would hold out of the file
     assert "likelihood_sum_clean" in capsys.readouterr().out
     result = json.loads((tmp_path / "e" / "arc_easy-test-model.json").read_text())
-    assert (result["rows"], result["clean_rows"]) == (4, 2)
+    assert (result["rows"], result["clean_rows"]) == (32, 2)
     assert "| arc_easy | clean | 2 |" in (tmp_path / "e" / "summary-test-model.md").read_text()

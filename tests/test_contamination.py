@@ -1,16 +1,13 @@
 """Contamination: what counts as the same question, and the overlaps of the real files."""
 
 import functools
-import os
-from pathlib import Path
 
 import pytest
+from conftest import real_data
 
 from zflora_jax.config import DataConfig
 from zflora_jax.contamination import contaminated, normalise, questions
 from zflora_jax.data.tasks import SPLITS, Example, load_examples
-
-REAL = Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 def test_normalise():
@@ -34,12 +31,11 @@ def test_a_question_is_its_prompt_and_input():
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} is not there; set ZFLORA_DATA to the folder of the real data")
+    root = str(real_data())
 
     @functools.cache
     def read(task, *splits):
-        return [example for split in splits for example in load_examples(task, split, DataConfig(data_dir=str(REAL)))]
+        return [example for split in splits for example in load_examples(task, split, DataConfig(data_dir=root))]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))

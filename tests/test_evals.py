@@ -45,7 +45,7 @@ def arc(tmp_path):
     """A data directory with 30 train and 12 test rows of ARC-Easy; 3 of the test rows are train rows written otherwise."""
     folder = tmp_path / "ARC-Easy"
     folder.mkdir()
-    train = [choice(i, f"answer{i % 3 + 1}") for i in range(100, 130)]
+    train = [choice(i, "answer1") for i in range(100, 130)]  # one answer: the rows found again score otherwise than the clean ones
     again = [row | {"instruction": row["instruction"].replace("Question", "QUESTION --")} for row in train[:3]]
     test = [choice(i, f"answer{i % 3 + 1}") for i in range(9)] + again
     for name, rows in (("train", train), ("test", test)):
@@ -184,6 +184,7 @@ def test_clean_rows_are_scored_apart(model, arc, tmp_path):
     for name, key in (("accuracy", "correct"), ("likelihood_sum", "correct_sum"), ("accuracy_legacy", "correct_legacy")):
         assert result[name] == pytest.approx(np.mean([row[key] for row in rows]))
         assert result[f"{name}_clean"] == pytest.approx(np.mean([row[key] for row in rows[:9]]))
+    assert result["likelihood_sum_clean"] != result["likelihood_sum"]
     assert not list(tmp_path.glob("*.partial.jsonl"))
     assert json.loads((tmp_path / "r.json").read_text())["config"]["eval"]["max_new_tokens"] == 6
 
@@ -233,6 +234,8 @@ def test_a_sweep_scores_tasks_and_is_not_run_again(model, arc, tmp_path, monkeyp
     assert [row["method"] for row in result["rows"]] == ["base", "minimal"] and result["missing"] == []
     assert len(result["runs"]) == 4 and {run["steps"] for run in result["runs"]} == {2, 4}
     row = result["rows"][1]
+    picked = {run["validation_loss"]: run["learning_rate"] for run in result["runs"] if run["steps"] == 2}
+    assert len(picked) == 2 and row["learning rate"] == picked[min(picked)]
     assert row["scores"].keys() == {"arc_easy"} and row["rows"] == {"arc_easy": 9}
     scored = [run for run in result["runs"] if run["steps"] == 4]
     assert row["mean"] == pytest.approx(50 * sum(run["scores"]["arc_easy"]["scores"]["clean"]["likelihood_sum"]["mean"] for run in scored))

@@ -147,7 +147,9 @@ def test_prompts_of_similar_length_share_one_compilation() -> None:
 
 
 def test_equals_transformers(tmp_path: Path) -> None:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model = model_of()
     save_hf(tmp_path / "out", model)
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

@@ -2,10 +2,9 @@
 
 import itertools
 import json
-import os
-from pathlib import Path
 
 import pytest
+from conftest import real_data
 
 from zflora_jax.config import DataConfig
 from zflora_jax.data.tasks import GROUPS, HOLD_OUT, PARSERS, SPLITS, TASKS, Example, get_task, load_examples, numbers
@@ -318,13 +317,6 @@ def test_the_papers_18_tasks():
 # --- real files ---------------------------------------------------------------------------------------------------
 
 
-def real(relative):
-    path = Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data") / relative
-    if not path.exists():
-        pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
-    return path
-
-
 # train, validation, test; rows of a split without a file are held out of train
 ROWS = {
     "boolq": (9227, 200, 3270), "piqa": (0, 0, 1838), "social_i_qa": (0, 0, 1954), "hellaswag": (0, 0, 10042), "winogrande": (0, 0, 1267),
@@ -348,7 +340,7 @@ def wrong_outputs(task, examples):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_real_row_is_read_and_its_gold_answer_can_be_reached(name):
     """Stating the gold answer scores as right under both parsers, without exception, and so does the row's output where that is right."""
-    task, data = TASKS[name], DataConfig(data_dir=str(real(".")))
+    task, data = TASKS[name], DataConfig(data_dir=str(real_data(".")))
     sizes, wrong = [], 0
     for split in SPLITS:
         try:
@@ -373,13 +365,13 @@ def test_every_real_row_is_read_and_its_gold_answer_can_be_reached(name):
 
 
 def test_real_gsm8k_in_the_form_of_llm_adapters():
-    examples = load_examples("gsm8k", "test", DataConfig(data_dir=str(real("llm_adapters/dataset"))))
+    examples = load_examples("gsm8k", "test", DataConfig(data_dir=str(real_data("llm_adapters/dataset"))))
     assert len(examples) == 1319 and examples[0].answer.endswith(".0")
     assert wrong_outputs(TASKS["gsm8k"], examples) == WRONG_OUTPUTS_OF_GSM8K
 
 
 def test_real_gsm8k():
-    directory, task = real("gsm8k"), TASKS["gsm8k"]
+    directory, task = real_data("gsm8k"), TASKS["gsm8k"]
     sizes = {}
     questions = {}
     for split in SPLITS:
@@ -392,7 +384,7 @@ def test_real_gsm8k():
 
 
 def test_real_llm_adapters():
-    data = DataConfig(data_dir=str(real("llm_adapters/ft-training_set/math_data.json")))
+    data = DataConfig(data_dir=str(real_data("llm_adapters/ft-training_set/math_data.json")))
     sizes = {split: len(load_examples("json", split, data)) for split in SPLITS}
     assert sum(sizes.values()) == 3260 and sizes["validation"] >= 200 and sizes["test"] >= 200
     assert not any(e.target.startswith(("\n", "A:")) for e in load_examples("json", "validation", data))

@@ -83,8 +83,8 @@ class Sampler:
 
 @flax.struct.dataclass
 class DecodeState:
-    """The loop's carry. out [B, N] int32, pad after a row's end; last [B] int32, the token to feed next; done [B] bool; step int32: tokens "
-    "written so far."""
+    """The loop's carry. out [B, N] int32, pad after a row's end; last [B] int32, the token to feed next; done [B] bool; step int32: tokens
+    written so far."""
 
     out: Array
     last: Array

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.config import AdapterConfig, LlamaConfig
-from zflora_jax.sharding import gather
 
 Array = jax.Array
 
@@ -54,10 +53,9 @@ class AdaptedModule(nn.Module):
 
     def base_param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
         """The base parameter, or what replaces it whole in the adapters (method "full")."""
-        whole = "/".join((*self.path, name))
         if self.has_variable("adapters", name):
-            return gather(whole, self.get_variable("adapters", name))
-        return gather(whole, self.param(name, init, shape, jnp.float32))
+            return self.get_variable("adapters", name)
+        return self.param(name, init, shape, jnp.float32)
 
     def block(self, name: str, dtype: jnp.dtype) -> Array:
         value: Array | None = self.get_variable("adapters", name)
@@ -104,8 +102,8 @@ class Dense(AdaptedModule):
 
 
 def tile(h: Array, out: int) -> Array:
-    """h R for FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j mod r = i: h [..., r] -> [..., out]. Orthonormal rows when r "
-    "divides out."""
+    """h R for FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j mod r = i: h [..., r] -> [..., out]. Orthonormal rows when r
+    divides out."""
     rank = h.shape[-1]
     return jnp.take(h, np.arange(out) % rank, axis=-1) * math.sqrt(rank / out)
 

@@ -77,8 +77,8 @@ def _fresh_state(run: RunConfig, model: Model) -> TrainState:
 
 
 def load_run(workdir: str | Path) -> tuple[RunConfig, Model, Tree, int]:
-    """(config, base model, adapters, finished steps) of the newest checkpoint of a run. ConfigError if it has none, or was trained on "
-    "another base."""
+    """(config, base model, adapters, finished steps) of the newest checkpoint of a run. ConfigError if it has none, or was trained on
+    another base."""
     run = read_config(workdir)
     require((Path(workdir) / "checkpoints").is_dir(), f"{workdir} has no checkpoint yet; train it first.")
     model = load_base(run)
@@ -113,6 +113,7 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     started, env = time.perf_counter(), environment()  # the commit that runs, not the one checked out when it ends
     workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else workdir
     check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
+    mesh = make_mesh(run.mesh)
     model = model or load_base(run)
     train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data)
     examples = len(train_set)
@@ -120,7 +121,6 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
         train_set = pack(train_set, run.data.lengths[-1])
     _, eval_set = held_out(run, model)
     meta = {"base_fingerprint": trees.fingerprint(model.params), "data_fingerprint": train_set.fingerprint()}
-    mesh = make_mesh(run.mesh)
     model = dataclasses.replace(model, params=shard(model.params, mesh))
     where = state_shardings(jax.eval_shape(lambda: _fresh_state(run, model)), mesh)
     state = jax.device_put(_fresh_state(run, model), where)

@@ -1,8 +1,9 @@
 """Sharding: one mesh of three axes, one table from parameter names to the axes of their dimensions, for base and adapters alike.
 
-data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the base is stored in slices: a layer's kernels are
-gathered where they are used, one layer at a time. tensor: heads, MLP units and the vocabulary are divided, as in Megatron-LM (arXiv 1909.08053).
-Adapter blocks stay apart from their kernels while they are trained, so an adapter's width needs to divide nothing.
+data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the base is stored in slices: the compiler gathers a
+layer's kernels where they are used, one layer at a time, because the rows are divided over the same axis (a constraint that asks for the gather
+would make the backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the vocabulary are divided, as in Megatron-LM
+(arXiv 1909.08053). Adapter blocks stay apart from their kernels while they are trained, so an adapter's width needs to divide nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     need, have = config.data * config.fsdp * config.tensor, jax.devices()
     require(
         need <= len(have),
-        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs {need} devices; there are {len(have)}.",
+        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs {need} devices; there are {len(have)}. "
+        "Lower one of them, or start on more devices.",
     )
     return Mesh(np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -117,11 +119,3 @@ def divide_rows(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH))
-
-
-def gather(name: str, x: jax.Array) -> jax.Array:
-    """A base parameter where it is used: whole over fsdp, still divided over tensor. Without a mesh, as it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*(axis if axis == "tensor" else None for axis in axes_of(name))))

@@ -98,8 +98,7 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
                 "learning rate": rate,
                 **{f"validation, lr {r['learning_rate']:g}": r["validation_loss"] for r in grid},
                 **{f"test, seed {r['seed']}": r["test_loss"] for r in chosen},
-                "test mean": statistics.mean(tests) if tests else None,
-                "test spread": max(tests) - min(tests) if tests else None,
+                **({"test mean": statistics.mean(tests), "test spread": max(tests) - min(tests)} if len(tests) > 1 else {}),
                 "seconds": statistics.mean(r["seconds"] for r in chosen if r["seconds"] is not None) if tests else None,
                 **_scores(chosen),
             }
@@ -259,7 +258,7 @@ def _page(plan: Sweep, result: Result) -> str:
         f"# {plan.name}",
         "",
         f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`; {run.model}, {run.train.dtype}, "
-        f"{run.train.steps} steps of {run.data.batch_size} {packed}rows, "
+        f"{run.train.steps} steps of {run.data.batch_size} {packed}row{'s' if run.data.batch_size > 1 else ''}, "
         f"prompt style {run.data.prompt_style}, loss on {'prompt and completion' if run.data.train_on_prompt else 'the completion only'}, "
         f"examples up to {run.data.lengths[-1]} tokens ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones left out).",
         f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f} ({first['test_rows']} rows, "

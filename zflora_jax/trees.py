@@ -64,8 +64,8 @@ def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -
 
 
 def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or not finite, compared with `expected` (arrays or "
-    "ShapeDtypeStructs)."""
+    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or not finite, compared with `expected` (arrays or
+    ShapeDtypeStructs)."""
     have, want = flatten(given), flatten(expected)
     if diff := difference(want, have):
         raise ValueError(f"{what} does not have the expected leaves:\n{diff}")

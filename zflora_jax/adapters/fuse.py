@@ -203,8 +203,8 @@ def _leaf_of(config: LlamaConfig, kernel: str) -> tuple[str, slice | None]:
 
 
 def pack(model: Model) -> Model:
-    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel [d, (H + 2K) k] and gate|up in one [d, 2f]. For any "
-    "Llama, fused or not."""
+    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel [d, (H + 2K) k] and gate|up in one [d, 2f]. For any
+    Llama, fused or not."""
     if model.config.packed:
         return model
     config = model.config.replace(scan_layers=False, packed=True, remat=False)
