@@ -32,7 +32,11 @@ every_widened = pytest.mark.parametrize("adapter", WIDENED, ids=case_id)
 def test_unchanged_at_step_0(adapter, tokens):
     model = tiny_model()
     adapters = init_adapters(jax.random.key(1), model, adapter)
-    np.testing.assert_array_equal(forward(model, tokens, adapter, adapters), forward(model, tokens))
+    adapted, base = forward(model, tokens, adapter, adapters), forward(model, tokens)
+    if METHODS[adapter.method].heads:  # the products of attention have more columns, and may add up in another order
+        assert_logits_close(adapted, base)
+    else:
+        np.testing.assert_array_equal(adapted, base)
 
 
 @every_case
@@ -136,7 +140,7 @@ def test_no_product_forms_a_base_gradient(adapter):
     if adapter.method == "full":
         return
     if METHODS[adapter.method].heads:
-        adapter = adapter.replace(head_rank=48)  # the default equals tiny's head_dim, and blocks would have the kernels' shapes
+        adapter = adapter.replace(head_rank=64)  # no block, flat or not, then has the shape of a kernel of tiny
     model = tiny_model(num_layers=1, scan_layers=False)
     state = jax.eval_shape(lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100))
     tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)

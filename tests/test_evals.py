@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model
 
-from zflora_jax import evals
+from zflora_jax import evals, sweeps
+from zflora_jax.checkpoint import BusyError, locked
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.data.tasks import Example, load_examples
 from zflora_jax.evals import generation_records, group_scores, likelihood_records, rouge, scores_of
@@ -254,6 +256,76 @@ def test_a_sweep_scores_tasks_and_is_not_run_again(model, arc, tmp_path, monkeyp
     record.write_text(json.dumps(saved))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+
+
+def test_a_sweep_takes_its_rates_from_another(model, arc, tmp_path, monkeypatch):
+    save_hf(tmp_path / "model", model)
+    base = RunConfig(
+        model=str(tmp_path / "model"),
+        data=dataclasses.replace(arc, batch_size=2),
+        optim=OptimConfig(warmup_steps=1),
+        train=TrainConfig(steps=3, save_every=None, loss_chunk=128),
+        eval=EvalConfig(limit=2),
+    )
+    methods = {"lora": AdapterConfig("lora", rank=2)}
+    first = Sweep("first", base, methods, (1e-3, 1e-2), (0,), pick_steps=2)
+    longer = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=1))
+    second = Sweep("second", longer, methods, (5e-1,), (1,), pick_steps=2, rates_from=first)
+    result = sweep(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)
+    (row,) = result["rows"]
+    assert row["learning rate"] in first.learning_rates and [run["seed"] for run in result["runs"]] == [1]
+    assert "(as in first)" in (tmp_path / "out" / "second.md").read_text()
+
+    picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
+    assert picks == {"lora-lr0.001-steps2-seed0.json", "lora-lr0.01-steps2-seed0.json"}
+    trained: list[int] = []
+    original = sweeps.train
+    monkeypatch.setattr(sweeps, "train", lambda run, *a, **k: (trained.append(run.train.steps), original(run, *a, **k))[1])
+    assert sweep(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)["rows"][0]["learning rate"] == row["learning rate"]
+    assert trained == [3]  # the choosing runs were there
+
+    with pytest.raises(ConfigError, match="rates_from='first': it must be another sweep, over the same methods"):
+        dataclasses.replace(second, methods={"lora": AdapterConfig("lora", rank=3)})
+
+
+def test_a_sweep_waits_for_a_run_that_another_process_trains(model, arc, tmp_path, monkeypatch):
+    save_hf(tmp_path / "model", model)
+    data = dataclasses.replace(arc, batch_size=2)
+    train_config = TrainConfig(steps=2, save_every=None, loss_chunk=128)
+    base = RunConfig(str(tmp_path / "model"), data=data, optim=OptimConfig(warmup_steps=1), train=train_config, eval=EvalConfig(limit=2))
+    plan = Sweep("busy", base, {"lora": AdapterConfig("lora", rank=2)}, (1e-3,), (0,))
+    folder = tmp_path / "runs" / "lora-lr0.001-seed0"
+    folder.mkdir(parents=True)
+    original, refused = sweeps.train, []
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder))
+
+        def train(*args, **kwargs):
+            try:
+                return original(*args, **kwargs)
+            except BusyError as error:
+                refused.append(str(error))
+                stack.close()  # the other process ends
+                raise
+
+        monkeypatch.setattr(sweeps, "train", train)
+        monkeypatch.setattr(sweeps, "_POLL", 0.01)
+        assert sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"][0]["learning rate"] == 1e-3
+    assert len(refused) == 1 and "is being trained by another process" in refused[0]
+
+
+def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
+    only = dataclasses.replace(EVAL, clean_only=True, limit=None)
+    seen = load_examples("arc_easy", "train", arc)
+    result = evaluate(RunConfig(model="tiny", data=arc, eval=only), model, out=tmp_path / "r", trained_on=seen, console=False)
+    assert (result["rows"], result["clean_rows"]) == (9, 9)
+    assert [json.loads(line)["index"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == list(range(9))
+    all_rows = evaluate(RunConfig(model="tiny", data=arc, eval=EVAL), model, trained_on=seen, console=False)
+    assert result["likelihood_sum"] == all_rows["likelihood_sum_clean"]
+    with pytest.raises(ConfigError, match="clean_only=True needs the training data"):
+        evaluate(RunConfig(model="tiny", data=arc, eval=only), model, console=False)
+    with pytest.raises(ConfigError, match="leaves none"):
+        evaluate(RunConfig(model="tiny", data=arc, eval=only), model, trained_on=load_examples("arc_easy", "test", arc), console=False)
 
 
 @pytest.mark.parametrize(

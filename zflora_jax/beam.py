@@ -95,13 +95,13 @@ def beam_decode(config: LlamaConfig, num_beams: int, max_new_tokens: int, stop: 
 
     def follow(cache: KVCache, beams: Array) -> KVCache:
         """The cache reordered to the beams [B, K] that were run on. A row's beams share its prompt, so only what lies after it moves."""
-        rows, axis = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_beams + beams).reshape(-1), int(config.scan_layers)
+        rows = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_beams + beams).reshape(-1)
 
-        def moved(x: Array) -> Array:
-            after = jnp.take(jax.lax.slice_in_dim(x, length, None, axis=axis + 1), rows, axis=axis, mode="clip")
-            return jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=axis + 1)
+        def moved(x: Array, slots: int) -> Array:
+            after = jnp.take(jax.lax.slice_in_dim(x, length, None, axis=slots), rows, axis=int(config.scan_layers), mode="clip")
+            return jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=slots)
 
-        return KVCache(jax.tree.map(moved, cache.layers), cache.valid, cache.index)
+        return KVCache(cache.map_layers(moved), cache.valid, cache.index)
 
     def going(s: BeamState) -> Array:
         return (s.step < max_new_tokens) & jnp.any(s.improvable)

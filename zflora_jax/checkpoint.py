@@ -62,14 +62,18 @@ def claim(workdir: str | Path, run: RunConfig) -> None:
         raise ConfigError(f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may write to.") from None
 
 
+class BusyError(ConfigError):
+    """Another process trains in this workdir."""
+
+
 @contextmanager
 def locked(workdir: str | Path) -> Iterator[None]:
-    """Hold `workdir` for this process alone (an advisory lock that ends with the process). ConfigError if another process holds it."""
+    """Hold `workdir` for this process alone (an advisory lock that ends with the process). BusyError if another process holds it."""
     with open(Path(workdir) / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{workdir} is being trained by another process. Wait for it to end, or use another --workdir.") from None
+            raise BusyError(f"{workdir} is being trained by another process. Wait for it to end, or use another --workdir.") from None
         yield
 
 

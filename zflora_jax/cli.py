@@ -210,8 +210,12 @@ def _sweep(args: argparse.Namespace) -> None:
     names = [plan.name for plan in plans]
     if args.only is not None and args.only not in names:
         raise ConfigError(f"--only {args.only}: no sweep of {args.config} has that name. {nearest(args.only, names)}.")
-    for plan in (plan for plan in plans if args.only in (None, plan.name)):
-        plan = dataclasses.replace(plan, base=override(plan.base, _changes(args.set)))
+
+    def changed(plan: Sweep) -> Sweep:
+        rates_from = changed(plan.rates_from) if plan.rates_from else None
+        return dataclasses.replace(plan, base=override(plan.base, _changes(args.set)), rates_from=rates_from)
+
+    for plan in (changed(plan) for plan in plans if args.only in (None, plan.name)):
         for row in sweep(plan, Path(args.workdir) / plan.name if len(plans) > 1 else args.workdir, args.out)["rows"]:
             print_table(row, f"{plan.name}: {row['method']}")
     if len(plans) > 1 and (page := overview(plans, args.out)):

@@ -309,6 +309,7 @@ class EvalConfig:
     max_new_tokens: int = 128
     num_beams: int = 1  # 1 is greedy
     prompt_style: PromptStyle | None = None  # of generation and likelihood; None means data.prompt_style
+    clean_only: bool = False  # score only rows whose question is not in the training data; limit then counts those
     max_prompt_tokens: int | None = None  # documents are cut so that their prompt fits; None means the context less max_new_tokens
     loss: bool = True
     generate: bool = True

@@ -4,12 +4,14 @@ A stream is a pair (x, z): base channels and adapter channels, z = None where th
 layers serve both: RMSNorm takes its mean over the base channels, RoPE turns the base dims of a head, Dense adds the adapter's blocks to what the base
 kernel computes (design.md section 2; this project's reconstruction of zFLoRA).
 
-Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, d residual width, k head dim.
+Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, q the G*T queries of a key head, d residual width,
+k head dim, V vocabulary, n tokens, i and j a block's axes.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -80,25 +82,76 @@ class Dense(AdaptedModule):
     def __call__(self, x: Array, z: Array | None = None) -> tuple[Array, Array | None]:
         n, dtype = len(self.in_axes), x.dtype
         kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
-        y = jnp.tensordot(x, kernel.astype(dtype), axes=n)
+        product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
+        y = product(x, kernel.astype(dtype), n)
         y_z: Array | None = None
         if self.adapter is None or not self.blocks or self.is_initializing():
             return y, y_z
         block, scale = {name: self.block(name, dtype) for name in self.blocks}, self.adapter.scale
         if "forward" in block:
-            y_z = jnp.tensordot(x, block["forward"], axes=n)
+            y_z = project(x, block["forward"], n)
         if z is not None and "backward" in block:
-            y = y + scale * jnp.tensordot(z, block["backward"], axes=n)
+            y = y + scale * project(z, block["backward"], n)
         if z is not None and y_z is not None and "cross" in block:
-            y_z = y_z + jnp.tensordot(z, block["cross"], axes=n)
-        if "lora_a" in block or "ffa_a" in block:
-            flat = x.reshape(*x.shape[:-n], -1)
-            if "lora_a" in block:
-                delta = flat @ block["lora_a"] @ block["lora_b"]
-            else:
-                delta = tile(flat @ block["ffa_a"], math.prod(self.out_axes))
-            y = y + scale * delta.reshape(y.shape)
+            y_z = y_z + project(z, block["cross"], n)
+        if "lora_a" in block:
+            y = y + scale * project(project(x.reshape(*x.shape[:-n], -1), block["lora_a"]), block["lora_b"]).reshape(y.shape)
+        if "ffa_a" in block:
+            y = y + scale * tile(project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)).reshape(y.shape)
         return y, y_z
+
+
+def project(x: Array, block: Array, axes: int = 1) -> Array:
+    """The last `axes` axes of x [B, T, ...] against the first of an adapter block -> [B, T, *the block's other axes]."""
+    out = block.shape[axes:]
+    flat = matmul(x.reshape(*x.shape[:-axes], -1), block.reshape(math.prod(block.shape[:axes]), -1))
+    return flat.reshape(*x.shape[:-axes], *out)
+
+
+@jax.custom_vjp
+def matmul(x: Array, w: Array) -> Array:
+    """x [..., i] @ w [i, j], with a gradient of w whose compiled form transposes the narrower of its two operands.
+
+    XLA's CPU compiler transposes the left operand of a product over rows, and fuses what makes that operand into the transposition: with the wide
+    gradient of an MLP or attention there, a LoRA step of SmolLM2-135M spent a third of its time in such loops.
+    """
+    return x @ w
+
+
+def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ w, (x, w)
+
+
+def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    rows, d_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
+    dw = jnp.einsum("ni,nj->ij", rows, d_rows) if w.shape[0] <= w.shape[1] else jnp.einsum("nj,ni->ji", d_rows, rows).T
+    return dy @ w.T, dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def tied_logits(x: Array, table: Array) -> Array:
+    """x [B, T, d] against an embedding table [V, d] of the same dtype -> logits [B, T, V] float32.
+
+    Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed.
+    """
+    return jnp.einsum("BTd,Vd->BTV", x, table, preferred_element_type=jnp.float32)
+
+
+def _tied_logits_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
+    return tied_logits(x, table), (x, table)
+
+
+def _tied_logits_backward(saved: tuple[Array, Array], d_logits: Array) -> tuple[Array, Array]:
+    x, table = saved
+    d_logits = d_logits.astype(x.dtype)
+    return jnp.einsum("BTV,Vd->BTd", d_logits, table), jnp.einsum("BTd,BTV->dV", x, d_logits).T
+
+
+tied_logits.defvjp(_tied_logits_forward, _tied_logits_backward)
 
 
 def tile(h: Array, out: int) -> Array:
@@ -125,5 +178,46 @@ class RMSNorm(AdaptedModule):
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
-    """Grouped-query attention: q [B, T, H, k], k and v [B, S, K, k], mask [B, 1, T, S] bool (True = attend) -> [B, T, H, k]. Softmax in float32."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+    """Grouped-query attention: q [B, T, H, k], k [B, K, k, S], v [B, K, S, k], mask [B, 1, T, S] bool (True = attend) -> [B, T, H, k]. Softmax in
+    float32.
+
+    The queries of the G = H / K heads that share keys lie below each other, so that every product is one plain matrix product per row and key head.
+    """
+    (B, T, H, dim), K = q.shape, k.shape[1]
+    q = q.reshape(B, T, K, H // K, dim).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, dim)
+    out = _attention(q, k, v, mask, scale)
+    return out.reshape(B, K, H // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+
+
+def _probabilities(q: Array, k: Array, mask: Array, scale: float) -> Array:
+    """[B, K, GT, S] float32 of q [B, K, GT, k] and k [B, K, k, S]."""
+    scores = jnp.einsum("BKqk,BKkS->BKqS", q, k, preferred_element_type=jnp.float32) * scale
+    grouped = scores.reshape(*scores.shape[:2], -1, *mask.shape[2:])
+    return jax.nn.softmax(jnp.where(mask[:, :, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape), axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+    return jnp.einsum("BKqS,BKSk->BKqk", _probabilities(q, k, mask, scale).astype(q.dtype), v)
+
+
+def _attention_forward(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
+    out = _attention(q, k, v, mask, scale)
+    return out, (q, k, v, mask, out)
+
+
+def _attention_backward(scale: float, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
+    """As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again instead of kept: T x S numbers per head and layer.
+
+    The products over queries have their narrow operand on the left; `matmul` says why.
+    """
+    q, k, v, mask, out = saved
+    p = _probabilities(q, k, mask, scale)
+    d_v = jnp.einsum("BKqk,BKqS->BKkS", d_out, p.astype(q.dtype)).swapaxes(2, 3)
+    d_p = jnp.einsum("BKqk,BKSk->BKqS", d_out, v, preferred_element_type=jnp.float32)
+    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = (p * (d_p - mean) * scale).astype(q.dtype)
+    return jnp.einsum("BKqS,BKkS->BKqk", d_scores, k), jnp.einsum("BKqk,BKqS->BKkS", q, d_scores), d_v, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)

@@ -124,7 +124,7 @@ def advance(
     llama, (batch, length) = Llama(config), tokens.shape
     cache = init_cache(config, batch, length) if keep and past is None else None
     if past is not None:
-        layers = jax.tree.map(lambda x: jnp.pad(x[parents], ((0, 0), (0, length), (0, 0), (0, 0))), past.layers)
+        layers = past.map_layers(lambda x, slots: jnp.pad(x[parents], [(0, length if axis == slots % x.ndim else 0) for axis in range(x.ndim)]))
         cache = KVCache(layers, jnp.pad(past.valid[parents], ((0, 0), (0, length))), jnp.asarray(past.valid.shape[1], jnp.int32))
     out: Any = llama.apply({"params": params}, tokens, valid, cache, method="hidden")
     hidden, cache = out

@@ -7,6 +7,7 @@ L layers; r, e, m the channels an adapter adds to d, k, f. Parameter names and s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,19 +20,21 @@ from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
-from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, rope_tables
+from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, rope_tables, tied_logits
 from zflora_jax.model import Model
 from zflora_jax.sharding import divide_rows
 from zflora_jax.trees import Tree, difference, flatten
 
 Stream = tuple[Array, Array | None]
+KEY_SLOTS, VALUE_SLOTS = -1, -2  # the axis of a cache's slots
 
 
 @flax.struct.dataclass
 class KVCache:
     """Keys and values of past positions.
 
-    layers: per layer a pair (keys, values), each [B, S, K, k+e] in the activation dtype; with scan_layers one pair stacked on a leading axis L.
+    layers: per layer a pair (keys [B, K, k+e, S], values [B, K, S, k+e]) in the activation dtype, as attention's products read them; with
+    scan_layers one pair stacked on a leading axis L.
     valid: [B, S] bool, the slots that hold a real token (padding does not). index: int32, the slot that the next token goes to, the same in all rows.
     """
 
@@ -39,15 +42,24 @@ class KVCache:
     valid: Array
     index: Array
 
+    def map_layers(self, change: Callable[[Array, int], Array]) -> Any:
+        """`layers` with change(x, axis) for each of its arrays x; axis, negative, is that of the slots."""
+
+        def pair(keys: Array, values: Array) -> tuple[Array, Array]:
+            return change(keys, KEY_SLOTS), change(values, VALUE_SLOTS)
+
+        return pair(*self.layers) if isinstance(self.layers, tuple) else [pair(*layer) for layer in self.layers]
+
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, adapter: AdapterConfig | None = None) -> KVCache:
     """An empty cache of `slots` positions for `batch` rows; heads are as wide as the model's, adapter dims included."""
     width = config.head_dim + (plan(config, adapter).heads if adapter else 0)
-    shape, dtype = (batch, slots, config.num_kv_heads, width), jnp.dtype(config.dtype)
-    if config.scan_layers:
-        layers: Any = tuple(jnp.zeros((config.num_layers, *shape), dtype) for _ in range(2))
-    else:
-        layers = [tuple(jnp.zeros(shape, dtype) for _ in range(2)) for _ in range(config.num_layers)]
+    head, stacked = (batch, config.num_kv_heads), (config.num_layers,) if config.scan_layers else ()
+
+    def pair() -> tuple[Array, Array]:
+        return tuple(jnp.zeros((*stacked, *head, *shape), config.dtype) for shape in ((width, slots), (slots, width)))  # type: ignore[return-value]
+
+    layers = pair() if config.scan_layers else [pair() for _ in range(config.num_layers)]
     return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 
@@ -80,12 +92,14 @@ class Attention(nn.Module):
         else:
             q, k, v = (self._join(*project(*h)) for project in (self.q, self.k, self.v))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if cache is not None and index is not None:
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1) for old, new in zip(cache, (k, v), strict=True))
-        out = attention(q, k, v, mask, c.rotary_dim**-0.5)
+            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, index, axis=KEY_SLOTS)
+            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, index, axis=VALUE_SLOTS)
+        out = attention(q, keys, values, mask, c.rotary_dim**-0.5)
         extra = self.plan.heads
         y, y_z = self.o(out[..., : c.head_dim], out[..., c.head_dim :]) if extra else self.o(out)
-        return (y, y_z), (None if cache is None else (k, v))
+        return (y, y_z), (None if cache is None else (keys, values))
 
     def _join(self, base: Array, extra: Array | None) -> Array:
         """Base and adapter dims of heads side by side; heads that the adapter leaves alone (head_scores=False) get zeros."""
@@ -161,7 +175,7 @@ class Embed(AdaptedModule):
         return jnp.take(self.table, tokens, axis=0).astype(self.config.dtype)
 
     def attend(self, x: Array) -> Array:
-        return jnp.einsum("BTd,Vd->BTV", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+        return tied_logits(x, self.table.astype(x.dtype))
 
 
 class Llama(nn.Module):

@@ -51,17 +51,25 @@ def _evaluate(
 ) -> tuple[dict[str, Any], list[Record]]:
     started, env, evaluation = time.perf_counter(), environment(), run.eval
     require_fit(run, model)
-    examples = load_mixture(run.data, evaluation.split, evaluation.limit)
-    require(len(examples.names) == 1, f"data.task={run.data.task!r} is a mixture; evaluate one at a time (--tasks {','.join(examples.names)}).")
-    (name,) = examples.names
+    mixture = load_mixture(run.data, evaluation.split, None if evaluation.clean_only else evaluation.limit)
+    require(len(mixture.names) == 1, f"data.task={run.data.task!r} is a mixture; evaluate one at a time (--tasks {','.join(mixture.names)}).")
+    require(seen is not None or not evaluation.clean_only, "eval.clean_only=True needs the training data to compare with; name it with --trained-on.")
+    (name,) = mixture.names
+    marks = [False] * len(mixture) if seen is None else contaminated(mixture, seen)
+    kept = [i for i, mark in enumerate(marks) if not (mark and evaluation.clean_only)][: evaluation.limit]
+    require(bool(kept), f"{name}: every question of its {evaluation.split} split is in the training data, so eval.clean_only=True leaves none.")
+    examples = [mixture[i] for i in kept]
     result: dict[str, Any] = {"task": name, "split": evaluation.split, "rows": len(examples)}
-    records: list[Record] = [{"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target} for i, e in enumerate(examples)]
+    records: list[Record] = [
+        {"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target} for i, e in zip(kept, examples, strict=True)
+    ]
     if seen is not None:
-        marks = contaminated(examples, seen)
-        records = [record | {"contaminated": mark} for record, mark in zip(records, marks, strict=True)]
-        result |= {"clean_rows": marks.count(False)}
+        records = [record | {"contaminated": marks[record["index"]]} for record in records]
+        result |= {"clean_rows": [record["contaminated"] for record in records].count(False)}
         if any(marks):
-            text = "%s: %d of %d questions are in the training data; scores are given on all rows and on the clean ones"
+            text = "%s: %d of %d questions are in the training data; " + (
+                "they are left out" if evaluation.clean_only else "scores are given on all rows and on the clean ones"
+            )
             log.warning(text, name, sum(marks), len(marks))
     if evaluation.loss:
         encoded = tokenize_examples(examples, model.tokenizer, run.data)

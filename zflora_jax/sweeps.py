@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import count_params
+from zflora_jax.checkpoint import BusyError
 from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.evals import held_out_loss
@@ -29,6 +31,7 @@ from zflora_jax.trainer import NonFiniteError
 
 Result = dict[str, Any]
 BASE = "base"
+_POLL = 5.0  # seconds between looks at a run that another process of the same sweep is training
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")  # of environment(), kept with every run: a resumed sweep can change machines
 
 
@@ -37,6 +40,7 @@ class Sweep:
     """What to run. name: of the result files. methods: label -> adapter. A seed sets both the adapters' initial values and the data order.
 
     pick_steps: the learning rate is chosen by runs of that many steps (with the schedule of their own length); None by whole runs.
+    rates_from: a sweep whose choice of learning rates is taken over; its choosing runs are made where they are not there yet.
     tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of a task is that of its clean rows.
     """
 
@@ -46,6 +50,7 @@ class Sweep:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     pick_steps: int | None = None
+    rates_from: Sweep | None = None
     tasks: tuple[str, ...] = ()
     scoring: EvalConfig | None = None
     reading: str = ""  # what the tables show, in words, written by whoever has read them; stands under them
@@ -55,6 +60,9 @@ class Sweep:
             require(len(getattr(self, field)) > 0, f"sweep.{field} is empty: give at least one.")
         require(BASE not in self.methods, f"sweep.methods: {BASE!r} is the untrained model's row; give the method another label.")
         require(bool(self.tasks) == (self.scoring is not None), "sweep.tasks and sweep.scoring go together: give both, or neither.")
+        if (other := self.rates_from) is not None:
+            same = all(other.methods.get(label) == adapter for label, adapter in self.methods.items())
+            require(same and other.name != self.name, f"sweep.rates_from={other.name!r}: it must be another sweep, over the same methods.")
         steps = self.pick_steps
         require(
             steps is None or self.base.optim.warmup_steps < steps <= self.base.train.steps, f"sweep.pick_steps={steps}: between warm-up and steps."
@@ -73,23 +81,26 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
     rows: list[Result] = []
     runs: list[Result] = []
 
-    def record(run: RunConfig, label: str, seed: int, scored: bool) -> Result:
-        steps = "" if run.train.steps == plan.base.train.steps else f"-steps{run.train.steps}"
+    def record(of: Sweep, run: RunConfig, label: str, seed: int, scored: bool) -> Result:
+        steps = "" if run.train.steps == of.base.train.steps else f"-steps{run.train.steps}"
         name = f"{label}-lr{run.optim.learning_rate:g}{steps}-seed{seed}"
-        tasks = plan.tasks if scored else ()
-        result = _run(plan, run, tasks, workdir / name, out / plan.name / f"{name}.json", console)
-        runs.append({"method": label, "learning_rate": run.optim.learning_rate, "steps": run.train.steps, "seed": seed} | result)
-        return runs[-1]
+        folder = workdir if of is plan else workdir.parent / of.name
+        result = _run(plan, run, plan.tasks if scored else (), folder / name, out / of.name / f"{name}.json", console)
+        result = {"method": label, "learning_rate": run.optim.learning_rate, "steps": run.train.steps, "seed": seed} | result
+        runs.extend([result] if of is plan else [])
+        return result
+
+    picker = plan.rates_from or plan
 
     if plan.tasks:
         rows.append({"method": BASE, "trainable": 0} | _scores([_base(plan, base_model, workdir / BASE, out / plan.name / f"{BASE}.json", console)]))
     for label, adapter in plan.methods.items():
-        pick_steps = plan.pick_steps or plan.base.train.steps
-        grid = [record(_config(plan, adapter, rate, plan.seeds[0], pick_steps), label, plan.seeds[0], False) for rate in plan.learning_rates]
+        seed, pick_steps = picker.seeds[0], picker.pick_steps or picker.base.train.steps
+        grid = [record(picker, _config(picker, adapter, rate, seed, pick_steps), label, seed, False) for rate in picker.learning_rates]
         finite = [r for r in grid if r["validation_loss"] is not None]
-        require(bool(finite), f"method {label!r} diverged at every learning rate of {plan.learning_rates}; give lower ones.")
+        require(bool(finite), f"method {label!r} diverged at every learning rate of {picker.learning_rates}; give lower ones.")
         rate = min(finite, key=lambda r: r["validation_loss"])["learning_rate"]
-        chosen = [record(_config(plan, adapter, rate, seed, plan.base.train.steps), label, seed, True) for seed in plan.seeds]
+        chosen = [record(plan, _config(plan, adapter, rate, seed, plan.base.train.steps), label, seed, True) for seed in plan.seeds]
         tests = [r["test_loss"] for r in chosen if r["test_loss"] is not None]
         rows.append(
             {
@@ -171,14 +182,18 @@ def _saved(path: Path, config: Result) -> Result | None:
 
 def _run(plan: Sweep, run: RunConfig, tasks: Sequence[str], workdir: Path, path: Path, console: bool) -> Result:
     config = _recorded(plan, run, tasks)
-    if (saved := _saved(path, config)) is not None:
-        return saved
-    try:
-        trained = train(run, workdir, console=console)
-    except NonFiniteError as error:  # a rate too high is a result, not the end of the sweep
-        failed = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
-        write_json(path, {"config": config, "result": failed})
-        return failed
+    while True:
+        if (saved := _saved(path, config)) is not None:
+            return saved
+        try:
+            trained = train(run, workdir, console=console)
+            break
+        except BusyError:
+            time.sleep(_POLL)
+        except NonFiniteError as error:  # a rate too high is a result, not the end of the sweep
+            failed = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
+            write_json(path, {"config": config, "result": failed})
+            return failed
     report = trained.report
     test = _loss(run, "test", trained.model, trained)
     result = {
@@ -253,7 +268,9 @@ def _page(plan: Sweep, result: Result) -> str:
         {k: f"{v:.4f}" if k.startswith(("validation", "test")) and v is not None else v for k, v in row.items() if k not in hidden} for row in trained
     ]
     packed = "packed " if run.data.packing else ""
-    picked = f"by runs of {plan.pick_steps} steps" if plan.pick_steps else "by whole runs"
+    picker = plan.rates_from or plan
+    picked = f"by runs of {picker.pick_steps} steps" if picker.pick_steps else "by whole runs"
+    where = f"the validation split of `{picker.base.data.task}` (as in {picker.name})" if picker is not plan else "validation"
     lines = [
         f"# {plan.name}",
         "",
@@ -263,7 +280,7 @@ def _page(plan: Sweep, result: Result) -> str:
         f"examples up to {run.data.lengths[-1]} tokens ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones left out).",
         f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f} ({first['test_rows']} rows, "
         f"{first['test_tokens']} target tokens).",
-        f"The learning rate is chosen on validation with seed {plan.seeds[0]}, {picked}; test columns are at the chosen rate.",
+        f"The learning rate is chosen on {where} with seed {picker.seeds[0]}, {picked}; test columns are at the chosen rate.",
         "",
         markdown_table(shown, list(dict.fromkeys(k for row in shown for k in row))),
         "",
@@ -271,8 +288,12 @@ def _page(plan: Sweep, result: Result) -> str:
     for kind in dict.fromkeys(kind for row in result["rows"] for kind in row["all scores"]):
         lines += [f"## {kind}, percent", "", _score_table(plan, result["rows"], kind), ""]
     if plan.scoring is not None:
-        rows = f"the first {plan.scoring.limit}" if plan.scoring.limit else "all"
-        lines += [f"Clean rows, out of {rows} of each test set, their number in brackets; {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}", ""]
+        limit, clean_only = plan.scoring.limit, plan.scoring.clean_only
+        if clean_only:
+            rows = f"The first {limit} clean rows of each test set" if limit else "All clean rows of each test set"
+        else:
+            rows = f"Clean rows, out of {f'the first {limit}' if limit else 'all'} of each test set"
+        lines += [f"{rows}, their number in brackets; {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}", ""]
         lines += [f"![{plan.name}]({plan.name}.png)", ""]
     lines += [plan.reading, ""] if plan.reading else []
     lines += [f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []
