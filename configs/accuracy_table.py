@@ -39,12 +39,12 @@ def get_sweep() -> list[Sweep]:
         model=MODEL,
         data=DataConfig(task="gsm8k", batch_size=1, lengths=(128, 256, 384, 512), packing=True),
         optim=OptimConfig(schedule="cosine", warmup_steps=5),
-        train=TrainConfig(steps=100, dtype="bfloat16", save_every=None, log_every=10, keep=1),
-        eval=EvalConfig(limit=100, generate=False, likelihood=False),
+        train=TrainConfig(steps=80, dtype="bfloat16", save_every=None, log_every=10, keep=1),
+        eval=EvalConfig(limit=48, generate=False, likelihood=False),
     )
-    numbers = EvalConfig(split="test", limit=100, batch_size=50, max_new_tokens=160, loss=False, clean_only=True)
-    words = replace(numbers, max_new_tokens=12)
-    gsm8k = Sweep("accuracy_gsm8k", base, methods, (1e-4, 5e-4, 2e-3), (0,), pick_steps=25, tasks=("gsm8k", "svamp"), scoring=numbers)
+    numbers = EvalConfig(split="test", limit=64, batch_size=64, max_new_tokens=192, loss=False, clean_only=True)
+    words = replace(numbers, limit=100, batch_size=50, max_new_tokens=32)
+    gsm8k = Sweep("accuracy_gsm8k", base, methods, (2e-4, 1e-3, 3e-3), (0,), pick_steps=15, tasks=("gsm8k", "svamp"), scoring=numbers)
 
     def another(name: str, data: str, tasks: tuple[str, ...], scoring: EvalConfig) -> Sweep:
         return replace(gsm8k, name=name, base=replace(base, data=replace(base.data, task=data)), rates_from=gsm8k, tasks=tasks, scoring=scoring)
@@ -53,5 +53,5 @@ def get_sweep() -> list[Sweep]:
     return [
         gsm8k,
         another("accuracy_commonsense", "arc_easy+arc_challenge+openbookqa+boolq", choices, words),
-        another("accuracy_math", "math_data", ("addsub", "aqua", "multiarith", "gsm8k", "singleeq", "svamp"), replace(numbers, limit=60)),
+        another("accuracy_math", "math_data", ("addsub", "aqua", "multiarith", "gsm8k", "singleeq", "svamp"), replace(numbers, limit=48)),
     ]

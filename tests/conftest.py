@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -19,7 +20,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from zflora_jax import trees
-from zflora_jax.config import METHODS, AdapterConfig, preset
+from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, preset
+from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import random_model
 from zflora_jax.model import Model
 
@@ -85,3 +87,26 @@ def adapter_cases() -> list[AdapterConfig]:
 def case_id(adapter: AdapterConfig) -> str:
     parts = [adapter.method, adapter.targets.replace("|", ""), "" if adapter.head_scores else "values", str(adapter.head_rank or "")]
     return "-".join(p for p in parts if p and p != "all")
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model directory with a byte tokenizer."""
+    model = tiny_model(num_layers=2, max_position_embeddings=512)
+    model.params = jax.tree.map(lambda x: x / 4, model.params)
+    model.tokenizer = byte_tokenizer()
+    path = tmp_path_factory.mktemp("base") / "model"
+    save_hf(path, model)
+    return str(path)
+
+
+@pytest.fixture
+def run(base_dir: str) -> RunConfig:
+    return RunConfig(
+        model=base_dir,
+        adapter=AdapterConfig("zflora-minimal", rank=4),
+        data=DataConfig(batch_size=4, accumulate=2, lengths=(256, 320), train_limit=40),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+        train=TrainConfig(steps=8, save_every=2, log_every=1, loss_chunk=128),
+        eval=EvalConfig(limit=4, batch_size=4, max_new_tokens=8),
+    )

@@ -112,7 +112,6 @@ def test_help_lists_every_command(capsys):
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
-        (["train", "--workdir", "x"], "the following arguments are required: --config"),
         (["train", "--config", "x"], "the following arguments are required: --workdir"),
         (["eval"], "one of the arguments --workdir --model is required"),
         (["eval", "--workdir", "a", "--model", "b"], "not allowed with argument"),
@@ -387,3 +386,12 @@ def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
     result = json.loads((tmp_path / "e" / "arc_easy-test-model.json").read_text())
     assert (result["rows"], result["clean_rows"]) == (32, 2)
     assert "| arc_easy | clean | 2 |" in (tmp_path / "e" / "summary-test-model.md").read_text()
+
+
+def test_resume_needs_a_run_and_train_needs_a_config(refused, tmp_path):
+    assert "train needs --config FILE, or --resume" in refused("train", "--workdir", tmp_path / "a")
+    assert "holds no run (no config.json in it)" in refused("train", "--resume", "--workdir", tmp_path / "a")
+    assert "holds no run to resume. Leave out --resume" in refused(
+        "train", "--config", "configs/quickstart.py", "--resume", "--workdir", tmp_path / "a"
+    )
+    assert not (tmp_path / "a").exists()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
@@ -169,6 +169,35 @@ def test_scores_have_bootstrap_intervals():
     assert scores_of([]) == {}
 
 
+def test_all_right_or_all_wrong_is_not_certainty():
+    assert scores_of([{"correct": False}] * 100)["accuracy"] == pytest.approx({"mean": 0.0, "low": 0.0, "high": 0.036995}, abs=1e-5)
+    assert scores_of([{"correct": True}] * 3)["accuracy"] == pytest.approx({"mean": 1.0, "low": 0.438494, "high": 1.0}, abs=1e-5)
+
+
+def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(model, arc, tmp_path, monkeypatch):
+    (tmp_path / "ARC-Challenge").mkdir()
+    (tmp_path / "ARC-Challenge" / "test.json").write_text(json.dumps([choice(i) for i in range(5)]))
+    run = RunConfig(model="tiny", data=arc, eval=dataclasses.replace(EVAL, likelihood=False, loss=False, batch_size=1))
+    asked: list[int] = []
+    original = evals.generate_tokens
+
+    def generate(model, prompts, **settings):
+        asked.append(len(prompts))
+        if sum(asked) > 14:
+            raise KeyboardInterrupt
+        return original(model, prompts, **settings)
+
+    monkeypatch.setattr(evals, "generate_tokens", generate)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(run, model, ["arc_easy", "arc_challenge"], tmp_path / "out", "tiny", console=False)
+    asked[:] = [0]
+    summary = evaluate_tasks(run, model, ["arc_easy", "arc_challenge"], tmp_path / "out", "tiny", console=False)
+    assert sum(asked) == 5 and [task["rows"] for task in summary["tasks"]] == [12, 5]
+    assert not list((tmp_path / "out").glob("*.partial.jsonl"))
+    page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
+    assert "contamination was not checked" in page and "Answers that reached the limit of new tokens: arc_easy" in page and "Chance: arc_easy" in page
+
+
 def test_a_group_s_mean_counts_tasks_alike_and_only_scores_all_have():
     tables = [[{"correct": True, "correct_sum": False}] * 10, [{"correct": i < 50} for i in range(100)]]
     scores = group_scores(tables)
@@ -273,7 +302,9 @@ def test_a_sweep_takes_its_rates_from_another(model, arc, tmp_path, monkeypatch)
     second = Sweep("second", longer, methods, (5e-1,), (1,), pick_steps=2, rates_from=first)
     result = sweep(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)
     (row,) = result["rows"]
-    assert row["learning rate"] in first.learning_rates and [run["seed"] for run in result["runs"]] == [1]
+    found = [json.loads(path.read_text()) for path in (tmp_path / "out" / "first").iterdir()]
+    lowest = min(found, key=lambda record: record["result"]["validation_loss"])
+    assert row["learning rate"] == lowest["config"]["optim"]["learning_rate"] and [run["seed"] for run in result["runs"]] == [1]
     assert "(as in first)" in (tmp_path / "out" / "second.md").read_text()
 
     picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
@@ -296,19 +327,21 @@ def test_a_sweep_waits_for_a_run_that_another_process_trains(model, arc, tmp_pat
     plan = Sweep("busy", base, {"lora": AdapterConfig("lora", rank=2)}, (1e-3,), (0,))
     folder = tmp_path / "runs" / "lora-lr0.001-seed0"
     folder.mkdir(parents=True)
-    original, refused = sweeps.train, []
+    original, refused = sweeps.locked, []
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
 
-        def train(*args, **kwargs):
+        @contextmanager
+        def held(workdir):
             try:
-                return original(*args, **kwargs)
+                with original(workdir):
+                    yield
             except BusyError as error:
                 refused.append(str(error))
                 stack.close()  # the other process ends
                 raise
 
-        monkeypatch.setattr(sweeps, "train", train)
+        monkeypatch.setattr(sweeps, "locked", held)
         monkeypatch.setattr(sweeps, "_POLL", 0.01)
         assert sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"][0]["learning rate"] == 1e-3
     assert len(refused) == 1 and "is being trained by another process" in refused[0]
@@ -320,6 +353,12 @@ def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
     result = evaluate(RunConfig(model="tiny", data=arc, eval=only), model, out=tmp_path / "r", trained_on=seen, console=False)
     assert (result["rows"], result["clean_rows"]) == (9, 9)
     assert [json.loads(line)["index"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == list(range(9))
+    few = dataclasses.replace(only, limit=3)
+    seen_first = load_examples("arc_easy", "test", arc)[:2]
+    evaluate(RunConfig(model="tiny", data=arc, eval=few), model, out=tmp_path / "few", trained_on=seen_first, console=False)
+    assert [json.loads(line)["index"] for line in (tmp_path / "few.jsonl").read_text().splitlines()] == [2, 3, 4]  # dropped, then limited
+    written = json.loads((tmp_path / "few.json").read_text())
+    assert (written["questions"], written["contaminated"]) == (12, 2) and written["scores"].keys() == {"clean"}
     all_rows = evaluate(RunConfig(model="tiny", data=arc, eval=EVAL), model, trained_on=seen, console=False)
     assert result["likelihood_sum"] == all_rows["likelihood_sum_clean"]
     with pytest.raises(ConfigError, match="clean_only=True needs the training data"):
@@ -334,7 +373,7 @@ def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
         ({"methods": {}}, "sweep.methods is empty"),
         ({"methods": {"base": AdapterConfig("lora")}}, "the untrained model's row"),
         ({"tasks": ("arc_easy",)}, "go together"),
-        ({"pick_steps": 1000}, "pick_steps=1000"),
+        ({"pick_steps": 1000}, "pick_steps=1000: must be above optim.warmup_steps=10 and at most train.steps=100"),
     ],
 )
 def test_wrong_sweeps(changes, message):

@@ -25,6 +25,7 @@ MODULES = {
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
     ("trees", "fields", "config", "report", "metrics"),
+    ("hosts",),
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
     ("layers", "model"),
@@ -51,6 +52,7 @@ ONLY = {
     "metrics": {"report"},
     "adapters.methods": {"config", "fields"},
     "adapters.init": {"trees", "config", "adapters.methods", "model"},
+    "hosts": {"fields"},
     "loss": set(),
     "optim": {"trees", "config"},
     "plots": {"metrics", "report"},

@@ -16,14 +16,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import assert_logits_close, assert_trees_equal, tiny_model
+from conftest import assert_logits_close, assert_trees_equal
 
 from zflora_jax import run as runs
 from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.checkpoint import Checkpoints, read_config
-from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
@@ -34,29 +33,6 @@ from zflora_jax.scorecard import evaluate
 from zflora_jax.trainer import NonFiniteError
 
 TESTS = Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model directory with a byte tokenizer."""
-    model = tiny_model(num_layers=2, max_position_embeddings=512)
-    model.params = jax.tree.map(lambda x: x / 4, model.params)
-    model.tokenizer = byte_tokenizer()
-    path = tmp_path_factory.mktemp("base") / "model"
-    save_hf(path, model)
-    return str(path)
-
-
-@pytest.fixture
-def run(base_dir: str) -> RunConfig:
-    return RunConfig(
-        model=base_dir,
-        adapter=AdapterConfig("zflora-minimal", rank=4),
-        data=DataConfig(batch_size=4, accumulate=2, lengths=(256, 320), train_limit=40),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-        train=TrainConfig(steps=8, save_every=2, log_every=1, loss_chunk=128),
-        eval=EvalConfig(limit=4, batch_size=4, max_new_tokens=8),
-    )
 
 
 def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, from_dict, to_dict
@@ -23,8 +25,10 @@ from zflora_jax.report import write_json
 from zflora_jax.trainer import TrainState
 from zflora_jax.trees import flatten
 
+log = logging.getLogger(__name__)
+
 # Settings that change what is logged, kept or evaluated but no number of the training itself: a resumed run may change them.
-FREE = ("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every", "train/keep")
+FREE = ("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every", "train/keep", "train/keep_best")
 
 
 def read_config(workdir: str | Path) -> RunConfig:
@@ -77,14 +81,26 @@ def locked(workdir: str | Path) -> Iterator[None]:
         yield
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written; the ones before it are whole."""
+
+
 class Checkpoints:
-    """The checkpoints of one run; a context manager. Saving is atomic: a checkpoint is complete or is not seen."""
+    """The checkpoints of one run; a context manager. Saving is atomic: a checkpoint is complete or is not seen.
 
-    def __init__(self, workdir: str | Path, keep: int = 1, *, create: bool = True) -> None:
+    The state is copied, and the copy written while training goes on; a save waits for the one before it, and leaving the context for the last.
+    A failed write surfaces there, as SaveError. Kept are the newest `keep`, and with keep_best the one with the lowest `loss` too. All processes
+    of a run call every method; their workdir must be a directory that they share.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 1, *, keep_best: bool = False, create: bool = True) -> None:
         import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-        # Synchronous: the state is small (adapters) and its buffers are donated to the next step, so nothing may still be reading them.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False, cleanup_tmp_directories=create)
+        policies: list[Any] = [LatestN(keep)]
+        if keep_best:
+            policies.append(BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies), create=create, cleanup_tmp_directories=create)
         self._ocp, self._manager = ocp, ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options)
 
     @property
@@ -92,10 +108,30 @@ class Checkpoints:
         """The number of steps in the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Save after `step` finished steps; a step that is already saved is left alone."""
-        if step != self.latest:
-            self._manager.save(step, args=self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta)))
+    @property
+    def best(self) -> int | None:
+        """The number of steps in the checkpoint with the lowest loss, None if none was saved with its loss."""
+        scored = [(metrics["loss"], step) for step in self._manager.all_steps() if (metrics := self._manager.metrics(step))]
+        return min(scored)[1] if scored else None
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], loss: float | None = None) -> None:
+        """Save after `step` finished steps; a step that is already saved is left alone. loss: what `best` goes by, where it is known."""
+        if step == self.latest:
+            return
+        # A copy: the next step is given the state's own buffers to write into.
+        args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(jax.tree.map(jnp.copy, state)), meta=self._ocp.args.JsonSave(meta))
+        with self._writing():
+            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many types
+            raise SaveError(
+                f"a checkpoint could not be written to {self._manager.directory} ({type(error).__name__}: {str(error)[:200]}). "
+                f"The checkpoints before it are whole: free some space, then run the same command again to go on from the newest."
+            ) from error
 
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """(state, meta) of the newest checkpoint, or of `step`. ConfigError if it cannot be read.
@@ -106,11 +142,14 @@ class Checkpoints:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first), like)
         args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract), meta=self._ocp.args.JsonRestore())
+        steps = sorted(self._manager.all_steps())
         step = self.latest if step is None else step
+        if step not in steps:
+            raise ConfigError(f"{self._manager.directory} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps)) or 'none'}.")
         try:
             found = self._manager.restore(step, args=args)
         except Exception as error:  # orbax and tensorstore raise many types, with messages that name neither run nor remedy
-            older = [s for s in self._manager.all_steps() if s != step]
+            older = [s for s in steps if s != step]
             remedy = (
                 f"Remove that folder to go on from step {max(older)}." if older else "It is the only one: start the run anew in another --workdir."
             )
@@ -121,5 +160,13 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+        except SaveError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # beside the error that is on its way
+        finally:
+            self._manager.close()

@@ -17,11 +17,12 @@ from zflora_jax import config as config_module
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, nearest, override
 
-EXIT_BAD_INPUT, EXIT_NON_FINITE = 2, 3
+EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
-    """Run a command. Returns 0, 2 for input that cannot be used (the message says what to change), 3 for a non-finite loss."""
+    """Run a command. Returns 0, 2 for input that cannot be used or files that cannot be written (the message says what to change), 3 for a non-finite
+    loss, 75 for a training run that a signal stopped and that the same command resumes."""
     args = _parser(prog).parse_args(argv)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -33,12 +34,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
         args.run(args)
     except Exception as error:
         from zflora_jax.hf.keys import CheckpointError
+        from zflora_jax.hosts import Stopped
         from zflora_jax.trainer import NonFiniteError
 
-        if not isinstance(error, ConfigError | CheckpointError | NonFiniteError | OSError):
+        if not isinstance(error, ConfigError | CheckpointError | NonFiniteError | Stopped | OSError):
             raise  # a bug, not an input: its traceback is needed
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
+        print(str(error) if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        return EXIT_STOPPED if isinstance(error, Stopped) else EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
     finally:
         logger.removeHandler(handler)
         logger.propagate = True
@@ -60,20 +62,27 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         )
 
     sub = command("train", _train, "Train an adapter, or resume the run that the workdir holds.")
-    sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config() -> RunConfig, e.g. configs/quickstart.py")
+    sub.add_argument("--config", metavar="FILE", help="a Python file with get_config() -> RunConfig, e.g. configs/quickstart.py")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: config, checkpoints, metrics, report")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in the workdir, or fail if there is none; --config may be left out")
+    processes = sub.add_argument_group("several processes (every one runs this command, with a workdir that they share)")
+    processes.add_argument("--distributed", action="store_true", help="find the others by SLURM, Open MPI, Kubernetes or Cloud TPU")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 (or ZFLORA_COORDINATOR)")
+    processes.add_argument("--num-processes", type=int, metavar="N", help="how many there are (or ZFLORA_NUM_PROCESSES)")
+    processes.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0 (or ZFLORA_PROCESS_ID)")
     overrides(sub)
 
     sub = command("eval", _eval, "Score a run or a model on tasks: loss, generated answers, likelihoods, ROUGE; one record per example is kept.")
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", metavar="DIR", help="evaluate what this run has trained, fused")
     source.add_argument("--model", metavar="MODEL", help="evaluate a model: a Hugging Face directory, hub id, .gguf file or smollm2-135m")
+    sub.add_argument("--checkpoint", metavar="STEP", help="of a run: a number of steps, or best (default: the newest)")
     sub.add_argument("--tasks", metavar="A,B", help="tasks, or groups of tasks (commonsense, math, summary), to evaluate (default: the run's own)")
     sub.add_argument("--data-dir", metavar="DIR", help="where the tasks' files are (the same as --set data.data_dir=DIR)")
     sub.add_argument(
         "--trained-on",
         metavar="TASK",
-        help="with --model: its training data, to mark test questions found in it (default: what a --workdir trained on)",
+        help="training data of the model, to mark test questions found in it (what a --workdir trained on is looked at anyway)",
     )
     sub.add_argument("--limit", type=int, metavar="N", help="examples per task (default: the run's eval.limit)")
     sub.add_argument("--out", metavar="DIR", help="where to write results (default: WORKDIR/eval, or runs/eval with --model)")
@@ -82,6 +91,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub = command("export", _export, "Write a trained run for other software: a fused Hugging Face directory, or a PEFT adapter directory (LoRA).")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="the run to export")
     sub.add_argument("--out", required=True, metavar="DIR", help="a new directory, or an earlier export to replace")
+    sub.add_argument("--checkpoint", metavar="STEP", help="a number of steps, or best (default: the newest)")
     sub.add_argument("--format", choices=["hf", "peft"], default="hf", help="hf: the fused model (default); peft: LoRA adapters beside their base")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as trained)")
 
@@ -156,14 +166,25 @@ def print_table(values: dict[str, Any], title: str) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from zflora_jax import hosts
+    from zflora_jax.checkpoint import read_config
     from zflora_jax.run import train
 
-    print_table(train(_run_config(args), args.workdir).report, f"trained in {args.workdir}")
+    hosts.start(args.coordinator, args.num_processes, args.process_id, detect=args.distributed)
+    if args.config:
+        run = _run_config(args)
+    elif args.resume:
+        run = override(read_config(args.workdir), _changes(args.set))
+    else:
+        raise ConfigError("train needs --config FILE, or --resume to go on with the run in --workdir.")
+    report = train(run, args.workdir, resume=args.resume, console=hosts.is_main()).report
+    if hosts.is_main():
+        print_table(report, f"trained in {args.workdir}")
 
 
 def _eval(args: argparse.Namespace) -> None:
     from zflora_jax.checkpoint import read_config
-    from zflora_jax.data.mixture import load_mixture, load_source_rows, parse_mixture
+    from zflora_jax.data.mixture import load_source_rows, parse_mixture
     from zflora_jax.data.tasks import GROUPS
     from zflora_jax.hf.load import load_model
     from zflora_jax.run import load_fused
@@ -179,13 +200,16 @@ def _eval(args: argparse.Namespace) -> None:
     named = args.tasks.split(",") if args.tasks else parse_mixture(run.data.task)[0]
     tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
     check_tasks(run, tasks)
-    trained_on = None
+    seen: list[Any] = []
     if args.trained_on:
-        trained_on = load_source_rows(override(run, {"data.task": args.trained_on}).data)
-    elif args.workdir:  # its own data_dir, unless that has been moved
-        moved = args.data_dir and base.data.data_dir and not Path(base.data.data_dir).expanduser().exists()
-        trained_on = load_mixture(dataclasses.replace(base.data, data_dir=args.data_dir) if moved else base.data, "train")
-    model, label = load_fused(args.workdir) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
+        seen += load_source_rows(override(run, {"data.task": args.trained_on}).data)
+    if args.workdir:  # what it trained on, held-out rows of the same files included; in its own data_dir, unless that has been moved
+        moved = run.data.data_dir and base.data.data_dir and not Path(base.data.data_dir).expanduser().exists()
+        seen += load_source_rows(dataclasses.replace(base.data, data_dir=run.data.data_dir) if moved else base.data)
+    trained_on = seen if args.workdir or args.trained_on else None
+    model, label = (
+        load_fused(args.workdir, args.checkpoint) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
+    )
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on)
     for result in summary["tasks"]:
@@ -196,7 +220,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from zflora_jax.run import export_run
 
-    print_table(export_run(args.workdir, args.out, format=args.format, dtype=args.dtype), f"exported to {args.out}")
+    print_table(export_run(args.workdir, args.out, format=args.format, dtype=args.dtype, checkpoint=args.checkpoint), f"exported to {args.out}")
 
 
 def _sweep(args: argparse.Namespace) -> None:

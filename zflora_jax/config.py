@@ -273,7 +273,8 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int | None = None  # None: at the end only
     save_every: int | None = 50  # None: at the end only
-    keep: int = 2
+    keep: int = 2  # the newest checkpoints
+    keep_best: bool = False  # and the one with the lowest validation loss
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -283,6 +284,12 @@ class TrainConfig:
         for name in ("eval_every", "save_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}={value}: must be at least 1, or None for the end only.")
+        each, saved = self.eval_every, self.save_every
+        require(
+            not self.keep_best or (each is not None and saved is not None and saved % each == 0),
+            f"train.keep_best=True needs the loss of every checkpoint: set train.eval_every to a divisor of train.save_every "
+            f"(they are {each} and {saved}).",
+        )
 
 
 @dataclass(frozen=True)
@@ -343,6 +350,10 @@ class RunConfig:
         require(
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} does not leave a step at full rate in train.steps={self.train.steps}; lower warmup_steps.",
+        )
+        require(
+            not self.train.keep_best or self.eval.split == "validation",
+            "train.keep_best=True chooses by the held-out loss: set eval.split=validation, so that the test split stays unseen.",
         )
         parts, micro = self.mesh.data * self.mesh.fsdp, self.data.batch_size // self.data.accumulate
         require(

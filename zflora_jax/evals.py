@@ -64,7 +64,8 @@ def generation_records(
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[Record]:
     """One record per example, in the order of `examples`, whatever the batch size: output (greedy, or beam search with eval.num_beams), new_tokens,
-    and by parser prediction and correct ("fixed"), prediction_legacy and correct_legacy, or the F-measures of ROUGE where the task has references;
+    cut (whether eval.max_new_tokens ended it), and by parser prediction and correct ("fixed"), prediction_legacy and correct_legacy, or the
+    F-measures of ROUGE where the task has references;
     document_cut where a document did not fit the prompt.
 
     partial: a file that finished batches are added to; a call with the same model, prompts and settings goes on from it. ROUGE is `rouge-score`'s
@@ -83,9 +84,12 @@ def generation_records(
             stop=stop,
             num_beams=evaluation.num_beams,
         )
-        return [{"output": model.tokenizer.decode(ids, skip_special_tokens=True), "new_tokens": len(ids)} for ids in outputs]
+        return [
+            {"output": model.tokenizer.decode(ids, skip_special_tokens=True), "new_tokens": len(ids), "cut": not ids or ids[-1] not in stop}
+            for ids in outputs
+        ]
 
-    key = ("generation", stop, evaluation.max_new_tokens, evaluation.num_beams)
+    key = ("generation, cut", stop, evaluation.max_new_tokens, evaluation.num_beams)
     records = _in_batches(answer, model, prompts, key, evaluation.batch_size, partial, on_batch)
     for record, example, is_cut in zip(records, examples, cut, strict=True):
         if example.document:
@@ -215,6 +219,7 @@ SCORES = {
     **{name: name for name in ROUGE},
 }
 _RESAMPLES = 2000
+_Z = 1.96  # standard deviations of a 95% interval
 
 
 def scores_of(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, float]]:
@@ -233,13 +238,18 @@ def _column(records: Sequence[Record], key: str) -> np.ndarray:
 
 
 def _mean_and_interval(columns: Sequence[np.ndarray], seed: int) -> dict[str, float]:
-    """Mean of the columns' means; the 2.5% and 97.5% quantiles of the same over resampled columns."""
+    """Mean of the columns' means; the 2.5% and 97.5% quantiles of the same over resampled columns. Where all rows are right or all are wrong, which
+    no resample tells from certainty, Wilson's interval for that many rows."""
     draw = np.random.default_rng(seed)
     means = np.zeros(_RESAMPLES)
     for column in columns:
         values, counts = np.unique(column, return_counts=True)  # a resample is a multinomial draw over the distinct values
         means += draw.multinomial(len(column), counts / len(column), _RESAMPLES) @ values / len(column) / len(columns)
     low, high = np.quantile(means, [0.025, 0.975])
+    if low == high and low in (0.0, 1.0):
+        rows = sum(map(len, columns))
+        reach = _Z**2 / (rows + _Z**2)
+        low, high = (low, reach) if low == 0.0 else (1 - reach, high)
     return {"mean": float(np.mean([column.mean() for column in columns])), "low": float(low), "high": float(high)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,8 +57,14 @@ def bars(values: Mapping[str, float], png_path: str | Path, title: str, *, sprea
     _save(figure, png_path)
 
 
-def grouped_bars(values: Mapping[str, Mapping[str, float]], png_path: str | Path, title: str, *, label: str = "") -> None:
-    """Draw values[series][group] as groups of vertical bars, one colour per series, a number on each."""
+def grouped_bars(
+    values: Mapping[str, Mapping[str, float]],
+    png_path: str | Path,
+    title: str,
+    label: str = "",
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> None:
+    """Draw values[series][group] as groups of vertical bars, one colour per series, a number on each; intervals[series][group]: its (low, high)."""
     groups = list(dict.fromkeys(group for series in values.values() for group in series))
     if not groups:
         raise ValueError(f"no values to draw for {title!r}.")
@@ -68,6 +74,10 @@ def grouped_bars(values: Mapping[str, Mapping[str, float]], png_path: str | Path
     for i, (series, heights) in enumerate(values.items()):
         places = [groups.index(group) + (i - (len(values) - 1) / 2) * width for group in heights]
         drawn = axes.bar(places, list(heights.values()), width, label=series)
+        for place, (group, height) in zip(places, heights.items(), strict=True):
+            if intervals is not None:
+                low, high = intervals[series][group]
+                axes.errorbar(place, height, [[max(height - low, 0.0)], [max(high - height, 0.0)]], color="black", linewidth=0.6, capsize=1)
         axes.bar_label(drawn, fmt="%.0f", fontsize=6)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label)

@@ -6,14 +6,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from zflora_jax import trees
+from zflora_jax import hosts, trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params, plan
@@ -31,7 +31,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
 from zflora_jax.report import environment, write_json
-from zflora_jax.sharding import batch_sharding, make_mesh, shard, state_shardings
+from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
 from zflora_jax.trainer import TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
 
@@ -47,9 +47,10 @@ class Trained:
     report: dict[str, Any]
 
 
-def load_base(run: RunConfig) -> Model:
-    """The run's base model in its dtype, with its remat setting; ConfigError where the run's settings do not fit it."""
-    model = load_model(run.model, dtype=run.train.dtype)
+def load_base(run: RunConfig, mesh: Any = None) -> Model:
+    """The run's base model in its dtype, with its remat setting, divided over `mesh` if one is given; ConfigError where the run's settings do not
+    fit it."""
+    model = load_model(run.model, dtype=run.train.dtype, mesh=mesh)
     if model.adapter is not None:
         require(
             METHODS[model.adapter.method].in_place != "none",
@@ -76,15 +77,19 @@ def _fresh_state(run: RunConfig, model: Model) -> TrainState:
     return init_state(init_adapters(jax.random.key(run.train.seed), model, run.adapter), run.optim, run.train.steps)
 
 
-def load_run(workdir: str | Path) -> tuple[RunConfig, Model, Tree, int]:
-    """(config, base model, adapters, finished steps) of the newest checkpoint of a run. ConfigError if it has none, or was trained on
-    another base."""
+def load_run(workdir: str | Path, step: int | str | None = None) -> tuple[RunConfig, Model, Tree, int]:
+    """(config, base model, adapters, finished steps) of a checkpoint of a run: the newest, that of `step`, or the "best" (train.keep_best).
+    ConfigError if there is none, or it was trained on another base."""
     run = read_config(workdir)
     require((Path(workdir) / "checkpoints").is_dir(), f"{workdir} has no checkpoint yet; train it first.")
     model = load_base(run)
     with Checkpoints(workdir, create=False) as checkpoints:
         require(checkpoints.latest is not None, f"{workdir} has no complete checkpoint yet; train it first.")
-        state, meta = checkpoints.restore(jax.eval_shape(lambda: _fresh_state(run, model)))
+        if step == "best":
+            require(checkpoints.best is not None, f"{workdir} has no best checkpoint: train with train.keep_best=True, or name a step.")
+            step = checkpoints.best
+        require(step is None or str(step).isdigit(), f"checkpoint {step!r}: expected a number of steps, or 'best'.")
+        state, meta = checkpoints.restore(jax.eval_shape(lambda: _fresh_state(run, model)), None if step is None else int(step))
     _check_same(meta, "base", trees.fingerprint(model.params), workdir)
     return run, model, state.adapters, int(state.step)
 
@@ -102,19 +107,25 @@ def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Se
     return examples, tokenize_examples(examples, model.tokenizer, run.data)
 
 
-def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | None = None, console: bool = True) -> Trained:
+def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | None = None, resume: bool = False, console: bool = True) -> Trained:
     """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded and said to be finished.
 
-    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already (`load_base`).
-    Writes config.json, checkpoints/, metrics.jsonl, tensorboard/ and report.json. Raises ConfigError for settings that cannot be used (also a
-    `workdir` of another
-    config, or one that another process is training) and NonFiniteError when the loss stops being a number; the last checkpoint then is intact.
+    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already (`load_base`). resume: refuse a workdir without a run.
+    Every process of a run of several calls this (after `hosts.start`), with a workdir that they share. Writes config.json, checkpoints/,
+    metrics.jsonl, tensorboard/ and report.json.
+
+    Raises:
+      ConfigError: settings that cannot be used, a `workdir` of another config, or one that another process is training.
+      NonFiniteError: the loss stopped being a number; the last checkpoint is intact.
+      Stopped: SIGTERM or SIGINT came; the state after the step that ran then is saved.
+      SaveError: a checkpoint could not be written; the ones before it are intact.
     """
     started, env = time.perf_counter(), environment()  # the commit that runs, not the one checked out when it ends
-    workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else workdir
+    workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else Path(workdir)
     check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
+    require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh)
-    model = model or load_base(run)
+    model = model or load_base(run, mesh)
     train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data)
     examples = len(train_set)
     if run.data.packing:
@@ -123,10 +134,12 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     meta = {"base_fingerprint": trees.fingerprint(model.params), "data_fingerprint": train_set.fingerprint()}
     model = dataclasses.replace(model, params=shard(model.params, mesh))
     where = state_shardings(jax.eval_shape(lambda: _fresh_state(run, model)), mesh)
-    state = jax.device_put(_fresh_state(run, model), where)
+    state = _sharded_state(run, model, where)
     steps, every = run.train.steps, run.train
     step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where)
-    claim(workdir, run)
+    if hosts.is_main():
+        claim(workdir, run)
+    hosts.barrier("workdir claimed")
     spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
 
     def evaluate_loss(adapters: Tree) -> dict[str, float]:
@@ -134,7 +147,12 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
             model, eval_set, run.data, adapter=run.adapter, adapters=adapters, batch_size=_micro_batch(run), chunk=run.train.loss_chunk
         )
 
-    with locked(workdir), Checkpoints(workdir, run.train.keep) as checkpoints, jax.set_mesh(mesh):
+    with ExitStack() as stack:
+        if hosts.is_main():
+            stack.enter_context(locked(workdir))
+        hosts.barrier("workdir locked")
+        checkpoints = stack.enter_context(Checkpoints(workdir, every.keep, keep_best=every.keep_best))
+        stack.enter_context(jax.set_mesh(mesh))
         if checkpoints.latest is not None:
             state, saved = checkpoints.restore(state)
             for name in ("base", "data"):
@@ -145,36 +163,60 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
                 "%s %s", workdir, f"is finished ({steps} steps): nothing to train" if finished else f"resumes from step {int(state.step)} of {steps}"
             )
         first = int(state.step)
-        with MetricWriter(workdir, steps, console=console, start_step=first) as writer:
-            clock = time.perf_counter()
+        writer = stack.enter_context(MetricWriter(workdir, steps, console=console, start_step=first)) if hosts.is_main() else None
+        signals = stack.enter_context(hosts.StopSignals())
+        clock = time.perf_counter()
 
-            def on_metrics(step: int, metrics: dict[str, float]) -> None:
-                nonlocal clock
-                now = time.perf_counter()
-                rate = metrics["tokens"] / max(now - clock, 1e-9)
-                clock = now
+        def on_metrics(step: int, metrics: dict[str, float]) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            rate = metrics["tokens"] / max(now - clock, 1e-9)
+            clock = now
+            if writer is not None:
                 writer.progress(step, loss=metrics["loss"], tokens_per_s=rate)
                 if step % every.log_every == 0 or step in (1, steps):
                     writer.write(step, "train", metrics | {"target_tokens_per_s": rate})
 
-            def due(step: int, period: int | None) -> bool:
-                return step == steps or (period is not None and step % period == 0)
+        def due(step: int, period: int | None) -> bool:
+            return step == steps or (period is not None and step % period == 0)
 
-            def on_due(step: int, state: TrainState) -> None:
-                nonlocal clock, final
-                if due(step, every.eval_every):
-                    final = evaluate_loss(state.adapters)
+        def save(step: int, state: TrainState, loss: float | None = None) -> None:
+            where = {"next_step": step, "data_seed": run.data.seed, "seconds": spent + time.perf_counter() - started}
+            checkpoints.save(step, state, meta | where, loss)
+
+        def on_due(step: int, state: TrainState) -> None:
+            nonlocal clock, final
+            loss = None
+            if due(step, every.eval_every):
+                final = evaluate_loss(state.adapters)
+                loss = final["loss"]
+                if writer is not None:
                     writer.write(step, "eval", final)
-                if due(step, every.save_every):
-                    checkpoints.save(
-                        step, state, meta | {"next_step": step, "data_seed": run.data.seed, "seconds": spent + time.perf_counter() - started}
-                    )
-                clock = time.perf_counter()
+            if due(step, every.save_every):
+                save(step, state, loss)
+            clock = time.perf_counter()
 
-            rows = batch_sharding(mesh)
-            batches = (jax.device_put(batch, rows) for batch in train_batches(train_set, run.data, first))
-            due_at_all = lambda step: due(step, every.save_every) or due(step, every.eval_every)  # noqa: E731
-            state = fit(step_fn, model.params, state, batches, steps, on_metrics=on_metrics, is_due=due_at_all, on_due=on_due)
+        def on_stop(step: int, state: TrainState) -> None:
+            save(step, state)
+            stack.close()  # what is being written is written before anyone is told that it is
+            raise hosts.Stopped(
+                f"stopped by a signal after step {step} of {steps}, which is saved in {workdir}; the same command goes on from there."
+            )
+
+        mine = own_rows(run.data.batch_size, mesh)
+        batches = (put_rows(batch, run.data.batch_size, mesh) for batch in train_batches(train_set, run.data, first, mine))
+        state = fit(
+            step_fn,
+            model.params,
+            state,
+            batches,
+            steps,
+            on_metrics=on_metrics,
+            is_due=lambda step: due(step, every.save_every) or due(step, every.eval_every),
+            on_due=on_due,
+            should_stop=signals.requested,
+            on_stop=on_stop,
+        )
         if final is None:  # a finished run was loaded
             final = evaluate_loss(state.adapters)
     report = {
@@ -191,31 +233,41 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
         f"{run.eval.split}_loss": final["loss"],
         f"{run.eval.split}_rows": int(final["rows"]),
         "seconds": spent + (time.perf_counter() - started if first < steps else 0.0),
+        "processes": jax.process_count(),
         **meta,
         "config": to_dict(run),
         "environment": env,
     }
-    write_json(Path(workdir) / "report.json", report)
+    if hosts.is_main():
+        write_json(workdir / "report.json", report)
     return Trained(model, state.adapters, report)
+
+
+def _sharded_state(run: RunConfig, model: Model, where: Any) -> TrainState:
+    """The state before the first step, each device making its own part."""
+    fresh = jax.jit(lambda params: _fresh_state(run, dataclasses.replace(model, params=params)), out_shardings=where)
+    return fresh(model.params)
 
 
 def _micro_batch(run: RunConfig) -> int:
     return run.data.batch_size // run.data.accumulate
 
 
-def load_fused(workdir: str | Path) -> tuple[Model, str]:
-    """What `workdir` has trained, fused, and a label for result files ("step120")."""
-    run, model, adapters, step = load_run(workdir)
+def load_fused(workdir: str | Path, step: int | str | None = None) -> tuple[Model, str]:
+    """What `workdir` has trained (see `load_run`), fused, and a label for result files ("step120")."""
+    run, model, adapters, step = load_run(workdir, step)
     return fuse(model, run.adapter, adapters), f"step{step}"
 
 
-def export_run(workdir: str | Path, out: str | Path, *, format: str = "hf", dtype: str | None = None) -> dict[str, Any]:
+def export_run(
+    workdir: str | Path, out: str | Path, *, format: str = "hf", dtype: str | None = None, checkpoint: int | str | None = None
+) -> dict[str, Any]:
     """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or "peft", LoRA adapters. Returns what was written.
 
     For "hf" the report says how far the export's logits are from the fused model's in float32, on held-out prompts: max and mean |dlogit|, and
     top-1 agreement.
     """
-    run, model, adapters, step = load_run(workdir)
+    run, model, adapters, step = load_run(workdir, checkpoint)
     if format == "peft":
         return save_peft(out, model, run.adapter, adapters)
     require(format == "hf", f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax import trees
-from zflora_jax.config import RunConfig
+from zflora_jax.config import EvalConfig, RunConfig
 from zflora_jax.contamination import contaminated, questions
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import tokenize_examples
@@ -43,12 +43,15 @@ def evaluate(
     "clean") -> score -> mean, low, high (95%, bootstrap). The loss is over rows that fit data.lengths, documents cut to them; answers are generated
     from prompts as long as the context allows (eval.max_prompt_tokens).
     """
-    return _evaluate(run, model, out, None if trained_on is None else questions(trained_on), console)[0]
+    result, _, partials = _evaluate(run, model, out, None if trained_on is None else questions(trained_on), console)
+    _remove(partials)
+    return result
 
 
 def _evaluate(
     run: RunConfig, model: Model, out: str | Path | None, seen: frozenset[str] | None, console: bool
-) -> tuple[dict[str, Any], list[Record]]:
+) -> tuple[dict[str, Any], list[Record], list[Path]]:
+    """The result, the records, and the files of finished batches, for the caller to remove when all that it evaluates is done."""
     started, env, evaluation = time.perf_counter(), environment(), run.eval
     require_fit(run, model)
     mixture = load_mixture(run.data, evaluation.split, None if evaluation.clean_only else evaluation.limit)
@@ -65,7 +68,7 @@ def _evaluate(
     ]
     if seen is not None:
         records = [record | {"contaminated": marks[record["index"]]} for record in records]
-        result |= {"clean_rows": [record["contaminated"] for record in records].count(False)}
+        result |= {"questions": len(marks), "contaminated": sum(marks), "clean_rows": [record["contaminated"] for record in records].count(False)}
         if any(marks):
             text = "%s: %d of %d questions are in the training data; " + (
                 "they are left out" if evaluation.clean_only else "scores are given on all rows and on the clean ones"
@@ -85,19 +88,24 @@ def _evaluate(
             fresh = generation_records(model, name, examples, run.data, evaluation, partial=partials["generation"], on_batch=advance)
         records = [record | new for record, new in zip(records, fresh, strict=True)]
         result |= {"documents_cut": sum(record["document_cut"] for record in records)} if "document_cut" in records[0] else {}
-    scores = {"all": scores_of(records, evaluation.seed)}
+        result["answers_cut"] = sum(record["cut"] for record in records)
+    if all(example.options for example in examples):
+        result["chance"] = sum(1 / len(example.options) for example in examples) / len(examples)
+    scores = {} if evaluation.clean_only else {"all": scores_of(records, evaluation.seed)}
     if seen is not None:
         scores["clean"] = scores_of([r for r in records if not r["contaminated"]], evaluation.seed)
-    result |= {score: values["mean"] for score, values in scores["all"].items()}
+    result |= {score: values["mean"] for score, values in scores.get("all", scores.get("clean", {})).items()}
     result |= {f"{score}_clean": values["mean"] for score, values in scores.get("clean", {}).items()}
     result |= {"prompt_style": evaluation.prompt_style or run.data.prompt_style, "scores": scores, "seconds": time.perf_counter() - started}
     if out is not None:
         atomic_write(f"{out}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
         write_json(f"{out}.json", result | {"config": to_dict(run), "environment": env})
-        for partial in partials.values():
-            if partial is not None:
-                partial.unlink(missing_ok=True)
-    return result, records
+    return result, records, [partial for partial in partials.values() if partial is not None]
+
+
+def _remove(files: Sequence[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def check_tasks(run: RunConfig, tasks: Sequence[str]) -> None:
@@ -115,42 +123,49 @@ def evaluate_tasks(
     label: str,
     *,
     trained_on: Sequence[Example] | None = None,
+    replace: bool = False,
     console: bool = True,
 ) -> dict[str, Any]:
     """`evaluate` on each of `tasks`, then <out>/summary-<split>-<label>.json and .md: a row per task, and the mean over the tasks of each group.
 
-    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Returns what the summary's JSON holds. ConfigError where `out` holds a summary of
-    that name of another model or of other settings.
+    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Stopped, it goes on where it was, whichever task that is. Returns what the
+    summary's JSON holds. ConfigError where `out` holds a summary of that name of another model or of other settings, unless it is to be replaced.
     """
     out, env = Path(out), environment()
     check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
     origin = {"model": trees.fingerprint(model.params), "data.prompt_style": run.data.prompt_style}
     origin |= {f"eval.{key}": value for key, value in to_dict(run.eval).items() if key not in ("batch_size", "limit", "seed")}
-    _refuse_other(Path(f"{path}.json"), origin)
+    if not replace:
+        _refuse_other(Path(f"{path}.json"), origin)
+    if trained_on is None:
+        log.warning("no training data was named, so no test question is checked against any; see --trained-on")
     seen = None if trained_on is None else questions(trained_on)
-    results, tables = [], {}
+    results, tables, partials = [], {}, list[Path]()
     for task in tasks:
         one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
-        result, tables[task] = _evaluate(one, model, out / f"{task}-{run.eval.split}-{label}", seen, console)
+        result, tables[task], files = _evaluate(one, model, out / f"{task}-{run.eval.split}-{label}", seen, console)
         results.append(result)
+        partials += files
     groups = {}
     for group, members in GROUPS.items():
         present = [task for task in tasks if task in members]
         if len(present) > 1:
-            rows = {"all": [tables[task] for task in present]}
+            rows = {} if run.eval.clean_only else {"all": [tables[task] for task in present]}
             if seen is not None:
                 rows["clean"] = [[r for r in tables[task] if not r["contaminated"]] for task in present]
             groups[group] = {"tasks": present} | {name: group_scores(table, run.eval.seed) for name, table in rows.items()}
     summary = {"label": label, "tasks": results, "groups": groups, "origin": origin, "config": to_dict(run), "environment": env}
     write_json(f"{path}.json", summary)
     atomic_write(f"{path}.md", summary_page(summary).encode())
+    _remove(partials)
     return summary
 
 
 def _refuse_other(path: Path, origin: dict[str, Any]) -> None:
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8")).get("origin", {})
+        defaults = {f"eval.{key}": value for key, value in to_dict(EvalConfig()).items()}  # of settings that are younger than the file
+        there = defaults | json.loads(path.read_text(encoding="utf-8")).get("origin", {})
         other = [key for key, value in json.loads(json.dumps(origin)).items() if there.get(key) != value]
         require(not other, f"{path} holds scores of other settings ({', '.join(other)}); give another --out, or move them away.")
 
@@ -192,11 +207,22 @@ def summary_page(summary: dict[str, Any]) -> str:
             "",
             markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line))),
             "",
+            *_remarks(summary["tasks"]),
             f"Command: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; device {env['device']}; "
             f"jax {env['jax']}; seed {evaluation['seed']}; {env['date']}.",
             "",
         ]
     )
+
+
+def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the scores has to know beside them: contamination, answers cut short, chance."""
+    marked = {r["task"]: f"{r['contaminated']} of {r['questions']}" for r in results if "contaminated" in r}
+    cut = {r["task"]: f"{r['answers_cut']} of {r['rows']}" for r in results if "answers_cut" in r}
+    chance = {r["task"]: f"{r['chance']:.3f}" for r in results if "chance" in r}
+    texts = {"Test questions found in the training data": marked, "Answers that reached the limit of new tokens": cut, "Chance": chance}
+    lines = [f"{text}: {', '.join(f'{task} {value}' for task, value in found.items())}." for text, found in texts.items() if found]
+    return [*([] if marked else ["No training data was named: contamination was not checked."]), *lines, ""]
 
 
 def _interval(values: dict[str, float]) -> str:

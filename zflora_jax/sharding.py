@@ -89,8 +89,15 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh) -> trees.Tree:
 
 
 def shard(tree: Mapping[str, Any], mesh: Mesh) -> trees.Tree:
-    """`tree` on the devices of `mesh`."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    """`tree` on the devices of `mesh`. Where they belong to several processes, each must have the whole tree, or have loaded it on this mesh."""
+
+    def place(leaf: Any, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and leaf.sharding == where):
+            return jax.device_put(leaf, where)
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, where, value.__getitem__)
+
+    return jax.tree.map(place, dict(tree), shardings(tree, mesh))
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -106,6 +113,25 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch's arrays [B, T]: rows over data and fsdp."""
     return NamedSharding(mesh, P(BATCH))
+
+
+def own_rows(rows: int, mesh: Mesh) -> list[int]:
+    """Which of the `rows` rows of a batch lie on this process's devices."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in held if index is not None for row in range(*index[0].indices(rows))})
+
+
+def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch of `rows` rows on `mesh`, of which `batch` holds those that `own_rows` names, in that order."""
+    at = {row: position for position, row in enumerate(own_rows(rows, mesh))}
+
+    def put(own: np.ndarray) -> jax.Array:
+        def held(index: tuple[slice, ...] | None) -> np.ndarray:
+            return own if index is None else own[[at[row] for row in range(*index[0].indices(rows))]]
+
+        return jax.make_array_from_callback((rows, *own.shape[1:]), batch_sharding(mesh), held)
+
+    return {name: put(own) for name, own in batch.items()}
 
 
 def batch_shards() -> int:

@@ -17,9 +17,9 @@ from typing import Any
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import count_params
-from zflora_jax.checkpoint import BusyError
+from zflora_jax.checkpoint import FREE, BusyError, locked
 from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig
-from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.mixture import load_source_rows
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.model import Model
@@ -28,8 +28,10 @@ from zflora_jax.report import atomic_write, environment, markdown_table, write_j
 from zflora_jax.run import Trained, held_out, load_base, train
 from zflora_jax.scorecard import SCORE_LEGEND, decoding, evaluate_tasks
 from zflora_jax.trainer import NonFiniteError
+from zflora_jax.trees import flatten
 
 Result = dict[str, Any]
+_NO_NUMBERS = ("data/data_dir", *(key for key in FREE if key != "eval"))
 BASE = "base"
 _POLL = 5.0  # seconds between looks at a run that another process of the same sweep is training
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")  # of environment(), kept with every run: a resumed sweep can change machines
@@ -63,9 +65,10 @@ class Sweep:
         if (other := self.rates_from) is not None:
             same = all(other.methods.get(label) == adapter for label, adapter in self.methods.items())
             require(same and other.name != self.name, f"sweep.rates_from={other.name!r}: it must be another sweep, over the same methods.")
-        steps = self.pick_steps
+        steps, warmup, whole = self.pick_steps, self.base.optim.warmup_steps, self.base.train.steps
         require(
-            steps is None or self.base.optim.warmup_steps < steps <= self.base.train.steps, f"sweep.pick_steps={steps}: between warm-up and steps."
+            steps is None or warmup < steps <= whole,
+            f"sweep.pick_steps={steps}: must be above optim.warmup_steps={warmup} and at most train.steps={whole}. Change it in the config file.",
         )
 
 
@@ -85,7 +88,7 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
         steps = "" if run.train.steps == of.base.train.steps else f"-steps{run.train.steps}"
         name = f"{label}-lr{run.optim.learning_rate:g}{steps}-seed{seed}"
         folder = workdir if of is plan else workdir.parent / of.name
-        result = _run(plan, run, plan.tasks if scored else (), folder / name, out / of.name / f"{name}.json", console)
+        result = _run(plan, run, base_model, plan.tasks if scored else (), folder / name, out / of.name / f"{name}.json", console)
         result = {"method": label, "learning_rate": run.optim.learning_rate, "steps": run.train.steps, "seed": seed} | result
         runs.extend([result] if of is plan else [])
         return result
@@ -107,7 +110,8 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
                 "method": label,
                 "trainable": count_params(base_model.config, adapter),
                 "learning rate": rate,
-                **{f"validation, lr {r['learning_rate']:g}": r["validation_loss"] for r in grid},
+                **({f"validation, lr {r['learning_rate']:g}": r["validation_loss"] for r in grid} if picker is plan else {}),
+                **({} if picker is plan and not plan.pick_steps else {f"validation, seed {r['seed']}": r["validation_loss"] for r in chosen}),
                 **{f"test, seed {r['seed']}": r["test_loss"] for r in chosen},
                 **({"test mean": statistics.mean(tests), "test spread": max(tests) - min(tests)} if len(tests) > 1 else {}),
                 "seconds": statistics.mean(r["seconds"] for r in chosen if r["seconds"] is not None) if tests else None,
@@ -121,13 +125,16 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
         atomic_write(out / f"{plan.name}.md", _page(plan, whole).encode())
         if plan.tasks:
             shown = {row["method"]: row["scores"] for row in rows if row["scores"]}
-            grouped_bars(shown, out / f"{plan.name}.png", f"{plan.name}: {plan.base.model}", label=f"{rows[0]['headline']} (%), clean rows")
+            reach = {row["method"]: row["intervals"][row["headline"]] for row in rows if row["scores"]}
+            grouped_bars(shown, out / f"{plan.name}.png", f"{plan.name}: {plan.base.model}", f"{rows[0]['headline']} (%), clean rows", reach)
     return whole
 
 
 def overview(plans: Sequence[Sweep], out: str | Path) -> Path | None:
     """The pages of several sweeps, those that are there, as one: <out>/<the first word of their names>.md. None if none is there yet."""
     path = Path(out) / f"{plans[0].name.partition('_')[0]}.md"
+    taken = [plan.name for plan in plans if f"{plan.name}.md" == path.name]
+    require(not taken, f"sweep {taken}: its page would be the overview's, {path.name}; give it a name of two words, such as {taken}_first.")
     pages = [page.read_text(encoding="utf-8") for plan in plans if (page := Path(out) / f"{plan.name}.md").is_file()]
     if not pages:
         return None
@@ -172,21 +179,29 @@ def _saved(path: Path, config: Result) -> Result | None:
     def scored(config: Result) -> tuple[list[str], EvalConfig]:
         return config.get("tasks", []), from_dict(EvalConfig, config.get("scoring", {}))
 
+    def numbers(config: Result) -> Result:
+        """The settings that decide the numbers: not where files lie, what is logged and kept, or which devices compute."""
+        flat = flatten(to_dict(trained(config)))
+        return {key: value for key, value in flat.items() if not key.startswith(_NO_NUMBERS)}
+
     saved = json.loads(path.read_text(encoding="utf-8"))
     try:
-        same = trained(saved["config"]) == trained(config) and ("tasks" not in config or scored(saved["config"]) == scored(config))
+        same = numbers(saved["config"]) == numbers(config) and ("tasks" not in config or scored(saved["config"]) == scored(config))
     except ConfigError:  # a setting that is gone
         return None
     return saved["result"] if same else None
 
 
-def _run(plan: Sweep, run: RunConfig, tasks: Sequence[str], workdir: Path, path: Path, console: bool) -> Result:
+def _run(plan: Sweep, run: RunConfig, model: Model, tasks: Sequence[str], workdir: Path, path: Path, console: bool) -> Result:
     config = _recorded(plan, run, tasks)
     while True:
         if (saved := _saved(path, config)) is not None:
             return saved
         try:
-            trained = train(run, workdir, console=console)
+            if workdir.is_dir():  # busy is said before anything slow
+                with locked(workdir):
+                    pass
+            trained = train(run, workdir, model=model, console=console)
             break
         except BusyError:
             time.sleep(_POLL)
@@ -225,8 +240,9 @@ def _score(plan: Sweep, run: RunConfig, model: Model, out: Path, console: bool) 
     """Task -> its rows, clean rows and scores. Every example's record stays in `out`."""
     assert plan.scoring is not None
     scored = dataclasses.replace(run, eval=plan.scoring)
-    summary = evaluate_tasks(scored, model, plan.tasks, out, "chosen", trained_on=load_mixture(run.data, "train"), console=console)
-    return {r["task"]: {key: r[key] for key in ("rows", "clean_rows", "scores", "seconds")} for r in summary["tasks"]}
+    summary = evaluate_tasks(scored, model, plan.tasks, out, "chosen", trained_on=load_source_rows(run.data), replace=True, console=console)
+    kept = ("rows", "clean_rows", "questions", "contaminated", "answers_cut", "chance", "scores", "seconds")
+    return {r["task"]: {key: r[key] for key in kept if key in r} for r in summary["tasks"]}
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -236,7 +252,7 @@ def _scores(chosen: Sequence[Result]) -> Result:
     """Task -> headline score in percent, mean over seeds, under "scores"; every score under "all scores"; spread of the tasks' mean over seeds."""
     runs = [r["scores"] for r in chosen if r.get("scores")]
     if not runs:
-        return {"scores": {}, "all scores": {}}
+        return {"scores": {}, "all scores": {}, "intervals": {}}
     kinds = list(dict.fromkeys(kind for task in runs[0].values() for kind in task["scores"]["clean"]))
     require(bool(kinds), "nothing was scored: no task has a clean row, or scoring switches off all that the tasks have.")
     table = {
@@ -247,22 +263,32 @@ def _scores(chosen: Sequence[Result]) -> Result:
         }
         for kind in kinds
     }
+    intervals = {
+        kind: {
+            task: tuple(100 * statistics.mean(run[task]["scores"]["clean"][kind][bound] for run in runs) for bound in ("low", "high"))
+            for task in tasks
+        }
+        for kind, tasks in table.items()
+    }
     head = kinds[kinds.index("accuracy") if "accuracy" in kinds else 0]
     means = [100 * statistics.mean(run[task]["scores"]["clean"][head]["mean"] for task in table[head]) for run in runs]
     rows = {task: runs[0][task]["clean_rows"] for task in runs[0]}
     return {
         "scores": table[head],
         "all scores": table,
+        "intervals": intervals,
         "headline": head,
         "mean": statistics.mean(means),
         "spread": max(means) - min(means),
         "rows": rows,
+        "cut": {task: statistics.mean(run[task]["answers_cut"] for run in runs) for task in runs[0] if "answers_cut" in runs[0][task]},
+        "chance": {task: 100 * runs[0][task]["chance"] for task in runs[0] if "chance" in runs[0][task]},
     }
 
 
 def _page(plan: Sweep, result: Result) -> str:
-    run, env, first = plan.base, result["environment"], next(r for r in result["runs"] if "train_rows" in r)
-    hidden = ("scores", "all scores", "headline", "mean", "spread", "rows")
+    run, env, first = plan.base, result["environment"], next((r for r in result["runs"] if "train_rows" in r), None)
+    hidden = ("scores", "all scores", "intervals", "headline", "mean", "spread", "rows", "cut", "chance")
     trained = [row for row in result["rows"] if row["method"] != BASE]
     shown = [
         {k: f"{v:.4f}" if k.startswith(("validation", "test")) and v is not None else v for k, v in row.items() if k not in hidden} for row in trained
@@ -277,9 +303,10 @@ def _page(plan: Sweep, result: Result) -> str:
         f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`; {run.model}, {run.train.dtype}, "
         f"{run.train.steps} steps of {run.data.batch_size} {packed}row{'s' if run.data.batch_size > 1 else ''}, "
         f"prompt style {run.data.prompt_style}, loss on {'prompt and completion' if run.data.train_on_prompt else 'the completion only'}, "
-        f"examples up to {run.data.lengths[-1]} tokens ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones left out).",
-        f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f} ({first['test_rows']} rows, "
-        f"{first['test_tokens']} target tokens).",
+        f"examples up to {run.data.lengths[-1]} tokens"
+        + (f" ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones left out)." if first else "."),
+        f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f}"
+        + (f" ({first['test_rows']} rows, {first['test_tokens']} target tokens)." if first else "."),
         f"The learning rate is chosen on {where} with seed {picker.seeds[0]}, {picked}; test columns are at the chosen rate.",
         "",
         markdown_table(shown, list(dict.fromkeys(k for row in shown for k in row))),
@@ -294,6 +321,14 @@ def _page(plan: Sweep, result: Result) -> str:
         else:
             rows = f"Clean rows, out of {f'the first {limit}' if limit else 'all'} of each test set"
         lines += [f"{rows}, their number in brackets; {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}", ""]
+        if (chance := result["rows"][0]["chance"]) and set(chance) == set(result["rows"][0]["rows"]):
+            lines += [f"Chance: {', '.join(f'{task} {value:.1f}' for task, value in chance.items())}.", ""]
+        cut = [
+            f"{row['method']} {' '.join(f'{task} {count:g}' for task, count in row['cut'].items() if count)}"
+            for row in result["rows"]
+            if any(row.get("cut", {}).values())
+        ]
+        lines += [f"Answers that reached the limit of new tokens: {'; '.join(cut)}.", ""] if cut else []
         lines += [f"![{plan.name}]({plan.name}.png)", ""]
     lines += [plan.reading, ""] if plan.reading else []
     lines += [f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []
@@ -308,7 +343,8 @@ def _score_table(plan: Sweep, rows: Sequence[Result], kind: str) -> str:
     for row in rows:
         if values := row["all scores"].get(kind):
             spread = f" ± {row['spread']:.1f}" if len(plan.seeds) > 1 and row["method"] != BASE and values == row["scores"] else ""
-            cells = {f"{task} ({counts[task]})": f"{value:.1f}" for task, value in values.items()}
+            between = row["intervals"][kind]
+            cells = {f"{task} ({counts[task]})": "{:.1f} [{:.1f}, {:.1f}]".format(value, *between[task]) for task, value in values.items()}
             lines.append(
                 {"method": row["method"], "trainable": row["trainable"]} | cells | {"mean": f"{statistics.mean(values.values()):.1f}{spread}"}
             )

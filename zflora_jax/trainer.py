@@ -113,13 +113,15 @@ def fit(
     on_metrics: Callable[[int, dict[str, float]], None],
     is_due: Callable[[int], bool],
     on_due: Callable[[int, TrainState], None],
+    should_stop: Callable[[int], bool] = lambda _: False,
+    on_stop: Callable[[int, TrainState], None] = lambda *_: None,
 ) -> TrainState:
     """Run from `state` to `steps` finished steps.
 
     Step n is dispatched before the metrics of step n-1 are fetched, so the device does not wait for the host. `on_metrics(n, metrics)` sees every
     step once, in order;
-    `on_due(n, state)` (saving, evaluation) runs after the n-th step where `is_due(n)`, and only once the metrics up to n are known to be finite.
-    Raises NonFiniteError naming the step.
+    `on_due(n, state)` (saving, evaluation) runs after the n-th step where `is_due(n)`, and only once the metrics up to n are known to be finite;
+    so does `on_stop(n, state)`, where `should_stop(n)` before the last step, and training ends there. Raises NonFiniteError naming the step.
     """
     pending: tuple[int, dict[str, Array]] | None = None
 
@@ -142,8 +144,13 @@ def fit(
         state, metrics = step_fn(params, state, next(batches))
         settle()
         pending = number, metrics
-        if is_due(number):
+        stopping = should_stop(number) and number < steps
+        if is_due(number) or stopping:
             settle()
+        if is_due(number):
             on_due(number, state)
+        if stopping:
+            on_stop(number, state)
+            break
     settle()
     return state

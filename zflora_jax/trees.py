@@ -101,14 +101,22 @@ def stack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
-    """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the same."""
+    """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the same. All processes that share arrays call it."""
     digests = {}
     for name, leaf in flatten(tree).items():
         stacked = name.startswith("layers/")
         for i in range(leaf.shape[0] if stacked else 1):
             part = re.sub(r"^layers/", f"layers_{i}/", name)
-            value = np.asarray(leaf[i] if stacked else leaf[...])  # a temporary: jax keeps the host copy of an array as long as the array
+            value = _on_host(leaf[i] if stacked else leaf[...])  # a temporary: jax keeps the host copy of an array as long as the array
             digest = hashlib.sha256(f"{part} {value.shape} {value.dtype}".encode())
             digest.update(np.ascontiguousarray(value).view(np.uint8).data)
             digests[part] = digest.digest()
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+
+
+def _on_host(array: Any) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

@@ -164,8 +164,9 @@ def _join(rows: Sequence[Row]) -> Row:
     return Row(np.concatenate([row.tokens for row in rows]), np.concatenate(masks), np.concatenate(segments))
 
 
-def train_batches(encoded: Encoded, data: DataConfig, start_step: int = 0) -> Iterator[Batch]:
-    """Endless training batches of exactly `data.batch_size` rows, from step `start_step` on.
+def train_batches(encoded: Encoded, data: DataConfig, start_step: int = 0, own: Sequence[int] | None = None) -> Iterator[Batch]:
+    """Endless training batches of exactly `data.batch_size` rows, from step `start_step` on; of each only the rows `own`, if given, in the shape of
+    the whole batch's.
 
     The batch of a step is a pure function of (rows, data.seed, step): a run that resumes at step k calls this with start_step=k and goes on
     with what the uninterrupted run saw, at no cost. Every epoch is a new permutation of all rows; batches run across its end, so no row is
@@ -181,7 +182,7 @@ def train_batches(encoded: Encoded, data: DataConfig, start_step: int = 0) -> It
     require(data.seed >= 0, f"data.seed={data.seed}: must be at least 0.")
 
     def collate(rows: Sequence[Row]) -> Batch:
-        return pad(rows, data.lengths, encoded.pad_id)
+        return pad(rows, data.lengths, encoded.pad_id, own)
 
     def endless(rows: Sequence[Row]) -> Any:
         return grain.MapDataset.source(rows).seed(data.seed).shuffle().repeat(_EPOCHS)
@@ -216,11 +217,12 @@ def _fill(rows: Sequence[Row], batch_size: int, lengths: Sequence[int], pad_id: 
     return pad([*rows, *[idle] * (batch_size - len(rows))], lengths, pad_id)
 
 
-def pad(rows: Sequence[Row], lengths: Sequence[int], pad_id: int) -> Batch:
-    """Rows as one Batch, right-padded to the smallest of `lengths` that holds the longest row."""
+def pad(rows: Sequence[Row], lengths: Sequence[int], pad_id: int, own: Sequence[int] | None = None) -> Batch:
+    """Rows, or those numbered `own`, as one Batch, right-padded to the smallest of `lengths` that holds the longest of all rows."""
     longest = max(len(row.tokens) for row in rows)
     fitting = [length for length in lengths if length >= longest]
     require(bool(fitting), f"a row has {longest} tokens, more than the longest of lengths={list(lengths)}.")
+    rows = rows if own is None else [rows[i] for i in own]
     shape = (len(rows), min(fitting))
     batch = {"tokens": np.full(shape, pad_id, np.int32), "loss_mask": np.zeros(shape, np.bool_), "segments": np.zeros(shape, np.int32)}
     for i, row in enumerate(rows):

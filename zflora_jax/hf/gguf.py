@@ -12,7 +12,7 @@ import numpy as np
 
 from zflora_jax.config import LlamaConfig, RopeScaling
 from zflora_jax.fields import ConfigError, from_dict, require
-from zflora_jax.hf.keys import CheckpointError, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
+from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
 from zflora_jax.layers import rope_frequencies
 from zflora_jax.model import Model
 from zflora_jax.trees import unflatten
@@ -36,7 +36,7 @@ _ROPE = "rope_freqs.weight"  # Llama-3 scaling, as divisors of the inverse frequ
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
-def load_gguf(path: Path, dtype: str, scan_layers: bool) -> Model:
+def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -> Model:
     """The Llama in a GGUF file, dequantised to `dtype`. Raises CheckpointError or ConfigError as `load_model` does."""
     reader = open_gguf(path)
     tensors = {_hf_name(t.name): t for t in reader.tensors if t.name != _ROPE}
@@ -45,7 +45,7 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool) -> Model:
     table = hf_table(config)
     check_tensors(table, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}, str(path), config.num_layers)
 
-    def read(name: str, place: Place) -> np.ndarray:
+    def read(name: str, place: Place, part: Part) -> np.ndarray:  # a block of quantised numbers cannot be cut: the tensor is read whole
         from gguf import dequantize
 
         tensor = tensors[name]
@@ -55,9 +55,9 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool) -> Model:
             raise CheckpointError(f"{path}: {tensor.name} cannot be dequantised: {error}.") from error
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             array = _half_split(array, config.num_heads if "q_proj" in name else config.num_kv_heads)
-        return place.to_native(as_finite(array, config.dtype, tensor.name, str(path)))
+        return place.to_native(as_finite(array, config.dtype, tensor.name, str(path)))[part]
 
-    return Model(config, unflatten(gather(table, read, config.dtype)), tokenizer=build_tokenizer(path, reader, config))
+    return Model(config, unflatten(gather(table, read, config.dtype, sharding)), tokenizer=build_tokenizer(path, reader, config))
 
 
 def open_gguf(path: Path) -> Any:

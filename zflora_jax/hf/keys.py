@@ -5,6 +5,7 @@ Hugging Face stores a linear layer as (out, in) over flattened axes; a native ke
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,19 @@ TOP_NAMES = {"embed/embedding": "model.embed_tokens.weight", "final_norm/scale":
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
+Part = tuple[slice, ...]
+"""What to take along each axis: start and stop are given, there is no step."""
+
+
+def whole(shape: tuple[int, ...]) -> Part:
+    """The Part that is everything."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def part_shape(part: Part) -> tuple[int, ...]:
+    return tuple(cut.stop - cut.start for cut in part)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a Hugging Face tensor lives in the native tree.
@@ -54,9 +68,23 @@ class Place:
             return self.shape
         return math.prod(self.shape[self.in_axes :]), math.prod(self.shape[: self.in_axes])
 
-    def to_native(self, array: np.ndarray) -> np.ndarray:
-        """The Hugging Face tensor in native layout (a view)."""
-        return array.T.reshape(self.shape) if self.in_axes else array
+    def to_native(self, array: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """The Hugging Face tensor, or a part of it whose native shape is `shape`, in native layout (a view)."""
+        return array.T.reshape(self.shape if shape is None else shape) if self.in_axes else array
+
+    def hf_part(self, part: Part) -> Part:
+        """The slices of the Hugging Face tensor that hold the native slices `part`. Of axes that it stores as one, only the first may be cut."""
+        if not self.in_axes:
+            return part
+
+        def joined(start: int, stop: int) -> slice:
+            first, *rest = part[start:stop]
+            if any(cut != slice(0, size) for cut, size in zip(rest, self.shape[start + 1 : stop], strict=True)):
+                raise ValueError(f"{self.leaf}: {part} of {self.shape} is no block of rows and columns in Hugging Face's layout.")
+            inner = math.prod(self.shape[start + 1 : stop])
+            return slice(first.start * inner, first.stop * inner)
+
+        return joined(self.in_axes, len(self.shape)), joined(0, self.in_axes)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_native` (a view where the axes allow)."""
@@ -113,11 +141,19 @@ def as_finite(array: np.ndarray, dtype: Any, name: str, what: str) -> np.ndarray
     return cast
 
 
-def gather(table: Mapping[str, Place], read: Callable[[str, Place], np.ndarray], dtype: Any) -> dict[str, Any]:
-    """The native leaves, flat: name -> jax array in `dtype`. `read(hf_name, place)` gives each tensor in native layout, any float dtype.
+def gather(
+    table: Mapping[str, Place],
+    read: Callable[[str, Place, Part], np.ndarray],
+    dtype: Any,
+    sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
+) -> dict[str, Any]:
+    """The native leaves, flat: name -> jax array in `dtype`.
 
-    One leaf is assembled at a time and handed to jax, so that beyond the model itself only the largest leaf is held twice.
+    read(hf_name, place, part): that part of a tensor in native layout, any float dtype. sharding(name, shape): where a leaf goes; only the parts
+    that this process's devices hold are read then. None: whole, on the first device. One leaf is assembled at a time and handed to jax, so that
+    beyond the model itself only the largest leaf is held twice.
     """
+    import jax
     import jax.numpy as jnp
 
     by_leaf: dict[str, list[tuple[str, Place]]] = {}
@@ -125,12 +161,29 @@ def gather(table: Mapping[str, Place], read: Callable[[str, Place], np.ndarray],
         by_leaf.setdefault(place.leaf, []).append((name, place))
     leaves = {}
     for leaf, members in sorted(by_leaf.items()):
-        (name, place) = members[0]
-        if place.layer is None:
-            leaves[leaf] = jnp.asarray(read(name, place).astype(dtype, copy=False))
-            continue
-        buffer = np.empty((len(members), *place.shape), dtype)
-        for name, place in members:
-            buffer[place.layer] = read(name, place)
-        leaves[leaf] = jnp.asarray(buffer)
+        stacked = members[0][1].layer is not None
+        shape = (len(members),) * stacked + members[0][1].shape
+        assemble = _assembler({place.layer: (name, place) for name, place in members}, shape, read, dtype)
+        leaves[leaf] = jnp.asarray(assemble(None)) if sharding is None else jax.make_array_from_callback(shape, sharding(leaf, shape), assemble)
     return leaves
+
+
+def _assembler(
+    rows: Mapping[int | None, tuple[str, Place]], shape: tuple[int, ...], read: Callable[[str, Place, Part], np.ndarray], dtype: Any
+) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+    """index -> that part of a leaf, read anew only where it was not just read: copies of the model on several devices share it."""
+
+    @functools.cache
+    def at(bounds: tuple[tuple[int, ...], ...]) -> np.ndarray:
+        part = tuple(slice(*pair) for pair in bounds)
+        if None in rows:
+            return read(*rows[None], part).astype(dtype, copy=False)
+        buffer = np.empty(part_shape(part), dtype)
+        for i in range(part[0].start, part[0].stop):
+            buffer[i - part[0].start] = read(*rows[i], part[1:])
+        return buffer
+
+    def assemble(index: tuple[slice, ...] | None) -> np.ndarray:
+        return at(tuple(cut.indices(n)[:2] for cut, n in zip(index or whole(shape), shape, strict=True)))
+
+    return assemble

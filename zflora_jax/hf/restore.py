@@ -13,7 +13,7 @@ from zflora_jax.adapters.methods import base_config
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.fields import from_dict
 from zflora_jax.hf.config import from_hf_config, to_hf_config
-from zflora_jax.hf.keys import CheckpointError, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
+from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
 from zflora_jax.hf.load import accept_tied_head
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.hf.stock import StockForm, module_of
@@ -34,7 +34,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_export(directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers: bool) -> Model:
+def load_export(directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers: bool, sharding: Any = None) -> Model:
     """The native fused model that an export was made from, in `dtype`; `unfuse` of it gives the base as it was saved, bit for bit.
 
     Raises CheckpointError if zflora.json, config.json and the tensors do not belong together. Without the side file, the numbers that stock form
@@ -59,13 +59,13 @@ def load_export(directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers:
             stacklevel=5,
         )
 
-    def read(name: str, place: Place) -> np.ndarray:
+    def read(name: str, place: Place, part: Part) -> np.ndarray:  # stock form pads and reorders: a part of it has to be cut from the whole
         if side is not None and name in kept:
-            return place.to_native(as_finite(side.read(name), dtype, name, what))
+            return place.to_native(as_finite(side.read(name), dtype, name, what))[part]
         x = stock[name].to_native(as_finite(shards.read(name), np.float32, name, what))
-        return form.inverse(module_of(place), x)
+        return form.inverse(module_of(place), x)[part]
 
-    return Model(native, unflatten(gather(table, read, dtype)), adapter=adapter)
+    return Model(native, unflatten(gather(table, read, dtype, sharding)), adapter=adapter)
 
 
 def load_stock(directory: Path, scan_layers: bool = True) -> Model:
@@ -84,8 +84,8 @@ def load_stock(directory: Path, scan_layers: bool = True) -> Model:
     shards, table = Shards(directory), hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
-    def read(name: str, place: Place) -> np.ndarray:
-        return form.inverse_heads(module_of(place), place.to_native(as_finite(shards.read(name), np.float32, name, what)))
+    def read(name: str, place: Place, part: Part) -> np.ndarray:
+        return form.inverse_heads(module_of(place), place.to_native(as_finite(shards.read(name), np.float32, name, what)))[part]
 
     return Model(config, unflatten(gather(table, read, np.float32)))
 

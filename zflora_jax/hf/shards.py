@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.hf.keys import IGNORED, CheckpointError
+from zflora_jax.hf.keys import IGNORED, CheckpointError, Part
 from zflora_jax.trees import difference
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -76,11 +76,11 @@ class Shards:
         if weight_map and (diff := difference(weight_map, self._files)):
             raise CheckpointError(f"{directory}: {INDEX} and the shards do not hold the same tensors:\n{diff}")
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor as it is stored (bfloat16 as ml_dtypes' bfloat16), copied out of the file."""
+    def read(self, name: str, part: Part | None = None) -> np.ndarray:
+        """The tensor, or a part of it, as it is stored (bfloat16 as ml_dtypes' bfloat16), copied out of the file; no more than that is read."""
         path, handle = self._files[name]
         try:
-            return handle.get_tensor(name)
+            return handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         except Exception as error:  # the library raises several types for damaged data
             raise CheckpointError(f"{path}: {name} cannot be read: {error}.") from error
 

@@ -1,0 +1,137 @@
+"""Runs of several processes on loopback: the numbers of one process, one set of files, a stop that all agree on; wrong start-ups say what to give."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_trees_equal
+
+from zflora_jax import hosts, trees
+from zflora_jax import run as runs
+from zflora_jax.config import RunConfig
+from zflora_jax.fields import ConfigError, override, to_dict
+from zflora_jax.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def four(run: RunConfig) -> RunConfig:
+    """A run over four devices."""
+    return override(run, {"mesh.data": 2, "mesh.fsdp": 2, "data.accumulate": 1})
+
+
+def launch(run: RunConfig, workdir: Path, processes: int, devices: int) -> list[subprocess.Popen[str]]:
+    """`zflora train` in `processes` processes of `devices` CPU devices each."""
+    config = workdir.parent / f"{workdir.name}.py"
+    imports = "from zflora_jax.config import RunConfig\nfrom zflora_jax.fields import from_dict\n"
+    config.write_text(f"{imports}def get_config():\n    return from_dict(RunConfig, {to_dict(run)!r})\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", "zflora_jax.cli", "train", "--config", str(config), "--workdir", str(workdir)]
+    several = [[], ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--process-id"]][processes > 1]
+    return [
+        subprocess.Popen([*command, *several, *([str(i)] if several else [])], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for i in range(processes)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n---\n".join(out[-3000:] for out in outputs)
+    return outputs
+
+
+def losses(workdir: Path) -> np.ndarray:
+    return np.asarray([[r["step"], r["loss"], r["tokens"]] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"])
+
+
+def test_two_processes_give_the_numbers_of_one(four, tmp_path):
+    finish(launch(four, tmp_path / "one", 1, 4))
+    first, second = finish(launch(four, tmp_path / "two", 2, 2))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["processes"] == 2 and report["steps"] == 8
+    assert report["base_fingerprint"] == json.loads((tmp_path / "one" / "report.json").read_text())["base_fingerprint"]
+    assert "trained in" in first and "trained in" not in second
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == len((tmp_path / "one" / "metrics.jsonl").read_text().splitlines())
+    _, _, one, _ = runs.load_run(tmp_path / "one")
+    _, _, two, _ = runs.load_run(tmp_path / "two")
+    for name, leaf in trees.flatten(one).items():
+        np.testing.assert_allclose(trees.flatten(two)[name], leaf, atol=2e-4, err_msg=name)
+
+
+def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_path):
+    """SIGTERM to process 1 alone: both save the same step and end with 75; a single process on another mesh finishes the run."""
+    four = override(four, {"train.steps": 400, "train.save_every": None, "optim.learning_rate": 1e-4})
+    processes = launch(four, tmp_path / "run", 2, 2)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < deadline and all(p.poll() is None for p in processes) and not (metrics.exists() and len(read_metrics(metrics)) > 3):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    first, _ = finish(processes, 75)
+    assert "stopped by a signal after step" in first
+    _, _, adapters, step = runs.load_run(tmp_path / "run")
+    assert 3 < step < 400 and not (tmp_path / "run" / "report.json").exists()
+    assert losses(tmp_path / "run")[-1, 0] == step
+
+    alone = override(four, {"mesh.data": 1, "mesh.fsdp": 1})
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"steps": 400', f'"steps": {step}'))  # as if the run ended here
+    done = runs.train(override(alone, {"train.steps": step}), tmp_path / "run", console=False)
+    assert done.report["resumed_from"] == step
+    assert_trees_equal(done.adapters, adapters)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coordinator": "localhost:1"}, r"needs --num-processes \(or ZFLORA_NUM_PROCESSES\), --process-id"),
+        ({"coordinator": "localhost", "num_processes": 2, "process_id": 0}, "expected HOST:PORT"),
+        ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "numbered from 0 to 1"),
+        ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 0, "detect": True}, "leave out --coordinator"),
+        ({"detect": True}, r"did not start by detection \(SLURM"),
+    ],
+)
+def test_wrong_start_ups(arguments, message, monkeypatch):
+    for name in hosts.ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=message):
+        hosts.start(**arguments)
+
+
+def test_the_environment_can_start_a_run(monkeypatch):
+    started = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *values: started.append(values))
+    for name, value in zip(hosts.ENVIRONMENT.values(), ("10.0.0.1:1234", "4", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    hosts.start()
+    hosts.start(process_id=0)
+    assert started == [("10.0.0.1:1234", 4, 3), ("10.0.0.1:1234", 4, 0)]
+    monkeypatch.setenv("ZFLORA_PROCESS_ID", "three")
+    with pytest.raises(ConfigError, match="--process-id 'three': expected a whole number"):
+        hosts.start()
+
+
+def test_a_run_without_the_flags_is_one_process(monkeypatch):
+    for name in hosts.ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_: pytest.fail("started"))
+    hosts.start()
+    hosts.start("localhost:1", 1, 0)
+    assert hosts.is_main()

@@ -1,0 +1,126 @@
+"""Several processes as one run on JAX's own distributed runtime, and stopping one (or all of them) between two steps.
+
+Every process runs the same program on the same global arrays; process 0 alone writes logs, metrics and reports. A run that is asked to stop
+(SIGTERM, SIGINT) finishes its step, saves, and raises `Stopped`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+
+import jax
+
+from zflora_jax.fields import ConfigError, require
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = {"coordinator": "ZFLORA_COORDINATOR", "num_processes": "ZFLORA_NUM_PROCESSES", "process_id": "ZFLORA_PROCESS_ID"}
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run after a step; its state is saved, and the same command goes on from there."""
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, *, detect: bool = False) -> None:
+    """Join the processes of a run. To be called before anything touches a device; does nothing for a run of one process.
+
+    Args:
+      coordinator: "host:port" of process 0, reachable from all. num_processes, process_id: how many there are, and which this is, from 0.
+        Each can come from the environment instead (`ENVIRONMENT`); given are all three, or none.
+      detect: let JAX find them itself: SLURM, Open MPI, Kubernetes (needs the package `kubernetes`), Cloud TPU.
+
+    Raises:
+      ConfigError: some of the three without the others, values that cannot be, or a runtime that does not come up.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    values = {name: os.environ.get(ENVIRONMENT[name]) if value is None else value for name, value in given.items()}
+    missing = [name for name, value in values.items() if value in (None, "")]
+    if len(missing) == 3:
+        if detect:
+            _initialize(None, None, None)
+        return
+    require(
+        not detect, "--distributed finds the processes by itself: leave out --coordinator, --num-processes and --process-id (and their variables)."
+    )
+    options = ", ".join(f"--{name.replace('_', '-')} (or {ENVIRONMENT[name]})" for name in missing)
+    require(not missing, f"a run of several processes needs {options} too.")
+    count, number = (_whole(name, values[name]) for name in ("num_processes", "process_id"))
+    require(count >= 1 and 0 <= number < count, f"--process-id {number} of --num-processes {count}: processes are numbered from 0 to {count - 1}.")
+    address = str(values["coordinator"])
+    host, _, port = address.rpartition(":")
+    require(bool(host) and port.isdigit(), f"--coordinator {address!r}: expected HOST:PORT of process 0, e.g. 10.0.0.1:1234.")
+    if count > 1:
+        _initialize(address, count, number)
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise ConfigError(f"--{name.replace('_', '-')} {value!r}: expected a whole number.") from None
+
+
+def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        where = f"with coordinator {coordinator}" if coordinator else "by detection (SLURM, Open MPI, Kubernetes, Cloud TPU)"
+        hint = "Check that process 0 runs and that its port can be reached." if coordinator else "Give --coordinator, --num-processes, --process-id."
+        raise ConfigError(f"JAX's distributed runtime did not start {where}: {str(error).splitlines()[0]}. {hint}") from error
+    if not is_main():
+        logging.getLogger("zflora_jax").setLevel(logging.WARNING)
+
+
+def is_main() -> bool:
+    """Whether this process writes what a run has only one of: logs, metrics, reports."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGINT ask for a stop instead of ending the process; a second one changes nothing.
+
+    Of several processes one signalled is enough: JAX's preemption service, which takes SIGTERM there, has all of them stop after the same step.
+    Outside the main thread, where Python has no signals, nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, object] = {}
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; with several processes it must be called for every step, and is true in all of them at the same one."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        # os.write: logging takes locks, which the interrupted code may hold.
+        os.write(2, f"{name}: {'already stopping' if self._asked else 'stopping after this step, then saving'}\n".encode())
+        self._asked = True
+        if jax.process_count() > 1 and number == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            caught = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._ask) for number in caught}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
