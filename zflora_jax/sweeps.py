@@ -263,13 +263,11 @@ def _scores(chosen: Sequence[Result]) -> Result:
         }
         for kind in kinds
     }
-    intervals = {
-        kind: {
-            task: tuple(100 * statistics.mean(run[task]["scores"]["clean"][kind][bound] for run in runs) for bound in ("low", "high"))
-            for task in tasks
-        }
-        for kind, tasks in table.items()
-    }
+
+    def bounds(task: str, kind: str) -> list[float]:
+        return [100 * statistics.mean(run[task]["scores"]["clean"][kind][end] for run in runs) for end in ("low", "high")]
+
+    intervals = {kind: {task: bounds(task, kind) for task in tasks} for kind, tasks in table.items()}
     head = kinds[kinds.index("accuracy") if "accuracy" in kinds else 0]
     means = [100 * statistics.mean(run[task]["scores"]["clean"][head]["mean"] for task in table[head]) for run in runs]
     rows = {task: runs[0][task]["clean_rows"] for task in runs[0]}
