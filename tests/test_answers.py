@@ -79,6 +79,12 @@ TABLE: list[tuple[Kind, str, str, str]] = [
     (NUMBER, "The answer is\n42\n\nThere were 10.", "10.", "42"),
     (NUMBER, "The answer is 5 apples + 3 apples = 8 apples.", "8", "8"),
     (NUMBER, "The answer is (5)", "5", "5"),
+    (NUMBER, "The answer is - 5", "5", "-5"),
+    (NUMBER, "The answer is \N{EN DASH}5.", "5.", "-5"),
+    (NUMBER, "The answer is 1\N{EN DASH}3 apples", "3", "1"),
+    (NUMBER, "The answer is x = 5 - 2 = 3", "3", "3"),
+    (NUMBER, "The answer is 10% of 50 = 5", "5", "5"),
+    (NUMBER, r"The answer is \frac{3}{4}.", "4", "0.75"),
     (NUMBER, "no idea", "", ""),
     # letters
     (LETTER, "The answer is (B).", "B", "B"),

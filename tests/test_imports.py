@@ -39,7 +39,7 @@ LAYERS = [
     ("contamination", "evals"),
     ("run",),
     ("scorecard",),
-    ("bench", "sweeps", "plots"),
+    ("bench", "sweeps", "plots", "planner"),
     ("quickstart",),
     ("cli",),
 ]

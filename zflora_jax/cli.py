@@ -15,7 +15,7 @@ from typing import Any
 
 from zflora_jax import config as config_module
 from zflora_jax.config import RunConfig
-from zflora_jax.fields import ConfigError, nearest, override
+from zflora_jax.fields import ConfigError, nearest, override, to_dict
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 
@@ -94,6 +94,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", metavar="STEP", help="a number of steps, or best (default: the newest)")
     sub.add_argument("--format", choices=["hf", "peft"], default="hf", help="hf: the fused model (default); peft: LoRA adapters beside their base")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as trained)")
+
+    sub = command("plan", _plan, "Say what a run needs before anything runs: parameters, memory per device, steps, tokens. No weights are read.")
+    sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config() -> RunConfig")
+    sub.add_argument("--memory", type=float, metavar="GIB", help="what one device has, in GiB: says whether the run fits and what to change")
+    sub.add_argument("--compile", action="store_true", help="also compile the train step, for as many virtual CPU devices as the mesh has")
+    sub.add_argument("--out", metavar="FILE", help="write the plan as JSON too")
+    overrides(sub)
 
     sub = command("sweep", _sweep, "Run methods x learning rates x seeds and write a table. Finished runs are not repeated.")
     sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_sweep() -> Sweep")
@@ -221,6 +228,27 @@ def _export(args: argparse.Namespace) -> None:
     from zflora_jax.run import export_run
 
     print_table(export_run(args.workdir, args.out, format=args.format, dtype=args.dtype, checkpoint=args.checkpoint), f"exported to {args.out}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    run = _run_config(args)
+    if args.compile:  # before anything touches a device
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", run.mesh.data * run.mesh.fsdp * run.mesh.tensor)
+    from zflora_jax.hf.load import model_config
+    from zflora_jax.planner import compiled, lines_of, plan_run
+    from zflora_jax.report import environment, write_json
+
+    config = model_config(run.model)
+    plan = plan_run(run, config, args.memory)
+    if args.compile:
+        plan["compiled"] = compiled(run, config)
+    print_table(plan, f"{args.config}: {run.model}, {run.adapter.method}")
+    print("\n".join(["bytes per device", *lines_of(plan)]))
+    if args.out:
+        write_json(args.out, plan | {"config": to_dict(run), "environment": environment()})
 
 
 def _sweep(args: argparse.Namespace) -> None:

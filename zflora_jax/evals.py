@@ -141,7 +141,10 @@ def _prompts(model: Model, examples: Sequence[Example], style: str, evaluation: 
     cut = [a.input != b.input for a, b in zip(fitted, examples, strict=True)]
     if any(cut):
         log.warning("cut %d of %d documents so that their prompts fit %d tokens; see eval.max_prompt_tokens", sum(cut), len(cut), limit)
-    return encode_prompts(fitted, model.tokenizer, style), cut
+    prompts = encode_prompts(fitted, model.tokenizer, style)
+    longest = max((len(ids) for ids, is_cut in zip(prompts, cut, strict=True) if is_cut), default=0)
+    require(longest <= limit, f"a prompt of {longest} tokens does not fit {limit} even without its document; raise eval.max_prompt_tokens.")
+    return prompts, cut
 
 
 _BATCHES_AT_ONCE = 4  # more rows than a batch: lengths then differ less within one, and likelihoods of common prefixes are shared

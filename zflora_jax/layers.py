@@ -4,8 +4,8 @@ A stream is a pair (x, z): base channels and adapter channels, z = None where th
 layers serve both: RMSNorm takes its mean over the base channels, RoPE turns the base dims of a head, Dense adds the adapter's blocks to what the base
 kernel computes (design.md section 2; this project's reconstruction of zFLoRA).
 
-Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, q the G*T queries of a key head, d residual width,
-k head dim, V vocabulary, n tokens, i and j a block's axes.
+Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G query heads of a key head, q their G*T queries,
+d residual width, k head dim, V vocabulary, n tokens, i and j a block's axes.
 """
 
 from __future__ import annotations
@@ -170,11 +170,22 @@ class RMSNorm(AdaptedModule):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> tuple[Array, Array | None]:
-        gain = self.base_param("scale", nn.initializers.ones, (self.dim,))
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide[..., : self.base_dim]), axis=-1, keepdims=True) + self.eps)
-        y = (wide * inverse * gain.astype(jnp.float32)[None, None, :]).astype(x.dtype)
-        return y, None if z is None else (z.astype(jnp.float32) * inverse).astype(z.dtype)
+        return _normalise(x, z, self.base_param("scale", nn.initializers.ones, (self.dim,)), self.base_dim, self.eps)
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
+def _normalise(x: Array, z: Array | None, gain: Array, base_dim: int, eps: float) -> tuple[Array, Array | None]:
+    """Computed again in the backward pass, from x: its float32 intermediates would take as much memory as all else of an attention layer."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide[..., :base_dim]), axis=-1, keepdims=True) + eps)
+    y = (wide * inverse * gain.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+    return y, None if z is None else (z.astype(jnp.float32) * inverse).astype(z.dtype)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def gated(gate: Array, up: Array) -> Array:
+    """silu(gate) * up. The backward pass keeps gate and up alone and computes the rest again: two arrays of the MLP's width instead of five."""
+    return nn.silu(gate) * up
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
@@ -182,23 +193,49 @@ def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
     float32.
 
     The queries of the G = H / K heads that share keys lie below each other, so that every product is one plain matrix product per row and key head.
+    Long sequences go through in blocks of queries: T/n x S scores per head exist at one time, in both passes.
     """
     (B, T, H, dim), K = q.shape, k.shape[1]
-    q = q.reshape(B, T, K, H // K, dim).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, dim)
-    out = _attention(q, k, v, mask, scale)
-    return out.reshape(B, K, H // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+    out = _attention(q.reshape(B, T, K, H // K, dim).transpose(0, 2, 3, 1, 4), k, v, mask, scale)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+
+
+def query_blocks(length: int) -> int:
+    """Into how many equal blocks the queries of a sequence are cut: of at most 512 from 1025 tokens on, where the length has such a divisor."""
+    if length <= 1024:
+        return 1
+    return next((n for n in range(2, length // 128 + 1) if length % n == 0 and length // n <= 512), 1)
+
+
+def _cut(x: Array, blocks: int, axis: int) -> Array:
+    """The blocks of `axis` on a new leading axis."""
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(x: Array, axis: int) -> Array:
+    """The inverse of `_cut`."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def _probabilities(q: Array, k: Array, mask: Array, scale: float) -> Array:
-    """[B, K, GT, S] float32 of q [B, K, GT, k] and k [B, K, k, S]."""
-    scores = jnp.einsum("BKqk,BKkS->BKqS", q, k, preferred_element_type=jnp.float32) * scale
+    """[B, K, GT, S] float32 of q [B, K, G, T, k] and k [B, K, k, S]."""
+    flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    scores = jnp.einsum("BKqk,BKkS->BKqS", flat, k, preferred_element_type=jnp.float32) * scale
     grouped = scores.reshape(*scores.shape[:2], -1, *mask.shape[2:])
     return jax.nn.softmax(jnp.where(mask[:, :, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape), axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
-    return jnp.einsum("BKqS,BKSk->BKqk", _probabilities(q, k, mask, scale).astype(q.dtype), v)
+    """[B, K, G, T, k] of q of that shape."""
+
+    def attend(block: tuple[Array, Array]) -> Array:
+        out = jnp.einsum("BKqS,BKSk->BKqk", _probabilities(block[0], k, block[1], scale).astype(q.dtype), v)
+        return out.reshape(*block[0].shape[:-1], -1)
+
+    n = query_blocks(q.shape[3])
+    return attend((q, mask)) if n == 1 else _join(jax.lax.map(attend, (_cut(q, n, 3), _cut(mask, n, 2))), 3)
 
 
 def _attention_forward(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
@@ -212,12 +249,30 @@ def _attention_backward(scale: float, saved: tuple[Array, ...], d_out: Array) ->
     The products over queries have their narrow operand on the left; `matmul` says why.
     """
     q, k, v, mask, out = saved
-    p = _probabilities(q, k, mask, scale)
-    d_v = jnp.einsum("BKqk,BKqS->BKkS", d_out, p.astype(q.dtype)).swapaxes(2, 3)
-    d_p = jnp.einsum("BKqk,BKSk->BKqS", d_out, v, preferred_element_type=jnp.float32)
-    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    d_scores = (p * (d_p - mean) * scale).astype(q.dtype)
-    return jnp.einsum("BKqS,BKkS->BKqk", d_scores, k), jnp.einsum("BKqk,BKqS->BKkS", q, d_scores), d_v, None
+
+    def block_gradients(q: Array, mask: Array, out: Array, d_out: Array) -> tuple[Array, Array, Array]:
+        shape, p = q.shape, _probabilities(q, k, mask, scale)
+        q, out, d_out = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q, out, d_out))
+        d_v = jnp.einsum("BKqk,BKqS->BKkS", d_out, p.astype(q.dtype), preferred_element_type=jnp.float32)
+        d_p = jnp.einsum("BKqk,BKSk->BKqS", d_out, v, preferred_element_type=jnp.float32)
+        mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+        d_scores = (p * (d_p - mean) * scale).astype(q.dtype)
+        d_k = jnp.einsum("BKqk,BKqS->BKkS", q, d_scores, preferred_element_type=jnp.float32)
+        return jnp.einsum("BKqS,BKkS->BKqk", d_scores, k).reshape(shape), d_k, d_v
+
+    n = query_blocks(q.shape[3])
+    if n == 1:
+        d_q, d_k, d_v = block_gradients(q, mask, out, d_out)
+    else:
+
+        def add(total: tuple[Array, Array], block: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+            d_q, d_k, d_v = block_gradients(*block)
+            return (total[0] + d_k, total[1] + d_v), d_q
+
+        zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32))
+        (d_k, d_v), d_q = jax.lax.scan(add, zero, tuple(_cut(x, n, axis) for x, axis in ((q, 3), (mask, 2), (out, 3), (d_out, 3))))
+        d_q = _join(d_q, 3)
+    return d_q, d_k.astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -20,7 +20,7 @@ from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
-from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, rope_tables, tied_logits
+from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, gated, rope_tables, tied_logits
 from zflora_jax.model import Model
 from zflora_jax.sharding import divide_rows
 from zflora_jax.trees import Tree, difference, flatten
@@ -128,10 +128,10 @@ class MLP(nn.Module):
     def __call__(self, h: Stream) -> Stream:
         if self.config.packed:
             gate, up = jnp.split(self.gate_up(h[0])[0], 2, axis=-1)
-            return self.down(nn.silu(gate) * up)
+            return self.down(gated(gate, up))
         (gate, gate_z), (up, up_z) = self.gate(*h), self.up(*h)
-        units = None if gate_z is None or up_z is None else nn.silu(gate_z) * up_z
-        return self.down(nn.silu(gate) * up, units)
+        units = None if gate_z is None or up_z is None else gated(gate_z, up_z)
+        return self.down(gated(gate, up), units)
 
 
 class Block(nn.Module):

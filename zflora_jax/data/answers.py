@@ -64,6 +64,7 @@ def _places(text: str) -> list[str]:
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PLAIN = r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)"  # in "5-3" the minus is no sign, in "solution1" there is no number
 _NUMBER = re.compile(_PLAIN, re.ASCII)
+_FRAC = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _VALUE = re.compile(rf"(?<![\w./])(-?)(?:(\d+) +)?(\d+)/(\d*[1-9]\d*)(?![\w/]|\.\d)|({_PLAIN})", re.ASCII)  # 3/4, 1 1/2, else a plain number
 
 
@@ -73,8 +74,9 @@ def numbers(text: str) -> list[str]:
 
 
 def values(text: str) -> list[str]:
-    """Like `numbers`, and "3/4" is 0.75, "1 1/2" is 1.5; "−3" (the minus sign U+2212) and "-$3" are -3."""
-    text = re.sub(r"-\$(?=[\d.])", "-", _THOUSANDS.sub("", text.replace("\N{MINUS SIGN}", "-")))
+    """Like `numbers`, and "3/4" and "\\frac{3}{4}" are 0.75, "1 1/2" is 1.5; "−3" (U+2212), "–3" (an en dash, but not in "1–3") and "-$3" are -3."""
+    text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text.replace("\N{MINUS SIGN}", "-"))
+    text = _FRAC.sub(r"\1/\2", re.sub(r"-\$(?=[\d.])", "-", _THOUSANDS.sub("", text)))
     return [_value(match) for match in _VALUE.finditer(text)]
 
 
@@ -94,9 +96,11 @@ _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
 
 
 def _stated_number(statement: str) -> str:
-    """The first number of "36 dollars." and of "4. Then 4 + 1 = 5.", and the result of "49 - 34 = 15 customers."."""
+    """The first number of "36 dollars." and of "4. Then 4 + 1 = 5.", and the result of "49 - 34 = 15 customers.", "x = 5 - 2 = 3" and "3 = 5 - 2"."""
+    statement = re.sub(r"^[-\N{EN DASH}\N{MINUS SIGN}]\s*(?=[\d.$])", "-", statement)  # "- 5": nothing stands before it to subtract from
     clause = _CLAUSE_END.split(statement, maxsplit=1)[0]
-    if _OPERATION.search(clause.partition("=")[0]) and (result := values(clause.rpartition("=")[2])):
+    before, equals, after = clause.rpartition("=")
+    if equals and (result := values(after)) and not (_OPERATION.search(after) and values(before)):
         return result[0]
     return next(iter(values(clause) or values(statement)), "")
 

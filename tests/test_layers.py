@@ -1,0 +1,81 @@
+"""Attention's own backward pass equals automatic differentiation of the plain formula, cut into blocks or not; what is kept for the backward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from zflora_jax import layers
+from zflora_jax.layers import attention, gated, matmul, query_blocks, tied_logits
+from zflora_jax.llama import forward
+
+
+def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8, extra: int = 0):
+    draw = np.random.default_rng(0)
+    q, keys, values = (draw.standard_normal(shape).astype(np.float32) for shape in ((2, T, H, k), (2, K, k, S), (2, K, S, k + extra)))
+    mask = np.broadcast_to(np.arange(S)[None, :] <= S - T + np.arange(T)[:, None], (2, 1, T, S)).copy()
+    mask[1, :, :, 2] = False
+    return q, keys, values, mask
+
+
+def plain(q, keys, values, mask, scale):
+    """The formula, head by head."""
+    group = q.shape[2] // keys.shape[1]
+    scores = jnp.einsum("bthk,bhks->bhts", q, jnp.repeat(keys, group, axis=1)) * scale
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    return jnp.einsum("bhts,bhsk->bthk", weights, jnp.repeat(values, group, axis=1))
+
+
+@pytest.mark.parametrize(("T", "S", "blocks"), [(12, 12, 1), (12, 12, 3), (5, 12, 1), (1, 12, 1)])
+def test_attention_and_its_gradients_equal_the_plain_formula(T, S, blocks, monkeypatch):
+    monkeypatch.setattr(layers, "query_blocks", lambda _: blocks)
+    q, keys, values, mask = inputs(T, S)
+    weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
+
+    def loss(f):
+        return lambda q, k, v: jnp.sum(f(q, k, v, mask, 0.3) * weights)
+
+    np.testing.assert_allclose(attention(q, keys, values, mask, 0.3), plain(q, keys, values, mask, 0.3), atol=2e-6)
+    got, want = (jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (attention, plain))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_long_sequences_never_hold_all_scores():
+    assert [query_blocks(n) for n in (1, 1024, 1536, 2048, 8192)] == [1, 1, 3, 4, 16]
+    assert query_blocks(1031) == 1  # a prime
+    shapes = ((1, 8192, 4, 8), (1, 2, 8, 8192), (1, 2, 8192, 8))
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    mask = jax.ShapeDtypeStruct((1, 1, 8192, 8192), bool)
+    step = jax.jit(jax.grad(lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, 0.3)), (0, 1, 2)))
+    memory = step.lower(q, k, v, mask).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 8192 * 8192 * 4 / 2  # half of one copy of the scores
+
+
+def test_blocks_do_not_change_a_model(monkeypatch, tokens):
+    model = tiny_model()
+    whole = forward(model, tokens[:, :8])
+    monkeypatch.setattr(layers, "query_blocks", lambda _: 4)
+    jax.clear_caches()
+    np.testing.assert_allclose(forward(model, tokens[:, :8]), whole, atol=1e-5)
+    jax.clear_caches()
+
+
+def test_matmul_and_logits_have_the_usual_gradients():
+    draw = np.random.default_rng(0)
+    for width_in, width_out in ((5, 9), (9, 5)):
+        x, w, dy = (draw.standard_normal(s).astype(np.float32) for s in ((2, 3, width_in), (width_in, width_out), (2, 3, width_out)))
+        got, want = (jax.grad(lambda x, w, f=f, dy=dy: jnp.sum(f(x, w) * dy), (0, 1))(x, w) for f in (matmul, jnp.matmul))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    x, table, dy = (draw.standard_normal(s).astype(np.float32) for s in ((2, 3, 5), (11, 5), (2, 3, 11)))
+    got, want = (jax.grad(lambda x, t, f=f: jnp.sum(f(x, t) * dy), (0, 1))(x, table) for f in (tied_logits, lambda x, t: x @ t.T))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_gated_keeps_its_two_inputs_alone():
+    shapes = [jax.ShapeDtypeStruct((4, 100), jnp.float32)] * 2
+    kept = jax.eval_shape(lambda gate, up: jax.vjp(gated, gate, up)[1], *shapes)
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) == 2 * 400

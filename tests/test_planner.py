@@ -1,0 +1,119 @@
+"""Plans: counts and bytes against real arrays and against the compiler; what does not fit comes with changes that make it fit."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from zflora_jax import planner, trees
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.cli import main
+from zflora_jax.config import METHODS, AdapterConfig, DataConfig, MeshConfig, RunConfig, TrainConfig, preset
+from zflora_jax.fields import ConfigError, override
+from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.hf.load import model_config
+from zflora_jax.hf.save import save_hf
+from zflora_jax.llama import random_model
+from zflora_jax.trainer import init_state
+
+SMALL = preset("tiny").replace(num_kv_heads=4, vocab_size=264, num_layers=3)
+
+
+def small_run(method: str = "zflora-minimal", **changes: object) -> RunConfig:
+    run = RunConfig(adapter=AdapterConfig(method, rank=8), data=DataConfig(batch_size=8, lengths=(64, 128)), train=TrainConfig(loss_chunk=64))
+    return override(run, {key: str(value) for key, value in changes.items()})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_stored_is_counted_exactly(method):
+    run = small_run(method)
+    plan = planner.plan_run(run, SMALL)
+    model = random_model(SMALL, jax.random.key(0))
+    adapters = init_adapters(jax.random.key(0), model, run.adapter)
+    state = init_state(adapters, run.optim, run.train.steps)
+    sizes = plan["bytes_per_device"]
+    assert (plan["params_base"], plan["params_trainable"]) == (trees.size(model.params), trees.size(adapters))
+    assert sizes["base"] == sum(x.nbytes for x in jax.tree.leaves(model.params))
+    assert sizes["adapters"] == sum(x.nbytes for x in jax.tree.leaves(adapters))
+    moments = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert sizes["optimizer"] == moments and sizes["total"] == sum(size for name, size in sizes.items() if name != "total")
+    assert (plan["tokens_per_step"], plan["tokens"]) == (8 * 128, 8 * 128 * 100)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("lora", {}),
+        ("zflora-minimal", {}),
+        ("zflora-uniform", {"train.remat": True}),
+        ("zflora-minimal", {"data.accumulate": 2}),
+        ("full", {}),
+        ("zflora-minimal", {"mesh.fsdp": 4}),
+        ("lora", {"mesh.data": 2, "mesh.tensor": 4}),
+    ],
+)
+def test_the_estimate_is_near_the_compiler_s(method, changes):
+    """Within a factor of 1.5 either way: what the compiler shares or copies is its own business, what is forgotten would show."""
+    run = small_run(method, **changes)
+    estimate, compiled = planner.plan_run(run, SMALL)["bytes_per_device"], planner.compiled(run, SMALL)
+    stored = estimate["adapters"] + estimate["optimizer"] + (0 if method == "full" else estimate["base"])  # which a full step does not read
+    assert compiled["arguments"] == pytest.approx(stored, rel=0.05)
+    assert estimate["total"] / 1.5 < compiled["total"] + estimate["base"] * (method == "full") < estimate["total"] * 1.5, (estimate, compiled)
+
+
+def test_meshes_divide_what_they_divide():
+    whole = planner.bytes_per_device(small_run(), SMALL)
+    fsdp = planner.bytes_per_device(small_run(**{"mesh.fsdp": 4}), SMALL)
+    assert fsdp["base"] < whole["base"] / 3.5 and fsdp["activations"] < whole["activations"] / 3
+    tensor = planner.bytes_per_device(small_run(**{"mesh.tensor": 4}), SMALL)
+    assert tensor["base"] < whole["base"] / 3.5 and whole["activations"] / 4 < tensor["activations"] < whole["activations"]
+    data = planner.bytes_per_device(small_run(**{"mesh.data": 4}), SMALL)
+    assert data["base"] == whole["base"] and data["activations"] == fsdp["activations"]
+
+
+def test_what_does_not_fit_comes_with_the_cheapest_changes():
+    run = small_run()
+    total = planner.plan_run(run, SMALL)["bytes_per_device"]["total"]
+    assert planner.plan_run(run, SMALL, total / planner.GIB)["fits"]
+    plan = planner.plan_run(run, SMALL, 0.5 * total / planner.GIB)
+    assert not plan["fits"] and 2 <= len(plan["changes"]) <= 4
+    for change in plan["changes"][:-1]:
+        changed = override(run, {key: str(value) for key, value in change["settings"].items()})
+        assert planner.plan_run(changed, SMALL)["bytes_per_device"]["total"] == change["total"] < total
+    assert plan["changes"][-1]["change"] == "all of these" and plan["changes"][-1]["fits"]
+    assert "data.accumulate" in plan["changes"][0]["settings"]
+    text = "\n".join(planner.lines_of(plan))
+    assert "does not fit" in text and "data.accumulate=2" in text
+
+
+def test_real_sizes_need_no_weights():
+    for name, bytes_base in (("llama-3.2-1b", 2 * 1_235_814_400), ("llama-2-7b", 2 * 6_738_415_616)):
+        run = dataclasses.replace(small_run(), train=TrainConfig(dtype="bfloat16"), model=name)
+        assert planner.plan_run(run, model_config(name))["bytes_per_device"]["base"] == bytes_base
+
+
+def test_wrong_plans(tmp_path):
+    with pytest.raises(ConfigError, match=r"mesh.tensor=3 does not divide"):
+        planner.plan_run(small_run(**{"mesh.tensor": 3}), SMALL)
+    with pytest.raises(ConfigError, match="beyond the model's context of 512"):
+        planner.plan_run(small_run(**{"data.lengths": "[64, 1024]"}), SMALL)
+    with pytest.raises(ConfigError, match="memory=0: must be positive"):
+        planner.plan_run(small_run(), SMALL, 0)
+    with pytest.raises(ConfigError, match="needs 16 devices; there are 8"):
+        planner.compiled(dataclasses.replace(small_run(), mesh=MeshConfig(1, 8, 2)), SMALL.replace(num_heads=8, num_kv_heads=8))
+
+
+def test_the_command_reads_a_directory_s_config(tmp_path, capsys):
+    model = random_model(SMALL, jax.random.key(0))
+    save_hf(tmp_path / "model", model)
+    (tmp_path / "model" / "model.safetensors").unlink()  # no weights are read
+    source = str(tmp_path / "model")
+    text = f"from zflora_jax.config import *\ndef get_config():\n    return RunConfig(model={source!r}, data=DataConfig(batch_size=2))\n"
+    (tmp_path / "c.py").write_text(text)
+    assert main(["plan", "--config", str(tmp_path / "c.py"), "--memory", "0.001", "--out", str(tmp_path / "plan.json")]) == 0
+    written, shown = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    assert written["fits"] is False and written["bytes_per_device"]["base"] == sum(x.nbytes for x in jax.tree.leaves(model.params))
+    assert "does not fit in 0.00 GiB" in shown and "params_trainable" in shown
+    with pytest.raises(CheckpointError, match="no model at"):
+        model_config(str(tmp_path / "none"))

@@ -1,0 +1,45 @@
+"""The train step and decoding lower for TPUs, on a machine without one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import perturb, tiny_model
+
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.config import METHODS, AdapterConfig, OptimConfig
+from zflora_jax.decode import Sampler, decode, packed
+from zflora_jax.trainer import init_state, make_train_step
+
+
+def exported(function, *arguments):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.export.export(function, platforms=["tpu"])(*shapes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_train_step_lowers(method):
+    model, adapter = tiny_model(dtype="bfloat16", remat=True), AdapterConfig(method, rank=8)
+    model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    state = init_state(init_adapters(jax.random.key(0), model, adapter), OptimConfig(), 10)
+    batch = {name: jnp.ones((4, 2048), dtype) for name, dtype in (("tokens", jnp.int32), ("loss_mask", bool), ("segments", jnp.int32))}
+    program = exported(
+        make_train_step(model.config.replace(max_position_embeddings=2048), adapter, OptimConfig(), 10, 2, 64), model.params, state, batch
+    )
+    assert program.platforms == ("tpu",) and "bf16" in program.mlir_module()
+
+
+@pytest.mark.parametrize("method", ["zflora-minimal", "zflora-uniform"])
+def test_decoding_lowers(method):
+    model, adapter = tiny_model(dtype="bfloat16"), AdapterConfig(method, rank=8)
+    model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    ready = packed(fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter))))
+    tokens = jnp.ones((2, 16), jnp.int32)
+
+    @jax.jit
+    def run(params, tokens, valid, keys):
+        return decode(ready.config, Sampler(0.7, top_k=5, top_p=0.9), 8, (257,), params, tokens, valid, keys)
+
+    program = exported(run, ready.params, tokens, tokens > 0, jax.random.split(jax.random.key(0), 2))
+    assert program.platforms == ("tpu",) and program.out_avals[0].shape == (2, 8)
