@@ -10,11 +10,12 @@ CREATED := $(VENV)/.stamp-venv
 CORE := $(VENV)/.stamp-core
 TEST := $(VENV)/.stamp-test
 
-.PHONY: help quickstart test lint ruff types clean
+.PHONY: help quickstart test soak lint ruff types clean
 
 help:
 	@echo "make quickstart   install, then train, fuse, check, decode and export SmolLM2-135M into runs/quickstart"
 	@echo "make test         install with the test tools, then run the tests"
+	@echo "make soak         install with the test tools, then kill, stop and damage training runs for about 40 minutes"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        delete .venv and caches (runs/ and results/ stay)"
 
@@ -23,6 +24,9 @@ quickstart: $(CORE)
 
 test: $(TEST)
 	$(PY) -m pytest
+
+soak: $(TEST)
+	$(PY) tests/soak.py
 
 lint: ruff types
 

@@ -89,19 +89,17 @@ def case_id(adapter: AdapterConfig) -> str:
     return "-".join(p for p in parts if p and p != "all")
 
 
-@pytest.fixture(scope="session")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model directory with a byte tokenizer."""
+def saved_base(path: Path, tokenizer: object) -> str:
+    """A tiny model directory, written to `path`."""
     model = tiny_model(num_layers=2, max_position_embeddings=512)
     model.params = jax.tree.map(lambda x: x / 4, model.params)
-    model.tokenizer = byte_tokenizer()
-    path = tmp_path_factory.mktemp("base") / "model"
+    model.tokenizer = tokenizer
     save_hf(path, model)
     return str(path)
 
 
-@pytest.fixture
-def run(base_dir: str) -> RunConfig:
+def small_run(base_dir: str) -> RunConfig:
+    """A run of a few seconds on a model of `saved_base`."""
     return RunConfig(
         model=base_dir,
         adapter=AdapterConfig("zflora-minimal", rank=4),
@@ -110,3 +108,14 @@ def run(base_dir: str) -> RunConfig:
         train=TrainConfig(steps=8, save_every=2, log_every=1, loss_chunk=128),
         eval=EvalConfig(limit=4, batch_size=4, max_new_tokens=8),
     )
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model directory with a byte tokenizer."""
+    return saved_base(tmp_path_factory.mktemp("base") / "model", byte_tokenizer())
+
+
+@pytest.fixture
+def run(base_dir: str) -> RunConfig:
+    return small_run(base_dir)

@@ -21,12 +21,13 @@ from conftest import assert_logits_close, assert_trees_equal
 from zflora_jax import run as runs
 from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.checkpoint import Checkpoints, read_config
+from zflora_jax.checkpoint import Checkpoints, SaveError, read_config
 from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
 from zflora_jax.hf.save import save_hf
+from zflora_jax.hosts import Stopped
 from zflora_jax.llama import forward
 from zflora_jax.metrics import read_metrics
 from zflora_jax.scorecard import evaluate
@@ -229,3 +230,73 @@ def test_bad_targets_claim_no_workdir(run, tmp_path):
     with pytest.raises(ConfigError, match="matches no kernel"):
         quiet_train(override(run, {"adapter.targets": "zzz"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch):
+    run = override(run, {"train.steps": "12", "train.eval_every": "2", "train.keep": "1", "eval.split": "validation"})
+    with pytest.raises(ConfigError, match=r"train.keep_best=True needs the loss of every checkpoint"):
+        override(run, {"train.keep_best": "True", "train.eval_every": "None"})
+    with pytest.raises(ConfigError, match=r"set eval.split=validation"):
+        override(run, {"train.keep_best": "True", "eval.split": "test"})
+    run = override(run, {"train.keep_best": "True"})
+    losses = iter([3.0, 2.0, 1.0, 2.0, 1.5, 1.2])
+    monkeypatch.setattr(runs, "held_out_loss", lambda *_, **__: {"loss": next(losses), "tokens": 1.0, "rows": 1.0})
+    quiet_train(run, tmp_path)
+    best = 6
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [best, 12]
+    assert runs.load_run(tmp_path)[3] == 12 and runs.load_run(tmp_path, "best")[3] == best == runs.load_run(tmp_path, str(best))[3]
+    with pytest.raises(ConfigError, match=rf"has no checkpoint of step 3; it has those of {best}, 12"):
+        runs.load_run(tmp_path, 3)
+    with pytest.raises(ConfigError, match="expected a number of steps, or 'best'"):
+        runs.load_run(tmp_path, "newest")
+
+
+def test_without_losses_there_is_no_best(run, tmp_path):
+    quiet_train(override(run, {"train.steps": "4"}), tmp_path)
+    with pytest.raises(ConfigError, match=r"has no best checkpoint: train with train.keep_best=True"):
+        runs.load_run(tmp_path, "best")
+
+
+def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(run, tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    real = runs.make_train_step
+
+    def signalled(*args, **kwargs):
+        step = real(*args, **kwargs)
+
+        def run_step(params, state, batch):
+            if int(state.step) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(params, state, batch)
+
+        return run_step
+
+    monkeypatch.setattr(runs, "make_train_step", signalled)
+    with pytest.raises(Stopped, match="stopped by a signal after step 3 of 8, which is saved in"):
+        quiet_train(run, tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    monkeypatch.undo()
+    assert runs.load_run(tmp_path)[3] == 3
+    assert quiet_train(run, tmp_path).report["resumed_from"] == 3
+
+
+def test_a_checkpoint_whose_numbers_have_changed_is_refused(run, tmp_path):
+    quiet_train(run, tmp_path)
+    meta = tmp_path / "checkpoints" / "8" / "meta" / "metadata"
+    text = meta.read_text()
+    fingerprint = json.loads(text)["state_fingerprint"]
+    meta.write_text(text.replace(fingerprint, fingerprint[::-1]))
+    with pytest.raises(ConfigError, match=r"its numbers are not those that were saved.*Remove that folder to go on from step 6"):
+        quiet_train(run, tmp_path)
+
+
+def test_a_save_that_fails_says_so_and_keeps_the_rest(run, tmp_path, monkeypatch):
+    quiet_train(override(run, {"train.steps": "4"}), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"steps": 4', '"steps": 8'))
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(SaveError, match=r"No space left on device.*The checkpoints before it are whole"):
+        quiet_train(run, tmp_path)
+    monkeypatch.undo()
+    assert quiet_train(run, tmp_path).report["resumed_from"] == 4

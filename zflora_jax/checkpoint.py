@@ -23,7 +23,7 @@ from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, from_dict, to_dict
 from zflora_jax.report import write_json
 from zflora_jax.trainer import TrainState
-from zflora_jax.trees import flatten
+from zflora_jax.trees import fingerprint, flatten
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,10 @@ def locked(workdir: str | Path) -> Iterator[None]:
         yield
 
 
+def _fingerprint(state: TrainState) -> str:
+    return fingerprint({str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))})
+
+
 class SaveError(OSError):
     """A checkpoint could not be written; the ones before it are whole."""
 
@@ -111,13 +115,18 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The number of steps in the checkpoint with the lowest loss, None if none was saved with its loss."""
-        scored = [(metrics["loss"], step) for step in self._manager.all_steps() if (metrics := self._manager.metrics(step))]
+        only_meta = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
+        losses = {step: self._manager.restore(step, args=only_meta)["meta"].get("loss") for step in self._manager.all_steps()}
+        scored = [(loss, step) for step, loss in losses.items() if loss is not None]
         return min(scored)[1] if scored else None
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], loss: float | None = None) -> None:
         """Save after `step` finished steps; a step that is already saved is left alone. loss: what `best` goes by, where it is known."""
         if step == self.latest:
             return
+        meta = meta if loss is None else meta | {"loss": loss}
+        if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):  # else no process sees all of it
+            meta = meta | {"state_fingerprint": _fingerprint(state)}
         # A copy: the next step is given the state's own buffers to write into.
         args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(jax.tree.map(jnp.copy, state)), meta=self._ocp.args.JsonSave(meta))
         with self._writing():
@@ -148,6 +157,10 @@ class Checkpoints:
             raise ConfigError(f"{self._manager.directory} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps)) or 'none'}.")
         try:
             found = self._manager.restore(step, args=args)
+            saved = found["meta"].get("state_fingerprint")
+            whole = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(found["state"]))
+            if saved is not None and whole and _fingerprint(found["state"]) != saved:  # not every damaged byte makes a file unreadable
+                raise ValueError("its numbers are not those that were saved")
         except Exception as error:  # orbax and tensorstore raise many types, with messages that name neither run nor remedy
             older = [s for s in steps if s != step]
             remedy = (

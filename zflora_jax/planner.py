@@ -181,9 +181,8 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "leave out the long examples", {"data.lengths": shorter}
 
 
-def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
-    """Bytes per device as the compiler plans them for the train step of `run` on this process's devices: arguments (base, adapters, moments, batch),
-    outputs that share no argument's memory, temporaries, and their total. No array is allocated. ConfigError where there are too few devices."""
+def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
+    """The train step of `run`, compiled for this process's devices from shapes alone. ConfigError where there are too few devices."""
     config, mesh = _shaped(run, config), make_mesh(run.mesh)
     params, adapters, batch = _abstract(run, config, run.data.batch_size)
     state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
@@ -195,8 +194,13 @@ def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
     rows = jax.tree.map(lambda leaf: NamedSharding(mesh, batch_sharding(mesh).spec), batch)
     step: Any = make_train_step(config, run.adapter, run.optim, run.train.steps, run.data.accumulate, run.train.loss_chunk, where)
     with jax.set_mesh(mesh):
-        program = step.lower(placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)).compile()
-    found = program.memory_analysis()
+        return step.lower(placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)).compile()
+
+
+def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
+    """Bytes per device as the compiler plans them for `compiled_step`: arguments (base, adapters, moments, batch), outputs that share no argument's
+    memory, temporaries, and their total. No array is allocated."""
+    found = compiled_step(run, config).memory_analysis()
     sizes = {
         "arguments": int(found.argument_size_in_bytes),
         "outputs": int(found.output_size_in_bytes - found.alias_size_in_bytes),

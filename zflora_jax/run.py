@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
 from zflora_jax.report import environment, write_json
 from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
-from zflora_jax.trainer import TrainState, fit, init_state, make_train_step
+from zflora_jax.trainer import Batch, TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,8 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
             if writer is not None:
                 writer.progress(step, loss=metrics["loss"], tokens_per_s=rate)
                 if step % every.log_every == 0 or step in (1, steps):
-                    writer.write(step, "train", metrics | {"target_tokens_per_s": rate})
+                    writer.write(step, "train", metrics | {"target_tokens_per_s": rate, "batch_crc32": order[step]})
+            del order[step]
 
         def due(step: int, period: int | None) -> bool:
             return step == steps or (period is not None and step % period == 0)
@@ -203,13 +205,18 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
                 f"stopped by a signal after step {step} of {steps}, which is saved in {workdir}; the same command goes on from there."
             )
 
-        mine = own_rows(run.data.batch_size, mesh)
-        batches = (put_rows(batch, run.data.batch_size, mesh) for batch in train_batches(train_set, run.data, first, mine))
+        order: dict[int, int] = {}  # step -> what its batch was, for whoever compares the data of two runs
+
+        def batches() -> Iterator[Batch]:
+            for step, batch in enumerate(train_batches(train_set, run.data, first, own_rows(run.data.batch_size, mesh)), first + 1):
+                order[step] = zlib.crc32(batch["tokens"].tobytes())
+                yield put_rows(batch, run.data.batch_size, mesh)
+
         state = fit(
             step_fn,
             model.params,
             state,
-            batches,
+            batches(),
             steps,
             on_metrics=on_metrics,
             is_due=lambda step: due(step, every.save_every) or due(step, every.eval_every),

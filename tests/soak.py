@@ -1,0 +1,51 @@
+"""The full sweep of faults: `make soak` writes results/faults.json and .md. About 40 minutes on two free CPU cores."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from byte_tokenizer import byte_tokenizer
+from conftest import saved_base, small_run
+from faults import FAULTS, Lab, tries
+
+from zflora_jax.fields import override
+from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="results", help="where faults.json and faults.md go")
+    parser.add_argument("--tries", type=int, help="of every fault (default: 1 to 50, by fault)")
+    parser.add_argument("--only", choices=FAULTS, help="one fault")
+    args = parser.parse_args()
+    env, rows, failed = environment(), [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        base = saved_base(Path(folder) / "model", byte_tokenizer())
+        run = override(
+            small_run(base), {"train.steps": "24", "train.keep": "3", "data.batch_size": "8", "data.accumulate": "1", "data.lengths": "[256]"}
+        )
+        lab = Lab(run, Path(folder) / "lab")
+        for name, (_, count) in FAULTS.items():
+            if args.only not in (None, name):
+                continue
+            outcomes = tries(lab, name, args.tries or count, Path(folder) / name.replace(" ", "-").replace("/", "-"))
+            bad = [outcome.message for outcome in outcomes if not outcome.survived]
+            failed += len(bad)
+            survived = sum(outcome.survived for outcome in outcomes)
+            row = {"fault": name, "tries": len(outcomes), "survived": survived, "lost steps": max(outcome.lost_steps for outcome in outcomes)}
+            rows.append(row | {"message": outcomes[-1].message, "failures": bad})
+            print(row, *bad, sep="\n", flush=True)
+            write_json(f"{args.out}/faults.json", {"faults": rows, "environment": env})
+    shown = [{key: value for key, value in row.items() if key != "failures"} for row in rows]
+    text = "# Faults\n\nWhat a training run must survive (tests/faults.py): the run that goes on ends bit-equal to an uninterrupted one.\n\n"
+    text += (
+        markdown_table(shown, list(shown[0])) + f"\n\nCommand: `{env['command']}`; commit {env['commit']}; device {env['device']}; {env['date']}.\n"
+    )
+    atomic_write(f"{args.out}/faults.md", text.encode())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

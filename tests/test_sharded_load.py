@@ -1,0 +1,56 @@
+"""Loading onto a mesh: each process reads the slices that its devices hold, once, and the model is the one that a whole load gives."""
+
+import jax
+import pytest
+from conftest import assert_trees_equal, perturb, tiny_model
+
+from zflora_jax import trees
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.config import AdapterConfig, MeshConfig
+from zflora_jax.hf.keys import hf_table
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.save import save_hf
+from zflora_jax.hf.shards import Shards
+from zflora_jax.sharding import make_mesh, spec
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_sharded_load_reads_each_number_once_and_gives_the_same_model(scan_layers, tied, tmp_path, monkeypatch):
+    model = tiny_model(num_kv_heads=4, vocab_size=264, tie_word_embeddings=tied)
+    save_hf(tmp_path / "model", model)
+    (tmp_path / "model" / "zflora.json").unlink()  # a stock directory
+    whole = load_model(str(tmp_path / "model"), scan_layers=scan_layers)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    read: list[int] = []
+    original = Shards.read
+
+    def counted(self, name, part=None):
+        value = original(self, name, part)
+        assert part is not None
+        read.append(value.size)
+        return value
+
+    monkeypatch.setattr(Shards, "read", counted)
+    divided = load_model(str(tmp_path / "model"), scan_layers=scan_layers, mesh=mesh)
+    assert_trees_equal(divided.params, whole.params)
+    assert sum(read) == trees.size(whole.params)  # every slice once, although data=2 holds each twice
+    for name, leaf in trees.flatten(divided.params).items():
+        assert leaf.sharding.spec == spec(name, leaf.shape, mesh), name
+    largest = max(read)
+    assert largest <= 264 * 64 // 4  # no tensor was read whole that the mesh divides
+
+
+def test_a_sharded_load_of_an_export(tmp_path):
+    model, adapter = tiny_model(num_kv_heads=4, vocab_size=264), AdapterConfig("zflora-minimal", rank=8, mlp_rank=8)
+    save_hf(tmp_path / "out", fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter))))
+    divided = load_model(str(tmp_path / "out"), mesh=make_mesh(MeshConfig(fsdp=4)))
+    assert_trees_equal(divided.params, load_model(str(tmp_path / "out")).params)
+
+
+def test_parts_that_are_no_block_of_a_tensor_are_refused():
+    place = hf_table(tiny_model().config)["model.layers.0.self_attn.q_proj.weight"]
+    assert place.hf_part((slice(8, 16), slice(1, 3), slice(0, 16))) == (slice(16, 48), slice(8, 16))
+    with pytest.raises(ValueError, match="no block of rows and columns"):
+        place.hf_part((slice(0, 64), slice(0, 4), slice(0, 8)))
