@@ -87,7 +87,7 @@ def load_run(workdir: str | Path, step: int | str | None = None) -> tuple[RunCon
     with Checkpoints(workdir, create=False) as checkpoints:
         require(checkpoints.latest is not None, f"{workdir} has no complete checkpoint yet; train it first.")
         if step == "best":
-            require(checkpoints.best is not None, f"{workdir} has no best checkpoint: train with train.keep_best=True, or name a step.")
+            require(run.train.keep_best, f"{workdir} has no best checkpoint: train with train.keep_best=True, or name a step.")
             step = checkpoints.best
         require(step is None or str(step).isdigit(), f"checkpoint {step!r}: expected a number of steps, or 'best'.")
         state, meta = checkpoints.restore(jax.eval_shape(lambda: _fresh_state(run, model)), None if step is None else int(step))
