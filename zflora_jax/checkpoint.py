@@ -37,9 +37,10 @@ def read_config(workdir: str | Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run, or --model for a model directory.")
     try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in another directory.") from None
+    return from_dict(RunConfig, values)
 
 
 def check_workdir(workdir: str | Path, run: RunConfig) -> None:

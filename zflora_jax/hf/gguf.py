@@ -103,12 +103,21 @@ def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
 
+def _metadata(path: Path, reader: Any, key: str) -> Any:
+    """The value of a metadata key, None if there is none."""
+    field = reader.get_field(key)
+    try:
+        return None if field is None else field.contents()
+    except (ValueError, IndexError) as error:  # text that is no UTF-8, a kind of value that is none
+        raise CheckpointError(f"{path}: the metadata key {key} cannot be read ({error}); the file is damaged. Download it again.") from None
+
+
 def read_config(path: Path, reader: Any) -> LlamaConfig:
     """The LlamaConfig of the metadata; ConfigError naming what the forward has no code for."""
 
     def get(key: str, default: Any = None) -> Any:
-        field = reader.get_field(key)
-        return default if field is None else field.contents()
+        value = _metadata(path, reader, key)
+        return default if value is None else value
 
     def need(key: str) -> Any:
         if (value := get(key)) is None:
@@ -171,8 +180,8 @@ def build_tokenizer(path: Path, reader: Any, config: LlamaConfig) -> Any:
         return None
     keys = {"tokenizer_type": "model", "pre_tokenizer_type": "pre", "unk_token_id": "unknown_token_id", "pad_token_id": "padding_token_id"}
     keys |= {name: name for name in ("tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id")}
-    fields = {name: reader.get_field(f"tokenizer.ggml.{key}") for name, key in keys.items()}
-    data = {name: field.contents() for name, field in fields.items() if field is not None}
+    found = {name: _metadata(path, reader, f"tokenizer.ggml.{key}") for name, key in keys.items()}
+    data = {name: value for name, value in found.items() if value is not None}
     if data.get("tokenizer_type") == "gpt2":
         data.setdefault("merges", [])  # an empty array is not stored
     try:
@@ -186,8 +195,8 @@ def build_tokenizer(path: Path, reader: Any, config: LlamaConfig) -> Any:
             )
         special = {f"{name}_token": data["tokens"][data[f"{name}_token_id"]] for name in ("bos", "eos", "unk", "pad") if f"{name}_token_id" in data}
         for flag in ("add_bos_token", "add_eos_token"):
-            if (field := reader.get_field(f"tokenizer.ggml.{flag}")) is not None:
-                extra = extra | {flag: bool(field.contents())}
+            if (value := _metadata(path, reader, f"tokenizer.ggml.{flag}")) is not None:
+                extra = extra | {flag: bool(value)}
         settings = {"model_max_length": config.max_position_embeddings, "model_input_names": ["input_ids", "attention_mask"]}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **(extra | special | settings | {"clean_up_tokenization_spaces": False}))
     except Exception as error:
@@ -196,8 +205,8 @@ def build_tokenizer(path: Path, reader: Any, config: LlamaConfig) -> Any:
             stacklevel=4,
         )
         return None
-    if (template := reader.get_field("tokenizer.chat_template")) is not None:
-        tokenizer.chat_template = template.contents()
+    if (template := _metadata(path, reader, "tokenizer.chat_template")) is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 

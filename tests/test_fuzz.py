@@ -1,0 +1,165 @@
+"""Loaders under arbitrary input: a typed error or a value, never another exception. Every header byte of a safetensors and a GGUF file, flipped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import perturb, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_hf_gguf import write_gguf
+from test_hf_load import hf_model
+
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.checkpoint import read_config
+from zflora_jax.config import AdapterConfig, RunConfig
+from zflora_jax.fields import ConfigError, from_dict, override, to_dict
+from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import load_peft, save_peft
+from zflora_jax.hf.save import save_hf
+
+TYPED = (ConfigError, CheckpointError)
+fuzz = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6)
+GOOD = to_dict(RunConfig())
+PATHS = [(key, inner) for key, part in GOOD.items() for inner in (part if isinstance(part, dict) else [None])]
+
+
+@fuzz
+@given(st.lists(st.tuples(st.sampled_from(PATHS), values), min_size=1, max_size=4))
+def test_any_config(changes):
+    config: dict[str, Any] = json.loads(json.dumps(GOOD))
+    for (key, inner), value in changes:
+        if inner is None or not isinstance(config[key], dict):
+            config[key] = value
+        else:
+            config[key][inner] = value
+    try:
+        run = from_dict(RunConfig, config)
+    except ConfigError:
+        return
+    assert from_dict(RunConfig, to_dict(run)) == run
+
+
+@fuzz
+@given(st.sampled_from([f"{key}.{inner}" if inner else key for key, inner in PATHS]), st.text(max_size=20))
+def test_any_override(key, text):
+    try:
+        run = override(RunConfig(), {key: text})
+    except ConfigError:
+        return
+    assert isinstance(run, RunConfig)
+
+
+@fuzz
+@given(st.binary(max_size=40) | st.builds(lambda value: json.dumps(value).encode(), values))
+def test_any_config_file(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    try:
+        assert isinstance(read_config(tmp_path), RunConfig)  # {} is a config: all defaults
+    except TYPED:
+        return
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tmp_path_factory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    model, adapter = tiny_model(), AdapterConfig("lora", rank=2)
+    save_hf(folder / "base", model)
+    base = load_model(folder / "base")
+    save_peft(folder / "adapter", base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter)))
+    return folder / "adapter", base
+
+
+@pytest.mark.filterwarnings("ignore:.*keys that this reader does not know")
+@fuzz
+@given(st.data())
+def test_any_adapter_directory(adapter_dir, tmp_path, data):
+    good, base = adapter_dir
+    folder = tmp_path / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(good, folder)
+    if data.draw(st.booleans()):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        key = data.draw(st.sampled_from([*config, "rank_pattern", "use_dora", "new_key"]))
+        config[key] = data.draw(values)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        damage(folder / "adapter_model.safetensors", data)
+    try:
+        adapter, adapters = load_peft(folder, base)
+    except TYPED:
+        return
+    assert adapter.method == "lora" and all(np.isfinite(x).all() for x in jax.tree.leaves(adapters))
+
+
+def damage(file: Path, data: Any) -> None:
+    """Overwrite, insert or cut bytes anywhere."""
+    content = bytearray(file.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(400, len(content) - 1)))
+    new = data.draw(st.binary(min_size=1, max_size=9))
+    how = data.draw(st.sampled_from(("overwrite", "insert", "cut")))
+    if how == "cut":
+        del content[at : at + data.draw(st.integers(1, 64))]
+    else:
+        content[at : at + len(new) * (how == "overwrite")] = new
+    file.write_bytes(bytes(content))
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "good.gguf"
+    write_gguf(path, hf_model(head_dim=16, num_hidden_layers=1))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*its tokenizer .* could not be built")
+@settings(fuzz, max_examples=60)
+@given(st.data())
+def test_any_gguf(gguf_file, tmp_path, data):
+    file = tmp_path / "x.gguf"
+    shutil.copy(gguf_file, file)
+    damage(file, data)
+    try:
+        load_model(file)
+    except TYPED:
+        return
+
+
+@pytest.mark.filterwarnings("ignore:.*its tokenizer .* could not be built")
+def test_every_header_byte_of_a_gguf_file(gguf_file, tmp_path):
+    """The part before the vocabulary, which sizes and offsets are read from; the vocabulary itself is text."""
+    good = gguf_file.read_bytes()
+    file, draw = tmp_path / "x.gguf", np.random.default_rng(0)
+    for position in range(good.index(b"tokenizer.ggml.tokens")):
+        file.write_bytes(good[:position] + bytes([good[position] ^ (1 << int(draw.integers(8)))]) + good[position + 1 :])
+        try:
+            load_model(file)
+        except TYPED:
+            continue
+
+
+def test_every_header_byte_of_a_safetensors_file(tmp_path):
+    model = tiny_model(num_layers=1)
+    save_hf(tmp_path / "model", model)
+    file, draw = tmp_path / "model" / "model.safetensors", np.random.default_rng(0)
+    (tmp_path / "model" / "zflora.json").unlink()
+    good = file.read_bytes()
+    refused = 0
+    header = 8 + int.from_bytes(good[:8], "little")
+    for position in range(header):
+        file.write_bytes(good[:position] + bytes([good[position] ^ (1 << int(draw.integers(8)))]) + good[position + 1 :])
+        try:
+            load_model(tmp_path / "model")
+        except TYPED:
+            refused += 1
+    assert refused > 0.8 * header
