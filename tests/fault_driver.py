@@ -37,9 +37,10 @@ def main(config: str, workdir: str, fault: str) -> int:
                         params = trees.map_with_names(lambda name, x: x * np.float32("nan") if name == "final_norm/scale" else x, params)
                     elif what["poison"] == "data":  # a token that no embedding has reads as NaN
                         batch = batch | {"tokens": batch["tokens"] + np.int32(100000)}
-                    else:  # the loss is finite, its gradient is not
+                    else:  # the loss is finite, its gradient is not, and the update has spoilt the adapters
                         state, metrics = step(params, state, batch)
-                        return state, metrics | {"grad_norm": metrics["grad_norm"] * np.float32("inf")}
+                        spoilt = trees.map_with_names(lambda _, x: x * np.float32("nan"), state.adapters)
+                        return state.replace(adapters=spoilt), metrics | {"grad_norm": metrics["grad_norm"] * np.float32("inf")}
                 return step(params, state, batch)
 
             return one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_trees_equal
 
 from zflora_jax import hosts, trees
 from zflora_jax import run as runs
+from zflora_jax.checkpoint import locked
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, override, to_dict
 from zflora_jax.metrics import read_metrics
@@ -86,16 +87,41 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
     processes[1].send_signal(signal.SIGTERM)
     first, _ = finish(processes, 75)
     assert "stopped by a signal after step" in first
-    _, _, adapters, step = runs.load_run(tmp_path / "run")
+    _, _, _, step = runs.load_run(tmp_path / "run")
     assert 3 < step < 400 and not (tmp_path / "run" / "report.json").exists()
     assert losses(tmp_path / "run")[-1, 0] == step
 
-    alone = override(four, {"mesh.data": 1, "mesh.fsdp": 1})
-    config = tmp_path / "run" / "config.json"
-    config.write_text(config.read_text().replace('"steps": 400', f'"steps": {step}'))  # as if the run ended here
-    done = runs.train(override(alone, {"train.steps": step}), tmp_path / "run", console=False)
-    assert done.report["resumed_from"] == step
-    assert_trees_equal(done.adapters, adapters)
+    for name in ("two", "one"):  # each goes on from there, as if the run were to end three steps later
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        config = tmp_path / name / "config.json"
+        config.write_text(config.read_text().replace('"steps": 400', f'"steps": {step + 3}'))
+    four = override(four, {"train.steps": step + 3})
+    finish(launch(four, tmp_path / "two", 2, 2))
+    finish(launch(override(four, {"mesh.data": 1, "mesh.fsdp": 1}), tmp_path / "one", 1, 1))
+    for name in ("two", "one"):
+        assert json.loads((tmp_path / name / "report.json").read_text())["resumed_from"] == step
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
+    assert losses(tmp_path / "two")[-1, 0] == step + 3
+
+
+def test_what_process_0_refuses_ends_all(four, tmp_path):
+    """The workdir is held by another process: neither process is left waiting."""
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        first, second = launch(four, tmp_path / "run", 2, 2)
+        (out, _), (other, _) = first.communicate(timeout=200), second.communicate(timeout=200)
+    assert first.returncode == 2 and "is being trained by another process" in out
+    assert second.returncode != 0 and "Traceback" not in other, other[-2000:]
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):
+    """JAX's preemption service then asks for a stop at call 1."""
+    asked: list[int] = []
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", lambda n: (asked.append(n), n == 1)[1])
+    signals = hosts.StopSignals()
+    assert signals.requested(5) and asked == [1, 2, 3, 4, 5]
+    assert not signals.requested(6) and asked[-1] == 6
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from zflora_jax.layers import attention, gated, matmul, query_blocks, tied_logit
 from zflora_jax.llama import forward
 
 
-def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8, extra: int = 0):
+def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8):
+    """The second row has a key that nobody attends to and, with T = S, a first query that attends to nothing."""
     draw = np.random.default_rng(0)
-    q, keys, values = (draw.standard_normal(shape).astype(np.float32) for shape in ((2, T, H, k), (2, K, k, S), (2, K, S, k + extra)))
+    q, keys, values = (draw.standard_normal(shape).astype(np.float32) for shape in ((2, T, H, k), (2, K, k, S), (2, K, S, k)))
     mask = np.broadcast_to(np.arange(S)[None, :] <= S - T + np.arange(T)[:, None], (2, 1, T, S)).copy()
     mask[1, :, :, 2] = False
+    mask[1, :, :, 0] &= T != S
     return q, keys, values, mask
 
 
@@ -40,6 +42,19 @@ def test_attention_and_its_gradients_equal_the_plain_formula(T, S, blocks, monke
     got, want = (jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (attention, plain))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_rounded():
+    q, keys, values, mask = inputs()
+    weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
+
+    def gradients(dtype):
+        arrays = [jnp.asarray(x, dtype) for x in (q, keys, values)]
+        return jax.grad(lambda *a: jnp.sum(attention(*a, mask, 0.3).astype(jnp.float32) * weights), (0, 1, 2))(*arrays)
+
+    for a, b in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
 
 
 def test_long_sequences_never_hold_all_scores():

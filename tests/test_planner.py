@@ -81,10 +81,16 @@ def test_what_does_not_fit_comes_with_the_cheapest_changes():
     for change in plan["changes"][:-1]:
         changed = override(run, {key: str(value) for key, value in change["settings"].items()})
         assert planner.plan_run(changed, SMALL)["bytes_per_device"]["total"] == change["total"] < total
-    assert plan["changes"][-1]["change"] == "all of these" and plan["changes"][-1]["fits"]
+    assert plan["changes"][-1]["change"] == "all of these that go together" and plan["changes"][-1]["fits"]
     assert "data.accumulate" in plan["changes"][0]["settings"]
     text = "\n".join(planner.lines_of(plan))
     assert "does not fit" in text and "data.accumulate=2" in text
+
+
+def test_changes_that_do_not_go_together_are_not_put_together():
+    run = small_run(**{"mesh.fsdp": 4, "train.remat": True})
+    plan = planner.plan_run(run, SMALL, 0.0001)
+    assert not plan["fits"] and plan["changes"][-1]["change"] == "all of these that go together"
 
 
 def test_real_sizes_need_no_weights():

@@ -27,7 +27,7 @@ from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
 from zflora_jax.hf.save import save_hf
-from zflora_jax.hosts import Stopped
+from zflora_jax.hosts import Stopped, StopSignals
 from zflora_jax.llama import forward
 from zflora_jax.metrics import read_metrics
 from zflora_jax.scorecard import evaluate
@@ -241,6 +241,10 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch
     run = override(run, {"train.keep_best": "True"})
     losses = iter([3.0, 2.0, 1.0, 2.0, 1.5, 1.2])
     monkeypatch.setattr(runs, "held_out_loss", lambda *_, **__: {"loss": next(losses), "tokens": 1.0, "rows": 1.0})
+    monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 9)
+    with pytest.raises(Stopped):  # another process goes on with it
+        quiet_train(run, tmp_path)
+    monkeypatch.setattr(StopSignals, "requested", lambda self, step: False)
     quiet_train(run, tmp_path)
     best = 6
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [best, 12]
@@ -300,3 +304,17 @@ def test_a_save_that_fails_says_so_and_keeps_the_rest(run, tmp_path, monkeypatch
         quiet_train(run, tmp_path)
     monkeypatch.undo()
     assert quiet_train(run, tmp_path).report["resumed_from"] == 4
+
+
+def test_signals_wait_until_the_last_checkpoint_is_written(run, tmp_path, monkeypatch):
+    """SIGTERM when the last save may still be being written: it is finished, and the run is not ended half-way."""
+    real = runs.Checkpoints.__exit__
+
+    def signalled(self, *error):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(self, *error)
+
+    monkeypatch.setattr(runs.Checkpoints, "__exit__", signalled)
+    assert quiet_train(run, tmp_path).report["steps"] == 8
+    monkeypatch.undo()
+    assert runs.load_run(tmp_path)[3] == 8

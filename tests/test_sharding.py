@@ -156,8 +156,8 @@ def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
     meshed = dataclasses.replace(whole, mesh=MeshConfig(data=2, tensor=2))
     real = runs.Checkpoints.save
 
-    def stop(self, step, state, meta):
-        real(self, step, state, meta)
+    def stop(self, step, state, meta, loss=None):
+        real(self, step, state, meta, loss)
         if step == 2:
             saved.append(jax.device_get(state))
             raise KeyboardInterrupt

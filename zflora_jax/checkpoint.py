@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, from_dict, to_dict
@@ -103,9 +104,14 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
         policies: list[Any] = [LatestN(keep)]
+        best: dict[str, Any] = {}
         if keep_best:
-            policies.append(BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False))
-        options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies), create=create, cleanup_tmp_directories=create)
+            by_loss = lambda metrics: metrics["loss"]  # noqa: E731
+            policies.append(BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+            best = {"best_fn": by_loss, "best_mode": "min"}  # without it orbax forgets the losses when the process ends
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), create=create, cleanup_tmp_directories=create, **best
+        )
         self._ocp, self._manager = ocp, ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options)
 
     @property
@@ -126,10 +132,13 @@ class Checkpoints:
         if step == self.latest:
             return
         meta = meta if loss is None else meta | {"loss": loss}
-        if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):  # else no process sees all of it
+        # A copy: the next step is given the state's own buffers to write into. On the host, where no process sees only a part of it.
+        if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
+            state = jax.tree.map(lambda leaf: np.array(leaf), state)
             meta = meta | {"state_fingerprint": _fingerprint(state)}
-        # A copy: the next step is given the state's own buffers to write into.
-        args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(jax.tree.map(jnp.copy, state)), meta=self._ocp.args.JsonSave(meta))
+        else:
+            state = jax.tree.map(jnp.copy, state)
+        args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 

@@ -34,13 +34,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
         args.run(args)
     except Exception as error:
         from zflora_jax.hf.keys import CheckpointError
-        from zflora_jax.hosts import Stopped
+        from zflora_jax.hosts import Stopped, leave
         from zflora_jax.trainer import NonFiniteError
 
         if not isinstance(error, ConfigError | CheckpointError | NonFiniteError | Stopped | OSError):
             raise  # a bug, not an input: its traceback is needed
         print(str(error) if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
-        return EXIT_STOPPED if isinstance(error, Stopped) else EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
+        code = EXIT_STOPPED if isinstance(error, Stopped) else EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
+        if not isinstance(error, Stopped):  # all stop together
+            leave(code)
+        return code
     finally:
         logger.removeHandler(handler)
         logger.propagate = True

@@ -9,14 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import TypeVar
 
 import jax
+import numpy as np
 
 from zflora_jax.fields import ConfigError, require
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ENVIRONMENT = {"coordinator": "ZFLORA_COORDINATOR", "num_processes": "ZFLORA_NUM_PROCESSES", "process_id": "ZFLORA_PROCESS_ID"}
 
@@ -80,12 +85,29 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait until every process has come here."""
+def on_main(action: Callable[[], T]) -> T | None:
+    """`action()` on process 0, None elsewhere. What it raises (ConfigError, OSError) ends all processes, not that one alone."""
+    result, error = None, None
+    try:
+        result = action() if is_main() else None
+    except (ConfigError, OSError) as raised:
+        error = raised
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+        well = bool(multihost_utils.broadcast_one_to_all(np.int32(error is None)))
+        require(well or is_main(), "process 0 cannot use the workdir; its message says why.")
+    if error is not None:
+        raise error
+    return result
+
+
+def leave(code: int) -> None:
+    """End this process at once if it is one of several: the others wait for it in a collective, and are ended by JAX when it is gone."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class StopSignals:
@@ -96,16 +118,18 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked, self._next = False, 1
         self._before: dict[int, object] = {}
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`; with several processes it must be called for every step, and is true in all of them at the same one."""
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
 
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        # JAX counts calls: a signal that came before the first one asks for a stop at call 1, whatever step a resumed run is at by then.
+        first, self._next = self._next, step + 1
+        return any([multihost_utils.reached_preemption_sync_point(n) for n in range(first, step + 1)])
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -256,7 +256,10 @@ def _attention_backward(scale: float, saved: tuple[Array, ...], d_out: Array) ->
         d_v = jnp.einsum("BKqk,BKqS->BKkS", d_out, p.astype(q.dtype), preferred_element_type=jnp.float32)
         d_p = jnp.einsum("BKqk,BKSk->BKqS", d_out, v, preferred_element_type=jnp.float32)
         mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-        d_scores = (p * (d_p - mean) * scale).astype(q.dtype)
+        d_scores = p * (d_p - mean) * scale
+        grouped = d_scores.reshape(*d_scores.shape[:2], -1, *mask.shape[2:])
+        # p is zero where nothing is attended to, but in a row that attends to nothing at all.
+        d_scores = jnp.where(mask[:, :, None], grouped, 0.0).reshape(d_scores.shape).astype(q.dtype)
         d_k = jnp.einsum("BKqk,BKqS->BKkS", q, d_scores, preferred_element_type=jnp.float32)
         return jnp.einsum("BKqS,BKkS->BKqk", d_scores, k).reshape(shape), d_k, d_v
 

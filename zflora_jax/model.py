@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zflora_jax.config import AdapterConfig, LlamaConfig
@@ -20,8 +20,8 @@ class Model:
     """
 
     config: LlamaConfig
-    params: Tree
-    tokenizer: Any = None
+    params: Tree = field(repr=False)
+    tokenizer: Any = field(default=None, repr=False)
     source: str | None = None
     adapter: AdapterConfig | None = None
 

@@ -8,6 +8,7 @@ backward pass, by abstract evaluation. The working set is what one layer or one 
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -129,15 +130,17 @@ def _activations(run: RunConfig, config: LlamaConfig) -> int:
 
 def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     """The largest of: a chunk of logits with its gradient and exponentials, 3 C V float32; one layer's backward pass, 3 B H T^2 float32
-    of attention (less where its queries go in blocks) and 4 B T f of the MLP; with the kernels of one layer where fsdp gathers them."""
+    of attention (less where its queries go in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer, where fsdp gathers them."""
     rows, length, tensor = _local_rows(run), run.data.lengths[-1], run.mesh.tensor
     width = jnp.dtype(config.dtype).itemsize
-    logits = 3 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // tensor
+    gathered = mesh.shape["fsdp"] > 1
+    head = config.vocab_size * config.hidden_size * width // tensor
+    logits = 3 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // tensor + (head if gathered else 0)
     attention = 3 * rows * config.num_heads * length * length * 4 // tensor // query_blocks(length)
     mlp = 4 * rows * length * config.intermediate_size * width // tensor
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values()) * width // tensor
     kept = rows * length * 16 * config.hidden_size * width if config.remat else 0
-    return max(logits, attention + mlp + kept + (layer if mesh.shape["fsdp"] > 1 else 0))
+    return max(logits, attention + mlp + kept + (layer if gathered else 0))
 
 
 def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, Any]]:
@@ -151,12 +154,13 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
             continue
         if new < 0.98 * total:
             found.append({"change": text, "settings": settings, "total": new, "fits": new <= limit})
-            together = override(together, {key: str(value) for key, value in settings.items()})
+            with contextlib.suppress(ConfigError):  # it does not go with the ones before it, as with too few rows for twice the devices
+                together = override(together, {key: str(value) for key, value in settings.items()})
         if len(found) == 3:
             break
     if len(found) > 1:
         new = bytes_per_device(together, _shaped(together, config))["total"]
-        found.append({"change": "all of these", "settings": {}, "total": new, "fits": new <= limit})
+        found.append({"change": "all of these that go together", "settings": {}, "total": new, "fits": new <= limit})
     return found
 
 

@@ -89,6 +89,7 @@ def load_run(workdir: str | Path, step: int | str | None = None) -> tuple[RunCon
         if step == "best":
             require(run.train.keep_best, f"{workdir} has no best checkpoint: train with train.keep_best=True, or name a step.")
             step = checkpoints.best
+            require(step is not None, f"{workdir} has no checkpoint that was saved with its loss yet; name a step, or train on.")
         require(step is None or str(step).isdigit(), f"checkpoint {step!r}: expected a number of steps, or 'best'.")
         state, meta = checkpoints.restore(jax.eval_shape(lambda: _fresh_state(run, model)), None if step is None else int(step))
     _check_same(meta, "base", trees.fingerprint(model.params), workdir)
@@ -138,9 +139,7 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     state = _sharded_state(run, model, where)
     steps, every = run.train.steps, run.train
     step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where)
-    if hosts.is_main():
-        claim(workdir, run)
-    hosts.barrier("workdir claimed")
+    hosts.on_main(lambda: claim(workdir, run))
     spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
 
     def evaluate_loss(adapters: Tree) -> dict[str, float]:
@@ -149,9 +148,8 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
         )
 
     with ExitStack() as stack:
-        if hosts.is_main():
-            stack.enter_context(locked(workdir))
-        hosts.barrier("workdir locked")
+        signals = stack.enter_context(hosts.StopSignals())  # left last: until then the newest checkpoint may still be being written
+        hosts.on_main(lambda: stack.enter_context(locked(workdir)))
         checkpoints = stack.enter_context(Checkpoints(workdir, every.keep, keep_best=every.keep_best))
         stack.enter_context(jax.set_mesh(mesh))
         if checkpoints.latest is not None:
@@ -164,8 +162,7 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
                 "%s %s", workdir, f"is finished ({steps} steps): nothing to train" if finished else f"resumes from step {int(state.step)} of {steps}"
             )
         first = int(state.step)
-        writer = stack.enter_context(MetricWriter(workdir, steps, console=console, start_step=first)) if hosts.is_main() else None
-        signals = stack.enter_context(hosts.StopSignals())
+        writer = hosts.on_main(lambda: stack.enter_context(MetricWriter(workdir, steps, console=console, start_step=first)))
         clock = time.perf_counter()
 
         def on_metrics(step: int, metrics: dict[str, float]) -> None:

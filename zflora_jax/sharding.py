@@ -56,6 +56,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
         f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs {need} devices; there are {len(have)}. "
         "Lower one of them, or start on more devices.",
     )
+    require(
+        need == len(have) or jax.process_count() == 1,
+        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is {need} devices of {len(have)} in "
+        f"{jax.process_count()} processes: a run of several processes uses all of them. Raise mesh.data or mesh.fsdp.",
+    )
     return Mesh(np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -121,7 +121,7 @@ def fit(
     Step n is dispatched before the metrics of step n-1 are fetched, so the device does not wait for the host. `on_metrics(n, metrics)` sees every
     step once, in order;
     `on_due(n, state)` (saving, evaluation) runs after the n-th step where `is_due(n)`, and only once the metrics up to n are known to be finite;
-    so does `on_stop(n, state)`, where `should_stop(n)` before the last step, and training ends there. Raises NonFiniteError naming the step.
+    `on_stop(n, state)` runs instead where `should_stop(n)` before the last step, and training ends there. Raises NonFiniteError naming the step.
     """
     pending: tuple[int, dict[str, Array]] | None = None
 
@@ -147,10 +147,10 @@ def fit(
         stopping = should_stop(number) and number < steps
         if is_due(number) or stopping:
             settle()
-        if is_due(number):
-            on_due(number, state)
-        if stopping:
+        if stopping:  # at once, and before anything that takes time: who asked may not wait long
             on_stop(number, state)
             break
+        if is_due(number):
+            on_due(number, state)
     settle()
     return state

@@ -152,9 +152,14 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
             f"{directory} holds pickled weights (adapter_model.bin), which can run code when read; save it again with safe_serialization=True."
         )
     settings = read_json(directory / CONFIG)
-    _refuse(directory, settings)
     config = model.config
-    resolved = _resolve(directory, settings, config)
+    try:
+        _refuse(directory, settings)
+        resolved = _resolve(directory, settings, config)
+    except (TypeError, AttributeError, OverflowError, re.error) as error:  # a list where a number belongs, a pattern that is none, ...
+        raise CheckpointError(
+            f"{directory / CONFIG} has a setting of the wrong kind ({error}); peft writes numbers, names and tables there."
+        ) from None
     shards, what = Shards(directory, [WEIGHTS]), str(directory / WEIGHTS)
     expected = [_tensor(module, factor) for module in resolved for factor in "AB"]
     if diff := trees.difference(expected, shards.shapes):
@@ -215,6 +220,8 @@ def _resolve(directory: Path, settings: Mapping[str, Any], config: LlamaConfig) 
     where = directory / CONFIG
     every = [_module(layer, kernel) for layer in range(config.num_layers) for kernel in KERNELS]
     targets = settings.get("target_modules") or ["q_proj", "v_proj"]
+    named = isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(name, str) for name in targets))
+    require(named, f"{where}: target_modules={targets!r}: expected a list of module names, or a regex.")
     chosen = every if targets == "all-linear" else [m for m in every if _selected(m, targets)]
     chosen = [m for m in chosen if not _selected(m, settings.get("exclude_modules") or [])]
     if (layers := settings.get("layers_to_transform")) is not None:
