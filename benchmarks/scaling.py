@@ -130,10 +130,10 @@ def main() -> None:
             write_json("results/scaling.json", {"rows": rows, "rows_per_device": ROWS, "length": LENGTH, "environment": env})
     columns = list(dict.fromkeys(["model", "mesh", "devices", "tokens per step", *(f"{k}, MB" for k in KINDS), "sum, MB", "formula, MB"]))
     columns = [column for column in columns if any(column in row for row in rows)]
-    text = __doc__.split("\n")[0] + "\n"
     page = f"""# Weak scaling on paper
 
-{text}
+Bytes that the compiled train step moves between devices, per device and step, against the size of the mesh.
+
 Shapes of the models named, no weights, zflora-minimal r=32, float32, {ROWS} rows of {LENGTH} tokens a device, chunks of 256 logits. mesh:
 data x fsdp x tensor. Counted from the HLO that XLA compiles for virtual CPU devices; a ring of n devices sends (n-1)/n of what an all-gather gives,
 n-1 times what a reduce-scatter gives, 2 (n-1)/n of an all-reduce's size. All in float32, since the CPU compiler widens bfloat16 kernels before it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -119,3 +121,34 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def run(base_dir: str) -> RunConfig:
     return small_run(base_dir)
+
+
+TASK_DATA = DataConfig(lengths=(256, 512))
+EVAL = EvalConfig(limit=None, batch_size=4, max_new_tokens=6)
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    """A tiny model with a byte tokenizer, whose answers vary: tied, it would repeat one token."""
+    model = tiny_model(max_position_embeddings=768, tie_word_embeddings=False)
+    model.tokenizer = byte_tokenizer()
+    return model
+
+
+def choice(i: int, answer: str = "answer2") -> dict[str, str]:
+    """A row of ARC-Easy in LLM-Adapters' form."""
+    words = f"Question {i}{'?' * (i % 5 + 1)}\n\nAnswer1: {i} Answer2: {i + 1} Answer3: no\n\nAnswer format: answer1/answer2/answer3"
+    return {"instruction": words, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+
+
+@pytest.fixture
+def arc(tmp_path: Path) -> DataConfig:
+    """A data directory with 30 train and 12 test rows of ARC-Easy; 3 of the test rows are train rows written otherwise."""
+    folder = tmp_path / "ARC-Easy"
+    folder.mkdir()
+    train = [choice(i, "answer1") for i in range(100, 130)]  # one answer: the rows found again score otherwise than the clean ones
+    again = [row | {"instruction": row["instruction"].replace("Question", "QUESTION --")} for row in train[:3]]
+    test = [choice(i, f"answer{i % 3 + 1}") for i in range(9)] + again
+    for name, rows in (("train", train), ("test", test)):
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return dataclasses.replace(TASK_DATA, task="arc_easy", data_dir=str(tmp_path))

@@ -43,6 +43,11 @@ class Outcome:
     message: str = ""
 
 
+def lab_run(run: RunConfig) -> RunConfig:
+    """`run` for a Lab: long enough to be hit somewhere, every step logged, eight rows so that eight devices have one each."""
+    return override(run, {"train.steps": 24, "train.keep": 3, "data.batch_size": 8, "data.accumulate": 1, "data.lengths": [256]})
+
+
 class Lab:
     """A run, what it gives when nothing goes wrong, and processes that run it."""
 
@@ -58,7 +63,7 @@ class Lab:
         self.lines = self.logged(folder / "whole")
 
     def start(self, workdir: Path, fault: dict[str, Any] | None = None, devices: int = 1, **changes: Any) -> subprocess.Popen[str]:
-        run = override(self.run, {key.replace("__", "."): str(value) for key, value in changes.items()})
+        run = override(self.run, {key.replace("__", "."): value for key, value in changes.items()})
         env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         env |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [sys.executable, str(TESTS / "fault_driver.py"), json.dumps(dataclasses.asdict(run)), str(workdir), json.dumps(fault or {})]
@@ -236,7 +241,7 @@ def malformed_row(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     bad = draw.randrange(20)
     rows[bad] = draw.choice(({"instruction": "Say."}, {"instruction": 3, "output": "x"}, "text", None, {**rows[bad], "output": None}))
     (folder / "train.json").write_text(json.dumps(rows))
-    code, output = lab.finish(lab.start(workdir, data__task="json", data__data_dir=str(folder), data__train_limit="None"))
+    code, output = lab.finish(lab.start(workdir, data__task="json", data__data_dir=str(folder), data__train_limit=None))
     told = output.strip().splitlines()[-1]
     return Outcome(code == 2 and f"train.json, row {bad + 1}" in told and not workdir.exists(), 0, f"{rows[bad]!r}: {told}")
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from byte_tokenizer import byte_tokenizer
 from conftest import saved_base, small_run
-from faults import FAULTS, Lab, tries
+from faults import FAULTS, Lab, lab_run, tries
 
-from zflora_jax.fields import override
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 
 
@@ -23,10 +22,7 @@ def main() -> int:
     env, rows, failed = environment(), [], 0
     with tempfile.TemporaryDirectory() as folder:
         base = saved_base(Path(folder) / "model", byte_tokenizer())
-        run = override(
-            small_run(base), {"train.steps": "24", "train.keep": "3", "data.batch_size": "8", "data.accumulate": "1", "data.lengths": "[256]"}
-        )
-        lab = Lab(run, Path(folder) / "lab")
+        lab = Lab(lab_run(small_run(base)), Path(folder) / "lab")
         for name, (_, count) in FAULTS.items():
             if args.only not in (None, name):
                 continue

@@ -1,58 +1,25 @@
-"""Records of answers and likelihoods, their scores and tables; evaluations that are stopped and go on; sweeps that score tasks."""
+"""Records of answers and likelihoods, their scores and tables; evaluations that are stopped and go on."""
 
 import dataclasses
 import json
-from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import tiny_model
+from conftest import EVAL, TASK_DATA, choice, tiny_model
 
-from zflora_jax import evals, sweeps
-from zflora_jax.checkpoint import BusyError, locked
-from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax import evals
+from zflora_jax.config import RunConfig
 from zflora_jax.data.tasks import Example, load_examples
 from zflora_jax.evals import generation_records, group_scores, likelihood_records, rouge, scores_of
 from zflora_jax.fields import ConfigError
-from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import forward
 from zflora_jax.scorecard import evaluate, evaluate_tasks
-from zflora_jax.sweeps import Sweep, sweep
-
-DATA = DataConfig(lengths=(256, 512))
-EVAL = EvalConfig(limit=None, batch_size=4, max_new_tokens=6)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = tiny_model(max_position_embeddings=768, tie_word_embeddings=False)  # tied, it would repeat one token
-    model.tokenizer = byte_tokenizer()
-    return model
-
-
-def choice(i, answer="answer2"):
-    words = f"Question {i}{'?' * (i % 5 + 1)}\n\nAnswer1: {i} Answer2: {i + 1} Answer3: no\n\nAnswer format: answer1/answer2/answer3"
-    return {"instruction": words, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
-
-
-@pytest.fixture
-def arc(tmp_path):
-    """A data directory with 30 train and 12 test rows of ARC-Easy; 3 of the test rows are train rows written otherwise."""
-    folder = tmp_path / "ARC-Easy"
-    folder.mkdir()
-    train = [choice(i, "answer1") for i in range(100, 130)]  # one answer: the rows found again score otherwise than the clean ones
-    again = [row | {"instruction": row["instruction"].replace("Question", "QUESTION --")} for row in train[:3]]
-    test = [choice(i, f"answer{i % 3 + 1}") for i in range(9)] + again
-    for name, rows in (("train", train), ("test", test)):
-        (folder / f"{name}.json").write_text(json.dumps(rows))
-    return dataclasses.replace(DATA, task="arc_easy", data_dir=str(tmp_path))
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -91,10 +58,10 @@ def test_likelihoods_are_those_of_the_whole_text(model, arc):
 def test_correct_norm_divides_by_characters(model, monkeypatch):
     example = Example("Q", "yes indeed", "yes", options=("no", "yes indeed"))
     monkeypatch.setattr(evals, "option_log_likelihoods", lambda *_, **__: [np.asarray([-4.0, -10.0], np.float32)])
-    (record,) = likelihood_records(model, [example], DATA, EVAL)
+    (record,) = likelihood_records(model, [example], TASK_DATA, EVAL)
     assert (record["correct_sum"], record["correct_norm"]) == (False, True)  # -2 a character against -1
     with pytest.raises(ConfigError, match="options"):
-        likelihood_records(model, [Example("Q", "t", "a")], DATA, EVAL)
+        likelihood_records(model, [Example("Q", "t", "a")], TASK_DATA, EVAL)
 
 
 def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):
@@ -102,7 +69,7 @@ def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):
     monkeypatch.setattr(evals, "generate_tokens", lambda m, prompts, **_: [m.tokenizer(text)["input_ids"] for _ in prompts])
     example = [Example("2 + 2?", "The answer is 4.", "4")]
     for style, correct in (("alpaca-eval", True), ("chat", False)):
-        (record,) = generation_records(model, "gsm8k", example, DATA, dataclasses.replace(EVAL, prompt_style=style))
+        (record,) = generation_records(model, "gsm8k", example, TASK_DATA, dataclasses.replace(EVAL, prompt_style=style))
         assert (record["output"], record["correct"], record["correct_legacy"]) == (text, correct, correct)
 
 
@@ -117,7 +84,7 @@ def test_rouge_is_rouge_score_s_and_takes_the_best_reference(model, monkeypatch)
     assert ours["rouge1"] > 0
     monkeypatch.setattr(evals, "generate_tokens", lambda m, prompts, **_: [m.tokenizer(text)["input_ids"] for _ in prompts])
     example = Example("Sum up.", references[0], "", input="long", references=references, document=True)
-    (record,) = generation_records(model, "dialogsum", [example], DATA, EVAL)
+    (record,) = generation_records(model, "dialogsum", [example], TASK_DATA, EVAL)
     assert {name: record[name] for name in evals.ROUGE} == ours and "correct" not in record
 
 
@@ -195,7 +162,11 @@ def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(mod
     assert sum(asked) == 5 and [task["rows"] for task in summary["tasks"]] == [12, 5]
     assert not list((tmp_path / "out").glob("*.partial.jsonl"))
     page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
-    assert "contamination was not checked" in page and "Answers that reached the limit of new tokens: arc_easy" in page and "Chance: arc_easy" in page
+    assert (
+        "contamination was not checked" in page
+        and "Answers that reached the limit of new tokens: arc_easy" in page
+        and "Chance: arc_easy 0.333" in page
+    )
 
 
 def test_a_group_s_mean_counts_tasks_alike_and_only_scores_all_have():
@@ -239,114 +210,6 @@ def test_a_summary_of_tasks(model, arc, tmp_path):
     assert not (tmp_path / "none").exists()  # said before the first task has run
 
 
-# --- sweeps -------------------------------------------------------------------------------------------------------
-
-
-def test_a_sweep_scores_tasks_and_is_not_run_again(model, arc, tmp_path, monkeypatch):
-    save_hf(tmp_path / "model", model)
-    base = RunConfig(
-        model=str(tmp_path / "model"),
-        data=dataclasses.replace(arc, batch_size=2, packing=True),
-        optim=OptimConfig(warmup_steps=1),
-        train=TrainConfig(steps=4, save_every=None, loss_chunk=128),
-        eval=EvalConfig(limit=2),
-    )
-    plan = Sweep(
-        "small",
-        base,
-        {"minimal": AdapterConfig("zflora-minimal", rank=2)},
-        (1e-3, 1e-2),
-        (0, 1),
-        pick_steps=2,
-        tasks=("arc_easy",),
-        scoring=dataclasses.replace(EVAL, generate=False, loss=False),
-    )
-    result = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    assert [row["method"] for row in result["rows"]] == ["base", "minimal"] and result["missing"] == []
-    assert len(result["runs"]) == 4 and {run["steps"] for run in result["runs"]} == {2, 4}
-    row = result["rows"][1]
-    picked = {run["validation_loss"]: run["learning_rate"] for run in result["runs"] if run["steps"] == 2}
-    assert len(picked) == 2 and row["learning rate"] == picked[min(picked)]
-    assert row["scores"].keys() == {"arc_easy"} and row["rows"] == {"arc_easy": 9}
-    scored = [run for run in result["runs"] if run["steps"] == 4]
-    assert row["mean"] == pytest.approx(50 * sum(run["scores"]["arc_easy"]["scores"]["clean"]["likelihood_sum"]["mean"] for run in scored))
-    assert (tmp_path / "out" / "small.png").read_bytes()[:4] == b"\x89PNG"
-    page = (tmp_path / "out" / "small.md").read_text()
-    assert "## likelihood_sum, percent" in page and "arc_easy (9)" in page
-
-    monkeypatch.setattr("zflora_jax.sweeps.train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr("zflora_jax.sweeps.evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
-    again = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    assert again["rows"] == json.loads(json.dumps(result["rows"]))
-    record = tmp_path / "out" / "small" / "minimal-lr0.01-steps2-seed0.json"
-    saved = json.loads(record.read_text())
-    assert saved["result"]["device"] and saved["result"]["date"]
-    del saved["config"]["data"]["packing"], saved["config"]["eval"]["num_beams"]  # a record that is older than a setting; packing's default differs
-    record.write_text(json.dumps(saved))
-    with pytest.raises(pytest.fail.Exception, match="trained again"):
-        sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
-
-
-def test_a_sweep_takes_its_rates_from_another(model, arc, tmp_path, monkeypatch):
-    save_hf(tmp_path / "model", model)
-    base = RunConfig(
-        model=str(tmp_path / "model"),
-        data=dataclasses.replace(arc, batch_size=2),
-        optim=OptimConfig(warmup_steps=1),
-        train=TrainConfig(steps=3, save_every=None, loss_chunk=128),
-        eval=EvalConfig(limit=2),
-    )
-    methods = {"lora": AdapterConfig("lora", rank=2)}
-    first = Sweep("first", base, methods, (1e-3, 1e-2), (0,), pick_steps=2)
-    longer = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=1))
-    second = Sweep("second", longer, methods, (5e-1,), (1,), pick_steps=2, rates_from=first)
-    result = sweep(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)
-    (row,) = result["rows"]
-    found = [json.loads(path.read_text()) for path in (tmp_path / "out" / "first").iterdir()]
-    lowest = min(found, key=lambda record: record["result"]["validation_loss"])
-    assert row["learning rate"] == lowest["config"]["optim"]["learning_rate"] and [run["seed"] for run in result["runs"]] == [1]
-    assert "(as in first)" in (tmp_path / "out" / "second.md").read_text()
-
-    picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
-    assert picks == {"lora-lr0.001-steps2-seed0.json", "lora-lr0.01-steps2-seed0.json"}
-    trained: list[int] = []
-    original = sweeps.train
-    monkeypatch.setattr(sweeps, "train", lambda run, *a, **k: (trained.append(run.train.steps), original(run, *a, **k))[1])
-    assert sweep(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)["rows"][0]["learning rate"] == row["learning rate"]
-    assert trained == [3]  # the choosing runs were there
-
-    with pytest.raises(ConfigError, match="rates_from='first': it must be another sweep, over the same methods"):
-        dataclasses.replace(second, methods={"lora": AdapterConfig("lora", rank=3)})
-
-
-def test_a_sweep_waits_for_a_run_that_another_process_trains(model, arc, tmp_path, monkeypatch):
-    save_hf(tmp_path / "model", model)
-    data = dataclasses.replace(arc, batch_size=2)
-    train_config = TrainConfig(steps=2, save_every=None, loss_chunk=128)
-    base = RunConfig(str(tmp_path / "model"), data=data, optim=OptimConfig(warmup_steps=1), train=train_config, eval=EvalConfig(limit=2))
-    plan = Sweep("busy", base, {"lora": AdapterConfig("lora", rank=2)}, (1e-3,), (0,))
-    folder = tmp_path / "runs" / "lora-lr0.001-seed0"
-    folder.mkdir(parents=True)
-    original, refused = sweeps.locked, []
-    with ExitStack() as stack:
-        stack.enter_context(locked(folder))
-
-        @contextmanager
-        def held(workdir):
-            try:
-                with original(workdir):
-                    yield
-            except BusyError as error:
-                refused.append(str(error))
-                stack.close()  # the other process ends
-                raise
-
-        monkeypatch.setattr(sweeps, "locked", held)
-        monkeypatch.setattr(sweeps, "_POLL", 0.01)
-        assert sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"][0]["learning rate"] == 1e-3
-    assert len(refused) == 1 and "is being trained by another process" in refused[0]
-
-
 def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
     only = dataclasses.replace(EVAL, clean_only=True, limit=None)
     seen = load_examples("arc_easy", "train", arc)
@@ -367,43 +230,20 @@ def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
         evaluate(RunConfig(model="tiny", data=arc, eval=only), model, trained_on=load_examples("arc_easy", "test", arc), console=False)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"methods": {}}, "sweep.methods is empty"),
-        ({"methods": {"base": AdapterConfig("lora")}}, "the untrained model's row"),
-        ({"tasks": ("arc_easy",)}, "go together"),
-        ({"pick_steps": 1000}, "pick_steps=1000: must be above optim.warmup_steps=10 and at most train.steps=100"),
-    ],
-)
-def test_wrong_sweeps(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        Sweep(**({"name": "x", "base": RunConfig(), "methods": {"lora": AdapterConfig("lora")}, "learning_rates": (1e-3,), "seeds": (0,)} | changes))
-
-
 def test_rows_without_an_answer_do_not_count(model):
     examples = [Example("Say hello.", "hello", ""), Example("1 + 1?", "The answer is 2.", "2")]
-    records = generation_records(model, "json", examples, DATA, EVAL)
+    records = generation_records(model, "json", examples, TASK_DATA, EVAL)
     assert "correct" not in records[0] and scores_of(records)["accuracy"]["mean"] == float(records[1]["correct"])
-
-
-def test_a_sweep_whose_grid_runs_are_whole_is_finished_too(model, arc, tmp_path, monkeypatch):
-    """The chosen run is one of the grid's: trained once, its record with scores serves both."""
-    save_hf(tmp_path / "model", model)
-    base = RunConfig(
-        model=str(tmp_path / "model"),
-        data=dataclasses.replace(arc, batch_size=2),
-        optim=OptimConfig(warmup_steps=1),
-        train=TrainConfig(steps=2, save_every=None, loss_chunk=128),
-        eval=EvalConfig(limit=2),
-    )
-    scoring = dataclasses.replace(EVAL, generate=False, loss=False, limit=4)
-    plan = Sweep("whole", base, {"lora": AdapterConfig("lora", rank=2)}, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
-    result = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    monkeypatch.setattr("zflora_jax.sweeps.train", lambda *_, **__: pytest.fail("trained again"))
-    assert sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"] == json.loads(json.dumps(result["rows"]))
 
 
 def test_a_model_without_a_tokenizer_is_refused_before_anything_runs(arc):
     with pytest.raises(ConfigError, match="without a tokenizer"):
         evaluate(RunConfig(model="tiny", data=arc, eval=EVAL), tiny_model(), console=False)
+
+
+def test_an_answer_that_did_not_stop_by_itself_is_cut(model, monkeypatch):
+    stop, outputs = evals._stop(model, "chat"), {}
+    monkeypatch.setattr(evals, "generate_tokens", lambda _, prompts, **__: [outputs[len(prompts)][i] for i in range(len(prompts))])
+    outputs[3] = [[65, stop[0]], [65, 66], []]
+    examples = [Example(f"{i}?", "x", "1") for i in range(3)]
+    assert [record["cut"] for record in generation_records(model, "json", examples, TASK_DATA, EVAL)] == [False, True, True]

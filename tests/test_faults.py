@@ -1,17 +1,13 @@
 """A fast subset of the faults in faults.py; `make soak` tries all of them many times."""
 
 import pytest
-from faults import FAULTS, Lab, tries
-
-from zflora_jax.fields import override
+from conftest import small_run
+from faults import FAULTS, Lab, lab_run, tries
 
 
 @pytest.fixture(scope="session")
 def lab(base_dir, tmp_path_factory):
-    from conftest import small_run
-
-    run = override(small_run(base_dir), {"train.steps": "24", "train.keep": "3", "mesh.data": "1"})
-    return Lab(override(run, {"data.batch_size": "8", "data.accumulate": "1", "data.lengths": "[256]"}), tmp_path_factory.mktemp("lab"))
+    return Lab(lab_run(small_run(base_dir)), tmp_path_factory.mktemp("lab"))
 
 
 @pytest.mark.slow

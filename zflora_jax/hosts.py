@@ -20,7 +20,6 @@ import numpy as np
 
 from zflora_jax.fields import ConfigError, require
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ENVIRONMENT = {"coordinator": "ZFLORA_COORDINATOR", "num_processes": "ZFLORA_NUM_PROCESSES", "process_id": "ZFLORA_PROCESS_ID"}

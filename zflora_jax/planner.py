@@ -148,14 +148,14 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
     total, found, together = bytes_per_device(run, config)["total"], list[dict[str, Any]](), run
     for text, settings in _candidates(run):
         try:
-            changed = override(run, {key: str(value) for key, value in settings.items()})
+            changed = override(run, settings)
             new = bytes_per_device(changed, _shaped(changed, config))["total"]
         except ConfigError:  # a mesh that does not divide the model
             continue
         if new < 0.98 * total:
             found.append({"change": text, "settings": settings, "total": new, "fits": new <= limit})
             with contextlib.suppress(ConfigError):  # it does not go with the ones before it, as with too few rows for twice the devices
-                together = override(together, {key: str(value) for key, value in settings.items()})
+                together = override(together, settings)
         if len(found) == 3:
             break
     if len(found) > 1:

