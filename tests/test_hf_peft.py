@@ -153,3 +153,27 @@ def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_pat
         load_peft(tmp_path / "out", base)
     with pytest.raises(CheckpointError, match="no PEFT directory"):
         load_peft(tmp_path / "nowhere", base)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", True),
+        ("target_modules", [1]),
+        ("target_modules", "("),
+        ("exclude_modules", 3),
+        ("layers_to_transform", 0.5),
+        ("rank_pattern", 3),
+        ("rank_pattern", {"q_proj": "four"}),
+        ("alpha_pattern", ["q_proj"]),
+        ("r", None),
+        ("lora_alpha", [1]),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(key: str, value: Any, base: Model, tmp_path: Path) -> None:
+    adapter = AdapterConfig("lora", rank=2)
+    save_peft(tmp_path / "out", base, adapter, perturbed(base, adapter))
+    file = tmp_path / "out" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises((ConfigError, CheckpointError), match=r"adapter_config\.json"):
+        load_peft(tmp_path / "out", base)

@@ -189,3 +189,17 @@ def test_without_a_mesh_nothing_is_constrained():
     with jax.set_mesh(mesh):
         assert sharding.batch_shards() == 4
         assert jax.jit(sharding.divide_rows)(x).sharding.spec == P(("data", "fsdp"))
+
+
+def test_a_process_puts_its_own_rows_where_they_belong(monkeypatch):
+    rows = {"tokens": np.arange(8 * 3, dtype=np.int32).reshape(8, 3)}
+    for config in (MeshConfig(data=2, fsdp=4), MeshConfig(fsdp=2, tensor=2), MeshConfig()):
+        mesh = sharding.make_mesh(config)
+        assert sharding.own_rows(8, mesh) == list(range(8))
+        np.testing.assert_array_equal(sharding.put_rows(rows, 8, mesh)["tokens"], rows["tokens"])
+    # A process that holds the last three rows alone, in an order of its own.
+    monkeypatch.setattr(sharding, "own_rows", lambda *_: [5, 6, 7])
+    asked = {}
+    monkeypatch.setattr(sharding.jax, "make_array_from_callback", lambda shape, _, read: asked.update({shape: read((slice(6, 8), slice(None)))}))
+    sharding.put_rows({"tokens": rows["tokens"][5:]}, 8, mesh)
+    np.testing.assert_array_equal(asked[8, 3], rows["tokens"][6:])
