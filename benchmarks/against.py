@@ -1,0 +1,104 @@
+"""This checkout against another one: a training step and batched decoding on this machine, in turns, each turn in a process of its own.
+
+Command: git worktree add ../before COMMIT && python benchmarks/against.py --other ../before     (about 8 minutes on 2 CPU cores)
+Writes results/against-<dtype>.json and .md. SmolLM2-135M (the packaged one); a step is one row of 512 tokens, loss on the last 60% of them, LoRA r=16,
+zflora-minimal r=16 or full; decoding is the time per token of the packed base (bench.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, LENGTH, PREDICTED = 6, 512, 0.6
+METHODS = ("lora", "zflora-minimal", "full")
+DECODE = ((1, 64), (16, 128), (64, 128))  # batch, prompt length
+
+
+def measure(dtype: str) -> dict[str, float]:
+    """Name -> milliseconds, by the zflora_jax that is imported first."""
+    import jax
+    import numpy as np
+
+    import zflora_jax as zf
+    from zflora_jax.adapters.init import init_adapters
+    from zflora_jax.bench import decode_latency
+    from zflora_jax.config import OptimConfig
+    from zflora_jax.trainer import init_state, make_train_step
+
+    checkout = Path(os.environ["PYTHONPATH"])
+    if not Path(zf.__file__).is_relative_to(checkout):
+        raise RuntimeError(f"measured would be {zf.__file__}, which is not in {checkout}")
+    model, found = zf.load_model("smollm2-135m", dtype=dtype), {}
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, model.config.vocab_size, (1, LENGTH)).astype(np.int32)
+    batch = {"tokens": tokens, "loss_mask": np.arange(LENGTH)[None] >= (1 - PREDICTED) * LENGTH, "segments": np.ones_like(tokens)}
+    for method in METHODS:
+        adapter = zf.AdapterConfig(method, rank=16)
+        state = init_state(init_adapters(jax.random.key(0), model, adapter), OptimConfig(), 100)
+        step = make_train_step(model.config, adapter, OptimConfig(), 100)
+        seconds = []
+        for _ in range(STEPS + 1):
+            start = time.perf_counter()
+            state, metrics = step(model.params, state, batch)
+            float(metrics["loss"])
+            seconds.append(time.perf_counter() - start)
+        found[f"training step, {method}"] = 1e3 * statistics.median(seconds[1:])  # the first one compiles
+    for rows, length in DECODE:
+        timed = decode_latency({"base": model}, batch=rows, prompt_length=length, new_tokens=32, repeats=3)["base"]
+        found[f"decoding a token, {rows} rows after {length} tokens"] = timed["tpot_ms"]
+    return found
+
+
+def turn(checkout: Path, dtype: str) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--measure", "--dtype", dtype]
+    env = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env, timeout=900).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", metavar="DIR", help="a checkout of another commit")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", action="store_true", help="one turn: print its JSON and end")
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.dtype)))
+        return
+    if not args.other or not (Path(args.other) / "zflora_jax").is_dir():
+        parser.error(f"--other {args.other}: expected a checkout of this repository, as `git worktree add DIR COMMIT` makes one")
+    from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+
+    env = environment()
+    other = subprocess.run(["git", "-C", args.other, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    turns: dict[str, list[dict[str, float]]] = {"this": [], "other": []}
+    for _ in range(args.rounds):
+        for side, checkout in (("other", Path(args.other)), ("this", ROOT)):
+            turns[side].append(turn(checkout, args.dtype))
+    rows: list[dict[str, Any]] = []
+    for name in turns["this"][0]:
+        times = {side: [found[name] for found in turns[side]] for side in turns}
+        middle = {side: statistics.median(values) for side, values in times.items()}
+        shown = {f"{side}, ms": f"{middle[side]:.1f} ({min(times[side]):.1f}-{max(times[side]):.1f})" for side in ("other", "this")}
+        rows.append({"what": name} | shown | {"this / other": round(middle["this"] / middle["other"], 3)})
+    out = Path("results") / f"against-{args.dtype}"
+    write_json(f"{out}.json", {"rows": rows, "turns": turns, "other_commit": other, "environment": env})
+    page = f"# {args.dtype}: this commit against {other[:7]}\n\nMedians of {args.rounds} turns each, in turns (least and most in brackets).\n\n"
+    page += markdown_table(rows, list(rows[0]))
+    page += f"\n\nCommand: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; other {other}; "
+    page += f"device {env['device']}, {env['cpu_count']} cores; jax {env['jax']}; {env['date']}.\n"
+    atomic_write(f"{out}.md", page.encode())
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
