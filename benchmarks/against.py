@@ -1,8 +1,8 @@
 """This checkout against another one: a training step and batched decoding on this machine, in turns, each turn in a process of its own.
 
-Command: git worktree add ../before COMMIT && python benchmarks/against.py --other ../before     (about 8 minutes on 2 CPU cores)
-Writes results/against-<dtype>.json and .md. SmolLM2-135M (the packaged one); a step is one row of 512 tokens, loss on the last 60% of them, LoRA r=16,
-zflora-minimal r=16 or full; decoding is the time per token of the packed base (bench.py).
+Command: git worktree add ../before COMMIT && python benchmarks/against.py --other ../before     (about 12 minutes on 2 CPU cores)
+Writes results/against-<dtype>.json and .md. SmolLM2-135M (the packaged one); a step is one row of 512 tokens, loss on the last 60% of them, rank 16;
+decoding is the time per token of the packed base (bench.py).
 """
 
 from __future__ import annotations
