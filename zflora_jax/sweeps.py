@@ -88,7 +88,8 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
         steps = "" if run.train.steps == of.base.train.steps else f"-steps{run.train.steps}"
         name = f"{label}-lr{run.optim.learning_rate:g}{steps}-seed{seed}"
         folder = workdir if of is plan else workdir.parent / of.name
-        result = _run(plan, run, base_model, plan.tasks if scored else (), folder / name, out / of.name / f"{name}.json", console)
+        tasks, tested = (plan.tasks if scored else ()), scored or not steps
+        result = _run(plan, run, base_model, tasks, tested, folder / name, out / of.name / f"{name}.json", console)
         result = {"method": label, "learning_rate": run.optim.learning_rate, "steps": run.train.steps, "seed": seed} | result
         runs.extend([result] if of is plan else [])
         return result
@@ -192,7 +193,9 @@ def _saved(path: Path, config: Result) -> Result | None:
     return saved["result"] if same else None
 
 
-def _run(plan: Sweep, run: RunConfig, model: Model, tasks: Sequence[str], workdir: Path, path: Path, console: bool) -> Result:
+def _run(
+    plan: Sweep, run: RunConfig, model: Model, tasks: Sequence[str], tested: bool, workdir: Path, path: Path, console: bool
+) -> Result:  # tested: with the test loss, which a run that only chooses a learning rate does not need
     config = _recorded(plan, run, tasks)
     while True:
         if (saved := _saved(path, config)) is not None:
@@ -210,17 +213,16 @@ def _run(plan: Sweep, run: RunConfig, model: Model, tasks: Sequence[str], workdi
             write_json(path, {"config": config, "result": failed})
             return failed
     report = trained.report
-    test = _loss(run, "test", trained.model, trained)
     result = {
         "validation_loss": report["validation_loss"],
-        "test_loss": test["loss"],
-        "test_rows": int(test["rows"]),
-        "test_tokens": int(test["tokens"]),
         "seconds": report["seconds"],
         "train_documents_cut": report["train_documents_cut"],
         "train_rows": report["train_rows"],
         "train_rows_dropped": report["train_rows_dropped"],
     } | {key: report["environment"][key] for key in _ORIGIN}
+    if tested:
+        test = _loss(run, "test", trained.model, trained)
+        result |= {"test_loss": test["loss"], "test_rows": int(test["rows"]), "test_tokens": int(test["tokens"])}
     if tasks:
         result["scores"] = _score(plan, run, fuse(trained.model, run.adapter, trained.adapters), workdir / "eval", console)
     write_json(path, {"config": config, "result": result})
@@ -285,7 +287,7 @@ def _scores(chosen: Sequence[Result]) -> Result:
 
 
 def _page(plan: Sweep, result: Result) -> str:
-    run, env, first = plan.base, result["environment"], next((r for r in result["runs"] if "train_rows" in r), None)
+    run, env, first = plan.base, result["environment"], next((r for r in result["runs"] if "test_rows" in r), None)
     hidden = ("scores", "all scores", "intervals", "headline", "mean", "spread", "rows", "cut", "chance")
     trained = [row for row in result["rows"] if row["method"] != BASE]
     shown = [
