@@ -1,11 +1,12 @@
 """Accuracy of SmolLM2-135M on the paper's math and commonsense tasks at one budget of trainable parameters, method by method.
 
 Command: zflora sweep --config configs/accuracy_table.py --set data.data_dir=DIR --workdir runs/accuracy
-DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/) and gsm8k/ (train.jsonl, test.jsonl). About 6 to 9 minutes a method
-and table on one CPU core with Python 3.12 or newer (jax 0.12 multiplies bfloat16 with the processor's own instructions; older ones are several
+DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/) and gsm8k/ (train.jsonl, test.jsonl). About 6 to 9 minutes a
+method and table on one CPU core with Python 3.12 or newer (jax 0.12 multiplies bfloat16 with the processor's own instructions; older ones are several
 times slower); stopped, it goes on where it was, and --only lets several processes share the tables. Results: results/accuracy.md.
 Question: at LoRA r=16's number of trainable parameters, which adapter answers best? ffa has its own size (its rank would have to exceed the heads'),
 full trains everything. One seed, few steps and few rows: the held-out losses tell methods apart, the accuracies mostly do not.
+The last two sweeps ask what brings zflora-minimal nearer to LoRA where it trails (GSM8K): its width in other places, the scale, LoRA+.
 """
 
 from dataclasses import replace
@@ -50,8 +51,23 @@ def get_sweep() -> list[Sweep]:
         return replace(gsm8k, name=name, base=replace(base, data=replace(base.data, task=data)), rates_from=gsm8k, tasks=tasks, scoring=scoring)
 
     choices = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
+
+    def levers(name: str, optim: OptimConfig, **adapters: AdapterConfig) -> Sweep:
+        return Sweep(name, replace(base, optim=optim), {label.replace("_", "-"): a for label, a in adapters.items()}, (1e-3,), (0, 1))
+
     return [
         gsm8k,
         another("accuracy_commonsense", "arc_easy+arc_challenge+openbookqa+boolq", choices, words),
         another("accuracy_math", "math_data", ("addsub", "aqua", "multiarith", "gsm8k", "singleeq", "svamp"), replace(numbers, limit=48)),
+        levers(
+            "accuracy_levers",
+            base.optim,
+            lora=lora,
+            minimal=methods["zflora-minimal"],
+            minimal_mlp_rank_8=fit("zflora-minimal", mlp_rank=8),
+            minimal_mlp_rank_48=fit("zflora-minimal", mlp_rank=48),
+            minimal_state_from_mlp=fit("zflora-minimal", targets="q|k|v|gate|up|down"),
+            minimal_scale_4=replace(methods["zflora-minimal"], alpha=4.0 * methods["zflora-minimal"].rank),
+        ),
+        levers("accuracy_levers_loraplus", replace(base.optim, loraplus_ratio=4.0), lora=lora, minimal=methods["zflora-minimal"]),
     ]

@@ -177,6 +177,7 @@ def test_impossible_adapters(method, changes, message):
         ("optim.warmup_steps", 100, r"optim\.warmup_steps=100 does not leave a step at full rate in train\.steps=100; lower warmup_steps"),
         ("train.steps", 5, r"optim\.warmup_steps=10 does not leave a step"),
         ("optim.final_lr_fraction", 1.5, r"optim\.final_lr_fraction=1\.5: must be within 0\.\.1"),
+        ("optim.loraplus_ratio", 0.0, r"optim\.loraplus_ratio=0\.0: must be positive"),
         ("optim.weight_decay", -0.1, r"optim\.weight_decay=-0\.1: must be at least 0"),
         ("optim.b1", 1.0, r"optim\.b1=1\.0: .* at least 0 and below 1"),
         ("optim.b2", -0.1, r"optim\.b2=-0\.1: .* at least 0 and below 1"),
@@ -193,6 +194,12 @@ def test_impossible_adapters(method, changes, message):
 def test_impossible_runs(key, value, message):
     with pytest.raises(ConfigError, match=message):
         override(RunConfig(), {key: value})
+
+
+@pytest.mark.parametrize("method", ["ffa", "full"])
+def test_lora_plus_needs_two_kinds_of_blocks(method):
+    with pytest.raises(ConfigError, match=f"loraplus_ratio=4.0: method '{method}' has no blocks of two kinds; leave it at 1"):
+        RunConfig(adapter=AdapterConfig(method), optim=OptimConfig(loraplus_ratio=4.0))
 
 
 # --- dotted overrides ---------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,6 +214,17 @@ def test_adam_first_step_is_the_learning_rate_in_sign():
     params = {"a": jnp.zeros(3)}
     updates = one_update(OptimConfig(learning_rate=0.1, warmup_steps=0, clip_norm=None), params, {"a": jnp.asarray([3.0, -0.2, 0.0])})
     np.testing.assert_allclose(updates["a"], [-0.1, 0.1, 0.0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_lora_plus_ratio_is_of_the_blocks_that_write_to_the_base(clip):
+    names = ("lora_a", "lora_b", "forward", "backward", "cross")
+    params = {"layers": {"attn": {"q": {name: jnp.zeros(2) for name in names}}}}
+    grads = jax.tree.map(jnp.ones_like, params)
+    optim = OptimConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, clip_norm=clip)
+    plain, plus = (trees.flatten(one_update(replace(optim, loraplus_ratio=ratio), params, grads)) for ratio in (1.0, 4.0))
+    for name, update in plain.items():
+        np.testing.assert_allclose(plus[name], update * (4 if name.endswith(("lora_b", "backward")) else 1), rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("clip", [0.5, 2.0, None])

@@ -237,7 +237,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up, then a decay to `final_lr_fraction` of the peak."""
+    """AdamW with warm-up, then a decay to `final_lr_fraction` of the peak.
+
+    loraplus_ratio: learning rate of the blocks that write to the base's channels (lora_b, backward) over that of the others (LoRA+, Hayou et al.
+    2024; carried over to the zFLoRA methods by this project).
+    """
 
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -248,6 +252,7 @@ class OptimConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float | None = 1.0
+    loraplus_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -257,6 +262,7 @@ class OptimConfig:
         require(0 <= self.weight_decay < math.inf, f"optim.weight_decay={self.weight_decay}: must be at least 0.")
         for name in ("b1", "b2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)}: a decay rate of Adam's averages, so at least 0 and below 1.")
+        require(0 < self.loraplus_ratio < math.inf, f"optim.loraplus_ratio={self.loraplus_ratio}: must be positive (1.0: the same rate everywhere).")
         require(self.eps > 0, f"optim.eps={self.eps}: must be positive.")
         require(self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm}: must be positive, or None to switch clipping off.")
 
@@ -354,6 +360,11 @@ class RunConfig:
         require(
             not self.train.keep_best or self.eval.split == "validation",
             "train.keep_best=True chooses by the held-out loss: set eval.split=validation, so that the test split stays unseen.",
+        )
+        split = METHODS[self.adapter.method].in_place not in ("ffa", "full")
+        require(
+            split or self.optim.loraplus_ratio == 1,
+            f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has no blocks of two kinds; leave it at 1.",
         )
         parts, micro = self.mesh.data * self.mesh.fsdp, self.data.batch_size // self.data.accumulate
         require(

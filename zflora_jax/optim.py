@@ -28,6 +28,13 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     def decayed(params: Any) -> Any:
         return trees.map_with_names(lambda name, _: not name.endswith("/scale"), params)
 
+    def writes_base(params: Any) -> Any:
+        return trees.map_with_names(lambda name, _: name.endswith(("/lora_b", "/backward")), params)
+
     schedule = learning_rate_schedule(optim, steps)
-    adamw = optax.adamw(schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=decayed)
-    return adamw if optim.clip_norm is None else optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
+    parts = [optax.adamw(schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=decayed)]
+    if optim.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))
+    if optim.loraplus_ratio != 1:
+        parts.append(optax.masked(optax.scale(optim.loraplus_ratio), writes_base))
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]
