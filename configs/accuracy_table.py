@@ -6,7 +6,8 @@ method and table on one CPU core with Python 3.12 or newer (jax 0.12 multiplies 
 times slower); stopped, it goes on where it was, and --only lets several processes share the tables. Results: results/accuracy.md.
 Question: at LoRA r=16's number of trainable parameters, which adapter answers best? ffa has its own size (its rank would have to exceed the heads'),
 full trains everything. One seed, few steps and few rows: the held-out losses tell methods apart, the accuracies mostly do not.
-The last two sweeps ask what brings zflora-minimal nearer to LoRA where it trails (GSM8K): its width in other places, the scale, LoRA+.
+The last three sweeps ask how far seeds lie apart, and what brings zflora-minimal nearer to LoRA where it trails (GSM8K): its width in other
+places, the scale, LoRA+.
 """
 
 from dataclasses import replace
@@ -26,9 +27,10 @@ def get_sweep() -> list[Sweep]:
     def fit(method: str, **changes: object) -> AdapterConfig:
         return rank_for_budget(shape, replace(AdapterConfig(method), **changes), budget)
 
+    minimal = fit("zflora-minimal")
     methods = {
         "lora": lora,
-        "zflora-minimal": fit("zflora-minimal"),
+        "zflora-minimal": minimal,
         "zflora-uniform": fit("zflora-uniform", head_rank=4),
         "ffba": fit("ffba", head_rank=4),
         "lora-attention": fit("lora", targets="attention"),
@@ -52,22 +54,23 @@ def get_sweep() -> list[Sweep]:
 
     choices = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
 
-    def levers(name: str, optim: OptimConfig, **adapters: AdapterConfig) -> Sweep:
-        return Sweep(name, replace(base, optim=optim), {label.replace("_", "-"): a for label, a in adapters.items()}, (1e-3,), (0, 1))
+    def levers(name: str, optim: OptimConfig, seeds: tuple[int, ...], **adapters: AdapterConfig) -> Sweep:
+        labels = {label.replace("_", "-"): adapter for label, adapter in adapters.items()}
+        return Sweep(name, replace(base, optim=optim), labels, (1e-3,), seeds)
 
     return [
         gsm8k,
         another("accuracy_commonsense", "arc_easy+arc_challenge+openbookqa+boolq", choices, words),
         another("accuracy_math", "math_data", ("addsub", "aqua", "multiarith", "gsm8k", "singleeq", "svamp"), replace(numbers, limit=48)),
+        levers("accuracy_seeds", base.optim, (0, 1), lora=lora, minimal=minimal),
         levers(
             "accuracy_levers",
             base.optim,
-            lora=lora,
-            minimal=methods["zflora-minimal"],
+            (0,),
             minimal_mlp_rank_8=fit("zflora-minimal", mlp_rank=8),
             minimal_mlp_rank_48=fit("zflora-minimal", mlp_rank=48),
             minimal_state_from_mlp=fit("zflora-minimal", targets="q|k|v|gate|up|down"),
-            minimal_scale_4=replace(methods["zflora-minimal"], alpha=4.0 * methods["zflora-minimal"].rank),
+            minimal_scale_4=replace(minimal, alpha=4.0 * minimal.rank),
         ),
-        levers("accuracy_levers_loraplus", replace(base.optim, loraplus_ratio=4.0), lora=lora, minimal=methods["zflora-minimal"]),
+        levers("accuracy_loraplus", replace(base.optim, loraplus_ratio=4.0), (0,), lora=lora, minimal=minimal),
     ]
