@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import assert_trees_equal
 
 from zflora_jax import hosts, trees
 from zflora_jax import run as runs
@@ -78,8 +79,9 @@ def test_two_processes_give_the_numbers_of_one(four, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_path):
-    """SIGTERM to process 1 alone: both save the same step and end with 75; a single process on another mesh finishes the run."""
-    four = override(four, {"train.steps": 400, "train.save_every": None, "optim.learning_rate": 1e-4})
+    """SIGTERM to process 1 alone: both save the same step and end with 75. Two processes go on bit for bit, one process on another mesh up to
+    rounding."""
+    four = override(four, {"train.steps": 400, "train.save_every": None, "optim.learning_rate": 1e-4, "optim.schedule": "constant"})
     processes = launch(four, tmp_path / "run", 2, 2)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
     while time.monotonic() < deadline and all(p.poll() is None for p in processes) and not (metrics.exists() and len(read_metrics(metrics)) > 3):
@@ -102,6 +104,9 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
         assert json.loads((tmp_path / name / "report.json").read_text())["resumed_from"] == step
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
     assert losses(tmp_path / "two")[-1, 0] == step + 3
+    finish(launch(four, tmp_path / "whole", 2, 2))
+    np.testing.assert_array_equal(losses(tmp_path / "two"), losses(tmp_path / "whole"))
+    assert_trees_equal(runs.load_run(tmp_path / "two")[2], runs.load_run(tmp_path / "whole")[2])
 
 
 def test_what_process_0_refuses_ends_all(four, tmp_path):

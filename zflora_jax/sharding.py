@@ -145,6 +145,17 @@ def batch_shards() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def divide_embeddings(x: jax.Array) -> jax.Array:
+    """Embeddings [B, T, d] with their rows over data and fsdp, from a lookup in a table whose d is divided over fsdp; as they are without a mesh.
+
+    In two steps, an all-to-all along fsdp being the second: asked for the last alone, XLA replicates the embeddings of the whole batch on meshes of
+    several axes.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return divide_rows(jax.lax.with_sharding_constraint(x, P("data", None, "fsdp")))
+
+
 def divide_rows(x: jax.Array) -> jax.Array:
     """`x` [B, ...] with its rows over data and fsdp and nothing else divided; as it is without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
