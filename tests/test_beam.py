@@ -93,16 +93,17 @@ def test_fillers_yield_nothing_and_layers_may_be_stacked(model: Model) -> None:
     valid = np.asarray([[1] * 4, [0] * 4, [0, 0, 1, 1]], bool)
     greedy = generate_tokens(model, [[5, 6, 7, 8], [100, 3]], max_new_tokens=6, stop=())
     for form in (model, pack(model)):
-        out = np.asarray(beam_decode(form.config, 1, 6, (), form.params, tokens, valid))
+        out = np.asarray(beam_decode(form.config, None, 1, 6, (), {"params": form.params}, tokens, valid))
         assert out.dtype == np.int32 and out[[0, 2]].tolist() == greedy and (out[1] == -1).all()
-    stacked, flat = (np.asarray(beam_decode(form.config, 3, 6, (), form.params, tokens, valid)) for form in (model, pack(model)))
+    stacked, flat = (np.asarray(beam_decode(form.config, None, 3, 6, (), {"params": form.params}, tokens, valid)) for form in (model, pack(model)))
     assert model.config.scan_layers and (stacked == flat).all() and (flat[[0, 2]] >= 0).all() and (flat[1] == -1).all()
     assert flat[[0, 2]].tolist() != greedy
 
 
 def test_one_call_runs_each_prompt_once(model: Model) -> None:
     form, tokens = pack(model), jnp.ones((3, 16), jnp.int32)
-    jaxpr = jax.make_jaxpr(beam_decode, static_argnums=(0, 1, 2, 3))(form.config, 5, 8, (257,), form.params, tokens, tokens > 0)
+    given = (form.config, None, 5, 8, (257,), {"params": form.params}, tokens, tokens > 0)
+    jaxpr = jax.make_jaxpr(beam_decode, static_argnums=(0, 1, 2, 3, 4))(*given)
     assert len(jaxpr.jaxpr.eqns) == 1 and jaxpr.out_avals[0].shape == (3, 8)
     width = form.config.hidden_size
     assert f"f32[3,16,{width}]" in str(jaxpr) and f"f32[15,1,{width}]" in str(jaxpr) and f"f32[15,16,{width}]" not in str(jaxpr)

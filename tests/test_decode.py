@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
-from conftest import perturb, tiny_model
+from conftest import adapter_cases, assert_logits_close, case_id, perturb, tiny_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +21,10 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.decode import Sampler, decode, generate_tokens, padded_length
 from zflora_jax.evals import generate
+from zflora_jax.fields import ConfigError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
+from zflora_jax.llama import forward
 from zflora_jax.model import Model
 
 NEW = 64
@@ -41,6 +43,34 @@ def tiny_fused(method: str) -> Model:
         return model
     adapter = AdapterConfig(method, rank=6, alpha=9.0)
     return fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
+
+
+@pytest.mark.parametrize("adapter", [a for a in adapter_cases() if a.method != "full"], ids=case_id)
+def test_adapters_beside_the_base_answer_as_fused(adapter):
+    """Un-merged adapters over packed base kernels: logits within the contract's tolerance, the same greedy tokens, in either layout of layers."""
+    model = untied()
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100]]
+    fused, base = fuse(model, adapter, adapters), pack(model)
+    flat = trees.unstack_layers(adapters, model.config.num_layers)
+    tokens = np.asarray([[1, 2, 3, 4], [7, 9, 100, 3]], np.int32)
+    assert_logits_close(forward(base, tokens, adapter, flat), forward(fused, tokens))
+    want = generate_tokens(fused, prompts, max_new_tokens=12)
+    assert want != generate_tokens(model, prompts, max_new_tokens=12)
+    for tree in (adapters, flat):
+        assert generate_tokens(model, prompts, max_new_tokens=12, adapter=adapter, adapters=tree) == want
+    beams = generate_tokens(model, prompts, max_new_tokens=5, num_beams=3, adapter=adapter, adapters=adapters)
+    assert beams == generate_tokens(fused, prompts, max_new_tokens=5, num_beams=3)
+
+
+def test_adapters_beside_the_base_that_cannot_be():
+    model, lora, full = untied(), AdapterConfig("lora", rank=2), AdapterConfig("full")
+    with pytest.raises(ConfigError, match="adapter and adapters go together"):
+        generate_tokens(model, [[1]], max_new_tokens=2, adapter=lora)
+    with pytest.raises(ValueError, match=r"cannot have its kernels replaced \(method 'full'\): fuse first, then pack"):
+        generate_tokens(model, [[1]], max_new_tokens=2, adapter=full, adapters=init_adapters(jax.random.key(0), model, full))
+    with pytest.raises(ValueError, match=r"the adapters are not those of AdapterConfig\(method='lora', rank=3"):
+        generate_tokens(model, [[1]], max_new_tokens=2, adapter=lora.replace(rank=3), adapters=init_adapters(jax.random.key(0), model, lora))
 
 
 def stock_greedy(path: Path, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
@@ -144,11 +174,11 @@ def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
     model = pack(untied())
     tokens, valid = np.asarray([[5, 6, 7, 8], [0, 0, 100, 3], [0, 0, 0, 0]], np.int32), np.asarray([[1] * 4, [0, 0, 1, 1], [0] * 4], bool)
     keys = jax.random.split(jax.random.key(0), 3)
-    free = np.asarray(decode(model.config, Sampler(), 20, (), model.params, tokens, valid, keys))
+    free = np.asarray(decode(model.config, None, Sampler(), 20, (), {"params": model.params}, tokens, valid, keys))
     assert (free[2] == -1).all() and (free[:2] >= 0).all(), "a row of padding is a filler and yields nothing"
     stop = (int(free[0, 3]), int(free[1, 6]))
     lengths = [next(i + 1 for i, t in enumerate(row) if t in stop) for row in free[:2]]
-    out = np.asarray(decode(model.config, CountingSampler(), 20, stop, model.params, tokens, valid, keys))
+    out = np.asarray(decode(model.config, None, CountingSampler(), 20, stop, {"params": model.params}, tokens, valid, keys))
     jax.effects_barrier()
     assert len(CountingSampler.steps) == max(lengths) < 20
     for row, length, want in zip(out, lengths, free, strict=False):
@@ -366,7 +396,8 @@ def loop_body(jaxpr: Any) -> tuple[Any, set[Any]]:
 def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> None:
     model = pack(tiny_fused(method))
     tokens, keys = jnp.ones((2, 16), jnp.int32), jax.random.split(jax.random.key(0), 2)
-    jaxpr = jax.make_jaxpr(decode, static_argnums=(0, 1, 2, 3))(model.config, Sampler(), 8, (257,), model.params, tokens, tokens > 0, keys).jaxpr
+    given = (model.config, None, Sampler(), 8, (257,), {"params": model.params}, tokens, tokens > 0, keys)
+    jaxpr = jax.make_jaxpr(decode, static_argnums=(0, 1, 2, 3, 4))(*given).jaxpr
     assert len(jaxpr.eqns) == 1 and len(inner_jaxprs(jaxpr.eqns[0])) == 1, "prefill and loop belong in one jit"
     body, outside = loop_body(jaxpr)
     shapes = [v.aval.shape for v in outside]

@@ -10,6 +10,7 @@ from conftest import EVAL, TASK_DATA, choice, tiny_model
 
 from zflora_jax import evals
 from zflora_jax.config import RunConfig
+from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.data.tasks import Example, load_examples
 from zflora_jax.evals import generation_records, group_scores, likelihood_records, rouge, scores_of
 from zflora_jax.fields import ConfigError
@@ -93,7 +94,7 @@ def test_rouge_is_rouge_score_s_and_takes_the_best_reference(model, monkeypatch)
 
 def test_a_stopped_evaluation_goes_on_where_it_was(model, arc, tmp_path, monkeypatch):
     examples = load_examples("arc_easy", "test", arc)
-    evaluation, path = dataclasses.replace(EVAL, batch_size=1), tmp_path / "a" / "x.partial.jsonl"
+    evaluation, path = EVAL, tmp_path / "a" / "x.partial.jsonl"
     whole = generation_records(model, "arc_easy", examples, arc, evaluation)
     calls, kill = [], [True]
     real = evals.generate_tokens
@@ -138,6 +139,8 @@ def test_scores_have_bootstrap_intervals():
 
 def test_all_right_or_all_wrong_is_not_certainty():
     assert scores_of([{"correct": False}] * 100)["accuracy"] == pytest.approx({"mean": 0.0, "low": 0.0, "high": 0.036995}, abs=1e-5)
+    six = group_scores([[{"correct": True}]] * 6)["accuracy"]
+    assert six["low"] < 0.7 and six["high"] == 1.0
     assert scores_of([{"correct": True}] * 3)["accuracy"] == pytest.approx({"mean": 1.0, "low": 0.438494, "high": 1.0}, abs=1e-5)
 
 
@@ -159,7 +162,7 @@ def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(mod
         evaluate_tasks(run, model, ["arc_easy", "arc_challenge"], tmp_path / "out", "tiny", console=False)
     asked[:] = [0]
     summary = evaluate_tasks(run, model, ["arc_easy", "arc_challenge"], tmp_path / "out", "tiny", console=False)
-    assert sum(asked) == 5 and [task["rows"] for task in summary["tasks"]] == [12, 5]
+    assert sum(asked) == 3 and [task["rows"] for task in summary["tasks"]] == [12, 5]
     assert not list((tmp_path / "out").glob("*.partial.jsonl"))
     page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
     assert (
@@ -189,6 +192,27 @@ def test_clean_rows_are_scored_apart(model, arc, tmp_path):
     assert result["likelihood_sum_clean"] != result["likelihood_sum"]
     assert not list(tmp_path.glob("*.partial.jsonl"))
     assert json.loads((tmp_path / "r.json").read_text())["config"]["eval"]["max_new_tokens"] == 6
+
+
+def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewhere_are_not(model, tmp_path):
+    """json: 40 rows, of which this project holds 4 out; arithmetic: three splits that share nothing."""
+    rows = [{"instruction": f"{i} + 1?", "input": "", "output": f"The answer is {i + 1}.", "answer": str(i + 1)} for i in range(40)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    own = dataclasses.replace(TASK_DATA, task="json", data_dir=str(tmp_path))
+    only = dataclasses.replace(EVAL, generate=False, loss=False)
+
+    def clean(task, data, here):
+        run = RunConfig(model="tiny", data=data, eval=dataclasses.replace(only, limit=4))
+        given = [TrainedOn(dataclasses.replace(data, task=task), here)]
+        (result,) = evaluate_tasks(run, model, [data.task], tmp_path / f"{task}-{data.task}-{here}", "tiny", trained_on=given, console=False)["tasks"]
+        return result["clean_rows"]
+
+    assert (clean("json", own, True), clean("json", own, False)) == (4, 0)
+    (tmp_path / "ARC-Easy").mkdir()
+    (tmp_path / "ARC-Easy" / "test.json").write_text(json.dumps([row | {"instruction": row["instruction"].upper()} for row in rows[:4]]))
+    assert clean("json", dataclasses.replace(own, task="arc_easy"), True) == 0  # of another task, every row of the file counts
+    generated = dataclasses.replace(own, task="arithmetic", data_dir=str(tmp_path / "made"))
+    assert (clean("arithmetic", generated, True), clean("arithmetic", generated, False)) == (4, 4)
 
 
 def test_a_summary_of_tasks(model, arc, tmp_path):

@@ -39,7 +39,7 @@ def test_decoding_lowers(method):
 
     @jax.jit
     def run(params, tokens, valid, keys):
-        return decode(ready.config, Sampler(0.7, top_k=5, top_p=0.9), 8, (257,), params, tokens, valid, keys)
+        return decode(ready.config, None, Sampler(0.7, top_k=5, top_p=0.9), 8, (257,), {"params": params}, tokens, valid, keys)
 
     program = exported(run, ready.params, tokens, tokens > 0, jax.random.split(jax.random.key(0), 2))
     assert program.platforms == ("tpu",) and program.out_avals[0].shape == (2, 8)

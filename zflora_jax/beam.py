@@ -15,18 +15,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from zflora_jax.config import LlamaConfig
+from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.llama import KVCache, Llama, init_cache
 from zflora_jax.trees import Tree
 
 Array = jax.Array
 
 
-def next_logits(config: LlamaConfig, params: Tree, tokens: Array, valid: Array | None, cache: KVCache) -> tuple[Array, KVCache]:
-    """Logits [B, V] float32 of the token that follows tokens [B, T] int32 (left-padded where `valid` is False), and the updated cache."""
-    llama = Llama(config)
-    out: Any = llama.apply({"params": params}, tokens, valid, cache, method="hidden")
-    logits: Any = llama.apply({"params": params}, out[0][:, -1:], method="logits")
+def next_logits(
+    config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, tokens: Array, valid: Array | None, cache: KVCache
+) -> tuple[Array, KVCache]:
+    """Logits [B, V] float32 of the token that follows tokens [B, T] int32 (left-padded where `valid` is False), and the updated cache.
+
+    variables: {"params": ...}, and with an adapter that is not fused {"adapters": ...}.
+    """
+    llama = Llama(config, adapter)
+    out: Any = llama.apply(variables, tokens, valid, cache, method="hidden")
+    logits: Any = llama.apply(variables, out[0][:, -1:], method="logits")
     return logits[:, 0], out[1]
 
 
@@ -61,8 +66,17 @@ def _pick(values: Array, places: Array) -> Array:
     return jnp.take_along_axis(values, jnp.expand_dims(places, tuple(range(2, values.ndim))), axis=1)
 
 
-@jax.jit(static_argnums=(0, 1, 2, 3))
-def beam_decode(config: LlamaConfig, num_beams: int, max_new_tokens: int, stop: tuple[int, ...], params: Tree, tokens: Array, valid: Array) -> Array:
+@jax.jit(static_argnums=(0, 1, 2, 3, 4))
+def beam_decode(
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    num_beams: int,
+    max_new_tokens: int,
+    stop: tuple[int, ...],
+    variables: Tree,
+    tokens: Array,
+    valid: Array,
+) -> Array:
     """Prompts [B, T] int32, left-padded, -> each one's best continuation [B, max_new_tokens] int32: up to its stop token if it has one, then -1.
 
     valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop: token ids that end a hypothesis. The prompts are
@@ -108,10 +122,10 @@ def beam_decode(config: LlamaConfig, num_beams: int, max_new_tokens: int, stop: 
 
     def one_token(s: BeamState) -> BeamState:
         last = jax.lax.dynamic_index_in_dim(s.running.tokens, s.step - 1, axis=2)
-        logits, cache = next_logits(config, params, last.reshape(-1, 1), None, s.cache)
+        logits, cache = next_logits(config, adapter, variables, last.reshape(-1, 1), None, s.cache)
         return extend(s, logits.reshape(batch, num_beams, -1), cache)
 
-    logits, cache = next_logits(config, params, tokens, valid, init_cache(config, batch, length + max_new_tokens))
+    logits, cache = next_logits(config, adapter, variables, tokens, valid, init_cache(config, batch, length + max_new_tokens, adapter))
     layers = jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=int(config.scan_layers)), cache.layers)
     cache = KVCache(layers, jnp.repeat(cache.valid, num_beams, axis=0), cache.index)
     none = Hypotheses(jnp.full((batch, num_beams, max_new_tokens), -1, jnp.int32), jnp.full((batch, num_beams), -jnp.inf, jnp.float32))

@@ -112,6 +112,33 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("--only", metavar="NAME", help="of a config with several sweeps, the one of this name (several processes can share the work)")
     overrides(sub)
 
+    bench = command("bench", _bench, "Measure on this machine what the project claims.")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="WHAT", help="which measurement; each has its own --help")
+
+    def benchmark(name: str, text: str) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=text)
+        sub.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="a preset's shape with random weights, or a model as for eval")
+        sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and activations (default: float32)")
+        sub.add_argument("--repeats", type=int, default=7, metavar="N", help="turns (default: 7)")
+        sub.add_argument("--out", default=f"results/{name}", metavar="PATH", help=f"PATH.json, .md and .png are written (default: results/{name})")
+        return sub
+
+    sub = benchmark("latency", "TTFT and TPOT of the base, LoRA beside it and fused models, by turns.")
+    sub.add_argument("--methods", nargs="+", metavar="M", help="methods to fuse (default: all)")
+    sub.add_argument("--ranks", nargs="+", type=int, default=[16], metavar="R", help="all at the first batch and prompt length (default: 16)")
+    sub.add_argument("--batches", nargs="+", type=int, default=[1], metavar="B", help="all at the first rank (default: 1)")
+    sub.add_argument("--prompts", nargs="+", type=int, default=[32], metavar="T", help="prompt lengths, all at the first rank (default: 32)")
+    sub.add_argument("--new-tokens", type=int, default=32, metavar="N", help="generated after each prompt (default: 32)")
+    sub.add_argument("--peers", action="store_true", help="transformers and PEFT take turns too (they come with the test extra)")
+
+    sub = benchmark("train", "Time and memory of a training step, beside PEFT's on the same weights and batch (it comes with the test extra).")
+    sub.add_argument("--methods", nargs="+", default=["lora", "zflora-minimal"], metavar="M", help="methods (default: lora zflora-minimal)")
+    sub.add_argument("--rank", type=int, default=16, metavar="R", help="of all of them (default: 16)")
+    sub.add_argument("--batch", type=int, default=8, metavar="B", help="sequences a step (default: 8)")
+    sub.add_argument("--length", type=int, default=128, metavar="T", help="tokens a sequence (default: 128)")
+    sub.add_argument("--masked", nargs="+", type=float, default=[0.0, 0.5, 0.8], metavar="SHARE", help="of positions without loss: 0 0.5 0.8")
+    sub.add_argument("--no-peft", dest="with_peft", action="store_false", help="measure ours alone")
+
     sub = command("quickstart", _quickstart, "The whole path on SmolLM2-135M: train, evaluate, fuse, check, decode, export, report.")
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR", help="where run, export and report go (default: runs/quickstart)")
     sub.add_argument("--config", default="configs/quickstart.py", metavar="FILE", help="a file with get_config() (default: configs/quickstart.py)")
@@ -194,11 +221,11 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from zflora_jax.checkpoint import read_config
-    from zflora_jax.data.mixture import load_source_rows, parse_mixture
+    from zflora_jax.data.mixture import TrainedOn, parse_mixture, source_splits
     from zflora_jax.data.tasks import GROUPS
     from zflora_jax.hf.load import load_model
     from zflora_jax.run import load_fused
-    from zflora_jax.scorecard import check_tasks, evaluate_tasks
+    from zflora_jax.scorecard import check_tasks, evaluate_tasks, summary_page
 
     given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
     changes: dict[str, Any] = _changes(args.set) | {key: value for key, value in given.items() if value is not None}
@@ -210,20 +237,25 @@ def _eval(args: argparse.Namespace) -> None:
     named = args.tasks.split(",") if args.tasks else parse_mixture(run.data.task)[0]
     tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
     check_tasks(run, tasks)
-    seen: list[Any] = []
-    if args.trained_on:
-        seen += load_source_rows(override(run, {"data.task": args.trained_on}).data)
-    if args.workdir:  # what it trained on, held-out rows of the same files included; in its own data_dir, unless that has been moved
+    trained_on = [TrainedOn(override(run, {"data.task": args.trained_on}).data, here=False)] if args.trained_on else []
+    for elsewhere in trained_on:
+        source_splits(elsewhere.data)  # what is not there is said before anything slow
+    if args.workdir:  # in its own data_dir, unless that has been moved
         moved = run.data.data_dir and base.data.data_dir and not Path(base.data.data_dir).expanduser().exists()
-        seen += load_source_rows(dataclasses.replace(base.data, data_dir=run.data.data_dir) if moved else base.data)
-    trained_on = seen if args.workdir or args.trained_on else None
+        own = TrainedOn(dataclasses.replace(base.data, data_dir=run.data.data_dir) if moved else base.data)
+        try:
+            source_splits(own.data)
+            trained_on.append(own)
+        except ConfigError as error:
+            print(f"the run's training data is not there, so no test question is compared with it: {error}", file=sys.stderr)
     model, label = (
         load_fused(args.workdir, args.checkpoint) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
     )
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
-    summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on)
+    summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")
+    print(summary_page(summary))
     print(f"written to {out}: summary-{run.eval.split}-{label}.md, and for each task one line per example in <task>-{run.eval.split}-{label}.jsonl")
 
 
@@ -275,6 +307,27 @@ def _sweep(args: argparse.Namespace) -> None:
             print_table(row, f"{plan.name}: {row['method']}")
     if len(plans) > 1 and (page := overview(plans, args.out)):
         print(f"all of them in {page}")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from zflora_jax.bench import latency, training
+    from zflora_jax.hf.load import load_model
+    from zflora_jax.report import environment
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    title = f"{args.model}, {args.dtype}"
+    if args.kind == "train":
+        cases = [training.Case(args.model, args.dtype, args.rank, args.batch, args.length, masked) for masked in args.masked]
+        result = training.measure(cases, **given("methods", "repeats", "with_peft"))
+        training.write(result | {"environment": environment()}, args.out, f"A training step: {title}")
+        return
+    source = config_module.preset(args.model) if args.model in config_module.PRESETS else load_model(args.model, dtype=args.dtype)
+    settings = given("dtype", "methods", "ranks", "batches", "prompts", "new_tokens", "repeats", "peers")
+    result = latency.measure(source, **settings)
+    result |= {"settings": {"model": args.model} | settings, "environment": environment()}
+    latency.write(result, args.out, f"Decode latency: {title}")
 
 
 def _quickstart(args: argparse.Namespace) -> None:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
+from zflora_jax.data.sources import normalise
 from zflora_jax.data.tasks import Example
-
-_OTHER = re.compile(r"[\W_]+")
-
-
-def normalise(text: str) -> str:
-    """Lower case, and every run of characters that are neither letters nor digits as one space, none at the ends.
-
-    It errs on the side of "found": questions that differ in operators or signs alone ("7 - 3", "7 * 3") are one to it.
-    """
-    return _OTHER.sub(" ", text.lower()).strip()
 
 
 def question(example: Example) -> str:

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zflora_jax import trees
 from zflora_jax.adapters.fuse import pack
 from zflora_jax.beam import beam_decode, next_logits
-from zflora_jax.config import LlamaConfig
+from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import check_types, require
 from zflora_jax.llama import KVCache, init_cache
 from zflora_jax.model import Model
@@ -93,9 +94,17 @@ class DecodeState:
     cache: KVCache
 
 
-@jax.jit(static_argnums=(0, 1, 2, 3))
+@jax.jit(static_argnums=(0, 1, 2, 3, 4))
 def decode(
-    config: LlamaConfig, sampler: Sampler, max_new_tokens: int, stop: tuple[int, ...], params: Tree, tokens: Array, valid: Array, keys: Array
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    sampler: Sampler,
+    max_new_tokens: int,
+    stop: tuple[int, ...],
+    variables: Tree,
+    tokens: Array,
+    valid: Array,
+    keys: Array,
 ) -> Array:
     """Prompts [B, T] int32, left-padded, -> generated tokens [B, max_new_tokens] int32, ending with the stop token where one was drawn, then -1.
 
@@ -109,7 +118,7 @@ def decode(
         ended = done | jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) if stop else done
         return jnp.where(done, -1, drawn), ended
 
-    logits, cache = next_logits(config, params, tokens, valid, init_cache(config, batch, length + max_new_tokens))
+    logits, cache = next_logits(config, adapter, variables, tokens, valid, init_cache(config, batch, length + max_new_tokens, adapter))
     first, done = choose(logits, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1))
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first)
     state = DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)
@@ -118,7 +127,7 @@ def decode(
         return (s.step < max_new_tokens) & ~jnp.all(s.done)
 
     def one_token(s: DecodeState) -> DecodeState:
-        logits, cache = next_logits(config, params, jnp.maximum(s.last, 0)[:, None], None, s.cache)
+        logits, cache = next_logits(config, adapter, variables, jnp.maximum(s.last, 0)[:, None], None, s.cache)
         token, done = choose(logits, s.step, s.done)
         return DecodeState(jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1), token, done, s.step + 1, cache)
 
@@ -153,6 +162,8 @@ def generate_tokens(
     stop: Sequence[int] | None = None,
     num_beams: int = 1,
     on_batch: Callable[[int], None] | None = None,
+    adapter: AdapterConfig | None = None,
+    adapters: Tree | None = None,
 ) -> list[list[int]]:
     """Token ids generated for each prompt, the stop token included where the model ended by itself.
 
@@ -160,7 +171,8 @@ def generate_tokens(
     `prompts` and do
     not depend on batch_size (up to float rounding of the matrix products). on_batch(n) is called after each batch with its number of prompts.
     num_beams: above 1, beam search (see `beam`), which draws nothing and so takes no sampler of a temperature above 0; a batch then decodes
-    batch_size * num_beams rows. Raises ValueError for an empty prompt or one that does not fit the context.
+    batch_size * num_beams rows. adapter, adapters: run with these beside the base instead of fused into it, which is slower. Raises ValueError for
+    an empty prompt or one that does not fit the context.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
@@ -187,7 +199,11 @@ def generate_tokens(
             min(prompt) >= 0 and max(prompt) < model.config.vocab_size,
             f"prompt {i} holds token ids outside 0..{model.config.vocab_size - 1}: is this the model's own tokenizer?",
         )
+    require((adapter is None) == (adapters is None), "adapter and adapters go together: give both, or neither.")
     run, root = packed(model), jax.random.key(seed)
+    variables = {"params": run.params}
+    if adapters is not None:
+        variables["adapters"] = trees.unstack_layers(adapters, run.config.num_layers)
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -198,11 +214,11 @@ def generate_tokens(
         for row, i in enumerate(rows):
             tokens[row, length - len(prompts[i]) :], valid[row, length - len(prompts[i]) :] = prompts[i], True
         if num_beams > 1:
-            out = np.asarray(beam_decode(run.config, num_beams, max_new_tokens, stop, run.params, tokens, valid))
+            out = np.asarray(beam_decode(run.config, adapter, num_beams, max_new_tokens, stop, variables, tokens, valid))
         else:
             indices = jnp.asarray(np.resize(np.asarray(rows, np.uint32), len(tokens)))
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
-            out = np.asarray(decode(run.config, sampler, max_new_tokens, stop, run.params, tokens, valid, keys))
+            out = np.asarray(decode(run.config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys))
         for row, i in enumerate(rows):
             answers[i] = [int(t) for t in out[row] if t >= 0]
         if on_batch:

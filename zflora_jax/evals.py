@@ -125,7 +125,7 @@ def likelihood_records(
         sums = option_log_likelihoods(model, [prompts[i] for i in rows], [options[i] for i in rows], batch_size=evaluation.batch_size)
         return [{"log_likelihoods": [float(x) for x in row]} for row in sums]
 
-    records = _in_batches(score, model, prompts, ("likelihood", options), evaluation.batch_size, partial, on_batch)
+    records = _in_batches(score, model, prompts, ("likelihood", options), evaluation.batch_size * _LIKELIHOOD_BATCHES, partial, on_batch)
     for record, example in zip(records, examples, strict=True):
         sums, target = np.asarray(record["log_likelihoods"]), example.options.index(example.target)
         record |= {"options": list(example.options), "correct_sum": bool(sums.argmax() == target)}
@@ -147,7 +147,7 @@ def _prompts(model: Model, examples: Sequence[Example], style: str, evaluation: 
     return prompts, cut
 
 
-_BATCHES_AT_ONCE = 4  # more rows than a batch: lengths then differ less within one, and likelihoods of common prefixes are shared
+_LIKELIHOOD_BATCHES = 4  # scored at once: likelihoods share more common prefixes, and lengths differ less within a batch
 
 
 def _in_batches(
@@ -155,11 +155,11 @@ def _in_batches(
     model: Model,
     prompts: Sequence[Sequence[int]],
     key: Any,
-    batch_size: int,
+    size: int,
     partial: Path | None,
     on_batch: Callable[[int], None],
 ) -> list[Record]:
-    """`work` on all rows, similar lengths together; what `partial` holds of the same model, prompts and `key` is not done again."""
+    """`work` on all rows, `size` at a time, similar lengths together; what `partial` holds of the same model, prompts and `key` is not done again."""
     done: dict[int, Record] = {}
     if partial is not None:
         name = hashlib.sha256(repr((trees.fingerprint(model.params), [list(p) for p in prompts], key)).encode()).hexdigest()
@@ -170,7 +170,7 @@ def _in_batches(
         lines = [{"key": name}, *({"index": i} | record for i, record in done.items())]
         atomic_write(partial, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     left = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i))
-    for start in range(0, len(left), size := batch_size * _BATCHES_AT_ONCE):
+    for start in range(0, len(left), size):
         rows = left[start : start + size]
         fresh = dict(zip(rows, work(rows), strict=True))
         done |= fresh
@@ -249,10 +249,10 @@ def _mean_and_interval(columns: Sequence[np.ndarray], seed: int) -> dict[str, fl
         values, counts = np.unique(column, return_counts=True)  # a resample is a multinomial draw over the distinct values
         means += draw.multinomial(len(column), counts / len(column), _RESAMPLES) @ values / len(column) / len(columns)
     low, high = np.quantile(means, [0.025, 0.975])
-    if low == high and low in (0.0, 1.0):
+    if all(np.ptp(column) == 0 and column[0] in (0.0, 1.0) for column in columns) and len({column[0] for column in columns}) == 1:
         rows = sum(map(len, columns))
         reach = _Z**2 / (rows + _Z**2)
-        low, high = (low, reach) if low == 0.0 else (1 - reach, high)
+        low, high = (0.0, reach) if columns[0][0] == 0.0 else (1 - reach, 1.0)
     return {"mean": float(np.mean([column.mean() for column in columns])), "low": float(low), "high": float(high)}
 
 

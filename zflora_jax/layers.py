@@ -70,7 +70,7 @@ class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel; low-rank factors are added to y.
 
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
-    None).
+    None). y: x W where W is packed with other kernels; None to compute it here.
     """
 
     in_axes: tuple[int, ...]
@@ -79,11 +79,12 @@ class Dense(AdaptedModule):
     blocks: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, x: Array, z: Array | None = None) -> tuple[Array, Array | None]:
+    def __call__(self, x: Array, z: Array | None = None, y: Array | None = None) -> tuple[Array, Array | None]:
         n, dtype = len(self.in_axes), x.dtype
-        kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
-        product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
-        y = product(x, kernel.astype(dtype), n)
+        if y is None:
+            kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
+            product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
+            y = product(x, kernel.astype(dtype), n)
         y_z: Array | None = None
         if self.adapter is None or not self.blocks or self.is_initializing():
             return y, y_z

@@ -7,7 +7,7 @@ L layers; r, e, m the channels an adapter adds to d, k, f. Parameter names and s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,11 +18,11 @@ from jax.typing import ArrayLike
 
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
-from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
 from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, gated, rope_tables, tied_logits
 from zflora_jax.model import Model
-from zflora_jax.sharding import divide_rows
+from zflora_jax.sharding import divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten
 
 Stream = tuple[Array, Array | None]
@@ -79,18 +79,16 @@ class Attention(nn.Module):
         self.plan = plan(c, self.adapter) if self.adapter else Plan()
         if c.packed:
             self.qkv = Dense((c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,))
-        else:
-            self.q, self.k, self.v = (_dense(c, self.adapter, self.plan, name) for name in "qkv")
+        self.q, self.k, self.v = (_dense(c, self.adapter, self.plan, name) for name in "qkv")
         self.o = _dense(c, self.adapter, self.plan, "o")
 
     def __call__(self, h: Stream, cos: Array, sin: Array, mask: Array, cache: tuple[Array, Array] | None, index: Array | None) -> tuple[Stream, Any]:
         c = self.config
+        base: Sequence[Array | None] = (None,) * 3
         if c.packed:
             flat, _ = self.qkv(h[0])
-            heads = flat.reshape(*flat.shape[:2], -1, c.head_dim)
-            q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
-        else:
-            q, k, v = (self._join(*project(*h)) for project in (self.q, self.k, self.v))
+            base = jnp.split(flat.reshape(*flat.shape[:2], -1, c.head_dim), (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
+        q, k, v = (self._join(*project(*h, y)) for project, y in zip((self.q, self.k, self.v), base, strict=True))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if cache is not None and index is not None:
@@ -121,15 +119,12 @@ class MLP(nn.Module):
         p = plan(c, self.adapter) if self.adapter else Plan()
         if c.packed:
             self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,))
-        else:
-            self.gate, self.up = (_dense(c, self.adapter, p, name) for name in ("gate", "up"))
+        self.gate, self.up = (_dense(c, self.adapter, p, name) for name in ("gate", "up"))
         self.down = _dense(c, self.adapter, p, "down")
 
     def __call__(self, h: Stream) -> Stream:
-        if self.config.packed:
-            gate, up = jnp.split(self.gate_up(h[0])[0], 2, axis=-1)
-            return self.down(gated(gate, up))
-        (gate, gate_z), (up, up_z) = self.gate(*h), self.up(*h)
+        base: Sequence[Array | None] = jnp.split(self.gate_up(h[0])[0], 2, axis=-1) if self.config.packed else (None, None)
+        (gate, gate_z), (up, up_z) = self.gate(*h, base[0]), self.up(*h, base[1])
         units = None if gate_z is None or up_z is None else gated(gate_z, up_z)
         return self.down(gated(gate, up), units)
 
@@ -189,8 +184,8 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        if c.packed and self.adapter is not None:
-            raise ValueError("a packed model takes no adapters: fuse them first, then pack.")
+        if c.packed and self.adapter is not None and METHODS[self.adapter.method].in_place == "full":
+            raise ValueError("a packed model cannot have its kernels replaced (method 'full'): fuse first, then pack.")
         self.embed = Embed(c)
         block: Any = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
@@ -236,7 +231,7 @@ class Llama(nn.Module):
             mask = causal[None, None, :, :] & (valid[:, None, :, None] == valid[:, None, None, :])
         cos, sin = rope_tables(c, positions)
 
-        x = divide_rows(self.embed(tokens))
+        x = divide_embeddings(self.embed(tokens))
         width = plan(c, self.adapter).residual if self.adapter else 0
         carry: Stream = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         layers = None if cache is None else cache.layers

@@ -87,6 +87,20 @@ def grouped_bars(
     _save(figure, png_path)
 
 
+def curves(series: Mapping[str, Mapping[float, float]], png_path: str | Path, title: str, *, x: str, y: str) -> None:
+    """Draw series[name][x] as one line with markers per name."""
+    if not any(series.values()):
+        raise ValueError(f"no values to draw for {title!r}.")
+    figure, axes = _figure(title)
+    for name, points in series.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, linewidth=1.3, label=name)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+    _save(figure, png_path)
+
+
 def _figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 

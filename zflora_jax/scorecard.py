@@ -13,7 +13,7 @@ from typing import Any
 from zflora_jax import trees
 from zflora_jax.config import EvalConfig, RunConfig
 from zflora_jax.contamination import contaminated, questions
-from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
 from zflora_jax.data.pipeline import tokenize_examples
 from zflora_jax.data.tasks import GROUPS, Example, get_task
 from zflora_jax.evals import Record, generation_records, group_scores, held_out_loss, likelihood_records, scores_of
@@ -77,7 +77,7 @@ def _evaluate(
     if evaluation.loss:
         encoded = tokenize_examples(examples, model.tokenizer, run.data)
         loss = held_out_loss(model, encoded, run.data, batch_size=run.data.batch_size // run.data.accumulate, chunk=run.train.loss_chunk)
-        result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"])}
+        result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"]), "loss_documents_cut": encoded.truncated}
     partials = {kind: None if out is None else Path(f"{out}.{kind}.partial.jsonl") for kind in ("likelihood", "generation")}
     if evaluation.likelihood and all(e.options for e in examples):
         with progress_bar(len(examples), f"{name}: likelihoods", console) as advance:
@@ -122,11 +122,14 @@ def evaluate_tasks(
     out: str | Path,
     label: str,
     *,
-    trained_on: Sequence[Example] | None = None,
+    trained_on: Sequence[TrainedOn] | None = None,
     replace: bool = False,
     console: bool = True,
 ) -> dict[str, Any]:
     """`evaluate` on each of `tasks`, then <out>/summary-<split>-<label>.json and .md: a row per task, and the mean over the tasks of each group.
+
+    trained_on: where test questions are looked for, as `evaluate` does with rows; what a run of this project trained on never includes the split
+    that it held out for the task itself.
 
     Task files are <out>/<task>-<split>-<label>.json and .jsonl. Stopped, it goes on where it was, whichever task that is. Returns what the
     summary's JSON holds. ConfigError where `out` holds a summary of that name of another model or of other settings, unless it is to be replaced.
@@ -140,10 +143,13 @@ def evaluate_tasks(
         _refuse_other(Path(f"{path}.json"), origin)
     if trained_on is None:
         log.warning("no training data was named, so no test question is checked against any; see --trained-on")
-    seen = None if trained_on is None else questions(trained_on)
+    sources = [
+        ((name, split) if given.here else None, questions(rows)) for given in trained_on or () for name, split, rows in source_splits(given.data)
+    ]
     results, tables, partials = [], {}, list[Path]()
     for task in tasks:
         one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
+        seen = None if trained_on is None else frozenset[str]().union(*(found for own, found in sources if own != (task, run.eval.split)))
         result, tables[task], files = _evaluate(one, model, out / f"{task}-{run.eval.split}-{label}", seen, console)
         results.append(result)
         partials += files
@@ -152,7 +158,7 @@ def evaluate_tasks(
         present = [task for task in tasks if task in members]
         if len(present) > 1:
             rows = {} if run.eval.clean_only else {"all": [tables[task] for task in present]}
-            if seen is not None:
+            if trained_on is not None:
                 rows["clean"] = [[r for r in tables[task] if not r["contaminated"]] for task in present]
             groups[group] = {"tasks": present} | {name: group_scores(table, run.eval.seed) for name, table in rows.items()}
     summary = {"label": label, "tasks": results, "groups": groups, "origin": origin, "config": to_dict(run), "environment": env}
@@ -187,7 +193,8 @@ def summary_page(summary: dict[str, Any]) -> str:
     """Markdown: one line per task and rows (all, clean), then per group, each score with its 95% interval."""
     env, evaluation = summary["environment"], summary["config"]["eval"]
     lines = [
-        {"task": r["task"], "on": kind, "rows": r["rows"] if kind == "all" else r["clean_rows"], "loss": r.get("loss") if kind == "all" else None}
+        {"task": r["task"], "on": kind, "rows": r["rows"] if kind == "all" else r["clean_rows"]}
+        | {"loss": r.get("loss") if kind == next(iter(r["scores"])) else None}
         | {name: _interval(values) for name, values in scores.items()}
         for r in summary["tasks"]
         for kind, scores in r["scores"].items()
@@ -220,7 +227,10 @@ def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
     marked = {r["task"]: f"{r['contaminated']} of {r['questions']}" for r in results if "contaminated" in r}
     cut = {r["task"]: f"{r['answers_cut']} of {r['rows']}" for r in results if "answers_cut" in r}
     chance = {r["task"]: f"{r['chance']:.3f}" for r in results if "chance" in r}
+    fewer = {r["task"]: f"{r['loss_rows']} of {r['rows']}" for r in results if r.get("loss_rows", r["rows"]) != r["rows"]}
+    documents = {r["task"]: f"{r['documents_cut']} of {r['rows']}" for r in results if r.get("documents_cut")}
     texts = {"Test questions found in the training data": marked, "Answers that reached the limit of new tokens": cut, "Chance": chance}
+    texts |= {"Rows that the loss is over, the others being longer than data.lengths": fewer, "Documents cut to fit the prompt": documents}
     lines = [f"{text}: {', '.join(f'{task} {value}' for task, value in found.items())}." for text, found in texts.items() if found]
     return [*([] if marked else ["No training data was named: contamination was not checked."]), *lines, ""]
 

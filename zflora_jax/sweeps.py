@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import count_params
 from zflora_jax.checkpoint import FREE, BusyError, locked
 from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig
-from zflora_jax.data.mixture import load_source_rows
+from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.model import Model
@@ -30,9 +32,12 @@ from zflora_jax.scorecard import SCORE_LEGEND, decoding, evaluate_tasks
 from zflora_jax.trainer import NonFiniteError
 from zflora_jax.trees import flatten
 
+log = logging.getLogger(__name__)
+
 Result = dict[str, Any]
 _NO_NUMBERS = ("data/data_dir", *(key for key in FREE if key != "eval"))
 BASE = "base"
+_DIRTY = " (with local changes)"
 _POLL = 5.0  # seconds between looks at a run that another process of the same sweep is training
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")  # of environment(), kept with every run: a resumed sweep can change machines
 
@@ -199,6 +204,7 @@ def _run(
     config = _recorded(plan, run, tasks)
     while True:
         if (saved := _saved(path, config)) is not None:
+            log.info("%s is there, made at commit %s: not run again", path, saved.get("commit"))
             return saved
         try:
             if workdir.is_dir():  # busy is said before anything slow
@@ -242,7 +248,7 @@ def _score(plan: Sweep, run: RunConfig, model: Model, out: Path, console: bool) 
     """Task -> its rows, clean rows and scores. Every example's record stays in `out`."""
     assert plan.scoring is not None
     scored = dataclasses.replace(run, eval=plan.scoring)
-    summary = evaluate_tasks(scored, model, plan.tasks, out, "chosen", trained_on=load_source_rows(run.data), replace=True, console=console)
+    summary = evaluate_tasks(scored, model, plan.tasks, out, "chosen", trained_on=[TrainedOn(run.data)], replace=True, console=console)
     kept = ("rows", "clean_rows", "questions", "contaminated", "answers_cut", "chance", "scores", "seconds")
     return {r["task"]: {key: r[key] for key in kept if key in r} for r in summary["tasks"]}
 
@@ -332,8 +338,13 @@ def _page(plan: Sweep, result: Result) -> str:
         lines += [f"![{plan.name}]({plan.name}.png)", ""]
     lines += [plan.reading, ""] if plan.reading else []
     lines += [f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []
-    dirty = " (with local changes)" if env["dirty"] else ""
-    lines += [f"Command: `{env['command']}`; commit {env['commit']}{dirty}; device {env['device']}; jax {env['jax']}; {env['date']}.", ""]
+    made = [
+        f"commit {run['commit']}{_DIRTY * bool(run['dirty'])}, device {run['device']}, jax {run['jax']}" for run in result["runs"] if "commit" in run
+    ]
+    if made:
+        lines += [f"Runs made at {'; '.join(f'{how} ({count})' for how, count in Counter(made).items())}.", ""]
+    written = f"Page written by `{env['command']}`; commit {env['commit']}{_DIRTY * bool(env['dirty'])}"
+    lines += [f"{written}; {env['date']}. Runs whose record is in {plan.name}/ are not made again; --out DIR elsewhere makes all of them.", ""]
     return "\n".join(lines)
 
 

@@ -40,11 +40,11 @@ class Kind:
 
 # --- what is stated -----------------------------------------------------------------------------------------------
 
-_STATED = re.compile(r"answer is\b:?", re.IGNORECASE)
+_STATED = re.compile(r"answer(?: is\b:?|:)", re.IGNORECASE)
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is", to the end of its line (the next one with text); None if nothing is stated."""
+    """What follows the last "answer is" or "answer:", to the end of its line (the next one with text); None if nothing is stated."""
     after = _after_statement(text)
     return None if after is None else after.strip().partition("\n")[0].strip()
 
@@ -62,9 +62,9 @@ def _places(text: str) -> list[str]:
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_PLAIN = r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)"  # in "5-3" the minus is no sign, in "solution1" there is no number
+_PLAIN = r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"  # in "5-3" the minus is no sign, in "solution1" there is no number
 _NUMBER = re.compile(_PLAIN, re.ASCII)
-_FRAC = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_FRAC = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 _VALUE = re.compile(rf"(?<![\w./])(-?)(?:(\d+) +)?(\d+)/(\d*[1-9]\d*)(?![\w/]|\.\d)|({_PLAIN})", re.ASCII)  # 3/4, 1 1/2, else a plain number
 
 
@@ -99,8 +99,11 @@ def _stated_number(statement: str) -> str:
     """The first number of "36 dollars." and of "4. Then 4 + 1 = 5.", and the result of "49 - 34 = 15 customers.", "x = 5 - 2 = 3" and "3 = 5 - 2"."""
     statement = re.sub(r"^[-\N{EN DASH}\N{MINUS SIGN}]\s*(?=[\d.$])", "-", statement)  # "- 5": nothing stands before it to subtract from
     clause = _CLAUSE_END.split(statement, maxsplit=1)[0]
-    before, equals, after = clause.rpartition("=")
-    if equals and (result := values(after)) and not (_OPERATION.search(after) and values(before)):
+    parts = clause.split("=")
+    while len(parts) > 1 and not values(parts[-1]):  # "5 - 2 = 3 = x"
+        parts.pop()
+    before, after = "=".join(parts[:-1]), parts[-1]
+    if before and (result := values(after)) and not (_OPERATION.search(after) and values(before)):
         return result[0]
     return next(iter(values(clause) or values(statement)), "")
 
@@ -149,8 +152,9 @@ def legacy_letter(text: str) -> str:
 
 
 # A letter is the only group that matches. Where it may be a word, only capitals count, and "A" only before a mark or an end: else it is the article.
-_FIRST = re.compile(r"[\W_]*(?i:(?:option|choice|answer)\b[\W_]*)?(?:([A-E])(?![\w'’-])|\(([a-e])\)|([a-e])(?=[\W_]*$))")
+_FIRST = re.compile(r"[\W_]*(?i:(?:option|choice|answer)\b[\W_]*)?(?:([A-E])(?![\w'’-])|\(([a-e])\)|([a-e])(?=\)|[\W_]*$))")
 _NAMED = re.compile(r"(?i:\b(?:option|choice|answer)\s*(?:is\s*)?:?\s*)[(*]*([A-E])(?![\w'’-])")
+_OPTION = re.compile(r"(?i:\boption\s+)([A-Ea-e])(?![\w'’-])")
 _IN_PARENTHESES = re.compile(r"\(([A-Ea-e])\)")
 _ALONE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’-])|A(?=\s*(?:$|[.,;:)\]!?*\n])))")
 
@@ -161,9 +165,9 @@ def fixed_letter(text: str) -> str:
     Never a letter of a word, and the article "A" only where an answer stands. Of several, a statement's first and a text's last.
     """
     for place in _places(text)[:-1]:
-        if found := _FIRST.match(place) or _IN_PARENTHESES.search(place) or _ALONE.search(place):
+        if found := _FIRST.match(place) or _IN_PARENTHESES.search(place) or _OPTION.search(place) or _ALONE.search(place):
             return next(filter(None, found.groups())).upper()
-    for pattern in (_NAMED, _IN_PARENTHESES, _ALONE):
+    for pattern in (_NAMED, _IN_PARENTHESES, _OPTION, _ALONE):
         if hits := pattern.findall(text):
             return hits[-1].upper()
     return text.strip().upper() if re.fullmatch(r"\s*[a-e]\W*", text) else ""

@@ -87,17 +87,27 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
     return Mixture(names, tuple(parts), weights if split == "train" else None)
 
 
-def load_source_rows(data: DataConfig) -> Mixture:
-    """Every row of the files (or datasets) that the train split of `data.task` is taken from, held-out rows included: what a model that was trained
-    elsewhere on those files has seen."""
-    names, _ = parse_mixture(data.task)
-    parts = []
-    for name in names:
+@dataclass(frozen=True)
+class TrainedOn:
+    """Training data in which test questions are looked for.
+
+    here: this project trained on it and so left the rows that it holds out alone; a model trained elsewhere may have seen every row of the files.
+    """
+
+    data: DataConfig
+    here: bool = True
+
+
+def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:
+    """(task, split, rows) of every split that comes from the files (or datasets) of the train split of `data.task`, that one first: with the rows
+    held out of those files, all that is in them."""
+    found = []
+    for name in parse_mixture(data.task)[0]:
         source = get_task(name).split("train", data).origin
         for split in SPLITS:
             try:
                 same = get_task(name).split(split, data).origin == source
             except ConfigError:  # no such split
                 continue
-            parts += [load_examples(name, split, data)] if same else []
-    return Mixture(names, tuple(parts))
+            found += [(name, split, load_examples(name, split, data))] if same else []
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from zflora_jax.fields import ConfigError, require
 SPLITS = ("train", "validation", "test")
 HOLD_OUT = 200  # rows, at most a tenth of the train file, that stand in for a validation or test file that is not there
 
+_OTHER = re.compile(r"[\W_]+")
 Row = Mapping[str, Any]  # texts, as bytes or str, and lists of texts
 
 LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder dataset/"
@@ -164,19 +166,32 @@ def _public(task: str, source: Source, split: str) -> Split:
         fix = f"Or read files: set data.data_dir (--data-dir) to the folder that holds {source.folder}/; they come from {source.origin}."
         raise ConfigError(f"task {task!r}: data.data_dir is not set, and {error} {fix}") from error
     if split != "train" and split in dataset.splits:
-        return Split(rows, range(len(rows)), dataset.name)
-    return _part(task, rows, [name for name in SPLITS[1:] if name not in dataset.splits], split, dataset.name)
+        return Split(rows, range(len(rows)), f"{dataset.name}, {split}")
+    return _part(task, rows, [name for name in SPLITS[1:] if name not in dataset.splits], split, f"{dataset.name}, train")
 
 
 def _part(task: str, rows: Sequence[Row], held_out: Sequence[str], split: str, origin: str) -> Split:
-    """The split of a train file that lends rows to the splits `held_out`."""
-    parts = _hold_out([_key(rows[i]) for i in range(len(rows))], held_out)
+    """The split of a train file that lends rows to the splits `held_out`; lent rows that `normalise` makes equal to a train row are left out."""
+    keys = [_key(rows[i]) for i in range(len(rows))]
+    parts = _hold_out(keys, held_out)
+    if split != "train":
+        plain = [normalise(key.decode("utf-8", "replace")) for key in keys]
+        trained = {plain[i] for i in parts["train"]}
+        parts[split] = [i for i in parts[split] if plain[i] not in trained]
     require(
         len(parts[split]) > 0,
         f"task {task!r}: {origin} has {len(rows)} rows, too few to hold out a {split} split (a tenth of them). "
         f"Put {split}.json or {split}.jsonl beside it.",
     )
     return Split(rows, parts[split], origin)
+
+
+def normalise(text: str) -> str:
+    """Lower case, and every run of characters that are neither letters nor digits as one space, none at the ends.
+
+    It errs on the side of "the same": questions that differ in operators or signs alone ("7 - 3", "7 * 3") are one to it.
+    """
+    return _OTHER.sub(" ", text.lower()).strip()
 
 
 def _key(row: Row) -> bytes:

@@ -88,7 +88,7 @@ class Arithmetic(Task):
         from zflora_jax.data.builders.arithmetic.arithmetic import Arithmetic as Builder
 
         rows = open_prepared(Builder, split, data.data_dir)
-        return Split(rows, range(len(rows)), "arithmetic")
+        return Split(rows, range(len(rows)), f"arithmetic, {split}")
 
     def example(self, row: Row) -> Example:
         return Example(_text(row["question"]), _text(row["rationale"]), _text(row["answer"]))

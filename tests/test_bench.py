@@ -1,0 +1,130 @@
+"""Benchmarks: turns and ratios on a clock of our own, what is counted, and the whole of both on a tiny model beside transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from zflora_jax import cli
+from zflora_jax.adapters.fuse import pack
+from zflora_jax.adapters.methods import fused_config
+from zflora_jax.bench import latency, timing, training
+from zflora_jax.config import AdapterConfig, preset
+from zflora_jax.fields import ConfigError
+from zflora_jax.llama import random_model
+from zflora_jax.report import environment
+
+
+class Clock:
+    """Time that passes only where a contender says so; the speed of the machine halves after every turn."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, list[tuple[str, int]]()
+
+    def contender(self, label: str, prefill: float, token: float) -> timing.Contender:
+        def generate(count: int) -> None:
+            slow = 2.0 ** max(0, (len(self.calls) - 4) // 4)  # four calls warm up, four are a turn
+            self.calls.append((label, count))
+            self.now += slow * (prefill + count * token)
+
+        return timing.Contender(generate)
+
+
+def test_turns_alternate_and_ratios_are_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    both = {"a": clock.contender("a", 0.1, 0.01), "b": clock.contender("b", 0.2, 0.03)}
+    turns = timing.decode_turns(both, new_tokens=5, repeats=3)
+    assert [label for label, _ in clock.calls] == list("aabb" + "aabb" + "bbaa" + "aabb")
+    assert [count for _, count in clock.calls] == [1, 5] * 8
+    np.testing.assert_allclose(turns["a"]["tpot_ms"], [10, 20, 40])
+    np.testing.assert_allclose(turns["a"]["ttft_ms"], [110, 220, 440])
+    assert timing.ratio(turns["b"]["tpot_ms"], turns["a"]["tpot_ms"]) == pytest.approx(3.0)
+    assert timing.summary(turns["a"]["tpot_ms"], "x") == pytest.approx({"x": 20, "x_min": 10, "x_max": 40})
+
+
+def test_bytes_read_are_those_of_all_weights_but_the_lookup() -> None:
+    for tied in (True, False):
+        model = pack(tiny_model(tie_word_embeddings=tied))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+        config = model.config
+        cache = 2 * 3 * config.num_layers * config.num_kv_heads * config.head_dim * 10 * 4
+        lookup = 0 if tied else config.vocab_size * config.hidden_size * 4
+        assert latency.read_bytes({"params": model.params}, config, 3, 10) == weights - lookup + cache
+
+
+def test_random_packed_has_the_shapes_of_a_packed_fused_model() -> None:
+    model = tiny_model()
+    config = fused_config(model.config, AdapterConfig("zflora-uniform", rank=8))
+
+    want = pack(random_model(config, jax.random.key(0)))
+    found = latency.random_packed(config, "bfloat16")
+    assert jax.tree.map(lambda leaf: leaf.shape, found.params) == jax.tree.map(lambda leaf: leaf.shape, want.params)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found.params)} == {"bfloat16"} and found.config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_latency_table(real: bool, tmp_path: Path) -> None:
+    source = tiny_model() if real else preset("tiny")
+    methods = ["lora", "zflora-minimal", "zflora-uniform"]
+    result = latency.measure(source, methods=methods, ranks=(4, 8), batches=(1, 2), prompts=(8,), new_tokens=4, repeats=2, say=lambda _: None)
+    rows = result["rows"]
+    assert [(r["rank"], r["batch"], r["prompt"]) for r in rows[:: len(rows) // 3]] == [(4, 1, 8), (8, 1, 8), (4, 2, 8)]
+    labels = ["base", "lora un-merged", "lora merged", "zflora-minimal", "zflora-minimal idle", "zflora-uniform"]
+    assert [r["label"] for r in rows] == labels * 3
+    size = {(r["label"], r["rank"]): r["bytes_ratio"] for r in rows if r["batch"] == 1}
+    assert size["base", 4] == size["lora merged", 8] == 1.0
+    assert 1 < size["zflora-minimal", 4] < size["zflora-minimal", 8] < size["zflora-uniform", 8]
+    assert size["zflora-minimal", 8] == size["zflora-minimal idle", 8]
+    assert all(r["ttft_ms_min"] <= r["ttft_ms"] <= r["ttft_ms_max"] and r["compile_s"] >= 0 for r in rows)
+    result |= {"settings": {"model": "tiny", "dtype": "float32", "new_tokens": 4, "repeats": 2}, "environment": environment()}
+    latency.write(result, tmp_path / "latency", "Latency")
+    assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "latency.md", "latency-ratio.png", "latency-rank.png"}
+    assert json.loads((tmp_path / "latency.json").read_text())["rows"] == json.loads(json.dumps(rows))
+
+
+def test_benchmarks_by_command_beside_transformers_and_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    small = ["--model", "tiny", "--repeats", "2", "--out"]
+    shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--peers"]
+    assert cli.main(["bench", "latency", *small, str(tmp_path / "latency"), *shape]) == 0
+    labels = {row["label"] for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
+    assert labels >= {"base", "transformers", "transformers + PEFT lora", "transformers + PEFT idle"}
+    assert cli.main(["bench", "train", *small, str(tmp_path / "train"), "--batch", "2", "--length", "16", "--masked", "0", "0.5"]) == 0
+    rows: list[dict[str, Any]] = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == ["lora", "zflora-minimal", "PEFT lora"] * 2
+    assert all(row["step_ratio"] == 1.0 for row in rows if row["label"] == "PEFT lora")
+    assert all(row["peak_bytes"] > 1e8 and row["first_step_s"] > 0 for row in rows)
+    assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4) and rows[0]["loss"] != rows[3]["loss"]
+    assert (tmp_path / "train.png").is_file() and "x PEFT" in (tmp_path / "train.md").read_text()
+
+
+def test_masks_leave_the_share_that_was_asked_for() -> None:
+    for masked, wanted in ((0.0, 99), (0.5, 50), (0.8, 20)):
+        mask = training.Case("tiny", length=100, batch=2, masked=masked).batch_arrays(50)["loss_mask"]
+        assert mask.sum(axis=1).tolist() == [wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda: latency.measure(preset("tiny"), ranks=()), r"ranks=\[\]: give at least one"),
+        (lambda: latency.measure(preset("tiny"), new_tokens=1), r"new_tokens=1: TPOT needs at least 2"),
+        (lambda: latency.measure(preset("tiny"), repeats=0), r"repeats=0: must be at least 1"),
+        (lambda: latency.measure(preset("tiny"), methods=("full",)), r"methods \['full'\] cannot be .*choose from lora, ffa, ffba"),
+        (lambda: latency.measure(preset("tiny"), prompts=(500,)), r"prompts of 500 and 32 new tokens exceed the model's context of 512"),
+        (lambda: training.Case("tiny", masked=1.0), r"masked=1.0: a share of the positions, at least 0 and below 1"),
+        (lambda: training.measure([training.Case("tiny")], ["lorra"]), r"methods=\['lorra'\]: choose from lora, ffa"),
+        (lambda: training.measure([training.Case("tiny", length=1000)], ["lora"]), r"length=1000 exceeds the context of 512"),
+    ],
+)
+def test_wrong_settings(run: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run()

@@ -1,0 +1,83 @@
+"""The same measurements of transformers and PEFT (the test extra installs them): in the same process, on the same machine, by turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from zflora_jax.bench.timing import Contender
+from zflora_jax.config import LlamaConfig
+from zflora_jax.fields import ConfigError
+from zflora_jax.hf.config import to_hf_config
+
+PEER, PEER_LORA, PEER_IDLE = "transformers", "transformers + PEFT lora", "transformers + PEFT idle"
+_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def imports() -> tuple[Any, Any, Any]:
+    """torch, transformers, peft. ConfigError with the remedy where they are not installed."""
+    try:
+        import peft
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"comparing with transformers and PEFT needs them ({error}); install with: pip install -e '.[test]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    return torch, transformers, peft
+
+
+def device() -> str:
+    """Where torch computes: on the kind of device that jax uses."""
+    torch, _, _ = imports()
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def random_llama(config: LlamaConfig, dtype: str) -> Any:
+    """transformers' LlamaForCausalLM of this shape with random weights, on `device()`."""
+    torch, transformers, _ = imports()
+    settings = transformers.LlamaConfig(**{k: v for k, v in to_hf_config(config, dtype).items() if k not in ("architectures", "torch_dtype")})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device()):
+            return transformers.LlamaForCausalLM(settings).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """PEFT's LoRA on all seven kernels of every layer, scale 2."""
+    _, _, peft = imports()
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR, task_type="CAUSAL_LM"))
+
+
+def decode_contenders(config: LlamaConfig, dtype: str, rank: int, batch: int, prompt_length: int) -> dict[str, Contender]:
+    """transformers' greedy `generate` alone, with PEFT's LoRA, and with that LoRA disabled; on a GPU also compiled with a static cache."""
+    torch, _, _ = imports()
+    ids = torch.randint(0, config.vocab_size, (batch, prompt_length), generator=torch.Generator().manual_seed(0))
+
+    def made(model: Any, **settings: Any) -> Contender:
+        tokens = ids.to(model.device)
+        mask = torch.ones_like(tokens)
+
+        @torch.no_grad()  # type: ignore[untyped-decorator]
+        def generate(count: int) -> Any:
+            out = model.generate(tokens, attention_mask=mask, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0, **settings)
+            if tokens.is_cuda:
+                torch.cuda.synchronize()
+            return out
+
+        return Contender(generate)
+
+    plain, lora = random_llama(config, dtype), with_lora(random_llama(config, dtype), rank)
+
+    def idle(count: int) -> Any:
+        with lora.disable_adapter():
+            return found[PEER_LORA].generate(count)
+
+    found = {PEER: made(plain), PEER_LORA: made(lora)}
+    found[PEER_IDLE] = Contender(idle)
+    if plain.device.type == "cuda":
+        found |= {f"{PEER} compiled": made(plain, cache_implementation="static"), f"{PEER_LORA} compiled": made(lora, cache_implementation="static")}
+    return found

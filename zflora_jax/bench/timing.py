@@ -1,0 +1,71 @@
+"""What the benchmarks share: turns, medians, and the machine's read bandwidth."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that decodes. generate(n): makes n tokens after its prompt and returns when they are there; n is one of the counts it was made for.
+
+    read_bytes: of weights and cache that a step has to read, on average; None where it is not known. extra: what else is reported of it.
+    """
+
+    generate: Callable[[int], object]
+    read_bytes: int | None = None
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def decode_turns(contenders: Mapping[str, Contender], new_tokens: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """label -> {"ttft_ms", "tpot_ms"}, one value per turn, after one call of each that is not counted.
+
+    A turn times, contender by contender, a call that makes 1 token (TTFT: prefill and the first token) and one that makes `new_tokens`; TPOT is their
+    difference over new_tokens - 1. Every other turn goes through the contenders backwards, so that none always follows the same one.
+    """
+    found = {label: {"ttft_ms": list[float](), "tpot_ms": list[float]()} for label in contenders}
+    for contender in contenders.values():
+        for count in (1, new_tokens):
+            contender.generate(count)
+    for turn in range(repeats):
+        for label in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
+            first = _milliseconds(contenders[label], 1)
+            found[label]["ttft_ms"].append(first)
+            found[label]["tpot_ms"].append((_milliseconds(contenders[label], new_tokens) - first) / (new_tokens - 1))
+    return found
+
+
+def _milliseconds(contender: Contender, count: int) -> float:
+    start = time.perf_counter()
+    contender.generate(count)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def summary(values: Sequence[float], name: str) -> dict[str, float]:
+    """Median, least and most, as `name`, `name`_min and `name`_max."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def ratio(values: Sequence[float], to: Sequence[float]) -> float:
+    """Median over turns of the ratio within a turn: what slows a whole turn cancels."""
+    return statistics.median(a / b for a, b in zip(values, to, strict=True))
+
+
+def read_bandwidth(size: int = 2**30, repeats: int = 7) -> float:
+    """Bytes per second that a sum over `size` bytes of float32, or a product of such a matrix and a vector, reads at best on the default device."""
+    rows = jnp.ones((size // 4 // 4096, 4096), jnp.float32)
+    vector = jnp.ones((4096,), jnp.float32)
+    best = 0.0
+    for run in (jax.jit(lambda x, v: jnp.sum(x)), jax.jit(lambda x, v: x @ v)):
+        jax.block_until_ready(run(rows, vector))
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(run(rows, vector))
+            best = max(best, rows.nbytes / (time.perf_counter() - start))
+    return best
