@@ -26,7 +26,7 @@ import numpy as np
 from zflora_jax import trees
 from zflora_jax.checkpoint import Checkpoints
 from zflora_jax.config import RunConfig
-from zflora_jax.fields import ConfigError, override
+from zflora_jax.fields import override
 from zflora_jax.metrics import read_metrics
 from zflora_jax.run import _fresh_state, load_base
 
@@ -267,6 +267,6 @@ def tries(lab: Lab, name: str, count: int, folder: Path, seed: int = 0) -> list[
     for i in range(count):
         try:
             outcomes.append(attempt(lab, folder / f"{attempt.__name__}-{i}", random.Random(f"{name}-{seed}-{i}")))
-        except (AssertionError, ConfigError, OSError, subprocess.TimeoutExpired) as error:
+        except Exception as error:  # whatever it is, the sweep goes on, and the try has failed
             outcomes.append(Outcome(False, 0, f"{type(error).__name__}: {error}"[:1000]))
     return outcomes

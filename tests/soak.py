@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from byte_tokenizer import byte_tokenizer
 from conftest import saved_base, small_run
 from faults import FAULTS, Lab, lab_run, tries
 
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+
+
+def attacked_files() -> dict[str, Any]:
+    """The unit tests that damage and attack model files, configs and adapter directories, counted as one fault."""
+    files = ("test_fuzz.py", "test_hf_load.py", "test_hf_gguf.py", "test_sharded_load.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", *(str(Path(__file__).with_name(name)) for name in files)]
+    last = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    counted = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", last)}
+    survived, tried = counted.get("passed", 0), sum(counted.values())
+    return {
+        "fault": "model files, configs and adapters cut, damaged and attacked",
+        "tries": tried,
+        "survived": survived,
+        "lost steps": 0,
+        "message": last,
+    }
 
 
 def main() -> int:
@@ -31,10 +51,14 @@ def main() -> int:
             failed += len(bad)
             survived = sum(outcome.survived for outcome in outcomes)
             row = {"fault": name, "tries": len(outcomes), "survived": survived, "lost steps": max(outcome.lost_steps for outcome in outcomes)}
-            rows.append(row | {"message": outcomes[-1].message, "failures": bad})
+            rows.append(row | {"message": outcomes[-1].message, "messages": [outcome.message for outcome in outcomes], "failures": bad})
             print(row, *bad, sep="\n", flush=True)
             write_json(f"{args.out}/faults.json", {"faults": rows, "environment": env})
-    shown = [{key: value for key, value in row.items() if key != "failures"} for row in rows]
+    if args.only is None:
+        rows.append(attacked_files())
+        failed += rows[-1]["tries"] - rows[-1]["survived"]
+        write_json(f"{args.out}/faults.json", {"faults": rows, "environment": env})
+    shown = [{key: value for key, value in row.items() if key not in ("messages", "failures")} for row in rows]
     text = "# Faults\n\nWhat a training run must survive (tests/faults.py): the run that goes on ends bit-equal to an uninterrupted one.\n\n"
     text += (
         markdown_table(shown, list(shown[0])) + f"\n\nCommand: `{env['command']}`; commit {env['commit']}; device {env['device']}; {env['date']}.\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,17 @@ def test_latency_table(real: bool, tmp_path: Path) -> None:
     result = latency.measure(source, methods=methods, ranks=(4, 8), batches=(1, 2), prompts=(8,), new_tokens=4, repeats=2, say=lambda _: None)
     rows = result["rows"]
     assert [(r["rank"], r["batch"], r["prompt"]) for r in rows[:: len(rows) // 3]] == [(4, 1, 8), (8, 1, 8), (4, 2, 8)]
-    labels = ["base", "lora un-merged", "lora merged", "zflora-minimal", "zflora-minimal idle", "zflora-uniform"]
+    labels = ["base", "lora un-merged", "lora merged", "zflora-minimal", *["zflora-minimal idle"] * real, "zflora-uniform"]
     assert [r["label"] for r in rows] == labels * 3
     size = {(r["label"], r["rank"]): r["bytes_ratio"] for r in rows if r["batch"] == 1}
     assert size["base", 4] == size["lora merged", 8] == 1.0
     assert 1 < size["zflora-minimal", 4] < size["zflora-minimal", 8] < size["zflora-uniform", 8]
-    assert size["zflora-minimal", 8] == size["zflora-minimal idle", 8]
+    assert not real or size["zflora-minimal", 8] == size["zflora-minimal idle", 8]
     assert all(r["ttft_ms_min"] <= r["ttft_ms"] <= r["ttft_ms_max"] and r["compile_s"] >= 0 for r in rows)
-    result |= {"settings": {"model": "tiny", "dtype": "float32", "new_tokens": 4, "repeats": 2}, "environment": environment()}
-    latency.write(result, tmp_path / "latency", "Latency")
-    assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "latency.md", "latency-ratio.png", "latency-rank.png"}
-    assert json.loads((tmp_path / "latency.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    result |= {"settings": {"model": "tiny", "weights": "random", "dtype": "float32", "new_tokens": 4, "repeats": 2}, "environment": environment()}
+    latency.write(result, tmp_path / "latency-1.5b", "Latency")
+    assert {path.name for path in tmp_path.iterdir()} == {f"latency-1.5b{end}" for end in (".json", ".md", "-ratio.png", "-rank.png")}
+    assert json.loads((tmp_path / "latency-1.5b.json").read_text())["rows"] == json.loads(json.dumps(rows))
 
 
 def test_benchmarks_by_command_beside_transformers_and_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +102,7 @@ def test_benchmarks_by_command_beside_transformers_and_peft(tmp_path: Path, caps
     rows: list[dict[str, Any]] = json.loads((tmp_path / "train.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["lora", "zflora-minimal", "PEFT lora"] * 2
     assert all(row["step_ratio"] == 1.0 for row in rows if row["label"] == "PEFT lora")
-    assert all(row["peak_bytes"] > 1e8 and row["first_step_s"] > 0 for row in rows)
+    assert all(1e8 < row["peak_bytes"] < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 and row["first_step_s"] > 0 for row in rows)
     assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4) and rows[0]["loss"] != rows[3]["loss"]
     assert (tmp_path / "train.png").is_file() and "x PEFT" in (tmp_path / "train.md").read_text()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model
 
+from zflora_jax import cli
 from zflora_jax.cli import _parser, main
 from zflora_jax.hf.save import save_hf
+from zflora_jax.hosts import Stopped
 
 CONFIG = """
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
@@ -386,6 +389,19 @@ def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
     result = json.loads((tmp_path / "e" / "arc_easy-test-model.json").read_text())
     assert (result["rows"], result["clean_rows"]) == (32, 2)
     assert "| arc_easy | clean | 2 |" in (tmp_path / "e" / "summary-test-model.md").read_text()
+
+
+def test_a_stopped_run_ends_with_its_code_whatever_signal_comes_next(monkeypatch, capsys):
+    def stopped(_: object) -> None:
+        raise Stopped("stopped by a signal after step 3")
+
+    monkeypatch.setattr(cli, "_train", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["train", "--workdir", "none"]) == 75
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN and "after step 3" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_resume_needs_a_run_and_train_needs_a_config(refused, tmp_path):

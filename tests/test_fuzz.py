@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -137,15 +138,29 @@ def test_any_gguf(gguf_file, tmp_path, data):
 
 @pytest.mark.filterwarnings("ignore:.*its tokenizer .* could not be built")
 def test_every_header_byte_of_a_gguf_file(gguf_file, tmp_path):
-    """The part before the vocabulary, which sizes and offsets are read from; the vocabulary itself is text."""
+    """All that sizes and offsets are read from: what stands before the vocabulary, which is text, and the table of tensors."""
     good = gguf_file.read_bytes()
     file, draw = tmp_path / "x.gguf", np.random.default_rng(0)
-    for position in range(good.index(b"tokenizer.ggml.tokens")):
+    tensors = gguf.GGUFReader(gguf_file).tensors
+    table = range(min(good.index(t.name.encode()) for t in tensors) - 8, min(t.data_offset for t in tensors))
+    assert len(table) > 300
+    for position in [*range(good.index(b"tokenizer.ggml.tokens")), *table]:
         file.write_bytes(good[:position] + bytes([good[position] ^ (1 << int(draw.integers(8)))]) + good[position + 1 :])
         try:
             load_model(file)
         except TYPED:
             continue
+
+
+@pytest.mark.filterwarnings("ignore:.*its tokenizer .* could not be built")
+def test_a_gguf_file_cut_in_its_table_or_at_a_tensor_s_edge_is_refused(gguf_file, tmp_path):
+    good, tensors = gguf_file.read_bytes(), gguf.GGUFReader(gguf_file).tensors
+    start = min(good.index(t.name.encode()) for t in tensors) - 8
+    edges = {edge for t in tensors for edge in (t.data_offset - 1, t.data_offset, t.data_offset + 1)}
+    for length in sorted({*range(start, min(edges), 7), *edges, len(good) - 1}):
+        (tmp_path / "x.gguf").write_bytes(good[:length])
+        with pytest.raises(TYPED):
+            load_model(tmp_path / "x.gguf")
 
 
 def test_every_header_byte_of_a_safetensors_file(tmp_path):

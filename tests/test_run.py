@@ -195,6 +195,20 @@ def test_other_data_is_refused(run, tmp_path):
 def test_two_processes_on_one_workdir(run, tmp_path):
     with locked_by_another_process(tmp_path), pytest.raises(ConfigError, match="is being trained by another process"):
         quiet_train(run, tmp_path)
+    assert not (tmp_path / "config.json").exists()  # what the other process wrote stays
+
+
+def test_a_step_is_saved_before_it_is_evaluated(run, tmp_path, monkeypatch):
+    """Evaluation may take long, and cannot be interrupted."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "held_out_loss", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_train(override(run, {"train.save_every": None}), tmp_path)
+    assert quiet_train(run, tmp_path).report["resumed_from"] == run.train.steps
 
 
 @contextmanager

@@ -58,12 +58,14 @@ def check_workdir(workdir: str | Path, run: RunConfig) -> None:
 
 
 def claim(workdir: str | Path, run: RunConfig) -> None:
-    """Make `workdir` this run's: check it, then write its config.json. ConfigError also where it cannot be written."""
+    """Make `workdir` this run's: check it, then write its config.json, unless another process is training there (BusyError). ConfigError also where
+    it cannot be written."""
     check_workdir(workdir, run)
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", to_dict(run))
+        with locked(workdir):
+            write_json(workdir / "config.json", to_dict(run))
     except OSError as error:
         raise ConfigError(f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may write to.") from None
 

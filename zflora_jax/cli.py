@@ -6,8 +6,11 @@ import argparse
 import dataclasses
 import importlib.util
 import logging
+import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
 
         if not isinstance(error, ConfigError | CheckpointError | NonFiniteError | Stopped | OSError):
             raise  # a bug, not an input: its traceback is needed
+        if isinstance(error, Stopped) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends now; another signal must not change its exit code
         print(str(error) if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
         code = EXIT_STOPPED if isinstance(error, Stopped) else EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
         if not isinstance(error, Stopped):  # all stop together
@@ -129,6 +134,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("--batches", nargs="+", type=int, default=[1], metavar="B", help="all at the first rank (default: 1)")
     sub.add_argument("--prompts", nargs="+", type=int, default=[32], metavar="T", help="prompt lengths, all at the first rank (default: 32)")
     sub.add_argument("--new-tokens", type=int, default=32, metavar="N", help="generated after each prompt (default: 32)")
+    sub.add_argument("--real", action="store_true", help="load the weights of --model even if it names a preset (smollm2-135m)")
     sub.add_argument("--peers", action="store_true", help="transformers and PEFT take turns too (they come with the test extra)")
 
     sub = benchmark("train", "Time and memory of a training step, beside PEFT's on the same weights and batch (it comes with the test extra).")
@@ -317,16 +323,18 @@ def _bench(args: argparse.Namespace) -> None:
     def given(*names: str) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the same GPU
     title = f"{args.model}, {args.dtype}"
     if args.kind == "train":
         cases = [training.Case(args.model, args.dtype, args.rank, args.batch, args.length, masked) for masked in args.masked]
         result = training.measure(cases, **given("methods", "repeats", "with_peft"))
         training.write(result | {"environment": environment()}, args.out, f"A training step: {title}")
         return
-    source = config_module.preset(args.model) if args.model in config_module.PRESETS else load_model(args.model, dtype=args.dtype)
+    shape = args.model in config_module.PRESETS and not args.real
+    source = config_module.preset(args.model) if shape else load_model(args.model, dtype=args.dtype)
     settings = given("dtype", "methods", "ranks", "batches", "prompts", "new_tokens", "repeats", "peers")
     result = latency.measure(source, **settings)
-    result |= {"settings": {"model": args.model} | settings, "environment": environment()}
+    result |= {"settings": {"model": args.model, "weights": "random" if shape else "real"} | settings, "environment": environment()}
     latency.write(result, args.out, f"Decode latency: {title}")
 
 

@@ -21,6 +21,11 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message says what was given, what is allowed and how to fix it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or the name of its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: str, allowed: typing.Iterable[str]) -> str:
     """A sentence for error messages: the closest allowed name if there is one, and all of them."""
     names = sorted(allowed)

@@ -18,7 +18,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from zflora_jax.fields import ConfigError, require
+from zflora_jax.fields import ConfigError, first_line, require
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
     except (ValueError, RuntimeError) as error:
         where = f"with coordinator {coordinator}" if coordinator else "by detection (SLURM, Open MPI, Kubernetes, Cloud TPU)"
         hint = "Check that process 0 runs and that its port can be reached." if coordinator else "Give --coordinator, --num-processes, --process-id."
-        raise ConfigError(f"JAX's distributed runtime did not start {where}: {str(error).splitlines()[0].rstrip('.')}. {hint}") from error
+        raise ConfigError(f"JAX's distributed runtime did not start {where}: {first_line(error).rstrip('.')}. {hint}") from error
     if not is_main():
         logging.getLogger("zflora_jax").setLevel(logging.WARNING)
 

@@ -186,12 +186,14 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
         def on_due(step: int, state: TrainState) -> None:
             nonlocal clock, final
             loss = None
+            if due(step, every.save_every) and not every.keep_best:  # first: evaluation takes time, and cannot be interrupted
+                save(step, state)
             if due(step, every.eval_every):
                 final = evaluate_loss(state.adapters)
                 loss = final["loss"]
                 if writer is not None:
                     writer.write(step, "eval", final)
-            if due(step, every.save_every):
+            if due(step, every.save_every) and every.keep_best:
                 save(step, state, loss)
             clock = time.perf_counter()
 

@@ -87,7 +87,7 @@ def contenders(source: Model | LlamaConfig, base: Model, rank: int, methods: Seq
 
     source: a loaded base model, whose fused models are made by `fuse`, or a shape, whose fused models have random weights. base: it, packed. What a
     merge by addition gives (lora, ffa) has the base's very shapes: the base decodes under those labels again, which shows the noise. Idle is a
-    zflora-minimal whose blocks are zero.
+    zflora-minimal whose blocks are zero; of a random model, whose values mean nothing, it would be zflora-minimal again, and is left out.
     """
     lora = AdapterConfig("lora", rank=rank)
     config = base.config.replace(packed=False, scan_layers=True)
@@ -99,7 +99,8 @@ def contenders(source: Model | LlamaConfig, base: Model, rank: int, methods: Seq
         if METHODS[method].in_place != "none":
             found[f"{method} merged"] = found[BASE]
             continue
-        for label, scale in ((method, 1.0), *(((IDLE, 0.0),) if method == "zflora-minimal" else ())):
+        idle = method == "zflora-minimal" and isinstance(source, Model)
+        for label, scale in ((method, 1.0), *(((IDLE, 0.0),) if idle else ())):
             found[label] = contender(_fused(source, adapter, base.config.dtype, scale), *shape)
     return found
 
@@ -183,8 +184,9 @@ def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
     lines = [
         f"# {title}",
         "",
-        f"{settings['model']}, {settings['dtype']}, {settings['new_tokens']} new tokens, greedy. Medians of {settings['repeats']} turns "
-        "[least, most]; all labels of a case take turns in one process, compile time apart. x base: median over turns of the ratio within a turn.",
+        f"{settings['model']} ({settings['weights']} weights), {settings['dtype']}, {settings['new_tokens']} new tokens, greedy. Medians of "
+        f"{settings['repeats']} turns [least, most]; all labels of a case take turns in one process, compile time apart. x base: median over turns "
+        "of the ratio within a turn.",
         f"bytes: what a step has to read, weights and half-filled cache. of floor: those bytes at the measured read bandwidth, "
         f"{result['bandwidth'] / 1e9:.1f} GB/s, over TPOT. {UNMERGED}: LoRA's products beside packed base kernels. merged: the base's shapes again.",
         "",
@@ -213,5 +215,5 @@ def write(result: Mapping[str, Any], out: str | Path, title: str) -> None:
         for row in by_rank:
             series.setdefault(row["label"], {})[row["rank"]] = row["tpot_ms"]
         curves(series, out.parent / pictures[1], title, x="rank", y="TPOT, ms")
-    write_json(out.with_suffix(".json"), result)
-    atomic_write(out.with_suffix(".md"), page(result, title, pictures).encode())
+    write_json(f"{out}.json", result)  # no with_suffix: llama-3.2-1b has a dot of its own
+    atomic_write(f"{out}.md", page(result, title, pictures).encode())

@@ -49,7 +49,9 @@ def random_llama(config: LlamaConfig, dtype: str) -> Any:
 def with_lora(model: Any, rank: int) -> Any:
     """PEFT's LoRA on all seven kernels of every layer, scale 2."""
     _, _, peft = imports()
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR, task_type="CAUSAL_LM"))
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR, task_type="CAUSAL_LM"), autocast_adapter_dtype=False
+    )
 
 
 def decode_contenders(config: LlamaConfig, dtype: str, rank: int, batch: int, prompt_length: int) -> dict[str, Contender]:
@@ -58,12 +60,13 @@ def decode_contenders(config: LlamaConfig, dtype: str, rank: int, batch: int, pr
     ids = torch.randint(0, config.vocab_size, (batch, prompt_length), generator=torch.Generator().manual_seed(0))
 
     def made(model: Any, **settings: Any) -> Contender:
+        model.generation_config.eos_token_id = None  # nothing ends an answer early
         tokens = ids.to(model.device)
         mask = torch.ones_like(tokens)
 
         @torch.no_grad()  # type: ignore[untyped-decorator]
         def generate(count: int) -> Any:
-            out = model.generate(tokens, attention_mask=mask, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0, **settings)
+            out = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0, **settings)
             if tokens.is_cuda:
                 torch.cuda.synchronize()
             return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
@@ -106,19 +107,29 @@ def peft_step(case: Case, directory: Path) -> Callable[[], float]:
 
 def _peak(case: Case, method: str, directory: str, steps: int) -> tuple[float, float]:
     """(peak resident memory of this process in bytes, seconds from nothing to the first finished step), for a process of its own."""
+    if method == PEFT:
+        peers.imports()  # ours are imported by now too
     started = time.perf_counter()
     run = peft_step(case, Path(directory)) if method == PEFT else our_step(case, load_model(directory, dtype=case.dtype), method)
     run()
     first = time.perf_counter() - started
     for _ in range(steps - 1):
         run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = _peak_resident()
     if jax.default_backend() == "gpu":  # what counts there is the device's memory
         if method == PEFT:
             peak = peers.imports()[0].cuda.max_memory_allocated()
         else:
             peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", peak)
     return peak, first
+
+
+def _peak_resident() -> float:
+    """Peak resident memory of this process, bytes. Linux's ru_maxrss would count the parent it was forked from."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def matmul_rate(dtype: str, size: int = 4096, repeats: int = 5) -> float:
@@ -225,9 +236,8 @@ def page(result: Mapping[str, Any], title: str) -> str:
 
 def write(result: Mapping[str, Any], out: str | Path, title: str) -> None:
     """<out>.json, <out>.md, and with PEFT <out>.png: step time over PEFT's, a bar per case and label."""
-    out = Path(out)
     if "step_ratio" in result["rows"][0]:
         values = {f"{r['label']}, {r['case'].batch} x {r['case'].length}, {r['case'].masked:.0%} masked": r["step_ratio"] for r in result["rows"]}
-        bars(values, out.with_suffix(".png"), title, label="step time / PEFT's")
-    write_json(out.with_suffix(".json"), {**result, "rows": [row | {"case": dataclasses.asdict(row["case"])} for row in result["rows"]]})
-    atomic_write(out.with_suffix(".md"), page(result, title).encode())
+        bars(values, f"{out}.png", title, label="step time / PEFT's")
+    write_json(f"{out}.json", {**result, "rows": [row | {"case": dataclasses.asdict(row["case"])} for row in result["rows"]]})
+    atomic_write(f"{out}.md", page(result, title).encode())

@@ -17,6 +17,7 @@ SPLITS = ("train", "validation", "test")
 HOLD_OUT = 200  # rows, at most a tenth of the train file, that stand in for a validation or test file that is not there
 
 _OTHER = re.compile(r"[\W_]+")
+_MARKS = re.compile(r"[\s?.!,;:'\"]+")  # not operators: "7 - 3" and "7 + 3" are two questions
 Row = Mapping[str, Any]  # texts, as bytes or str, and lists of texts
 
 LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder dataset/"
@@ -171,16 +172,16 @@ def _public(task: str, source: Source, split: str) -> Split:
 
 
 def _part(task: str, rows: Sequence[Row], held_out: Sequence[str], split: str, origin: str) -> Split:
-    """The split of a train file that lends rows to the splits `held_out`; lent rows that `normalise` makes equal to a train row are left out."""
+    """The split of a train file that lends rows to the splits `held_out`; lent rows that are train rows but for case and marks are left out."""
     keys = [_key(rows[i]) for i in range(len(rows))]
     parts = _hold_out(keys, held_out)
     if split != "train":
-        plain = [normalise(key.decode("utf-8", "replace")) for key in keys]
+        plain = [_MARKS.sub(" ", key.decode("utf-8", "replace").lower()).strip() for key in keys]
         trained = {plain[i] for i in parts["train"]}
         parts[split] = [i for i in parts[split] if plain[i] not in trained]
     require(
         len(parts[split]) > 0,
-        f"task {task!r}: {origin} has {len(rows)} rows, too few to hold out a {split} split (a tenth of them). "
+        f"task {task!r}: {origin} has {len(rows)} rows, too few different ones to hold out a {split} split (a tenth of them). "
         f"Put {split}.json or {split}.jsonl beside it.",
     )
     return Split(rows, parts[split], origin)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from zflora_jax.config import PRESETS, LlamaConfig
-from zflora_jax.fields import nearest, require
+from zflora_jax.fields import first_line, nearest, require
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table, part_shape
 from zflora_jax.hf.shards import Shards, read_json
@@ -126,7 +126,7 @@ def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
     except Exception as error:  # network, gating, misspelt names: one type per cause and per version of the library
         gated = " Meta's models are gated: accept the licence on the hub and log in with `hf auth login`." if hub_id.startswith("meta-llama/") else ""
         raise CheckpointError(
-            f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}: {str(error).strip().splitlines()[0]}).{gated}{hint}"
+            f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)}).{gated}{hint}"
         ) from error
 
 
