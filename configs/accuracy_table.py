@@ -108,6 +108,6 @@ def get_sweep() -> list[Sweep]:
             minimal_state_from_mlp=fit("zflora-minimal", targets="q|k|v|gate|up|down"),
             minimal_scale_4=replace(minimal, alpha=4.0 * minimal.rank),
         ),
-        levers("accuracy_levers_math", base.optim, (0,), "math_data", lora=lora, minimal=minimal, minimal_mlp_rank_8=fewer_units),
+        levers("accuracy_levers_math", base.optim, (0,), "math_data", minimal_mlp_rank_8=fewer_units),
         levers("accuracy_loraplus", replace(base.optim, loraplus_ratio=4.0), (0,), lora=lora, minimal=minimal),
     ]
