@@ -93,7 +93,7 @@ def get_sweep() -> list[Sweep]:
         labels = {label.replace("_", "-"): adapter for label, adapter in adapters.items()}
         return Sweep(name, replace(base, optim=optim, data=replace(base.data, task=data)), labels, (1e-3,), seeds, reading=READING[name])
 
-    fewer_units = fit("zflora-minimal", mlp_rank=8)
+    fewer_units, larger_scale = fit("zflora-minimal", mlp_rank=8), replace(minimal, alpha=4.0 * minimal.rank)
     return [
         gsm8k,
         another("accuracy_commonsense", "arc_easy+arc_challenge+openbookqa+boolq", choices, words),
@@ -106,8 +106,8 @@ def get_sweep() -> list[Sweep]:
             minimal_mlp_rank_8=fewer_units,
             minimal_mlp_rank_48=fit("zflora-minimal", mlp_rank=48),
             minimal_state_from_mlp=fit("zflora-minimal", targets="q|k|v|gate|up|down"),
-            minimal_scale_4=replace(minimal, alpha=4.0 * minimal.rank),
+            minimal_scale_4=larger_scale,
         ),
-        levers("accuracy_levers_math", base.optim, (0,), "math_data", minimal_mlp_rank_8=fewer_units),
+        levers("accuracy_levers_math", base.optim, (0,), "math_data", minimal_mlp_rank_8=fewer_units, minimal_scale_4=larger_scale),
         levers("accuracy_loraplus", replace(base.optim, loraplus_ratio=4.0), (0,), lora=lora, minimal=minimal),
     ]
