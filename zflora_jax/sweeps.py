@@ -338,11 +338,12 @@ def _page(plan: Sweep, result: Result) -> str:
         lines += [f"![{plan.name}]({plan.name}.png)", ""]
     lines += [plan.reading, ""] if plan.reading else []
     lines += [f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []
-    made = [
-        f"commit {run['commit']}{_DIRTY * bool(run['dirty'])}, device {run['device']}, jax {run['jax']}" for run in result["runs"] if "commit" in run
-    ]
-    if made:
-        lines += [f"Runs made at {'; '.join(f'{how} ({count})' for how, count in Counter(made).items())}.", ""]
+    runs = {
+        (run["method"], run["learning_rate"], run["steps"], run["seed"]): run for run in result["runs"]
+    }  # one that chose may be one that is chosen
+    known = [run for run in runs.values() if "commit" in run]
+    made = Counter(f"commit {run['commit']}{_DIRTY * bool(run['dirty'])}, device {run['device']}, jax {run['jax']}" for run in known)
+    lines += [f"Runs made at {'; '.join(f'{how} ({count})' for how, count in made.items())}.", ""] if made else []
     written = f"Page written by `{env['command']}`; commit {env['commit']}{_DIRTY * bool(env['dirty'])}"
     lines += [f"{written}; {env['date']}. Runs whose record is in {plan.name}/ are not made again; --out DIR elsewhere makes all of them.", ""]
     return "\n".join(lines)
