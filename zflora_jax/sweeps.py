@@ -338,9 +338,8 @@ def _page(plan: Sweep, result: Result) -> str:
         lines += [f"![{plan.name}]({plan.name}.png)", ""]
     lines += [plan.reading, ""] if plan.reading else []
     lines += [f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []
-    runs = {
-        (run["method"], run["learning_rate"], run["steps"], run["seed"]): run for run in result["runs"]
-    }  # one that chose may be one that is chosen
+    # A run that chose the learning rate may be one that is chosen: it counts once.
+    runs = {(run["method"], run["learning_rate"], run["steps"], run["seed"]): run for run in result["runs"]}
     known = [run for run in runs.values() if "commit" in run]
     made = Counter(f"commit {run['commit']}{_DIRTY * bool(run['dirty'])}, device {run['device']}, jax {run['jax']}" for run in known)
     lines += [f"Runs made at {'; '.join(f'{how} ({count})' for how, count in made.items())}.", ""] if made else []
