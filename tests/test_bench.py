@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,25 @@ def test_benchmarks_by_command_beside_transformers_and_peft(tmp_path: Path, caps
     assert all(1e8 < row["peak_bytes"] < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 and row["first_step_s"] > 0 for row in rows)
     assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4) and rows[0]["loss"] != rows[3]["loss"]
     assert (tmp_path / "train.png").is_file() and "x PEFT" in (tmp_path / "train.md").read_text()
+
+
+def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(tmp_path: Path) -> None:
+    """On tiny shapes, one of its parts made impossible; a budget that holds nothing is said too."""
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    program = (
+        "import runpy, sys; from zflora_jax.bench import training; training.measure = lambda *a, **k: 1 / 0; sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, str(script), "--no-peers", "--new-tokens", "2", "--repeats", "1", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--tiny"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found["left_out"]) == ["train-1b"] and "ZeroDivisionError" in found["left_out"]["train-1b"]
+    assert sum("share of the measured bandwidth floor" in row["what"] for row in found["targets"]) == 3
+    for part in ("latency-1b", "latency-3b", "latency-7b", "latency-1b-ranks"):
+        assert (tmp_path / f"{part}.json").is_file() and (tmp_path / f"{part}-ratio.png").is_file()
+    done = subprocess.run([*command, "--budget", "1"], capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and "nothing was measured" in done.stderr and "were left of the budget" in done.stdout
 
 
 def test_masks_leave_the_share_that_was_asked_for() -> None:

@@ -19,7 +19,7 @@ from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.decode import Sampler, decode, generate_tokens, padded_length
+from zflora_jax.decode import Sampler, decode, generate_tokens, greedy, padded_length
 from zflora_jax.evals import generate
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.load import load_model
@@ -186,14 +186,37 @@ def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
     assert (out[2] == -1).all()
 
 
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    draw = np.random.default_rng(0)
+    logits = draw.integers(-3, 4, (40, 50)).astype(np.float32)  # many ties
+    logits[3], logits[4, :30] = -np.inf, -np.inf
+    np.testing.assert_array_equal(greedy(jnp.asarray(logits)), logits.argmax(axis=-1))
+    logits[5, 7] = np.nan
+    assert 0 <= int(greedy(jnp.asarray(logits))[5]) < 50, "a token of the vocabulary, whatever the logits"
+
+
+def test_a_vocabulary_is_cut_as_in_float64() -> None:
+    """At the size that the bisection is for: the kept probability reaches top_p, and without its least member it does not."""
+    logits = np.random.default_rng(1).normal(0, 3, (3, 49152)).astype(np.float32)
+    for share in (0.1, 0.9, 0.99):
+        values = np.asarray(Sampler(1.0, top_p=share).cut(jnp.asarray(logits))[0])
+        p = np.exp(logits.astype(np.float64))
+        p /= p.sum(axis=-1, keepdims=True)
+        for row, cut in zip(p, values, strict=True):
+            held = row[np.isfinite(cut)]
+            assert held.sum() > share - 1e-5 and held.sum() - held.min() < share + 1e-5
+            assert held.min() > row[~np.isfinite(cut)].max()
+
+
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
 def kept(sampler: Sampler, logits: np.ndarray) -> np.ndarray:
-    """[V] bool: the tokens that the sampler could draw, read off where it would draw."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.random, "categorical", lambda key, x: jnp.isfinite(x))
-        return np.asarray(sampler(jnp.asarray(logits, jnp.float32)[None], jax.random.split(jax.random.key(0), 1)))[0].astype(bool)
+    """[V] bool: the tokens that the sampler could draw."""
+    values, tokens = sampler.cut(jnp.asarray(logits, jnp.float32)[None])
+    found = np.zeros(len(logits), bool)
+    found[np.arange(len(logits)) if tokens is None else np.asarray(tokens[0])] = np.isfinite(values[0])
+    return found
 
 
 def reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> tuple[np.ndarray, float]:

@@ -1,6 +1,8 @@
 """Attention's own backward pass equals automatic differentiation of the plain formula, cut into blocks or not; what is kept for the backward pass."""
 
 import jax
+import jax.export
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,3 +96,56 @@ def test_gated_keeps_its_two_inputs_alone():
     shapes = [jax.ShapeDtypeStruct((4, 100), jnp.float32)] * 2
     kept = jax.eval_shape(lambda gate, up: jax.vjp(gated, gate, up)[1], *shapes)
     assert sum(leaf.size for leaf in jax.tree.leaves(kept)) == 2 * 400
+
+
+def test_what_cudnn_is_given_is_the_same_attention():
+    """By the same function's plain implementation, since cuDNN needs a GPU; a query that attends to nothing is nobody's business there."""
+    q, keys, values, mask = inputs(T=12, S=16)
+
+    def loss(f):
+        return lambda *a: jnp.sum(jnp.sin(f(*a, mask, 0.3)))
+
+    def theirs(*a):
+        return layers.fused_attention(*a, implementation="xla")
+
+    np.testing.assert_allclose(theirs(q, keys, values, mask, 0.3), attention(q, keys, values, mask, 0.3), atol=2e-6)
+    got, want = (jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (theirs, attention))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "slots", "dtype", "takes"),
+    [
+        ((2, 64, 6, 64), 64, "bfloat16", True),
+        ((2, 64, 6, 80), 96, "float16", True),
+        ((2, 64, 6, 64), 64, "float32", False),
+        ((2, 1, 6, 64), 64, "bfloat16", False),  # a token of the decode loop
+        ((2, 63, 6, 64), 64, "bfloat16", False),
+        ((2, 64, 6, 64), 63, "bfloat16", False),
+        ((2, 64, 6, 68), 64, "bfloat16", False),
+        ((2, 64, 6, 136), 64, "bfloat16", False),
+    ],
+)
+def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes, monkeypatch):
+    """Lowered for CUDA here; it takes a pretence that the GPU and its library are there."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    class Backend:
+        platform_version = "cuda 13000"
+
+    monkeypatch.setattr(jax.extend.backend, "get_backend", Backend)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    B, T, _, k = shape
+    arrays = [jax.ShapeDtypeStruct(s, jnp.dtype(dtype)) for s in (shape, (B, 2, k, slots), (B, 2, slots, k))]
+    mask = jax.ShapeDtypeStruct((B, 1, T, slots), jnp.bool_)
+
+    def loss(q, keys, values, mask):
+        return jnp.sum(attention(q, keys, values, mask, 0.3).astype(jnp.float32))
+
+    names = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    text = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"], disabled_checks=checks)(*arrays, mask).mlir_module()
+    assert [f"@{name}(" in text for name in names] == [takes, takes]

@@ -118,6 +118,28 @@ def test_a_finished_run_is_loaded_not_trained(run, tmp_path, caplog):
     assert again.report["resumed_from"] == 8 and "is finished" in caplog.text
 
 
+def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
+    """The step alone takes longer to compile than what is not kept. Batches that come late are seen as waiting."""
+    report = quiet_train(run, tmp_path / "run").report
+    assert [entry.name.startswith("jit_train_step-") for entry in (tmp_path / "run" / "compile_cache").glob("jit_train_step*")]
+    assert 0 < report["load_seconds"] + report["data_seconds"] < report["first_step_seconds"] < report["seconds"]
+    assert 0 <= report["data_wait_share"] < 0.5
+    shares = [r["data_wait_share"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    assert shares and all(0 <= share <= 1 for share in shares)
+
+
+def test_late_batches_are_waited_for_and_counted(run, tmp_path, monkeypatch):
+    batches = runs.train_batches
+
+    def late(*args):
+        for batch in batches(*args):
+            time.sleep(0.3)
+            yield batch
+
+    monkeypatch.setattr(runs, "train_batches", late)
+    assert quiet_train(run, tmp_path).report["data_wait_share"] > 0.5
+
+
 def test_another_config_is_refused_and_nothing_is_lost(run, tmp_path):
     first = quiet_train(run, tmp_path)
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.01 there, 0\.002 now"):

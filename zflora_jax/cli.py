@@ -226,6 +226,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    from zflora_jax.cache import compile_cache
     from zflora_jax.checkpoint import read_config
     from zflora_jax.data.mixture import TrainedOn, parse_mixture, source_splits
     from zflora_jax.data.tasks import GROUPS
@@ -254,11 +255,12 @@ def _eval(args: argparse.Namespace) -> None:
             trained_on.append(own)
         except ConfigError as error:
             print(f"the run's training data is not there, so no test question is compared with it: {error}", file=sys.stderr)
-    model, label = (
-        load_fused(args.workdir, args.checkpoint) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
-    )
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
-    summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
+    with compile_cache(Path(args.workdir or out) / "compile_cache"):
+        model, label = (
+            load_fused(args.workdir, args.checkpoint) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
+        )
+        summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")
     print(summary_page(summary))
@@ -293,6 +295,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
+    from zflora_jax.cache import compile_cache
     from zflora_jax.sweeps import Sweep, overview, sweep
 
     plans = load_config(args.config, "get_sweep")
@@ -308,9 +311,10 @@ def _sweep(args: argparse.Namespace) -> None:
         rates_from = changed(plan.rates_from) if plan.rates_from else None
         return dataclasses.replace(plan, base=override(plan.base, _changes(args.set)), rates_from=rates_from)
 
-    for plan in (changed(plan) for plan in plans if args.only in (None, plan.name)):
-        for row in sweep(plan, Path(args.workdir) / plan.name if len(plans) > 1 else args.workdir, args.out)["rows"]:
-            print_table(row, f"{plan.name}: {row['method']}")
+    with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
+        for plan in (changed(plan) for plan in plans if args.only in (None, plan.name)):
+            for row in sweep(plan, Path(args.workdir) / plan.name if len(plans) > 1 else args.workdir, args.out)["rows"]:
+                print_table(row, f"{plan.name}: {row['method']}")
     if len(plans) > 1 and (page := overview(plans, args.out)):
         print(f"all of them in {page}")
 
@@ -339,9 +343,12 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
+    from zflora_jax.cache import compile_cache
     from zflora_jax.quickstart import quickstart
 
-    print_table(quickstart(_run_config(args), args.workdir), f"quickstart, written to {args.workdir}/report.json")
+    run = _run_config(args)
+    with compile_cache(Path(args.workdir) / "compile_cache"):
+        print_table(quickstart(run, args.workdir), f"quickstart, written to {args.workdir}/report.json")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 
@@ -194,11 +196,26 @@ def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
     float32.
 
     The queries of the G = H / K heads that share keys lie below each other, so that every product is one plain matrix product per row and key head.
-    Long sequences go through in blocks of queries: T/n x S scores per head exist at one time, in both passes.
+    Long sequences go through in blocks of queries: T/n x S scores per head exist at one time, in both passes. On a
+    GPU, cuDNN's kernel where it applies.
     """
+    if cudnn_applies(q, k.shape[-1]):
+        return fused_attention(q, k, v, mask, scale)
     (B, T, H, dim), K = q.shape, k.shape[1]
     out = _attention(q.reshape(B, T, K, H // K, dim).transpose(0, 2, 3, 1, 4), k, v, mask, scale)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+
+
+def cudnn_applies(q: Array, slots: int) -> bool:
+    """Whether cuDNN's attention takes queries q [B, T, H, k] and `slots` keys, in both passes: 16-bit numbers, even lengths, k a multiple of 8 of at
+    most 128, on an NVIDIA GPU. One query alone is left to the plain products, which read the cache as it lies."""
+    sizes = q.shape[1] > 1 and q.shape[1] % 2 == 0 and slots % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    return sizes and q.dtype in (jnp.bfloat16, jnp.float16) and "cuda" in jax.extend.backend.get_backend().platform_version
+
+
+def fused_attention(q: Array, k: Array, v: Array, mask: Array, scale: float, implementation: Literal["xla", "cudnn"] = "cudnn") -> Array:
+    """The same as `attention`, by `jax.nn.dot_product_attention`."""
+    return jax.nn.dot_product_attention(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), mask=mask, scale=scale, implementation=implementation)
 
 
 def query_blocks(length: int) -> int:

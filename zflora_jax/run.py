@@ -18,6 +18,7 @@ from zflora_jax import hosts, trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params, plan
+from zflora_jax.cache import compile_cache
 from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, locked, read_config
 from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.data.mixture import load_mixture
@@ -114,7 +115,7 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
 
     workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already (`load_base`). resume: refuse a workdir without a run.
     Every process of a run of several calls this (after `hosts.start`), with a workdir that they share. Writes config.json, checkpoints/,
-    metrics.jsonl, tensorboard/ and report.json.
+    metrics.jsonl, tensorboard/, report.json and, unless one is in use already, compile_cache/ (see `cache.compile_cache`).
 
     Raises:
       ConfigError: settings that cannot be used, a `workdir` of another config, or one that another process is training.
@@ -128,6 +129,7 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh)
     model = model or load_base(run, mesh)
+    loaded = time.perf_counter()
     train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data)
     examples = len(train_set)
     if run.data.packing:
@@ -136,11 +138,12 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     meta = {"base_fingerprint": trees.fingerprint(model.params), "data_fingerprint": train_set.fingerprint()}
     model = dataclasses.replace(model, params=shard(model.params, mesh))
     where = state_shardings(jax.eval_shape(lambda: _fresh_state(run, model)), mesh)
-    state = _sharded_state(run, model, where)
+    hosts.on_main(lambda: claim(workdir, run))
     steps, every = run.train.steps, run.train
     step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where)
-    hosts.on_main(lambda: claim(workdir, run))
     spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
+    phases = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded}
+    waited, trained_for = 0.0, 0.0  # seconds of steps after the first one: for data, and as a whole
 
     def evaluate_loss(adapters: Tree) -> dict[str, float]:
         return held_out_loss(
@@ -148,10 +151,12 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
         )
 
     with ExitStack() as stack:
+        stack.enter_context(compile_cache(workdir / "compile_cache"))
         signals = stack.enter_context(hosts.StopSignals())  # left last: until then the newest checkpoint may still be being written
         hosts.on_main(lambda: stack.enter_context(locked(workdir)))
         checkpoints = stack.enter_context(Checkpoints(workdir, every.keep, keep_best=every.keep_best))
         stack.enter_context(jax.set_mesh(mesh))
+        state = _sharded_state(run, model, where)
         if checkpoints.latest is not None:
             state, saved = checkpoints.restore(state)
             for name in ("base", "data"):
@@ -166,14 +171,19 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
         clock = time.perf_counter()
 
         def on_metrics(step: int, metrics: dict[str, float]) -> None:
-            nonlocal clock
+            nonlocal clock, waited, trained_for
             now = time.perf_counter()
-            rate = metrics["tokens"] / max(now - clock, 1e-9)
-            clock = now
+            seconds, wait = max(now - clock, 1e-9), metrics.pop("wait_seconds")
+            rate, clock = metrics["tokens"] / seconds, now
+            if step == first + 1:
+                phases["first_step_seconds"] = now - started
+            else:
+                waited, trained_for = waited + wait, trained_for + seconds
             if writer is not None:
                 writer.progress(step, loss=metrics["loss"], tokens_per_s=rate)
                 if step % every.log_every == 0 or step in (1, steps):
-                    writer.write(step, "train", metrics | {"target_tokens_per_s": rate, "batch_crc32": order[step]})
+                    speed = {"target_tokens_per_s": rate, "data_wait_share": wait / seconds}
+                    writer.write(step, "train", metrics | speed | {"batch_crc32": order[step]})
             del order[step]
 
         def due(step: int, period: int | None) -> bool:
@@ -239,6 +249,8 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
         f"{run.eval.split}_loss": final["loss"],
         f"{run.eval.split}_rows": int(final["rows"]),
         "seconds": spent + (time.perf_counter() - started if first < steps else 0.0),
+        **phases,
+        "data_wait_share": waited / trained_for if trained_for else None,
         "processes": jax.process_count(),
         **meta,
         "config": to_dict(run),

@@ -41,9 +41,15 @@ def decode_latency(
 
 
 def contender(
-    model: Model, batch: int, prompt_length: int, new_tokens: int, adapter: AdapterConfig | None = None, adapters: trees.Tree | None = None
+    model: Model,
+    batch: int,
+    prompt_length: int,
+    new_tokens: int,
+    adapter: AdapterConfig | None = None,
+    adapters: trees.Tree | None = None,
+    sampler: Sampler | None = None,
 ) -> Contender:
-    """Greedy decode of a packed `model`, compiled here for 1 and for `new_tokens` tokens.
+    """Decode (greedy without a `sampler`) of a `model` in the layout that it has, compiled here for 1 and for `new_tokens` tokens.
 
     extra: compile_s, of both, and temporary_mb, what the longer one allocates beside weights and prompt (the cache included).
     """
@@ -52,7 +58,7 @@ def contender(
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
     given = (variables, jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jax.random.split(jax.random.key(0), batch))
     start = time.perf_counter()
-    compiled = {n: decode.lower(config, adapter, Sampler(), n, (), *given).compile() for n in (1, new_tokens)}
+    compiled = {n: decode.lower(config, adapter, sampler or Sampler(), n, (), *given).compile() for n in (1, new_tokens)}
     extra = {"compile_s": time.perf_counter() - start}
     memory = compiled[new_tokens].memory_analysis()
     if memory is not None:  # not every backend says

@@ -1,0 +1,166 @@
+"""Ways to decode that were tried, against the one that is kept: packed kernels [in, out], unrolled layers, one compiled loop.
+
+Command: python benchmarks/decode_variants.py     (about 5 minutes on 2 CPU cores)
+Writes results/decode_variants.json and .md: TTFT and TPOT of SmolLM2-135M (the packaged one), all ways by turns in one process, for each batch; and
+how fast the products of its kernels alone read them, by layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax import trees
+from zflora_jax.adapters.fuse import pack
+from zflora_jax.beam import next_logits
+from zflora_jax.bench.latency import contender
+from zflora_jax.bench.timing import Contender, decode_turns, ratio, read_bandwidth, summary
+from zflora_jax.decode import Sampler
+from zflora_jax.hf.load import load_model
+from zflora_jax.llama import init_cache
+from zflora_jax.model import Model
+from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+
+KEPT = "kept: packed, unrolled, one compiled loop"
+
+
+def host_loop(model: Model, batch: int, prompt_length: int, new_tokens: int) -> Contender:
+    """A compiled step per token, called from Python, the cache donated; the tokens stay on the device until the end."""
+    config, slots = model.config, prompt_length + new_tokens
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt_length)).astype(np.int32))
+
+    @jax.jit(donate_argnums=2)
+    def step(params: Any, tokens: Any, cache: Any) -> Any:
+        logits, cache = next_logits(config, None, {"params": params}, tokens, None, cache)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None], cache
+
+    def generate(count: int) -> object:
+        token, cache = step(model.params, tokens, init_cache(config, batch, slots))
+        out = [token]
+        for _ in range(count - 1):
+            token, cache = step(model.params, token, cache)
+            out.append(token)
+        return jax.block_until_ready(jnp.concatenate(out, axis=1))
+
+    return Contender(generate)
+
+
+def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dict[str, Contender]:
+    shape = (batch, prompt_length, new_tokens)
+    model = load_model("smollm2-135m", dtype="float32")
+    packed = pack(model)
+    unrolled = Model(model.config.replace(scan_layers=False), trees.unstack_layers(model.params, model.config.num_layers))
+    head = packed.params | {"lm_head": {"kernel": jnp.asarray(packed.params["embed"]["embedding"].T)}}
+    found = {
+        KEPT: contender(packed, *shape),
+        "kernels not packed, unrolled": contender(unrolled, *shape),
+        "kernels not packed, scan over layers": contender(model, *shape),
+        "head (d, V) beside the embeddings": contender(Model(packed.config.replace(tie_word_embeddings=False), head), *shape),
+        "a compiled step per token, called from Python": host_loop(packed, *shape),
+        "sampled: temperature 0.8, top_k 50, top_p 0.95": contender(packed, *shape, sampler=Sampler(0.8, 50, 0.95)),
+    }
+    if bfloat16:
+        found["bfloat16 weights and activations"] = contender(pack(load_model("smollm2-135m", dtype="bfloat16")), *shape)
+    return found
+
+
+PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
+    "[in, out]": lambda x, w: x @ w,
+    "[out, in]": lambda x, w: jnp.einsum("bi,ji->bj", x, w),
+    "[out, in], multiplied and summed": lambda x, w: jnp.sum(w[None] * x[:, None, :], axis=-1),
+}
+
+
+def products(batch: int, repeats: int) -> list[dict[str, Any]]:
+    """GB/s at which products of `batch` rows read SmolLM2's packed kernels, more of them than the caches hold."""
+    rows = []
+    for name, out, inner in (("q|k|v", 960, 576), ("o", 576, 576), ("gate|up", 3072, 576), ("down", 576, 1536), ("head", 49152, 576)):
+        count = -(-(2**28) // (4 * out * inner))
+        keys, row = jax.random.split(jax.random.key(0), count), {"batch": batch, "kernel": name}
+        for label, product in PRODUCTS.items():
+            shape = (inner, out) if label == "[in, out]" else (out, inner)
+            kernels = [jax.random.normal(key, shape) for key in keys]
+
+            @jax.jit
+            def chain(x: Any, kernels: Any, product: Any = product) -> Any:
+                for w in kernels:  # each needs the one before it
+                    x = x + 1e-9 * product(x, w)[:, :1]
+                return x
+
+            x, seconds = jnp.ones((batch, inner)), []
+            jax.block_until_ready(chain(x, kernels))
+            for _ in range(repeats):
+                start = time.perf_counter()
+                jax.block_until_ready(chain(x, kernels))
+                seconds.append(time.perf_counter() - start)
+            row[label] = count * 4 * out * inner / statistics.median(seconds) / 1e9
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--no-bfloat16", dest="bfloat16", action="store_false", help="leave it out (XLA's CPU compiler before jax 0.12 is slow at it)"
+    )
+    parser.add_argument("--out", default="results/decode_variants")
+    args = parser.parse_args()
+    env, rows, bandwidth = environment(), list[dict[str, Any]](), read_bandwidth()
+    for batch in args.batches:
+        found = ways(batch, args.prompt, args.new_tokens, args.bfloat16)
+        turns = decode_turns(found, args.new_tokens, args.repeats)
+        for label, times in turns.items():
+            row: dict[str, Any] = {"batch": batch, "way": label}
+            for name in ("ttft_ms", "tpot_ms"):
+                row |= summary(times[name], name) | {name.replace("_ms", "_ratio"): ratio(times[name], turns[KEPT][name])}
+            if (size := found[label].read_bytes) is not None:
+                row["floor_ratio"] = row["tpot_ms"] * bandwidth / size / 1e3
+            rows.append(row)
+            print(row, flush=True)
+        del found
+    alone = [row for batch in args.batches for row in products(batch, args.repeats)]
+    write_json(f"{args.out}.json", {"rows": rows, "products": alone, "bandwidth": bandwidth, "settings": vars(args), "environment": env})
+    shown = [
+        {
+            "batch": row["batch"],
+            "way": row["way"],
+            "TTFT, ms": f"{row['ttft_ms']:.1f}",
+            "x kept": f"{row['ttft_ratio']:.3f}",
+            "TPOT, ms": f"{row['tpot_ms']:.2f} [{row['tpot_ms_min']:.2f}, {row['tpot_ms_max']:.2f}]",
+            "x kept ": f"{row['tpot_ratio']:.3f}",
+            "x floor": f"{row['floor_ratio']:.2f}" if "floor_ratio" in row else "-",
+        }
+        for row in rows
+    ]
+    text = [
+        "# Ways to decode",
+        "",
+        f"SmolLM2-135M, float32 unless said, prompt {args.prompt}, {args.new_tokens} new tokens; medians of {args.repeats} turns [least, most]. x "
+        f"kept: median over turns of the ratio within a turn. x floor: TPOT over the time to read weights and half-filled cache once at the measured "
+        f"{bandwidth / 1e9:.1f} GB/s.",
+        "",
+        markdown_table(shown, list(shown[0])),
+        "",
+        "Products alone: GB/s at which they read the kernels, by layout.",
+        "",
+        markdown_table([{key: f"{value:.1f}" if isinstance(value, float) else value for key, value in row.items()} for row in alone], list(alone[0])),
+        "",
+        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']} ({env['cpu_count']} CPUs); jax {env['jax']}; {env['date']}.",
+        "",
+    ]
+    atomic_write(f"{args.out}.md", "\n".join(text).encode())
+
+
+if __name__ == "__main__":
+    main()

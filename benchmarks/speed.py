@@ -1,0 +1,114 @@
+"""The speed targets of this project, each beside what the benchmarks measured: results/speed.md and .json, from their JSON files alone.
+
+Command: python benchmarks/speed.py     (after `zflora bench latency`, `zflora bench train`, benchmarks/startup.py, benchmarks/vllm_latency.py and,
+where there is a GPU, benchmarks/gpu.py)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.report import atomic_write, markdown_table, write_json
+
+Row = dict[str, Any]
+GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and is tested on tiny shapes"
+# What a target that is not reached owes to, measured: shown beside it.
+CAUSES: dict[str, str] = {}
+
+
+def row(what: str, target: str, value: float | None, limit: float, source: Row, unit: str = "x") -> Row:
+    env = source["environment"]
+    reached = value is not None and value <= limit
+    found = {"what": what, "target": target, "measured": "missing" if value is None else f"{value:.3f} {unit}", "reached": "yes" if reached else "no"}
+    return found | {"command": env["command"], "commit": env["commit"][:9], "device": f"{env['device']}, {env['cpu_count']} CPUs"}
+
+
+def decode_rows(found: Row) -> Iterator[Row]:
+    def at(label: str, **case: int) -> Row | None:
+        return next((r for r in found["rows"] if r["label"] == label and all(r[k] == v for k, v in case.items())), None)
+
+    first = {key: found["rows"][0][key] for key in ("rank", "batch", "prompt")}
+    base, peer = at("base", **first), at("transformers", **first)
+    assert base is not None
+    where = f"batch {first['batch']}, prompt {first['prompt']}"
+    yield row(f"decode of the base, {where}: TPOT over the read-bandwidth floor", "<= 1.20", 1 / base["floor_share"], 1.2, found)
+    yield row(f"decode of the base, {where}: TPOT over transformers'", "<= 0.36", peer and 1 / peer["tpot_ratio"], 0.36, found)
+    for fused in (r for r in found["rows"] if r["label"] == "zflora-minimal"):
+        case = {key: fused[key] for key in ("rank", "batch", "prompt")}
+        if case["rank"] > 64:
+            continue
+        limit, name = fused["bytes_ratio"] + 0.01, ", ".join(f"{key} {value}" for key, value in case.items())
+        for measure in ("tpot", "ttft"):
+            what = f"zflora-minimal fused, {name}: {measure.upper()} over the base's"
+            yield row(what, f"<= {limit:.3f}, its share of bytes + 0.01", fused[f"{measure}_ratio"], limit, found)
+        if beside := at("lora un-merged", **case):
+            yield row(f"lora un-merged, {name}: TPOT over the base's", "reported", beside["tpot_ratio"], float("inf"), found)
+
+
+def train_rows(found: Row) -> Iterator[Row]:
+    limits = {0.0: (0.85, 0.8), 0.5: (0.75, None)}
+    for one in found["rows"]:
+        if "step_ratio" not in one or one["label"] == "PEFT lora" or one["case"]["masked"] not in limits:
+            continue
+        case, (step, memory) = one["case"], limits[one["case"]["masked"]]
+        what = f"training step, {one['label']}, {case['batch']} x {case['length']}, r={case['rank']}, {case['masked']:.0%} masked"
+        yield row(f"{what}: time over PEFT's", f"<= {step}", one["step_ratio"], step, found)
+        if memory:
+            yield row(f"{what}: peak memory over PEFT's", f"<= {memory}", one["memory_ratio"], memory, found)
+
+
+def startup_rows(found: Row) -> Iterator[Row]:
+    for kind, turns in found["turns"].items():
+        warm = kind == "first step, warm"
+        value = statistics.median(turn["total"] for turn in turns)
+        yield row(f"start-up: {kind}, from the command", "<= 12 s" if warm else "reported", value, 12.0 if warm else float("inf"), found, "s")
+
+
+def vllm_rows(found: Row) -> Iterator[Row]:
+    for one in found["rows"]:
+        name, shown = one[""], f"{one['model']}, batch {one['batch']}"
+        if name == "this project's decode":
+            yield row(f"{shown}: our TPOT over vLLM's (CPU build, float32)", "< 1", one["tpot_ratio"], 1.0, found)
+        elif name != "vLLM, base":
+            yield row(f"{shown}: {name}, TPOT over vLLM's base", "reported", one["tpot_ratio"], float("inf"), found)
+
+
+SOURCES = {"latency": decode_rows, "train": train_rows, "startup": startup_rows, "vllm_latency": vllm_rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default="results", metavar="DIR")
+    folder, rows, missing = Path(parser.parse_args().results), list[Row](), list[str]()
+    for name, read in SOURCES.items():
+        if (file := folder / f"{name}.json").is_file():
+            rows += read(json.loads(file.read_text()))
+        else:
+            missing.append(f"{name}.json is missing")
+    for one in rows:
+        if one["reached"] == "no":
+            one["why not"] = next((why for part, why in CAUSES.items() if part in one["what"]), "not known")
+        elif one["target"] == "reported":
+            one["reached"] = "-"
+    if (file := folder / "gpu/gpu.json").is_file():
+        gpu = json.loads(file.read_text())
+        env = gpu["environment"]
+        rows += [
+            one | {"reached": "see target", "command": env["command"], "commit": env["commit"][:9], "device": env["device"]} for one in gpu["targets"]
+        ]
+    else:
+        missing.append(f"the H100 rows are missing: {GPU}")
+    columns = ["what", "target", "measured", "reached", "why not", "command", "commit", "device"]
+    table = markdown_table([{column: one.get(column, "") for column in columns} for one in rows], columns)
+    text = "# Speed: targets and measurements\n\nMade by `python benchmarks/speed.py` from the JSON of the benchmarks, whose pages have the rest.\n\n"
+    atomic_write(folder / "speed.md", (text + table + "\n\n" + "".join(f"{line}.\n\n" for line in missing)).encode())
+    write_json(folder / "speed.json", {"rows": rows, "missing": missing})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Seconds from the command to the first training step and to the first generated token, without and with a cache of compiled programs.
+
+Command: python benchmarks/startup.py     (about 3 minutes on 2 CPU cores)
+Writes results/startup.json and .md. SmolLM2-135M (the packaged one), float32. Training: `train.py --config configs/quickstart.py`,
+until metrics.jsonl holds step 1. Token: a process that loads the model and generates one token after a prompt. Each start is a process of its
+own; a warm one finds the compiled programs of an earlier one, and files in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = """
+import json, sys, time
+start = time.perf_counter()
+import zflora_jax as zf
+from zflora_jax.cache import compile_cache
+import jax
+zf.load_model, zf.generate, jax.devices()
+imported = time.perf_counter()
+with compile_cache(sys.argv[1]):
+    model = zf.load_model("smollm2-135m", dtype="float32")
+    jax.block_until_ready(model.params)
+    loaded = time.perf_counter()
+    zf.generate(model, ["The capital of France is"], max_new_tokens=1)
+print(json.dumps({"import": imported - start, "load": loaded - imported, "compile and run": time.perf_counter() - loaded}))
+"""
+
+
+def first_step(workdir: Path) -> dict[str, float]:
+    """Seconds of each part, and "total", of a new run in `workdir`."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs/quickstart.py"), "--workdir", str(workdir)]
+    start = time.perf_counter()
+    process = subprocess.Popen([*command, "--set", "train.steps=2", "optim.warmup_steps=1", "eval.limit=8"], stdout=subprocess.DEVNULL)
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.01)
+    total = time.perf_counter() - start
+    if process.wait(timeout=600) != 0:
+        raise RuntimeError(f"train.py ended with {process.returncode}")
+    report = json.loads((workdir / "report.json").read_text())
+    parts = {"load": report["load_seconds"], "tokenise the data": report["data_seconds"]}
+    parts["compile and run"] = report["first_step_seconds"] - sum(parts.values())
+    return {"import": total - report["first_step_seconds"], **parts, "total": total}
+
+
+def first_token(cache: Path) -> dict[str, float]:
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", TOKEN, str(cache)], check=True, capture_output=True, text=True, timeout=600).stdout
+    total = time.perf_counter() - start
+    parts: dict[str, float] = json.loads(out.splitlines()[-1])
+    parts["import"] += total - sum(parts.values())  # the interpreter itself
+    return {**parts, "total": total}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="starts of each kind (default: 3)")
+    parser.add_argument("--out", default="results/startup")
+    args = parser.parse_args()
+    from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+
+    env, turns = environment(), dict[str, list[dict[str, float]]]()
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(args.repeats):
+            cold, warm = Path(folder) / f"cold{turn}", Path(folder) / f"warm{turn}"
+            turns.setdefault("first step, cold", []).append(first_step(cold))
+            shutil.copytree(cold / "compile_cache", warm / "compile_cache")
+            turns.setdefault("first step, warm", []).append(first_step(warm))
+            for kind in ("cold", "warm"):
+                turns.setdefault(f"first token, {kind}", []).append(first_token(Path(folder) / f"token{turn}"))
+            print({kind: found[-1]["total"] for kind, found in turns.items()}, flush=True)
+    rows: list[dict[str, Any]] = []
+    for kind, found in turns.items():
+        middle = {part: statistics.median(one[part] for one in found) for part in found[0]}
+        totals = [one["total"] for one in found]
+        row = {"": kind, "from command, s": f"{middle.pop('total'):.1f} [{min(totals):.1f}, {max(totals):.1f}]"}
+        rows.append(row | {part: f"{seconds:.1f}" for part, seconds in middle.items()})
+    columns = list(max(rows, key=len))
+    write_json(f"{args.out}.json", {"turns": turns, "environment": env})
+    intro = " ".join(line.strip() for line in (__doc__ or "").splitlines() if line and not line.startswith("Command"))
+    table = markdown_table([{column: row.get(column, "-") for column in columns} for row in rows], columns)
+    text = f"# Start-up\n\n{intro}\nMedians of {args.repeats} [least, most]; parts in seconds.\n\n{table}\n\n"
+    text += (
+        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']} ({env['cpu_count']} CPUs); jax {env['jax']}; {env['date']}.\n"
+    )
+    atomic_write(f"{args.out}.md", text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

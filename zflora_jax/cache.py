@@ -1,0 +1,38 @@
+"""Compiled programs, kept between processes: JAX's persistent compilation cache in a directory of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+KEPT_FROM_SECONDS = 0.2  # what compiles faster is not kept
+
+
+@contextmanager
+def compile_cache(directory: str | Path) -> Iterator[None]:
+    """What is compiled inside is kept in `directory` and taken from there the next time; what the user has set for JAX goes before.
+
+    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false switches it off. Entries are machine code that JAX runs: use
+    a directory of a stranger with JAX_ENABLE_COMPILATION_CACHE=false. An entry that cannot be read or written is warned of and compiled anew.
+    """
+    config: Any = jax.config  # its values have no types
+    if config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    least = config.jax_persistent_cache_min_compile_time_secs
+    _use(str(Path(directory).absolute()), min(least, KEPT_FROM_SECONDS))
+    try:
+        yield
+    finally:
+        _use(None, least)
+
+
+def _use(directory: str | None, least: float) -> None:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    compilation_cache.reset_cache()  # type: ignore[no-untyped-call]  # else the first directory of a process is used for good
