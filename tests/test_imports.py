@@ -25,7 +25,7 @@ MODULES = {
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
     ("trees", "fields", "config", "report", "metrics"),
-    ("hosts",),
+    ("hosts", "cache"),
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
     ("layers", "model"),
@@ -53,6 +53,7 @@ ONLY = {
     "adapters.methods": {"config", "fields"},
     "adapters.init": {"trees", "config", "adapters.methods", "model"},
     "hosts": {"fields"},
+    "cache": set(),
     "loss": set(),
     "optim": {"trees", "config"},
     "plots": {"metrics", "report"},
