@@ -22,11 +22,11 @@ from zflora_jax.adapters.fuse import pack
 from zflora_jax.beam import next_logits
 from zflora_jax.bench.latency import contender
 from zflora_jax.bench.timing import Contender, decode_turns, ratio, read_bandwidth, summary
-from zflora_jax.decode import Sampler
+from zflora_jax.decode import Sampler, greedy
 from zflora_jax.hf.load import load_model
 from zflora_jax.llama import init_cache
 from zflora_jax.model import Model
-from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 
 KEPT = "kept: packed, unrolled, one compiled loop"
 
@@ -39,7 +39,7 @@ def host_loop(model: Model, batch: int, prompt_length: int, new_tokens: int) -> 
     @jax.jit(donate_argnums=2)
     def step(params: Any, tokens: Any, cache: Any) -> Any:
         logits, cache = next_logits(config, None, {"params": params}, tokens, None, cache)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None], cache
+        return greedy(logits)[:, None], cache
 
     def generate(count: int) -> object:
         token, cache = step(model.params, tokens, init_cache(config, batch, slots))
@@ -64,7 +64,9 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
         "kernels not packed, scan over layers": contender(model, *shape),
         "head (d, V) beside the embeddings": contender(Model(packed.config.replace(tie_word_embeddings=False), head), *shape),
         "a compiled step per token, called from Python": host_loop(packed, *shape),
+        "sampled: temperature 0.8": contender(packed, *shape, sampler=Sampler(0.8)),
         "sampled: temperature 0.8, top_k 50, top_p 0.95": contender(packed, *shape, sampler=Sampler(0.8, 50, 0.95)),
+        "sampled: temperature 0.8, top_p 0.95": contender(packed, *shape, sampler=Sampler(0.8, None, 0.95)),
     }
     if bfloat16:
         found["bfloat16 weights and activations"] = contender(pack(load_model("smollm2-135m", dtype="bfloat16")), *shape)
@@ -105,6 +107,29 @@ def products(batch: int, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def choices(batch: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds to choose among the logits [batch, 49152] of a step, by part."""
+    logits = jax.random.normal(jax.random.key(0), (batch, 49152)) * 3
+    parts: dict[str, Callable[[Any], Any]] = {
+        "argmax": lambda x: jnp.argmax(x, axis=-1),
+        "greedy (kept)": greedy,
+        "sort, as top_p by definition": lambda x: jnp.sort(x, axis=-1, descending=True),
+        "top_p by bisection (kept)": lambda x: Sampler(1.0, None, 0.95).cut(x)[0],
+        "top_k 50": lambda x: jax.lax.top_k(x, 50),
+        "Gumbel noise for all": lambda x: jax.vmap(jax.random.categorical)(jax.random.split(jax.random.key(0), batch), x),
+    }
+    row: dict[str, Any] = {"batch": batch}
+    for label, part in parts.items():
+        compiled, seconds = jax.jit(part), []
+        jax.block_until_ready(compiled(logits))
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(logits))
+            seconds.append(time.perf_counter() - start)
+        row[label] = 1e3 * statistics.median(seconds)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -130,7 +155,10 @@ def main() -> None:
             print(row, flush=True)
         del found
     alone = [row for batch in args.batches for row in products(batch, args.repeats)]
-    write_json(f"{args.out}.json", {"rows": rows, "products": alone, "bandwidth": bandwidth, "settings": vars(args), "environment": env})
+    chosen = [choices(batch, args.repeats) for batch in args.batches]
+    write_json(
+        f"{args.out}.json", {"rows": rows, "products": alone, "choices": chosen, "bandwidth": bandwidth, "settings": vars(args), "environment": env}
+    )
     shown = [
         {
             "batch": row["batch"],
@@ -156,7 +184,13 @@ def main() -> None:
         "",
         markdown_table([{key: f"{value:.1f}" if isinstance(value, float) else value for key, value in row.items()} for row in alone], list(alone[0])),
         "",
-        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']} ({env['cpu_count']} CPUs); jax {env['jax']}; {env['date']}.",
+        "Choosing a token alone, ms:",
+        "",
+        markdown_table(
+            [{key: f"{value:.2f}" if isinstance(value, float) else value for key, value in row.items()} for row in chosen], list(chosen[0])
+        ),
+        "",
+        origin_line(env),
         "",
     ]
     atomic_write(f"{args.out}.md", "\n".join(text).encode())

@@ -18,14 +18,26 @@ from zflora_jax.report import atomic_write, markdown_table, write_json
 Row = dict[str, Any]
 GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and is tested on tiny shapes"
 # What a target that is not reached owes to, measured: shown beside it.
-CAUSES: dict[str, str] = {}
+CAUSES: dict[str, str] = {
+    "read-bandwidth floor": "XLA's products of one row read the kernels more slowly than a sum reads memory; see the products in decode_variants.md",
+}
+
+
+def commit_of(env: Row) -> str:
+    return f"{(env['commit'] or 'unknown')[:9]}{' +changes' if env['dirty'] else ''}"
+
+
+def require_same(name: str, found: Row, want: Row) -> None:
+    """SystemExit where a result is not of the set-up that the targets are for."""
+    if different := {key: found[key] for key in want if found[key] != want[key]}:
+        raise SystemExit(f"{name}.json was measured with {different}; the targets are for {want}. Run its benchmark again.")
 
 
 def row(what: str, target: str, value: float | None, limit: float, source: Row, unit: str = "x") -> Row:
     env = source["environment"]
     reached = value is not None and value <= limit
     found = {"what": what, "target": target, "measured": "missing" if value is None else f"{value:.3f} {unit}", "reached": "yes" if reached else "no"}
-    return found | {"command": env["command"], "commit": env["commit"][:9], "device": f"{env['device']}, {env['cpu_count']} CPUs"}
+    return found | {"command": env["command"], "commit": commit_of(env), "device": f"{env['device']}, {env['cpu_count']} CPUs"}
 
 
 def decode_rows(found: Row) -> Iterator[Row]:
@@ -33,6 +45,7 @@ def decode_rows(found: Row) -> Iterator[Row]:
         return next((r for r in found["rows"] if r["label"] == label and all(r[k] == v for k, v in case.items())), None)
 
     first = {key: found["rows"][0][key] for key in ("rank", "batch", "prompt")}
+    require_same("latency", found["settings"] | first, {"model": "smollm2-135m", "dtype": "float32", "batch": 1})
     base, peer = at("base", **first), at("transformers", **first)
     assert base is not None
     where = f"batch {first['batch']}, prompt {first['prompt']}"
@@ -56,6 +69,7 @@ def train_rows(found: Row) -> Iterator[Row]:
         if "step_ratio" not in one or one["label"] == "PEFT lora" or one["case"]["masked"] not in limits:
             continue
         case, (step, memory) = one["case"], limits[one["case"]["masked"]]
+        require_same("train", case, {"model": "smollm2-135m", "dtype": "float32", "rank": 16, "batch": 8, "length": 128})
         what = f"training step, {one['label']}, {case['batch']} x {case['length']}, r={case['rank']}, {case['masked']:.0%} masked"
         yield row(f"{what}: time over PEFT's", f"<= {step}", one["step_ratio"], step, found)
         if memory:
@@ -98,14 +112,13 @@ def main() -> None:
     if (file := folder / "gpu/gpu.json").is_file():
         gpu = json.loads(file.read_text())
         env = gpu["environment"]
-        rows += [
-            one | {"reached": "see target", "command": env["command"], "commit": env["commit"][:9], "device": env["device"]} for one in gpu["targets"]
-        ]
+        rows += [one | {"command": env["command"], "commit": commit_of(env), "device": env["device"]} for one in gpu["targets"]]
     else:
         missing.append(f"the H100 rows are missing: {GPU}")
     columns = ["what", "target", "measured", "reached", "why not", "command", "commit", "device"]
     table = markdown_table([{column: one.get(column, "") for column in columns} for one in rows], columns)
-    text = "# Speed: targets and measurements\n\nMade by `python benchmarks/speed.py` from the JSON of the benchmarks, whose pages have the rest.\n\n"
+    text = "# Speed: targets and measurements\n\nSmolLM2-135M in float32 unless said. Made by `python benchmarks/speed.py` from the JSON of the "
+    text += "benchmarks, whose pages have the rest.\n\n"
     atomic_write(folder / "speed.md", (text + table + "\n\n" + "".join(f"{line}.\n\n" for line in missing)).encode())
     write_json(folder / "speed.json", {"rows": rows, "missing": missing})
 

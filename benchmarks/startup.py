@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -33,15 +34,21 @@ with compile_cache(sys.argv[1]):
     jax.block_until_ready(model.params)
     loaded = time.perf_counter()
     zf.generate(model, ["The capital of France is"], max_new_tokens=1)
-print(json.dumps({"import": imported - start, "load": loaded - imported, "compile and run": time.perf_counter() - loaded}))
+print(json.dumps({"import": imported - start, "load": loaded - imported, "compile and run": time.perf_counter() - loaded}), flush=True)
 """
+
+
+def own_cache() -> dict[str, str]:
+    """The environment without a compile cache that the user has set: cold would be warm."""
+    return {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
 
 
 def first_step(workdir: Path) -> dict[str, float]:
     """Seconds of each part, and "total", of a new run in `workdir`."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs/quickstart.py"), "--workdir", str(workdir)]
     start = time.perf_counter()
-    process = subprocess.Popen([*command, "--set", "train.steps=2", "optim.warmup_steps=1", "eval.limit=8"], stdout=subprocess.DEVNULL)
+    command += ["--set", "train.steps=2", "optim.warmup_steps=1", "eval.limit=8"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=own_cache())
     metrics = workdir / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.01)
@@ -56,9 +63,12 @@ def first_step(workdir: Path) -> dict[str, float]:
 
 def first_token(cache: Path) -> dict[str, float]:
     start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", TOKEN, str(cache)], check=True, capture_output=True, text=True, timeout=600).stdout
-    total = time.perf_counter() - start
-    parts: dict[str, float] = json.loads(out.splitlines()[-1])
+    with subprocess.Popen([sys.executable, "-c", TOKEN, str(cache)], stdout=subprocess.PIPE, text=True, env=own_cache()) as process:
+        line = process.stdout.readline() if process.stdout else ""
+        total = time.perf_counter() - start  # its end is not waited for
+    if not line:
+        raise RuntimeError(f"the process that makes a token ended with {process.returncode}")
+    parts: dict[str, float] = json.loads(line)
     parts["import"] += total - sum(parts.values())  # the interpreter itself
     return {**parts, "total": total}
 
@@ -68,7 +78,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="starts of each kind (default: 3)")
     parser.add_argument("--out", default="results/startup")
     args = parser.parse_args()
-    from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+    from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 
     env, turns = environment(), dict[str, list[dict[str, float]]]()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,9 +101,7 @@ def main() -> None:
     intro = " ".join(line.strip() for line in (__doc__ or "").splitlines() if line and not line.startswith("Command"))
     table = markdown_table([{column: row.get(column, "-") for column in columns} for row in rows], columns)
     text = f"# Start-up\n\n{intro}\nMedians of {args.repeats} [least, most]; parts in seconds.\n\n{table}\n\n"
-    text += (
-        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']} ({env['cpu_count']} CPUs); jax {env['jax']}; {env['date']}.\n"
-    )
+    text += f"{origin_line(env)}\n"
     atomic_write(f"{args.out}.md", text.encode())
     print(text)
 

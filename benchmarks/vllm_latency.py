@@ -83,8 +83,8 @@ def in_vllm(python: str, job: dict[str, Any]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def exports(shape: str, folder: Path, ranks: Sequence[int]) -> tuple[dict[str, dict[str, Any]], Any]:
-    """(label -> what vLLM is to load, the base model): the base, PEFT directories and fused exports, adapters moved by noise."""
+def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """label -> what vLLM is to load: the base, PEFT directories and fused exports, adapters moved by noise."""
     import jax
 
     import zflora_jax as zf
@@ -114,27 +114,37 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> tuple[dict[str, d
         out = folder / adapter.method
         zf.save_hf(str(out), zf.fuse(model, adapter, adapters(adapter)))
         jobs[f"{adapter.method} fused, r={r}, m={adapter.mlp_rank}"] = {"model": str(out)}
-    return {label: {"lora": None, "used": False, "rank": 0} | job for label, job in jobs.items()}, model
+    return {label: {"lora": None, "used": False, "rank": 0} | job for label, job in jobs.items()}
 
 
-def here(model: Any, base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Callable[[int], object]]:
-    """Our decode and transformers', of the base model."""
-    import torch
-    import transformers
+def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Callable[[int], object]]:
+    """Our decode and transformers', of the base model; each in memory only while it is timed."""
+    held: dict[str, Callable[[int], object]] = {}
 
-    from zflora_jax.adapters.fuse import pack
-    from zflora_jax.bench.latency import contender
+    def ours(count: int) -> object:
+        from zflora_jax.adapters.fuse import pack
+        from zflora_jax.bench.latency import contender
+        from zflora_jax.hf.load import load_model
 
-    transformers.utils.logging.set_verbosity_error()
-    stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    stock.generation_config.eos_token_id = None
-    ids = torch.randint(1000, 30000, (batch, prompt), generator=torch.Generator().manual_seed(0))
+        if "ours" not in held:
+            held.clear()
+            held["ours"] = contender(pack(load_model(base, dtype="float32")), batch, prompt, new_tokens).generate
+        return held["ours"](count)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
     def theirs(count: int) -> object:
-        return stock.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0)
+        import torch
+        import transformers
 
-    return {OURS: contender(pack(model), batch, prompt, new_tokens).generate, PEER: theirs}
+        if "theirs" not in held:
+            held.clear()
+            stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+            stock.generation_config.eos_token_id = None
+            ids = torch.randint(1000, 30000, (batch, prompt), generator=torch.Generator().manual_seed(0))
+            settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+            held["theirs"] = torch.no_grad()(lambda n: stock.generate(ids, max_new_tokens=n, **settings))
+        return held["theirs"](count)
+
+    return {OURS: ours, PEER: theirs}
 
 
 def main() -> None:
@@ -156,15 +166,15 @@ def main() -> None:
         return
     if not args.vllm_python or not Path(args.vllm_python).is_file():
         parser.error(f"--vllm-python {args.vllm_python}: give the Python of an environment that has vLLM; the docstring says how to make one")
-    from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+    from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 
     env, rows = environment(), list[dict[str, Any]]()
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            jobs, model = exports(shape, Path(folder), args.ranks)
+            jobs = exports(shape, Path(folder), args.ranks)
             for batch in args.batches:
                 case = {"batch": batch, "prompt": args.prompt, "new_tokens": args.new_tokens, "repeats": args.repeats}
-                local = here(model, f"{folder}/base", batch, args.prompt, args.new_tokens)
+                local = here(f"{folder}/base", batch, args.prompt, args.new_tokens)
                 turns: dict[str, list[dict[str, float]]] = {}
                 for turn in range(args.rounds):
                     for label in [*jobs, *local][:: 1 if turn % 2 == 0 else -1]:
@@ -197,9 +207,7 @@ def main() -> None:
         "# In vLLM's CPU build\n\n" + "\n".join((__doc__ or "").splitlines()[6:]) + f"\nFloat32, prompt {args.prompt}, {args.new_tokens} new tokens, "
     )
     text += f"medians of {args.rounds} starts [least, most]. llama-3.2-1b: random weights.\n\n{markdown_table(shown, list(shown[0]))}\n\n"
-    text += (
-        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']} ({env['cpu_count']} CPUs); jax {env['jax']}; {env['date']}.\n"
-    )
+    text += f"{origin_line(env)}\n"
     atomic_write(f"{args.out}.md", text.encode())
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax

@@ -80,7 +80,7 @@ def test_latency_table(real: bool, tmp_path: Path) -> None:
     result = latency.measure(source, methods=methods, ranks=(4, 8), batches=(1, 2), prompts=(8,), new_tokens=4, repeats=2, say=lambda _: None)
     rows = result["rows"]
     assert [(r["rank"], r["batch"], r["prompt"]) for r in rows[:: len(rows) // 3]] == [(4, 1, 8), (8, 1, 8), (4, 2, 8)]
-    labels = ["base", "lora un-merged", "lora merged", "zflora-minimal", *["zflora-minimal idle"] * real, "zflora-uniform"]
+    labels = ["base", "lora un-merged", "lora merged", "zflora-minimal", "zflora-minimal idle", "zflora-uniform"]
     assert [r["label"] for r in rows] == labels * 3
     size = {(r["label"], r["rank"]): r["bytes_ratio"] for r in rows if r["batch"] == 1}
     assert size["base", 4] == size["lora merged", 8] == 1.0
@@ -109,23 +109,54 @@ def test_benchmarks_by_command_beside_transformers_and_peft(tmp_path: Path, caps
     assert (tmp_path / "train.png").is_file() and "x PEFT" in (tmp_path / "train.md").read_text()
 
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
 def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(tmp_path: Path) -> None:
-    """On tiny shapes, one of its parts made impossible; a budget that holds nothing is said too."""
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    """On tiny shapes, its third latency table made impossible; a budget that holds nothing is said too."""
     program = (
-        "import runpy, sys; from zflora_jax.bench import training; training.measure = lambda *a, **k: 1 / 0; sys.argv = sys.argv[1:];"
+        "import runpy, sys; from zflora_jax.bench import latency; whole, calls = latency.measure, []\n"
+        "latency.measure = lambda *a, **k: whole(*a, **k) if not calls.append(1) and len(calls) != 3 else 1 / 0; sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    command = [sys.executable, "-c", program, str(script), "--no-peers", "--new-tokens", "2", "--repeats", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", program, str(BENCHMARKS / "gpu.py"), "--new-tokens", "2", "--repeats", "1", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--tiny"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(found["left_out"]) == ["train-1b"] and "ZeroDivisionError" in found["left_out"]["train-1b"]
-    assert sum("share of the measured bandwidth floor" in row["what"] for row in found["targets"]) == 3
-    for part in ("latency-1b", "latency-3b", "latency-7b", "latency-1b-ranks"):
+    assert list(found["left_out"]) == ["latency-3b"] and "ZeroDivisionError" in found["left_out"]["latency-3b"]
+    what = [row["what"] for row in found["targets"]]
+    for part in ("latency-1b", "latency-7b", "latency-1b-ranks"):
         assert (tmp_path / f"{part}.json").is_file() and (tmp_path / f"{part}-ratio.png").is_file()
-    done = subprocess.run([*command, "--budget", "1"], capture_output=True, text=True, timeout=100)
+        assert sum(name.startswith(f"{part}, zflora-minimal, ") for name in what) == (4 if part.endswith("ranks") else 2)  # TPOT and TTFT each
+    assert sum("share of the floor" in name for name in what) == 2
+    assert sum("MFU by 4N" in name for name in what) == 3 and sum("over PEFT's" in name for name in what) == 4
+    assert "transformers" in (tmp_path / "latency-1b.md").read_text() and "latency-3b" in (tmp_path / "gpu.md").read_text()
+    done = subprocess.run([*command, "--no-peers", "--budget", "1"], capture_output=True, text=True, timeout=100)
     assert done.returncode != 0 and "nothing was measured" in done.stderr and "were left of the budget" in done.stdout
+
+
+def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path) -> None:
+    """On hand-made results: what is reached, what is not and why, what is missing; another model's results are refused."""
+    env = {"command": "c", "commit": None, "dirty": True, "device": "cpu", "cpu_count": 2}
+    case = {"rank": 16, "batch": 1, "prompt": 32}
+    base = case | {"label": "base", "floor_share": 0.5, "tpot_ratio": 1.0, "ttft_ratio": 1.0, "bytes_ratio": 1.0}
+    rows = [base, base | {"label": "zflora-minimal", "tpot_ratio": 1.02, "bytes_ratio": 1.03}, base | {"label": "transformers", "tpot_ratio": 4.0}]
+    settings = {"model": "smollm2-135m", "dtype": "float32"}
+
+    def pages(**changes: Any) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "latency.json").write_text(json.dumps({"rows": rows, "settings": settings | changes, "environment": env}))
+        command = [sys.executable, str(BENCHMARKS / "speed.py"), "--results", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+    assert pages().returncode == 0
+    found = json.loads((tmp_path / "speed.json").read_text())
+    by_name = {row["what"]: row for row in found["rows"]}
+    slow, quick = (next(row for name, row in by_name.items() if part in name) for part in ("bandwidth floor", "over transformers'"))
+    assert (slow["reached"], slow["measured"], quick["reached"], quick["measured"]) == ("no", "2.000 x", "yes", "0.250 x")
+    assert slow["why not"] != "not known" and slow["commit"] == "unknown +changes"
+    assert by_name["zflora-minimal fused, rank 16, batch 1, prompt 32: TPOT over the base's"]["reached"] == "yes"
+    assert any("train.json is missing" in line for line in found["missing"]) and any("H100" in line for line in found["missing"])
+    assert "for {'model': 'smollm2-135m'" in pages(model="llama-3.2-1b").stderr
 
 
 def test_masks_leave_the_share_that_was_asked_for() -> None:

@@ -131,8 +131,15 @@ def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes
     """Lowered for CUDA here; it takes a pretence that the GPU and its library are there."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    class Device:
+        compute_capability = "9.0"
+
     class Backend:
         platform_version = "cuda 13000"
+
+        @staticmethod
+        def local_devices():
+            return [Device]
 
     monkeypatch.setattr(jax.extend.backend, "get_backend", Backend)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -146,6 +153,12 @@ def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes
         return jnp.sum(attention(q, keys, values, mask, 0.3).astype(jnp.float32))
 
     names = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
+    called = [f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names]
+    assert called == [takes, takes]
+    Device.compute_capability = "7.5"  # Turing
+    assert not any(f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names)
+
+
+def lowered(loss, names, arrays):
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
-    text = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"], disabled_checks=checks)(*arrays, mask).mlir_module()
-    assert [f"@{name}(" in text for name in names] == [takes, takes]
+    return jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"], disabled_checks=checks)(*arrays).mlir_module()

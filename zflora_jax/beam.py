@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from zflora_jax.config import AdapterConfig, LlamaConfig
-from zflora_jax.llama import KVCache, Llama, init_cache
+from zflora_jax.llama import KVCache, Llama, cache_slots, init_cache
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -125,7 +125,7 @@ def beam_decode(
         logits, cache = next_logits(config, adapter, variables, last.reshape(-1, 1), None, s.cache)
         return extend(s, logits.reshape(batch, num_beams, -1), cache)
 
-    logits, cache = next_logits(config, adapter, variables, tokens, valid, init_cache(config, batch, length + max_new_tokens, adapter))
+    logits, cache = next_logits(config, adapter, variables, tokens, valid, init_cache(config, batch, cache_slots(length + max_new_tokens), adapter))
     layers = jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=int(config.scan_layers)), cache.layers)
     cache = KVCache(layers, jnp.repeat(cache.valid, num_beams, axis=0), cache.index)
     none = Hypotheses(jnp.full((batch, num_beams, max_new_tokens), -1, jnp.int32), jnp.full((batch, num_beams), -jnp.inf, jnp.float32))

@@ -328,6 +328,7 @@ def _bench(args: argparse.Namespace) -> None:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the same GPU
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # times to compile are reported
     title = f"{args.model}, {args.dtype}"
     if args.kind == "train":
         cases = [training.Case(args.model, args.dtype, args.rank, args.batch, args.length, masked) for masked in args.masked]

@@ -20,7 +20,7 @@ from zflora_jax.adapters.fuse import pack
 from zflora_jax.beam import beam_decode, next_logits
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import check_types, require
-from zflora_jax.llama import KVCache, init_cache
+from zflora_jax.llama import KVCache, cache_slots, init_cache
 from zflora_jax.model import Model
 from zflora_jax.trees import Tree
 
@@ -156,7 +156,7 @@ def decode(
         ended = done | jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) if stop else done
         return jnp.where(done, -1, drawn), ended
 
-    logits, cache = next_logits(config, adapter, variables, tokens, valid, init_cache(config, batch, length + max_new_tokens, adapter))
+    logits, cache = next_logits(config, adapter, variables, tokens, valid, init_cache(config, batch, cache_slots(length + max_new_tokens), adapter))
     first, done = choose(logits, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1))
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first)
     state = DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)

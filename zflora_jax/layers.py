@@ -208,9 +208,13 @@ def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
 
 def cudnn_applies(q: Array, slots: int) -> bool:
     """Whether cuDNN's attention takes queries q [B, T, H, k] and `slots` keys, in both passes: 16-bit numbers, even lengths, k a multiple of 8 of at
-    most 128, on an NVIDIA GPU. One query alone is left to the plain products, which read the cache as it lies."""
+    most 128, and the process's default device is an NVIDIA GPU since Ampere. One query alone is left to the plain products, which read the cache as
+    it lies."""
     sizes = q.shape[1] > 1 and q.shape[1] % 2 == 0 and slots % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
-    return sizes and q.dtype in (jnp.bfloat16, jnp.float16) and "cuda" in jax.extend.backend.get_backend().platform_version
+    if not sizes or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    backend = jax.extend.backend.get_backend()
+    return "cuda" in backend.platform_version and float(backend.local_devices()[0].compute_capability) >= 8.0
 
 
 def fused_attention(q: Array, k: Array, v: Array, mask: Array, scale: float, implementation: Literal["xla", "cudnn"] = "cudnn") -> Array:

@@ -63,6 +63,12 @@ def init_cache(config: LlamaConfig, batch: int, slots: int, adapter: AdapterConf
     return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 
+def cache_slots(tokens: int) -> int:
+    """How many slots the cache for `tokens` positions gets: a multiple of 64, so that how a prompt is computed does not hang on how many tokens
+    follow."""
+    return -(-tokens // 64) * 64
+
+
 def _dense(config: LlamaConfig, adapter: AdapterConfig | None, p: Plan, kernel: str) -> Dense:
     axes_in, axes_out = kernel_shapes(config)[kernel]
     return Dense(axes_in, axes_out, adapter, p.blocks.get(kernel, ()))

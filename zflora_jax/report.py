@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 # What decides a result. Other files (notes, results being written right now) do not make a commit "dirty".
-_CODE = ("zflora_jax", "configs", "train.py", "eval.py", "pyproject.toml", "constraints.txt")
+_CODE = ("zflora_jax", "configs", "benchmarks", "train.py", "eval.py", "pyproject.toml", "constraints.txt")
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])/[^\s,=:'\"]+")  # not the slashes of a/b, ./a, ~/a or a URL
 
 
@@ -41,6 +41,13 @@ def environment() -> dict[str, Any]:
         "python": ".".join(map(str, sys.version_info[:3])),
         **{name: version(name) for name in ("jax", "jaxlib", "flax")},
     }
+
+
+def origin_line(env: Mapping[str, Any]) -> str:
+    """The last line of a page: what `environment` said, as a sentence."""
+    commit = f"{env['commit'] or 'unknown'}{' with local changes' if env['dirty'] else ''}"
+    device = f"{env['device']} ({env['cpu_count']} CPUs)"
+    return f"Command: `{env['command']}`; commit {commit}; device {device}; jax {env['jax']}; {env['date']}."
 
 
 def command_line() -> str:

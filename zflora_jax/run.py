@@ -142,8 +142,8 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     steps, every = run.train.steps, run.train
     step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where)
     spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
-    phases = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded}
-    waited, trained_for = 0.0, 0.0  # seconds of steps after the first one: for data, and as a whole
+    phases: dict[str, float | None] = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded, "first_step_seconds": None}
+    waited, trained_for = 0.0, 0.0  # seconds of the steps after the first one: of waiting for batches, and all
 
     def evaluate_loss(adapters: Tree) -> dict[str, float]:
         return held_out_loss(
@@ -176,7 +176,7 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
             seconds, wait = max(now - clock, 1e-9), metrics.pop("wait_seconds")
             rate, clock = metrics["tokens"] / seconds, now
             if step == first + 1:
-                phases["first_step_seconds"] = now - started
+                phases["first_step_seconds"] = now - started  # the metrics come once the next step is on its way
             else:
                 waited, trained_for = waited + wait, trained_for + seconds
             if writer is not None:

@@ -120,17 +120,18 @@ def fit(
     """Run from `state` to `steps` finished steps.
 
     Step n is dispatched before the metrics of step n-1 are fetched, so the device does not wait for the host. `on_metrics(n, metrics)` sees every
-    step once, in order, with "wait_seconds", how long its batch kept the host waiting (at most that long the device was idle for it);
+    step once, in order, with "wait_seconds": how long, since the metrics before, a batch was waited for while the device had nothing to do;
     `on_due(n, state)` (saving, evaluation) runs after the n-th step where `is_due(n)`, and only once the metrics up to n are known to be finite;
     `on_stop(n, state)` runs instead where `should_stop(n)` before the last step, and training ends there. Raises NonFiniteError naming the step.
     """
-    pending: tuple[int, dict[str, Array], float] | None = None
+    pending: tuple[int, dict[str, Array]] | None = None
+    waited = 0.0
 
     def settle() -> None:
-        nonlocal pending
+        nonlocal pending, waited
         if pending is None:
             return
-        number, arrays, waited = pending
+        number, arrays = pending
         metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
         pending = None
         for name in ("loss", "grad_norm"):
@@ -139,15 +140,18 @@ def fit(
                     f"{name} is {metrics[name]} at step {number}; training stopped, the last checkpoint is from an earlier step and intact. "
                     "Try a lower learning rate, or float32 instead of bfloat16."
                 )
-        on_metrics(number, metrics | {"wait_seconds": waited})
+        idle, waited = waited, 0.0
+        on_metrics(number, metrics | {"wait_seconds": idle})
 
     for number in range(int(state.step) + 1, steps + 1):
         asked = time.perf_counter()
         batch = next(batches)
-        waited = time.perf_counter() - asked
+        running = pending is not None and not pending[1]["loss"].is_ready()  # type: ignore[attr-defined]
+        if not running:  # else the device had the step before to do
+            waited += time.perf_counter() - asked
         state, metrics = step_fn(params, state, batch)
         settle()
-        pending = number, metrics, waited
+        pending = number, metrics
         stopping = should_stop(number) and number < steps
         if is_due(number) or stopping:
             settle()

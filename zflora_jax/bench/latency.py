@@ -22,7 +22,7 @@ from zflora_jax.fields import require
 from zflora_jax.llama import Llama
 from zflora_jax.model import Model
 from zflora_jax.plots import bars, curves
-from zflora_jax.report import atomic_write, markdown_table, write_json
+from zflora_jax.report import atomic_write, markdown_table, origin_line, write_json
 
 Row = dict[str, Any]
 BASE, UNMERGED, IDLE = "base", "lora un-merged", "zflora-minimal idle"
@@ -51,7 +51,7 @@ def contender(
 ) -> Contender:
     """Decode (greedy without a `sampler`) of a `model` in the layout that it has, compiled here for 1 and for `new_tokens` tokens.
 
-    extra: compile_s, of both, and temporary_mb, what the longer one allocates beside weights and prompt (the cache included).
+    extra: compile_s, of both, and memory_mb, of the longer one: weights, cache and what else it allocates.
     """
     config = model.config
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt_length)).astype(np.int32)
@@ -62,7 +62,7 @@ def contender(
     extra = {"compile_s": time.perf_counter() - start}
     memory = compiled[new_tokens].memory_analysis()
     if memory is not None:  # not every backend says
-        extra["temporary_mb"] = memory.temp_size_in_bytes / 1e6
+        extra["memory_mb"] = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes) / 1e6
 
     def generate(count: int) -> object:
         return jax.block_until_ready(compiled[count](*given))
@@ -93,7 +93,7 @@ def contenders(source: Model | LlamaConfig, base: Model, rank: int, methods: Seq
 
     source: a loaded base model, whose fused models are made by `fuse`, or a shape, whose fused models have random weights. base: it, packed. What a
     merge by addition gives (lora, ffa) has the base's very shapes: the base decodes under those labels again, which shows the noise. Idle is a
-    zflora-minimal whose blocks are zero; of a random model, whose values mean nothing, it would be zflora-minimal again, and is left out.
+    zflora-minimal whose blocks are zero; of a random model, whose values mean nothing, it is zflora-minimal's shapes again.
     """
     lora = AdapterConfig("lora", rank=rank)
     config = base.config.replace(packed=False, scan_layers=True)
@@ -105,9 +105,10 @@ def contenders(source: Model | LlamaConfig, base: Model, rank: int, methods: Seq
         if METHODS[method].in_place != "none":
             found[f"{method} merged"] = found[BASE]
             continue
-        idle = method == "zflora-minimal" and isinstance(source, Model)
-        for label, scale in ((method, 1.0), *(((IDLE, 0.0),) if idle else ())):
-            found[label] = contender(_fused(source, adapter, base.config.dtype, scale), *shape)
+        found[method] = contender(_fused(source, adapter, base.config.dtype, 1.0), *shape)
+        if method == "zflora-minimal":
+            zero = isinstance(source, Model)
+            found[IDLE] = contender(_fused(source, adapter, base.config.dtype, 0.0), *shape) if zero else found[method]
     return found
 
 
@@ -135,7 +136,7 @@ def measure(
 
     Returns {"bandwidth": bytes/s, "rows": [...]}, a row per case and label: ttft_ms and tpot_ms (medians over turns, with _min and _max), their
     ratios to the base's (medians over turns), tpot_ratio_peer to transformers' base, read_bytes a token and their ratio to the base's, floor_ms =
-    read_bytes / bandwidth and floor_share = floor_ms / tpot_ms, compile_s, temporary_mb.
+    read_bytes / bandwidth and floor_share = floor_ms / tpot_ms, compile_s, memory_mb.
     """
     for name, values in (("ranks", ranks), ("batches", batches), ("prompts", prompts)):
         require(len(values) > 0 and min(values) >= 1, f"{name}={list(values)}: give at least one, each at least 1.")
@@ -185,7 +186,7 @@ def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
         line |= {"bytes x base": f"{row['bytes_ratio']:.3f}" if "bytes_ratio" in row else "-"}
         line |= {"of floor": f"{row['floor_share']:.2f}" if "floor_share" in row else "-"}
         line |= {"compile, s": f"{row['compile_s']:.1f}" if "compile_s" in row else "-"}
-        line |= {"temporary, MB": f"{row['temporary_mb']:.0f}" if "temporary_mb" in row else "-"}
+        line |= {"memory, MB": f"{row['memory_mb']:.0f}" if "memory_mb" in row else "-"}
         shown.append(line)
     lines = [
         f"# {title}",
@@ -200,7 +201,7 @@ def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
         "",
         *[f"![{name}]({name})" for name in pictures],
         "",
-        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']} ({env['cpu_count']} CPUs); jax {env['jax']}; {env['date']}.",
+        origin_line(env),
         "",
     ]
     return "\n".join(lines)

@@ -6,25 +6,12 @@ from typing import Any
 
 import jax
 
+from zflora_jax.bench.peft import imports, with_lora
 from zflora_jax.bench.timing import Contender
 from zflora_jax.config import LlamaConfig
-from zflora_jax.fields import ConfigError
 from zflora_jax.hf.config import to_hf_config
 
 PEER, PEER_LORA, PEER_IDLE = "transformers", "transformers + PEFT lora", "transformers + PEFT idle"
-_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def imports() -> tuple[Any, Any, Any]:
-    """torch, transformers, peft. ConfigError with the remedy where they are not installed."""
-    try:
-        import peft
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ConfigError(f"comparing with transformers and PEFT needs them ({error}); install with: pip install -e '.[test]'") from None
-    transformers.utils.logging.set_verbosity_error()
-    return torch, transformers, peft
 
 
 def device() -> str:
@@ -44,14 +31,6 @@ def random_llama(config: LlamaConfig, dtype: str) -> Any:
             return transformers.LlamaForCausalLM(settings).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def with_lora(model: Any, rank: int) -> Any:
-    """PEFT's LoRA on all seven kernels of every layer, scale 2."""
-    _, _, peft = imports()
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR, task_type="CAUSAL_LM"), autocast_adapter_dtype=False
-    )
 
 
 def decode_contenders(config: LlamaConfig, dtype: str, rank: int, batch: int, prompt_length: int) -> dict[str, Contender]:

@@ -3,61 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import re
-import resource
+import gc
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params
-from zflora_jax.bench import peers
+from zflora_jax.bench import peers, peft
+from zflora_jax.bench.case import OPTIM, Case, peak_resident
 from zflora_jax.bench.timing import ratio, summary
-from zflora_jax.config import METHODS, PRESETS, AdapterConfig, OptimConfig, preset
+from zflora_jax.config import METHODS, PRESETS, AdapterConfig, preset
 from zflora_jax.fields import require
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import random_model
 from zflora_jax.model import Model
 from zflora_jax.plots import bars
-from zflora_jax.report import atomic_write, markdown_table, write_json
+from zflora_jax.report import atomic_write, markdown_table, origin_line, write_json
 from zflora_jax.trainer import init_state, make_train_step
 
 Row = dict[str, Any]
 PEFT = "PEFT lora"
-OPTIM = OptimConfig(schedule="constant", warmup_steps=0, learning_rate=1e-3)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training set-up. model: a preset (random weights) or what load_model takes. masked: share of positions, from the start, without loss."""
-
-    model: str
-    dtype: str = "float32"
-    rank: int = 16
-    batch: int = 8
-    length: int = 128
-    masked: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "batch", "length"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
-        require(0 <= self.masked < 1, f"masked={self.masked}: a share of the positions, at least 0 and below 1.")
-
-    def batch_arrays(self, vocab_size: int) -> dict[str, np.ndarray]:
-        """tokens int32, loss_mask bool, segments int32, each [batch, length]; one token of every sequence at least is to be predicted."""
-        tokens = np.random.default_rng(0).integers(0, vocab_size, (self.batch, self.length)).astype(np.int32)
-        mask = np.broadcast_to(np.arange(self.length) >= max(1, round(self.masked * self.length)), tokens.shape)
-        return {"tokens": tokens, "loss_mask": mask, "segments": np.ones_like(tokens)}
 
 
 def load(case: Case) -> Model:
@@ -83,63 +59,54 @@ def our_step(case: Case, model: Model, method: str) -> Callable[[], float]:
     return run
 
 
-def peft_step(case: Case, directory: Path) -> Callable[[], float]:
-    """The same with PEFT's LoRA on the model saved in `directory`: AdamW and the clip of the global norm as ours, no gradient checkpointing."""
-    torch, transformers, _ = peers.imports()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, case.dtype))
-    model = peers.with_lora(model.to(peers.device()), case.rank).train()
-    arrays = case.batch_arrays(model.config.vocab_size)
-    tokens = torch.tensor(arrays["tokens"], dtype=torch.long, device=model.device)
-    labels = tokens.masked_fill(torch.tensor(~arrays["loss_mask"], device=model.device), -100)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps, weight_decay=0.0)
+def alone(case: Case, label: str, directory: str, steps: int = 3) -> tuple[float, float]:
+    """(peak memory in bytes, seconds from nothing to the first finished step) of a process that trains `steps` steps and nothing else.
 
-    def run() -> float:
-        loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, OPTIM.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return run
-
-
-def _peak(case: Case, method: str, directory: str, steps: int) -> tuple[float, float]:
-    """(peak resident memory of this process in bytes, seconds from nothing to the first finished step), for a process of its own."""
-    if method == PEFT:
-        peers.imports()  # ours are imported by now too
-    started = time.perf_counter()
-    run = peft_step(case, Path(directory)) if method == PEFT else our_step(case, load_model(directory, dtype=case.dtype), method)
-    run()
-    first = time.perf_counter() - started
-    for _ in range(steps - 1):
-        run()
-    peak = _peak_resident()
-    if jax.default_backend() == "gpu":  # what counts there is the device's memory
-        if method == PEFT:
-            peak = peers.imports()[0].cuda.max_memory_allocated()
-        else:
-            peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", peak)
+    Memory is resident memory, on a GPU the device's. RuntimeError with the end of its output where it fails.
+    """
+    module = "peft" if label == PEFT else "training"
+    device = peers.device() if label == PEFT else ""
+    job = {"case": dataclasses.asdict(case), "label": label, "directory": directory, "steps": steps, "device": device}
+    command = [sys.executable, "-c", f"from zflora_jax.bench import {module}; {module}.main()"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{label} ended with {done.returncode} in a process of its own: {done.stderr.strip()[-300:]}")
+    peak, first = json.loads(done.stdout.splitlines()[-1])
     return peak, first
 
 
-def _peak_resident() -> float:
-    """Peak resident memory of this process, bytes. Linux's ru_maxrss would count the parent it was forked from."""
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return 1024 * int(found[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def main() -> None:
+    """As `peft.main`, for a method of ours."""
+    job = json.load(sys.stdin)
+    case = Case(**job["case"])
+    jax.devices()
+    started = time.perf_counter()
+    run = our_step(case, load_model(job["directory"], dtype=case.dtype), job["label"])
+    run()
+    first = time.perf_counter() - started
+    for _ in range(job["steps"] - 1):
+        run()
+    peak = peak_resident()
+    if jax.default_backend() == "gpu":  # what counts there is the device's memory
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", peak)
+    print(json.dumps([peak, first]))
 
 
-def matmul_rate(dtype: str, size: int = 4096, repeats: int = 5) -> float:
-    """FLOP/s that a product of two square matrices reaches at best on the default device."""
-    x, product, best = jnp.ones((size, size), jnp.dtype(dtype)), jax.jit(lambda a: a @ a), 0.0
-    jax.block_until_ready(product(x))
+def matmul_rate(dtype: str, repeats: int = 3) -> float:
+    """FLOP/s that a chain of products of square matrices reaches at best on the default device."""
+    size, count = (2048, 1) if jax.default_backend() == "cpu" else (4096, 20)  # elsewhere one product takes no longer than to call it
+    x, best = jnp.full((size, size), 1 / size, jnp.dtype(dtype)), 0.0
+
+    @jax.jit
+    def chain(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, count, lambda _, y: y @ x, x)
+
+    jax.block_until_ready(chain(x))
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(product(x))
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        jax.block_until_ready(chain(x))
+        best = max(best, 2 * count * size**3 / (time.perf_counter() - start))
     return best
 
 
@@ -155,21 +122,36 @@ def measure(
     unknown = [m for m in methods if m not in METHODS]
     require(len(methods) > 0 and not unknown, f"methods={list(methods)}: choose from {', '.join(METHODS)}.")
     require(repeats >= 1, f"repeats={repeats}: must be at least 1.")
-    rates = {dtype: matmul_rate(dtype) for dtype in dict.fromkeys(case.dtype for case in cases)}
+    if with_peft:
+        peft.imports()  # what is not installed is said before anything slow
+    failed: list[str] = []
+    rates: dict[str, float] = {}
     rows: list[Row] = []
     for case in cases:
         model = load(case)
         config = model.config
         require(case.length <= config.max_position_embeddings, f"length={case.length} exceeds the context of {config.max_position_embeddings}.")
+        if case.dtype not in rates:
+            rates[case.dtype] = matmul_rate(case.dtype)
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "base"
             save_hf(directory, model)
             labels = [*methods, *([PEFT] if with_peft else [])]
-            steps = {label: peft_step(case, directory) if label == PEFT else our_step(case, model, label) for label in labels}
+            apart: dict[str, tuple[float, float]] = {}
+            for label in labels:  # before anything of a step lies in this process
+                try:
+                    apart[label] = alone(case, label, str(directory))
+                except RuntimeError as error:  # PEFT needs more memory than we do: ours is measured all the same
+                    if label != PEFT:
+                        raise
+                    failed.append(f"{case}: {error}")
+                    say(failed[-1])
+            labels = list(apart)
+            steps = {label: peft.train_step(case, directory, peers.device()) if label == PEFT else our_step(case, model, label) for label in labels}
             first: dict[str, tuple[float, float]] = {}
-            for label, step in steps.items():
+            for label in labels:
                 start = time.perf_counter()
-                first[label] = (step(), time.perf_counter() - start)
+                first[label] = (steps[label](), time.perf_counter() - start)
             losses = [loss for loss, _ in first.values()]
             if max(losses) - min(losses) > (1e-3 if case.dtype == "float32" else 5e-2) * max(losses):
                 raise ValueError(f"the first losses differ: {dict(zip(labels, losses, strict=True))}")
@@ -180,22 +162,21 @@ def measure(
                     steps[label]()
                     times[label].append(1e3 * (time.perf_counter() - start))
             del steps, model
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                alone = {label: pool.apply(_peak, (case, label, str(directory), 3)) for label in labels}
+            gc.collect()
         for label in labels:
             row: Row = {"case": case, "label": label} | summary(times[label], "step_ms")
-            if with_peft:
+            if PEFT in apart:
                 row["step_ratio"] = ratio(times[label], times[PEFT])
-                row["memory_ratio"] = alone[label][0] / alone[PEFT][0]
+                row["memory_ratio"] = apart[label][0] / apart[PEFT][0]
             tokens = case.batch * case.length
             row |= {"tokens_per_s": 1e3 * tokens / row["step_ms"], "compile_s": first[label][1] - row["step_ms"] / 1e3, "loss": first[label][0]}
-            row |= {"peak_bytes": alone[label][0], "first_step_s": alone[label][1]}
+            row |= {"peak_bytes": apart[label][0], "first_step_s": apart[label][1]}
             row["flops_share"] = (6 if label == "full" else 4) * count_base(config) * row["tokens_per_s"] / rates[case.dtype]
             adapter = AdapterConfig("lora" if label == PEFT else label, rank=case.rank)
             row["trainable"] = count_params(config, adapter)
             rows.append(row)
             say(f"{case}  {label}: {row['step_ms']:.0f} ms, {row.get('step_ratio', float('nan')):.3f} x PEFT")
-    return {"matmul_flops": rates, "repeats": repeats, "rows": rows}
+    return {"matmul_flops": rates, "repeats": repeats, "failed": failed, "rows": rows}
 
 
 def page(result: Mapping[str, Any], title: str) -> str:
@@ -225,10 +206,11 @@ def page(result: Mapping[str, Any], title: str) -> str:
         "masked: share of positions, from the start, that the loss leaves out. FLOP share: 4 N FLOPs per token (6 N for full) over the measured "
         f"matmul rate, {rates}. peak: resident memory (on a GPU: device memory) of a process that loads the model and trains three steps; "
         "first step after: seconds from loading to the end of its first step, no compile cache.",
+        *(f"PEFT could not be measured: {why}" for why in result["failed"]),
         "",
         markdown_table(shown, list(shown[0])),
         "",
-        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']} ({env['cpu_count']} CPUs); jax {env['jax']}; {env['date']}.",
+        origin_line(env),
         "",
     ]
     return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""PEFT's LoRA and its training step, from a saved model. Imports no jax, so that the memory of its process is its own.
+
+As a program it reads a job (JSON) from stdin and prints [peak memory in bytes, seconds from nothing to the end of its first step].
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.bench.case import OPTIM, Case, peak_resident
+from zflora_jax.fields import ConfigError
+
+_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def imports() -> tuple[Any, Any, Any]:
+    """torch, transformers, peft. ConfigError with the remedy where they are not installed."""
+    try:
+        import peft
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"comparing with transformers and PEFT needs them ({error}); install with: pip install -e '.[test]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return torch, transformers, peft
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """PEFT's LoRA on all seven kernels of every layer, scale 2."""
+    _, _, peft = imports()
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR, task_type="CAUSAL_LM"), autocast_adapter_dtype=False
+    )
+
+
+def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], float]:
+    """A function that trains one step of `case` on the model saved in `directory` and returns its loss.
+
+    AdamW and the clip of the global norm as ours, torch's best attention, no gradient checkpointing.
+    """
+    torch, transformers, _ = imports()
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, case.dtype))
+    model = with_lora(model.to(device), case.rank).train()
+    arrays = case.batch_arrays(model.config.vocab_size)
+    tokens = torch.tensor(arrays["tokens"], dtype=torch.long, device=device)
+    labels = tokens.masked_fill(torch.tensor(~arrays["loss_mask"], device=device), -100)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps, weight_decay=0.0)
+
+    def run() -> float:
+        loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, OPTIM.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return run
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    torch, _, _ = imports()
+    started = time.perf_counter()
+    run = train_step(Case(**job["case"]), job["directory"], job["device"])
+    run()
+    first = time.perf_counter() - started
+    for _ in range(job["steps"] - 1):
+        run()
+    print(json.dumps([torch.cuda.max_memory_allocated() if job["device"] == "cuda" else peak_resident(), first]))
+
+
+if __name__ == "__main__":
+    main()
