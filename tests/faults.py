@@ -179,8 +179,9 @@ def corrupt(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     if code == 0:  # the damage was in nothing that decides a number
         same = lab.state(workdir) == lab.whole and lab.logged(workdir) == lab.lines
         return Outcome(same, 0, f"{what}: no effect")
-    told = output.strip().splitlines()[-1]
-    if code != 2 or not ("cannot be read" in told and "Remove that folder" in told):
+    # Threads of orbax and tensorstore may have something to say after the message.
+    told = next((line for line in output.splitlines() if "cannot be read" in line and "Remove that folder" in line), None)
+    if code != 2 or told is None:
         return Outcome(False, 0, f"{what}: exit code {code}; {output[-700:]}")
     shutil.rmtree(newest)
     return lab.goes_on(workdir, lab.committed(workdir), f"{what}: {told}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -37,9 +38,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="results", help="where faults.json and faults.md go")
     parser.add_argument("--tries", type=int, help="of every fault (default: 1 to 50, by fault)")
-    parser.add_argument("--only", choices=FAULTS, help="one fault")
+    parser.add_argument("--only", choices=FAULTS, help="one fault; the rows of the others, if there are any, stay as they are")
     args = parser.parse_args()
-    env, rows, failed = environment(), [], 0
+    env, failed, file = environment(), 0, Path(args.out) / "faults.json"
+    rows: list[dict[str, Any]] = []
+    if args.only and file.is_file():
+        before = json.loads(file.read_text())
+        rows = [{"commit": before["environment"]["commit"][:9]} | row for row in before["faults"]]
+
+    def record(row: dict[str, Any]) -> None:
+        """Replace the fault's row, or add it."""
+        row = row | {"commit": env["commit"][:9], "date": env["date"]}
+        rows[:] = [row if old["fault"] == row["fault"] else old for old in rows] + [row] * all(old["fault"] != row["fault"] for old in rows)
+        write_json(file, {"faults": rows, "environment": env})
+
     with tempfile.TemporaryDirectory() as folder:
         base = saved_base(Path(folder) / "model", byte_tokenizer())
         lab = Lab(lab_run(small_run(base)), Path(folder) / "lab")
@@ -51,18 +63,16 @@ def main() -> int:
             failed += len(bad)
             survived = sum(outcome.survived for outcome in outcomes)
             row = {"fault": name, "tries": len(outcomes), "survived": survived, "lost steps": max(outcome.lost_steps for outcome in outcomes)}
-            rows.append(row | {"message": outcomes[-1].message, "messages": [outcome.message for outcome in outcomes], "failures": bad})
+            record(row | {"message": outcomes[-1].message, "messages": [outcome.message for outcome in outcomes], "failures": bad})
             print(row, *bad, sep="\n", flush=True)
-            write_json(f"{args.out}/faults.json", {"faults": rows, "environment": env})
     if args.only is None:
-        rows.append(attacked_files())
-        failed += rows[-1]["tries"] - rows[-1]["survived"]
-        write_json(f"{args.out}/faults.json", {"faults": rows, "environment": env})
-    shown = [{key: value for key, value in row.items() if key not in ("messages", "failures")} for row in rows]
+        attacked = attacked_files()
+        failed += attacked["tries"] - attacked["survived"]
+        record(attacked)
+    columns = ["fault", "tries", "survived", "lost steps", "message", "commit"]
+    shown = [{key: row[key] for key in columns} for row in rows]
     text = "# Faults\n\nWhat a training run must survive (tests/faults.py): the run that goes on ends bit-equal to an uninterrupted one.\n\n"
-    text += (
-        markdown_table(shown, list(shown[0])) + f"\n\nCommand: `{env['command']}`; commit {env['commit']}; device {env['device']}; {env['date']}.\n"
-    )
+    text += markdown_table(shown, columns) + f"\n\nCommand: `{env['command']}`; commit {env['commit']}; device {env['device']}; {env['date']}.\n"
     atomic_write(f"{args.out}/faults.md", text.encode())
     return 1 if failed else 0
 
