@@ -34,6 +34,12 @@ def attacked_files() -> dict[str, Any]:
     }
 
 
+def without_folders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, temporary folders left out of their messages."""
+    found: list[dict[str, Any]] = json.loads(re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp\w+/", "", json.dumps(rows)))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="results", help="where faults.json and faults.md go")
@@ -50,6 +56,7 @@ def main() -> int:
         """Replace the fault's row, or add it."""
         row = row | {"commit": env["commit"][:9], "date": env["date"]}
         rows[:] = [row if old["fault"] == row["fault"] else old for old in rows] + [row] * all(old["fault"] != row["fault"] for old in rows)
+        rows[:] = without_folders(rows)
         write_json(file, {"faults": rows, "environment": env})
 
     with tempfile.TemporaryDirectory() as folder:
