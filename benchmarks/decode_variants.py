@@ -84,7 +84,7 @@ def products(batch: int, repeats: int) -> list[dict[str, Any]]:
     """GB/s at which products of `batch` rows read SmolLM2's packed kernels, more of them than the caches hold."""
     rows = []
     for name, out, inner in (("q|k|v", 960, 576), ("o", 576, 576), ("gate|up", 3072, 576), ("down", 576, 1536), ("head", 49152, 576)):
-        count = -(-(2**28) // (4 * out * inner))
+        count = -(-(2**27) // (4 * out * inner))
         keys, row = jax.random.split(jax.random.key(0), count), {"batch": batch, "kernel": name}
         for label, product in PRODUCTS.items():
             shape = (inner, out) if label == "[in, out]" else (out, inner)
