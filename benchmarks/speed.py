@@ -20,7 +20,7 @@ GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and i
 # What a target that is not reached owes to, measured: shown beside it.
 CAUSES: dict[str, str] = {
     "read-bandwidth floor": "XLA's products of one row read kernels more slowly than a sum reads memory (decode_variants.md: products alone). Tried "
-    "without gain: kernels [out, in] (slower from two rows on), scan over layers, head as (d, V), vectors of 512 bits, without XNNPACK, huge pages",
+    "there: kernels [out, in], scan over layers, head as (d, V), which costs 113 MB",
     "over transformers'": "the same products",
     "zflora-minimal fused": "below the noise: merged labels have the base's very shapes and idle ones zflora-minimal's, and differ by as much",
     "time over PEFT's": "share of the matmul rate in train.md; the step has not been profiled on this device",

@@ -51,6 +51,11 @@ def tiny_model(seed: int = 0, **changes: object) -> Model:
     return model
 
 
+def untied(**changes: object) -> Model:
+    """A tiny model whose greedy output goes on changing: with tied embeddings it soon repeats the token it was given."""
+    return tiny_model(seed=1, tie_word_embeddings=False, **changes)
+
+
 def assert_logits_close(got: object, want: object) -> None:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     gap, scale = np.abs(got - want).max(), np.abs(want).max()

@@ -135,7 +135,7 @@ def measure(
     """The latency table: every rank at the first batch and prompt length, every batch and prompt length at the first rank.
 
     Returns {"bandwidth": bytes/s, "rows": [...]}, a row per case and label: ttft_ms and tpot_ms (medians over turns, with _min and _max), their
-    ratios to the base's (medians over turns), tpot_ratio_peer to transformers' base, read_bytes a token and their ratio to the base's, floor_ms =
+    ratios to the base's (medians over turns), read_bytes a token and their ratio to the base's, floor_ms =
     read_bytes / bandwidth and floor_share = floor_ms / tpot_ms, compile_s, memory_mb.
     """
     for name, values in (("ranks", ranks), ("batches", batches), ("prompts", prompts)):

@@ -1,7 +1,4 @@
-"""PEFT's LoRA and its training step, from a saved model. Imports no jax, so that the memory of its process is its own.
-
-As a program it reads a job (JSON) from stdin and prints [peak memory in bytes, seconds from nothing to the end of its first step].
-"""
+"""PEFT's LoRA and its training step, from a saved model. Imports no jax, so that the memory of its process is its own."""
 
 from __future__ import annotations
 
@@ -65,6 +62,7 @@ def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], f
 
 
 def main() -> None:
+    """Read a job (JSON) from stdin, train its steps, print [peak memory in bytes, seconds from nothing to the end of the first step]."""
     job = json.load(sys.stdin)
     torch, _, _ = imports()
     started = time.perf_counter()
@@ -74,7 +72,3 @@ def main() -> None:
     for _ in range(job["steps"] - 1):
         run()
     print(json.dumps([torch.cuda.max_memory_allocated() if job["device"] == "cuda" else peak_resident(), first]))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,157 @@
+"""How a token is chosen: greedy, temperature, top_k and top_p against plain references and transformers; what depends on the seed; wrong settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import untied
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from zflora_jax.decode import Sampler, generate_tokens, greedy
+
+
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    draw = np.random.default_rng(0)
+    logits = draw.integers(-3, 4, (40, 50)).astype(np.float32)  # many ties
+    logits[3], logits[4, :30] = -np.inf, -np.inf
+    np.testing.assert_array_equal(greedy(jnp.asarray(logits)), logits.argmax(axis=-1))
+    logits[5, 7] = np.nan
+    assert int(greedy(jnp.asarray(logits))[5]) == 49, "a token of the vocabulary, whatever the logits"
+
+
+def test_a_vocabulary_is_cut_as_in_float64() -> None:
+    """At the size that the bisection is for: the kept probability reaches top_p, and without its least member it does not."""
+    logits = np.random.default_rng(1).normal(0, 3, (3, 49152)).astype(np.float32)
+    for share in (0.1, 0.9, 0.99):
+        values = np.asarray(Sampler(1.0, top_p=share).cut(jnp.asarray(logits))[0])
+        p = np.exp(logits.astype(np.float64))
+        p /= p.sum(axis=-1, keepdims=True)
+        for row, cut in zip(p, values, strict=True):
+            held = row[np.isfinite(cut)]
+            assert held.sum() > share - 1e-5 and held.sum() - held.min() < share + 1e-5
+            assert held.min() > row[~np.isfinite(cut)].max()
+
+
+def kept(sampler: Sampler, logits: np.ndarray) -> np.ndarray:
+    """[V] bool: the tokens that the sampler could draw."""
+    values, tokens = sampler.cut(jnp.asarray(logits, jnp.float32)[None])
+    found = np.zeros(len(logits), bool)
+    found[np.arange(len(logits)) if tokens is None else np.asarray(tokens[0])] = np.isfinite(values[0])
+    return found
+
+
+def reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> tuple[np.ndarray, float]:
+    """Probabilities [V] after temperature, then top_k, then top_p; and how close (in probability) top_p came to keeping one token more or less."""
+    x, margin = logits.astype(np.float64) / temperature, 1.0
+    order = np.argsort(-x, kind="stable")
+    if top_k is not None:
+        x[order[top_k:]] = -np.inf
+    p = np.exp(x - x.max())
+    p /= p.sum()
+    if top_p is not None and top_p < 1:
+        before = np.cumsum(p[order]) - p[order]  # probability of the tokens likelier than this one
+        margin = np.abs(before - top_p).min()
+        p[order[before >= top_p]] = 0
+        p /= p.sum()
+    return p, margin
+
+
+WIDTH = 12
+logits_of = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).normal(0, 3, WIDTH).astype(np.float32))
+cuts = {
+    "temperature": st.sampled_from([0.1, 0.7, 1.0, 2.5]),
+    "top_k": st.sampled_from([None, 1, 2, 5, 11, 12, 50]),
+    "top_p": st.none() | st.floats(0.01, 1),
+}
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(logits=logits_of, **cuts)
+def test_kept_set_equals_the_plain_reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    p, margin = reference(logits, temperature, top_k, top_p)
+    assume(margin > 1e-5)  # else float32 and float64 may disagree about the last token
+    np.testing.assert_array_equal(kept(Sampler(temperature, top_k, top_p), logits), p > 0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(logits=logits_of, **cuts)
+def test_kept_set_equals_transformers(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """The same order of cuts as transformers: temperature, top_k, top_p."""
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    assume(reference(logits, temperature, top_k, top_p)[1] > 1e-5)
+    scores = process.TemperatureLogitsWarper(temperature)(None, torch.tensor(logits)[None])
+    if top_k is not None:
+        scores = process.TopKLogitsWarper(top_k)(None, scores)
+    if top_p is not None and top_p < 1:
+        scores = process.TopPLogitsWarper(top_p)(None, scores)
+    np.testing.assert_array_equal(kept(Sampler(temperature, top_k, top_p), logits), torch.isfinite(scores[0]).numpy())
+
+
+def test_the_order_of_the_cuts_matters() -> None:
+    """Each swap of two cuts gives another set here, so that the comparisons above can fail."""
+    logits = np.log(np.asarray([0.4, 0.3, 0.2, 0.1]))
+    assert kept(Sampler(1.0, top_k=2, top_p=0.56), logits).tolist() == [True, False, False, False]  # top_p of the two: 0.57 and 0.43
+    assert kept(Sampler(1.0, top_p=0.56), logits).tolist() == [True, True, False, False]
+    assert kept(Sampler(4.0, top_p=0.56), logits).tolist() == [True, True, True, False] != kept(Sampler(1.0, top_p=0.56), logits).tolist()
+
+
+@pytest.mark.parametrize("sampler", [Sampler(1.0), Sampler(0.6, top_k=4), Sampler(1.7, top_p=0.8), Sampler(1.3, top_k=6, top_p=0.7)])
+def test_frequencies_of_draws(sampler: Sampler) -> None:
+    draws, logits = 40_000, np.random.default_rng(5).normal(0, 1.5, WIDTH).astype(np.float32)
+    p, _ = reference(logits, sampler.temperature, sampler.top_k, sampler.top_p)
+    keys = jax.random.split(jax.random.key(11), draws)
+    tokens = np.asarray(sampler(jnp.broadcast_to(jnp.asarray(logits), (draws, WIDTH)), keys))
+    assert tokens.dtype == np.int32
+    frequency = np.bincount(tokens, minlength=WIDTH) / draws
+    assert (frequency[p == 0] == 0).all()
+    assert (np.abs(frequency - p) <= 4.5 * np.sqrt(p * (1 - p) / draws)).all()
+
+
+def test_top_k_of_one_is_greedy_and_tiny_top_p_too() -> None:
+    model, prompts = untied(), [[5, 6, 7], [100]]
+    greedy = generate_tokens(model, prompts, max_new_tokens=12, stop=())
+    for sampler in (Sampler(1.5, top_k=1), Sampler(1.5, top_p=1e-6)):
+        assert generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=sampler, seed=3) == greedy
+    assert generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=Sampler(1.5), seed=3) != greedy
+
+
+def test_draws_depend_on_the_seed_and_the_prompt_s_place_alone() -> None:
+    model, sampler = untied(), Sampler(3.0, top_k=40, top_p=0.95)
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 256, n).tolist() for n in (3, 14, 8, 1, 11)]
+    prompts[3] = prompts[0]
+
+    def run(prompts: list[list[int]], seed: int = 0, size: int = 16) -> list[list[int]]:
+        return generate_tokens(model, prompts, max_new_tokens=16, stop=(), sampler=sampler, seed=seed, batch_size=size)
+
+    answers = run(prompts)
+    assert answers == run(prompts) == run(prompts, size=1) == run(prompts, size=2)
+    assert answers[0] != answers[3], "the same prompt twice is drawn twice"
+    others = [prompts[0], [7], rng.integers(0, 256, 16).tolist(), [9, 9], prompts[4]]
+    changed = run(others)
+    assert (changed[0], changed[4]) == (answers[0], answers[4]) and changed[1] != answers[1]
+    assert all(a != b for a, b in zip(answers, run(prompts, seed=1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.5}, "temperature=-0.5: must be at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0: must be at least 1"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0: must be within \(0, 1\]"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top_p=1.5: must be within \(0, 1\]"),
+        ({"top_k": 5}, "need a temperature above 0"),
+        ({"top_p": 0.9}, "need a temperature above 0"),
+    ],
+    ids=str,
+)
+def test_sampler_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampler(**settings)
