@@ -1,13 +1,19 @@
-"""Next-token cross-entropy on chosen positions, in chunks, so that the logits of a whole batch never exist at one time."""
+"""Next-token cross-entropy on chosen positions, in chunks, so that the logits of a whole batch never exist at one time.
+
+Legend of shapes: B batch, T positions, d residual width, V vocabulary, g groups, c positions of a chunk, n chunks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Part = tuple[Array, Array, Array]  # rows [g, c, d], the token each is to predict [g, c] int32, whether it counts [g, c] bool
 
 
 def masked_cross_entropy(
@@ -17,7 +23,7 @@ def masked_cross_entropy(
 
     logits_fn: [groups, chunk, d] -> [groups, chunk, V] float32. hidden [B, T, d]; tokens int32 [B, T]; loss_mask bool [B, T]: position t counts when
     the *token at t* is to be predicted (from hidden t-1). Chosen positions are gathered to the front, `chunk` at a time go through the head, and
-    chunks without any are skipped. The backward pass recomputes a chunk's logits: one chunk of logits is alive at a time in both directions.
+    chunks without any are skipped. One chunk of logits is alive at a time, and each is computed once: see `_summed`.
 
     groups: equal parts of the rows, each gathered for itself: as many as devices that the rows are divided over, so that none needs another's rows.
     """
@@ -27,24 +33,55 @@ def masked_cross_entropy(
     chunks = -(-positions // chunk)
     order = jnp.pad(jnp.argsort(~mask, axis=1, stable=True), ((0, 0), (0, chunks * chunk - positions)))
     live = jnp.arange(chunks * chunk)[None] < jnp.sum(mask, axis=1, keepdims=True)
-    order, live = (a.reshape(groups, chunks, chunk).swapaxes(0, 1) for a in (order, live))
+    chosen = jnp.take_along_axis(x, order[..., None], axis=1), jnp.take_along_axis(targets, order, axis=1), live
+    parts = jax.tree.map(lambda a: a.reshape(groups, chunks, chunk, *a.shape[2:]).swapaxes(0, 1), chosen)
+    # What the head is made of becomes an argument, so that its gradient can be asked for.
+    convertible, head = jax.closure_convert(logits_fn, jax.ShapeDtypeStruct((groups, chunk, x.shape[-1]), x.dtype))
+    return _summed(convertible, head, *parts), jnp.sum(mask).astype(jnp.float32)
 
-    def chunk_loss(rows: Array, wanted: Array, keep: Array) -> Array:
-        logits = logits_fn(rows)
-        # A sum over the vocabulary instead of a gather: where the vocabulary is divided over devices, each sums its part.
-        chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1])[None, None] == wanted[..., None], logits, 0.0), axis=-1)
-        return jnp.sum(jnp.where(keep, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0))
 
-    # checkpoint is outside cond: inside, cond would return the head among its residuals and scan would stack one copy of it per chunk.
-    @jax.checkpoint
-    def live_loss(rows: Array, wanted: Array, keep: Array) -> Array:
-        return jax.lax.cond(jnp.any(keep), chunk_loss, lambda *_: jnp.zeros((), jnp.float32), rows, wanted, keep)
+def _chunk_loss(logits_fn: Callable[..., Array], head: Sequence[Array], rows: Array, wanted: Array, keep: Array) -> Array:
+    logits = logits_fn(rows, *head)
+    # A sum over the vocabulary instead of a gather: where the vocabulary is divided over devices, each sums its part.
+    chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1])[None, None] == wanted[..., None], logits, 0.0), axis=-1)
+    return jnp.sum(jnp.where(keep, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0))
 
-    def body(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
-        index, keep = inputs
-        # The gather is outside cond, so that its transpose is one scatter per chunk and not a branch.
-        rows = jnp.take_along_axis(x, index[..., None], axis=1)
-        return total + live_loss(rows, jnp.take_along_axis(targets, index, axis=1), keep), None
 
-    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), (order, live))
-    return total, jnp.sum(mask).astype(jnp.float32)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(logits_fn: Callable[..., Array], head: Sequence[Array], rows: Array, wanted: Array, live: Array) -> Array:
+    """The loss of all chunks: rows [n, g, c, d], wanted and live [n, g, c].
+
+    Where a gradient is wanted the forward pass computes it chunk by chunk, while the chunk's logits are there (as the fused cross-entropy of Liger
+    Kernel, arXiv 2410.10989, section 3.2): a loss is a scalar, so the backward pass only scales it, and no logits are kept or computed again.
+    """
+
+    def body(total: Array, part: Part) -> tuple[Array, None]:
+        loss = partial(_chunk_loss, logits_fn, head)
+        return total + jax.lax.cond(jnp.any(part[2]), loss, lambda *_: jnp.zeros((), jnp.float32), *part), None
+
+    return jax.lax.scan(body, jnp.zeros((), jnp.float32), (rows, wanted, live))[0]
+
+
+def _summed_forward(logits_fn: Callable[..., Array], head: Any, rows: Any, wanted: Any, live: Any) -> tuple[Array, tuple[Any, Array]]:
+    wrt = (0, 1) if any(leaf.perturbed for leaf in head) else (1,)  # a frozen head gets no gradient
+    values = [leaf.value for leaf in head]
+    gradient = jax.value_and_grad(partial(_chunk_loss, logits_fn), argnums=wrt)
+
+    def body(carry: tuple[Array, Any], part: Part) -> tuple[tuple[Array, Any], Array]:
+        def nothing(head: Any, rows: Array, *_: Array) -> Any:
+            return jnp.zeros((), jnp.float32), tuple(jax.tree.map(jnp.zeros_like, (head, rows)[i]) for i in wrt)
+
+        loss, (*d_head, d_rows) = jax.lax.cond(jnp.any(part[2]), gradient, nothing, values, *part)
+        return jax.tree.map(jnp.add, carry, (loss, d_head)), d_rows
+
+    zero = (jnp.zeros((), jnp.float32), [jax.tree.map(jnp.zeros_like, values)] if 0 in wrt else [])
+    (total, d_head), d_rows = jax.lax.scan(body, zero, (rows.value, wanted.value, live.value))
+    return total, (d_head, d_rows)
+
+
+def _summed_backward(logits_fn: Callable[..., Array], saved: tuple[Any, Array], d_total: Array) -> tuple[Any, Array, None, None]:
+    d_head, d_rows = jax.tree.map(lambda g: (d_total * g.astype(jnp.float32)).astype(g.dtype), saved)
+    return (d_head[0] if d_head else None), d_rows, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
