@@ -192,7 +192,8 @@ def main() -> None:
                             one[name] / base[name] for one, base in zip(turns[label], turns["base"], strict=True)
                         )
                     rows.append(row)
-                write_json(f"{args.out}.json", {"rows": rows, "settings": vars(args), "environment": env})
+                settings = {key: value for key, value in vars(args).items() if key not in ("job", "vllm_python")}
+                write_json(f"{args.out}.json", {"rows": rows, "settings": settings, "environment": env})
     shown = [
         {key: row[key] for key in ("model", "batch", "")}
         | {
