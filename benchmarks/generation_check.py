@@ -18,10 +18,10 @@ from zflora_jax.config import DataConfig
 from zflora_jax.data.pipeline import encode_prompts
 from zflora_jax.data.tasks import load_examples
 from zflora_jax.decode import generate_tokens
-from zflora_jax.evals import _stop
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+from zflora_jax.text import stop_ids
 
 TASKS = {"arc_easy": 32, "gsm8k": 96}  # new tokens
 BEAMS = (1, 4)
@@ -48,7 +48,7 @@ def main() -> None:
         stock = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32).eval()
         for task, new in TASKS.items():
             examples = load_examples(task, "test", DataConfig(task=task, data_dir=args.data_dir))[: args.rows]
-            prompts, stop = encode_prompts(examples, model.tokenizer, "chat"), _stop(model, "chat")
+            prompts, stop = encode_prompts(examples, model.tokenizer, "chat"), stop_ids(model, "chat")
             for beams in BEAMS:
                 ours = generate_tokens(model, prompts, max_new_tokens=new, stop=stop, num_beams=beams, batch_size=8)
                 want = [theirs(stock, prompt, stop, beams, new) for prompt in prompts]

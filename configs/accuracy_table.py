@@ -13,8 +13,8 @@ places, the scale, LoRA+.
 from dataclasses import replace
 
 from zflora_jax.adapters.methods import count_params, rank_for_budget
+from zflora_jax.compare import Comparison
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, preset
-from zflora_jax.sweeps import Sweep
 
 MODEL = "smollm2-135m"
 
@@ -63,7 +63,7 @@ READING = {
 }
 
 
-def get_sweep() -> list[Sweep]:
+def get_sweep() -> list[Comparison]:
     shape = preset(MODEL)
     lora = AdapterConfig("lora", rank=16)
     budget = count_params(shape, lora)
@@ -91,18 +91,18 @@ def get_sweep() -> list[Sweep]:
     )
     numbers = EvalConfig(split="test", limit=64, batch_size=64, max_new_tokens=192, loss=False, clean_only=True)
     words = replace(numbers, limit=100, batch_size=50, max_new_tokens=32)
-    gsm8k = Sweep("accuracy_gsm8k", base, methods, (2e-4, 1e-3, 3e-3), (0,), pick_steps=15, tasks=("gsm8k", "svamp"), scoring=numbers)
+    gsm8k = Comparison("accuracy_gsm8k", base, methods, (2e-4, 1e-3, 3e-3), (0,), pick_steps=15, tasks=("gsm8k", "svamp"), scoring=numbers)
     gsm8k = replace(gsm8k, reading=READING[gsm8k.name])
 
-    def another(name: str, data: str, tasks: tuple[str, ...], scoring: EvalConfig) -> Sweep:
+    def another(name: str, data: str, tasks: tuple[str, ...], scoring: EvalConfig) -> Comparison:
         own = replace(base, data=replace(base.data, task=data))
         return replace(gsm8k, name=name, base=own, rates_from=gsm8k, tasks=tasks, scoring=scoring, reading=READING[name])
 
     choices = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
 
-    def levers(name: str, optim: OptimConfig, seeds: tuple[int, ...], data: str = "gsm8k", **adapters: AdapterConfig) -> Sweep:
+    def levers(name: str, optim: OptimConfig, seeds: tuple[int, ...], data: str = "gsm8k", **adapters: AdapterConfig) -> Comparison:
         labels = {label.replace("_", "-"): adapter for label, adapter in adapters.items()}
-        return Sweep(name, replace(base, optim=optim, data=replace(base.data, task=data)), labels, (1e-3,), seeds, reading=READING[name])
+        return Comparison(name, replace(base, optim=optim, data=replace(base.data, task=data)), labels, (1e-3,), seeds, reading=READING[name])
 
     fewer_units, larger_scale = fit("zflora-minimal", mlp_rank=8), replace(minimal, alpha=4.0 * minimal.rank)
     return [

@@ -7,11 +7,11 @@ near 2 s.
 """
 
 from zflora_jax.adapters.methods import count_params, rank_for_budget
+from zflora_jax.compare import Comparison
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, preset
-from zflora_jax.sweeps import Sweep
 
 
-def get_sweep() -> Sweep:
+def get_sweep() -> Comparison:
     base = RunConfig(
         model="smollm2-135m",
         data=DataConfig(task="gsm8k", batch_size=2, lengths=(128, 160, 192)),
@@ -27,4 +27,4 @@ def get_sweep() -> Sweep:
         "zflora-minimal": rank_for_budget(shape, AdapterConfig("zflora-minimal"), budget),
         "zflora-uniform": rank_for_budget(shape, AdapterConfig("zflora-uniform", head_rank=4), budget),
     }
-    return Sweep("gsm8k_budget", base, methods, learning_rates=(5e-4, 1e-3, 2e-3), seeds=(0, 1))
+    return Comparison("gsm8k_budget", base, methods, learning_rates=(5e-4, 1e-3, 2e-3), seeds=(0, 1))

@@ -22,13 +22,33 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from zflora_jax import trees
+from zflora_jax import cache, trees
+from zflora_jax.cache import compile_cache
 from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, preset
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import random_model
 from zflora_jax.model import Model
 
 TOLERANCE = 1e-5  # float32: max |dlogit| <= TOLERANCE * max |logit|. CONTRIBUTING.md: never relaxed to make a test pass.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory):
+    """Programs are shared by all workers of a test run: many tests compile the same ones."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with compile_cache(shared / "compiled"):
+        yield
+
+
+@pytest.fixture
+def own_programs():
+    """As a process starts: without the directory that the tests share."""
+    shared, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    cache._use(None, 1.0)
+    yield
+    cache._use(shared, least)
 
 
 def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:

@@ -15,7 +15,7 @@ import numpy as np
 
 
 def main(config: str, workdir: str, fault: str) -> int:
-    from zflora_jax import cli, hosts, run, trees
+    from zflora_jax import cli, commands, hosts, run, trees
     from zflora_jax.config import RunConfig
     from zflora_jax.data import pipeline
     from zflora_jax.fields import from_dict
@@ -60,7 +60,7 @@ def main(config: str, workdir: str, fault: str) -> int:
     def train(_: Any) -> None:
         run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
 
-    cli._train = train  # type: ignore[assignment]
+    commands.train = train
     return cli.main(["train", "--config", "-", "--workdir", workdir])
 
 

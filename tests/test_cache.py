@@ -8,6 +8,8 @@ from jax._src import monitoring
 
 from zflora_jax.cache import compile_cache
 
+pytestmark = pytest.mark.usefixtures("own_programs")
+
 
 @pytest.fixture
 def hits(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model
 
-from zflora_jax import cli
+from zflora_jax import commands
 from zflora_jax.cli import _parser, main
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hosts import Stopped
@@ -82,21 +82,21 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def commands() -> dict[str, argparse.ArgumentParser]:
+def subcommands() -> dict[str, argparse.ArgumentParser]:
     return next(a.choices for a in _parser("zflora")._actions if isinstance(a, argparse._SubParsersAction))
 
 
 # --- help ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize("name", subcommands())
 def test_help_is_complete(name, capsys):
     """Every command says what it does, every option of it what it is for."""
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and f"usage: zflora {name}" in text
-    parser = commands()[name]
+    parser = subcommands()[name]
     assert parser.description and len(parser.description) > 20
     for action in parser._actions:
         assert action.help, f"{name} {action.option_strings} has no help"
@@ -107,7 +107,7 @@ def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(name in text for name in commands())
+    assert stop.value.code == 0 and all(name in text for name in subcommands())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,9 @@ def test_a_config_that_is_no_python_file(refused, tmp_path):
 def test_sweep_files_are_checked_too(refused, config, tmp_path):
     assert "has no function get_sweep()" in refused("sweep", "--config", config, "--workdir", tmp_path / "w")
     (tmp_path / "s.py").write_text("def get_sweep():\n    return 3\n")
-    assert "returns int; it must return a zflora_jax.Sweep" in refused("sweep", "--config", tmp_path / "s.py", "--workdir", tmp_path / "w")
+    assert "returns int; it must return a zflora_jax.Grid or Comparison" in refused(
+        "sweep", "--config", tmp_path / "s.py", "--workdir", tmp_path / "w"
+    )
     several = ("sweep", "--config", "configs/accuracy_table.py", "--workdir", tmp_path / "w")
     assert "did you mean 'accuracy_math'?" in refused(*several, "--only", "accuracy_maths")
     assert not (tmp_path / "w").exists()
@@ -395,7 +397,7 @@ def test_a_stopped_run_ends_with_its_code_whatever_signal_comes_next(monkeypatch
     def stopped(_: object) -> None:
         raise Stopped("stopped by a signal after step 3")
 
-    monkeypatch.setattr(cli, "_train", stopped)
+    monkeypatch.setattr(commands, "train", stopped)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main(["train", "--workdir", "none"]) == 75

@@ -7,13 +7,13 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from conftest import EVAL, choice
 
-from zflora_jax import sweeps
+from zflora_jax import compare as module
 from zflora_jax.checkpoint import BusyError, locked
+from zflora_jax.compare import Comparison, compare_methods, overview
 from zflora_jax.config import AdapterConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.data.tasks import load_examples
 from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.save import save_hf
-from zflora_jax.sweeps import Sweep, overview, sweep
 from zflora_jax.trainer import NonFiniteError
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
@@ -38,9 +38,9 @@ def base(model, arc, tmp_path):
     )
 
 
-def test_a_sweep_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypatch):
+def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypatch):
     base = override(base, {"train.steps": 4, "data.packing": True})
-    plan = Sweep(
+    plan = Comparison(
         "small",
         base,
         {"minimal": AdapterConfig("zflora-minimal", rank=2)},
@@ -50,7 +50,7 @@ def test_a_sweep_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypatch):
         tasks=("arc_easy",),
         scoring=SCORING,
     )
-    result = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     assert [row["method"] for row in result["rows"]] == ["base", "minimal"] and result["missing"] == []
     assert len(result["runs"]) == 4 and {run["steps"] for run in result["runs"]} == {2, 4}
     row = result["rows"][1]
@@ -63,27 +63,27 @@ def test_a_sweep_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypatch):
     page = (tmp_path / "out" / "small.md").read_text()
     assert "## likelihood_sum, percent" in page and "arc_easy (9)" in page
 
-    monkeypatch.setattr("zflora_jax.sweeps.train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr("zflora_jax.sweeps.evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
-    again = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    monkeypatch.setattr("zflora_jax.compare.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("zflora_jax.compare.evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
+    again = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     assert again["rows"] == json.loads(json.dumps(result["rows"]))
     elsewhere = override(plan.base, {"data.data_dir": f"{plan.base.data.data_dir}/.", "train.log_every": 3})  # the same files, the same numbers
-    assert sweep(dataclasses.replace(plan, base=elsewhere), tmp_path / "runs", tmp_path / "out", console=False)["rows"] == again["rows"]
+    assert compare_methods(dataclasses.replace(plan, base=elsewhere), tmp_path / "runs", tmp_path / "out", console=False)["rows"] == again["rows"]
     record = tmp_path / "out" / "small" / "minimal-lr0.01-steps2-seed0.json"
     saved = json.loads(record.read_text())
     assert saved["result"]["device"] and saved["result"]["date"]
     del saved["config"]["data"]["packing"], saved["config"]["eval"]["num_beams"]  # a record that is older than a setting; packing's default differs
     record.write_text(json.dumps(saved))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+        compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
 
 
-def test_a_sweep_takes_its_rates_from_another(base, tmp_path, monkeypatch):
+def test_a_comparison_takes_its_rates_from_another(base, tmp_path, monkeypatch):
     base = override(base, {"train.steps": 3})
-    first = Sweep("first", base, LORA, (1e-3, 1e-2), (0,), pick_steps=2)
+    first = Comparison("first", base, LORA, (1e-3, 1e-2), (0,), pick_steps=2)
     longer = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=1))
-    second = Sweep("second", longer, LORA, (5e-1,), (1,), pick_steps=2, rates_from=first)
-    result = sweep(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)
+    second = Comparison("second", longer, LORA, (5e-1,), (1,), pick_steps=2, rates_from=first)
+    result = compare_methods(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)
     (row,) = result["rows"]
     found = [json.loads(path.read_text()) for path in (tmp_path / "out" / "first").iterdir()]
     lowest = min(found, key=lambda record: record["result"]["validation_loss"])
@@ -93,20 +93,20 @@ def test_a_sweep_takes_its_rates_from_another(base, tmp_path, monkeypatch):
     picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
     assert picks == {"lora-lr0.001-steps2-seed0.json", "lora-lr0.01-steps2-seed0.json"}
     trained: list[int] = []
-    original = sweeps.train
-    monkeypatch.setattr(sweeps, "train", lambda run, *a, **k: (trained.append(run.train.steps), original(run, *a, **k))[1])
-    assert sweep(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)["rows"][0]["learning rate"] == row["learning rate"]
+    original = module.train
+    monkeypatch.setattr(module, "train", lambda run, *a, **k: (trained.append(run.train.steps), original(run, *a, **k))[1])
+    assert compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)["rows"][0]["learning rate"] == row["learning rate"]
     assert trained == [3]  # the choosing runs were there
 
-    with pytest.raises(ConfigError, match="rates_from='first': it must be another sweep, over the same methods"):
+    with pytest.raises(ConfigError, match="rates_from='first': it must be another comparison, over the same methods"):
         dataclasses.replace(second, methods={"lora": AdapterConfig("lora", rank=3)})
 
 
-def test_a_sweep_waits_for_a_run_that_another_process_trains(base, tmp_path, monkeypatch):
-    plan = Sweep("busy", base, LORA, (1e-3,), (0,))
+def test_a_comparison_waits_for_a_run_that_another_process_trains(base, tmp_path, monkeypatch):
+    plan = Comparison("busy", base, LORA, (1e-3,), (0,))
     folder = tmp_path / "runs" / "lora-lr0.001-seed0"
     folder.mkdir(parents=True)
-    original, refused = sweeps.locked, []
+    original, refused = module.locked, []
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
 
@@ -120,33 +120,35 @@ def test_a_sweep_waits_for_a_run_that_another_process_trains(base, tmp_path, mon
                 stack.close()  # the other process ends
                 raise
 
-        monkeypatch.setattr(sweeps, "locked", held)
-        monkeypatch.setattr(sweeps, "_POLL", 0.01)
-        assert sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"][0]["learning rate"] == 1e-3
+        monkeypatch.setattr(module, "locked", held)
+        monkeypatch.setattr(module, "_POLL", 0.01)
+        assert compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"][0]["learning rate"] == 1e-3
     assert len(refused) == 1 and "is being trained by another process" in refused[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": {}}, "sweep.methods is empty"),
+        ({"methods": {}}, "comparison.methods is empty"),
         ({"methods": {"base": AdapterConfig("lora")}}, "the untrained model's row"),
         ({"tasks": ("arc_easy",)}, "go together"),
         ({"pick_steps": 1000}, "pick_steps=1000: must be above optim.warmup_steps=10 and at most train.steps=100"),
     ],
 )
-def test_wrong_sweeps(changes, message):
+def test_wrong_comparisons(changes, message):
     with pytest.raises(ConfigError, match=message):
-        Sweep(**({"name": "x", "base": RunConfig(), "methods": {"lora": AdapterConfig("lora")}, "learning_rates": (1e-3,), "seeds": (0,)} | changes))
+        Comparison(
+            **({"name": "x", "base": RunConfig(), "methods": {"lora": AdapterConfig("lora")}, "learning_rates": (1e-3,), "seeds": (0,)} | changes)
+        )
 
 
-def test_a_sweep_whose_grid_runs_are_whole_is_finished_too(base, tmp_path, monkeypatch):
+def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(base, tmp_path, monkeypatch):
     """The chosen run is one of the grid's: trained once, its record with scores serves both."""
     scoring = dataclasses.replace(SCORING, limit=4)
-    plan = Sweep("whole", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
-    result = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    monkeypatch.setattr("zflora_jax.sweeps.train", lambda *_, **__: pytest.fail("trained again"))
-    assert sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"] == json.loads(json.dumps(result["rows"]))
+    plan = Comparison("whole", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
+    result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    monkeypatch.setattr("zflora_jax.compare.train", lambda *_, **__: pytest.fail("trained again"))
+    assert compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"] == json.loads(json.dumps(result["rows"]))
 
 
 def test_clean_means_clean_of_the_whole_training_file(base, tmp_path):
@@ -155,15 +157,15 @@ def test_clean_means_clean_of_the_whole_training_file(base, tmp_path):
     assert held_out.prompt not in {example.prompt for example in load_examples("arc_easy", "train", base.data)}
     rows = [choice(i) for i in range(3)] + [{"instruction": held_out.prompt, "input": "", "output": held_out.target, "answer": held_out.answer}]
     (tmp_path / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
-    plan = Sweep("held", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=SCORING)
-    for row in sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"]:
+    plan = Comparison("held", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=SCORING)
+    for row in compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"]:
         assert row["rows"] == {"arc_easy": 3}
 
 
 def test_a_table_shows_intervals_chance_and_answers_cut(base, tmp_path):
     scoring = dataclasses.replace(EVAL, loss=False, likelihood=False, max_new_tokens=3)
-    plan = Sweep("shown", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
-    result = sweep(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    plan = Comparison("shown", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
+    result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     page = (tmp_path / "out" / "shown.md").read_text()
     row = result["rows"][0]
     score = row["scores"]["arc_easy"]
@@ -175,22 +177,22 @@ def test_a_table_shows_intervals_chance_and_answers_cut(base, tmp_path):
 
 def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch):
     """Rates borrowed, and the only run of its own fails."""
-    first = Sweep("first", base, LORA, (1e-3,), (0,))
-    sweep(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
+    first = Comparison("first", base, LORA, (1e-3,), (0,))
+    compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
 
     def diverges(*_, **__):
         raise NonFiniteError("loss is nan at step 2")
 
-    monkeypatch.setattr(sweeps, "train", diverges)
-    second = Sweep("second", override(base, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first)
-    (row,) = sweep(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)["rows"]
+    monkeypatch.setattr(module, "train", diverges)
+    second = Comparison("second", override(base, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first)
+    (row,) = compare_methods(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)["rows"]
     assert row["test, seed 0"] is None and (tmp_path / "out" / "second.md").is_file()
 
 
-def test_the_overview_is_no_sweep_s_own_page(base, tmp_path):
-    plans = [Sweep(name, base, LORA, (1e-3,), (0,)) for name in ("small_one", "small_two")]
+def test_the_overview_is_no_comparison_s_own_page(base, tmp_path):
+    plans = [Comparison(name, base, LORA, (1e-3,), (0,)) for name in ("small_one", "small_two")]
     assert overview(plans, tmp_path) is None
     (tmp_path / "small_two.md").write_text("# two")
     assert overview(plans, tmp_path) == tmp_path / "small.md" and (tmp_path / "small.md").read_text() == "# two"
     with pytest.raises(ConfigError, match=r"its page would be the overview's, small.md"):
-        overview([Sweep("small", base, LORA, (1e-3,), (0,)), plans[0]], tmp_path)
+        overview([Comparison("small", base, LORA, (1e-3,), (0,)), plans[0]], tmp_path)

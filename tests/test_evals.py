@@ -16,6 +16,7 @@ from zflora_jax.evals import generation_records, group_scores, likelihood_record
 from zflora_jax.fields import ConfigError
 from zflora_jax.llama import forward
 from zflora_jax.scorecard import evaluate, evaluate_tasks
+from zflora_jax.text import stop_ids
 
 
 @pytest.fixture(autouse=True)
@@ -266,7 +267,7 @@ def test_a_model_without_a_tokenizer_is_refused_before_anything_runs(arc):
 
 
 def test_an_answer_that_did_not_stop_by_itself_is_cut(model, monkeypatch):
-    stop, outputs = evals._stop(model, "chat"), {}
+    stop, outputs = stop_ids(model, "chat"), {}
     monkeypatch.setattr(evals, "generate_tokens", lambda _, prompts, **__: [outputs[len(prompts)][i] for i in range(len(prompts))])
     outputs[3] = [[65, stop[0]], [65, 66], []]
     examples = [Example(f"{i}?", "x", "1") for i in range(3)]

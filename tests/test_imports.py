@@ -36,11 +36,13 @@ LAYERS = [
     ("loss", "optim"),
     ("trainer",),
     ("checkpoint", "data", "likelihood", "hf"),
-    ("contamination", "evals"),
+    ("contamination", "text", "serving"),
+    ("evals",),
     ("run",),
     ("scorecard",),
-    ("bench", "sweeps", "plots", "planner"),
+    ("bench", "compare", "grid", "plots", "planner", "info"),
     ("quickstart",),
+    ("commands",),
     ("cli",),
 ]
 # Narrower than the layers say: all that these may import of the package.
@@ -86,7 +88,22 @@ print(json.dumps([after_jax - start, after_import - after_jax, time.perf_counter
 
 def test_no_heavy_library_is_imported_before_it_is_needed():
     """Modules are imported from low to high; the first that brings one is named."""
-    modules = ["llama", "adapters.fuse", "decode", "trainer", "checkpoint", "hf.load", "hf.save", "hf.peft", "data.tasks", "run", "sweeps", "cli"]
+    modules = [
+        "llama",
+        "adapters.fuse",
+        "decode",
+        "trainer",
+        "checkpoint",
+        "hf.load",
+        "hf.save",
+        "hf.peft",
+        "data.tasks",
+        "run",
+        "compare",
+        "grid",
+        "info",
+        "cli",
+    ]
     heavy = {"torch", "transformers", "tensorflow", "tensorflow_datasets", "grain", "tokenizers", "gguf", "huggingface_hub", "matplotlib", "orbax"}
     code = f"""
 import importlib, sys, zflora_jax

@@ -9,8 +9,11 @@ import pytest
 from conftest import tiny_model
 
 from zflora_jax import layers
-from zflora_jax.layers import attention, gated, matmul, query_blocks, tied_logits
-from zflora_jax.llama import forward
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.methods import fused_config
+from zflora_jax.config import AdapterConfig
+from zflora_jax.layers import attention, matmul, query_blocks, tied_logits
+from zflora_jax.llama import Llama, forward
 
 
 def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8):
@@ -92,10 +95,23 @@ def test_matmul_and_logits_have_the_usual_gradients():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_gated_keeps_its_two_inputs_alone():
-    shapes = [jax.ShapeDtypeStruct((4, 100), jnp.float32)] * 2
-    kept = jax.eval_shape(lambda gate, up: jax.vjp(gated, gate, up)[1], *shapes)
-    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) == 2 * 400
+@pytest.mark.parametrize("method", ["lora", "zflora-minimal", "zflora-uniform"])
+def test_the_backward_pass_of_a_layer_keeps_its_streams_alone(method):
+    """Per position: the residual before attention and before the MLP, queries, keys, values, what attention gives, gate and up, of LoRA the seven
+    products with A; norms, softmax and gates are computed again."""
+    model, adapter = tiny_model(num_layers=3), AdapterConfig(method, rank=4, head_rank=None if method != "zflora-uniform" else 16)
+    adapters, batch, length = init_adapters(jax.random.key(0), model, adapter), 2, 13
+    tokens = jnp.ones((batch, length), jnp.int32)
+
+    def hidden(adapters):
+        return Llama(model.config, adapter).apply({"params": model.params, "adapters": adapters}, tokens, method="hidden")[0]
+
+    c = fused_config(model.config, adapter)
+    heads = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
+    want = 2 * c.hidden_size + heads + 2 * c.intermediate_size + (7 * adapter.rank if method == "lora" else 0)
+    kept = jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(hidden, a)[1], adapters))
+    sizes = [leaf.size for leaf in kept if leaf.shape[:1] == (3,) and leaf.size % (3 * batch * length) == 0 and leaf.dtype == jnp.float32]
+    assert sum(sizes) == 3 * batch * length * want
 
 
 def test_what_cudnn_is_given_is_the_same_attention():

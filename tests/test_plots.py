@@ -29,25 +29,45 @@ def _is_png(path):
     return data.startswith(b"\x89PNG\r\n") and len(data) > 5000
 
 
-def test_loss_curve_draws_each_step_once_after_a_resume(tmp_path, drawn):
-    records = [{"step": s, "split": "train", "loss": 9.0} for s in range(1, 5)]
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures saved in a test."""
+    saved = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    return saved
+
+
+def test_training_curves_draw_each_step_once_after_a_resume(tmp_path, figures):
+    records = [{"step": s, "split": "train", "loss": 9.0, "grad_norm": 2.0, "learning_rate": 0.1 * s} for s in range(1, 5)]
     records += [{"step": 0, "split": "eval", "loss": 4.0}, {"step": 2, "split": "eval", "loss": None}]
-    records += [{"step": s, "split": "train", "loss": 1 / s} for s in range(3, 7)]  # steps 3 and 4 again
-    records += [{"step": 6, "split": "eval", "loss": 0.25}, {"step": 6, "split": "speed", "tokens_per_s": 3.0}]
+    records += [{"step": s, "split": "train", "loss": 1 / s, "target_tokens_per_s": 10.0 * s} for s in range(3, 7)]  # steps 3 and 4 again
+    records += [{"step": 6, "split": "eval", "loss": 0.25}]
     _write(tmp_path / "metrics.jsonl", records)
-    plots.loss_curve(tmp_path / "metrics.jsonl", tmp_path / "new" / "loss.png", "a run")
-    assert _is_png(tmp_path / "new" / "loss.png")
-    lines = {line.get_label().split(" ")[0]: line.get_xydata().tolist() for line in drawn[0].lines}
-    assert lines["train"] == [[1, 9.0], [2, 9.0], [3, 1 / 3], [4, 1 / 4], [5, 1 / 5], [6, 1 / 6]]
-    assert lines["eval"] == [[0, 4.0], [6, 0.25]]
-    assert set(lines) == {"train", "eval"}
-    assert drawn[0].get_title() == "a run"
+    plots.training_curves({"mine": tmp_path / "metrics.jsonl"}, [tmp_path / "new" / "c.png", tmp_path / "new" / "c.svg"], "a run")
+    assert _is_png(tmp_path / "new" / "c.png") and b"<svg" in (tmp_path / "new" / "c.svg").read_bytes()[:1000]
+    loss, rate, speed, norm = figures[0].axes
+    lines = [(line.get_label(), line.get_xydata().tolist()) for line in loss.lines]
+    assert lines[0] == ("mine (train, last 0.1667)", [[1, 9.0], [2, 9.0], [3, 1 / 3], [4, 1 / 4], [5, 1 / 5], [6, 1 / 6]])
+    assert lines[1] == ("mine (eval, last 0.25)", [[0, 4.0], [6, 0.25]])
+    assert [len(axes.lines) for axes in (rate, speed, norm)] == [1, 1, 1] and norm.get_yscale() == "log"
+    assert speed.lines[0].get_xydata().tolist() == [[s, 10.0 * s] for s in range(3, 7)]
+    assert "nats per token" in loss.get_ylabel() and "tokens per second" in speed.get_ylabel()
+    assert figures[0].get_suptitle() == "a run"
 
 
-def test_loss_curve_without_a_loss_is_refused(tmp_path):
+def test_training_curves_of_several_runs_have_a_colour_each(tmp_path, figures):
+    for name in "ab":
+        _write(tmp_path / f"{name}.jsonl", [{"step": 1, "split": split, "loss": 1.0} for split in ("train", "eval")])
+    plots.training_curves({name: tmp_path / f"{name}.jsonl" for name in "ab"}, [tmp_path / "c.png"], "both")
+    colours = [line.get_color() for line in figures[0].axes[0].lines]
+    assert colours == ["C0", "C0", "C1", "C1"]
+
+
+def test_training_curves_of_nothing_are_refused(tmp_path):
     _write(tmp_path / "m.jsonl", [{"step": 1, "split": "train", "accuracy": 1.0}])
-    with pytest.raises(ValueError, match="holds no loss"):
-        plots.loss_curve(tmp_path / "m.jsonl", tmp_path / "a.png", "t")
+    with pytest.raises(ValueError, match="no numbers to draw"):
+        plots.training_curves({"m": tmp_path / "m.jsonl"}, [tmp_path / "a.png"], "t")
     assert not (tmp_path / "a.png").exists()
 
 

@@ -118,6 +118,7 @@ def test_a_finished_run_is_loaded_not_trained(run, tmp_path, caplog):
     assert again.report["resumed_from"] == 8 and "is finished" in caplog.text
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
     """The step alone takes longer to compile than what is not kept. Batches that come late are seen as waiting."""
     report = quiet_train(run, tmp_path / "run").report

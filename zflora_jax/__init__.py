@@ -15,26 +15,32 @@ if TYPE_CHECKING:
     from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
     from zflora_jax.adapters.init import init_adapters
     from zflora_jax.adapters.methods import count_params, rank_for_budget
+    from zflora_jax.adapters.tasks import pad_adapters, rows_of, stack_tasks
+    from zflora_jax.compare import Comparison, compare_methods
     from zflora_jax.config import PRESETS, AdapterConfig, DataConfig, EvalConfig, LlamaConfig, OptimConfig, RunConfig, TrainConfig, preset
-    from zflora_jax.decode import Sampler, generate_tokens
-    from zflora_jax.evals import generate
+    from zflora_jax.decode import Sampler, generate_tokens, stream_tokens
     from zflora_jax.fields import ConfigError
+    from zflora_jax.grid import Grid, run_grid, sweep
     from zflora_jax.hf.gap import export_gap
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft, save_peft
     from zflora_jax.hf.save import save_hf
+    from zflora_jax.info import describe
     from zflora_jax.likelihood import option_log_likelihoods
     from zflora_jax.llama import KVCache, Llama, forward, init_cache, random_model
     from zflora_jax.model import Model
     from zflora_jax.run import export_run, load_run, train
     from zflora_jax.scorecard import evaluate, evaluate_tasks
-    from zflora_jax.sweeps import Sweep, sweep
+    from zflora_jax.serving import serve
+    from zflora_jax.text import generate, stream
     from zflora_jax.trainer import NonFiniteError
 
 _HOME = {
     "adapters.fuse": ("fuse", "pack", "swap", "unfuse"),
     "adapters.init": ("init_adapters",),
     "adapters.methods": ("count_params", "rank_for_budget"),
+    "adapters.tasks": ("pad_adapters", "rows_of", "stack_tasks"),
+    "compare": ("Comparison", "compare_methods"),
     "config": (
         "PRESETS",
         "AdapterConfig",
@@ -46,19 +52,21 @@ _HOME = {
         "TrainConfig",
         "preset",
     ),
-    "decode": ("Sampler", "generate_tokens"),
-    "evals": ("generate",),
+    "decode": ("Sampler", "generate_tokens", "stream_tokens"),
     "fields": ("ConfigError",),
+    "grid": ("Grid", "run_grid", "sweep"),
     "hf.gap": ("export_gap",),
     "hf.load": ("load_model",),
     "hf.peft": ("load_peft", "save_peft"),
     "hf.save": ("save_hf",),
+    "info": ("describe",),
     "likelihood": ("option_log_likelihoods",),
     "llama": ("KVCache", "Llama", "forward", "init_cache", "random_model"),
     "model": ("Model",),
     "run": ("export_run", "load_run", "train"),
     "scorecard": ("evaluate", "evaluate_tasks"),
-    "sweeps": ("Sweep", "sweep"),
+    "serving": ("serve",),
+    "text": ("generate", "stream"),
     "trainer": ("NonFiniteError",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

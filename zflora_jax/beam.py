@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from zflora_jax.config import AdapterConfig, LlamaConfig
-from zflora_jax.llama import KVCache, Llama, cache_slots, init_cache
+from zflora_jax.llama import KVCache, Llama, cache_slots, hidden_states, init_cache
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -27,12 +27,13 @@ def next_logits(
 ) -> tuple[Array, KVCache]:
     """Logits [B, V] float32 of the token that follows tokens [B, T] int32 (left-padded where `valid` is False), and the updated cache.
 
-    variables: {"params": ...}, and with an adapter that is not fused {"adapters": ...}.
+    variables: {"params": ...}, and with an adapter that is not fused {"adapters": ...}, or {"row_adapters": ...} (see `llama.hidden_states`).
     """
     llama = Llama(config, adapter)
-    out: Any = llama.apply(variables, tokens, valid, cache, method="hidden")
-    logits: Any = llama.apply(variables, out[0][:, -1:], method="logits")
-    return logits[:, 0], out[1]
+    hidden, cache = hidden_states(llama, variables, tokens, valid, cache)
+    shared = {name: tree for name, tree in variables.items() if name != "row_adapters"}
+    logits: Any = llama.apply(shared, hidden[:, -1:], method="logits")
+    return logits[:, 0], cache
 
 
 @flax.struct.dataclass

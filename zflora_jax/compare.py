@@ -1,4 +1,4 @@
-"""Sweeps: methods x learning rates x seeds over one base run, scored on tasks; resumable, one record per run.
+"""Comparisons: methods x learning rates x seeds over one base run, scored on tasks; resumable, one record per run.
 
 The learning rate of a method is chosen on the validation split with the first seed; every seed then runs at the chosen rate, and the tables report
 the test split, with the seeds' spread beside the differences between methods.
@@ -38,16 +38,16 @@ Result = dict[str, Any]
 _NO_NUMBERS = ("data/data_dir", *(key for key in FREE if key != "eval"))
 BASE = "base"
 _DIRTY = " (with local changes)"
-_POLL = 5.0  # seconds between looks at a run that another process of the same sweep is training
-_ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")  # of environment(), kept with every run: a resumed sweep can change machines
+_POLL = 5.0  # seconds between looks at a run that another process of the same comparison is training
+_ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")  # of environment(), kept with every run: a resumed comparison can change machines
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Comparison:
     """What to run. name: of the result files. methods: label -> adapter. A seed sets both the adapters' initial values and the data order.
 
     pick_steps: the learning rate is chosen by runs of that many steps (with the schedule of their own length); None by whole runs.
-    rates_from: a sweep whose choice of learning rates is taken over; its choosing runs are made where they are not there yet.
+    rates_from: a comparison whose choice of learning rates is taken over; its choosing runs are made where they are not there yet.
     tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of a task is that of its clean rows.
     """
 
@@ -57,27 +57,27 @@ class Sweep:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     pick_steps: int | None = None
-    rates_from: Sweep | None = None
+    rates_from: Comparison | None = None
     tasks: tuple[str, ...] = ()
     scoring: EvalConfig | None = None
     reading: str = ""  # what the tables show, in words, written by whoever has read them; stands under them
 
     def __post_init__(self) -> None:
         for field in ("methods", "learning_rates", "seeds"):
-            require(len(getattr(self, field)) > 0, f"sweep.{field} is empty: give at least one.")
-        require(BASE not in self.methods, f"sweep.methods: {BASE!r} is the untrained model's row; give the method another label.")
-        require(bool(self.tasks) == (self.scoring is not None), "sweep.tasks and sweep.scoring go together: give both, or neither.")
+            require(len(getattr(self, field)) > 0, f"comparison.{field} is empty: give at least one.")
+        require(BASE not in self.methods, f"comparison.methods: {BASE!r} is the untrained model's row; give the method another label.")
+        require(bool(self.tasks) == (self.scoring is not None), "comparison.tasks and comparison.scoring go together: give both, or neither.")
         if (other := self.rates_from) is not None:
             same = all(other.methods.get(label) == adapter for label, adapter in self.methods.items())
-            require(same and other.name != self.name, f"sweep.rates_from={other.name!r}: it must be another sweep, over the same methods.")
+            require(same and other.name != self.name, f"comparison.rates_from={other.name!r}: it must be another comparison, over the same methods.")
         steps, warmup, whole = self.pick_steps, self.base.optim.warmup_steps, self.base.train.steps
         require(
             steps is None or warmup < steps <= whole,
-            f"sweep.pick_steps={steps}: must be above optim.warmup_steps={warmup} and at most train.steps={whole}. Change it in the config file.",
+            f"comparison.pick_steps={steps}: must be above optim.warmup_steps={warmup} and at most train.steps={whole}. Change the config file.",
         )
 
 
-def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = True) -> Result:
+def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, console: bool = True) -> Result:
     """Run `plan` under `workdir` and write <out>/<name>.json, .md and, with tasks, .png, after each method anew. Returns the JSON's contents.
 
     Each finished run leaves a record <out>/<name>/<run>.json with its config and commit, and is not run again while its record is there and its
@@ -89,7 +89,7 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
     rows: list[Result] = []
     runs: list[Result] = []
 
-    def record(of: Sweep, run: RunConfig, label: str, seed: int, scored: bool) -> Result:
+    def record(of: Comparison, run: RunConfig, label: str, seed: int, scored: bool) -> Result:
         steps = "" if run.train.steps == of.base.train.steps else f"-steps{run.train.steps}"
         name = f"{label}-lr{run.optim.learning_rate:g}{steps}-seed{seed}"
         folder = workdir if of is plan else workdir.parent / of.name
@@ -136,11 +136,11 @@ def sweep(plan: Sweep, workdir: str | Path, out: str | Path, *, console: bool = 
     return whole
 
 
-def overview(plans: Sequence[Sweep], out: str | Path) -> Path | None:
-    """The pages of several sweeps, those that are there, as one: <out>/<the first word of their names>.md. None if none is there yet."""
+def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
+    """The pages of several comparisons, those that are there, as one: <out>/<the first word of their names>.md. None if none is there yet."""
     path = Path(out) / f"{plans[0].name.partition('_')[0]}.md"
     taken = [plan.name for plan in plans if f"{plan.name}.md" == path.name]
-    require(not taken, f"sweep {taken}: its page would be the overview's, {path.name}; give it a name of two words, such as {taken}_first.")
+    require(not taken, f"comparison {taken}: its page would be the overview's, {path.name}; give it a name of two words, such as {taken}_first.")
     pages = [page.read_text(encoding="utf-8") for plan in plans if (page := Path(out) / f"{plan.name}.md").is_file()]
     if not pages:
         return None
@@ -148,7 +148,7 @@ def overview(plans: Sequence[Sweep], out: str | Path) -> Path | None:
     return path
 
 
-def _config(plan: Sweep, adapter: AdapterConfig, rate: float, seed: int, steps: int) -> RunConfig:
+def _config(plan: Comparison, adapter: AdapterConfig, rate: float, seed: int, steps: int) -> RunConfig:
     base = plan.base
     return dataclasses.replace(
         base,
@@ -166,7 +166,7 @@ def _loss(run: RunConfig, split: str, model: Model, trained: Trained | None = No
     return held_out_loss(model, encoded, run.data, batch_size=run.data.batch_size // run.data.accumulate, chunk=run.train.loss_chunk, **extra)
 
 
-def _recorded(plan: Sweep, run: RunConfig, tasks: Sequence[str]) -> Result:
+def _recorded(plan: Comparison, run: RunConfig, tasks: Sequence[str]) -> Result:
     """What decides the result of a run, as its record holds it."""
     return to_dict(run) | ({"tasks": list(tasks), "scoring": to_dict(plan.scoring)} if tasks else {})
 
@@ -199,7 +199,7 @@ def _saved(path: Path, config: Result) -> Result | None:
 
 
 def _run(
-    plan: Sweep, run: RunConfig, model: Model, tasks: Sequence[str], tested: bool, workdir: Path, path: Path, console: bool
+    plan: Comparison, run: RunConfig, model: Model, tasks: Sequence[str], tested: bool, workdir: Path, path: Path, console: bool
 ) -> Result:  # tested: with the test loss, which a run that only chooses a learning rate does not need
     config = _recorded(plan, run, tasks)
     while True:
@@ -214,7 +214,7 @@ def _run(
             break
         except BusyError:
             time.sleep(_POLL)
-        except NonFiniteError as error:  # a rate too high is a result, not the end of the sweep
+        except NonFiniteError as error:  # a rate too high is a result, not the end of the comparison
             failed = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
             write_json(path, {"config": config, "result": failed})
             return failed
@@ -235,7 +235,7 @@ def _run(
     return result
 
 
-def _base(plan: Sweep, model: Model, workdir: Path, path: Path, console: bool) -> Result:
+def _base(plan: Comparison, model: Model, workdir: Path, path: Path, console: bool) -> Result:
     settings = RunConfig(model=plan.base.model, data=plan.base.data, train=TrainConfig(dtype=plan.base.train.dtype))
     config = _recorded(plan, settings, plan.tasks)
     if (saved := _saved(path, config)) is None:
@@ -244,7 +244,7 @@ def _base(plan: Sweep, model: Model, workdir: Path, path: Path, console: bool) -
     return saved
 
 
-def _score(plan: Sweep, run: RunConfig, model: Model, out: Path, console: bool) -> Result:
+def _score(plan: Comparison, run: RunConfig, model: Model, out: Path, console: bool) -> Result:
     """Task -> its rows, clean rows and scores. Every example's record stays in `out`."""
     assert plan.scoring is not None
     scored = dataclasses.replace(run, eval=plan.scoring)
@@ -292,7 +292,7 @@ def _scores(chosen: Sequence[Result]) -> Result:
     }
 
 
-def _page(plan: Sweep, result: Result) -> str:
+def _page(plan: Comparison, result: Result) -> str:
     run, env, first = plan.base, result["environment"], next((r for r in result["runs"] if "test_rows" in r), None)
     hidden = ("scores", "all scores", "intervals", "headline", "mean", "spread", "rows", "cut", "chance")
     trained = [row for row in result["rows"] if row["method"] != BASE]
@@ -348,7 +348,7 @@ def _page(plan: Sweep, result: Result) -> str:
     return "\n".join(lines)
 
 
-def _score_table(plan: Sweep, rows: Sequence[Result], kind: str) -> str:
+def _score_table(plan: Comparison, rows: Sequence[Result], kind: str) -> str:
     counts = next(row["rows"] for row in rows if row["scores"])
     lines = []
     for row in rows:

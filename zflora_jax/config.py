@@ -64,7 +64,7 @@ class LlamaConfig:
     rope_dim: int | None = None
     dtype: Dtype = "float32"  # of activations; kernels are cast to it where they are used
     scan_layers: bool = True  # one stacked block run by lax.scan (fast to compile) or one subtree per layer (fast to decode)
-    packed: bool = False  # q|k|v and gate|up each in one kernel (see adapters.fuse.pack)
+    packed: bool = False  # the layout for decode (see adapters.fuse.pack)
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
 
     def __post_init__(self) -> None:

@@ -7,16 +7,18 @@ stream.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from zflora_jax import trees
 from zflora_jax.adapters.fuse import pack
+from zflora_jax.adapters.tasks import rows_of
 from zflora_jax.beam import beam_decode, next_logits
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import check_types, require
@@ -149,27 +151,60 @@ def decode(
     valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop: token ids that end a row. keys [B]: one random
     key per row.
     """
+    state = prefill(config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys)
+    return advance(config, adapter, sampler, stop, variables, state, keys, max_new_tokens).out
+
+
+@jax.jit(static_argnums=(0, 1, 2, 3, 4))
+def prefill(
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    sampler: Sampler,
+    max_new_tokens: int,
+    stop: tuple[int, ...],
+    variables: Tree,
+    tokens: Array,
+    valid: Array,
+    keys: Array,
+) -> DecodeState:
+    """The first part of `decode`: the state after the first token, with room for max_new_tokens."""
     batch, length = tokens.shape
-
-    def choose(logits: Array, step: Array, done: Array) -> tuple[Array, Array]:
-        drawn = sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
-        ended = done | jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) if stop else done
-        return jnp.where(done, -1, drawn), ended
-
-    logits, cache = next_logits(config, adapter, variables, tokens, valid, init_cache(config, batch, cache_slots(length + max_new_tokens), adapter))
-    first, done = choose(logits, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1))
+    cache = init_cache(config, batch, cache_slots(length + max_new_tokens), adapter)
+    logits, cache = next_logits(config, adapter, variables, tokens, valid, cache)
+    first, done = _choose(sampler, stop, logits, keys, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1))
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first)
-    state = DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)
+    return DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)
+
+
+@jax.jit(static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def advance(
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    sampler: Sampler,
+    stop: tuple[int, ...],
+    variables: Tree,
+    state: DecodeState,
+    keys: Array,
+    until: ArrayLike,
+) -> DecodeState:
+    """The rest of `decode`: on to `until` tokens (int32), or to where all rows have ended. `state` is donated."""
 
     def going(s: DecodeState) -> Array:
-        return (s.step < max_new_tokens) & ~jnp.all(s.done)
+        return (s.step < until) & ~jnp.all(s.done)
 
     def one_token(s: DecodeState) -> DecodeState:
         logits, cache = next_logits(config, adapter, variables, jnp.maximum(s.last, 0)[:, None], None, s.cache)
-        token, done = choose(logits, s.step, s.done)
+        token, done = _choose(sampler, stop, logits, keys, s.step, s.done)
         return DecodeState(jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1), token, done, s.step + 1, cache)
 
-    return jax.lax.while_loop(going, one_token, state).out
+    return jax.lax.while_loop(going, one_token, state)
+
+
+def _choose(sampler: Sampler, stop: tuple[int, ...], logits: Array, keys: Array, step: Array, done: Array) -> tuple[Array, Array]:
+    """(the token that each row goes on with, -1 where it has ended; whether it has ended now)."""
+    drawn = sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
+    ended = done | jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) if stop else done
+    return jnp.where(done, -1, drawn), ended
 
 
 _packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
@@ -202,6 +237,7 @@ def generate_tokens(
     on_batch: Callable[[int], None] | None = None,
     adapter: AdapterConfig | None = None,
     adapters: Tree | None = None,
+    tasks: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Token ids generated for each prompt, the stop token included where the model ended by itself.
 
@@ -209,10 +245,10 @@ def generate_tokens(
     `prompts` and do
     not depend on batch_size (up to float rounding of the matrix products). on_batch(n) is called after each batch with its number of prompts.
     num_beams: above 1, beam search (see `beam`), which draws nothing and so takes no sampler of a temperature above 0; a batch then decodes
-    batch_size * num_beams rows. adapter, adapters: run with these beside the base instead of fused into it, which is slower. Raises ValueError for
-    an empty prompt or one that does not fit the context.
+    batch_size * num_beams rows. adapter, adapters: run with these beside the base instead of fused into it, which is slower. tasks: which of several
+    tasks each prompt is of; adapters are then those of all tasks, leaves [N, ...] (`adapters.tasks.stack_tasks`), and a batch may mix them. Raises
+    ValueError for an empty prompt or one that does not fit the context.
     """
-    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
     sampler, stop = sampler or Sampler(), tuple(model.config.eos_token_ids if stop is None else stop)
     require(num_beams >= 1, f"num_beams={num_beams}: must be at least 1 (1 is no beam search).")
@@ -223,6 +259,42 @@ def generate_tokens(
     )
     room = model.config.vocab_size - len(stop)
     require(num_beams == 1 or num_beams <= room, f"num_beams={num_beams}: must be at most {room}, the vocabulary's tokens that do not stop.")
+    _check_prompts(model, prompts, max_new_tokens)
+    require((adapter is None) == (adapters is None), "adapter and adapters go together: give both, or neither.")
+    require(tasks is None or adapters is not None, "tasks says whose adapters a prompt uses: give adapter and adapters too.")
+    require(tasks is None or len(tasks) == len(prompts), f"{len(prompts)} prompts and {0 if tasks is None else len(tasks)} tasks: give one for each.")
+    require(tasks is None or num_beams == 1, "beam search does not mix tasks in a batch: give the prompts of each task apart, without tasks.")
+    run, root = packed(model), jax.random.key(seed)
+    variables = {"params": run.params}
+    if adapters is not None and tasks is None:
+        variables["adapters"] = trees.unstack_layers(adapters, run.config.num_layers)
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        length = padded_length(len(prompts[rows[-1]]))
+        tokens = np.zeros((batch_size if len(order) > batch_size else len(rows), length), np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        for row, i in enumerate(rows):
+            tokens[row, length - len(prompts[i]) :], valid[row, length - len(prompts[i]) :] = prompts[i], True
+        if adapters is not None and tasks is not None:
+            own = rows_of(adapters, np.resize([tasks[i] for i in rows], len(tokens)))
+            variables["row_adapters"] = trees.unstack_layers(own, run.config.num_layers, axis=1)
+        if num_beams > 1:
+            out = np.asarray(beam_decode(run.config, adapter, num_beams, max_new_tokens, stop, variables, tokens, valid))
+        else:
+            indices = jnp.asarray(np.resize(np.asarray(rows, np.uint32), len(tokens)))
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
+            out = np.asarray(decode(run.config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys))
+        for row, i in enumerate(rows):
+            answers[i] = [int(t) for t in out[row] if t >= 0]
+        if on_batch:
+            on_batch(len(rows))
+    return answers
+
+
+def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
     no_ids = any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts)
     require(not no_ids, "prompts must be a list of prompts, each a list of token ids, e.g. [[1, 2], [3]]; `zf.generate` takes a list of texts.")
     limit = model.config.max_position_embeddings
@@ -237,28 +309,31 @@ def generate_tokens(
             min(prompt) >= 0 and max(prompt) < model.config.vocab_size,
             f"prompt {i} holds token ids outside 0..{model.config.vocab_size - 1}: is this the model's own tokenizer?",
         )
-    require((adapter is None) == (adapters is None), "adapter and adapters go together: give both, or neither.")
-    run, root = packed(model), jax.random.key(seed)
+
+
+def stream_tokens(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    stop: Sequence[int] | None = None,
+) -> Iterator[int]:
+    """What generate_tokens(model, [prompt], ...) gives, token by token as they come: a compiled step for each, called from here."""
+    _check_prompts(model, [prompt], max_new_tokens)
+    sampler, stop = sampler or Sampler(), tuple(model.config.eos_token_ids if stop is None else stop)
+    run = packed(model)
+    length = padded_length(len(prompt))
+    tokens, valid = np.zeros((1, length), np.int32), np.arange(length)[None] >= length - len(prompt)
+    tokens[0, length - len(prompt) :] = prompt
+    keys = jax.random.fold_in(jax.random.key(seed), 0)[None]
     variables = {"params": run.params}
-    if adapters is not None:
-        variables["adapters"] = trees.unstack_layers(adapters, run.config.num_layers)
-    answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        length = padded_length(len(prompts[rows[-1]]))
-        tokens = np.zeros((batch_size if len(order) > batch_size else len(rows), length), np.int32)
-        valid = np.zeros(tokens.shape, bool)
-        for row, i in enumerate(rows):
-            tokens[row, length - len(prompts[i]) :], valid[row, length - len(prompts[i]) :] = prompts[i], True
-        if num_beams > 1:
-            out = np.asarray(beam_decode(run.config, adapter, num_beams, max_new_tokens, stop, variables, tokens, valid))
-        else:
-            indices = jnp.asarray(np.resize(np.asarray(rows, np.uint32), len(tokens)))
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
-            out = np.asarray(decode(run.config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys))
-        for row, i in enumerate(rows):
-            answers[i] = [int(t) for t in out[row] if t >= 0]
-        if on_batch:
-            on_batch(len(rows))
-    return answers
+    # A power of two, so that conversations that grow share their compiled steps.
+    room = 1 << (max_new_tokens - 1).bit_length()
+    state = prefill(run.config, None, sampler, room, stop, variables, tokens, valid, keys)
+    for count in range(1, max_new_tokens + 1):
+        yield int(state.last[0])
+        if count == max_new_tokens or bool(state.done[0]):
+            return
+        state = advance(run.config, None, sampler, stop, variables, state, keys, np.int32(count + 1))

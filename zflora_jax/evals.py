@@ -1,4 +1,4 @@
-"""Text in, text out: held-out loss, records of generated answers and of option log-likelihoods (resumable), plain generation from prompts."""
+"""Held-out loss, records of generated answers and of option log-likelihoods (resumable), and what a table of records scores."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from zflora_jax import trees
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig
 from zflora_jax.data.answers import PARSERS
 from zflora_jax.data.pipeline import Encoded, encode_prompts, eval_batches, fit_documents
-from zflora_jax.data.prompts import encode_prompt_texts, end_token, render
 from zflora_jax.data.tasks import Example, get_task
-from zflora_jax.decode import Sampler, generate_tokens
+from zflora_jax.decode import generate_tokens
 from zflora_jax.fields import require
 from zflora_jax.likelihood import option_log_likelihoods
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write
+from zflora_jax.text import stop_ids
 from zflora_jax.trainer import eval_step
 from zflora_jax.trees import Tree
 
@@ -73,7 +73,7 @@ def generation_records(
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
     prompts, cut = _prompts(model, examples, style, evaluation)
-    stop = _stop(model, style)
+    stop = stop_ids(model, style)
 
     def answer(rows: list[int]) -> list[Record]:
         outputs = generate_tokens(
@@ -254,44 +254,3 @@ def _mean_and_interval(columns: Sequence[np.ndarray], seed: int) -> dict[str, fl
         reach = _Z**2 / (rows + _Z**2)
         low, high = (0.0, reach) if columns[0][0] == 0.0 else (1 - reach, 1.0)
     return {"mean": float(np.mean([column.mean() for column in columns])), "low": float(low), "high": float(high)}
-
-
-# --- generation ---------------------------------------------------------------------------------------------------
-
-
-def _stop(model: Model, prompt_style: str) -> list[int]:
-    """The ids that end an answer: a chat template's end of turn is not always the model's EOS, so either does."""
-    return sorted({*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
-
-
-def generate(
-    model: Model,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    sampler: Sampler | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    num_beams: int = 1,
-    chat: bool = False,
-) -> list[str]:
-    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler, or num_beams above 1 for beam search, is given.
-
-    chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with data.prompt_style="chat" does; without it a prompt is
-    continued as it is. Raises ConfigError for a model without a tokenizer, or chat without a chat template.
-    """
-    tokenizer: Any = model.tokenizer
-    require(tokenizer is not None, "this model has no tokenizer; use generate_tokens with token ids.")
-    require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
-    texts = [render(tokenizer, "chat", prompt) for prompt in prompts] if chat else list(prompts)
-    answers = generate_tokens(
-        model,
-        encode_prompt_texts(tokenizer, texts),
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        seed=seed,
-        batch_size=batch_size,
-        num_beams=num_beams,
-        stop=_stop(model, "chat") if chat else None,
-    )
-    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

@@ -19,10 +19,20 @@ import jax
 import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from zflora_jax.config import AdapterConfig, LlamaConfig
 
 Array = jax.Array
+
+# What the backward pass of a layer keeps, by name; the rest (norms, gates, softmax) it computes again from these, which costs little: for a LoRA step
+# of SmolLM2-135M two thirds of the memory that keeping all takes. The names are the streams whose values are kept.
+KEPT = ("residual", "heads", "mlp", "low rank")
+
+
+def kept(x: Array, name: str) -> Array:
+    """`x`, kept for the backward pass. name: one of KEPT."""
+    return checkpoint_name(x, name)
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -72,18 +82,23 @@ class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel; low-rank factors are added to y.
 
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
-    None). y: x W where W is packed with other kernels; None to compute it here.
+    None). y: x W where W is packed with other kernels; None to compute it here. rows_out: W is stored as its transpose, [out, in], both flattened, as
+    in packed models; adapter blocks are not.
     """
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     adapter: AdapterConfig | None = None
     blocks: tuple[str, ...] = ()
+    rows_out: bool = False
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None, y: Array | None = None) -> tuple[Array, Array | None]:
         n, dtype = len(self.in_axes), x.dtype
-        if y is None:
+        if y is None and self.rows_out:
+            kernel = self.base_param("kernel", nn.initializers.normal(0.02), (math.prod(self.out_axes), math.prod(self.in_axes)))
+            y = against_rows(x.reshape(*x.shape[:-n], -1), kernel.astype(dtype)).astype(dtype).reshape(*x.shape[:-n], *self.out_axes)
+        elif y is None:
             kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
             product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
             y = product(x, kernel.astype(dtype), n)
@@ -98,10 +113,22 @@ class Dense(AdaptedModule):
         if z is not None and y_z is not None and "cross" in block:
             y_z = y_z + project(z, block["cross"], n)
         if "lora_a" in block:
-            y = y + scale * project(project(x.reshape(*x.shape[:-n], -1), block["lora_a"]), block["lora_b"]).reshape(y.shape)
+            low = kept(project(x.reshape(*x.shape[:-n], -1), block["lora_a"]), "low rank")
+            y = y + scale * project(low, block["lora_b"]).reshape(y.shape)
         if "ffa_a" in block:
             y = y + scale * tile(project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)).reshape(y.shape)
         return y, y_z
+
+
+def against_rows(x: Array, kernel: Array) -> Array:
+    """x [B, T, i] against the rows of a kernel [j, i] of the same dtype -> [B, T, j] float32.
+
+    XLA's CPU compiler multiplies 2 to 8 rows of x with less than half the speed that memory has; as a product and a sum of its own making they read
+    the kernel up to half as fast again (results/decode_variants.md).
+    """
+    if 2 <= x.shape[0] * x.shape[1] <= 8 and jax.default_backend() == "cpu":
+        return jnp.sum(kernel.astype(jnp.float32)[None, None] * x.astype(jnp.float32)[:, :, None, :], axis=-1)
+    return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=jnp.float32)
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
@@ -141,7 +168,7 @@ def tied_logits(x: Array, table: Array) -> Array:
 
     Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed.
     """
-    return jnp.einsum("BTd,Vd->BTV", x, table, preferred_element_type=jnp.float32)
+    return against_rows(x, table)
 
 
 def _tied_logits_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -176,19 +203,16 @@ class RMSNorm(AdaptedModule):
         return _normalise(x, z, self.base_param("scale", nn.initializers.ones, (self.dim,)), self.base_dim, self.eps)
 
 
-@partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
 def _normalise(x: Array, z: Array | None, gain: Array, base_dim: int, eps: float) -> tuple[Array, Array | None]:
-    """Computed again in the backward pass, from x: its float32 intermediates would take as much memory as all else of an attention layer."""
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide[..., :base_dim]), axis=-1, keepdims=True) + eps)
     y = (wide * inverse * gain.astype(jnp.float32)[None, None, :]).astype(x.dtype)
     return y, None if z is None else (z.astype(jnp.float32) * inverse).astype(z.dtype)
 
 
-@partial(jax.checkpoint, prevent_cse=False)
 def gated(gate: Array, up: Array) -> Array:
-    """silu(gate) * up. The backward pass keeps gate and up alone and computes the rest again: two arrays of the MLP's width instead of five."""
-    return nn.silu(gate) * up
+    """silu(gate) * up."""
+    return nn.silu(kept(gate, "mlp")) * kept(up, "mlp")
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
@@ -261,7 +285,7 @@ def _attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array
 
 
 def _attention_forward(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
-    out = _attention(q, k, v, mask, scale)
+    out = kept(_attention(q, k, v, mask, scale), "heads")
     return out, (q, k, v, mask, out)
 
 

@@ -20,7 +20,7 @@ from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
-from zflora_jax.layers import AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, gated, rope_tables, tied_logits
+from zflora_jax.layers import KEPT, AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables, tied_logits
 from zflora_jax.model import Model
 from zflora_jax.sharding import divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten
@@ -71,7 +71,7 @@ def cache_slots(tokens: int) -> int:
 
 def _dense(config: LlamaConfig, adapter: AdapterConfig | None, p: Plan, kernel: str) -> Dense:
     axes_in, axes_out = kernel_shapes(config)[kernel]
-    return Dense(axes_in, axes_out, adapter, p.blocks.get(kernel, ()))
+    return Dense(axes_in, axes_out, adapter, p.blocks.get(kernel, ()), config.packed)
 
 
 class Attention(nn.Module):
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         c = self.config
         self.plan = plan(c, self.adapter) if self.adapter else Plan()
         if c.packed:
-            self.qkv = Dense((c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,))
+            self.qkv = Dense((c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,), rows_out=True)
         self.q, self.k, self.v = (_dense(c, self.adapter, self.plan, name) for name in "qkv")
         self.o = _dense(c, self.adapter, self.plan, "o")
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         if cache is not None and index is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, index, axis=KEY_SLOTS)
             values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, index, axis=VALUE_SLOTS)
-        out = attention(q, keys, values, mask, c.rotary_dim**-0.5)
+        out = attention(kept(q, "heads"), kept(keys, "heads"), kept(values, "heads"), mask, c.rotary_dim**-0.5)
         extra = self.plan.heads
         y, y_z = self.o(out[..., : c.head_dim], out[..., c.head_dim :]) if extra else self.o(out)
         return (y, y_z), (None if cache is None else (keys, values))
@@ -124,7 +124,7 @@ class MLP(nn.Module):
         c = self.config
         p = plan(c, self.adapter) if self.adapter else Plan()
         if c.packed:
-            self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,))
+            self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,), rows_out=True)
         self.gate, self.up = (_dense(c, self.adapter, p, name) for name in ("gate", "up"))
         self.down = _dense(c, self.adapter, p, "down")
 
@@ -148,7 +148,7 @@ class Block(nn.Module):
 
     def __call__(self, carry: Stream, cache: Any, cos: Array, sin: Array, mask: Array, index: Array | None) -> tuple[Stream, Any]:
         update, cache = self.attn(self.attn_norm(*carry), cos, sin, mask, cache, index)
-        carry = _add(carry, update)
+        carry = jax.tree.map(lambda x: kept(x, "residual"), _add(carry, update))
         return _add(carry, self.mlp(self.mlp_norm(*carry))), cache
 
 
@@ -193,7 +193,8 @@ class Llama(nn.Module):
         if c.packed and self.adapter is not None and METHODS[self.adapter.method].in_place == "full":
             raise ValueError("a packed model cannot have its kernels replaced (method 'full'): fuse first, then pack.")
         self.embed = Embed(c)
-        block: Any = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        policy = None if c.remat else jax.checkpoint_policies.save_only_these_names(*KEPT)
+        block: Any = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
         if c.scan_layers:
             axes: Any = {"params": 0, "adapters": 0}
             scanned = nn.scan(block, axes, split_rngs={"params": True}, in_axes=(0, *[nn.broadcast] * 4), out_axes=0, length=c.num_layers)
@@ -287,18 +288,50 @@ def random_model(config: LlamaConfig, key: Array) -> Model:
     return Model(config, variables["params"])
 
 
+def hidden_states(llama: Llama, variables: Tree, tokens: Array, valid: Array | None, cache: KVCache | None) -> tuple[Array, Any]:
+    """`Llama.hidden` of `variables`: {"params": ...} and, for a model with an adapter, {"adapters": ...}, or {"row_adapters": leaves [B, ...]}: those
+    of each row of the batch (`adapters.tasks.rows_of` gathers them). Base products are then still one for the whole batch."""
+    if "row_adapters" not in variables:
+        return llama.apply(variables, tokens, valid, cache, method="hidden")  # type: ignore[return-value]
+    layers = None if cache is None else jax.tree.map(lambda _: int(llama.config.scan_layers), cache.layers)  # the axis of a cache's rows
+    rows = None if cache is None else KVCache(layers, 0, None)  # type: ignore[arg-type]
+
+    def one(adapters: Tree, tokens: Array, valid: Array | None, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+        """A batch of one row."""
+        if cache is not None:
+            cache = KVCache(jax.tree.map(jnp.expand_dims, cache.layers, layers), cache.valid[None], cache.index)
+        given = {"params": variables["params"], "adapters": adapters}
+        x, cache = llama.apply(given, tokens[None], None if valid is None else valid[None], cache, method="hidden")  # type: ignore[misc,assignment]
+        if cache is not None:
+            cache = KVCache(jax.tree.map(jnp.squeeze, cache.layers, layers), cache.valid[0], cache.index)
+        return x[0], cache
+
+    axes = (0, 0, None if valid is None else 0, rows)
+    return jax.vmap(one, in_axes=axes, out_axes=(0, rows))(variables["row_adapters"], tokens, valid, cache)
+
+
 def forward(
-    model: Model, tokens: ArrayLike, adapter: AdapterConfig | None = None, adapters: Tree | None = None, valid: ArrayLike | None = None
+    model: Model,
+    tokens: ArrayLike,
+    adapter: AdapterConfig | None = None,
+    adapters: Tree | None = None,
+    valid: ArrayLike | None = None,
+    row_adapters: Tree | None = None,
 ) -> Array:
     """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and config.
 
+    adapters: of all rows; row_adapters: of each row, leaves [B, ...] (`adapters.tasks.rows_of`).
     Products are exact to the model's dtype on every device (GPUs and TPUs round float32 products to fewer bits unless told not to).
     """
-    variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
+    require(adapters is None or row_adapters is None, "adapters are of all rows, row_adapters of each: give one of them.")
+    given = {"params": model.params, "adapters": adapters, "row_adapters": row_adapters}
     with jax.default_matmul_precision("highest"):
-        return _forward(model.config, adapter, variables, tokens, valid)
+        return _forward(model.config, adapter, {name: tree for name, tree in given.items() if tree is not None}, tokens, valid)
 
 
 @jax.jit(static_argnums=(0, 1))
 def _forward(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, tokens: Array, valid: Array | None) -> Array:
-    return Llama(config, adapter).apply(variables, tokens, valid)  # type: ignore[return-value]
+    llama = Llama(config, adapter)
+    hidden, _ = hidden_states(llama, variables, tokens, valid, None)
+    shared = {name: tree for name, tree in variables.items() if name != "row_adapters"}
+    return llama.apply(shared, hidden, method="logits")  # type: ignore[return-value]

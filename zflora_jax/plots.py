@@ -15,24 +15,50 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def loss_curve(metrics_jsonl_path: str | Path, png_path: str | Path, title: str) -> None:
-    """Draw the loss over steps from a run's metrics.jsonl: the training loss as a line, every other split as points."""
-    splits: dict[str, dict[int, float]] = {}
-    for record in read_metrics(metrics_jsonl_path):
-        if record.get("loss") is not None:  # null: a loss that was not finite
-            splits.setdefault(record["split"], {})[record["step"]] = record["loss"]
-    if not splits:
-        raise ValueError(f"{metrics_jsonl_path} holds no loss: nothing to draw.")
-    figure, axes = _figure(title)
-    for split, losses in sorted(splits.items(), key=lambda item: (item[0] != "train", item[0])):
-        steps, values = zip(*sorted(losses.items()), strict=True)
-        style = {"linewidth": 1.3} if split == "train" else {"linestyle": ":", "marker": "o", "markersize": 6}
-        axes.plot(steps, values, label=f"{split} (last {values[-1]:.4g})", **style)  # type: ignore[arg-type]
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    _save(figure, png_path)
+# What `training_curves` draws: the key of a record, its unit, whether the axis is logarithmic.
+PANELS = (
+    ("loss", "loss (nats per token)", False),
+    ("learning_rate", "learning rate", False),
+    ("target_tokens_per_s", "speed (target tokens per second)", False),
+    ("grad_norm", "gradient norm before clipping", True),
+)
+
+
+def training_curves(runs: Mapping[str, str | Path], paths: Sequence[str | Path], title: str) -> None:
+    """Loss, learning rate, tokens/s and gradient norm over steps, of one run or several over each other.
+
+    runs: label -> its metrics.jsonl. Training is a line, every other split's loss points of the same colour. paths: where to write, .png or .svg.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 7.4), layout="constrained")
+    figure.suptitle(title)
+    drawn = False
+    records = {label: read_metrics(path) for label, path in runs.items()}
+    for axes, (key, label, logarithmic) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for colour, (name, rows) in enumerate(records.items()):
+            splits: dict[str, dict[int, float]] = {}
+            for row in rows:
+                if row.get(key) is not None:  # null: a number that was not finite
+                    splits.setdefault(row["split"], {})[row["step"]] = row[key]
+            for split, values in sorted(splits.items(), key=lambda item: (item[0] != "train", item[0])):
+                steps, heights = zip(*sorted(values.items()), strict=True)
+                style = {"linewidth": 1.3} if split == "train" else {"linestyle": ":", "marker": "o", "markersize": 5}
+                last = f" ({split}, last {heights[-1]:.4g})" if key == "loss" else ""
+                axes.plot(steps, heights, color=f"C{colour}", label=f"{name}{last}", **style)  # type: ignore[arg-type]
+                drawn = True
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        if logarithmic and axes.lines:
+            axes.set_yscale("log")
+        if axes.lines and (key == "loss" or len(records) > 1):
+            axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # a long label may overlap the curves, not squeeze them
+    if not drawn:
+        raise ValueError(f"{', '.join(map(str, runs.values()))}: no numbers to draw.")
+    for path in paths:
+        _save(figure, path)
 
 
 def bars(values: Mapping[str, float], png_path: str | Path, title: str, *, spread: Mapping[str, float] | None = None, label: str = "") -> None:
@@ -111,7 +137,8 @@ def _figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, png_path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path) -> None:
+    """As PNG or SVG, by the suffix."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)  # a Figure made without pyplot draws PNG with Agg
-    atomic_write(png_path, buffer.getvalue())
+    figure.savefig(buffer, format=Path(path).suffix.removeprefix("."), dpi=150)  # a Figure made without pyplot draws without a display
+    atomic_write(path, buffer.getvalue())

@@ -16,7 +16,7 @@ from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.fields import ConfigError, to_dict
 from zflora_jax.llama import forward
 from zflora_jax.metrics import METRICS_FILE
-from zflora_jax.plots import loss_curve
+from zflora_jax.plots import training_curves
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 from zflora_jax.run import Trained, export_run, held_out, load_base, train
 from zflora_jax.scorecard import evaluate
@@ -56,7 +56,8 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     timed("decode base and fused side by side")
     exported = export_run(workdir, workdir / "export")
     timed("export")
-    loss_curve(workdir / METRICS_FILE, workdir / "loss.png", f"{run.adapter.method} on {run.data.task}")
+    label = f"{run.adapter.method} on {run.data.task}"
+    training_curves({label: workdir / METRICS_FILE}, [workdir / "curves.png", workdir / "curves.svg"], label)
 
     report = {
         "method": run.adapter.method,
@@ -149,5 +150,5 @@ def _page(report: dict[str, Any]) -> str:
             f"{command}seed {report['config']['train']['seed']}; {report['seconds']:.0f} s.",
             "",
         ]
-        + ["![loss](loss.png)", "", "```", _samples_text(report).strip(), "```", ""]
+        + ["![curves](curves.png)", "", "```", _samples_text(report).strip(), "```", ""]
     )

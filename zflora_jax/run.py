@@ -50,16 +50,19 @@ class Trained:
 
 
 def load_base(run: RunConfig, mesh: Any = None) -> Model:
-    """The run's base model in its dtype, with its remat setting, divided over `mesh` if one is given; ConfigError where the run's settings do not
-    fit it."""
-    model = load_model(run.model, dtype=run.train.dtype, mesh=mesh)
+    """The run's base model in its dtype, divided over `mesh` if one is given, as `as_base` says."""
+    return as_base(run, load_model(run.model, dtype=run.train.dtype, mesh=mesh))
+
+
+def as_base(run: RunConfig, model: Model) -> Model:
+    """What was loaded as the base of `run`: with its remat setting. ConfigError where the run's settings do not fit it."""
     if model.adapter is not None:
         require(
             METHODS[model.adapter.method].in_place != "none",
             f"model {run.model!r} is an export with {model.adapter.method} fused in; an adapter on top of it could not be fused. Train on its base.",
         )
-        model = Model(model.config, model.params, model.tokenizer, model.source)  # merged by addition: an ordinary base
-    model.config = model.config.replace(remat=run.train.remat)
+    # An adapter merged by addition left an ordinary base.
+    model = Model(model.config.replace(remat=run.train.remat), model.params, model.tokenizer, model.source)
     plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
     require_fit(run, model)
     return model
@@ -110,10 +113,19 @@ def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Se
     return examples, tokenize_examples(examples, model.tokenizer, run.data)
 
 
-def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | None = None, resume: bool = False, console: bool = True) -> Trained:
+def train(
+    run: RunConfig,
+    workdir: str | Path | None = None,
+    *,
+    model: Model | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    resume: bool = False,
+    console: bool = True,
+) -> Trained:
     """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded and said to be finished.
 
-    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already (`load_base`). resume: refuse a workdir without a run.
+    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already (`load_base`). devices: what the mesh is
+    made of, None for all. resume: refuse a workdir without a run.
     Every process of a run of several calls this (after `hosts.start`), with a workdir that they share. Writes config.json, checkpoints/,
     metrics.jsonl, tensorboard/, report.json and, unless one is in use already, compile_cache/ (see `cache.compile_cache`).
 
@@ -127,7 +139,7 @@ def train(run: RunConfig, workdir: str | Path | None = None, *, model: Model | N
     workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else Path(workdir)
     check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
-    mesh = make_mesh(run.mesh)
+    mesh = make_mesh(run.mesh, devices)
     model = model or load_base(run, mesh)
     loaded = time.perf_counter()
     train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data)

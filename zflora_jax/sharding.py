@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,9 +48,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over the first data * fsdp * tensor devices. ConfigError if there are fewer."""
-    need, have = config.data * config.fsdp * config.tensor, jax.devices()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over the first data * fsdp * tensor of `devices` (None: all that there are). ConfigError if there are fewer."""
+    need, have = config.data * config.fsdp * config.tensor, jax.devices() if devices is None else list(devices)
     require(
         need <= len(have),
         f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs {need} devices; there are {len(have)}. "

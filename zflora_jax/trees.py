@@ -84,12 +84,13 @@ def size(tree: Mapping[str, Any]) -> int:
 # --- layers: stacked on a leading axis ("layers/...") or one subtree each ("layers_0/...") --------------------------
 
 
-def unstack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
-    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; a tree without "layers" is returned as it is."""
+def unstack_layers(tree: Mapping[str, Any], num_layers: int, axis: int = 0) -> Tree:
+    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; a tree without "layers" is returned as it is. axis: the layers' own."""
     if "layers" not in tree:
         return dict(tree)
     rest = {k: v for k, v in tree.items() if k != "layers"}
-    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in range(num_layers)}
+    at = (slice(None),) * axis
+    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[(*at, i)], tree["layers"]) for i in range(num_layers)}
 
 
 def stack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:

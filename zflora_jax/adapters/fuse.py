@@ -183,12 +183,16 @@ def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params
         axis, shape = _in_axis(base, kernel), kernel_shapes(base)[kernel]
         region = _region(block_name, axis, shape[0][-1], shape[1][-1])
         value = _stored(block_name, block, adapter).astype(leaf.dtype)
-        if rows is None:
-            flat[f"{layer}/{leaf_name}"] = leaf.at[region].set(value)
-        else:  # one of several kernels side by side: view the columns as (rows, width) and write this kernel's rows
+        reads, writes = region[1], region[-1]
+        if not config.packed:
+            new = leaf.at[region].set(value)
+        elif rows is not None:  # [heads or (gate, up), width, in]: several kernels below each other
+            view = leaf.reshape(-1, config.head_dim if kernel in ATTENTION else config.intermediate_size, leaf.shape[-1])
+            new = view.at[rows, writes, reads].set(value.reshape(value.shape[0], -1, value.shape[-1]).transpose(1, 2, 0))
+        else:  # o and down: [out, heads or 1, width]
             view = leaf.reshape(leaf.shape[0], -1, config.head_dim if kernel in ATTENTION else config.intermediate_size)
-            region = (region[1], rows, region[-1])
-            flat[f"{layer}/{leaf_name}"] = view.at[region].set(value.reshape(value.shape[0], -1, value.shape[-1])).reshape(leaf.shape)
+            new = view.at[writes, :, reads].set(value.reshape(-1, *value.shape[-2:]).transpose(2, 0, 1))
+        flat[f"{layer}/{leaf_name}"] = new.reshape(leaf.shape)
     return trees.unflatten(flat)
 
 
@@ -203,8 +207,8 @@ def _leaf_of(config: LlamaConfig, kernel: str) -> tuple[str, slice | None]:
 
 
 def pack(model: Model) -> Model:
-    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel [d, (H + 2K) k] and gate|up in one [d, 2f]. For any
-    Llama, fused or not."""
+    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [out, in]:
+    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f]. For any Llama, fused or not."""
     if model.config.packed:
         return model
     config = model.config.replace(scan_layers=False, packed=True, remat=False)
@@ -217,13 +221,15 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
     for i in range(config.num_layers):
         layer = tree[f"layers_{i}"]
 
-        def join(group_name: str, kernels: tuple[str, ...], layer: Tree = layer) -> dict[str, Array]:
-            return {"kernel": jnp.concatenate([layer[group_name][n]["kernel"].reshape(config.hidden_size, -1) for n in kernels], axis=-1)}
+        def rows(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
+            """The kernels, whose first `axes` axes are their input's, below each other as [out, in]."""
+            flat = [layer[group_name][name]["kernel"] for name in kernels]
+            return {"kernel": jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1) for leaf in flat], axis=-1).T}
 
         tree[f"layers_{i}"] = {
             "attn_norm": layer["attn_norm"],
             "mlp_norm": layer["mlp_norm"],
-            "attn": {"qkv": join("attn", ATTENTION[:3]), "o": layer["attn"]["o"]},
-            "mlp": {"gate_up": join("mlp", MLP[:2]), "down": layer["mlp"]["down"]},
+            "attn": {"qkv": rows("attn", *ATTENTION[:3]), "o": rows("attn", "o", axes=2)},
+            "mlp": {"gate_up": rows("mlp", *MLP[:2]), "down": rows("mlp", "down")},
         }
     return tree

@@ -6,7 +6,7 @@ prompt token could merge with the first of the target into a token that the mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,12 +51,16 @@ def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "")
         sections = [_section("Instruction", instruction)] + ([_section("Input", input)] if input else []) + [_section("Response", "")]
         header = _ALPACA_INPUT + with_input if input else _ALPACA + without
         return f"{header}\n\n" + f"\n{between}\n".join(sections)
+    return render_turns(tokenizer, [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}])
+
+
+def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
+    """What a model is given before it answers a conversation, by the tokenizer's chat template. ConfigError where it has none."""
     require(
         bool(getattr(tokenizer, "chat_template", None)),
         "data.prompt_style='chat' needs a tokenizer with a chat template and this one has none. Use data.prompt_style='alpaca' or an instruct model.",
     )
-    content = f"{instruction}\n\n{input}" if input else instruction
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True)
 
 
 def end_token(tokenizer: Any, prompt_style: str) -> int:

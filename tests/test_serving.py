@@ -1,0 +1,179 @@
+"""Several tasks on one base: padded adapters compute the same, swaps leave the base's bits and compile nothing, mixed batches equal one by one."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from conftest import assert_logits_close, assert_trees_equal, perturb, untied
+
+from zflora_jax import trees
+from zflora_jax.adapters import fuse as fusion
+from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.tasks import pad_adapters, rows_of, stack_tasks
+from zflora_jax.config import AdapterConfig
+from zflora_jax.decode import Sampler, generate_tokens
+from zflora_jax.fields import ConfigError
+from zflora_jax.llama import forward
+from zflora_jax.model import Model
+from zflora_jax.serving import serve
+
+MINIMAL = AdapterConfig("zflora-minimal", rank=6, alpha=9.0)
+PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100], [4, 4, 8, 1]]
+
+
+@pytest.fixture(scope="module")
+def base() -> Model:
+    return untied()
+
+
+def adapters_of(model: Model, adapter: AdapterConfig, seed: int) -> trees.Tree:
+    return perturb(init_adapters(jax.random.key(seed), model, adapter), seed=seed)
+
+
+# --- padding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("small", "wide"),
+    [
+        (MINIMAL, AdapterConfig("zflora-minimal", rank=10, alpha=10.0)),
+        (MINIMAL, AdapterConfig("zflora-minimal", rank=6, mlp_rank=9, alpha=9.0)),
+        (AdapterConfig("zflora-minimal", rank=4, targets="attention"), MINIMAL),
+        (MINIMAL, AdapterConfig("zflora-uniform", rank=8, head_rank=16, alpha=3.0)),
+        (AdapterConfig("zflora-uniform", rank=4, head_rank=16), AdapterConfig("zflora-uniform", rank=8, head_rank=48)),
+        (AdapterConfig("ffba", rank=4, head_rank=16), AdapterConfig("ffba", rank=8, head_rank=48)),
+        (AdapterConfig("lora", rank=4, alpha=6.0), AdapterConfig("lora", rank=9, alpha=27.0)),
+        (AdapterConfig("lora", rank=4, targets="q|v"), AdapterConfig("lora", rank=4)),
+    ],
+    ids=lambda a: f"{a.method}-{a.rank}-{a.targets.replace('|', '')}",
+)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_padded_adapters_compute_the_same(base, small, wide, stacked, tokens):
+    adapters = adapters_of(base, small, 3)
+    want = forward(base, tokens, small, adapters)
+    assert not np.allclose(want, forward(base, tokens), atol=1e-2)
+    given = adapters if stacked else trees.unstack_layers(adapters, base.config.num_layers)
+    padded = pad_adapters(base.config, small, given, wide)
+    assert ("layers" in padded) == stacked
+    padded = trees.stack_layers(padded, base.config.num_layers)
+    assert_logits_close(forward(base, tokens, wide, padded), want)
+    assert_logits_close(forward(fuse(base, wide, padded), tokens), want)
+
+
+@pytest.mark.parametrize(
+    ("given", "to", "message"),
+    [
+        (MINIMAL, AdapterConfig("zflora-minimal", rank=4), "wider than the latter"),
+        (MINIMAL, AdapterConfig("zflora-minimal", rank=6, targets="attention"), "the latter has no"),
+        (MINIMAL, AdapterConfig("lora", rank=8), "the latter has no backward of down"),
+        (AdapterConfig("ffa", rank=4), AdapterConfig("ffa", rank=8), "method 'ffa' cannot be padded"),
+        (MINIMAL, AdapterConfig("full"), "method 'full' cannot be padded"),
+    ],
+    ids=["narrower", "targets", "method", "ffa", "full"],
+)
+def test_what_cannot_be_padded_is_refused(base, given, to, message):
+    with pytest.raises(ConfigError, match=message):
+        pad_adapters(base.config, given, adapters_of(base, given, 3), to)
+
+
+def test_padding_checks_the_adapters(base):
+    with pytest.raises(ValueError, match="missing"):
+        pad_adapters(base.config, MINIMAL, {}, MINIMAL)
+
+
+# --- swaps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_thousand_swaps_compile_once_and_leave_the_base(base, packed):
+    """Of tasks of two ranks, the smaller one padded."""
+    small = AdapterConfig("zflora-minimal", rank=4)
+    tasks = [adapters_of(base, MINIMAL, 1), pad_adapters(base.config, small, adapters_of(base, small, 2), MINIMAL)]
+    want = [generate_tokens(fuse(base, MINIMAL, task), PROMPTS, max_new_tokens=8) for task in tasks]
+    assert want[0] != want[1]
+    fused = fuse(base, MINIMAL, tasks[0])
+    first = pack(fused) if packed else fused
+    kept = jax.tree.map(np.asarray, first.params)
+    live = swap(first, tasks[1])
+    assert generate_tokens(live, PROMPTS, max_new_tokens=8) == want[1]
+    compiled = fusion._swap._cache_size()
+    for turn in range(999):
+        live = swap(live, tasks[turn % 2])
+    assert fusion._swap._cache_size() == compiled
+    assert_trees_equal(live.params, kept)  # the last was task 0
+    assert generate_tokens(live, PROMPTS, max_new_tokens=8) == want[0]
+    if not packed:
+        assert_trees_equal(unfuse(live)[0].params, base.params)
+
+
+# --- mixed batches ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "adapter", [MINIMAL, AdapterConfig("zflora-uniform", rank=6, alpha=9.0), AdapterConfig("lora", rank=5)], ids=lambda a: a.method
+)
+def test_a_mixed_batch_equals_one_by_one(base, adapter, tokens):
+    tasks = [adapters_of(base, adapter, seed) for seed in (1, 2, 3)]
+    stacked, order = stack_tasks(tasks), [2, 0, 1]
+    valid = np.arange(tokens.shape[1])[None] >= np.asarray([0, 3, 5])[:, None]  # left padding
+    mixed = forward(base, tokens, adapter, row_adapters=rows_of(stacked, order), valid=valid)
+    for row, task in enumerate(order):
+        alone = forward(base, tokens[row : row + 1], adapter, tasks[task], valid[row : row + 1])
+        assert_logits_close(mixed[row : row + 1, valid[row].argmax() :], alone[:, valid[row].argmax() :])
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 16])
+@pytest.mark.parametrize("sampler", [None, Sampler(0.8)], ids=["greedy", "drawn"])
+def test_mixed_generation_equals_one_by_one(base, batch_size, sampler):
+    tasks = [adapters_of(base, MINIMAL, seed) for seed in (1, 2)]
+    order, settings = [1, 0, 0, 1], {"max_new_tokens": 9, "sampler": sampler, "seed": 5, "adapter": MINIMAL}
+    mixed = generate_tokens(base, PROMPTS, adapters=stack_tasks(tasks), tasks=order, batch_size=batch_size, **settings)
+    alone = [generate_tokens(base, PROMPTS, adapters=tasks[task], **settings)[row] for row, task in enumerate(order)]
+    other = [generate_tokens(base, PROMPTS, adapters=tasks[1 - task], **settings)[row] for row, task in enumerate(order)]
+    assert mixed == alone and all(a != b for a, b in zip(alone, other, strict=True))
+
+
+def test_wrong_tasks_are_refused(base):
+    adapters = adapters_of(base, MINIMAL, 1)
+    stacked = stack_tasks([adapters, adapters])
+    for settings, message in (
+        ({"tasks": [0]}, "4 prompts and 1 tasks"),
+        ({"tasks": [0, 1, 2, 0]}, "there are 2, from 0"),
+        ({"tasks": [0, 1, -1, 0]}, "there are 2, from 0"),
+        ({"tasks": [0, 1, 1, 0], "num_beams": 2}, "does not mix tasks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            generate_tokens(base, PROMPTS, max_new_tokens=2, adapter=MINIMAL, adapters=stacked, **settings)
+    with pytest.raises(ConfigError, match="give adapter and adapters too"):
+        generate_tokens(base, PROMPTS, max_new_tokens=2, tasks=[0] * 4)
+    with pytest.raises(ConfigError, match="bring them to one width"):
+        stack_tasks([adapters, adapters_of(base, MINIMAL.replace(rank=4), 1)])
+    with pytest.raises(ValueError, match="not the leaves of task 0"):
+        stack_tasks([adapters, adapters_of(base, AdapterConfig("lora", rank=6), 1)])
+
+
+# --- a server's loop ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 3, 64])
+def test_requests_are_grouped_by_task_and_answered_as_alone(base, window, monkeypatch):
+    tasks = {"math": adapters_of(base, MINIMAL, 1), "chat": adapters_of(base, MINIMAL, 2)}
+    names = ["math", "chat", "math", "math", "chat", "math"]
+    requests = [(name, PROMPTS[i % 4]) for i, name in enumerate(names)]
+    alone = {name: generate_tokens(fuse(base, MINIMAL, tree), [prompt for _, prompt in requests], max_new_tokens=7) for name, tree in tasks.items()}
+    swaps: list[int] = []
+    monkeypatch.setattr("zflora_jax.serving.swap", lambda model, tree: (swaps.append(1), swap(model, tree))[1])
+    answers = list(serve(fuse(base, MINIMAL, tasks["chat"]), tasks, iter(requests), max_new_tokens=7, window=window))
+    assert sorted(number for number, _ in answers) == list(range(6))
+    for number, answer in answers:
+        assert answer == alone[names[number]][number]
+    assert len(swaps) == {1: 5, 3: 3, 64: 2}[window]  # one after the other, the last two of a window together, all of a task together
+    assert answers[0][0] == 0  # the oldest first
+
+
+def test_a_request_of_no_task_is_refused(base):
+    tasks = {"math": adapters_of(base, MINIMAL, 1)}
+    with pytest.raises(ConfigError, match=r"request 1 is of task 'maths'.*math"):
+        list(serve(fuse(base, MINIMAL, tasks["math"]), tasks, [("math", [1]), ("maths", [1])], max_new_tokens=2))

@@ -1,0 +1,122 @@
+"""Streams and conversations say what batch generation says, a character at a time at the least."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import pytest
+from byte_tokenizer import byte_tokenizer
+from conftest import untied
+
+from zflora_jax import decode
+from zflora_jax.data.prompts import render_turns
+from zflora_jax.decode import Sampler, generate_tokens, stream_tokens
+from zflora_jax.fields import ConfigError
+from zflora_jax.text import converse, generate, stream
+
+PROMPT = "Once upon"
+
+
+@pytest.fixture(scope="module")
+def talker() -> Any:
+    model = untied(max_position_embeddings=128)
+    model.tokenizer = byte_tokenizer()
+    return model
+
+
+@pytest.mark.parametrize("sampler", [None, Sampler(0.9), Sampler(1.5, 20, 0.9)], ids=["greedy", "drawn", "cut"])
+@pytest.mark.parametrize("count", [1, 2, 13])
+def test_streamed_tokens_are_those_of_a_batch_of_one(talker, sampler, count):
+    for prompt in ([5, 6, 7], list(range(1, 40))):
+        want = generate_tokens(talker, [prompt], max_new_tokens=count, sampler=sampler, seed=3)[0]
+        assert list(stream_tokens(talker, prompt, max_new_tokens=count, sampler=sampler, seed=3)) == want
+        assert len(want) == count
+
+
+def test_a_stream_ends_with_its_stop_token(talker):
+    whole = generate_tokens(talker, [[5, 6, 7]], max_new_tokens=12)[0]
+    stop = whole[5]
+    want = whole[: whole.index(stop) + 1]
+    assert list(stream_tokens(talker, [5, 6, 7], max_new_tokens=12, stop=[stop])) == want
+
+
+def test_a_stream_compiles_one_step(talker):
+    list(stream_tokens(talker, [5, 6, 7], max_new_tokens=9))
+    compiled = decode.prefill._cache_size(), decode.advance._cache_size()
+    list(stream_tokens(talker, [8, 9, 10, 11], max_new_tokens=16))  # as much room, and as long a prompt once padded
+    assert (decode.prefill._cache_size(), decode.advance._cache_size()) == compiled
+
+
+def test_a_stream_checks_its_prompt(talker):
+    with pytest.raises(ConfigError, match="exceeds the model's context of 128"):
+        next(stream_tokens(talker, [1] * 120, max_new_tokens=9))
+    with pytest.raises(ConfigError, match="prompt 0 is empty"):
+        next(stream_tokens(talker, [], max_new_tokens=9))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_pieces_together_are_the_generated_text(talker, chat):
+    pieces = list(stream(talker, [{"role": "user", "content": PROMPT}] if chat else PROMPT, max_new_tokens=24, sampler=Sampler(1.0), seed=4))
+    want = generate(talker, [PROMPT], max_new_tokens=24, sampler=Sampler(1.0), seed=4, chat=chat)
+    assert ["".join(pieces)] == want and len(pieces) > 3 and all(pieces)
+
+
+def test_a_piece_never_ends_within_a_character(talker, monkeypatch):
+    text = "aé€😀b"
+    monkeypatch.setattr("zflora_jax.text.stream_tokens", lambda *_, **__: iter(text.encode()))
+    assert list(stream(talker, PROMPT)) == list(text)
+    monkeypatch.setattr("zflora_jax.text.stream_tokens", lambda *_, **__: iter("é".encode()[:1]))
+    assert list(stream(talker, PROMPT)) == ["�"]  # cut there by max_new_tokens
+
+
+def talk(model: Any, lines: list[str], **settings: Any) -> str:
+    said: list[str] = []
+    converse(model, lines, said.append, **settings)
+    return "".join(said)
+
+
+def test_a_conversation_gives_the_turns_before(talker):
+    said = talk(talker, ["hi", "", "and?"], system="be brief", max_new_tokens=10)
+    turns = [{"role": "system", "content": "be brief"}]
+    for line in ("hi", "and?"):
+        turns.append({"role": "user", "content": line})
+        answer = generate(talker, [render_turns(talker.tokenizer, turns)], max_new_tokens=10)[0]
+        turns.append({"role": "assistant", "content": answer})
+    assert said == "".join(f"{turn['content']}\n" for turn in turns if turn["role"] == "assistant")
+
+
+def test_reset_and_quit(talker):
+    first = talk(talker, ["hi"], max_new_tokens=6)
+    assert talk(talker, ["one", "/reset", "hi", "/quit", "never"], max_new_tokens=6).endswith(f"(the conversation starts anew)\n{first}")
+
+
+def test_turns_that_no_longer_fit_are_left_out_and_said(talker):
+    long = "word " * 8
+    said = talk(talker, [long, long, long], max_new_tokens=30)
+    assert "the context of 128 tokens is full" in said
+    assert said.endswith(talk(talker, [long], max_new_tokens=30))  # only the last turn was left
+
+
+def test_a_stopped_answer_ends_and_the_conversation_goes_on(talker, monkeypatch):
+    heard: list[Any] = []
+
+    def interrupted(model: Any, turns: Any, **_: Any) -> Any:
+        heard.append([dict(turn) for turn in turns])
+        yield "half"
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("zflora_jax.text.stream", interrupted)
+    assert talk(talker, ["a", "b"], max_new_tokens=8) == "half (stopped)\nhalf\n"
+    assert [turn["content"] for turn in heard[1]] == ["a", "half", "b"]
+
+
+def test_what_cannot_be_said_is_refused(talker):
+    without = untied()
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        next(stream(without, PROMPT))
+    without.tokenizer = byte_tokenizer(chat_template=None)
+    with pytest.raises(ConfigError, match="chat template"):
+        talk(without, ["hi"])
+    assert jax.device_count()  # nothing above has left the process in a state that cannot go on

@@ -1,0 +1,332 @@
+"""What the commands do. Only wiring: each calls one function of the package and prints what it returns."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zflora_jax import config as config_module
+from zflora_jax.config import RunConfig
+from zflora_jax.fields import ConfigError, nearest, override, require, to_dict
+
+if TYPE_CHECKING:
+    from zflora_jax.model import Model
+
+
+def load_config(path: str, function: str) -> Any:
+    """Call `function` of the Python file at `path`. ConfigError if the file or the function is missing."""
+    file = Path(path)
+    if not file.is_file():
+        found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise ConfigError(f"config file {path} does not exist. {f'{nearest(path, found)}.' if found else 'Give the path of a Python file.'}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {path} is not a Python file; give a .py file with a function {function}().")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise ConfigError(f"{path} has no function {function}().")
+        return getattr(module, function)()
+    except ConfigError:
+        raise
+    except Exception as error:  # the file is the user's: say where in it, as for any other input
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == file.resolve()]
+        where = f", line {lines[-1]}" if lines else ""
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if unknown and dataclasses.is_dataclass(kind := getattr(config_module, unknown[1], None)):
+            known = nearest(unknown[2], [f.name for f in dataclasses.fields(kind)])
+            raise ConfigError(f"config file {path}{where}: unknown key {unknown[2]!r} of {unknown[1]}: {known}.") from error
+        raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {error}.") from error
+
+
+def _changes(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ConfigError(f"--set {pair!r}: expected KEY=VALUE, e.g. train.steps=50.")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _run_config(args: argparse.Namespace) -> RunConfig:
+    run = load_config(args.config, "get_config")
+    if not isinstance(run, RunConfig):
+        raise ConfigError(f"get_config() of {args.config} returns {type(run).__name__}; it must return a zflora_jax.RunConfig.")
+    return override(run, _changes(args.set))
+
+
+def print_table(values: dict[str, Any], title: str) -> None:
+    """Print the scalars of `values` as two columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in values.items():
+        if isinstance(value, str | int | float) or value is None:
+            shown = (
+                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else str(value)
+            )
+            table.add_row(key, shown)
+    Console().print(table)
+
+
+def train(args: argparse.Namespace) -> None:
+    from zflora_jax import hosts
+    from zflora_jax.checkpoint import read_config
+    from zflora_jax.run import train
+
+    hosts.start(args.coordinator, args.num_processes, args.process_id, detect=args.distributed)
+    if args.config:
+        run = _run_config(args)
+    elif args.resume:
+        run = override(read_config(args.workdir), _changes(args.set))
+    else:
+        raise ConfigError("train needs --config FILE, or --resume to go on with the run in --workdir.")
+    report = train(run, args.workdir, resume=args.resume, console=hosts.is_main()).report
+    if hosts.is_main():
+        print_table(report, f"trained in {args.workdir}")
+
+
+def eval(args: argparse.Namespace) -> None:
+    from zflora_jax.cache import compile_cache
+    from zflora_jax.checkpoint import read_config
+    from zflora_jax.data.mixture import TrainedOn, parse_mixture, source_splits
+    from zflora_jax.data.tasks import GROUPS
+    from zflora_jax.hf.load import load_model
+    from zflora_jax.run import load_fused
+    from zflora_jax.scorecard import check_tasks, evaluate_tasks, summary_page
+
+    given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
+    changes: dict[str, Any] = _changes(args.set) | {key: value for key, value in given.items() if value is not None}
+    trained = [key for key in changes if not key.startswith(("eval.", "data."))]
+    if args.workdir and trained:
+        raise ConfigError(f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated; eval.* and data.* can.")
+    base = read_config(args.workdir) if args.workdir else RunConfig(model=args.model)
+    run = override(base, changes)
+    named = args.tasks.split(",") if args.tasks else parse_mixture(run.data.task)[0]
+    tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
+    check_tasks(run, tasks)
+    trained_on = [TrainedOn(override(run, {"data.task": args.trained_on}).data, here=False)] if args.trained_on else []
+    for elsewhere in trained_on:
+        source_splits(elsewhere.data)  # what is not there is said before anything slow
+    if args.workdir:  # in its own data_dir, unless that has been moved
+        moved = run.data.data_dir and base.data.data_dir and not Path(base.data.data_dir).expanduser().exists()
+        own = TrainedOn(dataclasses.replace(base.data, data_dir=run.data.data_dir) if moved else base.data)
+        try:
+            source_splits(own.data)
+            trained_on.append(own)
+        except ConfigError as error:
+            print(f"the run's training data is not there, so no test question is compared with it: {error}", file=sys.stderr)
+    out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
+    with compile_cache(Path(args.workdir or out) / "compile_cache"):
+        model, label = (
+            load_fused(args.workdir, args.checkpoint) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
+        )
+        summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
+    for result in summary["tasks"]:
+        print_table(result, f"{result['task']} ({result['split']})")
+    print(summary_page(summary))
+    print(f"written to {out}: summary-{run.eval.split}-{label}.md, and for each task one line per example in <task>-{run.eval.split}-{label}.jsonl")
+
+
+def generate(args: argparse.Namespace) -> None:
+    from zflora_jax.decode import Sampler
+    from zflora_jax.text import converse, stream
+    from zflora_jax.text import generate as generate_texts
+
+    require(not (args.plain and args.system), "--system is a turn of a conversation; leave --plain out, or put the text into the prompt.")
+    require(not (args.workdir and (args.adapter or args.dtype)), "--adapter and --dtype go with --model; a run has its own.")
+    require(not (args.checkpoint and not args.workdir), "--checkpoint is of a run: give its --workdir.")
+    require(not (args.plain and args.prompt is None and args.file is None), "--plain continues a text: give it by --prompt or --file.")
+    sampler, lines = Sampler(args.temperature, args.top_k, args.top_p), _lines(args.file)
+    model = _model_of(args)
+    settings = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": args.seed}
+    if lines is not None:
+        require(args.system is None, "--system goes with --prompt or a conversation, not with --file.")
+        texts = generate_texts(model, lines, chat=not args.plain, batch_size=args.batch_size, **settings)
+        for prompt, text in zip(lines, texts, strict=True):
+            print(json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False))
+        return
+
+    def say(text: str) -> None:
+        print(text, end="", flush=True)
+
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    if args.prompt is not None:
+        for piece in stream(model, args.prompt if args.plain else [*opening, {"role": "user", "content": args.prompt}], **settings):
+            say(piece)
+        say("\n")
+        return
+    if sys.stdin.isatty():
+        print("A line is a turn. /reset forgets the conversation, /quit or the end of input ends it, Ctrl-C stops an answer.", file=sys.stderr)
+    converse(model, _typed(), say, system=args.system, **settings)
+
+
+def _model_of(args: argparse.Namespace) -> Model:
+    """What --workdir or --model, with --adapter, name."""
+    from zflora_jax.adapters.fuse import fuse
+    from zflora_jax.hf.load import load_model
+    from zflora_jax.hf.peft import load_peft
+    from zflora_jax.run import load_fused
+
+    if args.workdir:
+        return load_fused(args.workdir, args.checkpoint)[0]
+    model = load_model(args.model, dtype=args.dtype or "float32")
+    if args.adapter:
+        require(model.adapter is None, f"--model {args.model} has an adapter fused in already; give --adapter with its base.")
+        return fuse(model, *load_peft(args.adapter, model))
+    return model
+
+
+def _lines(file: str | None) -> list[str] | None:
+    if file is None:
+        return None
+    if file != "-" and not Path(file).is_file():
+        raise ConfigError(f"--file {file} does not exist; give a text file with a prompt on every line, or - for stdin.")
+    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    require(bool(lines), f"--file {file} holds no prompt; put one on every line.")
+    return lines
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the terminal (with its editing keys) or a pipe. Ctrl-C at an empty prompt is forgotten."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 (input() then edits lines and remembers them)
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except EOFError:
+            return
+
+
+def info(args: argparse.Namespace) -> None:
+    from zflora_jax.info import describe
+
+    facts = describe(args.path)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_table(facts, str(args.path))
+
+
+def plot(args: argparse.Namespace) -> None:
+    from zflora_jax.metrics import METRICS_FILE
+    from zflora_jax.plots import training_curves
+
+    folders = [os.path.abspath(run) for run in args.runs]
+    shared = os.path.commonpath([os.path.dirname(folder) for folder in folders])  # what all have in common says nothing in a legend
+    runs = {os.path.relpath(folder, shared): Path(folder) / METRICS_FILE for folder in folders}
+    for path in runs.values():
+        require(path.is_file(), f"{path.parent} has no {METRICS_FILE}: give the workdir of a training run.")
+    require(args.out is not None or len(runs) == 1, f"--out PATH says where a figure of {len(runs)} runs goes.")
+    out = args.out or str(Path(args.runs[0]) / "curves")
+    paths = [f"{out}.png", f"{out}.svg"]
+    of = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs of {os.path.basename(shared)}"
+    training_curves(runs, paths, args.title or of)
+    print(f"written: {', '.join(paths)}")
+
+
+def export(args: argparse.Namespace) -> None:
+    from zflora_jax.run import export_run
+
+    print_table(export_run(args.workdir, args.out, format=args.format, dtype=args.dtype, checkpoint=args.checkpoint), f"exported to {args.out}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    run = _run_config(args)
+    if args.compile:  # before anything touches a device
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", run.mesh.data * run.mesh.fsdp * run.mesh.tensor)
+    from zflora_jax.hf.load import model_config
+    from zflora_jax.planner import compiled, lines_of, plan_run
+    from zflora_jax.report import environment, write_json
+
+    config = model_config(run.model)
+    plan = plan_run(run, config, args.memory)
+    if args.compile:
+        plan["compiled"] = compiled(run, config)
+    print_table(plan, f"{args.config}: {run.model}, {run.adapter.method}")
+    print("\n".join(["bytes per device", *lines_of(plan)]))
+    if args.out:
+        write_json(args.out, plan | {"config": to_dict(run), "environment": environment()})
+
+
+def sweep(args: argparse.Namespace) -> None:
+    from zflora_jax.cache import compile_cache
+    from zflora_jax.compare import Comparison, compare_methods, overview
+    from zflora_jax.grid import Grid, run_grid
+
+    plans = load_config(args.config, "get_sweep")
+    plans = list(plans) if isinstance(plans, list | tuple) else [plans]
+    for plan in plans:
+        if not isinstance(plan, Comparison | Grid):
+            raise ConfigError(
+                f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a zflora_jax.Grid or Comparison, or a list."
+            )
+    names = [plan.name for plan in plans]
+    if args.only is not None and args.only not in names:
+        raise ConfigError(f"--only {args.only}: no sweep of {args.config} has that name. {nearest(args.only, names)}.")
+
+    def changed(plan: Comparison) -> Comparison:
+        rates_from = changed(plan.rates_from) if plan.rates_from else None
+        return dataclasses.replace(plan, base=override(plan.base, _changes(args.set)), rates_from=rates_from)
+
+    with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
+        for plan in (plan for plan in plans if args.only in (None, plan.name)):
+            workdir = Path(args.workdir) / plan.name if len(plans) > 1 else Path(args.workdir)
+            if isinstance(plan, Grid):
+                rows = run_grid(override(plan.base, _changes(args.set)), plan.settings, workdir, page=Path(args.out) / f"{plan.name}.md")
+                for row in rows:
+                    print_table(row, f"{plan.name}: {row['run']}")
+                continue
+            for row in compare_methods(changed(plan), workdir, args.out)["rows"]:
+                print_table(row, f"{plan.name}: {row['method']}")
+    compared = [plan for plan in plans if isinstance(plan, Comparison)]
+    if len(compared) > 1 and (page := overview(compared, args.out)):
+        print(f"all of them in {page}")
+
+
+def bench(args: argparse.Namespace) -> None:
+    from zflora_jax.bench import latency, training
+    from zflora_jax.hf.load import load_model
+    from zflora_jax.report import environment
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the same GPU
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # times to compile are reported
+    title = f"{args.model}, {args.dtype}"
+    if args.kind == "train":
+        cases = [training.Case(args.model, args.dtype, args.rank, args.batch, args.length, masked) for masked in args.masked]
+        result = training.measure(cases, **given("methods", "repeats", "with_peft"))
+        training.write(result | {"environment": environment()}, args.out, f"A training step: {title}")
+        return
+    shape = args.model in config_module.PRESETS and not args.real
+    source = config_module.preset(args.model) if shape else load_model(args.model, dtype=args.dtype)
+    settings = given("dtype", "methods", "ranks", "batches", "prompts", "new_tokens", "repeats", "peers")
+    result = latency.measure(source, **settings)
+    result |= {"settings": {"model": args.model, "weights": "random" if shape else "real"} | settings, "environment": environment()}
+    latency.write(result, args.out, f"Decode latency: {title}")
+
+
+def quickstart(args: argparse.Namespace) -> None:
+    from zflora_jax.cache import compile_cache
+    from zflora_jax.quickstart import quickstart
+
+    run = _run_config(args)
+    with compile_cache(Path(args.workdir) / "compile_cache"):
+        print_table(quickstart(run, args.workdir), f"quickstart, written to {args.workdir}/report.json")

@@ -1,0 +1,226 @@
+"""Sweeps over any settings: one run per combination, one row per run, failures among them; resumable, side by side where there are devices.
+
+`compare` compares methods at rates chosen on validation, with tables for publication; this is the plain form, for notebooks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import queue
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from zflora_jax.cache import compile_cache
+from zflora_jax.config import RunConfig
+from zflora_jax.fields import ConfigError, from_dict, override, require, to_dict
+from zflora_jax.hf.load import load_model
+from zflora_jax.hosts import Stopped
+from zflora_jax.model import Model
+from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+from zflora_jax.run import Trained, as_base, train
+from zflora_jax.trainer import NonFiniteError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+Settings = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
+Extra = Callable[[RunConfig, Trained], Mapping[str, Any]]
+RECORD = "row.json"
+FINISHED = "finished"
+_KEPT = ("params_trainable", "validation_loss", "test_loss", "steps", "seconds", "first_step_seconds", "data_wait_share")
+_ORIGIN = ("commit", "dirty", "device", "jax", "date")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What `zflora sweep --config` runs where get_sweep() returns one. name: of its page. settings: as `combinations` takes them."""
+
+    name: str
+    base: RunConfig
+    settings: Settings
+
+
+def sweep(
+    base: RunConfig, grid: Settings, workdir: str | Path, *, extra: Extra | None = None, parallel: int | None = None, console: bool = False
+) -> DataFrame:
+    """`run_grid` as a pandas DataFrame, a row per run. ConfigError where pandas is not installed."""
+    try:
+        import pandas
+    except ImportError:
+        raise ConfigError("sweep returns a pandas DataFrame: pip install pandas, or call zflora_jax.grid.run_grid for plain rows.") from None
+    return pandas.DataFrame(run_grid(base, grid, workdir, extra=extra, parallel=parallel, console=console))
+
+
+def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, Any]]]:
+    """(name, changes) of every run: the product of a table of lists, or a list of tables as it is. Settings are dotted: "adapter.rank".
+
+    ConfigError for a setting that does not exist, an empty list, and combinations given twice.
+    """
+    if isinstance(grid, Mapping):
+        empty = [key for key, values in grid.items() if isinstance(values, str) or not hasattr(values, "__len__") or len(values) == 0]
+        require(not empty, f"grid[{(empty or [''])[0]!r}]: give a list of at least one value.")
+        every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    else:
+        every = [dict(changes) for changes in grid]
+    require(bool(every), "the grid is empty: give at least one combination of settings.")
+    known = _flat(to_dict(base))
+    wrong = sorted({key for changes in every for key in changes if key not in known})
+    inner = [key for key in known if wrong and key.startswith(f"{wrong[0]}.")]
+    require(not inner, f"{(wrong or [''])[0]!r} is a group of settings, not one; give e.g. {(inner or [''])[0]!r}.")
+    if wrong:
+        override(base, {wrong[0]: "0"})  # says what is near
+    named = [(_name(changes), changes) for changes in every]
+    twice = sorted({name for name, _ in named if sum(name == other for other, _ in named) > 1})
+    require(not twice, f"the grid has {twice[:1]} twice; each combination runs once.")
+    return named
+
+
+def run_grid(
+    base: RunConfig,
+    grid: Settings,
+    workdir: str | Path,
+    *,
+    extra: Extra | None = None,
+    parallel: int | None = None,
+    page: Path | None = None,
+    console: bool = True,
+) -> list[Row]:
+    """Train every combination of `grid` (see `combinations`) in <workdir>/<its name>; a row each, in their order.
+
+    A row: run (its name), the settings that the grid changes, status ("finished", or "failed: why"), params_trainable, the held-out loss
+    (validation_loss or test_loss, as eval.split says), steps, seconds, what `extra` adds, and where it ran (commit, device, ...). Failed
+    are settings that cannot be used, a loss that is not a number, and memory that does not suffice.
+
+    Finished runs are not run again, nor those whose loss was no number; what was stopped goes on. A run under <workdir> that had other settings is
+    refused. parallel: how many at one time, each on its own devices (as many as its mesh has); None: as many as fit on the devices there are.
+    <workdir>/rows.json and rows.md are written after every run, and with `page` its Markdown and JSON; compiled programs are shared through
+    <workdir>/compile_cache.
+    """
+    workdir, runs = Path(workdir), combinations(base, grid)
+    size = base.mesh.data * base.mesh.fsdp * base.mesh.tensor
+    if any(key.startswith("mesh.") for _, changes in runs for key in changes):
+        size = jax.device_count()  # meshes that differ take turns
+    slots = [jax.devices()[i : i + size] for i in range(0, jax.device_count() - size + 1, size)] or [jax.devices()]
+    require(parallel is None or 1 <= parallel <= len(slots), f"parallel={parallel}: must be within 1..{len(slots)}, for runs of {size} devices.")
+    free: queue.SimpleQueue[list[jax.Device]] = queue.SimpleQueue()
+    for devices in slots[: parallel or len(slots)]:
+        free.put(devices)
+    alone, env, bases = free.qsize() == 1, environment(), _Bases()
+    rows: dict[str, Row] = {}
+
+    def one(entry: tuple[str, dict[str, Any]]) -> Row:
+        name, changes = entry
+        devices = free.get()
+        try:
+            row = {"run": name} | changes | _run(base, changes, workdir / name, bases, devices, extra, console and alone)
+        finally:
+            free.put(devices)
+        log.info("%s: %s", name, row["status"])
+        return row
+
+    with compile_cache(workdir / "compile_cache"):
+        for row in _each(one, runs, alone, free.qsize()):
+            rows[row["run"]] = row
+            done = [rows[name] for name, _ in runs if name in rows]
+            for path in (workdir / "rows.md", *([page] if page else [])):
+                write_json(path.with_suffix(".json"), {"rows": done, "base": to_dict(base), "environment": env})
+                atomic_write(path, _page(done, len(runs), env).encode())
+    return [rows[name] for name, _ in runs]
+
+
+def _each(one: Callable[[Any], Row], runs: Sequence[Any], alone: bool, workers: int) -> Iterator[Row]:
+    """`one` of each, in this thread (where signals are heard) unless there are several slots."""
+    if alone:
+        yield from map(one, runs)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(one, runs)
+        except BaseException:  # a signal: what runs ends, the rest is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run(base: RunConfig, changes: dict[str, Any], workdir: Path, bases: _Bases, devices: Sequence[Any], extra: Extra | None, console: bool) -> Row:
+    try:
+        run = override(base, changes)
+        if (saved := _saved(workdir / RECORD, run)) is not None:
+            return saved
+        trained = train(run, workdir, model=bases.of(run, devices[0]), devices=devices, console=console)
+        row: Row = {"status": FINISHED} | {key: trained.report[key] for key in _KEPT if key in trained.report}
+        row |= dict(extra(run, trained)) if extra else {}
+        row |= {key: trained.report["environment"][key] for key in _ORIGIN}
+    except Stopped:
+        raise
+    except (ConfigError, NonFiniteError, RuntimeError, MemoryError) as error:  # XLA's errors, of memory too, are RuntimeErrors
+        row = {"status": f"failed: {error}" if str(error) else f"failed: {type(error).__name__}"}
+        if isinstance(error, NonFiniteError):
+            write_json(workdir / RECORD, {"config": to_dict(run), "row": row})
+        return row
+    write_json(workdir / RECORD, {"config": to_dict(run), "row": row})
+    return row
+
+
+class _Bases:
+    """Base models by name, dtype and device: loaded once for all runs that share one."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[str, str, Any], Model] = {}
+
+    def of(self, run: RunConfig, device: Any) -> Model:
+        key = run.model, run.train.dtype, device
+        if key not in self._loaded:
+            with jax.default_device(device):
+                self._loaded[key] = load_model(run.model, dtype=run.train.dtype)
+        return as_base(run, self._loaded[key])
+
+
+def _saved(path: Path, run: RunConfig) -> Row | None:
+    """The row of a run with these very settings, if it is there."""
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return saved["row"] if from_dict(RunConfig, saved["config"]) == run else None
+    except ConfigError:  # a setting that is gone
+        return None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _name(changes: Mapping[str, Any]) -> str:
+    """A directory's name that says what was changed; of what is too long, its beginning and a hash."""
+    text = ",".join(f"{key}={value}" for key, value in changes.items()) or "base"
+    safe = re.sub(r"[^\w.,=+-]", "_", text)
+    return safe if safe == text and len(safe) <= 120 else f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _page(rows: Sequence[Row], total: int, env: Row) -> str:
+    shown = [{key: value for key, value in row.items() if key not in ("run", *_ORIGIN, "data_wait_share")} for row in rows]
+    columns = list(dict.fromkeys(key for row in shown for key in row))
+    at = {f"{row['commit']}{' with local changes' if row['dirty'] else ''}, {row['device']}" for row in rows if "commit" in row}
+    lines = [
+        markdown_table(shown, columns),
+        "",
+        f"{len(rows)} of {total} runs; run at {'; '.join(sorted(at)) or 'nothing yet'}.",
+        "",
+        origin_line(env),
+    ]
+    return "\n".join([*lines, ""])
