@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from zflora_jax import metrics
+from zflora_jax.fields import ConfigError
 from zflora_jax.metrics import MetricWriter, read_metrics
+from zflora_jax.trackers import require_installed
 
 
 def _lines(workdir):
@@ -122,3 +124,62 @@ def test_console_false_prints_nothing(tmp_path, capsys):
 def test_import_is_light():
     code = "import sys, zflora_jax.metrics, zflora_jax.plots, zflora_jax.report; print({'rich', 'matplotlib', 'tensorboardX'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+# --- other trackers -----------------------------------------------------------------------------------------------
+
+
+class _Fake:
+    """wandb's interface, as far as it is used; trackio's `log` takes the step itself."""
+
+    def __init__(self, error: Exception | None = None):
+        self.inits, self.logs, self.axes, self.finished, self.error = [], [], [], 0, error
+
+    def init(self, **settings):
+        if self.error:
+            raise self.error
+        self.inits.append(settings)
+        return self
+
+    def log(self, values, step=None):
+        self.logs.append((values, step))
+
+    def define_metric(self, name, step_metric):
+        self.axes.append((name, step_metric))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_trackers_see_the_same_numbers_and_go_on_where_they_were(tmp_path, monkeypatch, package):
+    fake = _Fake()
+    monkeypatch.setitem(sys.modules, package, fake)
+    monkeypatch.delenv(f"{package.upper()}_PROJECT", raising=False)
+    workdir = tmp_path / "run"
+    for start in (0, 2, 0):
+        with MetricWriter(workdir, 9, False, start, ("tensorboard", package), {"adapter": {"rank": 4}}) as writer:
+            writer.write(start + 1, "train", {"loss": 0.5})
+    first, resumed, again = fake.inits
+    assert first == resumed and first["config"] == {"adapter": {"rank": 4}} and first["resume"] == "allow" and first["project"] == "zflora_jax"
+    assert first["name"].startswith("run-") and again["name"] != first["name"]  # a run from the start is another run
+    assert fake.finished == 3
+    if package == "wandb":
+        assert fake.logs[1] == ({"train/loss": 0.5, "step": 3}, None) and fake.axes[0] == ("*", "step")
+        assert first["id"] in first["name"] and first["dir"] == str(workdir)
+    else:
+        assert fake.logs[1] == ({"train/loss": 0.5}, 3)
+    assert {v.tag for e in _events(workdir) for v in e.summary.value} == {"train/loss"}
+
+
+def test_a_tracker_that_does_not_start_says_why(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", _Fake(RuntimeError("no API key")))
+    with pytest.raises(ConfigError, match="wandb did not start: no API key"):
+        MetricWriter(tmp_path, 9, console=False, report_to=("wandb",))
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_slow(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"names 'trackio', which is not installed: pip install trackio"):
+        require_installed(("tensorboard", "trackio"))
+    require_installed(("tensorboard",))

@@ -104,6 +104,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     assert process.returncode == 0, output.decode()[-2000:]
     resumed_from = json.loads((tmp_path / "killed" / "report.json").read_text())["resumed_from"]
     assert 2 <= resumed_from < 30
+    starts = [json.loads(line) for line in (tmp_path / "killed" / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 3 and starts[0]["step"] == 0 and starts[2]["step"] == resumed_from and starts[2]["jax"] == jax.__version__
     model = runs.load_base(run)
     assert_trees_equal(state_of(tmp_path / "killed", run, model), state_of(tmp_path / "whole", run, model))
     losses = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / w / "metrics.jsonl") if r["split"] == "train"] for w in ("whole", "killed")]

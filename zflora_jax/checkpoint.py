@@ -29,7 +29,7 @@ from zflora_jax.trees import fingerprint, flatten
 log = logging.getLogger(__name__)
 
 # Settings that change what is logged, kept or evaluated but no number of the training itself: a resumed run may change them.
-FREE = ("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every", "train/keep", "train/keep_best")
+FREE = ("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every", "train/keep", "train/keep_best", "train/report_to")
 
 
 def read_config(workdir: str | Path) -> RunConfig:

@@ -281,6 +281,7 @@ class TrainConfig:
     save_every: int | None = 50  # None: at the end only
     keep: int = 2  # the newest checkpoints
     keep_best: bool = False  # and the one with the lowest validation loss
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)  # besides metrics.jsonl
 
     def __post_init__(self) -> None:
         check_types(self)

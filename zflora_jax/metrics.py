@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events and a progress bar.
+"""Metrics of a run: metrics.jsonl, what shows them (see `trackers`) and a progress bar.
 
 One line of metrics.jsonl is one record, {"step": 10, "split": "train", "loss": 1.25, ...}. A step is counted when it is complete: the record of step
 10 describes what ten updates have led to, and a run restored from the checkpoint of step 10 writes step 11 next.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from zflora_jax.report import atomic_write, plain
+from zflora_jax.trackers import make_trackers
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIR = "tensorboard"
 
 
 class MetricWriter:
@@ -28,23 +28,25 @@ class MetricWriter:
       console: whether to show progress; a bar on a terminal, a line every few seconds elsewhere.
       start_step: the step restored from a checkpoint. What a killed run wrote about later steps is dropped, since it is about to be computed
         again; 0 starts the files anew.
+      report_to: "tensorboard", "wandb", "trackio". config: the settings that the latter two show beside the numbers.
     """
 
-    def __init__(self, workdir: str | Path, total_steps: int, console: bool = True, start_step: int = 0) -> None:
-        from tensorboardX import SummaryWriter
-
+    def __init__(
+        self,
+        workdir: str | Path,
+        total_steps: int,
+        console: bool = True,
+        start_step: int = 0,
+        report_to: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_FILE
         kept = [r for r in (_parse(path) if path.exists() else []) if start_step > 0 and r["step"] <= start_step]
         atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self._trackers = make_trackers(report_to, workdir, start_step, config or {})  # before the file is open: they may refuse
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._events = SummaryWriter(
-            str(workdir / TENSORBOARD_DIR),
-            purge_step=start_step + 1 if start_step else 0,  # TensorBoard hides earlier events from this step on
-            filename_suffix=f".{start_step}",  # file names count whole seconds: a quick restart would overwrite its predecessor's
-            flush_secs=10,
-        )
         self._progress = _make_progress(total_steps, start_step) if console else None
         self._closed = False
 
@@ -56,8 +58,8 @@ class MetricWriter:
         numbers = {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
         self._file.flush()
-        for name, value in numbers.items():
-            self._events.add_scalar(f"{split}/{name}", value, int(step))
+        for tracker in self._trackers:
+            tracker.write(int(step), {f"{split}/{name}": value for name, value in numbers.items()})
 
     def progress(self, step: int, loss: float | None = None, tokens_per_s: float | None = None) -> None:
         """Show that `step` steps are complete."""
@@ -72,7 +74,8 @@ class MetricWriter:
         if self._progress is not None:
             self._progress.close()
         self._file.close()
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> MetricWriter:
         return self

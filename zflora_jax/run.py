@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 import zlib
@@ -32,8 +33,9 @@ from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
-from zflora_jax.report import environment, write_json
+from zflora_jax.report import atomic_write, environment, plain, write_json
 from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
+from zflora_jax.trackers import require_installed
 from zflora_jax.trainer import Batch, TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
 
@@ -127,7 +129,8 @@ def train(
     workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already (`load_base`). devices: what the mesh is
     made of, None for all. resume: refuse a workdir without a run.
     Every process of a run of several calls this (after `hosts.start`), with a workdir that they share. Writes config.json, checkpoints/,
-    metrics.jsonl, tensorboard/, report.json and, unless one is in use already, compile_cache/ (see `cache.compile_cache`).
+    metrics.jsonl, starts.jsonl (the environment of every start), report.json, what train.report_to names and, unless one is in use already,
+    compile_cache/ (see `cache.compile_cache`).
 
     Raises:
       ConfigError: settings that cannot be used, a `workdir` of another config, or one that another process is training.
@@ -137,6 +140,7 @@ def train(
     """
     started, env = time.perf_counter(), environment()  # the commit that runs, not the one checked out when it ends
     workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else Path(workdir)
+    require_installed(run.train.report_to)
     check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh, devices)
@@ -179,7 +183,9 @@ def train(
                 "%s %s", workdir, f"is finished ({steps} steps): nothing to train" if finished else f"resumes from step {int(state.step)} of {steps}"
             )
         first = int(state.step)
-        writer = hosts.on_main(lambda: stack.enter_context(MetricWriter(workdir, steps, console=console, start_step=first)))
+        shown, report_to = to_dict(run) | {"environment": env}, run.train.report_to if first < steps else ()
+        writer = hosts.on_main(lambda: stack.enter_context(MetricWriter(workdir, steps, console, first, report_to, shown)))
+        hosts.on_main(lambda: _record_start(workdir, first, env))
         clock = time.perf_counter()
 
         def on_metrics(step: int, metrics: dict[str, float]) -> None:
@@ -277,6 +283,13 @@ def _sharded_state(run: RunConfig, model: Model, where: Any) -> TrainState:
     """The state before the first step, each device making its own part."""
     fresh = jax.jit(lambda params: _fresh_state(run, dataclasses.replace(model, params=params)), out_shardings=where)
     return fresh(model.params)
+
+
+def _record_start(workdir: Path, step: int, env: dict[str, Any]) -> None:
+    """Append a line to <workdir>/starts.jsonl: a run that is resumed may go on with other code, software or devices."""
+    path = workdir / "starts.jsonl"
+    earlier = path.read_bytes() if path.is_file() else b""
+    atomic_write(path, earlier + json.dumps({"step": step} | plain(env)).encode() + b"\n")
 
 
 def _micro_batch(run: RunConfig) -> int:
