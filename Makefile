@@ -10,12 +10,13 @@ CREATED := $(VENV)/.stamp-venv
 CORE := $(VENV)/.stamp-core
 TEST := $(VENV)/.stamp-test
 
-.PHONY: help quickstart test soak lint ruff types clean
+.PHONY: help quickstart test soak docs lint ruff types clean
 
 help:
 	@echo "make quickstart   install, then train, fuse, check, decode and export SmolLM2-135M into runs/quickstart"
 	@echo "make test         install with the test tools, then run the tests"
 	@echo "make soak         install with the test tools, then kill, stop and damage training runs for about 40 minutes"
+	@echo "make docs         install with the test tools, then build the documentation into build/site"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        delete .venv and caches (runs/ and results/ stay)"
 
@@ -27,6 +28,9 @@ test: $(TEST)
 
 soak: $(TEST)
 	$(PY) tests/soak.py
+
+docs: $(TEST)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: ruff types
 

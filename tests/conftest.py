@@ -42,6 +42,13 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped():
+    """After a file of tests: every program in memory takes maps of the process, of which Linux gives it 65,530; then XLA cannot load another one."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def own_programs():
     """As a process starts: without the directory that the tests share."""

@@ -45,6 +45,7 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, monkeyp
     assert whole["rows"] == frame.to_dict("records")
     page = (tmp_path / "s" / "rows.md").read_text()
     assert "| adapter.method | adapter.rank |" in page and "4 of 4 runs" in page
+    assert (tmp_path / "s" / "curves.png").is_file() and (tmp_path / "s" / "curves.svg").is_file()
     monkeypatch.setattr(grid, "train", lambda run, *_, **__: seen.append(run) or pytest.fail("trained again"))
     again = run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
     assert numbers(again) == numbers(frame.to_dict("records")) and not seen

@@ -44,8 +44,12 @@ def test_training_curves_draw_each_step_once_after_a_resume(tmp_path, figures):
     records += [{"step": s, "split": "train", "loss": 1 / s, "target_tokens_per_s": 10.0 * s} for s in range(3, 7)]  # steps 3 and 4 again
     records += [{"step": 6, "split": "eval", "loss": 0.25}]
     _write(tmp_path / "metrics.jsonl", records)
-    plots.training_curves({"mine": tmp_path / "metrics.jsonl"}, [tmp_path / "new" / "c.png", tmp_path / "new" / "c.svg"], "a run")
-    assert _is_png(tmp_path / "new" / "c.png") and b"<svg" in (tmp_path / "new" / "c.svg").read_bytes()[:1000]
+    plots.training_curves({"mine": tmp_path / "metrics.jsonl"}, tmp_path / "new" / "c", "a run")
+    assert _is_png(tmp_path / "new" / "c.png")
+    drawn = (tmp_path / "new" / "c.svg").read_bytes()
+    assert b"<svg" in drawn[:1000] and b">loss (nats per token)<" in drawn  # text stays text
+    plots.training_curves({"mine": tmp_path / "metrics.jsonl"}, tmp_path / "again", "a run")
+    assert (tmp_path / "again.svg").read_bytes() == drawn
     loss, rate, speed, norm = figures[0].axes
     lines = [(line.get_label(), line.get_xydata().tolist()) for line in loss.lines]
     assert lines[0] == ("mine (train, last 0.1667)", [[1, 9.0], [2, 9.0], [3, 1 / 3], [4, 1 / 4], [5, 1 / 5], [6, 1 / 6]])
@@ -59,7 +63,7 @@ def test_training_curves_draw_each_step_once_after_a_resume(tmp_path, figures):
 def test_training_curves_of_several_runs_have_a_colour_each(tmp_path, figures):
     for name in "ab":
         _write(tmp_path / f"{name}.jsonl", [{"step": 1, "split": split, "loss": 1.0} for split in ("train", "eval")])
-    plots.training_curves({name: tmp_path / f"{name}.jsonl" for name in "ab"}, [tmp_path / "c.png"], "both")
+    plots.training_curves({name: tmp_path / f"{name}.jsonl" for name in "ab"}, tmp_path / "c", "both")
     colours = [line.get_color() for line in figures[0].axes[0].lines]
     assert colours == ["C0", "C0", "C1", "C1"]
 
@@ -67,12 +71,12 @@ def test_training_curves_of_several_runs_have_a_colour_each(tmp_path, figures):
 def test_training_curves_of_nothing_are_refused(tmp_path):
     _write(tmp_path / "m.jsonl", [{"step": 1, "split": "train", "accuracy": 1.0}])
     with pytest.raises(ValueError, match="no numbers to draw"):
-        plots.training_curves({"m": tmp_path / "m.jsonl"}, [tmp_path / "a.png"], "t")
+        plots.training_curves({"m": tmp_path / "m.jsonl"}, tmp_path / "a", "t")
     assert not (tmp_path / "a.png").exists()
 
 
 def test_bars_draws_values_and_spread_in_order(tmp_path, drawn):
-    plots.bars({"base": 1.0, "lora": 1.13}, tmp_path / "b.png", "TPOT", spread={"lora": 0.05}, label="ratio to base")
+    plots.bars({"base": 1.0, "lora": 1.13}, tmp_path / "b", "TPOT", spread={"lora": 0.05}, label="ratio to base")
     assert _is_png(tmp_path / "b.png")
     axes = drawn[0]
     assert [p.get_width() for p in axes.patches] == [1.0, 1.13]
@@ -82,6 +86,6 @@ def test_bars_draws_values_and_spread_in_order(tmp_path, drawn):
 
 def test_bars_refuses_a_spread_without_value(tmp_path):
     with pytest.raises(ValueError, match=r"\['lroa'\] have no value"):
-        plots.bars({"lora": 1.0}, tmp_path / "b.png", "t", spread={"lroa": 0.1})
+        plots.bars({"lora": 1.0}, tmp_path / "b", "t", spread={"lroa": 0.1})
     with pytest.raises(ValueError, match="no values"):
-        plots.bars({}, tmp_path / "b.png", "t")
+        plots.bars({}, tmp_path / "b", "t")

@@ -231,10 +231,9 @@ def plot(args: argparse.Namespace) -> None:
         require(path.is_file(), f"{path.parent} has no {METRICS_FILE}: give the workdir of a training run.")
     require(args.out is not None or len(runs) == 1, f"--out PATH says where a figure of {len(runs)} runs goes.")
     out = args.out or str(Path(args.runs[0]) / "curves")
-    paths = [f"{out}.png", f"{out}.svg"]
     of = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs of {os.path.basename(shared)}"
-    training_curves(runs, paths, args.title or of)
-    print(f"written: {', '.join(paths)}")
+    training_curves(runs, out, args.title or of)
+    print(f"written: {out}.png, {out}.svg")
 
 
 def export(args: argparse.Namespace) -> None:

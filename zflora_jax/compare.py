@@ -132,7 +132,7 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
         if plan.tasks:
             shown = {row["method"]: row["scores"] for row in rows if row["scores"]}
             reach = {row["method"]: row["intervals"][row["headline"]] for row in rows if row["scores"]}
-            grouped_bars(shown, out / f"{plan.name}.png", f"{plan.name}: {plan.base.model}", f"{rows[0]['headline']} (%), clean rows", reach)
+            grouped_bars(shown, out / plan.name, f"{plan.name}: {plan.base.model}", f"{rows[0]['headline']} (%), clean rows", reach)
     return whole
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -24,7 +25,9 @@ from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, from_dict, override, require, to_dict
 from zflora_jax.hf.load import load_model
 from zflora_jax.hosts import Stopped
+from zflora_jax.metrics import METRICS_FILE
 from zflora_jax.model import Model
+from zflora_jax.plots import training_curves
 from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 from zflora_jax.run import Trained, as_base, train
 from zflora_jax.trainer import NonFiniteError
@@ -105,8 +108,8 @@ def run_grid(
 
     Finished runs are not run again, nor those whose loss was no number; what was stopped goes on. A run under <workdir> that had other settings is
     refused. parallel: how many at one time, each on its own devices (as many as its mesh has); None: as many as fit on the devices there are.
-    <workdir>/rows.json and rows.md are written after every run, and with `page` its Markdown and JSON; compiled programs are shared through
-    <workdir>/compile_cache.
+    <workdir>/rows.json and rows.md are written after every run, and with `page` its Markdown and JSON; <workdir>/curves at the end. Compiled programs
+    are shared through <workdir>/compile_cache.
     """
     workdir, runs = Path(workdir), combinations(base, grid)
     size = base.mesh.data * base.mesh.fsdp * base.mesh.tensor
@@ -137,6 +140,9 @@ def run_grid(
             for path in (workdir / "rows.md", *([page] if page else [])):
                 write_json(path.with_suffix(".json"), {"rows": done, "base": to_dict(base), "environment": env})
                 atomic_write(path, _page(done, len(runs), env).encode())
+    curves = {name: workdir / name / METRICS_FILE for name, _ in runs if (workdir / name / METRICS_FILE).is_file()}
+    with contextlib.suppress(ValueError):  # no run came to its first number
+        training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
     return [rows[name] for name, _ in runs]
 
 

@@ -1,4 +1,5 @@
-"""Figures, drawn without a display and without pyplot's global state. matplotlib is imported when a figure is drawn."""
+"""Figures, drawn without a display and without pyplot's global state, each written as <out>.png and <out>.svg. matplotlib is imported when a figure
+is drawn."""
 
 from __future__ import annotations
 
@@ -24,10 +25,10 @@ PANELS = (
 )
 
 
-def training_curves(runs: Mapping[str, str | Path], paths: Sequence[str | Path], title: str) -> None:
+def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str) -> None:
     """Loss, learning rate, tokens/s and gradient norm over steps, of one run or several over each other.
 
-    runs: label -> its metrics.jsonl. Training is a line, every other split's loss points of the same colour. paths: where to write, .png or .svg.
+    runs: label -> its metrics.jsonl. Training is a line, every other split's loss points of the same colour.
     """
     from matplotlib.figure import Figure
 
@@ -57,11 +58,10 @@ def training_curves(runs: Mapping[str, str | Path], paths: Sequence[str | Path],
             axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # a long label may overlap the curves, not squeeze them
     if not drawn:
         raise ValueError(f"{', '.join(map(str, runs.values()))}: no numbers to draw.")
-    for path in paths:
-        _save(figure, path)
+    _save(figure, out)
 
 
-def bars(values: Mapping[str, float], png_path: str | Path, title: str, *, spread: Mapping[str, float] | None = None, label: str = "") -> None:
+def bars(values: Mapping[str, float], out: str | Path, title: str, *, spread: Mapping[str, float] | None = None, label: str = "") -> None:
     """Draw one horizontal bar per named value, first on top, with its number; `spread` adds +- whiskers to the names it holds."""
     if not values:
         raise ValueError(f"no values to draw for {title!r}.")
@@ -80,12 +80,12 @@ def bars(values: Mapping[str, float], png_path: str | Path, title: str, *, sprea
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    _save(figure, png_path)
+    _save(figure, out)
 
 
 def grouped_bars(
     values: Mapping[str, Mapping[str, float]],
-    png_path: str | Path,
+    out: str | Path,
     title: str,
     label: str = "",
     intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
@@ -110,10 +110,10 @@ def grouped_bars(
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    _save(figure, png_path)
+    _save(figure, out)
 
 
-def curves(series: Mapping[str, Mapping[float, float]], png_path: str | Path, title: str, *, x: str, y: str) -> None:
+def curves(series: Mapping[str, Mapping[float, float]], out: str | Path, title: str, *, x: str, y: str) -> None:
     """Draw series[name][x] as one line with markers per name."""
     if not any(series.values()):
         raise ValueError(f"no values to draw for {title!r}.")
@@ -124,7 +124,7 @@ def curves(series: Mapping[str, Mapping[float, float]], png_path: str | Path, ti
     axes.set_ylabel(y)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
-    _save(figure, png_path)
+    _save(figure, out)
 
 
 def _figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
@@ -137,8 +137,12 @@ def _figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: str | Path) -> None:
-    """As PNG or SVG, by the suffix."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix.removeprefix("."), dpi=150)  # a Figure made without pyplot draws without a display
-    atomic_write(path, buffer.getvalue())
+def _save(figure: Figure, out: str | Path) -> None:
+    import matplotlib
+
+    # Text stays text, and the same figure the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zflora_jax"}):
+        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)  # a Figure made without pyplot draws without a display
+            atomic_write(f"{out}.{kind}", buffer.getvalue())

@@ -57,7 +57,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     exported = export_run(workdir, workdir / "export")
     timed("export")
     label = f"{run.adapter.method} on {run.data.task}"
-    training_curves({label: workdir / METRICS_FILE}, [workdir / "curves.png", workdir / "curves.svg"], label)
+    training_curves({label: workdir / METRICS_FILE}, workdir / "curves", label)
 
     report = {
         "method": run.adapter.method,

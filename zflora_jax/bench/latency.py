@@ -208,19 +208,19 @@ def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
 
 
 def write(result: Mapping[str, Any], out: str | Path, title: str) -> None:
-    """<out>.json, <out>.md and pictures: <out>-ratio.png, TPOT over the base's in the first case; <out>-rank.png, TPOT by rank, if several."""
+    """<out>.json, <out>.md and pictures, PNG and SVG: <out>-ratio, TPOT over the base's in the first case; <out>-rank, TPOT by rank, if several."""
     out, rows = Path(out), result["rows"]
     first = [row for row in rows if all(row[k] == rows[0][k] for k in ("rank", "batch", "prompt"))]
     pictures = [f"{out.name}-ratio.png"]
     spread = {row["label"]: abs((row["tpot_ms_max"] - row["tpot_ms_min"]) / 2 / row["tpot_ms"] * row["tpot_ratio"]) for row in first}
     what = f"TPOT / base TPOT, rank {first[0]['rank']}, batch {first[0]['batch']}, prompt {first[0]['prompt']}"
-    bars({row["label"]: row["tpot_ratio"] for row in first}, out.parent / pictures[0], title, spread=spread, label=what)
+    bars({row["label"]: row["tpot_ratio"] for row in first}, f"{out}-ratio", title, spread=spread, label=what)
     by_rank = [row for row in rows if all(row[k] == rows[0][k] for k in ("batch", "prompt"))]
     if len({row["rank"] for row in by_rank}) > 1:
         pictures.append(f"{out.name}-rank.png")
         series: dict[str, dict[float, float]] = {}
         for row in by_rank:
             series.setdefault(row["label"], {})[row["rank"]] = row["tpot_ms"]
-        curves(series, out.parent / pictures[1], title, x="rank", y="TPOT, ms")
+        curves(series, f"{out}-rank", title, x="rank", y="TPOT, ms")
     write_json(f"{out}.json", result)  # no with_suffix: llama-3.2-1b has a dot of its own
     atomic_write(f"{out}.md", page(result, title, pictures).encode())

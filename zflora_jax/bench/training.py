@@ -220,6 +220,6 @@ def write(result: Mapping[str, Any], out: str | Path, title: str) -> None:
     """<out>.json, <out>.md, and with PEFT <out>.png: step time over PEFT's, a bar per case and label."""
     if "step_ratio" in result["rows"][0]:
         values = {f"{r['label']}, {r['case'].batch} x {r['case'].length}, {r['case'].masked:.0%} masked": r["step_ratio"] for r in result["rows"]}
-        bars(values, f"{out}.png", title, label="step time / PEFT's")
+        bars(values, out, title, label="step time / PEFT's")
     write_json(f"{out}.json", {**result, "rows": [row | {"case": dataclasses.asdict(row["case"])} for row in result["rows"]]})
     atomic_write(f"{out}.md", page(result, title).encode())

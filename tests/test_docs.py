@@ -1,0 +1,108 @@
+"""The documentation: the site builds without a warning, every public name is in it, and its commands and examples run, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from conftest import choice, perturb
+
+import zflora_jax
+from zflora_jax import cli
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.config import AdapterConfig
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import save_peft
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+# Only parsed here: they take too long even on a tiny model. The same commands run with smaller settings in test_bench.py and test_compare.py.
+PARSED_ONLY = ("zflora bench", "zflora sweep")
+CONFIG = """
+import dataclasses
+from zflora_jax.config import DataConfig, EvalConfig
+from configs.quickstart import get_config as full
+
+def get_config():
+    run = dataclasses.replace(full(), model={model!r}, data=DataConfig(batch_size=2, lengths=(448,), train_limit=12))
+    train = dataclasses.replace(run.train, steps=6, save_every=None)
+    return dataclasses.replace(run, train=train, eval=EvalConfig(limit=2, batch_size=2, max_new_tokens=4))
+"""
+
+
+def fences(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in fences(page, "bash") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.fixture
+def place(tmp_path, base_dir, monkeypatch):
+    """A working directory as the documentation assumes it; returns what a text of it is here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(ROOT))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "tiny.py").write_text(CONFIG.format(model=base_dir))
+    for folder, count in (("DATA/ARC-Easy", 30), ("MY_DATA", 12)):
+        (tmp_path / folder).mkdir(parents=True)
+        for split, first in (("train", 100), ("test", 0)):
+            (tmp_path / folder / f"{split}.json").write_text(json.dumps([choice(first + i) for i in range(count)]))
+    model, adapter = load_model(base_dir), AdapterConfig("lora", rank=4)
+    save_peft("PEFT_DIR", model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter)))
+
+    def here(text: str) -> str:
+        return text.replace("configs/quickstart.py", "tiny.py").replace("smollm2-135m", base_dir).replace("lengths=(128,)", "lengths=(448,)")
+
+    return here
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_run(page, place, capsys):
+    for line in commands(page):
+        words = shlex.split(line if line.startswith("zflora plan") else place(line), comments=True)  # a plan reads no weights: it is made in full
+        argv = {"python": ["train" if "train.py" in line else "eval", *words[2:]], "zflora": words[1:]}[words[0]]
+        argv = [word for word in argv if not word.startswith("train.steps=")]
+        if line.startswith(PARSED_ONLY):
+            cli._parser("zflora").parse_args(argv)
+        else:
+            assert cli.main(argv) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")])
+def test_examples_run(page, place):
+    names: dict[str, object] = {}
+    for block in fences(page, "python"):
+        exec(compile(place(block), page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_fence_says_what_it_is(page):
+    """bash and python are run; text is what cannot be run here: installations, several hosts, other software."""
+    opened = re.findall(r"^```(.*)$", PAGES[page], flags=re.MULTILINE)[::2]
+    assert set(opened) <= {"bash", "python", "text"}
+    for block in fences(page, "text"):
+        assert not re.search(r"^(zflora |python eval)", block, flags=re.MULTILINE), f"can be run: {block}"
+
+
+def test_from_peft_to_a_fused_decode_in_five_lines():
+    first = fences("docs/howto.md", "python")[0]
+    lines = [line for line in first.splitlines() if line.strip()]
+    assert len(lines) == 5 and "load_peft" in first and "fuse" in first and "generate" in first
+
+
+def test_the_site_builds_without_a_warning_and_names_everything_public(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    missing = [name for name in zflora_jax.__all__ if not re.search(rf'id="zflora_jax\.[\w.]*\b{name}"', reference)]
+    assert not missing

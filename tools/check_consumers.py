@@ -1,0 +1,243 @@
+"""What reads our exports, and does it compute what we compute? vLLM, lm-evaluation-harness (over transformers), llama.cpp (over a GGUF conversion).
+
+Command: tools/check_consumers.sh, which makes the environments. Exports SmolLM2-135M as it is and fused by each of the six methods with adapters
+moved by noise, float32; every consumer generates greedily from the same token ids, or the same text, and lm-evaluation-harness also scores the
+options of a local task. Writes results/consumers.json and .md. An export that a consumer refuses, or computes otherwise, is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RANK, STD, NEW_TOKENS = 16, 0.01, 48
+PROMPTS = [
+    "The three states of matter are",
+    "Q: A farmer has 12 cows and buys 30 more. How many cows are there now?\nA:",
+    "Once upon a time, in a village by the sea, there lived",
+]
+CHOICES = [
+    ("The capital of France is", ["Paris", "Berlin", "Madrid"]),
+    ("Water boils at a temperature of", ["100 degrees Celsius", "10 degrees Celsius", "1000 degrees Celsius"]),
+    ("The opposite of hot is", ["cold", "blue", "fast"]),
+    ("Two plus two is", ["four", "seven", "twenty"]),
+    ("The sun rises in the", ["east", "west", "north"]),
+    ("A dog is a kind of", ["animal", "number", "river"]),
+]
+TASK = """
+task: zflora_{kind}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+doc_to_text: "{{{{text}}}}"
+output_type: {output_type}
+{rest}
+"""
+
+
+# --- in the consumers' environments: one job in, one line of JSON out -----------------------------------------------
+
+
+def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(job["export"], dtype="float32", enforce_eager=True, max_model_len=512, skip_tokenizer_init=True, max_num_seqs=4)
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    out = engine.generate([{"prompt_token_ids": ids} for ids in job["ids"]], sampling, use_tqdm=False)
+    return {"tokens": [list(one.outputs[0].token_ids) for one in out]}
+
+
+def in_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
+    import llama_cpp
+
+    model = llama_cpp.Llama(job["gguf"], n_ctx=512, n_threads=2, type_k=0, type_v=0, verbose=False)  # 0: keys and values in float32
+    tokens = []
+    for ids in job["ids"]:
+        model.reset()
+        found = []
+        for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+            found.append(int(token))
+            if len(found) == NEW_TOKENS:
+                break
+        tokens.append(found)
+    return {"tokens": tokens}
+
+
+def in_lm_eval(job: dict[str, Any]) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    out = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": job["export"], "dtype": "float32", "device": "cpu"},
+        tasks=["zflora_choice", "zflora_text"],
+        task_manager=TaskManager(include_path=job["tasks"], include_defaults=False),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    samples = {task: sorted(rows, key=lambda row: row["doc_id"]) for task, rows in out["samples"].items()}
+    return {
+        "texts": [row["resps"][0][0] for row in samples["zflora_text"]],
+        "likelihoods": [[float(option[0][0]) for option in row["resps"]] for row in samples["zflora_choice"]],
+        "accuracy": out["results"]["zflora_choice"]["acc,none"],
+    }
+
+
+WORKERS = {"vllm": in_vllm, "llama.cpp": in_llama_cpp, "lm_eval": in_lm_eval}
+
+
+# --- here -----------------------------------------------------------------------------------------------------------
+
+
+def ask(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
+    """What `worker` answers in a process of the interpreter `python`, or {"error": its last words}."""
+    env = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    command = [python, str(Path(__file__).resolve()), "--worker", worker, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": last_words(done.stderr)}
+
+
+def last_words(stderr: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "error" in line]
+    return (errors or lines or ["no message"])[-1][:200]
+
+
+def write_tasks(folder: Path) -> None:
+    """The local task, as lm-evaluation-harness reads one: options to score, and texts to continue."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {
+        "choice": [{"text": text, "options": options, "gold": 0} for text, options in CHOICES],
+        "text": [{"text": prompt} for prompt in PROMPTS],
+    }
+    rest = {
+        "choice": 'doc_to_choice: "{{options}}"\ndoc_to_target: gold\nmetric_list: [{metric: acc}]',
+        "text": 'doc_to_target: ""\nmetric_list: [{metric: exact_match}]\n'
+        f"generation_kwargs: {{until: [], do_sample: false, max_gen_toks: {NEW_TOKENS}}}",
+    }
+    for kind, output_type in (("choice", "multiple_choice"), ("text", "generate_until")):
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[kind]))
+        path = str((folder / f"{kind}.jsonl").resolve())
+        (folder / f"{kind}.yaml").write_text(TASK.format(kind=kind, rows=path, output_type=output_type, rest=rest[kind]))
+
+
+def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
+    from zflora_jax import generate_tokens, option_log_likelihoods
+
+    tokens = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS, stop=())
+    until_end = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS)
+    read = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731
+    starts = [read(text) for text, _ in CHOICES]
+    ends = [[read(f"{text} {option}")[len(start) :] for option in options] for (text, options), start in zip(CHOICES, starts, strict=True)]
+    return {
+        "tokens": [list(map(int, row)) for row in tokens],
+        "texts": [model.tokenizer.decode(row, skip_special_tokens=True) for row in until_end],
+        "likelihoods": [row.tolist() for row in option_log_likelihoods(model, starts, ends)],
+    }
+
+
+def verdict(found: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
+    """Whether a consumer's answers are ours; where they part, after how many tokens."""
+    if "error" in found:
+        return {"reads": False, "says": found["error"]}
+    out: dict[str, Any] = {"reads": True}
+    if "tokens" in found:
+        pairs = list(zip(found["tokens"], want["tokens"], strict=True))
+        out["same"] = all(a == b for a, b in pairs)
+        out["tokens_until_they_part"] = min(next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), NEW_TOKENS) for a, b in pairs)
+    if "texts" in found:
+        out["same"] = found["texts"] == want["texts"]
+        gaps = [abs(a - b) for x, y in zip(found["likelihoods"], want["likelihoods"], strict=True) for a, b in zip(x, y, strict=True)]
+        out |= {"max_likelihood_gap": max(gaps), "accuracy": found["accuracy"]}
+    return out
+
+
+def cell(row: dict[str, Any], name: str) -> str:
+    found = row[name]
+    if not found["reads"]:
+        return f"refused: {found['says']}"
+    if found["same"]:
+        return "same" + (f", likelihoods within {found['max_likelihood_gap']:.1e} nats" if "max_likelihood_gap" in found else "")
+    return f"parts after {found['tokens_until_they_part']} tokens" if "tokens_until_they_part" in found else "other text"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm-python", required=True, metavar="FILE", help="the Python of the environment that has vLLM")
+    parser.add_argument("--python", required=True, metavar="FILE", help="the Python that has lm-eval, transformers and llama-cpp-python")
+    parser.add_argument("--llama-cpp", required=True, type=Path, metavar="DIR", help="llama.cpp's sources, for convert_hf_to_gguf.py")
+    parser.add_argument("--dir", required=True, type=Path, help="where exports and GGUF files go")
+    parser.add_argument("--out", default="results/consumers")
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    from check_transformers_4 import fused
+    from to_gguf import convert
+
+    from zflora_jax import load_model, save_hf
+    from zflora_jax.config import METHODS
+    from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+
+    env, base = environment(), load_model("smollm2-135m")
+    ids = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
+    write_tasks(args.dir / "tasks")
+    rows: list[dict[str, Any]] = []
+    for method in ("base", *METHODS):
+        model, export, gguf = fused(base, method, RANK, STD), args.dir / "exports" / method, args.dir / "exports" / f"{method}.gguf"
+        save_hf(export, model)
+        shape = json.loads((export / "config.json").read_text())
+        want = ours(model, ids)
+        found = {
+            "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),
+            "lm_eval": ask(args.python, "lm_eval", {"export": str(export), "tasks": str(args.dir / "tasks")}),
+        }
+        convert(export, gguf, args.llama_cpp, args.python)
+        found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
+        gguf.unlink()
+        row: dict[str, Any] = {"model": method, **{key: shape[key] for key in ("hidden_size", "head_dim", "intermediate_size")}}
+        rows.append(row | {name: verdict(answer, want) for name, answer in found.items()})
+        print({name: cell(rows[-1], name) for name in found}, flush=True)
+    names = {"vllm": "vLLM", "lm_eval": "lm-evaluation-harness", "llama.cpp": "llama.cpp"}
+    shown = [
+        {key: row[key] for key in ("model", "hidden_size", "head_dim", "intermediate_size")} | {n: cell(row, k) for k, n in names.items()}
+        for row in rows
+    ]
+    versions = {
+        package: subprocess.run(
+            [python, "-c", f"import importlib.metadata as m; print(m.version('{package}'))"], capture_output=True, text=True
+        ).stdout.strip()
+        for python, package in (
+            (args.vllm_python, "vllm-cpu"),
+            (args.python, "lm-eval"),
+            (args.python, "transformers"),
+            (args.python, "llama-cpp-python"),
+        )
+    }
+    write_json(f"{args.out}.json", {"rows": rows, "versions": versions, "rank": RANK, "std": STD, "new_tokens": NEW_TOKENS, "environment": env})
+    text = ["# What reads the exports", "", *(__doc__ or "").splitlines()[2:], ""]
+    text += [
+        f"{len(PROMPTS)} prompts, {NEW_TOKENS} tokens each, rank {RANK}, noise of std {STD}. "
+        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        + "."
+    ]
+    text += ["", markdown_table(shown, list(shown[0])), "", origin_line(env), ""]
+    atomic_write(f"{args.out}.md", "\n".join(text).encode())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        print(json.dumps(WORKERS[sys.argv[2]](json.loads(sys.argv[3]))))
+    else:
+        main()
