@@ -47,7 +47,7 @@ def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     engine = LLM(job["export"], dtype="float32", enforce_eager=True, max_model_len=512, skip_tokenizer_init=True, max_num_seqs=4)
-    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     out = engine.generate([{"prompt_token_ids": ids} for ids in job["ids"]], sampling, use_tqdm=False)
     return {"tokens": [list(one.outputs[0].token_ids) for one in out]}
 

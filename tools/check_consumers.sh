@@ -34,8 +34,8 @@ fi
 if [ ! -e "$dir/others/.done" ]; then
   "$python" -m venv "$dir/others"
   "$dir/others/bin/pip" install -q torch==2.13.0 torchvision==0.28.0
-  "$dir/others/bin/pip" install -q 'lm-eval==0.4.12' transformers==5.24.0 accelerate sentencepiece gguf
-  "$dir/others/bin/pip" download -q --no-deps --no-binary :all: -d "$dir/sources" llama-cpp-python
+  "$dir/others/bin/pip" install -q lm-eval==0.4.13 transformers==5.24.0 accelerate sentencepiece gguf
+  "$dir/others/bin/pip" download -q --no-deps --no-binary :all: -d "$dir/sources" llama-cpp-python==0.3.36
   "$dir/others/bin/pip" install -q "$dir"/sources/llama_cpp_python-*.tar.gz
   tar -xzf "$dir"/sources/llama_cpp_python-*.tar.gz -C "$dir/sources"
   touch "$dir/others/.done"
