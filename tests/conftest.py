@@ -50,6 +50,14 @@ def programs_are_dropped():
 
 
 @pytest.fixture
+def optimised():
+    """For models of real size, where slow programs cost more than their compilation."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def own_programs():
     """As a process starts: without the directory that the tests share."""
     shared, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs

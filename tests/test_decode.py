@@ -109,6 +109,7 @@ def test_greedy_equals_transformers(method: str, tmp_path: Path) -> None:
 
 @needs_smollm2
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("method", ["base", "zflora-minimal"])
 def test_greedy_equals_transformers_on_a_real_model(method: str, tmp_path: Path) -> None:
     model = load_model("smollm2-135m")

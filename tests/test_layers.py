@@ -12,7 +12,7 @@ from zflora_jax import layers
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.config import AdapterConfig
-from zflora_jax.layers import attention, matmul, query_blocks, tied_logits
+from zflora_jax.layers import KEEP, attention, matmul, query_blocks, tied_logits
 from zflora_jax.llama import Llama, forward
 
 
@@ -171,6 +171,8 @@ def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes
     names = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
     called = [f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names]
     assert called == [takes, takes]
+    program = lowered(jax.checkpoint(loss, policy=KEEP), names, (*arrays, mask))  # as a block is: the forward kernel does not run again
+    assert [program.count(f"@{name}(") for name in names] == [takes, takes]
     Device.compute_capability = "7.5"  # Turing
     assert not any(f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names)
 

@@ -30,6 +30,12 @@ Array = jax.Array
 KEPT = ("residual", "heads", "mlp", "low rank")
 
 
+# cuDNN's attention gives what its backward pass needs without a name: that kernel's results are kept too.
+KEEP = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(*KEPT), lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd")
+)
+
+
 def kept(x: Array, name: str) -> Array:
     """`x`, kept for the backward pass. name: one of KEPT."""
     return checkpoint_name(x, name)

@@ -20,7 +20,7 @@ from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
-from zflora_jax.layers import KEPT, AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables, tied_logits
+from zflora_jax.layers import KEEP, AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables, tied_logits
 from zflora_jax.model import Model
 from zflora_jax.sharding import divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten
@@ -193,7 +193,7 @@ class Llama(nn.Module):
         if c.packed and self.adapter is not None and METHODS[self.adapter.method].in_place == "full":
             raise ValueError("a packed model cannot have its kernels replaced (method 'full'): fuse first, then pack.")
         self.embed = Embed(c)
-        policy = None if c.remat else jax.checkpoint_policies.save_only_these_names(*KEPT)
+        policy = None if c.remat else KEEP
         block: Any = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
         if c.scan_layers:
             axes: Any = {"params": 0, "adapters": 0}

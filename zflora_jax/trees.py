@@ -72,8 +72,21 @@ def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], what: str)
     for name, leaf in have.items():
         if tuple(leaf.shape) != tuple(want[name].shape):
             raise ValueError(f"{what}: {name} has shape {tuple(leaf.shape)}, expected {tuple(want[name].shape)}.")
-        if not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array | np.ndarray) and not bool(jnp.isfinite(leaf).all()):
-            raise ValueError(f"{what}: {name} holds NaN or infinite values.")
+    if wrong := _not_finite(have):
+        raise ValueError(f"{what}: {wrong} holds NaN or infinite values.")
+
+
+def _not_finite(flat: Mapping[str, Any]) -> str | None:
+    """The first of the arrays that holds NaN or infinite values. Those of jax are looked at by one program: many small ones would cost more."""
+    arrays = {name: leaf for name, leaf in flat.items() if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)}
+    finite = dict(zip(arrays, np.asarray(_finite(list(arrays.values()))) if arrays else (), strict=True))
+    finite |= {name: bool(np.isfinite(leaf).all()) for name, leaf in flat.items() if isinstance(leaf, np.ndarray)}
+    return next((name for name in flat if not finite.get(name, True)), None)
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def size(tree: Mapping[str, Any]) -> int:

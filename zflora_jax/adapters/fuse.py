@@ -165,10 +165,6 @@ def swap(fused: Model, adapters: Tree) -> Model:
     base = base_config(fused.config.replace(packed=False), adapter)
     given = base.replace(scan_layers="layers" in adapters)
     _check(adapters, given, adapter)
-    if not fused.config.scan_layers:
-        adapters = trees.unstack_layers(adapters, base.num_layers)
-    elif "layers" not in adapters:
-        adapters = trees.stack_layers(adapters, base.num_layers)
     params = _swap(fused.config, base, adapter, fused.params, adapters)
     return Model(fused.config, params, fused.tokenizer, fused.source, adapter)
 
@@ -176,6 +172,7 @@ def swap(fused: Model, adapters: Tree) -> Model:
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
     flat = trees.flatten(params)
+    adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(adapters, base.num_layers)
     for name, block in trees.flatten(adapters).items():
         layer, _, kernel, block_name = name.split("/")
         leaf_name, rows = _leaf_of(config, kernel)
