@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pandas
 import pytest
 
-from zflora_jax import cli, grid
+from zflora_jax import cli, grid, hosts
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.grid import RECORD, combinations, run_grid, sweep
@@ -168,3 +174,44 @@ def test_the_command_writes_a_page(base, tmp_path, capsys):
     rows = json.loads((tmp_path / "out" / "ranks.json").read_text())["rows"]
     assert [row["adapter.rank"] for row in rows] == [2, 3] and all(row["steps"] == 3 for row in rows)
     assert (tmp_path / "out" / "ranks.md").is_file()
+
+
+def test_a_model_that_is_not_there_is_a_row_and_numbers_of_numpy_are_numbers(base, tmp_path):
+    settings = [{"model": str(tmp_path / "none")}, {"adapter.rank": np.int64(3), "optim.learning_rate": np.float64(1e-3)}]
+    rows = run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
+    assert [row["status"].partition(":")[0] for row in rows] == ["failed", "finished"]
+    assert type(rows[1]["adapter.rank"]) is int
+
+
+def test_a_signal_stops_runs_side_by_side_and_they_go_on(base, tmp_path, monkeypatch):
+    """SIGTERM to a sweep of several threads: each run is saved after its step, and the sweep goes on from there to the same numbers."""
+    base = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=30))
+    original, begun = hosts.StopSignals.requested, []
+
+    def slowly(self, step):
+        begun.append(step)
+        if step >= 3:
+            time.sleep(0.5)  # else the runs might be over before the signal comes
+        return original(self, step)
+
+    monkeypatch.setattr(hosts.StopSignals, "requested", slowly)
+
+    def signal_later():
+        while not [step for step in begun if step >= 3]:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signal_later, daemon=True).start()
+    with pytest.raises(Stopped, match="saved"):
+        run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert list((tmp_path / "s").glob("*/checkpoints/*")) and not list((tmp_path / "s").glob(f"*/{RECORD}"))
+    monkeypatch.setattr(hosts.StopSignals, "requested", original)
+    rows = run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
+    assert numbers(rows) == numbers(run_grid(base, GRID, tmp_path / "whole", parallel=2, console=False))
+
+
+def test_the_output_of_the_process_is_whole_after_runs_side_by_side(base, tmp_path, capsys):
+    before = sys.stdout
+    run_grid(base, GRID, tmp_path / "s", parallel=4, console=False)
+    assert sys.stdout is before

@@ -15,6 +15,7 @@ from conftest import perturb
 from test_hf_load import TOKENS, assert_close, hf_logits, hf_model
 
 from zflora_jax import trees
+from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.config import AdapterConfig
 from zflora_jax.fields import ConfigError
@@ -177,3 +178,25 @@ def test_settings_of_the_wrong_kind_are_named(key: str, value: Any, base: Model,
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises((ConfigError, CheckpointError), match=r"adapter_config\.json"):
         load_peft(tmp_path / "out", base)
+
+
+def test_what_peft_has_trained_is_fused_and_decoded(base: Model, tmp_path: Path) -> None:
+    """Three steps of AdamW in torch, saved by peft: logits of the fused model are peft's, and far from the base's."""
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(hf_model(head_dim=16), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=3e-2)
+    tokens = torch.tensor(TOKENS, dtype=torch.long)
+    losses = []
+    for _ in range(3):
+        loss = theirs(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    theirs.eval().save_pretrained(tmp_path / "out")
+    assert losses[-1] < losses[0]
+    adapter, adapters = load_peft(tmp_path / "out", base)
+    fused = np.asarray(forward(fuse(base, adapter, adapters), jnp.asarray(TOKENS)))
+    want = hf_logits(theirs)
+    assert_close(fused, want)
+    assert np.abs(want - hf_logits(hf_model(head_dim=16))).max() > 0.05 * np.abs(want).max()

@@ -184,3 +184,45 @@ def test_typed_lines_end_with_the_input(monkeypatch):
 
     monkeypatch.setattr("builtins.input", typed)
     assert list(commands._typed()) == ["a", "b"]
+
+
+def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, capsys):
+    """A run of alpaca prompts is asked in that form, with --prompt and --file alike; it holds no conversation."""
+    from zflora_jax.data.prompts import render
+    from zflora_jax.run import load_fused
+    from zflora_jax.text import generate
+
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
+    run = small_run(base_dir)
+    data = dataclasses.replace(run.data, prompt_style="alpaca", lengths=(512,))
+    train(dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, steps=4)), tmp_path / "run", console=False)
+    model, _ = load_fused(tmp_path / "run")
+    [want] = generate(model, [render(model.tokenizer, "alpaca", "2 + 2?")], max_new_tokens=8)
+    given = ("--workdir", str(tmp_path / "run"), "--max-new-tokens", "8")
+    assert main(["generate", *given, "--prompt", "2 + 2?"]) == 0
+    assert capsys.readouterr().out == want + "\n"
+    (tmp_path / "lines.txt").write_text("2 + 2?\n")
+    assert main(["generate", *given, "--file", str(tmp_path / "lines.txt")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"prompt": "2 + 2?", "output": want}
+    for wrong, message in (([], "holds no conversation"), (["--prompt", "a", "--system", "b"], "data.prompt_style='alpaca'")):
+        assert main(["generate", *given, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_export_says_its_base_and_figures(workdir, base_dir, tmp_path):
+    assert main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 0
+    facts = describe(tmp_path / "out")
+    report = json.loads((workdir / "report.json").read_text())
+    split = "validation" if "validation_loss" in report else "test"
+    assert facts["base"] == Path(base_dir).name and facts["steps"] == 4 and facts[f"{split} loss"] == report[f"{split}_loss"]
+
+
+def test_metrics_that_are_damaged_or_not_there_yet_are_said(workdir, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "no numbers to draw" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"st\n{"step": 1, "split": "train", "loss": 1.0}\n')
+    for command in ("plot", "info"):
+        assert main([command, str(tmp_path)]) == 2
+        assert "line 1: not a metrics record" in capsys.readouterr().err

@@ -183,3 +183,17 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_slow(monkeypatc
     with pytest.raises(ConfigError, match=r"names 'trackio', which is not installed: pip install trackio"):
         require_installed(("tensorboard", "trackio"))
     require_installed(("tensorboard",))
+
+
+def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, monkeypatch, caplog):
+    class Broken(_Fake):
+        def log(self, values, step=None):
+            raise OSError("no space left")
+
+    fake = Broken()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    with MetricWriter(tmp_path, 9, console=False, report_to=("trackio", "tensorboard")) as writer:
+        for step in (1, 2):
+            writer.write(step, "train", {"loss": 0.5})
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2] and [e.step for e in _events(tmp_path) if e.summary.value] == [1, 2]
+    assert caplog.text.count("no space left") == 1 and fake.finished == 0

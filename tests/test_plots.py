@@ -89,3 +89,15 @@ def test_bars_refuses_a_spread_without_value(tmp_path):
         plots.bars({"lora": 1.0}, tmp_path / "b", "t", spread={"lroa": 0.1})
     with pytest.raises(ValueError, match="no values"):
         plots.bars({}, tmp_path / "b", "t")
+
+
+@pytest.mark.parametrize("count", [6, 14])
+def test_the_names_of_many_runs_stand_below(tmp_path, figures, count):
+    for i in range(count):
+        _write(tmp_path / f"{i}.jsonl", [{"step": s, "split": "train", "loss": s + i, "grad_norm": 1.0} for s in (1, 2)])
+    plots.training_curves({f"run {i}": tmp_path / f"{i}.jsonl" for i in range(count)}, tmp_path / "c", "many")
+    [legend] = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"run {i}" for i in range(count)]
+    assert not any(axes.get_legend() for axes in figures[0].axes)
+    drawn = [line.get_color() for line in figures[0].axes[0].lines]
+    assert len({str(colour) for colour in drawn}) == count and drawn == [handle.get_color() for handle in legend.legend_handles]

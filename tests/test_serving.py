@@ -173,7 +173,38 @@ def test_requests_are_grouped_by_task_and_answered_as_alone(base, window, monkey
     assert answers[0][0] == 0  # the oldest first
 
 
-def test_a_request_of_no_task_is_refused(base):
+@pytest.mark.parametrize(
+    "wrong, message", [(("maths", [1]), r"request 2: it is of task 'maths'.*math"), (("math", [1] * 4000), "request 2: prompt 0 has 4000")]
+)
+def test_a_wrong_request_is_named_once_those_before_it_are_answered(base, wrong, message):
     tasks = {"math": adapters_of(base, MINIMAL, 1)}
-    with pytest.raises(ConfigError, match=r"request 1 is of task 'maths'.*math"):
-        list(serve(fuse(base, MINIMAL, tasks["math"]), tasks, [("math", [1]), ("maths", [1])], max_new_tokens=2))
+    answers = serve(fuse(base, MINIMAL, tasks["math"]), tasks, iter([("math", [1]), ("math", [2]), wrong, ("math", [3])]), max_new_tokens=2)
+    assert [next(answers)[0], next(answers)[0]] == [0, 1]
+    with pytest.raises(ConfigError, match=message):
+        next(answers)
+
+
+def test_what_is_drawn_does_not_depend_on_the_grouping(base):
+    tasks = {"math": adapters_of(base, MINIMAL, 1), "chat": adapters_of(base, MINIMAL, 2)}
+    requests = [(("math", "chat")[i % 2], PROMPTS[0]) for i in range(6)]
+
+    def drawn(window):
+        settings = {"max_new_tokens": 8, "window": window, "sampler": Sampler(1.0), "seed": 3}
+        return dict(serve(fuse(base, MINIMAL, tasks["math"]), tasks, iter(requests), **settings))
+
+    found = drawn(1)
+    assert found == drawn(4) == drawn(64)
+    assert found[0] != found[2] and found[1] != found[3]  # the same prompt again is drawn anew
+
+
+def test_a_source_that_waits_for_its_answers(base):
+    tasks, answered = {"math": adapters_of(base, MINIMAL, 1)}, []
+
+    def source():
+        for i in range(3):
+            assert len(answered) == i  # the request before has been answered
+            yield "math", PROMPTS[i]
+
+    for number, _ in serve(fuse(base, MINIMAL, tasks["math"]), tasks, source(), max_new_tokens=2, window=1):
+        answered.append(number)
+    assert answered == [0, 1, 2]

@@ -120,3 +120,9 @@ def test_what_cannot_be_said_is_refused(talker):
     with pytest.raises(ConfigError, match="chat template"):
         talk(without, ["hi"])
     assert jax.device_count()  # nothing above has left the process in a state that cannot go on
+
+
+def test_a_turn_that_does_not_fit_is_said_and_the_conversation_goes_on(talker):
+    said = talk(talker, ["hi", "word " * 40, "hi"], max_new_tokens=10)
+    assert "(that is too long: 10 new tokens leave 118 of the context's 128)\n" in said
+    assert said.replace("(that is too long: 10 new tokens leave 118 of the context's 128)\n", "") == talk(talker, ["hi", "hi"], max_new_tokens=10)

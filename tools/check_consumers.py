@@ -105,7 +105,10 @@ def ask(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
     }
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [python, str(Path(__file__).resolve()), "--worker", worker, json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
+    except subprocess.TimeoutExpired:
+        return {"error": "no answer within 15 minutes"}
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": last_words(done.stderr)}
 
 
@@ -113,7 +116,9 @@ def last_words(stderr: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "error" in line]
-    return (errors or lines or ["no message"])[-1][:200]
+    from zflora_jax.report import relative_paths
+
+    return relative_paths((errors or lines or ["no message"])[-1][:200])
 
 
 def write_tasks(folder: Path) -> None:
@@ -184,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
     from check_transformers_4 import fused
-    from to_gguf import convert
+    from to_gguf import ConversionError, convert
 
     from zflora_jax import load_model, save_hf
     from zflora_jax.config import METHODS
@@ -203,9 +208,12 @@ def main() -> None:
             "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),
             "lm_eval": ask(args.python, "lm_eval", {"export": str(export), "tasks": str(args.dir / "tasks")}),
         }
-        convert(export, gguf, args.llama_cpp, args.python)
-        found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
-        gguf.unlink()
+        try:
+            convert(export, gguf, args.llama_cpp, args.python)
+            found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
+        except ConversionError as error:
+            found["llama.cpp"] = {"error": last_words(str(error))}
+        gguf.unlink(missing_ok=True)
         row: dict[str, Any] = {"model": method, **{key: shape[key] for key in ("hidden_size", "head_dim", "intermediate_size")}}
         rows.append(row | {name: verdict(answer, want) for name, answer in found.items()})
         print({name: cell(rows[-1], name) for name in found}, flush=True)

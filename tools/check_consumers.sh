@@ -5,7 +5,7 @@
 #   tools/check_consumers.sh [DIR]        DIR (default build/consumers) gets the environments and exports: 6 GB, 20 minutes on 2 cores
 #
 # Needs .venv (make test), python3.11, a C++ compiler and cmake (llama.cpp is compiled from its Python package's sources), and PyPI. What is there
-# already is used again.
+# already is used again. Any build of torch will do; where PyPI's brings CUDA, a CPU build installed into DIR/vllm and DIR/others first is smaller.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-build/consumers}

@@ -82,7 +82,10 @@ def locked(workdir: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"{workdir} is being trained by another process. Wait for it to end, or use another --workdir.") from None
-        yield
+        try:
+            yield
+        finally:  # not by closing alone: a child that another thread is just starting has the file open until it runs its program
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _fingerprint(state: TrainState) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -19,6 +20,7 @@ from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, nearest, override, require, to_dict
 
 if TYPE_CHECKING:
+    from zflora_jax.decode import Sampler
     from zflora_jax.model import Model
 
 
@@ -138,20 +140,36 @@ def eval(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
+    from zflora_jax.cache import compile_cache
+    from zflora_jax.checkpoint import read_config
     from zflora_jax.decode import Sampler
-    from zflora_jax.text import converse, stream
-    from zflora_jax.text import generate as generate_texts
 
     require(not (args.plain and args.system), "--system is a turn of a conversation; leave --plain out, or put the text into the prompt.")
     require(not (args.workdir and (args.adapter or args.dtype)), "--adapter and --dtype go with --model; a run has its own.")
     require(not (args.checkpoint and not args.workdir), "--checkpoint is of a run: give its --workdir.")
     require(not (args.plain and args.prompt is None and args.file is None), "--plain continues a text: give it by --prompt or --file.")
     sampler, lines = Sampler(args.temperature, args.top_k, args.top_p), _lines(args.file)
-    model = _model_of(args)
-    settings = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": args.seed}
+    style = "plain" if args.plain else read_config(args.workdir).data.prompt_style if args.workdir else "chat"  # of a run: as it was trained
+    require(style == "chat" or args.system is None, f"--system is a turn of a conversation; this run was trained with data.prompt_style={style!r}.")
+    talks = args.prompt is None and lines is None
+    require(not talks or style == "chat", f"a run trained with data.prompt_style={style!r} holds no conversation: give --prompt or --file.")
+    with compile_cache(Path(args.workdir) / "compile_cache") if args.workdir else contextlib.nullcontext():
+        _generate(args, _model_of(args), style, lines, sampler)
+
+
+def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[str] | None, sampler: Sampler) -> None:
+    """style: "plain", or a prompt style."""
+    from zflora_jax.data.prompts import render
+    from zflora_jax.text import converse, stream
+    from zflora_jax.text import generate as generate_texts
+
+    def written(prompt: str) -> str:
+        return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
+
+    settings: Any = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": args.seed}
     if lines is not None:
         require(args.system is None, "--system goes with --prompt or a conversation, not with --file.")
-        texts = generate_texts(model, lines, chat=not args.plain, batch_size=args.batch_size, **settings)
+        texts = generate_texts(model, [written(line) for line in lines], chat=style == "chat", batch_size=args.batch_size, **settings)
         for prompt, text in zip(lines, texts, strict=True):
             print(json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False))
         return
@@ -161,7 +179,7 @@ def generate(args: argparse.Namespace) -> None:
 
     opening = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
-        for piece in stream(model, args.prompt if args.plain else [*opening, {"role": "user", "content": args.prompt}], **settings):
+        for piece in stream(model, [*opening, {"role": "user", "content": args.prompt}] if style == "chat" else written(args.prompt), **settings):
             say(piece)
         say("\n")
         return
@@ -210,10 +228,20 @@ def _typed() -> Iterator[str]:
             return
 
 
+@contextlib.contextmanager
+def _damage_is_input() -> Iterator[None]:
+    """A file of metrics that is damaged, or holds nothing yet, is input that cannot be used."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def info(args: argparse.Namespace) -> None:
     from zflora_jax.info import describe
 
-    facts = describe(args.path)
+    with _damage_is_input():
+        facts = describe(args.path)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -232,7 +260,8 @@ def plot(args: argparse.Namespace) -> None:
     require(args.out is not None or len(runs) == 1, f"--out PATH says where a figure of {len(runs)} runs goes.")
     out = args.out or str(Path(args.runs[0]) / "curves")
     of = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs of {os.path.basename(shared)}"
-    training_curves(runs, out, args.title or of)
+    with _damage_is_input():
+        training_curves(runs, out, args.title or of)
     print(f"written: {out}.png, {out}.svg")
 
 
@@ -266,7 +295,7 @@ def plan(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     from zflora_jax.cache import compile_cache
     from zflora_jax.compare import Comparison, compare_methods, overview
-    from zflora_jax.grid import Grid, run_grid
+    from zflora_jax.grid import FINISHED, Grid, run_grid
 
     plans = load_config(args.config, "get_sweep")
     plans = list(plans) if isinstance(plans, list | tuple) else [plans]
@@ -290,6 +319,7 @@ def sweep(args: argparse.Namespace) -> None:
                 rows = run_grid(override(plan.base, _changes(args.set)), plan.settings, workdir, page=Path(args.out) / f"{plan.name}.md")
                 for row in rows:
                     print_table(row, f"{plan.name}: {row['run']}")
+                require(any(row["status"] == FINISHED for row in rows), f"no run of {plan.name} has finished: {rows[0]['status']}")
                 continue
             for row in compare_methods(changed(plan), workdir, args.out)["rows"]:
                 print_table(row, f"{plan.name}: {row['method']}")

@@ -238,6 +238,7 @@ def generate_tokens(
     adapter: AdapterConfig | None = None,
     adapters: Tree | None = None,
     tasks: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Token ids generated for each prompt, the stop token included where the model ended by itself.
 
@@ -246,7 +247,8 @@ def generate_tokens(
     not depend on batch_size (up to float rounding of the matrix products). on_batch(n) is called after each batch with its number of prompts.
     num_beams: above 1, beam search (see `beam`), which draws nothing and so takes no sampler of a temperature above 0; a batch then decodes
     batch_size * num_beams rows. adapter, adapters: run with these beside the base instead of fused into it, which is slower. tasks: which of several
-    tasks each prompt is of; adapters are then those of all tasks, leaves [N, ...] (`adapters.tasks.stack_tasks`), and a batch may mix them. Raises
+    tasks each prompt is of; adapters are then those of all tasks, leaves [N, ...] (`adapters.tasks.stack_tasks`), and a batch may mix them.
+    numbers: of the prompts, on which what is drawn for each hangs beside `seed`; None: from 0. Raises
     ValueError for an empty prompt or one that does not fit the context.
     """
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
@@ -259,7 +261,7 @@ def generate_tokens(
     )
     room = model.config.vocab_size - len(stop)
     require(num_beams == 1 or num_beams <= room, f"num_beams={num_beams}: must be at most {room}, the vocabulary's tokens that do not stop.")
-    _check_prompts(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens)
     require((adapter is None) == (adapters is None), "adapter and adapters go together: give both, or neither.")
     require(tasks is None or adapters is not None, "tasks says whose adapters a prompt uses: give adapter and adapters too.")
     require(tasks is None or len(tasks) == len(prompts), f"{len(prompts)} prompts and {0 if tasks is None else len(tasks)} tasks: give one for each.")
@@ -283,7 +285,8 @@ def generate_tokens(
         if num_beams > 1:
             out = np.asarray(beam_decode(run.config, adapter, num_beams, max_new_tokens, stop, variables, tokens, valid))
         else:
-            indices = jnp.asarray(np.resize(np.asarray(rows, np.uint32), len(tokens)))
+            drawn_by = rows if numbers is None else [numbers[i] for i in rows]
+            indices = jnp.asarray(np.resize(np.asarray(drawn_by, np.uint32), len(tokens)))
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
             out = np.asarray(decode(run.config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys))
         for row, i in enumerate(rows):
@@ -293,7 +296,7 @@ def generate_tokens(
     return answers
 
 
-def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
     no_ids = any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts)
     require(not no_ids, "prompts must be a list of prompts, each a list of token ids, e.g. [[1, 2], [3]]; `zf.generate` takes a list of texts.")
@@ -321,7 +324,7 @@ def stream_tokens(
     stop: Sequence[int] | None = None,
 ) -> Iterator[int]:
     """What generate_tokens(model, [prompt], ...) gives, token by token as they come: a compiled step for each, called from here."""
-    _check_prompts(model, [prompt], max_new_tokens)
+    check_prompts(model, [prompt], max_new_tokens)
     sampler, stop = sampler or Sampler(), tuple(model.config.eos_token_ids if stop is None else stop)
     run = packed(model)
     length = padded_length(len(prompt))

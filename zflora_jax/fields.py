@@ -76,7 +76,10 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{name}={value!r}: expected a list of {args[0].__name__}, written as [{value}].")
+        if typing.get_origin(args[0]) is Literal and isinstance(value, str):  # names need no quotes: a,b or [a, b]
+            value = [part.strip(" '\"") for part in value.strip("[]() ").split(",") if part.strip()]
+        kind = getattr(args[0], "__name__", "names")
+        require(isinstance(value, list | tuple), f"{name}={value!r}: expected a list of {kind}, written as [{value}].")
         return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):

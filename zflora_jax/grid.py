@@ -14,7 +14,7 @@ import logging
 import queue
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ import jax
 from zflora_jax.cache import compile_cache
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, from_dict, override, require, to_dict
+from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
-from zflora_jax.hosts import Stopped
+from zflora_jax.hosts import Stopped, StopSignals
 from zflora_jax.metrics import METRICS_FILE
 from zflora_jax.model import Model
 from zflora_jax.plots import training_curves
-from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, plain, write_json
 from zflora_jax.run import Trained, as_base, train
 from zflora_jax.trainer import NonFiniteError
 
@@ -78,6 +79,7 @@ def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, A
     else:
         every = [dict(changes) for changes in grid]
     require(bool(every), "the grid is empty: give at least one combination of settings.")
+    every = [plain(changes) for changes in every]  # numpy's numbers too
     known = _flat(to_dict(base))
     wrong = sorted({key for changes in every for key in changes if key not in known})
     inner = [key for key in known if wrong and key.startswith(f"{wrong[0]}.")]
@@ -104,12 +106,13 @@ def run_grid(
 
     A row: run (its name), the settings that the grid changes, status ("finished", or "failed: why"), params_trainable, the held-out loss
     (validation_loss or test_loss, as eval.split says), steps, seconds, what `extra` adds, and where it ran (commit, device, ...). Failed
-    are settings that cannot be used, a loss that is not a number, and memory that does not suffice.
+    are settings or models that cannot be used, other settings than the run in that place had, a loss that is not a number, and memory that does
+    not suffice.
 
     Finished runs are not run again, nor those whose loss was no number; what was stopped goes on. A run under <workdir> that had other settings is
     refused. parallel: how many at one time, each on its own devices (as many as its mesh has); None: as many as fit on the devices there are.
-    <workdir>/rows.json and rows.md are written after every run, and with `page` its Markdown and JSON; <workdir>/curves at the end. Compiled programs
-    are shared through <workdir>/compile_cache.
+    A signal stops what trains after its step, saved. <workdir>/rows.json and rows.md are written after every run, and with `page` its Markdown and
+    JSON; <workdir>/curves at the end. Compiled programs are shared through <workdir>/compile_cache.
     """
     workdir, runs = Path(workdir), combinations(base, grid)
     size = base.mesh.data * base.mesh.fsdp * base.mesh.tensor
@@ -151,10 +154,11 @@ def _each(one: Callable[[Any], Row], runs: Sequence[Any], alone: bool, workers: 
     if alone:
         yield from map(one, runs)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    with StopSignals(), ThreadPoolExecutor(workers) as pool:
         try:
-            yield from pool.map(one, runs)
-        except BaseException:  # a signal: what runs ends, the rest is not begun
+            for done in as_completed([pool.submit(one, entry) for entry in runs]):
+                yield done.result()
+        except BaseException:  # a signal, or a fault of ours: what runs is saved or ends, the rest is not begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -164,13 +168,19 @@ def _run(base: RunConfig, changes: dict[str, Any], workdir: Path, bases: _Bases,
         run = override(base, changes)
         if (saved := _saved(workdir / RECORD, run)) is not None:
             return saved
-        trained = train(run, workdir, model=bases.of(run, devices[0]), devices=devices, console=console)
+        trained = train(run, workdir, model=bases.of(run, devices), devices=devices, console=console)
         row: Row = {"status": FINISHED} | {key: trained.report[key] for key in _KEPT if key in trained.report}
         row |= dict(extra(run, trained)) if extra else {}
         row |= {key: trained.report["environment"][key] for key in _ORIGIN}
     except Stopped:
         raise
-    except (ConfigError, NonFiniteError, RuntimeError, MemoryError) as error:  # XLA's errors, of memory too, are RuntimeErrors
+    except (
+        ConfigError,
+        CheckpointError,
+        NonFiniteError,
+        jax.errors.JaxRuntimeError,
+        MemoryError,
+    ) as error:  # XLA's, of memory too, are JaxRuntimeErrors
         row = {"status": f"failed: {error}" if str(error) else f"failed: {type(error).__name__}"}
         if isinstance(error, NonFiniteError):
             write_json(workdir / RECORD, {"config": to_dict(run), "row": row})
@@ -180,17 +190,21 @@ def _run(base: RunConfig, changes: dict[str, Any], workdir: Path, bases: _Bases,
 
 
 class _Bases:
-    """Base models by name, dtype and device: loaded once for all runs that share one."""
+    """The base model that a device has: loaded once for all runs in a row that share it."""
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[str, str, Any], Model] = {}
+        self._loaded: dict[Any, tuple[tuple[str, str], Model]] = {}
 
-    def of(self, run: RunConfig, device: Any) -> Model:
-        key = run.model, run.train.dtype, device
-        if key not in self._loaded:
+    def of(self, run: RunConfig, devices: Sequence[Any]) -> Model | None:
+        """None where several devices share the base: then each run loads its slices."""
+        if len(devices) > 1:
+            return None
+        [device], key = devices, (run.model, run.train.dtype)
+        if self._loaded.get(device, (None,))[0] != key:
+            self._loaded.pop(device, None)  # before the next one needs its memory
             with jax.default_device(device):
-                self._loaded[key] = load_model(run.model, dtype=run.train.dtype)
-        return as_base(run, self._loaded[key])
+                self._loaded[device] = key, load_model(run.model, dtype=run.train.dtype)
+        return as_base(run, self._loaded[device][1])
 
 
 def _saved(path: Path, run: RunConfig) -> Row | None:

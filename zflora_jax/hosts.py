@@ -113,17 +113,20 @@ class StopSignals:
     """While it is entered, SIGTERM and SIGINT ask for a stop instead of ending the process; a second one changes nothing.
 
     Of several processes one signalled is enough: JAX's preemption service, which takes SIGTERM there, has all of them stop after the same step.
-    Outside the main thread, where Python has no signals, nothing is caught.
+    Outside the main thread, where Python has no signals, those count that the main thread catches meanwhile.
     """
+
+    _of_main: StopSignals | None = None
 
     def __init__(self) -> None:
         self._asked, self._next = False, 1
+        self._shared: StopSignals | None = None
         self._before: dict[int, object] = {}
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`; with several processes it must be called for every step, and is true in all of them at the same one."""
         if jax.process_count() == 1:
-            return self._asked
+            return self._asked or (self._shared is not None and self._shared._asked)
         from jax.experimental import multihost_utils
 
         # JAX counts calls: a signal that came before the first one asks for a stop at call 1, whatever step a resumed run is at by then.
@@ -142,8 +145,13 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             caught = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
             self._before = {number: signal.signal(number, self._ask) for number in caught}
+            self._shared, StopSignals._of_main = StopSignals._of_main, self
+        else:
+            self._shared = StopSignals._of_main
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if threading.current_thread() is threading.main_thread():
+            StopSignals._of_main = self._shared

@@ -77,6 +77,7 @@ def _export(directory: Path) -> Facts:
         widths = {"residual": "hidden_size", "head": "head_dim", "MLP": "intermediate_size"}
         facts |= {"method": adapter.method, "rank": adapter.rank, "scale": adapter.scale, "targets": adapter.targets}
         facts["widths"] = ", ".join(f"{name} {base[field]} -> {getattr(native, field)}" for name, field in widths.items())
+    facts |= {"base": manifest["base"].get("name"), **manifest.get("figures", {})}
     facts |= {"base fingerprint": manifest["base"]["fingerprint"], "padding of hidden_size": manifest["padding"]}
     return facts | _shape(native) | _weights(directory)
 

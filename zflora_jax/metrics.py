@@ -7,14 +7,17 @@ One line of metrics.jsonl is one record, {"step": 10, "split": "train", "loss": 
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from zflora_jax.report import atomic_write, plain
-from zflora_jax.trackers import make_trackers
+from zflora_jax.trackers import Tracker, make_trackers
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -58,8 +61,7 @@ class MetricWriter:
         numbers = {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
         self._file.flush()
-        for tracker in self._trackers:
-            tracker.write(int(step), {f"{split}/{name}": value for name, value in numbers.items()})
+        self._show(lambda tracker: tracker.write(int(step), {f"{split}/{name}": value for name, value in numbers.items()}))
 
     def progress(self, step: int, loss: float | None = None, tokens_per_s: float | None = None) -> None:
         """Show that `step` steps are complete."""
@@ -74,8 +76,16 @@ class MetricWriter:
         if self._progress is not None:
             self._progress.close()
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._show(lambda tracker: tracker.close())
+
+    def _show(self, call: Callable[[Tracker], None]) -> None:
+        """`call` of every tracker. One that fails is left out from then on: a full disk or a lost connection there must not end the training."""
+        for tracker in tuple(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                log.warning("%s failed and shows no more of this run: %s", type(tracker).__name__, error)
+                self._trackers.remove(tracker)
 
     def __enter__(self) -> MetricWriter:
         return self

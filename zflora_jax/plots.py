@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zflora_jax.metrics import read_metrics
 from zflora_jax.report import atomic_write
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 # What `training_curves` draws: the key of a record, its unit, whether the axis is logarithmic.
+IN_PANEL = 4  # of so many runs the names stand in the first panel; of more, below the figure
 PANELS = (
     ("loss", "loss (nats per token)", False),
     ("learning_rate", "learning rate", False),
@@ -30,8 +31,12 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
 
     runs: label -> its metrics.jsonl. Training is a line, every other split's loss points of the same colour.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+    # Ten colours that are easy to tell apart; of more runs as many as there are, along a scale.
+    colours: list[Any] = [f"C{i}" for i in range(10)] if len(runs) <= 10 else [colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
     figure = Figure(figsize=(11.0, 7.4), layout="constrained")
     figure.suptitle(title)
     drawn = False
@@ -46,7 +51,7 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
                 steps, heights = zip(*sorted(values.items()), strict=True)
                 style = {"linewidth": 1.3} if split == "train" else {"linestyle": ":", "marker": "o", "markersize": 5}
                 last = f" ({split}, last {heights[-1]:.4g})" if key == "loss" else ""
-                axes.plot(steps, heights, color=f"C{colour}", label=f"{name}{last}", **style)  # type: ignore[arg-type]
+                axes.plot(steps, heights, color=colours[colour], label=f"{name}{last}", **style)  # type: ignore[arg-type]
                 drawn = True
         axes.set_xlabel("step")
         axes.set_ylabel(label)
@@ -54,8 +59,12 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
         axes.grid(alpha=0.3)
         if logarithmic and axes.lines:
             axes.set_yscale("log")
-        if axes.lines and (key == "loss" or len(records) > 1):
+        if axes.lines and key == "loss" and len(records) <= IN_PANEL:
             axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # a long label may overlap the curves, not squeeze them
+    if len(records) > IN_PANEL:
+        runs_of = [Line2D([], [], color=colour, label=name) for name, colour in zip(records, colours, strict=False)]
+        figure.set_figheight(7.4 + 0.2 * -(-len(records) // 2))
+        figure.legend(handles=runs_of, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     if not drawn:
         raise ValueError(f"{', '.join(map(str, runs.values()))}: no numbers to draw.")
     _save(figure, out)

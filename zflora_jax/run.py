@@ -316,6 +316,9 @@ def export_run(
     require(format == "hf", f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")
     fused = fuse(model, run.adapter, adapters)
     card = {"task": run.data.task, "steps": step, "trainable parameters": count_params(model.config, run.adapter)}
+    trained = json.loads(path.read_text(encoding="utf-8")) if (path := Path(workdir) / "report.json").is_file() else {}
+    if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
+        card[f"{run.eval.split} loss"] = loss
     report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
     examples = fit_documents(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, run.data.lengths[-1])
     prompts = encode_prompts(examples, model.tokenizer, run.data.prompt_style)

@@ -106,14 +106,21 @@ def converse(
         if not line:
             continue
         turns.append({"role": "user", "content": line})
-        room, left_out = model.config.max_position_embeddings - max_new_tokens, 0
-        while len(turns) > 1 and len(encode_prompt_texts(tokenizer, [render_turns(tokenizer, opening + turns)])[0]) > room:
-            turns, left_out = turns[2:], left_out + 1
+        room, kept = model.config.max_position_embeddings - max_new_tokens, turns
+        while too_long := len(encode_prompt_texts(tokenizer, [render_turns(tokenizer, opening + kept)])[0]) > room:
+            if len(kept) == 1:
+                break
+            kept = kept[2:]
+        if too_long:
+            turns.pop()
+            say(f"(that is too long: {max_new_tokens} new tokens leave {max(room, 0)} of the context's {model.config.max_position_embeddings})\n")
+            continue
+        left_out, turns = (len(turns) - len(kept)) // 2, kept
         if left_out:
             say(f"(the context of {model.config.max_position_embeddings} tokens is full: the {left_out} oldest turns are left out)\n")
         answer = ""
         try:
-            for piece in stream(model, opening + turns, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed):
+            for piece in stream(model, opening + turns, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed + len(turns)):
                 answer += piece
                 say(piece)
         except KeyboardInterrupt:

@@ -58,7 +58,8 @@ def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
     """What a model is given before it answers a conversation, by the tokenizer's chat template. ConfigError where it has none."""
     require(
         bool(getattr(tokenizer, "chat_template", None)),
-        "data.prompt_style='chat' needs a tokenizer with a chat template and this one has none. Use data.prompt_style='alpaca' or an instruct model.",
+        "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an instruct model; or, to train, "
+        "data.prompt_style='alpaca'; or, to generate, prompts as they are (--plain, chat=False).",
     )
     return tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True)
 

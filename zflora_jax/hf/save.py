@@ -15,7 +15,7 @@ from zflora_jax import trees
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.config import METHODS, LlamaConfig
 from zflora_jax.fields import require, to_dict
-from zflora_jax.hf.card import model_card
+from zflora_jax.hf.card import base_name, model_card
 from zflora_jax.hf.directory import whole_directory
 from zflora_jax.hf.keys import CheckpointError, as_finite, hf_table
 from zflora_jax.hf.load import TOKENIZER_FILES, locate
@@ -47,7 +47,7 @@ def save_hf(
       base_fingerprint: `trees.fingerprint` of the base's parameters, recorded in zflora.json. Found by slicing where the method widens; the merging
         methods (lora, ffa, full) cannot know it.
       max_shard_bytes: tensors are split over several files above this size; one file's tensors are held in memory at a time.
-      card: rows to add to the README's table of figures, e.g. {"accuracy after": 0.71}.
+      card: figures for the README and zflora.json, e.g. {"accuracy after": 0.71}.
 
     Returns:
       {"path", "dtype", "parameters", "bytes", "files"}.
@@ -69,7 +69,7 @@ def save_hf(
         report = {"path": str(target), "dtype": dtype, "parameters": parameters}
         (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
         files = sorted([*(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()), MANIFEST])
-        write_json(staging / MANIFEST, _manifest(model, form, dtype, base_fingerprint, files))
+        write_json(staging / MANIFEST, _manifest(model, form, dtype, base_fingerprint, files) | {"figures": dict(card or {})})
     return report | {"bytes": sum((target / name).stat().st_size for name in files), "files": files}
 
 
@@ -138,6 +138,7 @@ def _manifest(model: Model, form: StockForm, dtype: str, base_fingerprint: str |
         "dtype": dtype,
         "adapter": None if model.adapter is None else to_dict(model.adapter),
         "base": {
+            "name": base_name(model),
             "hidden_size": base.hidden_size,
             "head_dim": base.head_dim,
             "intermediate_size": base.intermediate_size,

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,22 @@ def open_prepared(make: Callable[..., Any], split: str, root: str | os.PathLike[
         return builder.as_data_source(split)
 
 
+_QUIET = threading.RLock()  # stdout is the whole process's, and runs of a sweep may load side by side
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """TFDS prints to stdout, draws one bar per split and warns about each custom config; commands here print their own results there."""
     import tensorflow_datasets as tfds
 
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
-        absl.setLevel(level)
+    with _QUIET:
+        absl = logging.getLogger("absl")
+        level = absl.level
+        absl.setLevel(logging.ERROR)
+        tfds.disable_progress_bar()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield
+        finally:
+            tfds.enable_progress_bar()
+            absl.setLevel(level)
