@@ -357,3 +357,23 @@ def test_signals_wait_until_the_last_checkpoint_is_written(run, tmp_path, monkey
     assert quiet_train(run, tmp_path).report["steps"] == 8
     monkeypatch.undo()
     assert runs.load_run(tmp_path)[3] == 8
+
+
+def test_a_lock_ends_although_a_child_has_its_file_open(tmp_path):
+    """As a child that another thread is starting has, between fork and exec."""
+    code = """
+import os, sys, time
+from zflora_jax.checkpoint import locked
+with locked(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+try:
+    with locked(sys.argv[1]):
+        print("free")
+finally:
+    os.kill(child, 9)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "free\n", done.stderr
