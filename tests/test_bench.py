@@ -89,7 +89,9 @@ def test_latency_table(real: bool, tmp_path: Path) -> None:
     assert all(r["ttft_ms_min"] <= r["ttft_ms"] <= r["ttft_ms_max"] and r["compile_s"] >= 0 for r in rows)
     result |= {"settings": {"model": "tiny", "weights": "random", "dtype": "float32", "new_tokens": 4, "repeats": 2}, "environment": environment()}
     latency.write(result, tmp_path / "latency-1.5b", "Latency")
-    assert {path.name for path in tmp_path.iterdir()} == {f"latency-1.5b{end}" for end in (".json", ".md", "-ratio.png", "-rank.png")}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"latency-1.5b{end}" for end in (".json", ".md", "-ratio.png", "-ratio.svg", "-rank.png", "-rank.svg")
+    }
     assert json.loads((tmp_path / "latency-1.5b.json").read_text())["rows"] == json.loads(json.dumps(rows))
 
 
