@@ -115,8 +115,10 @@ def grouped_bars(
                 axes.errorbar(place, height, [[max(height - low, 0.0)], [max(high - height, 0.0)]], color="black", linewidth=0.6, capsize=1)
         axes.bar_label(drawn, fmt="%.0f", fontsize=6)
     axes.set_xticks(range(len(groups)), groups)
+    if len(groups) * max(map(len, groups)) > 60:  # side by side they would run into each other
+        axes.tick_params(axis="x", rotation=25)
     axes.set_ylabel(label)
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     _save(figure, out)
