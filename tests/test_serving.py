@@ -154,6 +154,22 @@ def test_wrong_tasks_are_refused(base):
         stack_tasks([adapters, adapters_of(base, AdapterConfig("lora", rank=6), 1)])
 
 
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("method", ["ffba", "zflora-minimal", "zflora-uniform"])
+def test_a_swap_copies_no_kernel(base, method, packed):
+    """What it allocates beside the donated buffers is less than one layer's smallest kernel."""
+    adapter = AdapterConfig(method, rank=4)
+    adapters = adapters_of(base, adapter, 1)
+    model = fuse(base, adapter, adapters)
+    model = pack(model) if packed else model
+    narrow = fusion.base_config(model.config.replace(packed=False), adapter)
+    memory = fusion._swap.lower(model.config, narrow, adapter, model.params, adapters).compile().memory_analysis()
+    kernels = [leaf.nbytes for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel")]
+    assert memory.alias_size_in_bytes >= sum(kernels)
+    assert memory.temp_size_in_bytes < min(kernels) / (1 if packed else base.config.num_layers)
+
+
 # --- a server's loop ----------------------------------------------------------------------------------------------
 
 

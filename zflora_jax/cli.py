@@ -61,6 +61,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, e.g. --set train.steps=50 adapter.rank=16"
         )
 
+    def source(sub: argparse.ArgumentParser, verb: str) -> None:
+        either = sub.add_mutually_exclusive_group(required=True)
+        either.add_argument("--workdir", metavar="DIR", help=f"{verb} what this run has trained, fused")
+        either.add_argument(
+            "--model", metavar="MODEL", help=f"{verb} a model: a Hugging Face directory, an export, hub id, .gguf file or smollm2-135m"
+        )
+        sub.add_argument("--checkpoint", metavar="STEP", help="of a run: a number of steps, or best (default: the newest)")
+
     sub = command("train", commands.train, "Train an adapter, or resume the run that the workdir holds.")
     sub.add_argument("--config", metavar="FILE", help="a Python file with get_config() -> RunConfig, e.g. configs/quickstart.py")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: config, checkpoints, metrics, report")
@@ -75,10 +83,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub = command(
         "eval", commands.eval, "Score a run or a model on tasks: loss, generated answers, likelihoods, ROUGE; one record per example is kept."
     )
-    source = sub.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", metavar="DIR", help="evaluate what this run has trained, fused")
-    source.add_argument("--model", metavar="MODEL", help="evaluate a model: a Hugging Face directory, hub id, .gguf file or smollm2-135m")
-    sub.add_argument("--checkpoint", metavar="STEP", help="of a run: a number of steps, or best (default: the newest)")
+    source(sub, "evaluate")
     sub.add_argument("--tasks", metavar="A,B", help="tasks, or groups of tasks (commonsense, math, summary), to evaluate (default: the run's own)")
     sub.add_argument("--data-dir", metavar="DIR", help="where the tasks' files are (the same as --set data.data_dir=DIR)")
     sub.add_argument(
@@ -93,10 +98,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub = command(
         "generate", commands.generate, "Answer prompts: one, those of a file, or a conversation on the terminal; text is shown as it comes."
     )
-    source = sub.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", metavar="DIR", help="use what this run has trained, fused")
-    source.add_argument("--model", metavar="MODEL", help="use a model or an export: as for eval")
-    sub.add_argument("--checkpoint", metavar="STEP", help="of a run: a number of steps, or best (default: the newest)")
+    source(sub, "use")
     sub.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA directory to fuse into --model")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="of --model (default: float32; a run has its own)")
     prompts = sub.add_mutually_exclusive_group()

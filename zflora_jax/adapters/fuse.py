@@ -175,32 +175,55 @@ def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params
     adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(adapters, base.num_layers)
     for name, block in trees.flatten(adapters).items():
         layer, _, kernel, block_name = name.split("/")
-        leaf_name, rows = _leaf_of(config, kernel)
-        leaf = flat[f"{layer}/{leaf_name}"]
         axis, shape = _in_axis(base, kernel), kernel_shapes(base)[kernel]
         region = _region(block_name, axis, shape[0][-1], shape[1][-1])
-        value = _stored(block_name, block, adapter).astype(leaf.dtype)
-        reads, writes = region[1], region[-1]
-        if not config.packed:
-            new = leaf.at[region].set(value)
-        elif rows is not None:  # [heads or (gate, up), width, in]: several kernels below each other
-            view = leaf.reshape(-1, config.head_dim if kernel in ATTENTION else config.intermediate_size, leaf.shape[-1])
-            new = view.at[rows, writes, reads].set(value.reshape(value.shape[0], -1, value.shape[-1]).transpose(1, 2, 0))
-        else:  # o and down: [out, heads or 1, width]
-            view = leaf.reshape(leaf.shape[0], -1, config.head_dim if kernel in ATTENTION else config.intermediate_size)
-            new = view.at[writes, :, reads].set(value.reshape(-1, *value.shape[-2:]).transpose(2, 0, 1))
-        flat[f"{layer}/{leaf_name}"] = new.reshape(leaf.shape)
+        value = _stored(block_name, block, adapter)
+        if config.packed:
+            leaf_name, first = _place(config, kernel)
+            leaf = flat[f"{layer}/{leaf_name}"]
+            flat[f"{layer}/{leaf_name}"] = _write_packed(leaf, value.astype(leaf.dtype), kernel_shapes(config)[kernel], first, region[1], region[-1])
+        else:
+            leaf_name = f"{layer}/{group(kernel)}/{kernel}/kernel"
+            flat[leaf_name] = flat[leaf_name].at[region].set(value.astype(flat[leaf_name].dtype))
     return trees.unflatten(flat)
 
 
-def _leaf_of(config: LlamaConfig, kernel: str) -> tuple[str, slice | None]:
-    """The leaf that holds a kernel, and in a packed leaf which of its (heads or gate/up) rows."""
-    if config.packed and kernel in ("q", "k", "v"):
-        start = {"q": 0, "k": config.num_heads, "v": config.num_heads + config.num_kv_heads}[kernel]
-        return "attn/qkv/kernel", slice(start, start + (config.num_heads if kernel == "q" else config.num_kv_heads))
-    if config.packed and kernel in ("gate", "up"):
-        return "mlp/gate_up/kernel", slice(0, 1) if kernel == "gate" else slice(1, 2)
-    return f"{group(kernel)}/{kernel}/kernel", None
+def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
+    """The packed leaf that holds a kernel, and the first of its rows there."""
+    heads = {"q": 0, "k": config.num_heads, "v": config.num_heads + config.num_kv_heads}
+    if kernel in heads:
+        return "attn/qkv/kernel", heads[kernel] * config.head_dim
+    if kernel in ("gate", "up"):
+        return "mlp/gate_up/kernel", 0 if kernel == "gate" else config.intermediate_size
+    return f"{group(kernel)}/{kernel}/kernel", 0
+
+
+def _write_packed(leaf: Array, value: Array, shape: Any, first: int, reads: slice, writes: slice) -> Array:
+    """A block, value [*in, *out], into a leaf [out, in] whose rows from `first` on are a kernel of `shape`.
+
+    By updates of the flat leaf, one per head where heads are wider than the base's: XLA writes those in place, and copied the leaf where the same
+    was written through a view of its heads.
+    """
+    rows, columns = _pieces(shape[1], writes), _pieces(shape[0], reads)
+    flat = value.reshape(sum(count for _, count in columns), -1).T
+    at_row = 0
+    for row, height in rows:
+        at_column = 0
+        for column, width in columns:
+            piece = flat[at_row : at_row + height, at_column : at_column + width]
+            leaf = jax.lax.dynamic_update_slice(leaf, piece, (first + row, column))
+            at_column += width
+        at_row += height
+    return leaf
+
+
+def _pieces(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
+    """Where `part` of the last of `axes` lies in all of them flattened: (start, count), one if that is in one piece."""
+    start, stop, _ = part.indices(axes[-1])
+    heads = int(np.prod(axes[:-1]))
+    if stop - start == axes[-1]:
+        return [(0, heads * axes[-1])]
+    return [(head * axes[-1] + start, stop - start) for head in range(heads)]
 
 
 def pack(model: Model) -> Model:
