@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -343,6 +344,21 @@ def test_a_save_that_fails_says_so_and_keeps_the_rest(run, tmp_path, monkeypatch
         quiet_train(run, tmp_path)
     monkeypatch.undo()
     assert quiet_train(run, tmp_path).report["resumed_from"] == 4
+
+
+def test_runs_side_by_side_save_at_one_time(tmp_path):
+    """As a parallel sweep's do. orbax alone mixes up their directories, or waits five minutes for one that comes under another name."""
+
+    def saved(name: int) -> int | None:
+        with Checkpoints(tmp_path / str(name), keep=2) as checkpoints:
+            for step in range(1, 16):
+                checkpoints.save(step, {"leaf": jax.numpy.full((4,), step, np.float32)}, {"step": step})
+        with Checkpoints(tmp_path / str(name), create=False) as checkpoints:
+            state, meta = checkpoints.restore({"leaf": jax.ShapeDtypeStruct((4,), np.float32)})
+        return meta["step"] if (np.asarray(state["leaf"]) == 15).all() else None
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(saved, range(6))) == [15] * 6
 
 
 def test_signals_wait_until_the_last_checkpoint_is_written(run, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,11 @@ def _fingerprint(state: TrainState) -> str:
     return fingerprint({str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))})
 
 
+# orbax numbers its saves by a counter of the process, and what a save starts reads "the current one": two that begin together wait for each other's
+# directories, or write before their own are there.
+_SAVING = threading.Lock()
+
+
 class SaveError(OSError):
     """A checkpoint could not be written; the ones before it are whole."""
 
@@ -145,7 +151,9 @@ class Checkpoints:
             state = jax.tree.map(jnp.copy, state)
         args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta))
         with self._writing():
-            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+            self._manager.wait_until_finished()  # here, where no other run waits for it
+            with _SAVING:
+                self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
