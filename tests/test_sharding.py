@@ -23,6 +23,7 @@ from zflora_jax.model import param_shapes
 from zflora_jax.trainer import init_state, make_train_step
 
 MESHES = [MeshConfig(*(2**i for i in powers)) for powers in itertools.product(range(4), repeat=3) if 1 <= sum(powers) <= 3]
+FEW = [MeshConfig(2, 2, 2), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8)]
 # With Adam's usual eps the first updates are the signs of the gradients, and those of gradients near zero are rounding.
 OPTIM = OptimConfig(warmup_steps=0, learning_rate=1e-2, eps=1e-3)
 
@@ -69,10 +70,11 @@ def train_three(model, adapter, mesh_config, accumulate=1):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_mesh_gives_the_numbers_of_one_device(method):
+    """Every mesh of up to 8 devices for zflora-uniform, whose adapters have every kind of block; three meshes for each other method."""
     model, adapter = sharded_model(), AdapterConfig(method, rank=6, alpha=9.0)
     wanted, adapters = train_three(model, adapter, MeshConfig())
     assert wanted[2, 0] < wanted[0, 0]
-    for mesh in MESHES:
+    for mesh in MESHES if method == "zflora-uniform" else FEW:
         metrics, found = train_three(model, adapter, mesh, accumulate=2 if mesh.tensor == 2 else 1)
         np.testing.assert_allclose(metrics, wanted, rtol=2e-5, err_msg=str(mesh))
         for leaf, value in trees.flatten(found).items():
