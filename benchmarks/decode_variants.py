@@ -1,4 +1,4 @@
-"""Ways to decode that were tried, against the one that is kept: packed kernels [out, in], unrolled layers, one compiled loop.
+"""Ways to decode that were tried, against the one that is kept: packed kernels [in, out], unrolled layers, one compiled loop.
 
 Command: python benchmarks/decode_variants.py     (about 5 minutes on 2 CPU cores)
 Writes results/decode_variants.json and .md: TTFT and TPOT of SmolLM2-135M (the packaged one), all ways by turns in one process, for each batch; and
@@ -28,7 +28,7 @@ from zflora_jax.llama import init_cache
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 
-KEPT = "kept: packed [out, in], unrolled, one compiled loop"
+KEPT = "kept: packed [in, out], unrolled, one compiled loop"
 
 
 def host_loop(model: Model, batch: int, prompt_length: int, new_tokens: int) -> Contender:
@@ -60,8 +60,8 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
     head = packed.params | {"lm_head": {"kernel": jnp.asarray(packed.params["embed"]["embedding"].T)}}
     found = {
         KEPT: contender(packed, *shape),
-        "kernels not packed [in, out], unrolled": contender(unrolled, *shape),
-        "kernels not packed [in, out], scan over layers": contender(model, *shape),
+        "kernels not packed, unrolled": contender(unrolled, *shape),
+        "kernels not packed, scan over layers": contender(model, *shape),
         "head (d, V) beside the embeddings": contender(Model(packed.config.replace(tie_word_embeddings=False), head), *shape),
         "a compiled step per token, called from Python": host_loop(packed, *shape),
         "sampled: temperature 0.8": contender(packed, *shape, sampler=Sampler(0.8)),

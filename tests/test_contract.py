@@ -89,8 +89,10 @@ def test_merged_methods_refuse_unfuse_and_swap(adapter):
 
 @every_widened
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_swap_equals_fusing_anew(adapter, packed, tokens):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_swap_equals_fusing_anew(adapter, packed, dtype):
     model = tiny_model()
+    model.params = jax.tree.map(lambda x: x.astype(dtype), model.params)
     first, second = (perturb(init_adapters(jax.random.key(1), model, adapter), seed) for seed in (1, 2))
     want = fuse(model, adapter, second)
     fused = fuse(model, adapter, first)

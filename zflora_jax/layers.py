@@ -88,22 +88,22 @@ class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel; low-rank factors are added to y.
 
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
-    None). y: x W where W is packed with other kernels; None to compute it here. rows_out: W is stored as its transpose, [out, in], both flattened, as
-    in packed models; adapter blocks are not.
+    None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as [in, out], both flattened, as in packed models;
+    adapter blocks are not.
     """
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     adapter: AdapterConfig | None = None
     blocks: tuple[str, ...] = ()
-    rows_out: bool = False
+    flat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None, y: Array | None = None) -> tuple[Array, Array | None]:
         n, dtype = len(self.in_axes), x.dtype
-        if y is None and self.rows_out:
-            kernel = self.base_param("kernel", nn.initializers.normal(0.02), (math.prod(self.out_axes), math.prod(self.in_axes)))
-            y = against_rows(x.reshape(*x.shape[:-n], -1), kernel.astype(dtype)).astype(dtype).reshape(*x.shape[:-n], *self.out_axes)
+        if y is None and self.flat:
+            kernel = self.base_param("kernel", nn.initializers.normal(0.02), (math.prod(self.in_axes), math.prod(self.out_axes)))
+            y = jnp.tensordot(x.reshape(*x.shape[:-n], -1), kernel.astype(dtype), 1).reshape(*x.shape[:-n], *self.out_axes)
         elif y is None:
             kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
             product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
@@ -124,15 +124,6 @@ class Dense(AdaptedModule):
         if "ffa_a" in block:
             y = y + scale * tile(project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)).reshape(y.shape)
         return y, y_z
-
-
-def against_rows(x: Array, kernel: Array) -> Array:
-    """x [B, T, i] against the rows of a kernel [j, i] of the same dtype -> [B, T, j] float32.
-
-    As a product and a sum of its own making 2 to 8 rows read single kernels faster than XLA's own product does on an AMD EPYC, but a whole decode
-    step ten times as slowly on an Intel Xeon: not kept.
-    """
-    return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=jnp.float32)
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
@@ -172,7 +163,7 @@ def tied_logits(x: Array, table: Array) -> Array:
 
     Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed.
     """
-    return against_rows(x, table)
+    return jnp.einsum("BTd,Vd->BTV", x, table, preferred_element_type=jnp.float32)
 
 
 def _tied_logits_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -84,7 +84,7 @@ class Attention(nn.Module):
         c = self.config
         self.plan = plan(c, self.adapter) if self.adapter else Plan()
         if c.packed:
-            self.qkv = Dense((c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,), rows_out=True)
+            self.qkv = Dense((c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,), flat=True)
         self.q, self.k, self.v = (_dense(c, self.adapter, self.plan, name) for name in "qkv")
         self.o = _dense(c, self.adapter, self.plan, "o")
 
@@ -124,7 +124,7 @@ class MLP(nn.Module):
         c = self.config
         p = plan(c, self.adapter) if self.adapter else Plan()
         if c.packed:
-            self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,), rows_out=True)
+            self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,), flat=True)
         self.gate, self.up = (_dense(c, self.adapter, p, name) for name in ("gate", "up"))
         self.down = _dense(c, self.adapter, p, "down")
 
