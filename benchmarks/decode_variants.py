@@ -144,21 +144,20 @@ def main() -> None:
     env, rows, bandwidth = environment(), list[dict[str, Any]](), read_bandwidth()
     for batch in args.batches:
         found = ways(batch, args.prompt, args.new_tokens, args.bfloat16)
-        turns = decode_turns(found, args.new_tokens, args.repeats)
+        turns = decode_turns(found, args.new_tokens, args.repeats, bandwidth)
         for label, times in turns.items():
             row: dict[str, Any] = {"batch": batch, "way": label}
             for name in ("ttft_ms", "tpot_ms"):
                 row |= summary(times[name], name) | {name.replace("_ms", "_ratio"): ratio(times[name], turns[KEPT][name])}
-            if (size := found[label].read_bytes) is not None:
-                row["floor_ratio"] = row["tpot_ms"] * bandwidth / size / 1e3
+            if "floor_ms" in times:
+                row["floor_ratio"] = ratio(times["tpot_ms"], times["floor_ms"])
+                row["read_gb_per_s"] = (found[label].read_bytes or 0) / statistics.median(times["floor_ms"]) / 1e6
             rows.append(row)
             print(row, flush=True)
         del found
     alone = [row for batch in args.batches for row in products(batch, args.repeats)]
     chosen = [choices(batch, args.repeats) for batch in args.batches]
-    write_json(
-        f"{args.out}.json", {"rows": rows, "products": alone, "choices": chosen, "bandwidth": bandwidth, "settings": vars(args), "environment": env}
-    )
+    write_json(f"{args.out}.json", {"rows": rows, "products": alone, "choices": chosen, "settings": vars(args), "environment": env})
     shown = [
         {
             "batch": row["batch"],
@@ -171,12 +170,13 @@ def main() -> None:
         }
         for row in rows
     ]
+    rates = [row["read_gb_per_s"] for row in rows if "read_gb_per_s" in row]
     text = [
         "# Ways to decode",
         "",
         f"SmolLM2-135M, float32 unless said, prompt {args.prompt}, {args.new_tokens} new tokens; medians of {args.repeats} turns [least, most]. x "
-        f"kept: median over turns of the ratio within a turn. x floor: TPOT over the time to read weights and half-filled cache once at the measured "
-        f"{bandwidth / 1e9:.1f} GB/s.",
+        f"kept: median over turns of the ratio within a turn. x floor: TPOT over the time to read weights and half-filled cache once at the rate "
+        f"measured in the same turn ({min(rates):.1f} to {max(rates):.1f} GB/s, medians).",
         "",
         markdown_table(shown, list(shown[0])),
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -134,9 +135,9 @@ def measure(
 ) -> dict[str, Any]:
     """The latency table: every rank at the first batch and prompt length, every batch and prompt length at the first rank.
 
-    Returns {"bandwidth": bytes/s, "rows": [...]}, a row per case and label: ttft_ms and tpot_ms (medians over turns, with _min and _max), their
-    ratios to the base's (medians over turns), read_bytes a token and their ratio to the base's, floor_ms =
-    read_bytes / bandwidth and floor_share = floor_ms / tpot_ms, compile_s, memory_mb.
+    Returns {"rows": [...]}, a row per case and label: ttft_ms and tpot_ms (medians over turns, with _min and _max), their ratios to the base's
+    (medians over turns), read_bytes a token and their ratio to the base's, floor_ms = read_bytes / the bandwidth measured in the turn and
+    floor_share = floor_ms / tpot_ms (medians), compile_s, memory_mb.
     """
     for name, values in (("ranks", ranks), ("batches", batches), ("prompts", prompts)):
         require(len(values) > 0 and min(values) >= 1, f"{name}={list(values)}: give at least one, each at least 1.")
@@ -157,27 +158,28 @@ def measure(
             from zflora_jax.bench.peers import decode_contenders
 
             ready |= decode_contenders(config, dtype, rank, batch, prompt)
-        turns = decode_turns(ready, new_tokens, repeats)
+        turns = decode_turns(ready, new_tokens, repeats, bandwidth)
         for label, found in turns.items():
+            floors = found.pop("floor_ms", None)
             row = case | {"label": label} | {k: v for name, values in found.items() for k, v in summary(values, name).items()}
             for name in found:
                 row[name.replace("_ms", "_ratio")] = ratio(found[name], turns[BASE][name])
-            if (size := ready[label].read_bytes) is not None:
-                floor = 1e3 * size / bandwidth
+            if floors and (size := ready[label].read_bytes) is not None:
                 row |= {"read_bytes": size, "bytes_ratio": size / (ready[BASE].read_bytes or size)}
-                row |= {"floor_ms": floor, "floor_share": floor / row["tpot_ms"]}
+                row |= {"floor_ms": statistics.median(floors), "floor_share": ratio(floors, found["tpot_ms"])}
             rows.append(row | ready[label].extra)
             say(
                 f"rank {rank} batch {batch} prompt {prompt}  {label:<28} TTFT {row['ttft_ms']:9.2f} ms  TPOT {row['tpot_ms']:8.3f} ms"
                 f"  {row['tpot_ratio']:.3f} x base"
             )
         del ready
-    return {"bandwidth": bandwidth, "rows": rows}
+    return {"rows": rows}
 
 
 def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
     """The table as Markdown. result: of `measure`, with "settings" and "environment"."""
     env, settings = result["environment"], result["settings"]
+    rates = [row["read_bytes"] / row["floor_ms"] / 1e6 for row in result["rows"] if "floor_ms" in row]
     shown = []
     for row in result["rows"]:
         line = {"rank": row["rank"], "batch": row["batch"], "prompt": row["prompt"], "": row["label"]}
@@ -194,8 +196,9 @@ def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
         f"{settings['model']} ({settings['weights']} weights), {settings['dtype']}, {settings['new_tokens']} new tokens, greedy. Medians of "
         f"{settings['repeats']} turns [least, most]; all labels of a case take turns in one process, compile time apart. x base: median over turns "
         "of the ratio within a turn.",
-        f"bytes: what a step has to read, weights and half-filled cache. of floor: those bytes at the measured read bandwidth, "
-        f"{result['bandwidth'] / 1e9:.1f} GB/s, over TPOT. {UNMERGED}: LoRA's products beside packed base kernels. merged: the base's shapes again.",
+        f"bytes: what a step has to read, weights and half-filled cache. of floor: those bytes at the read bandwidth measured in the same turn "
+        f"(medians of {min(rates):.1f} to {max(rates):.1f} GB/s), over TPOT. "
+        f"{UNMERGED}: LoRA's products beside packed base kernels. merged: the base's shapes again.",
         "",
         markdown_table(shown, list(shown[0])),
         "",
