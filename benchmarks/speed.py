@@ -19,13 +19,14 @@ Row = dict[str, Any]
 GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and is tested on tiny shapes"
 # What a target that is not reached owes to, measured: shown beside it.
 CAUSES: dict[str, str] = {
-    "read-bandwidth floor": "XLA's products of one row read kernels more slowly than a sum reads memory (decode_variants.md: products alone). Tried "
-    "there: kernels [in, out] and [out, in], scan over layers, head as (d, V), which costs 113 MB",
+    "read-bandwidth floor": "XLA's products of one row read kernels more slowly than a sum reads memory (decode_variants.md: products alone). Tried: "
+    "kernels [out, in] (4% less time at batch 1, 26 to 38% more at 2 to 8 rows), products of vectors instead of one row, scan over layers, head as "
+    "(d, V), which costs 113 MB",
     "over transformers'": "the same products",
     "zflora-minimal fused": "below the noise: merged labels have the base's very shapes and idle ones zflora-minimal's, and differ by as much",
-    "time over PEFT's": "profile (2 CPUs): products with frozen kernels and the head take 3.1 of 4.1 s at 190 GFLOP/s, all that these cores "
-    "have; attention 0.4, adapters 0.3, stacking of activations by scan 0.3. Tried without gain: unrolled layers (fewer copies, more page faults), "
-    "XLA's flags for vector width, scheduler, tiling, ISA; larger pages and a heap that is not given back help PEFT as much",
+    "time over PEFT's": "profile (2 CPUs of 0.2 TFLOP/s): products with frozen kernels and the head take 3.1 of 4.1 s, at the rate that these "
+    "cores have; attention 0.4, adapters 0.3, stacking of activations by scan 0.3. Tried without gain: unrolled layers (fewer copies, more page "
+    "faults), XLA's flags for vector width, scheduler, tiling, ISA; larger pages and a heap that is not given back help PEFT as much",
     "peak memory over PEFT's": "not known",
     "our TPOT over vLLM's": "products of 8 rows by XLA: see the read-bandwidth floor",
 }
