@@ -247,7 +247,7 @@ def pack(model: Model) -> Model:
     """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [in, out]:
     qkv [d, (H + 2K) k], o [H k, d], gate_up [d, 2f], down [f, d]. For any Llama, fused or not.
 
-    As [out, in] a step of SmolLM2-135M in float32 takes 4% less at batch 1 on an AMD EPYC, but 38, 29 and 26% more at 2, 4 and 8, and prefill 18% more.
+    As [out, in] a step of SmolLM2-135M in float32 takes 4% less at batch 1 on an AMD EPYC, but 38, 29 and 26% more at 2, 4 and 8, prefill 18%.
     """
     if model.config.packed:
         return model
