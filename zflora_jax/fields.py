@@ -152,6 +152,8 @@ def _parse(value: Any, hint: Any) -> Any:
     text_allowed = any(o is str or (typing.get_origin(o) is Literal and isinstance(typing.get_args(o)[0], str)) for o in options)
     if text_allowed:
         return None if value == "None" and type(None) in options else value
+    if bool in options and value.lower() in ("true", "false"):  # as shells and JSON write them too
+        return value.lower() == "true"
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
