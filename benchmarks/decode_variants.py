@@ -21,7 +21,7 @@ from zflora_jax import trees
 from zflora_jax.adapters.fuse import pack
 from zflora_jax.beam import next_logits
 from zflora_jax.bench.latency import contender
-from zflora_jax.bench.timing import Contender, decode_turns, ratio, read_bandwidth, summary
+from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
 from zflora_jax.decode import Sampler, greedy
 from zflora_jax.hf.load import load_model
 from zflora_jax.llama import init_cache
@@ -141,17 +141,17 @@ def main() -> None:
     )
     parser.add_argument("--out", default="results/decode_variants")
     args = parser.parse_args()
-    env, rows, bandwidth = environment(), list[dict[str, Any]](), read_bandwidth()
+    env, rows, meter = environment(), list[dict[str, Any]](), bandwidth_meter()
     for batch in args.batches:
         found = ways(batch, args.prompt, args.new_tokens, args.bfloat16)
-        turns = decode_turns(found, args.new_tokens, args.repeats, bandwidth)
+        turns = decode_turns(found, args.new_tokens, args.repeats, meter)
         for label, times in turns.items():
             row: dict[str, Any] = {"batch": batch, "way": label}
             for name in ("ttft_ms", "tpot_ms"):
                 row |= summary(times[name], name) | {name.replace("_ms", "_ratio"): ratio(times[name], turns[KEPT][name])}
-            if "floor_ms" in times:
+            if (size := found[label].read_bytes) is not None:
                 row["floor_ratio"] = ratio(times["tpot_ms"], times["floor_ms"])
-                row["read_gb_per_s"] = (found[label].read_bytes or 0) / statistics.median(times["floor_ms"]) / 1e6
+                row["read_gb_per_s"] = size / statistics.median(times["floor_ms"]) / 1e6
             rows.append(row)
             print(row, flush=True)
         del found

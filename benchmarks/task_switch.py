@@ -159,7 +159,7 @@ def main() -> None:
             "": row[""],
             "ms": f"{row['ms']:.1f} [{row['ms_min']:.1f}, {row['ms_max']:.1f}]",
             "x swap of packed": f"{row['ratio']:.2f}",
-            "written, MB": f"{row['written_bytes'] / 1e6:.1f}",
+            "to write, MB": f"{row['written_bytes'] / 1e6:.1f}",
             "changes": row["changes"],
             "compilations during them": row["compilations"],
             "base numbers changed": f"{row['changed_share']:.2%}",

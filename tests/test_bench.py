@@ -53,6 +53,15 @@ def test_turns_alternate_and_ratios_are_within_a_turn(monkeypatch: pytest.Monkey
     assert timing.summary(turns["a"]["tpot_ms"], "x") == pytest.approx({"x": 20, "x_min": 10, "x_max": 40})
 
 
+def test_the_floor_is_measured_beside_every_contender_whose_bytes_are_known() -> None:
+    quick = timing.Contender(lambda count: None, read_bytes=6_000_000)
+    rates = iter([1e9, 2e9, 3e9])
+    turns = timing.decode_turns({"a": quick, "b": timing.Contender(lambda count: None)}, 2, 3, lambda: next(rates))
+    assert turns["a"]["floor_ms"] == [6.0, 3.0, 2.0] and "floor_ms" not in turns["b"]
+    assert next(rates, None) is None
+    assert timing.bandwidth_meter(size=2**22, repeats=1)() > 1e6
+
+
 def test_bytes_read_are_those_of_all_weights_but_the_lookup() -> None:
     for tied in (True, False):
         model = pack(tiny_model(tie_word_embeddings=tied))

@@ -158,7 +158,7 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
 
 def swap(fused: Model, adapters: Tree) -> Model:
     """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same AdapterConfig. Only those blocks are written: O(adapter)
-    bytes.
+    bytes, but for bfloat16 on a CPU, where XLA copies each kernel that they are part of.
 
     The buffers of `fused.params` are donated: use the returned model, not the old one. ValueError as for `fuse`.
     """
@@ -191,7 +191,8 @@ def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params
 
 
 def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
-    """`pieces` into `leaf`, each from its indices on. Bfloat16 on a CPU as bits: XLA makes a float32 copy of the leaf otherwise."""
+    """`pieces` into `leaf`, each from its indices on. Bfloat16 on a CPU as bits, which copies the leaf once: XLA makes a float32 copy for each piece
+    otherwise."""
 
     def update(leaf: Array, *pieces: Array) -> Array:
         for piece, start in zip(pieces, starts, strict=True):
@@ -221,7 +222,7 @@ def _packed_pieces(value: Array, shape: Any, first: int, reads: slice, writes: s
     One per head where heads are wider than the base's: XLA writes those in place, and copied the leaf where the same was written through a view of
     its heads.
     """
-    rows, columns = _pieces(shape[0], reads), _pieces(shape[1], writes)
+    rows, columns = _spans(shape[0], reads), _spans(shape[1], writes)
     flat = value.reshape(sum(count for _, count in rows), -1)
     found: list[Piece] = []
     at_row = 0
@@ -234,7 +235,7 @@ def _packed_pieces(value: Array, shape: Any, first: int, reads: slice, writes: s
     return found
 
 
-def _pieces(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
+def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
     """Where `part` of the last of `axes` lies in all of them flattened: (start, count), one if that is in one piece."""
     start, stop, _ = part.indices(axes[-1])
     heads = int(np.prod(axes[:-1]))
@@ -247,7 +248,8 @@ def pack(model: Model) -> Model:
     """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [in, out]:
     qkv [d, (H + 2K) k], o [H k, d], gate_up [d, 2f], down [f, d]. For any Llama, fused or not.
 
-    As [out, in] a step of SmolLM2-135M in float32 takes 4% less at batch 1 on an AMD EPYC, but 38, 29 and 26% more at 2, 4 and 8, prefill 18%.
+    As [out, in] (commit 42ec479 against 18764e7, AMD EPYC, 2 CPUs) a step of SmolLM2-135M in float32 takes 4% less at batch 1, but 38, 29 and 26%
+    more at 2, 4 and 8, and prefill 18% more. On that CPU kernels side by side are as fast as each alone (results/decode_variants.md).
     """
     if model.config.packed:
         return model
@@ -261,7 +263,7 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
     for i in range(config.num_layers):
         layer = tree[f"layers_{i}"]
 
-        def flat(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
+        def side_by_side(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
             """The kernels, whose first `axes` axes are their input's, side by side as [in, out]."""
             leaves = [layer[group_name][name]["kernel"] for name in kernels]
             return {"kernel": jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1) for leaf in leaves], axis=-1)}
@@ -269,7 +271,7 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
         tree[f"layers_{i}"] = {
             "attn_norm": layer["attn_norm"],
             "mlp_norm": layer["mlp_norm"],
-            "attn": {"qkv": flat("attn", *ATTENTION[:3]), "o": flat("attn", "o", axes=2)},
-            "mlp": {"gate_up": flat("mlp", *MLP[:2]), "down": flat("mlp", "down")},
+            "attn": {"qkv": side_by_side("attn", *ATTENTION[:3]), "o": side_by_side("attn", "o", axes=2)},
+            "mlp": {"gate_up": side_by_side("mlp", *MLP[:2]), "down": side_by_side("mlp", "down")},
         }
     return tree

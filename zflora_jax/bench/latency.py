@@ -16,7 +16,7 @@ from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.bench.timing import Contender, decode_turns, ratio, read_bandwidth, summary
+from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.decode import Sampler, decode, packed
 from zflora_jax.fields import require
@@ -149,7 +149,7 @@ def measure(
     longest, limit = max(prompts) + new_tokens, config.max_position_embeddings
     require(longest <= limit, f"prompts of {max(prompts)} and {new_tokens} new tokens exceed the model's context of {limit}.")
     base = pack(source) if isinstance(source, Model) else random_packed(source, dtype)
-    bandwidth, rows = read_bandwidth(), list[Row]()
+    meter, rows = bandwidth_meter(), list[Row]()
     cases = dict.fromkeys([(rank, batches[0], prompts[0]) for rank in ranks] + [(ranks[0], b, p) for b in batches for p in prompts])
     for rank, batch, prompt in cases:
         case: Row = {"rank": rank, "batch": batch, "prompt": prompt}
@@ -158,7 +158,7 @@ def measure(
             from zflora_jax.bench.peers import decode_contenders
 
             ready |= decode_contenders(config, dtype, rank, batch, prompt)
-        turns = decode_turns(ready, new_tokens, repeats, bandwidth)
+        turns = decode_turns(ready, new_tokens, repeats, meter)
         for label, found in turns.items():
             floors = found.pop("floor_ms", None)
             row = case | {"label": label} | {k: v for name, values in found.items() for k, v in summary(values, name).items()}

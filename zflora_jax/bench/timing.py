@@ -24,26 +24,26 @@ class Contender:
 
 
 def decode_turns(
-    contenders: Mapping[str, Contender], new_tokens: int, repeats: int, bandwidth: Callable[[], float] | None = None
+    contenders: Mapping[str, Contender], new_tokens: int, repeats: int, measure_bandwidth: Callable[[], float] | None = None
 ) -> dict[str, dict[str, list[float]]]:
     """label -> {"ttft_ms", "tpot_ms"}, one value per turn, after one call of each that is not counted.
 
     A turn times, contender by contender, a call that makes 1 token (TTFT: prefill and the first token) and one that makes `new_tokens`; TPOT is their
-    difference over new_tokens - 1. Every other turn goes through the contenders backwards, so that none always follows the same one. With `bandwidth`
-    (bytes/s) also "floor_ms": read_bytes, where known, over what was measured at the beginning of the turn, for others use the memory too.
+    difference over new_tokens - 1. Every other turn goes through the contenders backwards, so that none always follows the same one. With
+    `measure_bandwidth` (bytes/s) also "floor_ms" where read_bytes is known: those over what it gives just before, for others use the memory too.
     """
     found = {label: {"ttft_ms": list[float](), "tpot_ms": list[float]()} for label in contenders}
     for contender in contenders.values():
         for count in (1, new_tokens):
             contender.generate(count)
     for turn in range(repeats):
-        rate = bandwidth() if bandwidth else None
         for label in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
+            size = contenders[label].read_bytes
+            if measure_bandwidth and size is not None:
+                found[label].setdefault("floor_ms", []).append(1e3 * size / measure_bandwidth())
             first = _milliseconds(contenders[label], 1)
             found[label]["ttft_ms"].append(first)
             found[label]["tpot_ms"].append((_milliseconds(contenders[label], new_tokens) - first) / (new_tokens - 1))
-            if rate and (size := contenders[label].read_bytes) is not None:
-                found[label].setdefault("floor_ms", []).append(1e3 * size / rate)
     return found
 
 
@@ -63,9 +63,9 @@ def ratio(values: Sequence[float], to: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(values, to, strict=True))
 
 
-def read_bandwidth(size: int = 2**30, repeats: int = 4) -> Callable[[], float]:
+def bandwidth_meter(size: int = 2**30, repeats: int = 4) -> Callable[[], float]:
     """A measurement, to be called as often as needed: bytes per second that a sum over `size` bytes of float32, or a product of such a matrix and a
-    vector, reads at best of `repeats` on the default device."""
+    vector, reads at best of `repeats` on the default device. It holds `size` bytes of its memory."""
     rows = jnp.ones((size // 4 // 4096, 4096), jnp.float32)
     vector = jnp.ones((4096,), jnp.float32)
     ways = (jax.jit(lambda x, v: jnp.sum(x)), jax.jit(lambda x, v: x @ v))
