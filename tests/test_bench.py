@@ -151,7 +151,9 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path)
     env = {"command": "c", "commit": None, "dirty": True, "device": "cpu", "cpu_count": 2}
     case = {"rank": 16, "batch": 1, "prompt": 32}
     base = case | {"label": "base", "floor_share": 0.5, "tpot_ratio": 1.0, "ttft_ratio": 1.0, "bytes_ratio": 1.0}
-    rows = [base, base | {"label": "zflora-minimal", "tpot_ratio": 1.02, "bytes_ratio": 1.03}, base | {"label": "transformers", "tpot_ratio": 4.0}]
+    rows = [base, base | {"label": "zflora-minimal", "tpot_ratio": 1.02, "ttft_ratio": 1.07, "bytes_ratio": 1.03}]
+    rows += [base | {"label": "zflora-minimal idle", "ttft_ratio": 1.06}, base | {"label": "transformers", "tpot_ratio": 4.0}]
+    rows += [base | {"label": "lora un-merged", "tpot_ratio": 1.2}, base | {"rank": 8, "floor_share": 0.8}, base | {"rank": 64, "floor_share": 0.4}]
     settings = {"model": "smollm2-135m", "dtype": "float32"}
 
     def pages(**changes: Any) -> subprocess.CompletedProcess[str]:
@@ -165,7 +167,11 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path)
     slow, quick = (next(row for name, row in by_name.items() if part in name) for part in ("bandwidth floor", "over transformers'"))
     assert (slow["reached"], slow["measured"], quick["reached"], quick["measured"]) == ("no", "2.000 x", "yes", "0.250 x")
     assert slow["why not"] != "not known" and slow["commit"] == "unknown +changes"
-    assert by_name["zflora-minimal fused, rank 16, batch 1, prompt 32: TPOT over the base's"]["reached"] == "yes"
+    fused, late = (by_name[f"zflora-minimal fused, rank 16, batch 1, prompt 32: {name} over the base's"] for name in ("TPOT", "TTFT"))
+    assert fused["reached"] == "yes" and "why not" not in fused
+    assert late["reached"] == "no" and "zflora-minimal idle 1.060" in late["why not"]
+    assert by_name["lora un-merged, rank 16, batch 1, prompt 32: TPOT over the base's"]["reached"] == "-"
+    assert "median of 3 cases, 1.25 to 2.50" in slow["what"]
     assert any("train.json is missing" in line for line in found["missing"]) and any("H100" in line for line in found["missing"])
     assert "for {'model': 'smollm2-135m'" in pages(model="llama-3.2-1b").stderr
 
