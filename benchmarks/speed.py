@@ -113,6 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default="results", metavar="DIR")
     folder, rows, missing = Path(parser.parse_args().results), list[Row](), list[str]()
+    if not folder.is_dir():
+        parser.error(f"--results {folder} is no directory: give the one that the benchmarks wrote their JSON to")
     for name, read in SOURCES.items():
         if (file := folder / f"{name}.json").is_file():
             rows += read(json.loads(file.read_text()))

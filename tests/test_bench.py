@@ -174,6 +174,9 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path)
     assert "median of 3 cases, 1.25 to 2.50" in slow["what"]
     assert any("train.json is missing" in line for line in found["missing"]) and any("H100" in line for line in found["missing"])
     assert "for {'model': 'smollm2-135m'" in pages(model="llama-3.2-1b").stderr
+    command = [sys.executable, str(BENCHMARKS / "speed.py"), "--results", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "is no directory" in done.stderr and not (tmp_path / "none").exists()
 
 
 def test_masks_leave_the_share_that_was_asked_for() -> None:

@@ -94,7 +94,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         require(math.isfinite(number), f"{name}={value!r}: expected a finite number.")
         return number
     is_plain_int = isinstance(value, int) and not isinstance(value, bool)
-    require(is_plain_int if hint is int else isinstance(value, hint), f"{name}={value!r}: expected {hint.__name__}, got {type(value).__name__}.")
+    wanted = "bool (True or False)" if hint is bool else hint.__name__
+    require(is_plain_int if hint is int else isinstance(value, hint), f"{name}={value!r}: expected {wanted}, got {type(value).__name__}.")
     return value
 
 
