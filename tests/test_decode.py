@@ -296,6 +296,28 @@ def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
     assert joined and max(joined) < kernels, "RoPE's are there, and nothing of a kernel's size"
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("beside", ["fused", "lora", "lora of each row"])
+def test_the_compiled_loop_copies_no_cache(beside: str, batch: int, kv_heads: int) -> None:
+    """Read off the HLO: the cache is updated in place, token after token."""
+    base = tiny_model(num_kv_heads=kv_heads)
+    adapter = None if beside == "fused" else AdapterConfig("lora", rank=4)
+    model = pack(base)
+    variables = {"params": model.params}
+    if adapter is not None:
+        adapters = trees.unstack_layers(init_adapters(jax.random.key(0), base, adapter), base.config.num_layers)
+        shared = beside == "lora"
+        variables |= {"adapters": adapters} if shared else {"row_adapters": jax.tree.map(lambda leaf: jnp.stack([leaf] * batch), adapters)}
+    tokens, keys = jnp.ones((batch, 16), jnp.int32), jax.random.split(jax.random.key(0), batch)
+    text = decode.lower(model.config, adapter, Sampler(), 8, (), variables, tokens, tokens > 0, keys).compile().as_text()
+    (body,) = (re.findall(r"body=(%?[\w.-]+)", line)[0] for line in text.splitlines() if " while(" in line and '/while"' in line)
+    lines = text.split(f"\n{body} (")[1].split("\n}")[0]
+    copied = [math.prod(int(n) for n in dims.split(",")) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", lines)]
+    c = model.config
+    assert f"{c.head_dim}" in lines and not [n for n in copied if n >= batch * c.num_kv_heads * c.head_dim * 64], "an array of the cache is copied"
+
+
 def test_the_walk_finds_a_joined_kernel() -> None:
     def joins(q: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
         def body(s: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Attention's own backward pass equals automatic differentiation of the plain formula, cut into blocks or not; what is kept for the backward pass."""
+"""Attention and its own backward pass equal the plain formula, cut into blocks or not; what a backward pass keeps; RoPE tables; tied logits."""
 
 import jax
 import jax.export
@@ -11,8 +11,8 @@ from conftest import tiny_model
 from zflora_jax import layers
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.config import AdapterConfig
-from zflora_jax.layers import KEEP, attention, matmul, query_blocks, tied_logits
+from zflora_jax.config import AdapterConfig, preset
+from zflora_jax.layers import KEEP, ROPE_ROWS, attention, matmul, query_blocks, rope_tables, tied_logits
 from zflora_jax.llama import Llama, forward
 
 
@@ -180,3 +180,21 @@ def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes
 def lowered(loss, names, arrays):
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
     return jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"], disabled_checks=checks)(*arrays).mlir_module()
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_rotations_looked_up_and_computed_are_the_same(scaling: bool) -> None:
+    config = preset("llama-3.2-1b") if scaling else preset("smollm2-135m")
+    positions = jnp.asarray([[0, 1, 2, 257, 5000, ROPE_ROWS - 1]], jnp.int32)
+    looked_up, computed = (rope_tables(config, positions, length) for length in (ROPE_ROWS, ROPE_ROWS + 1))
+    for one, other in zip(looked_up, computed, strict=True):
+        assert one.shape == other.shape == (1, 6, 1, config.rotary_dim // 2) and one.dtype == other.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_token_a_row_gets_the_logits_of_many(dtype: str) -> None:
+    x, table = (jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i, shape in enumerate([(3, 2, 8), (50, 8)]))
+    many, ones = tied_logits(x, table), jnp.concatenate([tied_logits(x[:, :1], table), tied_logits(x[:, 1:], table)], axis=1)
+    assert many.shape == ones.shape == (3, 2, 50) and ones.dtype == jnp.float32
+    np.testing.assert_allclose(ones, many, atol=1e-5)

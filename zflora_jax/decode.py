@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,7 +23,7 @@ from zflora_jax.adapters.tasks import rows_of
 from zflora_jax.beam import beam_decode, next_logits
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import check_types, require
-from zflora_jax.llama import KVCache, cache_slots, init_cache
+from zflora_jax.llama import HEADS, ROWS, KVCache, cache_slots, init_cache
 from zflora_jax.model import Model
 from zflora_jax.trees import Tree
 
@@ -97,11 +98,11 @@ class Sampler:
 
 
 def greedy(logits: Array) -> Array:
-    """logits [B, V] -> the first of the largest, int32 [B]. As two plain reductions: XLA's CPU compiler makes a slow loop of argmax. The last token
-    where a row has NaN."""
-    last = jnp.asarray(logits.shape[-1] - 1, jnp.int32)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(logits == largest, jnp.arange(logits.shape[-1], dtype=jnp.int32)[None], last), axis=-1)
+    """logits [B, V] -> the first of the largest, int32 [B]. As two plain reductions: XLA's CPU compiler makes a slow loop of argmax. Down columns, as
+    `layers.tied_logits` computes them. The last token where a row has NaN."""
+    columns = logits.T
+    token = jnp.arange(columns.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.min(jnp.where(columns == jnp.max(columns, axis=0, keepdims=True), token, token[-1]), axis=0)
 
 
 def _nucleus_floor(probability: Array, share: float) -> Array:
@@ -197,7 +198,17 @@ def advance(
         token, done = _choose(sampler, stop, logits, keys, s.step, s.done)
         return DecodeState(jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1), token, done, s.step + 1, cache)
 
-    return jax.lax.while_loop(going, one_token, state)
+    def with_layers(s: DecodeState, layers: Any) -> DecodeState:
+        return replace(s, cache=replace(s.cache, layers=layers))
+
+    # Without axes of one XLA's CPU compiler updates the cache in place; with them, the loop would copy every array of it four times a token.
+    last = jax.lax.while_loop(going, one_token, with_layers(state, state.cache.map_layers(lambda x, _: drop_single(x))))
+    return with_layers(last, jax.tree.map(lambda x, whole: x.reshape(whole.shape), last.cache.layers, state.cache.layers))
+
+
+def drop_single(x: Array) -> Array:
+    """An array of a cache without its axes of rows and of heads where they have one."""
+    return jnp.squeeze(x, tuple(axis for axis in (ROWS, HEADS) if x.shape[axis] == 1))
 
 
 def _choose(sampler: Sampler, stop: tuple[int, ...], logits: Array, keys: Array, step: Array, done: Array) -> tuple[Array, Array]:

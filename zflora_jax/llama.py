@@ -8,6 +8,7 @@ L layers; r, e, m the channels an adapter adds to d, k, f. Parameter names and s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ from zflora_jax.sharding import divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten
 
 Stream = tuple[Array, Array | None]
-KEY_SLOTS, VALUE_SLOTS = -1, -2  # the axis of a cache's slots
+KEY_SLOTS, VALUE_SLOTS, HEADS, ROWS = -1, -2, -3, -4  # the axes of a cache's arrays
 
 
 @flax.struct.dataclass
@@ -34,7 +35,7 @@ class KVCache:
     """Keys and values of past positions.
 
     layers: per layer a pair (keys [B, K, k+e, S], values [B, K, S, k+e]) in the activation dtype, as attention's products read them; with
-    scan_layers one pair stacked on a leading axis L.
+    scan_layers one pair stacked on a leading axis L. An axis B or K of one may be missing.
     valid: [B, S] bool, the slots that hold a real token (padding does not). index: int32, the slot that the next token goes to, the same in all rows.
     """
 
@@ -98,12 +99,16 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if cache is not None and index is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, index, axis=KEY_SLOTS)
+            shapes = (*keys.shape[:-1], -1), (*values.shape[:2], -1, values.shape[3])
+            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys.reshape(*cache[0].shape[:-1], -1), index, axis=KEY_SLOTS)
+            values = values.reshape(*cache[1].shape[:-2], -1, values.shape[3])
             values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, index, axis=VALUE_SLOTS)
+            cache = keys, values
+            keys, values = keys.reshape(shapes[0]), values.reshape(shapes[1])
         out = attention(kept(q, "heads"), kept(keys, "heads"), kept(values, "heads"), mask, c.rotary_dim**-0.5)
         extra = self.plan.heads
         y, y_z = self.o(out[..., : c.head_dim], out[..., c.head_dim :]) if extra else self.o(out)
-        return (y, y_z), (None if cache is None else (keys, values))
+        return (y, y_z), cache
 
     def _join(self, base: Array, extra: Array | None) -> Array:
         """Base and adapter dims of heads side by side; heads that the adapter leaves alone (head_scores=False) get zeros."""
@@ -236,7 +241,7 @@ class Llama(nn.Module):
             positions = segment_positions(valid)
             # Equality alone: padding then attends to padding, and no row of the softmax is empty.
             mask = causal[None, None, :, :] & (valid[:, None, :, None] == valid[:, None, None, :])
-        cos, sin = rope_tables(c, positions)
+        cos, sin = rope_tables(c, positions, slots.shape[1])
 
         x = divide_embeddings(self.embed(tokens))
         width = plan(c, self.adapter).residual if self.adapter else 0
@@ -293,17 +298,20 @@ def hidden_states(llama: Llama, variables: Tree, tokens: Array, valid: Array | N
     of each row of the batch (`adapters.tasks.rows_of` gathers them). Base products are then still one for the whole batch."""
     if "row_adapters" not in variables:
         return llama.apply(variables, tokens, valid, cache, method="hidden")  # type: ignore[return-value]
+    if len(tokens) == 1:
+        only = jax.tree.map(lambda leaf: leaf[0], variables["row_adapters"])
+        return hidden_states(llama, {"params": variables["params"], "adapters": only}, tokens, valid, cache)
     layers = None if cache is None else jax.tree.map(lambda _: int(llama.config.scan_layers), cache.layers)  # the axis of a cache's rows
     rows = None if cache is None else KVCache(layers, 0, None)  # type: ignore[arg-type]
 
     def one(adapters: Tree, tokens: Array, valid: Array | None, cache: KVCache | None) -> tuple[Array, KVCache | None]:
         """A batch of one row."""
         if cache is not None:
-            cache = KVCache(jax.tree.map(jnp.expand_dims, cache.layers, layers), cache.valid[None], cache.index)
+            cache = replace(cache, valid=cache.valid[None])
         given = {"params": variables["params"], "adapters": adapters}
         x, cache = llama.apply(given, tokens[None], None if valid is None else valid[None], cache, method="hidden")  # type: ignore[misc,assignment]
         if cache is not None:
-            cache = KVCache(jax.tree.map(jnp.squeeze, cache.layers, layers), cache.valid[0], cache.index)
+            cache = replace(cache, valid=cache.valid[0])
         return x[0], cache
 
     axes = (0, 0, None if valid is None else 0, rows)

@@ -49,8 +49,10 @@ def contender(
     adapter: AdapterConfig | None = None,
     adapters: trees.Tree | None = None,
     sampler: Sampler | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Contender:
-    """Decode (greedy without a `sampler`) of a `model` in the layout that it has, compiled here for 1 and for `new_tokens` tokens.
+    """Decode (greedy without a `sampler`) of a `model` in the layout that it has, compiled here for 1 and for `new_tokens` tokens, with
+    XLA's `compiler_options`.
 
     extra: compile_s, of both, and memory_mb, of the longer one: weights, cache and what else it allocates.
     """
@@ -58,8 +60,9 @@ def contender(
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt_length)).astype(np.int32)
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
     given = (variables, jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jax.random.split(jax.random.key(0), batch))
+    options = dict(compiler_options or {})
     start = time.perf_counter()
-    compiled = {n: decode.lower(config, adapter, sampler or Sampler(), n, (), *given).compile() for n in (1, new_tokens)}
+    compiled = {n: decode.lower(config, adapter, sampler or Sampler(), n, (), *given).compile(options) for n in (1, new_tokens)}
     extra = {"compile_s": time.perf_counter() - start}
     memory = compiled[new_tokens].memory_analysis()
     if memory is not None:  # not every backend says
