@@ -75,9 +75,20 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
     return found
 
 
+KERNELS = (
+    ("q|k|v", 960, 576),
+    ("o", 576, 576),
+    ("gate|up", 3072, 576),
+    ("down", 576, 1536),
+    ("down, 8 more columns", 584, 1536),  # half a vector of 512 bits
+    ("down, 16 more columns", 592, 1536),
+    ("head", 49152, 576),
+)
+
 PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
     "[in, out]": lambda x, w: x @ w,
     "[out, in]": lambda x, w: jnp.einsum("bi,ji->bj", x, w),
+    "[out, in], from the right": lambda x, w: jnp.einsum("ji,bi->jb", w, x)[:1].T,
     "[out, in], multiplied and summed": lambda x, w: jnp.sum(w[None] * x[:, None, :], axis=-1),
 }
 
@@ -85,7 +96,7 @@ PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
 def products(batch: int, repeats: int) -> list[dict[str, Any]]:
     """GB/s at which products of `batch` rows read SmolLM2's packed kernels, more of them than the caches hold."""
     rows = []
-    for name, out, inner in (("q|k|v", 960, 576), ("o", 576, 576), ("gate|up", 3072, 576), ("down", 576, 1536), ("head", 49152, 576)):
+    for name, out, inner in KERNELS:
         count = -(-(2**27) // (4 * out * inner))
         keys, row = jax.random.split(jax.random.key(0), count), {"batch": batch, "kernel": name}
         for label, product in PRODUCTS.items():

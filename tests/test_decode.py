@@ -299,7 +299,7 @@ def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("beside", ["fused", "lora", "lora of each row"])
-def test_the_compiled_loop_copies_no_cache(beside: str, batch: int, kv_heads: int) -> None:
+def test_the_compiled_loop_copies_no_cache(beside: str, batch: int, kv_heads: int, optimised: None) -> None:
     """Read off the HLO: the cache is updated in place, token after token."""
     base = tiny_model(num_kv_heads=kv_heads)
     adapter = None if beside == "fused" else AdapterConfig("lora", rank=4)
@@ -312,10 +312,25 @@ def test_the_compiled_loop_copies_no_cache(beside: str, batch: int, kv_heads: in
     tokens, keys = jnp.ones((batch, 16), jnp.int32), jax.random.split(jax.random.key(0), batch)
     text = decode.lower(model.config, adapter, Sampler(), 8, (), variables, tokens, tokens > 0, keys).compile().as_text()
     (body,) = (re.findall(r"body=(%?[\w.-]+)", line)[0] for line in text.splitlines() if " while(" in line and '/while"' in line)
-    lines = text.split(f"\n{body} (")[1].split("\n}")[0]
-    copied = [math.prod(int(n) for n in dims.split(",")) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", lines)]
-    c = model.config
-    assert f"{c.head_dim}" in lines and not [n for n in copied if n >= batch * c.num_kv_heads * c.head_dim * 64], "an array of the cache is copied"
+    c, cells = model.config, batch * kv_heads * model.config.head_dim * 64
+    found = re.findall(r"(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", text.split(f"\n{body} (")[1].split("\n}")[0])
+    large = [(name, op) for name, dims, op in found if math.prod(int(n) for n in dims.split(",")) == cells]
+    assert sum(op == "fusion" for _, op in large) >= 2 * c.num_layers, "the updates of keys and values"
+    assert not [name for name, op in large if "copy" in name or op == "copy"], "an array of the cache is copied"
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", ["packed", "stacked"])
+def test_greedy_is_the_argmax_of_whole_forwards(layout: str, batch: int, kv_heads: int) -> None:
+    """Whatever axes of one the loop's cache goes without."""
+    model = untied(num_kv_heads=kv_heads)
+    tokens = jax.random.randint(jax.random.key(3), (batch, 16), 0, 250)
+    run = pack(model) if layout == "packed" else model
+    assert run.config.scan_layers == (layout == "stacked")
+    out = decode(run.config, None, Sampler(), 6, (), {"params": run.params}, tokens, tokens >= 0, jax.random.split(jax.random.key(0), batch))
+    whole = np.concatenate([tokens, out], axis=1)
+    assert np.array_equal(np.argmax(forward(model, whole), axis=-1)[:, 15:-1], out) and len(np.unique(out)) > 2
 
 
 def test_the_walk_finds_a_joined_kernel() -> None:

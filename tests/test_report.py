@@ -16,12 +16,13 @@ from zflora_jax import report
 def test_environment_names_the_versions_and_no_path_of_the_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["/opt/x/bin/zflora", "bench", "--out", str(tmp_path / "a.json")])
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path}/dump")
     env = report.environment()
     assert env["jax"] == jax.__version__
     assert env["backend"] == "cpu" and env["device_count"] >= 1 and env["cpu_count"] >= 1
     text = json.dumps(env)
     assert str(tmp_path) not in text and str(Path(report.__file__).parent) not in text and "/opt/x" not in text
-    assert socket.gethostname() not in text
+    assert socket.gethostname() not in text and env["xla_flags"] == "--xla_dump_to=dump"
 
 
 def test_command_line_is_what_one_would_type(monkeypatch, tmp_path):

@@ -124,7 +124,7 @@ def test_a_mixed_batch_equals_one_by_one(base, adapter, tokens):
         assert_logits_close(mixed[row : row + 1, valid[row].argmax() :], alone[:, valid[row].argmax() :])
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 16])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
 @pytest.mark.parametrize("sampler", [None, Sampler(0.8)], ids=["greedy", "drawn"])
 def test_mixed_generation_equals_one_by_one(base, batch_size, sampler):
     tasks = [adapters_of(base, MINIMAL, seed) for seed in (1, 2)]

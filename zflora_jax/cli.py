@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
 
 def wide_vectors() -> None:
     """XLA's CPU compiler may use vectors of 512 bits where the CPU has them: products of one row, as in decode, read kernels a tenth faster than with
-    its default of 256 (results/decode_variants.md). To be called before JAX compiles; a width that XLA_FLAGS gives stays."""
+    its default of 256 (results/decode_variants.md). Without effect once JAX has compiled; a width that XLA_FLAGS gives stays."""
     flags = os.environ.get("XLA_FLAGS", "")
     is_file = bool(flags) and not flags.lstrip().startswith("-")  # XLA_FLAGS may name a file of flags
     if not is_file and "xla_cpu_prefer_vector_width" not in flags:

@@ -30,7 +30,7 @@ Array = jax.Array
 KEPT = ("residual", "heads", "mlp", "low rank")
 
 
-ROPE_ROWS = 8192  # of a table of rotations in a compiled program: at most 4 MB at head_dim 128
+ROPE_ROWS = 8192  # of a table of rotations in a compiled program: at most 4 MB at head_dim 128, once for prefill and once for the loop
 
 # cuDNN's attention gives what its backward pass needs without a name: that kernel's results are kept too.
 KEEP = jax.checkpoint_policies.save_from_both_policies(
@@ -173,8 +173,8 @@ def tied_logits(x: Array, table: Array) -> Array:
     """x [B, T, d] against an embedding table [V, d] of the same dtype -> logits [B, T, V] float32.
 
     Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed. One token a row, as in
-    decode, is multiplied from the right: for 2 to 16 rows XLA's CPU compiler reads the table a fifth to a third faster so, if what follows (`greedy`)
-    takes the result as it lies.
+    decode, is multiplied from the right: for several rows XLA's CPU compiler reads the table faster so (results/decode_variants.md), if
+    what follows (`greedy`) takes the result as it lies.
     """
     if x.shape[1] == 1:
         return jnp.einsum("Vd,BTd->VBT", table, x, preferred_element_type=jnp.float32).transpose(1, 2, 0)

@@ -35,7 +35,8 @@ class KVCache:
     """Keys and values of past positions.
 
     layers: per layer a pair (keys [B, K, k+e, S], values [B, K, S, k+e]) in the activation dtype, as attention's products read them; with
-    scan_layers one pair stacked on a leading axis L. An axis B or K of one may be missing.
+    scan_layers one pair stacked on a leading axis L. An axis B or K of one may be missing inside
+    `decode.advance`'s loop.
     valid: [B, S] bool, the slots that hold a real token (padding does not). index: int32, the slot that the next token goes to, the same in all rows.
     """
 
@@ -100,8 +101,9 @@ class Attention(nn.Module):
         keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if cache is not None and index is not None:
             shapes = (*keys.shape[:-1], -1), (*values.shape[:2], -1, values.shape[3])
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys.reshape(*cache[0].shape[:-1], -1), index, axis=KEY_SLOTS)
-            values = values.reshape(*cache[1].shape[:-2], -1, values.shape[3])
+            keys = keys.reshape(*cache[0].shape[:-1], keys.shape[-1])  # the cache may lack axes of one
+            values = values.reshape(*cache[1].shape[:-2], values.shape[2], cache[1].shape[-1])
+            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, index, axis=KEY_SLOTS)
             values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, index, axis=VALUE_SLOTS)
             cache = keys, values
             keys, values = keys.reshape(shapes[0]), values.reshape(shapes[1])
@@ -299,13 +301,13 @@ def hidden_states(llama: Llama, variables: Tree, tokens: Array, valid: Array | N
     if "row_adapters" not in variables:
         return llama.apply(variables, tokens, valid, cache, method="hidden")  # type: ignore[return-value]
     if len(tokens) == 1:
-        only = jax.tree.map(lambda leaf: leaf[0], variables["row_adapters"])
+        only = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), variables["row_adapters"])
         return hidden_states(llama, {"params": variables["params"], "adapters": only}, tokens, valid, cache)
     layers = None if cache is None else jax.tree.map(lambda _: int(llama.config.scan_layers), cache.layers)  # the axis of a cache's rows
     rows = None if cache is None else KVCache(layers, 0, None)  # type: ignore[arg-type]
 
     def one(adapters: Tree, tokens: Array, valid: Array | None, cache: KVCache | None) -> tuple[Array, KVCache | None]:
-        """A batch of one row."""
+        """A batch of one row; its cache has no axis for it."""
         if cache is not None:
             cache = replace(cache, valid=cache.valid[None])
         given = {"params": variables["params"], "adapters": adapters}

@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "device_count": len(devices),
         "cpu_count": _cpu_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "xla_flags": relative_paths(os.environ.get("XLA_FLAGS", "")),
         "python": ".".join(map(str, sys.version_info[:3])),
         **{name: version(name) for name in ("jax", "jaxlib", "flax")},
     }
