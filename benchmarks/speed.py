@@ -30,7 +30,13 @@ CAUSES: dict[str, str] = {
     "peak memory over PEFT's": "not known",
 }
 # SmolLM2's stream is 576 wide. A vector of 512 bits holds 16 float32.
-MISALIGNED = "a stream of 576 + 8 numbers is no multiple of a vector's 16: o and down are read more slowly (decode_variants.md: down, 8 more columns)"
+MISALIGNED = (
+    "measured before packed kernels were filled up to whole vectors: 576 + 8 columns are no multiple of a vector's 16, and o and down were read "
+)
+MISALIGNED += (
+    "more slowly (decode_variants.md: down, 8 more columns). By turns with the base in one process (2 runs of 15 turns, of which no table is "
+)
+MISALIGNED += "kept) rank 8 took 1.044 and 1.027 of its time before, 1.001 and 0.995 since"
 TAIL = (
     "a stream that is no multiple of the 64 columns of XLA's (YNN's) tiles pays for the rest of the last one: down of 256 rows took 1.33 ms with 576 "
 )

@@ -18,7 +18,7 @@ from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, Plan, base_config, fused_config, group, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
-from zflora_jax.layers import tile
+from zflora_jax.layers import tile, whole_vectors
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.trees import Tree
 
@@ -246,7 +246,7 @@ def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
 
 def pack(model: Model) -> Model:
     """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [in, out]:
-    qkv [d, (H + 2K) k], o [H k, d], gate_up [d, 2f], down [f, d]. For any Llama, fused or not.
+    qkv [d, (H + 2K) k], o [H k, d], gate_up [d, 2f], down [f, d], with columns of zeros up to `layers.whole_vectors`. For any Llama, fused or not.
 
     As [out, in] (commit 42ec479 against 18764e7, AMD EPYC, 2 CPUs) a step of SmolLM2-135M in float32 takes 4% less at batch 1, but 38, 29 and 26%
     more at 2, 4 and 8, and prefill 18% more. On that CPU kernels side by side are as fast as each alone (results/decode_variants.md).
@@ -266,7 +266,8 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
         def side_by_side(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
             """The kernels, whose first `axes` axes are their input's, side by side as [in, out]."""
             leaves = [layer[group_name][name]["kernel"] for name in kernels]
-            return {"kernel": jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1) for leaf in leaves], axis=-1)}
+            kernel = jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1) for leaf in leaves], axis=-1)
+            return {"kernel": _pad(kernel, -1, whole_vectors(kernel.shape[-1]) - kernel.shape[-1], 0)}
 
         tree[f"layers_{i}"] = {
             "attn_norm": layer["attn_norm"],
