@@ -31,16 +31,14 @@ CAUSES: dict[str, str] = {
 }
 # SmolLM2's stream is 576 wide. A vector of 512 bits holds 16 float32.
 MISALIGNED = (
-    "measured before packed kernels were filled up to whole vectors: 576 + 8 columns are no multiple of a vector's 16, and o and down were read "
+    "measured before packed kernels were filled up to whole vectors: 576 + 8 columns are no multiple of a vector's 16, and o and down were read more "
+    "slowly (decode_variants.md: down, 8 more columns). By turns with the base in one process (2 runs of 15 turns, of which no table is kept) rank 8 "
+    "took 1.044 and 1.027 of its time before, 1.001 and 0.995 since"
 )
-MISALIGNED += (
-    "more slowly (decode_variants.md: down, 8 more columns). By turns with the base in one process (2 runs of 15 turns, of which no table is "
-)
-MISALIGNED += "kept) rank 8 took 1.044 and 1.027 of its time before, 1.001 and 0.995 since"
 TAIL = (
     "a stream that is no multiple of the 64 columns of XLA's (YNN's) tiles pays for the rest of the last one: down of 256 rows took 1.33 ms with 576 "
+    "columns, 1.46 with 592, 1.39 with 640 (one run of 15 turns, commit 4d2117e, of which no table is kept)"
 )
-TAIL += "columns, 1.46 with 592, 1.39 with 640 (one run on this machine, 15 turns, commit 4d2117e, of which no table is kept)"
 
 
 def commit_of(env: Row) -> str:
@@ -121,7 +119,7 @@ def vllm_rows(found: Row) -> Iterator[Row]:
             starts = [ours / theirs for ours, theirs in zip(one["tpot_ms_all"], base["tpot_ms_all"], strict=True)]
             what = f"{shown}: our TPOT over vLLM's (CPU build, float32; in {len(starts)} starts {min(starts):.2f} to {max(starts):.2f})"
             why = f"vLLM's base took {min(base['tpot_ms_all']):.0f} to {max(base['tpot_ms_all']):.0f} ms, ours {min(one['tpot_ms_all']):.0f} to "
-            why += f"{max(one['tpot_ms_all']):.0f}: the rate at which a process reads memory moves by a factor of up to 1.6 on this machine"
+            why += f"{max(one['tpot_ms_all']):.0f}: processes read memory at different rates (decode_variants.md has their range)"
             yield row(what, "< 1", one["tpot_ratio"], 1.0, found) | {"why not": why}
         elif name != "vLLM, base":
             yield row(f"{shown}: {name}, TPOT over vLLM's base", "reported", one["tpot_ratio"], float("inf"), found)

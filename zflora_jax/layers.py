@@ -29,13 +29,13 @@ Array = jax.Array
 # of SmolLM2-135M two thirds of the memory that keeping all takes. The names are the streams whose values are kept.
 KEPT = ("residual", "heads", "mlp", "low rank")
 
-
-ROPE_ROWS = 8192  # of a table of rotations in a compiled program: at most 4 MB at head_dim 128, once for prefill and once for the loop
-
 # cuDNN's attention gives what its backward pass needs without a name: that kernel's results are kept too.
 KEEP = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(*KEPT), lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd")
 )
+
+
+ROPE_ROWS = 8192  # of a table of rotations in a compiled program: at most 4 MB at head_dim 128, once for prefill and once for the loop
 
 
 def kept(x: Array, name: str) -> Array:
@@ -99,8 +99,8 @@ class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel; low-rank factors are added to y.
 
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
-    None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as [in, out], both flattened and
-    `out` filled up to whole vectors, as in packed models; adapter blocks are not.
+    None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as [in, out], both flattened, out filled up to
+    whole vectors, as in packed models; adapter blocks are not.
     """
 
     in_axes: tuple[int, ...]

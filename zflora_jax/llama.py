@@ -35,8 +35,7 @@ class KVCache:
     """Keys and values of past positions.
 
     layers: per layer a pair (keys [B, K, k+e, S], values [B, K, S, k+e]) in the activation dtype, as attention's products read them; with
-    scan_layers one pair stacked on a leading axis L. An axis B or K of one may be missing inside
-    `decode.advance`'s loop.
+    scan_layers one pair stacked on a leading axis L. Inside `decode.advance`'s loop axes B and K of one are missing.
     valid: [B, S] bool, the slots that hold a real token (padding does not). index: int32, the slot that the next token goes to, the same in all rows.
     """
 
@@ -100,13 +99,12 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if cache is not None and index is not None:
-            shapes = (*keys.shape[:-1], -1), (*values.shape[:2], -1, values.shape[3])
-            keys = keys.reshape(*cache[0].shape[:-1], keys.shape[-1])  # the cache may lack axes of one
-            values = values.reshape(*cache[1].shape[:-2], values.shape[2], cache[1].shape[-1])
+            rows = keys.shape[:2]  # the cache may lack axes of one
+            keys, values = (x.reshape(*old.shape[:-2], *x.shape[2:]) for x, old in zip((keys, values), cache, strict=True))
             keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, index, axis=KEY_SLOTS)
             values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, index, axis=VALUE_SLOTS)
             cache = keys, values
-            keys, values = keys.reshape(shapes[0]), values.reshape(shapes[1])
+            keys, values = (x.reshape(*rows, *x.shape[-2:]) for x in cache)
         out = attention(kept(q, "heads"), kept(keys, "heads"), kept(values, "heads"), mask, c.rotary_dim**-0.5)
         extra = self.plan.heads
         y, y_z = self.o(out[..., : c.head_dim], out[..., c.head_dim :]) if extra else self.o(out)
