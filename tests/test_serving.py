@@ -124,6 +124,13 @@ def test_a_mixed_batch_equals_one_by_one(base, adapter, tokens):
         assert_logits_close(mixed[row : row + 1, valid[row].argmax() :], alone[:, valid[row].argmax() :])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_adapters_of_more_rows_than_there_are_tokens_are_refused(base, tokens, rows):
+    stacked = stack_tasks([adapters_of(base, MINIMAL, seed) for seed in (1, 2)])
+    with pytest.raises(ConfigError, match=f"row_adapters of 3 rows and tokens of {rows}: give one for each row"):
+        forward(base, tokens[:rows], MINIMAL, row_adapters=rows_of(stacked, [0, 1, 1]))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
 @pytest.mark.parametrize("sampler", [None, Sampler(0.8)], ids=["greedy", "drawn"])
 def test_mixed_generation_equals_one_by_one(base, batch_size, sampler):

@@ -298,7 +298,11 @@ def hidden_states(llama: Llama, variables: Tree, tokens: Array, valid: Array | N
     of each row of the batch (`adapters.tasks.rows_of` gathers them). Base products are then still one for the whole batch."""
     if "row_adapters" not in variables:
         return llama.apply(variables, tokens, valid, cache, method="hidden")  # type: ignore[return-value]
-    if len(tokens) == 1:
+    given = len(jax.tree.leaves(variables["row_adapters"])[0])
+    require(
+        given == len(tokens), f"row_adapters of {given} rows and tokens of {len(tokens)}: give one for each row, as `adapters.tasks.rows_of` does."
+    )
+    if given == 1:
         only = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), variables["row_adapters"])
         return hidden_states(llama, {"params": variables["params"], "adapters": only}, tokens, valid, cache)
     layers = None if cache is None else jax.tree.map(lambda _: int(llama.config.scan_layers), cache.layers)  # the axis of a cache's rows
