@@ -1,4 +1,4 @@
-"""Ways to decode that were tried, against the one that is kept: packed kernels [in, out], unrolled layers, one compiled loop.
+"""Ways to decode that were tried, against the one that is kept: packed kernels [out, in], unrolled layers, one compiled loop.
 
 Command: python benchmarks/decode_variants.py     (about 5 minutes on 2 CPU cores)
 Writes results/decode_variants.json and .md: TTFT and TPOT of SmolLM2-135M (the packaged one), all ways by turns in one process, for each batch; and
@@ -29,7 +29,7 @@ from zflora_jax.llama import init_cache
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 
-KEPT = "kept: packed [in, out], unrolled, one compiled loop"
+KEPT = "kept: packed [out, in], unrolled, one compiled loop"
 
 
 def host_loop(model: Model, batch: int, prompt_length: int, new_tokens: int) -> Contender:
@@ -61,8 +61,8 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
     head = packed.params | {"lm_head": {"kernel": jnp.asarray(packed.params["embed"]["embedding"].T)}}
     found = {
         KEPT: contender(packed, *shape),
-        "kernels not packed, unrolled": contender(unrolled, *shape),
-        "kernels not packed, scan over layers": contender(model, *shape),
+        "kernels [in, out], not packed, unrolled": contender(unrolled, *shape),
+        "kernels [in, out], not packed, scan over layers": contender(model, *shape),
         "head (d, V) beside the embeddings": contender(Model(packed.config.replace(tie_word_embeddings=False), head), *shape),
         "vectors of 256 bits, XLA's default": contender(packed, *shape, compiler_options={"xla_cpu_prefer_vector_width": 256}),
         "a compiled step per token, called from Python": host_loop(packed, *shape),
@@ -77,18 +77,18 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
 
 KERNELS = (
     ("q|k|v", 960, 576),
+    ("q|k|v, 8 more inputs", 960, 584),  # half a vector of 512 bits
+    ("q|k|v, 16 more inputs", 960, 592),
     ("o", 576, 576),
     ("gate|up", 3072, 576),
     ("down", 576, 1536),
-    ("down, 8 more columns", 584, 1536),  # half a vector of 512 bits
-    ("down, 16 more columns", 592, 1536),
     ("head", 49152, 576),
 )
 
 PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
     "[in, out]": lambda x, w: x @ w,
     "[out, in]": lambda x, w: jnp.einsum("bi,ji->bj", x, w),
-    "[out, in], from the right": lambda x, w: jnp.einsum("ji,bi->jb", w, x)[:1].T,
+    "[out, in], from the right (kept)": lambda x, w: jnp.einsum("ji,bi->jb", w, x)[:1].T,
     "[out, in], multiplied and summed": lambda x, w: jnp.sum(w[None] * x[:, None, :], axis=-1),
 }
 

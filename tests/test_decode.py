@@ -281,11 +281,11 @@ def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> Non
 
 
 def test_packed_kernels_are_whole_vectors() -> None:
-    """Zeros fill the columns up to a multiple of 16; what is computed with them, the contract suite compares."""
+    """Zeros fill the inputs up to a multiple of 16; what is computed with them, the contract suite compares."""
     fused = tiny_fused("zflora-minimal")
-    down = np.asarray(pack(fused).params["layers_0"]["mlp"]["down"]["kernel"])
+    up = np.asarray(pack(fused).params["layers_0"]["mlp"]["gate_up"]["kernel"])
     width = fused.config.hidden_size
-    assert width % 16 and down.shape[1] == -(-width // 16) * 16 and not down[:, width:].any() and down[:, width - 1].any()
+    assert width % 16 and up.shape[1] == -(-width // 16) * 16 and not up[:, width:].any() and up[:, width - 1].any()
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["fused", "lora beside"])

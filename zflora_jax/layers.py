@@ -5,7 +5,7 @@ layers serve both: RMSNorm takes its mean over the base channels, RoPE turns the
 kernel computes (design.md section 2; this project's reconstruction of zFLoRA).
 
 Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G query heads of a key head, q their G*T queries,
-d residual width, k head dim, V vocabulary, n tokens, i and j a block's axes.
+d residual width, k head dim, V vocabulary, n tokens, i and j a block's or kernel's axes.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel; low-rank factors are added to y.
 
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
-    None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as [in, out], both flattened, out filled up to
-    whole vectors, as in packed models; adapter blocks are not.
+    None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as [out, in], both flattened, in filled up to
+    whole vectors, as in packed models; adapter blocks are not. It is multiplied from the right, which XLA's CPU compiler does faster than x W or
+    x [out, in] from the left, for one row and for many (results/decode_variants.md).
     """
 
     in_axes: tuple[int, ...]
@@ -113,9 +114,11 @@ class Dense(AdaptedModule):
     def __call__(self, x: Array, z: Array | None = None, y: Array | None = None) -> tuple[Array, Array | None]:
         n, dtype = len(self.in_axes), x.dtype
         if y is None and self.flat:
-            out = math.prod(self.out_axes)
-            kernel = self.base_param("kernel", nn.initializers.normal(0.02), (math.prod(self.in_axes), whole_vectors(out)))
-            y = jnp.tensordot(x.reshape(*x.shape[:-n], -1), kernel.astype(dtype), 1)[..., :out].reshape(*x.shape[:-n], *self.out_axes)
+            flat = x.reshape(*x.shape[:-n], -1)
+            kernel = self.base_param("kernel", nn.initializers.normal(0.02), (math.prod(self.out_axes), whole_vectors(flat.shape[-1])))
+            if filled := kernel.shape[1] - flat.shape[-1]:
+                flat = jnp.pad(flat, ((0, 0), (0, 0), (0, filled)))
+            y = jnp.einsum("ji,BTi->jBT", kernel.astype(dtype), flat).transpose(1, 2, 0).reshape(*x.shape[:-n], *self.out_axes)
         elif y is None:
             kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
             product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
@@ -138,10 +141,10 @@ class Dense(AdaptedModule):
         return y, y_z
 
 
-def whole_vectors(columns: int) -> int:
-    """How many columns a packed kernel of `columns` has: a multiple of 16, the float32 of a 512-bit vector. XLA's CPU compiler goes through the rest
-    number by number: kernels of 584 columns are read more slowly than of 592 (results/decode_variants.md)."""
-    return -(-columns // 16) * 16
+def whole_vectors(inputs: int) -> int:
+    """How many inputs a packed kernel of `inputs` has: a multiple of 16, the float32 of a 512-bit vector. XLA's CPU compiler goes through the rest
+    number by number: kernels of 584 inputs are read more slowly than of 592 (results/decode_variants.md)."""
+    return -(-inputs // 16) * 16
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:

@@ -207,7 +207,7 @@ def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...
 
 
 def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
-    """The packed leaf that holds a kernel, and the first of its columns there."""
+    """The packed leaf that holds a kernel, and the first of its rows there."""
     heads = {"q": 0, "k": config.num_heads, "v": config.num_heads + config.num_kv_heads}
     if kernel in heads:
         return "attn/qkv/kernel", heads[kernel] * config.head_dim
@@ -217,21 +217,21 @@ def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
 
 
 def _packed_pieces(value: Array, shape: Any, first: int, reads: slice, writes: slice) -> list[Piece]:
-    """A block, value [*in, *out], as pieces of a leaf [in, out] whose columns from `first` on are a kernel of `shape`; with where each begins.
+    """A block, value [*in, *out], as pieces of a leaf [out, in] whose rows from `first` on are a kernel of `shape`; with where each begins.
 
     One per head where heads are wider than the base's: XLA writes those in place, and copied the leaf where the same was written through a view of
     its heads.
     """
-    rows, columns = _spans(shape[0], reads), _spans(shape[1], writes)
-    flat = value.reshape(sum(count for _, count in rows), -1)
+    inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes)
+    flat = value.reshape(sum(count for _, count in inputs), -1).T
     found: list[Piece] = []
-    at_row = 0
-    for row, height in rows:
-        at_column = 0
-        for column, width in columns:
-            found.append((flat[at_row : at_row + height, at_column : at_column + width], (row, first + column)))
-            at_column += width
-        at_row += height
+    at_in = 0
+    for column, width in inputs:
+        at_out = 0
+        for row, height in outputs:
+            found.append((flat[at_out : at_out + height, at_in : at_in + width], (first + row, column)))
+            at_out += height
+        at_in += width
     return found
 
 
@@ -245,11 +245,10 @@ def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
 
 
 def pack(model: Model) -> Model:
-    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [in, out]:
-    qkv [d, (H + 2K) k], o [H k, d], gate_up [d, 2f], down [f, d], with columns of zeros up to `layers.whole_vectors`. For any Llama, fused or not.
+    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [out, in]:
+    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros in `in` up to `layers.whole_vectors`. For any Llama, fused or not.
 
-    As [out, in] (commit 42ec479 against 18764e7, AMD EPYC, 2 CPUs) a step of SmolLM2-135M in float32 takes 4% less at batch 1, but 38, 29 and 26%
-    more at 2, 4 and 8, and prefill 18% more. On that CPU kernels side by side are as fast as each alone (results/decode_variants.md).
+    The layout is what `layers.Dense` reads fastest; kernels below each other are as fast as each alone (results/decode_variants.md).
     """
     if model.config.packed:
         return model
@@ -264,9 +263,9 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
         layer = tree[f"layers_{i}"]
 
         def side_by_side(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
-            """The kernels, whose first `axes` axes are their input's, side by side as [in, out]."""
+            """The kernels, whose first `axes` axes are their input's, below each other as [out, in]."""
             leaves = [layer[group_name][name]["kernel"] for name in kernels]
-            kernel = jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1) for leaf in leaves], axis=-1)
+            kernel = jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves])
             return {"kernel": _pad(kernel, -1, whole_vectors(kernel.shape[-1]) - kernel.shape[-1], 0)}
 
         tree[f"layers_{i}"] = {
