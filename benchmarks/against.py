@@ -76,7 +76,7 @@ def main() -> None:
         return
     if not args.other or not (Path(args.other) / "zflora_jax").is_dir():
         parser.error(f"--other {args.other}: expected a checkout of this repository, as `git worktree add DIR COMMIT` makes one")
-    from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+    from zflora_jax.report import atomic_write, device_line, environment, markdown_table, write_json
 
     env = environment()
     other = subprocess.run(["git", "-C", args.other, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
@@ -95,7 +95,7 @@ def main() -> None:
     page = f"# {args.dtype}: this commit against {other[:7]}\n\nMedians of {args.rounds} turns each, in turns (least and most in brackets).\n\n"
     page += markdown_table(rows, list(rows[0]))
     page += f"\n\nCommand: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; other {other}; "
-    page += f"device {env['device']}, {env['cpu_count']} cores; jax {env['jax']}; {env['date']}.\n"
+    page += f"device {device_line(env)}; jax {env['jax']}; {env['date']}.\n"
     atomic_write(f"{out}.md", page.encode())
     print(page)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.report import atomic_write, markdown_table, write_json
+from zflora_jax.report import atomic_write, device_line, markdown_table, write_json
 
 Row = dict[str, Any]
 GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and is tested on tiny shapes"
@@ -55,7 +55,7 @@ def row(what: str, target: str, value: float | None, limit: float, source: Row, 
     env = source["environment"]
     reached = value is not None and value <= limit
     found = {"what": what, "target": target, "measured": "missing" if value is None else f"{value:.3f} {unit}", "reached": "yes" if reached else "no"}
-    return found | {"command": env["command"], "commit": commit_of(env), "device": f"{env['device']}, {env['cpu_count']} CPUs"}
+    return found | {"command": env["command"], "commit": commit_of(env), "device": device_line(env)}
 
 
 def decode_rows(found: Row) -> Iterator[Row]:

@@ -20,6 +20,8 @@ def test_environment_names_the_versions_and_no_path_of_the_machine(monkeypatch, 
     env = report.environment()
     assert env["jax"] == jax.__version__
     assert env["backend"] == "cpu" and env["device_count"] >= 1 and env["cpu_count"] >= 1
+    assert env["cpu"] and report.device_line(env) == f"cpu, {env['cpu_count']} CPUs ({env['cpu']})"
+    assert report.device_line({"device": "cpu", "cpu_count": 2}) == "cpu, 2 CPUs", "results of before it was recorded"
     text = json.dumps(env)
     assert str(tmp_path) not in text and str(Path(report.__file__).parent) not in text and "/opt/x" not in text
     assert socket.gethostname() not in text and env["xla_flags"] == "--xla_dump_to=dump"

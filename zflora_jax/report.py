@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def environment() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "device_count": len(devices),
         "cpu_count": _cpu_count(),
+        "cpu": _cpu_model(),
         "xla_flags": relative_paths(os.environ.get("XLA_FLAGS", "")),
         "python": ".".join(map(str, sys.version_info[:3])),
         **{name: version(name) for name in ("jax", "jaxlib", "flax")},
@@ -47,8 +49,13 @@ def environment() -> dict[str, Any]:
 def origin_line(env: Mapping[str, Any]) -> str:
     """The last line of a page: what `environment` said, as a sentence."""
     commit = f"{env['commit'] or 'unknown'}{' with local changes' if env['dirty'] else ''}"
-    device = f"{env['device']} ({env['cpu_count']} CPUs)"
-    return f"Command: `{env['command']}`; commit {commit}; device {device}; jax {env['jax']}; {env['date']}."
+    return f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; jax {env['jax']}; {env['date']}."
+
+
+def device_line(env: Mapping[str, Any]) -> str:
+    """The device of `environment` and the CPUs beside it: "cpu, 2 CPUs (AMD EPYC, family 25, model 17)"."""
+    cpu = f" ({env['cpu']})" if env.get("cpu") else ""  # results of before it was recorded lack it
+    return f"{env['device']}, {env['cpu_count']} CPUs{cpu}"
 
 
 def command_line() -> str:
@@ -92,6 +99,16 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
 def _cpu_count() -> int:
     """CPUs this process may use, which is what its speed depends on; containers see more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_model() -> str | None:
+    """The CPU's name, on Linux with its family and model where it says them: virtual machines call several generations just "AMD EPYC"."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or None
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", info.read_text().split("\n\n")[0], re.MULTILINE))
+    parts = [f"{short}{found[name]}" for name, short in (("model name", ""), ("cpu family", "family "), ("model", "model ")) if name in found]
+    return ", ".join(parts) or platform.machine() or None
 
 
 def plain(value: Any) -> Any:
