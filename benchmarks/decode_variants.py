@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax import trees
+from zflora_jax import layers, trees
 from zflora_jax.adapters.fuse import pack
 from zflora_jax.beam import next_logits
 from zflora_jax.bench.latency import contender
@@ -61,6 +61,7 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
     head = packed.params | {"lm_head": {"kernel": jnp.asarray(packed.params["embed"]["embedding"].T)}}
     found = {
         KEPT: contender(packed, *shape),
+        **{f"products {name}": with_products(PRODUCTS[name], lambda: contender(packed, *shape)) for name in (LEFT, RIGHT, HALVES)},
         "kernels [in, out], not packed, unrolled": contender(unrolled, *shape),
         "kernels [in, out], not packed, scan over layers": contender(model, *shape),
         "head (d, V) beside the embeddings": contender(Model(packed.config.replace(tie_word_embeddings=False), head), *shape),
@@ -85,12 +86,31 @@ KERNELS = (
     ("head", 49152, 576),
 )
 
-PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
-    "[in, out]": lambda x, w: x @ w,
-    "[out, in]": lambda x, w: jnp.einsum("bi,ji->bj", x, w),
-    "[out, in], from the right (kept)": lambda x, w: jnp.einsum("ji,bi->jb", w, x)[:1].T,
-    "[out, in], multiplied and summed": lambda x, w: jnp.sum(w[None] * x[:, None, :], axis=-1),
+LEFT, RIGHT, HALVES = "x [out, in]^T", "[out, in] from the right", "[out, in] in halves"
+PRODUCTS: dict[str, Callable[..., Any]] = {  # x [B, T, in] and a kernel -> [B, T, out]
+    "x [in, out]": lambda x, w, dtype=None: jnp.einsum("bti,ij->btj", x, w, preferred_element_type=dtype),
+    LEFT: lambda x, w, dtype=None: jnp.einsum("bti,ji->btj", x, w, preferred_element_type=dtype),
+    RIGHT: lambda x, w, dtype=None: jnp.einsum("ji,bti->jbt", w, x, preferred_element_type=dtype).transpose(1, 2, 0),
+    HALVES: lambda x, w, dtype=None: in_halves(x, w, dtype),
 }
+
+
+def in_halves(x: Any, w: Any, dtype: Any) -> Any:
+    both, halves = jnp.broadcast_to(x, (2, *x.shape)), w.reshape(2, -1, w.shape[1])
+    y = jnp.einsum("hji,hbti->hjbt", halves, both, preferred_element_type=dtype)
+    return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
+
+
+def with_products(product: Callable[..., Any], make: Callable[[], Contender]) -> Contender:
+    """What `make` compiles where `layers.row_products`, that is all kernels of layers and the head, is `product`."""
+    kept = layers.row_products
+    layers.row_products = product
+    jax.clear_caches()
+    try:
+        return make()
+    finally:
+        layers.row_products = kept
+        jax.clear_caches()
 
 
 def products(batch: int, repeats: int) -> list[dict[str, Any]]:
@@ -100,16 +120,16 @@ def products(batch: int, repeats: int) -> list[dict[str, Any]]:
         count = -(-(2**27) // (4 * out * inner))
         keys, row = jax.random.split(jax.random.key(0), count), {"batch": batch, "kernel": name}
         for label, product in PRODUCTS.items():
-            shape = (inner, out) if label == "[in, out]" else (out, inner)
+            shape = (inner, out) if label == "x [in, out]" else (out, inner)
             kernels = [jax.random.normal(key, shape) for key in keys]
 
             @jax.jit
             def chain(x: Any, kernels: Any, product: Any = product) -> Any:
                 for w in kernels:  # each needs the one before it
-                    x = x + 1e-9 * product(x, w)[:, :1]
+                    x = x + 1e-9 * product(x, w)[..., :1]
                 return x
 
-            x, seconds = jnp.ones((batch, inner)), []
+            x, seconds = jnp.ones((batch, 1, inner)), []
             jax.block_until_ready(chain(x, kernels))
             for _ in range(repeats):
                 start = time.perf_counter()
