@@ -19,9 +19,9 @@ Row = dict[str, Any]
 GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and is tested on tiny shapes"
 # What a target that is not reached owes to, measured: shown beside it.
 CAUSES: dict[str, str] = {
-    "read-bandwidth floor": "XLA's products of one row read kernels more slowly than a sum reads memory (decode_variants.md: products alone). Tried: "
-    "kernels [out, in] (4% less time at batch 1, 26 to 38% more at 2 to 8 rows), products of vectors instead of one row, scan over layers, head as "
-    "(d, V), which costs 113 MB",
+    "read-bandwidth floor": "XLA's products of one row read kernels more slowly than a sum reads memory, and the 24 small kernels of a layer between "
+    "them take 1 ms a step (profile). Tried (decode_variants.md): kernels [in, out], [out, in] from the left, from the right without halves, scan "
+    "over layers, head as (d, V), vectors of 512 bits; attention as sums, and divided after its product: no gain",
     "over transformers'": "the same products",
     "time over PEFT's": "profile (an AMD EPYC, 2 CPUs of 0.2 TFLOP/s, commit c51f735): products with frozen kernels and the head take 3.1 of "
     "4.1 s, at the rate that these cores have; attention 0.4, adapters 0.3, stacking of activations by scan 0.3. Tried without gain: unrolled "
@@ -29,16 +29,6 @@ CAUSES: dict[str, str] = {
     "help PEFT as much",
     "peak memory over PEFT's": "not known",
 }
-# SmolLM2's stream is 576 wide. A vector of 512 bits holds 16 float32.
-MISALIGNED = (
-    "measured before packed kernels were filled up to whole vectors: 576 + 8 columns are no multiple of a vector's 16, and o and down were read more "
-    "slowly (decode_variants.md: down, 8 more columns). By turns with the base in one process (2 runs of 15 turns, of which no table is kept) rank 8 "
-    "took 1.044 and 1.027 of its time before, 1.001 and 0.995 since"
-)
-TAIL = (
-    "a stream that is no multiple of the 64 columns of XLA's (YNN's) tiles pays for the rest of the last one: down of 256 rows took 1.33 ms with 576 "
-    "columns, 1.46 with 592, 1.39 with 640 (one run of 15 turns, commit 4d2117e, of which no table is kept)"
-)
 
 
 def commit_of(env: Row) -> str:
@@ -83,9 +73,7 @@ def decode_rows(found: Row) -> Iterator[Row]:
             what = f"zflora-minimal fused, {name}: {measure.upper()} over the base's"
             again = {label: at(label, **case) for label in ("lora merged", "zflora-minimal idle")}
             seen = ", ".join(f"{label} {other[f'{measure}_ratio']:.3f}" for label, other in again.items() if other)
-            why = f"the same shapes again (merged: the base's, idle: zflora-minimal's): {seen or 'not measured'}"
-            odd = {"tpot": MISALIGNED, "ttft": TAIL}[measure] if case["rank"] % (16 if measure == "tpot" else 64) else None
-            why += f"; {odd or 'beyond that noise not explained'}"
+            why = f"the same shapes again (merged: the base's, idle: zflora-minimal's): {seen or 'not measured'}; beyond that noise not explained"
             yield row(what, f"<= {limit:.3f}, its share of bytes + 0.01", fused[f"{measure}_ratio"], limit, found) | {"why not": why}
         if beside := at("lora un-merged", **case):
             yield row(f"lora un-merged, {name}: TPOT over the base's", "reported", beside["tpot_ratio"], float("inf"), found)

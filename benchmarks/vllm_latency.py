@@ -166,10 +166,8 @@ def main() -> None:
         return
     if not args.vllm_python or not Path(args.vllm_python).is_file():
         parser.error(f"--vllm-python {args.vllm_python}: give the Python of an environment that has vLLM; the docstring says how to make one")
-    from zflora_jax.cli import wide_vectors
     from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 
-    wide_vectors()  # as the zflora command does
     env, rows = environment(), list[dict[str, Any]]()
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:

@@ -11,9 +11,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from zflora_jax.cli import wide_vectors
-
-wide_vectors()  # as the command sets it, in every worker from the start: programs and their numbers are then the same in all of them
 
 import jax
 import jax.numpy as jnp

@@ -154,7 +154,6 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path)
     rows = [base, base | {"label": "zflora-minimal", "tpot_ratio": 1.02, "ttft_ratio": 1.07, "bytes_ratio": 1.03}]
     rows += [base | {"label": "zflora-minimal idle", "ttft_ratio": 1.06}, base | {"label": "transformers", "tpot_ratio": 4.0}]
     rows += [base | {"label": "lora un-merged", "tpot_ratio": 1.2}, base | {"rank": 8, "floor_share": 0.8}, base | {"rank": 64, "floor_share": 0.4}]
-    rows += [base | {"label": "zflora-minimal", "rank": 8, "tpot_ratio": 1.5}]
     settings = {"model": "smollm2-135m", "dtype": "float32"}
 
     def pages(**changes: Any) -> subprocess.CompletedProcess[str]:
@@ -174,8 +173,6 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path)
     fused, late = (by_name[f"zflora-minimal fused, rank 16, batch 1, prompt 32: {name} over the base's"] for name in ("TPOT", "TTFT"))
     assert fused["reached"] == "yes" and "why not" not in fused
     assert late["reached"] == "no" and "zflora-minimal idle 1.060" in late["why not"]
-    odd = by_name["zflora-minimal fused, rank 8, batch 1, prompt 32: TPOT over the base's"]
-    assert "no multiple of a vector's 16" in odd["why not"] and "64 columns" in late["why not"]
     assert by_name["lora un-merged, rank 16, batch 1, prompt 32: TPOT over the base's"]["reached"] == "-"
     assert "median of 3 cases, 1.250 to 2.500" in slow["what"] and "median of 1 cases" in quick["what"]
     ours = by_name["m, batch 1: our TPOT over vLLM's (CPU build, float32; in 2 starts 0.92 to 1.50)"]

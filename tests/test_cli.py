@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -16,7 +15,7 @@ from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model
 
 from zflora_jax import commands
-from zflora_jax.cli import _parser, main, wide_vectors
+from zflora_jax.cli import _parser, main
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hosts import Stopped
 
@@ -414,19 +413,3 @@ def test_resume_needs_a_run_and_train_needs_a_config(refused, tmp_path):
         "train", "--config", "configs/quickstart.py", "--resume", "--workdir", tmp_path / "a"
     )
     assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize(
-    ("given", "then"),
-    [
-        ("", "--xla_cpu_prefer_vector_width=512"),
-        ("--xla_dump_to=x", "--xla_dump_to=x --xla_cpu_prefer_vector_width=512"),
-        ("--xla_cpu_prefer_vector_width=256 --xla_dump_to=x", "--xla_cpu_prefer_vector_width=256 --xla_dump_to=x"),
-        ("flags.txt", "flags.txt"),
-    ],
-    ids=["none", "others", "its own width", "a file"],
-)
-def test_xla_flags_of_the_user_stay(given: str, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", given)
-    wide_vectors()
-    assert os.environ["XLA_FLAGS"] == then

@@ -282,12 +282,12 @@ def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> Non
 
 
 def test_packed_kernels_are_filled_up_with_zeros() -> None:
-    """Inputs to a multiple of 16, outputs to an even number; what is computed with them is what the fused model computes."""
+    """Inputs to a multiple of 8, outputs to an even number; what is computed with them is what the fused model computes."""
     model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5)
     fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
     ready, width = pack(fused), fused.config.hidden_size
     up, down = (np.asarray(ready.params["layers_0"]["mlp"][name]["kernel"]) for name in ("gate_up", "down"))
-    assert width % 16 and up.shape[1] == -(-width // 16) * 16 and not up[:, width:].any() and up[:, width - 1].any()
+    assert width % 8 and up.shape[1] == -(-width // 8) * 8 and not up[:, width:].any() and up[:, width - 1].any()
     assert width % 2 and down.shape[0] == width + 1 and not down[width:].any() and down[width - 1].any()
     for shape in ((1, 1), (1, 7), (3, 5)):
         tokens = np.random.default_rng(0).integers(0, 256, shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import threading
@@ -20,7 +19,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
     """Run a command. Returns 0, 2 for input that cannot be used or files that cannot be written (the message says what to change), 3 for a non-finite
     loss, 75 for a training run that a signal stopped and that the same command resumes."""
     args = _parser(prog).parse_args(argv)
-    wide_vectors()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("zflora_jax")
@@ -47,15 +45,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
         logger.removeHandler(handler)
         logger.propagate = True
     return 0
-
-
-def wide_vectors() -> None:
-    """XLA's CPU compiler may use vectors of 512 bits where the CPU has them: decode of one row then takes 1.18 times the read floor, with its default
-    of 256 bits 1.28 times (results/decode_variants.md). Without effect once JAX has compiled; a width that XLA_FLAGS gives stays."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    is_file = bool(flags) and not flags.lstrip().startswith("-")  # XLA_FLAGS may name a file of flags
-    if not is_file and "xla_cpu_prefer_vector_width" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512".lstrip()
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

@@ -140,9 +140,9 @@ class Dense(AdaptedModule):
 
 
 def whole_vectors(inputs: int) -> int:
-    """How many inputs a packed kernel of `inputs` has: a multiple of 16, the float32 of a 512-bit vector. XLA's CPU compiler goes through the rest
-    number by number: kernels of 584 inputs are read more slowly than of 592 (results/decode_variants.md)."""
-    return -(-inputs // 16) * 16
+    """How many inputs a packed kernel of `inputs` has: a multiple of 8, the float32 of a 256-bit vector. XLA's CPU compiler goes through the rest
+    number by number: it reads kernels of 588 inputs more slowly than of 592."""
+    return -(-inputs // 8) * 8
 
 
 def even(outputs: int) -> int:
