@@ -21,7 +21,8 @@ GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and i
 CAUSES: dict[str, str] = {
     "read-bandwidth floor": "XLA's products of one row read kernels more slowly than a sum reads memory, and the 24 small kernels of a layer between "
     "them take 1 ms a step (profile). Tried (decode_variants.md): kernels [in, out], [out, in] from the left, from the right without halves, scan "
-    "over layers, head as (d, V), vectors of 512 bits; attention as sums, and divided after its product: no gain",
+    "over layers, XLA's vectors of 256 bits (0.96: what runs since), head as (d, V) (0.92, for 113 MB more). Without a table (one run each): "
+    "attention as sums, or divided after its product, no gain",
     "over transformers'": "the same products",
     "time over PEFT's": "profile (an AMD EPYC, 2 CPUs of 0.2 TFLOP/s, commit c51f735): products with frozen kernels and the head take 3.1 of "
     "4.1 s, at the rate that these cores have; attention 0.4, adapters 0.3, stacking of activations by scan 0.3. Tried without gain: unrolled "
@@ -107,7 +108,7 @@ def vllm_rows(found: Row) -> Iterator[Row]:
             starts = [ours / theirs for ours, theirs in zip(one["tpot_ms_all"], base["tpot_ms_all"], strict=True)]
             what = f"{shown}: our TPOT over vLLM's (CPU build, float32; in {len(starts)} starts {min(starts):.2f} to {max(starts):.2f})"
             why = f"vLLM's base took {min(base['tpot_ms_all']):.0f} to {max(base['tpot_ms_all']):.0f} ms, ours {min(one['tpot_ms_all']):.0f} to "
-            why += f"{max(one['tpot_ms_all']):.0f}: processes read memory at different rates (decode_variants.md has their range)"
+            why += f"{max(one['tpot_ms_all']):.0f}: processes read memory at different rates"
             yield row(what, "< 1", one["tpot_ratio"], 1.0, found) | {"why not": why}
         elif name != "vLLM, base":
             yield row(f"{shown}: {name}, TPOT over vLLM's base", "reported", one["tpot_ratio"], float("inf"), found)

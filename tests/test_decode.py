@@ -15,7 +15,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import adapter_cases, assert_logits_close, case_id, perturb, tiny_model, untied
 
-from zflora_jax import trees
+from zflora_jax import layers, trees
 from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.config import METHODS, AdapterConfig
@@ -23,7 +23,6 @@ from zflora_jax.decode import Sampler, decode, generate_tokens, padded_length
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.layers import row_products
 from zflora_jax.llama import forward, init_cache
 from zflora_jax.model import Model
 from zflora_jax.text import generate
@@ -282,30 +281,32 @@ def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> Non
 
 
 def test_packed_kernels_are_filled_up_with_zeros() -> None:
-    """Inputs to a multiple of 8, outputs to an even number; what is computed with them is what the fused model computes."""
+    """Inputs to a multiple of 8; what is computed with them, and with an odd number of outputs, is what the fused model computes."""
     model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5)
     fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
     ready, width = pack(fused), fused.config.hidden_size
     up, down = (np.asarray(ready.params["layers_0"]["mlp"][name]["kernel"]) for name in ("gate_up", "down"))
     assert width % 8 and up.shape[1] == -(-width // 8) * 8 and not up[:, width:].any() and up[:, width - 1].any()
-    assert width % 2 and down.shape[0] == width + 1 and not down[width:].any() and down[width - 1].any()
+    assert width % 2 and down.shape[0] == width
     for shape in ((1, 1), (1, 7), (3, 5)):
         tokens = np.random.default_rng(0).integers(0, 256, shape)
         assert_logits_close(forward(ready, tokens), forward(fused, tokens))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("outputs", [10, 11])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_row_products_of_one_row_and_of_several(shape: tuple[int, int], dtype: Any) -> None:
-    """Small integers: every sum is exact, whatever its order. Also where each row is a program of its own under vmap."""
+def test_row_products_of_one_row_and_of_several(shape: tuple[int, int], outputs: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small integers: every sum is exact, whatever its order. Of small kernels and of large ones, each row under vmap, and as GPUs and TPUs do it."""
     rng = np.random.default_rng(0)
-    x, kernel = rng.integers(-4, 5, (*shape, 24)), rng.integers(-4, 5, (10, 24))
-    want = x @ kernel.T
+    x, kernel = rng.integers(-4, 5, (*shape, 24)), rng.integers(-4, 5, (outputs, 24))
     given = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    got = jax.jit(lambda x, w: row_products(x, w, jnp.float32))(*given)
-    np.testing.assert_array_equal(got, want)
-    by_row = jax.vmap(lambda row: row_products(row[None], given[1], jnp.float32)[0])(given[0])
-    np.testing.assert_array_equal(by_row, want)
+    for limit in (layers.SMALL, 0):
+        monkeypatch.setattr(layers, "SMALL", limit)
+        np.testing.assert_array_equal(jax.jit(lambda x, w: layers.row_products(x, w, jnp.float32))(*given), x @ kernel.T)
+        by_row = jax.vmap(lambda row: layers.row_products(row[None], given[1], jnp.float32)[0])(given[0])
+        np.testing.assert_array_equal(by_row, x @ kernel.T)
+    np.testing.assert_array_equal(layers._plain(jnp.float32, *given), x @ kernel.T)
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["fused", "lora beside"])

@@ -100,7 +100,7 @@ class Dense(AdaptedModule):
 
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
     None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as `row_products` reads it, [out, in], both
-    flattened, in filled up to whole vectors and out to an even number, as in packed models; adapter blocks are not.
+    flattened, in filled up to whole vectors, as in packed models; adapter blocks are not.
     """
 
     in_axes: tuple[int, ...]
@@ -114,9 +114,9 @@ class Dense(AdaptedModule):
         n, dtype = len(self.in_axes), x.dtype
         if y is None and self.flat:
             flat = x.reshape(*x.shape[:-n], -1)
-            kernel = self.base_param("kernel", nn.initializers.normal(0.02), (even(math.prod(self.out_axes)), whole_vectors(flat.shape[-1])))
+            kernel = self.base_param("kernel", nn.initializers.normal(0.02), (math.prod(self.out_axes), whole_vectors(flat.shape[-1])))
             flat = jnp.pad(flat, ((0, 0), (0, 0), (0, kernel.shape[1] - flat.shape[-1])))
-            y = row_products(flat, kernel.astype(dtype))[..., : math.prod(self.out_axes)].reshape(*x.shape[:-n], *self.out_axes)
+            y = row_products(flat, kernel.astype(dtype)).reshape(*x.shape[:-n], *self.out_axes)
         elif y is None:
             kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
             product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
@@ -141,34 +141,34 @@ class Dense(AdaptedModule):
 
 def whole_vectors(inputs: int) -> int:
     """How many inputs a packed kernel of `inputs` has: a multiple of 8, the float32 of a 256-bit vector. XLA's CPU compiler goes through the rest
-    number by number: it reads kernels of 588 inputs more slowly than of 592."""
+    number by number: zflora-minimal of rank 12 took 1.08 of the base's time with 588 inputs, 1.01 with 592 (SmolLM2-135M, batch 1, one run)."""
     return -(-inputs // 8) * 8
 
 
-def even(outputs: int) -> int:
-    """How many outputs a packed kernel of `outputs` has, for `row_products`."""
-    return outputs + outputs % 2
+SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, for one row
 
 
 def row_products(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
-    """x [B, T, i] against the rows of a kernel [j, i] -> [B, T, j] in `dtype` (None: of the operands); j even.
+    """x [B, T, i] against the rows of a kernel [j, i] -> [B, T, j] in `dtype` (None: of the operands).
 
-    On a CPU multiplied from the right, which XLA's compiler does faster than x W or x kernel^T: several rows at batch 8 in two thirds of the time.
-    One row takes the kernel as two halves, since kernels below 2 MB would be left to one core (results/decode_variants.md).
+    On a CPU multiplied from the right: for several rows XLA's compiler does that in two thirds of the time that x kernel^T takes. One row takes a
+    SMALL kernel as two halves, for two cores (results/decode_variants.md: o).
     """
+    halved = x.shape[:2] == (1, 1) and kernel.nbytes < SMALL and len(kernel) % 2 == 0
+    return jax.lax.platform_dependent(x, kernel, cpu=partial(_in_halves if halved else _from_the_right, dtype), default=partial(_plain, dtype))
 
-    def from_the_right(x: Array, kernel: Array) -> Array:
-        return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
 
-    def one_row(x: Array, kernel: Array) -> Array:
-        halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x[0], (2, *x.shape[1:]))
-        return jnp.einsum("hji,hTi->hjT", halves, twice, preferred_element_type=dtype).reshape(1, 1, -1)
+def _plain(dtype: jnp.dtype | None, x: Array, kernel: Array) -> Array:
+    return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
 
-    def plain(x: Array, kernel: Array) -> Array:
-        return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
 
-    on_cpu = one_row if x.shape[:2] == (1, 1) else from_the_right
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+def _from_the_right(dtype: jnp.dtype | None, x: Array, kernel: Array) -> Array:
+    return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
+
+
+def _in_halves(dtype: jnp.dtype | None, x: Array, kernel: Array) -> Array:
+    halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x[0], (2, *x.shape[1:]))
+    return jnp.einsum("hji,hTi->hjT", halves, twice, preferred_element_type=dtype).reshape(1, 1, -1)
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
@@ -209,7 +209,7 @@ def tied_logits(x: Array, table: Array) -> Array:
     Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed. One token a row, as in
     decode, takes `row_products`, which `greedy` reads as they lie; whole sequences take longer so (training of SmolLM2-135M on a CPU by 15%).
     """
-    if x.shape[1] == 1 and len(table) % 2 == 0:
+    if x.shape[1] == 1:
         return row_products(x, table, jnp.float32)
     return jnp.einsum("BTd,Vd->BTV", x, table, preferred_element_type=jnp.float32)
 

@@ -18,7 +18,7 @@ from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, Plan, base_config, fused_config, group, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
-from zflora_jax.layers import even, tile, whole_vectors
+from zflora_jax.layers import tile, whole_vectors
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.trees import Tree
 
@@ -246,9 +246,8 @@ def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
 
 def pack(model: Model) -> Model:
     """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [out, in]:
-    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f], filled up with zeros to `layers.even` outputs and `layers.whole_vectors` of
-    inputs. For any Llama, fused or not. The layout is what `layers.row_products` reads; kernels below each other are as fast as each alone
-    (results/decode_variants.md).
+    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to `layers.whole_vectors`. For any Llama, fused or not. The
+    layout is what `layers.row_products` reads.
     """
     if model.config.packed:
         return model
@@ -262,17 +261,16 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
     for i in range(config.num_layers):
         layer = tree[f"layers_{i}"]
 
-        def side_by_side(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
+        def stacked(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
             """The kernels, whose first `axes` axes are their input's, below each other as [out, in]."""
             leaves = [layer[group_name][name]["kernel"] for name in kernels]
             kernel = jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves])
-            filled = even(kernel.shape[0]) - kernel.shape[0], whole_vectors(kernel.shape[1]) - kernel.shape[1]
-            return {"kernel": jnp.pad(kernel, [(0, count) for count in filled])}
+            return {"kernel": _pad(kernel, -1, whole_vectors(kernel.shape[-1]) - kernel.shape[-1], 0)}
 
         tree[f"layers_{i}"] = {
             "attn_norm": layer["attn_norm"],
             "mlp_norm": layer["mlp_norm"],
-            "attn": {"qkv": side_by_side("attn", *ATTENTION[:3]), "o": side_by_side("attn", "o", axes=2)},
-            "mlp": {"gate_up": side_by_side("mlp", *MLP[:2]), "down": side_by_side("mlp", "down")},
+            "attn": {"qkv": stacked("attn", *ATTENTION[:3]), "o": stacked("attn", "o", axes=2)},
+            "mlp": {"gate_up": stacked("mlp", *MLP[:2]), "down": stacked("mlp", "down")},
         }
     return tree
