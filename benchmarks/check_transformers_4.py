@@ -161,7 +161,7 @@ def main() -> None:
 
 
 def report(result: dict[str, Any]) -> str:
-    from zflora_jax.report import markdown_table
+    from zflora_jax.report import device_line, markdown_table
 
     env, seen = result["environment"], result["versions"]
     return "\n".join(
@@ -176,8 +176,8 @@ def report(result: dict[str, Any]) -> str:
             "",
             markdown_table(result["rows"], COLUMNS),
             "",
-            f"Command: `{env['command']}`; commit {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']}, {env['device']}, "
-            f"{env['cpu_count']} cores, Python {env['python']}, jax {env['jax']}.",
+            f"Command: `{env['command']}`; commit {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']}, {device_line(env)}, "
+            f"Python {env['python']}, jax {env['jax']}.",
             "",
         ]
     )

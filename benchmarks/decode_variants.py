@@ -1,6 +1,6 @@
 """Ways to decode that were tried, against the one that is kept: packed kernels [out, in], unrolled layers, one compiled loop.
 
-Command: python benchmarks/decode_variants.py     (about 5 minutes on 2 CPU cores)
+Command: python benchmarks/decode_variants.py     (about 10 minutes on 2 CPU cores)
 Writes results/decode_variants.json and .md: TTFT and TPOT of SmolLM2-135M (the packaged one), all ways by turns in one process, for each batch; and
 how fast the products of its kernels alone read them, by layout.
 """
@@ -87,17 +87,11 @@ KERNELS = (
 
 LEFT, RIGHT, HALVES = "x [out, in]^T", "[out, in] from the right", "[out, in] in halves"
 PRODUCTS: dict[str, Callable[..., Any]] = {  # x [B, T, in] and a kernel -> [B, T, out]
-    "x [in, out]": lambda x, w, dtype=None: jnp.einsum("bti,ij->btj", x, w, preferred_element_type=dtype),
-    LEFT: lambda x, w, dtype=None: jnp.einsum("bti,ji->btj", x, w, preferred_element_type=dtype),
-    RIGHT: lambda x, w, dtype=None: jnp.einsum("ji,bti->jbt", w, x, preferred_element_type=dtype).transpose(1, 2, 0),
-    HALVES: lambda x, w, dtype=None: in_halves(x, w, dtype),
+    "x [in, out]": lambda x, w: x @ w,
+    LEFT: layers.plain_product,
+    RIGHT: layers.product_from_the_right,
+    HALVES: layers.product_in_halves,
 }
-
-
-def in_halves(x: Any, w: Any, dtype: Any) -> Any:
-    both, halves = jnp.broadcast_to(x, (2, *x.shape)), w.reshape(2, -1, w.shape[1])
-    y = jnp.einsum("hji,hbti->hjbt", halves, both, preferred_element_type=dtype)
-    return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
 
 
 def with_products(product: Callable[..., Any], make: Callable[[], Contender]) -> Contender:

@@ -219,7 +219,7 @@ COLUMNS = {
 
 
 def report(result: dict[str, Any]) -> str:
-    from zflora_jax.report import markdown_table
+    from zflora_jax.report import device_line, markdown_table
 
     env, versions = result["environment"], result["versions"]
     spread = "; ".join(f"{name} {s[..., 0].sum(1).min():.1f}-{s[..., 0].sum(1).max():.1f} s" for name, s in result["seconds"].items())
@@ -247,8 +247,8 @@ def report(result: dict[str, Any]) -> str:
             f"Differences of ours are {'within' if result['within_limit'] else 'BEYOND'} {result['limit']} nats.",
             "A CPU ratio says nothing about GPUs.",
             "",
-            f"Command: `{env['command']}`; commit {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']}, {env['device']}, "
-            f"{env['cpu_count']} cores, Python {env['python']}, jax {env['jax']},",
+            f"Command: `{env['command']}`; commit {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']}, {device_line(env)}, "
+            f"Python {env['python']}, jax {env['jax']},",
             f"torch {versions['torch']}, transformers {versions['transformers']}; nothing is drawn, so there is no seed.",
             "",
         ]

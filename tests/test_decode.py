@@ -306,7 +306,7 @@ def test_row_products_of_one_row_and_of_several(shape: tuple[int, int], outputs:
         np.testing.assert_array_equal(jax.jit(lambda x, w: layers.row_products(x, w, jnp.float32))(*given), x @ kernel.T)
         by_row = jax.vmap(lambda row: layers.row_products(row[None], given[1], jnp.float32)[0])(given[0])
         np.testing.assert_array_equal(by_row, x @ kernel.T)
-    np.testing.assert_array_equal(layers._plain(jnp.float32, *given), x @ kernel.T)
+    np.testing.assert_array_equal(layers.plain_product(*given, jnp.float32), x @ kernel.T)
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["fused", "lora beside"])

@@ -155,20 +155,25 @@ def row_products(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Arr
     SMALL kernel as two halves, for two cores (results/decode_variants.md: o).
     """
     halved = x.shape[:2] == (1, 1) and kernel.nbytes < SMALL and len(kernel) % 2 == 0
-    return jax.lax.platform_dependent(x, kernel, cpu=partial(_in_halves if halved else _from_the_right, dtype), default=partial(_plain, dtype))
+    on_cpu = product_in_halves if halved else product_from_the_right
+    return jax.lax.platform_dependent(x, kernel, cpu=partial(on_cpu, dtype=dtype), default=partial(plain_product, dtype=dtype))
 
 
-def _plain(dtype: jnp.dtype | None, x: Array, kernel: Array) -> Array:
+def plain_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """`row_products` but for a CPU: x kernel^T, for the device's library to arrange."""
     return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
 
 
-def _from_the_right(dtype: jnp.dtype | None, x: Array, kernel: Array) -> Array:
+def product_from_the_right(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """`row_products` as (kernel x^T)^T."""
     return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
 
 
-def _in_halves(dtype: jnp.dtype | None, x: Array, kernel: Array) -> Array:
-    halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x[0], (2, *x.shape[1:]))
-    return jnp.einsum("hji,hTi->hjT", halves, twice, preferred_element_type=dtype).reshape(1, 1, -1)
+def product_in_halves(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """`row_products` from the right, of the upper and the lower half of the kernel as a batch of two; j even."""
+    halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
+    y = jnp.einsum("hji,hBTi->hjBT", halves, twice, preferred_element_type=dtype)
+    return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:

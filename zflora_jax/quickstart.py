@@ -17,7 +17,7 @@ from zflora_jax.fields import ConfigError, to_dict
 from zflora_jax.llama import forward
 from zflora_jax.metrics import METRICS_FILE
 from zflora_jax.plots import training_curves
-from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+from zflora_jax.report import atomic_write, device_line, environment, markdown_table, write_json
 from zflora_jax.run import Trained, export_run, held_out, load_base, train
 from zflora_jax.scorecard import evaluate
 
@@ -138,7 +138,7 @@ def _page(report: dict[str, Any]) -> str:
         f"{report['export_top1_agreement']:.4f}."
     )
     commit = f"{env['commit']}{' (with local changes)' if env['dirty'] else ''}"
-    command = f"Command: `{env['command']}`; commit {commit}; device {env['device']}, {env['cpu_count']} CPU cores; "
+    command = f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; "
     return "\n".join(
         [
             "# Quickstart",
