@@ -167,6 +167,8 @@ def main() -> None:
     )
     parser.add_argument("--out", default="results/decode_variants")
     args = parser.parse_args()
+    if min(*args.batches, args.prompt, args.repeats, args.new_tokens - 1) < 1:
+        parser.error("--batches, --prompt and --repeats: give at least 1; --new-tokens: at least 2, for a time between tokens")
     env, rows, meter = environment(), list[dict[str, Any]](), bandwidth_meter()
     for batch in args.batches:
         found = ways(batch, args.prompt, args.new_tokens, args.bfloat16)

@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="starts of each kind (default: 3)")
     parser.add_argument("--out", default="results/startup")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: give at least 1")
     from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 
     env, turns = environment(), dict[str, list[dict[str, float]]]()

@@ -164,6 +164,8 @@ def main() -> None:
         job = json.loads(args.job)
         print(json.dumps(start_vllm(job)))
         return
+    if min(*args.batches, args.prompt, args.repeats, args.rounds, *args.ranks, args.new_tokens - 1) < 1:
+        parser.error("--batches, --prompt, --repeats, --rounds and --ranks: give at least 1; --new-tokens: at least 2, for a time between tokens")
     if not args.vllm_python or not Path(args.vllm_python).is_file():
         parser.error(f"--vllm-python {args.vllm_python}: give the Python of an environment that has vLLM; the docstring says how to make one")
     from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json

@@ -184,6 +184,22 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path)
     assert done.returncode == 2 and "is no directory" in done.stderr and not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "given", "message"),
+    [
+        ("decode_variants.py", ["--repeats", "0"], "--repeats: give at least 1"),
+        ("decode_variants.py", ["--new-tokens", "1"], "--new-tokens: at least 2"),
+        ("startup.py", ["--repeats", "0"], "--repeats 0: give at least 1"),
+        ("vllm_latency.py", ["--batches", "1", "0"], "--batches, --prompt, --repeats, --rounds and --ranks: give at least 1"),
+        ("vllm_latency.py", ["--vllm-python", "nowhere"], "--vllm-python nowhere: give the Python of an environment that has vLLM"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_scripts_refuse_wrong_counts_before_they_measure(script: str, given: list[str], message: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *given], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_masks_leave_the_share_that_was_asked_for() -> None:
     for masked, wanted in ((0.0, 99), (0.5, 50), (0.8, 20)):
         mask = training.Case("tiny", length=100, batch=2, masked=masked).batch_arrays(50)["loss_mask"]
