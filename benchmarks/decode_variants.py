@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax import layers, trees
+from zflora_jax import products, trees
 from zflora_jax.adapters.fuse import pack
 from zflora_jax.beam import next_logits
 from zflora_jax.bench.latency import contender
@@ -71,7 +71,9 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
         "sampled: temperature 0.8, top_p 0.95": contender(packed, *shape, sampler=Sampler(0.8, None, 0.95)),
     }
     if bfloat16:
-        found["bfloat16 weights and activations"] = contender(pack(load_model("smollm2-135m", dtype="bfloat16")), *shape)
+        narrow = pack(load_model("smollm2-135m", dtype="bfloat16"))
+        found["bfloat16 weights and activations"] = contender(narrow, *shape)
+        found["bfloat16, products as float32 has them"] = with_products(PRODUCTS[RIGHT], lambda: contender(narrow, *shape))
     return found
 
 
@@ -88,25 +90,25 @@ KERNELS = (
 LEFT, RIGHT, HALVES = "x [out, in]^T", "[out, in] from the right", "[out, in] in halves"
 PRODUCTS: dict[str, Callable[..., Any]] = {  # x [B, T, in] and a kernel -> [B, T, out]
     "x [in, out]": lambda x, w: x @ w,
-    LEFT: layers.plain_product,
-    RIGHT: layers.product_from_the_right,
-    HALVES: layers.product_in_halves,
+    LEFT: products.plain_product,
+    RIGHT: products.product_from_the_right,
+    HALVES: products.product_in_halves,
 }
 
 
 def with_products(product: Callable[..., Any], make: Callable[[], Contender]) -> Contender:
-    """What `make` compiles where `layers.row_products`, that is all kernels of layers and the head, is `product`."""
-    kept = layers.row_products
-    layers.row_products = product
+    """What `make` compiles where `products.row_products`, that is all kernels of layers and the head, is `product`."""
+    kept = products.row_products
+    products.row_products = product
     jax.clear_caches()
     try:
         return make()
     finally:
-        layers.row_products = kept
+        products.row_products = kept
         jax.clear_caches()
 
 
-def products(batch: int, repeats: int) -> list[dict[str, Any]]:
+def read_rates(batch: int, repeats: int) -> list[dict[str, Any]]:
     """GB/s at which products of `batch` rows read SmolLM2's packed kernels, more of them than the caches hold."""
     rows = []
     for name, out, inner in KERNELS:
@@ -183,7 +185,7 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
         del found
-    alone = [row for batch in args.batches for row in products(batch, args.repeats)]
+    alone = [row for batch in args.batches for row in read_rates(batch, args.repeats)]
     chosen = [choices(batch, args.repeats) for batch in args.batches]
     write_json(f"{args.out}.json", {"rows": rows, "products": alone, "choices": chosen, "settings": vars(args), "environment": env})
     shown = [

@@ -15,7 +15,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import adapter_cases, assert_logits_close, case_id, perturb, tiny_model, untied
 
-from zflora_jax import layers, trees
+from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.config import METHODS, AdapterConfig
@@ -291,22 +291,6 @@ def test_packed_kernels_are_filled_up_with_zeros() -> None:
     for shape in ((1, 1), (1, 7), (3, 5)):
         tokens = np.random.default_rng(0).integers(0, 256, shape)
         assert_logits_close(forward(ready, tokens), forward(fused, tokens))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("outputs", [10, 11])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_row_products_of_one_row_and_of_several(shape: tuple[int, int], outputs: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small integers: every sum is exact, whatever its order. Of small kernels and of large ones, each row under vmap, and as GPUs and TPUs do it."""
-    rng = np.random.default_rng(0)
-    x, kernel = rng.integers(-4, 5, (*shape, 24)), rng.integers(-4, 5, (outputs, 24))
-    given = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    for limit in (layers.SMALL, 0):
-        monkeypatch.setattr(layers, "SMALL", limit)
-        np.testing.assert_array_equal(jax.jit(lambda x, w: layers.row_products(x, w, jnp.float32))(*given), x @ kernel.T)
-        by_row = jax.vmap(lambda row: layers.row_products(row[None], given[1], jnp.float32)[0])(given[0])
-        np.testing.assert_array_equal(by_row, x @ kernel.T)
-    np.testing.assert_array_equal(layers.plain_product(*given, jnp.float32), x @ kernel.T)
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["fused", "lora beside"])

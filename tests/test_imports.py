@@ -28,6 +28,7 @@ LAYERS = [
     ("hosts", "cache"),
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
+    ("products",),
     ("layers", "model"),
     ("adapters.init",),  # names and shapes of the adapter tree, which the model checks its `adapters` collection against
     ("llama",),
@@ -57,6 +58,7 @@ ONLY = {
     "adapters.init": {"trees", "config", "adapters.methods", "model"},
     "hosts": {"fields"},
     "cache": set(),
+    "products": set(),
     "loss": set(),
     "optim": {"trees", "config"},
     "plots": {"metrics", "report"},

@@ -12,8 +12,9 @@ from zflora_jax import layers
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.config import AdapterConfig, preset
-from zflora_jax.layers import KEEP, ROPE_ROWS, attention, matmul, query_blocks, rope_tables, tied_logits
+from zflora_jax.layers import KEEP, ROPE_ROWS, attention, query_blocks, rope_tables
 from zflora_jax.llama import Llama, forward
+from zflora_jax.products import matmul, tied_logits
 
 
 def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8):

@@ -5,7 +5,7 @@ layers serve both: RMSNorm takes its mean over the base channels, RoPE turns the
 kernel computes (design.md section 2; this project's reconstruction of zFLoRA).
 
 Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G query heads of a key head, q their G*T queries,
-d residual width, k head dim, V vocabulary, n tokens, i and j a block's or kernel's axes, h halves of a kernel.
+k head dim.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from zflora_jax import products
 from zflora_jax.config import AdapterConfig, LlamaConfig
-
-Array = jax.Array
+from zflora_jax.products import Array, project, whole_vectors
 
 # What the backward pass of a layer keeps, by name; the rest (norms, gates, softmax) it computes again from these, which costs little: for a LoRA step
 # of SmolLM2-135M two thirds of the memory that keeping all takes. The names are the streams whose values are kept.
@@ -99,8 +99,8 @@ class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel; low-rank factors are added to y.
 
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
-    None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as `row_products` reads it, [out, in], both
-    flattened, in filled up to whole vectors, as in packed models; adapter blocks are not.
+    None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as `products.row_products` reads it, [out, in],
+    both flattened, in filled up to whole vectors, as in packed models; adapter blocks are not.
     """
 
     in_axes: tuple[int, ...]
@@ -116,7 +116,7 @@ class Dense(AdaptedModule):
             flat = x.reshape(*x.shape[:-n], -1)
             kernel = self.base_param("kernel", nn.initializers.normal(0.02), (math.prod(self.out_axes), whole_vectors(flat.shape[-1])))
             flat = jnp.pad(flat, ((0, 0), (0, 0), (0, kernel.shape[1] - flat.shape[-1])))
-            y = row_products(flat, kernel.astype(dtype)).reshape(*x.shape[:-n], *self.out_axes)
+            y = products.row_products(flat, kernel.astype(dtype)).reshape(*x.shape[:-n], *self.out_axes)
         elif y is None:
             kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
             product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
@@ -137,99 +137,6 @@ class Dense(AdaptedModule):
         if "ffa_a" in block:
             y = y + scale * tile(project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)).reshape(y.shape)
         return y, y_z
-
-
-def whole_vectors(inputs: int) -> int:
-    """How many inputs a packed kernel of `inputs` has: a multiple of 8, the float32 of a 256-bit vector. XLA's CPU compiler goes through the rest
-    number by number: zflora-minimal of rank 12 took 1.08 of the base's time with 588 inputs, 1.01 with 592 (SmolLM2-135M, batch 1, one run)."""
-    return -(-inputs // 8) * 8
-
-
-SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, for one row
-
-
-def row_products(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
-    """x [B, T, i] against the rows of a kernel [j, i] -> [B, T, j] in `dtype` (None: of the operands).
-
-    On a CPU multiplied from the right: for several rows XLA's compiler does that in two thirds of the time that x kernel^T takes. One row takes a
-    SMALL kernel as two halves, for two cores (results/decode_variants.md: o).
-    """
-    halved = x.shape[:2] == (1, 1) and kernel.nbytes < SMALL and len(kernel) % 2 == 0
-    on_cpu = product_in_halves if halved else product_from_the_right
-    return jax.lax.platform_dependent(x, kernel, cpu=partial(on_cpu, dtype=dtype), default=partial(plain_product, dtype=dtype))
-
-
-def plain_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
-    """`row_products` but for a CPU: x kernel^T, for the device's library to arrange."""
-    return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
-
-
-def product_from_the_right(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
-    """`row_products` as (kernel x^T)^T."""
-    return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
-
-
-def product_in_halves(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
-    """`row_products` from the right, of the upper and the lower half of the kernel as a batch of two; j even."""
-    halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
-    y = jnp.einsum("hji,hBTi->hjBT", halves, twice, preferred_element_type=dtype)
-    return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
-
-
-def project(x: Array, block: Array, axes: int = 1) -> Array:
-    """The last `axes` axes of x [B, T, ...] against the first of an adapter block -> [B, T, *the block's other axes]."""
-    out = block.shape[axes:]
-    flat = matmul(x.reshape(*x.shape[:-axes], -1), block.reshape(math.prod(block.shape[:axes]), -1))
-    return flat.reshape(*x.shape[:-axes], *out)
-
-
-@jax.custom_vjp
-def matmul(x: Array, w: Array) -> Array:
-    """x [..., i] @ w [i, j], with a gradient of w whose compiled form transposes the narrower of its two operands.
-
-    XLA's CPU compiler transposes the left operand of a product over rows, and fuses what makes that operand into the transposition: with the wide
-    gradient of an MLP or attention there, a LoRA step of SmolLM2-135M spent a third of its time in such loops.
-    """
-    return x @ w
-
-
-def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ w, (x, w)
-
-
-def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, w = saved
-    rows, d_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
-    dw = jnp.einsum("ni,nj->ij", rows, d_rows) if w.shape[0] <= w.shape[1] else jnp.einsum("nj,ni->ji", d_rows, rows).T
-    return dy @ w.T, dw
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
-def tied_logits(x: Array, table: Array) -> Array:
-    """x [B, T, d] against an embedding table [V, d] of the same dtype -> logits [B, T, V] float32.
-
-    Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed. One token a row, as in
-    decode, takes `row_products`, which `greedy` reads as they lie; whole sequences take longer so (training of SmolLM2-135M on a CPU by 15%).
-    """
-    if x.shape[1] == 1:
-        return row_products(x, table, jnp.float32)
-    return jnp.einsum("BTd,Vd->BTV", x, table, preferred_element_type=jnp.float32)
-
-
-def _tied_logits_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
-    return tied_logits(x, table), (x, table)
-
-
-def _tied_logits_backward(saved: tuple[Array, Array], d_logits: Array) -> tuple[Array, Array]:
-    x, table = saved
-    d_logits = d_logits.astype(x.dtype)
-    return jnp.einsum("BTV,Vd->BTd", d_logits, table), jnp.einsum("BTd,BTV->dV", x, d_logits).T
-
-
-tied_logits.defvjp(_tied_logits_forward, _tied_logits_backward)
 
 
 def tile(h: Array, out: int) -> Array:
@@ -325,8 +232,9 @@ def _attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array
     """[B, K, G, T, k] of q of that shape."""
 
     def attend(block: tuple[Array, Array]) -> Array:
-        out = jnp.einsum("BKqS,BKSk->BKqk", _probabilities(block[0], k, block[1], scale).astype(q.dtype), v)
-        return out.reshape(*block[0].shape[:-1], -1)
+        p = _probabilities(block[0], k, block[1], scale).astype(q.dtype)
+        out = jnp.einsum("BKqS,BKSk->BKqk", p, v, preferred_element_type=jnp.float32)
+        return out.reshape(*block[0].shape[:-1], -1).astype(q.dtype)
 
     n = query_blocks(q.shape[3])
     return attend((q, mask)) if n == 1 else _join(jax.lax.map(attend, (_cut(q, n, 3), _cut(mask, n, 2))), 3)
@@ -340,7 +248,7 @@ def _attention_forward(q: Array, k: Array, v: Array, mask: Array, scale: float) 
 def _attention_backward(scale: float, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
     """As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again instead of kept: T x S numbers per head and layer.
 
-    The products over queries have their narrow operand on the left; `matmul` says why.
+    The products over queries have their narrow operand on the left; `products.matmul` says why.
     """
     q, k, v, mask, out = saved
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,8 +22,9 @@ from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
-from zflora_jax.layers import KEEP, AdaptedModule, Array, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables, tied_logits
+from zflora_jax.layers import KEEP, AdaptedModule, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables
 from zflora_jax.model import Model
+from zflora_jax.products import Array, move, tied_logits
 from zflora_jax.sharding import divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten
 
@@ -101,8 +103,8 @@ class Attention(nn.Module):
         if cache is not None and index is not None:
             rows = keys.shape[:2]  # the cache may lack axes of one
             keys, values = (x.reshape(*old.shape[:-2], *x.shape[2:]) for x, old in zip((keys, values), cache, strict=True))
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, index, axis=KEY_SLOTS)
-            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, index, axis=VALUE_SLOTS)
+            keys = move(partial(jax.lax.dynamic_update_slice_in_dim, axis=KEY_SLOTS), (cache[0], keys), index)
+            values = move(partial(jax.lax.dynamic_update_slice_in_dim, axis=VALUE_SLOTS), (cache[1], values), index)
             cache = keys, values
             keys, values = (x.reshape(*rows, *x.shape[-2:]) for x in cache)
         out = attention(kept(q, "heads"), kept(keys, "heads"), kept(values, "heads"), mask, c.rotary_dim**-0.5)
@@ -178,7 +180,7 @@ class Embed(AdaptedModule):
         self.table = self.base_param("embedding", nn.initializers.normal(0.02), (self.config.vocab_size, self.config.hidden_size))
 
     def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.table, tokens, axis=0).astype(self.config.dtype)
+        return move(partial(jnp.take, axis=0), (self.table,), tokens).astype(self.config.dtype)
 
     def attend(self, x: Array) -> Array:
         return tied_logits(x, self.table.astype(x.dtype))

@@ -18,8 +18,9 @@ from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, Plan, base_config, fused_config, group, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
-from zflora_jax.layers import tile, whole_vectors
+from zflora_jax.layers import tile
 from zflora_jax.model import Model, param_shapes
+from zflora_jax.products import whole_vectors
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -246,8 +247,8 @@ def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
 
 def pack(model: Model) -> Model:
     """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [out, in]:
-    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to `layers.whole_vectors`. For any Llama, fused or not. The
-    layout is what `layers.row_products` reads.
+    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to `products.whole_vectors`. For any Llama, fused or not.
+    The layout is what `products.row_products` reads.
     """
     if model.config.packed:
         return model

@@ -1,0 +1,144 @@
+"""Products with kernels, and moves of whole arrays, in the form that XLA compiles best.
+
+Einsum legend: B batch, T positions, d residual width, V vocabulary, n tokens, i and j a block's or kernel's axes, h halves of a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def whole_vectors(inputs: int) -> int:
+    """How many inputs a packed kernel of `inputs` has: a multiple of 8, the float32 of a 256-bit vector. XLA's CPU compiler goes through the rest
+    number by number: zflora-minimal of rank 12 took 1.08 of the base's time with 588 inputs, 1.01 with 592 (SmolLM2-135M, batch 1, one run)."""
+    return -(-inputs // 8) * 8
+
+
+SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, for one row
+
+
+def row_products(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """x [B, T, i] against the rows of a kernel [j, i] -> [B, T, j] in `dtype` (None: of the operands).
+
+    On a CPU multiplied from the right: for several rows XLA's compiler does that in two thirds of the time that x kernel^T takes. One row takes a
+    SMALL kernel as two halves, for two cores (results/decode_variants.md: o). bfloat16 has a way of its own.
+    """
+    halved = x.shape[:2] == (1, 1) and kernel.nbytes < SMALL and len(kernel) % 2 == 0
+    on_cpu = bfloat16_product if x.dtype == jnp.bfloat16 else product_in_halves if halved else product_from_the_right
+    return jax.lax.platform_dependent(x, kernel, cpu=partial(on_cpu, dtype=dtype), default=partial(plain_product, dtype=dtype))
+
+
+def plain_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """`row_products` but for a CPU: x kernel^T, for the device's library to arrange."""
+    return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
+
+
+def product_from_the_right(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """`row_products` as (kernel x^T)^T."""
+    return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
+
+
+def product_in_halves(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """`row_products` from the right, of the upper and the lower half of the kernel as a batch of two; j even."""
+    halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
+    y = jnp.einsum("hji,hBTi->hjBT", halves, twice, preferred_element_type=dtype)
+    return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
+
+
+def bfloat16_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """`row_products` of bfloat16 numbers, added up in float32.
+
+    XLA's CPU compiler has products that read bfloat16 as it lies only for results in float32 and two rows or more; for others it converts whole
+    kernels first, one row is a sum instead. The barrier keeps a loop of tokens from being given copies of the kernels, converted or transposed ahead
+    of it (results/decode_variants.md).
+    """
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    if x.shape[:2] == (1, 1):
+        y = jnp.sum(kernel.astype(jnp.float32)[None] * x.astype(jnp.float32), axis=-1)[None]
+    else:
+        y = plain_product(x, kernel, jnp.float32)
+    return y.astype(dtype or x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def move(placed: Callable[..., Array], arrays: tuple[Array, ...], index: Array) -> Array:
+    """placed(*arrays, index) for a `placed` that only picks or places the numbers of arrays of one dtype, at integer positions.
+
+    bfloat16 goes by its bits on a CPU: XLA's compiler would convert the whole of `arrays` to float32 for it, and back.
+    """
+
+    def by_bits(*given: Array) -> Array:
+        *numbers, at = given
+        return jax.lax.bitcast_convert_type(placed(*(jax.lax.bitcast_convert_type(x, jnp.uint16) for x in numbers), at), jnp.bfloat16)
+
+    return jax.lax.platform_dependent(*arrays, index, cpu=by_bits if arrays[0].dtype == jnp.bfloat16 else placed, default=placed)
+
+
+@move.defjvp
+def _move_jvp(placed: Callable[..., Array], primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    arrays, index = primals
+    return move(placed, arrays, index), placed(*tangents[0], index)
+
+
+def project(x: Array, block: Array, axes: int = 1) -> Array:
+    """The last `axes` axes of x [B, T, ...] against the first of an adapter block -> [B, T, *the block's other axes]."""
+    out = block.shape[axes:]
+    flat = matmul(x.reshape(*x.shape[:-axes], -1), block.reshape(math.prod(block.shape[:axes]), -1))
+    return flat.reshape(*x.shape[:-axes], *out)
+
+
+@jax.custom_vjp
+def matmul(x: Array, w: Array) -> Array:
+    """x [..., i] @ w [i, j], with a gradient of w whose compiled form transposes the narrower of its two operands.
+
+    XLA's CPU compiler transposes the left operand of a product over rows, and fuses what makes that operand into the transposition: with the wide
+    gradient of an MLP or attention there, a LoRA step of SmolLM2-135M spent a third of its time in such loops.
+    """
+    return x @ w
+
+
+def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ w, (x, w)
+
+
+def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    rows, d_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
+    dw = jnp.einsum("ni,nj->ij", rows, d_rows) if w.shape[0] <= w.shape[1] else jnp.einsum("nj,ni->ji", d_rows, rows).T
+    return dy @ w.T, dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def tied_logits(x: Array, table: Array) -> Array:
+    """x [B, T, d] against an embedding table [V, d] of the same dtype -> logits [B, T, V] float32.
+
+    Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed. One token a row, as in
+    decode, takes `row_products`, which `greedy` reads as they lie; whole sequences take longer so (training of SmolLM2-135M on a CPU by 15%).
+    """
+    if x.shape[1] == 1:
+        return row_products(x, table, jnp.float32)
+    return jnp.einsum("BTd,Vd->BTV", x, table, preferred_element_type=jnp.float32)
+
+
+def _tied_logits_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
+    return tied_logits(x, table), (x, table)
+
+
+def _tied_logits_backward(saved: tuple[Array, Array], d_logits: Array) -> tuple[Array, Array]:
+    x, table = saved
+    d_logits = d_logits.astype(x.dtype)
+    return jnp.einsum("BTV,Vd->BTd", d_logits, table), jnp.einsum("BTd,BTV->dV", x, d_logits).T
+
+
+tied_logits.defvjp(_tied_logits_forward, _tied_logits_backward)
