@@ -9,6 +9,7 @@ Legend: B batch, K beams, C candidates of a step, T prompt positions, N new toke
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.llama import KVCache, Llama, cache_slots, hidden_states, init_cache
+from zflora_jax.products import move
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -113,8 +115,9 @@ def beam_decode(
         rows = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_beams + beams).reshape(-1)
 
         def moved(x: Array, slots: int) -> Array:
-            after = jnp.take(jax.lax.slice_in_dim(x, length, None, axis=slots), rows, axis=int(config.scan_layers), mode="clip")
-            return jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=slots)
+            take = partial(jnp.take, axis=int(config.scan_layers), mode="clip")
+            after = move(take, (jax.lax.slice_in_dim(x, length, None, axis=slots),), (rows,))
+            return move(lambda x, after: jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=slots), (x, after))
 
         return KVCache(cache.map_layers(moved), cache.valid, cache.index)
 

@@ -22,6 +22,7 @@ from zflora_jax.decode import packed, padded_length
 from zflora_jax.fields import require
 from zflora_jax.llama import KVCache, Llama, init_cache
 from zflora_jax.model import Model
+from zflora_jax.products import move
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -124,7 +125,11 @@ def advance(
     llama, (batch, length) = Llama(config), tokens.shape
     cache = init_cache(config, batch, length) if keep and past is None else None
     if past is not None:
-        layers = past.map_layers(lambda x, slots: jnp.pad(x[parents], [(0, length if axis == slots % x.ndim else 0) for axis in range(x.ndim)]))
+
+        def continued(x: Array, slots: int) -> Array:
+            return move(lambda x, rows: jnp.pad(x[rows], [(0, length if axis == slots % x.ndim else 0) for axis in range(x.ndim)]), (x,), (parents,))
+
+        layers = past.map_layers(continued)
         cache = KVCache(layers, jnp.pad(past.valid[parents], ((0, 0), (0, length))), jnp.asarray(past.valid.shape[1], jnp.int32))
     out: Any = llama.apply({"params": params}, tokens, valid, cache, method="hidden")
     hidden, cache = out

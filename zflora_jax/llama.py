@@ -103,8 +103,8 @@ class Attention(nn.Module):
         if cache is not None and index is not None:
             rows = keys.shape[:2]  # the cache may lack axes of one
             keys, values = (x.reshape(*old.shape[:-2], *x.shape[2:]) for x, old in zip((keys, values), cache, strict=True))
-            keys = move(partial(jax.lax.dynamic_update_slice_in_dim, axis=KEY_SLOTS), (cache[0], keys), index)
-            values = move(partial(jax.lax.dynamic_update_slice_in_dim, axis=VALUE_SLOTS), (cache[1], values), index)
+            keys = move(partial(jax.lax.dynamic_update_slice_in_dim, axis=KEY_SLOTS), (cache[0], keys), (index,))
+            values = move(partial(jax.lax.dynamic_update_slice_in_dim, axis=VALUE_SLOTS), (cache[1], values), (index,))
             cache = keys, values
             keys, values = (x.reshape(*rows, *x.shape[-2:]) for x in cache)
         out = attention(kept(q, "heads"), kept(keys, "heads"), kept(values, "heads"), mask, c.rotary_dim**-0.5)
@@ -180,7 +180,7 @@ class Embed(AdaptedModule):
         self.table = self.base_param("embedding", nn.initializers.normal(0.02), (self.config.vocab_size, self.config.hidden_size))
 
     def __call__(self, tokens: Array) -> Array:
-        return move(partial(jnp.take, axis=0), (self.table,), tokens).astype(self.config.dtype)
+        return move(partial(jnp.take, axis=0), (self.table,), (tokens,)).astype(self.config.dtype)
 
     def attend(self, x: Array) -> Array:
         return tied_logits(x, self.table.astype(x.dtype))

@@ -1,4 +1,4 @@
-"""Products with kernels, and moves of whole arrays, in the form that XLA compiles best.
+"""Products with kernels, their gradients, and moves of numbers in arrays, in the form that XLA compiles best.
 
 Einsum legend: B batch, T positions, d residual width, V vocabulary, n tokens, i and j a block's or kernel's axes, h halves of a kernel.
 """
@@ -56,36 +56,36 @@ def product_in_halves(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -
 def bfloat16_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
     """`row_products` of bfloat16 numbers, added up in float32.
 
-    XLA's CPU compiler has products that read bfloat16 as it lies only for results in float32 and two rows or more; for others it converts whole
-    kernels first, one row is a sum instead. The barrier keeps a loop of tokens from being given copies of the kernels, converted or transposed ahead
-    of it (results/decode_variants.md).
+    XLA's CPU compiler has products that read bfloat16 as it lies only for two rows or more and results in float32; for others it converts whole
+    kernels first, so one row gets a second, of zeros. The barrier keeps a loop of tokens from being given kernels that were transposed, into copies,
+    ahead of it (results/decode_variants.md).
     """
     x, kernel = jax.lax.optimization_barrier((x, kernel))
-    if x.shape[:2] == (1, 1):
-        y = jnp.sum(kernel.astype(jnp.float32)[None] * x.astype(jnp.float32), axis=-1)[None]
-    else:
-        y = plain_product(x, kernel, jnp.float32)
-    return y.astype(dtype or x.dtype)
+    rows = jnp.pad(x, ((0, 1), (0, 0), (0, 0))) if x.shape[:2] == (1, 1) else x
+    return plain_product(rows, kernel, jnp.float32)[: len(x)].astype(dtype or x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def move(placed: Callable[..., Array], arrays: tuple[Array, ...], index: Array) -> Array:
-    """placed(*arrays, index) for a `placed` that only picks or places the numbers of arrays of one dtype, at integer positions.
+def move(placed: Callable[..., Array], arrays: tuple[Array, ...], at: tuple[Array, ...] = ()) -> Array:
+    """placed(*arrays, *at) for a `placed` that only picks or places numbers of `arrays`, all of one dtype, at integer positions `at`.
 
-    bfloat16 goes by its bits on a CPU: XLA's compiler would convert the whole of `arrays` to float32 for it, and back.
+    bfloat16 goes by its bits on a CPU: XLA's compiler would convert the whole of `arrays` to float32 for it, and back. The bits are unsigned, so that
+    what `jnp.take` gives for a position that does not exist, the largest integer, is the bits of a NaN.
     """
+    if arrays[0].dtype != jnp.bfloat16:
+        return placed(*arrays, *at)
 
     def by_bits(*given: Array) -> Array:
-        *numbers, at = given
-        return jax.lax.bitcast_convert_type(placed(*(jax.lax.bitcast_convert_type(x, jnp.uint16) for x in numbers), at), jnp.bfloat16)
+        bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in given[: len(arrays)])
+        return jax.lax.bitcast_convert_type(placed(*bits, *given[len(arrays) :]), jnp.bfloat16)
 
-    return jax.lax.platform_dependent(*arrays, index, cpu=by_bits if arrays[0].dtype == jnp.bfloat16 else placed, default=placed)
+    return jax.lax.platform_dependent(*arrays, *at, cpu=by_bits, default=placed)
 
 
 @move.defjvp
 def _move_jvp(placed: Callable[..., Array], primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    arrays, index = primals
-    return move(placed, arrays, index), placed(*tangents[0], index)
+    arrays, at = primals
+    return move(placed, arrays, at), placed(*tangents[0], *at)
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
@@ -124,7 +124,8 @@ def tied_logits(x: Array, table: Array) -> Array:
     """x [B, T, d] against an embedding table [V, d] of the same dtype -> logits [B, T, V] float32.
 
     Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed. One token a row, as in
-    decode, takes `row_products`, which `greedy` reads as they lie; whole sequences take longer so (training of SmolLM2-135M on a CPU by 15%).
+    decode, takes `row_products`, whose float32 results `greedy` reads as they lie; whole sequences take longer so (training of SmolLM2-135M on a CPU
+    by 15%).
     """
     if x.shape[1] == 1:
         return row_products(x, table, jnp.float32)

@@ -20,7 +20,7 @@ from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, Plan, base_conf
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.layers import tile
 from zflora_jax.model import Model, param_shapes
-from zflora_jax.products import whole_vectors
+from zflora_jax.products import move, whole_vectors
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -192,19 +192,14 @@ def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params
 
 
 def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
-    """`pieces` into `leaf`, each from its indices on. Bfloat16 on a CPU as bits, which copies the leaf once: XLA makes a float32 copy for each piece
-    otherwise."""
+    """`pieces` into `leaf`, each from its indices on."""
 
     def update(leaf: Array, *pieces: Array) -> Array:
         for piece, start in zip(pieces, starts, strict=True):
             leaf = jax.lax.dynamic_update_slice(leaf, piece, start)
         return leaf
 
-    def update_bits(*leaves: Array) -> Array:
-        return jax.lax.bitcast_convert_type(update(*(jax.lax.bitcast_convert_type(leaf, jnp.uint16) for leaf in leaves)), jnp.bfloat16)
-
-    given = (leaf, *(piece.astype(leaf.dtype) for piece in pieces))
-    return jax.lax.platform_dependent(*given, cpu=update_bits, default=update) if leaf.dtype == jnp.bfloat16 else update(*given)
+    return move(update, (leaf, *(piece.astype(leaf.dtype) for piece in pieces)))
 
 
 def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
