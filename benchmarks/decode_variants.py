@@ -170,9 +170,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--no-bfloat16", dest="bfloat16", action="store_false", help="leave it out (XLA's CPU compiler before jax 0.12 is slow at it)"
-    )
+    parser.add_argument("--no-bfloat16", dest="bfloat16", action="store_false", help="leave its three ways out")
     parser.add_argument("--out", default="results/decode_variants")
     args = parser.parse_args()
     if min(*args.batches, args.prompt, args.repeats, args.new_tokens - 1) < 1:

@@ -21,8 +21,8 @@ GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and i
 CAUSES: dict[str, str] = {
     "read-bandwidth floor": "XLA's products of one row read kernels more slowly than a sum reads memory, and the 24 small kernels of a layer between "
     "them take 1 ms a step (profile). Tried (decode_variants.md, time over this): kernels [in, out] 1.30, [out, in] from the left 1.09, from the "
-    "right without halves 1.10, all in halves 1.02, scan over layers 1.38, XLA's vectors of 512 bits 0.96 (and 256 0.96 of 512 in the table of "
-    "commit 3083f4d: not told apart), head as (d, V) 0.94 for 113 MB more, bfloat16 1.02. Without a table (one run each): attention as sums, or "
+    "right without halves 1.10, all in halves 1.02, scan over layers 1.38, XLA's vectors of 512 bits 0.96 (and 256 0.96 of 512 as measured "
+    "at commit 3083f4d: not told apart), head as (d, V) 0.94 for 113 MB more, bfloat16 1.02. Without a table (one run each): attention as sums, or "
     "divided after its product, no gain",
     "over transformers'": "the same products",
     "time over PEFT's": "profile (an AMD EPYC, 2 CPUs of 0.2 TFLOP/s, commit c51f735): products with frozen kernels and the head take 3.1 of "

@@ -13,7 +13,8 @@ from conftest import tiny_model
 from zflora_jax import products, trees
 from zflora_jax.adapters.fuse import pack
 from zflora_jax.beam import next_logits
-from zflora_jax.decode import Sampler, decode
+from zflora_jax.decode import Sampler, decode, generate_tokens
+from zflora_jax.likelihood import option_log_likelihoods
 from zflora_jax.llama import init_cache
 from zflora_jax.model import Model
 
@@ -37,7 +38,7 @@ def test_row_products_of_one_row_and_of_several(shape: tuple[int, int], outputs:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
     """Also NaN and the sign of zero; the gradient of rows taken twice is the sum of theirs; under vmap."""
-    table, rows = jnp.asarray([[1.5, -0.0], [jnp.nan, jnp.inf], [3.0, 1e-40]], dtype), jnp.asarray([2, 0, 2, -1, 7])
+    table, rows = jnp.asarray([[1.5, -0.0], [jnp.nan, jnp.inf], [3.0, 1e-40]], dtype), jnp.asarray([2, 0, 2, -2, 7])
 
     def taken(table: Any, rows: Any) -> Any:
         return products.move(lambda x, at: jnp.take(x, at, axis=0), (table,), (rows,))
@@ -107,3 +108,29 @@ def test_a_packed_bfloat16_model_answers_as_its_float32_numbers_do(batch: int) -
     want = last_logits(wide)
     gap, scale = np.abs(last_logits(pack(narrow)) - want).max(), np.abs(want).max()
     assert 0 < gap <= 0.02 * scale
+
+
+def narrow_and_wide() -> tuple[Model, Model]:
+    """A model in bfloat16, and the same numbers computed with in float32."""
+    model = tiny_model(seed=1, tie_word_embeddings=False)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    wide = Model(model.config, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded))
+    return Model(model.config.replace(dtype="bfloat16"), rounded), wide
+
+
+PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (9, 3, 14)]
+
+
+def test_log_likelihoods_of_a_bfloat16_model() -> None:
+    """Options share a start, so that rows of its cache are gathered and written: what rounding makes of them, no more."""
+    options = [[[7, 8, 9], [7, 8], [7, 5, 6]]] * 3
+    got, want = (np.concatenate(option_log_likelihoods(model, PROMPTS, options)) for model in narrow_and_wide())
+    np.testing.assert_allclose(got, want, rtol=0.02)
+
+
+def test_beams_of_a_bfloat16_model_are_at_least_as_probable_as_greedy_answers() -> None:
+    """By the float32 model, but for rounding; beams whose cache went to the wrong rows, or lost its bits, would not be."""
+    narrow, wide = narrow_and_wide()
+    beams, greedy = (generate_tokens(narrow, PROMPTS, max_new_tokens=12, num_beams=n, stop=()) for n in (4, 1))
+    found = np.asarray(option_log_likelihoods(wide, PROMPTS, [list(pair) for pair in zip(beams, greedy, strict=True)]))
+    assert (found[:, 0] >= found[:, 1] - 0.3).all() and beams != greedy, found

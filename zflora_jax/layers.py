@@ -233,6 +233,7 @@ def _attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array
 
     def attend(block: tuple[Array, Array]) -> Array:
         p = _probabilities(block[0], k, block[1], scale).astype(q.dtype)
+        # In float32, as XLA's CPU compiler then reads bfloat16 values as they lie (`products.bfloat16_product`).
         out = jnp.einsum("BKqS,BKSk->BKqk", p, v, preferred_element_type=jnp.float32)
         return out.reshape(*block[0].shape[:-1], -1).astype(q.dtype)
 

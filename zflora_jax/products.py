@@ -37,7 +37,7 @@ def row_products(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Arr
 
 
 def plain_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
-    """`row_products` but for a CPU: x kernel^T, for the device's library to arrange."""
+    """`row_products` as x kernel^T, for the device's library to arrange."""
     return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
 
 
@@ -67,7 +67,7 @@ def bfloat16_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) ->
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def move(placed: Callable[..., Array], arrays: tuple[Array, ...], at: tuple[Array, ...] = ()) -> Array:
-    """placed(*arrays, *at) for a `placed` that only picks or places numbers of `arrays`, all of one dtype, at integer positions `at`.
+    """placed(*arrays, *at) for a `placed` that only picks or places numbers of `arrays`, all of one dtype, or zeros, at integer positions `at`.
 
     bfloat16 goes by its bits on a CPU: XLA's compiler would convert the whole of `arrays` to float32 for it, and back. The bits are unsigned, so that
     what `jnp.take` gives for a position that does not exist, the largest integer, is the bits of a NaN.
@@ -124,8 +124,8 @@ def tied_logits(x: Array, table: Array) -> Array:
     """x [B, T, d] against an embedding table [V, d] of the same dtype -> logits [B, T, V] float32.
 
     Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed. One token a row, as in
-    decode, takes `row_products`, whose float32 results `greedy` reads as they lie; whole sequences take longer so (training of SmolLM2-135M on a CPU
-    by 15%).
+    decode, takes `row_products`, whose results for float32 operands `greedy` reads as they lie; whole sequences take longer so (training of
+    SmolLM2-135M on a CPU by 15%).
     """
     if x.shape[1] == 1:
         return row_products(x, table, jnp.float32)
