@@ -87,6 +87,14 @@ def tiny_model(seed: int = 0, **changes: object) -> Model:
     return model
 
 
+def narrow_and_wide(**changes: object) -> tuple[Model, Model]:
+    """A tiny model in bfloat16, and the same numbers computed with in float32."""
+    model = tiny_model(seed=1, **changes)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    return Model(model.config.replace(dtype="bfloat16"), rounded), Model(model.config, wide)
+
+
 def untied(**changes: object) -> Model:
     """A tiny model whose greedy output goes on changing: with tied embeddings it soon repeats the token it was given."""
     return tiny_model(seed=1, tie_word_embeddings=False, **changes)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_model
+from conftest import narrow_and_wide, tiny_model
 
 from zflora_jax import likelihood
 from zflora_jax.fields import ConfigError
@@ -75,6 +75,14 @@ def test_equals_the_definition(scan: bool, tied: bool) -> None:
         want = definition(model, prompts, options)
         assert np.ptp(np.concatenate(want)) > 5, "options hardly differ: a weak comparison"
         assert_same(option_log_likelihoods(model, prompts, options), want)
+
+
+def test_a_bfloat16_model_gives_what_its_float32_numbers_do() -> None:
+    """By the definition, but for rounding: rows of a bfloat16 cache are gathered and written by their bits."""
+    narrow, wide = narrow_and_wide(tie_word_embeddings=False)
+    prompts, options = mixed()
+    got, want = (np.concatenate(of) for of in (option_log_likelihoods(narrow, prompts, options), definition(wide, prompts, options)))
+    np.testing.assert_allclose(got, want, rtol=0.02)
 
 
 def test_a_start_that_all_prompts_share_is_fed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_model
+from conftest import narrow_and_wide
 
 from zflora_jax import products, trees
 from zflora_jax.adapters.fuse import pack
@@ -66,8 +66,7 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(batch: int, optimised: None) -> None:
     """Read off the HLO, fused computations aside: such copies take more memory than the model and, made at every call, more time than prefill."""
-    base = tiny_model(hidden_size=96, intermediate_size=224, vocab_size=1000, dtype="bfloat16")
-    model = pack(Model(base.config, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base.params)))
+    model = pack(narrow_and_wide(hidden_size=96, intermediate_size=224, vocab_size=1000)[0])
     tokens, keys = jnp.ones((batch, 10), jnp.int32), jax.random.split(jax.random.key(0), batch)
     text = decode.lower(model.config, None, Sampler(), 8, (), {"params": model.params}, tokens, tokens > 0, keys).compile().as_text()
     made = [block for block in text.split("\n}\n") if not re.match(r"%?(fused|wrapped|parallel)", block.strip())]
@@ -91,12 +90,7 @@ def test_bfloat16_products_are_added_up_in_float32_and_rounded_once(shape: tuple
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_packed_bfloat16_model_answers_as_its_float32_numbers_do(batch: int) -> None:
     """Prefill and a token after it, from a cache: within what rounding to 8 bits, layer by layer, makes of the logits."""
-    model = tiny_model()
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
-    narrow, wide = (
-        Model(model.config.replace(dtype="bfloat16"), rounded),
-        Model(model.config, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)),
-    )
+    narrow, wide = narrow_and_wide()
     tokens = np.random.default_rng(0).integers(0, 256, (batch, 9))
 
     def last_logits(model: Model) -> Any:
@@ -110,27 +104,10 @@ def test_a_packed_bfloat16_model_answers_as_its_float32_numbers_do(batch: int) -
     assert 0 < gap <= 0.02 * scale
 
 
-def narrow_and_wide() -> tuple[Model, Model]:
-    """A model in bfloat16, and the same numbers computed with in float32."""
-    model = tiny_model(seed=1, tie_word_embeddings=False)
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
-    wide = Model(model.config, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded))
-    return Model(model.config.replace(dtype="bfloat16"), rounded), wide
-
-
-PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (9, 3, 14)]
-
-
-def test_log_likelihoods_of_a_bfloat16_model() -> None:
-    """Options share a start, so that rows of its cache are gathered and written: what rounding makes of them, no more."""
-    options = [[[7, 8, 9], [7, 8], [7, 5, 6]]] * 3
-    got, want = (np.concatenate(option_log_likelihoods(model, PROMPTS, options)) for model in narrow_and_wide())
-    np.testing.assert_allclose(got, want, rtol=0.02)
-
-
 def test_beams_of_a_bfloat16_model_are_at_least_as_probable_as_greedy_answers() -> None:
     """By the float32 model, but for rounding; beams whose cache went to the wrong rows, or lost its bits, would not be."""
-    narrow, wide = narrow_and_wide()
-    beams, greedy = (generate_tokens(narrow, PROMPTS, max_new_tokens=12, num_beams=n, stop=()) for n in (4, 1))
-    found = np.asarray(option_log_likelihoods(wide, PROMPTS, [list(pair) for pair in zip(beams, greedy, strict=True)]))
+    narrow, wide = narrow_and_wide(tie_word_embeddings=False)
+    prompts = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (9, 3, 14)]
+    beams, greedy = (generate_tokens(narrow, prompts, max_new_tokens=12, num_beams=n, stop=()) for n in (4, 1))
+    found = np.asarray(option_log_likelihoods(wide, prompts, [list(pair) for pair in zip(beams, greedy, strict=True)]))
     assert (found[:, 0] >= found[:, 1] - 0.3).all() and beams != greedy, found

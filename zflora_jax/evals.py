@@ -128,8 +128,8 @@ def likelihood_records(
     records = _in_batches(score, model, prompts, ("likelihood", options), evaluation.batch_size * _LIKELIHOOD_BATCHES, partial, on_batch)
     for record, example in zip(records, examples, strict=True):
         sums, target = np.asarray(record["log_likelihoods"]), example.options.index(example.target)
-        record |= {"options": list(example.options), "correct_sum": bool(sums.argmax() == target)}
-        record |= {"correct_norm": bool((sums / [len(option) for option in example.options]).argmax() == target)}
+        record |= {"options": list(example.options), "correct_sum": bool(np.argmax(sums) == target)}
+        record |= {"correct_norm": bool(np.argmax(sums / [len(option) for option in example.options]) == target)}
     return records
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Array = jax.Array
 
@@ -25,7 +26,7 @@ def whole_vectors(inputs: int) -> int:
 SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, for one row
 
 
-def row_products(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+def row_products(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """x [B, T, i] against the rows of a kernel [j, i] -> [B, T, j] in `dtype` (None: of the operands).
 
     On a CPU multiplied from the right: for several rows XLA's compiler does that in two thirds of the time that x kernel^T takes. One row takes a
@@ -36,24 +37,24 @@ def row_products(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Arr
     return jax.lax.platform_dependent(x, kernel, cpu=partial(on_cpu, dtype=dtype), default=partial(plain_product, dtype=dtype))
 
 
-def plain_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+def plain_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """`row_products` as x kernel^T, for the device's library to arrange."""
     return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
 
 
-def product_from_the_right(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+def product_from_the_right(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """`row_products` as (kernel x^T)^T."""
     return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
 
 
-def product_in_halves(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+def product_in_halves(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """`row_products` from the right, of the upper and the lower half of the kernel as a batch of two; j even."""
     halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
     y = jnp.einsum("hji,hBTi->hjBT", halves, twice, preferred_element_type=dtype)
     return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
 
 
-def bfloat16_product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+def bfloat16_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """`row_products` of bfloat16 numbers, added up in float32.
 
     XLA's CPU compiler has products that read bfloat16 as it lies only for two rows or more and results in float32; for others it converts whole

@@ -61,5 +61,5 @@ def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:
 def rows_of(stacked: trees.Tree, tasks: Sequence[int] | np.ndarray) -> trees.Tree:
     """The adapters of each row of a batch, leaves [B, ...]: row i uses task tasks[i] of `stacked`. ConfigError for a task that is not there."""
     count, wanted = jax.tree.leaves(stacked)[0].shape[0], np.asarray(tasks, np.int32)
-    require(wanted.size == 0 or (wanted.min() >= 0 and wanted.max() < count), f"tasks={list(map(int, wanted))}: there are {count}, from 0.")
+    require(all(0 <= task < count for task in wanted.tolist()), f"tasks={list(map(int, wanted))}: there are {count}, from 0.")
     return jax.tree.map(lambda leaf: jnp.take(leaf, wanted, axis=0), stacked)

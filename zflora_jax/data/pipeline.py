@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,7 +191,7 @@ def train_batches(encoded: Encoded, data: DataConfig, start_step: int = 0, own: 
     if encoded.weights is None:
         examples = endless(encoded.rows)
     else:
-        ends = np.cumsum(encoded.parts)
+        ends = accumulate(encoded.parts)
         tasks = [endless(encoded.rows[end - size : end]) for end, size in zip(ends, encoded.parts, strict=True)]
         examples = grain.MapDataset.mix(tasks, encoded.weights)
     batches = examples.batch(data.batch_size, batch_fn=collate)
