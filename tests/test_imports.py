@@ -24,7 +24,7 @@ MODULES = {
 
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
-    ("trees", "fields", "config", "report", "trackers", "metrics"),
+    ("trees", "fields", "textfile", "config", "report", "trackers", "metrics"),
     ("hosts", "cache"),
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
@@ -50,9 +50,10 @@ LAYERS = [
 ONLY = {
     "trees": set(),
     "fields": set(),
+    "textfile": {"fields"},
     "config": {"fields"},
     "report": set(),
-    "metrics": {"report", "trackers"},
+    "metrics": {"report", "textfile", "trackers"},
     "trackers": {"fields", "report"},
     "adapters.methods": {"config", "fields"},
     "adapters.init": {"trees", "config", "adapters.methods", "model"},

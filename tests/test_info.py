@@ -143,6 +143,21 @@ def test_generate_answers_a_prompt_a_file_and_a_conversation(workdir, capsys, tm
     assert plain != one
 
 
+def test_every_line_of_a_file_is_one_prompt_whole_and_without_a_byte_order_mark(
+    base_dir, capsys, tmp_path, monkeypatch
+):
+    """The prompts are read as data files are, from a file and from stdin alike."""
+    prompts, path = ["2 + 2?", "a\u2028b\x0bc"], tmp_path / "prompts.txt"
+    path.write_bytes(("\ufeff" + "\r\n".join(prompts) + "\r\n").encode())
+    for file, stdin in ((str(path), b""), ("-", path.read_bytes())):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        said = generated(capsys, "--model", base_dir, "--file", file)
+        assert [json.loads(line)["prompt"] for line in said.split("\n")[:-1]] == prompts
+    path.write_bytes(b"caf\xe9")
+    assert main(["generate", "--model", base_dir, "--file", str(path)]) == 2
+    assert "not UTF-8 text" in capsys.readouterr().err
+
+
 def test_generate_fuses_a_peft_adapter(tmp_path, base_dir, capsys):
     from zflora_jax.hf.load import load_model
     from zflora_jax.text import generate
@@ -174,7 +189,7 @@ def test_generate_says_what_is_wrong(argv, message, base_dir, capsys):
 
 
 def test_typed_lines_end_with_the_input(monkeypatch):
-    answers: list[Any] = ["a", KeyboardInterrupt(), "b", EOFError()]
+    answers: list[Any] = ["\ufeffa", KeyboardInterrupt(), "b", EOFError()]
 
     def typed(_: str) -> str:
         answer = answers.pop(0)

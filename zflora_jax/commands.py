@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zflora_jax import config as config_module
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, nearest, override, require, to_dict
+from zflora_jax.textfile import decode, lines_of
 
 if TYPE_CHECKING:
     from zflora_jax.decode import Sampler
@@ -209,19 +210,20 @@ def _lines(file: str | None) -> list[str] | None:
         return None
     if file != "-" and not Path(file).is_file():
         raise ConfigError(f"--file {file} does not exist; give a text file with a prompt on every line, or - for stdin.")
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
+    text = decode(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes(), f"--file {file}")
+    lines = [line for line in lines_of(text) if line.strip()]
     require(bool(lines), f"--file {file} holds no prompt; put one on every line.")
     return lines
 
 
 def _typed() -> Iterator[str]:
-    """Lines from the terminal (with its editing keys) or a pipe. Ctrl-C at an empty prompt is forgotten."""
+    """Lines from the terminal (with its editing keys) or a pipe, which may begin with a byte order
+    mark. Ctrl-C at an empty prompt is forgotten."""
     if sys.stdin.isatty():
         import readline  # noqa: F401 (input() then edits lines and remembers them)
     while True:
         try:
-            yield input("> " if sys.stdin.isatty() else "")
+            yield input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff")
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:

@@ -24,6 +24,7 @@ from zflora_jax.likelihood import option_log_likelihoods
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write
 from zflora_jax.text import stop_ids
+from zflora_jax.textfile import lines_of
 from zflora_jax.trainer import eval_step
 from zflora_jax.trees import Tree
 
@@ -186,7 +187,7 @@ def _read_partial(path: Path, name: str) -> dict[int, Record]:
     done: dict[int, Record] = {}
     if not path.is_file():
         return done
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8", errors="replace"))):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from zflora_jax.report import atomic_write, plain
+from zflora_jax.textfile import lines_of
 from zflora_jax.trackers import Tracker, make_trackers
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _parse(path: Path) -> list[dict[str, Any]]:
     """All records. A broken last line is a killed run's and is left out; a broken line elsewhere is damage and raises."""
     records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = lines_of(path.read_text(encoding="utf-8", errors="replace"))
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

@@ -20,6 +20,7 @@ from zflora_jax.plots import training_curves
 from zflora_jax.report import atomic_write, device_line, environment, markdown_table, write_json
 from zflora_jax.run import Trained, export_run, held_out, load_base, train
 from zflora_jax.scorecard import evaluate
+from zflora_jax.textfile import lines_of
 
 SAMPLES = 3
 FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}  # of the logit scale (design.md section 7); bfloat16 promises nothing
@@ -111,7 +112,8 @@ def _samples(workdir: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     import json
 
     before, after = (
-        [json.loads(line) for line in (workdir / "eval" / f"{name}.jsonl").read_text().splitlines()[:SAMPLES]] for name in ("before", "after")
+        [json.loads(line) for line in lines_of((workdir / "eval" / f"{name}.jsonl").read_text(encoding="utf-8"))[:SAMPLES]]
+        for name in ("before", "after")
     )
     return list(zip(before, after, strict=True))
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from zflora_jax.fields import ConfigError
+from zflora_jax.textfile import decode, lines_of
 
 SPLIT = "rows"  # one file is one dataset with one split; which file is train or test is the task's business
 
@@ -35,17 +36,14 @@ def json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, 
 
 
 def _parse(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    text = decode(path.read_bytes(), path)
     if text.lstrip().startswith("["):
         try:
             yield from enumerate(json.loads(text), start=1)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
         return
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold U+2028, which it would split at
+    for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
