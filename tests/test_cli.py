@@ -393,6 +393,25 @@ def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
     assert "| arc_easy | clean | 2 |" in (tmp_path / "e" / "summary-test-model.md").read_text()
 
 
+def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
+    config, tmp_path, capsys
+):
+    """What docs/howto.md says: no `answer`. There is a loss, and there are answers to read, but
+    no accuracy."""
+    rows = [{"instruction": f"Name {i}", "output": f"A: it is {i}"} for i in range(30)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    own = ["--set", "data.task=json", f"data.data_dir={tmp_path}"]
+    run = ["--config", config, "--workdir", str(tmp_path / "run")]
+    assert main(["train", *run, *own]) == 0
+    assert main(["eval", "--workdir", str(tmp_path / "run")]) == 0
+    assert "test_loss" in capsys.readouterr().out
+    [result] = (tmp_path / "run" / "eval").glob("json-test-step2.json")
+    result = json.loads(result.read_text())
+    assert np.isfinite(result["loss"]) and "accuracy" not in result
+    record = json.loads((tmp_path / "run" / "eval" / "json-test-step2.jsonl").read_text("utf-8").split("\n")[0])
+    assert record["output"] is not None and record["answer"].startswith("A: it is ")
+
+
 def test_a_stopped_run_ends_with_its_code_whatever_signal_comes_next(monkeypatch, capsys):
     def stopped(_: object) -> None:
         raise Stopped("stopped by a signal after step 3")

@@ -169,6 +169,14 @@ def test_both_field_sets_are_read(tmp_path, as_list):
     assert [{k: v.decode() for k, v in source[i].items()} for i in range(4)] == got
 
 
+def test_own_rows_need_no_answer_and_keep_their_output(tmp_path):
+    """The format that docs/howto.md names. An "A:" is LLM-Adapters' marker only in its rows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "Spell it", "output": " A: b\n\tc\n"}))
+    row = {"instruction": "Spell it", "input": "", "output": "A: b\n\tc", "answer": ""}
+    assert read_rows(path) == [row]
+
+
 GOOD = json.dumps(ADAPTERS)
 
 
@@ -179,11 +187,12 @@ GOOD = json.dumps(ADAPTERS)
         (f"{GOOD}\n[1]", r"data, row 2: expected an object, got list"),
         (f"[{GOOD},", r"data: invalid JSON at line 1"),
         (f"[{GOOD}, 3]", r"data, row 2: expected an object, got int"),
-        (json.dumps([{"instruction": "x", "output": "y"}]), r"row 1: no field 'answer', the row has 'instruction', 'output'"),
+        (json.dumps([{"instruction": "x", "answer": "y"}]), r"row 1: no field 'output', the row has 'instruction', 'answer'"),
         (json.dumps([ADAPTERS | {"answer": 4}]), r"row 1: field 'answer' must be a string, got int 4"),
         (json.dumps([ADAPTERS | {"input": None}]), r"row 1: field 'input' must be a string, got NoneType"),
         (json.dumps([ADAPTERS | {"instruction": " "}]), r"row 1: the instruction \(or question\) is empty"),
-        (json.dumps([ADAPTERS | {"output": " ", "answer": ""}]), r"row 1: 'output' and 'answer' are both empty"),
+        (json.dumps([ADAPTERS | {"output": " ", "answer": ""}]), r"row 1: 'output' is empty and there is no 'answer'"),
+        (json.dumps([{"instruction": "x", "output": " "}]), r"row 1: 'output' is empty and there is no 'answer'"),
         (json.dumps([GSM8K, {"question": "x", "answer": "12"}]), r"row 2: field 'answer' must end with '#### N', got '12'"),
         ("[]", r"data: no rows"),
         (" \n", r"data: no rows"),

@@ -315,6 +315,16 @@ def test_an_answer_that_is_no_option_is_an_error_with_its_row(tmp_path):
         choice(tmp_path, output="two")[-1]
 
 
+def test_rows_without_an_answer_are_for_tasks_that_need_none(tmp_path):
+    row = {"instruction": "Which?\n\nAnswer format: yes/no", "output": "yes"}
+    (tmp_path / "train.json").write_text(json.dumps([row] * 9))
+    data = DataConfig(data_dir=str(tmp_path))
+    own = load_examples("json", "train", data)[0]
+    assert (own.target, own.answer, own.options) == ("yes", "", ())
+    with pytest.raises(ConfigError, match=r"row \d: the answer is empty, and 'gsm8k' is scored by it.*task 'json'"):
+        load_examples("gsm8k", "train", data)[0]
+
+
 # --- the registry -------------------------------------------------------------------------------------------------
 
 

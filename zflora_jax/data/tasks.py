@@ -107,6 +107,11 @@ class FileTask(Task):
     def example(self, row: Row) -> Example:
         prompt, target, answer, extra = (_text(row.get(name, "")) for name in ("instruction", "output", "answer", "input"))
         references = tuple(map(_text, row.get("references", ())))
+        require(
+            bool(answer or references) or self.kind is answers.ANY,
+            f"the answer is empty, and {self.name!r} is scored by it. Rows without an answer can be "
+            "trained on as task 'json'.",
+        )
         return Example(prompt, target, answer, extra, options_of(prompt, target, answer), references, self.document)
 
 
@@ -114,13 +119,14 @@ _FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*\Z")
 
 
 def options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
-    """The target with each answer of the prompt's last line, "Answer format: answer1/answer2", in its place; none without such a line.
+    """The target with each answer of the prompt's last line, "Answer format: answer1/answer2", in
+    its place; none without such a line or without an answer.
 
     Raises:
       ConfigError: the answer is not one of them, or the target does not state it.
     """
     found = _FORMAT.search(prompt)
-    if not found:
+    if not found or not answer:
         return ()
     allowed = found.group(1).split("/")
     require(answer in allowed, f"the answer is {answer!r}, which is not one of the options that the question lists, {', '.join(allowed)}.")

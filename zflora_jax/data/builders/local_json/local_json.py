@@ -1,4 +1,7 @@
-"""Rows of a local JSON (one list) or JSONL file, in the LLM-Adapters fields or in GSM8K's, as instruction, input, output, answer."""
+"""Rows of a local JSON (one list) or JSONL file as instruction, input, output, answer.
+
+The file has LLM-Adapters' fields, GSM8K's, or just an instruction and an output.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from zflora_jax.fields import ConfigError
 
 __all__ = ["SPLIT", "LocalJson", "local_json_config", "read_rows"]
 
-_FIELDS = "instruction, input, output, answer (LLM-Adapters) or question, answer (GSM8K)"
+_FIELDS = (
+    "instruction, output and, if there are any, input and answer (LLM-Adapters), "
+    "or question, answer (GSM8K)"
+)
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks: 48/2 = <<48/2=24>>24
 _MARKER = re.compile(r"\s*(?:A:\s*)?")  # LLM-Adapters outputs start "\nA: "
 
@@ -21,8 +27,11 @@ _MARKER = re.compile(r"\s*(?:A:\s*)?")  # LLM-Adapters outputs start "\nA: "
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """All rows of the file as {instruction, input, output, answer}, every value a string.
 
-    LLM-Adapters rows (instruction, input, output, answer; `input` may be absent): leading whitespace and an "A:" marker are cut from the
-    output, and an empty output becomes "The answer is {answer}.". GSM8K rows (question, answer ending "#### N"): see `gsm8k_row`.
+    LLM-Adapters rows (instruction, input, output, answer; `input` may be absent): leading
+    whitespace and an "A:" marker are cut from the output, and an empty output becomes
+    "The answer is {answer}.". Rows without `answer` (your own): the output as it is, stripped;
+    the answer is "", so there is nothing to compare a generated answer with.
+    GSM8K rows (question, answer ending "#### N"): see `gsm8k_row`.
 
     Raises:
       ConfigError: the file is not JSON, has no rows, or has a malformed row. A bad row is never skipped: the message names the file and the
@@ -48,9 +57,13 @@ def _normalise(row: Mapping[str, Any], where: str) -> dict[str, str]:
     if "question" in row and "instruction" not in row:
         rows = gsm8k_row(text("question"), text("answer"), where)
     else:
-        answer, output = text("answer").strip(), _MARKER.sub("", text("output"), count=1).rstrip()
+        answer, output = text("answer").strip() if "answer" in row else "", text("output").strip()
+        if "answer" in row:
+            output = _MARKER.sub("", output, count=1)
         if not output and not answer:
-            raise ConfigError(f"{where}: 'output' and 'answer' are both empty, so there is nothing to learn or to score.")
+            raise ConfigError(
+                f"{where}: 'output' is empty and there is no 'answer', so there is nothing to learn."
+            )
         rows = {"instruction": text("instruction"), "input": text("input") if "input" in row else ""}
         rows |= {"output": output or f"The answer is {answer}.", "answer": answer}
     if not rows["instruction"].strip():
