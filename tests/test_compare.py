@@ -189,6 +189,28 @@ def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch):
     assert row["test, seed 0"] is None and (tmp_path / "out" / "second.md").is_file()
 
 
+def test_a_rate_at_the_edge_of_its_grid_is_said(base, tmp_path, monkeypatch, caplog):
+    """The best of 1e-3, 1e-2 and 1e-1 by losses that are given here, and one rate alone."""
+    losses = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}
+
+    def page(name: str, rates: tuple[float, ...]) -> str:
+        def recorded(plan, run, *_):
+            loss = losses[run.optim.learning_rate]
+            return {"validation_loss": loss, "test_loss": loss, "seconds": 1.0}
+
+        monkeypatch.setattr(module, "_run", recorded)
+        compare_methods(Comparison(name, base, LORA, rates, (0,)), tmp_path, tmp_path / "out")
+        return (tmp_path / "out" / f"{name}.md").read_text()
+
+    assert "tried" not in page("between", (1e-3, 1e-2, 1e-1))
+    assert not [record for record in caplog.records if "tried" in record.getMessage()]
+    edge = "the rate 0.01 is the lowest one tried, so a lower one may be better."
+    assert f"lora: {edge}" in page("low", (1e-2, 1e-1))
+    assert "lora: the rate 0.01 is the highest one tried" in page("high", (1e-3, 1e-2))
+    assert "lora: the rate 0.01 is the only one tried, so it is not tuned." in page("one", (1e-2,))
+    assert any("learning rate 0.01, the lowest one tried" in r.getMessage() for r in caplog.records)
+
+
 def test_the_overview_is_no_comparison_s_own_page(base, tmp_path):
     plans = [Comparison(name, base, LORA, (1e-3,), (0,)) for name in ("small_one", "small_two")]
     assert overview(plans, tmp_path) is None

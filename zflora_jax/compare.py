@@ -109,6 +109,8 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
         finite = [r for r in grid if r["validation_loss"] is not None]
         require(bool(finite), f"method {label!r} diverged at every learning rate of {picker.learning_rates}; give lower ones.")
         rate = min(finite, key=lambda r: r["validation_loss"])["learning_rate"]
+        if remark := untuned(rate, picker.learning_rates):
+            log.warning("%s: learning rate %g, %s", label, rate, remark)
         chosen = [record(plan, _config(plan, adapter, rate, seed, plan.base.train.steps), label, seed, True) for seed in plan.seeds]
         tests = [r["test_loss"] for r in chosen if r["test_loss"] is not None]
         rows.append(
@@ -116,6 +118,7 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
                 "method": label,
                 "trainable": count_params(base_model.config, adapter),
                 "learning rate": rate,
+                "untuned": untuned(rate, picker.learning_rates),
                 **({f"validation, lr {r['learning_rate']:g}": r["validation_loss"] for r in grid} if picker is plan else {}),
                 **({} if picker is plan and not plan.pick_steps else {f"validation, seed {r['seed']}": r["validation_loss"] for r in chosen}),
                 **{f"test, seed {r['seed']}": r["test_loss"] for r in chosen},
@@ -134,6 +137,19 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
             reach = {row["method"]: row["intervals"][row["headline"]] for row in rows if row["scores"]}
             grouped_bars(shown, out / plan.name, f"{plan.name}: {plan.base.model}", f"{rows[0]['headline']} (%), clean rows", reach)
     return whole
+
+
+def untuned(rate: float, rates: Sequence[float]) -> str | None:
+    """Why the best of `rates` may not be the method's best; None where it lies between two others.
+
+    A rate that diverged counts as one that was tried: the best is then known to lie below it.
+    """
+    if len(set(rates)) == 1:
+        return "the only one tried, so it is not tuned"
+    if rate in (min(rates), max(rates)):
+        edge, beyond = ("lowest", "lower") if rate == min(rates) else ("highest", "higher")
+        return f"the {edge} one tried, so a {beyond} one may be better"
+    return None
 
 
 def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
@@ -294,7 +310,7 @@ def _scores(chosen: Sequence[Result]) -> Result:
 
 def _page(plan: Comparison, result: Result) -> str:
     run, env, first = plan.base, result["environment"], next((r for r in result["runs"] if "test_rows" in r), None)
-    hidden = ("scores", "all scores", "intervals", "headline", "mean", "spread", "rows", "cut", "chance")
+    hidden = ("untuned", "scores", "all scores", "intervals", "headline", "mean", "spread", "rows", "cut", "chance")
     trained = [row for row in result["rows"] if row["method"] != BASE]
     shown = [
         {k: f"{v:.4f}" if k.startswith(("validation", "test")) and v is not None else v for k, v in row.items() if k not in hidden} for row in trained
@@ -314,6 +330,11 @@ def _page(plan: Comparison, result: Result) -> str:
         f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f}"
         + (f" ({first['test_rows']} rows, {first['test_tokens']} target tokens)." if first else "."),
         f"The learning rate is chosen on {where} with seed {picker.seeds[0]}, {picked}; test columns are at the chosen rate.",
+        *[
+            f"{row['method']}: the rate {row['learning rate']:g} is {row['untuned']}."
+            for row in trained
+            if row["untuned"]
+        ],
         "",
         markdown_table(shown, list(dict.fromkeys(k for row in shown for k in row))),
         "",
