@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import EVAL, TASK_DATA, choice, tiny_model
 
-from zflora_jax import evals
+from zflora_jax import evals, scorecard
 from zflora_jax.config import RunConfig
+from zflora_jax.data import answers
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.data.tasks import Example, load_examples
 from zflora_jax.evals import generation_records, group_scores, likelihood_records, rouge, scores_of
@@ -64,6 +65,16 @@ def test_correct_norm_divides_by_characters(model, monkeypatch):
     assert (record["correct_sum"], record["correct_norm"]) == (False, True)  # -2 a character against -1
     with pytest.raises(ConfigError, match="options"):
         likelihood_records(model, [Example("Q", "t", "a")], TASK_DATA, EVAL)
+
+
+def test_the_legend_says_where_the_two_likelihood_scores_differ():
+    """By the labels themselves: options that are equally long are ordered alike by both scores."""
+    words = (answers.TRUE_FALSE, answers.ANSWERS, answers.SOLUTIONS, answers.ENDINGS)
+    unequal = [w for w in (*words, answers.OPTIONS) if len(set(map(len, w))) > 1]
+    assert unequal == [answers.TRUE_FALSE]
+    legend = scorecard.SCORE_LEGEND
+    assert "two scores equal, but for boolq's true and false" in legend
+    assert "Neither is lm-evaluation-harness' acc or acc_norm" in legend
 
 
 def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):

@@ -116,8 +116,13 @@ def likelihood_records(
     partial: Path | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[Record]:
-    """One record per example with options: log_likelihoods (nats, one per option), and whether the likeliest option is the target: correct_sum by the
-    sum, correct_norm by the sum over the option's number of characters (lm-evaluation-harness' acc and acc_norm)."""
+    """One record per example with options, which are whole answers that differ in their label.
+
+    log_likelihoods (nats, one per option), and whether the likeliest option is the target:
+    correct_sum by the sum, correct_norm by the sum over the option's number of characters. Labels
+    of one task are equally long but for boolq's, so the two agree there. Neither is
+    lm-evaluation-harness' acc or acc_norm, whose options are the texts of the answers.
+    """
     require(all(example.options for example in examples), "likelihood needs tasks whose examples have options.")
     prompts, _ = _prompts(model, examples, evaluation.prompt_style or data.prompt_style, evaluation)
     options = [model.tokenizer(list(example.options), add_special_tokens=False)["input_ids"] for example in examples]

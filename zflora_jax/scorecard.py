@@ -177,9 +177,13 @@ def _refuse_other(path: Path, origin: dict[str, Any]) -> None:
 
 
 SCORE_LEGEND = (
-    "accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters' rules; likelihood_sum, likelihood_norm: the "
-    "likeliest option by the sum of its tokens' log-probabilities, or by that sum over its characters. clean: rows whose question is not in the "
-    "training data."
+    "accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters' "
+    "rules; likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens' "
+    "log-probabilities, or by that sum over its characters. An option is a whole answer with its "
+    'label ("the correct answer is answer2"): the options of a question are equally long, and the '
+    "two scores equal, but for boolq's true and false. Neither is lm-evaluation-harness' acc or "
+    "acc_norm, whose options are the texts of the answers. clean: rows whose question is not in "
+    "the training data."
 )
 
 
