@@ -256,7 +256,7 @@ def test_budgets_that_cannot_be_met(adapter, budget, message):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "full"])
 def test_initial_values(method):
-    """forward and lora_a: N(0, 1/in), q's forward zero; everything else zero."""
+    """forward: N(0, 1/in), lora_a uniform within +-1/sqrt(in), q's forward zero; everything else zero."""
     model = a_model(hidden_size=128, intermediate_size=160, num_layers=3)
     adapters = init_adapters(jax.random.key(5), model, AdapterConfig(method, rank=12, head_rank=16 if METHODS[method].heads else None))
     inputs = {"o": 64, "down": 160}
@@ -267,7 +267,7 @@ def test_initial_values(method):
         assert leaf.dtype == np.float32
         if block in ("forward", "lora_a") and (kernel, block) != ("q", "forward"):
             drawn += 1
-            std, n = 1 / math.sqrt(inputs.get(kernel, 128)), value.size
+            std, n = 1 / math.sqrt(inputs.get(kernel, 128) * (3 if block == "lora_a" else 1)), value.size
             assert abs(value.mean()) < 5 * std / math.sqrt(n), name
             assert abs(value.std() / std - 1) < 5 / math.sqrt(2 * n), name
             assert len(np.unique(value)) > 0.99 * n, name  # layers do not share their values

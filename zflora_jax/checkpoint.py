@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.config import RunConfig
-from zflora_jax.fields import ConfigError, from_dict, to_dict
+from zflora_jax.config import RunConfig, from_file
+from zflora_jax.fields import ConfigError, to_dict
 from zflora_jax.report import write_json
 from zflora_jax.trainer import TrainState
 from zflora_jax.trees import fingerprint, flatten
@@ -42,20 +43,34 @@ def read_config(workdir: str | Path) -> RunConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in another directory.") from None
-    return from_dict(RunConfig, values)
+    return from_file(RunConfig, values)
+
+
+def adopt(workdir: str | Path, run: RunConfig) -> RunConfig:
+    """`run` with what it leaves open as the run in `workdir` has it: how its adapter started is past."""
+    if not (Path(workdir) / "config.json").is_file():
+        return run
+    old = read_config(workdir).adapter
+    if run.adapter.init is None and old.method == run.adapter.method:
+        run = replace(run, adapter=run.adapter.replace(init=old.init))
+    return run
 
 
 def check_workdir(workdir: str | Path, run: RunConfig) -> None:
     """ConfigError naming every setting of `run` that differs from the run found in `workdir`; a directory without a run is fine."""
     workdir = Path(workdir)
     if (workdir / "config.json").is_file():
-        old, new = flatten(to_dict(read_config(workdir))), flatten(to_dict(run))
+        old, new = (flatten(to_dict(_explicit(r))) for r in (read_config(workdir), run))
         changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE)]
         if changed:
             rows = "\n".join(f"  {k.replace('/', '.')}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)
             raise ConfigError(f"{workdir} holds a run with another config:\n{rows}\nUse another --workdir, or the same settings to resume it.")
     elif (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to. Use another --workdir.")
+
+
+def _explicit(run: RunConfig) -> RunConfig:
+    return replace(run, adapter=run.adapter.explicit())
 
 
 def claim(workdir: str | Path, run: RunConfig) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import count_params
 from zflora_jax.checkpoint import FREE, BusyError, locked
-from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig
+from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig, from_file
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, from_dict, require, to_dict
@@ -168,7 +168,7 @@ def _config(plan: Comparison, adapter: AdapterConfig, rate: float, seed: int, st
     base = plan.base
     return dataclasses.replace(
         base,
-        adapter=adapter,
+        adapter=adapter.explicit(),  # so that no older run, of another start, is taken for this one
         optim=dataclasses.replace(base.optim, learning_rate=rate),
         train=dataclasses.replace(base.train, seed=seed, steps=steps),
         data=dataclasses.replace(base.data, seed=seed),
@@ -196,7 +196,8 @@ def _saved(path: Path, config: Result) -> Result | None:
         return None
 
     def trained(config: Result) -> RunConfig:
-        return from_dict(RunConfig, {key: value for key, value in config.items() if key not in ("tasks", "scoring")})
+        run = from_file(RunConfig, {key: value for key, value in config.items() if key not in ("tasks", "scoring")})
+        return dataclasses.replace(run, adapter=run.adapter.explicit())
 
     def scored(config: Result) -> tuple[list[str], EvalConfig]:
         return config.get("tasks", []), from_dict(EvalConfig, config.get("scoring", {}))

@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from zflora_jax.fields import check_types, nearest, require
+from zflora_jax.fields import T, check_types, from_dict, nearest, require
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]  # data.prompts says what each is
+Start = Literal["kaiming_uniform", "normal"]  # what an adapter's random blocks are drawn from
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -138,21 +139,22 @@ def preset(name: str) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of design.md section 2's table: which streams are widened, or how a kernel is changed in place."""
+    """One row of design.md section 2's table: which streams are widened, or how a kernel is changed in place; how its random blocks start."""
 
     residual: bool = False
     heads: bool = False
     mlp: bool = False
     in_place: Literal["none", "lora", "ffa", "full"] = "none"
+    start: Start | None = "normal"  # None: nothing is random
 
 
 METHODS: dict[str, Method] = {
-    "lora": Method(in_place="lora"),
-    "ffa": Method(in_place="ffa"),
+    "lora": Method(in_place="lora", start="kaiming_uniform"),
+    "ffa": Method(in_place="ffa", start=None),
     "ffba": Method(heads=True, mlp=True),
     "zflora-minimal": Method(residual=True, mlp=True),
     "zflora-uniform": Method(residual=True, heads=True, mlp=True),
-    "full": Method(in_place="full"),
+    "full": Method(in_place="full", start=None),
 }
 
 
@@ -165,6 +167,11 @@ class AdapterConfig:
     mlp_rank: m, extra MLP units; None means `rank`. head_rank: e, extra dims per head, even; None means up to the next head size that attention
     kernels of servers know. head_scores: whether q and k are widened too (an added score term) or v and o alone.
     targets: "all", "attention", "mlp" or a regex over kernel names (q, k, v, o, gate, up, down), matched in full.
+    init: what random blocks are drawn from: "kaiming_uniform", within +-1/sqrt(inputs), as PEFT
+    starts LoRA; "normal", N(0, 1/inputs). None: the method's own (lora: kaiming_uniform, others:
+    normal). ffa and full draw nothing.
+    dropout: the share of inputs of LoRA's A that training leaves out, PEFT's lora_dropout; the
+    others are divided by 1 - dropout. lora only.
     """
 
     method: str
@@ -174,6 +181,8 @@ class AdapterConfig:
     mlp_rank: int | None = None
     head_rank: int | None = None
     head_scores: bool = True
+    init: Start | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -191,11 +200,29 @@ class AdapterConfig:
                 self.head_rank % 2 == 0,
                 f"adapter.head_rank={self.head_rank} is odd: Hugging Face rotates head dims in half-split pairs, so use an even width.",
             )
+        require(
+            self.init is None or row.start is not None,
+            f"adapter.init={self.init!r}: method {self.method!r} draws nothing at random (ffa starts at zero, full "
+            "at the base); leave init unset.",
+        )
+        require(
+            0 <= self.dropout < 1,
+            f"adapter.dropout={self.dropout}: a share of inputs, so at least 0 and below 1 (0 switches it off).",
+        )
+        require(
+            self.dropout == 0 or row.in_place == "lora",
+            f"adapter.dropout={self.dropout}: only method 'lora' has dropout, on the inputs of its A; method "
+            f"{self.method!r} has none, leave it at 0.",
+        )
 
     @property
     def scale(self) -> float:
         """s = alpha / rank."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def explicit(self) -> AdapterConfig:
+        """The same with `init` by its name where it was left to the method."""
+        return self.replace(init=self.init or METHODS[self.method].start)
 
     def replace(self, **changes: Any) -> AdapterConfig:
         return dataclasses.replace(self, **changes)
@@ -373,3 +400,30 @@ class RunConfig:
             f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} does not divide the {micro} rows of a micro-batch "
             f"(data.batch_size={self.data.batch_size} / data.accumulate={self.data.accumulate}); make the batch a multiple of {parts}.",
         )
+
+
+# --- what files hold ----------------------------------------------------------------------------------------------
+
+
+def from_file(cls: type[T], values: dict[str, Any], name: str = "") -> T:
+    """`from_dict` of what a run, a record or an export wrote down; a setting that is younger than the
+    file is what it was when the file was written.
+
+    LoRA's A was normal until `AdapterConfig.init` could say otherwise.
+
+    Args:
+      cls: a dataclass of this module. values: its fields as JSON has them. name: for messages.
+
+    Raises:
+      ConfigError: unknown keys, wrong types.
+    """
+
+    def adapter(values: Any) -> Any:
+        old = isinstance(values, dict) and values.get("method") == "lora" and "init" not in values
+        return values | {"init": "normal"} if old else values
+
+    if cls is AdapterConfig:
+        values = adapter(values)
+    elif cls is RunConfig and isinstance(values, dict) and "adapter" in values:
+        values = values | {"adapter": adapter(values["adapter"])}
+    return from_dict(cls, values, name)

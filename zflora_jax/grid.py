@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from zflora_jax.cache import compile_cache
-from zflora_jax.config import RunConfig
-from zflora_jax.fields import ConfigError, from_dict, override, require, to_dict
+from zflora_jax.config import RunConfig, from_file
+from zflora_jax.fields import ConfigError, override, require, to_dict
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hosts import Stopped, StopSignals
@@ -166,6 +166,7 @@ def _each(one: Callable[[Any], Row], runs: Sequence[Any], alone: bool, workers: 
 def _run(base: RunConfig, changes: dict[str, Any], workdir: Path, bases: _Bases, devices: Sequence[Any], extra: Extra | None, console: bool) -> Row:
     try:
         run = override(base, changes)
+        run = dataclasses.replace(run, adapter=run.adapter.explicit())  # no older run, of another start, is taken for it
         if (saved := _saved(workdir / RECORD, run)) is not None:
             return saved
         trained = train(run, workdir, model=bases.of(run, devices), devices=devices, console=console)
@@ -213,7 +214,8 @@ def _saved(path: Path, run: RunConfig) -> Row | None:
         return None
     saved = json.loads(path.read_text(encoding="utf-8"))
     try:
-        return saved["row"] if from_dict(RunConfig, saved["config"]) == run else None
+        found = from_file(RunConfig, saved["config"])
+        return saved["row"] if dataclasses.replace(found, adapter=found.adapter.explicit()) == run else None
     except ConfigError:  # a setting that is gone
         return None
 

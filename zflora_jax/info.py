@@ -10,7 +10,7 @@ from typing import Any
 
 from zflora_jax.adapters.methods import count_base, count_params, fused_config
 from zflora_jax.checkpoint import read_config
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig, RunConfig
+from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig, RunConfig, from_file
 from zflora_jax.fields import ConfigError, from_dict
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import CONFIG, WEIGHTS
@@ -73,7 +73,7 @@ def _export(directory: Path) -> Facts:
     native = from_dict(LlamaConfig, manifest["native_config"], f"{MANIFEST}: native_config")
     facts: Facts = {"kind": "export", "path": str(directory), "dtype": manifest["dtype"], "written by": f"zflora_jax {manifest['project_version']}"}
     if manifest["adapter"] is not None:
-        adapter, base = from_dict(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter"), manifest["base"]
+        adapter, base = from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter"), manifest["base"]
         widths = {"residual": "hidden_size", "head": "head_dim", "MLP": "intermediate_size"}
         facts |= {"method": adapter.method, "rank": adapter.rank, "scale": adapter.scale, "targets": adapter.targets}
         facts["widths"] = ", ".join(f"{name} {base[field]} -> {getattr(native, field)}" for name, field in widths.items())
@@ -88,7 +88,8 @@ def _peft(directory: Path) -> Facts:
     facts |= {"base": settings.get("base_model_name_or_path"), "rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
     targets = settings.get("target_modules")
     facts["targets"] = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
-    plain = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none"}
+    plain: Facts = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none"}
+    plain["lora_dropout"] = 0.0
     facts |= {key: json.dumps(settings[key]) for key, usual in plain.items() if settings.get(key, usual) not in (usual, None)}
     return facts | _weights(directory, [WEIGHTS])
 

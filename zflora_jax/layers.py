@@ -101,6 +101,7 @@ class Dense(AdaptedModule):
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
     None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as `products.row_products` reads it, [out, in],
     both flattened, in filled up to whole vectors, as in packed models; adapter blocks are not.
+    The inputs of lora_a drop out where `apply` is given a random stream "dropout".
     """
 
     in_axes: tuple[int, ...]
@@ -132,11 +133,19 @@ class Dense(AdaptedModule):
         if z is not None and y_z is not None and "cross" in block:
             y_z = y_z + project(z, block["cross"], n)
         if "lora_a" in block:
-            low = kept(project(x.reshape(*x.shape[:-n], -1), block["lora_a"]), "low rank")
+            low = kept(project(self._dropped(x.reshape(*x.shape[:-n], -1)), block["lora_a"]), "low rank")
             y = y + scale * project(low, block["lora_b"]).reshape(y.shape)
         if "ffa_a" in block:
             y = y + scale * tile(project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)).reshape(y.shape)
         return y, y_z
+
+    def _dropped(self, x: Array) -> Array:
+        """`x` with the adapter's dropout, where a random stream "dropout" is given: in training."""
+        if self.adapter is None or not self.adapter.dropout or not self.has_rng("dropout"):
+            return x
+        share = 1 - self.adapter.dropout
+        stays = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
+        return jnp.where(stays, x / share, jnp.zeros_like(x))
 
 
 def tile(h: Array, out: int) -> Array:

@@ -20,7 +20,7 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params, plan
 from zflora_jax.cache import compile_cache
-from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, locked, read_config
+from zflora_jax.checkpoint import Checkpoints, adopt, check_workdir, claim, locked, read_config
 from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import Encoded, encode_prompts, fit_documents, pack, tokenize_examples, train_batches
@@ -141,6 +141,7 @@ def train(
     started, env = time.perf_counter(), environment()  # the commit that runs, not the one checked out when it ends
     workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else Path(workdir)
     require_installed(run.train.report_to)
+    run = adopt(workdir, run)
     check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh, devices)
@@ -156,7 +157,7 @@ def train(
     where = state_shardings(jax.eval_shape(lambda: _fresh_state(run, model)), mesh)
     hosts.on_main(lambda: claim(workdir, run))
     steps, every = run.train.steps, run.train
-    step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where)
+    step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where, every.seed)
     spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
     phases: dict[str, float | None] = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded, "first_step_seconds": None}
     waited, trained_for = 0.0, 0.0  # seconds of the steps after the first one: of waiting for batches, and all

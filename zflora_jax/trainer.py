@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from zflora_jax.config import AdapterConfig, LlamaConfig, OptimConfig
@@ -43,10 +46,15 @@ def init_state(adapters: Tree, optim: OptimConfig, steps: int) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), adapters, make_optimizer(optim, steps).init(adapters))
 
 
-def batch_loss(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, batch: Batch, chunk: int) -> tuple[Array, Array]:
-    """Summed cross-entropy of a batch [B, T] on its loss_mask, and the number of tokens summed."""
+def batch_loss(
+    config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, batch: Batch, chunk: int, rngs: dict[str, Array] | None = None
+) -> tuple[Array, Array]:
+    """Summed cross-entropy of a batch [B, T] on its loss_mask, and the number of tokens summed.
+
+    rngs: {"dropout": key} in training with dropout.
+    """
     llama = Llama(config, adapter)
-    hidden, _ = llama.apply(variables, batch["tokens"], batch["segments"], method="hidden")  # type: ignore[misc]
+    hidden, _ = llama.apply(variables, batch["tokens"], batch["segments"], method="hidden", rngs=rngs)  # type: ignore[misc]
     return masked_cross_entropy(
         lambda x: llama.apply(variables, x, method="logits"),  # type: ignore[return-value,arg-type]
         hidden,
@@ -65,29 +73,39 @@ def make_train_step(
     accumulate: int = 1,
     chunk: int = 256,
     state_sharding: Any = None,
+    seed: int = 0,
 ) -> Callable[[Tree, TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(params, state, batch) -> (state, metrics), jitted; the state is donated.
 
     A batch [B, T] runs as `accumulate` micro-batches; sums of losses and gradients over all of them are divided by the number of tokens once, so
-    the result does not depend on `accumulate`. state_sharding: where the new state lies (sharding.state_shardings), None on one device.
+    the result does not depend on `accumulate` (but for what drops out).
+    state_sharding: where the new state lies (sharding.state_shardings), None on one device.
+    seed: of the adapter's dropout; what a micro-batch drops follows from it, the step and the micro-batch's number alone.
     metrics: loss (mean per token), tokens, grad_norm (before clipping), learning_rate: float32 scalars.
     """
     optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
 
-    def loss_sum(adapters: Tree, params: Tree, micro: Batch) -> tuple[Array, Array]:
-        return batch_loss(config, adapter, {"params": params, "adapters": adapters}, micro, chunk)
+    def loss_sum(adapters: Tree, params: Tree, micro: Batch, rngs: dict[str, Array] | None) -> tuple[Array, Array]:
+        return batch_loss(config, adapter, {"params": params, "adapters": adapters}, micro, chunk, rngs)
+
+    def streams(step: Array) -> dict[str, Array] | None:
+        """A random key for each micro-batch, where there is something to draw: key [accumulate]."""
+        if not adapter.dropout:
+            return None
+        own = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"dropout"))), step)
+        return {"dropout": jax.vmap(partial(jax.random.fold_in, own))(jnp.arange(accumulate))}
 
     @jax.jit(donate_argnums=1, out_shardings=(state_sharding, None))
     def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         # Every accumulate-th row, so that each device's rows are spread over the micro-batches evenly.
         micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), dict(batch))
 
-        def add(total: tuple[Array, Array, Tree], micro: Batch) -> tuple[tuple[Array, Array, Tree], None]:
-            (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.adapters, params, micro)
+        def add(total: tuple[Array, Array, Tree], part: tuple[Batch, Any]) -> tuple[tuple[Array, Array, Tree], None]:
+            (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.adapters, params, *part)
             return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
 
         zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapters))
-        (loss, tokens, grads), _ = jax.lax.scan(add, zero, micros)
+        (loss, tokens, grads), _ = jax.lax.scan(add, zero, (micros, streams(state.step)))
         grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats with int32 counters; our own code also runs under "strict"
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)

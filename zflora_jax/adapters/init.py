@@ -32,8 +32,7 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
 def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:
     """The `adapters` collection of `adapter` on `model`, float32; the adapted model equals the base until it is trained.
 
-    forward and lora_a are drawn from N(0, 1/in) with in the kernel's input width; backward, cross, lora_b, ffa_a and q's forward are zero (k's is
-    random).
+    forward and lora_a are random, as `AdapterConfig.init` says; backward, cross, lora_b, ffa_a and q's forward are zero (k's is random).
     Method "full" gets a float32 copy of the base tree. The values depend on `key` alone, not on whether layers are stacked.
     """
     if METHODS[adapter.method].in_place == "full":
@@ -49,14 +48,17 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
             f"attention kernels of servers may refuse it (vLLM's CPU build does); {advice}.",
             stacklevel=2,
         )
-    shapes = kernel_shapes(config)
+    shapes, start = kernel_shapes(config), adapter.explicit().init
 
     def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
         _, _, kernel, block = name.split("/")
         if block not in ("forward", "lora_a") or (kernel, block) == ("q", "forward"):
             return jnp.zeros(shape, jnp.float32)
-        std = 1 / math.sqrt(math.prod(shapes[kernel][0]))
-        return std * jax.random.normal(jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))), shape, jnp.float32)
+        bound = 1 / math.sqrt(math.prod(shapes[kernel][0]))
+        own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+        if start == "kaiming_uniform":  # with a = sqrt(5), as torch starts a linear layer and PEFT LoRA's A
+            return jax.random.uniform(own, shape, jnp.float32, -bound, bound)
+        return bound * jax.random.normal(own, shape, jnp.float32)
 
     stacked = adapter_shapes(config.replace(scan_layers=True), adapter)
     tree = trees.unflatten({name: draw(name, shape) for name, shape in stacked.items()})

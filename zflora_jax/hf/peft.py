@@ -53,9 +53,10 @@ _READ = (
     "alpha_pattern",
     "use_rslora",
     "init_lora_weights",
+    "lora_dropout",
 )
 _HARMLESS = (
-    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout", "layers_pattern"),
+    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "layers_pattern"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"),
 )
 # Initialisations that move part of the base into the adapter: the saved factors belong to a changed base.
@@ -108,7 +109,7 @@ def save_peft(path: str | os.PathLike[str], model: Model, adapter: AdapterConfig
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": adapter.rank,
@@ -171,7 +172,8 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     touched = {module.split(".")[-1].removesuffix("_proj") for module in resolved}
     named = {"all": set(KERNELS), "attention": set(ATTENTION), "mlp": set(MLP)}
     targets = next((name for name, kernels in named.items() if kernels == touched), "|".join(k for k in KERNELS if k in touched))
-    adapter = AdapterConfig("lora", rank=rank, alpha=scale * rank, targets=targets)
+    dropout = settings.get("lora_dropout") or 0.0
+    adapter = AdapterConfig("lora", rank=rank, alpha=scale * rank, targets=targets, dropout=dropout)
 
     leaves = {name: np.zeros(shape, np.float32) for name, shape in adapter_shapes(config.replace(scan_layers=True), adapter).items()}
     for layer in range(config.num_layers):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig, from_file
 from zflora_jax.fields import from_dict
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
@@ -94,7 +94,7 @@ def _read_form(directory: Path, manifest: Mapping[str, Any], hf: Mapping[str, An
     """(native config, adapter, stock form) of an export, checked against its config.json."""
     try:
         native = from_dict(LlamaConfig, manifest["native_config"], f"{MANIFEST}: native_config")
-        adapter = None if manifest["adapter"] is None else from_dict(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
+        adapter = None if manifest["adapter"] is None else from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
         form = StockForm(native, float(manifest["eps_z"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory / MANIFEST} is incomplete or damaged ({error!r}).") from None
