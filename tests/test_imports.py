@@ -24,7 +24,7 @@ MODULES = {
 
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
-    ("trees", "fields", "textfile", "config", "report", "trackers", "metrics"),
+    ("trees", "fields", "textfile", "config", "report", "trackers", "metrics", "starts", "data.dates"),
     ("hosts", "cache"),
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
@@ -55,6 +55,8 @@ ONLY = {
     "report": set(),
     "metrics": {"report", "textfile", "trackers"},
     "trackers": {"fields", "report"},
+    "starts": {"report"},
+    "data.dates": {"config"},
     "adapters.methods": {"config", "fields"},
     "adapters.init": {"trees", "config", "adapters.methods", "model"},
     "hosts": {"fields"},

@@ -24,6 +24,7 @@ from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.checkpoint import Checkpoints, SaveError, read_config
 from zflora_jax.config import METHODS, RunConfig
+from zflora_jax.data.dates import dated
 from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
@@ -148,7 +149,7 @@ def test_another_config_is_refused_and_nothing_is_lost(run, tmp_path):
     first = quiet_train(run, tmp_path)
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.01 there, 0\.002 now"):
         quiet_train(override(run, {"optim.learning_rate": 2e-3}), tmp_path)
-    assert read_config(tmp_path) == run
+    assert read_config(tmp_path) == dated(run)
     assert_trees_equal(quiet_train(override(run, {"eval.limit": 2, "train.log_every": 3}), tmp_path).adapters, first.adapters)
 
 

@@ -23,8 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.config import RunConfig, from_file
-from zflora_jax.fields import ConfigError, to_dict
+from zflora_jax.data.dates import dated
+from zflora_jax.fields import ConfigError, require, to_dict
 from zflora_jax.report import write_json
+from zflora_jax.starts import first_day
 from zflora_jax.trainer import TrainState
 from zflora_jax.trees import fingerprint, flatten
 
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 
 # Settings that change what is logged, kept or evaluated but no number of the training itself: a resumed run may change them.
 FREE = ("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every", "train/keep", "train/keep_best", "train/report_to")
+
+# Settings that change rounding, memory or speed alone: a resumed run may change them too, which is logged.
+ROUNDING = ("train/remat", "train/loss_chunk", "data/accumulate")
 
 
 def read_config(workdir: str | Path) -> RunConfig:
@@ -43,40 +48,78 @@ def read_config(workdir: str | Path) -> RunConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in another directory.") from None
-    return from_file(RunConfig, values)
+    run = from_file(RunConfig, values)
+    day = run.data.date or first_day(workdir)  # a run that is older than the setting was told the day of its start
+    return dated(run, day) if day else run
 
 
-def adopt(workdir: str | Path, run: RunConfig) -> RunConfig:
-    """`run` with what it leaves open as the run in `workdir` has it: how its adapter started is past."""
-    if not (Path(workdir) / "config.json").is_file():
-        return run
-    old = read_config(workdir).adapter
-    if run.adapter.init is None and old.method == run.adapter.method:
-        run = replace(run, adapter=run.adapter.replace(init=old.init))
-    return run
+Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was, what it is now)
 
 
-def check_workdir(workdir: str | Path, run: RunConfig) -> None:
-    """ConfigError naming every setting of `run` that differs from the run found in `workdir`; a directory without a run is fine."""
+def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
+    """`run` as it starts or goes on in `workdir`, and the settings that change with it there.
+
+    What `run` leaves open is taken from the run that is there, else decided now: data.date, which
+    is today for a new run, and adapter.init, since how an adapter started is past.
+
+    Raises:
+      ConfigError: `run` changes what the run there cannot go on with, every such setting named, or asks for fewer steps
+        than are finished.
+    """
     workdir = Path(workdir)
-    if (workdir / "config.json").is_file():
-        old, new = (flatten(to_dict(_explicit(r))) for r in (read_config(workdir), run))
-        changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE)]
-        if changed:
-            rows = "\n".join(f"  {k.replace('/', '.')}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)
-            raise ConfigError(f"{workdir} holds a run with another config:\n{rows}\nUse another --workdir, or the same settings to resume it.")
-    elif (workdir / "checkpoints").exists():
-        raise ConfigError(f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to. Use another --workdir.")
+    if not (workdir / "config.json").is_file():
+        unclear = f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to. Use another --workdir."
+        require(not (workdir / "checkpoints").exists(), unclear)
+        return dated(run), {}
+    there = read_config(workdir)
+    run = dated(run, there.data.date)
+    if run.adapter.init is None and run.adapter.method == there.adapter.method:
+        run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
+    both = (_explicit(dated(there, run.data.date)), _explicit(run))
+    old, new = (flatten(to_dict(config)) for config in both)
+    changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+    finished = _finished_steps(workdir)
+    longer = ("train/steps",) if run.train.steps >= finished else ()
+    refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
+    if refused:
+        rows = [f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now" for key in refused]
+        rows += [f"  ({finished} steps are finished there)"] if "train/steps" in refused else []
+        advice = "Use another --workdir, or the same settings to resume it."
+        raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
+    return run, {key.replace("/", "."): values for key, values in changed.items()}
 
 
 def _explicit(run: RunConfig) -> RunConfig:
     return replace(run, adapter=run.adapter.explicit())
 
 
+def _finished_steps(workdir: Path) -> int:
+    folder = workdir / "checkpoints"
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return max(steps, default=0)
+
+
+def change_notes(changed: Changes, run: RunConfig) -> list[str]:
+    """What the settings that a resumed run changes mean for its numbers, in words; nothing of those that mean nothing."""
+    notes = [
+        f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change, nothing else does."
+        for key, (old, new) in changed.items()
+        if key.replace(".", "/") in ROUNDING
+    ]
+    if "train.steps" in changed:
+        old, new = changed["train.steps"]
+        if run.optim.schedule == "constant":
+            rate = "The learning rate is constant: the run is the one that was asked for so many steps at once."
+        else:
+            rate = f"From here on the learning rate follows the {run.optim.schedule} schedule of {new} steps; it jumps to there."
+        notes.append(f"train.steps: {old} before, {new} from here on. {rate}")
+    return notes
+
+
 def claim(workdir: str | Path, run: RunConfig) -> None:
     """Make `workdir` this run's: check it, then write its config.json, unless another process is training there (BusyError). ConfigError also where
     it cannot be written."""
-    check_workdir(workdir, run)
+    adopt(workdir, run)
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -150,16 +150,17 @@ def generate(args: argparse.Namespace) -> None:
     require(not (args.checkpoint and not args.workdir), "--checkpoint is of a run: give its --workdir.")
     require(not (args.plain and args.prompt is None and args.file is None), "--plain continues a text: give it by --prompt or --file.")
     sampler, lines = Sampler(args.temperature, args.top_k, args.top_p), _lines(args.file)
-    style = "plain" if args.plain else read_config(args.workdir).data.prompt_style if args.workdir else "chat"  # of a run: as it was trained
+    data = read_config(args.workdir).data if args.workdir else None  # prompts of a run are written as it was trained
+    style = "plain" if args.plain else data.prompt_style if data else "chat"
     require(style == "chat" or args.system is None, f"--system is a turn of a conversation; this run was trained with data.prompt_style={style!r}.")
     talks = args.prompt is None and lines is None
     require(not talks or style == "chat", f"a run trained with data.prompt_style={style!r} holds no conversation: give --prompt or --file.")
     with compile_cache(Path(args.workdir) / "compile_cache") if args.workdir else contextlib.nullcontext():
-        _generate(args, _model_of(args), style, lines, sampler)
+        _generate(args, _model_of(args), style, lines, sampler, data.date if data else None)
 
 
-def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[str] | None, sampler: Sampler) -> None:
-    """style: "plain", or a prompt style."""
+def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[str] | None, sampler: Sampler, date: str | None) -> None:
+    """style: "plain", or a prompt style. date: what a chat template is told, None for today."""
     from zflora_jax.data.prompts import render
     from zflora_jax.text import converse, stream
     from zflora_jax.text import generate as generate_texts
@@ -167,7 +168,7 @@ def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[st
     def written(prompt: str) -> str:
         return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
 
-    settings: Any = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": args.seed}
+    settings: Any = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": args.seed, "date": date}
     if lines is not None:
         require(args.system is None, "--system goes with --prompt or a conversation, not with --file.")
         texts = generate_texts(model, [written(line) for line in lines], chat=style == "chat", batch_size=args.batch_size, **settings)

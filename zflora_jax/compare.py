@@ -21,6 +21,7 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import count_params
 from zflora_jax.checkpoint import FREE, BusyError, locked
 from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig, from_file
+from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, from_dict, require, to_dict
@@ -235,7 +236,7 @@ def _run(
             failed = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
             write_json(path, {"config": config, "result": failed})
             return failed
-    report = trained.report
+    report, run = trained.report, dated(run, trained.date)  # prompts are scored as they were trained
     result = {
         "validation_loss": report["validation_loss"],
         "seconds": report["seconds"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -228,6 +229,13 @@ class AdapterConfig:
         return dataclasses.replace(self, **changes)
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 # --- a run --------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +253,7 @@ class DataConfig:
     train_limit: int | None = None
     seed: int = 0
     packing: bool = False  # several examples in one row of the longest length, none seeing another; batch_size then counts rows, not examples
+    date: str | None = None  # "2026-11-26": the day that a chat template is told; None: the day on which the run starts
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -260,6 +269,10 @@ class DataConfig:
         )
         require(self.train_limit is None or self.train_limit >= 1, f"data.train_limit={self.train_limit}: must be at least 1, or None for all rows.")
         require(self.seed >= 0, f"data.seed={self.seed}: must be at least 0.")
+        require(
+            self.date is None or _is_date(self.date),
+            f"data.date={self.date!r}: expected a day as YYYY-MM-DD, e.g. 2026-11-26, or None for the day on which the run starts.",
+        )
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def generation_records(
     with stemming, the best over an example's references.
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
-    prompts, cut = _prompts(model, examples, style, evaluation)
+    prompts, cut = _prompts(model, examples, style, evaluation, data.date)
     stop = stop_ids(model, style)
 
     def answer(rows: list[int]) -> list[Record]:
@@ -124,7 +124,7 @@ def likelihood_records(
     lm-evaluation-harness' acc or acc_norm, whose options are the texts of the answers.
     """
     require(all(example.options for example in examples), "likelihood needs tasks whose examples have options.")
-    prompts, _ = _prompts(model, examples, evaluation.prompt_style or data.prompt_style, evaluation)
+    prompts, _ = _prompts(model, examples, evaluation.prompt_style or data.prompt_style, evaluation, data.date)
     options = [model.tokenizer(list(example.options), add_special_tokens=False)["input_ids"] for example in examples]
 
     def score(rows: list[int]) -> list[Record]:
@@ -139,15 +139,15 @@ def likelihood_records(
     return records
 
 
-def _prompts(model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig) -> tuple[list[list[int]], list[bool]]:
+def _prompts(model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig, date: str | None) -> tuple[list[list[int]], list[bool]]:
     """Token ids of the prompts, and which of them had their document cut."""
     require(model.tokenizer is not None, "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has one.")
     limit = evaluation.max_prompt_tokens or model.config.max_position_embeddings - evaluation.max_new_tokens
-    fitted = fit_documents(examples, model.tokenizer, style, limit)
+    fitted = fit_documents(examples, model.tokenizer, style, limit, date)
     cut = [a.input != b.input for a, b in zip(fitted, examples, strict=True)]
     if any(cut):
         log.warning("cut %d of %d documents so that their prompts fit %d tokens; see eval.max_prompt_tokens", sum(cut), len(cut), limit)
-    prompts = encode_prompts(fitted, model.tokenizer, style)
+    prompts = encode_prompts(fitted, model.tokenizer, style, date)
     longest = max((len(ids) for ids, is_cut in zip(prompts, cut, strict=True) if is_cut), default=0)
     require(longest <= limit, f"a prompt of {longest} tokens does not fit {limit} even without its document; raise eval.max_prompt_tokens.")
     return prompts, cut

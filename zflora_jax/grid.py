@@ -22,6 +22,7 @@ import jax
 
 from zflora_jax.cache import compile_cache
 from zflora_jax.config import RunConfig, from_file
+from zflora_jax.data.dates import dated
 from zflora_jax.fields import ConfigError, override, require, to_dict
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
@@ -171,7 +172,7 @@ def _run(base: RunConfig, changes: dict[str, Any], workdir: Path, bases: _Bases,
             return saved
         trained = train(run, workdir, model=bases.of(run, devices), devices=devices, console=console)
         row: Row = {"status": FINISHED} | {key: trained.report[key] for key in _KEPT if key in trained.report}
-        row |= dict(extra(run, trained)) if extra else {}
+        row |= dict(extra(dated(run, trained.date), trained)) if extra else {}
         row |= {key: trained.report["environment"][key] for key in _ORIGIN}
     except Stopped:
         raise

@@ -101,6 +101,15 @@ def on_main(action: Callable[[], T]) -> T | None:
     return result
 
 
+def from_main(number: int) -> int:
+    """Process 0's `number` (int32) in all processes; every one of them calls this."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def leave(code: int) -> None:
     """End this process at once if it is one of several: the others wait for it in a collective, and are ended by JAX when it is gone."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:

@@ -10,7 +10,7 @@ import numpy as np
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.bench import decode_latency
-from zflora_jax.checkpoint import check_workdir
+from zflora_jax.checkpoint import adopt
 from zflora_jax.config import RunConfig
 from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.fields import ConfigError, to_dict
@@ -41,7 +41,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         if console:
             print(f"  {name}: {parts[name]:.0f} s", flush=True)
 
-    check_workdir(workdir, run)
+    run, _ = adopt(workdir, run)
     base = load_base(run)
     timed("load the model")
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)

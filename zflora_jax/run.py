@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params, plan
 from zflora_jax.cache import compile_cache
-from zflora_jax.checkpoint import Checkpoints, adopt, check_workdir, claim, locked, read_config
+from zflora_jax.checkpoint import Checkpoints, adopt, change_notes, claim, locked, read_config
 from zflora_jax.config import METHODS, RunConfig
+from zflora_jax.data.dates import today
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import Encoded, encode_prompts, fit_documents, pack, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
@@ -33,8 +35,9 @@ from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
-from zflora_jax.report import atomic_write, environment, plain, write_json
+from zflora_jax.report import environment, write_json
 from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
+from zflora_jax.starts import record_start
 from zflora_jax.trackers import require_installed
 from zflora_jax.trainer import Batch, TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
@@ -49,6 +52,11 @@ class Trained:
     model: Model
     adapters: Tree
     report: dict[str, Any]
+
+    @property
+    def date(self) -> str:
+        """The day that a chat template was told in training (data.date)."""
+        return self.report["config"]["data"]["date"]
 
 
 def load_base(run: RunConfig, mesh: Any = None) -> Model:
@@ -141,8 +149,8 @@ def train(
     started, env = time.perf_counter(), environment()  # the commit that runs, not the one checked out when it ends
     workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else Path(workdir)
     require_installed(run.train.report_to)
-    run = adopt(workdir, run)
-    check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
+    run, changed = adopt(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
+    run = _same_day(run)
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh, devices)
     model = model or load_base(run, mesh)
@@ -158,6 +166,8 @@ def train(
     hosts.on_main(lambda: claim(workdir, run))
     steps, every = run.train.steps, run.train
     step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where, every.seed)
+    for note in change_notes(changed, run):
+        log.info("%s", note)
     spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
     phases: dict[str, float | None] = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded, "first_step_seconds": None}
     waited, trained_for = 0.0, 0.0  # seconds of the steps after the first one: of waiting for batches, and all
@@ -186,7 +196,7 @@ def train(
         first = int(state.step)
         shown, report_to = to_dict(run) | {"environment": env}, run.train.report_to if first < steps else ()
         writer = hosts.on_main(lambda: stack.enter_context(MetricWriter(workdir, steps, console, first, report_to, shown)))
-        hosts.on_main(lambda: _record_start(workdir, first, env))
+        hosts.on_main(lambda: record_start(workdir, first, env, changed=changed))
         clock = time.perf_counter()
 
         def on_metrics(step: int, metrics: dict[str, float]) -> None:
@@ -286,11 +296,10 @@ def _sharded_state(run: RunConfig, model: Model, where: Any) -> TrainState:
     return fresh(model.params)
 
 
-def _record_start(workdir: Path, step: int, env: dict[str, Any]) -> None:
-    """Append a line to <workdir>/starts.jsonl: a run that is resumed may go on with other code, software or devices."""
-    path = workdir / "starts.jsonl"
-    earlier = path.read_bytes() if path.is_file() else b""
-    atomic_write(path, earlier + json.dumps({"step": step} | plain(env)).encode() + b"\n")
+def _same_day(run: RunConfig) -> RunConfig:
+    """`run` with the date of process 0, which all processes tell their chat template."""
+    day = hosts.from_main(date.fromisoformat(run.data.date or today()).toordinal())
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, date=date.fromordinal(day).isoformat()))
 
 
 def _micro_batch(run: RunConfig) -> int:
@@ -321,8 +330,8 @@ def export_run(
     if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
         card[f"{run.eval.split} loss"] = loss
     report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
-    examples = fit_documents(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, run.data.lengths[-1])
-    prompts = encode_prompts(examples, model.tokenizer, run.data.prompt_style)
+    examples = fit_documents(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, run.data.lengths[-1], run.data.date)
+    prompts = encode_prompts(examples, model.tokenizer, run.data.prompt_style, run.data.date)
     return report | export_gap(fused, out, prompts)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from zflora_jax import trees
 from zflora_jax.config import EvalConfig, RunConfig
 from zflora_jax.contamination import contaminated, questions
+from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
 from zflora_jax.data.pipeline import tokenize_examples
 from zflora_jax.data.tasks import GROUPS, Example, get_task
@@ -52,7 +53,7 @@ def _evaluate(
     run: RunConfig, model: Model, out: str | Path | None, seen: frozenset[str] | None, console: bool
 ) -> tuple[dict[str, Any], list[Record], list[Path]]:
     """The result, the records, and the files of finished batches, for the caller to remove when all that it evaluates is done."""
-    started, env, evaluation = time.perf_counter(), environment(), run.eval
+    started, env, evaluation, run = time.perf_counter(), environment(), run.eval, dated(run)
     require_fit(run, model)
     mixture = load_mixture(run.data, evaluation.split, None if evaluation.clean_only else evaluation.limit)
     require(len(mixture.names) == 1, f"data.task={run.data.task!r} is a mixture; evaluate one at a time (--tasks {','.join(mixture.names)}).")
@@ -134,7 +135,7 @@ def evaluate_tasks(
     Task files are <out>/<task>-<split>-<label>.json and .jsonl. Stopped, it goes on where it was, whichever task that is. Returns what the
     summary's JSON holds. ConfigError where `out` holds a summary of that name of another model or of other settings, unless it is to be replaced.
     """
-    out, env = Path(out), environment()
+    out, env, run = Path(out), environment(), dated(run)
     check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
     origin = {"model": trees.fingerprint(model.params), "data.prompt_style": run.data.prompt_style}

@@ -33,15 +33,17 @@ def generate(
     batch_size: int = 16,
     num_beams: int = 1,
     chat: bool = False,
+    date: str | None = None,
 ) -> list[str]:
     """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler, or num_beams above 1 for beam search, is given.
 
     chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with data.prompt_style="chat" does; without it a prompt is
-    continued as it is. Raises ConfigError for a model without a tokenizer, or chat without a chat template.
+    continued as it is. date: the day that the template is told, "2026-11-26" (data.date of the run that trained the model); None for today.
+    Raises ConfigError for a model without a tokenizer, or chat without a chat template.
     """
     tokenizer = _tokenizer(model)
     require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
-    texts = [render(tokenizer, "chat", prompt) for prompt in prompts] if chat else list(prompts)
+    texts = [render(tokenizer, "chat", prompt, date=date) for prompt in prompts] if chat else list(prompts)
     answers = generate_tokens(
         model,
         encode_prompt_texts(tokenizer, texts),
@@ -55,15 +57,23 @@ def generate(
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def stream(model: Model, prompt: str | Sequence[Turn], *, max_new_tokens: int = 256, sampler: Sampler | None = None, seed: int = 0) -> Iterator[str]:
+def stream(
+    model: Model,
+    prompt: str | Sequence[Turn],
+    *,
+    max_new_tokens: int = 256,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    date: str | None = None,
+) -> Iterator[str]:
     """The answer to one prompt, piece by piece as it is generated; together the pieces are the text that `generate` gives.
 
     prompt: a text, continued as it is, or the turns of a conversation, rendered by the tokenizer's chat template. A piece never ends within a
-    character, so there may be fewer pieces than tokens. Raises as `generate` does.
+    character, so there may be fewer pieces than tokens. date, and what is raised: as for `generate`.
     """
     tokenizer = _tokenizer(model)
     chat = not isinstance(prompt, str)
-    text = render_turns(tokenizer, prompt) if not isinstance(prompt, str) else prompt
+    text = render_turns(tokenizer, prompt, date) if not isinstance(prompt, str) else prompt
     [ids] = encode_prompt_texts(tokenizer, [text])
     stop = stop_ids(model, "chat") if chat else None
     given: list[int] = []
@@ -88,10 +98,12 @@ def converse(
     max_new_tokens: int = 256,
     sampler: Sampler | None = None,
     seed: int = 0,
+    date: str | None = None,
 ) -> None:
     """A conversation: each of `lines` is a user's turn, its answer is said piece by piece, then "\\n". "/reset" forgets the turns, "/quit" ends.
 
     Turns that no longer fit the model's context are left out, oldest first, and that is said. KeyboardInterrupt ends an answer, not the conversation.
+    date: as for `generate`.
     """
     tokenizer = _tokenizer(model)
     opening = [{"role": "system", "content": system}] if system else []
@@ -107,7 +119,7 @@ def converse(
             continue
         turns.append({"role": "user", "content": line})
         room, kept = model.config.max_position_embeddings - max_new_tokens, turns
-        while too_long := len(encode_prompt_texts(tokenizer, [render_turns(tokenizer, opening + kept)])[0]) > room:
+        while too_long := len(encode_prompt_texts(tokenizer, [render_turns(tokenizer, opening + kept, date)])[0]) > room:
             if len(kept) == 1:
                 break
             kept = kept[2:]
@@ -120,7 +132,7 @@ def converse(
             say(f"(the context of {model.config.max_position_embeddings} tokens is full: the {left_out} oldest turns are left out)\n")
         answer = ""
         try:
-            for piece in stream(model, opening + turns, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed + len(turns)):
+            for piece in stream(model, opening + turns, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed + len(turns), date=date):
                 answer += piece
                 say(piece)
         except KeyboardInterrupt:

@@ -78,7 +78,7 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: Any, data: DataCon
     limit, rows, truncated = data.lengths[-1], list[Row](), 0
 
     def encoded(chunk: Sequence[Example]) -> list[Row]:
-        prompts = [render(tokenizer, data.prompt_style, e.prompt, e.input) for e in chunk]
+        prompts = [render(tokenizer, data.prompt_style, e.prompt, e.input, data.date) for e in chunk]
         pairs = encode(tokenizer, data.prompt_style, prompts, [e.target for e in chunk], data.train_on_prompt)
         return [Row(tokens, mask, np.ones(len(tokens), np.int32)) for tokens, mask in pairs]
 
@@ -120,16 +120,16 @@ def shorten(example: Example, tokenizer: Any, limit: int, length: Callable[[Exam
     return example
 
 
-def encode_prompts(examples: Sequence[Example], tokenizer: Any, prompt_style: str) -> list[list[int]]:
-    """Token ids of each example's prompt, ready to generate from: exactly the prompt tokens of training."""
-    return encode_prompt_texts(tokenizer, [render(tokenizer, prompt_style, e.prompt, e.input) for e in examples])
+def encode_prompts(examples: Sequence[Example], tokenizer: Any, prompt_style: str, date: str | None = None) -> list[list[int]]:
+    """Token ids of each example's prompt, ready to generate from: exactly the prompt tokens of training on `date` (see `render`)."""
+    return encode_prompt_texts(tokenizer, [render(tokenizer, prompt_style, e.prompt, e.input, date) for e in examples])
 
 
-def fit_documents(examples: Sequence[Example], tokenizer: Any, prompt_style: str, limit: int) -> list[Example]:
+def fit_documents(examples: Sequence[Example], tokenizer: Any, prompt_style: str, limit: int, date: str | None = None) -> list[Example]:
     """The examples, documents cut at their end so that each prompt has at most `limit` tokens; an example that fits is the same object."""
 
     def length(example: Example) -> int:
-        return len(encode_prompts([example], tokenizer, prompt_style)[0])
+        return len(encode_prompts([example], tokenizer, prompt_style, date)[0])
 
     return [shorten(example, tokenizer, limit, length) if example.document else example for example in examples]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from zflora_jax.data.dates import pin_date
 from zflora_jax.fields import ConfigError, nearest, require
 
 # LLM-Adapters' text, byte for byte: the lines after the header are indented by 16. Its training script (finetune.py) and its evaluation scripts
@@ -30,7 +31,7 @@ def _section(title: str, text: str) -> str:
     return f"{_INDENT}### {title}:\n{_INDENT}{text}"
 
 
-def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "") -> str:
+def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "", date: str | None = None) -> str:
     """The text a model is given before its answer.
 
     chat: the tokenizer's own chat template with one user turn and the header of the answer. An `input` follows the instruction after an empty line.
@@ -41,6 +42,7 @@ def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "")
       tokenizer: a Hugging Face tokenizer (only read by "chat").
       prompt_style: one of STYLES.
       instruction, input: the user's text; inserted as they are.
+      date: the day that a chat template is told (data.date of a run), None for today.
 
     Raises:
       ConfigError: an unknown style, or "chat" with a tokenizer that has no chat template.
@@ -51,17 +53,21 @@ def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "")
         sections = [_section("Instruction", instruction)] + ([_section("Input", input)] if input else []) + [_section("Response", "")]
         header = _ALPACA_INPUT + with_input if input else _ALPACA + without
         return f"{header}\n\n" + f"\n{between}\n".join(sections)
-    return render_turns(tokenizer, [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}])
+    return render_turns(tokenizer, [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}], date)
 
 
-def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
-    """What a model is given before it answers a conversation, by the tokenizer's chat template. ConfigError where it has none."""
+def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], date: str | None = None) -> str:
+    """What a model is given before it answers a conversation, by the tokenizer's chat template. ConfigError where it has none.
+
+    date: the day that the template is told, None for today.
+    """
     require(
         bool(getattr(tokenizer, "chat_template", None)),
         "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an instruct model; or, to train, "
         "data.prompt_style='alpaca'; or, to generate, prompts as they are (--plain, chat=False).",
     )
-    return tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True)
+    template = None if date is None else pin_date(tokenizer.get_chat_template(), date)
+    return tokenizer.apply_chat_template([dict(turn) for turn in turns], chat_template=template, tokenize=False, add_generation_prompt=True)
 
 
 def end_token(tokenizer: Any, prompt_style: str) -> int:

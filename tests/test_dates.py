@@ -1,0 +1,203 @@
+"""The day that a chat template is told is a setting of the run: not the clock of whoever resumes, evaluates or chats."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from byte_tokenizer import byte_tokenizer
+from conftest import assert_trees_equal, saved_base, small_run
+
+from zflora_jax import cli, evals
+from zflora_jax import run as runs
+from zflora_jax.checkpoint import read_config
+from zflora_jax.config import DataConfig, RunConfig
+from zflora_jax.data import dates
+from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.pipeline import encode_prompts, tokenize_examples
+from zflora_jax.data.prompts import render
+from zflora_jax.data.tasks import Example
+from zflora_jax.fields import ConfigError, override
+from zflora_jax.hosts import Stopped, StopSignals
+from zflora_jax.scorecard import evaluate
+from zflora_jax.text import generate
+
+# As Llama 3.2's: the date stands in a system turn that every conversation begins with.
+TEMPLATE = (
+    '{% if strftime_now is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}'
+    "[system]Cutting Knowledge Date: December 2023\nToday Date: {{ date_string }}\n\n{{ eos_token }}"
+    "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+class Clock(datetime.datetime):
+    """A clock that stands still."""
+
+    day = datetime.date(2026, 1, 31)
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(cls.day.year, cls.day.month, cls.day.day, 23, 59, tzinfo=tz)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the day of transformers' clock, and ours."""
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+    def set_day(year: int, month: int, day: int) -> str:
+        Clock.day = datetime.date(year, month, day)
+        monkeypatch.setattr(dates, "today", lambda: Clock.day.isoformat())
+        monkeypatch.setattr(runs, "today", dates.today)
+        return Clock.day.isoformat()
+
+    return set_day
+
+
+@pytest.fixture(scope="module")
+def dated_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model directory whose tokenizer files hold the template."""
+    return saved_base(tmp_path_factory.mktemp("dated") / "model", byte_tokenizer(chat_template=TEMPLATE))
+
+
+@pytest.fixture
+def run(dated_base: str) -> RunConfig:
+    return override(small_run(dated_base), {"train.steps": 6, "data.lengths": [384, 448]})
+
+
+def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
+    return runs.train(run, workdir, console=False)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
+    monkeypatch.setattr(StopSignals, "requested", lambda self, n: n == step)
+
+
+def prompts_of(run: RunConfig, model: runs.Model) -> list[list[int]]:
+    return encode_prompts(load_mixture(run.data, run.eval.split, 4), model.tokenizer, "chat", run.data.date)
+
+
+# --- the template ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "\n  " + TEMPLATE, "{{- 'a' }}\n\n" + TEMPLATE, "{% if true %}\n" + TEMPLATE + "{% endif %}"])
+def test_a_pinned_prompt_is_the_one_of_that_day(template, clock):
+    """transformers with its clock set to the day gives the same text, and the clock does not change the pinned one."""
+    tokenizer = byte_tokenizer(chat_template=template)
+    clock(2026, 2, 3)
+    want = render(tokenizer, "chat", "Hi")
+    clock(2027, 12, 31)
+    assert "03 Feb 2026" in want and "31 Dec 2027" in render(tokenizer, "chat", "Hi")
+    assert render(tokenizer, "chat", "Hi", date="2026-02-03") == want
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%d %B %Y", "%B %-d, %Y", "%A %e %b", "%%d %j 100%%", "%c|%x|%X|%p|%H:%M", "%D %F %y %U %w %Q"])
+def test_every_form_of_a_date(form, clock):
+    tokenizer = byte_tokenizer(chat_template="{{ strftime_now('" + form + "') }}{% macro day() %} {{ strftime_now('%d') }}{% endmacro %}{{ day() }}")
+    for day in ("2026-02-03", "2024-02-29", "2027-11-30"):
+        said = render(tokenizer, "chat", "Hi", date=day)
+        assert said == datetime.datetime.fromisoformat(day).strftime(form + " %d")
+
+
+def test_templates_by_name_and_templates_without_a_date():
+    tokenizer = byte_tokenizer(chat_template={"default": TEMPLATE, "tool_use": "no"})
+    assert "03 Feb 2026" in render(tokenizer, "chat", "Hi", date="2026-02-03")
+    assert dates.pin_date("{{ messages }}", "2026-02-03") == "{{ messages }}"
+
+
+@pytest.mark.parametrize("day", ["2026-02-30", "20260203", "yesterday", "2026-2-3", ""])
+def test_a_date_that_is_none_is_refused(day):
+    with pytest.raises(ConfigError, match=r"data.date=.*expected a day as YYYY-MM-DD"):
+        DataConfig(date=day)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed_on_another_day_bit_for_bit(run, tmp_path, monkeypatch, clock):
+    day = clock(2026, 1, 31)
+    whole = quiet_train(run, tmp_path / "whole")
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Stopped):
+        quiet_train(run, tmp_path / "stopped")
+    stop_after(monkeypatch, None)
+    clock(2026, 2, 1)
+    resumed = quiet_train(run, tmp_path / "stopped")
+    assert resumed.report["resumed_from"] == 3 and resumed.report["data_fingerprint"] == whole.report["data_fingerprint"]
+    assert_trees_equal(resumed.adapters, whole.adapters)
+    assert resumed.report["test_loss"] == whole.report["test_loss"]
+    assert read_config(tmp_path / "stopped").data.date == resumed.date == day
+    with pytest.raises(ConfigError, match=r"data\.date: '2026-01-31' there, '2026-02-01' now"):
+        quiet_train(override(run, {"data.date": "2026-02-01"}), tmp_path / "stopped")
+
+
+def test_evaluation_and_generation_see_the_prompts_of_training(run, tmp_path, monkeypatch, capsys, clock):
+    """The next day, by the command line too: what answers are generated from begins as the training rows do."""
+    clock(2026, 1, 31)
+    trained = quiet_train(run, tmp_path / "run")
+    config = read_config(tmp_path / "run")
+    clock(2026, 2, 1)
+    row = tokenize_examples(load_mixture(config.data, run.eval.split, 1), trained.model.tokenizer, config.data).rows[0]
+    [prompt, *_] = prompts_of(config, trained.model)
+    assert row.tokens[: len(prompt)].tolist() == prompt and b"31 Jan 2026" in bytes(t for t in prompt if t < 256)
+
+    seen: list[str] = []
+    real = evals.encode_prompts
+    monkeypatch.setattr(evals, "encode_prompts", lambda *a: [seen.append(bytes(t for t in p if t < 256).decode()) or p for p in real(*a)])
+    assert cli.main(["eval", "--workdir", str(tmp_path / "run"), "--limit", "2", "--set", "eval.max_new_tokens=2"]) == 0
+    assert seen and all("31 Jan 2026" in text for text in seen)
+    summary = json.loads(next((tmp_path / "run" / "eval").glob("summary-*.json")).read_text())
+    assert summary["config"]["data"]["date"] == "2026-01-31"
+    loss = evaluate(override(config, {"eval.generate": False}), runs.load_fused(tmp_path / "run")[0], console=False)["loss"]
+    assert loss == pytest.approx(trained.report["test_loss"], rel=1e-5)
+
+    told: list[str | None] = []
+    monkeypatch.setattr("zflora_jax.text.render", lambda *a, date=None: (told.append(date), render(*a, date=date))[1])
+    monkeypatch.setattr("zflora_jax.text.render_turns", lambda t, turns, date=None: (told.append(date), render(t, "chat", "Hi", date=date))[1])
+    (tmp_path / "prompts.txt").write_text("Hi\n")
+    for arguments in (["--prompt", "Hi"], ["--file", str(tmp_path / "prompts.txt")]):
+        assert cli.main(["generate", "--workdir", str(tmp_path / "run"), "--max-new-tokens", "1", *arguments]) == 0
+    assert told == ["2026-01-31"] * 2
+    capsys.readouterr()
+
+
+def test_a_model_is_evaluated_today_and_that_is_recorded(run, tmp_path, clock):
+    day = clock(2026, 3, 4)
+    model = runs.load_base(run)
+    evaluate(override(run, {"eval.generate": False, "eval.limit": 1}), model, out=tmp_path / "out", console=False)
+    assert json.loads((tmp_path / "out.json").read_text())["config"]["data"]["date"] == day
+    assert generate(model, ["Hi"], chat=True, max_new_tokens=2) == generate(model, ["Hi"], chat=True, max_new_tokens=2, date=day)
+
+
+def test_an_older_run_was_told_the_day_of_its_first_start(run, tmp_path, monkeypatch, clock):
+    """Its config.json lacks the setting."""
+    quiet_train(run, tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "starts.jsonl").read_text().split("\n")[0])
+    shutil.copytree(tmp_path / "run", tmp_path / "older")
+    for name, starts in (("run", [first | {"date": "2026-01-31T12:00:00+00:00"}, first]), ("older", [])):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        del config["data"]["date"]
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+    assert read_config(tmp_path / "run").data.date == "2026-01-31"
+    assert read_config(tmp_path / "older").data.date is None
+    moved = dataclasses.replace(run, data=dataclasses.replace(run.data, date="2026-01-31"))
+    assert runs.adopt(tmp_path / "run", run)[0] == moved
+    clock(2026, 5, 6)
+    assert runs.adopt(tmp_path / "older", run) == (dates.dated(run, "2026-05-06"), {})
+
+
+def test_examples_cut_to_fit_are_cut_for_their_own_day(run, clock):
+    """The length of a prompt depends on the day that it names."""
+    from zflora_jax.data.pipeline import fit_documents
+
+    tokenizer = byte_tokenizer(chat_template="{{ strftime_now('%A') }}{{ messages[0]['content'] }}")
+    example = Example("q", "t", "1", input="document " * 20, document=True)
+    for day in ("2026-02-02", "2026-02-04"):  # Monday, Wednesday
+        [prompt] = encode_prompts(fit_documents([example], tokenizer, "chat", 60, day), tokenizer, "chat", day)
+        assert len(prompt) == 60
