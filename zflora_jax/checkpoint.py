@@ -8,7 +8,10 @@ one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import functools
 import json
 import logging
 import threading
@@ -133,18 +136,37 @@ class BusyError(ConfigError):
     """Another process trains in this workdir."""
 
 
+# What file systems without locks answer: some network and FUSE mounts.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@functools.cache  # once for each workdir of a process
+def _warn_unlocked(workdir: str, reason: str) -> None:
+    log.warning(
+        "The file system of %s has no locks (%s), so no other process can be kept out of it: see to it that only one trains there.", workdir, reason
+    )
+
+
 @contextmanager
 def locked(workdir: str | Path) -> Iterator[None]:
-    """Hold `workdir` for this process alone (an advisory lock that ends with the process). BusyError if another process holds it."""
+    """Hold `workdir` for this process alone (an advisory lock that ends with the process). BusyError if another process holds it.
+
+    On a file system without locks nothing is held, and a warning says so.
+    """
     with open(Path(workdir) / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"{workdir} is being trained by another process. Wait for it to end, or use another --workdir.") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _warn_unlocked(str(workdir), error.strerror)
         try:
             yield
         finally:  # not by closing alone: a child that another thread is just starting has the file open until it runs its program
-            fcntl.flock(file, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # without locks there is none to give back; else closing does it
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _fingerprint(state: TrainState) -> str:

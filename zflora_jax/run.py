@@ -36,6 +36,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
 from zflora_jax.report import environment, write_json
+from zflora_jax.run_report import REPORT_FILE, finished_report, loss_fields
 from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
 from zflora_jax.starts import record_start
 from zflora_jax.trackers import require_installed
@@ -132,7 +133,7 @@ def train(
     resume: bool = False,
     console: bool = True,
 ) -> Trained:
-    """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded and said to be finished.
+    """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded, with the report that is there.
 
     workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already (`load_base`). devices: what the mesh is
     made of, None for all. resume: refuse a workdir without a run.
@@ -168,7 +169,19 @@ def train(
     step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where, every.seed)
     for note in change_notes(changed, run):
         log.info("%s", note)
-    spent, final = 0.0, None  # seconds of earlier processes; the loss after the last step
+    facts = {
+        "method": run.adapter.method,
+        "params_base": count_base(model.config),
+        "params_trainable": count_params(model.config, run.adapter),
+        "train_rows": examples,
+        "train_rows_dropped": train_set.dropped,
+        "train_documents_cut": train_set.truncated,
+        "train_rows_packed": len(train_set) if run.data.packing else None,
+        "train_on_prompt": run.data.train_on_prompt,
+        **meta,
+        "config": to_dict(run),
+    }
+    spent, final = 0.0, dict[str, float]()  # seconds of earlier processes; the loss after the last step
     phases: dict[str, float | None] = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded, "first_step_seconds": None}
     waited, trained_for = 0.0, 0.0  # seconds of the steps after the first one: of waiting for batches, and all
 
@@ -189,14 +202,14 @@ def train(
             for name in ("base", "data"):
                 _check_same(saved, name, meta[f"{name}_fingerprint"], workdir)
             spent = saved["seconds"]
-            finished = int(state.step) >= steps
-            log.info(
-                "%s %s", workdir, f"is finished ({steps} steps): nothing to train" if finished else f"resumes from step {int(state.step)} of {steps}"
-            )
+            if int(state.step) >= steps:
+                log.info("%s is finished (%d steps): nothing to train", workdir, steps)
+                return Trained(model, state.adapters, finished_report(run, workdir, facts, spent, env, lambda: evaluate_loss(state.adapters)))
+            log.info("%s resumes from step %d of %d", workdir, int(state.step), steps)
         first = int(state.step)
-        shown, report_to = to_dict(run) | {"environment": env}, run.train.report_to if first < steps else ()
-        writer = hosts.on_main(lambda: stack.enter_context(MetricWriter(workdir, steps, console, first, report_to, shown)))
-        hosts.on_main(lambda: record_start(workdir, first, env, changed=changed))
+        shown = to_dict(run) | {"environment": env}
+        writer = hosts.on_main(lambda: stack.enter_context(MetricWriter(workdir, steps, console, first, run.train.report_to, shown)))
+        hosts.on_main(lambda: record_start(workdir, first, env, processes=jax.process_count(), changed=changed))
         clock = time.perf_counter()
 
         def on_metrics(step: int, metrics: dict[str, float]) -> None:
@@ -262,31 +275,19 @@ def train(
             should_stop=signals.requested,
             on_stop=on_stop,
         )
-        if final is None:  # a finished run was loaded
-            final = evaluate_loss(state.adapters)
     report = {
-        "method": run.adapter.method,
-        "params_base": count_base(model.config),
-        "params_trainable": count_params(model.config, run.adapter),
+        **facts,
         "steps": int(state.step),
         "resumed_from": first,
-        "train_rows": examples,
-        "train_rows_dropped": train_set.dropped,
-        "train_documents_cut": train_set.truncated,
-        "train_rows_packed": len(train_set) if run.data.packing else None,
-        "train_on_prompt": run.data.train_on_prompt,
-        f"{run.eval.split}_loss": final["loss"],
-        f"{run.eval.split}_rows": int(final["rows"]),
-        "seconds": spent + (time.perf_counter() - started if first < steps else 0.0),
+        **loss_fields(run, final),
+        "seconds": spent + time.perf_counter() - started,
         **phases,
         "data_wait_share": waited / trained_for if trained_for else None,
         "processes": jax.process_count(),
-        **meta,
-        "config": to_dict(run),
         "environment": env,
     }
     if hosts.is_main():
-        write_json(workdir / "report.json", report)
+        write_json(workdir / REPORT_FILE, report)
     return Trained(model, state.adapters, report)
 
 
@@ -326,7 +327,7 @@ def export_run(
     require(format == "hf", f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")
     fused = fuse(model, run.adapter, adapters)
     card = {"task": run.data.task, "steps": step, "trainable parameters": count_params(model.config, run.adapter)}
-    trained = json.loads(path.read_text(encoding="utf-8")) if (path := Path(workdir) / "report.json").is_file() else {}
+    trained = json.loads(path.read_text(encoding="utf-8")) if (path := Path(workdir) / REPORT_FILE).is_file() else {}
     if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
         card[f"{run.eval.split} loss"] = loss
     report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)

@@ -1,0 +1,176 @@
+"""What a resumed run may change and what it keeps: rounding and length, the report of a finished run, locks that a file system lacks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import assert_trees_equal
+
+from zflora_jax import checkpoint, run_report
+from zflora_jax import run as runs
+from zflora_jax.checkpoint import adopt, locked, read_config
+from zflora_jax.config import RunConfig
+from zflora_jax.fields import ConfigError, override
+from zflora_jax.hosts import Stopped, StopSignals
+from zflora_jax.metrics import read_metrics
+from zflora_jax.report import plain
+from zflora_jax.starts import read_starts
+
+
+def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
+    return runs.train(run, workdir, console=False)
+
+
+def records(workdir: Path, name: str) -> dict[int, float]:
+    return {r["step"]: r[name] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"}
+
+
+def files(workdir: Path) -> dict[str, bytes]:
+    """What a run says of itself."""
+    return {name: (workdir / name).read_bytes() for name in ("report.json", "metrics.jsonl", "starts.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, base_dir: str) -> Path:
+    """A run of eight steps at a constant rate, for copying."""
+    from conftest import small_run
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    quiet_train(override(small_run(base_dir), {"optim.schedule": "constant"}), workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# --- settings that change ---------------------------------------------------------------------------------------------
+
+
+def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatch, caplog):
+    """What the advice for too little memory names. Losses agree up to rounding, batches to the byte."""
+    run = override(run, {"train.steps": 5})
+    whole = quiet_train(run, tmp_path / "whole")
+    monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
+    with pytest.raises(Stopped):
+        quiet_train(run, tmp_path / "run")
+    monkeypatch.setattr(StopSignals, "requested", lambda self, step: False)
+    caplog.set_level("INFO", logger="zflora_jax")
+    changes = {"train.remat": True, "train.loss_chunk": 64, "data.accumulate": 4}
+    report = quiet_train(override(run, changes), tmp_path / "run").report
+    assert report["resumed_from"] == 3 and report["test_loss"] == pytest.approx(whole.report["test_loss"], rel=1e-4)
+    assert records(tmp_path / "run", "batch_crc32") == records(tmp_path / "whole", "batch_crc32")
+    assert records(tmp_path / "run", "loss") == pytest.approx(records(tmp_path / "whole", "loss"), rel=1e-4)
+    for key, (old, new) in {"train.remat": (False, True), "train.loss_chunk": (128, 64), "data.accumulate": (2, 4)}.items():
+        assert f"{key}: {old} before, {new} from here on. Rounding, memory and speed may change" in caplog.text
+        assert read_starts(tmp_path / "run")[-1]["changed"][key] == [old, new]
+    assert "changed" not in read_starts(tmp_path / "run")[0]
+    assert read_config(tmp_path / "run").data.accumulate == 4
+
+
+def test_a_finished_run_goes_on_to_more_steps(run, workdir, tmp_path, caplog):
+    """At a constant rate it is, bit for bit, the run that was asked for the longer length at once."""
+    run = override(run, {"optim.schedule": "constant", "train.steps": 12})
+    caplog.set_level("INFO", logger="zflora_jax")
+    longer = quiet_train(run, workdir)
+    assert "train.steps: 8 before, 12 from here on. The learning rate is constant" in caplog.text
+    assert longer.report["resumed_from"] == 8 and longer.report["steps"] == 12
+    assert read_starts(workdir)[-1]["changed"] == {"train.steps": [8, 12]}
+    whole = quiet_train(run, tmp_path / "whole")
+    assert_trees_equal(longer.adapters, whole.adapters)
+    assert records(workdir, "loss") == records(tmp_path / "whole", "loss")
+    assert longer.report["test_loss"] == whole.report["test_loss"]
+    with pytest.raises(ConfigError, match=r"train\.steps: 12 there, 8 now\n  \(12 steps are finished there\)"):
+        quiet_train(override(run, {"train.steps": 8}), workdir)
+
+
+@pytest.mark.parametrize(("schedule", "steps", "words"), [("cosine", 12, "follows the cosine schedule of 12 steps"), ("linear", 9, "linear")])
+def test_another_length_says_what_becomes_of_the_learning_rate(run, tmp_path, schedule, steps, words):
+    run = override(run, {"optim.schedule": schedule})
+    checkpoint.claim(tmp_path, runs.adopt(tmp_path, run)[0])
+    adopted, changed = adopt(tmp_path, override(run, {"train.steps": steps, "eval.limit": 3}))
+    assert adopted.train.steps == steps and changed == {"train.steps": (8, steps), "eval.limit": (4, 3)}
+    [note] = checkpoint.change_notes(changed, adopted)
+    assert words in note and "eval" not in note
+
+
+def test_what_changes_the_numbers_is_refused_still(run, workdir):
+    run = override(run, {"optim.schedule": "constant", "train.remat": True, "data.batch_size": 8, "train.dtype": "bfloat16"})
+    with pytest.raises(ConfigError) as error:
+        adopt(workdir, run)
+    assert "data.batch_size: 4 there, 8 now" in str(error.value) and "train.dtype" in str(error.value) and "remat" not in str(error.value)
+
+
+# --- a finished run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch):
+    """Run again elsewhere: commit, device, date and timings are those of the training."""
+    run = override(run, {"optim.schedule": "constant"})
+    before = files(workdir)
+    elsewhere = {"commit": "another", "date": "2030-01-01T00:00:00+00:00", "device": "another", "jax": "another"}
+    monkeypatch.setattr(runs, "environment", lambda: elsewhere)
+    monkeypatch.setattr(runs, "held_out_loss", lambda *_, **__: pytest.fail("nothing is to be evaluated"))
+    assert quiet_train(override(run, {"train.log_every": 3, "eval.max_new_tokens": 5}), workdir).report == json.loads(before["report.json"])
+    assert files(workdir) == before
+
+
+def test_changed_evaluation_settings_change_the_loss_alone(run, workdir, monkeypatch):
+    run = override(run, {"optim.schedule": "constant", "eval.limit": 2, "eval.split": "validation"})
+    before = json.loads((workdir / "report.json").read_text())
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "another"})
+    after = quiet_train(run, workdir).report
+    assert after["validation_rows"] == 2 and after["validation_loss"] != before["test_loss"] == after["test_loss"]
+    assert after["config"]["eval"]["limit"] == 2
+    changed = {"validation_rows", "validation_loss", "config"}
+    assert {key for key in after if after[key] != before.get(key)} == changed
+    assert json.loads((workdir / "report.json").read_text()) == after
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "of fewer steps"])
+def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
+    run = override(run, {"optim.schedule": "constant"})
+    path = workdir / run_report.REPORT_FILE
+    before = json.loads(path.read_text())
+    path.unlink() if damage == "missing" else path.write_text("{" if damage == "torn" else json.dumps(before | {"steps": 4, "test_loss": 9.0}))
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "another"})
+    after = quiet_train(run, workdir).report
+    assert plain(after) == json.loads(path.read_text())
+    lost = {"load_seconds", "data_seconds", "first_step_seconds", "data_wait_share", "seconds"}
+    assert {key for key in before if before[key] != after.get(key)} <= lost
+    assert after["environment"] == before["environment"] and 0 < after["seconds"] <= before["seconds"]
+
+
+# --- locks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, code):
+    def refuse(*_: object) -> None:
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    with locked(tmp_path), locked(tmp_path):
+        pass
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING and "no other process can be kept out of it" in record.message and str(tmp_path) in record.message
+
+
+def test_a_run_without_locks_is_trained(run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "Function not implemented")))
+    assert quiet_train(override(run, {"train.steps": 3}), tmp_path).report["steps"] == 3
+    assert len([r for r in caplog.records if "kept out" in r.message]) == 1
+
+
+def test_other_failures_of_a_lock_keep_their_message(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match=r"cannot write to workdir .*Input/output error"):
+        checkpoint.claim(tmp_path, run)
