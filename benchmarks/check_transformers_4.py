@@ -98,7 +98,7 @@ def compare(model: Any, prompts: list[list[int]], five: dict[str, np.ndarray], f
         "tokens_5_ours_equal": bool((five["tokens"] == tokens).all()),
         "distinct_tokens": len(np.unique(tokens)),
     }
-    return row | {"within_tolerance": max(row["dlogit_5_4"], row["dlogit_5_ours"], row["dlogit_4_ours"]) <= LIMIT * scale}, ours
+    return row | {"within_tolerance": all(row[name] <= LIMIT * scale for name in ("dlogit_5_4", "dlogit_5_ours", "dlogit_4_ours"))}, ours
 
 
 COLUMNS = {

@@ -32,8 +32,8 @@ def four(run: RunConfig) -> RunConfig:
     return override(run, {"mesh.data": 2, "mesh.fsdp": 2, "data.accumulate": 1})
 
 
-def launch(run: RunConfig, workdir: Path, processes: int, devices: int) -> list[subprocess.Popen[str]]:
-    """`zflora train` in `processes` processes of `devices` CPU devices each."""
+def launch(run: RunConfig, workdir: Path, processes: int, devices: int, given: str | None = None) -> list[subprocess.Popen[str]]:
+    """`zflora train` in `processes` processes of `devices` CPU devices each; given: the --workdir that they are given, if it is another."""
     config = workdir.parent / f"{workdir.name}.py"
     imports = "from zflora_jax.config import RunConfig\nfrom zflora_jax.fields import from_dict\n"
     config.write_text(f"{imports}def get_config():\n    return from_dict(RunConfig, {to_dict(run)!r})\n")
@@ -41,7 +41,7 @@ def launch(run: RunConfig, workdir: Path, processes: int, devices: int) -> list[
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", "zflora_jax.cli", "train", "--config", str(config), "--workdir", str(workdir)]
+    command = [sys.executable, "-m", "zflora_jax.cli", "train", "--config", str(config), "--workdir", given or str(workdir)]
     several = [[], ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--process-id"]][processes > 1]
     return [
         subprocess.Popen([*command, *several, *([str(i)] if several else [])], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -117,6 +117,22 @@ def test_what_process_0_refuses_ends_all(four, tmp_path):
         (out, _), (other, _) = first.communicate(timeout=200), second.communicate(timeout=200)
     assert first.returncode == 2 and "is being trained by another process" in out
     assert second.returncode != 0 and "Traceback" not in other, other[-2000:]
+
+
+def test_processes_without_a_shared_workdir_end_at_once(four, tmp_path, monkeypatch):
+    """As on two hosts that each have a local disk: here by two working directories and one relative path."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    real = subprocess.Popen
+    places = iter([tmp_path / "a", tmp_path / "b"])
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **kw: real(*a, cwd=next(places), **kw))
+    (tmp_path / "config").mkdir()
+    started = time.monotonic()
+    processes = launch(four, tmp_path / "config" / "run", 2, 2, given="run")
+    outputs = finish(processes, 2)
+    assert time.monotonic() - started < 120
+    assert all("workdir run is not shared: of 2 processes, 1 did not see" in out and "Traceback" not in out for out in outputs)
+    assert sorted(p.name for p in tmp_path.glob("*/run/*")) == []  # nothing was left behind, by process 0 either
 
 
 def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):

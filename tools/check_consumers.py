@@ -166,7 +166,7 @@ def verdict(found: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
     if "texts" in found:
         out["same"] = found["texts"] == want["texts"]
         gaps = [abs(a - b) for x, y in zip(found["likelihoods"], want["likelihoods"], strict=True) for a, b in zip(x, y, strict=True)]
-        out |= {"max_likelihood_gap": max(gaps), "accuracy": found["accuracy"]}
+        out |= {"max_likelihood_gap": max(gaps, key=lambda gap: (gap != gap, gap)), "accuracy": found["accuracy"]}
     return out
 
 

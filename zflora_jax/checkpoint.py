@@ -14,6 +14,7 @@ import fcntl
 import functools
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ class Checkpoints:
         """The number of steps in the checkpoint with the lowest loss, None if none was saved with its loss."""
         only_meta = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
         losses = {step: self._manager.restore(step, args=only_meta)["meta"].get("loss") for step in self._manager.all_steps()}
-        scored = [(loss, step) for step, loss in losses.items() if loss is not None]
+        scored = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
         return min(scored)[1] if scored else None
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], loss: float | None = None) -> None:

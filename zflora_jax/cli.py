@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from zflora_jax import commands
 from zflora_jax.fields import ConfigError
+from zflora_jax.report import local_path
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
+        for name in ("workdir", "out"):
+            if getattr(args, name, None) is not None:
+                local_path(getattr(args, name), f"--{name}")
         args.run(args)
     except Exception as error:
         from zflora_jax.hf.keys import CheckpointError

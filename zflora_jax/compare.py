@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import statistics
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.model import Model
 from zflora_jax.plots import grouped_bars
-from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+from zflora_jax.report import atomic_write, environment, local_path, markdown_table, write_json
 from zflora_jax.run import Trained, held_out, load_base, train
 from zflora_jax.scorecard import SCORE_LEGEND, decoding, evaluate_tasks
 from zflora_jax.trainer import NonFiniteError
@@ -84,7 +85,7 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
     Each finished run leaves a record <out>/<name>/<run>.json with its config and commit, and is not run again while its record is there and its
     config the same.
     """
-    workdir, out, env = Path(workdir), Path(out), environment()
+    workdir, out, env = local_path(workdir, "workdir"), local_path(out, "out"), environment()
     base_model = load_base(plan.base)
     losses = {split: _loss(plan.base, split, base_model)["loss"] for split in ("validation", "test")}
     rows: list[Result] = []
@@ -107,7 +108,7 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
     for label, adapter in plan.methods.items():
         seed, pick_steps = picker.seeds[0], picker.pick_steps or picker.base.train.steps
         grid = [record(picker, _config(picker, adapter, rate, seed, pick_steps), label, seed, False) for rate in picker.learning_rates]
-        finite = [r for r in grid if r["validation_loss"] is not None]
+        finite = [r for r in grid if r["validation_loss"] is not None and math.isfinite(r["validation_loss"])]
         require(bool(finite), f"method {label!r} diverged at every learning rate of {picker.learning_rates}; give lower ones.")
         rate = min(finite, key=lambda r: r["validation_loss"])["learning_rate"]
         if remark := untuned(rate, picker.learning_rates):

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from zflora_jax.model import Model
 from zflora_jax.report import atomic_write
 from zflora_jax.text import stop_ids
 from zflora_jax.textfile import lines_of
-from zflora_jax.trainer import eval_step
+from zflora_jax.trainer import NonFiniteError, eval_step
 from zflora_jax.trees import Tree
 
 log = logging.getLogger(__name__)
@@ -44,11 +45,18 @@ def held_out_loss(
     batch_size: int = 8,
     chunk: int = 256,
 ) -> dict[str, float]:
-    """Mean cross-entropy (nats) per target token over all rows, and the number of tokens and of rows it is over."""
+    """Mean cross-entropy (nats) per target token over all rows, and the number of tokens and of rows it is over.
+
+    Raises:
+      NonFiniteError: the loss is NaN or infinite.
+    """
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
     sums = [eval_step(model.config, adapter, variables, batch, chunk) for batch in eval_batches(encoded, batch_size, data.lengths)]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
-    return {"loss": float(sum(losses) / sum(tokens)), "tokens": float(sum(tokens)), "rows": float(len(encoded))}
+    loss = float(sum(losses) / sum(tokens))
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the held-out loss is {loss}: the model or its adapters are damaged, or the learning rate was too high.")
+    return {"loss": loss, "tokens": float(sum(tokens)), "rows": float(len(encoded))}
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -129,6 +137,8 @@ def likelihood_records(
 
     def score(rows: list[int]) -> list[Record]:
         sums = option_log_likelihoods(model, [prompts[i] for i in rows], [options[i] for i in rows], batch_size=evaluation.batch_size)
+        if not all(np.isfinite(row).all() for row in sums):  # argmax would take the NaN for the likeliest
+            raise NonFiniteError("log-likelihoods are NaN or infinite: the model is damaged, or was trained with too high a learning rate.")
         return [{"log_likelihoods": [float(x) for x in row]} for row in sums]
 
     records = _in_batches(score, model, prompts, ("likelihood", options), evaluation.batch_size * _LIKELIHOOD_BATCHES, partial, on_batch)

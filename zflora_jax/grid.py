@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from zflora_jax.base import as_base
 from zflora_jax.cache import compile_cache
 from zflora_jax.config import RunConfig, from_file
 from zflora_jax.data.dates import dated
@@ -30,8 +31,8 @@ from zflora_jax.hosts import Stopped, StopSignals
 from zflora_jax.metrics import METRICS_FILE
 from zflora_jax.model import Model
 from zflora_jax.plots import training_curves
-from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, plain, write_json
-from zflora_jax.run import Trained, as_base, train
+from zflora_jax.report import atomic_write, environment, local_path, markdown_table, origin_line, plain, write_json
+from zflora_jax.run import Trained, train
 from zflora_jax.trainer import NonFiniteError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def run_grid(
     A signal stops what trains after its step, saved. <workdir>/rows.json and rows.md are written after every run, and with `page` its Markdown and
     JSON; <workdir>/curves at the end. Compiled programs are shared through <workdir>/compile_cache.
     """
-    workdir, runs = Path(workdir), combinations(base, grid)
+    workdir, runs = local_path(workdir, "workdir"), combinations(base, grid)
     size = base.mesh.data * base.mesh.fsdp * base.mesh.tensor
     if any(key.startswith("mesh.") for _, changes in runs for key in changes):
         size = jax.device_count()  # meshes that differ take turns

@@ -6,12 +6,16 @@ Every process runs the same program on the same global arrays; process 0 alone w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -21,6 +25,8 @@ import numpy as np
 from zflora_jax.fields import ConfigError, first_line, require
 
 T = TypeVar("T")
+
+SHARED_WITHIN = 10.0  # seconds that a new file may take to be seen by every process
 
 ENVIRONMENT = {"coordinator": "ZFLORA_COORDINATOR", "num_processes": "ZFLORA_NUM_PROCESSES", "process_id": "ZFLORA_PROCESS_ID"}
 
@@ -108,6 +114,52 @@ def from_main(number: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def require_shared(workdir: str | os.PathLike[str]) -> None:
+    """ConfigError in every process unless all of them read what process 0 writes into `workdir`; nothing where there is one.
+
+    Without it, processes that each have a workdir of their own would wait for one another for ever at the first save.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    nonce = from_main(secrets.randbelow(2**31))  # no file of an earlier start can be taken for this one
+    file = Path(workdir) / f".shared-{nonce:08x}"
+    on_main(lambda: _write_nonce(file))
+    try:
+        sees = np.asarray(_appears(file, SHARED_WITHIN))
+        blind = np.flatnonzero(~np.asarray(multihost_utils.process_allgather(sees))).tolist()
+    finally:
+        if is_main():
+            with contextlib.suppress(OSError):
+                file.unlink()
+    require(
+        not blind,
+        f"workdir {workdir} is not shared: of {jax.process_count()} processes, {', '.join(map(str, blind))} did not see within {SHARED_WITHIN:g} s "
+        "what process 0 wrote there. Give all processes one directory on a file system that all hosts mount (NFS, Lustre, a mounted bucket).",
+    )
+
+
+def _write_nonce(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to workdir {file.parent}: {error.strerror}. Choose a directory that you may write to.") from None
+
+
+def _appears(file: Path, seconds: float) -> bool:
+    """Whether `file` can be read with its content, looked for again and again: network file systems show new files late."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError):
+            if file.read_text(encoding="utf-8") == file.name:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
 
 
 def leave(code: int) -> None:

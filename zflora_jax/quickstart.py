@@ -17,7 +17,7 @@ from zflora_jax.fields import ConfigError, to_dict
 from zflora_jax.llama import forward
 from zflora_jax.metrics import METRICS_FILE
 from zflora_jax.plots import training_curves
-from zflora_jax.report import atomic_write, device_line, environment, markdown_table, write_json
+from zflora_jax.report import atomic_write, device_line, environment, local_path, markdown_table, write_json
 from zflora_jax.run import Trained, export_run, held_out, load_base, train
 from zflora_jax.scorecard import evaluate
 from zflora_jax.textfile import lines_of
@@ -33,7 +33,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     against adapted, on
     held-out rows), ttft/tpot_ms_base/fused and their spread, export_dir and the export's gaps, seconds in all and by part.
     """
-    workdir, started, env = Path(workdir), time.perf_counter(), environment()
+    workdir, started, env = local_path(workdir, "workdir"), time.perf_counter(), environment()
     parts: dict[str, float] = {}
 
     def timed(name: str) -> None:
@@ -88,11 +88,15 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     atomic_write(workdir / "report.md", _page(report).encode())
     if console:
         print(_samples_text(report))
-    allowed = FUSED_TOLERANCE[run.train.dtype]
-    if gap["max_abs_dlogit"] > allowed * gap["logit_scale"]:
+    _require_equal(gap, run.train.dtype, workdir)
+    return report
+
+
+def _require_equal(gap: dict[str, float], dtype: str, workdir: Path) -> None:
+    allowed = FUSED_TOLERANCE[dtype]
+    if not gap["max_abs_dlogit"] <= allowed * gap["logit_scale"]:  # NaN is not within it either
         gap_text = f"{gap['max_abs_dlogit']:.3g} at a logit scale of {gap['logit_scale']:.3g}"
         raise ConfigError(f"fused and adapted logits differ by {gap_text}, more than {allowed:g} x scale; the report is in {workdir}.")
-    return report
 
 
 def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]:

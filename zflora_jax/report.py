@@ -19,9 +19,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from zflora_jax.fields import require
+
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]+:/")  # gs://bucket/run, and gs:/bucket/run, which a Path makes of it; not a drive letter
 # What decides a result. Other files (notes, results being written right now) do not make a commit "dirty".
 _CODE = ("zflora_jax", "configs", "benchmarks", "train.py", "eval.py", "pyproject.toml", "constraints.txt")
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])/[^\s,=:'\"]+")  # not the slashes of a/b, ./a, ~/a or a URL
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """`path` as a Path, for what is going to be written there; called before anything is created.
+
+    Args:
+      path: of a local file or directory.
+      name: what the message calls it, e.g. "workdir".
+
+    Raises:
+      ConfigError: a URL. As a Path it would become a directory called "gs:" here.
+    """
+    scheme = _SCHEME.match(os.fspath(path))
+    require(
+        scheme is None,
+        f"{name} {os.fspath(path)} is a URL: object storage is not supported yet. Give a directory of a file system that is mounted here, "
+        "and copy it afterwards.",
+    )
+    return Path(path)
 
 
 def environment() -> dict[str, Any]:

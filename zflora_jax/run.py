@@ -19,13 +19,15 @@ import jax
 from zflora_jax import hosts, trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.methods import count_base, count_params, plan
+from zflora_jax.adapters.methods import count_base, count_params
+from zflora_jax.base import as_base, require_fit
 from zflora_jax.cache import compile_cache
 from zflora_jax.checkpoint import Checkpoints, adopt, change_notes, claim, locked, read_config
-from zflora_jax.config import METHODS, RunConfig
+from zflora_jax.config import RunConfig
 from zflora_jax.data.dates import today
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import Encoded, encode_prompts, fit_documents, pack, tokenize_examples, train_batches
+from zflora_jax.data.prompts import encode_prompt_texts
 from zflora_jax.data.tasks import Example
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, nearest, require, to_dict
@@ -35,7 +37,7 @@ from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
-from zflora_jax.report import environment, write_json
+from zflora_jax.report import environment, local_path, write_json
 from zflora_jax.run_report import REPORT_FILE, finished_report, loss_fields
 from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
 from zflora_jax.starts import record_start
@@ -63,30 +65,6 @@ class Trained:
 def load_base(run: RunConfig, mesh: Any = None) -> Model:
     """The run's base model in its dtype, divided over `mesh` if one is given, as `as_base` says."""
     return as_base(run, load_model(run.model, dtype=run.train.dtype, mesh=mesh))
-
-
-def as_base(run: RunConfig, model: Model) -> Model:
-    """What was loaded as the base of `run`: with its remat setting. ConfigError where the run's settings do not fit it."""
-    if model.adapter is not None:
-        require(
-            METHODS[model.adapter.method].in_place != "none",
-            f"model {run.model!r} is an export with {model.adapter.method} fused in; an adapter on top of it could not be fused. Train on its base.",
-        )
-    # An adapter merged by addition left an ordinary base.
-    model = Model(model.config.replace(remat=run.train.remat), model.params, model.tokenizer, model.source)
-    plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
-    require_fit(run, model)
-    return model
-
-
-def require_fit(run: RunConfig, model: Model) -> None:
-    """ConfigError for a model without a tokenizer, or with less context than the longest of data.lengths."""
-    require(
-        model.tokenizer is not None,
-        f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.",
-    )
-    longest, limit = max(run.data.lengths), model.config.max_position_embeddings
-    require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
 
 
 def _fresh_state(run: RunConfig, model: Model) -> TrainState:
@@ -148,13 +126,14 @@ def train(
       SaveError: a checkpoint could not be written; the ones before it are intact.
     """
     started, env = time.perf_counter(), environment()  # the commit that runs, not the one checked out when it ends
-    workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else Path(workdir)
+    workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else local_path(workdir, "workdir")
     require_installed(run.train.report_to)
+    hosts.require_shared(workdir)
     run, changed = adopt(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
     run = _same_day(run)
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh, devices)
-    model = model or load_base(run, mesh)
+    model = load_base(run, mesh) if model is None else as_base(run, model)
     loaded = time.perf_counter()
     train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data)
     examples = len(train_set)
@@ -318,22 +297,41 @@ def export_run(
 ) -> dict[str, Any]:
     """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or "peft", LoRA adapters. Returns what was written.
 
-    For "hf" the report says how far the export's logits are from the fused model's in float32, on held-out prompts: max and mean |dlogit|, and
-    top-1 agreement.
+    For "hf" the report says how far the export's logits are from the fused model's in float32: max and mean |dlogit|, and top-1 agreement, on the
+    prompts of held-out rows or, where the data is gone, on built-in texts ("gap_prompts" says which).
     """
+    local_path(out, "out")
+    require(format in ("hf", "peft"), f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")
     run, model, adapters, step = load_run(workdir, checkpoint)
     if format == "peft":
         return save_peft(out, model, run.adapter, adapters)
-    require(format == "hf", f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")
     fused = fuse(model, run.adapter, adapters)
     card = {"task": run.data.task, "steps": step, "trainable parameters": count_params(model.config, run.adapter)}
     trained = json.loads(path.read_text(encoding="utf-8")) if (path := Path(workdir) / REPORT_FILE).is_file() else {}
     if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
         card[f"{run.eval.split} loss"] = loss
+    prompts, origin = _gap_prompts(run, model)  # before anything is written
     report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
-    examples = fit_documents(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, run.data.lengths[-1], run.data.date)
-    prompts = encode_prompts(examples, model.tokenizer, run.data.prompt_style, run.data.date)
-    return report | export_gap(fused, out, prompts)
+    return report | {"gap_prompts": origin} | export_gap(fused, out, prompts)
+
+
+_GAP_TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "A baker has 24 boxes with 13 cakes each and sells 57 of them. How many are left?",
+    "def add(a, b):\n    return a + b\n",
+    "Question: which of these is a liquid at room temperature?\nA. iron\nB. water\nC. salt\nAnswer: B",
+)
+
+
+def _gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
+    """Token ids to compare logits on, and what they are: those of 8 held-out rows, or of built-in texts where the run's data cannot be read."""
+    data = run.data
+    try:
+        examples = fit_documents(load_mixture(data, run.eval.split, 8), model.tokenizer, data.prompt_style, data.lengths[-1], data.date)
+        return encode_prompts(examples, model.tokenizer, data.prompt_style, data.date), f"{len(examples)} held-out rows"
+    except (ConfigError, OSError) as error:
+        log.warning("the export is compared on built-in texts, as the run's held-out rows cannot be read: %s", error)
+        return encode_prompt_texts(model.tokenizer, _GAP_TEXTS), f"{len(_GAP_TEXTS)} built-in texts"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax import trees
+from zflora_jax.base import require_fit
 from zflora_jax.config import EvalConfig, RunConfig
 from zflora_jax.contamination import contaminated, questions
 from zflora_jax.data.dates import dated
@@ -20,8 +21,8 @@ from zflora_jax.data.tasks import GROUPS, Example, get_task
 from zflora_jax.evals import Record, generation_records, group_scores, held_out_loss, likelihood_records, scores_of
 from zflora_jax.fields import require, to_dict
 from zflora_jax.model import Model
-from zflora_jax.report import atomic_write, environment, markdown_table, write_json
-from zflora_jax.run import progress_bar, require_fit
+from zflora_jax.report import atomic_write, environment, local_path, markdown_table, write_json
+from zflora_jax.run import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def _evaluate(
     run: RunConfig, model: Model, out: str | Path | None, seen: frozenset[str] | None, console: bool
 ) -> tuple[dict[str, Any], list[Record], list[Path]]:
     """The result, the records, and the files of finished batches, for the caller to remove when all that it evaluates is done."""
+    out = None if out is None else local_path(out, "out")
     started, env, evaluation, run = time.perf_counter(), environment(), run.eval, dated(run)
     require_fit(run, model)
     mixture = load_mixture(run.data, evaluation.split, None if evaluation.clean_only else evaluation.limit)
@@ -63,7 +65,7 @@ def _evaluate(
     kept = [i for i, mark in enumerate(marks) if not (mark and evaluation.clean_only)][: evaluation.limit]
     require(bool(kept), f"{name}: every question of its {evaluation.split} split is in the training data, so eval.clean_only=True leaves none.")
     examples = [mixture[i] for i in kept]
-    result: dict[str, Any] = {"task": name, "split": evaluation.split, "rows": len(examples)}
+    result: dict[str, Any] = {"task": name, "split": evaluation.split, "rows": len(examples), "dtype": model.config.dtype}
     records: list[Record] = [
         {"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target} for i, e in zip(kept, examples, strict=True)
     ]
@@ -135,7 +137,7 @@ def evaluate_tasks(
     Task files are <out>/<task>-<split>-<label>.json and .jsonl. Stopped, it goes on where it was, whichever task that is. Returns what the
     summary's JSON holds. ConfigError where `out` holds a summary of that name of another model or of other settings, unless it is to be replaced.
     """
-    out, env, run = Path(out), environment(), dated(run)
+    out, env, run = local_path(out, "out"), environment(), dated(run)
     check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
     origin = {"model": trees.fingerprint(model.params), "data.prompt_style": run.data.prompt_style}

@@ -30,7 +30,14 @@ Batch = Mapping[str, Any]  # tokens int32, loss_mask bool, segments int32, each 
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient was NaN or infinite; nothing was saved from that step on."""
+    """A loss, a gradient or an update was NaN or infinite; no such state was saved."""
+
+
+def non_finite(what: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{what}; training stopped, the last checkpoint is from an earlier step and intact. "
+        "Try a lower learning rate, or float32 instead of bfloat16."
+    )
 
 
 @flax.struct.dataclass
@@ -81,7 +88,8 @@ def make_train_step(
     the result does not depend on `accumulate` (but for what drops out).
     state_sharding: where the new state lies (sharding.state_shardings), None on one device.
     seed: of the adapter's dropout; what a micro-batch drops follows from it, the step and the micro-batch's number alone.
-    metrics: loss (mean per token), tokens, grad_norm (before clipping), learning_rate: float32 scalars.
+    metrics: loss (mean per token), tokens, grad_norm (before clipping), learning_rate, and finite, 1 where the new adapters are all numbers and
+    0 elsewhere: float32 scalars.
     """
     optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
 
@@ -110,7 +118,9 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats with int32 counters; our own code also runs under "strict"
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
             adapters, norm, rate = optax.apply_updates(state.adapters, updates), optax.tree.norm(grads), schedule(state.step)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(adapters)]).all().astype(jnp.float32)
         metrics = {"loss": loss / jnp.maximum(tokens, 1.0), "tokens": tokens, "grad_norm": norm, "learning_rate": jnp.asarray(rate, jnp.float32)}
+        metrics["finite"] = finite
         return TrainState(state.step + 1, adapters, opt_state), metrics
 
     return train_step
@@ -154,10 +164,9 @@ def fit(
         pending = None
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                raise NonFiniteError(
-                    f"{name} is {metrics[name]} at step {number}; training stopped, the last checkpoint is from an earlier step and intact. "
-                    "Try a lower learning rate, or float32 instead of bfloat16."
-                )
+                raise non_finite(f"{name} is {metrics[name]} at step {number}")
+        if not metrics.pop("finite", 1.0):
+            raise non_finite(f"the adapters are NaN or infinite after the update of step {number}")
         idle, waited = waited, 0.0
         on_metrics(number, metrics | {"wait_seconds": idle})
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from zflora_jax.decode import padded_length
 from zflora_jax.fields import require
+from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
@@ -25,6 +26,9 @@ def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str
 
     Returns:
       {"max_abs_dlogit", "mean_abs_dlogit", "logit_scale": largest |logit|, "top1_agreement": share of positions whose likeliest token agrees}.
+
+    Raises:
+      CheckpointError: NaN or infinite logits on either side.
     """
     import jax.numpy as jnp
 
@@ -37,6 +41,10 @@ def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str
         tokens = jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
         valid = jnp.arange(length)[None] < len(ids)
         a, b = (np.asarray(forward(m, tokens, valid=valid))[:, : len(ids)] for m in (exact, export))
+        for what, found in (("model in memory", a), (f"export at {path}", b)):
+            if not np.isfinite(found).all():
+                advice = "export in float32 or bfloat16" if found is b else "the model itself is damaged, or trained with too high a learning rate"
+                raise CheckpointError(f"logits of the {what} are NaN or infinite, so the export is not to be used: {advice}.")
         gap = np.abs(a - b)
         worst, total, scale = max(worst, float(gap.max())), total + float(gap.sum(dtype=np.float64)), max(scale, float(np.abs(a).max()))
         same, logits, positions = same + int((a.argmax(-1) == b.argmax(-1)).sum()), logits + gap.size, positions + len(ids)

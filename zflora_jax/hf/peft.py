@@ -25,7 +25,7 @@ from zflora_jax.hf.keys import LAYER_NAMES, CheckpointError, as_finite
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.model import Model
-from zflora_jax.report import write_json
+from zflora_jax.report import local_path, write_json
 
 CONFIG, WEIGHTS, WRITER = "adapter_config.json", "adapter_model.safetensors", "zflora_jax"
 
@@ -87,6 +87,7 @@ def save_peft(path: str | os.PathLike[str], model: Model, adapter: AdapterConfig
     """
     from safetensors.numpy import save_file
 
+    target = local_path(path, "export directory").expanduser().resolve()
     if adapter.method != "lora":
         raise ConfigError(
             f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the adapter into the model and use save_hf."
@@ -117,7 +118,6 @@ def save_peft(path: str | os.PathLike[str], model: Model, adapter: AdapterConfig
         "target_modules": sorted(f"{kernel}_proj" for kernel in kernels),
         "task_type": "CAUSAL_LM",
     }
-    target = Path(path).expanduser().resolve()
     with whole_directory(target, _own_files) as staging:
         write_json(staging / CONFIG, settings)
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "writer": WRITER})

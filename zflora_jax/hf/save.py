@@ -23,7 +23,7 @@ from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERS
 from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.stock import EPS_Z, StockForm, module_of, native_tensors, stock_form, to_stock
 from zflora_jax.model import Model, param_shapes
-from zflora_jax.report import write_json
+from zflora_jax.report import local_path, write_json
 
 
 def save_hf(
@@ -55,7 +55,7 @@ def save_hf(
     Raises:
       ConfigError: a packed model, an unknown dtype. CheckpointError: values not finite (in `dtype`), or a directory that is not ours to replace.
     """
-    target = Path(path).expanduser().resolve()
+    target = local_path(path, "export directory").expanduser().resolve()
     dtype = dtype or str(trees.flatten(model.params)["embed/embedding"].dtype)
     require(dtype in EPS_Z, f"dtype={dtype!r}: exports are {', '.join(EPS_Z)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")

@@ -1,0 +1,87 @@
+"""A model that is handed to `train` meets the run's settings, as a loaded one does."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from conftest import perturb, tiny_model
+
+from zflora_jax import run as runs
+from zflora_jax.adapters.fuse import fuse, pack
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.base import as_base
+from zflora_jax.config import METHODS, AdapterConfig
+from zflora_jax.fields import ConfigError, override
+from zflora_jax.hf.load import load_model
+from zflora_jax.model import Model
+
+
+def fused(model: Model, method: str) -> Model:
+    adapter = AdapterConfig(method, rank=4)
+    return fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter)))
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.in_place == "none"])
+def test_a_fused_model_is_refused_by_name(run, base_dir, tmp_path, method):
+    with pytest.raises(ConfigError, match=rf"has {method} fused in; an adapter on top of it could not be fused"):
+        runs.train(run, tmp_path / "run", model=fused(load_model(base_dir), method), console=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_merged_model_is_an_ordinary_base(run, base_dir):
+    base = as_base(run, fused(load_model(base_dir), "lora"))
+    assert base.adapter is None
+
+
+def test_forms_that_cannot_be_trained_are_refused(run, base_dir):
+    model = load_model(base_dir)
+    with pytest.raises(ConfigError, match="packed for decoding"):
+        as_base(run, pack(model))
+    with pytest.raises(ConfigError, match=r"a tree per layer.*without scan_layers=False"):
+        as_base(run, load_model(base_dir, scan_layers=False))
+    model.tokenizer = None
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+        as_base(run, model)
+    with pytest.raises(ConfigError, match="beyond the model's context"):
+        as_base(override(run, {"data.lengths": [1024]}), load_model(base_dir))
+
+
+def test_another_dtype_is_refused_with_both_and_the_fix(run, base_dir):
+    model, narrow = load_model(base_dir), load_model(base_dir, dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"params are bfloat16, and train\.dtype is float32: load it with load_model\(..., dtype='float32'\)"):
+        as_base(run, narrow)
+    with pytest.raises(ConfigError, match=r"params are float32, and train\.dtype is bfloat16"):
+        as_base(override(run, {"train.dtype": "bfloat16"}), model)
+    mixed = Model(model.config.replace(dtype="bfloat16"), model.params, model.tokenizer)
+    with pytest.raises(ConfigError, match=r"activations are bfloat16, and train\.dtype is float32"):
+        as_base(run, mixed)
+    assert as_base(override(run, {"train.dtype": "bfloat16"}), narrow).config.dtype == "bfloat16"
+
+
+def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
+    """The step is made for it, not for what the model was loaded with."""
+    seen = []
+    real = runs.make_train_step
+    monkeypatch.setattr(runs, "make_train_step", lambda config, *rest: (seen.append(config.remat), real(config, *rest))[1])
+    run = override(run, {"train.steps": 3, "train.remat": True})
+    runs.train(run, tmp_path / "run", model=load_model(base_dir), console=False)
+    assert seen == [True]
+
+
+def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, monkeypatch):
+    as_base(run, load_model(base_dir))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(base_dir)
+    as_base(override(run, {"model": "link"}), load_model(base_dir))
+    model = load_model(base_dir)
+    model.source = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    as_base(override(run, {"model": "smollm2-135m"}), model)
+    assert caplog.text == ""
+    as_base(run, model)
+    assert f"the base was loaded from HuggingFaceTB/SmolLM2-135M-Instruct, but the run says model={base_dir}" in caplog.text
+
+
+def test_a_model_made_in_memory_has_no_source(run, caplog):
+    model = tiny_model(max_position_embeddings=512)
+    model.tokenizer = load_model(run.model).tokenizer
+    assert as_base(run, model).source is None and caplog.text == ""

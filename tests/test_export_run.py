@@ -1,0 +1,53 @@
+"""Exporting a run: what can fail does so before anything is written, and data that is gone is nothing that has to fail."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from zflora_jax import cli
+from zflora_jax import run as runs
+from zflora_jax.fields import ConfigError, override
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, base_dir):
+    """(workdir, data directory) of a run on JSON files."""
+    from conftest import small_run
+
+    folder = tmp_path_factory.mktemp("own")
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"} for i in range(40)]
+    (folder / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / "data" / f"{split}.json").write_text(json.dumps(rows))
+    changes = {"data.task": "json", "data.data_dir": str(folder / "data"), "train.steps": 3, "eval.limit": 4}
+    runs.train(override(small_run(base_dir), changes), folder / "run", console=False)
+    return folder / "run", folder / "data"
+
+
+def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, capsys):
+    workdir, data = trained
+    report = runs.export_run(workdir, tmp_path / "with")
+    assert report["gap_prompts"] == "8 held-out rows" and report["top1_agreement"] == 1.0 and caplog.text == ""
+    data.rename(data.with_name("moved"))
+    try:
+        assert cli.main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "without")]) == 0
+        report = runs.export_run(workdir, tmp_path / "without")
+    finally:
+        data.with_name("moved").rename(data)
+    assert report["gap_prompts"] == "4 built-in texts" and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
+    assert "the export is compared on built-in texts, as the run's held-out rows cannot be read" in caplog.text
+    assert {p.name for p in (tmp_path / "with").iterdir()} == {p.name for p in (tmp_path / "without").iterdir()}
+    assert "gap_prompts" in capsys.readouterr().out
+
+
+def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):
+    workdir, _ = trained
+    monkeypatch.setattr(runs, "load_mixture", lambda *_: 1 / 0)  # as a fault of ours would
+    with pytest.raises(ZeroDivisionError):
+        runs.export_run(workdir, tmp_path / "out")
+    monkeypatch.setattr(runs, "load_run", lambda *_: pytest.fail("a format is refused before anything is loaded"))
+    with pytest.raises(ConfigError, match="format='gguf'"):
+        runs.export_run(workdir, tmp_path / "out", format="gguf")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,132 @@
+"""NaN is never taken for a good number: in an export's gap, the last update, held-out losses, likelihoods and choices among losses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import EVAL, tiny_model
+
+from zflora_jax import compare, evals, quickstart, trees
+from zflora_jax import run as runs
+from zflora_jax.checkpoint import Checkpoints
+from zflora_jax.config import AdapterConfig
+from zflora_jax.data.tasks import Example
+from zflora_jax.evals import likelihood_records
+from zflora_jax.fields import ConfigError, override
+from zflora_jax.hf import gap as gap_module
+from zflora_jax.hf.gap import export_gap
+from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.hf.save import save_hf
+from zflora_jax.model import Model
+from zflora_jax.trainer import NonFiniteError
+
+TOKENS = [[5, 6, 7, 8]]
+
+
+def spoilt(model: Model, value: float = np.nan) -> Model:
+    """`model` with one number replaced."""
+    params = trees.map_with_names(lambda name, x: x.at[0].set(value) if name == "final_norm/scale" else x, model.params)
+    return dataclasses.replace(model, params=params)
+
+
+# --- the export ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_gap_to_no_numbers_is_an_error(tmp_path, monkeypatch, value):
+    model = tiny_model()
+    save_hf(tmp_path / "out", model)
+    assert export_gap(model, tmp_path / "out", TOKENS)["max_abs_dlogit"] < 1e-4
+    with pytest.raises(CheckpointError, match="logits of the model in memory are NaN or infinite"):
+        export_gap(spoilt(model, value), tmp_path / "out", TOKENS)
+    monkeypatch.setattr(gap_module, "load_stock", lambda *_: spoilt(model, value))
+    with pytest.raises(CheckpointError, match=r"logits of the export at .*out are NaN or infinite, so the export is not to be used"):
+        export_gap(model, tmp_path / "out", TOKENS)
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def spoil_update(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Updates leave a number that is none, with a loss and a gradient that are."""
+    real = optax.apply_updates
+
+    def apply(adapters, updates):
+        adapters = real(adapters, updates)
+        first, *rest = jax.tree.leaves(adapters)
+        first = first.ravel().at[0].set(np.float32(value)).reshape(first.shape)
+        return jax.tree.unflatten(jax.tree.structure(adapters), [first, *rest])
+
+    monkeypatch.setattr("optax.apply_updates", apply)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_last_update_that_is_no_number_is_not_the_result(run, tmp_path, monkeypatch, value):
+    """The loss before it is fine, so nothing else would notice."""
+    run = override(run, {"train.steps": 1, "optim.warmup_steps": 0, "train.loss_chunk": 96 + (value > 0)})  # programs of its own
+    with monkeypatch.context() as patch:
+        spoil_update(patch, value)
+        with pytest.raises(NonFiniteError, match="the adapters are NaN or infinite after the update of step 1; training stopped"):
+            runs.train(run, tmp_path, console=False)
+    with Checkpoints(tmp_path, create=False) as checkpoints:
+        assert checkpoints.latest is None
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evals, "eval_step", lambda *_: (np.float32("nan"), np.float32(1)))
+    with pytest.raises(NonFiniteError, match="the held-out loss is nan"):
+        runs.train(override(run, {"train.steps": 3}), tmp_path, console=False)
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_metrics_hold_no_flag(run, tmp_path):
+    from zflora_jax.metrics import read_metrics
+
+    runs.train(override(run, {"train.steps": 3}), tmp_path, console=False)
+    assert all("finite" not in record for record in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+# --- choices ------------------------------------------------------------------------------------------------------------
+
+
+def test_likelihoods_that_are_no_numbers_choose_no_option(model, arc, monkeypatch):
+    rows = [Example("q", "a", "a", options=("a", "b")), Example("q", "b", "b", options=("a", "b"))]
+    monkeypatch.setattr(evals, "option_log_likelihoods", lambda *_, **__: [np.asarray([-1.0, np.nan]), np.asarray([-1.0, -2.0])])
+    with pytest.raises(NonFiniteError, match="log-likelihoods are NaN or infinite"):
+        likelihood_records(model, rows, arc, EVAL)
+
+
+def test_the_best_checkpoint_has_a_loss(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step, loss in ((1, float("nan")), (2, 3.0), (3, 2.5)):
+            checkpoints.save(step, {"leaf": jax.numpy.zeros(4)}, {"loss": loss})
+    with Checkpoints(tmp_path, keep=3, create=False) as checkpoints:
+        assert checkpoints.best == 3
+
+
+def test_a_rate_whose_loss_is_no_number_is_not_picked(run, tmp_path, monkeypatch):
+    plan = compare.Comparison("plan", run, {"lora": AdapterConfig("lora", rank=4)}, (1e-1, 1e-3), (0,))
+    losses = {1e-1: float("nan"), 1e-3: 2.0}
+
+    def made(plan, run, *_):
+        return {"validation_loss": losses[run.optim.learning_rate], "test_loss": 2.0, "seconds": 1.0}
+
+    monkeypatch.setattr(compare, "_run", made)
+    monkeypatch.setattr(compare, "_loss", lambda *_: {"loss": 3.0})
+    result = compare.compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert result["rows"][0]["learning rate"] == 1e-3
+    losses[1e-3] = float("inf")
+    with pytest.raises(ConfigError, match="diverged at every learning rate"):
+        compare.compare_methods(plan, tmp_path / "runs", tmp_path / "other", console=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fused_model_of_no_numbers_is_not_equal(tmp_path, dtype):
+    quickstart._require_equal({"max_abs_dlogit": 1e-6, "logit_scale": 1.0}, dtype, tmp_path)
+    with pytest.raises(ConfigError, match="fused and adapted logits differ by nan"):
+        quickstart._require_equal({"max_abs_dlogit": float("nan"), "logit_scale": float("nan")}, dtype, tmp_path)

@@ -1,0 +1,87 @@
+"""Where results may be written: local directories. A URL is refused at the start, not made into a directory called "gs:"."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+from zflora_jax import cli
+from zflora_jax import run as runs
+from zflora_jax.compare import Comparison, compare_methods
+from zflora_jax.config import AdapterConfig
+from zflora_jax.fields import ConfigError
+from zflora_jax.grid import run_grid
+from zflora_jax.hf.peft import save_peft
+from zflora_jax.hf.save import save_hf
+from zflora_jax.quickstart import quickstart
+from zflora_jax.report import local_path
+from zflora_jax.scorecard import evaluate, evaluate_tasks
+
+URL = "gs://bucket/run"
+CONFIG = "from zflora_jax import RunConfig\ndef get_config():\n    return RunConfig()\n"
+
+
+@pytest.fixture(autouse=True)
+def empty(tmp_path, monkeypatch):
+    """Nothing at all may be made in the working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("path", [URL, "s3://b", "hdfs://host:1/x", "file:///tmp/x", Path(URL)])
+def test_urls_are_refused(path):
+    with pytest.raises(ConfigError, match=r"workdir .* is a URL: object storage is not supported yet\. Give a directory"):
+        local_path(path, "workdir")
+
+
+@pytest.mark.parametrize("path", ["runs/a", "/tmp/a b", "C:/runs", "~/x", "a:b", "./gs://bucket", Path("runs")])
+def test_local_paths_are_taken(path):
+    assert local_path(path, "workdir") == Path(path)
+
+
+def test_every_function_that_writes(run):
+    model, adapter = tiny_model(), AdapterConfig("lora", rank=4)
+    plan = Comparison("plan", run, {"lora": adapter}, (1e-3,), (0,))
+    calls = [
+        lambda: runs.train(run, URL),
+        lambda: runs.export_run("nowhere", URL),
+        lambda: run_grid(run, {"train.seed": [1]}, URL),
+        lambda: compare_methods(plan, URL, "results"),
+        lambda: compare_methods(plan, "runs", URL),
+        lambda: evaluate(run, model, out=URL),
+        lambda: evaluate_tasks(run, model, ["arithmetic"], URL, "label"),
+        lambda: quickstart(run, URL),
+        lambda: save_hf(URL, model),
+        lambda: save_peft(URL, model, adapter, {}),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match="is a URL: object storage is not supported yet"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--config", "CONFIG", "--workdir", URL],
+        ["train", "--resume", "--workdir", URL],
+        ["sweep", "--config", "CONFIG", "--workdir", URL],
+        ["sweep", "--config", "CONFIG", "--workdir", "runs", "--out", URL],
+        ["eval", "--model", "nowhere", "--out", URL],
+        ["export", "--workdir", "nowhere", "--out", URL],
+        ["plan", "--config", "CONFIG", "--out", URL],
+        ["plot", "runs", "--out", URL],
+        ["quickstart", "--workdir", URL],
+        ["bench", "latency", "--out", URL],
+        ["bench", "train", "--out", URL],
+    ],
+)
+def test_every_command_that_writes(command, tmp_path, capsys):
+    (tmp_path / "config.py").write_text(CONFIG)
+    assert cli.main([str(tmp_path / "config.py") if word == "CONFIG" else word for word in command]) == 2
+    assert f"{URL} is a URL" in capsys.readouterr().err
