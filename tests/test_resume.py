@@ -142,7 +142,7 @@ def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
     monkeypatch.setattr(runs, "environment", lambda: {"commit": "another"})
     after = quiet_train(run, workdir).report
     assert plain(after) == json.loads(path.read_text())
-    lost = {"load_seconds", "data_seconds", "first_step_seconds", "data_wait_share", "seconds"}
+    lost = {"resumed_from", "load_seconds", "data_seconds", "first_step_seconds", "data_wait_share", "seconds"}
     assert {key for key in before if before[key] != after.get(key)} <= lost
     assert after["environment"] == before["environment"] and 0 < after["seconds"] <= before["seconds"]
 

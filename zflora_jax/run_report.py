@@ -39,10 +39,10 @@ def finished_report(
     stored = _read(path)
     if stored is None or any(stored.get(key) != value for key, value in {"steps": run.train.steps, **_identity(facts)}.items()):
         trained = [start for start in read_starts(workdir) if start.get("step", run.train.steps) < run.train.steps]
-        start = dict(trained[-1]) if trained else {"step": run.train.steps, **env}
-        start.pop("changed", None)
-        origin = {"steps": run.train.steps, "resumed_from": start.pop("step"), "processes": start.pop("processes", 1)}
-        report = facts | origin | {"seconds": seconds, "environment": start} | loss_fields(run, evaluate())
+        start = trained[-1] if trained else env
+        origin = {"steps": run.train.steps, "resumed_from": run.train.steps, "processes": start.get("processes", 1)}
+        environment = {key: value for key, value in start.items() if key not in ("step", "changed", "processes")}
+        report = facts | origin | {"seconds": seconds, "environment": environment} | loss_fields(run, evaluate())
     else:
         now, then = to_dict(run.eval), stored["config"]["eval"]
         same = all(now[key] == then.get(key) for key in ("split", "limit"))
