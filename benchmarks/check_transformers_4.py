@@ -37,7 +37,7 @@ def measure(directory: Path, prompts_file: Path, out: Path) -> None:
     import transformers
 
     torch.set_num_threads(1)  # one order of summation in both releases; and threads that wait for each other are slow beside other work
-    prompts = json.loads(prompts_file.read_text())
+    prompts = json.loads(prompts_file.read_text(encoding="utf-8"))
     loader = transformers.AutoModelForCausalLM.from_pretrained
     dtype = {"dtype": torch.float32} if int(transformers.__version__.split(".")[0]) >= 5 else {"torch_dtype": torch.float32}
     model = loader(directory, **dtype).eval()
@@ -136,7 +136,7 @@ def main() -> None:
     for method in ["base", *METHODS]:
         with tempfile.TemporaryDirectory() as folder:
             prompts_file, directory = Path(folder, "prompts.json"), Path(folder, "export")
-            prompts_file.write_text(json.dumps(prompts))
+            prompts_file.write_text(json.dumps(prompts), encoding="utf-8")
             model = fused(base, method, args.rank, args.std)
             save_hf(directory, model)
             five, four = (run(p, directory, prompts_file, Path(folder, "out.npz")) for p in (sys.executable, args.python))

@@ -126,7 +126,7 @@ def main() -> None:
         parser.error(f"--results {folder} is no directory: give the one that the benchmarks wrote their JSON to")
     for name, read in SOURCES.items():
         if (file := folder / f"{name}.json").is_file():
-            rows += read(json.loads(file.read_text()))
+            rows += read(json.loads(file.read_text(encoding="utf-8")))
         else:
             missing.append(f"{name}.json is missing")
     for one in rows:
@@ -137,7 +137,7 @@ def main() -> None:
         else:
             one.pop("why not", None)
     if (file := folder / "gpu/gpu.json").is_file():
-        gpu = json.loads(file.read_text())
+        gpu = json.loads(file.read_text(encoding="utf-8"))
         env = gpu["environment"]
         rows += [one | {"command": env["command"], "commit": commit_of(env), "device": env["device"]} for one in gpu["targets"]]
     else:

@@ -55,7 +55,7 @@ def first_step(workdir: Path) -> dict[str, float]:
     total = time.perf_counter() - start
     if process.wait(timeout=600) != 0:
         raise RuntimeError(f"train.py ended with {process.returncode}")
-    report = json.loads((workdir / "report.json").read_text())
+    report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     parts = {"load": report["load_seconds"], "tokenise the data": report["data_seconds"]}
     parts["compile and run"] = report["first_step_seconds"] - sum(parts.values())
     return {"import": total - report["first_step_seconds"], **parts, "total": total}

@@ -100,6 +100,9 @@ def test_a_comparison_takes_its_rates_from_another(base, tmp_path, monkeypatch):
 
     with pytest.raises(ConfigError, match="rates_from='first': it must be another comparison, over the same methods"):
         dataclasses.replace(second, methods={"lora": AdapterConfig("lora", rank=3)})
+    for key, value in (("model", "smollm2-135m"), ("train.dtype", "bfloat16")):  # the rates would be chosen on another base than is loaded
+        with pytest.raises(ConfigError, match=rf"rates_from='first': its {key} is .*, and this one's '{value}'"):
+            dataclasses.replace(second, base=override(second.base, {key: value}))
 
 
 def test_a_comparison_waits_for_a_run_that_another_process_trains(base, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""The day that a chat template is told is a setting of the run: not the clock of whoever resumes, evaluates or chats."""
+"""What data must not depend on: the clock (the day that a chat template is told is a setting of the run), and the locale."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import datetime
 import json
@@ -25,6 +26,8 @@ from zflora_jax.fields import ConfigError, override
 from zflora_jax.hosts import Stopped, StopSignals
 from zflora_jax.scorecard import evaluate
 from zflora_jax.text import generate
+
+ROOT = Path(__file__).parent.parent
 
 # As Llama 3.2's: the date stands in a system turn that every conversation begins with.
 TEMPLATE = (
@@ -201,3 +204,24 @@ def test_examples_cut_to_fit_are_cut_for_their_own_day(run, clock):
     for day in ("2026-02-02", "2026-02-04"):  # Monday, Wednesday
         [prompt] = encode_prompts(fit_documents([example], tokenizer, "chat", 60, day), tokenizer, "chat", day)
         assert len(prompt) == 60
+
+
+# --- the locale -----------------------------------------------------------------------------------------------------
+
+
+def without_encoding(code: str) -> list[str]:
+    """The calls that read or write text in the encoding of the locale."""
+    found = []
+    for node in (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        binary = any(isinstance(a, ast.Constant) and isinstance(a.value, str) and "b" in a.value for a in node.args)
+        opens = isinstance(node.func, ast.Name) and name == "open" and not binary
+        if (opens or name in ("read_text", "write_text")) and not any(word.arg == "encoding" for word in node.keywords):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("folder", ["zflora_jax", "tools", "benchmarks", "configs"])
+def test_text_files_are_utf_8_whatever_the_locale(folder):
+    assert without_encoding("open(p); p.read_text(); open(p, 'wb'); p.write_text(s, encoding='utf-8')") == ["open(p)", "p.read_text()"]
+    assert {str(p): calls for p in (ROOT / folder).rglob("*.py") if (calls := without_encoding(p.read_text(encoding="utf-8")))} == {}

@@ -134,9 +134,9 @@ def write_tasks(folder: Path) -> None:
         f"generation_kwargs: {{until: [], do_sample: false, max_gen_toks: {NEW_TOKENS}}}",
     }
     for kind, output_type in (("choice", "multiple_choice"), ("text", "generate_until")):
-        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[kind]))
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[kind]), encoding="utf-8")
         path = str((folder / f"{kind}.jsonl").resolve())
-        (folder / f"{kind}.yaml").write_text(TASK.format(kind=kind, rows=path, output_type=output_type, rest=rest[kind]))
+        (folder / f"{kind}.yaml").write_text(TASK.format(kind=kind, rows=path, output_type=output_type, rest=rest[kind]), encoding="utf-8")
 
 
 def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def main() -> None:
     for method in ("base", *METHODS):
         model, export, gguf = fused(base, method, RANK, STD), args.dir / "exports" / method, args.dir / "exports" / f"{method}.gguf"
         save_hf(export, model)
-        shape = json.loads((export / "config.json").read_text())
+        shape = json.loads((export / "config.json").read_text(encoding="utf-8"))
         want = ours(model, ids)
         found = {
             "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),

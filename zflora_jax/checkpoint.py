@@ -154,7 +154,7 @@ def locked(workdir: str | Path) -> Iterator[None]:
 
     On a file system without locks nothing is held, and a warning says so.
     """
-    with open(Path(workdir) / ".lock", "w") as file:
+    with open(Path(workdir) / ".lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

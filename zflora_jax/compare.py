@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import operator
 import statistics
 import time
 from collections import Counter
@@ -72,6 +73,9 @@ class Comparison:
         if (other := self.rates_from) is not None:
             same = all(other.methods.get(label) == adapter for label, adapter in self.methods.items())
             require(same and other.name != self.name, f"comparison.rates_from={other.name!r}: it must be another comparison, over the same methods.")
+            for key in ("model", "train.dtype"):  # its choosing runs are made on the base that is loaded for this one
+                own, its = (operator.attrgetter(key)(plan.base) for plan in (self, other))
+                require(own == its, f"comparison.rates_from={other.name!r}: its {key} is {its!r}, and this one's {own!r}; give one for both.")
         steps, warmup, whole = self.pick_steps, self.base.optim.warmup_steps, self.base.train.steps
         require(
             steps is None or warmup < steps <= whole,

@@ -128,7 +128,8 @@ def _cpu_model() -> str | None:
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor() or None
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", info.read_text().split("\n\n")[0], re.MULTILINE))
+    text = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
     parts = [f"{short}{found[name]}" for name, short in (("model name", ""), ("cpu family", "family "), ("model", "model ")) if name in found]
     return ", ".join(parts) or platform.machine() or None
 

@@ -68,7 +68,7 @@ class WandbLike:
         remembered = workdir / RUN_ID
         if start_step == 0 or not remembered.is_file():  # a run from the start is another run
             atomic_write(remembered, secrets.token_hex(4).encode())
-        identity = remembered.read_text()
+        identity = remembered.read_text(encoding="utf-8")
         settings: dict[str, Any] = {"name": f"{workdir.resolve().name}-{identity}", "config": dict(config), "resume": "allow"}
         if package == "wandb":
             settings |= {"id": identity, "dir": str(workdir), "reinit": "create_new"}  # runs of a sweep may train side by side
