@@ -19,7 +19,8 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-from zflora_jax.adapters.methods import count_params, kernel_shapes
+from zflora_jax.adapters.init import adapter_shapes
+from zflora_jax.adapters.methods import kernel_shapes
 from zflora_jax.config import AdapterConfig, DataConfig, LlamaConfig, MeshConfig, RunConfig, TrainConfig, preset
 from zflora_jax.planner import compiled_step
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
@@ -96,7 +97,7 @@ def formula(config: LlamaConfig, adapter: AdapterConfig, mesh: MeshConfig) -> in
     share = (mesh.fsdp - 1) / mesh.fsdp
     chunks = -(-ROWS * LENGTH // 256)
     gathered = share * width * (2 * config.num_layers * layer + (1 + 2 * chunks) * head) / mesh.tensor
-    gradients = 2 * (rows - 1) / rows * 4 * count_params(config, adapter)
+    gradients = 2 * (rows - 1) / rows * 4 * sum(map(math.prod, adapter_shapes(config, adapter).values()))
     stream = ROWS * LENGTH * config.hidden_size * width
     summed = 2 * (mesh.tensor - 1) / mesh.tensor * 4 * config.num_layers * stream
     return int(gathered + gradients + summed)

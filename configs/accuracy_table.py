@@ -12,9 +12,8 @@ places, the scale, LoRA+.
 
 from dataclasses import replace
 
-from zflora_jax.adapters.methods import count_params, rank_for_budget
 from zflora_jax.compare import Comparison
-from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, preset
+from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 MODEL = "smollm2-135m"
 
@@ -64,21 +63,18 @@ READING = {
 
 
 def get_sweep() -> list[Comparison]:
-    shape = preset(MODEL)
-    lora = AdapterConfig("lora", rank=16)
-    budget = count_params(shape, lora)
-
-    def fit(method: str, **changes: object) -> AdapterConfig:
-        return rank_for_budget(shape, replace(AdapterConfig(method), **changes), budget)
-
-    minimal = fit("zflora-minimal")
+    # LoRA starts as it did when these tables were made, not as PEFT starts it.
+    # The ranks that `rank_for_budget` found nearest to LoRA's 4,884,480 parameters when it counted
+    # dead blocks too (`methods.live_layers`); without them zflora-uniform could have rank 14,
+    # attention-only zflora-minimal 110, and the state from the MLP alone 23.
+    lora, minimal = AdapterConfig("lora", rank=16, init="normal"), AdapterConfig("zflora-minimal", rank=21)
     methods = {
         "lora": lora,
         "zflora-minimal": minimal,
-        "zflora-uniform": fit("zflora-uniform", head_rank=4),
-        "ffba": fit("ffba", head_rank=4),
-        "lora-attention": fit("lora", targets="attention"),
-        "zflora-minimal-attention": fit("zflora-minimal", targets="attention"),
+        "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, head_rank=4),
+        "ffba": AdapterConfig("ffba", rank=62, head_rank=4),
+        "lora-attention": replace(lora, rank=42, targets="attention"),
+        "zflora-minimal-attention": AdapterConfig("zflora-minimal", rank=106, targets="attention"),
         "ffa": AdapterConfig("ffa", rank=16),
         "full": AdapterConfig("full"),
     }
@@ -104,7 +100,7 @@ def get_sweep() -> list[Comparison]:
         labels = {label.replace("_", "-"): adapter for label, adapter in adapters.items()}
         return Comparison(name, replace(base, optim=optim, data=replace(base.data, task=data)), labels, (1e-3,), seeds, reading=READING[name])
 
-    fewer_units, larger_scale = fit("zflora-minimal", mlp_rank=8), replace(minimal, alpha=4.0 * minimal.rank)
+    fewer_units, larger_scale = replace(minimal, rank=24, mlp_rank=8), replace(minimal, alpha=4.0 * minimal.rank)
     return [
         gsm8k,
         another("accuracy_commonsense", "arc_easy+arc_challenge+openbookqa+boolq", choices, words),
@@ -115,8 +111,8 @@ def get_sweep() -> list[Comparison]:
             base.optim,
             (0,),
             minimal_mlp_rank_8=fewer_units,
-            minimal_mlp_rank_48=fit("zflora-minimal", mlp_rank=48),
-            minimal_state_from_mlp=fit("zflora-minimal", targets="q|k|v|gate|up|down"),
+            minimal_mlp_rank_48=replace(minimal, rank=13, mlp_rank=48),
+            minimal_state_from_mlp=replace(minimal, rank=22, targets="q|k|v|gate|up|down"),
             minimal_scale_4=larger_scale,
         ),
         levers("accuracy_levers_math", base.optim, (0,), "math_data", minimal_mlp_rank_8=fewer_units, minimal_scale_4=larger_scale),

@@ -6,9 +6,8 @@ Question: does zflora-minimal reach LoRA's held-out loss at LoRA's number of par
 near 2 s.
 """
 
-from zflora_jax.adapters.methods import count_params, rank_for_budget
 from zflora_jax.compare import Comparison
-from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, preset
+from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 
 def get_sweep() -> Comparison:
@@ -19,12 +18,11 @@ def get_sweep() -> Comparison:
         train=TrainConfig(steps=200, save_every=100, log_every=10),
         eval=EvalConfig(limit=100, generate=False),
     )
-    shape = preset(base.model)
-    lora = AdapterConfig("lora", rank=16)
-    budget = count_params(shape, lora)
+    # The ranks that `rank_for_budget` found nearest to LoRA's 4,884,480 parameters when it counted
+    # dead blocks too (`methods.live_layers`); without them zflora-uniform could have rank 14.
     methods = {
-        "lora": lora,
-        "zflora-minimal": rank_for_budget(shape, AdapterConfig("zflora-minimal"), budget),
-        "zflora-uniform": rank_for_budget(shape, AdapterConfig("zflora-uniform", head_rank=4), budget),
+        "lora": AdapterConfig("lora", rank=16),
+        "zflora-minimal": AdapterConfig("zflora-minimal", rank=21),
+        "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, head_rank=4),
     }
     return Comparison("gsm8k_budget", base, methods, learning_rates=(5e-4, 1e-3, 2e-3), seeds=(0, 1))

@@ -24,8 +24,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from zflora_jax import cache, trees
+from zflora_jax.adapters.methods import live_layers
 from zflora_jax.cache import compile_cache
-from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, preset
+from zflora_jax.config import (
+    METHODS,
+    AdapterConfig,
+    DataConfig,
+    EvalConfig,
+    LlamaConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    preset,
+)
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import random_model
 from zflora_jax.model import Model
@@ -134,6 +145,17 @@ def adapter_cases() -> list[AdapterConfig]:
     cases += [AdapterConfig(m, rank=5, alpha=7.5, head_rank=16, mlp_rank=7, head_scores=s) for m in ("zflora-uniform", "ffba") for s in (True, False)]
     cases += [AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"), AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k")]
     return cases
+
+
+def dead_slices(config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree) -> list[np.ndarray]:
+    """What `live_layers` leaves out of a tree of stacked adapters: one array for each dead layer of a block."""
+    live = live_layers(config, adapter)
+    found = []
+    for name, leaf in trees.flatten(adapters).items():
+        *_, kernel, block = name.split("/")
+        alive = live[kernel][block] if kernel in live else range(config.num_layers)
+        found += [np.asarray(leaf[i]) for i in range(config.num_layers) if i not in alive]
+    return found
 
 
 def case_id(adapter: AdapterConfig) -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import adapter_cases, assert_logits_close, assert_trees_equal, case_id, perturb, tiny_model
+from conftest import adapter_cases, assert_logits_close, assert_trees_equal, case_id, dead_slices, perturb, tiny_model
 
 from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
@@ -227,7 +227,9 @@ def test_bad_adapters_refuse_to_fuse(adapter):
 def test_counts_and_configs_are_two_way(adapter):
     model = tiny_model()
     config = model.config
-    assert trees.size(init_adapters(jax.random.key(0), model, adapter)) == count_params(config, adapter)
+    adapters = init_adapters(jax.random.key(0), model, adapter)
+    dead = sum(leaf.size for leaf in dead_slices(config, adapter, adapters))
+    assert trees.size(adapters) - dead == count_params(config, adapter)
     assert base_config(fused_config(config, adapter), adapter) == config
     p = plan(config, adapter)
     assert (p.residual, p.heads, p.mlp) == tuple(

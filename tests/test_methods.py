@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_trees_equal
+from conftest import adapter_cases, assert_trees_equal, case_id, dead_slices, perturb, tiny_model
 
 from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
@@ -21,17 +21,20 @@ from zflora_jax.adapters.methods import (
     count_params,
     default_head_rank,
     fused_config,
+    live_layers,
     plan,
     rank_for_budget,
     target_kernels,
 )
-from zflora_jax.config import METHODS, PRESETS, AdapterConfig, preset
+from zflora_jax.config import METHODS, PRESETS, AdapterConfig, OptimConfig, preset
 from zflora_jax.fields import ConfigError
 from zflora_jax.layers import tile
 from zflora_jax.model import Model, param_shapes
+from zflora_jax.trainer import batch_loss, init_state, make_train_step
 
 F, FB, ALL = ("forward",), ("forward", "backward"), ("forward", "backward", "cross")
 B = ("backward",)
+OPTIM = OptimConfig(warmup_steps=0, learning_rate=1e-2, weight_decay=0.1)
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
 SMOL = preset("smollm2-135m")
 
@@ -177,7 +180,7 @@ def test_full_takes_no_targets():
     ("adapter", "count"),
     [
         (AdapterConfig("lora", rank=16), 4_884_480),
-        (AdapterConfig("zflora-minimal", rank=18, mlp_rank=24), 4_600_800),
+        (AdapterConfig("zflora-minimal", rank=18, mlp_rank=24), 4_600_800 - 18 * (576 + 2 * 192) - 18 * (1536 + 24)),
         (AdapterConfig("ffba", head_rank=8, mlp_rank=32), 4_976_640),
         (AdapterConfig("full"), 134_515_008),
     ],
@@ -185,7 +188,6 @@ def test_full_takes_no_targets():
 )
 def test_published_counts_of_smollm2_135m(adapter, count):
     assert count_params(SMOL, adapter) == count
-    assert sum(math.prod(shape) for shape in adapter_shapes(SMOL, adapter).values()) == count
 
 
 def test_zflora_uniform_counts_cross_blocks():
@@ -193,8 +195,9 @@ def test_zflora_uniform_counts_cross_blocks():
     adapter = AdapterConfig("zflora-uniform", rank=18, mlp_rank=16, head_rank=8)
     shapes = block_shapes(SMOL, adapter)
     attention_cross = 30 * sum(math.prod(shapes[kernel]["cross"]) for kernel in "qkvo")
-    assert count_params(SMOL, adapter) == 7_594_560 and attention_cross == 103_680
-    assert round((count_params(SMOL, adapter) - attention_cross) / 1e6, 2) == 7.49
+    stored = sum(math.prod(shape) for shape in adapter_shapes(SMOL, adapter).values())
+    assert stored == 7_594_560 and attention_cross == 103_680
+    assert round((stored - attention_cross) / 1e6, 2) == 7.49
 
 
 @pytest.mark.parametrize(
@@ -251,6 +254,92 @@ def test_budgets_that_cannot_be_met(adapter, budget, message):
         rank_for_budget(TINY, adapter, budget)
 
 
+# --- dead blocks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "dead"),
+    [
+        ("zflora-minimal", "all", {"q": [0], "k": [0], "v": [0], "down": [3]}),
+        ("zflora-minimal", "attention", {"q": [0], "k": [0], "v": [0], "o": [3]}),
+        ("zflora-minimal", "mlp", {"gate": [0], "up": [0], "down": [3]}),  # nothing writes before layer 0's down
+        ("zflora-minimal", "q|down", {"q": [0], "down": [3]}),
+        ("zflora-minimal", "q|o|down", {"q": [0], "o": [3], "down": [3]}),
+        ("zflora-minimal", "o|up", {}),
+        ("zflora-uniform", "all", {"q": [0], "k": [0], "v": [0], "down": [3]}),
+        ("ffba", "all", {}),
+        ("lora", "all", {}),
+        ("ffa", "all", {}),
+    ],
+)
+def test_dead_layers(method, targets, dead):
+    """Where the state is read before it is written, or written after it was last read. What stays within a layer is never dead."""
+    config, adapter = TINY.replace(num_layers=4), AdapterConfig(method, rank=6, targets=targets)
+    for kernel, names in live_layers(config, adapter).items():
+        for block, layers in names.items():
+            outside = {"q": "backward cross", "k": "backward cross", "v": "backward cross", "gate": "backward cross", "up": "backward cross"}
+            state = outside.get(kernel, "forward cross").split()
+            want = dead.get(kernel, []) if block in state else []
+            assert [i for i in range(4) if i not in layers] == want, (kernel, block)
+    assert set(live_layers(config, adapter)) == set(plan(config, adapter).blocks)
+
+
+def test_counts_of_llama_3_2_1b_by_hand():
+    """d 2048, 32 and 8 heads of 64, f 8192, 16 layers, r = m = 32: 2.0% of what is stored is dead."""
+    config, r = preset("llama-3.2-1b"), 32
+    adapter = AdapterConfig("zflora-minimal", rank=r)
+    attention, mlp = r * (2048 + 512 + 512) + 2048 * r, 2 * (2048 * r + r * 8192 + r * r) + (8192 * r + r * 2048 + r * r)
+    stored = 16 * (attention + mlp)
+    dead = r * (2048 + 512 + 512) + (8192 * r + r * r)
+    assert stored == sum(math.prod(shape) for shape in adapter_shapes(config, adapter).values()) == 18_399_232
+    assert count_params(config, adapter) == stored - dead == 18_037_760 and round(100 * dead / stored, 1) == 2.0
+    only = adapter.replace(targets="attention")  # the last layer's o is dead then
+    assert count_params(config, only) == 16 * attention - r * (2048 + 512 + 512) - 2048 * r
+
+
+def test_one_layer_can_be_dead_throughout():
+    """With one layer, what o writes reaches gate and up alone."""
+    config = TINY.replace(num_layers=1)
+    assert count_params(config, AdapterConfig("zflora-minimal", rank=6, targets="attention")) == 0
+    assert count_params(config, AdapterConfig("zflora-minimal", rank=6, targets="o|up")) == 6 * (64 + 96)
+
+
+TRAINED_CASES = [a for a in adapter_cases() if METHODS[a.method].in_place == "none" or a.targets == "all"]
+
+
+@pytest.mark.parametrize("adapter", [a for a in TRAINED_CASES if a.method != "full"], ids=case_id)
+def test_gradients_are_zero_where_a_block_is_dead_and_nowhere_else(adapter):
+    model = tiny_model(num_layers=3)
+    adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (2, 9)).astype(np.int32)
+    batch = {"tokens": tokens, "loss_mask": np.ones_like(tokens, bool), "segments": np.ones_like(tokens)}
+
+    def loss(adapters: trees.Tree) -> jax.Array:
+        return batch_loss(model.config, adapter, {"params": model.params, "adapters": adapters}, batch, 16)[0]
+
+    live = live_layers(model.config, adapter)
+    for name, gradient in trees.flatten(jax.jit(jax.grad(loss))(adapters)).items():
+        *_, kernel, block = name.split("/")
+        moved = [bool(np.any(layer)) for layer in np.asarray(gradient)]
+        assert moved == [i in live[kernel][block] for i in range(3)], name
+
+
+def test_dead_layers_stay_zero_in_training():
+    """Weight decay included."""
+    model, adapter = tiny_model(), AdapterConfig("zflora-uniform", rank=4)
+    state = init_state(init_adapters(jax.random.key(0), model, adapter), OPTIM, 5)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
+    batch = {"tokens": tokens, "loss_mask": np.ones_like(tokens, bool), "segments": np.ones_like(tokens)}
+    step = make_train_step(model.config, adapter, OPTIM, 5, chunk=16)
+    for _ in range(2):
+        state, _ = step(model.params, state, batch)
+    dead = dead_slices(model.config, adapter, state.adapters)
+    assert len(dead) == 8 and not any(np.any(x) for x in dead)  # backward and cross of q, k, v; forward and cross of down
+    zero = sum(int(np.sum(np.asarray(leaf) == 0)) for leaf in jax.tree.leaves(state.adapters))
+    assert zero == sum(x.size for x in dead)
+
+
 # --- initial values -----------------------------------------------------------------------------------------------
 
 
@@ -259,12 +348,14 @@ def test_initial_values(method):
     """forward: N(0, 1/in), lora_a uniform within +-1/sqrt(in), q's forward zero; everything else zero."""
     model = a_model(hidden_size=128, intermediate_size=160, num_layers=3)
     adapters = init_adapters(jax.random.key(5), model, AdapterConfig(method, rank=12, head_rank=16 if METHODS[method].heads else None))
-    inputs = {"o": 64, "down": 160}
+    inputs, live = {"o": 64, "down": 160}, live_layers(model.config, AdapterConfig(method, rank=12))
     drawn = 0
     for name, leaf in trees.flatten(adapters).items():
         _, _, kernel, block = name.split("/")
-        value = np.asarray(leaf, np.float64)
         assert leaf.dtype == np.float32
+        dead = [i for i in range(3) if i not in live[kernel][block]]
+        assert not np.any(np.asarray(leaf)[dead])
+        value = np.delete(np.asarray(leaf, np.float64), dead, axis=0)
         if block in ("forward", "lora_a") and (kernel, block) != ("q", "forward"):
             drawn += 1
             std, n = 1 / math.sqrt(inputs.get(kernel, 128) * (3 if block == "lora_a" else 1)), value.size

@@ -204,7 +204,7 @@ class Llama(nn.Module):
         block: Any = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
         if c.scan_layers:
             axes: Any = {"params": 0, "adapters": 0}
-            split = {"params": True, "dropout": True}  # each layer draws for itself
+            split: Any = {"params": True, "dropout": True}  # each layer draws for itself
             scanned = nn.scan(block, axes, split_rngs=split, in_axes=(0, *[nn.broadcast] * 4), out_axes=0, length=c.num_layers)
             self.layers = scanned(c, self.adapter)
         else:

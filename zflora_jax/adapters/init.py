@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax import trees
-from zflora_jax.adapters.methods import SERVED_HEAD_DIMS, block_shapes, default_head_rank, group, kernel_shapes, plan
+from zflora_jax.adapters.methods import SERVED_HEAD_DIMS, block_shapes, default_head_rank, group, kernel_shapes, live_layers, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.model import Model, param_shapes
 
@@ -33,6 +33,7 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     """The `adapters` collection of `adapter` on `model`, float32; the adapted model equals the base until it is trained.
 
     forward and lora_a are random, as `AdapterConfig.init` says; backward, cross, lora_b, ffa_a and q's forward are zero (k's is random).
+    Blocks are zero in the layers where they are dead (`methods.live_layers`), and stay so: they get no gradient.
     Method "full" gets a float32 copy of the base tree. The values depend on `key` alone, not on whether layers are stacked.
     """
     if METHODS[adapter.method].in_place == "full":
@@ -48,7 +49,7 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
             f"attention kernels of servers may refuse it (vLLM's CPU build does); {advice}.",
             stacklevel=2,
         )
-    shapes, start = kernel_shapes(config), adapter.explicit().init
+    shapes, start, live = kernel_shapes(config), adapter.explicit().init, live_layers(config, adapter)
 
     def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
         _, _, kernel, block = name.split("/")
@@ -57,8 +58,11 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
         bound = 1 / math.sqrt(math.prod(shapes[kernel][0]))
         own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
         if start == "kaiming_uniform":  # with a = sqrt(5), as torch starts a linear layer and PEFT LoRA's A
-            return jax.random.uniform(own, shape, jnp.float32, -bound, bound)
-        return bound * jax.random.normal(own, shape, jnp.float32)
+            drawn = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
+        else:
+            drawn = bound * jax.random.normal(own, shape, jnp.float32)
+        dead = [layer for layer in range(config.num_layers) if layer not in live[kernel][block]]
+        return drawn.at[np.asarray(dead)].set(0.0) if dead else drawn
 
     stacked = adapter_shapes(config.replace(scan_layers=True), adapter)
     tree = trees.unflatten({name: draw(name, shape) for name, shape in stacked.items()})

@@ -32,6 +32,8 @@ KERNELS: dict[str, tuple[Stream, Stream]] = {
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
 
+_STAGE = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}  # the order within a layer
+
 # Head sizes that the attention kernels of common servers are built for (design.md section 2).
 SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -182,6 +184,35 @@ def block_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[
     return shapes
 
 
+def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, range]]:
+    """The layers where a block can change the model's output; in the others it is dead.
+
+    The residual state is zero until a kernel has written it, so a block that reads it before that is
+    dead; and nothing reads what is written after the last reader. Head dims and MLP units never
+    leave their layer: whoever has a block for them is read there.
+
+    Args:
+      config: the base's. adapter: of any method.
+
+    Returns:
+      kernel -> block name -> a range of layers, for every block of `block_shapes`.
+    """
+    blocks = plan(config, adapter).blocks
+    readers = [k for k, names in blocks.items() if KERNELS[k][0] == "residual" and "backward" in names]
+    writers = [k for k, names in blocks.items() if KERNELS[k][1] == "residual" and "forward" in names]
+
+    def live(kernel: str, block: str) -> range:
+        reads, writes = KERNELS[kernel]
+        first, end = 0, config.num_layers
+        if reads == "residual" and block in ("backward", "cross"):
+            first = int(all(_STAGE[writer] > _STAGE[kernel] for writer in writers))
+        if writes == "residual" and block in ("forward", "cross"):
+            end -= int(all(_STAGE[reader] < _STAGE[kernel] for reader in readers))
+        return range(first, end)
+
+    return {kernel: {block: live(kernel, block) for block in names} for kernel, names in blocks.items()}
+
+
 def count_base(config: LlamaConfig) -> int:
     """Parameters of a model of shape `config` (tied embeddings counted once)."""
     layer = sum(math.prod(i + o) for i, o in kernel_shapes(config).values()) + 2 * config.hidden_size
@@ -189,10 +220,12 @@ def count_base(config: LlamaConfig) -> int:
 
 
 def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
-    """Trainable parameters of `adapter` on a base of shape `config`."""
+    """Trainable parameters of `adapter` on a base of shape `config`, without those of dead layers (see `live_layers`)."""
     if METHODS[adapter.method].in_place == "full":
         return count_base(config)
-    return config.num_layers * sum(math.prod(shape) for blocks in block_shapes(config, adapter).values() for shape in blocks.values())
+    live = live_layers(config, adapter)
+    shapes = block_shapes(config, adapter)
+    return sum(len(layers) * math.prod(shapes[kernel][block]) for kernel, names in live.items() for block, layers in names.items())
 
 
 def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
