@@ -14,7 +14,7 @@ from zflora_jax.adapters.methods import fused_config
 from zflora_jax.config import AdapterConfig, preset
 from zflora_jax.layers import KEEP, ROPE_ROWS, attention, query_blocks, rope_tables
 from zflora_jax.llama import Llama, forward
-from zflora_jax.products import matmul, tied_logits
+from zflora_jax.products import head_logits, matmul
 
 
 def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8):
@@ -91,9 +91,13 @@ def test_matmul_and_logits_have_the_usual_gradients():
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     x, table, dy = (draw.standard_normal(s).astype(np.float32) for s in ((2, 3, 5), (11, 5), (2, 3, 11)))
-    got, want = (jax.grad(lambda x, t, f=f: jnp.sum(f(x, t) * dy), (0, 1))(x, table) for f in (tied_logits, lambda x, t: x @ t.T))
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    want = jax.grad(lambda x, t: jnp.sum((x @ t.T) * dy), (0, 1))(x, table)
+    for tied in (True, False):
+        of = jax.grad(lambda x, t, tied=tied: jnp.sum(head_logits(x, t if tied else t.T, tied) * dy), (0, 1))
+        for a, b in zip(of(x, table), want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        narrow = of(x.astype(jnp.bfloat16), table.astype(jnp.bfloat16))
+        assert {a.dtype for a in narrow} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("method", ["lora", "zflora-minimal", "zflora-uniform"])
@@ -196,6 +200,31 @@ def test_rotations_looked_up_and_computed_are_the_same(scaling: bool) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_token_a_row_gets_the_logits_of_many(dtype: str) -> None:
     x, table = (jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i, shape in enumerate([(3, 2, 8), (50, 8)]))
-    many, ones = tied_logits(x, table), jnp.concatenate([tied_logits(x[:, :1], table), tied_logits(x[:, 1:], table)], axis=1)
-    assert many.shape == ones.shape == (3, 2, 50) and ones.dtype == jnp.float32
-    np.testing.assert_allclose(ones, many, atol=1e-5)
+    for tied, kernel in ((True, table), (False, table.T)):
+        many = head_logits(x, kernel, tied)
+        ones = jnp.concatenate([head_logits(x[:, i : i + 1], kernel, tied) for i in range(2)], axis=1)
+        assert many.shape == ones.shape == (3, 2, 50) and ones.dtype == jnp.float32
+        np.testing.assert_allclose(ones, many, atol=1e-5)
+        np.testing.assert_allclose(head_logits(x[:1, :1], kernel, tied), many[:1, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2048], ids=["one token a row", "sequences"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_bfloat16_heads_round_no_logit_to_bfloat16(tied: bool, length: int) -> None:
+    """Against float64: logits are float32's, and the likeliest token is the same wherever float32 can tell it from the next. Rounded to bfloat16,
+    several tokens of a row would often share the first place."""
+    config = preset("tiny").replace(tie_word_embeddings=tied, dtype="bfloat16", vocab_size=2000)
+    draw = np.random.default_rng(0)
+    x, table = (jnp.asarray(draw.standard_normal(s), jnp.bfloat16) for s in ((2048, config.hidden_size), (2000, config.hidden_size)))
+    head = {"embed": {"embedding": table}} | ({} if tied else {"lm_head": {"kernel": table.T}})
+    got = Llama(config).apply({"params": head}, x.reshape(-1, length, config.hidden_size), method="logits")
+    assert got.dtype == jnp.float32
+    got, want = np.asarray(got, np.float64).reshape(2048, -1), np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
+    rounding = 1e-6 * np.abs(want).max()
+    assert np.abs(got - want).max() <= rounding
+    second, first = np.sort(want, axis=1)[:, -2:].T
+    told = first - second > 2 * rounding
+    assert told.mean() > 0.99 and (got.argmax(1) == want.argmax(1))[told].all()
+    assert ((got == got.max(1, keepdims=True)).sum(1) == 1)[told].all()
+    narrow = np.asarray(want, jnp.bfloat16)
+    assert ((narrow == narrow.max(1, keepdims=True)).sum(1) > 1).mean() > 0.01  # so this test can fail

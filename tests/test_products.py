@@ -63,10 +63,12 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU compiler")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(batch: int, optimised: None) -> None:
+def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(batch: int, tied: bool, optimised: None) -> None:
     """Read off the HLO, fused computations aside: such copies take more memory than the model and, made at every call, more time than prefill."""
-    model = pack(narrow_and_wide(hidden_size=96, intermediate_size=224, vocab_size=1000)[0])
+    changes = {"hidden_size": 96, "intermediate_size": 224, "vocab_size": 1000, "tie_word_embeddings": tied}
+    model = pack(narrow_and_wide(**changes)[0])
     tokens, keys = jnp.ones((batch, 10), jnp.int32), jax.random.split(jax.random.key(0), batch)
     text = decode.lower(model.config, None, Sampler(), 8, (), {"params": model.params}, tokens, tokens > 0, keys).compile().as_text()
     made = [block for block in text.split("\n}\n") if not re.match(r"%?(fused|wrapped|parallel)", block.strip())]

@@ -99,7 +99,7 @@ class Sampler:
 
 def greedy(logits: Array) -> Array:
     """logits [B, V] -> the first of the largest, int32 [B]. As two plain reductions: XLA's CPU compiler makes a slow loop of argmax. Down columns, as
-    `products.tied_logits` computes them from float32 on a CPU. The last token where a row has NaN."""
+    `products.head_logits` computes them from float32 on a CPU. The last token where a row has NaN."""
     columns = logits.T
     token = jnp.arange(columns.shape[0], dtype=jnp.int32)[:, None]
     return jnp.min(jnp.where(columns == jnp.max(columns, axis=0, keepdims=True), token, token[-1]), axis=0)

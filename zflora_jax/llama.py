@@ -24,7 +24,7 @@ from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
 from zflora_jax.layers import KEEP, AdaptedModule, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables
 from zflora_jax.model import Model
-from zflora_jax.products import Array, move, tied_logits
+from zflora_jax.products import Array, head_logits, move
 from zflora_jax.sharding import divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten
 
@@ -183,7 +183,19 @@ class Embed(AdaptedModule):
         return move(partial(jnp.take, axis=0), (self.table,), (tokens,)).astype(self.config.dtype)
 
     def attend(self, x: Array) -> Array:
-        return tied_logits(x, self.table.astype(x.dtype))
+        return head_logits(x, self.table.astype(x.dtype), True)
+
+
+class Head(AdaptedModule):
+    """The output head [d, V] of a model whose embeddings are not tied to it."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        kernel = self.base_param("kernel", nn.initializers.normal(0.02), shape)
+        return head_logits(x, kernel.astype(x.dtype), False)
 
 
 class Llama(nn.Module):
@@ -211,7 +223,7 @@ class Llama(nn.Module):
             self.layers = [block(c, self.adapter) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.hidden_size, c.base_dim, c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = Dense((c.hidden_size,), (c.vocab_size,))
+            self.lm_head = Head(c)
 
     def __call__(self, tokens: Array, valid: Array | None = None, cache: KVCache | None = None) -> Any:
         """Logits [B, T, V] float32 of int32 tokens [B, T]; with a cache, (logits, updated cache).
@@ -265,7 +277,7 @@ class Llama(nn.Module):
         """Hidden states [B, T, d] -> logits [B, T, V] float32."""
         if self.config.tie_word_embeddings:
             return self.embed.attend(x)
-        return self.lm_head(x)[0].astype(jnp.float32)
+        return self.lm_head(x)
 
     def _check_collections(self) -> None:
         if self.is_initializing():

@@ -42,6 +42,11 @@ def plain_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Ar
     return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
 
 
+def column_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
+    """x [B, T, i] against the columns of a kernel [i, j] -> [B, T, j] in `dtype` (None: of the operands)."""
+    return jnp.einsum("BTi,ij->BTj", x, kernel, preferred_element_type=dtype)
+
+
 def product_from_the_right(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """`row_products` as (kernel x^T)^T."""
     return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
@@ -54,8 +59,10 @@ def product_in_halves(x: Array, kernel: Array, dtype: DTypeLike | None = None) -
     return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
 
 
-def bfloat16_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """`row_products` of bfloat16 numbers, added up in float32.
+def bfloat16_product(
+    x: Array, kernel: Array, dtype: DTypeLike | None = None, product: Callable[..., Array] = plain_product
+) -> Array:
+    """`row_products` of bfloat16 numbers (or another product), added up in float32.
 
     XLA's CPU compiler has products that read bfloat16 as it lies only for two rows or more and results in float32; for others it converts whole
     kernels first, so one row gets a second, of zeros. The barrier keeps a loop of tokens from being given kernels that were transposed, into copies,
@@ -63,7 +70,7 @@ def bfloat16_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) ->
     """
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     rows = jnp.pad(x, ((0, 1), (0, 0), (0, 0))) if x.shape[:2] == (1, 1) else x
-    return plain_product(rows, kernel, jnp.float32)[: len(x)].astype(dtype or x.dtype)
+    return product(rows, kernel, jnp.float32)[: len(x)].astype(dtype or x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -120,27 +127,41 @@ def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arra
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@jax.custom_vjp
-def tied_logits(x: Array, table: Array) -> Array:
-    """x [B, T, d] against an embedding table [V, d] of the same dtype -> logits [B, T, V] float32.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def head_logits(x: Array, kernel: Array, tied: bool) -> Array:
+    """Logits of hidden states, added up and given in float32, with either head.
 
-    Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 table would run at float32 speed. One token a row, as in
-    decode, takes `row_products`, whose results for float32 operands `greedy` reads as they lie; whole sequences take longer so (training of
-    SmolLM2-135M on a CPU by 15%).
+    Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 kernel would
+    run at float32 speed. One token a row, as in decode, takes `row_products` where the head is tied,
+    whose results for float32 operands `greedy` reads as they lie; whole sequences take longer so
+    (training of SmolLM2-135M on a CPU by 15%).
+
+    Args:
+      x: [B, T, d]. kernel: an embedding table [V, d] if tied, else [d, V]; of x's dtype.
+
+    Returns:
+      [B, T, V] float32.
     """
-    if x.shape[1] == 1:
-        return row_products(x, table, jnp.float32)
-    return jnp.einsum("BTd,Vd->BTV", x, table, preferred_element_type=jnp.float32)
+    one = x.shape[1] == 1
+    if tied:
+        return row_products(x, kernel, jnp.float32) if one else plain_product(x, kernel, jnp.float32)
+    if one and x.dtype == jnp.bfloat16:
+        on_cpu = partial(bfloat16_product, dtype=jnp.float32, product=column_product)
+        default = partial(column_product, dtype=jnp.float32)
+        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
+    return column_product(x, kernel, jnp.float32)
 
 
-def _tied_logits_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
-    return tied_logits(x, table), (x, table)
+def _head_logits_forward(x: Array, kernel: Array, tied: bool) -> tuple[Array, tuple[Array, Array]]:
+    return head_logits(x, kernel, tied), (x, kernel)
 
 
-def _tied_logits_backward(saved: tuple[Array, Array], d_logits: Array) -> tuple[Array, Array]:
-    x, table = saved
+def _head_logits_backward(tied: bool, saved: tuple[Array, Array], d_logits: Array) -> tuple[Array, Array]:
+    x, kernel = saved
     d_logits = d_logits.astype(x.dtype)
-    return jnp.einsum("BTV,Vd->BTd", d_logits, table), jnp.einsum("BTd,BTV->dV", x, d_logits).T
+    d_kernel = jnp.einsum("BTd,BTV->dV", x, d_logits)
+    into_x = "BTV,Vd->BTd" if tied else "BTV,dV->BTd"
+    return jnp.einsum(into_x, d_logits, kernel), d_kernel.T if tied else d_kernel
 
 
-tied_logits.defvjp(_tied_logits_forward, _tied_logits_backward)
+head_logits.defvjp(_head_logits_forward, _head_logits_backward)
