@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from zflora_jax.adapters.methods import plan
-from zflora_jax.config import METHODS, RunConfig
+from zflora_jax.config import METHODS, LlamaConfig, RunConfig
 from zflora_jax.fields import require
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.model import Model
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def as_base(run: RunConfig, model: Model) -> Model:
-    """`model`, loaded here or given, as the base of `run`: with its remat setting.
+    """`model`, loaded here or given, as the base of `run`: with its remat and matmul_precision.
 
     Raises:
       ConfigError: a model that is packed or has a tree per layer, has an adapter fused in that widens it, is of another dtype than train.dtype,
@@ -43,10 +43,15 @@ def as_base(run: RunConfig, model: Model) -> Model:
             "the base was loaded from %s, but the run says model=%s, which is what eval, generate and export will load.", model.source, run.model
         )
     # An adapter merged by addition left an ordinary base.
-    model = Model(model.config.replace(remat=run.train.remat), model.params, model.tokenizer, model.source)
+    model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
     plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
     require_fit(run, model)
     return model
+
+
+def numerics(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
+    """`config` with the settings of `run` that say how it is computed, not what it is."""
+    return config.replace(remat=run.train.remat, matmul_precision=run.train.matmul_precision)
 
 
 def _same_source(a: str, b: str) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.llama import KVCache, Llama, cache_slots, hidden_states, init_cache
-from zflora_jax.products import move
+from zflora_jax.products import at_config_precision, move
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -70,6 +70,7 @@ def _pick(values: Array, places: Array) -> Array:
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3, 4))
+@at_config_precision
 def beam_decode(
     config: LlamaConfig,
     adapter: AdapterConfig | None,

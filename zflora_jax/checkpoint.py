@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 FREE = ("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every", "train/keep", "train/keep_best", "train/report_to")
 
 # Settings that change rounding, memory or speed alone: a resumed run may change them too, which is logged.
-ROUNDING = ("train/remat", "train/loss_chunk", "data/accumulate")
+ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/accumulate")
 
 
 def read_config(workdir: str | Path) -> RunConfig:
@@ -85,6 +85,8 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     finished = _finished_steps(workdir)
     longer = ("train/steps",) if run.train.steps >= finished else ()
     refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
+    if run.adapter.dropout and "data/accumulate" in changed:
+        refused.append("data/accumulate")  # what drops out is drawn for each micro-batch
     if refused:
         rows = [f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now" for key in refused]
         rows += [f"  ({finished} steps are finished there)"] if "train/steps" in refused else []

@@ -130,9 +130,11 @@ def eval(args: argparse.Namespace) -> None:
             print(f"the run's training data is not there, so no test question is compared with it: {error}", file=sys.stderr)
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     with compile_cache(Path(args.workdir or out) / "compile_cache"):
-        model, label = (
-            load_fused(args.workdir, args.checkpoint) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
-        )
+        if args.workdir:
+            model, label = load_fused(args.workdir, args.checkpoint)
+        else:
+            model, label = load_model(args.model, dtype=run.train.dtype), Path(args.model).name
+            model.config = model.config.replace(matmul_precision=run.train.matmul_precision)
         summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")

@@ -12,6 +12,7 @@ from zflora_jax.fields import T, check_types, from_dict, nearest, require
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]  # data.prompts says what each is
+Precision = Literal["default", "high", "highest"]  # of float32 products: products.at_precision
 Start = Literal["kaiming_uniform", "normal"]  # what an adapter's random blocks are drawn from
 
 
@@ -65,6 +66,7 @@ class LlamaConfig:
     norm_dim: int | None = None
     rope_dim: int | None = None
     dtype: Dtype = "float32"  # of activations; kernels are cast to it where they are used
+    matmul_precision: Precision = "default"  # as TrainConfig's
     scan_layers: bool = True  # one stacked block run by lax.scan (fast to compile) or one subtree per layer (fast to decode)
     packed: bool = False  # the layout for decode (see adapters.fuse.pack)
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
@@ -314,6 +316,9 @@ class TrainConfig:
     steps: int = 100
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # Of float32 products, in training, evaluation and decode alike. TPUs and GPUs with TF32 round their
+    # operands at "default", which is what jax is set to; "highest" is float32 throughout.
+    matmul_precision: Precision = "default"
     remat: bool = False
     loss_chunk: int = 256  # positions whose logits exist at one time
     log_every: int = 10

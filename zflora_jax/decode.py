@@ -25,6 +25,7 @@ from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import check_types, require
 from zflora_jax.llama import HEADS, ROWS, KVCache, cache_slots, init_cache
 from zflora_jax.model import Model
+from zflora_jax.products import at_config_precision
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -157,6 +158,7 @@ def decode(
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3, 4))
+@at_config_precision
 def prefill(
     config: LlamaConfig,
     adapter: AdapterConfig | None,
@@ -178,6 +180,7 @@ def prefill(
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3), donate_argnums=5)
+@at_config_precision
 def advance(
     config: LlamaConfig,
     adapter: AdapterConfig | None,

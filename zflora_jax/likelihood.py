@@ -22,7 +22,7 @@ from zflora_jax.decode import packed, padded_length
 from zflora_jax.fields import require
 from zflora_jax.llama import KVCache, Llama, init_cache
 from zflora_jax.model import Model
-from zflora_jax.products import move
+from zflora_jax.products import at_config_precision, move
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -42,8 +42,9 @@ def option_log_likelihoods(
     """Sum of log p (nats, float32) of each option's tokens after its prompt: one array [n_options] per prompt.
 
     prompts: token ids of each prompt. options: for each prompt its options, of any number, each a list of token ids of any length.
-    log p(option | prompt) sums log_softmax(logits) over the option's tokens: no BOS or EOS is added, nothing is divided by a length. Products are
-    exact to the model's dtype, as in `forward`. Prompts of similar length share a batch; the results come back in the order of `prompts` and depend
+    log p(option | prompt) sums log_softmax(logits) over the option's tokens: no BOS or EOS is added, nothing is divided by a length.
+    Float32 products are as exact as config.matmul_precision says, as in training and decode.
+    Prompts of similar length share a batch; the results come back in the order of `prompts` and depend
     neither on batch_size nor on the other prompts (up to float rounding). on_batch(n) is called after each batch with its number of prompts.
     Raises ConfigError for an empty prompt or option, a prompt without options, ids outside the vocabulary, or more tokens than the context holds.
     """
@@ -98,12 +99,12 @@ def _call(model: Model, past: KVCache | None, pieces: list[Piece], size: int, *,
         candidates[n, : len(p.candidates)] = p.candidates
         parents[n], counts[n] = p.parent, p.scored
     span = min(_bucket(scored), length - 1)
-    with jax.default_matmul_precision("highest"):
-        scores, cache = advance(model.config, span, keep, model.params, past, parents, tokens, valid, counts, candidates)
+    scores, cache = advance(model.config, span, keep, model.params, past, parents, tokens, valid, counts, candidates)
     return np.asarray(scores)[: len(pieces)], cache
 
 
 @jax.jit(static_argnums=(0, 1, 2))
+@at_config_precision
 def advance(
     config: LlamaConfig,
     span: int,

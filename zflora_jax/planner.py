@@ -77,7 +77,7 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
 def _shaped(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
     longest, limit = run.data.lengths[-1], config.max_position_embeddings
     require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
-    return config.replace(dtype=run.train.dtype, remat=run.train.remat)
+    return config.replace(dtype=run.train.dtype, remat=run.train.remat, matmul_precision=run.train.matmul_precision)
 
 
 def _local(shapes: Mapping[str, tuple[int, ...]], mesh: Any, width: int) -> int:

@@ -7,14 +7,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Array = jax.Array
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def at_precision(name: str) -> AbstractContextManager[Any]:
+    """Where float32 products are traced at the matmul precision `name`; at "default" as jax is set."""
+    return nullcontext() if name == "default" else jax.default_matmul_precision(name)
+
+
+def at_config_precision(function: F) -> F:
+    """`function(config, ...)` with its float32 products at config.matmul_precision."""
+
+    @wraps(function)
+    def traced(config: Any, *args: Any, **kwargs: Any) -> Any:
+        with at_precision(config.matmul_precision):
+            return function(config, *args, **kwargs)
+
+    return cast(F, traced)
 
 
 def whole_vectors(inputs: int) -> int:

@@ -22,6 +22,7 @@ from zflora_jax.config import AdapterConfig, LlamaConfig, OptimConfig
 from zflora_jax.llama import Llama
 from zflora_jax.loss import masked_cross_entropy
 from zflora_jax.optim import learning_rate_schedule, make_optimizer
+from zflora_jax.products import at_config_precision, at_precision
 from zflora_jax.sharding import batch_shards
 from zflora_jax.trees import Tree
 
@@ -113,7 +114,8 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
 
         zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapters))
-        (loss, tokens, grads), _ = jax.lax.scan(add, zero, (micros, streams(state.step)))
+        with at_precision(config.matmul_precision):
+            (loss, tokens, grads), _ = jax.lax.scan(add, zero, (micros, streams(state.step)))
         grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats with int32 counters; our own code also runs under "strict"
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
@@ -127,6 +129,7 @@ def make_train_step(
 
 
 @jax.jit(static_argnums=(0, 1, 4))
+@at_config_precision
 def eval_step(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, batch: Batch, chunk: int = 256) -> tuple[Array, Array]:
     """Summed loss and number of tokens of one batch, no gradients."""
     return batch_loss(config, adapter, variables, batch, chunk)

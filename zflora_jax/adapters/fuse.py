@@ -78,9 +78,10 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
         if in_place != "none":
             if not names:
                 return leaf
-            product = (
-                blocks["lora_a"] @ blocks["lora_b"] if in_place == "lora" else tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
-            )
+            if in_place == "lora":
+                product = jnp.matmul(blocks["lora_a"], blocks["lora_b"], precision="highest")
+            else:
+                product = tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
             return (leaf.astype(jnp.float32) + adapter.scale * product.reshape(leaf.shape)).astype(leaf.dtype)
         if kernel:
             return _widen_kernel(leaf, blocks, kernel, config, adapter, p)

@@ -1,0 +1,108 @@
+"""One matmul precision for all that a model does: read off what is lowered."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import perturb, tiny_model
+
+from zflora_jax import decode, likelihood
+from zflora_jax.adapters.fuse import _fuse, fuse, pack, unfuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.beam import beam_decode
+from zflora_jax.checkpoint import check_workdir, claim
+from zflora_jax.config import AdapterConfig, OptimConfig, RunConfig
+from zflora_jax.fields import override
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.restore import MANIFEST
+from zflora_jax.hf.save import save_hf
+from zflora_jax.llama import _forward, forward
+from zflora_jax.run import as_base
+from zflora_jax.trainer import eval_step, init_state, make_train_step
+
+ADAPTER = AdapterConfig("zflora-uniform", rank=4)
+
+
+def precisions(lowered: Any) -> set[str]:
+    """Of every product in a lowered program."""
+    products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 5
+    return {name for line in products for name in re.findall(r"precision = \[(\w+), \w+\]", line) or ["DEFAULT"]}
+
+
+def programs(precision: str) -> dict[str, Any]:
+    model = tiny_model(matmul_precision=precision)
+    adapters, tokens = init_adapters(jax.random.key(0), model, ADAPTER), jnp.ones((2, 8), jnp.int32)
+    batch = {"tokens": tokens, "loss_mask": tokens > 0, "segments": tokens}
+    state = init_state(adapters, OptimConfig(), 20)
+    ready = pack(fuse(model, ADAPTER, adapters))
+    c, variables = ready.config, {"params": ready.params}
+    assert c.matmul_precision == precision
+    keys, sampler = jax.random.split(jax.random.key(0), 2), decode.Sampler()
+    prefilled = jax.eval_shape(lambda: decode.prefill(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys))
+    counts = jnp.zeros(2, jnp.int32)
+    return {
+        "train step": make_train_step(model.config, ADAPTER, OptimConfig(), 20, 2, 16).lower(model.params, state, batch),
+        "held-out loss": eval_step.lower(model.config, ADAPTER, {"params": model.params, "adapters": adapters}, batch, 16),
+        "decode": decode.decode.lower(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys),
+        "prefill": decode.prefill.lower(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys),
+        "advance": decode.advance.lower(c, None, sampler, (), variables, prefilled, keys, np.int32(4)),
+        "beams": beam_decode.lower(c, None, 2, 4, (), variables, tokens, tokens > 0),
+        "likelihood": likelihood.advance.lower(c, 4, True, ready.params, None, counts, tokens, tokens > 0, counts, tokens),
+    }
+
+
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_training_losses_decode_and_likelihoods_agree(precision):
+    found = {name: precisions(lowered) for name, lowered in programs(precision).items()}
+    assert found == {name: {precision.upper()} for name in found}
+
+
+def test_default_is_what_jax_is_set_to():
+    with jax.default_matmul_precision("highest"):
+        assert precisions(programs("default")["likelihood"]) == {"HIGHEST"}
+
+
+@pytest.mark.parametrize("method", ["lora", "zflora-uniform"])
+def test_what_must_be_exact_is_highest_whatever_the_setting(method, monkeypatch):
+    """The forward for parity, and what fuse adds to a kernel."""
+    model, adapter = tiny_model(), AdapterConfig(method, rank=4)
+    adapters, seen = init_adapters(jax.random.key(0), model, adapter), []
+
+    def lowered(*args: Any) -> Any:
+        seen.append(precisions(_forward.lower(*args)))
+        return _forward(*args)
+
+    monkeypatch.setattr("zflora_jax.llama._forward", lowered)
+    forward(model, jnp.ones((1, 3), jnp.int32), adapter, adapters)
+    assert seen == [{"HIGHEST"}]
+    text = _fuse.lower(model.config, adapter, model.params, adapters).as_text()
+    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") == (7 if method == "lora" else 0)
+
+
+def test_a_run_says_it_and_its_model_has_it(run, tmp_path):
+    run = override(run, {"train.matmul_precision": "high"})
+    model = as_base(run, load_model(run.model))
+    assert model.config.matmul_precision == "high"
+    claim(tmp_path, run)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["matmul_precision"] == "high"
+    check_workdir(tmp_path, override(run, {"train.matmul_precision": "default"}))  # it changes rounding alone
+    assert RunConfig().train.matmul_precision == "default"
+
+
+def test_exports_carry_it_and_those_from_before_are_read(tmp_path):
+    model = tiny_model(matmul_precision="high")
+    fused = fuse(model, ADAPTER, perturb(init_adapters(jax.random.key(0), model, ADAPTER)))
+    save_hf(tmp_path, fused)
+    back = load_model(str(tmp_path))
+    assert back.config == fused.config and unfuse(back)[0].config == model.config
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    del manifest["native_config"]["matmul_precision"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    assert load_model(str(tmp_path)).config == fused.config.replace(matmul_precision="default")
