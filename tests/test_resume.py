@@ -13,7 +13,7 @@ from conftest import assert_trees_equal
 
 from zflora_jax import checkpoint, run_report
 from zflora_jax import run as runs
-from zflora_jax.checkpoint import adopt, locked, read_config
+from zflora_jax.checkpoint import adopt, claim, locked, read_config
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, override
 from zflora_jax.hosts import Stopped, StopSignals
@@ -174,3 +174,12 @@ def test_other_failures_of_a_lock_keep_their_message(run, tmp_path, monkeypatch)
         pass
     with pytest.raises(ConfigError, match=r"cannot write to workdir .*Input/output error"):
         checkpoint.claim(tmp_path, run)
+
+
+def test_with_dropout_the_micro_batches_stay(run, tmp_path):
+    """What drops out is drawn for each micro-batch, so another number of them is another run."""
+    run = override(run, {"adapter.method": "lora", "adapter.dropout": 0.1})
+    claim(tmp_path, run)
+    with pytest.raises(ConfigError, match=r"data\.accumulate: 2 there, 4 now"):
+        adopt(tmp_path, override(run, {"data.accumulate": 4}))
+    assert adopt(tmp_path, override(run, {"train.remat": True}))[0].train.remat
