@@ -293,9 +293,16 @@ def load_fused(workdir: str | Path, step: int | str | None = None) -> tuple[Mode
 
 
 def export_run(
-    workdir: str | Path, out: str | Path, *, format: str = "hf", dtype: str | None = None, checkpoint: int | str | None = None
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    dtype: str | None = None,
+    checkpoint: int | str | None = None,
+    eps_z: float | None = None,
 ) -> dict[str, Any]:
     """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or "peft", LoRA adapters. Returns what was written.
+    dtype, eps_z: of "hf", as `save_hf` takes them.
 
     For "hf" the report says how far the export's logits are from the fused model's in float32: max and mean |dlogit|, and top-1 agreement, on the
     prompts of held-out rows or, where the data is gone, on built-in texts ("gap_prompts" says which).
@@ -311,7 +318,7 @@ def export_run(
     if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
         card[f"{run.eval.split} loss"] = loss
     prompts, origin = _gap_prompts(run, model)  # before anything is written
-    report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
+    report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card, eps_z=eps_z)
     return report | {"gap_prompts": origin} | export_gap(fused, out, prompts)
 
 
