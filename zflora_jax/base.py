@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 
 from zflora_jax.adapters.methods import plan
 from zflora_jax.config import METHODS, LlamaConfig, RunConfig
+from zflora_jax.data.prompts import end_token
 from zflora_jax.fields import require
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.model import Model
@@ -17,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 def as_base(run: RunConfig, model: Model) -> Model:
-    """`model`, loaded here or given, as the base of `run`: with its remat and matmul_precision.
+    """`model`, loaded here or given, as the base of `run`: with its remat and matmul_precision, and
+    stopping where the run trains answers to end.
 
     Raises:
       ConfigError: a model that is packed or has a tree per layer, has an adapter fused in that widens it, is of another dtype than train.dtype,
@@ -46,7 +49,16 @@ def as_base(run: RunConfig, model: Model) -> Model:
     model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
     plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
     require_fit(run, model)
-    return model
+    return _stops_as_trained(run, model)
+
+
+def _stops_as_trained(run: RunConfig, model: Model) -> Model:
+    """`model`, with the token that ends an answer of `run` among those it stops at: fused and
+    exported, it is to stop there too."""
+    stop, end = model.config.eos_token_ids, end_token(model.tokenizer, run.data.prompt_style)
+    if end in stop:
+        return model
+    return replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
 
 
 def numerics(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
