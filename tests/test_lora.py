@@ -20,7 +20,7 @@ from test_sharding import OPTIM, batch, sharded_model
 from zflora_jax import compare, grid, sharding, trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.checkpoint import check_workdir
+from zflora_jax.checkpoint import adopt
 from zflora_jax.config import METHODS, AdapterConfig, MeshConfig, RunConfig, from_file
 from zflora_jax.decode import generate_tokens
 from zflora_jax.fields import ConfigError, override, to_dict
@@ -170,7 +170,7 @@ def test_a_run_of_the_former_start_is_resumed_without_saying_so(run, tmp_path):
     assert json.loads(path.read_text())["adapter"]["init"] == "normal"
     with pytest.raises(ConfigError, match=r"adapter\.init: 'normal' there, 'kaiming_uniform' now"):
         train(override(run, {"adapter.init": "kaiming_uniform"}), tmp_path / "run", console=False)
-    check_workdir(tmp_path / "run", run)
+    adopt(tmp_path / "run", run)
 
 
 def test_an_export_from_before_is_read(tmp_path):

@@ -16,7 +16,7 @@ from zflora_jax import decode, likelihood
 from zflora_jax.adapters.fuse import _fuse, fuse, pack, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.beam import beam_decode
-from zflora_jax.checkpoint import check_workdir, claim
+from zflora_jax.checkpoint import adopt, claim
 from zflora_jax.config import AdapterConfig, OptimConfig, RunConfig
 from zflora_jax.fields import override
 from zflora_jax.hf.load import load_model
@@ -92,7 +92,7 @@ def test_a_run_says_it_and_its_model_has_it(run, tmp_path):
     assert model.config.matmul_precision == "high"
     claim(tmp_path, run)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["matmul_precision"] == "high"
-    check_workdir(tmp_path, override(run, {"train.matmul_precision": "default"}))  # it changes rounding alone
+    adopt(tmp_path, override(run, {"train.matmul_precision": "default"}))  # it changes rounding alone
     assert RunConfig().train.matmul_precision == "default"
 
 
