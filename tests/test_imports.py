@@ -28,7 +28,7 @@ LAYERS = [
     ("hosts", "cache"),
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
-    ("products",),
+    ("products", "devices"),
     ("layers", "model", "vocabulary"),
     ("adapters.init",),  # names and shapes of the adapter tree, which the model checks its `adapters` collection against
     ("llama",),
@@ -59,10 +59,11 @@ ONLY = {
     "run_report": {"config", "fields", "hosts", "report", "starts"},
     "data.dates": {"config"},
     "adapters.methods": {"config", "fields"},
-    "adapters.init": {"trees", "config", "adapters.methods", "model"},
+    "adapters.init": {"trees", "config", "adapters.methods", "devices", "model"},
     "hosts": {"fields"},
     "cache": set(),
     "products": set(),
+    "devices": set(),
     "loss": set(),
     "optim": {"trees", "config"},
     "plots": {"metrics", "report"},

@@ -1,5 +1,7 @@
 """Attention and its own backward pass equal the plain formula, cut into blocks or not; what a backward pass keeps; RoPE tables; tied logits."""
 
+import warnings
+
 import jax
 import jax.export
 import jax.extend.backend
@@ -12,6 +14,7 @@ from zflora_jax import layers
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.config import AdapterConfig, preset
+from zflora_jax.devices import widest_cudnn_head, widest_head
 from zflora_jax.layers import KEEP, ROPE_ROWS, attention, query_blocks, rope_tables
 from zflora_jax.llama import Llama, forward
 from zflora_jax.products import head_logits, matmul
@@ -145,7 +148,8 @@ def test_what_cudnn_is_given_is_the_same_attention():
         ((2, 63, 6, 64), 64, "bfloat16", False),
         ((2, 64, 6, 64), 63, "bfloat16", False),
         ((2, 64, 6, 68), 64, "bfloat16", False),
-        ((2, 64, 6, 136), 64, "bfloat16", False),
+        ((2, 64, 6, 160), 64, "bfloat16", True),  # Hopper's alone
+        ((2, 64, 6, 264), 64, "bfloat16", False),
     ],
 )
 def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes, monkeypatch):
@@ -178,8 +182,66 @@ def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes
     assert called == [takes, takes]
     program = lowered(jax.checkpoint(loss, policy=KEEP), names, (*arrays, mask))  # as a block is: the forward kernel does not run again
     assert [program.count(f"@{name}(") for name in names] == [takes, takes]
-    Device.compute_capability = "7.5"  # Turing
-    assert not any(f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names)
+    for Device.compute_capability, widest in (("7.5", 0), ("8.6", 128), ("10.0", 128), ("10.3", 0)):  # Turing, Ampere, Blackwell
+        called = [f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names]
+        assert called == [takes and k <= widest] * 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "widest"),
+    [
+        ((7, 5), 91800, 0),
+        ((8, 0), 91800, 128),
+        ((8, 9), 91800, 128),
+        ((9, 0), 90400, 128),
+        ((9, 0), 90500, 256),
+        ((9, 0), 91800, 256),
+        ((9, 0), 0, 128),  # a version that is not known
+        ((10, 0), 91000, 128),
+        ((10, 3), 91000, 0),
+        ((10, 3), 91100, 128),
+        ((12, 0), 91800, 128),
+    ],
+    ids=str,
+)
+def test_the_widest_head_of_a_gpu(capability, cudnn, widest, monkeypatch):
+    """Never wider than what jax itself lets through."""
+    from jax._src.cudnn import fused_attention_stablehlo as theirs
+
+    assert widest_cudnn_head(capability, cudnn) == widest
+
+    def at_least(wanted: str) -> bool:
+        return capability >= tuple(map(int, wanted.split(".")))
+
+    monkeypatch.setattr(theirs, "check_compute_capability", at_least)
+    monkeypatch.setattr(theirs, "is_cuda_compute_capability_equal", lambda c: capability == tuple(map(int, c.split("."))))
+    for width in range(8, widest + 1, 8):
+        q = jax.ShapeDtypeStruct((1, 4, 2, width), jnp.bfloat16)
+        for training in (True, False):
+            theirs.check_is_flash_attention(q, q, q, theirs.AttentionLayout.BTNH.value, cudnn, True, training)
+
+
+def test_this_machine_has_no_such_kernel():
+    assert widest_head() == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype", "warns"),
+    [(128, "bfloat16", True), (256, "bfloat16", False), (0, "bfloat16", False), (128, "float32", False)],
+)
+def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monkeypatch):
+    """As heads of 128 + 32 are, on every GPU but Hopper's; where the kernel is there for neither, nothing is lost."""
+    monkeypatch.setattr("zflora_jax.adapters.init.widest_head", lambda: limit)
+    model = tiny_model(num_layers=1, head_dim=128, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        init_adapters(jax.random.key(0), model, AdapterConfig("zflora-minimal", rank=2))
+        assert not caught
+        init_adapters(jax.random.key(0), model, AdapterConfig("ffba", rank=2))
+    said = [str(w.message) for w in caught]
+    assert len(said) == warns and all(
+        "head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128 on this GPU" in s and "'zflora-minimal', or head_rank=0" in s for s in said
+    )
 
 
 def lowered(loss, names, arrays):

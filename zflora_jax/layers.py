@@ -16,13 +16,13 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from zflora_jax import products
 from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.devices import widest_head
 from zflora_jax.products import Array, project, whole_vectors
 
 # What the backward pass of a layer keeps, by name; the rest (norms, gates, softmax) it computes again from these, which costs little: for a LoRA step
@@ -195,14 +195,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
 
 
 def cudnn_applies(q: Array, slots: int) -> bool:
-    """Whether cuDNN's attention takes queries q [B, T, H, k] and `slots` keys, in both passes: 16-bit numbers, even lengths, k a multiple of 8 of at
-    most 128, and the process's default device is an NVIDIA GPU since Ampere. One query alone is left to the plain products, which read the cache as
-    it lies."""
-    sizes = q.shape[1] > 1 and q.shape[1] % 2 == 0 and slots % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
-    if not sizes or q.dtype not in (jnp.bfloat16, jnp.float16):
+    """Whether cuDNN's attention takes queries q [B, T, H, k] and `slots` keys, in both passes: 16-bit numbers, even lengths, k a multiple of 8 and
+    not wider than `devices.widest_head`. One query alone is left to the plain products, which read the cache as it lies."""
+    even = q.shape[1] > 1 and q.shape[1] % 2 == 0 and slots % 2 == 0
+    if not even or q.shape[3] % 8 != 0 or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    backend = jax.extend.backend.get_backend()
-    return "cuda" in backend.platform_version and float(backend.local_devices()[0].compute_capability) >= 8.0
+    return q.shape[3] <= widest_head()
 
 
 def fused_attention(q: Array, k: Array, v: Array, mask: Array, scale: float, implementation: Literal["xla", "cudnn"] = "cudnn") -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 from zflora_jax import trees
 from zflora_jax.adapters.methods import SERVED_HEAD_DIMS, block_shapes, default_head_rank, group, kernel_shapes, live_layers, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.devices import widest_head
 from zflora_jax.model import Model, param_shapes
 
 
@@ -47,6 +48,14 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
         warnings.warn(
             f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside {SERVED_HEAD_DIMS}: transformers runs it, but "
             f"attention kernels of servers may refuse it (vLLM's CPU build does); {advice}.",
+            stacklevel=2,
+        )
+    limit = widest_head() if config.dtype in ("bfloat16", "float16") else 0
+    if config.rotary_dim <= limit < heads:
+        warnings.warn(
+            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's attention takes heads up to {limit} "
+            "on this GPU, so attention is computed by plain products, which take more time and memory for long sequences. Method "
+            "'zflora-minimal', or head_rank=0, leaves the heads as they are.",
             stacklevel=2,
         )
     shapes, start, live = kernel_shapes(config), adapter.explicit().init, live_layers(config, adapter)
