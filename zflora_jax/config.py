@@ -66,10 +66,10 @@ class LlamaConfig:
     norm_dim: int | None = None
     rope_dim: int | None = None
     dtype: Dtype = "float32"  # of activations; kernels are cast to it where they are used
-    matmul_precision: Precision = "default"  # as TrainConfig's
     scan_layers: bool = True  # one stacked block run by lax.scan (fast to compile) or one subtree per layer (fast to decode)
     packed: bool = False  # the layout for decode (see adapters.fuse.pack)
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    matmul_precision: Precision = "default"  # as TrainConfig's
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -316,9 +316,6 @@ class TrainConfig:
     steps: int = 100
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Of float32 products, in training, evaluation and decode alike. TPUs and GPUs with TF32 round their
-    # operands at "default", which is what jax is set to; "highest" is float32 throughout.
-    matmul_precision: Precision = "default"
     remat: bool = False
     loss_chunk: int = 256  # positions whose logits exist at one time
     log_every: int = 10
@@ -327,6 +324,9 @@ class TrainConfig:
     keep: int = 2  # the newest checkpoints
     keep_best: bool = False  # and the one with the lowest validation loss
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)  # besides metrics.jsonl
+    # Of float32 products, in training, evaluation and decode alike. TPUs and GPUs with TF32 round their
+    # operands at "default", which is what jax is set to; "highest" is float32 throughout.
+    matmul_precision: Precision = "default"
 
     def __post_init__(self) -> None:
         check_types(self)
