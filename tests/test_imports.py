@@ -24,7 +24,7 @@ MODULES = {
 
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
-    ("trees", "fields", "textfile", "config", "report", "trackers", "metrics", "starts", "data.dates"),
+    ("trees", "fields", "textfile", "config", "report", "trackers", "metrics", "progress", "starts", "data.dates"),
     ("hosts", "cache"),
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it

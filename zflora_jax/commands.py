@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zflora_jax import config as config_module
-from zflora_jax.config import RunConfig
+from zflora_jax.config import MeshConfig, RunConfig
 from zflora_jax.fields import ConfigError, nearest, override, require, to_dict
 from zflora_jax.textfile import decode, lines_of
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from zflora_jax.decode import Sampler
     from zflora_jax.model import Model
 
@@ -66,6 +68,23 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
     return override(run, _changes(args.set))
 
 
+def _mesh(settings: list[str] | dict[str, str], run: RunConfig | None) -> Mesh | None:
+    """The mesh that `--set mesh.*` asks for, in place of the run's; None where nothing is asked."""
+    from zflora_jax.sharding import make_mesh
+
+    changes = settings if isinstance(settings, dict) else _changes(settings)
+    other = [key for key in changes if not key.startswith("mesh.")]
+    if other:
+        raise ConfigError(
+            f"--set {other[0]}: what has been trained cannot be changed here; mesh.* can, e.g. "
+            "mesh.fsdp=2, the devices that the model is divided over."
+        )
+    if not changes:
+        return None
+    asked = {key.removeprefix("mesh."): value for key, value in changes.items()}
+    return make_mesh(override(run.mesh if run else MeshConfig(), asked))
+
+
 def print_table(values: dict[str, Any], title: str) -> None:
     """Print the scalars of `values` as two columns."""
     from rich.console import Console
@@ -109,9 +128,10 @@ def eval(args: argparse.Namespace) -> None:
 
     given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
     changes: dict[str, Any] = _changes(args.set) | {key: value for key, value in given.items() if value is not None}
+    meshed = {key: changes.pop(key) for key in list(changes) if key.startswith("mesh.")}
     trained = [key for key in changes if not key.startswith(("eval.", "data."))]
     if args.workdir and trained:
-        raise ConfigError(f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated; eval.* and data.* can.")
+        raise ConfigError(f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated; eval.*, data.* and mesh.* can.")
     base = read_config(args.workdir) if args.workdir else RunConfig(model=args.model)
     run = override(base, changes)
     named = args.tasks.split(",") if args.tasks else parse_mixture(run.data.task)[0]
@@ -128,12 +148,13 @@ def eval(args: argparse.Namespace) -> None:
             trained_on.append(own)
         except ConfigError as error:
             print(f"the run's training data is not there, so no test question is compared with it: {error}", file=sys.stderr)
+    mesh = _mesh(meshed, base)
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     with compile_cache(Path(args.workdir or out) / "compile_cache"):
         if args.workdir:
-            model, label = load_fused(args.workdir, args.checkpoint)
+            model, label = load_fused(args.workdir, args.checkpoint, mesh=mesh)
         else:
-            model, label = load_model(args.model, dtype=run.train.dtype), Path(args.model).name
+            model, label = load_model(args.model, dtype=run.train.dtype, mesh=mesh), Path(args.model).name
             model.config = model.config.replace(matmul_precision=run.train.matmul_precision)
         summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
     for result in summary["tasks"]:
@@ -195,13 +216,15 @@ def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[st
 def _model_of(args: argparse.Namespace) -> Model:
     """What --workdir or --model, with --adapter, name."""
     from zflora_jax.adapters.fuse import fuse
+    from zflora_jax.checkpoint import read_config
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft
     from zflora_jax.run import load_fused
 
+    mesh = _mesh(args.set, read_config(args.workdir) if args.workdir else None)
     if args.workdir:
-        return load_fused(args.workdir, args.checkpoint)[0]
-    model = load_model(args.model, dtype=args.dtype or "float32")
+        return load_fused(args.workdir, args.checkpoint, mesh=mesh)[0]
+    model = load_model(args.model, dtype=args.dtype or "float32", mesh=mesh)
     if args.adapter:
         require(model.adapter is None, f"--model {args.model} has an adapter fused in already; give --adapter with its base.")
         return fuse(model, *load_peft(args.adapter, model))
@@ -271,10 +294,13 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    from zflora_jax.checkpoint import read_config
     from zflora_jax.run import export_run
 
     require(args.eps is None or args.format == "hf", "--eps goes with --format hf: LoRA adapters have no state to scale.")
-    report = export_run(args.workdir, args.out, format=args.format, dtype=args.dtype, checkpoint=args.checkpoint, eps_z=args.eps)
+    mesh = _mesh(args.set, read_config(args.workdir))
+    settings: Any = {"format": args.format, "dtype": args.dtype, "checkpoint": args.checkpoint, "eps_z": args.eps}
+    report = export_run(args.workdir, args.out, mesh=mesh, **settings)
     print_table(report, f"exported to {args.out}")
 
 

@@ -24,6 +24,7 @@ from zflora_jax.hf.stock import StockForm, module_of, native_tensors, stock_form
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.report import local_path, write_json
+from zflora_jax.sharding import require_local
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -66,6 +67,7 @@ def save_hf(
     dtype = dtype or str(trees.flatten(model.params)["embed/embedding"].dtype)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
+    require_local(model.params, "export")
     form = stock_form(model, dtype, eps_z)
     with whole_directory(target, _own_files) as staging:
         hf_config, tensors = to_stock(model, form, dtype)
@@ -144,9 +146,8 @@ def _manifest(model: Model, form: StockForm, dtype: str, base_fingerprint: str |
     widened = model.adapter is not None and METHODS[model.adapter.method].in_place == "none"
     base = base_config(model.config, model.adapter) if widened and model.adapter else model.config
     if base_fingerprint is None and (widened or model.adapter is None):
-        shapes = param_shapes(base)
-        corner = {name: np.asarray(leaf)[tuple(slice(0, n) for n in shapes[name])] for name, leaf in trees.flatten(model.params).items()}
-        base_fingerprint = trees.fingerprint(trees.unflatten(corner))
+        shapes = param_shapes(base)  # of the base, in the corner of the wide leaves
+        base_fingerprint = trees.fingerprint(model.params, shapes)
     return {
         "format": FORMAT,
         "version": VERSION,
