@@ -146,7 +146,7 @@ The formula, in bytes, w = 4 for a float32 base, n = data x fsdp:
 
 - fsdp: (fsdp-1)/fsdp x w x (2 x layers x kernels of a layer + (1 + 2 x chunks) x vocabulary x width) / tensor: each layer's kernels are gathered in
   both passes, the table for the embedding and twice a chunk of logits;
-- gradients: 2 (n-1)/n x 4 x trainable parameters. No gradient of the base is formed, so none is moved;
+- gradients: 2 (n-1)/n x 4 x the parameters that the adapter stores. No gradient of the base is formed, so none is moved;
 - tensor: 2 (tensor-1)/tensor x 4 x layers x rows x length x width x w: the residual stream is summed after attention and MLP, in both passes.
 
 Under tensor about 1.8 times the formula is moved, which is the ratio of 7 sums a layer to 4: the backward pass appears to sum what comes back from q,
