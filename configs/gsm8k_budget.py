@@ -1,9 +1,9 @@
 """GSM8K at one parameter budget: LoRA r=16 against the two zFLoRA methods, 200 steps, two seeds.
 
 Command: zflora sweep --config configs/gsm8k_budget.py --set data.data_dir=DIR --workdir runs/gsm8k_budget
-DIR holds GSM8K's train.jsonl and test.jsonl. About 5 to 8 minutes a run on 2 CPU cores, 12 runs. Result: results/gsm8k_budget.md.
-Question: does zflora-minimal reach LoRA's held-out loss at LoRA's number of parameters? Rows longer than 192 tokens are left out to keep a step
-near 2 s.
+DIR holds GSM8K's train.jsonl and test.jsonl. About 5 to 8 minutes a run on 2 CPU cores, 16 runs. Result: results/gsm8k_budget.md.
+Question: does zflora-minimal reach LoRA's held-out loss at LoRA's number of parameters, and does it matter whether LoRA starts as PEFT's does
+(lora) or as this project's did before (lora-normal)? Rows longer than 192 tokens are left out to keep a step near 2 s.
 """
 
 from zflora_jax.compare import Comparison
@@ -22,6 +22,7 @@ def get_sweep() -> Comparison:
     # dead blocks too (`methods.live_layers`); without them zflora-uniform could have rank 14.
     methods = {
         "lora": AdapterConfig("lora", rank=16),
+        "lora-normal": AdapterConfig("lora", rank=16, init="normal"),
         "zflora-minimal": AdapterConfig("zflora-minimal", rank=21),
         "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, head_rank=4),
     }

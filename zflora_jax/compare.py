@@ -38,7 +38,7 @@ from zflora_jax.trees import flatten
 log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
-_NO_NUMBERS = ("data/data_dir", *(key for key in FREE if key not in ("eval", "train/matmul_precision")))
+_NO_NUMBERS = ("data/data_dir", *(key for key in FREE if key != "eval"))
 BASE = "base"
 _DIRTY = " (with local changes)"
 _POLL = 5.0  # seconds between looks at a run that another process of the same comparison is training
