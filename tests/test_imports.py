@@ -38,7 +38,7 @@ LAYERS = [
     ("trainer",),
     ("checkpoint", "data", "likelihood", "hf"),
     ("contamination", "text", "serving"),
-    ("evals", "run_report", "base"),
+    ("evals", "run_report", "base", "gap_prompts"),
     ("run",),
     ("scorecard",),
     ("bench", "compare", "grid", "plots", "planner", "info"),

@@ -27,11 +27,11 @@ from zflora_jax.checkpoint import Checkpoints, adopt, change_notes, claim, locke
 from zflora_jax.config import RunConfig
 from zflora_jax.data.dates import today
 from zflora_jax.data.mixture import load_mixture
-from zflora_jax.data.pipeline import Encoded, encode_prompts, fit_documents, pack, tokenize_examples, train_batches
-from zflora_jax.data.prompts import encode_prompt_texts
+from zflora_jax.data.pipeline import Encoded, pack, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, nearest, require, to_dict
+from zflora_jax.gap_prompts import gap_prompts
 from zflora_jax.hf.gap import export_gap
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft
@@ -337,25 +337,6 @@ def export_run(
     trained = json.loads(path.read_text(encoding="utf-8")) if (path := Path(workdir) / REPORT_FILE).is_file() else {}
     if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
         card[f"{run.eval.split} loss"] = loss
-    prompts, origin = _gap_prompts(run, model)  # before anything is written
+    prompts, origin = gap_prompts(run, model)  # before anything is written
     report = save_hf(out, fused, dtype=dtype, base_fingerprint=fingerprint(model), card=card, eps_z=eps_z)
     return report | {"gap_prompts": origin} | export_gap(fused, out, prompts)
-
-
-_GAP_TEXTS = (
-    "The capital of France is Paris, and the capital of Italy is Rome.",
-    "A baker has 24 boxes with 13 cakes each and sells 57 of them. How many are left?",
-    "def add(a, b):\n    return a + b\n",
-    "Question: which of these is a liquid at room temperature?\nA. iron\nB. water\nC. salt\nAnswer: B",
-)
-
-
-def _gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
-    """Token ids to compare logits on, and what they are: those of 8 held-out rows, or of built-in texts where the run's data cannot be read."""
-    data = run.data
-    try:
-        examples = fit_documents(load_mixture(data, run.eval.split, 8), model.tokenizer, data.prompt_style, data.lengths[-1], data.date)
-        return encode_prompts(examples, model.tokenizer, data.prompt_style, data.date), f"{len(examples)} held-out rows"
-    except (ConfigError, OSError) as error:
-        log.warning("the export is compared on built-in texts, as the run's held-out rows cannot be read: %s", error)
-        return encode_prompt_texts(model.tokenizer, _GAP_TEXTS), f"{len(_GAP_TEXTS)} built-in texts"
