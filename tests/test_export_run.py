@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from zflora_jax import cli
+from zflora_jax import cli, gap_prompts
 from zflora_jax import run as runs
 from zflora_jax.fields import ConfigError, override
 
@@ -44,7 +44,7 @@ def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, 
 
 def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):
     workdir, _ = trained
-    monkeypatch.setattr(runs, "load_mixture", lambda *_: 1 / 0)  # as a fault of ours would
+    monkeypatch.setattr(gap_prompts, "load_mixture", lambda *_: 1 / 0)  # as a fault of ours would
     with pytest.raises(ZeroDivisionError):
         runs.export_run(workdir, tmp_path / "out")
     monkeypatch.setattr(runs, "load_run", lambda *_: pytest.fail("a format is refused before anything is loaded"))
