@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 
 from zflora_jax.adapters.methods import plan
 from zflora_jax.config import METHODS, LlamaConfig, RunConfig
-from zflora_jax.data.prompts import end_token
 from zflora_jax.fields import require
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.model import Model
+from zflora_jax.text import stop_as_trained
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +48,7 @@ def as_base(run: RunConfig, model: Model) -> Model:
     model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
     plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
     require_fit(run, model)
-    return _stops_as_trained(run, model)
-
-
-def _stops_as_trained(run: RunConfig, model: Model) -> Model:
-    """`model`, with the token that ends an answer of `run` among those it stops at: fused and
-    exported, it is to stop there too."""
-    stop, end = model.config.eos_token_ids, end_token(model.tokenizer, run.data.prompt_style)
-    if end in stop:
-        return model
-    return replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
+    return stop_as_trained(model, run.data.prompt_style)
 
 
 def numerics(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
