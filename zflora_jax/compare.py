@@ -27,6 +27,7 @@ from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, from_dict, require, to_dict
+from zflora_jax.mesh import mesh_if_there
 from zflora_jax.model import Model
 from zflora_jax.plots import grouped_bars
 from zflora_jax.report import atomic_write, environment, local_path, markdown_table, write_json
@@ -90,7 +91,7 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
     config the same.
     """
     workdir, out, env = local_path(workdir, "workdir"), local_path(out, "out"), environment()
-    base_model = load_base(plan.base)
+    base_model = load_base(plan.base, mesh_if_there(plan.base.mesh))
     losses = {split: _loss(plan.base, split, base_model)["loss"] for split in ("validation", "test")}
     rows: list[Result] = []
     runs: list[Result] = []
