@@ -27,6 +27,7 @@ LAYERS = [
     ("trees", "fields", "textfile", "config", "report", "trackers", "metrics", "progress", "starts", "data.dates"),
     ("hosts", "cache"),
     ("sharding",),
+    ("mesh",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
     ("products", "devices"),
     ("layers", "model", "vocabulary"),

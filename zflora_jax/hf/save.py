@@ -22,9 +22,9 @@ from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERS
 from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.stock import StockForm, module_of, native_tensors, stock_form, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
+from zflora_jax.mesh import require_local
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.report import local_path, write_json
-from zflora_jax.sharding import require_local
 
 DTYPES = ("float32", "bfloat16", "float16")
 
