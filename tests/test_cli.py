@@ -341,7 +341,7 @@ def test_export_into_a_directory_of_somebody_else(refused, workdir, tmp_path):
         (("--tasks", "arithmetik"), "unknown task 'arithmetik': did you mean 'arithmetic'?"),
         (("--limit", "0"), "eval.limit=0: must be at least 1, or None for all examples"),
         (("--set", "eval.split=train"), "split='train': "),
-        (("--set", "adapter.rank=5"), "--set adapter.rank: what a run has trained cannot be changed when it is evaluated; eval.* and data.* can."),
+        (("--set", "adapter.rank=5"), "--set adapter.rank: what a run has trained cannot be changed when it is evaluated; eval.*, data.* and"),
         (("--set", "eval.splt=test"), "unknown key 'splt' of EvalConfig: did you mean 'split'?"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",

@@ -24,7 +24,7 @@ MODULES = {
 
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
-    ("trees", "fields", "config", "report", "trackers", "metrics"),
+    ("trees", "fields", "config", "report", "trackers", "metrics", "progress"),
     ("hosts", "cache"),
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it

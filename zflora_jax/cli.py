@@ -61,6 +61,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, e.g. --set train.steps=50 adapter.rank=16"
         )
 
+    def mesh(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="mesh.AXIS=N",
+            help="devices to divide the model over, e.g. --set mesh.fsdp=2 mesh.tensor=2 (default: as a run was trained)",
+        )
+
     def source(sub: argparse.ArgumentParser, verb: str) -> None:
         either = sub.add_mutually_exclusive_group(required=True)
         either.add_argument("--workdir", metavar="DIR", help=f"{verb} what this run has trained, fused")
@@ -112,6 +122,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
     sub.add_argument("--batch-size", type=int, default=16, metavar="B", help="lines of --file at one time (default: 16)")
+    mesh(sub)
 
     sub = command("info", commands.info, "Say what a run, adapter, export or model is: method, widths, parameters, base, fingerprint, metrics.")
     sub.add_argument("path", metavar="PATH", help="a workdir, a PEFT or export or Hugging Face directory, a .gguf file, or a preset's name")
@@ -130,6 +141,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", metavar="STEP", help="a number of steps, or best (default: the newest)")
     sub.add_argument("--format", choices=["hf", "peft"], default="hf", help="hf: the fused model (default); peft: LoRA adapters beside their base")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as trained)")
+    mesh(sub)
 
     sub = command(
         "plan", commands.plan, "Say what a run needs before anything runs: parameters, memory per device, steps, tokens. No weights are read."

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zflora_jax import config as config_module
-from zflora_jax.config import RunConfig
+from zflora_jax.config import MeshConfig, RunConfig
 from zflora_jax.fields import ConfigError, nearest, override, require, to_dict
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from zflora_jax.decode import Sampler
     from zflora_jax.model import Model
 
@@ -65,6 +67,23 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
     return override(run, _changes(args.set))
 
 
+def _mesh(settings: list[str] | dict[str, str], run: RunConfig | None) -> Mesh | None:
+    """The mesh that `--set mesh.*` asks for, in place of the run's; None where nothing is asked."""
+    from zflora_jax.sharding import make_mesh
+
+    changes = settings if isinstance(settings, dict) else _changes(settings)
+    other = [key for key in changes if not key.startswith("mesh.")]
+    if other:
+        raise ConfigError(
+            f"--set {other[0]}: what has been trained cannot be changed here; mesh.* can, e.g. "
+            "mesh.fsdp=2, the devices that the model is divided over."
+        )
+    if not changes:
+        return None
+    asked = {key.removeprefix("mesh."): value for key, value in changes.items()}
+    return make_mesh(override(run.mesh if run else MeshConfig(), asked))
+
+
 def print_table(values: dict[str, Any], title: str) -> None:
     """Print the scalars of `values` as two columns."""
     from rich.console import Console
@@ -108,9 +127,10 @@ def eval(args: argparse.Namespace) -> None:
 
     given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
     changes: dict[str, Any] = _changes(args.set) | {key: value for key, value in given.items() if value is not None}
+    meshed = {key: changes.pop(key) for key in list(changes) if key.startswith("mesh.")}
     trained = [key for key in changes if not key.startswith(("eval.", "data."))]
     if args.workdir and trained:
-        raise ConfigError(f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated; eval.* and data.* can.")
+        raise ConfigError(f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated; eval.*, data.* and mesh.* can.")
     base = read_config(args.workdir) if args.workdir else RunConfig(model=args.model)
     run = override(base, changes)
     named = args.tasks.split(",") if args.tasks else parse_mixture(run.data.task)[0]
@@ -127,10 +147,13 @@ def eval(args: argparse.Namespace) -> None:
             trained_on.append(own)
         except ConfigError as error:
             print(f"the run's training data is not there, so no test question is compared with it: {error}", file=sys.stderr)
+    mesh = _mesh(meshed, base)
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     with compile_cache(Path(args.workdir or out) / "compile_cache"):
         model, label = (
-            load_fused(args.workdir, args.checkpoint) if args.workdir else (load_model(args.model, dtype=run.train.dtype), Path(args.model).name)
+            load_fused(args.workdir, args.checkpoint, mesh=mesh)
+            if args.workdir
+            else (load_model(args.model, dtype=run.train.dtype, mesh=mesh), Path(args.model).name)
         )
         summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
     for result in summary["tasks"]:
@@ -191,13 +214,15 @@ def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[st
 def _model_of(args: argparse.Namespace) -> Model:
     """What --workdir or --model, with --adapter, name."""
     from zflora_jax.adapters.fuse import fuse
+    from zflora_jax.checkpoint import read_config
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft
     from zflora_jax.run import load_fused
 
+    mesh = _mesh(args.set, read_config(args.workdir) if args.workdir else None)
     if args.workdir:
-        return load_fused(args.workdir, args.checkpoint)[0]
-    model = load_model(args.model, dtype=args.dtype or "float32")
+        return load_fused(args.workdir, args.checkpoint, mesh=mesh)[0]
+    model = load_model(args.model, dtype=args.dtype or "float32", mesh=mesh)
     if args.adapter:
         require(model.adapter is None, f"--model {args.model} has an adapter fused in already; give --adapter with its base.")
         return fuse(model, *load_peft(args.adapter, model))
@@ -266,9 +291,14 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    from zflora_jax.checkpoint import read_config
     from zflora_jax.run import export_run
 
-    print_table(export_run(args.workdir, args.out, format=args.format, dtype=args.dtype, checkpoint=args.checkpoint), f"exported to {args.out}")
+    mesh = _mesh(args.set, read_config(args.workdir))
+    report = export_run(
+        args.workdir, args.out, format=args.format, dtype=args.dtype, checkpoint=args.checkpoint, mesh=mesh
+    )
+    print_table(report, f"exported to {args.out}")
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import check_types, require
 from zflora_jax.llama import HEADS, ROWS, KVCache, cache_slots, init_cache
 from zflora_jax.model import Model
+from zflora_jax.sharding import fill_rows, mesh_in_use, require_local
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -223,10 +224,11 @@ _packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyD
 
 def packed(model: Model) -> Model:
     """`model` packed for decode; kept as long as `model` lives, so that repeated calls do not pack again."""
-    if model.config.packed:
-        return model
     if model not in _packed or _packed[model][0] is not model.params:
-        _packed[model] = model.params, pack(model)
+        made = pack(model)
+        if made is model:
+            return model
+        _packed[model] = model.params, made
     return _packed[model][1]
 
 
@@ -277,6 +279,7 @@ def generate_tokens(
     require(tasks is None or adapters is not None, "tasks says whose adapters a prompt uses: give adapter and adapters too.")
     require(tasks is None or len(tasks) == len(prompts), f"{len(prompts)} prompts and {0 if tasks is None else len(tasks)} tasks: give one for each.")
     require(tasks is None or num_beams == 1, "beam search does not mix tasks in a batch: give the prompts of each task apart, without tasks.")
+    require_local(model.params, "generate")
     run, root = packed(model), jax.random.key(seed)
     variables = {"params": run.params}
     if adapters is not None and tasks is None:
@@ -286,7 +289,7 @@ def generate_tokens(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         length = padded_length(len(prompts[rows[-1]]))
-        tokens = np.zeros((batch_size if len(order) > batch_size else len(rows), length), np.int32)
+        tokens = np.zeros((fill_rows(batch_size if len(order) > batch_size else len(rows), run.params), length), np.int32)
         valid = np.zeros(tokens.shape, bool)
         for row, i in enumerate(rows):
             tokens[row, length - len(prompts[i]) :], valid[row, length - len(prompts[i]) :] = prompts[i], True
@@ -294,12 +297,14 @@ def generate_tokens(
             own = rows_of(adapters, np.resize([tasks[i] for i in rows], len(tokens)))
             variables["row_adapters"] = trees.unstack_layers(own, run.config.num_layers, axis=1)
         if num_beams > 1:
-            out = np.asarray(beam_decode(run.config, adapter, num_beams, max_new_tokens, stop, variables, tokens, valid))
+            with mesh_in_use(run.params):
+                out = np.asarray(beam_decode(run.config, adapter, num_beams, max_new_tokens, stop, variables, tokens, valid))
         else:
             drawn_by = rows if numbers is None else [numbers[i] for i in rows]
             indices = jnp.asarray(np.resize(np.asarray(drawn_by, np.uint32), len(tokens)))
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
-            out = np.asarray(decode(run.config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys))
+            with mesh_in_use(run.params):
+                out = np.asarray(decode(run.config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys))
         for row, i in enumerate(rows):
             answers[i] = [int(t) for t in out[row] if t >= 0]
         if on_batch:
@@ -337,6 +342,7 @@ def stream_tokens(
     """What generate_tokens(model, [prompt], ...) gives, token by token as they come: a compiled step for each, called from here."""
     check_prompts(model, [prompt], max_new_tokens)
     sampler, stop = sampler or Sampler(), tuple(model.config.eos_token_ids if stop is None else stop)
+    require_local(model.params, "generate")
     run = packed(model)
     length = padded_length(len(prompt))
     tokens, valid = np.zeros((1, length), np.int32), np.arange(length)[None] >= length - len(prompt)
@@ -345,9 +351,11 @@ def stream_tokens(
     variables = {"params": run.params}
     # A power of two, so that conversations that grow share their compiled steps.
     room = 1 << (max_new_tokens - 1).bit_length()
-    state = prefill(run.config, None, sampler, room, stop, variables, tokens, valid, keys)
+    with mesh_in_use(run.params):
+        state = prefill(run.config, None, sampler, room, stop, variables, tokens, valid, keys)
     for count in range(1, max_new_tokens + 1):
         yield int(state.last[0])
         if count == max_new_tokens or bool(state.done[0]):
             return
-        state = advance(run.config, None, sampler, stop, variables, state, keys, np.int32(count + 1))
+        with mesh_in_use(run.params):
+            state = advance(run.config, None, sampler, stop, variables, state, keys, np.int32(count + 1))

@@ -23,6 +23,7 @@ from zflora_jax.fields import require
 from zflora_jax.likelihood import option_log_likelihoods
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write
+from zflora_jax.sharding import BATCH, fill_rows, mesh_in_use
 from zflora_jax.text import stop_ids
 from zflora_jax.trainer import eval_step
 from zflora_jax.trees import Tree
@@ -45,7 +46,9 @@ def held_out_loss(
 ) -> dict[str, float]:
     """Mean cross-entropy (nats) per target token over all rows, and the number of tokens and of rows it is over."""
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
-    sums = [eval_step(model.config, adapter, variables, batch, chunk) for batch in eval_batches(encoded, batch_size, data.lengths)]
+    batches = eval_batches(encoded, fill_rows(batch_size, model.params, BATCH), data.lengths)
+    with mesh_in_use(model.params):
+        sums = [eval_step(model.config, adapter, variables, batch, chunk) for batch in batches]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     return {"loss": float(sum(losses) / sum(tokens)), "tokens": float(sum(tokens)), "rows": float(len(encoded))}
 

@@ -23,6 +23,7 @@ from zflora_jax.fields import require
 from zflora_jax.llama import KVCache, Llama, init_cache
 from zflora_jax.model import Model
 from zflora_jax.products import move
+from zflora_jax.sharding import fill_rows, mesh_in_use, require_local
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -48,6 +49,7 @@ def option_log_likelihoods(
     Raises ConfigError for an empty prompt or option, a prompt without options, ids outside the vocabulary, or more tokens than the context holds.
     """
     _check(model.config, prompts, options, batch_size)
+    require_local(model.params, "score options")
     starts = [_ints(prompt) for prompt in prompts]
     ends = [[_ints(option) for option in row] for row in options]
     scores = [np.zeros(len(row), np.float32) for row in ends]
@@ -88,6 +90,7 @@ class Piece:
 
 def _call(model: Model, past: KVCache | None, pieces: list[Piece], size: int, *, keep: bool) -> tuple[np.ndarray, KVCache | None]:
     """`advance` over `pieces`, filled up to `size` rows, in shapes that few calls differ in: (scores [pieces, C], cache if `keep`)."""
+    size = fill_rows(size, model.params) if size > 1 else size
     longest, scored = max(len(p.tokens) for p in pieces), max(p.scored for p in pieces)
     length = padded_length(longest) if past is None or longest > 16 else _bucket(longest)
     tokens, valid = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
@@ -98,7 +101,7 @@ def _call(model: Model, past: KVCache | None, pieces: list[Piece], size: int, *,
         candidates[n, : len(p.candidates)] = p.candidates
         parents[n], counts[n] = p.parent, p.scored
     span = min(_bucket(scored), length - 1)
-    with jax.default_matmul_precision("highest"):
+    with mesh_in_use(model.params), jax.default_matmul_precision("highest"):
         scores, cache = advance(model.config, span, keep, model.params, past, parents, tokens, valid, counts, candidates)
     return np.asarray(scores)[: len(pieces)], cache
 

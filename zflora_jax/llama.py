@@ -25,7 +25,7 @@ from zflora_jax.fields import require
 from zflora_jax.layers import KEEP, AdaptedModule, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables
 from zflora_jax.model import Model
 from zflora_jax.products import Array, move, tied_logits
-from zflora_jax.sharding import divide_embeddings
+from zflora_jax.sharding import divide, divide_embeddings, mesh_in_use
 from zflora_jax.trees import Tree, difference, flatten
 
 Stream = tuple[Array, Array | None]
@@ -55,12 +55,17 @@ class KVCache:
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, adapter: AdapterConfig | None = None) -> KVCache:
-    """An empty cache of `slots` positions for `batch` rows; heads are as wide as the model's, adapter dims included."""
+    """An empty cache of `slots` positions for `batch` rows; heads are as wide as the model's, adapter dims included. On a mesh its rows are divided
+    over data and its heads over tensor."""
     width = config.head_dim + (plan(config, adapter).heads if adapter else 0)
     head, stacked = (batch, config.num_kv_heads), (config.num_layers,) if config.scan_layers else ()
 
+    def empty(*shape: int) -> Array:
+        x = jnp.zeros((*stacked, *head, *shape), config.dtype)
+        return divide(x, *(None for _ in stacked), "data", "tensor")
+
     def pair() -> tuple[Array, Array]:
-        return tuple(jnp.zeros((*stacked, *head, *shape), config.dtype) for shape in ((width, slots), (slots, width)))  # type: ignore[return-value]
+        return empty(width, slots), empty(slots, width)
 
     layers = pair() if config.scan_layers else [pair() for _ in range(config.num_layers)]
     return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
@@ -245,7 +250,7 @@ class Llama(nn.Module):
             mask = causal[None, None, :, :] & (valid[:, None, :, None] == valid[:, None, None, :])
         cos, sin = rope_tables(c, positions, slots.shape[1])
 
-        x = divide_embeddings(self.embed(tokens))
+        x = divide_embeddings(self.embed(tokens), rows=cache is None)
         width = plan(c, self.adapter).residual if self.adapter else 0
         carry: Stream = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         layers = None if cache is None else cache.layers
@@ -339,7 +344,7 @@ def forward(
     """
     require(adapters is None or row_adapters is None, "adapters are of all rows, row_adapters of each: give one of them.")
     given = {"params": model.params, "adapters": adapters, "row_adapters": row_adapters}
-    with jax.default_matmul_precision("highest"):
+    with mesh_in_use(model.params), jax.default_matmul_precision("highest"):
         return _forward(model.config, adapter, {name: tree for name, tree in given.items() if tree is not None}, tokens, valid)
 
 

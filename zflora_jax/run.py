@@ -8,12 +8,13 @@ import logging
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from zflora_jax import hosts, trees
 from zflora_jax.adapters.fuse import fuse
@@ -34,7 +35,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write, environment, plain, write_json
-from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
+from zflora_jax.sharding import make_mesh, mesh_if_there, own_rows, put_rows, shard, state_shardings
 from zflora_jax.trackers import require_installed
 from zflora_jax.trainer import Batch, TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
@@ -84,12 +85,25 @@ def _fresh_state(run: RunConfig, model: Model) -> TrainState:
     return init_state(init_adapters(jax.random.key(run.train.seed), model, run.adapter), run.optim, run.train.steps)
 
 
-def load_run(workdir: str | Path, step: int | str | None = None) -> tuple[RunConfig, Model, Tree, int]:
-    """(config, base model, adapters, finished steps) of a checkpoint of a run: the newest, that of `step`, or the "best" (train.keep_best).
-    ConfigError if there is none, or it was trained on another base."""
+def load_run(workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None) -> tuple[RunConfig, Model, Tree, int]:
+    """A checkpoint of a run.
+
+    Args:
+      workdir: of the run.
+      step: number of the checkpoint, "best" (train.keep_best), or None for the newest.
+      mesh: what base and adapters are divided over (`sharding.make_mesh`). None: the mesh of the
+        run where its devices are there, else one device.
+
+    Returns:
+      (config, base model, adapters, finished steps).
+
+    Raises:
+      ConfigError: there is no such checkpoint, or it was trained on another base.
+    """
     run = read_config(workdir)
     require((Path(workdir) / "checkpoints").is_dir(), f"{workdir} has no checkpoint yet; train it first.")
-    model = load_base(run)
+    mesh = mesh_if_there(run.mesh) if mesh is None else mesh
+    model = load_base(run, mesh)
     with Checkpoints(workdir, create=False) as checkpoints:
         require(checkpoints.latest is not None, f"{workdir} has no complete checkpoint yet; train it first.")
         if step == "best":
@@ -97,7 +111,10 @@ def load_run(workdir: str | Path, step: int | str | None = None) -> tuple[RunCon
             step = checkpoints.best
             require(step is not None, f"{workdir} has no checkpoint that was saved with its loss yet; name a step, or train on.")
         require(step is None or str(step).isdigit(), f"checkpoint {step!r}: expected a number of steps, or 'best'.")
-        state, meta = checkpoints.restore(jax.eval_shape(lambda: _fresh_state(run, model)), None if step is None else int(step))
+        like = jax.eval_shape(lambda: _fresh_state(run, model))
+        if mesh is not None:
+            like = jax.tree.map(lambda x, where: x.update(sharding=where), like, state_shardings(like, mesh))
+        state, meta = checkpoints.restore(like, None if step is None else int(step))
     _check_same(meta, "base", trees.fingerprint(model.params), workdir)
     return run, model, state.adapters, int(state.step)
 
@@ -296,21 +313,29 @@ def _micro_batch(run: RunConfig) -> int:
     return run.data.batch_size // run.data.accumulate
 
 
-def load_fused(workdir: str | Path, step: int | str | None = None) -> tuple[Model, str]:
+def load_fused(workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None) -> tuple[Model, str]:
     """What `workdir` has trained (see `load_run`), fused, and a label for result files ("step120")."""
-    run, model, adapters, step = load_run(workdir, step)
+    run, model, adapters, step = load_run(workdir, step, mesh=mesh)
     return fuse(model, run.adapter, adapters), f"step{step}"
 
 
 def export_run(
-    workdir: str | Path, out: str | Path, *, format: str = "hf", dtype: str | None = None, checkpoint: int | str | None = None
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    dtype: str | None = None,
+    checkpoint: int | str | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or "peft", LoRA adapters. Returns what was written.
 
     For "hf" the report says how far the export's logits are from the fused model's in float32, on held-out prompts: max and mean |dlogit|, and
-    top-1 agreement.
+    top-1 agreement. mesh: as in `load_run`.
     """
-    run, model, adapters, step = load_run(workdir, checkpoint)
+    count = jax.process_count()
+    require(count == 1, f"{count} processes cannot export a run together: start one, with the devices that the model needs.")
+    run, model, adapters, step = load_run(workdir, checkpoint, mesh=mesh)
     if format == "peft":
         return save_peft(out, model, run.adapter, adapters)
     require(format == "hf", f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")
@@ -323,16 +348,3 @@ def export_run(
     examples = fit_documents(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, run.data.lengths[-1])
     prompts = encode_prompts(examples, model.tokenizer, run.data.prompt_style)
     return report | export_gap(fused, out, prompts)
-
-
-@contextmanager
-def progress_bar(total: int, description: str, console: bool) -> Any:
-    """A rich bar on stderr; yields advance(n). Without a terminal, or with console=False, nothing is drawn."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    screen = Console(stderr=True)
-    with Progress(*columns, console=screen, disable=not (console and screen.is_terminal), transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda n: progress.advance(task, n)

@@ -19,8 +19,10 @@ from zflora_jax.data.tasks import GROUPS, Example, get_task
 from zflora_jax.evals import Record, generation_records, group_scores, held_out_loss, likelihood_records, scores_of
 from zflora_jax.fields import require, to_dict
 from zflora_jax.model import Model
+from zflora_jax.progress import progress_bar
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
-from zflora_jax.run import progress_bar, require_fit
+from zflora_jax.run import require_fit
+from zflora_jax.sharding import require_local
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def _evaluate(
     """The result, the records, and the files of finished batches, for the caller to remove when all that it evaluates is done."""
     started, env, evaluation = time.perf_counter(), environment(), run.eval
     require_fit(run, model)
+    require_local(model.params, "evaluate")
     mixture = load_mixture(run.data, evaluation.split, None if evaluation.clean_only else evaluation.limit)
     require(len(mixture.names) == 1, f"data.task={run.data.task!r} is a mixture; evaluate one at a time (--tasks {','.join(mixture.names)}).")
     require(seen is not None or not evaluation.clean_only, "eval.clean_only=True needs the training data to compare with; name it with --trained-on.")

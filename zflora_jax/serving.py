@@ -30,7 +30,8 @@ def serve(
 ) -> Iterator[tuple[int, list[int]]]:
     """(number of the request from 0, the token ids generated) of every request, each as soon as its batch is done.
 
-    fused: of any of the tasks' adapters (`fuse`); it is packed and kept, unless it is packed already: then its buffers are given to the first swap.
+    fused: of any of the tasks' adapters (`fuse`); it is packed and kept, unless it is packed already (on a mesh: has its layers apart): then its
+    buffers are given to the first swap.
     tasks: name -> adapters of the AdapterConfig that `fused` has (`adapters.tasks.pad_adapters` brings smaller ones there).
     window: how many requests are read ahead. Of those that wait, the oldest one's task is answered next, all of its requests together, so that no
     request waits for more than a window; 1 is for a source whose next request comes after an answer. Answers do not depend on the grouping. A task

@@ -8,9 +8,12 @@ would make the backward pass keep the gathered kernels of all layers). tensor: h
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -21,6 +24,8 @@ from jax.sharding import PartitionSpec as P
 from zflora_jax import trees
 from zflora_jax.config import MeshConfig
 from zflora_jax.fields import ConfigError, require
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # what the rows of a batch are divided over
@@ -64,6 +69,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def mesh_if_there(config: MeshConfig) -> Mesh | None:
+    """The mesh that a run was trained on, for the use of what it trained.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      The mesh; None for one device, also, and said in the log, where there are fewer devices.
+    """
+    need, have = config.data * config.fsdp * config.tensor, jax.device_count()
+    if 1 < need <= have:
+        return make_mesh(config)
+    if need > 1:
+        log.warning(
+            "trained on %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d), loaded onto one: "
+            "here are only %d (set mesh.* to divide the model over them)",
+            *(need, config.data, config.fsdp, config.tensor, have),
+        )
+    return None
+
+
 def axes_of(name: str) -> tuple[str | None, ...]:
     """The mesh axis of each dimension of the leaf `name` ("layers/attn/q/kernel": ("fsdp", "tensor", None)), without the stacked layer axis."""
     bare = re.sub(r"^layers(_\d+)?/", "", name)
@@ -73,28 +99,99 @@ def axes_of(name: str) -> tuple[str | None, ...]:
         raise ConfigError(f"no sharding rule covers the parameter {name!r}: add one to RULES in zflora_jax/sharding.py.") from None
 
 
-def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The PartitionSpec of a leaf. ConfigError naming it where an axis of the mesh does not divide its dimension."""
+def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -> P:
+    """The PartitionSpec of a leaf.
+
+    Args:
+      name: of the leaf, as in `axes_of`.
+      shape: of the leaf; layers may be stacked on a leading axis.
+      mesh: a Mesh or an AbstractMesh.
+      fused: whether the leaf is of a fused model. Its widths depend on the adapter, so an axis of
+        the mesh that does not divide its dimension goes to another dimension of the leaf.
+
+    Raises:
+      ConfigError: an axis of the mesh does not divide its dimension of a base or adapter leaf.
+    """
     axes = axes_of(name)
-    axes = (None,) * (len(shape) - len(axes)) + axes  # stacked layers stay whole: scan takes one at a time
-    for axis, size in zip(axes, shape, strict=True):
+    first = len(shape) - len(axes)  # stacked layers stay whole: scan takes one at a time
+    parts: list[tuple[str, ...]] = [()] * first + [(axis,) if axis else () for axis in axes]
+    for at, axis in enumerate(axes, first):
         count = mesh.shape[axis] if axis else 1
-        if size % count:
-            fits = [n for n in range(1, count) if size % n == 0]
+        if axis is None or shape[at] % count == 0:
+            continue
+        if not fused:
+            fits = [n for n in range(1, count) if shape[at] % n == 0]
             raise ConfigError(
-                f"mesh.{axis}={count} does not divide {name}, shape {shape}, at the dimension of {size}. "
-                f"Choose a mesh.{axis} that does, e.g. {max(fits)}."
+                f"mesh.{axis}={count} does not divide {name}, shape {shape}, at the dimension of "
+                f"{shape[at]}. Choose a mesh.{axis} that does, e.g. {max(fits)}."
             )
-    return P(*axes)
+        parts[at] = ()
+        divides = {
+            i: len(part)
+            for i, part in enumerate(parts)
+            if i not in (at, *range(first))
+            and shape[i] % math.prod((count, *(mesh.shape[other] for other in part))) == 0
+        }
+        if divides:  # one that is divided already, so that heads and units stay in one piece
+            to = max(divides, key=lambda i: (divides[i], shape[i]))
+            parts[to] = (*parts[to], axis)
+        else:
+            _warn(
+                f"mesh.{axis}={count} divides no dimension of {name}, shape {shape}: every device "
+                f"along {axis} holds it whole. Train with an adapter that widens the stream of "
+                f"{shape[at]} by {-shape[at] % count} more (rank, head_rank or mlp_rank)."
+            )
+    return P(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
-def shardings(tree: Mapping[str, Any], mesh: Mesh) -> trees.Tree:
-    """The NamedSharding of every leaf of a parameter or adapter tree (arrays or ShapeDtypeStructs)."""
-    return trees.map_with_names(lambda name, leaf: NamedSharding(mesh, spec(name, tuple(leaf.shape), mesh)), tree)
+@functools.cache
+def _warn(text: str) -> None:
+    """Warn in the log, once per process."""
+    log.warning("%s", text)
 
 
-def shard(tree: Mapping[str, Any], mesh: Mesh) -> trees.Tree:
-    """`tree` on the devices of `mesh`. Where they belong to several processes, each must have the whole tree, or have loaded it on this mesh."""
+def placement(mesh: Mesh, name: str, shape: tuple[int, ...], *, fused: bool = False) -> NamedSharding:
+    """Where the leaf of that name and shape lies on `mesh`; see `spec`."""
+    return NamedSharding(mesh, spec(name, shape, mesh, fused=fused))
+
+
+def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
+    """The NamedSharding of every leaf of a parameter or adapter tree.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+      mesh: where they go.
+      fused: as in `spec`.
+    """
+
+    def place(name: str, leaf: Any) -> NamedSharding:
+        return placement(mesh, name, tuple(leaf.shape), fused=fused)
+
+    return trees.map_with_names(place, tree)
+
+
+def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
+    """In a compiled function, `tree` divided over the mesh in use; as it is without a mesh.
+
+    Args:
+      tree: parameters or adapters.
+      fused: as in `spec`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return dict(tree)
+
+    def place(name: str, leaf: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(leaf, spec(name, leaf.shape, mesh, fused=fused))
+
+    return trees.map_with_names(place, tree)
+
+
+def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
+    """`tree` on the devices of `mesh`, divided as `spec` says.
+
+    Where they belong to several processes, each must have the whole tree, or have loaded it on this mesh.
+    """
 
     def place(leaf: Any, where: NamedSharding) -> jax.Array:
         if where.is_fully_addressable or (isinstance(leaf, jax.Array) and leaf.sharding == where):
@@ -102,7 +199,7 @@ def shard(tree: Mapping[str, Any], mesh: Mesh) -> trees.Tree:
         value = np.asarray(leaf)
         return jax.make_array_from_callback(value.shape, where, value.__getitem__)
 
-    return jax.tree.map(place, dict(tree), shardings(tree, mesh))
+    return jax.tree.map(place, dict(tree), shardings(tree, mesh, fused=fused))
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -145,19 +242,97 @@ def batch_shards() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def divide_embeddings(x: jax.Array) -> jax.Array:
-    """Embeddings [B, T, d] with their rows over data and fsdp, from a lookup in a table whose d is divided over fsdp; as they are without a mesh.
+def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
+    """Embeddings [B, T, d] as the layers are to compute them; as they are without a mesh.
 
-    In two steps, an all-to-all along fsdp being the second: asked for the last alone, XLA replicates the embeddings of the whole batch on meshes of
-    several axes.
+    Args:
+      x: from a lookup in a table whose d is divided over fsdp.
+      rows: divide the rows over fsdp too, as in training: each layer then gathers its kernels.
+        Else they keep d divided over fsdp: kernels stay where they are and the products are
+        summed, which moves less where there are few tokens, as in decode.
+
+    The rows follow in a second step, an all-to-all along fsdp: asked for them alone, XLA replicates
+    the embeddings of the whole batch on meshes of several axes.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return divide_rows(jax.lax.with_sharding_constraint(x, P("data", None, "fsdp")))
+    x = divide(x, "data", None, "fsdp")
+    return divide_rows(x) if rows and x.shape[0] % batch_shards() == 0 else x
 
 
 def divide_rows(x: jax.Array) -> jax.Array:
     """`x` [B, ...] with its rows over data and fsdp and nothing else divided; as it is without a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    return divide(x, BATCH)
+
+
+def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x` with its first dimensions divided over `axes` of the mesh in use, where they divide them.
+
+    Args:
+      x: an array in a compiled function.
+      axes: for each of the first dimensions an axis of the mesh, several, or None; the dimensions
+        that follow are whole.
+
+    Returns:
+      x; as it is without a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH))
+
+    def count(axis: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+
+    fits = (axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False))
+    return jax.lax.with_sharding_constraint(x, P(*fits))
+
+
+# --- the mesh that arrays lie on ------------------------------------------------------------------
+
+
+def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
+    """The mesh of several devices that the arrays of `tree` are divided over; None on one device."""
+    leaf = next(iter(jax.tree.leaves(tree)), None)
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return None
+    mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+    if not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES) or mesh.size == 1:
+        return None
+    return mesh
+
+
+@contextmanager
+def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
+    """Compute on the mesh that the arrays of `tree` lie on (`jax.set_mesh`); nothing on one device.
+
+    What runs a model enters this, so that it follows the model's parameters.
+    """
+    mesh = mesh_of(tree)
+    if mesh is None:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+def several_devices() -> bool:
+    """Whether the mesh in use has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",)) -> int:
+    """`rows`, or the next number of rows that the mesh of `tree` divides along `axes`."""
+    mesh = mesh_of(tree)
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+    return -(-rows // parts) * parts
+
+
+def require_local(tree: Mapping[str, Any], verb: str) -> None:
+    """ConfigError for arrays that are divided over several processes, none of which can `verb` alone."""
+    local = all(
+        leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
+    )
+    require(
+        local,
+        f"this model is divided over {jax.process_count()} processes, which cannot {verb} together. "
+        "Start one process with as many devices as the model needs, and load it there.",
+    )

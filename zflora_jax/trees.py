@@ -114,22 +114,34 @@ def stack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
     return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[f"layers_{i}"] for i in range(num_layers)))}
 
 
-def fingerprint(tree: Mapping[str, Any]) -> str:
-    """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the same. All processes that share arrays call it."""
+def fingerprint(tree: Mapping[str, Any], corner: Mapping[str, tuple[int, ...]] | None = None) -> str:
+    """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the same. All processes that share arrays call it.
+
+    corner: of each leaf only the first so many along each axis count. One leaf of one layer is on the host at a time.
+    """
     digests = {}
     for name, leaf in flatten(tree).items():
         stacked = name.startswith("layers/")
+        cut = tuple(slice(size) for size in (leaf.shape if corner is None else corner[name]))
         for i in range(leaf.shape[0] if stacked else 1):
             part = re.sub(r"^layers/", f"layers_{i}/", name)
-            value = _on_host(leaf[i] if stacked else leaf[...])  # a temporary: jax keeps the host copy of an array as long as the array
+            value = on_host(leaf, i if stacked else None)[cut[stacked:]]
             digest = hashlib.sha256(f"{part} {value.shape} {value.dtype}".encode())
             digest.update(np.ascontiguousarray(value).view(np.uint8).data)
             digests[part] = digest.digest()
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
-def _on_host(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+def on_host(array: Any, row: int | None = None) -> np.ndarray:
+    """`array`, or one row of its first axis, whole on the host.
+
+    Where it is divided over processes, all of them call this. jax keeps the host's copy as long as
+    the array that it was asked of: here that is a temporary one.
+    """
+    if isinstance(array, np.ndarray):
+        return array if row is None else np.asarray(array[row])
+    array = jnp.copy(array) if row is None else array[row]
+    if not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -21,6 +21,7 @@ from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.layers import tile
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.products import move, whole_vectors
+from zflora_jax.sharding import constrain, mesh_in_use, mesh_of, several_devices, shard
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -30,6 +31,12 @@ Piece = tuple[Array, tuple[int, ...]]  # what is written into a kernel, and the 
 def _check(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
     expected = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in adapter_shapes(config, adapter).items()}
     trees.check_like(adapters, trees.unflatten(expected), f"adapters of method {adapter.method!r}")
+
+
+def _beside(params: Tree, adapters: Tree) -> Tree:
+    """`adapters` on the mesh of `params`."""
+    mesh = mesh_of(params)
+    return adapters if mesh is None else shard(adapters, mesh, fused=True)
 
 
 def _layer_map(fn: Callable[[str, str, Any], Any], params: Tree) -> Tree:
@@ -53,20 +60,27 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
 
     Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never recomputed. LoRA and FFA are added in float32 and
     cast once; full
-    replaces the tree. Raises ValueError for leaves that are missing, unexpected, misshapen or not finite.
+    replaces the tree. On a mesh the fused model is divided as the base is, and no device holds a whole kernel meanwhile (but see `sharding.spec` of
+    widths that it does not divide). Raises ValueError for leaves that are missing, unexpected, misshapen or not finite.
     """
     config = model.config
     if model.adapter is not None:
         raise ValueError(f"this model is already fused ({model.adapter.method}); unfuse it, or use swap to change its adapter.")
     if config.packed:
         raise ValueError("this model is packed for decode; fuse first, then pack.")
-    _check(adapters, config, adapter)
-    params = _fuse(config, adapter, model.params, adapters)
+    with mesh_in_use(model.params):
+        _check(adapters, config, adapter)
+        adapters = _beside(model.params, adapters)
+        params = _fuse(config, adapter, model.params, adapters)
     return Model(fused_config(config, adapter), params, model.tokenizer, model.source, adapter)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
+    return constrain(_fused(config, adapter, params, adapters), fused=True)
+
+
+def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
     in_place = METHODS[adapter.method].in_place
     if in_place == "full":
         return jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
@@ -104,8 +118,20 @@ def _widen_kernel(leaf: Array, blocks: dict[str, Array], kernel: str, config: Ll
     reads, writes = KERNELS[kernel]
     wide = _pad(_pad(leaf, axis, getattr(p, reads), 0), -1, getattr(p, writes), 0)
     for name, block in blocks.items():
-        wide = wide.at[_region(name, axis, leaf.shape[axis], leaf.shape[-1])].set(_stored(name, block, adapter).astype(leaf.dtype))
+        wide = _with_block(wide, _stored(name, block, adapter), name, axis, leaf.shape[axis], leaf.shape[-1])
     return wide
+
+
+def _with_block(wide: Array, value: Array, block: str, axis: int, base_in: int, base_out: int) -> Array:
+    """A wide kernel with `value` where `block` belongs, chosen number by number: that is divided over devices as the kernel is, whereas XLA gathers
+    the whole of a divided kernel to write into a part of it."""
+    region, pads, inside = _region(block, axis, base_in, base_out), [(0, 0)] * wide.ndim, jnp.ones((1,) * wide.ndim, bool)
+    for at, part in ((axis, region[1]), (-1, region[-1])):
+        start, stop, _ = part.indices(wide.shape[at])
+        pads[at] = start, wide.shape[at] - stop
+        place = jnp.arange(wide.shape[at]).reshape([-1 if i == wide.ndim + at else 1 for i in range(wide.ndim)])
+        inside = inside & (place >= start) & (place < stop)
+    return jnp.where(inside, jnp.pad(value.astype(wide.dtype), pads), wide)
 
 
 def _region(block: str, axis: int, base_in: int, base_out: int) -> tuple[Any, ...]:
@@ -140,7 +166,8 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
     if fused.config.packed:
         raise ValueError("cannot unfuse a packed model; unfuse the model it was packed from.")
     config = base_config(fused.config, adapter)
-    params, adapters = _unfuse(config, adapter, fused.params)
+    with mesh_in_use(fused.params):
+        params, adapters = _unfuse(config, adapter, fused.params)
     return Model(config, params, fused.tokenizer, fused.source), adapters
 
 
@@ -154,20 +181,22 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
             value = leaf[_region(block, axis, shapes[name][axis], shapes[name][-1])].astype(jnp.float32)
             back[name.removesuffix("kernel") + block] = value / adapter.scale if block == "backward" else value
     base = {name: leaf[tuple(slice(0, n) for n in shapes[name])] for name, leaf in flat.items()}
-    return trees.unflatten(base), trees.unflatten(back)
+    return constrain(trees.unflatten(base), fused=True), constrain(trees.unflatten(back), fused=True)
 
 
 def swap(fused: Model, adapters: Tree) -> Model:
     """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same AdapterConfig. Only those blocks are written: O(adapter)
-    bytes, but for bfloat16 on a CPU, where XLA copies each kernel that they are part of.
+    bytes, but for bfloat16 on a CPU, where XLA copies each kernel that they are part of, and on a mesh, where each kernel is gone through once.
 
     The buffers of `fused.params` are donated: use the returned model, not the old one. ValueError as for `fuse`.
     """
     adapter = _require_widened(fused, "swap")
     base = base_config(fused.config.replace(packed=False), adapter)
     given = base.replace(scan_layers="layers" in adapters)
-    _check(adapters, given, adapter)
-    params = _swap(fused.config, base, adapter, fused.params, adapters)
+    with mesh_in_use(fused.params):
+        _check(adapters, given, adapter)
+        adapters = _beside(fused.params, adapters)
+        params = _swap(fused.config, base, adapter, fused.params, adapters)
     return Model(fused.config, params, fused.tokenizer, fused.source, adapter)
 
 
@@ -181,6 +210,10 @@ def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params
         axis, shape = _in_axis(base, kernel), kernel_shapes(base)[kernel]
         region = _region(block_name, axis, shape[0][-1], shape[1][-1])
         value = _stored(block_name, block, adapter)
+        if several_devices():
+            at = f"{layer}/{group(kernel)}/{kernel}/kernel"
+            flat[at] = _with_block(flat[at], value, block_name, axis, shape[0][-1], shape[1][-1])
+            continue
         if config.packed:
             leaf_name, first = _place(config, kernel)
             found = _packed_pieces(value, kernel_shapes(config)[kernel], first, region[1], region[-1])
@@ -188,7 +221,8 @@ def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params
             leaf_name = f"{group(kernel)}/{kernel}/kernel"
             found = [(value, (0,) * (value.ndim - len(region) + 1) + tuple(part.start or 0 for part in region[1:]))]
         pieces.setdefault(f"{layer}/{leaf_name}", []).extend(found)
-    return trees.unflatten(flat | {name: _write(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()})
+    written = {name: _write(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()}
+    return constrain(trees.unflatten(flat | written), fused=True) if several_devices() else trees.unflatten(flat | written)
 
 
 def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
@@ -243,12 +277,24 @@ def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
 def pack(model: Model) -> Model:
     """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [out, in]:
     qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to `products.whole_vectors`. For any Llama, fused or not.
-    The layout is what `products.row_products` reads.
+    The layout is what `products.row_products` reads. On a mesh the kernels stay apart, as sharding.RULES divide them (side by side, a part of one
+    would lie where another's belongs): only layers that are stacked get a subtree each.
     """
     if model.config.packed:
         return model
+    if mesh_of(model.params) is not None:
+        if not model.config.scan_layers:
+            return model
+        with mesh_in_use(model.params):
+            params = _unstack(model.config, model.params)
+        return Model(model.config.replace(scan_layers=False, remat=False), params, model.tokenizer, model.source, model.adapter)
     config = model.config.replace(scan_layers=False, packed=True, remat=False)
     return Model(config, _pack(model.config, model.params), model.tokenizer, model.source, model.adapter)
+
+
+@partial(jax.jit, static_argnums=0)
+def _unstack(config: LlamaConfig, params: Tree) -> Tree:
+    return constrain(trees.unstack_layers(params, config.num_layers), fused=True)
 
 
 @partial(jax.jit, static_argnums=0)

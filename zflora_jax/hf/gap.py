@@ -13,6 +13,7 @@ from zflora_jax.fields import require
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
+from zflora_jax.sharding import mesh_of
 
 
 def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str] | Sequence[Sequence[int]] | np.ndarray) -> dict[str, float]:
@@ -28,7 +29,7 @@ def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str
     """
     import jax.numpy as jnp
 
-    export = load_stock(Path(path), model.config.scan_layers)
+    export = load_stock(Path(path), model.config.scan_layers, mesh_of(model.params))
     exact = Model(model.config.replace(dtype="float32"), model.params)
     worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0
     for row in prompts:

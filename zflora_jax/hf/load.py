@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import NamedSharding
 
 from zflora_jax.config import PRESETS, LlamaConfig
 from zflora_jax.fields import first_line, nearest, require
@@ -17,7 +17,7 @@ from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table, part_shape
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.model import Model
-from zflora_jax.sharding import spec
+from zflora_jax.sharding import placement
 from zflora_jax.trees import unflatten
 
 # Where the weights of the named models are published. Meta's are gated: the hub asks for a licence click and a token.
@@ -60,7 +60,7 @@ def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_l
         f"dtype={dtype!r}: parameters are float32 or bfloat16 (float16 is for exports; its range is too small to train in).",
     )
     path, origin = locate(source)
-    sharding = None if mesh is None else (lambda name, shape: NamedSharding(mesh, spec(name, shape, mesh)))
+    sharding = None if mesh is None else partial(placement, mesh)
     if path.is_dir():
         model = _from_directory(path, dtype, scan_layers, sharding)
     elif path.suffix == ".gguf":

@@ -26,6 +26,7 @@ from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.model import Model
 from zflora_jax.report import write_json
+from zflora_jax.sharding import require_local
 
 CONFIG, WEIGHTS, WRITER = "adapter_config.json", "adapter_model.safetensors", "zflora_jax"
 
@@ -90,6 +91,7 @@ def save_peft(path: str | os.PathLike[str], model: Model, adapter: AdapterConfig
         raise ConfigError(
             f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the adapter into the model and use save_hf."
         )
+    require_local(adapters, "export")
     config = model.config.replace(scan_layers="layers" in adapters, packed=False)
     expected = {name: np.empty(shape, np.void) for name, shape in adapter_shapes(config, adapter).items()}
     trees.check_like(adapters, trees.unflatten(expected), "adapters of method 'lora'")
@@ -98,7 +100,7 @@ def save_peft(path: str | os.PathLike[str], model: Model, adapter: AdapterConfig
     for layer, tree in enumerate(trees.unstack_layers(adapters, config.num_layers)[f"layers_{i}"] for i in range(config.num_layers)):
         for kernel in kernels:
             for factor in "AB":
-                value = np.asarray(tree[group(kernel)][kernel][f"lora_{factor.lower()}"], np.float32)
+                value = trees.on_host(tree[group(kernel)][kernel][f"lora_{factor.lower()}"]).astype(np.float32)
                 tensors[_tensor(_module(layer, kernel), factor)] = np.ascontiguousarray(value.T)
     alpha = adapter.scale * adapter.rank
     settings = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from zflora_jax.hf.load import accept_tied_head
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.model import Model
+from zflora_jax.sharding import placement
 from zflora_jax.trees import unflatten
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
@@ -65,11 +67,12 @@ def load_export(directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers:
         x = stock[name].to_native(as_finite(shards.read(name), np.float32, name, what))
         return form.inverse(module_of(place), x)[part]
 
-    return Model(native, unflatten(gather(table, read, dtype, sharding)), adapter=adapter)
+    where = sharding and partial(sharding, fused=adapter is not None)
+    return Model(native, unflatten(gather(table, read, dtype, where)), adapter=adapter)
 
 
-def load_stock(directory: Path, scan_layers: bool = True) -> Model:
-    """An export as stock transformers computes it: its own tensors, norm and scale over the full widths.
+def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
+    """An export as stock transformers computes it: its own tensors, norm and scale over the full widths; divided over `mesh` if one is given.
 
     Activations are bfloat16 for a bfloat16 export, else float32 (float16 kernels exist on few of jax's backends).
 
@@ -87,7 +90,8 @@ def load_stock(directory: Path, scan_layers: bool = True) -> Model:
     def read(name: str, place: Place, part: Part) -> np.ndarray:
         return form.inverse_heads(module_of(place), place.to_native(as_finite(shards.read(name), np.float32, name, what)))[part]
 
-    return Model(config, unflatten(gather(table, read, np.float32)))
+    where = None if mesh is None else partial(placement, mesh, fused=True)
+    return Model(config, unflatten(gather(table, read, np.float32, where)))
 
 
 def _read_form(directory: Path, manifest: Mapping[str, Any], hf: Mapping[str, Any]) -> tuple[LlamaConfig, AdapterConfig | None, StockForm]:

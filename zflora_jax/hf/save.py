@@ -24,6 +24,7 @@ from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.stock import EPS_Z, StockForm, module_of, native_tensors, stock_form, to_stock
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.report import write_json
+from zflora_jax.sharding import require_local
 
 
 def save_hf(
@@ -60,6 +61,7 @@ def save_hf(
     require(dtype in EPS_Z, f"dtype={dtype!r}: exports are {', '.join(EPS_Z)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
     form = stock_form(model.config, dtype)
+    require_local(model.params, "export")
     with whole_directory(target, _own_files) as staging:
         hf_config, tensors = to_stock(model, dtype)
         parameters = _write_tensors(staging, form.config, tensors, dtype, max_shard_bytes)
@@ -128,9 +130,8 @@ def _manifest(model: Model, form: StockForm, dtype: str, base_fingerprint: str |
     widened = model.adapter is not None and METHODS[model.adapter.method].in_place == "none"
     base = base_config(model.config, model.adapter) if widened and model.adapter else model.config
     if base_fingerprint is None and (widened or model.adapter is None):
-        shapes = param_shapes(base)
-        corner = {name: np.asarray(leaf)[tuple(slice(0, n) for n in shapes[name])] for name, leaf in trees.flatten(model.params).items()}
-        base_fingerprint = trees.fingerprint(trees.unflatten(corner))
+        shapes = param_shapes(base)  # of the base, in the corner of the wide leaves
+        base_fingerprint = trees.fingerprint(model.params, shapes)
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -148,7 +148,7 @@ def native_tensors(model: Model) -> Iterator[tuple[str, Place, np.ndarray]]:
     leaves = trees.flatten(model.params)
     for name, place in hf_table(model.config).items():
         leaf = leaves[place.leaf]
-        yield name, place, np.asarray(leaf if place.layer is None else leaf[place.layer]).astype(np.float32)
+        yield name, place, trees.on_host(leaf, place.layer).astype(np.float32)
 
 
 def to_stock(model: Model, dtype: str) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:

@@ -1,0 +1,279 @@
+"""What was trained on a mesh is used on it, equal to one device: loaded, evaluated, generated from, fused, exported, no device holding the whole."""
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from byte_tokenizer import byte_tokenizer
+from conftest import assert_trees_equal, perturb, tiny_model
+
+from zflora_jax import run as runs
+from zflora_jax import sharding, trees
+from zflora_jax.adapters.fuse import _fuse, _swap, _unfuse, fuse, swap, unfuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.beam import beam_decode
+from zflora_jax.cli import main
+from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.decode import Sampler, decode, generate_tokens, packed, stream_tokens
+from zflora_jax.evals import held_out_loss
+from zflora_jax.fields import ConfigError
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.save import save_hf
+from zflora_jax.likelihood import option_log_likelihoods
+from zflora_jax.llama import forward
+from zflora_jax.model import param_shapes
+from zflora_jax.run import export_run, held_out, load_fused, load_run
+from zflora_jax.serving import serve
+from zflora_jax.sharding import make_mesh, shard
+
+MESH = MeshConfig(fsdp=2, tensor=2)
+PROMPTS = [[5, 9, 77, 30, 2, 61], [8, 200, 31], [100, 101, 102, 103, 7]]
+
+
+def model_for_meshes(**changes):
+    """A tiny model whose every width 4 divides, of answers that vary."""
+    changes = {"num_layers": 2} | changes
+    model = tiny_model(num_heads=4, num_kv_heads=4, vocab_size=264, tie_word_embeddings=False, max_position_embeddings=768, **changes)
+    model.tokenizer = byte_tokenizer()
+    return model
+
+
+def adapter_of(method):
+    """Widths that 2 and 4 divide beside the base's."""
+    return AdapterConfig(method, rank=8, alpha=12.0)
+
+
+def both(method, mesh_config=MESH, **changes):
+    """(adapter, base, adapters) on one device, and the same two on a mesh."""
+    model, adapter = model_for_meshes(**changes), adapter_of(method)
+    adapters = perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05)
+    mesh = make_mesh(mesh_config)
+    divided = dataclasses.replace(model, params=shard(model.params, mesh))
+    return adapter, (model, adapters), (divided, shard(adapters, mesh))
+
+
+def assert_divided(params, parts=4):
+    """Every device holds one of `parts` parts of every kernel and table."""
+    for name, leaf in trees.flatten(params).items():
+        if not name.endswith("scale"):
+            sizes = {shard.data.size for shard in leaf.addressable_shards}
+            assert sizes == {leaf.size // parts}, (name, leaf.shape, leaf.sharding)
+
+
+def assert_same(got, want, *, exact=True):
+    """Equal bit by bit, or, where numbers are added in another order, within 1e-5 of each leaf's largest."""
+    if exact:
+        return assert_trees_equal(got, want)
+    for name, leaf in trees.flatten(want).items():
+        np.testing.assert_allclose(trees.flatten(got)[name], leaf, atol=1e-5 * float(np.abs(leaf).max()), err_msg=name)
+
+
+def assert_no_whole_kernel(text, config):
+    """No array that a compiled program stores (so not those inside a fusion) is as large as the smallest whole kernel, but for a device's part of a
+    table."""
+    text = "\n\n".join(part for part in text.split("\n\n") if not part.lstrip().startswith(("%fused_", "%wrapped_")))
+    kernels = [int(np.prod(shape)) for name, shape in param_shapes(config).items() if "layers" in name and "kernel" in name]
+    for dims in re.findall(r"\w+\[([\d,]+)\]", text):
+        shape = [int(n) for n in dims.split(",")]
+        assert np.prod(shape) < min(kernels) or shape == [config.vocab_size // 2, config.hidden_size // 2], dims
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_on_a_mesh_computes_what_one_device_does(method):
+    adapter, (model, adapters), (divided, beside) = both(method)
+    np.testing.assert_allclose(
+        forward(divided, np.asarray([PROMPTS[0]]), adapter, beside), forward(model, np.asarray([PROMPTS[0]]), adapter, adapters), atol=2e-4
+    )
+    whole, fused = fuse(model, adapter, adapters), fuse(divided, adapter, beside)
+    assert_divided(fused.params)
+    assert_same(fused.params, whole.params, exact=METHODS[method].in_place != "lora")
+    assert generate_tokens(fused, PROMPTS, max_new_tokens=8) == generate_tokens(whole, PROMPTS, max_new_tokens=8)
+    assert_divided(packed(fused).params)
+    assert packed(fused) is packed(fused)
+    if METHODS[method].in_place == "none":
+        base, _ = unfuse(fused)
+        assert_divided(base.params)
+        assert_trees_equal(base.params, model.params)
+        other = perturb(adapters, seed=3)
+        wanted = fuse(model, adapter, other).params
+        swapped = swap(fused, other)
+        assert_divided(swapped.params)
+        assert_trees_equal(swapped.params, wanted)
+
+
+@pytest.mark.parametrize("mesh_config", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4)], ids=str)
+def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
+    """Loss, likelihoods, sampling, beams, a stream, adapters beside the base and of each row, requests of several tasks."""
+    adapter, (model, adapters), (divided, beside) = both("zflora-minimal", mesh_config, num_layers=1)
+    whole, fused = fuse(model, adapter, adapters), fuse(divided, adapter, beside)
+    options = [[[4, 9], [7], [4, 8, 200]], [[11, 12], [13, 14]], [[1], [2]]]
+    for have, want in zip(option_log_likelihoods(fused, PROMPTS, options), option_log_likelihoods(whole, PROMPTS, options), strict=True):
+        np.testing.assert_allclose(have, want, rtol=2e-5)
+    settings = {"max_new_tokens": 6, "stop": [263]}
+    drawn = settings | {"sampler": Sampler(0.8, top_p=0.9), "batch_size": 2}
+    assert generate_tokens(fused, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
+    assert generate_tokens(fused, PROMPTS, num_beams=2, **settings) == generate_tokens(whole, PROMPTS, num_beams=2, **settings)
+    assert list(stream_tokens(fused, PROMPTS[0], **settings)) == generate_tokens(whole, PROMPTS[:1], **settings)[0]
+    wanted = generate_tokens(model, PROMPTS, adapter=adapter, adapters=adapters, **settings)
+    assert generate_tokens(divided, PROMPTS, adapter=adapter, adapters=beside, **settings) == wanted
+    tasks = {"a": adapters, "b": perturb(adapters, seed=5)}
+    requests = [("a", PROMPTS[0]), ("b", PROMPTS[1]), ("a", PROMPTS[2])]
+    apart = dataclasses.replace(fused, params=packed(fused).params, config=packed(fused).config)
+    assert dict(serve(fused, tasks, requests, **settings)) == dict(serve(whole, tasks, requests, **settings))
+    assert generate_tokens(apart, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
+
+
+def test_no_program_holds_a_whole_kernel():
+    """Neither fusing nor taking apart nor swapping nor decoding: each device's own part of a kernel is the largest of it that any of them makes."""
+    adapter, _, (model, adapters) = both("zflora-uniform", num_layers=1, hidden_size=80)
+    fused = fuse(model, adapter, adapters)
+    run = packed(fused)
+    tokens, valid = np.ones((1, 16), np.int32), np.ones((1, 16), bool)
+    given = {"params": run.params}, tokens, valid
+    keys = jax.random.split(jax.random.key(0), 1)
+    with jax.set_mesh(make_mesh(MESH)):
+        programs = {
+            "fuse": _fuse.lower(model.config, adapter, model.params, adapters),
+            "unfuse": _unfuse.lower(model.config, adapter, fused.params),
+            "swap": _swap.lower(fused.config, model.config, adapter, fused.params, adapters),
+            "decode": decode.lower(run.config, None, Sampler(), 8, (1,), *given, keys),
+            "beams": beam_decode.lower(run.config, None, 2, 8, (1,), *given),
+        }
+    for name, program in programs.items():
+        text = program.compile().as_text()
+        assert "all-gather" not in text or name in ("unfuse", "beams"), name  # these gather blocks, and scores
+        assert_no_whole_kernel(text, fused.config)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a run on fsdp=2 x tensor=2."""
+    folder = tmp_path_factory.mktemp("mesh")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZFLORA_CACHE", str(folder / "cache"))
+        save_hf(folder / "model", model_for_meshes())
+        run = RunConfig(
+            model=str(folder / "model"),
+            adapter=adapter_of("zflora-uniform"),
+            data=DataConfig(batch_size=4, lengths=(320,), train_limit=16),
+            optim=OptimConfig(warmup_steps=1, learning_rate=3e-2, schedule="constant"),
+            train=TrainConfig(steps=3, loss_chunk=128),
+            eval=EvalConfig(limit=3, batch_size=2, max_new_tokens=6),
+            mesh=MESH,
+        )
+        runs.train(run, folder / "run", console=False)
+        yield folder / "run"
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def test_a_run_is_loaded_and_used_on_its_mesh(trained, tmp_path):
+    run, base, adapters, step = load_run(trained)
+    _, alone, wanted, _ = load_run(trained, mesh=one_device())
+    assert step == 3 and float(np.abs(wanted["layers"]["attn"]["q"]["backward"]).max()) > 1e-3
+    assert_divided(base.params)
+    assert adapters["layers"]["attn"]["q"]["forward"].sharding.mesh.shape == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert_trees_equal(adapters, wanted)
+    _, rows = held_out(run, alone)
+    losses = [
+        held_out_loss(m, rows, run.data, adapter=run.adapter, adapters=a, batch_size=3)["loss"] for m, a in ((base, adapters), (alone, wanted))
+    ]
+    report = json.loads((trained / "report.json").read_text())
+    np.testing.assert_allclose(losses, report["test_loss" if run.eval.split == "test" else "validation_loss"], rtol=2e-5)
+    fused, label = load_fused(trained)
+    assert label == "step3"
+    assert_divided(fused.params)
+    assert_trees_equal(fused.params, load_fused(trained, mesh=one_device())[0].params)
+
+
+def test_commands_use_the_mesh_of_the_run_or_the_one_given(trained, tmp_path, capsys, monkeypatch):
+    """eval, generate and export: the same answers, losses and files from four devices (the run's) and from the mesh that --set names."""
+    used = []
+    real = sharding.mesh_of
+    for module in ("decode", "evals", "adapters.fuse"):
+        monkeypatch.setattr(f"zflora_jax.{module}.mesh_in_use", lambda tree: used.append(real(tree)) or sharding.mesh_in_use(tree))
+    found = {}
+    for name, settings, parts in (
+        ("run", [], 4),
+        ("one", ["--set", "mesh.fsdp=1", "mesh.tensor=1"], 1),
+    ):
+        used.clear()
+        assert main(["eval", "--workdir", str(trained), "--out", str(tmp_path / name / "eval"), *settings]) == 0
+        assert main(["generate", "--workdir", str(trained), "--prompt", "2+3=", "--max-new-tokens", "5", *settings]) == 0
+        assert {1 if mesh is None else mesh.size for mesh in used} == {parts}
+        printed = capsys.readouterr().out.splitlines()[-1]
+        assert main(["export", "--workdir", str(trained), "--out", str(tmp_path / name / "out"), *settings]) == 0
+        assert "top1_agreement" in capsys.readouterr().out
+        [summary] = (tmp_path / name / "eval").glob("summary-*.json")
+        [rows] = (tmp_path / name / "eval").glob("arithmetic*.jsonl")
+        answers = [json.loads(line)["output"] for line in rows.read_text().splitlines()]
+        found[name] = json.loads(summary.read_text())["tasks"][0]["loss"], answers, printed
+    np.testing.assert_allclose(found["run"][0], found["one"][0], rtol=2e-5)
+    assert found["run"][1:] == found["one"][1:]
+    for file in ("model.safetensors", "zflora/restore.safetensors"):
+        assert (tmp_path / "run" / "out" / file).read_bytes() == (tmp_path / "one" / "out" / file).read_bytes()
+    there, here = (json.loads((tmp_path / name / "out" / "zflora.json").read_text()) for name in found)
+    assert there["base"]["fingerprint"] == here["base"]["fingerprint"]
+    # The export is itself used on a mesh.
+    divided = load_model(str(tmp_path / "run" / "out"), mesh=make_mesh(MESH))
+    assert_divided(divided.params)
+    argv = ["generate", "--model", str(tmp_path / "run" / "out"), "--prompt", "2+3=", "--max-new-tokens", "5"]
+    assert main(argv) == 0 and main([*argv, "--set", "mesh.fsdp=2", "mesh.tensor=2"]) == 0
+    [once, again] = capsys.readouterr().out.splitlines()
+    assert once == again
+
+
+def test_an_export_does_not_gather_the_model(trained, tmp_path):
+    """One tensor of one layer is on the host at a time: no array of the model keeps a copy there."""
+    model, _ = load_fused(trained)
+    save_hf(tmp_path / "out", model)
+    assert all(leaf._npy_value is None for leaf in jax.tree.leaves(model.params))
+
+
+def test_with_fewer_devices_a_run_is_loaded_onto_one(trained, tmp_path, caplog):
+    shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((trained / "config.json").read_text()) | {"mesh": {"data": 1, "fsdp": 2, "tensor": 32}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        _, model, adapters, _ = load_run(tmp_path / "run")
+    assert "trained on 64 devices (mesh.data=1 x mesh.fsdp=2 x mesh.tensor=32), loaded onto one: here are only 8" in caplog.text
+    assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves((model.params, adapters)))
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.steps=3", "--set train.steps: what has been trained cannot be changed here; mesh.* can"),
+        ("mesh.fdsp=2", "unknown key 'fdsp' of MeshConfig: did you mean 'fsdp'?"),
+        ("mesh.data=8", "mesh.data=8 x mesh.fsdp=2 x mesh.tensor=2 needs 32 devices; there are 8"),
+    ],
+)
+def test_other_settings_and_too_few_devices_are_refused(command, setting, message, trained, tmp_path, capsys):
+    more = ["--prompt", "x"] if command == "generate" else ["--out", str(tmp_path / "out")]
+    assert main([command, "--workdir", str(trained), *more, "--set", setting]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_of_several_processes_is_refused(monkeypatch):
+    """Before anything is computed: no process sees the whole."""
+    _, _, (divided, _) = both("lora")
+    monkeypatch.setattr(type(jax.tree.leaves(divided.params)[0]), "is_fully_addressable", property(lambda _: False))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for use in (
+        lambda: generate_tokens(divided, PROMPTS, max_new_tokens=2),
+        lambda: next(stream_tokens(divided, PROMPTS[0], max_new_tokens=2)),
+        lambda: option_log_likelihoods(divided, [[1]], [[[2]]]),
+        lambda: save_hf("never", divided),
+    ):
+        with pytest.raises(ConfigError, match=r"divided over 2 processes, which cannot .* together. Start one process"):
+            use()
+    with pytest.raises(ConfigError, match="2 processes cannot export a run together"):
+        export_run("nowhere", "never")
