@@ -99,6 +99,23 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
     assert not arrays & {(3, *shape) for shape in kernels}
 
 
+@pytest.mark.parametrize(("method", "tied"), [("zflora-minimal", True), ("zflora-minimal", False), ("full", True)])
+def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
+    """Not in the loop over chunks, of which there are two. The same numbers: `test_every_mesh_gives_the_numbers_of_one_device`."""
+    model = sharded_model(tie_word_embeddings=tied)
+    mesh, step, arguments = sharded_step(model, AdapterConfig(method, rank=6), MeshConfig(fsdp=4))
+    with jax.set_mesh(mesh):
+        text = step.lower(*arguments).compile().as_text()
+    found = []
+    for computation in text.split("\n\n"):
+        for shapes, kind in re.findall(r"= (.*?) (all-gather|all-reduce|reduce-scatter)(?:-start)?\(", computation):
+            if re.search(r"\[(264,64|64,264|66,64|64,66)\]", shapes):
+                found.append((kind, computation.lstrip().startswith("ENTRY")))
+    assert all(entry for _, entry in found), found
+    kinds = [kind for kind, _ in found]
+    assert kinds.count("all-gather") == 1 and len(kinds) == (2 if method == "full" else 1), found
+
+
 @pytest.mark.parametrize("mesh_config", [MeshConfig(2, 2, 2), MeshConfig(2, 4, 1), MeshConfig(1, 4, 2)], ids=str)
 def test_no_device_holds_the_embeddings_of_the_whole_batch(mesh_config):
     model = sharded_model()

@@ -242,6 +242,18 @@ def batch_shards() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
+    """In a compiled function, the leaf `name` divided as `spec` says but over fsdp; as it is without a mesh.
+
+    For what a loop reads in every turn: XLA gathers a slice where it is used, so in each of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return leaf
+    axes = (None if axis == "fsdp" else axis for axis in spec(name, leaf.shape, mesh))
+    return jax.lax.with_sharding_constraint(leaf, P(*axes))
+
+
 def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
     """Embeddings [B, T, d] as the layers are to compute them; as they are without a mesh.
 

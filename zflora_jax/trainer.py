@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from zflora_jax import trees
 from zflora_jax.config import AdapterConfig, LlamaConfig, OptimConfig
 from zflora_jax.llama import Llama
 from zflora_jax.loss import masked_cross_entropy
 from zflora_jax.optim import learning_rate_schedule, make_optimizer
-from zflora_jax.sharding import batch_shards
+from zflora_jax.sharding import batch_shards, gather_fsdp
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -47,8 +48,13 @@ def batch_loss(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tr
     """Summed cross-entropy of a batch [B, T] on its loss_mask, and the number of tokens summed."""
     llama = Llama(config, adapter)
     hidden, _ = llama.apply(variables, batch["tokens"], batch["segments"], method="hidden")  # type: ignore[misc]
+    name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
+    # Gathered once, ahead of the loop over chunks; the lookup has the divided table.
+    head = {
+        kind: trees.map_with_names(lambda n, x: gather_fsdp(n, x) if n == name else x, tree) for kind, tree in variables.items()
+    }
     return masked_cross_entropy(
-        lambda x: llama.apply(variables, x, method="logits"),  # type: ignore[return-value,arg-type]
+        lambda x: llama.apply(head, x, method="logits"),  # type: ignore[return-value,arg-type]
         hidden,
         batch["tokens"],
         batch["loss_mask"],
