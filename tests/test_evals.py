@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import EVAL, TASK_DATA, choice, tiny_model
 
-from zflora_jax import evals
+from zflora_jax import evals, trees
 from zflora_jax.config import RunConfig
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.data.tasks import Example, load_examples
@@ -272,3 +272,15 @@ def test_an_answer_that_did_not_stop_by_itself_is_cut(model, monkeypatch):
     outputs[3] = [[65, stop[0]], [65, 66], []]
     examples = [Example(f"{i}?", "x", "1") for i in range(3)]
     assert [record["cut"] for record in generation_records(model, "json", examples, TASK_DATA, EVAL)] == [False, True, True]
+
+
+def test_a_model_is_fingerprinted_once_for_all_tasks(model, tmp_path, monkeypatch):
+    taken, real = [], trees.fingerprint
+    monkeypatch.setattr(trees, "fingerprint", lambda tree: taken.append(tree) or real(tree))
+    one = dataclasses.replace(model)
+    for name in ("likelihood", "generation", "another task"):
+        evals._in_batches(lambda rows: [{} for _ in rows], one, [[1], [2]], name, 2, tmp_path / name, lambda _: None)
+    assert len(taken) == 1
+    one.params = jax.tree.map(lambda leaf: leaf + 1, one.params)
+    evals._in_batches(lambda rows: [{} for _ in rows], one, [[1], [2]], "a", 2, tmp_path / "a", lambda _: None)
+    assert len(taken) == 2

@@ -329,10 +329,39 @@ def test_a_checkpoint_whose_numbers_have_changed_is_refused(run, tmp_path):
     quiet_train(run, tmp_path)
     meta = tmp_path / "checkpoints" / "8" / "meta" / "metadata"
     text = meta.read_text()
-    fingerprint = json.loads(text)["state_fingerprint"]
-    meta.write_text(text.replace(fingerprint, fingerprint[::-1]))
+    checksum = json.loads(text)["state_checksum"]
+    meta.write_text(text.replace(checksum, checksum[::-1]))
     with pytest.raises(ConfigError, match=r"its numbers are not those that were saved.*Remove that folder to go on from step 6"):
         quiet_train(run, tmp_path)
+    # As earlier versions saved it: a fingerprint taken on the host.
+    meta.write_text(text)
+    leaves = trees.flatten({str(i): leaf for i, leaf in enumerate(jax.tree.leaves(restored_state(tmp_path, run)))})
+    earlier = {key: value for key, value in json.loads(text).items() if key != "state_checksum"}
+    meta.write_text(json.dumps(earlier | {"state_fingerprint": trees.fingerprint(leaves)}))
+    assert runs.load_run(tmp_path)[3] == 8
+    meta.write_text(json.dumps(earlier | {"state_fingerprint": trees.fingerprint(leaves)[::-1]}))
+    with pytest.raises(ConfigError, match="its numbers are not those that were saved"):
+        runs.load_run(tmp_path)
+
+
+def restored_state(workdir, run):
+    model = runs.load_base(run)
+    with runs.Checkpoints(workdir, create=False) as checkpoints:
+        return checkpoints.restore(jax.eval_shape(lambda: runs._fresh_state(run, model)))[0]
+
+
+def test_what_is_saved_is_the_state_of_its_step(run, tmp_path):
+    """Whatever is written into its buffers, which a step donates, while the checkpoint is on its way to the disk."""
+    model = runs.load_base(run)
+    state = jax.jit(lambda: runs._fresh_state(run, model))()
+    wanted = jax.device_get(state)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
+    with runs.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        jax.block_until_ready(overwrite(state))
+    found = restored_state(tmp_path, run)
+    for have, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(have, want)
 
 
 def test_a_save_that_fails_says_so_and_keeps_the_rest(run, tmp_path, monkeypatch):

@@ -8,8 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import assert_trees_equal, tiny_model
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from zflora_jax import trees
+from zflora_jax.config import MeshConfig
+from zflora_jax.sharding import make_mesh
 
 
 def small() -> trees.Tree:
@@ -171,3 +175,34 @@ def test_check_like_accepts_arrays_and_shapes_and_runs_under_jit():
         return tree["step"]
 
     assert float(traced(small())) == 3.0
+
+
+def values(dtype=jnp.float32):
+    draw = np.random.default_rng(0)
+    return {"a": jnp.asarray(draw.standard_normal((4, 6)), dtype), "b": jnp.asarray(draw.standard_normal((4, 6)), dtype), "n": jnp.int32(3)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
+def test_checksum_sees_a_flipped_bit_and_what_changes_places(dtype):
+    tree = values()
+    tree["a"], tree["b"] = ((100 * tree[name]).astype(dtype) for name in "ab")
+    whole = trees.checksum(tree)
+    assert whole == trees.checksum(jax.device_get(tree)) and len(whole) == 16
+    found = {whole}
+    raw = np.asarray(tree["a"]).copy()
+    for bit in range(8 * raw.itemsize):
+        flipped = raw.copy()
+        flipped.view(np.uint8).reshape(-1)[5 * raw.itemsize + bit // 8] ^= 1 << bit % 8
+        found.add(trees.checksum(tree | {"a": jnp.asarray(flipped)}))
+    swapped = raw.copy()
+    swapped[1, 2], swapped[3, 5] = raw[3, 5], raw[1, 2]
+    found |= {trees.checksum(tree | {"a": jnp.asarray(swapped)}), trees.checksum(tree | {"a": tree["b"], "b": tree["a"]})}
+    found |= {trees.checksum(tree | {"a": jnp.zeros_like(tree["a"])}), trees.checksum(tree | {"n": jnp.int32(4)})}
+    assert len(found) == 1 + 8 * raw.itemsize + 4
+
+
+def test_checksum_does_not_depend_on_where_the_numbers_lie():
+    tree, mesh = values(), make_mesh(MeshConfig(2, 2, 2))
+    where = {"a": P("fsdp", "tensor"), "b": P(None, "data"), "n": P()}
+    divided = {name: jax.device_put(leaf, NamedSharding(mesh, where[name])) for name, leaf in tree.items()}
+    assert trees.checksum(divided) == trees.checksum(tree)

@@ -19,13 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from zflora_jax.config import RunConfig
 from zflora_jax.fields import ConfigError, from_dict, to_dict
 from zflora_jax.report import write_json
 from zflora_jax.trainer import TrainState
-from zflora_jax.trees import fingerprint, flatten
+from zflora_jax.trees import checksum, fingerprint, flatten
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +88,19 @@ def locked(workdir: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _fingerprint(state: TrainState) -> str:
-    return fingerprint({str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))})
+def _is_whole(state: TrainState, meta: dict[str, Any]) -> bool:
+    """Whether the numbers of a restored state are those that were saved."""
+    if "state_checksum" in meta:
+        return checksum(state) == meta["state_checksum"]
+    leaves = jax.tree.leaves(state)
+    if "state_fingerprint" not in meta or not all(leaf.is_fully_addressable for leaf in leaves):
+        return True
+    # As earlier versions saved it, on the host.
+    return fingerprint({str(i): leaf for i, leaf in enumerate(leaves)}) == meta["state_fingerprint"]
+
+
+def _on_cpu(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and any(getattr(device, "platform", "") == "cpu" for device in leaf.sharding.device_set)
 
 
 # orbax numbers its saves by a counter of the process, and what a save starts reads "the current one": two that begin together wait for each other's
@@ -143,12 +153,10 @@ class Checkpoints:
         if step == self.latest:
             return
         meta = meta if loss is None else meta | {"loss": loss}
-        # A copy: the next step is given the state's own buffers to write into. On the host, where no process sees only a part of it.
-        if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
-            state = jax.tree.map(lambda leaf: np.array(leaf), state)
-            meta = meta | {"state_fingerprint": _fingerprint(state)}
-        else:
-            state = jax.tree.map(jnp.copy, state)
+        meta = meta | {"state_checksum": checksum(state)}
+        # The next step is given the state's own buffers to write into. orbax has its copy on the host before its save returns
+        # (replica_slices.transfer_arrays_to_host), but on a CPU that is no copy.
+        state = jax.tree.map(lambda leaf: jnp.copy(leaf) if _on_cpu(leaf) else leaf, state)
         args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.wait_until_finished()  # here, where no other run waits for it
@@ -180,9 +188,7 @@ class Checkpoints:
             raise ConfigError(f"{self._manager.directory} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps)) or 'none'}.")
         try:
             found = self._manager.restore(step, args=args)
-            saved = found["meta"].get("state_fingerprint")
-            whole = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(found["state"]))
-            if saved is not None and whole and _fingerprint(found["state"]) != saved:  # not every damaged byte makes a file unreadable
+            if not _is_whole(found["state"], found["meta"]):  # not every damaged byte makes a file unreadable
                 raise ValueError("its numbers are not those that were saved")
         except Exception as error:  # orbax and tensorstore raise many types, with messages that name neither run nor remedy
             older = [s for s in steps if s != step]

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from zflora_jax import trees
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig
 from zflora_jax.data.answers import PARSERS
 from zflora_jax.data.pipeline import Encoded, encode_prompts, eval_batches, fit_documents
@@ -21,7 +20,7 @@ from zflora_jax.data.tasks import Example, get_task
 from zflora_jax.decode import generate_tokens
 from zflora_jax.fields import require
 from zflora_jax.likelihood import option_log_likelihoods
-from zflora_jax.model import Model
+from zflora_jax.model import Model, fingerprint
 from zflora_jax.report import atomic_write
 from zflora_jax.sharding import BATCH, fill_rows, mesh_in_use
 from zflora_jax.text import stop_ids
@@ -165,7 +164,7 @@ def _in_batches(
     """`work` on all rows, `size` at a time, similar lengths together; what `partial` holds of the same model, prompts and `key` is not done again."""
     done: dict[int, Record] = {}
     if partial is not None:
-        name = hashlib.sha256(repr((trees.fingerprint(model.params), [list(p) for p in prompts], key)).encode()).hexdigest()
+        name = hashlib.sha256(repr((fingerprint(model), [list(p) for p in prompts], key)).encode()).hexdigest()
         done = _read_partial(partial, name)
         if done:
             log.info("%s holds %d of %d rows: going on from there", partial, len(done), len(prompts))

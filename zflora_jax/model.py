@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+from zflora_jax import trees
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.trees import Tree
 
@@ -24,6 +26,16 @@ class Model:
     tokenizer: Any = field(default=None, repr=False)
     source: str | None = None
     adapter: AdapterConfig | None = None
+
+
+_fingerprints: weakref.WeakKeyDictionary[Model, tuple[Tree, str]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: Model) -> str:
+    """`trees.fingerprint` of the model's parameters, computed once as long as it has these."""
+    if model not in _fingerprints or _fingerprints[model][0] is not model.params:
+        _fingerprints[model] = model.params, trees.fingerprint(model.params)
+    return _fingerprints[model][1]
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from zflora_jax import hosts, trees
+from zflora_jax import hosts
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params, plan
@@ -33,7 +33,7 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import MetricWriter
-from zflora_jax.model import Model
+from zflora_jax.model import Model, fingerprint
 from zflora_jax.report import atomic_write, environment, plain, write_json
 from zflora_jax.sharding import make_mesh, mesh_if_there, own_rows, put_rows, shard, state_shardings
 from zflora_jax.trackers import require_installed
@@ -115,7 +115,7 @@ def load_run(workdir: str | Path, step: int | str | None = None, *, mesh: Mesh |
         if mesh is not None:
             like = jax.tree.map(lambda x, where: x.update(sharding=where), like, state_shardings(like, mesh))
         state, meta = checkpoints.restore(like, None if step is None else int(step))
-    _check_same(meta, "base", trees.fingerprint(model.params), workdir)
+    _check_same(meta, "base", fingerprint(model), workdir)
     return run, model, state.adapters, int(state.step)
 
 
@@ -168,7 +168,7 @@ def train(
     if run.data.packing:
         train_set = pack(train_set, run.data.lengths[-1])
     _, eval_set = held_out(run, model)
-    meta = {"base_fingerprint": trees.fingerprint(model.params), "data_fingerprint": train_set.fingerprint()}
+    meta = {"base_fingerprint": fingerprint(model), "data_fingerprint": train_set.fingerprint()}
     model = dataclasses.replace(model, params=shard(model.params, mesh))
     where = state_shardings(jax.eval_shape(lambda: _fresh_state(run, model)), mesh)
     hosts.on_main(lambda: claim(workdir, run))
@@ -344,7 +344,7 @@ def export_run(
     trained = json.loads(path.read_text(encoding="utf-8")) if (path := Path(workdir) / "report.json").is_file() else {}
     if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
         card[f"{run.eval.split} loss"] = loss
-    report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
+    report = save_hf(out, fused, dtype=dtype, base_fingerprint=fingerprint(model), card=card)
     examples = fit_documents(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, run.data.lengths[-1])
     prompts = encode_prompts(examples, model.tokenizer, run.data.prompt_style)
     return report | export_gap(fused, out, prompts)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zflora_jax import trees
 from zflora_jax.config import EvalConfig, RunConfig
 from zflora_jax.contamination import contaminated, questions
 from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
@@ -18,7 +17,7 @@ from zflora_jax.data.pipeline import tokenize_examples
 from zflora_jax.data.tasks import GROUPS, Example, get_task
 from zflora_jax.evals import Record, generation_records, group_scores, held_out_loss, likelihood_records, scores_of
 from zflora_jax.fields import require, to_dict
-from zflora_jax.model import Model
+from zflora_jax.model import Model, fingerprint
 from zflora_jax.progress import progress_bar
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 from zflora_jax.run import require_fit
@@ -140,7 +139,7 @@ def evaluate_tasks(
     out, env = Path(out), environment()
     check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
-    origin = {"model": trees.fingerprint(model.params), "data.prompt_style": run.data.prompt_style}
+    origin = {"model": fingerprint(model), "data.prompt_style": run.data.prompt_style}
     origin |= {f"eval.{key}": value for key, value in to_dict(run.eval).items() if key not in ("batch_size", "limit", "seed")}
     if not replace:
         _refuse_other(Path(f"{path}.json"), origin)
