@@ -27,6 +27,7 @@ LAYERS = [
     ("trees", "fields", "config", "report", "trackers", "metrics", "progress"),
     ("hosts", "cache"),
     ("sharding",),
+    ("mesh",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
     ("products",),
     ("layers", "model"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import assert_trees_equal, perturb, tiny_model
+from jax.sharding import PartitionSpec as P
 
 from zflora_jax import run as runs
 from zflora_jax import sharding, trees
@@ -26,10 +27,12 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.likelihood import option_log_likelihoods
 from zflora_jax.llama import forward
+from zflora_jax.mesh import mesh_in_use, mesh_of
 from zflora_jax.model import param_shapes
 from zflora_jax.run import export_run, held_out, load_fused, load_run
 from zflora_jax.serving import serve
 from zflora_jax.sharding import make_mesh, shard
+from zflora_jax.trainer import init_state, make_train_step
 
 MESH = MeshConfig(fsdp=2, tensor=2)
 PROMPTS = [[5, 9, 77, 30, 2, 61], [8, 200, 31], [100, 101, 102, 103, 7]]
@@ -196,9 +199,9 @@ def test_a_run_is_loaded_and_used_on_its_mesh(trained, tmp_path):
 def test_commands_use_the_mesh_of_the_run_or_the_one_given(trained, tmp_path, capsys, monkeypatch):
     """eval, generate and export: the same answers, losses and files from four devices (the run's) and from the mesh that --set names."""
     used = []
-    real = sharding.mesh_of
+    real = mesh_of
     for module in ("decode", "evals", "adapters.fuse"):
-        monkeypatch.setattr(f"zflora_jax.{module}.mesh_in_use", lambda tree: used.append(real(tree)) or sharding.mesh_in_use(tree))
+        monkeypatch.setattr(f"zflora_jax.{module}.mesh_in_use", lambda tree: used.append(real(tree)) or mesh_in_use(tree))
     found = {}
     for name, settings, parts in (
         ("run", [], 4),
@@ -277,3 +280,94 @@ def test_a_model_of_several_processes_is_refused(monkeypatch):
             use()
     with pytest.raises(ConfigError, match="2 processes cannot export a run together"):
         export_run("nowhere", "never")
+
+
+# --- widths that a mesh does not divide -----------------------------------------------------------
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_whole_along_it(caplog):
+    """Tokens 33 and 259 are real sizes' odd ends: 32001 with one token added. Everything else that an axis does not divide stays refused."""
+    sharding._warn.cache_clear()
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        assert sharding.spec("embed/embedding", (259, 64), mesh) == P(None, "fsdp")
+        assert sharding.spec("lm_head/kernel", (64, 259), mesh) == P("fsdp", None)
+        sharding.spec("lm_head/kernel", (64, 259), mesh)
+    assert caplog.text.count("mesh.tensor=2 does not divide the vocabulary of 259: every device along tensor holds all rows of lm_head/kernel") == 1
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=2 does not divide embed/embedding"):
+        sharding.spec("embed/embedding", (259, 63), mesh)
+    with pytest.raises(ConfigError, match=r"mesh.tensor=2 does not divide layers_0/mlp/up/kernel"):
+        sharding.spec("layers_0/mlp/up/kernel", (64, 33), mesh)
+
+
+def test_an_undivided_vocabulary_trains_scores_and_decodes_as_on_one_device():
+    model = tiny_model(num_heads=4, num_kv_heads=4, vocab_size=259, num_layers=1)
+    adapter = adapter_of("zflora-minimal")
+    adapters = jax.device_get(perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05))  # steps donate the state
+    tokens = np.random.default_rng(0).integers(0, 259, (4, 24)).astype(np.int32)
+    batch = {"tokens": tokens, "loss_mask": np.ones((4, 24), bool), "segments": np.ones((4, 24), np.int32)}
+    found = []
+    for mesh_config in (MeshConfig(), MeshConfig(fsdp=2, tensor=2)):
+        mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.fsdp * mesh_config.tensor])
+        state = init_state(adapters, OptimConfig(warmup_steps=0, eps=1e-3), 4)
+        where = sharding.state_shardings(state, mesh)
+        step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0, eps=1e-3), 4, 1, 32, where)
+        divided = dataclasses.replace(model, params=shard(model.params, mesh))
+        with jax.set_mesh(mesh):
+            rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+            state, metrics = step(divided.params, jax.device_put(state, where), rows)
+            state, metrics = step(divided.params, state, rows)
+        fused = fuse(divided, adapter, shard(adapters, mesh))
+        scores = option_log_likelihoods(fused, PROMPTS[:1], [[[4, 9], [7]]])[0]
+        found.append((float(metrics["loss"]), float(metrics["grad_norm"]), scores, generate_tokens(fused, PROMPTS, max_new_tokens=6)))
+    (loss, norm, scores, tokens), (wanted_loss, wanted_norm, wanted, answers) = found
+    np.testing.assert_allclose([loss, norm, *scores], [wanted_loss, wanted_norm, *wanted], rtol=2e-5)
+    assert tokens == answers
+
+
+def test_an_axis_that_does_not_divide_a_fused_width_goes_to_another(caplog):
+    sharding._warn.cache_clear()
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+
+    def fused(name, *shape):
+        return sharding.spec(name, shape, mesh, fused=True)
+
+    assert fused("layers/attn/q/kernel", 3, 67, 4, 32) == P(None, None, ("tensor", "fsdp"), None)  # whole heads
+    assert fused("layers/attn/q/kernel", 3, 67, 2, 32) == P(None, None, "tensor", "fsdp")
+    assert fused("layers/attn/o/kernel", 3, 4, 32, 67) == P(None, ("tensor", "fsdp"), None, None)
+    assert fused("layers/mlp/gate/kernel", 3, 67, 132) == P(None, None, ("tensor", "fsdp"))
+    assert fused("layers/mlp/gate/kernel", 3, 64, 131) == P(None, ("fsdp", "tensor"), None)
+    assert fused("embed/embedding", 264, 67) == P(("tensor", "fsdp"), None)
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        assert fused("layers/mlp/up/kernel", 3, 67, 130) == P(None, None, "tensor")
+    assert "mesh.fsdp=2 divides no dimension of layers/mlp/up/kernel" in caplog.text
+    assert "widens the stream of 67 by 1 more (rank, head_rank or mlp_rank)" in caplog.text
+    with pytest.raises(ConfigError, match="does not divide"):
+        sharding.spec("layers/attn/q/kernel", (3, 67, 4, 32), mesh)
+
+
+def test_a_fused_model_of_an_odd_rank_is_divided_all_the_same():
+    model, adapter = model_for_meshes(num_layers=1), AdapterConfig("zflora-minimal", rank=3, mlp_rank=4)
+    adapters = perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05)
+    mesh = make_mesh(MESH)
+    divided = dataclasses.replace(model, params=shard(model.params, mesh))
+    whole, fused = fuse(model, adapter, adapters), fuse(divided, adapter, adapters)
+    assert fused.config.hidden_size == 67
+    assert_divided(fused.params)
+    assert_trees_equal(fused.params, whole.params)
+    assert generate_tokens(fused, PROMPTS, max_new_tokens=6) == generate_tokens(whole, PROMPTS, max_new_tokens=6)
+    assert_trees_equal(unfuse(fused)[0].params, model.params)
+
+
+def test_devices_that_stay_idle_are_named_with_the_setting_that_uses_them(caplog):
+    sharding._warn.cache_clear()
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        make_mesh(MeshConfig(), jax.devices()[:1])  # as a sweep gives each run its part
+        make_mesh(MeshConfig(data=8))
+        assert not caplog.text
+        make_mesh(MeshConfig())
+        make_mesh(MeshConfig())
+    assert caplog.text.count("the mesh uses 1 of 8 devices, 7 stay idle: set mesh.data=8 or mesh.fsdp=8 to use them") == 1
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        make_mesh(MeshConfig(data=3))
+    assert "3 of 8 devices, 5 stay idle: set mesh.data=6 or mesh.fsdp=2 to use most of them" in caplog.text

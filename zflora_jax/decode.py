@@ -24,8 +24,8 @@ from zflora_jax.beam import beam_decode, next_logits
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import check_types, require
 from zflora_jax.llama import HEADS, ROWS, KVCache, cache_slots, init_cache
+from zflora_jax.mesh import fill_rows, mesh_in_use, require_local
 from zflora_jax.model import Model
-from zflora_jax.sharding import fill_rows, mesh_in_use, require_local
 from zflora_jax.trees import Tree
 
 Array = jax.Array

@@ -20,9 +20,10 @@ from zflora_jax.data.tasks import Example, get_task
 from zflora_jax.decode import generate_tokens
 from zflora_jax.fields import require
 from zflora_jax.likelihood import option_log_likelihoods
+from zflora_jax.mesh import fill_rows, mesh_in_use
 from zflora_jax.model import Model, fingerprint
 from zflora_jax.report import atomic_write
-from zflora_jax.sharding import BATCH, fill_rows, mesh_in_use
+from zflora_jax.sharding import BATCH
 from zflora_jax.text import stop_ids
 from zflora_jax.trainer import eval_step
 from zflora_jax.trees import Tree

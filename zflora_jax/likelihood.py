@@ -21,9 +21,9 @@ from zflora_jax.config import LlamaConfig
 from zflora_jax.decode import packed, padded_length
 from zflora_jax.fields import require
 from zflora_jax.llama import KVCache, Llama, init_cache
+from zflora_jax.mesh import fill_rows, mesh_in_use, require_local
 from zflora_jax.model import Model
 from zflora_jax.products import move
-from zflora_jax.sharding import fill_rows, mesh_in_use, require_local
 from zflora_jax.trees import Tree
 
 Array = jax.Array

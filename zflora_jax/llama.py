@@ -23,9 +23,10 @@ from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
 from zflora_jax.layers import KEEP, AdaptedModule, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables
+from zflora_jax.mesh import mesh_in_use
 from zflora_jax.model import Model
 from zflora_jax.products import Array, move, tied_logits
-from zflora_jax.sharding import divide, divide_embeddings, mesh_in_use
+from zflora_jax.sharding import divide, divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten
 
 Stream = tuple[Array, Array | None]

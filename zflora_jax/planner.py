@@ -132,10 +132,11 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     """The largest of: a chunk of logits and its backward pass, 4 C V float32 as compiled steps have it; one layer's backward pass, 3 B H T^2 float32
     of attention (less where its queries go in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer, where fsdp gathers them."""
     rows, length, tensor = _local_rows(run), run.data.lengths[-1], run.mesh.tensor
+    parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
     width = jnp.dtype(config.dtype).itemsize
     gathered = mesh.shape["fsdp"] > 1
-    head = config.vocab_size * config.hidden_size * width // tensor
-    logits = 4 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // tensor + (head if gathered else 0)
+    head = config.vocab_size * config.hidden_size * width // parts
+    logits = 4 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // parts + (head if gathered else 0)
     attention = 3 * rows * config.num_heads * length * length * 4 // tensor // query_blocks(length)
     mlp = 4 * rows * length * config.intermediate_size * width // tensor
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values()) * width // tensor

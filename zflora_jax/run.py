@@ -32,10 +32,11 @@ from zflora_jax.hf.gap import export_gap
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
+from zflora_jax.mesh import mesh_if_there
 from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model, fingerprint
 from zflora_jax.report import atomic_write, environment, plain, write_json
-from zflora_jax.sharding import make_mesh, mesh_if_there, own_rows, put_rows, shard, state_shardings
+from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
 from zflora_jax.trackers import require_installed
 from zflora_jax.trainer import Batch, TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree

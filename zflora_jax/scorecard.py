@@ -17,11 +17,11 @@ from zflora_jax.data.pipeline import tokenize_examples
 from zflora_jax.data.tasks import GROUPS, Example, get_task
 from zflora_jax.evals import Record, generation_records, group_scores, held_out_loss, likelihood_records, scores_of
 from zflora_jax.fields import require, to_dict
+from zflora_jax.mesh import require_local
 from zflora_jax.model import Model, fingerprint
 from zflora_jax.progress import progress_bar
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 from zflora_jax.run import require_fit
-from zflora_jax.sharding import require_local
 
 log = logging.getLogger(__name__)
 

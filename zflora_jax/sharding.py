@@ -12,8 +12,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +28,8 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # what the rows of a batch are divided over
+
+VOCABULARY = {("embed/embedding", 0), ("lm_head/kernel", 1)}  # leaf, dimension
 
 # Name of a leaf, without its layer -> the mesh axis of each dimension. The first match counts; every leaf must have one.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -54,7 +55,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over the first data * fsdp * tensor of `devices` (None: all that there are). ConfigError if there are fewer."""
+    """The mesh over the first data * fsdp * tensor of `devices` (None: all that there are, and in the log how many stay idle). ConfigError if there
+    are fewer."""
     need, have = config.data * config.fsdp * config.tensor, jax.devices() if devices is None else list(devices)
     require(
         need <= len(have),
@@ -66,28 +68,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is {need} devices of {len(have)} in "
         f"{jax.process_count()} processes: a run of several processes uses all of them. Raise mesh.data or mesh.fsdp.",
     )
+    if devices is None and need < len(have):
+        times = len(have) // need
+        more = f"mesh.data={config.data * times} or mesh.fsdp={config.fsdp * times}"
+        advice = f"set {more} to use {'them' if times * need == len(have) else 'most of them'}"
+        _warn(f"the mesh uses {need} of {len(have)} devices, {len(have) - need} stay idle" + (f": {advice}" if times > 1 else ""))
     return Mesh(np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def mesh_if_there(config: MeshConfig) -> Mesh | None:
-    """The mesh that a run was trained on, for the use of what it trained.
-
-    Args:
-      config: of the run.
-
-    Returns:
-      The mesh; None for one device, also, and said in the log, where there are fewer devices.
-    """
-    need, have = config.data * config.fsdp * config.tensor, jax.device_count()
-    if 1 < need <= have:
-        return make_mesh(config)
-    if need > 1:
-        log.warning(
-            "trained on %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d), loaded onto one: "
-            "here are only %d (set mesh.* to divide the model over them)",
-            *(need, config.data, config.fsdp, config.tensor, have),
-        )
-    return None
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
@@ -110,7 +96,8 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
         the mesh that does not divide its dimension goes to another dimension of the leaf.
 
     Raises:
-      ConfigError: an axis of the mesh does not divide its dimension of a base or adapter leaf.
+      ConfigError: an axis of the mesh does not divide its dimension of a base or adapter leaf,
+        other than the vocabulary, which then is whole on every device along that axis.
     """
     axes = axes_of(name)
     first = len(shape) - len(axes)  # stacked layers stay whole: scan takes one at a time
@@ -118,6 +105,14 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
     for at, axis in enumerate(axes, first):
         count = mesh.shape[axis] if axis else 1
         if axis is None or shape[at] % count == 0:
+            continue
+        if (name, at - first) in VOCABULARY:
+            _warn(
+                f"mesh.{axis}={count} does not divide the vocabulary of {shape[at]}: every device "
+                f"along {axis} holds all rows of {name} and computes all logits, not 1/{count} of "
+                f"them. Train on mesh.{axis}=1, or on a model whose vocabulary is padded."
+            )
+            parts[at] = ()
             continue
         if not fused:
             fits = [n for n in range(1, count) if shape[at] % n == 0]
@@ -295,56 +290,3 @@ def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
     fits = (axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False))
     return jax.lax.with_sharding_constraint(x, P(*fits))
-
-
-# --- the mesh that arrays lie on ------------------------------------------------------------------
-
-
-def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
-    """The mesh of several devices that the arrays of `tree` are divided over; None on one device."""
-    leaf = next(iter(jax.tree.leaves(tree)), None)
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
-        return None
-    mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
-    if not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES) or mesh.size == 1:
-        return None
-    return mesh
-
-
-@contextmanager
-def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
-    """Compute on the mesh that the arrays of `tree` lie on (`jax.set_mesh`); nothing on one device.
-
-    What runs a model enters this, so that it follows the model's parameters.
-    """
-    mesh = mesh_of(tree)
-    if mesh is None:
-        yield
-    else:
-        with jax.set_mesh(mesh):
-            yield
-
-
-def several_devices() -> bool:
-    """Whether the mesh in use has several devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
-
-
-def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",)) -> int:
-    """`rows`, or the next number of rows that the mesh of `tree` divides along `axes`."""
-    mesh = mesh_of(tree)
-    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
-    return -(-rows // parts) * parts
-
-
-def require_local(tree: Mapping[str, Any], verb: str) -> None:
-    """ConfigError for arrays that are divided over several processes, none of which can `verb` alone."""
-    local = all(
-        leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
-    )
-    require(
-        local,
-        f"this model is divided over {jax.process_count()} processes, which cannot {verb} together. "
-        "Start one process with as many devices as the model needs, and load it there.",
-    )

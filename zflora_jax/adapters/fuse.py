@@ -19,9 +19,10 @@ from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, Plan, base_config, fused_config, group, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.layers import tile
+from zflora_jax.mesh import mesh_in_use, mesh_of, several_devices
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.products import move, whole_vectors
-from zflora_jax.sharding import constrain, mesh_in_use, mesh_of, several_devices, shard
+from zflora_jax.sharding import constrain, shard
 from zflora_jax.trees import Tree
 
 Array = jax.Array

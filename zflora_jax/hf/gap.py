@@ -12,8 +12,8 @@ from zflora_jax.decode import padded_length
 from zflora_jax.fields import require
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.llama import forward
+from zflora_jax.mesh import mesh_of
 from zflora_jax.model import Model
-from zflora_jax.sharding import mesh_of
 
 
 def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str] | Sequence[Sequence[int]] | np.ndarray) -> dict[str, float]:

@@ -24,9 +24,9 @@ from zflora_jax.hf.directory import whole_directory
 from zflora_jax.hf.keys import LAYER_NAMES, CheckpointError, as_finite
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.shards import Shards, read_json
+from zflora_jax.mesh import require_local
 from zflora_jax.model import Model
 from zflora_jax.report import write_json
-from zflora_jax.sharding import require_local
 
 CONFIG, WEIGHTS, WRITER = "adapter_config.json", "adapter_model.safetensors", "zflora_jax"
 

@@ -22,9 +22,9 @@ from zflora_jax.hf.load import TOKENIZER_FILES, locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.stock import EPS_Z, StockForm, module_of, native_tensors, stock_form, to_stock
+from zflora_jax.mesh import require_local
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.report import write_json
-from zflora_jax.sharding import require_local
 
 
 def save_hf(
