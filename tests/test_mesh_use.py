@@ -18,6 +18,7 @@ from zflora_jax import sharding, trees
 from zflora_jax.adapters.fuse import _fuse, _swap, _unfuse, fuse, swap, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.beam import beam_decode
+from zflora_jax.bench.latency import decode_latency
 from zflora_jax.cli import main
 from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.decode import Sampler, decode, generate_tokens, packed, stream_tokens
@@ -129,6 +130,11 @@ def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
     apart = dataclasses.replace(fused, params=packed(fused).params, config=packed(fused).config)
     assert dict(serve(fused, tasks, requests, **settings)) == dict(serve(whole, tasks, requests, **settings))
     assert generate_tokens(apart, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
+
+
+def test_latency_is_measured_on_the_mesh_of_a_model():
+    _, _, (divided, _) = both("lora", num_layers=1)
+    assert decode_latency({"base": divided}, new_tokens=2, repeats=1)["base"]["tpot_ms"] > 0
 
 
 def test_no_program_holds_a_whole_kernel():

@@ -24,6 +24,7 @@ from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, from_dict, require, to_dict
+from zflora_jax.mesh import mesh_if_there
 from zflora_jax.model import Model
 from zflora_jax.plots import grouped_bars
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
@@ -84,7 +85,7 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
     config the same.
     """
     workdir, out, env = Path(workdir), Path(out), environment()
-    base_model = load_base(plan.base)
+    base_model = load_base(plan.base, mesh_if_there(plan.base.mesh))
     losses = {split: _loss(plan.base, split, base_model)["loss"] for split in ("validation", "test")}
     rows: list[Result] = []
     runs: list[Result] = []

@@ -15,6 +15,7 @@ from zflora_jax.config import RunConfig
 from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.fields import ConfigError, to_dict
 from zflora_jax.llama import forward
+from zflora_jax.mesh import mesh_if_there
 from zflora_jax.metrics import METRICS_FILE
 from zflora_jax.plots import training_curves
 from zflora_jax.report import atomic_write, device_line, environment, markdown_table, write_json
@@ -41,7 +42,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
             print(f"  {name}: {parts[name]:.0f} s", flush=True)
 
     check_workdir(workdir, run)
-    base = load_base(run)
+    base = load_base(run, mesh_if_there(run.mesh))
     timed("load the model")
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)
     timed("evaluate the base")

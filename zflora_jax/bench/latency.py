@@ -21,6 +21,7 @@ from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.decode import Sampler, decode, packed
 from zflora_jax.fields import require
 from zflora_jax.llama import Llama
+from zflora_jax.mesh import mesh_in_use
 from zflora_jax.model import Model
 from zflora_jax.plots import bars, curves
 from zflora_jax.report import atomic_write, markdown_table, origin_line, write_json
@@ -62,7 +63,8 @@ def contender(
     given = (variables, jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jax.random.split(jax.random.key(0), batch))
     options = dict(compiler_options or {})
     start = time.perf_counter()
-    compiled = {n: decode.lower(config, adapter, sampler or Sampler(), n, (), *given).compile(options) for n in (1, new_tokens)}
+    with mesh_in_use(model.params):
+        compiled = {n: decode.lower(config, adapter, sampler or Sampler(), n, (), *given).compile(options) for n in (1, new_tokens)}
     extra = {"compile_s": time.perf_counter() - start}
     memory = compiled[new_tokens].memory_analysis()
     if memory is not None:  # not every backend says
