@@ -87,15 +87,14 @@ def _members(line: str) -> int:
 
 
 def formula(config: LlamaConfig, adapter: AdapterConfig, mesh: MeshConfig) -> int:
-    """Bytes a device sends per step by hand: under fsdp the kernels of every layer twice (forward and backward), the table of tokens once for the
-    embedding, and twice per chunk of logits; gradients of the adapters summed over the rows' devices; under tensor the residual stream, twice a layer
+    """Bytes a device sends per step by hand: under fsdp the kernels of every layer twice (forward and backward), the table of tokens once, as the
+    head; gradients of the adapters summed over the rows' devices; under tensor the residual stream, twice a layer
     in each pass."""
     rows, width = mesh.data * mesh.fsdp, 4
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values())
     head = config.vocab_size * config.hidden_size
     share = (mesh.fsdp - 1) / mesh.fsdp
-    chunks = -(-ROWS * LENGTH // 256)
-    gathered = share * width * (2 * config.num_layers * layer + (1 + 2 * chunks) * head) / mesh.tensor
+    gathered = share * width * (2 * config.num_layers * layer + head) / mesh.tensor
     gradients = 2 * (rows - 1) / rows * 4 * count_params(config, adapter)
     stream = ROWS * LENGTH * config.hidden_size * width
     summed = 2 * (mesh.tensor - 1) / mesh.tensor * 4 * config.num_layers * stream
@@ -143,8 +142,8 @@ gathers them; a bfloat16 base halves all but the gradients. Other compilers may 
 
 The formula, in bytes, w = 4 for a float32 base, n = data x fsdp:
 
-- fsdp: (fsdp-1)/fsdp x w x (2 x layers x kernels of a layer + (1 + 2 x chunks) x vocabulary x width) / tensor: each layer's kernels are gathered in
-  both passes, the table for the embedding and twice a chunk of logits;
+- fsdp: (fsdp-1)/fsdp x w x (2 x layers x kernels of a layer + vocabulary x width) / tensor: each layer's kernels are gathered in
+  both passes, the head once, ahead of the chunks of logits; embeddings are looked up in the divided table;
 - gradients: 2 (n-1)/n x 4 x trainable parameters. No gradient of the base is formed, so none is moved;
 - tensor: 2 (tensor-1)/tensor x 4 x layers x rows x length x width x w: the residual stream is summed after attention and MLP, in both passes.
 
