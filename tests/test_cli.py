@@ -328,6 +328,14 @@ def test_peft_export_of_another_method(refused, workdir, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("extra", "words"), [(["--eps", "0.1"], "power of two"), (["--eps", "0.25", "--format", "peft"], "--eps goes with --format hf")]
+)
+def test_scales_of_the_state_that_cannot_be_used(refused, workdir, tmp_path, extra, words):
+    assert words in refused("export", "--workdir", workdir, "--out", tmp_path / "out", *extra)
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_into_a_directory_of_somebody_else(refused, workdir, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     message = refused("export", "--workdir", workdir, "--out", tmp_path)
@@ -367,7 +375,8 @@ def test_eval_and_export_print_a_table_and_write_files(workdir, tmp_path, capsys
     result = json.loads((tmp_path / "eval" / "arithmetic-test-step2.json").read_text())
     assert result["rows"] == 1 and np.isfinite(result["loss"]) and result["config"]["eval"]["limit"] == 1
 
-    assert main(["export", "--workdir", workdir, "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert main(["export", "--workdir", workdir, "--out", str(tmp_path / "out"), "--dtype", "float32", "--eps", "0.125"]) == 0
+    assert json.loads((tmp_path / "out" / "zflora.json").read_text())["eps_z"] == 0.125
     assert "top1_agreement" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
     changes = ["data.lengths=[320]", "data.batch_size=2", "eval.generate=False"]

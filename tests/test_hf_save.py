@@ -27,7 +27,8 @@ from zflora_jax.hf.gap import export_gap
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.hf.stock import EPS_Z, StockForm
+from zflora_jax.hf.state_scale import FLOAT16_LEAST, choose_eps_z
+from zflora_jax.hf.stock import StockForm
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
 
@@ -124,7 +125,7 @@ def test_layers_apart_and_shards(bases: dict[str, Model], tmp_path: Path) -> Non
 def test_half_precision(dtype: str, bases: dict[str, Model], tmp_path: Path) -> None:
     fused = fused_model(bases["plain"], WIDENED["zflora-uniform"])
     save_hf(tmp_path / "out", fused, dtype=dtype)
-    assert json.loads((tmp_path / "out" / "zflora.json").read_text())["eps_z"] == EPS_Z[dtype] == (2**-4 if dtype == "float16" else 2**-10)
+    assert json.loads((tmp_path / "out" / "zflora.json").read_text())["eps_z"] == choose_eps_z(fused, dtype) >= FLOAT16_LEAST
     again = load_model(tmp_path / "out")
     for name, leaf in trees.flatten(fused.params).items():  # the model rounded to the stored dtype once; float16's subnormals cost the state a bit
         rounded = np.asarray(leaf).astype(jnp.dtype(dtype)).astype(np.float32)

@@ -1,7 +1,7 @@
 """Why the stock form stores the state times eps_z, and why the norm runs over the base channels: the simpler alternatives are measured to be wrong.
 
 Design.md section 2, SmolLM2-135M, largest |dlogit| between stock transformers and the norm-over-base forward: 0.33 at eps_z = 1, about 1e-3 at 2^-4,
-and what float32 rounding leaves at 2^-8 and below.
+and what float32 rounding leaves at 2^-8 and below. tests/test_state_scale.py tests how eps_z is chosen.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ def noise(std: float):
     return lambda name, x: x if name.endswith("forward") else x + jnp.asarray(std * rng.standard_normal(x.shape), x.dtype)
 
 
-def gaps(model: Model, tokens: np.ndarray, exponents: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[int, float], float]:
+def gaps(model: Model, tokens: np.ndarray, exponents: list[int]) -> tuple[dict[int, float], float]:
     """n -> max |dlogit| of stock transformers on the stock form with eps_z = 2^-n against our forward of the fused model; and the logits' scale."""
     want = np.asarray(forward(model, jnp.asarray(tokens)), np.float64)
     llama, found = None, {}
     for n in exponents:
-        monkeypatch.setitem(stock.EPS_Z, "float32", 2.0**-n)
-        config, tensors = stock.to_stock(model, "float32")
+        config, tensors = stock.to_stock(model, stock.stock_form(model, "float32", 2.0**-n), "float32")
         llama = llama or transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()  # eps_z changes tensors alone
         missing, unexpected = llama.load_state_dict({name: torch.from_numpy(x) for name, x in tensors}, strict=False)
         assert set(missing) <= {"lm_head.weight"} and not unexpected
@@ -59,14 +58,10 @@ def gaps(model: Model, tokens: np.ndarray, exponents: list[int], monkeypatch: py
     return found, float(np.abs(want).max())
 
 
-def test_exports_use_a_small_eps_z() -> None:
-    assert stock.EPS_Z == {"float32": 2.0**-10, "bfloat16": 2.0**-10, "float16": 2.0**-4}
-
-
-def test_eps_z_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eps_z_on_a_tiny_model() -> None:
     model = with_state(tiny_model(num_layers=3, tie_word_embeddings=False), MINIMAL, 0.05)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
-    gap, scale = gaps(model, tokens, [0, 4, 10], monkeypatch)
+    gap, scale = gaps(model, tokens, [0, 4, 10])
     assert gap[0] > 0.01 * scale, "eps_z = 1 is another function"
     assert gap[0] > 100 * gap[4] > 100 * gap[10]
     assert gap[10] <= TOLERANCE * scale < gap[4]
@@ -74,10 +69,10 @@ def test_eps_z_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_smollm2
 @pytest.mark.slow
-def test_eps_z_on_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eps_z_on_a_real_model() -> None:
     base = load_model("smollm2-135m")
     tokens = np.asarray([base.tokenizer("Q: A farmer has 12 cows and buys 30 more. How many cows are there now?\nA: 12 + 30 = 42.")["input_ids"]])
-    gap, scale = gaps(with_state(base, AdapterConfig("zflora-minimal", rank=18, mlp_rank=24), 0.005), tokens, [0, 4, 8, 10], monkeypatch)
+    gap, scale = gaps(with_state(base, AdapterConfig("zflora-minimal", rank=18, mlp_rank=24), 0.005), tokens, [0, 4, 8, 10])
     print("measured", gap, scale)
     assert gap[0] > 100 * gap[10] and gap[0] > 10 * gap[4] > 10 * gap[10]
     assert gap[8] <= TOLERANCE * scale and gap[10] <= TOLERANCE * scale

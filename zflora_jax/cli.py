@@ -130,6 +130,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", metavar="STEP", help="a number of steps, or best (default: the newest)")
     sub.add_argument("--format", choices=["hf", "peft"], default="hf", help="hf: the fused model (default); peft: LoRA adapters beside their base")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as trained)")
+    sub.add_argument(
+        "--eps",
+        type=float,
+        metavar="E",
+        help="scale of the residual state, a power of two in 2^-10..1 (default: chosen from the weights for --dtype); 0.0625 for int8 consumers",
+    )
 
     sub = command(
         "plan", commands.plan, "Say what a run needs before anything runs: parameters, memory per device, steps, tokens. No weights are read."

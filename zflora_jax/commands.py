@@ -268,7 +268,9 @@ def plot(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     from zflora_jax.run import export_run
 
-    print_table(export_run(args.workdir, args.out, format=args.format, dtype=args.dtype, checkpoint=args.checkpoint), f"exported to {args.out}")
+    require(args.eps is None or args.format == "hf", "--eps goes with --format hf: LoRA adapters have no state to scale.")
+    report = export_run(args.workdir, args.out, format=args.format, dtype=args.dtype, checkpoint=args.checkpoint, eps_z=args.eps)
+    print_table(report, f"exported to {args.out}")
 
 
 def plan(args: argparse.Namespace) -> None:

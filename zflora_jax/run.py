@@ -303,9 +303,16 @@ def load_fused(workdir: str | Path, step: int | str | None = None) -> tuple[Mode
 
 
 def export_run(
-    workdir: str | Path, out: str | Path, *, format: str = "hf", dtype: str | None = None, checkpoint: int | str | None = None
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    dtype: str | None = None,
+    checkpoint: int | str | None = None,
+    eps_z: float | None = None,
 ) -> dict[str, Any]:
     """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or "peft", LoRA adapters. Returns what was written.
+    dtype, eps_z: of "hf", as `save_hf` takes them.
 
     For "hf" the report says how far the export's logits are from the fused model's in float32, on held-out prompts: max and mean |dlogit|, and
     top-1 agreement.
@@ -319,7 +326,7 @@ def export_run(
     trained = json.loads(path.read_text(encoding="utf-8")) if (path := Path(workdir) / "report.json").is_file() else {}
     if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
         card[f"{run.eval.split} loss"] = loss
-    report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card)
+    report = save_hf(out, fused, dtype=dtype, base_fingerprint=trees.fingerprint(model.params), card=card, eps_z=eps_z)
     examples = fit_documents(load_mixture(run.data, run.eval.split, 8), model.tokenizer, run.data.prompt_style, run.data.lengths[-1])
     prompts = encode_prompts(examples, model.tokenizer, run.data.prompt_style)
     return report | export_gap(fused, out, prompts)

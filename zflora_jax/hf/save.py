@@ -21,9 +21,11 @@ from zflora_jax.hf.keys import CheckpointError, as_finite, hf_table
 from zflora_jax.hf.load import TOKENIZER_FILES, locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE
-from zflora_jax.hf.stock import EPS_Z, StockForm, module_of, native_tensors, stock_form, to_stock
+from zflora_jax.hf.stock import StockForm, module_of, native_tensors, stock_form, to_stock
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.report import write_json
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def save_hf(
@@ -34,6 +36,7 @@ def save_hf(
     base_fingerprint: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     card: Mapping[str, Any] | None = None,
+    eps_z: float | None = None,
 ) -> dict[str, Any]:
     """Write `model` (a base, or fused by any method) as a LlamaForCausalLM directory for stock transformers 4.57 and 5, and vLLM.
 
@@ -48,25 +51,30 @@ def save_hf(
         methods (lora, ffa, full) cannot know it.
       max_shard_bytes: tensors are split over several files above this size; one file's tensors are held in memory at a time.
       card: figures for the README and zflora.json, e.g. {"accuracy after": 0.71}.
+      eps_z: by what the residual state of the zflora methods is scaled, a power of two from 2^-10 to 1. None: the largest that disturbs the logits
+        less than rounding to `dtype` does, estimated from the weights. Software that quantises to int8 by channel or token wants 0.0625 or more;
+        smaller values keep float32 logits closer.
 
     Returns:
-      {"path", "dtype", "parameters", "bytes", "files"}.
+      {"path", "dtype", "parameters", "bytes", "files"}, and "eps_z" where there is a residual state.
 
     Raises:
-      ConfigError: a packed model, an unknown dtype. CheckpointError: values not finite (in `dtype`), or a directory that is not ours to replace.
+      ConfigError: a packed model, an unknown dtype, an eps_z that cannot be used.
+      CheckpointError: values not finite (in `dtype`), or a directory that is not ours to replace.
     """
     target = Path(path).expanduser().resolve()
     dtype = dtype or str(trees.flatten(model.params)["embed/embedding"].dtype)
-    require(dtype in EPS_Z, f"dtype={dtype!r}: exports are {', '.join(EPS_Z)}.")
+    require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
-    form = stock_form(model.config, dtype)
+    form = stock_form(model, dtype, eps_z)
     with whole_directory(target, _own_files) as staging:
-        hf_config, tensors = to_stock(model, dtype)
+        hf_config, tensors = to_stock(model, form, dtype)
         parameters = _write_tensors(staging, form.config, tensors, dtype, max_shard_bytes)
         _write_side_file(staging, model, form, dtype)
         write_json(staging / "config.json", hf_config)
         _write_tokenizer_files(staging, model)
         report = {"path": str(target), "dtype": dtype, "parameters": parameters}
+        report |= {} if model.config.norm_dim is None else {"eps_z": form.eps_z}
         (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
         files = sorted([*(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()), MANIFEST])
         write_json(staging / MANIFEST, _manifest(model, form, dtype, base_fingerprint, files) | {"figures": dict(card or {})})

@@ -3,8 +3,8 @@
 A native fused model takes its RMSNorm over the base channels, turns the base dims of a head and divides scores by sqrt(k). Stock Llama does all
 three over the full width. Stock form gets the same function by changing numbers only:
 
-- residual d+r: padded with zero channels to a width D that the heads divide; the adapter state stored times eps_z, so that it hardly counts in the
-  mean square; norm gains times sqrt(d/D), rms_norm_eps times d/D.
+- residual d+r: padded with zero channels to a width D that the heads divide; the adapter state stored times eps_z (see `state_scale`), so that it
+  hardly counts in the mean square; norm gains times sqrt(d/D), rms_norm_eps times d/D.
 - heads k+e: base dims moved to the places that RoPE pairs up, [0, k/2) and [(k+e)/2, (k+e)/2 + k/2), in q and k alike; q times sqrt((k+e)/k); the
   wanted frequencies written as `longrope` factors, 1e30 (no rotation) for adapter pairs.
 
@@ -25,12 +25,10 @@ from zflora_jax.config import LlamaConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, as_finite, hf_table
+from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
 from zflora_jax.layers import rope_frequencies
 from zflora_jax.model import Model
 
-# Powers of two, so that scaling by them is exact. The smaller, the less the state disturbs the norm (2^-8 and below: not measurable in float32);
-# float16 has no room below 2^-4.
-EPS_Z = {"float32": 2.0**-10, "bfloat16": 2.0**-10, "float16": 2.0**-4}
 NO_ROTATION = 1e30  # divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
 
 _READS, _WRITES, _NORMS = ("q", "k", "v", "gate", "up"), ("o", "down"), ("attn_norm", "mlp_norm", "final_norm")
@@ -137,10 +135,11 @@ def module_of(place: Place) -> str:
     return place.leaf.split("/")[-2]
 
 
-def stock_form(config: LlamaConfig, dtype: str) -> StockForm:
-    if config.packed:
+def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockForm:
+    """The stock form to write `model` in; eps_z None: chosen from the weights for `dtype`."""
+    if model.config.packed:
         raise ConfigError("a packed model is a layout for decode and cannot be exported; export the model it was packed from.")
-    return StockForm(config, EPS_Z[dtype])
+    return StockForm(model.config, choose_eps_z(model, dtype) if eps_z is None else check_eps_z(model, eps_z))
 
 
 def native_tensors(model: Model) -> Iterator[tuple[str, Place, np.ndarray]]:
@@ -151,13 +150,12 @@ def native_tensors(model: Model) -> Iterator[tuple[str, Place, np.ndarray]]:
         yield name, place, np.asarray(leaf if place.layer is None else leaf[place.layer]).astype(np.float32)
 
 
-def to_stock(model: Model, dtype: str) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:
-    """(config.json as a dict, iterator over (Hugging Face name, tensor in `dtype`)) of a base or fused model in stock form.
+def to_stock(model: Model, form: StockForm, dtype: str) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:
+    """(config.json as a dict, iterator over (Hugging Face name, tensor in `dtype`)) of a base or fused model in its stock form `form`.
 
-    Arithmetic is float32 with one cast at the end; numbers that stock form does not change are copied bit for bit. Raises ConfigError for a packed
-    model, CheckpointError (from the iterator) for a tensor that is not finite, or not finite in `dtype`.
+    Arithmetic is float32 with one cast at the end; numbers that stock form does not change are copied bit for bit. Raises
+    CheckpointError (from the iterator) for a tensor that is not finite, or not finite in `dtype`.
     """
-    form = stock_form(model.config, dtype)
     table = hf_table(form.config)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:

@@ -1,0 +1,135 @@
+"""What int8 consumers make of an export, by the scale of the state (eps_z): simulated on the tensors that the export stores.
+
+Command: python benchmarks/export_int8.py --workdir runs/quickstart     (about 3 minutes on 2 CPU cores)
+Writes results/export_int8.json and .md. The run's model is fused and written in stock form at several eps_z. Every matrix, embedding included, is
+rounded to int8 with one scale per output channel (per row of the embedding), and in a second column the inputs of the layers' kernels too, with one
+scale per token. KL and top-1 are against the same model in float32, on the run's held-out rows, prompts and answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax import trees
+from zflora_jax.adapters.fuse import unfuse
+from zflora_jax.checkpoint import read_config
+from zflora_jax.data.pipeline import eval_batches
+from zflora_jax.hf.keys import hf_table
+from zflora_jax.hf.restore import load_stock
+from zflora_jax.hf.save import save_hf
+from zflora_jax.hf.state_scale import choose_eps_z, state_share
+from zflora_jax.layers import Dense
+from zflora_jax.llama import Llama
+from zflora_jax.model import Model
+from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+from zflora_jax.run import held_out, load_fused
+
+
+def rounded(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`x` in int8 with one symmetric scale along `axes`, as floats again."""
+    step = jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), 1e-30) / 127
+    return jnp.round(x / step) * step
+
+
+def int8_weights(model: Model) -> Model:
+    """`model` with every matrix rounded, one scale per output channel."""
+    in_axes = {place.leaf: place.in_axes for place in hf_table(model.config).values()}
+
+    def visit(name: str, x: jax.Array) -> jax.Array:
+        if name.endswith("scale"):
+            return x
+        first = int(name.startswith("layers/"))  # a stacked leaf's own axis of layers
+        inputs = in_axes[name]
+        return rounded(x, tuple(range(first, first + inputs)) if inputs else (1,))
+
+    return Model(model.config, trees.map_with_names(visit, model.params))
+
+
+def log_probs(model: Model, batch: dict[str, np.ndarray], activations: bool = False) -> np.ndarray:
+    """log p [N, V] float32 of the next token at every real position; `activations`: inputs of the layers' kernels rounded to int8 per token."""
+
+    def hook(call: Any, args: tuple[Any, ...], kwargs: Any, context: Any) -> Any:
+        if activations and isinstance(context.module, Dense) and context.module.path[0].startswith("layers"):
+            x = args[0]
+            args = (rounded(x, tuple(range(2, x.ndim))), *args[1:])
+        return call(*args, **kwargs)
+
+    @jax.jit
+    def apply(params: trees.Tree, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        with nn.intercept_methods(hook):
+            logits: Any = Llama(model.config).apply({"params": params}, tokens, valid)
+        return jax.nn.log_softmax(logits)
+
+    real = batch["segments"] > 0
+    return np.asarray(apply(model.params, batch["tokens"], real))[real]
+
+
+def compared(found: np.ndarray, want: np.ndarray) -> dict[str, float]:
+    kl = np.sum(np.exp(want) * (want - found), axis=-1, dtype=np.float64)
+    return {"kl": float(kl.mean()), "top1": float((found.argmax(-1) == want.argmax(-1)).mean())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a trained run of zflora-minimal or zflora-uniform")
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows (default: 16)")
+    parser.add_argument("--out", default="results/export_int8")
+    args = parser.parse_args()
+    env = environment()
+    run = read_config(args.workdir)
+    fused, label = load_fused(args.workdir)
+    base, _ = unfuse(fused)
+    _, encoded = held_out(run, fused)
+    batch = next(iter(eval_batches(encoded, min(args.rows, len(encoded)), run.data.lengths)))
+    named = {"chosen for float32": choose_eps_z(fused, "float32"), "chosen for bfloat16": choose_eps_z(fused, "bfloat16")}
+    named |= {"2^-4": 2.0**-4, "2^-10, as before it was chosen": 2.0**-10}
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, eps: float | None, model: Model, want: np.ndarray) -> None:
+        row: dict[str, Any] = {"model": name, "eps_z": eps, "float": compared(log_probs(model, batch), want)}
+        small = int8_weights(model)
+        row["int8 weights"] = compared(log_probs(small, batch), want)
+        row["int8 weights and activations"] = compared(log_probs(small, batch, activations=True), want)
+        rows.append(row)
+        print(row, flush=True)
+
+    add("base", None, base, log_probs(base, batch))
+    exact = log_probs(fused, batch)
+    for name, eps in named.items():
+        with tempfile.TemporaryDirectory() as folder:
+            save_hf(Path(folder, "export"), fused, eps_z=eps)
+            add(f"fused, {name}", eps, load_stock(Path(folder, "export")), exact)
+    share, positions = state_share(fused), len(exact)
+    result = {"rows": rows, "state_share": share, "positions": positions, "config": vars(args), "environment": env, "run": label}
+    write_json(f"{args.out}.json", result)
+
+    def shown(cell: dict[str, float]) -> str:
+        return f"{cell['kl']:.1e} ({100 * cell['top1']:.1f}%)"
+
+    kinds = ("float", "int8 weights", "int8 weights and activations")
+    table = [
+        {"model": row["model"], "eps_z": "-" if row["eps_z"] is None else f"2^{int(np.log2(row['eps_z']))}"} | {k: shown(row[k]) for k in kinds}
+        for row in rows
+    ]
+    page = (
+        f"# int8 by output channel and token: which scale of the state\n\n{run.model}, {run.adapter.method}, rank {run.adapter.rank}, trained for "
+        f"{label.removeprefix('step')} steps on {run.data.task}. KL in nats (and how often the likeliest token is the same) against the same "
+        f"model in float32, {positions} positions of held-out rows. Simulated: rounded to int8 and back, computed in float32.\n\n"
+        f"{markdown_table(table, list(table[0]))}\n\n"
+        f"By the weights the state's energy is {share:.4f} of the base channels' (see `zflora_jax/hf/state_scale.py`).\n\n"
+        f"{origin_line(env)} Seed {run.train.seed}.\n"
+    )
+    atomic_write(f"{args.out}.md", page.encode())
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""eps_z: chosen from the weights, named by the user, read from old exports; what it does to int8."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TOLERANCE, case_id, perturb, tiny_model
+
+from zflora_jax import trees
+from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.config import METHODS, AdapterConfig
+from zflora_jax.fields import ConfigError
+from zflora_jax.hf.gap import export_gap
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.restore import load_stock
+from zflora_jax.hf.save import save_hf
+from zflora_jax.hf.state_scale import CHOICES, choose_eps_z, state_share
+from zflora_jax.llama import forward
+from zflora_jax.model import Model
+
+pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
+STATE = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS if METHODS[method].residual]
+STATE += [STATE[0].replace(targets="q|v|o|down")]
+MINIMAL = AdapterConfig("zflora-minimal", rank=8)
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
+
+
+def trained_like(seed: int = 0, std: float = 0.02, **changes: object) -> Model:
+    """Forward as it is initialised, what reads the state moved by noise, as training moves it."""
+    model = tiny_model(seed, num_layers=3, **changes)
+    adapters = init_adapters(jax.random.key(seed), model, MINIMAL)
+    moved = perturb(adapters, seed, std)
+    return fuse(model, MINIMAL, moved)
+
+
+def saved_eps(path: Path) -> float:
+    return json.loads((path / "zflora.json").read_text())["eps_z"]
+
+
+@pytest.mark.parametrize("adapter", STATE, ids=case_id)
+def test_the_chosen_scale_keeps_float32_logits(adapter, tmp_path):
+    """Also of adapters moved by noise of 0.1, which is more than training moves them."""
+    model = tiny_model(num_layers=2, tie_word_embeddings=False)
+    fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
+    report = save_hf(tmp_path / "out", fused)
+    assert report["eps_z"] == saved_eps(tmp_path / "out") == choose_eps_z(fused, "float32")
+    gap = export_gap(fused, tmp_path / "out", TOKENS)
+    assert gap["max_abs_dlogit"] <= TOLERANCE * gap["logit_scale"]
+    assert 2**-10 <= report["eps_z"] <= 2**-6 and choose_eps_z(fused, "bfloat16") >= 16 * report["eps_z"]
+
+
+def test_the_choice_follows_the_weights():
+    fused = trained_like()
+    share = state_share(fused)
+    d = fused.config.base_dim
+
+    def scaled(factor: float) -> Model:
+        """The state, times `factor`: as a larger adapter would write it."""
+
+        def visit(name: str, x: jax.Array) -> jax.Array:
+            return x.at[..., d:].multiply(factor) if name.endswith(("o/kernel", "down/kernel")) else x
+
+        return Model(fused.config, trees.map_with_names(visit, fused.params), adapter=MINIMAL)
+
+    assert state_share(scaled(0.25)) == pytest.approx(share / 16, rel=1e-6)
+    for dtype in ("float32", "bfloat16"):
+        assert choose_eps_z(scaled(0.25), dtype) == 4 * choose_eps_z(fused, dtype)
+    assert choose_eps_z(scaled(0.0), "float32") == 1.0
+    assert choose_eps_z(scaled(1e6), "float32") == CHOICES[-1] == 2.0**-10
+    assert choose_eps_z(scaled(1e6), "float16") == 2.0**-4  # below that float16 has no room
+    flat = Model(fused.config.replace(scan_layers=False), trees.unstack_layers(fused.params, 3))
+    assert state_share(flat) == pytest.approx(share, rel=1e-6)
+    assert state_share(tiny_model()) == 0.0 and choose_eps_z(tiny_model(), "float32") == 1.0
+
+
+def test_the_estimate_bounds_the_share_of_every_token():
+    """The safety factor covers what single tokens have over the estimate from the weights."""
+    for seed in range(2):
+        fused = trained_like(seed, tie_word_embeddings=False)
+        want = np.asarray(forward(fused, TOKENS), np.float64)
+        gained = {}
+        for eps in (0.5, 0.25):  # large enough to be seen above the rounding of float32
+            shown = _stock(fused, eps)
+            gained[eps] = np.abs(np.asarray(forward(shown, TOKENS)) - want).max() / np.abs(want).max()
+            assert gained[eps] <= 4 * state_share(fused) * eps**2 / 2
+        assert gained[0.5] / gained[0.25] == pytest.approx(4, rel=0.3)  # the square of eps_z
+
+
+def _stock(model: Model, eps: float) -> Model:
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(Path(folder) / "out", model, eps_z=eps)
+        return load_stock(Path(folder) / "out")
+
+
+@pytest.mark.parametrize("eps", [2.0**-10, 0.0625, 1.0])
+def test_a_named_scale_is_written_and_read_back(eps, tmp_path):
+    """2^-10 is what every export had before it was chosen: those load as they did."""
+    fused = trained_like()
+    assert save_hf(tmp_path / "out", fused, eps_z=eps)["eps_z"] == saved_eps(tmp_path / "out") == eps
+    again = load_model(tmp_path / "out")
+    for name, leaf in trees.flatten(fused.params).items():
+        np.testing.assert_array_equal(trees.flatten(again.params)[name], leaf, err_msg=name)
+    gap = export_gap(fused, tmp_path / "out", TOKENS)
+    assert (gap["max_abs_dlogit"] > TOLERANCE * gap["logit_scale"]) == (eps > 2**-7)
+
+
+@pytest.mark.parametrize("eps", [0.1, 2.0, 2.0**-11, 0.0, -0.5, float("nan")])
+def test_scales_that_cannot_be_used_are_refused(eps, tmp_path):
+    with pytest.raises(ConfigError, match=r"power of two from 2\^-10.*int8"):
+        save_hf(tmp_path / "out", trained_like(), eps_z=eps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_state_takes_no_scale(tmp_path):
+    with pytest.raises(ConfigError, match="this model has none"):
+        save_hf(tmp_path / "out", tiny_model(), eps_z=0.0625)
+    assert "eps_z" not in save_hf(tmp_path / "out", tiny_model()) and saved_eps(tmp_path / "out") == 1
+
+
+# --- int8 ---------------------------------------------------------------------------------------
+
+
+def int8_by_channel(model: Model) -> Model:
+    """Every matrix rounded to int8 with one scale for each output channel."""
+
+    def visit(name: str, x: jax.Array) -> jax.Array:
+        if name.endswith("scale"):
+            return x
+        first = int(name.startswith("layers/"))
+        outputs = {"embedding": (0,), "q": (1, 2), "k": (1, 2), "v": (1, 2), "o": (2,)}
+        kept = outputs.get(name.split("/")[-1], outputs.get(name.split("/")[-2], (1,)))
+        axes = tuple(i for i in range(first, x.ndim) if i - first not in kept)
+        step = jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), 1e-30) / 127
+        return jnp.round(x / step) * step
+
+    return Model(model.config, trees.map_with_names(visit, model.params))
+
+
+def divergence(model: Model, want: Model) -> float:
+    """Mean KL (nats) from the probabilities of `want` to those of `model`."""
+    p, q = (jax.nn.log_softmax(jnp.asarray(forward(m, TOKENS)) / 8) for m in (want, model))
+    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+
+
+def test_int8_by_channel_of_the_bfloat16_choice_is_as_good_as_of_the_base():
+    fused = trained_like(std=0.004, tie_word_embeddings=False)
+    base = unfuse(fused)[0]
+    ours = divergence(int8_by_channel(base), base)
+    chosen = choose_eps_z(fused, "bfloat16")
+    found = {eps: divergence(int8_by_channel(_stock(fused, eps)), fused) for eps in (chosen, 0.0625, 2.0**-10)}
+    print(ours, chosen, found)
+    assert chosen >= 0.0625 and 0 < found[chosen] < 2 * ours and found[0.0625] < 2 * ours
+    assert found[2.0**-10] > 20 * ours

@@ -1,0 +1,72 @@
+"""eps_z: the power of two by which stock form scales the residual state, chosen from the weights.
+
+A stock norm counts the scaled state in its mean square, which makes what the norm writes smaller by
+a relative eps_z^2 share / 2, where share = |z|^2 / |x|^2 of the native state and base channels. A
+large eps_z disturbs the norms; a small one divides the rows that read the state by a small number,
+and software with one int8 scale per channel or token then rounds the base's own numbers away.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from zflora_jax import trees
+from zflora_jax.fields import require
+from zflora_jax.model import Model
+
+CHOICES = tuple(2.0**-k for k in range(11))  # 1, 1/2, ... 2^-10
+FLOAT16_LEAST = 2.0**-4  # below it float16 has no room: what reads the state is divided by eps_z
+
+# The relative error of the logits that eps_z may cause. float32: what rounding itself causes in the
+# logits of a whole model (SmolLM2-135M: 1.8e-6 of the largest), a fifth of what two implementations
+# may differ by; else half a unit in the last place of the dtype.
+_ERROR = {"float32": 2.0**-19, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+# How far the effect may exceed the estimate. SmolLM2-135M with a trained adapter: 1.4 times, at most
+# 3 for random models with adapters moved by noise.
+_SAFETY = 4.0
+
+
+def choose_eps_z(model: Model, dtype: str) -> float:
+    """The largest power of two in 2^-10..1 whose effect on the logits stays below the rounding of
+    `dtype` by `state_share`, with a safety factor of 4; 1 for a model without a residual state."""
+    share = state_share(model)
+    fits = [eps for eps in CHOICES if _SAFETY * share * eps**2 / 2 <= _ERROR[dtype]]
+    chosen = fits[0] if fits else CHOICES[-1]
+    return max(chosen, FLOAT16_LEAST) if dtype == "float16" else chosen
+
+
+def state_share(model: Model) -> float:
+    """An estimate of |z|^2 / |x|^2 in the residual stream of a fused model, from its weights alone.
+
+    Each sublayer adds to both what its o or down kernel makes of the same input: to z its state
+    columns (forward and cross), to x its base columns. Over inputs of no preferred direction their
+    energies are as the squared Frobenius norms, and a sum of parts has at most the share of the
+    part with the largest. The embedding, which adds to x alone, only makes the share smaller.
+    """
+    d = model.config.base_dim
+    if d == model.config.hidden_size:
+        return 0.0
+    worst = 0.0
+    for name, leaf in trees.flatten(model.params).items():
+        if name.endswith(("o/kernel", "down/kernel")):
+            axes = tuple(range(name.startswith("layers/"), leaf.ndim - 1))
+            energy = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
+            state, base = jnp.sum(energy[..., d:], -1), jnp.sum(energy[..., :d], -1)
+            worst = max(worst, float(jnp.max(state / base)))
+    return worst
+
+
+def check_eps_z(model: Model, eps_z: float) -> float:
+    """`eps_z` if stock form can use it. ConfigError: no power of two in 2^-10..1, or no state."""
+    require(
+        eps_z in CHOICES,
+        f"eps_z={eps_z!r}: must be a power of two from 2^-10 = {CHOICES[-1]} to 1, e.g. 0.0625. Small "
+        "values keep float logits exact, large ones (0.0625 and above) keep int8 consumers exact; "
+        "leave it out to have it chosen from the weights.",
+    )
+    require(
+        model.config.norm_dim is not None,
+        f"eps_z={eps_z!r} scales the residual state of the zflora methods, and this model has none; "
+        "leave it out.",
+    )
+    return eps_z
