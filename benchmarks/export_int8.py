@@ -57,7 +57,8 @@ def log_probs(model: Model, batch: dict[str, np.ndarray], activations: bool = Fa
     """log p [N, V] float32 of the next token at every real position; `activations`: inputs of the layers' kernels rounded to int8 per token."""
 
     def hook(call: Any, args: tuple[Any, ...], kwargs: Any, context: Any) -> Any:
-        if activations and isinstance(context.module, Dense) and context.module.path[0].startswith("layers"):
+        inside = isinstance(context.module, Dense) and context.method_name == "__call__" and context.module.path[0].startswith("layers")
+        if activations and inside:
             x = args[0]
             args = (rounded(x, tuple(range(2, x.ndim))), *args[1:])
         return call(*args, **kwargs)
