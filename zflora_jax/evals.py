@@ -23,7 +23,7 @@ from zflora_jax.fields import require
 from zflora_jax.likelihood import option_log_likelihoods
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write
-from zflora_jax.text import stop_ids
+from zflora_jax.text import answer_text, stop_ids
 from zflora_jax.trainer import eval_step
 from zflora_jax.trees import Tree
 
@@ -85,7 +85,7 @@ def generation_records(
             num_beams=evaluation.num_beams,
         )
         return [
-            {"output": model.tokenizer.decode(ids, skip_special_tokens=True), "new_tokens": len(ids), "cut": not ids or ids[-1] not in stop}
+            {"output": answer_text(model.tokenizer, ids, stop), "new_tokens": len(ids), "cut": not ids or ids[-1] not in stop}
             for ids in outputs
         ]
 

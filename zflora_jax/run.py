@@ -24,6 +24,7 @@ from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, locked, rea
 from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import Encoded, encode_prompts, fit_documents, pack, tokenize_examples, train_batches
+from zflora_jax.data.prompts import end_token
 from zflora_jax.data.tasks import Example
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, nearest, require, to_dict
@@ -57,7 +58,8 @@ def load_base(run: RunConfig, mesh: Any = None) -> Model:
 
 
 def as_base(run: RunConfig, model: Model) -> Model:
-    """What was loaded as the base of `run`: with its remat setting. ConfigError where the run's settings do not fit it."""
+    """What was loaded as the base of `run`: with its remat setting, and stopping where it trains answers to end. ConfigError where the run's settings
+    do not fit it."""
     if model.adapter is not None:
         require(
             METHODS[model.adapter.method].in_place != "none",
@@ -67,7 +69,13 @@ def as_base(run: RunConfig, model: Model) -> Model:
     model = Model(model.config.replace(remat=run.train.remat), model.params, model.tokenizer, model.source)
     plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
     require_fit(run, model)
-    return model
+    return _stops_as_trained(run, model)
+
+
+def _stops_as_trained(run: RunConfig, model: Model) -> Model:
+    """`model`, with the token that ends an answer of `run` among those it stops at: fused and exported, it is to stop there too."""
+    stop, end = model.config.eos_token_ids, end_token(model.tokenizer, run.data.prompt_style)
+    return model if end in stop else dataclasses.replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
 
 
 def require_fit(run: RunConfig, model: Model) -> None:
@@ -144,7 +152,7 @@ def train(
     check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh, devices)
-    model = model or load_base(run, mesh)
+    model = _stops_as_trained(run, model or load_base(run, mesh))
     loaded = time.perf_counter()
     train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data)
     examples = len(train_set)

@@ -18,6 +18,13 @@ def stop_ids(model: Model, prompt_style: str) -> list[int]:
     return sorted({*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
 
 
+def answer_text(tokenizer: Any, answer: Sequence[int], stop: Sequence[int]) -> str:
+    """The text of generated tokens, without the one that ended them and without special tokens. An end of turn that is an added token but not special
+    would be left in by its tokenizer."""
+    ended = len(answer) > 0 and answer[-1] in stop
+    return tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
+
+
 def _tokenizer(model: Model) -> Any:
     require(model.tokenizer is not None, "this model has no tokenizer; use generate_tokens or stream_tokens with token ids.")
     return model.tokenizer
@@ -42,6 +49,7 @@ def generate(
     tokenizer = _tokenizer(model)
     require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
     texts = [render(tokenizer, "chat", prompt) for prompt in prompts] if chat else list(prompts)
+    stop = stop_ids(model, "chat") if chat else list(model.config.eos_token_ids)
     answers = generate_tokens(
         model,
         encode_prompt_texts(tokenizer, texts),
@@ -50,9 +58,9 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         num_beams=num_beams,
-        stop=stop_ids(model, "chat") if chat else None,
+        stop=stop,
     )
-    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    return [answer_text(tokenizer, answer, stop) for answer in answers]
 
 
 def stream(model: Model, prompt: str | Sequence[Turn], *, max_new_tokens: int = 256, sampler: Sampler | None = None, seed: int = 0) -> Iterator[str]:
@@ -65,16 +73,16 @@ def stream(model: Model, prompt: str | Sequence[Turn], *, max_new_tokens: int = 
     chat = not isinstance(prompt, str)
     text = render_turns(tokenizer, prompt) if not isinstance(prompt, str) else prompt
     [ids] = encode_prompt_texts(tokenizer, [text])
-    stop = stop_ids(model, "chat") if chat else None
+    stop = stop_ids(model, "chat") if chat else list(model.config.eos_token_ids)
     given: list[int] = []
     said = ""
     for token in stream_tokens(model, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, stop=stop):
         given.append(token)
-        whole = tokenizer.decode(given, skip_special_tokens=True)
+        whole = answer_text(tokenizer, given, stop)
         if whole.startswith(said) and not whole.endswith("\ufffd"):  # the replacement character: bytes of a character that is not whole yet
             yield whole[len(said) :]
             said = whole
-    rest = tokenizer.decode(given, skip_special_tokens=True)[len(said) :]
+    rest = answer_text(tokenizer, given, stop)[len(said) :]
     if rest:
         yield rest
 

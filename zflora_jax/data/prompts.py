@@ -67,18 +67,19 @@ def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
 def end_token(tokenizer: Any, prompt_style: str) -> int:
     """The id that ends a target: generation should stop at it.
 
-    alpaca styles: the tokenizer's EOS. chat: the special token that the template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...),
-    which in some models is not the EOS; the EOS if the template puts none.
+    alpaca styles: the tokenizer's EOS. chat: the added token, special or not, that the template puts after an assistant turn (`<|im_end|>`,
+    `<|eot_id|>`, ...), which in some models is not the EOS; the EOS if the template puts none, or there is no template.
 
     Raises:
       ConfigError: the tokenizer has neither.
     """
-    if prompt_style == "chat":
+    if prompt_style == "chat" and getattr(tokenizer, "chat_template", None):
         marker = "zflora answer"
         turns = [{"role": "user", "content": "zflora question"}, {"role": "assistant", "content": marker}]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2].lstrip()
         ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        if ids and ids[0] in tokenizer.all_special_ids:
+        # Not all_special_ids: tokens that only added_tokens_decoder lists are missing there, as Llama 3's may be.
+        if ids and ids[0] in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
             return int(ids[0])
     require(
         tokenizer.eos_token_id is not None,

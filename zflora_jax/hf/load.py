@@ -131,14 +131,16 @@ def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
 
 
 def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: Any) -> Model:
-    hf = read_json(directory / "config.json")
+    hf, generation = read_json(directory / "config.json"), directory / "generation_config.json"
+    settings = read_json(generation) if generation.exists() else None
     if (directory / "zflora.json").exists():
         from zflora_jax.hf.restore import load_export
 
         model = load_export(directory, hf, dtype, scan_layers, sharding)
+        stop = from_hf_config(hf, settings, rope=False).eos_token_ids  # as stock software reads them, also where they were changed
+        model.config = model.config.replace(eos_token_ids=stop)
     else:
-        generation = directory / "generation_config.json"
-        config = from_hf_config(hf, read_json(generation) if generation.exists() else None)
+        config = from_hf_config(hf, settings)
         model = read_params(Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers), sharding)
     model.tokenizer = load_tokenizer(directory)
     return model

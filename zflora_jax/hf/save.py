@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,11 @@ from zflora_jax.fields import require, to_dict
 from zflora_jax.hf.card import base_name, model_card
 from zflora_jax.hf.directory import whole_directory
 from zflora_jax.hf.keys import CheckpointError, as_finite, hf_table
-from zflora_jax.hf.load import TOKENIZER_FILES, locate
+from zflora_jax.hf.load import locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.stock import StockForm, module_of, native_tensors, stock_form, to_stock
+from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.report import write_json
 
@@ -72,7 +72,7 @@ def save_hf(
         parameters = _write_tensors(staging, form.config, tensors, dtype, max_shard_bytes)
         _write_side_file(staging, model, form, dtype)
         write_json(staging / "config.json", hf_config)
-        _write_tokenizer_files(staging, model)
+        _write_companions(staging, model)
         report = {"path": str(target), "dtype": dtype, "parameters": parameters}
         report |= {} if model.config.norm_dim is None else {"eps_z": form.eps_z}
         (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
@@ -166,48 +166,15 @@ def _project_version() -> str:
         return "0.0.0+source"
 
 
-def _write_tokenizer_files(folder: Path, model: Model) -> None:
-    """Byte for byte from the base's directory; for a base without one (GGUF), written from the tokenizer object for transformers 4 and 5 alike."""
+def _write_companions(folder: Path, model: Model) -> None:
+    """Tokenizer files and generation_config.json: the base's, as far as `model` still has its tokenizer and stops where it does."""
     base: Path | None = None
     if model.source is not None:
         try:
             base = locate(model.source)[0]
         except CheckpointError:  # moved away, or the hub cannot be reached
             base = None
-    names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if base and (base / name).is_file()]
-    for name in names:
-        shutil.copyfile(cast(Path, base) / name, folder / name)
-    if model.tokenizer is not None and not any(name in names for name in TOKENIZER_FILES):
-        write_tokenizer(folder, model.tokenizer)
-    if base is None or not base.is_dir():
-        c = model.config
-        eos = list(c.eos_token_ids) if len(c.eos_token_ids) > 1 else c.eos_token_ids[0] if c.eos_token_ids else None
-        values = {"bos_token_id": c.bos_token_id, "eos_token_id": eos, "pad_token_id": c.pad_token_id}
-        write_json(folder / "generation_config.json", {key: value for key, value in values.items() if value is not None})
-
-
-def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """tokenizer.json and tokenizer_config.json. transformers 5 itself writes a class name that 4 does not know; this one is known to both."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        tokenizer.save_pretrained(folder)
-        return
-    backend.save(str(folder / "tokenizer.json"))
-    added = {
-        str(index): {key: getattr(token, key) for key in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
-        for index, token in tokenizer.added_tokens_decoder.items()
-    }
-    special = {
-        name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if getattr(tokenizer, name) is not None
-    }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": added,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # 4 would add token_type_ids, which a Llama does not take
-        "model_max_length": tokenizer.model_max_length,
-        "padding_side": tokenizer.padding_side,
-        **({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
-        **special,
-    }
-    write_json(folder / "tokenizer_config.json", config)
+    base = base if base is not None and base.is_dir() else None
+    write_tokenizer_files(folder, model.tokenizer, base)
+    values = {"bos_token_id": model.config.bos_token_id, "pad_token_id": model.config.pad_token_id}
+    write_generation_config(folder, base, values, model.config.eos_token_ids)

@@ -1,0 +1,237 @@
+"""The token that a run learns to end its answers with, and the tokenizer, reach stock software.
+
+The directory is like Llama 3.2's: the template closes a turn with <|eot_id|>, the tokenizer's EOS is
+<|end_of_text|>, and the tokens of the template are in added_tokens_decoder alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from byte_tokenizer import byte_tokenizer
+from conftest import EVAL, TASK_DATA, small_run, tiny_model
+
+from zflora_jax import run as runs
+from zflora_jax.config import RunConfig, TrainConfig
+from zflora_jax.data.prompts import encode, end_token
+from zflora_jax.data.tasks import Example
+from zflora_jax.evals import generation_records
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.save import save_hf
+from zflora_jax.model import Model
+from zflora_jax.text import answer_text, generate, stop_ids, stream
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+BOS, EOS, HEADER, HEADER_END, EOT = range(256, 261)
+TEMPLATE = (
+    "{{- bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] "
+    "+ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def llama3_tokenizer(special: bool = True) -> Any:
+    """special: whether the template's tokens carry that flag; in neither case does special_tokens_map name them."""
+    from tokenizers import AddedToken, Tokenizer, processors
+
+    backend = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    backend["added_tokens"] = []
+    tokenizer = Tokenizer.from_str(json.dumps(backend))
+    tokenizer.add_special_tokens(list(NAMES[:2]))
+    tokenizer.add_tokens([AddedToken(name, special=special, normalized=False) for name in NAMES[2:]])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{NAMES[0]} $A", special_tokens=[(NAMES[0], BOS)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=NAMES[0], eos_token=NAMES[1], clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = TEMPLATE
+    assert EOT not in fast.all_special_ids and EOT in fast.added_tokens_decoder
+    return fast
+
+
+def write_directory(path: Path, special: bool = True) -> Path:
+    """A base as the hub has it: its own tokenizer files and generation_config.json, made by transformers."""
+    model = tiny_model(num_layers=2, vocab_size=261, bos_token_id=BOS, eos_token_ids=(EOS,), pad_token_id=None, tie_word_embeddings=False)
+    model.params = jax.tree.map(lambda x: x / 4, model.params)
+    save_hf(path, model)
+    for name in ("zflora.json", "README.md"):
+        (path / name).unlink()
+    llama3_tokenizer(special).save_pretrained(path)
+    settings = {"bos_token_id": BOS, "eos_token_id": EOS, "temperature": 0.6, "do_sample": True}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_directory(tmp_path_factory.mktemp("llama3") / "base")
+
+
+def llama3_run(directory: Path) -> RunConfig:
+    run = small_run(str(directory))
+    return dataclasses.replace(run, train=TrainConfig(steps=3, save_every=None, log_every=1, loss_chunk=128))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_end_of_turn_may_be_in_added_tokens_alone(special):
+    tokenizer = llama3_tokenizer(special)
+    assert end_token(tokenizer, "chat") == EOT and end_token(tokenizer, "alpaca") == EOS
+    assert encode(tokenizer, "chat", ["q"], ["a"])[0][0][-1] == EOT
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"  # ordinary text ends its turns
+    assert end_token(tokenizer, "chat") == EOS
+    tokenizer.chat_template = None  # refused where a prompt is rendered
+    assert end_token(tokenizer, "chat") == EOS
+
+
+def test_answers_do_not_keep_an_end_token_that_is_not_special(monkeypatch):
+    """Its tokenizer decodes it as text."""
+    tokenizer = llama3_tokenizer(special=False)
+    assert tokenizer.decode([65, EOT], skip_special_tokens=True) == "A<|eot_id|>"
+    answer = [*b"hi ", HEADER, *b"there", EOT]
+    text = "hi <|start_header_id|>there"  # in the middle it is what the model said
+    model = tiny_model(vocab_size=261, bos_token_id=BOS, eos_token_ids=(EOS,))
+    model.tokenizer = tokenizer
+    assert answer_text(tokenizer, answer, stop_ids(model, "chat")) == text
+    monkeypatch.setattr("zflora_jax.text.generate_tokens", lambda *_, **__: [answer, answer[:-1], []])
+    assert generate(model, ["a", "b", "c"], chat=True) == [text, text, ""]
+    monkeypatch.setattr("zflora_jax.text.stream_tokens", lambda *_, **__: iter(answer))
+    assert "".join(stream(model, [{"role": "user", "content": "a"}])) == text
+    monkeypatch.setattr("zflora_jax.evals.generate_tokens", lambda *_, **__: [answer])
+    [record] = generation_records(model, "arithmetic", [Example("a", "b", answer="1")], TASK_DATA, EVAL)
+    assert record["output"] == text and not record["cut"]
+
+
+def test_an_export_stops_at_what_was_trained(directory, tmp_path):
+    """As a new user would: train, export, load with stock transformers, generate."""
+    run = llama3_run(directory)
+    trained = runs.train(run, tmp_path / "run", console=False)
+    assert trained.model.config.eos_token_ids == (EOS, EOT)
+    assert runs.load_fused(tmp_path / "run")[0].config.eos_token_ids == (EOS, EOT)
+    report = runs.export_run(tmp_path / "run", tmp_path / "out")
+    out = tmp_path / "out"
+    settings = json.loads((out / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": BOS, "eos_token_id": [EOS, EOT], "temperature": 0.6, "do_sample": True}
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [EOS, EOT]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (directory / name).read_bytes() and name in report["files"]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    chat = [{"role": "user", "content": "1 + 1?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.chat_template == TEMPLATE and ids[0] == BOS and ids[-3] == HEADER_END
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+
+    def eot_at_the_third(given: Any, scores: Any) -> Any:
+        if given.shape[1] == len(ids) + 2:
+            scores[:, EOT] = 1e9
+        return scores
+
+    said = model.generate(
+        torch.tensor([ids]), max_new_tokens=8, logits_processor=transformers.LogitsProcessorList([eot_at_the_third]), pad_token_id=EOS
+    )
+    assert said.shape[1] == len(ids) + 3 and said[0, -1] == EOT
+    again = load_model(out)
+    assert again.config.eos_token_ids == (EOS, EOT) and stop_ids(again, "chat") == [EOS, EOT]
+
+
+def test_files_that_need_no_change_stay_byte_for_byte(directory, tmp_path):
+    text = '{"eos_token_id": [260,  257, 9],   "do_sample": true}'
+    base = write_directory(tmp_path / "base")
+    (base / "generation_config.json").write_text(text)
+    model = load_model(base)
+    save_hf(tmp_path / "out", model)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
+    (base / "generation_config.json").write_text('{"do_sample": true}')  # config.json says where it stops
+    save_hf(tmp_path / "out", load_model(base))
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"do_sample": true}'
+    model.config = model.config.replace(eos_token_ids=(EOS, EOT))
+    save_hf(tmp_path / "out", model)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"do_sample": True, "eos_token_id": [EOS, EOT]}
+    (base / "generation_config.json").unlink()
+    save_hf(tmp_path / "out", model)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [EOS, EOT]
+
+
+def test_an_export_whose_stop_tokens_were_edited_stops_as_stock_software_does(directory, tmp_path):
+    save_hf(tmp_path / "out", load_model(directory))
+    (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": [257, 260]}')
+    assert load_model(tmp_path / "out").config.eos_token_ids == (EOS, EOT)
+
+
+# --- a tokenizer that was changed after loading -----------------------------------------------------
+
+
+def change_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}<u>{{ m['content'] }}<|eot_id|>{% endfor %}"
+
+
+def change_eos(tokenizer: Any) -> None:
+    tokenizer.eos_token = "<|eot_id|>"
+
+
+def add_tokens(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<tool>"]})
+    tokenizer.add_tokens(["<note>"])
+
+
+def change_sides(tokenizer: Any) -> None:
+    tokenizer.padding_side, tokenizer.model_max_length = "left", 77
+
+
+def drop_bos(tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+
+
+@pytest.mark.parametrize("change", [change_template, change_eos, add_tokens, change_sides, drop_bos])
+def test_a_changed_tokenizer_is_written_and_read_back(change, directory, tmp_path):
+    model = load_model(directory)
+    change(model.tokenizer)
+    save_hf(tmp_path / "out", model)
+    again, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), model.tokenizer
+    for name in ("chat_template", "eos_token", "eos_token_id", "pad_token_id", "padding_side", "model_max_length"):
+        assert getattr(again, name) == getattr(ours, name), name
+    text = "ab<tool><note> <|eot_id|>1"
+    assert again(text)["input_ids"] == ours(text)["input_ids"] and len(again) == len(ours)
+    assert sorted(again.all_special_ids) == sorted(ours.all_special_ids)
+    chat = [{"role": "user", "content": "hi"}]
+    assert again.apply_chat_template(chat, tokenize=False) == ours.apply_chat_template(chat, tokenize=False)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # what transformers 4 knows too
+
+
+def test_use_does_not_change_a_tokenizer(directory, tmp_path):
+    """Padding and truncation, which a call leaves switched on, are no settings of the tokenizer."""
+    model = load_model(directory)
+    model.tokenizer.pad_token = model.tokenizer.eos_token
+    save_hf(tmp_path / "fresh", model)
+    model.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    save_hf(tmp_path / "used", model)
+    fresh, used = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("fresh", "used"))
+    assert fresh == used and json.loads(used)["padding"] is None and json.loads(used)["truncation"] is None
+    model = load_model(directory)
+    model.tokenizer(["a" * 100], truncation=True, max_length=2)
+    save_hf(tmp_path / "same", model)
+    assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+
+
+def test_several_templates_by_name(directory, tmp_path):
+    model = load_model(directory)
+    model.tokenizer.chat_template = {"default": TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
+    save_hf(tmp_path / "out", model)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == model.tokenizer.chat_template
+
+
+def test_without_a_tokenizer_the_base_s_files_are_kept(directory, tmp_path):
+    model = load_model(directory)
+    save_hf(tmp_path / "out", Model(model.config, model.params, None, model.source))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+    assert np.all([(tmp_path / "out" / name).exists() for name in ("chat_template.jinja", "generation_config.json")])

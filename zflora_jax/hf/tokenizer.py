@@ -1,0 +1,113 @@
+"""The tokenizer files beside an export: the base's own, byte for byte, unless the model's tokenizer
+differs from them; then written from the object, so that transformers 4 and 5 read the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.hf.load import TOKENIZER_FILES, load_tokenizer
+from zflora_jax.hf.shards import read_json
+from zflora_jax.report import write_json
+
+GENERATION = "generation_config.json"
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> None:
+    """Write the tokenizer's files to `folder`. base: the directory that the model came from."""
+    names = [name for name in TOKENIZER_FILES if base and (base / name).is_file()]
+    if base is not None and names and (tokenizer is None or _is_of(tokenizer, base)):
+        for name in names:
+            shutil.copyfile(base / name, folder / name)
+    elif tokenizer is not None:
+        write_tokenizer(folder, tokenizer)
+
+
+def write_generation_config(folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]) -> None:
+    """generation_config.json: the base's, byte for byte if it names every id of `stop`, else with
+    the missing ones added; where the base has none, the `values` that are not None."""
+    stop = list(stop)
+    if base is not None and (base / GENERATION).is_file():
+        settings = read_json(base / GENERATION)
+        given = settings.get("eos_token_id")
+        if given is None:
+            given = read_json(base / "config.json").get("eos_token_id")
+        given = list(given) if isinstance(given, list) else [] if given is None else [given]
+        if set(stop) <= set(given):
+            shutil.copyfile(base / GENERATION, folder / GENERATION)
+            return
+        stop = [*given, *(token for token in stop if token not in given)]
+        values = settings
+    values = values | {"eos_token_id": stop if len(stop) > 1 else stop[0] if stop else None}
+    write_json(folder / GENERATION, {k: v for k, v in values.items() if v is not None})
+
+
+def _is_of(tokenizer: Any, base: Path) -> bool:
+    """Whether the files of `base` give this tokenizer. Where they cannot be read they do not."""
+    try:
+        own = load_tokenizer(base)
+    except CheckpointError:
+        return False
+    return own is not None and _state(own) == _state(tokenizer)
+
+
+def _state(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer does to texts and what its files say about it, comparable by value."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    names = ("chat_template", "padding_side", "truncation_side", "model_max_length")
+    return {
+        "class": type(tokenizer).__name__,
+        "backend": None if backend is None else json.loads(_plain(backend).to_str()),
+        "vocabulary": len(tokenizer),
+        "added": {i: _fields(token) for i, token in tokenizer.added_tokens_decoder.items()},
+        "special": {name: getattr(tokenizer, f"{name}_token") for name in _NAMED},
+        "more": sorted(tokenizer.all_special_tokens),
+        **{name: getattr(tokenizer, name) for name in names},
+    }
+
+
+def _fields(token: Any) -> dict[str, Any]:
+    return {name: getattr(token, name) for name in _ADDED}
+
+
+def _plain(backend: Any) -> Any:
+    """The backend without padding and truncation, which calls leave switched on."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_str(backend.to_str())
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """tokenizer.json and tokenizer_config.json. transformers 5 itself writes a class name that 4 does not know; this one is known to both."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        tokenizer.save_pretrained(folder)
+        return
+    _plain(backend).save(str(folder / "tokenizer.json"))
+    named = {f"{name}_token": str(token) for name in _NAMED if (token := getattr(tokenizer, f"{name}_token")) is not None}
+    more = [str(token) for token in tokenizer.all_special_tokens if str(token) not in named.values()]
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name; the file lists them
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {str(i): _fields(token) for i, token in tokenizer.added_tokens_decoder.items()},
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # 4 would add token_type_ids, which a Llama does not take
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": tokenizer.padding_side,
+        "truncation_side": tokenizer.truncation_side,
+        **({"chat_template": template} if template else {}),
+        **({"additional_special_tokens": more} if more else {}),
+        **named,
+    }
+    write_json(folder / "tokenizer_config.json", config)
