@@ -29,7 +29,7 @@ LAYERS = [
     ("sharding",),
     ("adapters.methods",),  # the table of methods: integers only, so that the model can read its widths from it
     ("products",),
-    ("layers", "model"),
+    ("layers", "model", "vocabulary"),
     ("adapters.init",),  # names and shapes of the adapter tree, which the model checks its `adapters` collection against
     ("llama",),
     ("adapters",),

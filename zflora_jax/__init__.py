@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from zflora_jax.serving import serve
     from zflora_jax.text import generate, stream
     from zflora_jax.trainer import NonFiniteError
+    from zflora_jax.vocabulary import resize_vocab
 
 _HOME = {
     "adapters.fuse": ("fuse", "pack", "swap", "unfuse"),
@@ -68,6 +69,7 @@ _HOME = {
     "serving": ("serve",),
     "text": ("generate", "stream"),
     "trainer": ("NonFiniteError",),
+    "vocabulary": ("resize_vocab",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -26,6 +26,7 @@ from zflora_jax.fields import check_types, require
 from zflora_jax.llama import HEADS, ROWS, KVCache, cache_slots, init_cache
 from zflora_jax.model import Model
 from zflora_jax.trees import Tree
+from zflora_jax.vocabulary import check_ids
 
 Array = jax.Array
 PROMPT_LENGTHS = (
@@ -319,10 +320,7 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens
             f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's context of {limit}. Shorten "
             f"the prompt or lower max_new_tokens.",
         )
-        require(
-            min(prompt) >= 0 and max(prompt) < model.config.vocab_size,
-            f"prompt {i} holds token ids outside 0..{model.config.vocab_size - 1}: is this the model's own tokenizer?",
-        )
+        check_ids(prompt, model.config.vocab_size, f"prompt {i}", model.tokenizer)
 
 
 def stream_tokens(

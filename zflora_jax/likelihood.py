@@ -24,6 +24,7 @@ from zflora_jax.llama import KVCache, Llama, init_cache
 from zflora_jax.model import Model
 from zflora_jax.products import move
 from zflora_jax.trees import Tree
+from zflora_jax.vocabulary import check_ids
 
 Array = jax.Array
 CACHE_BYTES = 1 << 30  # keys and values that one call may copy for options; a batch's worth of options may always
@@ -47,7 +48,7 @@ def option_log_likelihoods(
     neither on batch_size nor on the other prompts (up to float rounding). on_batch(n) is called after each batch with its number of prompts.
     Raises ConfigError for an empty prompt or option, a prompt without options, ids outside the vocabulary, or more tokens than the context holds.
     """
-    _check(model.config, prompts, options, batch_size)
+    _check(model, prompts, options, batch_size)
     starts = [_ints(prompt) for prompt in prompts]
     ends = [[_ints(option) for option in row] for row in options]
     scores = [np.zeros(len(row), np.float32) for row in ends]
@@ -175,23 +176,22 @@ def _row_bytes(cache: KVCache) -> int:
     return sum(x.nbytes // x.shape[0] for x in jax.tree.leaves(cache.layers))
 
 
-def _check(config: LlamaConfig, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]], batch_size: int) -> None:
+def _check(model: Model, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]], batch_size: int) -> None:
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
     require(len(prompts) == len(options), f"{len(prompts)} prompts and {len(options)} lists of options: expected one list for each prompt.")
-    vocabulary, limit = config.vocab_size, config.max_position_embeddings
+    config, limit = model.config, model.config.max_position_embeddings
 
-    def check_ids(ids: Sequence[int], name: str, why: str) -> None:
+    def check(ids: Sequence[int], name: str, why: str) -> None:
         listed = not isinstance(ids, str) and hasattr(ids, "__len__")
         require(listed, f"{name} is {ids!r}: expected a list of token ids, e.g. [1, 2]; encode texts with the model's tokenizer first.")
         require(len(ids) > 0, f"{name} is empty: {why}.")
-        inside = min(ids) >= 0 and max(ids) < vocabulary
-        require(inside, f"{name} holds token ids outside 0..{vocabulary - 1}: is this the model's own tokenizer?")
+        check_ids(ids, config.vocab_size, name, model.tokenizer)
 
     for i, (prompt, row) in enumerate(zip(prompts, options, strict=True)):
-        check_ids(prompt, f"prompt {i}", "the first token of an option needs at least one before it (e.g. the BOS token)")
+        check(prompt, f"prompt {i}", "the first token of an option needs at least one before it (e.g. the BOS token)")
         require(len(row) > 0, f"prompt {i} has no options: give at least one list of token ids.")
         for k, option in enumerate(row):
-            check_ids(option, f"option {k} of prompt {i}", "there is nothing to score; leave it out")
+            check(option, f"option {k} of prompt {i}", "there is nothing to score; leave it out")
             total = len(prompt) + len(option)
             require(
                 total <= limit,

@@ -27,6 +27,7 @@ from zflora_jax.model import Model
 from zflora_jax.products import Array, move, tied_logits
 from zflora_jax.sharding import divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten
+from zflora_jax.vocabulary import check_ids
 
 Stream = tuple[Array, Array | None]
 KEY_SLOTS, VALUE_SLOTS, HEADS, ROWS = -1, -2, -3, -4  # the axes of a cache's arrays
@@ -336,7 +337,10 @@ def forward(
 
     adapters: of all rows; row_adapters: of each row, leaves [B, ...] (`adapters.tasks.rows_of`).
     Products are exact to the model's dtype on every device (GPUs and TPUs round float32 products to fewer bits unless told not to).
+    Raises ConfigError for token ids that the embedding has no row for (not of traced tokens, whose values are not known yet).
     """
+    if getattr(tokens, "is_fully_addressable", not isinstance(tokens, jax.core.Tracer)):
+        check_ids(tokens, model.config.vocab_size, "tokens", model.tokenizer)
     require(adapters is None or row_adapters is None, "adapters are of all rows, row_adapters of each: give one of them.")
     given = {"params": model.params, "adapters": adapters, "row_adapters": row_adapters}
     with jax.default_matmul_precision("highest"):

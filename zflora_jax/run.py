@@ -120,7 +120,7 @@ def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Se
     """The evaluation examples of a run (at most eval.limit, in their order) and their tokens."""
     require_fit(run, model)
     examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
-    return examples, tokenize_examples(examples, model.tokenizer, run.data)
+    return examples, tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
 
 
 def train(
@@ -154,7 +154,7 @@ def train(
     mesh = make_mesh(run.mesh, devices)
     model = _stops_as_trained(run, model or load_base(run, mesh))
     loaded = time.perf_counter()
-    train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data)
+    train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size)
     examples = len(train_set)
     if run.data.packing:
         train_set = pack(train_set, run.data.lengths[-1])

@@ -75,7 +75,7 @@ def _evaluate(
             )
             log.warning(text, name, sum(marks), len(marks))
     if evaluation.loss:
-        encoded = tokenize_examples(examples, model.tokenizer, run.data)
+        encoded = tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
         loss = held_out_loss(model, encoded, run.data, batch_size=run.data.batch_size // run.data.accumulate, chunk=run.train.loss_chunk)
         result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"]), "loss_documents_cut": encoded.truncated}
     partials = {kind: None if out is None else Path(f"{out}.{kind}.partial.jsonl") for kind in ("likelihood", "generation")}

@@ -17,6 +17,7 @@ from zflora_jax.data.mixture import Mixture
 from zflora_jax.data.prompts import encode, encode_prompt_texts, render
 from zflora_jax.data.tasks import Example
 from zflora_jax.fields import require
+from zflora_jax.vocabulary import check_ids
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +66,14 @@ class Encoded:
         return digest.hexdigest()
 
 
-def tokenize_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> Encoded:
+def tokenize_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig, vocab_size: int | None = None) -> Encoded:
     """Tokenise every example, prompt and target; drop the ones longer than the longest of `data.lengths`.
 
     A target is never truncated: it would teach the model to stop in the middle. Nor is a question; but the `input` of an example with a `document`
-    is cut at its end until the row fits. How many were dropped and cut is logged.
+    is cut at its end until the row fits. How many were dropped and cut is logged. vocab_size: of the model that is to read them.
 
     Raises:
-      ConfigError: no examples, or all of them too long.
+      ConfigError: no examples, all of them too long, or tokens (the padding's too) that the model has no embedding for.
     """
     require(len(examples) > 0, "the dataset is empty: there is nothing to tokenise. Check data.task and data.data_dir.")
     limit, rows, truncated = data.lengths[-1], list[Row](), 0
@@ -104,6 +105,9 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: Any, data: DataCon
     if truncated:
         log.warning("cut %d of %d documents so that they fit %d tokens with their prompt and target; see data.lengths", truncated, len(rows), limit)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if vocab_size is not None:
+        found = np.unique(np.concatenate([rows[i].tokens for i in kept]))
+        check_ids(np.append(found, int(pad_id or 0)), vocab_size, "the tokenised data", tokenizer)
     sizes, weights = (list(map(len, examples.parts)), examples.weights) if isinstance(examples, Mixture) else ([len(rows)], None)
     ends = np.searchsorted(kept, np.cumsum(sizes))
     parts = tuple(int(n) for n in np.diff(ends, prepend=0))
