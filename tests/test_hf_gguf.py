@@ -34,8 +34,8 @@ NAMES = {
 }
 
 
-def write_gguf(path: Path, model: Any, tokenizer: bool = True, edit: Any = None, **metadata: Any) -> None:
-    """A float32 GGUF of a transformers Llama, q and k interleaved as llama.cpp's converter does."""
+def write_gguf(path: Path, model: Any, tokenizer: Any = True, edit: Any = None, **metadata: Any) -> None:
+    """A float32 GGUF of a transformers Llama, q and k interleaved as llama.cpp's converter does. tokenizer: whether, or what writes it."""
     c = model.config
     writer = gguf.GGUFWriter(str(path), metadata.pop("arch", "llama"))
     writer.add_context_length(c.max_position_embeddings)
@@ -49,7 +49,9 @@ def write_gguf(path: Path, model: Any, tokenizer: bool = True, edit: Any = None,
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    if tokenizer:
+    if callable(tokenizer):
+        tokenizer(writer)
+    elif tokenizer:
         bpe = byte_tokenizer()
         vocab = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
         writer.add_tokenizer_model(metadata.pop("tokenizer_model", "gpt2"))
@@ -139,6 +141,67 @@ def test_a_tokenizer_of_an_unknown_kind_is_left_out(tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", hf_model(), tokenizer_model="mystery")
     with pytest.warns(UserWarning, match="mystery"):
         assert load_model(tmp_path / "x.gguf").tokenizer is None
+
+
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
+
+
+def sentencepiece(writer: Any, **flags: bool) -> None:
+    """A vocabulary as old converters wrote it: no ids of BOS and EOS, and no flags but the given."""
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(PIECES)
+    writer.add_token_scores([0.0] * 259 + [-1000.0] * 3 + [-1.0, -2.0, -3.0])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 6])
+    for name, value in flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ids", "text"),
+    [
+        ({}, ["<s>", "▁ab", "b"], "abb"),
+        ({"add_bos_token": False}, ["▁ab", "b"], "abb"),
+        ({"add_bos_token": True, "add_eos_token": True}, ["<s>", "▁ab", "b", "</s>"], "abb"),
+        ({"add_space_prefix": False}, ["<s>", "ab", "b"], "abb"),
+    ],
+    ids=["silent", "no BOS", "both", "no space"],
+)
+def test_sentencepiece_files_start_texts_as_llama_cpp_does(flags: dict[str, bool], ids: list[str], text: str, tmp_path: Path) -> None:
+    """Here, and in the export that stock transformers reads. llama-vocab.cpp: add_bos and add_space_prefix are true unless the file says no."""
+    write_gguf(tmp_path / "x.gguf", hf_model(vocab_size=len(PIECES)), tokenizer=lambda writer: sentencepiece(writer, **flags))
+    model = load_model(tmp_path / "x.gguf")
+    assert (model.config.bos_token_id, model.config.eos_token_ids) == (1, (2,))
+    assert (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, model.tokenizer.unk_token_id) == (1, 2, 0)
+    save_hf(tmp_path / "out", model)
+    for tokenizer in (model.tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "out")):
+        found = tokenizer("abb")["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(found) == ids
+        assert tokenizer.decode(found, skip_special_tokens=True) == text
+        assert tokenizer("abb", add_special_tokens=False)["input_ids"] == [i for i in found if i not in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "flag", "starts"), [("default", None, False), ("llama-bpe", None, True), ("llama-bpe", False, False), ("default", True, True)]
+)
+def test_byte_level_files_start_texts_as_llama_cpp_does(pre: str, flag: bool | None, starts: bool, tmp_path: Path) -> None:
+    """llama-vocab.cpp: add_bos is true for Llama 3's pre-tokenizer and some others, unless the file says otherwise."""
+
+    def vocabulary(writer: Any) -> None:
+        bpe = byte_tokenizer()
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(sorted(bpe.get_vocab(), key=bpe.get_vocab().get))
+        writer.add_token_types([1] * 256 + [3] * 3)
+        writer.add_bos_token_id(256)
+        writer.add_eos_token_id(257)
+        if flag is not None:
+            writer.add_add_bos_token(flag)
+
+    write_gguf(tmp_path / "x.gguf", hf_model(), tokenizer=vocabulary)
+    model = load_model(tmp_path / "x.gguf")
+    save_hf(tmp_path / "out", model)
+    for tokenizer in (model.tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "out")):
+        assert tokenizer("ab")["input_ids"] == [256] * starts + [97, 98]
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ _ROPE = "rope_freqs.weight"  # Llama-3 scaling, as divisors of the inverse frequ
 # Pre-tokenizers of llama.cpp that cut every digit apart and then split as GPT-2 does.
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
+# What llama.cpp takes where a file is silent (src/llama-vocab.cpp): sentencepiece vocabularies ("llama")
+# start texts with BOS and with a space, and have these ids; of byte-level ones ("gpt2") those with
+# these pre-tokenizers start with BOS.
+_SENTENCEPIECE = {"bos": 1, "eos": 2, "unknown": 0}
+_STARTED = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken", "chameleon")
+
 
 def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -> Model:
     """The Llama in a GGUF file, dequantised to `dtype`. Raises CheckpointError or ConfigError as `load_model` does."""
@@ -166,7 +172,8 @@ def read_config(path: Path, reader: Any) -> LlamaConfig:
     head_dim = get("llama.attention.key_length", hidden // heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         require(get(key, head_dim) == head_dim, f"{path}: {key}={get(key)} differs from the head size {head_dim}; that is not supported.")
-    eos = [get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    silent = _SENTENCEPIECE if get("tokenizer.ggml.model") == "llama" else {}
+    eos = [get(f"tokenizer.ggml.{key}_token_id", silent.get(key)) for key in ("eos", "eot", "eom")]
     values = {
         "vocab_size": shapes.get("token_embd.weight", (0, 0))[-1],
         "hidden_size": hidden,
@@ -179,7 +186,7 @@ def read_config(path: Path, reader: Any) -> LlamaConfig:
         "rope_theta": number("llama.rope.freq_base", 10000.0),
         "max_position_embeddings": need("llama.context_length"),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": get("tokenizer.ggml.bos_token_id", silent.get("bos")),
         "eos_token_ids": [token for token in dict.fromkeys(eos) if token is not None],
         "pad_token_id": get("tokenizer.ggml.padding_token_id"),
     }
@@ -208,8 +215,11 @@ def build_tokenizer(path: Path, reader: Any, config: LlamaConfig) -> Any:
     keys |= {name: name for name in ("tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id")}
     found = {name: _metadata(path, reader, f"tokenizer.ggml.{key}") for name, key in keys.items()}
     data = {name: value for name, value in found.items() if value is not None}
-    if data.get("tokenizer_type") == "gpt2":
+    kind = data.get("tokenizer_type")
+    if kind == "gpt2":
         data.setdefault("merges", [])  # an empty array is not stored
+    if kind == "llama":
+        data = {f"{name.removesuffix('nown')}_token_id": token for name, token in _SENTENCEPIECE.items()} | data
     try:
         from tokenizers import pre_tokenizers
         from transformers import PreTrainedTokenizerFast
@@ -220,9 +230,15 @@ def build_tokenizer(path: Path, reader: Any, config: LlamaConfig) -> Any:
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             )
         special = {f"{name}_token": data["tokens"][data[f"{name}_token_id"]] for name in ("bos", "eos", "unk", "pad") if f"{name}_token_id" in data}
-        for flag in ("add_bos_token", "add_eos_token"):
-            if (value := _metadata(path, reader, f"tokenizer.ggml.{flag}")) is not None:
-                extra = extra | {flag: bool(value)}
+        given = {name: _metadata(path, reader, f"tokenizer.ggml.add_{name}") for name in ("bos_token", "eos_token", "space_prefix")}
+        silent = {"bos_token": kind == "llama" or data.get("pre_tokenizer_type") in _STARTED, "eos_token": False, "space_prefix": kind == "llama"}
+        adds = {name: silent[name] if value is None else bool(value) for name, value in given.items()}
+        _start_and_end(
+            backend, *((special[name], data[f"{name}_id"]) if adds[name] and name in special else None for name in ("bos_token", "eos_token"))
+        )
+        if kind == "llama" and not adds["space_prefix"]:
+            _without_prefix(backend)
+        extra = extra | {f"add_{name}": adds[name] and name in special for name in ("bos_token", "eos_token")}
         settings = {"model_max_length": config.max_position_embeddings, "model_input_names": ["input_ids", "attention_mask"]}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **(extra | special | settings | {"clean_up_tokenization_spaces": False}))
     except Exception as error:
@@ -234,6 +250,25 @@ def build_tokenizer(path: Path, reader: Any, config: LlamaConfig) -> Any:
     if (template := _metadata(path, reader, "tokenizer.chat_template")) is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def _start_and_end(backend: Any, bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> None:
+    """Have `backend` add these (token, id) to texts. Said by its post-processor, which every release of transformers reads and an export keeps."""
+    from tokenizers import processors
+
+    first, last = ([token[0]] if token else [] for token in (bos, eos))
+    template = [*first, "$A", *last]
+    backend.post_processor = processors.TemplateProcessing(
+        single=template, pair=[*template, *(f"{part}:1" for part in (*first, "$B", *last))], special_tokens=[t for t in (bos, eos) if t]
+    )
+
+
+def _without_prefix(backend: Any) -> None:
+    """No space before a text's first word, and none taken off the decoded text."""
+    from tokenizers import decoders, pre_tokenizers
+
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
 def _converter() -> Any:
