@@ -97,6 +97,11 @@ def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
         names: tuple[str, ...] = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
         return Plan(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
 
+    require(
+        config.norm_dim is None and config.rope_dim is None,
+        f"method {adapter.method!r} widens a base model, and this one is widened already: an adapter is fused into it. Use its base (`unfuse`), "
+        "or method 'lora', 'ffa' or 'full'.",
+    )
     values, scores = {"v", "o"} <= chosen, adapter.head_scores and {"q", "k"} <= chosen
     alive = {
         "residual": row.residual and bool(chosen & {"o", "down"}) and bool(chosen & {"q", "k", "v", "gate", "up"}),
@@ -134,8 +139,8 @@ def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
         hidden_size=config.hidden_size + p.residual,
         head_dim=config.head_dim + p.heads,
         intermediate_size=config.intermediate_size + p.mlp,
-        norm_dim=config.hidden_size if p.residual else None,
-        rope_dim=config.head_dim if p.heads else None,
+        norm_dim=config.hidden_size if p.residual else config.norm_dim,
+        rope_dim=config.head_dim if p.heads else config.rope_dim,
     )
 
 

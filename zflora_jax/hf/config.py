@@ -7,6 +7,7 @@ from typing import Any
 
 from zflora_jax.config import LlamaConfig, RopeScaling
 from zflora_jax.fields import ConfigError, from_dict, require
+from zflora_jax.hf.longrope import turned_dims, with_turned_dims
 
 # What this Llama has no code for: key -> values that leave the forward as it is. Everything else a config.json may carry is bookkeeping.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -48,7 +49,7 @@ def from_hf_config(hf: Mapping[str, Any], generation: Mapping[str, Any] | None =
             f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no head_dim.",
         )
         head_dim = hidden // heads
-    theta, scaling = _rope(hf) if rope else (10000.0, None)
+    theta, scaling, turned = _rope(hf) if rope else (10000.0, None, None)
     kv_heads = hf.get("num_key_value_heads")
     values = {
         "vocab_size": hf["vocab_size"],
@@ -68,7 +69,8 @@ def from_hf_config(hf: Mapping[str, Any], generation: Mapping[str, Any] | None =
         "eos_token_ids": _tokens(hf, generation),
         "pad_token_id": _token(hf, generation, "pad_token_id", None),
     }
-    return from_dict(LlamaConfig, values, "config.json")
+    config = from_dict(LlamaConfig, values, "config.json")
+    return config if turned is None else with_turned_dims(config, _rope_table(hf), turned)
 
 
 def _token(hf: Mapping[str, Any], generation: Mapping[str, Any] | None, key: str, default: int | None) -> int | None:
@@ -83,10 +85,16 @@ def _tokens(hf: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) as transformers 5 finds them: a non-empty rope_scaling wins over rope_parameters; a missing theta comes from the top."""
+def _rope_table(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The RoPE settings as transformers 5 finds them: a non-empty rope_scaling wins over rope_parameters."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     require(isinstance(rope, Mapping), f"config.json: rope_scaling={rope!r}: expected a table.")
+    return rope
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]:
+    """(theta, scaling, head dims that are turned where an export of this project says so); a missing theta comes from the top."""
+    rope = _rope_table(hf)
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(
@@ -94,15 +102,14 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         f"config.json: partial_rotary_factor={rope.get('partial_rotary_factor')!r} is not supported; only 1.",
     )
     if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ConfigError(
-            f"config.json: rope_type {kind!r} is not supported; only 'default' and 'llama3' (and exports of this project, beside their zflora.json)."
-        )
+        return theta, None, None
+    if kind == "longrope" and (turned := turned_dims(rope)) is not None:
+        return theta, None, turned
+    require(kind == "llama3", f"config.json: rope_type {kind!r} is not supported; only 'default' and 'llama3' (and exports of this project).")
     fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     missing = [name for name in fields if name not in rope]
     require(not missing, f"config.json: rope_type 'llama3' needs {', '.join(missing)}.")
-    return theta, from_dict(RopeScaling, {name: rope[name] for name in fields}, "rope_scaling")
+    return theta, from_dict(RopeScaling, {name: rope[name] for name in fields}, "rope_scaling"), None
 
 
 def to_hf_config(config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from zflora_jax.fields import first_line, nearest, require
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table, part_shape
 from zflora_jax.hf.shards import Shards, read_json
+from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.model import Model
 from zflora_jax.sharding import spec
 from zflora_jax.trees import unflatten
@@ -141,20 +143,31 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
         model.config = model.config.replace(eos_token_ids=stop)
     else:
         config = from_hf_config(hf, settings)
+        if config.rope_dim is not None:
+            warnings.warn(
+                f"{directory} is an export of this project that other software saved again: without zflora.json and zflora/ it is loaded as an "
+                "ordinary model, its adapter part of it for good. To be able to unfuse it, copy zflora.json and the folder zflora/ of the first "
+                "export there.",
+                stacklevel=3,
+            )
         model = read_params(Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers), sharding)
     model.tokenizer = load_tokenizer(directory)
     return model
 
 
 def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Model:
-    """The tensors of a stock directory as the native tree of `config`, strictly accounted for."""
+    """The tensors of a stock directory as the native tree of `config`, strictly accounted for. Heads of which RoPE turns a part (rope_dim) lie in the
+    order and scale of stock form."""
     what = str(shards.directory)
     check_layer_count(shards.shapes, r"model\.layers\.(\d+)\.", config.num_layers, what)
     table = hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
+    form, dtype = StockForm(config, 1.0), np.float32 if config.rope_dim else config.dtype
+
     def read(name: str, place: Place, part: Part) -> np.ndarray:
-        return place.to_native(as_finite(shards.read(name, place.hf_part(part)), config.dtype, name, what), part_shape(part))
+        x = place.to_native(as_finite(shards.read(name, place.hf_part(part)), dtype, name, what), part_shape(part))
+        return form.inverse_heads(module_of(place), x)
 
     return Model(config, unflatten(gather(table, read, config.dtype, sharding)))
 

@@ -25,11 +25,10 @@ from zflora_jax.config import LlamaConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, as_finite, hf_table
+from zflora_jax.hf.longrope import NO_ROTATION
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
 from zflora_jax.layers import rope_frequencies
 from zflora_jax.model import Model
-
-NO_ROTATION = 1e30  # divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
 
 _READS, _WRITES, _NORMS = ("q", "k", "v", "gate", "up"), ("o", "down"), ("attn_norm", "mlp_norm", "final_norm")
 

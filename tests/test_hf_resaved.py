@@ -1,0 +1,142 @@
+"""An export with widened heads that stock transformers saved again: its zflora.json is gone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import perturb
+from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
+
+from zflora_jax import trees
+from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.config import AdapterConfig, MeshConfig
+from zflora_jax.fields import ConfigError
+from zflora_jax.hf.config import from_hf_config
+from zflora_jax.hf.load import load_model, model_config
+from zflora_jax.hf.longrope import turned_dims
+from zflora_jax.hf.save import save_hf
+from zflora_jax.llama import forward
+from zflora_jax.model import Model
+from zflora_jax.sharding import make_mesh
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+ADAPTERS = {
+    "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, head_rank=4, mlp_rank=6),
+    "ffba": AdapterConfig("ffba", rank=4, head_rank=8, mlp_rank=6),
+}
+BASES: dict[str, dict[str, Any]] = {"plain": {}, "llama3": {"rope": LLAMA3, "tie_word_embeddings": True, "head_dim": 16}}
+CASES = [("zflora-uniform", "plain"), ("ffba", "plain"), ("zflora-uniform", "llama3")]
+pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
+
+
+def stock(path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Model, Path]]:
+    """(the fused model, a directory with "base", "export" and "again": saved by transformers)."""
+    found = {}
+    for method, base in CASES:
+        path = tmp_path_factory.mktemp("resaved")
+        hf_model(**BASES[base]).save_pretrained(path / "base")
+        model, adapter = load_model(path / "base"), ADAPTERS[method]
+        fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05))
+        save_hf(path / "export", fused)
+        stock(path / "export").save_pretrained(path / "again")
+        found[method, base] = fused, path
+    return found
+
+
+def load_again(path: Path, *args: Any, **kwargs: Any) -> Model:
+    with pytest.warns(UserWarning, match=r"saved again.*copy zflora\.json"):
+        return load_model(path, *args, **kwargs)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_it_loads_as_what_stock_software_computes(case, saved, tmp_path):
+    fused, path = saved[case]
+    assert not (path / "again" / "zflora.json").exists()
+    model = load_again(path / "again")
+    assert model.adapter is None and model.config.rope_dim == fused.config.rope_dim and model.config.norm_dim is None
+    assert model.config.rope_theta == fused.config.rope_theta and model.config.rope_scaling == fused.config.rope_scaling
+    want = hf_logits(stock(path / "again"))
+    assert_close(forward(model, jnp.asarray(TOKENS)), want)
+    assert_close(want, np.asarray(forward(fused, jnp.asarray(TOKENS))))
+    assert model_config(path / "again").rope_dim == fused.config.rope_dim
+    save_hf(tmp_path / "out", model)  # and it can be exported like any model
+    assert_close(hf_logits(stock(tmp_path / "out")), want)
+    again = load_model(tmp_path / "out")
+    for name, leaf in trees.flatten(model.params).items():
+        np.testing.assert_array_equal(trees.flatten(again.params)[name], leaf, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_files_of_the_first_export_restore_it(case, saved, tmp_path):
+    fused, path = saved[case]
+    shutil.copytree(path / "again", tmp_path / "again")
+    shutil.copy(path / "export" / "zflora.json", tmp_path / "again")
+    shutil.copytree(path / "export" / "zflora", tmp_path / "again" / "zflora")
+    model = load_model(tmp_path / "again")  # without a warning
+    assert model.adapter == fused.adapter and model.config == fused.config
+    for name, leaf in trees.flatten(fused.params).items():
+        np.testing.assert_array_equal(trees.flatten(model.params)[name], leaf, err_msg=name)
+    base = load_model(path / "base")
+    assert trees.fingerprint(unfuse(model)[0].params) == trees.fingerprint(base.params)
+
+
+def test_on_a_mesh_in_bfloat16_and_layers_apart(saved):
+    _, path = saved[CASES[0]]
+    whole = load_again(path / "again")
+    divided = load_again(path / "again", mesh=make_mesh(MeshConfig(fsdp=2, tensor=1)))
+    apart = load_again(path / "again", scan_layers=False)
+    assert trees.fingerprint(divided.params) == trees.fingerprint(whole.params) == trees.fingerprint(apart.params)
+    half = load_again(path / "again", "bfloat16")
+    for name, leaf in trees.flatten(half.params).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(whole.params)[name].astype(jnp.bfloat16), err_msg=name)
+
+
+def test_adapters_on_top_of_it(saved):
+    """Merged methods keep what RoPE turns; methods that widen need an ordinary base."""
+    _, path = saved[CASES[0]]
+    model = load_again(path / "again")
+    lora = AdapterConfig("lora", rank=4)
+    adapters = perturb(init_adapters(jax.random.key(0), model, lora), std=0.05)
+    merged = fuse(model, lora, adapters)
+    assert merged.config == model.config
+    tokens = jnp.asarray(TOKENS)
+    assert_close(forward(merged, tokens), np.asarray(forward(model, tokens, lora, adapters)))
+    for method in ("zflora-minimal", "ffba"):
+        with pytest.raises(ConfigError, match="widened already"):
+            init_adapters(jax.random.key(0), model, AdapterConfig(method, rank=4))
+
+
+def test_other_uses_of_longrope_are_refused(saved):
+    _, path = saved[CASES[0]]
+    config = json.loads((path / "again" / "config.json").read_text())
+    rope = config["rope_parameters"]
+    assert turned_dims(rope) == 12
+    off = [1e30] * 2
+    for changes in (
+        {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
+        {"short_factor": [1.0] * 8},
+        {"attention_factor": 1.2},
+        {"long_factor": [*off, *rope["long_factor"][:6]], "short_factor": [*off, *rope["long_factor"][:6]]},
+    ):
+        with pytest.raises(ConfigError, match="'longrope' is not supported"):
+            from_hf_config(config | {"rope_parameters": rope | changes})
+    odd = [1.0, 5.0, 1.0, 5.0, 1.0, 5.0, *off]
+    with pytest.raises(ConfigError, match=r"no frequencies of plain RoPE.*Copy zflora\.json"):
+        from_hf_config(config | {"rope_parameters": rope | {"long_factor": odd, "short_factor": odd}})
+    with pytest.raises(ConfigError, match="8 longrope factors for heads of 12"):
+        from_hf_config(config | {"head_dim": 12})
