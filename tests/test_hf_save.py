@@ -86,6 +86,7 @@ def test_widened_exports(name: str, base: str, bases: dict[str, Model], tmp_path
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(adapters), jax.tree.leaves(unfuse(fused)[1]), strict=True))
     manifest = json.loads((tmp_path / "out" / "zflora.json").read_text())
     assert manifest["base"]["fingerprint"] == trees.fingerprint(stripped.params) == trees.fingerprint(bases[base].params)
+    assert "no multiple of 32" in report["widths"] and f"MLP {fused.config.intermediate_size}" in report["widths"]
     assert set(report["files"]) == {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
 
     gap = export_gap(fused, tmp_path / "out", TOKENS[:1])

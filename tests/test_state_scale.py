@@ -121,7 +121,9 @@ def test_scales_that_cannot_be_used_are_refused(eps, tmp_path):
 def test_a_model_without_a_state_takes_no_scale(tmp_path):
     with pytest.raises(ConfigError, match="this model has none"):
         save_hf(tmp_path / "out", tiny_model(), eps_z=0.0625)
-    assert "eps_z" not in save_hf(tmp_path / "out", tiny_model()) and saved_eps(tmp_path / "out") == 1
+    report = save_hf(tmp_path / "out", tiny_model())
+    assert "eps_z" not in report and saved_eps(tmp_path / "out") == 1
+    assert report["widths"] == "hidden 64, heads 4 x 16, MLP 96"  # all multiples of 32: no advice
 
 
 # --- int8 ---------------------------------------------------------------------------------------

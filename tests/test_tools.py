@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import tiny_model
+from conftest import assert_logits_close, perturb, tiny_model
 from gguf import GGUFReader, GGUFWriter
-from to_gguf import ConversionError, convert
+from test_hf_gguf import write_gguf
+from to_gguf import ConversionError, _filled, convert
 
-from zflora_jax import AdapterConfig, fuse, init_adapters, save_hf
+from zflora_jax import AdapterConfig, forward, fuse, init_adapters, load_model, save_hf
 
 SCRIPT = """
 import argparse, shutil
@@ -62,7 +63,7 @@ def test_wider_heads_bring_their_rope_factors(tmp_path, llama_cpp):
     import json
 
     export = exported(tmp_path, "zflora-uniform")
-    convert(export, tmp_path / "out" / "a.gguf", llama_cpp)
+    convert(export, tmp_path / "out" / "a.gguf", llama_cpp, multiple=1)
     fields, tensors = read(tmp_path / "out" / "a.gguf")
     want_fields, want = read(tmp_path / "source.gguf")
     assert fields == want_fields
@@ -76,7 +77,8 @@ def test_wider_heads_bring_their_rope_factors(tmp_path, llama_cpp):
 
 
 def test_heads_of_the_base_are_left_as_they_are(tmp_path, llama_cpp):
-    convert(exported(tmp_path, "zflora-minimal"), tmp_path / "a.gguf", llama_cpp)
+    said = convert(exported(tmp_path, "zflora-minimal"), tmp_path / "a.gguf", llama_cpp, multiple=1)
+    assert "widths as they are\nno multiple of 32" in said and "hidden_size (68), intermediate_size (100)" in said
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "source.gguf").read_bytes()
 
 
@@ -84,3 +86,51 @@ def test_a_script_that_fails_leaves_no_file(tmp_path, llama_cpp):
     with pytest.raises(ConversionError, match="ended with 1:\nunsupported"):
         convert(exported(tmp_path, "zflora-minimal"), tmp_path / "a.gguf", llama_cpp, outtype="bf16")
     assert not (tmp_path / "a.gguf").exists()
+
+
+# --- widths ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "multiple", "widths"), [("zflora-minimal", 32, (96, 128)), ("zflora-uniform", 256, (256, 256))])
+def test_widths_are_filled_and_the_function_stays(method, multiple, widths, tmp_path):
+    """Real tensors: the file of a fused model with adapters moved by noise, before and after."""
+    transformers = pytest.importorskip("transformers")
+    import jax
+
+    base, adapter = tiny_model(num_layers=2, tie_word_embeddings=False), AdapterConfig(method, rank=5, head_rank=None)
+    fused = fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter)))
+    save_hf(tmp_path / "export", fused)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    (tmp_path / "llama.cpp").mkdir()
+    write_gguf(tmp_path / "plain.gguf", model, tokenizer=False)
+    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text(SCRIPT.format(source=str(tmp_path / "plain.gguf")))
+    said = convert(tmp_path / "export", tmp_path / "a.gguf", tmp_path / "llama.cpp", multiple=multiple)
+    assert f"hidden_size 72 -> {widths[0]}, intermediate_size 101 -> {widths[1]}" in said
+    assert ("fall back" in said) == (multiple == 32 or method == "zflora-uniform")
+    fields, tensors = read(tmp_path / "a.gguf")
+    assert (fields["llama.embedding_length"][0], fields["llama.feed_forward_length"][0]) == widths
+    heads = fused.config.head_dim
+    assert fields["llama.attention.key_length"][0] == fields["llama.attention.value_length"][0] == heads
+    of = {"token_embd": (259, widths[0]), "attn_q": (4 * heads, widths[0]), "attn_output": (widths[0], 4 * heads)}
+    of |= {"ffn_gate": (widths[1], widths[0]), "ffn_down": (widths[0], widths[1]), "ffn_norm": (widths[0],)}
+    for name, shape in of.items():
+        found = [data.shape for key, (data, _) in tensors.items() if key.removesuffix(".weight").split(".")[-1] == name]
+        assert found and set(found) == {shape}, name
+    if method == "zflora-uniform":  # our reader takes no rope factors of a file
+        assert tensors["rope_factors_long.weight"][0].shape == (heads // 2,)
+        return
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
+    assert_logits_close(forward(load_model(tmp_path / "a.gguf"), tokens), forward(fused, tokens))
+
+
+def test_bytes_of_bfloat16_are_filled_number_by_number():
+    config, filled = {"hidden_size": 6, "intermediate_size": 3}, {"hidden_size": 8, "intermediate_size": 4}
+    data = np.arange(1, 37, dtype=np.uint8).reshape(6, 6)  # [hidden, units] of two bytes each
+    found = _filled(data, "ffn_down", config, filled, inputs=3)
+    assert found.shape == (8, 8) and not found[6:].any() and not found[:, 6:].any()
+    np.testing.assert_array_equal(found[:6, :6], data)
+
+
+def test_a_multiple_that_is_none_is_refused(tmp_path, llama_cpp):
+    with pytest.raises(ConversionError, match="256 for K-quants"):
+        convert(exported(tmp_path, "zflora-minimal"), tmp_path / "a.gguf", llama_cpp, multiple=0)

@@ -56,7 +56,7 @@ def save_hf(
         smaller values keep float32 logits closer.
 
     Returns:
-      {"path", "dtype", "parameters", "bytes", "files"}, and "eps_z" where there is a residual state.
+      {"path", "dtype", "parameters", "widths", "bytes", "files"}, and "eps_z" where there is a residual state.
 
     Raises:
       ConfigError: a packed model, an unknown dtype, an eps_z that cannot be used.
@@ -74,11 +74,19 @@ def save_hf(
         write_json(staging / "config.json", hf_config)
         _write_companions(staging, model)
         report = {"path": str(target), "dtype": dtype, "parameters": parameters}
-        report |= {} if model.config.norm_dim is None else {"eps_z": form.eps_z}
+        report |= {"widths": _widths(form.config)} | ({} if model.config.norm_dim is None else {"eps_z": form.eps_z})
         (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
         files = sorted([*(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()), MANIFEST])
         write_json(staging / MANIFEST, _manifest(model, form, dtype, base_fingerprint, files) | {"figures": dict(card or {})})
     return report | {"bytes": sum((target / name).stat().st_size for name in files), "files": files}
+
+
+def _widths(config: LlamaConfig) -> str:
+    """The stored widths, and which of them formats that quantise in blocks of 32 cannot take."""
+    inputs = {"hidden": config.hidden_size, "heads": config.num_heads * config.head_dim, "MLP": config.intermediate_size}
+    odd = [name for name, width in inputs.items() if width % 32]
+    advice = f"; {', '.join(odd)}: no multiple of 32, as GGUF's blocks want (tools/to_gguf.py fills hidden and MLP)" if odd else ""
+    return f"hidden {config.hidden_size}, heads {config.num_heads} x {config.head_dim}, MLP {config.intermediate_size}{advice}"
 
 
 def _own_files(directory: Path) -> set[str] | None:
