@@ -228,6 +228,12 @@ def test_several_templates_by_name(directory, tmp_path):
     model.tokenizer.chat_template = {"default": TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
     save_hf(tmp_path / "out", model)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == model.tokenizer.chat_template
+    base = write_directory(tmp_path / "base")  # as transformers writes them: a folder beside the default one
+    model.tokenizer.save_pretrained(base)
+    assert (base / "additional_chat_templates" / "rag.jinja").is_file()
+    report = save_hf(tmp_path / "copied", load_model(base))
+    assert "additional_chat_templates/rag.jinja" in report["files"]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copied").chat_template == model.tokenizer.chat_template
 
 
 def test_without_a_tokenizer_the_base_s_files_are_kept(directory, tmp_path):

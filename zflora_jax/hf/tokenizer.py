@@ -15,6 +15,7 @@ from zflora_jax.hf.shards import read_json
 from zflora_jax.report import write_json
 
 GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
@@ -22,9 +23,14 @@ _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> None:
     """Write the tokenizer's files to `folder`. base: the directory that the model came from."""
     names = [name for name in TOKENIZER_FILES if base and (base / name).is_file()]
+    named = sorted((base / TEMPLATES).glob("*.jinja")) if base else []
     if base is not None and names and (tokenizer is None or _is_of(tokenizer, base)):
         for name in names:
             shutil.copyfile(base / name, folder / name)
+        if named:
+            (folder / TEMPLATES).mkdir()
+        for path in named:
+            shutil.copyfile(path, folder / TEMPLATES / path.name)
     elif tokenizer is not None:
         write_tokenizer(folder, tokenizer)
 
