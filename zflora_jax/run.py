@@ -24,7 +24,6 @@ from zflora_jax.checkpoint import Checkpoints, check_workdir, claim, locked, rea
 from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import Encoded, encode_prompts, fit_documents, pack, tokenize_examples, train_batches
-from zflora_jax.data.prompts import end_token
 from zflora_jax.data.tasks import Example
 from zflora_jax.evals import held_out_loss
 from zflora_jax.fields import ConfigError, nearest, require, to_dict
@@ -36,6 +35,7 @@ from zflora_jax.metrics import MetricWriter
 from zflora_jax.model import Model
 from zflora_jax.report import atomic_write, environment, plain, write_json
 from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
+from zflora_jax.text import stop_as_trained
 from zflora_jax.trackers import require_installed
 from zflora_jax.trainer import Batch, TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
@@ -69,13 +69,7 @@ def as_base(run: RunConfig, model: Model) -> Model:
     model = Model(model.config.replace(remat=run.train.remat), model.params, model.tokenizer, model.source)
     plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
     require_fit(run, model)
-    return _stops_as_trained(run, model)
-
-
-def _stops_as_trained(run: RunConfig, model: Model) -> Model:
-    """`model`, with the token that ends an answer of `run` among those it stops at: fused and exported, it is to stop there too."""
-    stop, end = model.config.eos_token_ids, end_token(model.tokenizer, run.data.prompt_style)
-    return model if end in stop else dataclasses.replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
+    return stop_as_trained(model, run.data.prompt_style)
 
 
 def require_fit(run: RunConfig, model: Model) -> None:
@@ -152,7 +146,7 @@ def train(
     check_workdir(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh, devices)
-    model = _stops_as_trained(run, model or load_base(run, mesh))
+    model = stop_as_trained(model or load_base(run, mesh), run.data.prompt_style)
     loaded = time.perf_counter()
     train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size)
     examples = len(train_set)

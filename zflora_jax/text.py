@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from zflora_jax.data.prompts import encode_prompt_texts, end_token, render, render_turns
@@ -16,6 +17,12 @@ Turn = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content":
 def stop_ids(model: Model, prompt_style: str) -> list[int]:
     """The ids that end an answer: a chat template's end of turn is not always the model's EOS, so either does."""
     return sorted({*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
+
+
+def stop_as_trained(model: Model, prompt_style: str) -> Model:
+    """`model`, with the token that ends an answer in `prompt_style` among those it stops at: fused and exported, it is to stop there too."""
+    stop, end = model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)
+    return model if end in stop else replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
 
 
 def answer_text(tokenizer: Any, answer: Sequence[int], stop: Sequence[int]) -> str:
