@@ -151,7 +151,7 @@ def test_missing_config_file_names_the_nearest(refused, config, tmp_path):
         ("def get_config():\n\n    return undefined\n", "line 3: NameError"),
         (
             "from zflora_jax import AdapterConfig\ndef get_config():\n    return AdapterConfig('lora', rnk=3)\n",
-            "line 3: unknown key 'rnk' of AdapterConfig: did you mean 'rank'? Allowed: alpha, head_rank",
+            "line 3: unknown key 'rnk' of AdapterConfig: did you mean 'rank'? Allowed: alpha, dropout, head_rank",
         ),
         ("from zflora_jax import AdapterConfig\ndef get_config():\n    return AdapterConfig('lora', rank=0)\n", "adapter.rank=0: must be at least 1"),
     ],
