@@ -6,14 +6,17 @@ import jax
 import pytest
 from conftest import perturb, tiny_model
 
+from zflora_jax import base
 from zflora_jax import run as runs
 from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.base import as_base
+from zflora_jax.base import as_base, given_base
 from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.load import load_model
+from zflora_jax.hf.save import save_hf
 from zflora_jax.model import Model
+from zflora_jax.vocabulary import resize_vocab
 
 
 def fused(model: Model, method: str) -> Model:
@@ -28,9 +31,37 @@ def test_a_fused_model_is_refused_by_name(run, base_dir, tmp_path, method):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_merged_model_is_an_ordinary_base(run, base_dir):
-    base = as_base(run, fused(load_model(base_dir), "lora"))
-    assert base.adapter is None
+def test_a_merged_model_is_an_ordinary_base_where_it_was_saved(run, base_dir, tmp_path):
+    """In memory it is not what run.model names, and the run could not be loaded."""
+    model = fused(load_model(base_dir), "lora")
+    with pytest.raises(ConfigError, match=r"lora merged in.*zf\.save_hf\(DIR, model\), and train with run\.model=DIR"):
+        given_base(run, model)
+    save_hf(tmp_path / "merged", model)
+    run = override(run, {"model": str(tmp_path / "merged")})
+    assert given_base(run, as_base(run, load_model(run.model))).adapter is None
+
+
+def test_a_model_that_was_changed_in_memory_is_refused(run, base_dir, tmp_path):
+    """Its rows or its tokenizer: eval, generate and export would load the directory as it is."""
+    model = load_model(base_dir)
+    given_base(run, model)
+    with pytest.raises(ConfigError, match=r"vocab_size=300 here, 259 there\. Save it with zf\.save_hf"):
+        given_base(run, resize_vocab(model, 300))
+    model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ConfigError, match=r"tokenizer is not that of .*Save it with zf\.save_hf"):
+        given_base(run, model)
+
+
+def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir, tmp_path):
+    """The way that docs/howto.md names: resize, save, train, use."""
+    model = load_model(base_dir)
+    model.tokenizer.add_tokens(["<|new|>"])
+    save_hf(tmp_path / "wide", resize_vocab(model, model.tokenizer))
+    run = override(run, {"model": str(tmp_path / "wide"), "train.steps": 3})
+    trained = runs.train(run, tmp_path / "run", console=False)
+    loaded = runs.load_run(tmp_path / "run")[1]
+    assert loaded.config.vocab_size == trained.model.config.vocab_size == len(model.tokenizer) == 260
+    assert loaded.tokenizer.convert_tokens_to_ids("<|new|>") == 259
 
 
 def test_forms_that_cannot_be_trained_are_refused(run, base_dir):
@@ -69,19 +100,20 @@ def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
 
 
 def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, monkeypatch):
-    as_base(run, load_model(base_dir))
+    given_base(run, load_model(base_dir))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(base_dir)
-    as_base(override(run, {"model": "link"}), load_model(base_dir))
+    given_base(override(run, {"model": "link"}), load_model(base_dir))
     model = load_model(base_dir)
     model.source = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    as_base(override(run, {"model": "smollm2-135m"}), model)
+    monkeypatch.setattr(base, "_on_disk", lambda source: None)  # as where the hub cannot be reached
+    given_base(override(run, {"model": "smollm2-135m"}), model)
     assert caplog.text == ""
-    as_base(run, model)
+    given_base(run, model)
     assert f"the base was loaded from HuggingFaceTB/SmolLM2-135M-Instruct, but the run says model={base_dir}" in caplog.text
 
 
-def test_a_model_made_in_memory_has_no_source(run, caplog):
+def test_a_model_made_in_memory_is_warned_of(run, caplog):
     model = tiny_model(max_position_embeddings=512)
     model.tokenizer = load_model(run.model).tokenizer
-    assert as_base(run, model).source is None and caplog.text == ""
+    assert given_base(run, model).source is None and "the base was made in memory, but the run says model=" in caplog.text

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
-from conftest import assert_trees_equal, perturb, tiny_model
+from conftest import assert_logits_close, assert_trees_equal, perturb, tiny_model
 from jax.sharding import PartitionSpec as P
 
 from zflora_jax import run as runs
@@ -130,6 +130,21 @@ def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
     apart = dataclasses.replace(fused, params=packed(fused).params, config=packed(fused).config)
     assert dict(serve(fused, tasks, requests, **settings)) == dict(serve(whole, tasks, requests, **settings))
     assert generate_tokens(apart, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
+
+
+def test_adapters_that_lie_on_one_device_go_with_a_model_on_a_mesh():
+    """As those of a run that was trained on one device do, with a base that was loaded on a mesh."""
+    adapter, (model, adapters), (divided, _) = both("zflora-minimal")
+    here = jax.device_put(adapters, jax.devices()[0])
+    fused = fuse(divided, adapter, here)
+    assert_trees_equal(fused.params, fuse(model, adapter, adapters).params)
+    assert_divided(swap(fused, here).params)
+    tokens = np.asarray([PROMPTS[0]], np.int32)
+    want = forward(model, tokens, adapter, adapters)
+    assert_logits_close(forward(divided, tokens, adapter, here), want)
+    settings = {"max_new_tokens": 5, "adapter": adapter}
+    want = generate_tokens(model, PROMPTS, adapters=adapters, **settings)
+    assert generate_tokens(divided, PROMPTS, adapters=here, **settings) == want
 
 
 def test_latency_is_measured_on_the_mesh_of_a_model():
@@ -252,7 +267,7 @@ def test_with_fewer_devices_a_run_is_loaded_onto_one(trained, tmp_path, caplog):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING, "zflora_jax"):
         _, model, adapters, _ = load_run(tmp_path / "run")
-    assert "trained on 64 devices (mesh.data=1 x mesh.fsdp=2 x mesh.tensor=32), loaded onto one: here are only 8" in caplog.text
+    assert "a run of 64 devices (mesh.data=1 x mesh.fsdp=2 x mesh.tensor=32) is loaded onto one: here are only 8" in caplog.text
     assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves((model.params, adapters)))
 
 

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
 from conftest import perturb, tiny_model
 
-from zflora_jax import decode, likelihood
+from zflora_jax import decode, likelihood, scorecard
 from zflora_jax.adapters.fuse import _fuse, fuse, pack, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.beam import beam_decode
 from zflora_jax.checkpoint import adopt, claim
+from zflora_jax.cli import main
 from zflora_jax.config import AdapterConfig, OptimConfig, RunConfig
-from zflora_jax.fields import override
+from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import MANIFEST
 from zflora_jax.hf.save import save_hf
@@ -106,3 +108,20 @@ def test_exports_carry_it_and_those_from_before_are_read(tmp_path):
     del manifest["native_config"]["matmul_precision"]
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     assert load_model(str(tmp_path)).config == fused.config.replace(matmul_precision="default")
+
+
+@pytest.mark.parametrize(("given", "used"), [([], "high"), (["--set", "train.matmul_precision=highest"], "highest")])
+def test_an_export_is_evaluated_at_its_own_precision_unless_another_is_named(given, used, tmp_path, monkeypatch, capsys):
+    model = tiny_model(matmul_precision="high", max_position_embeddings=768)
+    model.tokenizer = byte_tokenizer()
+    save_hf(tmp_path / "m", model)
+    seen = []
+
+    def evaluated(run: Any, model: Any, *_: Any, **__: Any) -> Any:
+        seen.append(model.config.matmul_precision)
+        raise ConfigError("seen enough.")
+
+    monkeypatch.setattr(scorecard, "evaluate_tasks", evaluated)
+    monkeypatch.setattr(scorecard, "check_tasks", lambda *_: None)
+    assert main(["eval", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "e"), *given]) == 2
+    assert seen == [used] and "seen enough" in capsys.readouterr().err

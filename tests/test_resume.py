@@ -180,6 +180,48 @@ def test_with_dropout_the_micro_batches_stay(run, tmp_path):
     """What drops out is drawn for each micro-batch, so another number of them is another run."""
     run = override(run, {"adapter.method": "lora", "adapter.dropout": 0.1})
     claim(tmp_path, run)
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"data\.accumulate: 2 there, 4 now"):
         adopt(tmp_path, override(run, {"data.accumulate": 4}))
     assert adopt(tmp_path, override(run, {"train.remat": True}))[0].train.remat
+
+
+def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):
+    """As after running out of memory at its first step, when shorter rows or another dtype are advised."""
+    claim(tmp_path, run)
+    changed = override(run, {"data.lengths": [128], "train.dtype": "bfloat16", "adapter.rank": 2})
+    adopted, changes = adopt(tmp_path, changed)
+    assert adopted.adapter.rank == 2 and changes["train.dtype"] == ("float32", "bfloat16")
+    claim(tmp_path, adopted)
+    assert read_config(tmp_path) == adopted
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"adapter\.rank: 2 there, 4 now"):
+        adopt(tmp_path, run)
+
+
+def test_a_workdir_that_is_taken_meanwhile_is_refused(run, tmp_path, monkeypatch):
+    """Between its claim and its lock, by a process that was started at the same moment."""
+    real = runs.claim
+
+    def both_claim(workdir, mine):
+        real(workdir, mine)
+        real(workdir, override(mine, {"adapter.rank": 2}))
+
+    monkeypatch.setattr(runs, "claim", both_claim)
+    with pytest.raises(ConfigError, match="was taken by a run of another config at the same moment"):
+        quiet_train(run, tmp_path / "run")
+
+
+def test_a_finished_run_keeps_what_its_numbers_were_computed_with(run, workdir):
+    before = read_config(workdir)
+    run = override(before, {"train.matmul_precision": "highest", "train.loss_chunk": 64, "data.accumulate": 4, "eval.limit": 3})
+    quiet_train(run, workdir)
+    after = read_config(workdir)
+    assert after == override(before, {"eval.limit": 3})
+
+
+def test_a_finished_run_of_before_the_date_was_kept_says_the_day_it_started(run, workdir):
+    report = json.loads((workdir / "report.json").read_text())
+    del report["config"]["data"]["date"]
+    (workdir / "report.json").write_text(json.dumps(report))
+    assert quiet_train(read_config(workdir), workdir).date == read_config(workdir).data.date is not None

@@ -206,3 +206,11 @@ def test_checksum_does_not_depend_on_where_the_numbers_lie():
     where = {"a": P("fsdp", "tensor"), "b": P(None, "data"), "n": P()}
     divided = {name: jax.device_put(leaf, NamedSharding(mesh, where[name])) for name, leaf in tree.items()}
     assert trees.checksum(divided) == trees.checksum(tree)
+
+
+def test_a_checksum_takes_no_room():
+    """It is taken at every save, beside a state that may just fit."""
+    state = [jax.ShapeDtypeStruct((256, 1024), jnp.float32), jax.ShapeDtypeStruct((512,), jnp.int32)]
+    with jax.default_device(jax.devices()[0]):
+        memory = trees._checksum.lower(state).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**16 < memory.argument_size_in_bytes

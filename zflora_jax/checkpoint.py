@@ -65,6 +65,9 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     What `run` leaves open is taken from the run that is there, else decided now: data.date, which
     is today for a new run, and adapter.init, since how an adapter started is past.
 
+    A run that has saved no step yet may change in everything; one that is finished keeps all that
+    its numbers were computed with.
+
     Raises:
       ConfigError: `run` changes what the run there cannot go on with, every such setting named, or asks for fewer steps
         than are finished.
@@ -82,6 +85,8 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     old, new = (flatten(to_dict(config)) for config in both)
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     finished = _finished_steps(workdir)
+    if not finished:  # nothing was trained with the settings that are there
+        return run, {key.replace("/", "."): values for key, values in changed.items()}
     longer = ("train/steps",) if run.train.steps >= finished else ()
     refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
     if run.adapter.dropout and "data/accumulate" in changed:
@@ -91,6 +96,11 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
         rows += [f"  ({finished} steps are finished there)"] if "train/steps" in refused else []
         advice = "Use another --workdir, or the same settings to resume it."
         raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
+    if run.train.steps <= finished:  # nothing is left to train: it was trained as the settings there say
+        changed = {key: values for key, values in changed.items() if key not in ROUNDING}
+        train = {name: getattr(there.train, name) for name in ("remat", "loss_chunk", "matmul_precision")}
+        run = replace(run, train=replace(run.train, **train))
+        run = replace(run, data=replace(run.data, accumulate=there.data.accumulate))
     return run, {key.replace("/", "."): values for key, values in changed.items()}
 
 
@@ -132,6 +142,14 @@ def claim(workdir: str | Path, run: RunConfig) -> None:
             write_json(workdir / "config.json", to_dict(run))
     except OSError as error:
         raise ConfigError(f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may write to.") from None
+
+
+def require_own(workdir: str | Path, run: RunConfig) -> None:
+    """ConfigError where another process has claimed `workdir` since `run` did; called under its lock."""
+    require(
+        read_config(workdir) == run,
+        f"{workdir} was taken by a run of another config at the same moment. Use another --workdir.",
+    )
 
 
 class BusyError(ConfigError):

@@ -155,7 +155,8 @@ def eval(args: argparse.Namespace) -> None:
             model, label = load_fused(args.workdir, args.checkpoint, mesh=mesh)
         else:
             model, label = load_model(args.model, dtype=run.train.dtype, mesh=mesh), Path(args.model).name
-            model.config = model.config.replace(matmul_precision=run.train.matmul_precision)
+            if "train.matmul_precision" in changes:  # else the one that an export was trained with
+                model.config = model.config.replace(matmul_precision=run.train.matmul_precision)
         summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")
@@ -312,7 +313,8 @@ def plan(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", run.mesh.data * run.mesh.fsdp * run.mesh.tensor)
     from zflora_jax.hf.load import model_config
-    from zflora_jax.planner import compiled, lines_of, plan_run
+    from zflora_jax.planner import compiled, plan_run
+    from zflora_jax.planner import lines_of as plan_lines
     from zflora_jax.report import environment, write_json
 
     config = model_config(run.model)
@@ -320,7 +322,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.compile:
         plan["compiled"] = compiled(run, config)
     print_table(plan, f"{args.config}: {run.model}, {run.adapter.method}")
-    print("\n".join(["bytes per device", *lines_of(plan)]))
+    print("\n".join(["bytes per device", *plan_lines(plan)]))
     if args.out:
         write_json(args.out, plan | {"config": to_dict(run), "environment": environment()})
 
@@ -391,4 +393,4 @@ def quickstart(args: argparse.Namespace) -> None:
 
     run = _run_config(args)
     with compile_cache(Path(args.workdir) / "compile_cache"):
-        print_table(quickstart(run, args.workdir), f"quickstart, written to {args.workdir}/report.json")
+        print_table(quickstart(run, args.workdir), f"quickstart, written to {args.workdir}/quickstart.json")

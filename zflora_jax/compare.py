@@ -92,7 +92,7 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
     """
     workdir, out, env = local_path(workdir, "workdir"), local_path(out, "out"), environment()
     base_model = load_base(plan.base, mesh_if_there(plan.base.mesh))
-    losses = {split: _loss(plan.base, split, base_model)["loss"] for split in ("validation", "test")}
+    losses = {split: _loss(dated(plan.base), split, base_model)["loss"] for split in ("validation", "test")}
     rows: list[Result] = []
     runs: list[Result] = []
 
@@ -235,13 +235,19 @@ def _run(
                 with locked(workdir):
                     pass
             trained = train(run, workdir, model=model, console=console)
+            result = _result(plan, run, trained, tasks, tested, workdir, console)
             break
         except BusyError:
             time.sleep(_POLL)
         except NonFiniteError as error:  # a rate too high is a result, not the end of the comparison
-            failed = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
-            write_json(path, {"config": config, "result": failed})
-            return failed
+            result = {"validation_loss": None, "test_loss": None, "seconds": None, "failed": str(error)}
+            break
+    write_json(path, {"config": config, "result": result})
+    return result
+
+
+def _result(plan: Comparison, run: RunConfig, trained: Trained, tasks: Sequence[str], tested: bool, workdir: Path, console: bool) -> Result:
+    """What the record of a finished run says of it."""
     report, run = trained.report, dated(run, trained.date)  # prompts are scored as they were trained
     result = {
         "validation_loss": report["validation_loss"],
@@ -255,12 +261,12 @@ def _run(
         result |= {"test_loss": test["loss"], "test_rows": int(test["rows"]), "test_tokens": int(test["tokens"])}
     if tasks:
         result["scores"] = _score(plan, run, fuse(trained.model, run.adapter, trained.adapters), workdir / "eval", console)
-    write_json(path, {"config": config, "result": result})
     return result
 
 
 def _base(plan: Comparison, model: Model, workdir: Path, path: Path, console: bool) -> Result:
-    settings = RunConfig(model=plan.base.model, data=plan.base.data, train=TrainConfig(dtype=plan.base.train.dtype))
+    numerics = TrainConfig(dtype=plan.base.train.dtype, matmul_precision=plan.base.train.matmul_precision)
+    settings = RunConfig(model=plan.base.model, data=plan.base.data, train=numerics)
     config = _recorded(plan, settings, plan.tasks)
     if (saved := _saved(path, config)) is None:
         saved = {"scores": _score(plan, plan.base, model, workdir, console)} | {key: environment()[key] for key in _ORIGIN}

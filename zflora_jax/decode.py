@@ -24,7 +24,7 @@ from zflora_jax.beam import beam_decode, next_logits
 from zflora_jax.config import AdapterConfig, LlamaConfig
 from zflora_jax.fields import check_types, require
 from zflora_jax.llama import HEADS, ROWS, KVCache, cache_slots, init_cache
-from zflora_jax.mesh import fill_rows, mesh_in_use, require_local
+from zflora_jax.mesh import beside, fill_rows, mesh_in_use, require_local
 from zflora_jax.model import Model
 from zflora_jax.products import at_config_precision
 from zflora_jax.trees import Tree
@@ -286,6 +286,7 @@ def generate_tokens(
     require_local(model.params, "generate")
     run, root = packed(model), jax.random.key(seed)
     variables = {"params": run.params}
+    adapters = None if adapters is None else beside(run.params, adapters)
     if adapters is not None and tasks is None:
         variables["adapters"] = trees.unstack_layers(adapters, run.config.num_layers)
     answers: list[list[int]] = [[] for _ in prompts]

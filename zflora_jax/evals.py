@@ -131,7 +131,7 @@ def likelihood_records(
 
     log_likelihoods (nats, one per option), and whether the likeliest option is the target:
     correct_sum by the sum, correct_norm by the sum over the option's number of characters. Labels
-    of one task are equally long but for boolq's, so the two agree there. Neither is
+    are equally long in all tasks but boolq, so the two agree in all others. Neither is
     lm-evaluation-harness' acc or acc_norm, whose options are the texts of the answers.
     """
     require(all(example.options for example in examples), "likelihood needs tasks whose examples have options.")

@@ -23,7 +23,7 @@ from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.fields import require
 from zflora_jax.layers import KEEP, AdaptedModule, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables
-from zflora_jax.mesh import mesh_in_use
+from zflora_jax.mesh import beside, mesh_in_use
 from zflora_jax.model import Model
 from zflora_jax.products import Array, head_logits, move
 from zflora_jax.sharding import divide, divide_embeddings
@@ -361,9 +361,11 @@ def forward(
     if getattr(tokens, "is_fully_addressable", not isinstance(tokens, jax.core.Tracer)):
         check_ids(tokens, model.config.vocab_size, "tokens", model.tokenizer)
     require(adapters is None or row_adapters is None, "adapters are of all rows, row_adapters of each: give one of them.")
-    given = {"params": model.params, "adapters": adapters, "row_adapters": row_adapters}
+    given = {"adapters": adapters, "row_adapters": row_adapters}
+    variables = {name: beside(model.params, tree) for name, tree in given.items() if tree is not None}
+    variables["params"] = model.params
     with mesh_in_use(model.params), jax.default_matmul_precision("highest"):
-        return _forward(model.config, adapter, {name: tree for name, tree in given.items() if tree is not None}, tokens, valid)
+        return _forward(model.config, adapter, variables, tokens, valid)
 
 
 @jax.jit(static_argnums=(0, 1))

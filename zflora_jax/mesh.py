@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from zflora_jax.config import MeshConfig
 from zflora_jax.fields import require
-from zflora_jax.sharding import AXES, make_mesh
+from zflora_jax.sharding import AXES, make_mesh, shard
+from zflora_jax.trees import Tree
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def mesh_if_there(config: MeshConfig) -> Mesh | None:
         return make_mesh(config)
     if need > 1:
         log.warning(
-            "trained on %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d), loaded onto one: "
+            "a run of %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d) is loaded onto one: "
             "here are only %d (set mesh.* to divide the model over them)",
             *(need, config.data, config.fsdp, config.tensor, have),
         )
@@ -62,6 +63,17 @@ def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
     else:
         with jax.set_mesh(mesh):
             yield
+
+
+def beside(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
+    """`adapters`, wherever they lie, on the mesh that `params` lie on; as they are on one device.
+
+    Args:
+      params: of a model.
+      adapters: for it, of all rows, or with leading axes of rows or tasks.
+    """
+    mesh = mesh_of(params)
+    return dict(adapters) if mesh is None else shard(adapters, mesh, fused=True)
 
 
 def several_devices() -> bool:

@@ -130,13 +130,16 @@ def _activations(run: RunConfig, config: LlamaConfig) -> int:
 
 def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     """The largest of: a chunk of logits and its backward pass, 4 C V float32 as compiled steps have it; one layer's backward pass, 3 B H T^2 float32
-    of attention (less where its queries go in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer, where fsdp gathers them."""
+    of attention (less where its queries go in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer, where fsdp gathers them.
+    Method "full" sums the gradient of the gathered head over the chunks: two more heads in float32."""
     rows, length, tensor = _local_rows(run), run.data.lengths[-1], run.mesh.tensor
     parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
     width = jnp.dtype(config.dtype).itemsize
     gathered = mesh.shape["fsdp"] > 1
     head = config.vocab_size * config.hidden_size * width // parts
     logits = 4 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // parts + (head if gathered else 0)
+    if gathered and METHODS[run.adapter.method].in_place == "full":
+        logits += 2 * config.vocab_size * config.hidden_size * 4 // parts
     attention = 3 * rows * config.num_heads * length * length * 4 // tensor // query_blocks(length)
     mlp = 4 * rows * length * config.intermediate_size * width // tensor
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values()) * width // tensor
@@ -169,7 +172,8 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what it costs, settings), the cheapest first."""
     micro, parts = run.data.batch_size // run.data.accumulate, run.mesh.data * run.mesh.fsdp
     if micro % (2 * parts) == 0:
-        yield "more micro-batches: the same numbers, a little slower", {"data.accumulate": 2 * run.data.accumulate}
+        same = "other numbers drop out" if run.adapter.dropout else "the same numbers"
+        yield f"more micro-batches: {same}, a little slower", {"data.accumulate": 2 * run.data.accumulate}
     if run.train.loss_chunk >= 128:
         yield "smaller chunks of logits: the same numbers, a little slower", {"train.loss_chunk": run.train.loss_chunk // 2}
     if not run.train.remat:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zflora_jax.metrics import read_metrics
-from zflora_jax.report import atomic_write
+from zflora_jax.report import atomic_write, local_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,6 +151,7 @@ def _figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
 def _save(figure: Figure, out: str | Path) -> None:
     import matplotlib
 
+    out = local_path(out, "figure")
     # Text stays text, and the same figure the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zflora_jax"}):
         for kind, metadata in (("png", {}), ("svg", {"Date": None})):

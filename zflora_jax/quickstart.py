@@ -28,7 +28,7 @@ FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}  # of the logit sc
 
 
 def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> dict[str, Any]:
-    """Run the path in `workdir`; a run that is there is resumed. Returns what <workdir>/report.json holds.
+    """Run the path in `workdir`; a run that is there is resumed. Returns what <workdir>/quickstart.json holds.
 
     Keys: method, params_base, params_trainable, accuracy_before/after, loss_before/after (held-out), fused_max_abs_dlogit and logit_scale (fused
     against adapted, on
@@ -85,7 +85,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "config": to_dict(run),
         "environment": env,
     }
-    write_json(workdir / "report.json", report)
+    write_json(workdir / "quickstart.json", report)
     atomic_write(workdir / "report.md", _page(report).encode())
     if console:
         print(_samples_text(report))

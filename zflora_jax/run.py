@@ -21,9 +21,9 @@ from zflora_jax import hosts
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_base, count_params
-from zflora_jax.base import as_base, require_fit
+from zflora_jax.base import as_base, given_base, require_fit
 from zflora_jax.cache import compile_cache
-from zflora_jax.checkpoint import Checkpoints, adopt, change_notes, claim, locked, read_config
+from zflora_jax.checkpoint import Checkpoints, adopt, change_notes, claim, locked, read_config, require_own
 from zflora_jax.config import RunConfig
 from zflora_jax.data.dates import today
 from zflora_jax.data.mixture import load_mixture
@@ -44,7 +44,7 @@ from zflora_jax.run_report import REPORT_FILE, finished_report, loss_fields
 from zflora_jax.sharding import make_mesh, own_rows, put_rows, shard, state_shardings
 from zflora_jax.starts import record_start
 from zflora_jax.trackers import require_installed
-from zflora_jax.trainer import Batch, TrainState, fit, init_state, make_train_step
+from zflora_jax.trainer import Batch, NonFiniteError, TrainState, fit, init_state, make_train_step
 from zflora_jax.trees import Tree
 
 log = logging.getLogger(__name__)
@@ -52,16 +52,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has made: the base model, the adapters beside it, and the report (also in <workdir>/report.json)."""
+    """What a run has made: the base model, the adapters beside it, the report (also in
+    <workdir>/report.json), and the day that a chat template was told in training (data.date)."""
 
     model: Model
     adapters: Tree
     report: dict[str, Any]
-
-    @property
-    def date(self) -> str:
-        """The day that a chat template was told in training (data.date)."""
-        return self.report["config"]["data"]["date"]
+    date: str | None
 
 
 def load_base(run: RunConfig, mesh: Any = None) -> Model:
@@ -151,7 +148,7 @@ def train(
     run = _same_day(run)
     require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
     mesh = make_mesh(run.mesh, devices)
-    model = load_base(run, mesh) if model is None else as_base(run, model)
+    model = load_base(run, mesh) if model is None else given_base(run, model)
     loaded = time.perf_counter()
     train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size)
     examples = len(train_set)
@@ -191,6 +188,7 @@ def train(
         stack.enter_context(compile_cache(workdir / "compile_cache"))
         signals = stack.enter_context(hosts.StopSignals())  # left last: until then the newest checkpoint may still be being written
         hosts.on_main(lambda: stack.enter_context(locked(workdir)))
+        hosts.on_main(lambda: require_own(workdir, run))
         checkpoints = stack.enter_context(Checkpoints(workdir, every.keep, keep_best=every.keep_best))
         stack.enter_context(jax.set_mesh(mesh))
         state = _sharded_state(run, model, where)
@@ -201,7 +199,8 @@ def train(
             spent = saved["seconds"]
             if int(state.step) >= steps:
                 log.info("%s is finished (%d steps): nothing to train", workdir, steps)
-                return Trained(model, state.adapters, finished_report(run, workdir, facts, spent, env, lambda: evaluate_loss(state.adapters)))
+                report = finished_report(run, workdir, facts, spent, env, lambda: evaluate_loss(state.adapters))
+                return Trained(model, state.adapters, report, run.data.date)
             log.info("%s resumes from step %d of %d", workdir, int(state.step), steps)
         first = int(state.step)
         shown = to_dict(run) | {"environment": env}
@@ -238,7 +237,11 @@ def train(
             if due(step, every.save_every) and not every.keep_best:  # first: evaluation takes time, and cannot be interrupted
                 save(step, state)
             if due(step, every.eval_every):
-                final = evaluate_loss(state.adapters)
+                try:
+                    final = evaluate_loss(state.adapters)
+                except NonFiniteError as error:
+                    saved = f"; the checkpoint of step {step} is saved: remove {workdir / 'checkpoints' / str(step)} to go on from an earlier one"
+                    raise NonFiniteError(f"after step {step} {error}{saved if checkpoints.latest == step else ''}") from error
                 loss = final["loss"]
                 if writer is not None:
                     writer.write(step, "eval", final)
@@ -285,7 +288,7 @@ def train(
     }
     if hosts.is_main():
         write_json(workdir / REPORT_FILE, report)
-    return Trained(model, state.adapters, report)
+    return Trained(model, state.adapters, report, run.data.date)
 
 
 def _sharded_state(run: RunConfig, model: Model, where: Any) -> TrainState:

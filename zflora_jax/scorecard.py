@@ -66,7 +66,8 @@ def _evaluate(
     kept = [i for i, mark in enumerate(marks) if not (mark and evaluation.clean_only)][: evaluation.limit]
     require(bool(kept), f"{name}: every question of its {evaluation.split} split is in the training data, so eval.clean_only=True leaves none.")
     examples = [mixture[i] for i in kept]
-    result: dict[str, Any] = {"task": name, "split": evaluation.split, "rows": len(examples), "dtype": model.config.dtype}
+    result: dict[str, Any] = {"task": name, "split": evaluation.split, "rows": len(examples)}
+    result |= {key: getattr(model.config, key) for key in ("dtype", "matmul_precision")}
     records: list[Record] = [
         {"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target} for i, e in zip(kept, examples, strict=True)
     ]
@@ -93,6 +94,8 @@ def _evaluate(
         records = [record | new for record, new in zip(records, fresh, strict=True)]
         result |= {"documents_cut": sum(record["document_cut"] for record in records)} if "document_cut" in records[0] else {}
         result["answers_cut"] = sum(record["cut"] for record in records)
+        compared = sum("correct" in record for record in records)
+        result |= {"rows_with_answer": compared} if 0 < compared < len(records) else {}
     if all(example.options for example in examples):
         result["chance"] = sum(1 / len(example.options) for example in examples) / len(examples)
     scores = {} if evaluation.clean_only else {"all": scores_of(records, evaluation.seed)}
@@ -238,6 +241,10 @@ def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
     fewer = {r["task"]: f"{r['loss_rows']} of {r['rows']}" for r in results if r.get("loss_rows", r["rows"]) != r["rows"]}
     documents = {r["task"]: f"{r['documents_cut']} of {r['rows']}" for r in results if r.get("documents_cut")}
     texts = {"Test questions found in the training data": marked, "Answers that reached the limit of new tokens": cut, "Chance": chance}
+    compared = {
+        r["task"]: f"{r['rows_with_answer']} of {r['rows']}" for r in results if "rows_with_answer" in r
+    }
+    texts |= {"Rows with an answer, which accuracies are over": compared}
     texts |= {"Rows that the loss is over, the others being longer than data.lengths": fewer, "Documents cut to fit the prompt": documents}
     lines = [f"{text}: {', '.join(f'{task} {value}' for task, value in found.items())}." for text, found in texts.items() if found]
     return [*([] if marked else ["No training data was named: contamination was not checked."]), *lines, ""]

@@ -131,9 +131,9 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
             to = max(divides, key=lambda i: (divides[i], shape[i]))
             parts[to] = (*parts[to], axis)
         else:
-            _warn(
-                f"mesh.{axis}={count} divides no dimension of {name}, shape {shape}: every device "
-                f"along {axis} holds it whole. Train with an adapter that widens the stream of "
+            _warn(  # once for all layers
+                f"mesh.{axis}={count} divides no dimension of {re.sub('^layers(_[0-9]+)?/', '', name)}, "
+                f"shape {shape[first:]}: every device along {axis} holds it whole. Train with an adapter that widens the stream of "
                 f"{shape[at]} by {-shape[at] % count} more (rank, head_rank or mlp_rank)."
             )
     return P(*(part[0] if len(part) == 1 else part or None for part in parts))

@@ -32,7 +32,8 @@ Batch = Mapping[str, Any]  # tokens int32, loss_mask bool, segments int32, each 
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, a gradient or an update was NaN or infinite; no such state was saved."""
+    """A loss, a gradient or an update was NaN or infinite, and no such state was saved; or a held-out
+    loss was, of a state that is a number itself and may be saved."""
 
 
 def non_finite(what: str) -> NonFiniteError:

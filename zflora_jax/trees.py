@@ -163,8 +163,12 @@ def _checksum(leaves: list[jax.Array]) -> jax.Array:
             place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         place = place * np.uint32(0x9E3779B1) + mix(jnp.asarray(number, jnp.uint32))
         mixed = mix(same.astype(jnp.uint32) ^ place)
-        lanes = mixed, mixed * (place | np.uint32(1))
-        total = total + jnp.stack([jnp.sum(lane, dtype=jnp.uint32) for lane in lanes])
+        # Both lanes in one reduction: two would have XLA keep `mixed`, as large as the leaf.
+        lanes, none = (mixed, mixed * (place | np.uint32(1))), (np.uint32(0), np.uint32(0))
+        sums = jax.lax.reduce(
+            lanes, none, lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(leaf.ndim))
+        )
+        total = total + jnp.stack(sums)
     return total
 
 

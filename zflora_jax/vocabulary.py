@@ -77,8 +77,8 @@ def resize_vocab(model: Model, tokenizer_or_size: Any, *, rows: ArrayLike | None
     """
     config = model.config
     require(not config.packed, "this model is packed for decode; resize the model it was packed from.")
-    if isinstance(tokenizer_or_size, int):
-        size, tokenizer = tokenizer_or_size, model.tokenizer
+    if isinstance(tokenizer_or_size, int | np.integer):
+        size, tokenizer = int(tokenizer_or_size), model.tokenizer
     else:
         require(hasattr(tokenizer_or_size, "get_vocab"), "resize_vocab takes a tokenizer or a number of tokens.")
         tokenizer = tokenizer_or_size

@@ -19,10 +19,10 @@ from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, Plan, base_config, fused_config, group, kernel_shapes, plan
 from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.layers import tile
-from zflora_jax.mesh import mesh_in_use, mesh_of, several_devices
+from zflora_jax.mesh import beside, mesh_in_use, mesh_of, several_devices
 from zflora_jax.model import Model, param_shapes
 from zflora_jax.products import move, whole_vectors
-from zflora_jax.sharding import constrain, shard
+from zflora_jax.sharding import constrain
 from zflora_jax.trees import Tree
 
 Array = jax.Array
@@ -32,12 +32,6 @@ Piece = tuple[Array, tuple[int, ...]]  # what is written into a kernel, and the 
 def _check(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
     expected = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in adapter_shapes(config, adapter).items()}
     trees.check_like(adapters, trees.unflatten(expected), f"adapters of method {adapter.method!r}")
-
-
-def _beside(params: Tree, adapters: Tree) -> Tree:
-    """`adapters` on the mesh of `params`."""
-    mesh = mesh_of(params)
-    return adapters if mesh is None else shard(adapters, mesh, fused=True)
 
 
 def _layer_map(fn: Callable[[str, str, Any], Any], params: Tree) -> Tree:
@@ -70,8 +64,8 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
     if config.packed:
         raise ValueError("this model is packed for decode; fuse first, then pack.")
     with mesh_in_use(model.params):
+        adapters = beside(model.params, adapters)
         _check(adapters, config, adapter)
-        adapters = _beside(model.params, adapters)
         params = _fuse(config, adapter, model.params, adapters)
     return Model(fused_config(config, adapter), params, model.tokenizer, model.source, adapter)
 
@@ -196,8 +190,8 @@ def swap(fused: Model, adapters: Tree) -> Model:
     base = base_config(fused.config.replace(packed=False), adapter)
     given = base.replace(scan_layers="layers" in adapters)
     with mesh_in_use(fused.params):
+        adapters = beside(fused.params, adapters)
         _check(adapters, given, adapter)
-        adapters = _beside(fused.params, adapters)
         params = _swap(fused.config, base, adapter, fused.params, adapters)
     return Model(fused.config, params, fused.tokenizer, fused.source, adapter)
 

@@ -38,6 +38,7 @@ def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str
     worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0
     for row in prompts:
         ids = model.tokenizer(row)["input_ids"] if isinstance(row, str) else row
+        require(len(ids) > 0, "export_gap needs prompts of at least one token.")
         length = padded_length(len(ids))  # few lengths, few compilations
         tokens = jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
         valid = jnp.arange(length)[None] < len(ids)
@@ -49,5 +50,5 @@ def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str
         gap = np.abs(a - b)
         worst, total, scale = max(worst, float(gap.max())), total + float(gap.sum(dtype=np.float64)), max(scale, float(np.abs(a).max()))
         same, logits, positions = same + int((a.argmax(-1) == b.argmax(-1)).sum()), logits + gap.size, positions + len(ids)
-    require(positions > 0, "export_gap needs at least one prompt with at least one token.")
+    require(positions > 0, "export_gap needs at least one prompt.")
     return {"max_abs_dlogit": worst, "mean_abs_dlogit": total / logits, "logit_scale": scale, "top1_agreement": same / positions}

@@ -8,6 +8,9 @@ and software with one int8 scale per channel or token then rounds the base's own
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 
 from zflora_jax import trees
@@ -50,10 +53,16 @@ def state_share(model: Model) -> float:
     for name, leaf in trees.flatten(model.params).items():
         if name.endswith(("o/kernel", "down/kernel")):
             axes = tuple(range(name.startswith("layers/"), leaf.ndim - 1))
-            energy = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
+            energy = _energy(leaf, axes)
             state, base = jnp.sum(energy[..., d:], -1), jnp.sum(energy[..., :d], -1)
             worst = max(worst, float(jnp.max(state / base)))
     return worst
+
+
+@partial(jax.jit, static_argnums=1)
+def _energy(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The sum of squares over `axes`, float32. Compiled, so that no float32 copy of the leaf is made."""
+    return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
 
 
 def check_eps_z(model: Model, eps_z: float) -> float:

@@ -60,11 +60,13 @@ def _is_of(tokenizer: Any, base: Path) -> bool:
         own = load_tokenizer(base)
     except CheckpointError:
         return False
-    return own is not None and _state(own) == _state(tokenizer)
+    return own is not None and tokenizer_state(own) == tokenizer_state(tokenizer)
 
 
-def _state(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
     """What a tokenizer does to texts and what its files say about it, comparable by value."""
+    if tokenizer is None:
+        return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     names = ("chat_template", "padding_side", "truncation_side", "model_max_length")
     return {
