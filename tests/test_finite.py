@@ -79,7 +79,8 @@ def test_a_last_update_that_is_no_number_is_not_the_result(run, tmp_path, monkey
 
 def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evals, "eval_step", lambda *_: (np.float32("nan"), np.float32(1)))
-    with pytest.raises(NonFiniteError, match="the held-out loss is nan"):
+    saved = r"after step 3 the held-out loss is nan.*the checkpoint of step 3 is saved: remove .*checkpoints.3 to go on"
+    with pytest.raises(NonFiniteError, match=saved):
         runs.train(override(run, {"train.steps": 3}), tmp_path, console=False)
     assert not (tmp_path / "report.json").exists()
 
