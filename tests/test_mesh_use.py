@@ -361,7 +361,7 @@ def test_an_axis_that_does_not_divide_a_fused_width_goes_to_another(caplog):
     assert fused("embed/embedding", 264, 67) == P(("tensor", "fsdp"), None)
     with caplog.at_level(logging.WARNING, "zflora_jax"):
         assert fused("layers/mlp/up/kernel", 3, 67, 130) == P(None, None, "tensor")
-    assert "mesh.fsdp=2 divides no dimension of layers/mlp/up/kernel" in caplog.text
+    assert "mesh.fsdp=2 divides no dimension of mlp/up/kernel, shape (67, 130)" in caplog.text
     assert "widens the stream of 67 by 1 more (rank, head_rank or mlp_rank)" in caplog.text
     with pytest.raises(ConfigError, match="does not divide"):
         sharding.spec("layers/attn/q/kernel", (3, 67, 4, 32), mesh)

@@ -79,9 +79,10 @@ def given_base(run: RunConfig, model: Model) -> Model:
         widths, tokenizer = there
         wrong = [f"{k}={v} here, {widths[k]} there" for k, v in _widths(model.config).items() if v != widths[k]]
         require(not wrong, f"the model is not what {run.model!r} holds: {', '.join(wrong)}. {advice}")
+        more = ", more than the embedding has rows: see zf.resize_vocab" * (len(model.tokenizer) > model.config.vocab_size)
         require(
             tokenizer == tokenizer_state(model.tokenizer),
-            f"the model's tokenizer is not that of {run.model!r}: a chat template or tokens were set on it. {advice}",
+            f"the model's tokenizer is not that of {run.model!r}: a chat template or tokens were set on it{more}. {advice}",
         )
     return base
 
