@@ -11,7 +11,7 @@ from zflora_jax import run as runs
 from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.base import as_base, given_base
-from zflora_jax.config import METHODS, AdapterConfig
+from zflora_jax.config import METHODS, AdapterConfig, RunConfig, TrainConfig
 from zflora_jax.fields import ConfigError, override
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
@@ -117,3 +117,12 @@ def test_a_model_made_in_memory_is_warned_of(run, caplog):
     model = tiny_model(max_position_embeddings=512)
     model.tokenizer = load_model(run.model).tokenizer
     assert given_base(run, model).source is None and "the base was made in memory, but the run says model=" in caplog.text
+
+
+def test_a_model_of_a_gguf_file_may_be_handed_in_as_it_is_loaded():
+    """Its tokenizer is built anew for the comparison, which takes no file for a changed one."""
+    model, run = load_model("smollm2-135m"), RunConfig(train=TrainConfig(remat=True))
+    assert given_base(run, model).config.remat
+    model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ConfigError, match=r"tokenizer is not that of 'smollm2-135m'"):
+        given_base(run, model)

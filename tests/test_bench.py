@@ -105,7 +105,6 @@ def test_latency_table(real: bool, tmp_path: Path) -> None:
 
 
 def test_benchmarks_by_command_beside_transformers_and_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("peft")
     small = ["--model", "tiny", "--repeats", "2", "--out"]
     shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--peers"]
     assert cli.main(["bench", "latency", *small, str(tmp_path / "latency"), *shape]) == 0

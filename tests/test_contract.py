@@ -1,4 +1,4 @@
-"""What must hold for every method (design.md section 7), adapters perturbed first so that each test can fail."""
+"""What must hold for every method (docs/method.md and CONTRIBUTING.md, "Tolerances"), adapters perturbed first so that each test can fail."""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def test_adapters_beside_the_base_that_cannot_be():
 
 def stock_greedy(path: Path, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
     """What transformers' generate answers to prompts left-padded to one batch, with an attention mask; nothing ends a row."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     width = max(map(len, prompts))

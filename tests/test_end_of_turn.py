@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 from byte_tokenizer import byte_tokenizer
 from conftest import EVAL, TASK_DATA, small_run, tiny_model
 
@@ -26,9 +28,6 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.model import Model
 from zflora_jax.text import answer_text, generate, stop_ids, stream
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 BOS, EOS, HEADER, HEADER_END, EOT = range(256, 261)

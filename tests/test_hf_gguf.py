@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from byte_tokenizer import byte_tokenizer
 from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
@@ -22,10 +25,6 @@ from zflora_jax.hf.load import load_model, locate
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
-
-gguf = pytest.importorskip("gguf")
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 NAMES = {
     **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"},

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from zflora_jax import trees
 from zflora_jax.config import LlamaConfig, RopeScaling
@@ -19,9 +21,6 @@ from zflora_jax.hf.keys import CheckpointError, hf_table
 from zflora_jax.hf.load import load_model
 from zflora_jax.llama import forward
 from zflora_jax.model import Model, param_shapes
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 13)).astype(np.int32)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

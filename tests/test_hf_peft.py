@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
 from conftest import perturb
 from test_hf_load import TOKENS, assert_close, hf_logits, hf_model
 
@@ -24,9 +26,6 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import perturb
 from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
@@ -21,14 +23,11 @@ from zflora_jax.config import AdapterConfig, MeshConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.load import load_model, model_config
-from zflora_jax.hf.longrope import turned_dims
+from zflora_jax.hf.rope import turned_dims
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
 from zflora_jax.sharding import make_mesh
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 ADAPTERS = {
     "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, head_rank=4, mlp_rank=6),

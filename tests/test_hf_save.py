@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from byte_tokenizer import byte_tokenizer
 from conftest import perturb
 from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
@@ -31,9 +33,6 @@ from zflora_jax.hf.state_scale import FLOAT16_LEAST, choose_eps_z
 from zflora_jax.hf.stock import StockForm
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 WIDENED = {
     "ffba": AdapterConfig("ffba", rank=4, head_rank=8, mlp_rank=6),

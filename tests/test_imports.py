@@ -56,7 +56,7 @@ ONLY = {
     "report": {"fields"},
     "metrics": {"report", "textfile", "trackers"},
     "trackers": {"fields", "report"},
-    "starts": {"report"},
+    "starts": {"report", "textfile"},
     "run_report": {"config", "fields", "hosts", "report", "starts"},
     "data.dates": {"config"},
     "adapters.methods": {"config", "fields"},

@@ -50,7 +50,8 @@ def shape_of(model: Model, rank: int, **changes: object) -> dict[str, np.ndarray
 
 def test_lora_starts_as_peft_starts_it():
     """Per kernel: the same range, spread and quantiles as the modules that PEFT itself makes; B is zero in both."""
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import peft
+    import torch
     from test_hf_load import hf_model
 
     torch.manual_seed(3)
@@ -217,7 +218,7 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
         share = stays.mean(axis)
         assert share.min() > 0.4 and share.max() < 0.95 and share.std() > 0
     np.testing.assert_array_equal(seen(0), y)
-    assert (np.asarray(seen(1)) != 0).astype(int).sum() != stays.sum() or np.any((np.asarray(seen(1)) != 0) != stays)
+    assert np.any((np.asarray(seen(1)) != 0) != stays)
     np.testing.assert_array_equal(dense.apply(variables, x)[0], x)  # without a stream, nothing drops out
 
     d_y = np.random.default_rng(1).standard_normal(y.shape).astype(np.float32)
@@ -227,7 +228,7 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
         return jnp.sum(dense.apply(given, x, rngs={"dropout": jax.random.key(0)})[0] * d_y)
 
     want = y.reshape(-1, n).astype(np.float64).T @ d_y.reshape(-1, n)
-    np.testing.assert_allclose(jax.grad(loss)(jnp.eye(n)), want, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(jax.grad(loss)(jnp.eye(n)), want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -326,7 +327,8 @@ def test_a_run_with_dropout_resumes_bit_for_bit(run, tmp_path):
 
 
 def test_peft_directories_carry_the_dropout(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, adapter = tiny_model(), DROPPED.replace(alpha=6.0)
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
     save_peft(tmp_path, model, adapter, adapters)

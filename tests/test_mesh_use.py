@@ -90,9 +90,8 @@ def assert_no_whole_kernel(text, config):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_on_a_mesh_computes_what_one_device_does(method):
     adapter, (model, adapters), (divided, beside) = both(method)
-    np.testing.assert_allclose(
-        forward(divided, np.asarray([PROMPTS[0]]), adapter, beside), forward(model, np.asarray([PROMPTS[0]]), adapter, adapters), atol=2e-4
-    )
+    tokens = np.asarray([PROMPTS[0]])
+    assert_logits_close(forward(divided, tokens, adapter, beside), forward(model, tokens, adapter, adapters))
     whole, fused = fuse(model, adapter, adapters), fuse(divided, adapter, beside)
     assert_divided(fused.params)
     assert_same(fused.params, whole.params, exact=METHODS[method].in_place != "lora")

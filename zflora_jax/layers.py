@@ -2,7 +2,7 @@
 
 A stream is a pair (x, z): base channels and adapter channels, z = None where there are none. A fused model carries everything in x. The same
 layers serve both: RMSNorm takes its mean over the base channels, RoPE turns the base dims of a head, Dense adds the adapter's blocks to what the base
-kernel computes (design.md section 2; this project's reconstruction of zFLoRA).
+kernel computes (docs/method.md; this project's reconstruction of zFLoRA).
 
 Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G query heads of a key head, q their G*T queries,
 k head dim.

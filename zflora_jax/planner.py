@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import count_base, count_params, kernel_shapes
+from zflora_jax.base import numerics
 from zflora_jax.config import METHODS, LlamaConfig, RunConfig
 from zflora_jax.fields import ConfigError, override, require
 from zflora_jax.layers import query_blocks
@@ -77,7 +78,7 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
 def _shaped(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
     longest, limit = run.data.lengths[-1], config.max_position_embeddings
     require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
-    return config.replace(dtype=run.train.dtype, remat=run.train.remat, matmul_precision=run.train.matmul_precision)
+    return numerics(run, config).replace(dtype=run.train.dtype)
 
 
 def _local(shapes: Mapping[str, tuple[int, ...]], mesh: Any, width: int) -> int:

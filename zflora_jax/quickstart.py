@@ -24,7 +24,7 @@ from zflora_jax.scorecard import evaluate
 from zflora_jax.textfile import lines_of
 
 SAMPLES = 3
-FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}  # of the logit scale (design.md section 7); bfloat16 promises nothing
+FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}  # of the logit scale (CONTRIBUTING.md, "Tolerances"); bfloat16 promises nothing
 
 
 def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def train(
 ) -> Trained:
     """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded, with the report that is there.
 
-    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already; `base.as_base` says what it must be.
+    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already; `base.given_base` says what it must be.
     devices: what the mesh is made of, None for all. resume: refuse a workdir without a run.
     Every process of a run of several calls this (after `hosts.start`), with a workdir that they share. Writes config.json, checkpoints/,
     metrics.jsonl, starts.jsonl (the environment of every start), report.json, what train.report_to names and, unless one is in use already,

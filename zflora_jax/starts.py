@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.report import atomic_write, plain
+from zflora_jax.textfile import lines_of
 
 STARTS_FILE = "starts.jsonl"
 
@@ -33,7 +34,7 @@ def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
     path, found = Path(workdir) / STARTS_FILE, list[dict[str, Any]]()
     if not path.is_file():
         return found
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
         with contextlib.suppress(ValueError):
             start = json.loads(line)
             found += [start] if isinstance(start, dict) else []

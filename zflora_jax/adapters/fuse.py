@@ -1,7 +1,7 @@
 """Fuse adapters into the base kernels, take them out again, swap them, pack kernels for decode: transforms of parameter trees.
 
 A fused kernel is [[W, forward], [s backward, cross]]: rows are the input stream's base then adapter channels, columns the output stream's. It is an
-ordinary kernel of a Llama with wider streams (design.md sections 2 and 3; this project's reconstruction of zFLoRA).
+ordinary kernel of a Llama with wider streams (docs/method.md; this project's reconstruction of zFLoRA).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ MLP = ("gate", "up", "down")
 
 _STAGE = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}  # the order within a layer
 
-# Head sizes that the attention kernels of common servers are built for (design.md section 2).
+# Head sizes that the attention kernels of common servers are built for (docs/export.md).
 SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 

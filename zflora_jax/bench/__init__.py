@@ -1,4 +1,5 @@
-"""Benchmarks: everything that is compared takes turns within one process, compile time is left out, medians are reported (design.md section 8)."""
+"""Benchmarks: everything that is compared takes turns within one process, compile time is left out,
+and medians are reported (README, "Results")."""
 
 from typing import Any
 

@@ -7,13 +7,14 @@ import re
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from zflora_jax.config import LlamaConfig, RopeScaling
-from zflora_jax.fields import ConfigError, from_dict, require
+from zflora_jax.config import LlamaConfig
+from zflora_jax.fields import from_dict, require
 from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
+from zflora_jax.hf.rope import with_frequencies
 from zflora_jax.layers import rope_frequencies
 from zflora_jax.model import Model
 from zflora_jax.trees import unflatten
@@ -192,19 +193,12 @@ def read_config(path: Path, reader: Any) -> LlamaConfig:
     }
     config = from_dict(LlamaConfig, values, str(path))
     divisors = [t.data for t in reader.tensors if t.name == _ROPE]
-    return config.replace(rope_scaling=_llama3(path, config, np.asarray(divisors[0], np.float64))) if divisors else config
-
-
-def _llama3(path: Path, config: LlamaConfig, divisors: np.ndarray) -> RopeScaling:
-    """The Llama-3 scaling that gives these divisors. The file keeps the divisors alone; the published models share all settings but the factor."""
-    plain = rope_frequencies(config)
-    if divisors.shape == plain.shape and np.isfinite(divisors).all() and divisors.max() >= 1:
-        scaling = RopeScaling(float(np.round(divisors.max(), 4)), 1.0, 4.0, 8192)
-        if np.allclose(plain / rope_frequencies(config.replace(rope_scaling=scaling)), divisors, rtol=1e-4):
-            return scaling
-    raise ConfigError(
-        f"{path}: {_ROPE} is not Llama-3's RoPE scaling (low_freq_factor 1, high_freq_factor 4, original length 8192); no other is supported."
-    )
+    if not divisors:
+        return config
+    plain, given = rope_frequencies(config).astype(np.float64), np.asarray(divisors[0], np.float64)
+    found = with_frequencies(config, plain / given, rtol=1e-4) if given.shape == plain.shape and given.all() else None
+    require(found is not None, f"{path}: {_ROPE} is not Llama-3's RoPE scaling (low_freq_factor 1, high_freq_factor 4); no other is supported.")
+    return cast(LlamaConfig, found)
 
 
 def build_tokenizer(path: Path, reader: Any, config: LlamaConfig) -> Any:

@@ -49,14 +49,14 @@ def state_share(model: Model) -> float:
     d = model.config.base_dim
     if d == model.config.hidden_size:
         return 0.0
-    worst = 0.0
+    shares = [0.0]
     for name, leaf in trees.flatten(model.params).items():
         if name.endswith(("o/kernel", "down/kernel")):
             axes = tuple(range(name.startswith("layers/"), leaf.ndim - 1))
             energy = _energy(leaf, axes)
             state, base = jnp.sum(energy[..., d:], -1), jnp.sum(energy[..., :d], -1)
-            worst = max(worst, float(jnp.max(state / base)))
-    return worst
+            shares.append(float(jnp.max(jnp.where(state > 0, state / base, 0.0))))
+    return max(shares)
 
 
 @partial(jax.jit, static_argnums=1)

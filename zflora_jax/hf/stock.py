@@ -25,7 +25,7 @@ from zflora_jax.config import LlamaConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, as_finite, hf_table
-from zflora_jax.hf.longrope import NO_ROTATION
+from zflora_jax.hf.rope import NO_ROTATION
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
 from zflora_jax.layers import rope_frequencies
 from zflora_jax.model import Model

@@ -1,6 +1,8 @@
-"""Exports with widened heads say by `rope_type: longrope` which head dims RoPE turns; read back here.
+"""RoPE settings found again from the frequencies that files keep in their place.
 
-transformers keeps these settings when it saves such a model again, and zflora.json is gone then.
+GGUF files keep Llama-3's scaling as divisors. Exports with widened heads say by `rope_type: longrope`
+which head dims RoPE turns, and at what frequencies; transformers keeps these settings when it saves
+such a model again, and zflora.json is gone then.
 """
 
 from __future__ import annotations
@@ -39,20 +41,38 @@ def with_turned_dims(config: LlamaConfig, rope: Mapping[str, Any], dims: int) ->
         raise ConfigError(f"config.json: {len(factors)} longrope factors for heads of {config.head_dim} dims; expected one for each pair.")
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     wanted = 1 / (factors * (np.float32(config.rope_theta) ** exponents).astype(np.float64))[: dims // 2]
-    config = config.replace(rope_dim=dims)
-    for scaling in (None, _llama3(config, wanted)):
-        found = config.replace(rope_scaling=scaling)
-        if np.allclose(rope_frequencies(found), wanted, rtol=1e-5, atol=0):
-            return found
+    if (found := with_frequencies(config.replace(rope_dim=dims), wanted, rtol=1e-5)) is not None:
+        return found
     raise ConfigError(
         "config.json: its longrope factors mark an export of this project with widened heads that was saved again, but give no frequencies of "
         "plain RoPE or of Llama-3's scaling. Copy zflora.json and the folder zflora/ of the first export into the directory."
     )
 
 
-def _llama3(config: LlamaConfig, wanted: np.ndarray) -> RopeScaling | None:
-    """Llama-3 scaling (low_freq_factor 1, high_freq_factor 4, as published) nearest to `wanted`."""
+def with_frequencies(config: LlamaConfig, wanted: np.ndarray, rtol: float) -> LlamaConfig | None:
+    """`config` with the RoPE scaling that gives the inverse frequencies `wanted`.
+
+    Args:
+      config: whose own scaling does not count.
+      wanted: [k/2] float64, of the head dims that are turned.
+      rtol: relative, between them and those that the scaling gives.
+
+    Returns:
+      The config, without scaling or with Llama-3's (low_freq_factor 1 and high_freq_factor 4, as
+      all published models have); None where neither gives `wanted`.
+    """
     plain = rope_frequencies(config.replace(rope_scaling=None)).astype(np.float64)
+    if plain.shape != wanted.shape or not np.isfinite(wanted).all() or not (wanted > 0).all():
+        return None
+    for scaling in (None, _llama3(plain, wanted)):
+        found = config.replace(rope_scaling=scaling)
+        if np.allclose(rope_frequencies(found), wanted, rtol=rtol, atol=0):
+            return found
+    return None
+
+
+def _llama3(plain: np.ndarray, wanted: np.ndarray) -> RopeScaling | None:
+    """Llama-3 scaling nearest to what makes `wanted` of the frequencies `plain`."""
     factor = float(np.round(np.max(plain / wanted), 3))
     if factor <= 1:
         return None
