@@ -23,8 +23,8 @@ import jax
 from zflora_jax.adapters.methods import count_base
 from zflora_jax.bench import latency, peft, training
 from zflora_jax.bench.case import Case
-from zflora_jax.config import preset
 from zflora_jax.fields import ConfigError
+from zflora_jax.model_config import preset
 from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
 
 FUSED = "zflora-minimal"

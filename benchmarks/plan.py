@@ -16,8 +16,9 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-from zflora_jax.config import AdapterConfig, DataConfig, MeshConfig, RunConfig, TrainConfig, preset
+from zflora_jax.config import AdapterConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.fields import override
+from zflora_jax.model_config import preset
 from zflora_jax.planner import GIB, compiled, plan_run
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 

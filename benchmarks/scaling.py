@@ -21,7 +21,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import kernel_shapes
-from zflora_jax.config import AdapterConfig, DataConfig, LlamaConfig, MeshConfig, RunConfig, TrainConfig, preset
+from zflora_jax.config import AdapterConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
+from zflora_jax.model_config import LlamaConfig, preset
 from zflora_jax.planner import compiled_step
 from zflora_jax.report import atomic_write, environment, markdown_table, write_json
 

@@ -88,9 +88,9 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
     import jax
 
     import zflora_jax as zf
-    from zflora_jax.config import preset
     from zflora_jax.hf.peft import save_peft
     from zflora_jax.llama import random_model
+    from zflora_jax.model_config import preset
 
     model = zf.load_model(shape, dtype="float32") if shape == "smollm2-135m" else random_model(preset(shape), jax.random.key(0))
 

@@ -26,20 +26,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from zflora_jax import cache, trees
 from zflora_jax.adapters.methods import live_layers
 from zflora_jax.cache import compile_cache
-from zflora_jax.config import (
-    METHODS,
-    AdapterConfig,
-    DataConfig,
-    EvalConfig,
-    LlamaConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    preset,
-)
+from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import random_model
 from zflora_jax.model import Model
+from zflora_jax.model_config import LlamaConfig, preset
 
 TOLERANCE = 1e-5  # float32: max |dlogit| <= TOLERANCE * max |logit|. CONTRIBUTING.md: never relaxed to make a test pass.
 

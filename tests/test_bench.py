@@ -19,9 +19,10 @@ from zflora_jax import cli
 from zflora_jax.adapters.fuse import pack
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.bench import latency, timing, training
-from zflora_jax.config import AdapterConfig, preset
+from zflora_jax.config import AdapterConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.llama import random_model
+from zflora_jax.model_config import preset
 from zflora_jax.report import environment
 
 

@@ -12,20 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zflora_jax.config import (
-    METHODS,
-    PRESETS,
-    AdapterConfig,
-    DataConfig,
-    EvalConfig,
-    LlamaConfig,
-    OptimConfig,
-    RopeScaling,
-    RunConfig,
-    TrainConfig,
-    preset,
-)
+from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.fields import ConfigError, from_dict, nearest, override, to_dict
+from zflora_jax.model_config import PRESETS, LlamaConfig, RopeScaling, preset
 
 TINY = to_dict(preset("tiny"))
 RUNS = [

@@ -18,13 +18,13 @@ from byte_tokenizer import byte_tokenizer
 from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
 from zflora_jax import trees
-from zflora_jax.config import RopeScaling, preset
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model, locate
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import forward
 from zflora_jax.model import Model
+from zflora_jax.model_config import RopeScaling, preset
 
 NAMES = {
     **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"},

@@ -14,13 +14,13 @@ import torch
 import transformers
 
 from zflora_jax import trees
-from zflora_jax.config import LlamaConfig, RopeScaling
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import CheckpointError, hf_table
 from zflora_jax.hf.load import load_model
 from zflora_jax.llama import forward
 from zflora_jax.model import Model, param_shapes
+from zflora_jax.model_config import LlamaConfig, RopeScaling
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 13)).astype(np.int32)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -24,7 +24,7 @@ MODULES = {
 
 # Lowest first. A module imports from its own layer and from lower ones; a package name stands for all modules in it.
 LAYERS = [
-    ("trees", "fields", "textfile", "config", "report", "trackers", "metrics", "progress", "starts", "data.dates"),
+    ("trees", "fields", "textfile", "model_config", "config", "report", "trackers", "metrics", "progress", "starts", "data.dates"),
     ("hosts", "cache"),
     ("sharding",),
     ("mesh",),
@@ -52,15 +52,16 @@ ONLY = {
     "trees": set(),
     "fields": set(),
     "textfile": {"fields"},
-    "config": {"fields"},
+    "model_config": {"fields"},
+    "config": {"fields", "model_config"},
     "report": {"fields"},
     "metrics": {"report", "textfile", "trackers"},
     "trackers": {"fields", "report"},
     "starts": {"report", "textfile"},
     "run_report": {"config", "fields", "hosts", "report", "starts"},
     "data.dates": {"config"},
-    "adapters.methods": {"config", "fields"},
-    "adapters.init": {"trees", "config", "adapters.methods", "devices", "model"},
+    "adapters.methods": {"config", "fields", "model_config"},
+    "adapters.init": {"trees", "config", "model_config", "adapters.methods", "devices", "model"},
     "hosts": {"fields"},
     "cache": set(),
     "products": set(),

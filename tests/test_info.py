@@ -16,11 +16,12 @@ from zflora_jax import commands, trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli import main
-from zflora_jax.config import METHODS, AdapterConfig, preset
+from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.info import describe
+from zflora_jax.model_config import preset
 from zflora_jax.run import train
 from zflora_jax.trees import size
 

@@ -13,10 +13,11 @@ from conftest import tiny_model
 from zflora_jax import layers
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.config import AdapterConfig, preset
+from zflora_jax.config import AdapterConfig
 from zflora_jax.devices import widest_cudnn_head, widest_head
 from zflora_jax.layers import KEEP, ROPE_ROWS, attention, query_blocks, rope_tables
 from zflora_jax.llama import Llama, forward
+from zflora_jax.model_config import preset
 from zflora_jax.products import head_logits, matmul
 
 

@@ -26,10 +26,11 @@ from zflora_jax.adapters.methods import (
     rank_for_budget,
     target_kernels,
 )
-from zflora_jax.config import METHODS, PRESETS, AdapterConfig, OptimConfig, preset
+from zflora_jax.config import METHODS, AdapterConfig, OptimConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.layers import tile
 from zflora_jax.model import Model, param_shapes
+from zflora_jax.model_config import PRESETS, preset
 from zflora_jax.trainer import batch_loss, init_state, make_train_step
 
 F, FB, ALL = ("forward",), ("forward", "backward"), ("forward", "backward", "cross")

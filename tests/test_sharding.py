@@ -15,11 +15,12 @@ from jax.sharding import PartitionSpec as P
 from zflora_jax import run as runs
 from zflora_jax import sharding, trees
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
-from zflora_jax.config import METHODS, PRESETS, AdapterConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig, preset
+from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.hf.save import save_hf
 from zflora_jax.metrics import read_metrics
 from zflora_jax.model import param_shapes
+from zflora_jax.model_config import PRESETS, preset
 from zflora_jax.trainer import init_state, make_train_step
 
 MESHES = [MeshConfig(*(2**i for i in powers)) for powers in itertools.product(range(4), repeat=3) if 1 <= sum(powers) <= 3]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zflora_jax.adapters.methods import count_params, rank_for_budget
     from zflora_jax.adapters.tasks import pad_adapters, rows_of, stack_tasks
     from zflora_jax.compare import Comparison, compare_methods
-    from zflora_jax.config import PRESETS, AdapterConfig, DataConfig, EvalConfig, LlamaConfig, OptimConfig, RunConfig, TrainConfig, preset
+    from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
     from zflora_jax.decode import Sampler, generate_tokens, stream_tokens
     from zflora_jax.fields import ConfigError
     from zflora_jax.grid import Grid, run_grid, sweep
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from zflora_jax.likelihood import option_log_likelihoods
     from zflora_jax.llama import KVCache, Llama, forward, init_cache, random_model
     from zflora_jax.model import Model
+    from zflora_jax.model_config import PRESETS, LlamaConfig, preset
     from zflora_jax.run import export_run, load_run, train
     from zflora_jax.scorecard import evaluate, evaluate_tasks
     from zflora_jax.serving import serve
@@ -42,17 +43,7 @@ _HOME = {
     "adapters.methods": ("count_params", "rank_for_budget"),
     "adapters.tasks": ("pad_adapters", "rows_of", "stack_tasks"),
     "compare": ("Comparison", "compare_methods"),
-    "config": (
-        "PRESETS",
-        "AdapterConfig",
-        "DataConfig",
-        "EvalConfig",
-        "LlamaConfig",
-        "OptimConfig",
-        "RunConfig",
-        "TrainConfig",
-        "preset",
-    ),
+    "config": ("AdapterConfig", "DataConfig", "EvalConfig", "OptimConfig", "RunConfig", "TrainConfig"),
     "decode": ("Sampler", "generate_tokens", "stream_tokens"),
     "fields": ("ConfigError",),
     "grid": ("Grid", "run_grid", "sweep"),
@@ -64,6 +55,7 @@ _HOME = {
     "likelihood": ("option_log_likelihoods",),
     "llama": ("KVCache", "Llama", "forward", "init_cache", "random_model"),
     "model": ("Model",),
+    "model_config": ("PRESETS", "LlamaConfig", "preset"),
     "run": ("export_run", "load_run", "train"),
     "scorecard": ("evaluate", "evaluate_tasks"),
     "serving": ("serve",),

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 
 from zflora_jax.adapters.methods import plan
-from zflora_jax.config import METHODS, LlamaConfig, RunConfig
+from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.fields import ConfigError, require
 from zflora_jax.hf.gguf import build_tokenizer, open_gguf, read_config
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import HUB_IDS, load_tokenizer, locate, model_config
 from zflora_jax.hf.tokenizer import tokenizer_state
 from zflora_jax.model import Model
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.text import stop_as_trained
 
 log = logging.getLogger(__name__)

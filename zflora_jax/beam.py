@@ -16,8 +16,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.config import AdapterConfig
 from zflora_jax.llama import KVCache, Llama, cache_slots, hidden_states, init_cache
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.products import at_config_precision, move
 from zflora_jax.trees import Tree
 

@@ -21,11 +21,12 @@ from zflora_jax import trees
 from zflora_jax.adapters.fuse import pack
 from zflora_jax.adapters.tasks import rows_of
 from zflora_jax.beam import beam_decode, next_logits
-from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.config import AdapterConfig
 from zflora_jax.fields import check_types, require
 from zflora_jax.llama import HEADS, ROWS, KVCache, cache_slots, init_cache
 from zflora_jax.mesh import beside, fill_rows, mesh_in_use, require_local
 from zflora_jax.model import Model
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.products import at_config_precision
 from zflora_jax.trees import Tree
 from zflora_jax.vocabulary import check_ids

@@ -10,13 +10,14 @@ from typing import Any
 
 from zflora_jax.adapters.methods import count_base, count_params, fused_config
 from zflora_jax.checkpoint import read_config
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig, RunConfig, from_file
+from zflora_jax.config import METHODS, AdapterConfig, RunConfig, from_file
 from zflora_jax.fields import ConfigError, from_dict
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import CONFIG, WEIGHTS
 from zflora_jax.hf.restore import MANIFEST, read_manifest
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.metrics import METRICS_FILE, read_metrics
+from zflora_jax.model_config import LlamaConfig
 
 Facts = dict[str, Any]
 

@@ -21,8 +21,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from zflora_jax import products
-from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.config import AdapterConfig
 from zflora_jax.devices import widest_head
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.products import Array, project, whole_vectors
 
 # What the backward pass of a layer keeps, by name; the rest (norms, gates, softmax) it computes again from these, which costs little: for a LoRA step

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.config import LlamaConfig
 from zflora_jax.decode import packed, padded_length
 from zflora_jax.fields import require
 from zflora_jax.llama import KVCache, Llama, init_cache
 from zflora_jax.mesh import fill_rows, mesh_in_use, require_local
 from zflora_jax.model import Model
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.products import at_config_precision, move
 from zflora_jax.trees import Tree
 from zflora_jax.vocabulary import check_ids

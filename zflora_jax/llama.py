@@ -20,11 +20,12 @@ from jax.typing import ArrayLike
 
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import Plan, kernel_shapes, plan
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.fields import require
 from zflora_jax.layers import KEEP, AdaptedModule, Dense, RMSNorm, apply_rope, attention, gated, kept, rope_tables
 from zflora_jax.mesh import beside, mesh_in_use
 from zflora_jax.model import Model
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.products import Array, head_logits, move
 from zflora_jax.sharding import divide, divide_embeddings
 from zflora_jax.trees import Tree, difference, flatten

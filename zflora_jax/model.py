@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zflora_jax import trees
-from zflora_jax.config import AdapterConfig, LlamaConfig
+from zflora_jax.config import AdapterConfig
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.trees import Tree
 
 

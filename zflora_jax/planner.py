@@ -21,10 +21,11 @@ from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import count_base, count_params, kernel_shapes
 from zflora_jax.base import numerics
-from zflora_jax.config import METHODS, LlamaConfig, RunConfig
+from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.fields import ConfigError, override, require
 from zflora_jax.layers import query_blocks
 from zflora_jax.model import param_shapes
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.sharding import AXES, batch_sharding, make_mesh, shardings, spec, state_shardings
 from zflora_jax.trainer import batch_loss, init_state, make_train_step
 

@@ -19,9 +19,10 @@ import numpy as np
 import optax
 
 from zflora_jax import trees
-from zflora_jax.config import AdapterConfig, LlamaConfig, OptimConfig
+from zflora_jax.config import AdapterConfig, OptimConfig
 from zflora_jax.llama import Llama
 from zflora_jax.loss import masked_cross_entropy
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.optim import learning_rate_schedule, make_optimizer
 from zflora_jax.products import at_config_precision, at_precision
 from zflora_jax.sharding import batch_shards, gather_fsdp

@@ -17,10 +17,11 @@ import numpy as np
 from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, Plan, base_config, fused_config, group, kernel_shapes, plan
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.layers import tile
 from zflora_jax.mesh import beside, mesh_in_use, mesh_of, several_devices
 from zflora_jax.model import Model, param_shapes
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.products import move, whole_vectors
 from zflora_jax.sharding import constrain
 from zflora_jax.trees import Tree

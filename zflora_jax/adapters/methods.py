@@ -14,8 +14,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.fields import ConfigError, nearest, require
+from zflora_jax.model_config import LlamaConfig
 
 Stream = Literal["residual", "heads", "mlp"]
 

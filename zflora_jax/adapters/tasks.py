@@ -10,8 +10,9 @@ import numpy as np
 
 from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.fields import require
+from zflora_jax.model_config import LlamaConfig
 
 SCALED = ("backward", "lora_b")  # the blocks that the adapter's scale multiplies
 

@@ -17,12 +17,13 @@ from zflora_jax.adapters.fuse import fuse, pack
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
+from zflora_jax.config import METHODS, AdapterConfig
 from zflora_jax.decode import Sampler, decode, packed
 from zflora_jax.fields import require
 from zflora_jax.llama import Llama
 from zflora_jax.mesh import mesh_in_use
 from zflora_jax.model import Model
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.plots import bars, curves
 from zflora_jax.report import atomic_write, markdown_table, origin_line, write_json
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.adapters.methods import group, kernel_shapes
-from zflora_jax.config import LlamaConfig
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.trees import difference
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.config import PRESETS, LlamaConfig
 from zflora_jax.fields import first_line, nearest, require
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table, part_shape
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.model import Model
+from zflora_jax.model_config import PRESETS, LlamaConfig
 from zflora_jax.sharding import placement
 from zflora_jax.trees import unflatten
 

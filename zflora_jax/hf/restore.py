@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig, from_file
+from zflora_jax.config import METHODS, AdapterConfig, from_file
 from zflora_jax.fields import from_dict
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
@@ -19,6 +19,7 @@ from zflora_jax.hf.load import accept_tied_head
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.model import Model
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.sharding import placement
 from zflora_jax.trees import unflatten
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from zflora_jax import trees
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.config import METHODS, LlamaConfig
+from zflora_jax.config import METHODS
 from zflora_jax.fields import require, to_dict
 from zflora_jax.hf.card import base_name, model_card
 from zflora_jax.hf.directory import whole_directory
@@ -24,6 +24,7 @@ from zflora_jax.hf.stock import StockForm, module_of, native_tensors, stock_form
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.mesh import require_local
 from zflora_jax.model import Model, param_shapes
+from zflora_jax.model_config import LlamaConfig
 from zflora_jax.report import local_path, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
