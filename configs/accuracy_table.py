@@ -12,7 +12,7 @@ places, the scale, LoRA+.
 
 from dataclasses import replace
 
-from zflora_jax.compare import Comparison
+from zflora_jax.comparison import Comparison
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 MODEL = "smollm2-135m"

@@ -9,7 +9,8 @@ from conftest import EVAL, choice
 
 from zflora_jax import compare as module
 from zflora_jax.checkpoint import BusyError, locked
-from zflora_jax.compare import Comparison, compare_methods, overview
+from zflora_jax.compare import compare_methods, overview
+from zflora_jax.comparison import Comparison
 from zflora_jax.config import AdapterConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.data.tasks import load_examples
 from zflora_jax.fields import ConfigError, override

@@ -42,9 +42,12 @@ LAYERS = [
     ("evals", "run_report", "base", "gap_prompts"),
     ("run",),
     ("scorecard",),
+    ("comparison",),
+    ("compare_page",),
     ("bench", "compare", "grid", "plots", "planner", "info"),
     ("quickstart",),
     ("commands",),
+    ("generate_command",),
     ("cli",),
 ]
 # Narrower than the layers say: all that these may import of the package.

@@ -12,7 +12,7 @@ import jax
 import pytest
 from conftest import perturb, small_run, tiny_model
 
-from zflora_jax import commands, trees
+from zflora_jax import generate_command, trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli import main
@@ -199,7 +199,7 @@ def test_typed_lines_end_with_the_input(monkeypatch):
         return answer
 
     monkeypatch.setattr("builtins.input", typed)
-    assert list(commands._typed()) == ["a", "b"]
+    assert list(generate_command._typed()) == ["a", "b"]
 
 
 def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, capsys):

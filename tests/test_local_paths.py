@@ -10,7 +10,8 @@ from conftest import tiny_model
 
 from zflora_jax import cli
 from zflora_jax import run as runs
-from zflora_jax.compare import Comparison, compare_methods
+from zflora_jax.compare import compare_methods
+from zflora_jax.comparison import Comparison
 from zflora_jax.config import AdapterConfig
 from zflora_jax.fields import ConfigError
 from zflora_jax.grid import run_grid

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from zflora_jax.adapters.init import init_adapters
     from zflora_jax.adapters.methods import count_params, rank_for_budget
     from zflora_jax.adapters.tasks import pad_adapters, rows_of, stack_tasks
-    from zflora_jax.compare import Comparison, compare_methods
+    from zflora_jax.compare import compare_methods
+    from zflora_jax.comparison import Comparison
     from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
     from zflora_jax.decode import Sampler, generate_tokens, stream_tokens
     from zflora_jax.fields import ConfigError
@@ -42,7 +43,8 @@ _HOME = {
     "adapters.init": ("init_adapters",),
     "adapters.methods": ("count_params", "rank_for_budget"),
     "adapters.tasks": ("pad_adapters", "rows_of", "stack_tasks"),
-    "compare": ("Comparison", "compare_methods"),
+    "compare": ("compare_methods",),
+    "comparison": ("Comparison",),
     "config": ("AdapterConfig", "DataConfig", "EvalConfig", "OptimConfig", "RunConfig", "TrainConfig"),
     "decode": ("Sampler", "generate_tokens", "stream_tokens"),
     "fields": ("ConfigError",),

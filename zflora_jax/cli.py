@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from zflora_jax import commands
 from zflora_jax.fields import ConfigError
+from zflora_jax.generate_command import generate
 from zflora_jax.report import local_path
 
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
@@ -110,7 +111,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     overrides(sub)
 
     sub = command(
-        "generate", commands.generate, "Answer prompts: one, those of a file, or a conversation on the terminal; text is shown as it comes."
+        "generate", generate, "Answer prompts: one, those of a file, or a conversation on the terminal; text is shown as it comes."
     )
     source(sub, "use")
     sub.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA directory to fuse into --model")

@@ -18,13 +18,10 @@ from typing import TYPE_CHECKING, Any
 from zflora_jax import config as config_module
 from zflora_jax.config import MeshConfig, RunConfig
 from zflora_jax.fields import ConfigError, nearest, override, require, to_dict
-from zflora_jax.textfile import decode, lines_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from zflora_jax.decode import Sampler
-    from zflora_jax.model import Model
 
 
 def load_config(path: str, function: str) -> Any:
@@ -68,7 +65,7 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
     return override(run, _changes(args.set))
 
 
-def _mesh(settings: list[str] | dict[str, str], run: RunConfig | None) -> Mesh | None:
+def mesh_asked(settings: list[str] | dict[str, str], run: RunConfig | None) -> Mesh | None:
     """The mesh that `--set mesh.*` asks for, in place of the run's; None where nothing is asked."""
     from zflora_jax.sharding import make_mesh
 
@@ -148,7 +145,7 @@ def eval(args: argparse.Namespace) -> None:
             trained_on.append(own)
         except ConfigError as error:
             print(f"the run's training data is not there, so no test question is compared with it: {error}", file=sys.stderr)
-    mesh = _mesh(meshed, base)
+    mesh = mesh_asked(meshed, base)
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     with compile_cache(Path(args.workdir or out) / "compile_cache"):
         if args.workdir:
@@ -162,99 +159,6 @@ def eval(args: argparse.Namespace) -> None:
         print_table(result, f"{result['task']} ({result['split']})")
     print(summary_page(summary))
     print(f"written to {out}: summary-{run.eval.split}-{label}.md, and for each task one line per example in <task>-{run.eval.split}-{label}.jsonl")
-
-
-def generate(args: argparse.Namespace) -> None:
-    from zflora_jax.cache import compile_cache
-    from zflora_jax.checkpoint import read_config
-    from zflora_jax.decode import Sampler
-
-    require(not (args.plain and args.system), "--system is a turn of a conversation; leave --plain out, or put the text into the prompt.")
-    require(not (args.workdir and (args.adapter or args.dtype)), "--adapter and --dtype go with --model; a run has its own.")
-    require(not (args.checkpoint and not args.workdir), "--checkpoint is of a run: give its --workdir.")
-    require(not (args.plain and args.prompt is None and args.file is None), "--plain continues a text: give it by --prompt or --file.")
-    sampler, lines = Sampler(args.temperature, args.top_k, args.top_p), _lines(args.file)
-    data = read_config(args.workdir).data if args.workdir else None  # prompts of a run are written as it was trained
-    style = "plain" if args.plain else data.prompt_style if data else "chat"
-    require(style == "chat" or args.system is None, f"--system is a turn of a conversation; this run was trained with data.prompt_style={style!r}.")
-    talks = args.prompt is None and lines is None
-    require(not talks or style == "chat", f"a run trained with data.prompt_style={style!r} holds no conversation: give --prompt or --file.")
-    with compile_cache(Path(args.workdir) / "compile_cache") if args.workdir else contextlib.nullcontext():
-        _generate(args, _model_of(args), style, lines, sampler, data.date if data else None)
-
-
-def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[str] | None, sampler: Sampler, date: str | None) -> None:
-    """style: "plain", or a prompt style. date: what a chat template is told, None for today."""
-    from zflora_jax.data.prompts import render
-    from zflora_jax.text import converse, stream
-    from zflora_jax.text import generate as generate_texts
-
-    def written(prompt: str) -> str:
-        return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
-
-    settings: Any = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": args.seed, "date": date}
-    if lines is not None:
-        require(args.system is None, "--system goes with --prompt or a conversation, not with --file.")
-        texts = generate_texts(model, [written(line) for line in lines], chat=style == "chat", batch_size=args.batch_size, **settings)
-        for prompt, text in zip(lines, texts, strict=True):
-            print(json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False))
-        return
-
-    def say(text: str) -> None:
-        print(text, end="", flush=True)
-
-    opening = [{"role": "system", "content": args.system}] if args.system else []
-    if args.prompt is not None:
-        for piece in stream(model, [*opening, {"role": "user", "content": args.prompt}] if style == "chat" else written(args.prompt), **settings):
-            say(piece)
-        say("\n")
-        return
-    if sys.stdin.isatty():
-        print("A line is a turn. /reset forgets the conversation, /quit or the end of input ends it, Ctrl-C stops an answer.", file=sys.stderr)
-    converse(model, _typed(), say, system=args.system, **settings)
-
-
-def _model_of(args: argparse.Namespace) -> Model:
-    """What --workdir or --model, with --adapter, name."""
-    from zflora_jax.adapters.fuse import fuse
-    from zflora_jax.checkpoint import read_config
-    from zflora_jax.hf.load import load_model
-    from zflora_jax.hf.peft import load_peft
-    from zflora_jax.run import load_fused
-
-    mesh = _mesh(args.set, read_config(args.workdir) if args.workdir else None)
-    if args.workdir:
-        return load_fused(args.workdir, args.checkpoint, mesh=mesh)[0]
-    model = load_model(args.model, dtype=args.dtype or "float32", mesh=mesh)
-    if args.adapter:
-        require(model.adapter is None, f"--model {args.model} has an adapter fused in already; give --adapter with its base.")
-        return fuse(model, *load_peft(args.adapter, model))
-    return model
-
-
-def _lines(file: str | None) -> list[str] | None:
-    if file is None:
-        return None
-    if file != "-" and not Path(file).is_file():
-        raise ConfigError(f"--file {file} does not exist; give a text file with a prompt on every line, or - for stdin.")
-    text = decode(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes(), f"--file {file}")
-    lines = [line for line in lines_of(text) if line.strip()]
-    require(bool(lines), f"--file {file} holds no prompt; put one on every line.")
-    return lines
-
-
-def _typed() -> Iterator[str]:
-    """Lines from the terminal (with its editing keys) or a pipe, which may begin with a byte order
-    mark. Ctrl-C at an empty prompt is forgotten."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 (input() then edits lines and remembers them)
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff")
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-        except EOFError:
-            return
 
 
 @contextlib.contextmanager
@@ -299,7 +203,7 @@ def export(args: argparse.Namespace) -> None:
     from zflora_jax.run import export_run
 
     require(args.eps is None or args.format == "hf", "--eps goes with --format hf: LoRA adapters have no state to scale.")
-    mesh = _mesh(args.set, read_config(args.workdir))
+    mesh = mesh_asked(args.set, read_config(args.workdir))
     settings: Any = {"format": args.format, "dtype": args.dtype, "checkpoint": args.checkpoint, "eps_z": args.eps}
     report = export_run(args.workdir, args.out, mesh=mesh, **settings)
     print_table(report, f"exported to {args.out}")

@@ -10,18 +10,17 @@ import dataclasses
 import json
 import logging
 import math
-import operator
 import statistics
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import count_params
 from zflora_jax.checkpoint import FREE, BusyError, locked
+from zflora_jax.compare_page import comparison_page, score_fields
+from zflora_jax.comparison import BASE, Comparison, Result, untuned
 from zflora_jax.config import AdapterConfig, EvalConfig, RunConfig, TrainConfig, from_file
 from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
@@ -30,58 +29,17 @@ from zflora_jax.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.mesh import mesh_if_there
 from zflora_jax.model import Model
 from zflora_jax.plots import grouped_bars
-from zflora_jax.report import atomic_write, environment, local_path, markdown_table, write_json
+from zflora_jax.report import atomic_write, environment, local_path, write_json
 from zflora_jax.run import Trained, held_out, load_base, train
-from zflora_jax.scorecard import SCORE_LEGEND, decoding, evaluate_tasks
+from zflora_jax.scorecard import evaluate_tasks
 from zflora_jax.trainer import NonFiniteError
 from zflora_jax.trees import flatten
 
 log = logging.getLogger(__name__)
 
-Result = dict[str, Any]
 _NO_NUMBERS = ("data/data_dir", *(key for key in FREE if key != "eval"))
-BASE = "base"
-_DIRTY = " (with local changes)"
 _POLL = 5.0  # seconds between looks at a run that another process of the same comparison is training
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")  # of environment(), kept with every run: a resumed comparison can change machines
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What to run. name: of the result files. methods: label -> adapter. A seed sets both the adapters' initial values and the data order.
-
-    pick_steps: the learning rate is chosen by runs of that many steps (with the schedule of their own length); None by whole runs.
-    rates_from: a comparison whose choice of learning rates is taken over; its choosing runs are made where they are not there yet.
-    tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of a task is that of its clean rows.
-    """
-
-    name: str
-    base: RunConfig
-    methods: dict[str, AdapterConfig]
-    learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    pick_steps: int | None = None
-    rates_from: Comparison | None = None
-    tasks: tuple[str, ...] = ()
-    scoring: EvalConfig | None = None
-    reading: str = ""  # what the tables show, in words, written by whoever has read them; stands under them
-
-    def __post_init__(self) -> None:
-        for field in ("methods", "learning_rates", "seeds"):
-            require(len(getattr(self, field)) > 0, f"comparison.{field} is empty: give at least one.")
-        require(BASE not in self.methods, f"comparison.methods: {BASE!r} is the untrained model's row; give the method another label.")
-        require(bool(self.tasks) == (self.scoring is not None), "comparison.tasks and comparison.scoring go together: give both, or neither.")
-        if (other := self.rates_from) is not None:
-            same = all(other.methods.get(label) == adapter for label, adapter in self.methods.items())
-            require(same and other.name != self.name, f"comparison.rates_from={other.name!r}: it must be another comparison, over the same methods.")
-            for key in ("model", "train.dtype"):  # its choosing runs are made on the base that is loaded for this one
-                own, its = (operator.attrgetter(key)(plan.base) for plan in (self, other))
-                require(own == its, f"comparison.rates_from={other.name!r}: its {key} is {its!r}, and this one's {own!r}; give one for both.")
-        steps, warmup, whole = self.pick_steps, self.base.optim.warmup_steps, self.base.train.steps
-        require(
-            steps is None or warmup < steps <= whole,
-            f"comparison.pick_steps={steps}: must be above optim.warmup_steps={warmup} and at most train.steps={whole}. Change the config file.",
-        )
 
 
 def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, console: bool = True) -> Result:
@@ -109,7 +67,8 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
     picker = plan.rates_from or plan
 
     if plan.tasks:
-        rows.append({"method": BASE, "trainable": 0} | _scores([_base(plan, base_model, workdir / BASE, out / plan.name / f"{BASE}.json", console)]))
+        untrained = _base(plan, base_model, workdir / BASE, out / plan.name / f"{BASE}.json", console)
+        rows.append({"method": BASE, "trainable": 0} | score_fields([untrained]))
     for label, adapter in plan.methods.items():
         seed, pick_steps = picker.seeds[0], picker.pick_steps or picker.base.train.steps
         grid = [record(picker, _config(picker, adapter, rate, seed, pick_steps), label, seed, False) for rate in picker.learning_rates]
@@ -131,32 +90,19 @@ def compare_methods(plan: Comparison, workdir: str | Path, out: str | Path, *, c
                 **{f"test, seed {r['seed']}": r["test_loss"] for r in chosen},
                 **({"test mean": statistics.mean(tests), "test spread": max(tests) - min(tests)} if len(tests) > 1 else {}),
                 "seconds": statistics.mean(r["seconds"] for r in chosen if r["seconds"] is not None) if tests else None,
-                **_scores(chosen),
+                **score_fields(chosen),
             }
         )
         missing = [m for m in plan.methods if m not in {row["method"] for row in rows}]
         whole = {"name": plan.name, "base": losses, "rows": rows, "missing": missing, "runs": runs, "tasks": list(plan.tasks)}
         whole |= {"config": to_dict(plan.base), "environment": env}
         write_json(out / f"{plan.name}.json", whole)
-        atomic_write(out / f"{plan.name}.md", _page(plan, whole).encode())
+        atomic_write(out / f"{plan.name}.md", comparison_page(plan, whole).encode())
         if plan.tasks:
             shown = {row["method"]: row["scores"] for row in rows if row["scores"]}
             reach = {row["method"]: row["intervals"][row["headline"]] for row in rows if row["scores"]}
             grouped_bars(shown, out / plan.name, f"{plan.name}: {plan.base.model}", f"{rows[0]['headline']} (%), clean rows", reach)
     return whole
-
-
-def untuned(rate: float, rates: Sequence[float]) -> str | None:
-    """Why the best of `rates` may not be the method's best; None where it lies between two others.
-
-    A rate that diverged counts as one that was tried: the best is then known to lie below it.
-    """
-    if len(set(rates)) == 1:
-        return "the only one tried, so it is not tuned"
-    if rate in (min(rates), max(rates)):
-        edge, beyond = ("lowest", "lower") if rate == min(rates) else ("highest", "higher")
-        return f"the {edge} one tried, so a {beyond} one may be better"
-    return None
 
 
 def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
@@ -281,117 +227,3 @@ def _score(plan: Comparison, run: RunConfig, model: Model, out: Path, console: b
     summary = evaluate_tasks(scored, model, plan.tasks, out, "chosen", trained_on=[TrainedOn(run.data)], replace=True, console=console)
     kept = ("rows", "clean_rows", "questions", "contaminated", "answers_cut", "chance", "scores", "seconds")
     return {r["task"]: {key: r[key] for key in kept if key in r} for r in summary["tasks"]}
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-
-def _scores(chosen: Sequence[Result]) -> Result:
-    """Task -> headline score in percent, mean over seeds, under "scores"; every score under "all scores"; spread of the tasks' mean over seeds."""
-    runs = [r["scores"] for r in chosen if r.get("scores")]
-    if not runs:
-        return {"scores": {}, "all scores": {}, "intervals": {}}
-    kinds = list(dict.fromkeys(kind for task in runs[0].values() for kind in task["scores"]["clean"]))
-    require(bool(kinds), "nothing was scored: no task has a clean row, or scoring switches off all that the tasks have.")
-    table = {
-        kind: {
-            task: 100 * statistics.mean(run[task]["scores"]["clean"][kind]["mean"] for run in runs)
-            for task in runs[0]
-            if kind in runs[0][task]["scores"]["clean"]
-        }
-        for kind in kinds
-    }
-
-    def bounds(task: str, kind: str) -> list[float]:
-        return [100 * statistics.mean(run[task]["scores"]["clean"][kind][end] for run in runs) for end in ("low", "high")]
-
-    intervals = {kind: {task: bounds(task, kind) for task in tasks} for kind, tasks in table.items()}
-    head = kinds[kinds.index("accuracy") if "accuracy" in kinds else 0]
-    means = [100 * statistics.mean(run[task]["scores"]["clean"][head]["mean"] for task in table[head]) for run in runs]
-    rows = {task: runs[0][task]["clean_rows"] for task in runs[0]}
-    return {
-        "scores": table[head],
-        "all scores": table,
-        "intervals": intervals,
-        "headline": head,
-        "mean": statistics.mean(means),
-        "spread": max(means) - min(means),
-        "rows": rows,
-        "cut": {task: statistics.mean(run[task]["answers_cut"] for run in runs) for task in runs[0] if "answers_cut" in runs[0][task]},
-        "chance": {task: 100 * runs[0][task]["chance"] for task in runs[0] if "chance" in runs[0][task]},
-    }
-
-
-def _page(plan: Comparison, result: Result) -> str:
-    run, env, first = plan.base, result["environment"], next((r for r in result["runs"] if "test_rows" in r), None)
-    hidden = ("untuned", "scores", "all scores", "intervals", "headline", "mean", "spread", "rows", "cut", "chance")
-    trained = [row for row in result["rows"] if row["method"] != BASE]
-    shown = [
-        {k: f"{v:.4f}" if k.startswith(("validation", "test")) and v is not None else v for k, v in row.items() if k not in hidden} for row in trained
-    ]
-    packed = "packed " if run.data.packing else ""
-    picker = plan.rates_from or plan
-    picked = f"by runs of {picker.pick_steps} steps" if picker.pick_steps else "by whole runs"
-    where = f"the validation split of `{picker.base.data.task}` (as in {picker.name})" if picker is not plan else "validation"
-    lines = [
-        f"# {plan.name}",
-        "",
-        f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`; {run.model}, {run.train.dtype}, "
-        f"{run.train.steps} steps of {run.data.batch_size} {packed}row{'s' if run.data.batch_size > 1 else ''}, "
-        f"prompt style {run.data.prompt_style}, loss on {'prompt and completion' if run.data.train_on_prompt else 'the completion only'}, "
-        f"examples up to {run.data.lengths[-1]} tokens"
-        + (f" ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones left out)." if first else "."),
-        f"Untrained: validation {result['base']['validation']:.4f}, test {result['base']['test']:.4f}"
-        + (f" ({first['test_rows']} rows, {first['test_tokens']} target tokens)." if first else "."),
-        f"The learning rate is chosen on {where} with seed {picker.seeds[0]}, {picked}; test columns are at the chosen rate.",
-        *[
-            f"{row['method']}: the rate {row['learning rate']:g} is {row['untuned']}."
-            for row in trained
-            if row["untuned"]
-        ],
-        "",
-        markdown_table(shown, list(dict.fromkeys(k for row in shown for k in row))),
-        "",
-    ]
-    for kind in dict.fromkeys(kind for row in result["rows"] for kind in row["all scores"]):
-        lines += [f"## {kind}, percent", "", _score_table(plan, result["rows"], kind), ""]
-    if plan.scoring is not None:
-        limit, clean_only = plan.scoring.limit, plan.scoring.clean_only
-        if clean_only:
-            rows = f"The first {limit} clean rows of each test set" if limit else "All clean rows of each test set"
-        else:
-            rows = f"Clean rows, out of {f'the first {limit}' if limit else 'all'} of each test set"
-        lines += [f"{rows}, their number in brackets; {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}", ""]
-        if (chance := result["rows"][0]["chance"]) and set(chance) == set(result["rows"][0]["rows"]):
-            lines += [f"Chance: {', '.join(f'{task} {value:.1f}' for task, value in chance.items())}.", ""]
-        cut = [
-            f"{row['method']} {' '.join(f'{task} {count:g}' for task, count in row['cut'].items() if count)}"
-            for row in result["rows"]
-            if any(row.get("cut", {}).values())
-        ]
-        lines += [f"Answers that reached the limit of new tokens: {'; '.join(cut)}.", ""] if cut else []
-        lines += [f"![{plan.name}]({plan.name}.png)", ""]
-    lines += [plan.reading, ""] if plan.reading else []
-    lines += [f"Not run yet: {', '.join(result['missing'])}.", ""] if result["missing"] else []
-    # A run that chose the learning rate may be one that is chosen: it counts once.
-    runs = {(run["method"], run["learning_rate"], run["steps"], run["seed"]): run for run in result["runs"]}
-    known = [run for run in runs.values() if "commit" in run]
-    made = Counter(f"commit {run['commit']}{_DIRTY * bool(run['dirty'])}, device {run['device']}, jax {run['jax']}" for run in known)
-    lines += [f"Runs made at {'; '.join(f'{how} ({count})' for how, count in made.items())}.", ""] if made else []
-    written = f"Page written by `{env['command']}`; commit {env['commit']}{_DIRTY * bool(env['dirty'])}"
-    lines += [f"{written}; {env['date']}. Runs whose record is in {plan.name}/ are not made again; --out DIR elsewhere makes all of them.", ""]
-    return "\n".join(lines)
-
-
-def _score_table(plan: Comparison, rows: Sequence[Result], kind: str) -> str:
-    counts = next(row["rows"] for row in rows if row["scores"])
-    lines = []
-    for row in rows:
-        if values := row["all scores"].get(kind):
-            spread = f" ± {row['spread']:.1f}" if len(plan.seeds) > 1 and row["method"] != BASE and values == row["scores"] else ""
-            between = row["intervals"][kind]
-            cells = {f"{task} ({counts[task]})": "{:.1f} [{:.1f}, {:.1f}]".format(value, *between[task]) for task, value in values.items()}
-            lines.append(
-                {"method": row["method"], "trainable": row["trainable"]} | cells | {"mean": f"{statistics.mean(values.values()):.1f}{spread}"}
-            )
-    return markdown_table(lines, list(dict.fromkeys(k for line in lines for k in line)))
