@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -26,6 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from zflora_jax import cache, trees
 from zflora_jax.adapters.methods import live_layers
 from zflora_jax.cache import compile_cache
+from zflora_jax.cli import main
 from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.hf.save import save_hf
 from zflora_jax.llama import random_model
@@ -215,3 +217,66 @@ def arc(tmp_path: Path) -> DataConfig:
     for name, rows in (("train", train), ("test", test)):
         (folder / f"{name}.json").write_text(json.dumps(rows))
     return dataclasses.replace(TASK_DATA, task="arc_easy", data_dir=str(tmp_path))
+
+
+CONFIG = """
+from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+
+def get_config():
+    return RunConfig(
+        model={model!r},
+        adapter=AdapterConfig("zflora-minimal", rank=4),
+        data=DataConfig(batch_size=2, lengths=(320,), train_limit=8),
+        optim=OptimConfig(warmup_steps=1),
+        train=TrainConfig(steps=2, loss_chunk=128),
+        eval=EvalConfig(limit=2, batch_size=2, max_new_tokens=4),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Prepared data goes to a directory of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZFLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_dir(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model(num_layers=1, max_position_embeddings=400)
+    model.tokenizer = byte_tokenizer()
+    path = tmp_path_factory.mktemp("base") / "model"
+    save_hf(path, model)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config_file(model_dir: Path) -> str:
+    path = model_dir.parent / "config.py"
+    path.write_text(CONFIG.format(model=str(model_dir)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained_dir(config_file: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished run of two steps."""
+    path = str(tmp_path_factory.mktemp("run") / "a")
+    assert main(["train", "--config", config_file, "--workdir", path]) == 0
+    return path
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command that must be refused; returns the message."""
+
+    def run(*argv: object) -> str:
+        capsys.readouterr()
+        assert main([str(a) for a in argv]) == 2
+        captured = capsys.readouterr()
+        message = captured.err[captured.err.index("error: ") :]
+        assert "Traceback" not in captured.err and captured.out == ""
+        assert len(message) > 20 and message.rstrip()[-1] in ".)", message
+        return message
+
+    return run

@@ -121,14 +121,15 @@ def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch):
     assert files(workdir) == before
 
 
-def test_changed_evaluation_settings_change_the_loss_alone(run, workdir, monkeypatch):
-    run = override(run, {"optim.schedule": "constant", "eval.limit": 2, "eval.split": "validation"})
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_changed_evaluation_settings_change_the_loss_alone(run, workdir, monkeypatch, split):
+    run = override(run, {"optim.schedule": "constant", "eval.limit": 2, "eval.split": split})
     before = json.loads((workdir / "report.json").read_text())
     monkeypatch.setattr(runs, "environment", lambda: {"commit": "another"})
     after = quiet_train(run, workdir).report
-    assert after["validation_rows"] == 2 and after["validation_loss"] != before["test_loss"] == after["test_loss"]
+    assert after[f"{split}_rows"] == 2 and after[f"{split}_loss"] != before["test_loss"]
     assert after["config"]["eval"]["limit"] == 2
-    changed = {"validation_rows", "validation_loss", "config"}
+    changed = {f"{split}_rows", f"{split}_loss", "config"}
     assert {key for key in after if after[key] != before.get(key)} == changed
     assert json.loads((workdir / "report.json").read_text()) == after
 
