@@ -10,14 +10,14 @@ CREATED := $(VENV)/.stamp-venv
 CORE := $(VENV)/.stamp-core
 TEST := $(VENV)/.stamp-test
 
-.PHONY: help quickstart test soak docs lint ruff types clean
+.PHONY: help quickstart test soak docs lint ruff types imports clean
 
 help:
 	@echo "make quickstart   install, then train, fuse, check, decode and export SmolLM2-135M into runs/quickstart"
 	@echo "make test         install with the test tools, then run the tests"
 	@echo "make soak         install with the test tools, then kill, stop and damage training runs for about 40 minutes"
 	@echo "make docs         install with the test tools, then build the documentation into build/site"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and the order of imports"
 	@echo "make clean        delete .venv and caches (runs/ and results/ stay)"
 
 quickstart: $(CORE)
@@ -32,13 +32,16 @@ soak: $(TEST)
 docs: $(TEST)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-lint: ruff types
+lint: ruff types imports
 
 ruff: $(TEST)
 	$(PY) -m ruff check .
 
 types: $(TEST)
 	$(PY) -m mypy
+
+imports: $(TEST)
+	$(VENV)/bin/lint-imports
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

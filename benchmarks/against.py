@@ -31,8 +31,8 @@ def measure(dtype: str) -> dict[str, float]:
     import zflora_jax as zf
     from zflora_jax.adapters.init import init_adapters
     from zflora_jax.bench import decode_latency
-    from zflora_jax.config import OptimConfig
-    from zflora_jax.trainer import init_state, make_train_step
+    from zflora_jax.core.run_config import OptimConfig
+    from zflora_jax.training.trainer import init_state, make_train_step
 
     checkout = Path(os.environ["PYTHONPATH"])
     if not Path(zf.__file__).is_relative_to(checkout):
@@ -76,7 +76,9 @@ def main() -> None:
         return
     if not args.other or not (Path(args.other) / "zflora_jax").is_dir():
         parser.error(f"--other {args.other}: expected a checkout of this repository, as `git worktree add DIR COMMIT` makes one")
-    from zflora_jax.report import atomic_write, device_line, environment, markdown_table, write_json
+    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.provenance import device_line, environment
+    from zflora_jax.reporting.tables import markdown_table
 
     env = environment()
     other = subprocess.run(["git", "-C", args.other, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()

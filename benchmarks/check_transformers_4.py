@@ -66,7 +66,8 @@ def fused(base: Any, method: str, rank: int, std: float) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from zflora_jax import AdapterConfig, fuse, init_adapters, trees
+    from zflora_jax import AdapterConfig, fuse, init_adapters
+    from zflora_jax.core import trees
 
     if method == "base":
         return base
@@ -124,8 +125,10 @@ def main() -> None:
     args = parser.parse_args()
 
     from zflora_jax import forward, fuse, generate_tokens, init_adapters, load_model, save_hf  # noqa: F401 - all loaded before `environment`
-    from zflora_jax.config import METHODS
-    from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+    from zflora_jax.core.adapter_config import METHODS
+    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.provenance import environment
+    from zflora_jax.reporting.tables import markdown_table
 
     origin = environment()  # now: the code that this process has loaded, whatever is committed while it runs
     base = load_model("smollm2-135m")
@@ -161,7 +164,8 @@ def main() -> None:
 
 
 def report(result: dict[str, Any]) -> str:
-    from zflora_jax.report import device_line, markdown_table
+    from zflora_jax.reporting.provenance import device_line
+    from zflora_jax.reporting.tables import markdown_table
 
     env, seen = result["environment"], result["versions"]
     return "\n".join(

@@ -17,16 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax import products, trees
-from zflora_jax.adapters.fuse import pack
-from zflora_jax.beam import next_logits
+from zflora_jax.adapters.packing import pack
 from zflora_jax.bench.latency import contender
 from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
-from zflora_jax.decode import Sampler, greedy
+from zflora_jax.core import trees
+from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
-from zflora_jax.llama import init_cache
-from zflora_jax.model import Model
-from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+from zflora_jax.inference.beam import next_logits
+from zflora_jax.inference.sampling import Sampler, greedy
+from zflora_jax.nn.kv_cache import init_cache
+from zflora_jax.ops import products
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import environment, origin_line
+from zflora_jax.reporting.tables import markdown_table
 
 KEPT = "kept: packed [out, in], unrolled, one compiled loop"
 

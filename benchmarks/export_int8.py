@@ -18,19 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax import trees
 from zflora_jax.adapters.fuse import unfuse
-from zflora_jax.checkpoint import read_config
+from zflora_jax.core import trees
+from zflora_jax.core.model import Model
 from zflora_jax.data.pipeline import eval_batches
+from zflora_jax.experiments.run import held_out, load_fused
 from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.state_scale import choose_eps_z, state_share
-from zflora_jax.layers import Dense
-from zflora_jax.llama import Llama
-from zflora_jax.model import Model
-from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
-from zflora_jax.run import held_out, load_fused
+from zflora_jax.nn.layers import Dense
+from zflora_jax.nn.llama import Llama
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import environment, origin_line
+from zflora_jax.reporting.tables import markdown_table
+from zflora_jax.training.checkpoint import read_config
 
 
 def rounded(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 import transformers
 
-from zflora_jax.config import DataConfig
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.pipeline import encode_prompts
 from zflora_jax.data.tasks import load_examples
-from zflora_jax.decode import generate_tokens
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.report import atomic_write, environment, markdown_table, write_json
-from zflora_jax.text import stop_ids
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.text import stop_ids
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.tables import markdown_table
 
 TASKS = {"arc_easy": 32, "gsm8k": 96}  # new tokens
 BEAMS = (1, 4)

@@ -20,12 +20,14 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # times to compile are rep
 
 import jax
 
-from zflora_jax.adapters.methods import count_base
 from zflora_jax.bench import latency, peft, training
 from zflora_jax.bench.case import Case
-from zflora_jax.fields import ConfigError
-from zflora_jax.model_config import preset
-from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+from zflora_jax.core.architecture import count_base
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import preset
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import environment, origin_line
+from zflora_jax.reporting.tables import markdown_table
 
 FUSED = "zflora-minimal"
 

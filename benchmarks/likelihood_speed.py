@@ -149,8 +149,9 @@ def main() -> None:
 
     from zflora_jax import load_model, save_hf
     from zflora_jax.data.prompts import encode_prompt_texts, render
-    from zflora_jax.likelihood import option_log_likelihoods
-    from zflora_jax.report import atomic_write, environment, write_json
+    from zflora_jax.inference.likelihood import option_log_likelihoods
+    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.provenance import environment
 
     load = os.getloadavg()[0]
     origin = environment()  # now: the code that this process has loaded, whatever is committed while it runs
@@ -219,7 +220,8 @@ COLUMNS = {
 
 
 def report(result: dict[str, Any]) -> str:
-    from zflora_jax.report import device_line, markdown_table
+    from zflora_jax.reporting.provenance import device_line
+    from zflora_jax.reporting.tables import markdown_table
 
     env, versions = result["environment"], result["versions"]
     spread = "; ".join(f"{name} {s[..., 0].sum(1).min():.1f}-{s[..., 0].sum(1).max():.1f} s" for name, s in result["seconds"].items())

@@ -16,11 +16,14 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-from zflora_jax.config import AdapterConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.fields import override
-from zflora_jax.model_config import preset
-from zflora_jax.planner import GIB, compiled, plan_run
-from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import override
+from zflora_jax.core.model_config import preset
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from zflora_jax.experiments.planner import GIB, compiled, plan_run
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.tables import markdown_table
 
 MODELS = ("llama-3.2-1b", "llama-2-7b")
 FSDP = {"mesh.fsdp": 8}

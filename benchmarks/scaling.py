@@ -20,11 +20,14 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 from zflora_jax.adapters.init import adapter_shapes
-from zflora_jax.adapters.methods import kernel_shapes
-from zflora_jax.config import AdapterConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.model_config import LlamaConfig, preset
-from zflora_jax.planner import compiled_step
-from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.architecture import kernel_shapes
+from zflora_jax.core.model_config import LlamaConfig, preset
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from zflora_jax.experiments.planner import compiled_step
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.tables import markdown_table
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 WIDTH = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1, "f64": 8, "s64": 8}

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.report import atomic_write, device_line, markdown_table, write_json
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import device_line
+from zflora_jax.reporting.tables import markdown_table
 
 Row = dict[str, Any]
 GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and is tested on tiny shapes"

@@ -25,7 +25,7 @@ TOKEN = """
 import json, sys, time
 start = time.perf_counter()
 import zflora_jax as zf
-from zflora_jax.cache import compile_cache
+from zflora_jax.parallel.compile_cache import compile_cache
 import jax
 zf.load_model, zf.generate, jax.devices()
 imported = time.perf_counter()
@@ -80,7 +80,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: give at least 1")
-    from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.provenance import environment, origin_line
+    from zflora_jax.reporting.tables import markdown_table
 
     env, turns = environment(), dict[str, list[dict[str, float]]]()
     with tempfile.TemporaryDirectory() as folder:

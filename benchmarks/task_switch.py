@@ -21,14 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax import trees
-from zflora_jax.adapters import fuse as fusion
-from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
+from zflora_jax.adapters import swapping
+from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig
+from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.swapping import swap
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
-from zflora_jax.model import Model
-from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import environment, origin_line
+from zflora_jax.reporting.tables import markdown_table
 
 RANK = 16
 
@@ -108,7 +112,7 @@ def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             change(label)
             times[label].append(1e3 * (time.perf_counter() - start))
 
-    compiled: Callable[[], int] = lambda: fusion._swap._cache_size()  # noqa: E731
+    compiled: Callable[[], int] = lambda: swapping._swap._cache_size()  # noqa: E731
     before, counts = compiled(), {}
     for label in live:
         for _ in range(args.swaps):

@@ -88,9 +88,9 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
     import jax
 
     import zflora_jax as zf
+    from zflora_jax.core.model_config import preset
     from zflora_jax.hf.peft import save_peft
-    from zflora_jax.llama import random_model
-    from zflora_jax.model_config import preset
+    from zflora_jax.nn.llama import random_model
 
     model = zf.load_model(shape, dtype="float32") if shape == "smollm2-135m" else random_model(preset(shape), jax.random.key(0))
 
@@ -122,7 +122,7 @@ def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Calla
     held: dict[str, Callable[[int], object]] = {}
 
     def ours(count: int) -> object:
-        from zflora_jax.adapters.fuse import pack
+        from zflora_jax.adapters.packing import pack
         from zflora_jax.bench.latency import contender
         from zflora_jax.hf.load import load_model
 
@@ -168,7 +168,9 @@ def main() -> None:
         parser.error("--batches, --prompt, --repeats, --rounds and --ranks: give at least 1; --new-tokens: at least 2, for a time between tokens")
     if not args.vllm_python or not Path(args.vllm_python).is_file():
         parser.error(f"--vllm-python {args.vllm_python}: give the Python of an environment that has vLLM; the docstring says how to make one")
-    from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.provenance import environment, origin_line
+    from zflora_jax.reporting.tables import markdown_table
 
     env, rows = environment(), list[dict[str, Any]]()
     for shape in args.shapes:

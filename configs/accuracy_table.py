@@ -12,8 +12,8 @@ places, the scale, LoRA+.
 
 from dataclasses import replace
 
-from zflora_jax.comparison import Comparison
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.experiments.comparison import Comparison
 
 MODEL = "smollm2-135m"
 

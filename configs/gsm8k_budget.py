@@ -6,8 +6,8 @@ Question: does zflora-minimal reach LoRA's held-out loss at LoRA's number of par
 (lora) or as this project's did before (lora-normal)? Rows longer than 192 tokens are left out to keep a step near 2 s.
 """
 
-from zflora_jax.comparison import Comparison
 from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.experiments.comparison import Comparison
 
 
 def get_sweep() -> Comparison:

@@ -24,15 +24,17 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from zflora_jax import cache, trees
 from zflora_jax.adapters.methods import live_layers
-from zflora_jax.cache import compile_cache
-from zflora_jax.cli import main
-from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.cli.main import main
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig, preset
+from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.hf.save import save_hf
-from zflora_jax.llama import random_model
-from zflora_jax.model import Model
-from zflora_jax.model_config import LlamaConfig, preset
+from zflora_jax.nn.llama import random_model
+from zflora_jax.parallel import compile_cache as cache_module
+from zflora_jax.parallel.compile_cache import compile_cache
 
 TOLERANCE = 1e-5  # float32: max |dlogit| <= TOLERANCE * max |logit|. CONTRIBUTING.md: never relaxed to make a test pass.
 
@@ -66,9 +68,9 @@ def optimised():
 def own_programs():
     """As a process starts: without the directory that the tests share."""
     shared, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    cache._use(None, 1.0)
+    cache_module._use(None, 1.0)
     yield
-    cache._use(shared, least)
+    cache_module._use(shared, least)
 
 
 def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:

@@ -15,16 +15,19 @@ import numpy as np
 
 
 def main(config: str, workdir: str, fault: str) -> int:
-    from zflora_jax import cli, commands, hosts, run, trees
-    from zflora_jax.config import RunConfig
+    from zflora_jax.cli import commands, main
+    from zflora_jax.core import trees
+    from zflora_jax.core.fields import from_dict
+    from zflora_jax.core.run_config import RunConfig
     from zflora_jax.data import pipeline
-    from zflora_jax.fields import from_dict
+    from zflora_jax.experiments import run
+    from zflora_jax.parallel import distributed
 
     what: dict[str, Any] = json.loads(fault)
     if "file_limit" in what:
         resource.setrlimit(resource.RLIMIT_FSIZE, (what["file_limit"],) * 2)
     if "stop_at" in what:
-        hosts.StopSignals.requested = lambda self, step: step == what["stop_at"]  # type: ignore[method-assign]
+        distributed.StopSignals.requested = lambda self, step: step == what["stop_at"]  # type: ignore[method-assign]
     if "poison" in what:
         make = run.make_train_step
 
@@ -61,7 +64,7 @@ def main(config: str, workdir: str, fault: str) -> int:
         run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
 
     commands.train = train
-    return cli.main(["train", "--config", "-", "--workdir", workdir])
+    return main.main(["train", "--config", "-", "--workdir", workdir])
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from zflora_jax import trees
-from zflora_jax.checkpoint import Checkpoints
-from zflora_jax.config import RunConfig
-from zflora_jax.fields import override
-from zflora_jax.metrics import read_metrics
-from zflora_jax.run import _fresh_state, load_base
+from zflora_jax.core import trees
+from zflora_jax.core.fields import override
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments.run import _fresh_state, load_base
+from zflora_jax.reporting.metrics import read_metrics
+from zflora_jax.training.checkpoint import Checkpoints
 
 TESTS = Path(__file__).parent
 PATIENCE = 300  # seconds that any one process may take

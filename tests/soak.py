@@ -15,7 +15,9 @@ from byte_tokenizer import byte_tokenizer
 from conftest import saved_base, small_run
 from faults import FAULTS, Lab, lab_run, tries
 
-from zflora_jax.report import atomic_write, environment, markdown_table, write_json
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.tables import markdown_table
 
 
 def attacked_files() -> dict[str, Any]:

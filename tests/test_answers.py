@@ -2,10 +2,10 @@
 
 import pytest
 
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.data import answers
 from zflora_jax.data.answers import ANY, BELIEF, LETTER, NUMBER, TEXT, Kind, belief_state, values, words
 from zflora_jax.data.tasks import PARSERS, TASKS
-from zflora_jax.fields import ConfigError
 
 BOOLQ, PIQA, ARC, HELLASWAG, WINOGRANDE = (
     words(*allowed) for allowed in (answers.TRUE_FALSE, answers.SOLUTIONS, answers.ANSWERS, answers.ENDINGS, answers.OPTIONS)

@@ -6,17 +6,19 @@ import jax
 import pytest
 from conftest import perturb, tiny_model
 
-from zflora_jax import base
-from zflora_jax import run as runs
-from zflora_jax.adapters.fuse import fuse, pack
+from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.base import as_base, given_base
-from zflora_jax.config import METHODS, AdapterConfig, RunConfig, TrainConfig
-from zflora_jax.fields import ConfigError, override
+from zflora_jax.adapters.packing import pack
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import RunConfig, TrainConfig
+from zflora_jax.experiments import base
+from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.base import as_base, given_base
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.model import Model
-from zflora_jax.vocabulary import resize_vocab
+from zflora_jax.nn.vocabulary import resize_vocab
 
 
 def fused(model: Model, method: str) -> Model:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from zflora_jax.adapters.fuse import pack
-from zflora_jax.beam import beam_decode
-from zflora_jax.decode import Sampler, generate_tokens
+from zflora_jax.adapters.packing import pack
+from zflora_jax.core.model import Model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.model import Model
+from zflora_jax.inference.beam import beam_decode
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.sampling import Sampler
 
 NEW = 20
 PROMPTS = [np.random.default_rng(3).integers(0, 256, 28).tolist()[i:j] for i, j in ((0, 9), (9, 10), (10, 24), (12, 28))]

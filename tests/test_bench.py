@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from zflora_jax import cli
-from zflora_jax.adapters.fuse import pack
 from zflora_jax.adapters.methods import fused_config
+from zflora_jax.adapters.packing import pack
 from zflora_jax.bench import latency, timing, training
-from zflora_jax.config import AdapterConfig
-from zflora_jax.fields import ConfigError
-from zflora_jax.llama import random_model
-from zflora_jax.model_config import preset
-from zflora_jax.report import environment
+from zflora_jax.cli.main import main
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import preset
+from zflora_jax.nn.llama import random_model
+from zflora_jax.reporting.provenance import environment
 
 
 class Clock:
@@ -108,10 +108,10 @@ def test_latency_table(real: bool, tmp_path: Path) -> None:
 def test_benchmarks_by_command_beside_transformers_and_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model", "tiny", "--repeats", "2", "--out"]
     shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--peers"]
-    assert cli.main(["bench", "latency", *small, str(tmp_path / "latency"), *shape]) == 0
+    assert main(["bench", "latency", *small, str(tmp_path / "latency"), *shape]) == 0
     labels = {row["label"] for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
     assert labels >= {"base", "transformers", "transformers + PEFT lora", "transformers + PEFT idle"}
-    assert cli.main(["bench", "train", *small, str(tmp_path / "train"), "--batch", "2", "--length", "16", "--masked", "0", "0.5"]) == 0
+    assert main(["bench", "train", *small, str(tmp_path / "train"), "--batch", "2", "--length", "16", "--masked", "0", "0.5"]) == 0
     rows: list[dict[str, Any]] = json.loads((tmp_path / "train.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["lora", "zflora-minimal", "PEFT lora"] * 2
     assert all(row["step_ratio"] == 1.0 for row in rows if row["label"] == "PEFT lora")

@@ -10,7 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import real_data
 
-from zflora_jax.config import DataConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.builders import public, wording
 from zflora_jax.data.builders.dialogue_json.dialogue_json import DialogueJson
 from zflora_jax.data.builders.hellaswag_json.hellaswag_json import HellaswagJson
@@ -19,7 +20,6 @@ from zflora_jax.data.builders.mawps_json.mawps_json import MawpsJson
 from zflora_jax.data.builders.summary_json.summary_json import SummaryJson
 from zflora_jax.data.builders.woz_json.woz_json import WozJson
 from zflora_jax.data.tasks import TASKS, Example, load_examples
-from zflora_jax.fields import ConfigError
 
 
 @pytest.fixture(autouse=True)

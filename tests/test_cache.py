@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 
-from zflora_jax.cache import compile_cache
+from zflora_jax.parallel.compile_cache import compile_cache
 
 pytestmark = pytest.mark.usefixtures("own_programs")
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("own_programs")
 def hits(monkeypatch):
     """How often a program was taken from a cache."""
     counted = []
-    monkeypatch.setattr("zflora_jax.cache.KEPT_FROM_SECONDS", 0.0)
+    monkeypatch.setattr("zflora_jax.parallel.compile_cache.KEPT_FROM_SECONDS", 0.0)
 
     def listen(event: str, **_) -> None:
         if event == "/jax/compilation_cache/cache_hits":

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from zflora_jax import run as runs
-from zflora_jax import trees
-from zflora_jax.checkpoint import Checkpoints, SaveError
-from zflora_jax.config import RunConfig
-from zflora_jax.fields import ConfigError, override
-from zflora_jax.hosts import Stopped, StopSignals
+from zflora_jax.core import trees
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments import run as runs
+from zflora_jax.parallel.distributed import Stopped, StopSignals
+from zflora_jax.training.checkpoint import Checkpoints, SaveError
 
 
 def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
@@ -147,7 +147,7 @@ def test_a_lock_ends_although_a_child_has_its_file_open(tmp_path):
     """As a child that another thread is starting has, between fork and exec."""
     code = """
 import os, sys, time
-from zflora_jax.checkpoint import locked
+from zflora_jax.training.checkpoint import locked
 with locked(sys.argv[1]):
     child = os.fork()
     if child == 0:

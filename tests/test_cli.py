@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from zflora_jax.cli import _parser, main
+from zflora_jax.cli.main import _parser, main
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zflora_jax import commands
-from zflora_jax.cli import main
-from zflora_jax.hosts import Stopped
+from zflora_jax.cli import commands
+from zflora_jax.cli.main import main
+from zflora_jax.parallel.distributed import Stopped
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

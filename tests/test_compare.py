@@ -7,15 +7,16 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from conftest import EVAL, choice
 
-from zflora_jax import compare as module
-from zflora_jax.checkpoint import BusyError, locked
-from zflora_jax.compare import compare_methods, overview
-from zflora_jax.comparison import Comparison
-from zflora_jax.config import AdapterConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.data.tasks import load_examples
-from zflora_jax.fields import ConfigError, override
+from zflora_jax.experiments import compare as module
+from zflora_jax.experiments.compare import compare_methods, overview
+from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.hf.save import save_hf
-from zflora_jax.trainer import NonFiniteError
+from zflora_jax.training.checkpoint import BusyError, locked
+from zflora_jax.training.trainer import NonFiniteError
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 SCORING = dataclasses.replace(EVAL, generate=False, loss=False)
@@ -64,8 +65,8 @@ def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypa
     page = (tmp_path / "out" / "small.md").read_text()
     assert "## likelihood_sum, percent" in page and "arc_easy (9)" in page
 
-    monkeypatch.setattr("zflora_jax.compare.train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr("zflora_jax.compare.evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr("zflora_jax.experiments.compare.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("zflora_jax.experiments.compare.evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
     again = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     assert again["rows"] == json.loads(json.dumps(result["rows"]))
     elsewhere = override(plan.base, {"data.data_dir": f"{plan.base.data.data_dir}/.", "train.log_every": 3})  # the same files, the same numbers
@@ -151,7 +152,7 @@ def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(base, tmp_path, 
     scoring = dataclasses.replace(SCORING, limit=4)
     plan = Comparison("whole", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    monkeypatch.setattr("zflora_jax.compare.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("zflora_jax.experiments.compare.train", lambda *_, **__: pytest.fail("trained again"))
     assert compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"] == json.loads(json.dumps(result["rows"]))
 
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
-from zflora_jax.fields import ConfigError, from_dict, nearest, override, to_dict
-from zflora_jax.model_config import PRESETS, LlamaConfig, RopeScaling, preset
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError, from_dict, nearest, override, to_dict
+from zflora_jax.core.model_config import PRESETS, LlamaConfig, RopeScaling, preset
+from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 TINY = to_dict(preset("tiny"))
 RUNS = [

@@ -5,9 +5,9 @@ import functools
 import pytest
 from conftest import real_data
 
-from zflora_jax.config import DataConfig
-from zflora_jax.contamination import contaminated, normalise, questions
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.tasks import SPLITS, Example, load_examples
+from zflora_jax.evaluation.contamination import contaminated, normalise, questions
 
 
 def test_normalise():

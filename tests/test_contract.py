@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 from conftest import adapter_cases, assert_logits_close, assert_trees_equal, case_id, dead_slices, perturb, tiny_model
 
-from zflora_jax import trees
-from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
+from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
 from zflora_jax.adapters.methods import base_config, count_params, fused_config, plan
-from zflora_jax.config import METHODS, AdapterConfig, OptimConfig
-from zflora_jax.decode import generate_tokens
-from zflora_jax.llama import Llama, forward, init_cache
-from zflora_jax.model import param_shapes
-from zflora_jax.trainer import batch_loss, init_state, make_train_step
+from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.swapping import swap
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.run_config import OptimConfig
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.nn.kv_cache import init_cache
+from zflora_jax.nn.llama import Llama, forward
+from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 
 CASES = adapter_cases()
 BY_METHOD = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
 
-from zflora_jax.config import DataConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import prompts
 from zflora_jax.data.builders import open_prepared
 from zflora_jax.data.builders.arithmetic.arithmetic import TEMPLATES, Arithmetic, generate
 from zflora_jax.data.builders.local_json.local_json import LocalJson, local_json_config, read_rows
 from zflora_jax.data.pipeline import Encoded, Row, encode_prompts, eval_batches, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
-from zflora_jax.fields import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,20 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import assert_trees_equal, saved_base, small_run
 
-from zflora_jax import cli, evals
-from zflora_jax import run as runs
-from zflora_jax.checkpoint import read_config
-from zflora_jax.config import DataConfig, RunConfig
+from zflora_jax.cli.main import main
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import dates
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import encode_prompts, tokenize_examples
 from zflora_jax.data.prompts import render
 from zflora_jax.data.tasks import Example
-from zflora_jax.fields import ConfigError, override
-from zflora_jax.hosts import Stopped, StopSignals
-from zflora_jax.scorecard import evaluate
-from zflora_jax.text import generate
+from zflora_jax.evaluation import evals
+from zflora_jax.evaluation.scorecard import evaluate
+from zflora_jax.experiments import run as runs
+from zflora_jax.inference.text import generate
+from zflora_jax.parallel.distributed import Stopped, StopSignals
+from zflora_jax.training.checkpoint import read_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,7 +153,7 @@ def test_evaluation_and_generation_see_the_prompts_of_training(run, tmp_path, mo
     seen: list[str] = []
     real = evals.encode_prompts
     monkeypatch.setattr(evals, "encode_prompts", lambda *a: [seen.append(bytes(t for t in p if t < 256).decode()) or p for p in real(*a)])
-    assert cli.main(["eval", "--workdir", str(tmp_path / "run"), "--limit", "2", "--set", "eval.max_new_tokens=2"]) == 0
+    assert main(["eval", "--workdir", str(tmp_path / "run"), "--limit", "2", "--set", "eval.max_new_tokens=2"]) == 0
     assert seen and all("31 Jan 2026" in text for text in seen)
     summary = json.loads(next((tmp_path / "run" / "eval").glob("summary-*.json")).read_text())
     assert summary["config"]["data"]["date"] == "2026-01-31"
@@ -160,11 +161,11 @@ def test_evaluation_and_generation_see_the_prompts_of_training(run, tmp_path, mo
     assert loss == pytest.approx(trained.report["test_loss"], rel=1e-5)
 
     told: list[str | None] = []
-    monkeypatch.setattr("zflora_jax.text.render", lambda *a, date=None: (told.append(date), render(*a, date=date))[1])
-    monkeypatch.setattr("zflora_jax.text.render_turns", lambda t, turns, date=None: (told.append(date), render(t, "chat", "Hi", date=date))[1])
+    monkeypatch.setattr("zflora_jax.inference.text.render", lambda *a, date=None: (told.append(date), render(*a, date=date))[1])
+    monkeypatch.setattr("zflora_jax.inference.text.render_turns", lambda t, turns, date=None: (told.append(date), render(t, "chat", "Hi", date=date))[1])
     (tmp_path / "prompts.txt").write_text("Hi\n")
     for arguments in (["--prompt", "Hi"], ["--file", str(tmp_path / "prompts.txt")]):
-        assert cli.main(["generate", "--workdir", str(tmp_path / "run"), "--max-new-tokens", "1", *arguments]) == 0
+        assert main(["generate", "--workdir", str(tmp_path / "run"), "--max-new-tokens", "1", *arguments]) == 0
     assert told == ["2026-01-31"] * 2
     capsys.readouterr()
 

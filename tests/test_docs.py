@@ -14,9 +14,9 @@ import pytest
 from conftest import choice, perturb
 
 import zflora_jax
-from zflora_jax import cli
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig
+from zflora_jax.cli.main import _parser, main
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft
 
@@ -26,7 +26,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 PARSED_ONLY = ("zflora bench", "zflora sweep")
 CONFIG = """
 import dataclasses
-from zflora_jax.config import DataConfig, EvalConfig
+from zflora_jax.core.run_config import DataConfig, EvalConfig
 from configs.quickstart import get_config as full
 
 def get_config():
@@ -72,9 +72,9 @@ def test_commands_run(page, place, capsys):
         argv = {"python": ["train" if "train.py" in line else "eval", *words[2:]], "zflora": words[1:]}[words[0]]
         argv = [word for word in argv if not word.startswith("train.steps=")]
         if line.startswith(PARSED_ONLY):
-            cli._parser("zflora").parse_args(argv)
+            _parser("zflora").parse_args(argv)
         else:
-            assert cli.main(argv) == 0, f"{line}\n{capsys.readouterr().err}"
+            assert main(argv) == 0, f"{line}\n{capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")])

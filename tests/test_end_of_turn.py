@@ -19,15 +19,15 @@ import transformers
 from byte_tokenizer import byte_tokenizer
 from conftest import EVAL, TASK_DATA, small_run, tiny_model
 
-from zflora_jax import run as runs
-from zflora_jax.config import RunConfig, TrainConfig
+from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.data.prompts import encode, end_token
 from zflora_jax.data.tasks import Example
-from zflora_jax.evals import generation_records
+from zflora_jax.evaluation.evals import generation_records
+from zflora_jax.experiments import run as runs
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.model import Model
-from zflora_jax.text import answer_text, generate, stop_ids, stream
+from zflora_jax.inference.text import answer_text, generate, stop_ids, stream
 
 NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 BOS, EOS, HEADER, HEADER_END, EOT = range(256, 261)
@@ -98,11 +98,11 @@ def test_answers_do_not_keep_an_end_token_that_is_not_special(monkeypatch):
     model = tiny_model(vocab_size=261, bos_token_id=BOS, eos_token_ids=(EOS,))
     model.tokenizer = tokenizer
     assert answer_text(tokenizer, answer, stop_ids(model, "chat")) == text
-    monkeypatch.setattr("zflora_jax.text.generate_tokens", lambda *_, **__: [answer, answer[:-1], []])
+    monkeypatch.setattr("zflora_jax.inference.text.generate_tokens", lambda *_, **__: [answer, answer[:-1], []])
     assert generate(model, ["a", "b", "c"], chat=True) == [text, text, ""]
-    monkeypatch.setattr("zflora_jax.text.stream_tokens", lambda *_, **__: iter(answer))
+    monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter(answer))
     assert "".join(stream(model, [{"role": "user", "content": "a"}])) == text
-    monkeypatch.setattr("zflora_jax.evals.generate_tokens", lambda *_, **__: [answer])
+    monkeypatch.setattr("zflora_jax.evaluation.evals.generate_tokens", lambda *_, **__: [answer])
     [record] = generation_records(model, "arithmetic", [Example("a", "b", answer="1")], TASK_DATA, EVAL)
     assert record["output"] == text and not record["cut"]
 

@@ -8,16 +8,23 @@ import numpy as np
 import pytest
 from conftest import EVAL, TASK_DATA, choice, tiny_model
 
-from zflora_jax import evals, scorecard, trees
-from zflora_jax.config import RunConfig
+from zflora_jax.core import trees
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data import answers
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.data.tasks import Example, load_examples
-from zflora_jax.evals import generation_records, group_scores, likelihood_records, rouge, scores_of
-from zflora_jax.fields import ConfigError
-from zflora_jax.llama import forward
-from zflora_jax.scorecard import evaluate, evaluate_tasks
-from zflora_jax.text import stop_ids
+from zflora_jax.evaluation import evals, scorecard
+from zflora_jax.evaluation.evals import (
+    generation_records,
+    group_scores,
+    likelihood_records,
+    rouge,
+    scores_of,
+)
+from zflora_jax.evaluation.scorecard import evaluate, evaluate_tasks
+from zflora_jax.inference.text import stop_ids
+from zflora_jax.nn.llama import forward
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from zflora_jax import cli, gap_prompts
-from zflora_jax import run as runs
-from zflora_jax.fields import ConfigError, override
+from zflora_jax.cli.main import main
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.evaluation import gap_prompts
+from zflora_jax.experiments import run as runs
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, 
     assert report["gap_prompts"] == "8 held-out rows" and report["top1_agreement"] == 1.0 and caplog.text == ""
     data.rename(data.with_name("moved"))
     try:
-        assert cli.main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "without")]) == 0
+        assert main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "without")]) == 0
         report = runs.export_run(workdir, tmp_path / "without")
     finally:
         data.with_name("moved").rename(data)

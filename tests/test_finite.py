@@ -10,19 +10,21 @@ import optax
 import pytest
 from conftest import EVAL, tiny_model
 
-from zflora_jax import compare, evals, quickstart, trees
-from zflora_jax import run as runs
-from zflora_jax.checkpoint import Checkpoints
-from zflora_jax.config import AdapterConfig
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.model import Model
 from zflora_jax.data.tasks import Example
-from zflora_jax.evals import likelihood_records
-from zflora_jax.fields import ConfigError, override
-from zflora_jax.hf import gap as gap_module
-from zflora_jax.hf.gap import export_gap
+from zflora_jax.evaluation import evals
+from zflora_jax.evaluation import export_gap as gap_module
+from zflora_jax.evaluation.evals import likelihood_records
+from zflora_jax.evaluation.export_gap import export_gap
+from zflora_jax.experiments import compare, quickstart
+from zflora_jax.experiments import run as runs
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.save import save_hf
-from zflora_jax.model import Model
-from zflora_jax.trainer import NonFiniteError
+from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.trainer import NonFiniteError
 
 TOKENS = [[5, 6, 7, 8]]
 
@@ -86,7 +88,7 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypat
 
 
 def test_the_metrics_hold_no_flag(run, tmp_path):
-    from zflora_jax.metrics import read_metrics
+    from zflora_jax.reporting.metrics import read_metrics
 
     runs.train(override(run, {"train.steps": 3}), tmp_path, console=False)
     assert all("finite" not in record for record in read_metrics(tmp_path / "metrics.jsonl"))

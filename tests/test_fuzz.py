@@ -18,13 +18,14 @@ from test_hf_gguf import write_gguf
 from test_hf_load import hf_model
 
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.checkpoint import read_config
-from zflora_jax.config import AdapterConfig, RunConfig
-from zflora_jax.fields import ConfigError, from_dict, override, to_dict
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError, from_dict, override, to_dict
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import save_hf
+from zflora_jax.training.checkpoint import read_config
 
 TYPED = (ConfigError, CheckpointError)
 fuzz = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

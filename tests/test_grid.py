@@ -17,11 +17,13 @@ import numpy as np
 import pandas
 import pytest
 
-from zflora_jax import cli, grid, hosts
-from zflora_jax.config import RunConfig
-from zflora_jax.fields import ConfigError
-from zflora_jax.grid import RECORD, combinations, run_grid, sweep
-from zflora_jax.hosts import Stopped
+from zflora_jax.cli.main import main
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments import grid
+from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
+from zflora_jax.parallel import distributed
+from zflora_jax.parallel.distributed import Stopped
 
 
 @pytest.fixture
@@ -146,9 +148,9 @@ def test_more_at_one_time_than_devices_is_refused(base, tmp_path):
 
 CONFIG = """
 import json
-from zflora_jax.config import RunConfig
-from zflora_jax.fields import from_dict
-from zflora_jax.grid import Grid
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.fields import from_dict
+from zflora_jax.experiments.grid import Grid
 
 def get_sweep():
     return Grid("ranks", from_dict(RunConfig, json.loads({base!r})), {{"adapter.rank": [2, 3]}})
@@ -156,7 +158,7 @@ def get_sweep():
 
 
 def test_the_command_writes_a_page(base, tmp_path, capsys):
-    from zflora_jax.fields import to_dict
+    from zflora_jax.core.fields import to_dict
 
     (tmp_path / "s.py").write_text(CONFIG.format(base=json.dumps(to_dict(base))))
     command = [
@@ -170,7 +172,7 @@ def test_the_command_writes_a_page(base, tmp_path, capsys):
         "--set",
         "train.steps=3",
     ]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     rows = json.loads((tmp_path / "out" / "ranks.json").read_text())["rows"]
     assert [row["adapter.rank"] for row in rows] == [2, 3] and all(row["steps"] == 3 for row in rows)
     assert (tmp_path / "out" / "ranks.md").is_file()
@@ -186,7 +188,7 @@ def test_a_model_that_is_not_there_is_a_row_and_numbers_of_numpy_are_numbers(bas
 def test_a_signal_stops_runs_side_by_side_and_they_go_on(base, tmp_path, monkeypatch):
     """SIGTERM to a sweep of several threads: each run is saved after its step, and the sweep goes on from there to the same numbers."""
     base = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=30))
-    original, begun = hosts.StopSignals.requested, []
+    original, begun = distributed.StopSignals.requested, []
 
     def slowly(self, step):
         begun.append(step)
@@ -194,7 +196,7 @@ def test_a_signal_stops_runs_side_by_side_and_they_go_on(base, tmp_path, monkeyp
             time.sleep(0.5)  # else the runs might be over before the signal comes
         return original(self, step)
 
-    monkeypatch.setattr(hosts.StopSignals, "requested", slowly)
+    monkeypatch.setattr(distributed.StopSignals, "requested", slowly)
 
     def signal_later():
         while not [step for step in begun if step >= 3]:
@@ -206,7 +208,7 @@ def test_a_signal_stops_runs_side_by_side_and_they_go_on(base, tmp_path, monkeyp
         run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert list((tmp_path / "s").glob("*/checkpoints/*")) and not list((tmp_path / "s").glob(f"*/{RECORD}"))
-    monkeypatch.setattr(hosts.StopSignals, "requested", original)
+    monkeypatch.setattr(distributed.StopSignals, "requested", original)
     rows = run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
     assert numbers(rows) == numbers(run_grid(base, GRID, tmp_path / "whole", parallel=2, console=False))
 

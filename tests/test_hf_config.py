@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import transformers
 
-from zflora_jax.fields import ConfigError
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.config import from_hf_config, to_hf_config
-from zflora_jax.model_config import LlamaConfig, RopeScaling
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 

@@ -17,14 +17,14 @@ import transformers
 from byte_tokenizer import byte_tokenizer
 from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
-from zflora_jax import trees
-from zflora_jax.fields import ConfigError
+from zflora_jax.core import trees
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import RopeScaling, preset
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model, locate
 from zflora_jax.hf.save import save_hf
-from zflora_jax.llama import forward
-from zflora_jax.model import Model
-from zflora_jax.model_config import RopeScaling, preset
+from zflora_jax.nn.llama import forward
 
 NAMES = {
     **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"},
@@ -100,7 +100,7 @@ def test_written_file_equals_transformers(changes: dict[str, Any], tmp_path: Pat
 
 
 def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
-    from zflora_jax.layers import rope_frequencies
+    from zflora_jax.ops.rope import rope_frequencies
 
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
     reference = hf_model(rope={**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8192}, head_dim=64, max_position_embeddings=32768)

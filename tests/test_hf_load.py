@@ -13,13 +13,14 @@ import pytest
 import torch
 import transformers
 
-from zflora_jax import trees
-from zflora_jax.fields import ConfigError
+from zflora_jax.core import trees
+from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import preset
 from zflora_jax.hf.keys import CheckpointError, hf_table
 from zflora_jax.hf.load import load_model
-from zflora_jax.llama import forward
-from zflora_jax.model import Model, param_shapes
-from zflora_jax.model_config import preset
+from zflora_jax.nn.llama import forward
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 13)).astype(np.int32)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

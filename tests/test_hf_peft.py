@@ -16,16 +16,16 @@ import torch
 from conftest import perturb
 from test_hf_load import TOKENS, assert_close, hf_logits, hf_model
 
-from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig
-from zflora_jax.fields import ConfigError
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
-from zflora_jax.llama import forward
-from zflora_jax.model import Model
+from zflora_jax.nn.llama import forward
 
 
 @pytest.fixture(scope="module")

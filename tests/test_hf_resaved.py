@@ -16,18 +16,19 @@ import transformers
 from conftest import perturb
 from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
-from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig, MeshConfig
-from zflora_jax.fields import ConfigError
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.load import load_model, model_config
 from zflora_jax.hf.rope import turned_dims
 from zflora_jax.hf.save import save_hf
-from zflora_jax.llama import forward
-from zflora_jax.model import Model
-from zflora_jax.sharding import make_mesh
+from zflora_jax.nn.llama import forward
+from zflora_jax.parallel.sharding import make_mesh
 
 ADAPTERS = {
     "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, head_rank=4, mlp_rank=6),

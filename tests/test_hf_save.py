@@ -20,19 +20,20 @@ from byte_tokenizer import byte_tokenizer
 from conftest import perturb
 from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
-from zflora_jax import trees
-from zflora_jax.adapters.fuse import fuse, pack, unfuse
+from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig
-from zflora_jax.fields import ConfigError
-from zflora_jax.hf.gap import export_gap
+from zflora_jax.adapters.packing import pack
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.state_scale import FLOAT16_LEAST, choose_eps_z
 from zflora_jax.hf.stock import StockForm
-from zflora_jax.llama import forward
-from zflora_jax.model import Model
+from zflora_jax.nn.llama import forward
 
 WIDENED = {
     "ffba": AdapterConfig("ffba", rank=4, head_rank=8, mlp_rank=6),

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from conftest import assert_trees_equal
 
-from zflora_jax import hosts, trees
-from zflora_jax import run as runs
-from zflora_jax.checkpoint import locked
-from zflora_jax.config import RunConfig
-from zflora_jax.fields import ConfigError, override, to_dict
-from zflora_jax.metrics import read_metrics
+from zflora_jax.core import trees
+from zflora_jax.core.fields import ConfigError, override, to_dict
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments import run as runs
+from zflora_jax.parallel import distributed
+from zflora_jax.reporting.metrics import read_metrics
+from zflora_jax.training.checkpoint import locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +36,7 @@ def four(run: RunConfig) -> RunConfig:
 def launch(run: RunConfig, workdir: Path, processes: int, devices: int, given: str | None = None) -> list[subprocess.Popen[str]]:
     """`zflora train` in `processes` processes of `devices` CPU devices each; given: the --workdir that they are given, if it is another."""
     config = workdir.parent / f"{workdir.name}.py"
-    imports = "from zflora_jax.config import RunConfig\nfrom zflora_jax.fields import from_dict\n"
+    imports = "from zflora_jax.config import RunConfig\nfrom zflora_jax.core.fields import from_dict\n"
     config.write_text(f"{imports}def get_config():\n    return from_dict(RunConfig, {to_dict(run)!r})\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,9 +139,9 @@ def test_processes_without_a_shared_workdir_end_at_once(four, tmp_path, monkeypa
 def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):
     """JAX's preemption service then asks for a stop at call 1."""
     asked: list[int] = []
-    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
     monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", lambda n: (asked.append(n), n == 1)[1])
-    signals = hosts.StopSignals()
+    signals = distributed.StopSignals()
     assert signals.requested(5) and asked == [1, 2, 3, 4, 5]
     assert not signals.requested(6) and asked[-1] == 6
 
@@ -156,29 +157,29 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):
     ],
 )
 def test_wrong_start_ups(arguments, message, monkeypatch):
-    for name in hosts.ENVIRONMENT.values():
+    for name in distributed.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=message):
-        hosts.start(**arguments)
+        distributed.start(**arguments)
 
 
 def test_the_environment_can_start_a_run(monkeypatch):
     started = []
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *values: started.append(values))
-    for name, value in zip(hosts.ENVIRONMENT.values(), ("10.0.0.1:1234", "4", "3"), strict=True):
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *values: started.append(values))
+    for name, value in zip(distributed.ENVIRONMENT.values(), ("10.0.0.1:1234", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
-    hosts.start()
-    hosts.start(process_id=0)
+    distributed.start()
+    distributed.start(process_id=0)
     assert started == [("10.0.0.1:1234", 4, 3), ("10.0.0.1:1234", 4, 0)]
     monkeypatch.setenv("ZFLORA_PROCESS_ID", "three")
     with pytest.raises(ConfigError, match="--process-id 'three': expected a whole number"):
-        hosts.start()
+        distributed.start()
 
 
 def test_a_run_without_the_flags_is_one_process(monkeypatch):
-    for name in hosts.ENVIRONMENT.values():
+    for name in distributed.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_: pytest.fail("started"))
-    hosts.start()
-    hosts.start("localhost:1", 1, 0)
-    assert hosts.is_main()
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_: pytest.fail("started"))
+    distributed.start()
+    distributed.start("localhost:1", 1, 0)
+    assert distributed.is_main()

@@ -12,18 +12,19 @@ import jax
 import pytest
 from conftest import perturb, small_run, tiny_model
 
-from zflora_jax import generate_command, trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.cli import main
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.fields import ConfigError
+from zflora_jax.cli import generate_command
+from zflora_jax.cli.main import main
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import preset
+from zflora_jax.core.trees import size
+from zflora_jax.experiments.info import describe
+from zflora_jax.experiments.run import train
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
-from zflora_jax.info import describe
-from zflora_jax.model_config import preset
-from zflora_jax.run import train
-from zflora_jax.trees import size
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_every_line_of_a_file_is_one_prompt_whole_and_without_a_byte_order_mark(
 
 def test_generate_fuses_a_peft_adapter(tmp_path, base_dir, capsys):
     from zflora_jax.hf.load import load_model
-    from zflora_jax.text import generate
+    from zflora_jax.inference.text import generate
 
     model, adapter = load_model(base_dir), AdapterConfig("lora", rank=4)
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter), std=0.5)
@@ -205,8 +206,8 @@ def test_typed_lines_end_with_the_input(monkeypatch):
 def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, capsys):
     """A run of alpaca prompts is asked in that form, with --prompt and --file alike; it holds no conversation."""
     from zflora_jax.data.prompts import render
-    from zflora_jax.run import load_fused
-    from zflora_jax.text import generate
+    from zflora_jax.experiments.run import load_fused
+    from zflora_jax.inference.text import generate
 
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     run = small_run(base_dir)

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from zflora_jax import layers
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.config import AdapterConfig
-from zflora_jax.devices import widest_cudnn_head, widest_head
-from zflora_jax.layers import KEEP, ROPE_ROWS, attention, query_blocks, rope_tables
-from zflora_jax.llama import Llama, forward
-from zflora_jax.model_config import preset
-from zflora_jax.products import head_logits, matmul
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model_config import preset
+from zflora_jax.nn.llama import Llama, forward
+from zflora_jax.ops import attention as attention_ops
+from zflora_jax.ops.attention import attention, query_blocks
+from zflora_jax.ops.products import head_logits, matmul
+from zflora_jax.ops.remat import KEEP
+from zflora_jax.ops.rope import ROPE_ROWS, rope_tables
+from zflora_jax.parallel.devices import widest_cudnn_head, widest_head
 
 
 def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8):
@@ -41,7 +43,7 @@ def plain(q, keys, values, mask, scale):
 
 @pytest.mark.parametrize(("T", "S", "blocks"), [(12, 12, 1), (12, 12, 3), (5, 12, 1), (1, 12, 1)])
 def test_attention_and_its_gradients_equal_the_plain_formula(T, S, blocks, monkeypatch):
-    monkeypatch.setattr(layers, "query_blocks", lambda _: blocks)
+    monkeypatch.setattr(attention_ops, "query_blocks", lambda _: blocks)
     q, keys, values, mask = inputs(T, S)
     weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
 
@@ -81,7 +83,7 @@ def test_long_sequences_never_hold_all_scores():
 def test_blocks_do_not_change_a_model(monkeypatch, tokens):
     model = tiny_model()
     whole = forward(model, tokens[:, :8])
-    monkeypatch.setattr(layers, "query_blocks", lambda _: 4)
+    monkeypatch.setattr(attention_ops, "query_blocks", lambda _: 4)
     jax.clear_caches()
     np.testing.assert_allclose(forward(model, tokens[:, :8]), whole, atol=1e-5)
     jax.clear_caches()
@@ -131,7 +133,7 @@ def test_what_cudnn_is_given_is_the_same_attention():
         return lambda *a: jnp.sum(jnp.sin(f(*a, mask, 0.3)))
 
     def theirs(*a):
-        return layers.fused_attention(*a, implementation="xla")
+        return attention_ops.fused_attention(*a, implementation="xla")
 
     np.testing.assert_allclose(theirs(q, keys, values, mask, 0.3), attention(q, keys, values, mask, 0.3), atol=2e-6)
     got, want = (jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (theirs, attention))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from conftest import narrow_and_wide, tiny_model
 
-from zflora_jax import likelihood
-from zflora_jax.fields import ConfigError
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.likelihood import advance, option_log_likelihoods
-from zflora_jax.llama import forward
-from zflora_jax.model import Model
+from zflora_jax.inference import likelihood
+from zflora_jax.inference.likelihood import advance, option_log_likelihoods
+from zflora_jax.nn.llama import forward
 
 Rows = tuple[list[list[int]], list[list[list[int]]]]
 WIDTH = 48  # every sequence here fits: one shape, one compilation of the reference

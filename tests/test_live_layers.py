@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from conftest import adapter_cases, case_id, dead_slices, perturb, tiny_model
 
-from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
 from zflora_jax.adapters.methods import count_params, live_layers, plan
-from zflora_jax.config import METHODS, AdapterConfig, OptimConfig
-from zflora_jax.model_config import preset
-from zflora_jax.trainer import batch_loss, init_state, make_train_step
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.model_config import preset
+from zflora_jax.core.run_config import OptimConfig
+from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 
 OPTIM = OptimConfig(warmup_steps=0, learning_rate=1e-2, weight_decay=0.1)
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers

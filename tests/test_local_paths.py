@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model
 
-from zflora_jax import cli
-from zflora_jax import run as runs
-from zflora_jax.compare import compare_methods
-from zflora_jax.comparison import Comparison
-from zflora_jax.config import AdapterConfig
-from zflora_jax.fields import ConfigError
-from zflora_jax.grid import run_grid
+from zflora_jax.cli.main import main
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.evaluation.scorecard import evaluate, evaluate_tasks
+from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.compare import compare_methods
+from zflora_jax.experiments.comparison import Comparison
+from zflora_jax.experiments.grid import run_grid
+from zflora_jax.experiments.quickstart import quickstart
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
-from zflora_jax.quickstart import quickstart
-from zflora_jax.report import local_path
-from zflora_jax.scorecard import evaluate, evaluate_tasks
+from zflora_jax.reporting.files import local_path
 
 URL = "gs://bucket/run"
 CONFIG = "from zflora_jax import RunConfig\ndef get_config():\n    return RunConfig()\n"
@@ -84,5 +84,5 @@ def test_every_function_that_writes(run):
 )
 def test_every_command_that_writes(command, tmp_path, capsys):
     (tmp_path / "config.py").write_text(CONFIG)
-    assert cli.main([str(tmp_path / "config.py") if word == "CONFIG" else word for word in command]) == 2
+    assert main([str(tmp_path / "config.py") if word == "CONFIG" else word for word in command]) == 2
     assert f"{URL} is a URL" in capsys.readouterr().err

@@ -17,23 +17,26 @@ import pytest
 from conftest import assert_logits_close, assert_trees_equal, perturb, tiny_model
 from test_sharding import OPTIM, batch, sharded_model
 
-from zflora_jax import compare, grid, sharding, trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.checkpoint import adopt
-from zflora_jax.config import METHODS, AdapterConfig, MeshConfig, RunConfig, from_file
-from zflora_jax.decode import generate_tokens
-from zflora_jax.fields import ConfigError, override, to_dict
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError, override, to_dict
+from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import MeshConfig, RunConfig, from_file
+from zflora_jax.experiments import compare, grid
+from zflora_jax.experiments.info import describe
+from zflora_jax.experiments.run import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.restore import MANIFEST
 from zflora_jax.hf.save import save_hf
-from zflora_jax.info import describe
-from zflora_jax.layers import Dense
-from zflora_jax.llama import Llama, forward
-from zflora_jax.model import Model
-from zflora_jax.run import train
-from zflora_jax.trainer import eval_step, init_state, make_train_step
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.nn.layers import Dense
+from zflora_jax.nn.llama import Llama, forward
+from zflora_jax.parallel import sharding
+from zflora_jax.training.checkpoint import adopt
+from zflora_jax.training.trainer import eval_step, init_state, make_train_step
 
 RESULTS = Path(__file__).parents[1] / "results"
 LORA = AdapterConfig("lora", rank=4)

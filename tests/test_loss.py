@@ -13,12 +13,13 @@ from conftest import perturb, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zflora_jax import trees
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig, OptimConfig
-from zflora_jax.loss import masked_cross_entropy
-from zflora_jax.optim import learning_rate_schedule, make_optimizer
-from zflora_jax.trainer import batch_loss
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.run_config import OptimConfig
+from zflora_jax.training.loss import masked_cross_entropy
+from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
+from zflora_jax.training.trainer import batch_loss
 
 B, T, D, V = 3, 14, 8, 21
 POSITIONS = B * (T - 1)

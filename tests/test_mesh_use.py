@@ -13,27 +13,38 @@ from byte_tokenizer import byte_tokenizer
 from conftest import assert_logits_close, assert_trees_equal, perturb, tiny_model
 from jax.sharding import PartitionSpec as P
 
-from zflora_jax import run as runs
-from zflora_jax import sharding, trees
-from zflora_jax.adapters.fuse import _fuse, _swap, _unfuse, fuse, swap, unfuse
+from zflora_jax.adapters.fuse import _fuse, _unfuse, fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.beam import beam_decode
+from zflora_jax.adapters.swapping import _swap, swap
 from zflora_jax.bench.latency import decode_latency
-from zflora_jax.cli import main
-from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
-from zflora_jax.decode import Sampler, decode, generate_tokens, packed, stream_tokens
-from zflora_jax.evals import held_out_loss
-from zflora_jax.fields import ConfigError
+from zflora_jax.cli.main import main
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import (
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from zflora_jax.evaluation.evals import held_out_loss
+from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.run import export_run, held_out, load_fused, load_run
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.likelihood import option_log_likelihoods
-from zflora_jax.llama import forward
-from zflora_jax.mesh import mesh_in_use, mesh_of
-from zflora_jax.model import param_shapes
-from zflora_jax.run import export_run, held_out, load_fused, load_run
-from zflora_jax.serving import serve
-from zflora_jax.sharding import make_mesh, shard
-from zflora_jax.trainer import init_state, make_train_step
+from zflora_jax.inference.beam import beam_decode
+from zflora_jax.inference.decode import decode, generate_tokens, packed, stream_tokens
+from zflora_jax.inference.likelihood import option_log_likelihoods
+from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.serving import serve
+from zflora_jax.nn.llama import forward
+from zflora_jax.parallel import sharding
+from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
+from zflora_jax.parallel.sharding import make_mesh, shard
+from zflora_jax.training.trainer import init_state, make_train_step
 
 MESH = MeshConfig(fsdp=2, tensor=2)
 PROMPTS = [[5, 9, 77, 30, 2, 61], [8, 200, 31], [100, 101, 102, 103, 7]]

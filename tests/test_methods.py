@@ -11,13 +11,10 @@ import numpy as np
 import pytest
 from conftest import assert_trees_equal
 
-from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
 from zflora_jax.adapters.methods import (
-    KERNELS,
     SERVED_HEAD_DIMS,
     block_shapes,
-    count_base,
     count_params,
     default_head_rank,
     fused_config,
@@ -26,11 +23,13 @@ from zflora_jax.adapters.methods import (
     rank_for_budget,
     target_kernels,
 )
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.fields import ConfigError
-from zflora_jax.layers import tile
-from zflora_jax.model import Model, param_shapes
-from zflora_jax.model_config import PRESETS, preset
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import KERNELS, count_base, param_shapes
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import PRESETS, preset
+from zflora_jax.ops.tiling import tile
 
 F, FB, ALL = ("forward",), ("forward", "backward"), ("forward", "backward", "cross")
 B = ("backward",)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zflora_jax import metrics
-from zflora_jax.fields import ConfigError
-from zflora_jax.metrics import MetricWriter, read_metrics
-from zflora_jax.trackers import require_installed
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.reporting import metrics
+from zflora_jax.reporting.metrics import MetricWriter, read_metrics
+from zflora_jax.reporting.trackers import require_installed
 
 
 def _lines(workdir):
@@ -122,7 +122,7 @@ def test_console_false_prints_nothing(tmp_path, capsys):
 
 
 def test_import_is_light():
-    code = "import sys, zflora_jax.metrics, zflora_jax.plots, zflora_jax.report; print({'rich', 'matplotlib', 'tensorboardX'} & set(sys.modules))"
+    code = "import sys, zflora_jax.reporting.metrics, zflora_jax.reporting.plots, zflora_jax.reporting.provenance; print({'rich', 'matplotlib', 'tensorboardX'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 

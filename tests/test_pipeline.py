@@ -11,13 +11,14 @@ from byte_tokenizer import PAD, byte_tokenizer
 from conftest import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig, DataConfig
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.mixture import load_mixture, parse_mixture
 from zflora_jax.data.pipeline import Encoded, Row, encode_prompts, eval_batches, fit_documents, pack, pad, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
-from zflora_jax.fields import ConfigError
-from zflora_jax.llama import forward, segment_positions
-from zflora_jax.trainer import eval_step
+from zflora_jax.nn.llama import forward, segment_positions
+from zflora_jax.training.trainer import eval_step
 
 
 @pytest.fixture(autouse=True)

@@ -7,17 +7,19 @@ import jax
 import pytest
 from conftest import dead_slices
 
-from zflora_jax import planner, trees
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.cli import main
-from zflora_jax.config import METHODS, AdapterConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.fields import ConfigError, override
+from zflora_jax.cli.main import main
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.model_config import preset
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from zflora_jax.experiments import planner
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.save import save_hf
-from zflora_jax.llama import random_model
-from zflora_jax.model_config import preset
-from zflora_jax.trainer import init_state
+from zflora_jax.nn.llama import random_model
+from zflora_jax.training.trainer import init_state
 
 SMALL = preset("tiny").replace(num_kv_heads=4, vocab_size=264, num_layers=3)
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from zflora_jax import plots
+from zflora_jax.reporting import plots
 
 
 @pytest.fixture

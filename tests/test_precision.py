@@ -13,20 +13,23 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import perturb, tiny_model
 
-from zflora_jax import decode, likelihood, scorecard
-from zflora_jax.adapters.fuse import _fuse, fuse, pack, unfuse
+from zflora_jax.adapters.fuse import _fuse, fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.beam import beam_decode
-from zflora_jax.checkpoint import adopt, claim
-from zflora_jax.cli import main
-from zflora_jax.config import AdapterConfig, OptimConfig, RunConfig
-from zflora_jax.fields import ConfigError, override
+from zflora_jax.adapters.packing import pack
+from zflora_jax.cli.main import main
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import OptimConfig, RunConfig
+from zflora_jax.evaluation import scorecard
+from zflora_jax.experiments.run import as_base
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import MANIFEST
 from zflora_jax.hf.save import save_hf
-from zflora_jax.llama import _forward, forward
-from zflora_jax.run import as_base
-from zflora_jax.trainer import eval_step, init_state, make_train_step
+from zflora_jax.inference import decode, likelihood
+from zflora_jax.inference.beam import beam_decode
+from zflora_jax.nn.llama import _forward, forward
+from zflora_jax.training.checkpoint import adopt, claim
+from zflora_jax.training.trainer import eval_step, init_state, make_train_step
 
 ADAPTER = AdapterConfig("zflora-uniform", rank=4)
 
@@ -81,7 +84,7 @@ def test_what_must_be_exact_is_highest_whatever_the_setting(method, monkeypatch)
         seen.append(precisions(_forward.lower(*args)))
         return _forward(*args)
 
-    monkeypatch.setattr("zflora_jax.llama._forward", lowered)
+    monkeypatch.setattr("zflora_jax.nn.llama._forward", lowered)
     forward(model, jnp.ones((1, 3), jnp.int32), adapter, adapters)
     assert seen == [{"HIGHEST"}]
     text = _fuse.lower(model.config, adapter, model.params, adapters).as_text()

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from conftest import narrow_and_wide
 
-from zflora_jax import products, trees
-from zflora_jax.adapters.fuse import pack
-from zflora_jax.beam import next_logits
-from zflora_jax.decode import Sampler, decode, generate_tokens
-from zflora_jax.likelihood import option_log_likelihoods
-from zflora_jax.llama import init_cache
-from zflora_jax.model import Model
+from zflora_jax.adapters.packing import pack
+from zflora_jax.core import trees
+from zflora_jax.core.model import Model
+from zflora_jax.inference.beam import next_logits
+from zflora_jax.inference.decode import decode, generate_tokens
+from zflora_jax.inference.likelihood import option_log_likelihoods
+from zflora_jax.inference.sampling import Sampler
+from zflora_jax.nn.kv_cache import init_cache
+from zflora_jax.ops import products
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1), (2, 4)], ids=str)

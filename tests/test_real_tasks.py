@@ -3,9 +3,9 @@
 import pytest
 from conftest import real_data
 
-from zflora_jax.config import DataConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.tasks import PARSERS, SPLITS, TASKS, load_examples
-from zflora_jax.fields import ConfigError
 
 
 @pytest.fixture(autouse=True)

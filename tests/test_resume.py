@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 from conftest import assert_trees_equal
 
-from zflora_jax import checkpoint, run_report
-from zflora_jax import run as runs
-from zflora_jax.checkpoint import adopt, claim, locked, read_config
-from zflora_jax.config import RunConfig
-from zflora_jax.fields import ConfigError, override
-from zflora_jax.hosts import Stopped, StopSignals
-from zflora_jax.metrics import read_metrics
-from zflora_jax.report import plain
-from zflora_jax.starts import read_starts
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments import run as runs
+from zflora_jax.experiments import run_report
+from zflora_jax.parallel.distributed import Stopped, StopSignals
+from zflora_jax.reporting.files import plain
+from zflora_jax.reporting.metrics import read_metrics
+from zflora_jax.training import checkpoint
+from zflora_jax.training.checkpoint import adopt, claim, locked, read_config
+from zflora_jax.training.starts import read_starts
 
 
 def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:

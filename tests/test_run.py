@@ -17,22 +17,23 @@ import numpy as np
 import pytest
 from conftest import assert_logits_close, assert_trees_equal
 
-from zflora_jax import run as runs
-from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.checkpoint import Checkpoints, read_config
-from zflora_jax.config import METHODS, RunConfig
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
-from zflora_jax.fields import ConfigError, override
+from zflora_jax.evaluation.scorecard import evaluate
+from zflora_jax.experiments import run as runs
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
 from zflora_jax.hf.save import save_hf
-from zflora_jax.hosts import Stopped
-from zflora_jax.llama import forward
-from zflora_jax.metrics import read_metrics
-from zflora_jax.report import plain
-from zflora_jax.scorecard import evaluate
-from zflora_jax.trainer import NonFiniteError
+from zflora_jax.nn.llama import forward
+from zflora_jax.parallel.distributed import Stopped
+from zflora_jax.reporting.files import plain
+from zflora_jax.reporting.metrics import read_metrics
+from zflora_jax.training.checkpoint import Checkpoints, read_config
+from zflora_jax.training.trainer import NonFiniteError
 
 TESTS = Path(__file__).parent
 
@@ -226,7 +227,7 @@ def test_two_processes_on_one_workdir(run, tmp_path):
 
 @contextmanager
 def locked_by_another_process(workdir: Path):
-    program = "import sys, time; from zflora_jax.checkpoint import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    program = "import sys, time; from zflora_jax.training.checkpoint import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     env = os.environ | {"PYTHONPATH": str(TESTS.parent)}
     with subprocess.Popen([sys.executable, "-c", program, str(workdir)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"  # type: ignore[union-attr]

@@ -12,7 +12,8 @@ from conftest import untied
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from zflora_jax.decode import Sampler, generate_tokens, greedy
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.sampling import Sampler, greedy
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:

@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 from conftest import assert_logits_close, assert_trees_equal, perturb, untied
 
-from zflora_jax import trees
-from zflora_jax.adapters import fuse as fusion
-from zflora_jax.adapters.fuse import fuse, pack, swap, unfuse
+from zflora_jax.adapters import swapping
+from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.methods import base_config
+from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.swapping import swap
 from zflora_jax.adapters.tasks import pad_adapters, rows_of, stack_tasks
-from zflora_jax.config import AdapterConfig
-from zflora_jax.decode import Sampler, generate_tokens
-from zflora_jax.fields import ConfigError
-from zflora_jax.llama import forward
-from zflora_jax.model import Model
-from zflora_jax.serving import serve
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.serving import serve
+from zflora_jax.nn.llama import forward
 
 MINIMAL = AdapterConfig("zflora-minimal", rank=6, alpha=9.0)
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100], [4, 4, 8, 1]]
@@ -98,10 +102,10 @@ def test_a_thousand_swaps_compile_once_and_leave_the_base(base, packed):
     kept = jax.tree.map(np.asarray, first.params)
     live = swap(first, tasks[1])
     assert generate_tokens(live, PROMPTS, max_new_tokens=8) == want[1]
-    compiled = fusion._swap._cache_size()
+    compiled = swapping._swap._cache_size()
     for turn in range(999):
         live = swap(live, tasks[turn % 2])
-    assert fusion._swap._cache_size() == compiled
+    assert swapping._swap._cache_size() == compiled
     assert_trees_equal(live.params, kept)  # the last was task 0
     assert generate_tokens(live, PROMPTS, max_new_tokens=8) == want[0]
     if not packed:
@@ -170,8 +174,8 @@ def test_a_swap_copies_no_kernel(base, method, packed):
     adapters = adapters_of(base, adapter, 1)
     model = fuse(base, adapter, adapters)
     model = pack(model) if packed else model
-    narrow = fusion.base_config(model.config.replace(packed=False), adapter)
-    memory = fusion._swap.lower(model.config, narrow, adapter, model.params, adapters).compile().memory_analysis()
+    narrow = base_config(model.config.replace(packed=False), adapter)
+    memory = swapping._swap.lower(model.config, narrow, adapter, model.params, adapters).compile().memory_analysis()
     kernels = [leaf.nbytes for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel")]
     assert memory.alias_size_in_bytes >= sum(kernels)
     assert memory.temp_size_in_bytes < min(kernels) / (1 if packed else base.config.num_layers)
@@ -187,7 +191,7 @@ def test_requests_are_grouped_by_task_and_answered_as_alone(base, window, monkey
     requests = [(name, PROMPTS[i % 4]) for i, name in enumerate(names)]
     alone = {name: generate_tokens(fuse(base, MINIMAL, tree), [prompt for _, prompt in requests], max_new_tokens=7) for name, tree in tasks.items()}
     swaps: list[int] = []
-    monkeypatch.setattr("zflora_jax.serving.swap", lambda model, tree: (swaps.append(1), swap(model, tree))[1])
+    monkeypatch.setattr("zflora_jax.inference.serving.swap", lambda model, tree: (swaps.append(1), swap(model, tree))[1])
     answers = list(serve(fuse(base, MINIMAL, tasks["chat"]), tasks, iter(requests), max_new_tokens=7, window=window))
     assert sorted(number for number, _ in answers) == list(range(6))
     for number, answer in answers:

@@ -4,15 +4,16 @@ import jax
 import pytest
 from conftest import assert_trees_equal, perturb, tiny_model
 
-from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig, MeshConfig
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.shards import Shards
-from zflora_jax.sharding import make_mesh, spec
+from zflora_jax.parallel.sharding import make_mesh, spec
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

@@ -12,16 +12,25 @@ from byte_tokenizer import byte_tokenizer
 from conftest import adapter_cases, assert_trees_equal, case_id, perturb, tiny_model
 from jax.sharding import PartitionSpec as P
 
-from zflora_jax import run as runs
-from zflora_jax import sharding, trees
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
-from zflora_jax.config import METHODS, AdapterConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
-from zflora_jax.fields import ConfigError
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import PRESETS, preset
+from zflora_jax.core.run_config import (
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from zflora_jax.experiments import run as runs
 from zflora_jax.hf.save import save_hf
-from zflora_jax.metrics import read_metrics
-from zflora_jax.model import param_shapes
-from zflora_jax.model_config import PRESETS, preset
-from zflora_jax.trainer import init_state, make_train_step
+from zflora_jax.parallel import sharding
+from zflora_jax.reporting.metrics import read_metrics
+from zflora_jax.training.trainer import init_state, make_train_step
 
 MESHES = [MeshConfig(*(2**i for i in powers)) for powers in itertools.product(range(4), repeat=3) if 1 <= sum(powers) <= 3]
 FEW = [MeshConfig(2, 2, 2), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8)]

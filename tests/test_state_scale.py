@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE, case_id, perturb, tiny_model
 
-from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.fields import ConfigError
-from zflora_jax.hf.gap import export_gap
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.state_scale import CHOICES, choose_eps_z, state_share
-from zflora_jax.llama import forward
-from zflora_jax.model import Model
+from zflora_jax.nn.llama import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
 STATE = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS if METHODS[method].residual]

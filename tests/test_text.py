@@ -9,11 +9,12 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import untied
 
-from zflora_jax import decode
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.prompts import render_turns
-from zflora_jax.decode import Sampler, generate_tokens, stream_tokens
-from zflora_jax.fields import ConfigError
-from zflora_jax.text import converse, generate, stream
+from zflora_jax.inference import decode
+from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.text import converse, generate, stream
 
 PROMPT = "Once upon"
 
@@ -64,9 +65,9 @@ def test_pieces_together_are_the_generated_text(talker, chat):
 
 def test_a_piece_never_ends_within_a_character(talker, monkeypatch):
     text = "aé€😀b"
-    monkeypatch.setattr("zflora_jax.text.stream_tokens", lambda *_, **__: iter(text.encode()))
+    monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter(text.encode()))
     assert list(stream(talker, PROMPT)) == list(text)
-    monkeypatch.setattr("zflora_jax.text.stream_tokens", lambda *_, **__: iter("é".encode()[:1]))
+    monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter("é".encode()[:1]))
     assert list(stream(talker, PROMPT)) == ["�"]  # cut there by max_new_tokens
 
 
@@ -107,7 +108,7 @@ def test_a_stopped_answer_ends_and_the_conversation_goes_on(talker, monkeypatch)
         if len(heard) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("zflora_jax.text.stream", interrupted)
+    monkeypatch.setattr("zflora_jax.inference.text.stream", interrupted)
     assert talk(talker, ["a", "b"], max_new_tokens=8) == "half (stopped)\nhalf\n"
     assert [turn["content"] for turn in heard[1]] == ["a", "half", "b"]
 

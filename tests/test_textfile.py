@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from zflora_jax.fields import ConfigError
-from zflora_jax.metrics import read_metrics
-from zflora_jax.textfile import decode, lines_of
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.textfile import decode, lines_of
+from zflora_jax.reporting.metrics import read_metrics
 
 NO_ENDS = "a\u2028b\u2029c\x0bd\x0ce\x1cf\x85g"  # str.splitlines cuts at each of them
 

@@ -7,9 +7,11 @@ from conftest import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import METHODS, AdapterConfig, OptimConfig
-from zflora_jax.decode import Sampler, decode, packed
-from zflora_jax.trainer import init_state, make_train_step
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.run_config import OptimConfig
+from zflora_jax.inference.decode import decode, packed
+from zflora_jax.inference.sampling import Sampler
+from zflora_jax.training.trainer import init_state, make_train_step
 
 
 def exported(function, *arguments):

@@ -11,9 +11,9 @@ from conftest import assert_trees_equal, tiny_model
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zflora_jax import trees
-from zflora_jax.config import MeshConfig
-from zflora_jax.sharding import make_mesh
+from zflora_jax.core import trees
+from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.parallel.sharding import make_mesh
 
 
 def small() -> trees.Tree:

@@ -12,23 +12,26 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import assert_logits_close, assert_trees_equal, perturb, tiny_model
 
-from zflora_jax import run as runs
-from zflora_jax import trees
-from zflora_jax.adapters.fuse import fuse, pack, unfuse
+from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.config import AdapterConfig, DataConfig, MeshConfig
+from zflora_jax.adapters.packing import pack
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import DataConfig, MeshConfig
 from zflora_jax.data.pipeline import tokenize_examples
 from zflora_jax.data.tasks import Example
-from zflora_jax.decode import generate_tokens, stream_tokens
-from zflora_jax.fields import ConfigError, override
+from zflora_jax.experiments import run as runs
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.likelihood import option_log_likelihoods
-from zflora_jax.llama import forward
-from zflora_jax.model import Model, param_shapes
-from zflora_jax.sharding import make_mesh, shard
-from zflora_jax.text import generate
-from zflora_jax.vocabulary import resize_vocab
+from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.likelihood import option_log_likelihoods
+from zflora_jax.inference.text import generate
+from zflora_jax.nn.llama import forward
+from zflora_jax.nn.vocabulary import resize_vocab
+from zflora_jax.parallel.sharding import make_mesh, shard
 
 TEMPLATE = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"

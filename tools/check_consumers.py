@@ -116,7 +116,7 @@ def last_words(stderr: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "error" in line]
-    from zflora_jax.report import relative_paths
+    from zflora_jax.reporting.provenance import relative_paths
 
     return relative_paths((errors or lines or ["no message"])[-1][:200])
 
@@ -192,8 +192,10 @@ def main() -> None:
     from to_gguf import ConversionError, convert
 
     from zflora_jax import load_model, save_hf
-    from zflora_jax.config import METHODS
-    from zflora_jax.report import atomic_write, environment, markdown_table, origin_line, write_json
+    from zflora_jax.core.adapter_config import METHODS
+    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.provenance import environment, origin_line
+    from zflora_jax.reporting.tables import markdown_table
 
     env, base = environment(), load_model("smollm2-135m")
     ids = [base.tokenizer(text)["input_ids"] for text in PROMPTS]

@@ -10,12 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax import trees
-from zflora_jax.adapters.methods import SERVED_HEAD_DIMS, block_shapes, default_head_rank, group, kernel_shapes, live_layers, plan
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.devices import widest_head
-from zflora_jax.model import Model, param_shapes
-from zflora_jax.model_config import LlamaConfig
+from zflora_jax.adapters.methods import (
+    SERVED_HEAD_DIMS,
+    block_shapes,
+    default_head_rank,
+    live_layers,
+    plan,
+)
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import group, kernel_shapes, param_shapes
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.parallel.devices import widest_head
 
 
 def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:

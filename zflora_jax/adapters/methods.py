@@ -12,26 +12,11 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
 
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.fields import ConfigError, nearest, require
-from zflora_jax.model_config import LlamaConfig
-
-Stream = Literal["residual", "heads", "mlp"]
-
-# kernel -> (stream it reads, stream it writes)
-KERNELS: dict[str, tuple[Stream, Stream]] = {
-    "q": ("residual", "heads"),
-    "k": ("residual", "heads"),
-    "v": ("residual", "heads"),
-    "o": ("heads", "residual"),
-    "gate": ("residual", "mlp"),
-    "up": ("residual", "mlp"),
-    "down": ("mlp", "residual"),
-}
-ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, count_base, kernel_shapes
+from zflora_jax.core.fields import ConfigError, nearest, require
+from zflora_jax.core.model_config import LlamaConfig
 
 _STAGE = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}  # the order within a layer
 
@@ -47,11 +32,6 @@ class Plan:
     heads: int = 0
     mlp: int = 0
     blocks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-
-
-def group(kernel: str) -> str:
-    """The submodule of a block that holds the kernel: "attn" or "mlp"."""
-    return "attn" if kernel in ATTENTION else "mlp"
 
 
 def target_kernels(targets: str) -> tuple[str, ...]:
@@ -157,13 +137,6 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
     return base
 
 
-def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """kernel -> (input axes, output axes) of one layer's kernel, e.g. q: ((d,), (H, k))."""
-    d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
-    query, kv = (config.num_heads, k), (config.num_kv_heads, k)
-    return {"q": ((d,), query), "k": ((d,), kv), "v": ((d,), kv), "o": (query, (d,)), "gate": ((d,), (f,)), "up": ((d,), (f,)), "down": ((f,), (d,))}
-
-
 def block_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """kernel -> block name -> shape in one layer. `config` is the base's. Low-rank factors are over flattened axes: lora_a [in, r], lora_b [r,
     out], ffa_a [in, r].
@@ -217,12 +190,6 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
         return range(first, end)
 
     return {kernel: {block: live(kernel, block) for block in names} for kernel, names in blocks.items()}
-
-
-def count_base(config: LlamaConfig) -> int:
-    """Parameters of a model of shape `config` (tied embeddings counted once)."""
-    layer = sum(math.prod(i + o) for i, o in kernel_shapes(config).values()) + 2 * config.hidden_size
-    return config.num_layers * layer + config.hidden_size * (1 + config.vocab_size * (1 if config.tie_word_embeddings else 2))
 
 
 def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:

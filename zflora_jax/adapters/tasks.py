@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.fields import require
-from zflora_jax.model_config import LlamaConfig
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import require
+from zflora_jax.core.model_config import LlamaConfig
 
 SCALED = ("backward", "lora_b")  # the blocks that the adapter's scale multiplies
 

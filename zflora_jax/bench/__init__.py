@@ -1,5 +1,8 @@
-"""Benchmarks: everything that is compared takes turns within one process, compile time is left out,
-and medians are reported (README, "Results")."""
+"""Latency and training speed: everything that is compared takes turns within one process,
+compile time is left out, and medians are reported.
+
+No runs: a measurement makes its own model.
+"""
 
 from typing import Any
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zflora_jax.config import OptimConfig
-from zflora_jax.fields import require
+from zflora_jax.core.fields import require
+from zflora_jax.core.run_config import OptimConfig
 
 OPTIM = OptimConfig(schedule="constant", warmup_steps=0, learning_rate=1e-3)
 

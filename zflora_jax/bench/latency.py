@@ -12,20 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax import trees
-from zflora_jax.adapters.fuse import fuse, pack
+from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
+from zflora_jax.adapters.packing import pack
 from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.decode import Sampler, decode, packed
-from zflora_jax.fields import require
-from zflora_jax.llama import Llama
-from zflora_jax.mesh import mesh_in_use
-from zflora_jax.model import Model
-from zflora_jax.model_config import LlamaConfig
-from zflora_jax.plots import bars, curves
-from zflora_jax.report import atomic_write, markdown_table, origin_line, write_json
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.inference.decode import decode, packed
+from zflora_jax.inference.sampling import Sampler
+from zflora_jax.nn.llama import Llama
+from zflora_jax.parallel.mesh import mesh_in_use
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.plots import bars, curves
+from zflora_jax.reporting.provenance import origin_line
+from zflora_jax.reporting.tables import markdown_table
 
 Row = dict[str, Any]
 BASE, UNMERGED, IDLE = "base", "lora un-merged", "zflora-minimal idle"

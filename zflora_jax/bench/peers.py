@@ -8,8 +8,8 @@ import jax
 
 from zflora_jax.bench.peft import imports, with_lora
 from zflora_jax.bench.timing import Contender
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
-from zflora_jax.model_config import LlamaConfig
 
 PEER, PEER_LORA, PEER_IDLE = "transformers", "transformers + PEFT lora", "transformers + PEFT idle"
 

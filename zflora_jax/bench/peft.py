@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.bench.case import OPTIM, Case, peak_resident
-from zflora_jax.fields import ConfigError
+from zflora_jax.core.fields import ConfigError
 
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

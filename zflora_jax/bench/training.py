@@ -19,20 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.methods import count_base, count_params
+from zflora_jax.adapters.methods import count_params
 from zflora_jax.bench import peers, peft
 from zflora_jax.bench.case import OPTIM, Case, peak_resident
 from zflora_jax.bench.timing import ratio, summary
-from zflora_jax.config import METHODS, AdapterConfig
-from zflora_jax.fields import require
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import count_base
+from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import PRESETS, preset
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.llama import random_model
-from zflora_jax.model import Model
-from zflora_jax.model_config import PRESETS, preset
-from zflora_jax.plots import bars
-from zflora_jax.report import atomic_write, markdown_table, origin_line, write_json
-from zflora_jax.trainer import init_state, make_train_step
+from zflora_jax.nn.llama import random_model
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.plots import bars
+from zflora_jax.reporting.provenance import origin_line
+from zflora_jax.reporting.tables import markdown_table
+from zflora_jax.training.trainer import init_state, make_train_step
 
 Row = dict[str, Any]
 PEFT = "PEFT lora"

@@ -6,7 +6,7 @@ import dataclasses
 from datetime import date as Date
 from datetime import datetime
 
-from zflora_jax.config import RunConfig
+from zflora_jax.core.run_config import RunConfig
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = (

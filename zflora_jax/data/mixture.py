@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from zflora_jax.config import DataConfig
+from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples
-from zflora_jax.fields import ConfigError, require
 
 _PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zflora_jax.config import DataConfig
+from zflora_jax.core.fields import require
+from zflora_jax.core.run_config import DataConfig
+from zflora_jax.core.token_ids import check_ids
 from zflora_jax.data.mixture import Mixture
 from zflora_jax.data.prompts import encode, encode_prompt_texts, render
 from zflora_jax.data.tasks import Example
-from zflora_jax.fields import require
-from zflora_jax.vocabulary import check_ids
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.data.dates import pin_date
-from zflora_jax.fields import ConfigError, nearest, require
 
 # LLM-Adapters' text, byte for byte: the lines after the header are indented by 16. Its training script (finetune.py) and its evaluation scripts
 # (evaluate.py, commonsense_evaluate.py) differ in three places: the spaces that end the header, without and with an input, and the line between

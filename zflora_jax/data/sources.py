@@ -6,12 +6,12 @@ import functools
 import hashlib
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zflora_jax.fields import ConfigError, require
+from zflora_jax.core.fields import ConfigError, require
 
 SPLITS = ("train", "validation", "test")
 HOLD_OUT = 200  # rows, at most a tenth of the train file, that stand in for a validation or test file that is not there
@@ -69,7 +69,9 @@ class Source:
         return f"{self.folder}/{{{','.join(names)}}}" if len(names) > 1 else f"{self.folder}/{names[0]}"
 
 
-def read_split(task: str, source: Source, split: str, data_dir: str | None) -> Split:
+def read_split(
+    task: str, source: Source, split: str, data_dir: str | None, folders: Collection[str] = ()
+) -> Split:
     """The rows of one split of a task.
 
     A validation or test split without a file is held out of the train file: HOLD_OUT rows each, at most a tenth, which the train split then
@@ -77,12 +79,15 @@ def read_split(task: str, source: Source, split: str, data_dir: str | None) -> S
     of the file, and a question that occurs twice (or a dialogue) never lies on both sides. Rows of the train file come in that pseudo-random
     order (so `train_limit` takes a sample), rows of a test or validation file in the file's.
 
+    Args:
+      folders: of all tasks, in lower case; rows are not looked for in another task's.
+
     Raises:
       ConfigError: no such file (the paths tried are listed), a file that is no dataset of the task, or one too short to hold rows out of.
     """
     if data_dir is None and source.public:
         return _public(task, source, split)
-    files = find_files(task, source, data_dir)
+    files = find_files(task, source, data_dir, folders)
     if split != "train" and split in files:
         rows = _open_file(*files[split])
         return Split(rows, range(len(rows)), str(files[split][1]))
@@ -98,7 +103,9 @@ def read_split(task: str, source: Source, split: str, data_dir: str | None) -> S
     return _part(task, rows, held_out, split, str(files["train"][1]))
 
 
-def find_files(task: str, source: Source, data_dir: str | None) -> dict[str, tuple[str, Path]]:
+def find_files(
+    task: str, source: Source, data_dir: str | None, folders: Collection[str] = ()
+) -> dict[str, tuple[str, Path]]:
     """Split -> (builder, path) of each split that has a file, in the first folder that has any."""
     where = "a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l), or one such file"
     if source.folder:
@@ -114,7 +121,7 @@ def find_files(task: str, source: Source, data_dir: str | None) -> dict[str, tup
     if root.is_file():
         require(source.anywhere, f"task {task!r}: data.data_dir={data_dir!r} is a file. {fix}")
         return {"train": (source.formats[0].builder, root)}
-    tried = _folders(source, root)
+    tried = _folders(source, root, folders)
     for folder in tried:
         if files := {split: file for split in SPLITS if (file := _file(task, source, folder, split))}:
             return files
@@ -122,20 +129,13 @@ def find_files(task: str, source: Source, data_dir: str | None) -> dict[str, tup
     raise ConfigError(f"task {task!r}: no train, validation or test file in data.data_dir={data_dir!r}. Tried: {listed}. {fix}")
 
 
-def _folders(source: Source, root: Path) -> list[Path]:
+def _folders(source: Source, root: Path, folders: Collection[str]) -> list[Path]:
     """Where to look, the most specific first: AddSub/test.json is no GSM8K, nor is a stray test.json beside gsm8k/."""
     below = [root / prefix / source.folder for prefix in ("", "dataset", "llm_adapters/dataset", "llm_adapters")] if source.folder else []
     name = root.resolve().name.lower()
     own = name == source.folder.lower()
-    anothers = bool(source.folder) and not own and name in _folder_names()
+    anothers = bool(source.folder) and not own and name in folders
     return [*below, root] if own or (source.anywhere and not anothers) else below
-
-
-def _folder_names() -> set[str]:
-    """The folders of all tasks, in lower case."""
-    from zflora_jax.data.tasks import TASKS, FileTask  # which imports this module
-
-    return {task.source.folder.lower() for task in TASKS.values() if isinstance(task, FileTask)}
 
 
 def _file(task: str, source: Source, folder: Path, split: str) -> tuple[str, Path] | None:

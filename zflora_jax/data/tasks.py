@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from zflora_jax.config import DataConfig
+from zflora_jax.core.fields import ConfigError, nearest, require
+from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
 from zflora_jax.data.answers import PARSERS, Kind, Rule, numbers, parse_number, same_number, stated
 from zflora_jax.data.sources import HOLD_OUT, SPLITS, TRAINING_SETS, Format, Row, Source, Split, named, read_split
-from zflora_jax.fields import ConfigError, nearest, require
 
 __all__ = ["GROUPS", "HOLD_OUT", "PARSERS", "SPLITS", "TASKS", "Example", "Task", "get_task", "load_examples"]
 __all__ += ["numbers", "parse_number", "same_number", "stated"]
@@ -102,7 +102,8 @@ class FileTask(Task):
     document: bool = False
 
     def split(self, split: str, data: DataConfig) -> Split:
-        return read_split(self.name, self.source, split, data.data_dir)
+        folders = {t.source.folder.lower() for t in TASKS.values() if isinstance(t, FileTask)}
+        return read_split(self.name, self.source, split, data.data_dir, folders)
 
     def example(self, row: Row) -> Example:
         prompt, target, answer, extra = (_text(row.get(name, "")) for name in ("instruction", "output", "answer", "input"))

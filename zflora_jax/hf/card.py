@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.config import METHODS
-from zflora_jax.fields import to_dict
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.fields import to_dict
+from zflora_jax.core.model import Model
 from zflora_jax.hf.load import HUB_IDS
-from zflora_jax.model import Model
 
 
 def base_name(model: Model) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zflora_jax.fields import ConfigError, from_dict, require
+from zflora_jax.core.fields import ConfigError, from_dict, require
+from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.rope import turned_dims, with_turned_dims
-from zflora_jax.model_config import LlamaConfig, RopeScaling
 
 # What this Llama has no code for: key -> values that leave the forward as it is. Everything else a config.json may carry is bookkeeping.
 _ONLY: dict[str, tuple[Any, ...]] = {

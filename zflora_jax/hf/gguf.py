@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from zflora_jax.fields import from_dict, require
+from zflora_jax.core.fields import from_dict, require
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
 from zflora_jax.hf.rope import with_frequencies
-from zflora_jax.layers import rope_frequencies
-from zflora_jax.model import Model
-from zflora_jax.model_config import LlamaConfig
-from zflora_jax.trees import unflatten
+from zflora_jax.ops.rope import rope_frequencies
 
 # GGUF name -> Hugging Face name.
 _LAYER = {

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.adapters.methods import group, kernel_shapes
-from zflora_jax.model_config import LlamaConfig
-from zflora_jax.trees import difference
+from zflora_jax.core.architecture import group, kernel_shapes
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.trees import difference
 
 
 class CheckpointError(ValueError):

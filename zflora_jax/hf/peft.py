@@ -15,19 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax import trees
 from zflora_jax.adapters.init import adapter_shapes
-from zflora_jax.adapters.methods import ATTENTION, KERNELS, MLP, group, kernel_shapes, plan
-from zflora_jax.config import AdapterConfig
-from zflora_jax.fields import ConfigError, require
+from zflora_jax.adapters.methods import plan
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes
+from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.directory import whole_directory
 from zflora_jax.hf.keys import LAYER_NAMES, CheckpointError, as_finite
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.shards import Shards, read_json
-from zflora_jax.mesh import require_local
-from zflora_jax.model import Model
-from zflora_jax.model_config import LlamaConfig
-from zflora_jax.report import local_path, write_json
+from zflora_jax.parallel.mesh import require_local
+from zflora_jax.reporting.files import local_path, write_json
 
 CONFIG, WEIGHTS, WRITER = "adapter_config.json", "adapter_model.safetensors", "zflora_jax"
 

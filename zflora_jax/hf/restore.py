@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.config import METHODS, AdapterConfig, from_file
-from zflora_jax.fields import from_dict
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import from_dict
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.run_config import from_file
+from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
-from zflora_jax.hf.load import accept_tied_head
-from zflora_jax.hf.shards import Shards, read_json
+from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
-from zflora_jax.model import Model
-from zflora_jax.model_config import LlamaConfig
-from zflora_jax.sharding import placement
-from zflora_jax.trees import unflatten
+from zflora_jax.parallel.sharding import placement
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
 SIDE_FOLDER, SIDE_FILE = "zflora", "restore.safetensors"  # in a folder of its own: servers load every *.safetensors beside config.json

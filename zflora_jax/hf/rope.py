@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.fields import ConfigError
-from zflora_jax.layers import rope_frequencies
-from zflora_jax.model_config import LlamaConfig, RopeScaling
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import LlamaConfig, RopeScaling
+from zflora_jax.ops.rope import rope_frequencies
 
 NO_ROTATION = 1e30  # divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
 

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax import trees
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.config import METHODS
-from zflora_jax.fields import require, to_dict
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.fields import require, to_dict
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.card import base_name, model_card
 from zflora_jax.hf.directory import whole_directory
 from zflora_jax.hf.keys import CheckpointError, as_finite, hf_table
@@ -22,10 +25,8 @@ from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERS
 from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.stock import StockForm, module_of, native_tensors, stock_form, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
-from zflora_jax.mesh import require_local
-from zflora_jax.model import Model, param_shapes
-from zflora_jax.model_config import LlamaConfig
-from zflora_jax.report import local_path, write_json
+from zflora_jax.parallel.mesh import require_local
+from zflora_jax.reporting.files import local_path, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 

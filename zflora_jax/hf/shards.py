@@ -8,8 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.hf.keys import IGNORED, CheckpointError, Part
-from zflora_jax.trees import difference
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.trees import difference
+from zflora_jax.hf.keys import (
+    IGNORED,
+    TOP_NAMES,
+    CheckpointError,
+    Part,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
@@ -113,3 +119,16 @@ class Shards:
             raise CheckpointError(
                 f"{path} is not a readable safetensors file ({error}); it is truncated or damaged. Download or export it again."
             ) from error
+
+
+def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes without the lm_head that some files of tied models carry; refused unless it equals the embedding."""
+    head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
+    if not config.tie_word_embeddings or head not in shards.shapes or embedding not in shards.shapes:
+        return shards.shapes
+    if shards.shapes[head] != shards.shapes[embedding] or not np.array_equal(shards.read(head), shards.read(embedding)):
+        raise CheckpointError(
+            f"{shards.directory}: config.json ties the head to the embedding, but {head} differs from {embedding}. "
+            "Set tie_word_embeddings to false in config.json if the head is to be used, or remove the tensor."
+        )
+    return {name: shape for name, shape in shards.shapes.items() if name != head}

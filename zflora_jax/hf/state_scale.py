@@ -13,9 +13,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from zflora_jax import trees
-from zflora_jax.fields import require
-from zflora_jax.model import Model
+from zflora_jax.core import trees
+from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model
 
 CHOICES = tuple(2.0**-k for k in range(11))  # 1, 1/2, ... 2^-10
 FLOAT16_LEAST = 2.0**-4  # below it float16 has no room: what reads the state is divided by eps_z

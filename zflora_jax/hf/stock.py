@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax import trees
-from zflora_jax.fields import ConfigError
+from zflora_jax.core import trees
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, as_finite, hf_table
 from zflora_jax.hf.rope import NO_ROTATION
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
-from zflora_jax.layers import rope_frequencies
-from zflora_jax.model import Model
-from zflora_jax.model_config import LlamaConfig
+from zflora_jax.ops.rope import rope_frequencies
 
 _READS, _WRITES, _NORMS = ("q", "k", "v", "gate", "up"), ("o", "down"), ("attn_norm", "mlp_norm", "final_norm")
 

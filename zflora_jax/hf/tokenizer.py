@@ -12,7 +12,7 @@ from typing import Any
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import TOKENIZER_FILES, load_tokenizer
 from zflora_jax.hf.shards import read_json
-from zflora_jax.report import write_json
+from zflora_jax.reporting.files import write_json
 
 GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one

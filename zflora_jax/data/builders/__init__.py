@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.fields import ConfigError
+from zflora_jax.core.fields import ConfigError
 
 
 def cache_dir() -> Path:

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from zflora_jax.fields import ConfigError
-from zflora_jax.textfile import decode, lines_of
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.textfile import decode, lines_of
 
 SPLIT = "rows"  # one file is one dataset with one split; which file is train or test is the task's business
 

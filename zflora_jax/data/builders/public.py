@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.builders import cache_dir, open_prepared, wording
 from zflora_jax.data.builders.wording import Fields
-from zflora_jax.fields import ConfigError
 
 Raw = Mapping[str, Any]
 TEST_IS_VALIDATION = {"train": "train", "test": "validation"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.builders import wording
 from zflora_jax.data.builders.files import FileBuilder, field, json_rows
-from zflora_jax.fields import ConfigError
 
 _FIELDS = "dialog (DailyDialog) or turns (MultiWOZ 2.2)"
 

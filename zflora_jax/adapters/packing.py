@@ -1,0 +1,63 @@
+"""The layout for decode: layers apart, kernels that read the same input side by side."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax.adapters.blocks import Array, pad_axis
+from zflora_jax.core import trees
+from zflora_jax.core.architecture import ATTENTION, MLP
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.trees import Tree
+from zflora_jax.ops.products import whole_vectors
+from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
+from zflora_jax.parallel.sharding import constrain
+
+
+def pack(model: Model) -> Model:
+    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [out, in]:
+    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to `products.whole_vectors`. For any Llama, fused or not.
+    The layout is what `products.row_products` reads. On a mesh the kernels stay apart, as sharding.RULES divide them (side by side, a part of one
+    would lie where another's belongs): only layers that are stacked get a subtree each.
+    """
+    if model.config.packed:
+        return model
+    if mesh_of(model.params) is not None:
+        if not model.config.scan_layers:
+            return model
+        with mesh_in_use(model.params):
+            params = _unstack(model.config, model.params)
+        return Model(model.config.replace(scan_layers=False, remat=False), params, model.tokenizer, model.source, model.adapter)
+    config = model.config.replace(scan_layers=False, packed=True, remat=False)
+    return Model(config, _pack(model.config, model.params), model.tokenizer, model.source, model.adapter)
+
+
+@partial(jax.jit, static_argnums=0)
+def _unstack(config: LlamaConfig, params: Tree) -> Tree:
+    return constrain(trees.unstack_layers(params, config.num_layers), fused=True)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pack(config: LlamaConfig, params: Tree) -> Tree:
+    tree = trees.unstack_layers(params, config.num_layers)
+    for i in range(config.num_layers):
+        layer = tree[f"layers_{i}"]
+
+        def stacked(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
+            """The kernels, whose first `axes` axes are their input's, below each other as [out, in]."""
+            leaves = [layer[group_name][name]["kernel"] for name in kernels]
+            kernel = jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves])
+            return {"kernel": pad_axis(kernel, -1, whole_vectors(kernel.shape[-1]) - kernel.shape[-1], 0)}
+
+        tree[f"layers_{i}"] = {
+            "attn_norm": layer["attn_norm"],
+            "mlp_norm": layer["mlp_norm"],
+            "attn": {"qkv": stacked("attn", *ATTENTION[:3]), "o": stacked("attn", "o", axes=2)},
+            "mlp": {"gate_up": stacked("mlp", *MLP[:2]), "down": stacked("mlp", "down")},
+        }
+    return tree

@@ -1,0 +1,121 @@
+"""Another adapter written over the one that is fused in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from zflora_jax.adapters.blocks import (
+    Array,
+    Piece,
+    block_region,
+    check_adapters,
+    in_axis,
+    require_widened,
+    stored_values,
+    with_block,
+)
+from zflora_jax.adapters.methods import base_config
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.architecture import group, kernel_shapes
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.trees import Tree
+from zflora_jax.ops.products import move
+from zflora_jax.parallel.mesh import beside, mesh_in_use, several_devices
+from zflora_jax.parallel.sharding import constrain
+
+
+def swap(fused: Model, adapters: Tree) -> Model:
+    """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same AdapterConfig. Only those blocks are written: O(adapter)
+    bytes, but for bfloat16 on a CPU, where XLA copies each kernel that they are part of, and on a mesh, where each kernel is gone through once.
+
+    The buffers of `fused.params` are donated: use the returned model, not the old one. ValueError as for `fuse`.
+    """
+    adapter = require_widened(fused, "swap")
+    base = base_config(fused.config.replace(packed=False), adapter)
+    given = base.replace(scan_layers="layers" in adapters)
+    with mesh_in_use(fused.params):
+        adapters = beside(fused.params, adapters)
+        check_adapters(adapters, given, adapter)
+        params = _swap(fused.config, base, adapter, fused.params, adapters)
+    return Model(fused.config, params, fused.tokenizer, fused.source, adapter)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
+    flat = trees.flatten(params)
+    adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(adapters, base.num_layers)
+    pieces: dict[str, list[Piece]] = {}  # of each leaf: what is written, and where it begins
+    for name, block in trees.flatten(adapters).items():
+        layer, _, kernel, block_name = name.split("/")
+        axis, shape = in_axis(base, kernel), kernel_shapes(base)[kernel]
+        region = block_region(block_name, axis, shape[0][-1], shape[1][-1])
+        value = stored_values(block_name, block, adapter)
+        if several_devices():
+            at = f"{layer}/{group(kernel)}/{kernel}/kernel"
+            flat[at] = with_block(flat[at], value, block_name, axis, shape[0][-1], shape[1][-1])
+            continue
+        if config.packed:
+            leaf_name, first = _place(config, kernel)
+            found = _packed_pieces(value, kernel_shapes(config)[kernel], first, region[1], region[-1])
+        else:
+            leaf_name = f"{group(kernel)}/{kernel}/kernel"
+            found = [(value, (0,) * (value.ndim - len(region) + 1) + tuple(part.start or 0 for part in region[1:]))]
+        pieces.setdefault(f"{layer}/{leaf_name}", []).extend(found)
+    written = {name: _write(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()}
+    return constrain(trees.unflatten(flat | written), fused=True) if several_devices() else trees.unflatten(flat | written)
+
+
+def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
+    """`pieces` into `leaf`, each from its indices on."""
+
+    def update(leaf: Array, *pieces: Array) -> Array:
+        for piece, start in zip(pieces, starts, strict=True):
+            leaf = jax.lax.dynamic_update_slice(leaf, piece, start)
+        return leaf
+
+    return move(update, (leaf, *(piece.astype(leaf.dtype) for piece in pieces)))
+
+
+def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
+    """The packed leaf that holds a kernel, and the first of its rows there."""
+    heads = {"q": 0, "k": config.num_heads, "v": config.num_heads + config.num_kv_heads}
+    if kernel in heads:
+        return "attn/qkv/kernel", heads[kernel] * config.head_dim
+    if kernel in ("gate", "up"):
+        return "mlp/gate_up/kernel", 0 if kernel == "gate" else config.intermediate_size
+    return f"{group(kernel)}/{kernel}/kernel", 0
+
+
+def _packed_pieces(value: Array, shape: Any, first: int, reads: slice, writes: slice) -> list[Piece]:
+    """A block, value [*in, *out], as pieces of a leaf [out, in] whose rows from `first` on are a kernel of `shape`; with where each begins.
+
+    One per head where heads are wider than the base's: XLA writes those in place, and copied the leaf where the same was written through a view of
+    its heads.
+    """
+    inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes)
+    flat = value.reshape(sum(count for _, count in inputs), -1).T
+    found: list[Piece] = []
+    at_in = 0
+    for column, width in inputs:
+        at_out = 0
+        for row, height in outputs:
+            found.append((flat[at_out : at_out + height, at_in : at_in + width], (first + row, column)))
+            at_out += height
+        at_in += width
+    return found
+
+
+def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
+    """Where `part` of the last of `axes` lies in all of them flattened: (start, count), one if that is in one piece."""
+    start, stop, _ = part.indices(axes[-1])
+    heads = int(np.prod(axes[:-1]))
+    if stop - start == axes[-1]:
+        return [(0, heads * axes[-1])]
+    return [(head * axes[-1] + start, stop - start) for head in range(heads)]

@@ -1,0 +1,51 @@
+"""Model: what the public functions pass around; the abstract shapes of its parameter tree."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import require
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.trees import Tree
+
+
+@dataclass(eq=False)
+class Model:
+    """A Llama: base, fused or packed alike.
+
+    config: LlamaConfig. params: the `params` collection, a nested dict of arrays (see `param_shapes`).
+    tokenizer: a transformers tokenizer, or None. source: where the weights came from (a directory, file or hub id), or None.
+    adapter: for a fused model, the AdapterConfig it was fused from; None for a base model.
+    Treat it as immutable once used: what is derived from it (the packed form that decoding runs) is kept beside it.
+    """
+
+    config: LlamaConfig
+    params: Tree = field(repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+    source: str | None = None
+    adapter: AdapterConfig | None = None
+
+
+_fingerprints: weakref.WeakKeyDictionary[Model, tuple[Tree, str]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: Model) -> str:
+    """`trees.fingerprint` of the model's parameters, computed once as long as it has these."""
+    if model not in _fingerprints or _fingerprints[model][0] is not model.params:
+        _fingerprints[model] = model.params, trees.fingerprint(model.params)
+    return _fingerprints[model][1]
+
+
+def require_fit(run: RunConfig, model: Model) -> None:
+    """ConfigError for a model without a tokenizer, or with less context than the longest of data.lengths."""
+    require(
+        model.tokenizer is not None,
+        f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.",
+    )
+    longest, limit = max(run.data.lengths), model.config.max_position_embeddings
+    require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")

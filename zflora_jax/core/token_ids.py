@@ -1,0 +1,44 @@
+"""Token ids against the embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from zflora_jax.core.fields import ConfigError
+
+
+def check_ids(ids: Any, vocab_size: int, what: str, tokenizer: Any = None) -> None:
+    """ConfigError naming the ids of `ids` (any shape) outside 0..vocab_size - 1, with their text.
+
+    Args:
+      ids: a sequence or array of token ids.
+      vocab_size: rows of the model's embedding.
+      what: where they come from, for the message ("prompt 3").
+      tokenizer: the model's, whose tokens the ids may be; None if there is none.
+    """
+    values = np.asarray(ids)
+    if values.size == 0 or (values.min() >= 0 and values.max() < vocab_size):
+        return
+    outside = np.unique(values[(values < 0) | (values >= vocab_size)]).tolist()
+    raise ConfigError(f"{what} holds token ids outside 0..{vocab_size - 1}{_named(outside, tokenizer)}")
+
+
+def _named(outside: Sequence[int], tokenizer: Any) -> str:
+    known = 0 if tokenizer is None else _size(tokenizer)
+    if not outside or outside[0] < 0 or outside[-1] >= known:
+        return ": is this the model's own tokenizer?"
+    names = [f"{i} ({tokenizer.convert_ids_to_tokens(int(i))!r})" for i in outside[:5]]
+    more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+    return (
+        f": {', '.join(names)}{more}. The tokenizer has tokens that the model has no embedding for. Add "
+        "rows with model = zf.resize_vocab(model, model.tokenizer) (and zf.save_hf it, so that a run can "
+        "name it), or use a token that the model has, e.g. tokenizer.pad_token = tokenizer.eos_token."
+    )
+
+
+def _size(tokenizer: Any) -> int:
+    """How many rows an embedding for all of its ids needs."""
+    return max(tokenizer.get_vocab().values()) + 1

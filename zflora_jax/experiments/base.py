@@ -1,0 +1,120 @@
+"""The base model of a run: what may be trained on, whether it was loaded for the run or handed in."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from zflora_jax.adapters.methods import plan
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.model import Model, require_fit
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.hf.gguf import build_tokenizer, open_gguf, read_config
+from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.hf.load import HUB_IDS, load_tokenizer, locate, model_config
+from zflora_jax.hf.tokenizer import tokenizer_state
+from zflora_jax.inference.text import stop_as_trained
+
+log = logging.getLogger(__name__)
+
+
+def as_base(run: RunConfig, model: Model) -> Model:
+    """`model`, loaded here or given, as the base of `run`: with its remat and matmul_precision, and
+    stopping where the run trains answers to end.
+
+    Raises:
+      ConfigError: a model that is packed or has a tree per layer, has an adapter fused in that widens it, is of another dtype than train.dtype,
+        or does not fit other settings of the run.
+    """
+    if model.adapter is not None:
+        require(
+            METHODS[model.adapter.method].in_place != "none",
+            f"model {model.source or run.model!r} has {model.adapter.method} fused in; an adapter on top of it could not be fused. "
+            "Train on its base.",
+        )
+    require(not model.config.packed, "the model is packed for decoding, and that form cannot be trained; give the one that it was packed from.")
+    require(model.config.scan_layers, "the model has a tree per layer, and checkpoints are of stacked ones; load it without scan_layers=False.")
+    found: dict[str, set[str]] = {"params": {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}, "activations": {model.config.dtype}}
+    for what, dtypes in found.items():
+        require(
+            dtypes == {run.train.dtype},
+            f"the model's {what} are {', '.join(sorted(dtypes))}, and train.dtype is {run.train.dtype}: load it with load_model(..., "
+            f"dtype={run.train.dtype!r}), or set train.dtype.",
+        )
+    # An adapter merged by addition left an ordinary base.
+    model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
+    plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
+    require_fit(run, model)
+    return stop_as_trained(model, run.data.prompt_style)
+
+
+def given_base(run: RunConfig, model: Model) -> Model:
+    """`as_base` of a model that the caller has in memory.
+
+    It must be what run.model names: what the run trains is loaded with that later.
+
+    Raises:
+      ConfigError: as for `as_base`; or an adapter is merged into the model, it was resized, or its
+        tokenizer was changed, and so it is not what run.model holds. A model that comes from
+        elsewhere, or was made in memory, is warned of.
+    """
+    advice = "Save it with zf.save_hf(DIR, model), and train with run.model=DIR."
+    base = as_base(run, model)
+    require(
+        model.adapter is None,
+        f"the model has {getattr(model.adapter, 'method', '')} merged in, which {run.model!r} has not. {advice}",
+    )
+    if model.source is None or not _same_source(model.source, run.model):
+        log.warning(
+            "the base %s, but the run says model=%s, which is what eval, generate and export will load.",
+            "was made in memory" if model.source is None else f"was loaded from {model.source}",
+            run.model,
+        )
+        return base
+    if (there := _on_disk(model.source)) is not None:
+        widths, tokenizer = there
+        wrong = [f"{k}={v} here, {widths[k]} there" for k, v in _widths(model.config).items() if v != widths[k]]
+        require(not wrong, f"the model is not what {run.model!r} holds: {', '.join(wrong)}. {advice}")
+        more = ", more than the embedding has rows: see zf.resize_vocab" * (len(model.tokenizer) > model.config.vocab_size)
+        require(
+            tokenizer == tokenizer_state(model.tokenizer),
+            f"the model's tokenizer is not that of {run.model!r}: a chat template or tokens were set on it{more}. {advice}",
+        )
+    return base
+
+
+def _widths(config: LlamaConfig) -> dict[str, int]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+    return {name: getattr(config, name) for name in (*names, "head_dim")}
+
+
+@functools.lru_cache(maxsize=4)  # a sweep hands one model to many runs
+def _on_disk(source: str) -> tuple[dict[str, int], Any] | None:
+    """(widths, tokenizer's state) of what a model was loaded from; None where it is gone."""
+    try:
+        path, _ = locate(source)
+        if path.is_dir():
+            return _widths(model_config(source)), tokenizer_state(load_tokenizer(path))
+        reader = open_gguf(path)
+        config = read_config(path, reader)
+        return _widths(config), tokenizer_state(build_tokenizer(path, reader, config))
+    except (ConfigError, CheckpointError):
+        return None
+
+
+def numerics(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
+    """`config` with the settings of `run` that say how it is computed, not what it is."""
+    return config.replace(remat=run.train.remat, matmul_precision=run.train.matmul_precision)
+
+
+def _same_source(a: str, b: str) -> bool:
+    """Whether two names of models mean one: a preset and its hub id, or two paths of one place."""
+    if HUB_IDS.get(a, a) == HUB_IDS.get(b, b):
+        return True
+    return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()

@@ -1,0 +1,245 @@
+"""What a run needs before anything runs: parameters, bytes per device, steps and tokens, from shapes alone; what to change if it does not fit.
+
+Base, adapters, gradients and moments are counted from the sharding rules and are exact. Activations are the arrays that jax.vjp keeps for the
+backward pass, by abstract evaluation. The working set is what one layer or one chunk of logits needs beside them, by the formula at `_working_set`.
+`compiled` asks the compiler instead.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding
+
+from zflora_jax.adapters.init import adapter_shapes
+from zflora_jax.adapters.methods import count_params
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.architecture import count_base, kernel_shapes, param_shapes
+from zflora_jax.core.fields import ConfigError, override, require
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments.base import numerics
+from zflora_jax.ops.attention import query_blocks
+from zflora_jax.parallel.sharding import (
+    AXES,
+    batch_sharding,
+    make_mesh,
+    shardings,
+    spec,
+    state_shardings,
+)
+from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
+
+GIB = 2**30
+
+
+def plan_run(run: RunConfig, config: LlamaConfig, memory_gib: float | None = None) -> dict[str, Any]:
+    """The plan of `run` on a base of shape `config`.
+
+    memory_gib: what one device has; the plan then says whether it fits and, if not, the three cheapest changes, each alone and all together.
+    Returns counts, `bytes_per_device` (name -> bytes, their sum as "total"), and with memory_gib `fits` and `changes`. Sizes are those of the longest
+    of data.lengths. ConfigError for a mesh that does not divide the model.
+    """
+    require(memory_gib is None or memory_gib > 0, f"memory={memory_gib}: must be positive, in GiB per device.")
+    config = _shaped(run, config)
+    sizes, rows = bytes_per_device(run, config), run.data.batch_size
+    result: dict[str, Any] = {
+        "devices": run.mesh.data * run.mesh.fsdp * run.mesh.tensor,
+        "params_base": count_base(config),
+        "params_trainable": count_params(config, run.adapter),
+        "steps": run.train.steps,
+        "rows_per_step": rows,
+        "tokens_per_step": rows * run.data.lengths[-1],
+        "tokens": rows * run.data.lengths[-1] * run.train.steps,
+        "bytes_per_device": sizes,
+    }
+    if memory_gib is not None:
+        limit = int(memory_gib * GIB)
+        result |= {"memory_bytes": limit, "fits": sizes["total"] <= limit}
+        if not result["fits"]:
+            result["changes"] = _changes(run, config, limit)
+    return result
+
+
+def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
+    """Bytes on each device, by what they are for."""
+    mesh = AbstractMesh((run.mesh.data, run.mesh.fsdp, run.mesh.tensor), AXES)
+    width = jnp.dtype(config.dtype).itemsize
+    trainable = _local(adapter_shapes(config, run.adapter), mesh, 4)
+    sizes = {
+        "base": _local(param_shapes(config), mesh, width),
+        "adapters": trainable,
+        "gradients": trainable * (2 if run.data.accumulate > 1 else 1),  # of this micro-batch, and the sum over them
+        "optimizer": 2 * trainable,
+        "activations": _activations(run, config),
+        "working set": _working_set(run, config, mesh),
+    }
+    return sizes | {"total": sum(sizes.values())}
+
+
+def _shaped(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
+    longest, limit = run.data.lengths[-1], config.max_position_embeddings
+    require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
+    return numerics(run, config).replace(dtype=run.train.dtype)
+
+
+def _local(shapes: Mapping[str, tuple[int, ...]], mesh: Any, width: int) -> int:
+    """Bytes of one device's part of leaves of these shapes, `width` bytes a number."""
+    total = 0
+    for name, shape in shapes.items():
+        parts = math.prod(mesh.shape[axis] for axis in spec(name, shape, mesh) if axis is not None)
+        total += math.prod(shape) * width // parts
+    return total
+
+
+def _local_rows(run: RunConfig) -> int:
+    return run.data.batch_size // run.data.accumulate // (run.mesh.data * run.mesh.fsdp)
+
+
+def _abstract(run: RunConfig, config: LlamaConfig, rows: int) -> tuple[trees.Tree, trees.Tree, dict[str, Any]]:
+    """(params, adapters, batch) as ShapeDtypeStructs."""
+
+    def tree(shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> trees.Tree:
+        return trees.unflatten({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()})
+
+    shape = (rows, run.data.lengths[-1])
+    batch = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segments": jnp.int32}
+    return (
+        tree(param_shapes(config), jnp.dtype(config.dtype)),
+        tree(adapter_shapes(config, run.adapter), jnp.float32),
+        {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch.items()},
+    )
+
+
+def _activations(run: RunConfig, config: LlamaConfig) -> int:
+    """Bytes that the forward pass of one device's rows, through its heads and MLP units, keeps for the backward pass."""
+    parts = run.mesh.tensor
+    config = config.replace(
+        num_heads=config.num_heads // parts, num_kv_heads=config.num_kv_heads // parts, intermediate_size=config.intermediate_size // parts
+    )
+    params, adapters, batch = _abstract(run, config, _local_rows(run))
+
+    def kept(params: trees.Tree, adapters: trees.Tree, batch: Any) -> Any:
+        def loss(adapters: trees.Tree) -> Any:
+            return batch_loss(config, run.adapter, {"params": params, "adapters": adapters}, batch, run.train.loss_chunk)[0]
+
+        return jax.vjp(loss, adapters)[1]
+
+    # What is kept includes the frozen kernels themselves, which are no copies.
+    leaves = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(kept, params, adapters, batch)))
+    given = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((params, adapters, batch)))
+    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in (leaves - given).items())
+
+
+def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
+    """The largest of: a chunk of logits and its backward pass, 4 C V float32 as compiled steps have it; one layer's backward pass, 3 B H T^2 float32
+    of attention (less where its queries go in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer, where fsdp gathers them.
+    Method "full" sums the gradient of the gathered head over the chunks: two more heads in float32."""
+    rows, length, tensor = _local_rows(run), run.data.lengths[-1], run.mesh.tensor
+    parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
+    width = jnp.dtype(config.dtype).itemsize
+    gathered = mesh.shape["fsdp"] > 1
+    head = config.vocab_size * config.hidden_size * width // parts
+    logits = 4 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // parts + (head if gathered else 0)
+    if gathered and METHODS[run.adapter.method].in_place == "full":
+        logits += 2 * config.vocab_size * config.hidden_size * 4 // parts
+    attention = 3 * rows * config.num_heads * length * length * 4 // tensor // query_blocks(length)
+    mlp = 4 * rows * length * config.intermediate_size * width // tensor
+    layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values()) * width // tensor
+    kept = rows * length * 16 * config.hidden_size * width if config.remat else 0
+    return max(logits, attention + mlp + kept + (layer if gathered else 0))
+
+
+def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, Any]]:
+    """The three cheapest changes that help, and all three together."""
+    total, found, together = bytes_per_device(run, config)["total"], list[dict[str, Any]](), run
+    for text, settings in _candidates(run):
+        try:
+            changed = override(run, settings)
+            new = bytes_per_device(changed, _shaped(changed, config))["total"]
+        except ConfigError:  # a mesh that does not divide the model
+            continue
+        if new < 0.98 * total:
+            found.append({"change": text, "settings": settings, "total": new, "fits": new <= limit})
+            with contextlib.suppress(ConfigError):  # it does not go with the ones before it, as with too few rows for twice the devices
+                together = override(together, settings)
+        if len(found) == 3:
+            break
+    if len(found) > 1:
+        new = bytes_per_device(together, _shaped(together, config))["total"]
+        found.append({"change": "all of these that go together", "settings": {}, "total": new, "fits": new <= limit})
+    return found
+
+
+def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what it costs, settings), the cheapest first."""
+    micro, parts = run.data.batch_size // run.data.accumulate, run.mesh.data * run.mesh.fsdp
+    if micro % (2 * parts) == 0:
+        same = "other numbers drop out" if run.adapter.dropout else "the same numbers"
+        yield f"more micro-batches: {same}, a little slower", {"data.accumulate": 2 * run.data.accumulate}
+    if run.train.loss_chunk >= 128:
+        yield "smaller chunks of logits: the same numbers, a little slower", {"train.loss_chunk": run.train.loss_chunk // 2}
+    if not run.train.remat:
+        yield "recompute activations: the same numbers, about a third more work", {"train.remat": True}
+    if run.train.dtype == "float32":
+        yield "bfloat16: half the base and activations, rounded numbers", {"train.dtype": "bfloat16"}
+    if METHODS[run.adapter.method].in_place == "full":
+        yield "an adapter instead of all parameters", {"adapter.method": "zflora-minimal"}
+    if micro % (2 * parts) == 0:
+        yield "twice the devices along fsdp", {"mesh.fsdp": 2 * run.mesh.fsdp}
+    yield "twice the devices along tensor", {"mesh.tensor": 2 * run.mesh.tensor}
+    shorter = [n for n in run.data.lengths if n <= run.data.lengths[-1] // 2]
+    if shorter:
+        yield "leave out the long examples", {"data.lengths": shorter}
+
+
+def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
+    """The train step of `run`, compiled for this process's devices from shapes alone. ConfigError where there are too few devices."""
+    config, mesh = _shaped(run, config), make_mesh(run.mesh)
+    params, adapters, batch = _abstract(run, config, run.data.batch_size)
+    state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
+    where = state_shardings(state, mesh)
+
+    def placed(tree: Any, at: Any) -> Any:
+        return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, at)
+
+    rows = jax.tree.map(lambda leaf: NamedSharding(mesh, batch_sharding(mesh).spec), batch)
+    step: Any = make_train_step(config, run.adapter, run.optim, run.train.steps, run.data.accumulate, run.train.loss_chunk, where)
+    with jax.set_mesh(mesh):
+        return step.lower(placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)).compile()
+
+
+def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
+    """Bytes per device as the compiler plans them for `compiled_step`: arguments (base, adapters, moments, batch), outputs that share no argument's
+    memory, temporaries, and their total. No array is allocated."""
+    found = compiled_step(run, config).memory_analysis()
+    sizes = {
+        "arguments": int(found.argument_size_in_bytes),
+        "outputs": int(found.output_size_in_bytes - found.alias_size_in_bytes),
+        "temporaries": int(found.temp_size_in_bytes),
+    }
+    return sizes | {"total": sum(sizes.values())}
+
+
+def lines_of(plan: Mapping[str, Any]) -> list[str]:
+    """The plan in words, for a terminal."""
+
+    def gib(size: float) -> str:
+        return f"{size / GIB:.2f} GiB"
+
+    lines = [f"{name:<12} {gib(size):>12}" for name, size in plan["bytes_per_device"].items()]
+    if "compiled" in plan:
+        lines += ["", "as the compiler of this machine plans it:"] + [f"{name:<12} {gib(size):>12}" for name, size in plan["compiled"].items()]
+    if "fits" in plan:
+        lines += ["", f"{'fits in' if plan['fits'] else 'does not fit in'} {gib(plan['memory_bytes'])} per device"]
+        for change in plan.get("changes", []):
+            how = " ".join(f"{key}={value}" for key, value in change["settings"].items())
+            lines.append(f"  {how or '':<24} {gib(change['total']):>12}  {'fits' if change['fits'] else 'not yet'}: {change['change']}")
+    return lines

@@ -1,0 +1,94 @@
+"""Token ids against the embedding: ids that it has no row for are refused, and rows can be added.
+
+A lookup beyond the table gives NaN, which spreads from there through every logit and gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike
+
+from zflora_jax.core import trees
+from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model
+from zflora_jax.core.token_ids import _size
+from zflora_jax.parallel.sharding import spec
+
+
+def resize_vocab(model: Model, tokenizer_or_size: Any, *, rows: ArrayLike | None = None, head_rows: ArrayLike | None = None) -> Model:
+    """`model` with an embedding (and, untied, a head) for more tokens; config.vocab_size follows.
+
+    New rows are the mean of the existing ones, in float32 and cast once, so that a new token starts
+    as likely as an average one. Adapters train beside a frozen base: they do not train the new rows
+    (method "full" does). Give `rows` where they were trained elsewhere.
+
+    Args:
+      model: a base or fused model, stacked or per-layer, on one device or on a mesh; not packed.
+      tokenizer_or_size: a tokenizer, which becomes the model's own and whose ids all get a row (a
+        larger embedding stays as it is), or the number of rows.
+      rows: [n, d] of the n new tokens, d the base's residual width; they also are a tied head's.
+      head_rows: [n, d], what an untied head reads for them.
+
+    Returns:
+      A new Model; `model` is left as it is.
+
+    Raises:
+      ConfigError: a packed model, a size below the ids in use, or rows of the wrong shape.
+    """
+    config = model.config
+    require(not config.packed, "this model is packed for decode; resize the model it was packed from.")
+    if isinstance(tokenizer_or_size, int | np.integer):
+        size, tokenizer = int(tokenizer_or_size), model.tokenizer
+    else:
+        require(hasattr(tokenizer_or_size, "get_vocab"), "resize_vocab takes a tokenizer or a number of tokens.")
+        tokenizer = tokenizer_or_size
+        size = max(_size(tokenizer), config.vocab_size)
+    named = [i for i in (config.bos_token_id, config.pad_token_id, *config.eos_token_ids) if i is not None]
+    used = max([_size(tokenizer) if tokenizer is not None else config.vocab_size, *(i + 1 for i in named)])
+    require(
+        size >= min(used, config.vocab_size),
+        f"resize_vocab to {size} would drop token ids in use: the largest is {used - 1}. Give {used} or more.",
+    )
+    given = {"embed/embedding": (0, rows), "lm_head/kernel": (1, head_rows)}
+    require(
+        head_rows is None or not config.tie_word_embeddings,
+        "head_rows: this model's head is its embedding; give `rows` alone.",
+    )
+    flat = trees.flatten(model.params)
+    for name in set(given) & set(flat):
+        axis, new = given[name]
+        flat[name] = _resized(name, flat[name], axis, size, config.base_dim, new)
+    wider = config.replace(vocab_size=size)
+    return dataclasses.replace(model, config=wider, params=trees.unflatten(flat), tokenizer=tokenizer)
+
+
+def _resized(name: str, leaf: jax.Array, axis: int, size: int, width: int, rows: ArrayLike | None) -> jax.Array:
+    """A leaf with `size` tokens along `axis`. width: the residual channels of `rows`; a fused model's
+    further channels are zero, as in the rows that are there."""
+    count = size - leaf.shape[axis]
+    if rows is not None:
+        rows = np.asarray(rows, np.float32)
+        require(
+            rows.shape == (max(count, 0), width),
+            f"{name}: rows of shape {rows.shape}; expected ({max(count, 0)}, {width}), one row for each new token.",
+        )
+        rows = np.pad(rows, ((0, 0), (0, leaf.shape[1 - axis] - width)))
+
+    def resize(leaf: jax.Array) -> jax.Array:
+        if count <= 0:
+            return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
+        mean = jnp.mean(leaf.astype(jnp.float32), axis=axis, keepdims=True)
+        new = jnp.repeat(mean, count, axis=axis) if rows is None else jnp.asarray(rows if axis == 0 else rows.T)
+        return jnp.concatenate([leaf, new.astype(leaf.dtype)], axis=axis)
+
+    where, out = getattr(leaf, "sharding", None), None
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+        shape = tuple(size if i == axis else n for i, n in enumerate(leaf.shape))
+        out = NamedSharding(where.mesh, spec(name, shape, where.mesh))
+    return jax.jit(resize, out_shardings=out)(leaf)

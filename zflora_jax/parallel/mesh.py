@@ -1,0 +1,101 @@
+"""The mesh that a model lies on: found from its arrays, and entered by whatever runs it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from zflora_jax.core.fields import require
+from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.core.trees import Tree
+from zflora_jax.parallel.sharding import AXES, make_mesh, shard
+
+log = logging.getLogger(__name__)
+
+
+def mesh_if_there(config: MeshConfig) -> Mesh | None:
+    """The mesh that a run was trained on, for the use of what it trained.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      The mesh; None for one device, also, and said in the log, where there are fewer devices.
+    """
+    need, have = config.data * config.fsdp * config.tensor, jax.device_count()
+    if 1 < need <= have:
+        return make_mesh(config)
+    if need > 1:
+        log.warning(
+            "a run of %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d) is loaded onto one: "
+            "here are only %d (set mesh.* to divide the model over them)",
+            *(need, config.data, config.fsdp, config.tensor, have),
+        )
+    return None
+
+
+def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
+    """The mesh of several devices that the arrays of `tree` are divided over; None on one device."""
+    leaf = next(iter(jax.tree.leaves(tree)), None)
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return None
+    mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+    if not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES) or mesh.size == 1:
+        return None
+    return mesh
+
+
+@contextmanager
+def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
+    """Compute on the mesh that the arrays of `tree` lie on (`jax.set_mesh`); nothing on one device.
+
+    What runs a model enters this, so that it follows the model's parameters.
+    """
+    mesh = mesh_of(tree)
+    if mesh is None:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+def beside(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
+    """`adapters`, wherever they lie, on the mesh that `params` lie on; as they are on one device.
+
+    Args:
+      params: of a model.
+      adapters: for it, of all rows, or with leading axes of rows or tasks.
+    """
+    mesh = mesh_of(params)
+    return dict(adapters) if mesh is None else shard(adapters, mesh, fused=True)
+
+
+def several_devices() -> bool:
+    """Whether the mesh in use has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",)) -> int:
+    """`rows`, or the next number of rows that the mesh of `tree` divides along `axes`."""
+    mesh = mesh_of(tree)
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+    return -(-rows // parts) * parts
+
+
+def require_local(tree: Mapping[str, Any], verb: str) -> None:
+    """ConfigError for arrays that are divided over several processes, none of which can `verb` alone."""
+    local = all(
+        leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
+    )
+    require(
+        local,
+        f"this model is divided over {jax.process_count()} processes, which cannot {verb} together. "
+        "Start one process with as many devices as the model needs, and load it there.",
+    )

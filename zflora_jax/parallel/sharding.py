@@ -1,0 +1,292 @@
+"""Sharding: one mesh of three axes, one table from parameter names to the axes of their dimensions, for base and adapters alike.
+
+data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the base is stored in slices: the compiler gathers a
+layer's kernels where they are used, one layer at a time, because the rows are divided over the same axis (a constraint that asks for the gather
+would make the backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the vocabulary are divided, as in Megatron-LM
+(arXiv 1909.08053). Adapter blocks stay apart from their kernels while they are trained, so an adapter's width needs to divide nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zflora_jax.core import trees
+from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.run_config import MeshConfig
+
+log = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # what the rows of a batch are divided over
+
+VOCABULARY = {("embed/embedding", 0), ("lm_head/kernel", 1)}  # leaf, dimension
+
+# Name of a leaf, without its layer -> the mesh axis of each dimension. The first match counts; every leaf must have one.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(.*/)?scale", (None,)),
+    (r"embed/embedding", ("tensor", "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r"attn/[qkv]/(kernel|forward)", ("fsdp", "tensor", None)),
+    (r"attn/[qkv]/(backward|cross)", (None, "tensor", None)),
+    (r"attn/o/(kernel|backward)", ("tensor", None, "fsdp")),
+    (r"attn/o/(forward|cross)", ("tensor", None, None)),
+    (r"mlp/(gate|up)/kernel", ("fsdp", "tensor")),
+    (r"mlp/(gate|up)/forward", ("fsdp", None)),
+    (r"mlp/(gate|up)/backward", (None, "tensor")),
+    (r"mlp/down/kernel", ("tensor", "fsdp")),
+    (r"mlp/down/forward", ("tensor", None)),
+    (r"mlp/down/backward", (None, "fsdp")),
+    (r"mlp/(gate|up|down)/cross", (None, None)),
+    (r"(attn/[qkv]|mlp/(gate|up))/(lora_a|ffa_a)", ("fsdp", None)),
+    (r"(attn/[qkv]|mlp/(gate|up))/lora_b", (None, "tensor")),
+    (r"(attn/o|mlp/down)/(lora_a|ffa_a)", ("tensor", None)),
+    (r"(attn/o|mlp/down)/lora_b", (None, "fsdp")),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over the first data * fsdp * tensor of `devices` (None: all that there are, and in the log how many stay idle). ConfigError if there
+    are fewer."""
+    need, have = config.data * config.fsdp * config.tensor, jax.devices() if devices is None else list(devices)
+    require(
+        need <= len(have),
+        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs {need} devices; there are {len(have)}. "
+        "Lower one of them, or start on more devices.",
+    )
+    require(
+        need == len(have) or jax.process_count() == 1,
+        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is {need} devices of {len(have)} in "
+        f"{jax.process_count()} processes: a run of several processes uses all of them. Raise mesh.data or mesh.fsdp.",
+    )
+    if devices is None and need < len(have):
+        times = len(have) // need
+        more = f"mesh.data={config.data * times} or mesh.fsdp={config.fsdp * times}"
+        advice = f"set {more} to use {'them' if times * need == len(have) else 'most of them'}"
+        _warn(f"the mesh uses {need} of {len(have)} devices, {len(have) - need} stay idle" + (f": {advice}" if times > 1 else ""))
+    return Mesh(np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def axes_of(name: str) -> tuple[str | None, ...]:
+    """The mesh axis of each dimension of the leaf `name` ("layers/attn/q/kernel": ("fsdp", "tensor", None)), without the stacked layer axis."""
+    bare = re.sub(r"^layers(_\d+)?/", "", name)
+    try:
+        return trees.first_match(RULES, bare)
+    except KeyError:
+        raise ConfigError(f"no sharding rule covers the parameter {name!r}: add one to RULES in zflora_jax/parallel/sharding.py.") from None
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -> P:
+    """The PartitionSpec of a leaf.
+
+    Args:
+      name: of the leaf, as in `axes_of`.
+      shape: of the leaf; layers may be stacked on a leading axis.
+      mesh: a Mesh or an AbstractMesh.
+      fused: whether the leaf is of a fused model. Its widths depend on the adapter, so an axis of
+        the mesh that does not divide its dimension goes to another dimension of the leaf.
+
+    Raises:
+      ConfigError: an axis of the mesh does not divide its dimension of a base or adapter leaf,
+        other than the vocabulary, which then is whole on every device along that axis.
+    """
+    axes = axes_of(name)
+    first = len(shape) - len(axes)  # stacked layers stay whole: scan takes one at a time
+    parts: list[tuple[str, ...]] = [()] * first + [(axis,) if axis else () for axis in axes]
+    for at, axis in enumerate(axes, first):
+        count = mesh.shape[axis] if axis else 1
+        if axis is None or shape[at] % count == 0:
+            continue
+        if (name, at - first) in VOCABULARY:
+            _warn(
+                f"mesh.{axis}={count} does not divide the vocabulary of {shape[at]}: every device "
+                f"along {axis} holds all rows of {name} and computes all logits, not 1/{count} of "
+                f"them. Train on mesh.{axis}=1, or on a model whose vocabulary is padded."
+            )
+            parts[at] = ()
+            continue
+        if not fused:
+            fits = [n for n in range(1, count) if shape[at] % n == 0]
+            raise ConfigError(
+                f"mesh.{axis}={count} does not divide {name}, shape {shape}, at the dimension of "
+                f"{shape[at]}. Choose a mesh.{axis} that does, e.g. {max(fits)}."
+            )
+        parts[at] = ()
+        divides = {
+            i: len(part)
+            for i, part in enumerate(parts)
+            if i not in (at, *range(first))
+            and shape[i] % math.prod((count, *(mesh.shape[other] for other in part))) == 0
+        }
+        if divides:  # one that is divided already, so that heads and units stay in one piece
+            to = max(divides, key=lambda i: (divides[i], shape[i]))
+            parts[to] = (*parts[to], axis)
+        else:
+            _warn(  # once for all layers
+                f"mesh.{axis}={count} divides no dimension of {re.sub('^layers(_[0-9]+)?/', '', name)}, "
+                f"shape {shape[first:]}: every device along {axis} holds it whole. Train with an adapter that widens the stream of "
+                f"{shape[at]} by {-shape[at] % count} more (rank, head_rank or mlp_rank)."
+            )
+    return P(*(part[0] if len(part) == 1 else part or None for part in parts))
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Warn in the log, once per process."""
+    log.warning("%s", text)
+
+
+def placement(mesh: Mesh, name: str, shape: tuple[int, ...], *, fused: bool = False) -> NamedSharding:
+    """Where the leaf of that name and shape lies on `mesh`; see `spec`."""
+    return NamedSharding(mesh, spec(name, shape, mesh, fused=fused))
+
+
+def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
+    """The NamedSharding of every leaf of a parameter or adapter tree.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+      mesh: where they go.
+      fused: as in `spec`.
+    """
+
+    def place(name: str, leaf: Any) -> NamedSharding:
+        return placement(mesh, name, tuple(leaf.shape), fused=fused)
+
+    return trees.map_with_names(place, tree)
+
+
+def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
+    """In a compiled function, `tree` divided over the mesh in use; as it is without a mesh.
+
+    Args:
+      tree: parameters or adapters.
+      fused: as in `spec`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return dict(tree)
+
+    def place(name: str, leaf: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(leaf, spec(name, leaf.shape, mesh, fused=fused))
+
+    return trees.map_with_names(place, tree)
+
+
+def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
+    """`tree` on the devices of `mesh`, divided as `spec` says.
+
+    Where they belong to several processes, each must have the whole tree, or have loaded it on this mesh.
+    """
+
+    def place(leaf: Any, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and leaf.sharding == where):
+            return jax.device_put(leaf, where)
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, where, value.__getitem__)
+
+    return jax.tree.map(place, dict(tree), shardings(tree, mesh, fused=fused))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Shardings for a TrainState of arrays or ShapeDtypeStructs: adapters and their optimizer moments by the rules, scalars on all devices."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return NamedSharding(mesh, spec("/".join(names), tuple(leaf.shape), mesh) if leaf.shape else P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch's arrays [B, T]: rows over data and fsdp."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def own_rows(rows: int, mesh: Mesh) -> list[int]:
+    """Which of the `rows` rows of a batch lie on this process's devices."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in held if index is not None for row in range(*index[0].indices(rows))})
+
+
+def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch of `rows` rows on `mesh`, of which `batch` holds those that `own_rows` names, in that order."""
+    at = {row: position for position, row in enumerate(own_rows(rows, mesh))}
+
+    def put(own: np.ndarray) -> jax.Array:
+        def held(index: tuple[slice, ...] | None) -> np.ndarray:
+            return own if index is None else own[[at[row] for row in range(*index[0].indices(rows))]]
+
+        return jax.make_array_from_callback((rows, *own.shape[1:]), batch_sharding(mesh), held)
+
+    return {name: put(own) for name, own in batch.items()}
+
+
+def batch_shards() -> int:
+    """Into how many parts the mesh in use divides the rows of a batch; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
+    """In a compiled function, the leaf `name` divided as `spec` says but over fsdp; as it is without a mesh.
+
+    For what a loop reads in every turn: XLA gathers a slice where it is used, so in each of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return leaf
+    axes = (None if axis == "fsdp" else axis for axis in spec(name, leaf.shape, mesh))
+    return jax.lax.with_sharding_constraint(leaf, P(*axes))
+
+
+def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
+    """Embeddings [B, T, d] as the layers are to compute them; as they are without a mesh.
+
+    Args:
+      x: from a lookup in a table whose d is divided over fsdp.
+      rows: divide the rows over fsdp too, as in training: each layer then gathers its kernels.
+        Else they keep d divided over fsdp: kernels stay where they are and the products are
+        summed, which moves less where there are few tokens, as in decode.
+
+    The rows follow in a second step, an all-to-all along fsdp: asked for them alone, XLA replicates
+    the embeddings of the whole batch on meshes of several axes.
+    """
+    x = divide(x, "data", None, "fsdp")
+    return divide_rows(x) if rows and x.shape[0] % batch_shards() == 0 else x
+
+
+def divide_rows(x: jax.Array) -> jax.Array:
+    """`x` [B, ...] with its rows over data and fsdp and nothing else divided; as it is without a mesh."""
+    return divide(x, BATCH)
+
+
+def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x` with its first dimensions divided over `axes` of the mesh in use, where they divide them.
+
+    Args:
+      x: an array in a compiled function.
+      axes: for each of the first dimensions an axis of the mesh, several, or None; the dimensions
+        that follow are whole.
+
+    Returns:
+      x; as it is without a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+
+    def count(axis: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+
+    fits = (axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False))
+    return jax.lax.with_sharding_constraint(x, P(*fits))

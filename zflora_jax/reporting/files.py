@@ -1,0 +1,70 @@
+"""Files written whole or not at all, JSON among them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.core.fields import require
+
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]+:/")  # gs://bucket/run, and gs:/bucket/run, which a Path makes of it; not a drive letter
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """`path` as a Path, for what is going to be written there; called before anything is created.
+
+    Args:
+      path: of a local file or directory.
+      name: what the message calls it, e.g. "workdir".
+
+    Raises:
+      ConfigError: a URL. As a Path it would become a directory called "gs:" here.
+    """
+    scheme = _SCHEME.match(os.fspath(path))
+    require(
+        scheme is None,
+        f"{name} {os.fspath(path)} is a URL: object storage is not supported yet. Give a directory of a file system that is mounted here, "
+        "and copy it afterwards.",
+    )
+    return Path(path)
+
+
+def plain(value: Any) -> Any:
+    """`value` as what JSON can hold: numpy and jax scalars as numbers, tuples as lists, paths as text, non-finite numbers as null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and jax: scalars and small arrays
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Write `values` (see `plain`) as indented JSON, whole or not at all."""
+    atomic_write(path, (json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one and never a part. Makes the directory."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise

@@ -1,0 +1,109 @@
+"""Result files: where a number came from, JSON written whole or not at all, Markdown tables.
+
+Nothing written here holds an absolute path or a host name, so that results can be published as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# What decides a result. Other files (notes, results being written right now) do not make a commit "dirty".
+_CODE = ("zflora_jax", "configs", "benchmarks", "train.py", "eval.py", "pyproject.toml", "constraints.txt")
+_ABSOLUTE = re.compile(r"(?<![\w./:~-])/[^\s,=:'\"]+")  # not the slashes of a/b, ./a, ~/a or a URL
+
+
+def environment() -> dict[str, Any]:
+    """The command, code, software and device behind a result, JSON-ready. Imports jax and starts its backend."""
+    import jax
+
+    commit, dirty = _git_state(Path(__file__).resolve().parents[2])
+    devices = jax.devices()
+    return {
+        "command": command_line(),
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backend": jax.default_backend(),
+        "device": devices[0].device_kind,
+        "device_count": len(devices),
+        "cpu_count": _cpu_count(),
+        "cpu": _cpu_model(),
+        "xla_flags": relative_paths(os.environ.get("XLA_FLAGS", "")),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        **{name: version(name) for name in ("jax", "jaxlib", "flax")},
+    }
+
+
+def origin_line(env: Mapping[str, Any]) -> str:
+    """The last line of a page: what `environment` said, as a sentence."""
+    commit = f"{env['commit'] or 'unknown'}{' with local changes' if env['dirty'] else ''}"
+    return f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; jax {env['jax']}; {env['date']}."
+
+
+def device_line(env: Mapping[str, Any]) -> str:
+    """The device of `environment` and the CPUs beside it: "cpu, 2 CPUs (AMD EPYC, family 25, model 17)"."""
+    cpu = f" ({env['cpu']})" if env.get("cpu") else ""  # results of before it was recorded lack it
+    return f"{env['device']}, {env['cpu_count']} CPUs{cpu}"
+
+
+def command_line() -> str:
+    """How this process was started, as one would type it, absolute paths shortened (see `relative_paths`)."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None:  # python -m name
+        head = f"python -m {spec.name.removesuffix('.__main__')}"
+    elif sys.argv[0].endswith(".py"):
+        head = f"python {relative_paths(sys.argv[0])}"
+    else:  # a console script, or an interactive session
+        head = Path(sys.argv[0]).name or "python"
+    return " ".join([head, *(relative_paths(a) for a in sys.argv[1:])])
+
+
+def relative_paths(text: str) -> str:
+    """`text` with absolute paths made relative to the working directory, or cut to their last part where they lie outside it."""
+    here = Path.cwd()
+
+    def shorten(match: re.Match[str]) -> str:
+        path = Path(match[0])
+        return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+    return _ABSOLUTE.sub(shorten, text)
+
+
+def _git_state(root: Path) -> tuple[str | None, bool | None]:
+    """(commit, uncommitted changes to the code) of the checkout at `root`; (None, None) for an installed copy or without git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True, text=True, timeout=30).stdout
+
+    try:
+        # An installed copy can lie in a virtual environment inside somebody else's repository: that one's commit says nothing.
+        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != root:
+            return None, None
+        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--", *_CODE).strip())
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _cpu_count() -> int:
+    """CPUs this process may use, which is what its speed depends on; containers see more."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_model() -> str | None:
+    """The CPU's name, on Linux with its family and model where it says them: virtual machines call several generations just "AMD EPYC"."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or None
+    text = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
+    parts = [f"{short}{found[name]}" for name, short in (("model name", ""), ("cpu family", "family "), ("model", "model ")) if name in found]
+    return ", ".join(parts) or platform.machine() or None
