@@ -36,6 +36,7 @@ lint: ruff types imports
 
 ruff: $(TEST)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 types: $(TEST)
 	$(PY) -m mypy

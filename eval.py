@@ -1,4 +1,6 @@
-"""python eval.py --workdir runs/a [--tasks gsm8k] [--limit 200], or --model DIR: the same as `zflora eval`."""
+"""python eval.py --workdir runs/a [--tasks gsm8k] [--limit 200], or --model DIR: the same as
+`zflora eval`.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""python train.py --config configs/quickstart.py --workdir runs/a [--set train.steps=50 ...]: the same as `zflora train`."""
+"""python train.py --config configs/quickstart.py --workdir runs/a [--set train.steps=50 ...]: the
+same as `zflora train`.
+"""
 
 import sys
 

@@ -1,8 +1,11 @@
-"""This checkout against another one: a training step and batched decoding on this machine, in turns, each turn in a process of its own.
+"""This checkout against another one: a training step and batched decoding on this machine, in
+turns, each turn in a process of its own.
 
-Command: git worktree add ../before COMMIT && python benchmarks/against.py --other ../before     (about 12 minutes on 2 CPU cores)
-Writes results/against-<dtype>.json and .md. SmolLM2-135M (the packaged one); a step is one row of 512 tokens, loss on the last 60% of them, rank 16;
-decoding is the time per token of the packed base (bench.py).
+Command: git worktree add ../before COMMIT && python benchmarks/against.py --other ../before
+(about 12 minutes on 2 CPU cores)
+Writes results/against-<dtype>.json and .md. SmolLM2-135M (the packaged one); a step is one row of
+512 tokens, loss on the last 60% of them, rank 16; decoding is the time per token of the packed base
+(bench.py).
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ def measure(dtype: str) -> dict[str, float]:
     model, found = zf.load_model("smollm2-135m", dtype=dtype), {}
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, model.config.vocab_size, (1, LENGTH)).astype(np.int32)
-    batch = {"tokens": tokens, "loss_mask": np.arange(LENGTH)[None] >= (1 - PREDICTED) * LENGTH, "segments": np.ones_like(tokens)}
+    batch = {
+        "tokens": tokens,
+        "loss_mask": np.arange(LENGTH)[None] >= (1 - PREDICTED) * LENGTH,
+        "segments": np.ones_like(tokens),
+    }
     for method in METHODS:
         adapter = zf.AdapterConfig(method, rank=16)
         state = init_state(init_adapters(jax.random.key(0), model, adapter), OptimConfig(), 100)
@@ -51,9 +58,12 @@ def measure(dtype: str) -> dict[str, float]:
             state, metrics = step(model.params, state, batch)
             float(metrics["loss"])
             seconds.append(time.perf_counter() - start)
-        found[f"training step, {method}"] = 1e3 * statistics.median(seconds[1:])  # the first one compiles
+        # The first one compiles.
+        found[f"training step, {method}"] = 1e3 * statistics.median(seconds[1:])
     for rows, length in DECODE:
-        timed = decode_latency({"base": model}, batch=rows, prompt_length=length, new_tokens=32, repeats=3)["base"]
+        timed = decode_latency(
+            {"base": model}, batch=rows, prompt_length=length, new_tokens=32, repeats=3
+        )["base"]
         found[f"decoding a token, {rows} rows after {length} tokens"] = timed["tpot_ms"]
     return found
 
@@ -61,11 +71,17 @@ def measure(dtype: str) -> dict[str, float]:
 def turn(checkout: Path, dtype: str) -> dict[str, float]:
     command = [sys.executable, str(Path(__file__).resolve()), "--measure", "--dtype", dtype]
     env = os.environ | {"PYTHONPATH": str(checkout.resolve())}
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env, timeout=900).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, env=env, timeout=900
+        ).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--other", metavar="DIR", help="a checkout of another commit")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=3)
@@ -75,13 +91,18 @@ def main() -> None:
         print(json.dumps(measure(args.dtype)))
         return
     if not args.other or not (Path(args.other) / "zflora_jax").is_dir():
-        parser.error(f"--other {args.other}: expected a checkout of this repository, as `git worktree add DIR COMMIT` makes one")
+        parser.error(
+            f"--other {args.other}: expected a checkout of this repository, as `git worktree add"
+            " DIR COMMIT` makes one"
+        )
     from zflora_jax.reporting.files import atomic_write, write_json
     from zflora_jax.reporting.provenance import device_line, environment
     from zflora_jax.reporting.tables import markdown_table
 
     env = environment()
-    other = subprocess.run(["git", "-C", args.other, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    other = subprocess.run(
+        ["git", "-C", args.other, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     turns: dict[str, list[dict[str, float]]] = {"this": [], "other": []}
     for _ in range(args.rounds):
         for side, checkout in (("other", Path(args.other)), ("this", ROOT)):
@@ -90,13 +111,26 @@ def main() -> None:
     for name in turns["this"][0]:
         times = {side: [found[name] for found in turns[side]] for side in turns}
         middle = {side: statistics.median(values) for side, values in times.items()}
-        shown = {f"{side}, ms": f"{middle[side]:.1f} ({min(times[side]):.1f}-{max(times[side]):.1f})" for side in ("other", "this")}
-        rows.append({"what": name} | shown | {"this / other": round(middle["this"] / middle["other"], 3)})
+        shown = {
+            f"{side}, ms": f"{middle[side]:.1f} ({min(times[side]):.1f}-{max(times[side]):.1f})"
+            for side in ("other", "this")
+        }
+        rows.append(
+            {"what": name} | shown | {"this / other": round(middle["this"] / middle["other"], 3)}
+        )
     out = Path("results") / f"against-{args.dtype}"
-    write_json(f"{out}.json", {"rows": rows, "turns": turns, "other_commit": other, "environment": env})
-    page = f"# {args.dtype}: this commit against {other[:7]}\n\nMedians of {args.rounds} turns each, in turns (least and most in brackets).\n\n"
+    write_json(
+        f"{out}.json", {"rows": rows, "turns": turns, "other_commit": other, "environment": env}
+    )
+    page = (
+        f"# {args.dtype}: this commit against {other[:7]}\n\nMedians of {args.rounds} turns each,"
+        " in turns (least and most in brackets).\n\n"
+    )
     page += markdown_table(rows, list(rows[0]))
-    page += f"\n\nCommand: `{env['command']}`; commit {env['commit']}{' (with local changes)' if env['dirty'] else ''}; other {other}; "
+    page += (
+        f"\n\nCommand: `{env['command']}`; commit"
+        f" {env['commit']}{' (with local changes)' if env['dirty'] else ''}; other {other}; "
+    )
     page += f"device {device_line(env)}; jax {env['jax']}; {env['date']}.\n"
     atomic_write(f"{out}.md", page.encode())
     print(page)

@@ -1,11 +1,14 @@
-"""Exports under two releases of transformers: do 5 and 4.57 compute the same from one directory, and both what the model in memory computes?
+"""Exports under two releases of transformers: do 5 and 4.57 compute the same from one directory,
+and both what the model in memory computes?
 
-Exports SmolLM2-135M (the packaged copy) as it is and fused by each of the six methods with perturbed adapters, loads every directory with stock
-transformers in both releases (this environment's, and the one of --python), and compares logits and greedy tokens, also with this project's own
-forward. Writes transformers_versions.json and .md to --out. Run once per release of either; it takes some minutes and 0.6 GB of temporary disk.
+Exports SmolLM2-135M (the packaged copy) as it is and fused by each of the six methods with
+perturbed adapters, loads every directory with stock transformers in both releases (this
+environment's, and the one of --python), and compares logits and greedy tokens, also with this
+project's own forward. Writes transformers_versions.json and .md to --out. Run once per release of
+either; it takes some minutes and 0.6 GB of temporary disk.
 
-    python -m venv /tmp/transformers-4 && /tmp/transformers-4/bin/pip install "transformers==4.57.1" torch numpy
-    python benchmarks/check_transformers_4.py --python /tmp/transformers-4/bin/python
+    python -m venv /tmp/transformers-4 && /tmp/transformers-4/bin/pip install "transformers==4.57.1"
+    torch numpy python benchmarks/check_transformers_4.py --python /tmp/transformers-4/bin/python
 
 Both interpreters run this file with --measure, which imports numpy, torch and transformers alone.
 """
@@ -32,14 +35,22 @@ LIMIT = 1e-5  # float32: max |dlogit| <= LIMIT x max |logit| (CONTRIBUTING.md)
 
 
 def measure(directory: Path, prompts_file: Path, out: Path) -> None:
-    """Logits of each prompt alone, greedy tokens of all as one left-padded batch; to an .npz file."""
+    """Logits of each prompt alone, greedy tokens of all as one left-padded batch; to an
+    .npz file.
+    """
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # one order of summation in both releases; and threads that wait for each other are slow beside other work
+    # One order of summation in both releases; and threads that wait for each other are slow beside
+    # other work.
+    torch.set_num_threads(1)
     prompts = json.loads(prompts_file.read_text(encoding="utf-8"))
     loader = transformers.AutoModelForCausalLM.from_pretrained
-    dtype = {"dtype": torch.float32} if int(transformers.__version__.split(".")[0]) >= 5 else {"torch_dtype": torch.float32}
+    dtype = (
+        {"dtype": torch.float32}
+        if int(transformers.__version__.split(".")[0]) >= 5
+        else {"torch_dtype": torch.float32}
+    )
     model = loader(directory, **dtype).eval()
     model.generation_config.eos_token_id = None  # compare all NEW_TOKENS tokens
     width = max(map(len, prompts))
@@ -47,8 +58,16 @@ def measure(directory: Path, prompts_file: Path, out: Path) -> None:
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     with torch.no_grad():
         logits = np.concatenate([model(torch.tensor([p])).logits[0].numpy() for p in prompts])
-        tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)[:, width:].numpy()
-    np.savez(out, logits=logits, tokens=tokens, transformers=transformers.__version__, torch=torch.__version__)
+        tokens = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
+        )[:, width:].numpy()
+    np.savez(
+        out,
+        logits=logits,
+        tokens=tokens,
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+    )
 
 
 def run(python: str, directory: Path, prompts_file: Path, out: Path) -> dict[str, np.ndarray]:
@@ -62,7 +81,9 @@ def run(python: str, directory: Path, prompts_file: Path, out: Path) -> dict[str
 
 
 def fused(base: Any, method: str, rank: int, std: float) -> Any:
-    """`base`, or `base` with adapters that have moved away from the start by normal noise of `std`."""
+    """`base`, or `base` with adapters that have moved away from the start by normal noise of
+    `std`.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -73,16 +94,27 @@ def fused(base: Any, method: str, rank: int, std: float) -> Any:
         return base
     adapter, rng = AdapterConfig(method, rank=rank), np.random.default_rng(0)
     adapters = init_adapters(jax.random.key(0), base, adapter)
-    spread = std if method != "full" else 0.1 * std  # full has no low rank: the same noise on every weight would drown the model
-    moved = trees.map_with_names(lambda _, x: x + jnp.asarray(spread * rng.standard_normal(x.shape), x.dtype), adapters)
+    # Full has no low rank: the same noise on every weight would drown the model.
+    spread = std if method != "full" else 0.1 * std
+    moved = trees.map_with_names(
+        lambda _, x: x + jnp.asarray(spread * rng.standard_normal(x.shape), x.dtype), adapters
+    )
     return fuse(base, adapter, moved)
 
 
-def compare(model: Any, prompts: list[list[int]], five: dict[str, np.ndarray], four: dict[str, np.ndarray], base_logits: np.ndarray | None) -> Any:
+def compare(
+    model: Any,
+    prompts: list[list[int]],
+    five: dict[str, np.ndarray],
+    four: dict[str, np.ndarray],
+    base_logits: np.ndarray | None,
+) -> Any:
     """One row of the table, and our own logits."""
     from zflora_jax import forward, generate_tokens
 
-    ours = np.concatenate([np.asarray(forward(model, np.asarray([p], np.int32)))[0] for p in prompts])
+    ours = np.concatenate(
+        [np.asarray(forward(model, np.asarray([p], np.int32)))[0] for p in prompts]
+    )
     tokens = np.asarray(generate_tokens(model, prompts, max_new_tokens=NEW_TOKENS, stop=()))
     scale = float(np.abs(ours).max())
 
@@ -99,7 +131,16 @@ def compare(model: Any, prompts: list[list[int]], five: dict[str, np.ndarray], f
         "tokens_5_ours_equal": bool((five["tokens"] == tokens).all()),
         "distinct_tokens": len(np.unique(tokens)),
     }
-    return row | {"within_tolerance": all(row[name] <= LIMIT * scale for name in ("dlogit_5_4", "dlogit_5_ours", "dlogit_4_ours"))}, ours
+    return (
+        row
+        | {
+            "within_tolerance": all(
+                row[name] <= LIMIT * scale
+                for name in ("dlogit_5_4", "dlogit_5_ours", "dlogit_4_ours")
+            )
+        },
+        ours,
+    )
 
 
 COLUMNS = {
@@ -117,20 +158,43 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", required=True, help="an interpreter that has transformers 4.57.1 and torch")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters; their other widths are the defaults (default: 16)")
-    parser.add_argument("--std", type=float, default=0.01, help="noise added to every adapter leaf (default: 0.01; a tenth of it for full)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="directory of the results (default: results)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--python", required=True, help="an interpreter that has transformers 4.57.1 and torch"
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=16,
+        help="rank of the adapters; their other widths are the defaults (default: 16)",
+    )
+    parser.add_argument(
+        "--std",
+        type=float,
+        default=0.01,
+        help="noise added to every adapter leaf (default: 0.01; a tenth of it for full)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="directory of the results (default: results)",
+    )
     args = parser.parse_args()
 
-    from zflora_jax import forward, fuse, generate_tokens, init_adapters, load_model, save_hf  # noqa: F401 - all loaded before `environment`
+    from zflora_jax import (
+        load_model,
+        save_hf,
+    )
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.reporting.files import atomic_write, write_json
     from zflora_jax.reporting.provenance import environment
     from zflora_jax.reporting.tables import markdown_table
 
-    origin = environment()  # now: the code that this process has loaded, whatever is committed while it runs
+    # now: the code that this process has loaded, whatever is committed while it runs.
+    origin = environment()
     base = load_model("smollm2-135m")
     prompts = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
     rows: list[dict[str, Any]] = []
@@ -142,10 +206,17 @@ def main() -> None:
             prompts_file.write_text(json.dumps(prompts), encoding="utf-8")
             model = fused(base, method, args.rank, args.std)
             save_hf(directory, model)
-            five, four = (run(p, directory, prompts_file, Path(folder, "out.npz")) for p in (sys.executable, args.python))
+            five, four = (
+                run(p, directory, prompts_file, Path(folder, "out.npz"))
+                for p in (sys.executable, args.python)
+            )
         row, ours = compare(model, prompts, five, four, base_logits)
         base_logits = ours if method == "base" else base_logits
-        versions = {f"{name} {key}": str(values[name]) for name in ("transformers", "torch") for key, values in (("5", five), ("4", four))}
+        versions = {
+            f"{name} {key}": str(values[name])
+            for name in ("transformers", "torch")
+            for key, values in (("5", five), ("4", four))
+        }
         rows.append({"model": method} | row)
         print(markdown_table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
     result = {
@@ -172,16 +243,28 @@ def report(result: dict[str, Any]) -> str:
         [
             "# Exports under transformers 5 and 4.57",
             "",
-            f"SmolLM2-135M, float32, adapters of rank {result['rank']} and default widths, every adapter leaf moved by noise of std {result['std']}",
-            f"(full: a tenth of it; seed 0). transformers {seen['transformers 5']} (torch {seen['torch 5']}) and {seen['transformers 4']} "
-            f"(torch {seen['torch 4']}) load the same directories.",
-            f"{len(result['prompts'])} prompts: logits of each alone; {result['new_tokens']} greedy tokens of all as one left-padded batch. "
-            "Columns of differences: max abs dlogit.",
+            (
+                f"SmolLM2-135M, float32, adapters of rank {result['rank']} and default widths,"
+                f" every adapter leaf moved by noise of std {result['std']}"
+            ),
+            (
+                f"(full: a tenth of it; seed 0). transformers {seen['transformers 5']} (torch"
+                f" {seen['torch 5']}) and {seen['transformers 4']} (torch {seen['torch 4']}) load"
+                " the same directories."
+            ),
+            (
+                f"{len(result['prompts'])} prompts: logits of each alone; {result['new_tokens']}"
+                " greedy tokens of all as one left-padded batch. Columns of differences: max abs"
+                " dlogit."
+            ),
             "",
             markdown_table(result["rows"], COLUMNS),
             "",
-            f"Command: `{env['command']}`; commit {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']}, {device_line(env)}, "
-            f"Python {env['python']}, jax {env['jax']}.",
+            (
+                f"Command: `{env['command']}`; commit"
+                f" {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']},"
+                f" {device_line(env)}, Python {env['python']}, jax {env['jax']}."
+            ),
             "",
         ]
     )

@@ -1,8 +1,10 @@
-"""Ways to decode that were tried, against the one that is kept: packed kernels [out, in], unrolled layers, one compiled loop.
+"""Ways to decode that were tried, against the one that is kept: packed kernels [out, in], unrolled
+layers, one compiled loop.
 
 Command: python benchmarks/decode_variants.py     (about 10 minutes on 2 CPU cores)
-Writes results/decode_variants.json and .md: TTFT and TPOT of SmolLM2-135M (the packaged one), all ways by turns in one process, for each batch; and
-how fast the products of its kernels alone read them, by layout.
+Writes results/decode_variants.json and .md: TTFT and TPOT of SmolLM2-135M (the packaged one), all
+ways by turns in one process, for each batch; and how fast the products of its kernels alone read
+them, by layout.
 """
 
 from __future__ import annotations
@@ -35,9 +37,15 @@ KEPT = "kept: packed [out, in], unrolled, one compiled loop"
 
 
 def host_loop(model: Model, batch: int, prompt_length: int, new_tokens: int) -> Contender:
-    """A compiled step per token, called from Python, the cache donated; the tokens stay on the device until the end."""
+    """A compiled step per token, called from Python, the cache donated; the tokens stay on the
+    device until the end.
+    """
     config, slots = model.config, prompt_length + new_tokens
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt_length)).astype(np.int32))
+    tokens = jnp.asarray(
+        np.random.default_rng(0)
+        .integers(0, config.vocab_size, (batch, prompt_length))
+        .astype(np.int32)
+    )
 
     @jax.jit(donate_argnums=2)
     def step(params: Any, tokens: Any, cache: Any) -> Any:
@@ -59,25 +67,46 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
     shape = (batch, prompt_length, new_tokens)
     model = load_model("smollm2-135m", dtype="float32")
     packed = pack(model)
-    unrolled = Model(model.config.replace(scan_layers=False), trees.unstack_layers(model.params, model.config.num_layers))
-    head = packed.params | {"lm_head": {"kernel": jnp.asarray(packed.params["embed"]["embedding"].T)}}
+    unrolled = Model(
+        model.config.replace(scan_layers=False),
+        trees.unstack_layers(model.params, model.config.num_layers),
+    )
+    head = packed.params | {
+        "lm_head": {"kernel": jnp.asarray(packed.params["embed"]["embedding"].T)}
+    }
     found = {
         KEPT: contender(packed, *shape),
-        **{f"products {name}": with_products(PRODUCTS[name], lambda: contender(packed, *shape)) for name in (LEFT, RIGHT, HALVES)},
+        **{
+            f"products {name}": with_products(PRODUCTS[name], lambda: contender(packed, *shape))
+            for name in (LEFT, RIGHT, HALVES)
+        },
         "kernels [in, out], not packed, unrolled": contender(unrolled, *shape),
         "kernels [in, out], not packed, scan over layers": contender(model, *shape),
-        "head (d, V) beside the embeddings": contender(Model(packed.config.replace(tie_word_embeddings=False), head), *shape),
-        "vectors of 512 bits instead of XLA's 256": contender(packed, *shape, compiler_options={"xla_cpu_prefer_vector_width": 512}),
+        "head (d, V) beside the embeddings": contender(
+            Model(packed.config.replace(tie_word_embeddings=False), head), *shape
+        ),
+        "vectors of 512 bits instead of XLA's 256": contender(
+            packed, *shape, compiler_options={"xla_cpu_prefer_vector_width": 512}
+        ),
         "a compiled step per token, called from Python": host_loop(packed, *shape),
         "sampled: temperature 0.8": contender(packed, *shape, sampler=Sampler(0.8)),
-        "sampled: temperature 0.8, top_k 50, top_p 0.95": contender(packed, *shape, sampler=Sampler(0.8, 50, 0.95)),
-        "sampled: temperature 0.8, top_p 0.95": contender(packed, *shape, sampler=Sampler(0.8, None, 0.95)),
+        "sampled: temperature 0.8, top_k 50, top_p 0.95": contender(
+            packed, *shape, sampler=Sampler(0.8, 50, 0.95)
+        ),
+        "sampled: temperature 0.8, top_p 0.95": contender(
+            packed, *shape, sampler=Sampler(0.8, None, 0.95)
+        ),
     }
     if bfloat16:
         narrow = pack(load_model("smollm2-135m", dtype="bfloat16"))
         found["bfloat16 weights and activations"] = contender(narrow, *shape)
-        for name, product in {RIGHT: PRODUCTS[RIGHT], "x [out, in]^T in float32, no barrier": unguarded_product}.items():
-            found[f"bfloat16, products {name}"] = with_products(product, lambda: contender(narrow, *shape))
+        for name, product in {
+            RIGHT: PRODUCTS[RIGHT],
+            "x [out, in]^T in float32, no barrier": unguarded_product,
+        }.items():
+            found[f"bfloat16, products {name}"] = with_products(
+                product, lambda: contender(narrow, *shape)
+            )
     return found
 
 
@@ -106,7 +135,9 @@ def unguarded_product(x: Any, kernel: Any, dtype: Any = None) -> Any:
 
 
 def with_products(product: Callable[..., Any], make: Callable[[], Contender]) -> Contender:
-    """What `make` compiles where `products.row_products`, that is all kernels of layers and the head, is `product`."""
+    """What `make` compiles where `products.row_products`, that is all kernels of layers and the
+    head, is `product`.
+    """
     kept = products.row_products
     products.row_products = product
     jax.clear_caches()
@@ -118,7 +149,9 @@ def with_products(product: Callable[..., Any], make: Callable[[], Contender]) ->
 
 
 def read_rates(batch: int, repeats: int) -> list[dict[str, Any]]:
-    """GB/s at which products of `batch` rows read SmolLM2's packed kernels, more of them than the caches hold."""
+    """GB/s at which products of `batch` rows read SmolLM2's packed kernels, more of them than the
+    caches hold.
+    """
     rows = []
     for name, out, inner in KERNELS:
         count = -(-(2**27) // (4 * out * inner))
@@ -153,7 +186,9 @@ def choices(batch: int, repeats: int) -> dict[str, Any]:
         "sort, as top_p by definition": lambda x: jnp.sort(x, axis=-1, descending=True),
         "top_p by bisection (kept)": lambda x: Sampler(1.0, None, 0.95).cut(x)[0],
         "top_k 50": lambda x: jax.lax.top_k(x, 50),
-        "Gumbel noise for all": lambda x: jax.vmap(jax.random.categorical)(jax.random.split(jax.random.key(0), batch), x),
+        "Gumbel noise for all": lambda x: jax.vmap(jax.random.categorical)(
+            jax.random.split(jax.random.key(0), batch), x
+        ),
     }
     row: dict[str, Any] = {"batch": batch}
     for label, part in parts.items():
@@ -168,16 +203,23 @@ def choices(batch: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--no-bfloat16", dest="bfloat16", action="store_false", help="leave its three ways out")
+    parser.add_argument(
+        "--no-bfloat16", dest="bfloat16", action="store_false", help="leave its three ways out"
+    )
     parser.add_argument("--out", default="results/decode_variants")
     args = parser.parse_args()
     if min(*args.batches, args.prompt, args.repeats, args.new_tokens - 1) < 1:
-        parser.error("--batches, --prompt and --repeats: give at least 1; --new-tokens: at least 2, for a time between tokens")
+        parser.error(
+            "--batches, --prompt and --repeats: give at least 1; --new-tokens: at least 2, for a"
+            " time between tokens"
+        )
     env, rows, meter = environment(), list[dict[str, Any]](), bandwidth_meter()
     for batch in args.batches:
         found = ways(batch, args.prompt, args.new_tokens, args.bfloat16)
@@ -185,7 +227,9 @@ def main() -> None:
         for label, times in turns.items():
             row: dict[str, Any] = {"batch": batch, "way": label}
             for name in ("ttft_ms", "tpot_ms"):
-                row |= summary(times[name], name) | {name.replace("_ms", "_ratio"): ratio(times[name], turns[KEPT][name])}
+                row |= summary(times[name], name) | {
+                    name.replace("_ms", "_ratio"): ratio(times[name], turns[KEPT][name])
+                }
             if (size := found[label].read_bytes) is not None:
                 row["floor_ratio"] = ratio(times["tpot_ms"], times["floor_ms"])
                 row["read_gb_per_s"] = size / statistics.median(times["floor_ms"]) / 1e6
@@ -194,14 +238,25 @@ def main() -> None:
         del found
     alone = [row for batch in args.batches for row in read_rates(batch, args.repeats)]
     chosen = [choices(batch, args.repeats) for batch in args.batches]
-    write_json(f"{args.out}.json", {"rows": rows, "products": alone, "choices": chosen, "settings": vars(args), "environment": env})
+    write_json(
+        f"{args.out}.json",
+        {
+            "rows": rows,
+            "products": alone,
+            "choices": chosen,
+            "settings": vars(args),
+            "environment": env,
+        },
+    )
     shown = [
         {
             "batch": row["batch"],
             "way": row["way"],
             "TTFT, ms": f"{row['ttft_ms']:.1f}",
             "x kept": f"{row['ttft_ratio']:.3f}",
-            "TPOT, ms": f"{row['tpot_ms']:.2f} [{row['tpot_ms_min']:.2f}, {row['tpot_ms_max']:.2f}]",
+            "TPOT, ms": (
+                f"{row['tpot_ms']:.2f} [{row['tpot_ms_min']:.2f}, {row['tpot_ms_max']:.2f}]"
+            ),
             "x kept ": f"{row['tpot_ratio']:.3f}",
             "x floor": f"{row['floor_ratio']:.2f}" if "floor_ratio" in row else "-",
         }
@@ -211,20 +266,40 @@ def main() -> None:
     text = [
         "# Ways to decode",
         "",
-        f"SmolLM2-135M, float32 unless said, prompt {args.prompt}, {args.new_tokens} new tokens; medians of {args.repeats} turns [least, most]. x "
-        f"kept: median over turns of the ratio within a turn. x floor: TPOT over the time to read weights and half-filled cache once at the rate "
-        f"measured in the same turn ({min(rates):.1f} to {max(rates):.1f} GB/s, medians).",
+        (
+            f"SmolLM2-135M, float32 unless said, prompt {args.prompt}, {args.new_tokens} new"
+            f" tokens; medians of {args.repeats} turns [least, most]. x kept: median over turns of"
+            " the ratio within a turn. x floor: TPOT over the time to read weights and half-filled"
+            f" cache once at the rate measured in the same turn ({min(rates):.1f} to"
+            f" {max(rates):.1f} GB/s, medians)."
+        ),
         "",
         markdown_table(shown, list(shown[0])),
         "",
         "Products alone: GB/s at which they read the kernels, by layout.",
         "",
-        markdown_table([{key: f"{value:.1f}" if isinstance(value, float) else value for key, value in row.items()} for row in alone], list(alone[0])),
+        markdown_table(
+            [
+                {
+                    key: f"{value:.1f}" if isinstance(value, float) else value
+                    for key, value in row.items()
+                }
+                for row in alone
+            ],
+            list(alone[0]),
+        ),
         "",
         "Choosing a token alone, ms:",
         "",
         markdown_table(
-            [{key: f"{value:.2f}" if isinstance(value, float) else value for key, value in row.items()} for row in chosen], list(chosen[0])
+            [
+                {
+                    key: f"{value:.2f}" if isinstance(value, float) else value
+                    for key, value in row.items()
+                }
+                for row in chosen
+            ],
+            list(chosen[0]),
         ),
         "",
         origin_line(env),

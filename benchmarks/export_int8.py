@@ -1,9 +1,13 @@
-"""What int8 consumers make of an export, by the scale of the state (eps_z): simulated on the tensors that the export stores.
+"""What int8 consumers make of an export, by the scale of the state (eps_z): simulated on the
+tensors that the export stores.
 
-Command: python benchmarks/export_int8.py --workdir runs/quickstart     (about 3 minutes on 2 CPU cores)
-Writes results/export_int8.json and .md. The run's model is fused and written in stock form at several eps_z. Every matrix, embedding included, is
-rounded to int8 with one scale per output channel (per row of the embedding), and in a second column the inputs of the layers' kernels too, with one
-scale per token. KL and top-1 are against the same model in float32, on the run's held-out rows, prompts and answers.
+Command: python benchmarks/export_int8.py --workdir runs/quickstart
+(about 3 minutes on 2 CPU cores)
+Writes results/export_int8.json and .md. The run's model is fused and written in stock form at
+several eps_z. Every matrix, embedding included, is rounded to int8 with one scale per output
+channel (per row of the embedding), and in a second column the inputs of the layers' kernels too,
+with one scale per token. KL and top-1 are against the same model in float32, on the run's held-out
+rows, prompts and answers.
 """
 
 from __future__ import annotations
@@ -56,10 +60,16 @@ def int8_weights(model: Model) -> Model:
 
 
 def log_probs(model: Model, batch: dict[str, np.ndarray], activations: bool = False) -> np.ndarray:
-    """log p [N, V] float32 of the next token at every real position; `activations`: inputs of the layers' kernels rounded to int8 per token."""
+    """log p [N, V] float32 of the next token at every real position; `activations`: inputs of the
+    layers' kernels rounded to int8 per token.
+    """
 
     def hook(call: Any, args: tuple[Any, ...], kwargs: Any, context: Any) -> Any:
-        inside = isinstance(context.module, Dense) and context.method_name == "__call__" and context.module.path[0].startswith("layers")
+        inside = (
+            isinstance(context.module, Dense)
+            and context.method_name == "__call__"
+            and context.module.path[0].startswith("layers")
+        )
         if activations and inside:
             x = args[0]
             args = (rounded(x, tuple(range(2, x.ndim))), *args[1:])
@@ -81,8 +91,15 @@ def compared(found: np.ndarray, want: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="a trained run of zflora-minimal or zflora-uniform")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="a trained run of zflora-minimal or zflora-uniform",
+    )
     parser.add_argument("--rows", type=int, default=16, help="held-out rows (default: 16)")
     parser.add_argument("--out", default="results/export_int8")
     args = parser.parse_args()
@@ -92,15 +109,24 @@ def main() -> None:
     base, _ = unfuse(fused)
     _, encoded = held_out(run, fused)
     batch = next(iter(eval_batches(encoded, min(args.rows, len(encoded)), run.data.lengths)))
-    named = {"chosen for float32": choose_eps_z(fused, "float32"), "chosen for bfloat16": choose_eps_z(fused, "bfloat16")}
+    named = {
+        "chosen for float32": choose_eps_z(fused, "float32"),
+        "chosen for bfloat16": choose_eps_z(fused, "bfloat16"),
+    }
     named |= {"2^-4": 2.0**-4, "2^-10, as before it was chosen": 2.0**-10}
     rows: list[dict[str, Any]] = []
 
     def add(name: str, eps: float | None, model: Model, want: np.ndarray) -> None:
-        row: dict[str, Any] = {"model": name, "eps_z": eps, "float": compared(log_probs(model, batch), want)}
+        row: dict[str, Any] = {
+            "model": name,
+            "eps_z": eps,
+            "float": compared(log_probs(model, batch), want),
+        }
         small = int8_weights(model)
         row["int8 weights"] = compared(log_probs(small, batch), want)
-        row["int8 weights and activations"] = compared(log_probs(small, batch, activations=True), want)
+        row["int8 weights and activations"] = compared(
+            log_probs(small, batch, activations=True), want
+        )
         rows.append(row)
         print(row, flush=True)
 
@@ -111,7 +137,14 @@ def main() -> None:
             save_hf(Path(folder, "export"), fused, eps_z=eps)
             add(f"fused, {name}", eps, load_stock(Path(folder, "export")), exact)
     share, positions = state_share(fused), len(exact)
-    result = {"rows": rows, "state_share": share, "positions": positions, "config": vars(args), "environment": env, "run": label}
+    result = {
+        "rows": rows,
+        "state_share": share,
+        "positions": positions,
+        "config": vars(args),
+        "environment": env,
+        "run": label,
+    }
     write_json(f"{args.out}.json", result)
 
     def shown(cell: dict[str, float]) -> str:
@@ -119,16 +152,22 @@ def main() -> None:
 
     kinds = ("float", "int8 weights", "int8 weights and activations")
     table = [
-        {"model": row["model"], "eps_z": "-" if row["eps_z"] is None else f"2^{int(np.log2(row['eps_z']))}"} | {k: shown(row[k]) for k in kinds}
+        {
+            "model": row["model"],
+            "eps_z": "-" if row["eps_z"] is None else f"2^{int(np.log2(row['eps_z']))}",
+        }
+        | {k: shown(row[k]) for k in kinds}
         for row in rows
     ]
     page = (
-        f"# int8 by output channel and token: which scale of the state\n\n{run.model}, {run.adapter.method}, rank {run.adapter.rank}, trained for "
-        f"{label.removeprefix('step')} steps on {run.data.task}. KL in nats (and how often the likeliest token is the same) against the same "
-        f"model in float32, {positions} positions of held-out rows. Simulated: rounded to int8 and back, computed in float32.\n\n"
-        f"{markdown_table(table, list(table[0]))}\n\n"
-        f"By the weights the state's energy is {share:.4f} of the base channels' (see `zflora_jax/hf/state_scale.py`).\n\n"
-        f"{origin_line(env)} Seed {run.train.seed}.\n"
+        f"# int8 by output channel and token: which scale of the state\n\n{run.model},"
+        f" {run.adapter.method}, rank {run.adapter.rank}, trained for {label.removeprefix('step')}"
+        f" steps on {run.data.task}. KL in nats (and how often the likeliest token is the same)"
+        f" against the same model in float32, {positions} positions of held-out rows. Simulated:"
+        " rounded to int8 and back, computed in"
+        f" float32.\n\n{markdown_table(table, list(table[0]))}\n\nBy the weights the state's energy"
+        f" is {share:.4f} of the base channels' (see"
+        f" `zflora_jax/hf/state_scale.py`).\n\n{origin_line(env)} Seed {run.train.seed}.\n"
     )
     atomic_write(f"{args.out}.md", page.encode())
     print(page)

@@ -1,8 +1,11 @@
-"""Generated answers against transformers' `generate` on real questions: the same token ids, greedy and by beam search?
+"""Generated answers against transformers' `generate` on real questions: the same token ids, greedy
+and by beam search?
 
-Command: python benchmarks/generation_check.py --data-dir DIR     (about 6 minutes on 2 CPU cores; needs the test extra)
-Writes results/generation_check.json and .md. The packaged SmolLM2-135M in float32; the first rows of ARC-Easy and GSM8K (LLM-Adapters' and OpenAI's
-test files below DIR), prompts and stop tokens as `zflora eval` makes them. transformers decodes each prompt alone, without padding.
+Command: python benchmarks/generation_check.py --data-dir DIR
+(about 6 minutes on 2 CPU cores; needs the test extra)
+Writes results/generation_check.json and .md. The packaged SmolLM2-135M in float32; the first rows
+of ARC-Easy and GSM8K (LLM-Adapters' and OpenAI's test files below DIR), prompts and stop tokens as
+`zflora eval` makes them. transformers decodes each prompt alone, without padding.
 """
 
 from __future__ import annotations
@@ -33,13 +36,21 @@ BEAMS = (1, 4)
 def theirs(model: Any, prompt: list[int], stop: list[int], beams: int, new: int) -> list[int]:
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=beams, max_new_tokens=new, eos_token_id=stop, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=beams,
+        max_new_tokens=new,
+        eos_token_id=stop,
+        pad_token_id=0,
     )
     return [int(i) for i in out[0, len(prompt) :]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True, metavar="DIR")
     parser.add_argument("--rows", type=int, default=20, help="of each task (default: 20)")
     args = parser.parse_args()
@@ -47,25 +58,48 @@ def main() -> None:
     model, rows = load_model("smollm2-135m", dtype="float32"), []
     with tempfile.TemporaryDirectory() as folder:
         save_hf(f"{folder}/model", model)
-        stock = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32).eval()
+        stock = transformers.AutoModelForCausalLM.from_pretrained(
+            f"{folder}/model", dtype=torch.float32
+        ).eval()
         for task, new in TASKS.items():
-            examples = load_examples(task, "test", DataConfig(task=task, data_dir=args.data_dir))[: args.rows]
-            prompts, stop = encode_prompts(examples, model.tokenizer, "chat"), stop_ids(model, "chat")
+            examples = load_examples(task, "test", DataConfig(task=task, data_dir=args.data_dir))[
+                : args.rows
+            ]
+            prompts, stop = (
+                encode_prompts(examples, model.tokenizer, "chat"),
+                stop_ids(model, "chat"),
+            )
             for beams in BEAMS:
-                ours = generate_tokens(model, prompts, max_new_tokens=new, stop=stop, num_beams=beams, batch_size=8)
+                ours = generate_tokens(
+                    model, prompts, max_new_tokens=new, stop=stop, num_beams=beams, batch_size=8
+                )
                 want = [theirs(stock, prompt, stop, beams, new) for prompt in prompts]
                 same = [a == b for a, b in zip(ours, want, strict=True)]
-                differ = [{"row": i, "ours": ours[i], "transformers": want[i]} for i, equal in enumerate(same) if not equal]
-                row = {"task": task, "beams": beams, "new tokens, at most": new, "rows": len(same), "equal": sum(same)}
+                differ = [
+                    {"row": i, "ours": ours[i], "transformers": want[i]}
+                    for i, equal in enumerate(same)
+                    if not equal
+                ]
+                row = {
+                    "task": task,
+                    "beams": beams,
+                    "new tokens, at most": new,
+                    "rows": len(same),
+                    "equal": sum(same),
+                }
                 rows.append(row | {"tokens compared": sum(map(len, want)), "different": differ})
                 print(row, flush=True)
     env = environment()
-    write_json("results/generation_check.json", {"rows": rows, "transformers": transformers.__version__, "environment": env})
+    write_json(
+        "results/generation_check.json",
+        {"rows": rows, "transformers": transformers.__version__, "environment": env},
+    )
     shown = [{key: value for key, value in row.items() if key != "different"} for row in rows]
     text = (
-        f"# Generated token ids against transformers {transformers.__version__}\n\n{__doc__.splitlines()[0]}\n\n"
-        f"{markdown_table(shown, list(shown[0]))}\n\n"
-        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']}; jax {env['jax']}; {env['date']}.\n"
+        f"# Generated token ids against transformers {transformers.__version__}\n\n"
+        f"{__doc__.splitlines()[0]}\n\n{markdown_table(shown, list(shown[0]))}\n\nCommand:"
+        f" `{env['command']}`; commit {env['commit']}; device {env['device']}; jax {env['jax']};"
+        f" {env['date']}.\n"
     )
     atomic_write("results/generation_check.md", text.encode())
 

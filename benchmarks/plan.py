@@ -1,8 +1,10 @@
-"""`zflora plan` against the compiler: bytes per device of a train step at the shapes of Llama-3.2-1B and Llama-2-7B.
+"""`zflora plan` against the compiler: bytes per device of a train step at the shapes of
+Llama-3.2-1B and Llama-2-7B.
 
 Command: python benchmarks/plan.py     (about 3 minutes on 2 CPU cores; no weights, nothing is run)
-Writes results/plan.json and .md. 8 virtual CPU devices, 16 rows of 1024 tokens, rank 32, chunks of 1024 logits. XLA's CPU compiler keeps
-float32 copies of some bfloat16 arrays, so float32 is the fairer comparison.
+Writes results/plan.json and .md. 8 virtual CPU devices, 16 rows of 1024 tokens, rank 32, chunks of
+1024 logits. XLA's CPU compiler keeps float32 copies of some bfloat16 arrays, so float32 is the
+fairer comparison.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ CASES: tuple[dict[str, Any], ...] = (
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     rows = []
     for model in MODELS:
         base = RunConfig(
@@ -56,8 +60,16 @@ def main() -> None:
             run, shape = override(base, changes), preset(model)
             planned, found = plan_run(run, shape)["bytes_per_device"], compiled(run, shape)
             stored = sum(planned[name] for name in ("base", "adapters", "optimizer"))
-            row = {"model": model, "changes": " ".join(f"{key}={value}" for key, value in changes.items())}
-            row |= {"planned": planned, "compiled": found, "ratio": planned["total"] / found["total"], "stored ratio": stored / found["arguments"]}
+            row = {
+                "model": model,
+                "changes": " ".join(f"{key}={value}" for key, value in changes.items()),
+            }
+            row |= {
+                "planned": planned,
+                "compiled": found,
+                "ratio": planned["total"] / found["total"],
+                "stored ratio": stored / found["arguments"],
+            }
             rows.append(row)
             print(row, flush=True)
     ratios = [row["ratio"] for row in rows]
@@ -72,7 +84,9 @@ def main() -> None:
             "model": row["model"],
             "changes": row["changes"],
             "planned": gib(row["planned"]["total"]),
-            "of it stored": gib(sum(row["planned"][name] for name in ("base", "adapters", "optimizer"))),
+            "of it stored": gib(
+                sum(row["planned"][name] for name in ("base", "adapters", "optimizer"))
+            ),
             "compiled": gib(row["compiled"]["total"]),
             "of it arguments": gib(row["compiled"]["arguments"]),
             "planned / compiled": f"{row['ratio']:.2f}",
@@ -80,12 +94,14 @@ def main() -> None:
         for row in rows
     ]
     text = (
-        "# `zflora plan` against the compiler\n\n"
-        "GiB per device of one train step. zflora-minimal r=32 unless another method is named, float32, 16 rows of 1024 tokens (4 under\n"
-        "tensor=8), chunks of 1024 logits, 8 virtual CPU devices. XLA's CPU compiler keeps float32 copies of some bfloat16 arrays.\n\n"
-        f"{markdown_table(shown, list(shown[0]))}\n\n"
-        f"planned / compiled: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}.\n\n"
-        f"Command: `{env['command']}`; commit {env['commit']}; device {env['device']}; jax {env['jax']}; {env['date']}.\n"
+        "# `zflora plan` against the compiler\n\nGiB per device of one train step. zflora-minimal"
+        " r=32 unless another method is named, float32, 16 rows of 1024 tokens (4"
+        " under\ntensor=8), chunks of 1024 logits, 8 virtual CPU devices. XLA's CPU compiler keeps"
+        " float32 copies of some bfloat16"
+        f" arrays.\n\n{markdown_table(shown, list(shown[0]))}\n\nplanned / compiled: median"
+        f" {statistics.median(ratios):.2f}, from {min(ratios):.2f} to"
+        f" {max(ratios):.2f}.\n\nCommand: `{env['command']}`; commit {env['commit']}; device"
+        f" {env['device']}; jax {env['jax']}; {env['date']}.\n"
     )
     atomic_write("results/plan.md", text.encode())
 

@@ -1,6 +1,9 @@
-"""The speed targets of this project, each beside what the benchmarks measured: results/speed.md and .json, from their JSON files alone.
+"""The speed targets of this project, each beside what the benchmarks measured: results/speed.md and
+.json, from their JSON files alone.
 
-Command: python benchmarks/speed.py     (after `zflora bench latency`, `zflora bench train`, benchmarks/startup.py, benchmarks/vllm_latency.py and,
+Command: python benchmarks/speed.py
+(after `zflora bench latency`, `zflora bench train`, benchmarks/startup.py,
+benchmarks/vllm_latency.py and,
 where there is a GPU, benchmarks/gpu.py)
 """
 
@@ -18,19 +21,29 @@ from zflora_jax.reporting.provenance import device_line
 from zflora_jax.reporting.tables import markdown_table
 
 Row = dict[str, Any]
-GPU = "no GPU could be had; benchmarks/gpu.py makes the table in one call, and is tested on tiny shapes"
+GPU = (
+    "no GPU could be had; benchmarks/gpu.py makes the table in one call, and is tested on tiny"
+    " shapes"
+)
 # What a target that is not reached owes to, measured: shown beside it.
 CAUSES: dict[str, str] = {
-    "read-bandwidth floor": "XLA's products of one row read kernels more slowly than a sum reads memory, and the 24 small kernels of a layer between "
-    "them take 1 ms a step (profile). Tried (decode_variants.md, time over this): kernels [in, out] 1.30, [out, in] from the left 1.09, from the "
-    "right without halves 1.10, all in halves 1.02, scan over layers 1.38, XLA's vectors of 512 bits 0.96 (and 256 0.96 of 512 as measured "
-    "at commit 3083f4d: not told apart), head as (d, V) 0.94 for 113 MB more, bfloat16 1.02. Without a table (one run each): attention as sums, or "
-    "divided after its product, no gain",
+    "read-bandwidth floor": (
+        "XLA's products of one row read kernels more slowly than a sum reads memory, and the 24"
+        " small kernels of a layer between them take 1 ms a step (profile). Tried"
+        " (decode_variants.md, time over this): kernels [in, out] 1.30, [out, in] from the left"
+        " 1.09, from the right without halves 1.10, all in halves 1.02, scan over layers 1.38,"
+        " XLA's vectors of 512 bits 0.96 (and 256 0.96 of 512 as measured at commit 3083f4d: not"
+        " told apart), head as (d, V) 0.94 for 113 MB more, bfloat16 1.02. Without a table (one run"
+        " each): attention as sums, or divided after its product, no gain"
+    ),
     "over transformers'": "the same products",
-    "time over PEFT's": "profile (an AMD EPYC, 2 CPUs of 0.2 TFLOP/s, commit c51f735): products with frozen kernels and the head take 3.1 of "
-    "4.1 s, at the rate that these cores have; attention 0.4, adapters 0.3, stacking of activations by scan 0.3. Tried without gain: unrolled "
-    "layers (fewer copies, more page faults), XLA's flags for vector width, scheduler, tiling, ISA; larger pages and a heap that is not given back "
-    "help PEFT as much",
+    "time over PEFT's": (
+        "profile (an AMD EPYC, 2 CPUs of 0.2 TFLOP/s, commit c51f735): products with frozen kernels"
+        " and the head take 3.1 of 4.1 s, at the rate that these cores have; attention 0.4,"
+        " adapters 0.3, stacking of activations by scan 0.3. Tried without gain: unrolled layers"
+        " (fewer copies, more page faults), XLA's flags for vector width, scheduler, tiling, ISA;"
+        " larger pages and a heap that is not given back help PEFT as much"
+    ),
     "peak memory over PEFT's": "not known",
 }
 
@@ -42,90 +55,201 @@ def commit_of(env: Row) -> str:
 def require_same(name: str, found: Row, want: Row) -> None:
     """SystemExit where a result is not of the set-up that the targets are for."""
     if different := {key: found[key] for key in want if found[key] != want[key]}:
-        raise SystemExit(f"{name}.json was measured with {different}; the targets are for {want}. Run its benchmark again.")
+        raise SystemExit(
+            f"{name}.json was measured with {different}; the targets are for {want}. Run its"
+            " benchmark again."
+        )
 
 
-def row(what: str, target: str, value: float | None, limit: float, source: Row, unit: str = "x") -> Row:
+def row(
+    what: str, target: str, value: float | None, limit: float, source: Row, unit: str = "x"
+) -> Row:
     env = source["environment"]
     reached = value is not None and value <= limit
-    found = {"what": what, "target": target, "measured": "missing" if value is None else f"{value:.3f} {unit}", "reached": "yes" if reached else "no"}
+    found = {
+        "what": what,
+        "target": target,
+        "measured": "missing" if value is None else f"{value:.3f} {unit}",
+        "reached": "yes" if reached else "no",
+    }
     return found | {"command": env["command"], "commit": commit_of(env), "device": device_line(env)}
 
 
 def decode_rows(found: Row) -> Iterator[Row]:
     def at(label: str, **case: int) -> Row | None:
-        return next((r for r in found["rows"] if r["label"] == label and all(r[k] == v for k, v in case.items())), None)
+        return next(
+            (
+                r
+                for r in found["rows"]
+                if r["label"] == label and all(r[k] == v for k, v in case.items())
+            ),
+            None,
+        )
 
     first = {key: found["rows"][0][key] for key in ("rank", "batch", "prompt")}
-    require_same("latency", found["settings"] | first, {"model": "smollm2-135m", "dtype": "float32", "batch": 1})
+    require_same(
+        "latency",
+        found["settings"] | first,
+        {"model": "smollm2-135m", "dtype": "float32", "batch": 1},
+    )
     assert at("base", **first) is not None
     where = f"batch {first['batch']}, prompt {first['prompt']}"
     # The base and transformers do not hang on the rank: every rank is another case of the same.
     same = [r for r in found["rows"] if all(r[k] == first[k] for k in ("batch", "prompt"))]
     floors = [1 / r["floor_share"] for r in same if r["label"] == "base"]
     peers = [1 / r["tpot_ratio"] for r in same if r["label"] == "transformers"]
-    for what, limit, values in (("the read-bandwidth floor", 1.2, floors), ("transformers'", 0.36, peers)):
-        spread = f"median of {len(values)} cases, {min(values):.3f} to {max(values):.3f}" if values else "not measured"
+    for what, limit, values in (
+        ("the read-bandwidth floor", 1.2, floors),
+        ("transformers'", 0.36, peers),
+    ):
+        spread = (
+            f"median of {len(values)} cases, {min(values):.3f} to {max(values):.3f}"
+            if values
+            else "not measured"
+        )
         value = statistics.median(values) if values else None
-        yield row(f"decode of the base, {where}: TPOT over {what} ({spread})", f"<= {limit:.2f}", value, limit, found)
+        yield row(
+            f"decode of the base, {where}: TPOT over {what} ({spread})",
+            f"<= {limit:.2f}",
+            value,
+            limit,
+            found,
+        )
     for fused in (r for r in found["rows"] if r["label"] == "zflora-minimal"):
         case = {key: fused[key] for key in ("rank", "batch", "prompt")}
         if case["rank"] > 64:
             continue
-        limit, name = fused["bytes_ratio"] + 0.01, ", ".join(f"{key} {value}" for key, value in case.items())
+        limit, name = (
+            fused["bytes_ratio"] + 0.01,
+            ", ".join(f"{key} {value}" for key, value in case.items()),
+        )
         for measure in ("tpot", "ttft"):
             what = f"zflora-minimal fused, {name}: {measure.upper()} over the base's"
             again = {label: at(label, **case) for label in ("lora merged", "zflora-minimal idle")}
-            seen = ", ".join(f"{label} {other[f'{measure}_ratio']:.3f}" for label, other in again.items() if other)
-            why = f"the same shapes again (merged: the base's, idle: zflora-minimal's): {seen or 'not measured'}; beyond that noise not explained"
-            yield row(what, f"<= {limit:.3f}, its share of bytes + 0.01", fused[f"{measure}_ratio"], limit, found) | {"why not": why}
+            seen = ", ".join(
+                f"{label} {other[f'{measure}_ratio']:.3f}"
+                for label, other in again.items()
+                if other
+            )
+            why = (
+                "the same shapes again (merged: the base's, idle: zflora-minimal's):"
+                f" {seen or 'not measured'}; beyond that noise not explained"
+            )
+            yield row(
+                what,
+                f"<= {limit:.3f}, its share of bytes + 0.01",
+                fused[f"{measure}_ratio"],
+                limit,
+                found,
+            ) | {"why not": why}
         if beside := at("lora un-merged", **case):
-            yield row(f"lora un-merged, {name}: TPOT over the base's", "reported", beside["tpot_ratio"], float("inf"), found)
+            yield row(
+                f"lora un-merged, {name}: TPOT over the base's",
+                "reported",
+                beside["tpot_ratio"],
+                float("inf"),
+                found,
+            )
 
 
 def train_rows(found: Row) -> Iterator[Row]:
     limits = {0.0: (0.85, 0.8), 0.5: (0.75, None)}
     for one in found["rows"]:
-        if "step_ratio" not in one or one["label"] == "PEFT lora" or one["case"]["masked"] not in limits:
+        if (
+            "step_ratio" not in one
+            or one["label"] == "PEFT lora"
+            or one["case"]["masked"] not in limits
+        ):
             continue
         case, (step, memory) = one["case"], limits[one["case"]["masked"]]
-        require_same("train", case, {"model": "smollm2-135m", "dtype": "float32", "rank": 16, "batch": 8, "length": 128})
-        what = f"training step, {one['label']}, {case['batch']} x {case['length']}, r={case['rank']}, {case['masked']:.0%} masked"
+        require_same(
+            "train",
+            case,
+            {"model": "smollm2-135m", "dtype": "float32", "rank": 16, "batch": 8, "length": 128},
+        )
+        what = (
+            f"training step, {one['label']}, {case['batch']} x {case['length']}, r={case['rank']},"
+            f" {case['masked']:.0%} masked"
+        )
         yield row(f"{what}: time over PEFT's", f"<= {step}", one["step_ratio"], step, found)
         if memory:
-            yield row(f"{what}: peak memory over PEFT's", f"<= {memory}", one["memory_ratio"], memory, found)
+            yield row(
+                f"{what}: peak memory over PEFT's",
+                f"<= {memory}",
+                one["memory_ratio"],
+                memory,
+                found,
+            )
 
 
 def startup_rows(found: Row) -> Iterator[Row]:
     for kind, turns in found["turns"].items():
         warm = kind == "first step, warm"
         value = statistics.median(turn["total"] for turn in turns)
-        yield row(f"start-up: {kind}, from the command", "<= 12 s" if warm else "reported", value, 12.0 if warm else float("inf"), found, "s")
+        yield row(
+            f"start-up: {kind}, from the command",
+            "<= 12 s" if warm else "reported",
+            value,
+            12.0 if warm else float("inf"),
+            found,
+            "s",
+        )
 
 
 def vllm_rows(found: Row) -> Iterator[Row]:
     for one in found["rows"]:
         name, shown = one[""], f"{one['model']}, batch {one['batch']}"
         if name == "this project's decode":
-            (base,) = (r for r in found["rows"] if r[""] == "vLLM, base" and (r["model"], r["batch"]) == (one["model"], one["batch"]))
-            starts = [ours / theirs for ours, theirs in zip(one["tpot_ms_all"], base["tpot_ms_all"], strict=True)]
-            what = f"{shown}: our TPOT over vLLM's (CPU build, float32; in {len(starts)} starts {min(starts):.2f} to {max(starts):.2f})"
-            why = f"vLLM's base took {min(base['tpot_ms_all']):.0f} to {max(base['tpot_ms_all']):.0f} ms, ours {min(one['tpot_ms_all']):.0f} to "
+            (base,) = (
+                r
+                for r in found["rows"]
+                if r[""] == "vLLM, base"
+                and (r["model"], r["batch"]) == (one["model"], one["batch"])
+            )
+            starts = [
+                ours / theirs
+                for ours, theirs in zip(one["tpot_ms_all"], base["tpot_ms_all"], strict=True)
+            ]
+            what = (
+                f"{shown}: our TPOT over vLLM's (CPU build, float32; in {len(starts)} starts"
+                f" {min(starts):.2f} to {max(starts):.2f})"
+            )
+            why = (
+                f"vLLM's base took {min(base['tpot_ms_all']):.0f} to {max(base['tpot_ms_all']):.0f}"
+                f" ms, ours {min(one['tpot_ms_all']):.0f} to "
+            )
             why += f"{max(one['tpot_ms_all']):.0f}: processes read memory at different rates"
             yield row(what, "< 1", one["tpot_ratio"], 1.0, found) | {"why not": why}
         elif name != "vLLM, base":
-            yield row(f"{shown}: {name}, TPOT over vLLM's base", "reported", one["tpot_ratio"], float("inf"), found)
+            yield row(
+                f"{shown}: {name}, TPOT over vLLM's base",
+                "reported",
+                one["tpot_ratio"],
+                float("inf"),
+                found,
+            )
 
 
-SOURCES = {"latency": decode_rows, "train": train_rows, "startup": startup_rows, "vllm_latency": vllm_rows, "vllm_latency_1b": vllm_rows}
+SOURCES = {
+    "latency": decode_rows,
+    "train": train_rows,
+    "startup": startup_rows,
+    "vllm_latency": vllm_rows,
+    "vllm_latency_1b": vllm_rows,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", default="results", metavar="DIR")
     folder, rows, missing = Path(parser.parse_args().results), list[Row](), list[str]()
     if not folder.is_dir():
-        parser.error(f"--results {folder} is no directory: give the one that the benchmarks wrote their JSON to")
+        parser.error(
+            f"--results {folder} is no directory: give the one that the benchmarks wrote their"
+            " JSON to"
+        )
     for name, read in SOURCES.items():
         if (file := folder / f"{name}.json").is_file():
             rows += read(json.loads(file.read_text(encoding="utf-8")))
@@ -135,20 +259,33 @@ def main() -> None:
         if one["target"] == "reported":
             one["reached"] = "-"
         elif one["reached"] == "no":
-            one["why not"] = one.get("why not") or next((why for part, why in CAUSES.items() if part in one["what"]), "not known")
+            one["why not"] = one.get("why not") or next(
+                (why for part, why in CAUSES.items() if part in one["what"]), "not known"
+            )
         else:
             one.pop("why not", None)
     if (file := folder / "gpu/gpu.json").is_file():
         gpu = json.loads(file.read_text(encoding="utf-8"))
         env = gpu["environment"]
-        rows += [one | {"command": env["command"], "commit": commit_of(env), "device": env["device"]} for one in gpu["targets"]]
+        rows += [
+            one | {"command": env["command"], "commit": commit_of(env), "device": env["device"]}
+            for one in gpu["targets"]
+        ]
     else:
         missing.append(f"the H100 rows are missing: {GPU}")
     columns = ["what", "target", "measured", "reached", "why not", "command", "commit", "device"]
-    table = markdown_table([{column: one.get(column, "") for column in columns} for one in rows], columns)
-    text = "# Speed: targets and measurements\n\nSmolLM2-135M in float32 unless said. Made by `python benchmarks/speed.py` from the JSON of the "
+    table = markdown_table(
+        [{column: one.get(column, "") for column in columns} for one in rows], columns
+    )
+    text = (
+        "# Speed: targets and measurements\n\nSmolLM2-135M in float32 unless said. Made by `python"
+        " benchmarks/speed.py` from the JSON of the "
+    )
     text += "benchmarks, whose pages have the rest.\n\n"
-    atomic_write(folder / "speed.md", (text + table + "\n\n" + "".join(f"{line}.\n\n" for line in missing)).encode())
+    atomic_write(
+        folder / "speed.md",
+        (text + table + "\n\n" + "".join(f"{line}.\n\n" for line in missing)).encode(),
+    )
     write_json(folder / "speed.json", {"rows": rows, "missing": missing})
 
 

@@ -1,9 +1,11 @@
-"""Seconds from the command to the first training step and to the first generated token, without and with a cache of compiled programs.
+"""Seconds from the command to the first training step and to the first generated token, without and
+with a cache of compiled programs.
 
 Command: python benchmarks/startup.py     (about 3 minutes on 2 CPU cores)
-Writes results/startup.json and .md. SmolLM2-135M (the packaged one), float32. Training: `train.py --config configs/quickstart.py`,
-until metrics.jsonl holds step 1. Token: a process that loads the model and generates one token after a prompt. Each start is a process of its
-own; a warm one finds the compiled programs of an earlier one, and files in the page cache.
+Writes results/startup.json and .md. SmolLM2-135M (the packaged one), float32. Training: `train.py
+--config configs/quickstart.py`, until metrics.jsonl holds step 1. Token: a process that loads the
+model and generates one token after a prompt. Each start is a process of its own; a warm one finds
+the compiled programs of an earlier one, and files in the page cache.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ with compile_cache(sys.argv[1]):
     jax.block_until_ready(model.params)
     loaded = time.perf_counter()
     zf.generate(model, ["The capital of France is"], max_new_tokens=1)
-print(json.dumps({"import": imported - start, "load": loaded - imported, "compile and run": time.perf_counter() - loaded}), flush=True)
+times = {"import": imported - start, "load": loaded - imported}
+times["compile and run"] = time.perf_counter() - loaded
+print(json.dumps(times), flush=True)
 """
 
 
@@ -45,7 +49,14 @@ def own_cache() -> dict[str, str]:
 
 def first_step(workdir: Path) -> dict[str, float]:
     """Seconds of each part, and "total", of a new run in `workdir`."""
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs/quickstart.py"), "--workdir", str(workdir)]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--config",
+        str(ROOT / "configs/quickstart.py"),
+        "--workdir",
+        str(workdir),
+    ]
     start = time.perf_counter()
     command += ["--set", "train.steps=2", "optim.warmup_steps=1", "eval.limit=8"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=own_cache())
@@ -63,7 +74,12 @@ def first_step(workdir: Path) -> dict[str, float]:
 
 def first_token(cache: Path) -> dict[str, float]:
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-c", TOKEN, str(cache)], stdout=subprocess.PIPE, text=True, env=own_cache()) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", TOKEN, str(cache)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=own_cache(),
+    ) as process:
         line = process.stdout.readline() if process.stdout else ""
         total = time.perf_counter() - start  # its end is not waited for
     if not line:
@@ -74,7 +90,9 @@ def first_token(cache: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3, help="starts of each kind (default: 3)")
     parser.add_argument("--out", default="results/startup")
     args = parser.parse_args()
@@ -89,24 +107,40 @@ def main() -> None:
         for turn in range(args.repeats):
             workdir = Path(folder) / f"run{turn}"
             turns.setdefault("first step, cold", []).append(first_step(workdir))
-            for path in workdir.iterdir():  # a new run in the same place: where a cache lies is part of its keys
+            for path in (
+                workdir.iterdir()
+            ):  # a new run in the same place: where a cache lies is part of its keys
                 if path.name != "compile_cache":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             turns.setdefault("first step, warm", []).append(first_step(workdir))
             for kind in ("cold", "warm"):
-                turns.setdefault(f"first token, {kind}", []).append(first_token(Path(folder) / f"token{turn}"))
+                turns.setdefault(f"first token, {kind}", []).append(
+                    first_token(Path(folder) / f"token{turn}")
+                )
             print({kind: found[-1]["total"] for kind, found in turns.items()}, flush=True)
     rows: list[dict[str, Any]] = []
     for kind, found in turns.items():
         middle = {part: statistics.median(one[part] for one in found) for part in found[0]}
         totals = [one["total"] for one in found]
-        row = {"": kind, "from command, s": f"{middle.pop('total'):.1f} [{min(totals):.1f}, {max(totals):.1f}]"}
+        row = {
+            "": kind,
+            "from command, s": f"{middle.pop('total'):.1f} [{min(totals):.1f}, {max(totals):.1f}]",
+        }
         rows.append(row | {part: f"{seconds:.1f}" for part, seconds in middle.items()})
     columns = list(max(rows, key=len))
     write_json(f"{args.out}.json", {"turns": turns, "environment": env})
-    intro = " ".join(line.strip() for line in (__doc__ or "").splitlines() if line and not line.startswith("Command"))
-    table = markdown_table([{column: row.get(column, "-") for column in columns} for row in rows], columns)
-    text = f"# Start-up\n\n{intro}\nMedians of {args.repeats} [least, most]; parts in seconds.\n\n{table}\n\n"
+    intro = " ".join(
+        line.strip()
+        for line in (__doc__ or "").splitlines()
+        if line and not line.startswith("Command")
+    )
+    table = markdown_table(
+        [{column: row.get(column, "-") for column in columns} for row in rows], columns
+    )
+    text = (
+        f"# Start-up\n\n{intro}\nMedians of {args.repeats} [least, most]; parts in"
+        f" seconds.\n\n{table}\n\n"
+    )
     text += f"{origin_line(env)}\n"
     atomic_write(f"{args.out}.md", text.encode())
     print(text)

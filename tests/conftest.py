@@ -1,4 +1,6 @@
-"""Settings that every test runs under: CPU devices, strict dtypes and ranks; a tiny model whose outputs vary; perturbed adapters."""
+"""Settings that every test runs under: CPU devices, strict dtypes and ranks; a tiny model whose
+outputs vary; perturbed adapters.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ from zflora_jax.nn.llama import random_model
 from zflora_jax.parallel import compile_cache as cache_module
 from zflora_jax.parallel.compile_cache import compile_cache
 
-TOLERANCE = 1e-5  # float32: max |dlogit| <= TOLERANCE * max |logit|. CONTRIBUTING.md: never relaxed to make a test pass.
+# float32: max |dlogit| <= TOLERANCE * max |logit|. CONTRIBUTING.md: never relaxed to make a test
+# pass.
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,7 +55,9 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_dropped():
-    """After a file of tests: every program in memory takes maps of the process, of which Linux gives it 65,530; then XLA cannot load another one."""
+    """After a file of tests: every program in memory takes maps of the process, of which Linux
+    gives it 65,530; then XLA cannot load another one.
+    """
     yield
     jax.clear_caches()
 
@@ -67,20 +73,29 @@ def optimised():
 @pytest.fixture
 def own_programs():
     """As a process starts: without the directory that the tests share."""
-    shared, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    shared, least = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
     cache_module._use(None, 1.0)
     yield
     cache_module._use(shared, least)
 
 
 def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
-    """`tree` plus noise at every leaf: without it, zero blocks would hide a wrong sign, scale or place."""
+    """`tree` plus noise at every leaf: without it, zero blocks would hide a wrong sign, scale or
+    place.
+    """
     rng = np.random.default_rng(seed)
-    return trees.map_with_names(lambda _, x: x + jnp.asarray(std * rng.standard_normal(x.shape), x.dtype), tree)
+    return trees.map_with_names(
+        lambda _, x: x + jnp.asarray(std * rng.standard_normal(x.shape), x.dtype), tree
+    )
 
 
 def tiny_model(seed: int = 0, **changes: object) -> Model:
-    """A tiny Model with kernels large enough that all of them matter, and norm gains that are not 1. Untied, its greedy output varies too."""
+    """A tiny Model with kernels large enough that all of them matter, and norm gains that are not
+    1. Untied, its greedy output varies too.
+    """
     model = random_model(preset("tiny").replace(**changes), jax.random.key(seed))
     rng = np.random.default_rng(seed)
 
@@ -102,7 +117,9 @@ def narrow_and_wide(**changes: object) -> tuple[Model, Model]:
 
 
 def untied(**changes: object) -> Model:
-    """A tiny model whose greedy output goes on changing: with tied embeddings it soon repeats the token it was given."""
+    """A tiny model whose greedy output goes on changing: with tied embeddings it soon repeats the
+    token it was given.
+    """
     return tiny_model(seed=1, tie_word_embeddings=False, **changes)
 
 
@@ -120,8 +137,13 @@ def assert_trees_equal(got: trees.Tree, want: trees.Tree) -> None:
 
 
 def real_data(relative: str = "") -> Path:
-    """A file or folder of the real data (never part of the project), named by ZFLORA_DATA or beside the checkout; the test is skipped without it."""
-    path = Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data") / relative
+    """A file or folder of the real data (never part of the project), named by ZFLORA_DATA or beside
+    the checkout; the test is skipped without it.
+    """
+    path = (
+        Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
+        / relative
+    )
     if not path.exists():
         pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
     return path
@@ -133,17 +155,34 @@ def tokens() -> jax.Array:
 
 
 def adapter_cases() -> list[AdapterConfig]:
-    """Every method, and the variants that take other paths through the code. alpha / rank is 1.5: a scale of 1 or a power of two would hide
-    mistakes."""
+    """Every method, and the variants that take other paths through the code. alpha / rank is 1.5: a
+    scale of 1 or a power of two would hide mistakes.
+    """
     cases = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
-    cases += [AdapterConfig(m, rank=6, alpha=9.0, targets=t) for m in METHODS for t in ("attention", "mlp") if m != "full"]
-    cases += [AdapterConfig(m, rank=5, alpha=7.5, head_rank=16, mlp_rank=7, head_scores=s) for m in ("zflora-uniform", "ffba") for s in (True, False)]
-    cases += [AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"), AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k")]
+    cases += [
+        AdapterConfig(m, rank=6, alpha=9.0, targets=t)
+        for m in METHODS
+        for t in ("attention", "mlp")
+        if m != "full"
+    ]
+    cases += [
+        AdapterConfig(m, rank=5, alpha=7.5, head_rank=16, mlp_rank=7, head_scores=s)
+        for m in ("zflora-uniform", "ffba")
+        for s in (True, False)
+    ]
+    cases += [
+        AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"),
+        AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k"),
+    ]
     return cases
 
 
-def dead_slices(config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree) -> list[np.ndarray]:
-    """What `live_layers` leaves out of a tree of stacked adapters: one array for each dead layer of a block."""
+def dead_slices(
+    config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree
+) -> list[np.ndarray]:
+    """What `live_layers` leaves out of a tree of stacked adapters: one array for each dead layer of
+    a block.
+    """
     live = live_layers(config, adapter)
     found = []
     for name, leaf in trees.flatten(adapters).items():
@@ -154,7 +193,12 @@ def dead_slices(config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tre
 
 
 def case_id(adapter: AdapterConfig) -> str:
-    parts = [adapter.method, adapter.targets.replace("|", ""), "" if adapter.head_scores else "values", str(adapter.head_rank or "")]
+    parts = [
+        adapter.method,
+        adapter.targets.replace("|", ""),
+        "" if adapter.head_scores else "values",
+        str(adapter.head_rank or ""),
+    ]
     return "-".join(p for p in parts if p and p != "all")
 
 
@@ -204,17 +248,31 @@ def model() -> Model:
 
 def choice(i: int, answer: str = "answer2") -> dict[str, str]:
     """A row of ARC-Easy in LLM-Adapters' form."""
-    words = f"Question {i}{'?' * (i % 5 + 1)}\n\nAnswer1: {i} Answer2: {i + 1} Answer3: no\n\nAnswer format: answer1/answer2/answer3"
-    return {"instruction": words, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+    words = (
+        f"Question {i}{'?' * (i % 5 + 1)}\n\nAnswer1: {i} Answer2: {i + 1} Answer3: no\n\nAnswer"
+        " format: answer1/answer2/answer3"
+    )
+    return {
+        "instruction": words,
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
 
 
 @pytest.fixture
 def arc(tmp_path: Path) -> DataConfig:
-    """A data directory with 30 train and 12 test rows of ARC-Easy; 3 of the test rows are train rows written otherwise."""
+    """A data directory with 30 train and 12 test rows of ARC-Easy; 3 of the test rows are train
+    rows written otherwise.
+    """
     folder = tmp_path / "ARC-Easy"
     folder.mkdir()
-    train = [choice(i, "answer1") for i in range(100, 130)]  # one answer: the rows found again score otherwise than the clean ones
-    again = [row | {"instruction": row["instruction"].replace("Question", "QUESTION --")} for row in train[:3]]
+    # One answer: the rows found again score otherwise than the clean ones.
+    train = [choice(i, "answer1") for i in range(100, 130)]
+    again = [
+        row | {"instruction": row["instruction"].replace("Question", "QUESTION --")}
+        for row in train[:3]
+    ]
     test = [choice(i, f"answer{i % 3 + 1}") for i in range(9)] + again
     for name, rows in (("train", train), ("test", test)):
         (folder / f"{name}.json").write_text(json.dumps(rows))
@@ -222,7 +280,7 @@ def arc(tmp_path: Path) -> DataConfig:
 
 
 CONFIG = """
-from zflora_jax.config import AdapterConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.config import *
 
 def get_config():
     return RunConfig(

@@ -1,7 +1,9 @@
-"""`python fault_driver.py CONFIG.json WORKDIR FAULT.json`: a training run in which something goes wrong at a chosen step. Exit codes are the CLI's.
+"""`python fault_driver.py CONFIG.json WORKDIR FAULT.json`: a training run in which something goes
+wrong at a chosen step. Exit codes are the CLI's.
 
-Faults: {"stop_at": n} a stop is asked for after step n; {"poison": "loss" | "gradient" | "data", "at": n} that is not a number in step n;
-{"crash_data_at": n} the data pipeline raises when it makes the n-th batch; {"file_limit": n} no file can grow beyond n bytes; {} nothing.
+Faults: {"stop_at": n} a stop is asked for after step n; {"poison": "loss" | "gradient" | "data",
+"at": n} that is not a number in step n; {"crash_data_at": n} the data pipeline raises when it makes
+the n-th batch; {"file_limit": n} no file can grow beyond n bytes; {} nothing.
 """
 
 from __future__ import annotations
@@ -37,13 +39,24 @@ def main(config: str, workdir: str, fault: str) -> int:
             def one(params: Any, state: Any, batch: Any) -> Any:
                 if int(state.step) + 1 == what["at"]:
                     if what["poison"] == "loss":
-                        params = trees.map_with_names(lambda name, x: x * np.float32("nan") if name == "final_norm/scale" else x, params)
+                        params = trees.map_with_names(
+                            lambda name, x: (
+                                x * np.float32("nan") if name == "final_norm/scale" else x
+                            ),
+                            params,
+                        )
                     elif what["poison"] == "data":  # a token that no embedding has reads as NaN
                         batch = batch | {"tokens": batch["tokens"] + np.int32(100000)}
-                    else:  # the loss is finite, its gradient is not, and the update has spoilt the adapters
+                    # The loss is finite, its gradient is not, and the update has spoilt the
+                    # adapters
+                    else:
                         state, metrics = step(params, state, batch)
-                        spoilt = trees.map_with_names(lambda _, x: x * np.float32("nan"), state.adapters)
-                        return state.replace(adapters=spoilt), metrics | {"grad_norm": metrics["grad_norm"] * np.float32("inf")}
+                        spoilt = trees.map_with_names(
+                            lambda _, x: x * np.float32("nan"), state.adapters
+                        )
+                        return state.replace(adapters=spoilt), metrics | {
+                            "grad_norm": metrics["grad_norm"] * np.float32("inf")
+                        }
                 return step(params, state, batch)
 
             return one

@@ -1,7 +1,9 @@
-"""Faults that a training run must survive, each as one try with real processes. `test_faults.py` tries some, `soak.py` (make soak) many.
+"""Faults that a training run must survive, each as one try with real processes. `test_faults.py`
+tries some, `soak.py` (make soak) many.
 
-To survive: exit code and message are the documented ones, and the run that goes on afterwards ends with the parameters, optimizer state, losses and
-batches of an uninterrupted one, bit for bit (within 2e-5 on another mesh).
+To survive: exit code and message are the documented ones, and the run that goes on afterwards ends
+with the parameters, optimizer state, losses and batches of an uninterrupted one, bit for bit
+(within 2e-5 on another mesh).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ PATIENCE = 300  # seconds that any one process may take
 
 @dataclass(frozen=True)
 class Outcome:
-    """survived: all that was promised held. lost_steps: committed steps that the resumed run did not start from. message: what the user was told."""
+    """survived: all that was promised held. lost_steps: committed steps that the resumed run did
+    not start from. message: what the user was told.
+    """
 
     survived: bool
     lost_steps: int = 0
@@ -44,8 +48,19 @@ class Outcome:
 
 
 def lab_run(run: RunConfig) -> RunConfig:
-    """`run` for a Lab: long enough to be hit somewhere, every step logged, eight rows so that eight devices have one each."""
-    return override(run, {"train.steps": 24, "train.keep": 3, "data.batch_size": 8, "data.accumulate": 1, "data.lengths": [256]})
+    """`run` for a Lab: long enough to be hit somewhere, every step logged, eight rows so that eight
+    devices have one each.
+    """
+    return override(
+        run,
+        {
+            "train.steps": 24,
+            "train.keep": 3,
+            "data.batch_size": 8,
+            "data.accumulate": 1,
+            "data.lengths": [256],
+        },
+    )
 
 
 class Lab:
@@ -54,7 +69,10 @@ class Lab:
     def __init__(self, run: RunConfig, folder: Path) -> None:
         self.run, self.folder = run, folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("warm", "whole"):  # the first fills the compile cache: later runs take what the second does
+        for name in (
+            "warm",
+            "whole",
+        ):  # the first fills the compile cache: later runs take what the second does
             started = time.monotonic()
             code, output = self.finish(self.start(folder / name))
             assert code == 0, output
@@ -62,12 +80,29 @@ class Lab:
         self.whole = self.state(folder / "whole")
         self.lines = self.logged(folder / "whole")
 
-    def start(self, workdir: Path, fault: dict[str, Any] | None = None, devices: int = 1, **changes: Any) -> subprocess.Popen[str]:
+    def start(
+        self, workdir: Path, fault: dict[str, Any] | None = None, devices: int = 1, **changes: Any
+    ) -> subprocess.Popen[str]:
         run = override(self.run, {key.replace("__", "."): value for key, value in changes.items()})
-        env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, str(TESTS / "fault_driver.py"), json.dumps(dataclasses.asdict(run)), str(workdir), json.dumps(fault or {})]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        env = os.environ | {
+            "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+        }
+        env |= {
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [
+            sys.executable,
+            str(TESTS / "fault_driver.py"),
+            json.dumps(dataclasses.asdict(run)),
+            str(workdir),
+            json.dumps(fault or {}),
+        ]
+        return subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     @staticmethod
     def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -93,7 +128,11 @@ class Lab:
     def committed(workdir: Path) -> int:
         """The newest step whose checkpoint has its final name."""
         folder = workdir / "checkpoints"
-        return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0) if folder.is_dir() else 0
+        return (
+            max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+            if folder.is_dir()
+            else 0
+        )
 
     def goes_on(self, workdir: Path, committed: int, message: str = "") -> Outcome:
         """Resume to the end, and compare with the uninterrupted run."""
@@ -107,7 +146,11 @@ class Lab:
     def wait_for(self, workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
         """Until the log shows `step`, or the process has ended."""
         metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + PATIENCE
-        while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and any(r[0] >= step for r in self.logged(workdir))):
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and not (metrics.exists() and any(r[0] >= step for r in self.logged(workdir)))
+        ):
             time.sleep(0.01)
 
 
@@ -122,7 +165,11 @@ def kill(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
         shutil.rmtree(workdir)  # it was faster than that: draw again
     process.kill()
     process.communicate()
-    seen = lab.logged(workdir)[-1][0] if (workdir / "metrics.jsonl").exists() and lab.logged(workdir) else 0
+    seen = (
+        lab.logged(workdir)[-1][0]
+        if (workdir / "metrics.jsonl").exists() and lab.logged(workdir)
+        else 0
+    )
     committed = lab.committed(workdir)
     return lab.goes_on(workdir, committed, f"killed after step {seen}, step {committed} was saved")
 
@@ -136,19 +183,27 @@ def terminate_twice(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
         time.sleep(pause)
     code, output = lab.finish(process)
     last = lab.logged(workdir)[-1][0]
-    if code != 75 or lab.committed(workdir) != last or "stopped by a signal after step" not in output:
+    if (
+        code != 75
+        or lab.committed(workdir) != last
+        or "stopped by a signal after step" not in output
+    ):
         return Outcome(False, 0, f"exit code {code}; {output[-500:]}")
     return lab.goes_on(workdir, last, output.strip().splitlines()[-1])
 
 
 def disk_full(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
-    """No file can grow beyond a few kilobytes from some step on (RLIMIT_FSIZE): a save fails, what was saved before is whole."""
+    """No file can grow beyond a few kilobytes from some step on (RLIMIT_FSIZE): a save fails, what
+    was saved before is whole.
+    """
     first = draw.randrange(2, lab.run.train.steps - 4, lab.run.train.save_every or 1)
     code, output = lab.finish(lab.start(workdir, {"stop_at": first}))
     assert code == 75, output
     code, output = lab.finish(lab.start(workdir, {"file_limit": 9000}))
     if code != 2 or "could not be written" not in output or lab.committed(workdir) != first:
-        return Outcome(False, 0, f"exit code {code}, step {lab.committed(workdir)} of {first}; {output[-700:]}")
+        return Outcome(
+            False, 0, f"exit code {code}, step {lab.committed(workdir)} of {first}; {output[-700:]}"
+        )
     return lab.goes_on(workdir, first, output.strip().splitlines()[-1])
 
 
@@ -157,11 +212,17 @@ def no_directory(lab: Lab, workdir: Path, _: random.Random) -> Outcome:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     workdir.write_text("kept")
     code, output = lab.finish(lab.start(workdir / "run"))
-    return Outcome(code == 2 and "cannot" in output and workdir.read_text() == "kept", 0, output.strip().splitlines()[-1])
+    return Outcome(
+        code == 2 and "cannot" in output and workdir.read_text() == "kept",
+        0,
+        output.strip().splitlines()[-1],
+    )
 
 
 def corrupt(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
-    """A file of the newest checkpoint is cut, emptied, deleted or has a byte flipped: said at the resume, with the remedy, or without effect."""
+    """A file of the newest checkpoint is cut, emptied, deleted or has a byte flipped: said at the
+    resume, with the remedy, or without effect.
+    """
     code, output = lab.finish(lab.start(workdir, {"stop_at": lab.run.train.steps - 3}))
     assert code == 75, output
     newest = workdir / "checkpoints" / str(lab.committed(workdir))
@@ -171,7 +232,9 @@ def corrupt(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
         victim.unlink()
     elif how == "flip" and content:
         at = draw.randrange(len(content))
-        victim.write_bytes(content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :])
+        victim.write_bytes(
+            content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :]
+        )
     else:
         victim.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
     what = f"{how} {victim.relative_to(newest)}"
@@ -180,7 +243,14 @@ def corrupt(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
         same = lab.state(workdir) == lab.whole and lab.logged(workdir) == lab.lines
         return Outcome(same, 0, f"{what}: no effect")
     # Threads of orbax and tensorstore may have something to say after the message.
-    told = next((line for line in output.splitlines() if "cannot be read" in line and "Remove that folder" in line), None)
+    told = next(
+        (
+            line
+            for line in output.splitlines()
+            if "cannot be read" in line and "Remove that folder" in line
+        ),
+        None,
+    )
     if code != 2 or told is None:
         return Outcome(False, 0, f"{what}: exit code {code}; {output[-700:]}")
     shutil.rmtree(newest)
@@ -203,7 +273,9 @@ def two_processes(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
 
 
 def not_a_number(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
-    """NaN in the loss, the gradient or the data: the run ends with 3 and the step named, nothing of it is saved."""
+    """NaN in the loss, the gradient or the data: the run ends with 3 and the step named, nothing of
+    it is saved.
+    """
     at, what = draw.randrange(3, lab.run.train.steps), draw.choice(("loss", "gradient", "data"))
     code, output = lab.finish(lab.start(workdir, {"poison": what, "at": at}))
     told = output.strip().splitlines()[-1]
@@ -213,38 +285,74 @@ def not_a_number(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
 
 
 def data_crash(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
-    """The thread that makes batches raises: the run ends with that error, what was saved is whole."""
-    code, output = lab.finish(lab.start(workdir, {"crash_data_at": draw.randrange(2, lab.run.train.steps)}))
+    """The thread that makes batches raises: the run ends with that error, what was saved
+    is whole.
+    """
+    code, output = lab.finish(
+        lab.start(workdir, {"crash_data_at": draw.randrange(2, lab.run.train.steps)})
+    )
     if code in (0, 75) or "the data pipeline broke" not in output:
         return Outcome(False, 0, f"exit code {code}; {output[-700:]}")
     return lab.goes_on(workdir, lab.committed(workdir), "RuntimeError: the data pipeline broke")
 
 
 def other_meshes(lab: Lab, workdir: Path, _: random.Random) -> Outcome:
-    """1 device, then 2, 4 and 8, a quarter of the run on each: the same batches, losses within 2e-5 of those of one device."""
-    meshes = ({}, {"mesh__fsdp": 2}, {"mesh__data": 2, "mesh__fsdp": 2}, {"mesh__data": 2, "mesh__fsdp": 4})
+    """1 device, then 2, 4 and 8, a quarter of the run on each: the same batches, losses within 2e-5
+    of those of one device.
+    """
+    meshes = (
+        {},
+        {"mesh__fsdp": 2},
+        {"mesh__data": 2, "mesh__fsdp": 2},
+        {"mesh__data": 2, "mesh__fsdp": 4},
+    )
     steps = lab.run.train.steps
     for i, mesh in enumerate(meshes):
         last = (i + 1) * steps // len(meshes)
-        code, output = lab.finish(lab.start(workdir, {"stop_at": last} if last < steps else {}, devices=2**i, **mesh))
+        code, output = lab.finish(
+            lab.start(workdir, {"stop_at": last} if last < steps else {}, devices=2**i, **mesh)
+        )
         if code != (75 if last < steps else 0):
             return Outcome(False, 0, f"{2**i} devices: exit code {code}; {output[-700:]}")
     got, want = lab.logged(workdir), lab.lines
     close = np.allclose([row[1] for row in got], [row[1] for row in want], rtol=2e-5)
-    return Outcome([row[::3] for row in got] == [row[::3] for row in want] and bool(close), 0, "resumed on 2, 4 and 8 devices")
+    return Outcome(
+        [row[::3] for row in got] == [row[::3] for row in want] and bool(close),
+        0,
+        "resumed on 2, 4 and 8 devices",
+    )
 
 
 def malformed_row(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
-    """A row of the training file is not what it should be: an error that names file and row, before anything is trained."""
+    """A row of the training file is not what it should be: an error that names file and row, before
+    anything is trained.
+    """
     folder = workdir.parent / f"{workdir.name}-data"
     folder.mkdir(parents=True)
-    rows: list[Any] = [{"instruction": f"Say {i}.", "input": "", "output": str(i), "answer": str(i)} for i in range(20)]
+    rows: list[Any] = [
+        {"instruction": f"Say {i}.", "input": "", "output": str(i), "answer": str(i)}
+        for i in range(20)
+    ]
     bad = draw.randrange(20)
-    rows[bad] = draw.choice(({"instruction": "Say."}, {"instruction": 3, "output": "x"}, "text", None, {**rows[bad], "output": None}))
+    rows[bad] = draw.choice(
+        (
+            {"instruction": "Say."},
+            {"instruction": 3, "output": "x"},
+            "text",
+            None,
+            {**rows[bad], "output": None},
+        )
+    )
     (folder / "train.json").write_text(json.dumps(rows))
-    code, output = lab.finish(lab.start(workdir, data__task="json", data__data_dir=str(folder), data__train_limit=None))
+    code, output = lab.finish(
+        lab.start(workdir, data__task="json", data__data_dir=str(folder), data__train_limit=None)
+    )
     told = output.strip().splitlines()[-1]
-    return Outcome(code == 2 and f"train.json, row {bad + 1}" in told and not workdir.exists(), 0, f"{rows[bad]!r}: {told}")
+    return Outcome(
+        code == 2 and f"train.json, row {bad + 1}" in told and not workdir.exists(),
+        0,
+        f"{rows[bad]!r}: {told}",
+    )
 
 
 FAULTS: dict[str, tuple[Callable[[Lab, Path, random.Random], Outcome], int]] = {
@@ -267,7 +375,11 @@ def tries(lab: Lab, name: str, count: int, folder: Path, seed: int = 0) -> list[
     attempt, outcomes = FAULTS[name][0], []
     for i in range(count):
         try:
-            outcomes.append(attempt(lab, folder / f"{attempt.__name__}-{i}", random.Random(f"{name}-{seed}-{i}")))
+            outcomes.append(
+                attempt(
+                    lab, folder / f"{attempt.__name__}-{i}", random.Random(f"{name}-{seed}-{i}")
+                )
+            )
         except Exception as error:  # whatever it is, the sweep goes on, and the try has failed
             outcomes.append(Outcome(False, 0, f"{type(error).__name__}: {error}"[:1000]))
     return outcomes

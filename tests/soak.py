@@ -1,4 +1,6 @@
-"""The full sweep of faults: `make soak` writes results/faults.json and .md. About 40 minutes on two free CPU cores."""
+"""The full sweep of faults: `make soak` writes results/faults.json and .md. About 40 minutes on two
+free CPU cores.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,23 @@ from zflora_jax.reporting.tables import markdown_table
 
 
 def attacked_files() -> dict[str, Any]:
-    """The unit tests that damage and attack model files, configs and adapter directories, counted as one fault."""
+    """The unit tests that damage and attack model files, configs and adapter directories, counted
+    as one fault.
+    """
     files = ("test_fuzz.py", "test_hf_load.py", "test_hf_gguf.py", "test_sharded_load.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", *(str(Path(__file__).with_name(name)) for name in files)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "1",
+        *(str(Path(__file__).with_name(name)) for name in files),
+    ]
     last = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[-1]
-    counted = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", last)}
+    counted = {
+        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", last)
+    }
     survived, tried = counted.get("passed", 0), sum(counted.values())
     return {
         "fault": "model files, configs and adapters cut, damaged and attacked",
@@ -38,7 +52,9 @@ def attacked_files() -> dict[str, Any]:
 
 def without_folders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, temporary folders left out of their messages."""
-    found: list[dict[str, Any]] = json.loads(re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp\w+/", "", json.dumps(rows)))
+    found: list[dict[str, Any]] = json.loads(
+        re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp\w+/", "", json.dumps(rows))
+    )
     return found
 
 
@@ -46,7 +62,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="results", help="where faults.json and faults.md go")
     parser.add_argument("--tries", type=int, help="of every fault (default: 1 to 50, by fault)")
-    parser.add_argument("--only", choices=FAULTS, help="one fault; the rows of the others, if there are any, stay as they are")
+    parser.add_argument(
+        "--only",
+        choices=FAULTS,
+        help="one fault; the rows of the others, if there are any, stay as they are",
+    )
     args = parser.parse_args()
     env, failed, file = environment(), 0, Path(args.out) / "faults.json"
     rows: list[dict[str, Any]] = []
@@ -57,7 +77,9 @@ def main() -> int:
     def record(row: dict[str, Any]) -> None:
         """Replace the fault's row, or add it."""
         row = row | {"commit": env["commit"][:9], "date": env["date"]}
-        rows[:] = [row if old["fault"] == row["fault"] else old for old in rows] + [row] * all(old["fault"] != row["fault"] for old in rows)
+        rows[:] = [row if old["fault"] == row["fault"] else old for old in rows] + [row] * all(
+            old["fault"] != row["fault"] for old in rows
+        )
         rows[:] = without_folders(rows)
         write_json(file, {"faults": rows, "environment": env})
 
@@ -67,12 +89,29 @@ def main() -> int:
         for name, (_, count) in FAULTS.items():
             if args.only not in (None, name):
                 continue
-            outcomes = tries(lab, name, args.tries or count, Path(folder) / name.replace(" ", "-").replace("/", "-"))
+            outcomes = tries(
+                lab,
+                name,
+                args.tries or count,
+                Path(folder) / name.replace(" ", "-").replace("/", "-"),
+            )
             bad = [outcome.message for outcome in outcomes if not outcome.survived]
             failed += len(bad)
             survived = sum(outcome.survived for outcome in outcomes)
-            row = {"fault": name, "tries": len(outcomes), "survived": survived, "lost steps": max(outcome.lost_steps for outcome in outcomes)}
-            record(row | {"message": outcomes[-1].message, "messages": [outcome.message for outcome in outcomes], "failures": bad})
+            row = {
+                "fault": name,
+                "tries": len(outcomes),
+                "survived": survived,
+                "lost steps": max(outcome.lost_steps for outcome in outcomes),
+            }
+            record(
+                row
+                | {
+                    "message": outcomes[-1].message,
+                    "messages": [outcome.message for outcome in outcomes],
+                    "failures": bad,
+                }
+            )
             print(row, *bad, sep="\n", flush=True)
     if args.only is None:
         attacked = attacked_files()
@@ -80,8 +119,15 @@ def main() -> int:
         record(attacked)
     columns = ["fault", "tries", "survived", "lost steps", "message", "commit"]
     shown = [{key: row[key] for key in columns} for row in rows]
-    text = "# Faults\n\nWhat a training run must survive (tests/faults.py): the run that goes on ends bit-equal to an uninterrupted one.\n\n"
-    text += markdown_table(shown, columns) + f"\n\nCommand: `{env['command']}`; commit {env['commit']}; device {env['device']}; {env['date']}.\n"
+    text = (
+        "# Faults\n\nWhat a training run must survive (tests/faults.py): the run that goes on ends"
+        " bit-equal to an uninterrupted one.\n\n"
+    )
+    text += (
+        markdown_table(shown, columns)
+        + f"\n\nCommand: `{env['command']}`; commit {env['commit']}; device {env['device']};"
+        f" {env['date']}.\n"
+    )
     atomic_write(f"{args.out}/faults.md", text.encode())
     return 1 if failed else 0
 

@@ -4,11 +4,28 @@ import pytest
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.data import answers
-from zflora_jax.data.answers import ANY, BELIEF, LETTER, NUMBER, TEXT, Kind, belief_state, values, words
+from zflora_jax.data.answers import (
+    ANY,
+    BELIEF,
+    LETTER,
+    NUMBER,
+    TEXT,
+    Kind,
+    belief_state,
+    values,
+    words,
+)
 from zflora_jax.data.tasks import PARSERS, TASKS
 
 BOOLQ, PIQA, ARC, HELLASWAG, WINOGRANDE = (
-    words(*allowed) for allowed in (answers.TRUE_FALSE, answers.SOLUTIONS, answers.ANSWERS, answers.ENDINGS, answers.OPTIONS)
+    words(*allowed)
+    for allowed in (
+        answers.TRUE_FALSE,
+        answers.SOLUTIONS,
+        answers.ANSWERS,
+        answers.ENDINGS,
+        answers.OPTIONS,
+    )
 )
 
 # kind, completion, legacy, fixed
@@ -118,15 +135,29 @@ TABLE: list[tuple[Kind, str, str, str]] = [
     (LETTER, "Plan A-1, B-side", "A", ""),
     (LETTER, "the sum is 12", "", ""),
     # belief states and texts
-    (BELIEF, "price range: cheap; area: East", "area: east; price range: cheap", "area: east; price range: cheap"),
-    (BELIEF, "area: east; area:  east ; request: phone.\nUser: thanks", "area: east; request: phone", "area: east; request: phone"),
+    (
+        BELIEF,
+        "price range: cheap; area: East",
+        "area: east; price range: cheap",
+        "area: east; price range: cheap",
+    ),
+    (
+        BELIEF,
+        "area: east; area:  east ; request: phone.\nUser: thanks",
+        "area: east; request: phone",
+        "area: east; request: phone",
+    ),
     (BELIEF, "None.", "none", "none"),
     (BELIEF, "I do not know", "", ""),
     (TEXT, " A summary. ", "A summary.", "A summary."),
 ]
 
 
-@pytest.mark.parametrize(("kind", "text", "legacy", "fixed"), TABLE, ids=[f"{i}-{text[:30]!r}" for i, (_, text, *_) in enumerate(TABLE)])
+@pytest.mark.parametrize(
+    ("kind", "text", "legacy", "fixed"),
+    TABLE,
+    ids=[f"{i}-{text[:30]!r}" for i, (_, text, *_) in enumerate(TABLE)],
+)
 def test_both_rules(kind, text, legacy, fixed):
     assert (kind.legacy.parse(text), kind.fixed.parse(text)) == (legacy, fixed)
 
@@ -158,7 +189,10 @@ def test_the_table_has_rows_of_every_kind_and_the_rules_differ():
     ],
 )
 def test_scores(kind, prediction, answer, legacy, fixed):
-    assert (kind.legacy.score(prediction, answer), kind.fixed.score(prediction, answer)) == (legacy, fixed)
+    assert (kind.legacy.score(prediction, answer), kind.fixed.score(prediction, answer)) == (
+        legacy,
+        fixed,
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,7 +217,10 @@ def test_scores(kind, prediction, answer, legacy, fixed):
     ],
 )
 def test_in_mixed_files_the_gold_answer_says_which_rule_applies(text, answer, legacy, fixed):
-    assert tuple(rule.score(rule.parse(text), answer) for rule in (ANY.legacy, ANY.fixed)) == (legacy, fixed)
+    assert tuple(rule.score(rule.parse(text), answer) for rule in (ANY.legacy, ANY.fixed)) == (
+        legacy,
+        fixed,
+    )
 
 
 def test_what_is_stated_is_read_back_by_both_rules():
@@ -201,7 +238,16 @@ def test_what_is_stated_is_read_back_by_both_rules():
 
 
 def test_values_and_belief_states():
-    assert values("1/2 of 3 1/4, 6 / 2, 1,000.5 and 7/8/9") == ["0.5", "3.25", "6", "2", "1000.5", "7", "8", "9"]
+    assert values("1/2 of 3 1/4, 6 / 2, 1,000.5 and 7/8/9") == [
+        "0.5",
+        "3.25",
+        "6",
+        "2",
+        "1000.5",
+        "7",
+        "8",
+        "9",
+    ]
     state = "food: north american; price range: dontcare; request: address"
     assert belief_state(state) == state == belief_state(belief_state(state))
 
@@ -209,6 +255,10 @@ def test_values_and_belief_states():
 def test_parsers_are_named():
     task = TASKS["boolq"]
     assert {p: task.parse_as("untrue", p) for p in PARSERS} == {"legacy": "true", "fixed": ""}
-    assert task.parse("untrue") == "" and task.score("true", "true") and task.score_as("true", "true", "legacy")
+    assert (
+        task.parse("untrue") == ""
+        and task.score("true", "true")
+        and task.score_as("true", "true", "legacy")
+    )
     with pytest.raises(ConfigError, match=r"unknown parser 'legcy': did you mean 'legacy'"):
         task.parse_as("true", "legcy")

@@ -26,9 +26,13 @@ def fused(model: Model, method: str) -> Model:
     return fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter)))
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.in_place == "none"])
+@pytest.mark.parametrize(
+    "method", [name for name, row in METHODS.items() if row.in_place == "none"]
+)
 def test_a_fused_model_is_refused_by_name(run, base_dir, tmp_path, method):
-    with pytest.raises(ConfigError, match=rf"has {method} fused in; an adapter on top of it could not be fused"):
+    with pytest.raises(
+        ConfigError, match=rf"has {method} fused in; an adapter on top of it could not be fused"
+    ):
         runs.train(run, tmp_path / "run", model=fused(load_model(base_dir), method), console=False)
     assert not (tmp_path / "run").exists()
 
@@ -36,7 +40,10 @@ def test_a_fused_model_is_refused_by_name(run, base_dir, tmp_path, method):
 def test_a_merged_model_is_an_ordinary_base_where_it_was_saved(run, base_dir, tmp_path):
     """In memory it is not what run.model names, and the run could not be loaded."""
     model = fused(load_model(base_dir), "lora")
-    with pytest.raises(ConfigError, match=r"lora merged in.*zf\.save_hf\(DIR, model\), and train with run\.model=DIR"):
+    with pytest.raises(
+        ConfigError,
+        match=r"lora merged in.*zf\.save_hf\(DIR, model\), and train with run\.model=DIR",
+    ):
         given_base(run, model)
     save_hf(tmp_path / "merged", model)
     run = override(run, {"model": str(tmp_path / "merged")})
@@ -47,7 +54,9 @@ def test_a_model_that_was_changed_in_memory_is_refused(run, base_dir, tmp_path):
     """Its rows or its tokenizer: eval, generate and export would load the directory as it is."""
     model = load_model(base_dir)
     given_base(run, model)
-    with pytest.raises(ConfigError, match=r"vocab_size=300 here, 259 there\. Save it with zf\.save_hf"):
+    with pytest.raises(
+        ConfigError, match=r"vocab_size=300 here, 259 there\. Save it with zf\.save_hf"
+    ):
         given_base(run, resize_vocab(model, 300))
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(ConfigError, match=r"tokenizer is not that of .*Save it with zf\.save_hf"):
@@ -62,7 +71,9 @@ def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir,
     run = override(run, {"model": str(tmp_path / "wide"), "train.steps": 3})
     trained = runs.train(run, tmp_path / "run", console=False)
     loaded = runs.load_run(tmp_path / "run")[1]
-    assert loaded.config.vocab_size == trained.model.config.vocab_size == len(model.tokenizer) == 260
+    assert (
+        loaded.config.vocab_size == trained.model.config.vocab_size == len(model.tokenizer) == 260
+    )
     assert loaded.tokenizer.convert_tokens_to_ids("<|new|>") == 259
 
 
@@ -81,7 +92,13 @@ def test_forms_that_cannot_be_trained_are_refused(run, base_dir):
 
 def test_another_dtype_is_refused_with_both_and_the_fix(run, base_dir):
     model, narrow = load_model(base_dir), load_model(base_dir, dtype="bfloat16")
-    with pytest.raises(ConfigError, match=r"params are bfloat16, and train\.dtype is float32: load it with load_model\(..., dtype='float32'\)"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"params are bfloat16, and train\.dtype is float32: load it with load_model\(...,"
+            r" dtype='float32'\)"
+        ),
+    ):
         as_base(run, narrow)
     with pytest.raises(ConfigError, match=r"params are float32, and train\.dtype is bfloat16"):
         as_base(override(run, {"train.dtype": "bfloat16"}), model)
@@ -95,7 +112,11 @@ def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
     """The step is made for it, not for what the model was loaded with."""
     seen = []
     real = runs.make_train_step
-    monkeypatch.setattr(runs, "make_train_step", lambda config, *rest: (seen.append(config.remat), real(config, *rest))[1])
+    monkeypatch.setattr(
+        runs,
+        "make_train_step",
+        lambda config, *rest: (seen.append(config.remat), real(config, *rest))[1],
+    )
     run = override(run, {"train.steps": 3, "train.remat": True})
     runs.train(run, tmp_path / "run", model=load_model(base_dir), console=False)
     assert seen == [True]
@@ -112,13 +133,19 @@ def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, mo
     given_base(override(run, {"model": "smollm2-135m"}), model)
     assert caplog.text == ""
     given_base(run, model)
-    assert f"the base was loaded from HuggingFaceTB/SmolLM2-135M-Instruct, but the run says model={base_dir}" in caplog.text
+    assert (
+        "the base was loaded from HuggingFaceTB/SmolLM2-135M-Instruct, but the run says"
+        f" model={base_dir}" in caplog.text
+    )
 
 
 def test_a_model_made_in_memory_is_warned_of(run, caplog):
     model = tiny_model(max_position_embeddings=512)
     model.tokenizer = load_model(run.model).tokenizer
-    assert given_base(run, model).source is None and "the base was made in memory, but the run says model=" in caplog.text
+    assert (
+        given_base(run, model).source is None
+        and "the base was made in memory, but the run says model=" in caplog.text
+    )
 
 
 def test_a_model_of_a_gguf_file_may_be_handed_in_as_it_is_loaded():

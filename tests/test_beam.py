@@ -1,4 +1,6 @@
-"""Beam search: the best hypothesis equals stock transformers' generate(num_beams=K) token for token; stopping, fillers, batches, wrong input."""
+"""Beam search: the best hypothesis equals stock transformers' generate(num_beams=K) token for
+token; stopping, fillers, batches, wrong input.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,14 @@ from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.sampling import Sampler
 
 NEW = 20
-PROMPTS = [np.random.default_rng(3).integers(0, 256, 28).tolist()[i:j] for i, j in ((0, 9), (9, 10), (10, 24), (12, 28))]
+PROMPTS = [
+    np.random.default_rng(3).integers(0, 256, 28).tolist()[i:j]
+    for i, j in ((0, 9), (9, 10), (10, 24), (12, 28))
+]
 PROMPTS += [[231, 156]]
-# Tokens that the beams of PROMPTS draw; each makes a rule of the search decide: the K best alone may finish (one, three), 2K candidates would be too
-# few (third), a row that has ended takes in nothing more (half).
+# Tokens that the beams of PROMPTS draw; each makes a rule of the search decide: the K best alone
+# may finish (one, three), 2K candidates would be too few (third), a row that has ended takes in
+# nothing more (half).
 STOPS: dict[str, tuple[int, ...]] = {
     "none": (),
     "one": (95,),
@@ -48,23 +54,36 @@ def stock(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def stock_beams(stock: Any, prompts: list[list[int]], num_beams: int, stop: tuple[int, ...], new: int = NEW) -> list[list[int]]:
-    """What transformers' beam search answers to prompts left-padded to one batch, cut after the stop token: the rest is its filling."""
+def stock_beams(
+    stock: Any, prompts: list[list[int]], num_beams: int, stop: tuple[int, ...], new: int = NEW
+) -> list[list[int]]:
+    """What transformers' beam search answers to prompts left-padded to one batch, cut after the
+    stop token: the rest is its filling.
+    """
     import torch
 
     width, threads = max(map(len, prompts)), torch.get_num_threads()
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    rules: dict[str, Any] = {"do_sample": False, "num_beams": num_beams, "length_penalty": 1.0, "early_stopping": False}
+    rules: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": num_beams,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+    }
     stock.generation_config.eos_token_id = list(stop) or None
     torch.set_num_threads(1)  # threads that wait for each other are slow beside other test workers
     with torch.no_grad():
-        out = stock.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **rules)[:, width:].tolist()
+        out = stock.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **rules)[
+            :, width:
+        ].tolist()
     torch.set_num_threads(threads)
     return [row[: next((i + 1 for i, t in enumerate(row) if t in stop), new)] for row in out]
 
 
-@pytest.mark.parametrize(("num_beams", "stop"), [(4, "none"), (4, "three"), (4, "half"), (2, "one"), (2, "third")])
+@pytest.mark.parametrize(
+    ("num_beams", "stop"), [(4, "none"), (4, "three"), (4, "half"), (2, "one"), (2, "third")]
+)
 def test_beams_equal_transformers(model: Model, stock: Any, num_beams: int, stop: str) -> None:
     """A batch and single prompts, so that an answer also does not depend on the rows beside it."""
     settings: dict[str, Any] = {"max_new_tokens": NEW, "stop": STOPS[stop]}
@@ -74,18 +93,30 @@ def test_beams_equal_transformers(model: Model, stock: Any, num_beams: int, stop
     assert single == [stock_beams(stock, [p], num_beams, STOPS[stop])[0] for p in PROMPTS]
     assert single == batch
 
-    assert batch != generate_tokens(model, PROMPTS, **settings), "a weak comparison: the beams find nothing beyond greedy"
+    assert batch != generate_tokens(model, PROMPTS, **settings), (
+        "a weak comparison: the beams find nothing beyond greedy"
+    )
     short = [len(answer) < NEW for answer in batch]
-    assert any(short) == bool(STOPS[stop]) and (stop in ("third", "half") or not all(short)), "max_new_tokens or a stop token alone ends all"
+    assert any(short) == bool(STOPS[stop]) and (stop in ("third", "half") or not all(short)), (
+        "max_new_tokens or a stop token alone ends all"
+    )
 
 
 def test_answers_come_in_the_order_of_the_prompts_and_one_beam_is_greedy(model: Model) -> None:
     settings: dict[str, Any] = {"max_new_tokens": NEW, "stop": STOPS["three"]}
     want = generate_tokens(model, PROMPTS, num_beams=4, **settings)
     counts: list[int] = []
-    assert generate_tokens(model, PROMPTS[::-1], num_beams=4, batch_size=3, on_batch=counts.append, **settings) == want[::-1] and counts == [3, 2]
-    assert generate_tokens(model, PROMPTS, num_beams=4, sampler=Sampler(), seed=5, **settings) == want
-    assert generate_tokens(model, PROMPTS, num_beams=1, **settings) == generate_tokens(model, PROMPTS, **settings) != want
+    assert generate_tokens(
+        model, PROMPTS[::-1], num_beams=4, batch_size=3, on_batch=counts.append, **settings
+    ) == want[::-1] and counts == [3, 2]
+    assert (
+        generate_tokens(model, PROMPTS, num_beams=4, sampler=Sampler(), seed=5, **settings) == want
+    )
+    assert (
+        generate_tokens(model, PROMPTS, num_beams=1, **settings)
+        == generate_tokens(model, PROMPTS, **settings)
+        != want
+    )
 
 
 def test_fillers_yield_nothing_and_layers_may_be_stacked(model: Model) -> None:
@@ -94,10 +125,20 @@ def test_fillers_yield_nothing_and_layers_may_be_stacked(model: Model) -> None:
     valid = np.asarray([[1] * 4, [0] * 4, [0, 0, 1, 1]], bool)
     greedy = generate_tokens(model, [[5, 6, 7, 8], [100, 3]], max_new_tokens=6, stop=())
     for form in (model, pack(model)):
-        out = np.asarray(beam_decode(form.config, None, 1, 6, (), {"params": form.params}, tokens, valid))
+        out = np.asarray(
+            beam_decode(form.config, None, 1, 6, (), {"params": form.params}, tokens, valid)
+        )
         assert out.dtype == np.int32 and out[[0, 2]].tolist() == greedy and (out[1] == -1).all()
-    stacked, flat = (np.asarray(beam_decode(form.config, None, 3, 6, (), {"params": form.params}, tokens, valid)) for form in (model, pack(model)))
-    assert model.config.scan_layers and (stacked == flat).all() and (flat[[0, 2]] >= 0).all() and (flat[1] == -1).all()
+    stacked, flat = (
+        np.asarray(beam_decode(form.config, None, 3, 6, (), {"params": form.params}, tokens, valid))
+        for form in (model, pack(model))
+    )
+    assert (
+        model.config.scan_layers
+        and (stacked == flat).all()
+        and (flat[[0, 2]] >= 0).all()
+        and (flat[1] == -1).all()
+    )
     assert flat[[0, 2]].tolist() != greedy
 
 
@@ -107,18 +148,33 @@ def test_one_call_runs_each_prompt_once(model: Model) -> None:
     jaxpr = jax.make_jaxpr(beam_decode, static_argnums=(0, 1, 2, 3, 4))(*given)
     assert len(jaxpr.jaxpr.eqns) == 1 and jaxpr.out_avals[0].shape == (3, 8)
     width = form.config.hidden_size
-    assert f"f32[3,16,{width}]" in str(jaxpr) and f"f32[15,1,{width}]" in str(jaxpr) and f"f32[15,16,{width}]" not in str(jaxpr)
+    assert (
+        f"f32[3,16,{width}]" in str(jaxpr)
+        and f"f32[15,1,{width}]" in str(jaxpr)
+        and f"f32[15,16,{width}]" not in str(jaxpr)
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_beams": 0}, r"num_beams=0: must be at least 1 \(1 is no beam search\)"),
-        ({"num_beams": 4, "sampler": Sampler(0.7)}, "num_beams=4 with a sampler of temperature 0.7: .*Leave the sampler out, or set num_beams=1"),
-        ({"num_beams": 258, "stop": (1, 2)}, "num_beams=258: must be at most 257, the vocabulary's tokens that do not stop"),
+        (
+            {"num_beams": 4, "sampler": Sampler(0.7)},
+            (
+                "num_beams=4 with a sampler of temperature 0.7: .*Leave the sampler out, or set"
+                " num_beams=1"
+            ),
+        ),
+        (
+            {"num_beams": 258, "stop": (1, 2)},
+            "num_beams=258: must be at most 257, the vocabulary's tokens that do not stop",
+        ),
     ],
     ids=["no beams", "a sampler", "more beams than tokens"],
 )
-def test_beams_that_cannot_be_searched(model: Model, settings: dict[str, Any], message: str) -> None:
+def test_beams_that_cannot_be_searched(
+    model: Model, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         generate_tokens(model, [[1]], max_new_tokens=4, **settings)

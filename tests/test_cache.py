@@ -1,4 +1,6 @@
-"""Compiled programs are kept beside a run and found again; what the user set goes before; a damaged entry is compiled anew."""
+"""Compiled programs are kept beside a run and found again; what the user set goes before; a damaged
+entry is compiled anew.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""Checkpoints: what is saved is what comes back, the right ones are kept, and damage is named with its remedy."""
+"""Checkpoints: what is saved is what comes back, the right ones are kept, and damage is named with
+its remedy.
+"""
 
 from __future__ import annotations
 
@@ -43,21 +45,35 @@ def test_a_damaged_checkpoint_names_the_remedy(run, tmp_path):
     for file in (tmp_path / "checkpoints" / "8" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"checkpoints/8 cannot be read.*Remove that folder to go on from step 6"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoints/8 cannot be read.*Remove that folder to go on from step 6"
+    ):
         quiet_train(run, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "8")
     assert quiet_train(run, tmp_path).report["resumed_from"] == 6
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch):
-    run = override(run, {"train.steps": "12", "train.eval_every": "2", "train.keep": "1", "eval.split": "validation"})
-    with pytest.raises(ConfigError, match=r"train.keep_best=True needs the loss of every checkpoint"):
+    run = override(
+        run,
+        {
+            "train.steps": "12",
+            "train.eval_every": "2",
+            "train.keep": "1",
+            "eval.split": "validation",
+        },
+    )
+    with pytest.raises(
+        ConfigError, match=r"train.keep_best=True needs the loss of every checkpoint"
+    ):
         override(run, {"train.keep_best": "True", "train.eval_every": "None"})
     with pytest.raises(ConfigError, match=r"set eval.split=validation"):
         override(run, {"train.keep_best": "True", "eval.split": "test"})
     run = override(run, {"train.keep_best": "True"})
     losses = iter([3.0, 2.0, 1.0, 2.0, 1.5, 1.2])
-    monkeypatch.setattr(runs, "held_out_loss", lambda *_, **__: {"loss": next(losses), "tokens": 1.0, "rows": 1.0})
+    monkeypatch.setattr(
+        runs, "held_out_loss", lambda *_, **__: {"loss": next(losses), "tokens": 1.0, "rows": 1.0}
+    )
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 9)
     with pytest.raises(Stopped):  # another process goes on with it
         quiet_train(run, tmp_path)
@@ -65,8 +81,13 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch
     quiet_train(run, tmp_path)
     best = 6
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [best, 12]
-    assert runs.load_run(tmp_path)[3] == 12 and runs.load_run(tmp_path, "best")[3] == best == runs.load_run(tmp_path, str(best))[3]
-    with pytest.raises(ConfigError, match=rf"has no checkpoint of step 3; it has those of {best}, 12"):
+    assert (
+        runs.load_run(tmp_path)[3] == 12
+        and runs.load_run(tmp_path, "best")[3] == best == runs.load_run(tmp_path, str(best))[3]
+    )
+    with pytest.raises(
+        ConfigError, match=rf"has no checkpoint of step 3; it has those of {best}, 12"
+    ):
         runs.load_run(tmp_path, 3)
     with pytest.raises(ConfigError, match="expected a number of steps, or 'best'"):
         runs.load_run(tmp_path, "newest")
@@ -74,7 +95,9 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch
 
 def test_without_losses_there_is_no_best(run, tmp_path):
     quiet_train(override(run, {"train.steps": "4"}), tmp_path)
-    with pytest.raises(ConfigError, match=r"has no best checkpoint: train with train.keep_best=True"):
+    with pytest.raises(
+        ConfigError, match=r"has no best checkpoint: train with train.keep_best=True"
+    ):
         runs.load_run(tmp_path, "best")
 
 
@@ -84,11 +107,16 @@ def test_a_checkpoint_whose_numbers_have_changed_is_refused(run, tmp_path):
     text = meta.read_text()
     checksum = json.loads(text)["state_checksum"]
     meta.write_text(text.replace(checksum, checksum[::-1]))
-    with pytest.raises(ConfigError, match=r"its numbers are not those that were saved.*Remove that folder to go on from step 6"):
+    with pytest.raises(
+        ConfigError,
+        match=r"its numbers are not those that were saved.*Remove that folder to go on from step 6",
+    ):
         quiet_train(run, tmp_path)
     # As earlier versions saved it: a fingerprint taken on the host.
     meta.write_text(text)
-    leaves = trees.flatten({str(i): leaf for i, leaf in enumerate(jax.tree.leaves(restored_state(tmp_path, run)))})
+    leaves = trees.flatten(
+        {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(restored_state(tmp_path, run)))}
+    )
     earlier = {key: value for key, value in json.loads(text).items() if key != "state_checksum"}
     meta.write_text(json.dumps(earlier | {"state_fingerprint": trees.fingerprint(leaves)}))
     assert runs.load_run(tmp_path)[3] == 8
@@ -104,7 +132,9 @@ def restored_state(workdir, run):
 
 
 def test_what_is_saved_is_the_state_of_its_step(run, tmp_path):
-    """Whatever is written into its buffers, which a step donates, while the checkpoint is on its way to the disk."""
+    """Whatever is written into its buffers, which a step donates, while the checkpoint is on its
+    way to the disk.
+    """
     model = runs.load_base(run)
     state = jax.jit(lambda: runs._fresh_state(run, model))()
     wanted = jax.device_get(state)
@@ -121,20 +151,29 @@ def test_a_save_that_fails_says_so_and_keeps_the_rest(run, tmp_path, monkeypatch
     quiet_train(override(run, {"train.steps": "4"}), tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"steps": 4', '"steps": 8'))
-    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(SaveError, match=r"No space left on device.*The checkpoints before it are whole"):
+    monkeypatch.setattr(
+        "orbax.checkpoint.CheckpointManager.save",
+        lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    with pytest.raises(
+        SaveError, match=r"No space left on device.*The checkpoints before it are whole"
+    ):
         quiet_train(run, tmp_path)
     monkeypatch.undo()
     assert quiet_train(run, tmp_path).report["resumed_from"] == 4
 
 
 def test_runs_side_by_side_save_at_one_time(tmp_path):
-    """As a parallel sweep's do. orbax alone mixes up their directories, or waits five minutes for one that comes under another name."""
+    """As a parallel sweep's do. orbax alone mixes up their directories, or waits five minutes for
+    one that comes under another name.
+    """
 
     def saved(name: int) -> int | None:
         with Checkpoints(tmp_path / str(name), keep=2) as checkpoints:
             for step in range(1, 16):
-                checkpoints.save(step, {"leaf": jax.numpy.full((4,), step, np.float32)}, {"step": step})
+                checkpoints.save(
+                    step, {"leaf": jax.numpy.full((4,), step, np.float32)}, {"step": step}
+                )
         with Checkpoints(tmp_path / str(name), create=False) as checkpoints:
             state, meta = checkpoints.restore({"leaf": jax.ShapeDtypeStruct((4,), np.float32)})
         return meta["step"] if (np.asarray(state["leaf"]) == 15).all() else None
@@ -159,6 +198,10 @@ try:
 finally:
     os.kill(child, 9)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.stdout == "free\n", done.stderr
-

@@ -1,4 +1,6 @@
-"""The commands, in process: help is complete, and every wrong input ends with exit code 2 and a message that says what to change, no traceback."""
+"""The commands, in process: help is complete, and every wrong input ends with exit code 2 and a
+message that says what to change, no traceback.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    return next(a.choices for a in _parser("zflora")._actions if isinstance(a, argparse._SubParsersAction))
+    return next(
+        a.choices for a in _parser("zflora")._actions if isinstance(a, argparse._SubParsersAction)
+    )
 
 
-# --- help ---------------------------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", subcommands())
@@ -51,7 +55,10 @@ def test_help_lists_every_command(capsys):
         (["eval", "--workdir", "a", "--model", "b"], "not allowed with argument"),
         (["eval", "--model", "b", "--limit", "few"], "invalid int value: 'few'"),
         (["export", "--workdir", "a", "--out", "b", "--format", "onnx"], "invalid choice: 'onnx'"),
-        (["export", "--workdir", "a", "--out", "b", "--dtype", "float64"], "invalid choice: 'float64'"),
+        (
+            ["export", "--workdir", "a", "--out", "b", "--dtype", "float64"],
+            "invalid choice: 'float64'",
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -61,12 +68,14 @@ def test_wrong_usage(argv, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-# --- config files -------------------------------------------------------------------------------------------------
+# --- config files ---------------------------------------------------------------------------------
 
 
 def test_missing_config_file_names_the_nearest(refused, config_file, tmp_path):
     near = Path(config_file).with_name("confg.py")
-    assert f"config file {near} does not exist. did you mean {config_file!r}?" in refused("train", "--config", near, "--workdir", tmp_path / "w")
+    assert f"config file {near} does not exist. did you mean {config_file!r}?" in refused(
+        "train", "--config", near, "--workdir", tmp_path / "w"
+    )
     message = refused("train", "--config", tmp_path / "none" / "c.py", "--workdir", tmp_path / "w")
     assert "does not exist. Give the path of a Python file." in message
     assert not (tmp_path / "w").exists()
@@ -76,15 +85,30 @@ def test_missing_config_file_names_the_nearest(refused, config_file, tmp_path):
     ("text", "message"),
     [
         ("x = 1\n", "has no function get_config()"),
-        ("def get_config():\n    return {}\n", "returns dict; it must return a zflora_jax.RunConfig"),
+        (
+            "def get_config():\n    return {}\n",
+            "returns dict; it must return a zflora_jax.RunConfig",
+        ),
         ("def get_config(:\n", "SyntaxError"),
         ("import zflora_jaxx\n", "line 1: ModuleNotFoundError: No module named 'zflora_jaxx'"),
         ("def get_config():\n\n    return undefined\n", "line 3: NameError"),
         (
-            "from zflora_jax import AdapterConfig\ndef get_config():\n    return AdapterConfig('lora', rnk=3)\n",
-            "line 3: unknown key 'rnk' of AdapterConfig: did you mean 'rank'? Allowed: alpha, dropout, head_rank",
+            (
+                "from zflora_jax import AdapterConfig\ndef get_config():\n    return"
+                " AdapterConfig('lora', rnk=3)\n"
+            ),
+            (
+                "line 3: unknown key 'rnk' of AdapterConfig: did you mean 'rank'? Allowed: alpha,"
+                " dropout, head_rank"
+            ),
         ),
-        ("from zflora_jax import AdapterConfig\ndef get_config():\n    return AdapterConfig('lora', rank=0)\n", "adapter.rank=0: must be at least 1"),
+        (
+            (
+                "from zflora_jax import AdapterConfig\ndef get_config():\n    return"
+                " AdapterConfig('lora', rank=0)\n"
+            ),
+            "adapter.rank=0: must be at least 1",
+        ),
     ],
     ids=["no function", "another type", "syntax", "import", "name", "unknown key", "value"],
 )
@@ -96,11 +120,15 @@ def test_wrong_config_files(text, message, refused, tmp_path):
 
 def test_a_config_that_is_no_python_file(refused, tmp_path):
     (tmp_path / "c.yaml").write_text("model: tiny\n")
-    assert "is not a Python file; give a .py file" in refused("train", "--config", tmp_path / "c.yaml", "--workdir", tmp_path / "w")
+    assert "is not a Python file; give a .py file" in refused(
+        "train", "--config", tmp_path / "c.yaml", "--workdir", tmp_path / "w"
+    )
 
 
 def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
-    assert "has no function get_sweep()" in refused("sweep", "--config", config_file, "--workdir", tmp_path / "w")
+    assert "has no function get_sweep()" in refused(
+        "sweep", "--config", config_file, "--workdir", tmp_path / "w"
+    )
     (tmp_path / "s.py").write_text("def get_sweep():\n    return 3\n")
     assert "returns int; it must return a zflora_jax.Grid or Comparison" in refused(
         "sweep", "--config", tmp_path / "s.py", "--workdir", tmp_path / "w"
@@ -110,7 +138,7 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-# --- settings -----------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,22 +153,35 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
         ("train.dtype=float64", "dtype='float64': did you mean"),
         ("train.dtype=float16", "Allowed: bfloat16, float32"),
         ("adapter.rank=0", "adapter.rank=0: must be at least 1"),
-        ("adapter.head_rank=8", "method 'zflora-minimal' does not widen the heads stream; leave head_rank unset"),
-        ("adapter.method=zflora-mini", "unknown adapter method 'zflora-mini': did you mean 'zflora-minimal'?"),
+        (
+            "adapter.head_rank=8",
+            "method 'zflora-minimal' does not widen the heads stream; leave head_rank unset",
+        ),
+        (
+            "adapter.method=zflora-mini",
+            "unknown adapter method 'zflora-mini': did you mean 'zflora-minimal'?",
+        ),
         ("data.accumulate=3", "data.batch_size=2 is not a multiple of data.accumulate=3"),
         ("data.lengths=128", "lengths=128: expected a list of int, written as [128]."),
         ("data.lengths=128,64", "data.lengths=[128, 64]: expected increasing positive lengths"),
-        ("optim.warmup_steps=2", "optim.warmup_steps=2 does not leave a step at full rate in train.steps=2"),
+        (
+            "optim.warmup_steps=2",
+            "optim.warmup_steps=2 does not leave a step at full rate in train.steps=2",
+        ),
     ],
 )
 def test_wrong_settings(change, message, refused, config_file, tmp_path):
-    assert message in refused("train", "--config", config_file, "--workdir", tmp_path / "w", "--set", change)
+    assert message in refused(
+        "train", "--config", config_file, "--workdir", tmp_path / "w", "--set", change
+    )
     assert not (tmp_path / "w").exists()
 
 
 def test_odd_head_rank(refused, config_file, tmp_path):
     changes = ("adapter.method=zflora-uniform", "adapter.head_rank=7")
-    message = refused("train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes)
+    message = refused(
+        "train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes
+    )
     assert "adapter.head_rank=7 is odd" in message and "use an even width" in message
 
 
@@ -148,7 +189,13 @@ def test_odd_head_rank(refused, config_file, tmp_path):
     ("changes", "message"),
     [
         (["model=nowhere/at/all"], "no model at 'nowhere/at/all'"),
-        (["data.lengths=320,512"], "data.lengths goes up to 512, beyond the model's context of 400; leave out lengths above it."),
+        (
+            ["data.lengths=320,512"],
+            (
+                "data.lengths goes up to 512, beyond the model's context of 400; leave out lengths"
+                " above it."
+            ),
+        ),
         (["data.lengths=[16]"], "examples are longer than the longest of data.lengths=[16]"),
         (["data.task=aritmetic"], "unknown task 'aritmetic': did you mean 'arithmetic'?"),
         (["data.task=json"], "data.data_dir is not set"),
@@ -156,37 +203,56 @@ def test_odd_head_rank(refused, config_file, tmp_path):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_settings_that_do_not_fit_the_model_or_the_data(changes, message, refused, config_file, tmp_path):
-    assert message in refused("train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes)
+def test_settings_that_do_not_fit_the_model_or_the_data(
+    changes, message, refused, config_file, tmp_path
+):
+    assert message in refused(
+        "train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes
+    )
     assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["adapter.targets=q_proj"], "adapter.targets='q_proj' matches no kernel; kernels are q, k, v, o, gate, up, down"),
+        (
+            ["adapter.targets=q_proj"],
+            "adapter.targets='q_proj' matches no kernel; kernels are q, k, v, o, gate, up, down",
+        ),
         (["adapter.targets=q|("], "is not a valid regex"),
         (["adapter.targets=q|k|v"], "leaves method 'zflora-minimal' nothing to widen"),
     ],
     ids=["matches nothing", "no regex", "nothing to widen"],
 )
-def test_targets_are_refused_and_the_workdir_stays_free(changes, message, refused, config_file, tmp_path):
-    """A refused start must not claim the directory: the corrected command would be told that another config lives there."""
-    assert message in refused("train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes)
+def test_targets_are_refused_and_the_workdir_stays_free(
+    changes, message, refused, config_file, tmp_path
+):
+    """A refused start must not claim the directory: the corrected command would be told that
+    another config lives there.
+    """
+    assert message in refused(
+        "train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes
+    )
     assert not (tmp_path / "w" / "config.json").exists()
 
 
-@pytest.mark.parametrize(("name", "text"), [("train.jsonl", ""), ("train.json", "[]"), ("train.jsonl", "\n\n")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("train.jsonl", ""), ("train.json", "[]"), ("train.jsonl", "\n\n")]
+)
 def test_empty_dataset(name, text, refused, config_file, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_text(text)
     changes = ("data.task=json", f"data.data_dir={tmp_path / 'data'}")
-    message = refused("train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes)
-    assert f"{name}: no rows. Expected a JSON list of objects, or one JSON object per line." in message
+    message = refused(
+        "train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes
+    )
+    assert (
+        f"{name}: no rows. Expected a JSON list of objects, or one JSON object per line." in message
+    )
     assert not (tmp_path / "w").exists()
 
 
-# --- model directories --------------------------------------------------------------------------------------------
+# --- model directories ----------------------------------------------------------------------------
 
 
 def test_missing_model_directory(refused, tmp_path):
@@ -195,7 +261,9 @@ def test_missing_model_directory(refused, tmp_path):
 
 
 def test_empty_model_directory(refused, tmp_path):
-    assert "has no config.json; expected a Hugging Face model directory." in refused("eval", "--model", tmp_path)
+    assert "has no config.json; expected a Hugging Face model directory." in refused(
+        "eval", "--model", tmp_path
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999], ids=str)
@@ -205,20 +273,43 @@ def test_truncated_safetensors(keep, refused, model_dir, tmp_path):
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     message = refused("eval", "--model", tmp_path / "m")
-    assert "model.safetensors is not a readable safetensors file" in message and "truncated or damaged. Download or export it again." in message
+    assert (
+        "model.safetensors is not a readable safetensors file" in message
+        and "truncated or damaged. Download or export it again." in message
+    )
 
 
 def without_tokenizer(model_dir: Path, target: Path) -> Path:
-    return shutil.copytree(model_dir, target, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*", "chat_template*", "vocab.json"))
+    return shutil.copytree(
+        model_dir,
+        target,
+        ignore=shutil.ignore_patterns(
+            "tokenizer*", "special_tokens*", "chat_template*", "vocab.json"
+        ),
+    )
 
 
 def test_model_directory_without_a_tokenizer(refused, model_dir, config_file, tmp_path):
-    message = refused("train", "--config", config_file, "--workdir", tmp_path / "w", "--set", f"model={without_tokenizer(model_dir, tmp_path / 'm')}")
-    assert "comes without a tokenizer" in message and "add its tokenizer files to the directory" in message
+    message = refused(
+        "train",
+        "--config",
+        config_file,
+        "--workdir",
+        tmp_path / "w",
+        "--set",
+        f"model={without_tokenizer(model_dir, tmp_path / 'm')}",
+    )
+    assert (
+        "comes without a tokenizer" in message
+        and "add its tokenizer files to the directory" in message
+    )
     assert "comes without a tokenizer" in refused("eval", "--model", tmp_path / "m")
 
 
 def test_prompts_longer_than_the_context(refused, model_dir, tmp_path):
     changes = ("data.lengths=[320]", "data.batch_size=2", "eval.limit=2", "eval.max_new_tokens=380")
     message = refused("eval", "--model", model_dir, "--out", tmp_path / "out", "--set", *changes)
-    assert "with max_new_tokens=380 that exceeds the model's context of 400. Shorten the prompt or lower max_new_tokens." in message
+    assert (
+        "with max_new_tokens=380 that exceeds the model's context of 400. Shorten the prompt or"
+        " lower max_new_tokens." in message
+    )

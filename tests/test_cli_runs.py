@@ -21,7 +21,10 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def test_workdir_without_a_run(argv, refused, tmp_path):
     for path in (tmp_path / "none", tmp_path):
         message = refused(*argv, "--workdir", path)
-        assert f"{path} holds no run (no config.json in it). Give the --workdir of a training run, or --model for a model directory." in message
+        assert (
+            f"{path} holds no run (no config.json in it). Give the --workdir of a training run, or"
+            " --model for a model directory." in message
+        )
     (tmp_path / "config.json").write_text("{")
     assert "is not valid JSON" in refused(*argv, "--workdir", tmp_path)
     (tmp_path / "config.json").write_text("[]")
@@ -32,26 +35,46 @@ def test_workdir_of_a_run_that_saved_nothing_yet(refused, trained_dir, tmp_path)
     shutil.copy(Path(trained_dir) / "config.json", tmp_path / "config.json")
     assert "has no checkpoint yet; train it first." in refused("eval", "--workdir", tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    assert "has no complete checkpoint yet; train it first." in refused("eval", "--workdir", tmp_path)
+    assert "has no complete checkpoint yet; train it first." in refused(
+        "eval", "--workdir", tmp_path
+    )
 
 
 def test_workdir_of_another_config(refused, config_file, trained_dir):
     before = (Path(trained_dir) / "config.json").read_text()
-    message = refused("train", "--config", config_file, "--workdir", trained_dir, "--set", "adapter.rank=5", "optim.learning_rate=0.5")
+    message = refused(
+        "train",
+        "--config",
+        config_file,
+        "--workdir",
+        trained_dir,
+        "--set",
+        "adapter.rank=5",
+        "optim.learning_rate=0.5",
+    )
     assert f"{trained_dir} holds a run with another config:" in message
-    assert "adapter.rank: 4 there, 5 now" in message and "optim.learning_rate: 0.001 there, 0.5 now" in message
+    assert (
+        "adapter.rank: 4 there, 5 now" in message
+        and "optim.learning_rate: 0.001 there, 0.5 now" in message
+    )
     assert "Use another --workdir, or the same settings to resume it." in message
     assert (Path(trained_dir) / "config.json").read_text() == before
 
 
 def test_peft_export_of_another_method(refused, trained_dir, tmp_path):
-    message = refused("export", "--workdir", trained_dir, "--out", tmp_path / "out", "--format", "peft")
+    message = refused(
+        "export", "--workdir", trained_dir, "--out", tmp_path / "out", "--format", "peft"
+    )
     assert "method 'zflora-minimal' has no PEFT form" in message and "use save_hf" in message
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("extra", "words"), [(["--eps", "0.1"], "power of two"), (["--eps", "0.25", "--format", "peft"], "--eps goes with --format hf")]
+    ("extra", "words"),
+    [
+        (["--eps", "0.1"], "power of two"),
+        (["--eps", "0.25", "--format", "peft"], "--eps goes with --format hf"),
+    ],
 )
 def test_scales_of_the_state_that_cannot_be_used(refused, trained_dir, tmp_path, extra, words):
     assert words in refused("export", "--workdir", trained_dir, "--out", tmp_path / "out", *extra)
@@ -61,7 +84,10 @@ def test_scales_of_the_state_that_cannot_be_used(refused, trained_dir, tmp_path,
 def test_export_into_a_directory_of_somebody_else(refused, trained_dir, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     message = refused("export", "--workdir", trained_dir, "--out", tmp_path)
-    assert "was not written by this project. It is left as it is: choose another path, or move it away." in message
+    assert (
+        "was not written by this project. It is left as it is: choose another path, or move it"
+        " away." in message
+    )
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -71,7 +97,13 @@ def test_export_into_a_directory_of_somebody_else(refused, trained_dir, tmp_path
         (("--tasks", "arithmetik"), "unknown task 'arithmetik': did you mean 'arithmetic'?"),
         (("--limit", "0"), "eval.limit=0: must be at least 1, or None for all examples"),
         (("--set", "eval.split=train"), "split='train': "),
-        (("--set", "adapter.rank=5"), "--set adapter.rank: what a run has trained cannot be changed when it is evaluated; eval.*, data.* and"),
+        (
+            ("--set", "adapter.rank=5"),
+            (
+                "--set adapter.rank: what a run has trained cannot be changed when it is evaluated;"
+                " eval.*, data.* and"
+            ),
+        ),
         (("--set", "eval.splt=test"), "unknown key 'splt' of EvalConfig: did you mean 'split'?"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
@@ -82,41 +114,104 @@ def test_wrong_evaluations(argv, message, refused, trained_dir):
 
 def test_a_missing_task_file_is_named_with_where_to_get_it(refused, model_dir, tmp_path):
     message = refused("eval", "--model", model_dir, "--tasks", "arc_easy", "--data-dir", tmp_path)
-    assert "ARC-Easy" in message and "test.json" in message and "AGI-Edgerunners/LLM-Adapters" in message and "--data-dir" in message
-    assert "did you mean 'arc_easy'?" in refused("eval", "--model", tmp_path / "none", "--tasks", "arc_eazy")  # said before a model is looked for
+    assert (
+        "ARC-Easy" in message
+        and "test.json" in message
+        and "AGI-Edgerunners/LLM-Adapters" in message
+        and "--data-dir" in message
+    )
+    # Said before a model is looked for.
+    assert "did you mean 'arc_easy'?" in refused(
+        "eval", "--model", tmp_path / "none", "--tasks", "arc_eazy"
+    )
 
 
-# --- what works says so -------------------------------------------------------------------------------------------
+# --- what works says so ---------------------------------------------------------------------------
 
 
 def test_eval_and_export_print_a_table_and_write_files(trained_dir, tmp_path, capsys):
-    assert main(["eval", "--workdir", trained_dir, "--limit", "1", "--out", str(tmp_path / "eval")]) == 0
+    assert (
+        main(["eval", "--workdir", trained_dir, "--limit", "1", "--out", str(tmp_path / "eval")])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "accuracy" in out and "loss" in out
     result = json.loads((tmp_path / "eval" / "arithmetic-test-step2.json").read_text())
-    assert result["rows"] == 1 and np.isfinite(result["loss"]) and result["config"]["eval"]["limit"] == 1
+    assert (
+        result["rows"] == 1
+        and np.isfinite(result["loss"])
+        and result["config"]["eval"]["limit"] == 1
+    )
 
-    assert main(["export", "--workdir", trained_dir, "--out", str(tmp_path / "out"), "--dtype", "float32", "--eps", "0.125"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--workdir",
+                trained_dir,
+                "--out",
+                str(tmp_path / "out"),
+                "--dtype",
+                "float32",
+                "--eps",
+                "0.125",
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "out" / "zflora.json").read_text())["eps_z"] == 0.125
     assert "top1_agreement" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
     changes = ["data.lengths=[320]", "data.batch_size=2", "eval.generate=False"]
-    assert main(["eval", "--model", str(tmp_path / "out"), "--limit", "1", "--out", str(tmp_path / "e"), "--set", *changes]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "--model",
+                str(tmp_path / "out"),
+                "--limit",
+                "1",
+                "--out",
+                str(tmp_path / "e"),
+                "--set",
+                *changes,
+            ]
+        )
+        == 0
+    )
     again = json.loads((tmp_path / "e" / "arithmetic-test-out.json").read_text())
     np.testing.assert_allclose(again["loss"], result["loss"], rtol=1e-5)
 
 
 def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
     rows = [
-        {"instruction": f"{i}?\n\nAnswer format: answer1/answer2", "input": "", "output": "the correct answer is answer1", "answer": "answer1"}
+        {
+            "instruction": f"{i}?\n\nAnswer format: answer1/answer2",
+            "input": "",
+            "output": "the correct answer is answer1",
+            "answer": "answer1",
+        }
         for i in range(40)
     ]
     (tmp_path / "ARC-Easy").mkdir()
     for name, some in (("train", rows[:30]), ("test", rows[:32])):
         (tmp_path / "ARC-Easy" / f"{name}.json").write_text(json.dumps(some))
     changes = ["data.lengths=[320]", "data.batch_size=2", "eval.generate=False", "eval.loss=False"]
-    argv = ["eval", "--model", str(model_dir), "--tasks", "arc_easy", "--data-dir", str(tmp_path), "--out", str(tmp_path / "e"), "--set", *changes]
-    assert main([*argv, "--trained-on", "arc_easy"]) == 0  # also the rows that this project would hold out of the file
+    argv = [
+        "eval",
+        "--model",
+        str(model_dir),
+        "--tasks",
+        "arc_easy",
+        "--data-dir",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "e"),
+        "--set",
+        *changes,
+    ]
+    # Also the rows that this project would hold out of the file.
+    assert main([*argv, "--trained-on", "arc_easy"]) == 0
     assert "likelihood_sum_clean" in capsys.readouterr().out
     result = json.loads((tmp_path / "e" / "arc_easy-test-model.json").read_text())
     assert (result["rows"], result["clean_rows"]) == (32, 2)
@@ -127,7 +222,8 @@ def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
     config_file, tmp_path, capsys
 ):
     """What docs/howto.md says: no `answer`. There is a loss, and there are answers to read, but
-    no accuracy."""
+    no accuracy.
+    """
     rows = [{"instruction": f"Name {i}", "output": f"A: it is {i}"} for i in range(30)]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     own = ["--set", "data.task=json", f"data.data_dir={tmp_path}"]
@@ -138,7 +234,9 @@ def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
     [result] = (tmp_path / "run" / "eval").glob("json-test-step2.json")
     result = json.loads(result.read_text())
     assert np.isfinite(result["loss"]) and "accuracy" not in result
-    record = json.loads((tmp_path / "run" / "eval" / "json-test-step2.jsonl").read_text("utf-8").split("\n")[0])
+    record = json.loads(
+        (tmp_path / "run" / "eval" / "json-test-step2.jsonl").read_text("utf-8").split("\n")[0]
+    )
     assert record["output"] is not None and record["answer"].startswith("A: it is ")
 
 
@@ -150,14 +248,19 @@ def test_a_stopped_run_ends_with_its_code_whatever_signal_comes_next(monkeypatch
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main(["train", "--workdir", "none"]) == 75
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN and "after step 3" in capsys.readouterr().err
+        assert (
+            signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            and "after step 3" in capsys.readouterr().err
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_resume_needs_a_run_and_train_needs_a_config(refused, tmp_path):
     assert "train needs --config FILE, or --resume" in refused("train", "--workdir", tmp_path / "a")
-    assert "holds no run (no config.json in it)" in refused("train", "--resume", "--workdir", tmp_path / "a")
+    assert "holds no run (no config.json in it)" in refused(
+        "train", "--resume", "--workdir", tmp_path / "a"
+    )
     assert "holds no run to resume. Leave out --resume" in refused(
         "train", "--config", "configs/quickstart.py", "--resume", "--workdir", tmp_path / "a"
     )

@@ -1,4 +1,6 @@
-"""Sweeps: learning rates chosen, runs recorded and not repeated, tasks scored on clean rows, work shared between processes, tables written."""
+"""Sweeps: learning rates chosen, runs recorded and not repeated, tasks scored on clean rows, work
+shared between processes, tables written.
+"""
 
 import dataclasses
 import json
@@ -53,28 +55,57 @@ def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypa
         scoring=SCORING,
     )
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    assert [row["method"] for row in result["rows"]] == ["base", "minimal"] and result["missing"] == []
+    assert [row["method"] for row in result["rows"]] == ["base", "minimal"] and result[
+        "missing"
+    ] == []
     assert len(result["runs"]) == 4 and {run["steps"] for run in result["runs"]} == {2, 4}
     row = result["rows"][1]
-    picked = {run["validation_loss"]: run["learning_rate"] for run in result["runs"] if run["steps"] == 2}
+    picked = {
+        run["validation_loss"]: run["learning_rate"] for run in result["runs"] if run["steps"] == 2
+    }
     assert len(picked) == 2 and row["learning rate"] == picked[min(picked)]
     assert row["scores"].keys() == {"arc_easy"} and row["rows"] == {"arc_easy": 9}
     scored = [run for run in result["runs"] if run["steps"] == 4]
-    assert row["mean"] == pytest.approx(50 * sum(run["scores"]["arc_easy"]["scores"]["clean"]["likelihood_sum"]["mean"] for run in scored))
+    assert row["mean"] == pytest.approx(
+        50
+        * sum(
+            run["scores"]["arc_easy"]["scores"]["clean"]["likelihood_sum"]["mean"] for run in scored
+        )
+    )
     assert (tmp_path / "out" / "small.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "out" / "small.md").read_text()
     assert "## likelihood_sum, percent" in page and "arc_easy (9)" in page
 
-    monkeypatch.setattr("zflora_jax.experiments.compare.train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr("zflora_jax.experiments.compare.evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr(
+        "zflora_jax.experiments.compare.train", lambda *_, **__: pytest.fail("trained again")
+    )
+    monkeypatch.setattr(
+        "zflora_jax.experiments.compare.evaluate_tasks",
+        lambda *_, **__: pytest.fail("scored again"),
+    )
     again = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     assert again["rows"] == json.loads(json.dumps(result["rows"]))
-    elsewhere = override(plan.base, {"data.data_dir": f"{plan.base.data.data_dir}/.", "train.log_every": 3})  # the same files, the same numbers
-    assert compare_methods(dataclasses.replace(plan, base=elsewhere), tmp_path / "runs", tmp_path / "out", console=False)["rows"] == again["rows"]
+    # The same files, the same numbers.
+    elsewhere = override(
+        plan.base, {"data.data_dir": f"{plan.base.data.data_dir}/.", "train.log_every": 3}
+    )
+    assert (
+        compare_methods(
+            dataclasses.replace(plan, base=elsewhere),
+            tmp_path / "runs",
+            tmp_path / "out",
+            console=False,
+        )["rows"]
+        == again["rows"]
+    )
     record = tmp_path / "out" / "small" / "minimal-lr0.01-steps2-seed0.json"
     saved = json.loads(record.read_text())
     assert saved["result"]["device"] and saved["result"]["date"]
-    del saved["config"]["data"]["packing"], saved["config"]["eval"]["num_beams"]  # a record that is older than a setting; packing's default differs
+    # A record that is older than a setting; packing's default differs.
+    del (
+        saved["config"]["data"]["packing"],
+        saved["config"]["eval"]["num_beams"],
+    )
     record.write_text(json.dumps(saved))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
@@ -89,21 +120,40 @@ def test_a_comparison_takes_its_rates_from_another(base, tmp_path, monkeypatch):
     (row,) = result["rows"]
     found = [json.loads(path.read_text()) for path in (tmp_path / "out" / "first").iterdir()]
     lowest = min(found, key=lambda record: record["result"]["validation_loss"])
-    assert row["learning rate"] == lowest["config"]["optim"]["learning_rate"] and [run["seed"] for run in result["runs"]] == [1]
+    assert row["learning rate"] == lowest["config"]["optim"]["learning_rate"] and [
+        run["seed"] for run in result["runs"]
+    ] == [1]
     assert "(as in first)" in (tmp_path / "out" / "second.md").read_text()
 
     picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
     assert picks == {"lora-lr0.001-steps2-seed0.json", "lora-lr0.01-steps2-seed0.json"}
     trained: list[int] = []
     original = module.train
-    monkeypatch.setattr(module, "train", lambda run, *a, **k: (trained.append(run.train.steps), original(run, *a, **k))[1])
-    assert compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)["rows"][0]["learning rate"] == row["learning rate"]
+    monkeypatch.setattr(
+        module,
+        "train",
+        lambda run, *a, **k: (trained.append(run.train.steps), original(run, *a, **k))[1],
+    )
+    assert (
+        compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)[
+            "rows"
+        ][0]["learning rate"]
+        == row["learning rate"]
+    )
     assert trained == [3]  # the choosing runs were there
 
-    with pytest.raises(ConfigError, match="rates_from='first': it must be another comparison, over the same methods"):
+    with pytest.raises(
+        ConfigError,
+        match="rates_from='first': it must be another comparison, over the same methods",
+    ):
         dataclasses.replace(second, methods={"lora": AdapterConfig("lora", rank=3)})
-    for key, value in (("model", "smollm2-135m"), ("train.dtype", "bfloat16")):  # the rates would be chosen on another base than is loaded
-        with pytest.raises(ConfigError, match=rf"rates_from='first': its {key} is .*, and this one's '{value}'"):
+    for key, value in (
+        ("model", "smollm2-135m"),
+        ("train.dtype", "bfloat16"),
+    ):  # the rates would be chosen on another base than is loaded
+        with pytest.raises(
+            ConfigError, match=rf"rates_from='first': its {key} is .*, and this one's '{value}'"
+        ):
             dataclasses.replace(second, base=override(second.base, {key: value}))
 
 
@@ -127,7 +177,12 @@ def test_a_comparison_waits_for_a_run_that_another_process_trains(base, tmp_path
 
         monkeypatch.setattr(module, "locked", held)
         monkeypatch.setattr(module, "_POLL", 0.01)
-        assert compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"][0]["learning rate"] == 1e-3
+        assert (
+            compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"][0][
+                "learning rate"
+            ]
+            == 1e-3
+        )
     assert len(refused) == 1 and "is being trained by another process" in refused[0]
 
 
@@ -137,13 +192,25 @@ def test_a_comparison_waits_for_a_run_that_another_process_trains(base, tmp_path
         ({"methods": {}}, "comparison.methods is empty"),
         ({"methods": {"base": AdapterConfig("lora")}}, "the untrained model's row"),
         ({"tasks": ("arc_easy",)}, "go together"),
-        ({"pick_steps": 1000}, "pick_steps=1000: must be above optim.warmup_steps=10 and at most train.steps=100"),
+        (
+            {"pick_steps": 1000},
+            "pick_steps=1000: must be above optim.warmup_steps=10 and at most train.steps=100",
+        ),
     ],
 )
 def test_wrong_comparisons(changes, message):
     with pytest.raises(ConfigError, match=message):
         Comparison(
-            **({"name": "x", "base": RunConfig(), "methods": {"lora": AdapterConfig("lora")}, "learning_rates": (1e-3,), "seeds": (0,)} | changes)
+            **(
+                {
+                    "name": "x",
+                    "base": RunConfig(),
+                    "methods": {"lora": AdapterConfig("lora")},
+                    "learning_rates": (1e-3,),
+                    "seeds": (0,),
+                }
+                | changes
+            )
         )
 
 
@@ -152,15 +219,30 @@ def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(base, tmp_path, 
     scoring = dataclasses.replace(SCORING, limit=4)
     plan = Comparison("whole", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    monkeypatch.setattr("zflora_jax.experiments.compare.train", lambda *_, **__: pytest.fail("trained again"))
-    assert compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"] == json.loads(json.dumps(result["rows"]))
+    monkeypatch.setattr(
+        "zflora_jax.experiments.compare.train", lambda *_, **__: pytest.fail("trained again")
+    )
+    assert compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)[
+        "rows"
+    ] == json.loads(json.dumps(result["rows"]))
 
 
 def test_clean_means_clean_of_the_whole_training_file(base, tmp_path):
-    """A test question that was held out of the training file is no clean one: the file's readers have seen it."""
+    """A test question that was held out of the training file is no clean one: the file's readers
+    have seen it.
+    """
     held_out = load_examples("arc_easy", "validation", base.data)[0]
-    assert held_out.prompt not in {example.prompt for example in load_examples("arc_easy", "train", base.data)}
-    rows = [choice(i) for i in range(3)] + [{"instruction": held_out.prompt, "input": "", "output": held_out.target, "answer": held_out.answer}]
+    assert held_out.prompt not in {
+        example.prompt for example in load_examples("arc_easy", "train", base.data)
+    }
+    rows = [choice(i) for i in range(3)] + [
+        {
+            "instruction": held_out.prompt,
+            "input": "",
+            "output": held_out.target,
+            "answer": held_out.answer,
+        }
+    ]
     (tmp_path / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
     plan = Comparison("held", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=SCORING)
     for row in compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"]:
@@ -177,7 +259,10 @@ def test_a_table_shows_intervals_chance_and_answers_cut(base, tmp_path):
     low, high = row["intervals"]["accuracy"]["arc_easy"]
     assert low <= score <= high and low < high
     assert f"{score:.1f} [{low:.1f}, {high:.1f}]" in page and "Chance: arc_easy 33.3." in page
-    assert row["cut"]["arc_easy"] > 0 and f"limit of new tokens: base arc_easy {row['cut']['arc_easy']:g}" in page
+    assert (
+        row["cut"]["arc_easy"] > 0
+        and f"limit of new tokens: base arc_easy {row['cut']['arc_easy']:g}" in page
+    )
 
 
 def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch):
@@ -189,8 +274,12 @@ def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch):
         raise NonFiniteError("loss is nan at step 2")
 
     monkeypatch.setattr(module, "train", diverges)
-    second = Comparison("second", override(base, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first)
-    (row,) = compare_methods(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)["rows"]
+    second = Comparison(
+        "second", override(base, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first
+    )
+    (row,) = compare_methods(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)[
+        "rows"
+    ]
     assert row["test, seed 0"] is None and (tmp_path / "out" / "second.md").is_file()
 
 
@@ -220,6 +309,9 @@ def test_the_overview_is_no_comparison_s_own_page(base, tmp_path):
     plans = [Comparison(name, base, LORA, (1e-3,), (0,)) for name in ("small_one", "small_two")]
     assert overview(plans, tmp_path) is None
     (tmp_path / "small_two.md").write_text("# two")
-    assert overview(plans, tmp_path) == tmp_path / "small.md" and (tmp_path / "small.md").read_text() == "# two"
+    assert (
+        overview(plans, tmp_path) == tmp_path / "small.md"
+        and (tmp_path / "small.md").read_text() == "# two"
+    )
     with pytest.raises(ConfigError, match=r"its page would be the overview's, small.md"):
         overview([Comparison("small", base, LORA, (1e-3,), (0,)), plans[0]], tmp_path)

@@ -1,4 +1,6 @@
-"""Configuration: what is accepted comes back unchanged, what is wrong is refused with what was given, what is allowed and how to fix it."""
+"""Configuration: what is accepted comes back unchanged, what is wrong is refused with what was
+given, what is allowed and how to fix it.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,15 @@ from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunC
 TINY = to_dict(preset("tiny"))
 RUNS = [
     RunConfig(),
-    RunConfig(model="tiny", adapter=AdapterConfig("lora", rank=3, alpha=1.5, targets="q|v"), eval=EvalConfig(split="validation", limit=None)),
     RunConfig(
-        adapter=AdapterConfig("zflora-uniform", rank=18, mlp_rank=16, head_rank=8, head_scores=False),
+        model="tiny",
+        adapter=AdapterConfig("lora", rank=3, alpha=1.5, targets="q|v"),
+        eval=EvalConfig(split="validation", limit=None),
+    ),
+    RunConfig(
+        adapter=AdapterConfig(
+            "zflora-uniform", rank=18, mlp_rank=16, head_rank=8, head_scores=False
+        ),
         data=DataConfig("json", "some/dir", "alpaca", 12, 3, (7, 9), True, 5, 4),
         optim=OptimConfig(1e-4, "linear", 0, 0.1, 0.01, 0.8, 0.9, 1e-6, None),
         train=TrainConfig(7, 1, "bfloat16", True, 3, 2, None, 4, 1),
@@ -30,7 +38,7 @@ RUNS = [
 ]
 
 
-# --- presets, round trips -----------------------------------------------------------------------------------------
+# --- presets, round trips -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -38,11 +46,19 @@ def test_presets_are_valid_and_round_trip(name):
     config = preset(name)
     assert from_dict(LlamaConfig, json.loads(json.dumps(to_dict(config)))) == config
     assert config.base_dim == config.hidden_size and config.rotary_dim == config.head_dim
-    assert all(0 <= token < config.vocab_size for token in (config.bos_token_id, *config.eos_token_ids))
+    assert all(
+        0 <= token < config.vocab_size for token in (config.bos_token_id, *config.eos_token_ids)
+    )
 
 
 def test_unknown_preset_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown model preset 'llama-3\.2-1B': did you mean 'llama-3\.2-1b'\? Allowed: llama-2-7b, "):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"unknown model preset 'llama-3\.2-1B': did you mean 'llama-3\.2-1b'\? Allowed:"
+            r" llama-2-7b, "
+        ),
+    ):
         preset("llama-3.2-1B")
 
 
@@ -59,36 +75,75 @@ def test_scale_is_alpha_over_rank():
 
 
 def test_reading_a_config_needs_no_jax():
-    code = "import sys, zflora_jax.config as c; c.preset('tiny'); assert not {'jax', 'numpy'} & set(sys.modules), 'imports jax or numpy'"
+    code = (
+        "import sys, zflora_jax.config as c; c.preset('tiny'); assert not {'jax', 'numpy'} &"
+        " set(sys.modules), 'imports jax or numpy'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# --- wrong keys and types -----------------------------------------------------------------------------------------
+# --- wrong keys and types -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"modle": "tiny"}, r"unknown key 'modle': did you mean 'model'\? Allowed: adapter, data, eval, mesh, model, optim, train\."),
-        ({"adapter": {"method": "lora", "rnk": 4}}, r"unknown key 'adapter\.rnk': did you mean 'rank'\?"),
+        (
+            {"modle": "tiny"},
+            (
+                r"unknown key 'modle': did you mean 'model'\? Allowed: adapter, data, eval, mesh,"
+                r" model, optim, train\."
+            ),
+        ),
+        (
+            {"adapter": {"method": "lora", "rnk": 4}},
+            r"unknown key 'adapter\.rnk': did you mean 'rank'\?",
+        ),
         ({"data": {"batchsize": 4}}, r"unknown key 'data\.batchsize': did you mean 'batch_size'\?"),
         ({"train": {"zzzz": 4}}, r"unknown key 'train\.zzzz': Allowed: dtype, eval_every"),
         ({1: 2}, "unknown key 1: Allowed"),
-        ({"adapter": {}}, r"adapter is incomplete or damaged: method missing, and AdapterConfig has no default for it"),
-        ({"adapter": {"method": "loar"}}, r"unknown adapter method 'loar': did you mean 'lora'\? Allowed: ffa, ffba, full"),
+        (
+            {"adapter": {}},
+            (
+                r"adapter is incomplete or damaged: method missing, and AdapterConfig has no"
+                r" default for it"
+            ),
+        ),
+        (
+            {"adapter": {"method": "loar"}},
+            r"unknown adapter method 'loar': did you mean 'lora'\? Allowed: ffa, ffba, full",
+        ),
         ({"adapter": "lora"}, r"adapter='lora': expected a table of AdapterConfig fields"),
         ({"model": 3}, r"model=3: expected str, got int"),
         ({"train": {"steps": "many"}}, r"train\.steps='many': expected int, got str"),
         ({"train": {"steps": 10.0}}, r"train\.steps=10\.0: expected int, got float"),
         ({"train": {"steps": True}}, r"train\.steps=True: expected int, got bool"),
         ({"train": {"remat": 1}}, r"train\.remat=1: expected bool \(True or False\), got int"),
-        ({"optim": {"learning_rate": "1e-3"}}, r"optim\.learning_rate='1e-3': expected float, got str"),
-        ({"optim": {"learning_rate": True}}, r"optim\.learning_rate=True: expected float, got bool"),
-        ({"optim": {"learning_rate": math.inf}}, r"optim\.learning_rate=inf: expected a finite number"),
-        ({"optim": {"learning_rate": 10**400}}, r"optim\.learning_rate=10+: expected a finite number"),
-        ({"optim": {"schedule": "cosin"}}, r"optim\.schedule='cosin': did you mean 'cosine'\? Allowed: constant, cosine, linear"),
+        (
+            {"optim": {"learning_rate": "1e-3"}},
+            r"optim\.learning_rate='1e-3': expected float, got str",
+        ),
+        (
+            {"optim": {"learning_rate": True}},
+            r"optim\.learning_rate=True: expected float, got bool",
+        ),
+        (
+            {"optim": {"learning_rate": math.inf}},
+            r"optim\.learning_rate=inf: expected a finite number",
+        ),
+        (
+            {"optim": {"learning_rate": 10**400}},
+            r"optim\.learning_rate=10+: expected a finite number",
+        ),
+        (
+            {"optim": {"schedule": "cosin"}},
+            r"optim\.schedule='cosin': did you mean 'cosine'\? Allowed: constant, cosine, linear",
+        ),
         ({"optim": {"clip_norm": "one"}}, r"optim\.clip_norm='one': expected float"),
-        ({"data": {"lengths": 128}}, r"data\.lengths=128: expected a list of int, written as \[128\]"),
+        (
+            {"data": {"lengths": 128}},
+            r"data\.lengths=128: expected a list of int, written as \[128\]",
+        ),
         ({"data": {"lengths": [64, "128"]}}, r"data\.lengths\[1\]='128': expected int, got str"),
         ({"data": {"data_dir": 5}}, r"data\.data_dir=5: expected str"),
         ({"train": {"dtype": "float64"}}, r"train\.dtype='float64': .*Allowed: bfloat16, float32"),
@@ -102,25 +157,76 @@ def test_wrong_keys_and_types_are_refused_by_name(values, message):
         from_dict(RunConfig, values)
 
 
-# --- impossible values --------------------------------------------------------------------------------------------
+# --- impossible values ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(({name: 0}, f"{name}=0: must be at least 1") for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "head_dim")),
-        *(({name: 0}, f"{name}=0: must be at least 1") for name in ("num_heads", "num_kv_heads", "max_position_embeddings", "norm_dim", "rope_dim")),
-        ({"num_kv_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3; grouped-query attention needs whole groups"),
+        *(
+            ({name: 0}, f"{name}=0: must be at least 1")
+            for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "head_dim")
+        ),
+        *(
+            ({name: 0}, f"{name}=0: must be at least 1")
+            for name in (
+                "num_heads",
+                "num_kv_heads",
+                "max_position_embeddings",
+                "norm_dim",
+                "rope_dim",
+            )
+        ),
+        (
+            {"num_kv_heads": 3},
+            (
+                r"num_heads=4 is not a multiple of num_kv_heads=3; grouped-query attention needs"
+                r" whole groups"
+            ),
+        ),
         ({"head_dim": 15}, r"rope_dim=15: RoPE turns pairs of dims, so it must be even"),
         ({"rope_dim": 18}, r"rope_dim=18 exceeds head_dim=16"),
         ({"rope_dim": -2}, r"rope_dim=-2: must be at least 1"),
         ({"norm_dim": 65}, r"norm_dim=65 exceeds hidden_size=64"),
         ({"rms_norm_eps": 0.0}, r"rms_norm_eps=0\.0: must be positive"),
         ({"rope_theta": -1.0}, r"rope_theta=-1\.0: must be positive"),
-        ({"rope_scaling": {"factor": 0.5, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8}}, r"factor=0\.5: must"),
-        ({"rope_scaling": {"factor": 8, "low_freq_factor": 4, "high_freq_factor": 1, "original_max_position_embeddings": 8}}, r"got 1\.0 and 4\.0"),
-        ({"rope_scaling": {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 0}}, r"embeddings=0: must"),
-        ({"rope_scaling": {"factor": 8}}, r"rope_scaling is incomplete or damaged: low_freq_factor, high_freq_factor, "),
+        (
+            {
+                "rope_scaling": {
+                    "factor": 0.5,
+                    "low_freq_factor": 1,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 8,
+                }
+            },
+            r"factor=0\.5: must",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 1,
+                    "original_max_position_embeddings": 8,
+                }
+            },
+            r"got 1\.0 and 4\.0",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "factor": 8,
+                    "low_freq_factor": 1,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 0,
+                }
+            },
+            r"embeddings=0: must",
+        ),
+        (
+            {"rope_scaling": {"factor": 8}},
+            r"rope_scaling is incomplete or damaged: low_freq_factor, high_freq_factor, ",
+        ),
     ],
     ids=str,
 )
@@ -132,14 +238,35 @@ def test_impossible_models(changes, message):
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("lora", {"rank": 0}, r"adapter\.rank=0: must be at least 1 \(use the base model itself to run without an adapter\)"),
+        (
+            "lora",
+            {"rank": 0},
+            (
+                r"adapter\.rank=0: must be at least 1 \(use the base model itself to run without an"
+                r" adapter\)"
+            ),
+        ),
         ("lora", {"rank": -3}, r"adapter\.rank=-3: must be at least 1"),
         ("lora", {"alpha": 0.0}, r"adapter\.alpha=0\.0: must be positive, or None for 2 \* rank"),
         ("lora", {"alpha": math.inf}, r"adapter\.alpha=inf: expected a finite number"),
         ("lora", {"alpha": math.nan}, r"adapter\.alpha=nan: expected a finite number"),
-        ("lora", {"mlp_rank": 4}, r"adapter\.mlp_rank=4: method 'lora' does not widen the MLP stream; leave mlp_rank unset"),
+        (
+            "lora",
+            {"mlp_rank": 4},
+            (
+                r"adapter\.mlp_rank=4: method 'lora' does not widen the MLP stream; leave mlp_rank"
+                r" unset"
+            ),
+        ),
         ("full", {"mlp_rank": 0}, r"adapter\.mlp_rank=0: method 'full' does not widen"),
-        ("zflora-minimal", {"head_rank": 8}, r"adapter\.head_rank=8: method 'zflora-minimal' does not widen the heads stream; leave head_rank unset"),
+        (
+            "zflora-minimal",
+            {"head_rank": 8},
+            (
+                r"adapter\.head_rank=8: method 'zflora-minimal' does not widen the heads stream;"
+                r" leave head_rank unset"
+            ),
+        ),
         ("ffba", {"mlp_rank": -1}, r"adapter\.mlp_rank=-1: must be at least 0"),
         ("ffba", {"head_rank": -2}, r"adapter\.head_rank=-2: must be at least 0"),
         ("zflora-uniform", {"head_rank": 7}, r"adapter\.head_rank=7 is odd: .* use an even width"),
@@ -155,8 +282,19 @@ def test_impossible_adapters(method, changes, message):
     [
         ("data.batch_size", 0, r"data\.batch_size=0: must be at least 1"),
         ("data.accumulate", 0, r"data\.accumulate=0: must be at least 1"),
-        ("data.accumulate", 3, r"data\.batch_size=8 is not a multiple of data\.accumulate=3; micro-batches must be equal"),
-        ("data.lengths", (), r"data\.lengths=\[\]: expected increasing positive lengths, e\.g\. \[128, 256\]"),
+        (
+            "data.accumulate",
+            3,
+            (
+                r"data\.batch_size=8 is not a multiple of data\.accumulate=3; micro-batches must be"
+                r" equal"
+            ),
+        ),
+        (
+            "data.lengths",
+            (),
+            r"data\.lengths=\[\]: expected increasing positive lengths, e\.g\. \[128, 256\]",
+        ),
         ("data.lengths", (128, 64), r"data\.lengths=\[128, 64\]: expected increasing"),
         ("data.lengths", (64, 64), r"data\.lengths=\[64, 64\]: expected increasing"),
         ("data.lengths", (0, 64), r"data\.lengths=\[0, 64\]: expected increasing positive"),
@@ -164,7 +302,14 @@ def test_impossible_adapters(method, changes, message):
         ("data.seed", -1, r"data\.seed=-1: must be at least 0"),
         ("optim.learning_rate", 0.0, r"optim\.learning_rate=0\.0: must be positive"),
         ("optim.warmup_steps", -1, r"optim\.warmup_steps=-1: must be at least 0"),
-        ("optim.warmup_steps", 100, r"optim\.warmup_steps=100 does not leave a step at full rate in train\.steps=100; lower warmup_steps"),
+        (
+            "optim.warmup_steps",
+            100,
+            (
+                r"optim\.warmup_steps=100 does not leave a step at full rate in train\.steps=100;"
+                r" lower warmup_steps"
+            ),
+        ),
         ("train.steps", 5, r"optim\.warmup_steps=10 does not leave a step"),
         ("optim.final_lr_fraction", 1.5, r"optim\.final_lr_fraction=1\.5: must be within 0\.\.1"),
         ("optim.loraplus_ratio", 0.0, r"optim\.loraplus_ratio=0\.0: must be positive"),
@@ -172,11 +317,25 @@ def test_impossible_adapters(method, changes, message):
         ("optim.b1", 1.0, r"optim\.b1=1\.0: .* at least 0 and below 1"),
         ("optim.b2", -0.1, r"optim\.b2=-0\.1: .* at least 0 and below 1"),
         ("optim.eps", 0.0, r"optim\.eps=0\.0: must be positive"),
-        ("optim.clip_norm", 0.0, r"optim\.clip_norm=0\.0: must be positive, or None to switch clipping off"),
-        *((f"train.{name}", 0, rf"train\.{name}=0: must be at least 1") for name in ("steps", "loss_chunk", "log_every", "keep")),
-        *((f"train.{name}", 0, rf"train\.{name}=0: must be at least 1, or None for the end only") for name in ("eval_every", "save_every")),
+        (
+            "optim.clip_norm",
+            0.0,
+            r"optim\.clip_norm=0\.0: must be positive, or None to switch clipping off",
+        ),
+        *(
+            (f"train.{name}", 0, rf"train\.{name}=0: must be at least 1")
+            for name in ("steps", "loss_chunk", "log_every", "keep")
+        ),
+        *(
+            (f"train.{name}", 0, rf"train\.{name}=0: must be at least 1, or None for the end only")
+            for name in ("eval_every", "save_every")
+        ),
         ("train.seed", -1, r"train\.seed=-1: must be at least 0"),
-        ("train.report_to", "wandbb", r"report_to\[0\]='wandbb': did you mean 'wandb'\? Allowed: tensorboard, trackio, wandb"),
+        (
+            "train.report_to",
+            "wandbb",
+            r"report_to\[0\]='wandbb': did you mean 'wandb'\? Allowed: tensorboard, trackio, wandb",
+        ),
         ("eval.limit", 0, r"eval\.limit=0: must be at least 1, or None for all examples"),
         ("eval.batch_size", 0, r"eval\.batch_size=0: must be at least 1"),
         ("eval.max_new_tokens", 0, r"eval\.max_new_tokens=0: must be at least 1"),
@@ -189,11 +348,14 @@ def test_impossible_runs(key, value, message):
 
 @pytest.mark.parametrize("method", ["ffa", "full"])
 def test_lora_plus_needs_two_kinds_of_blocks(method):
-    with pytest.raises(ConfigError, match=f"loraplus_ratio=4.0: method '{method}' has no blocks of two kinds; leave it at 1"):
+    with pytest.raises(
+        ConfigError,
+        match=f"loraplus_ratio=4.0: method '{method}' has no blocks of two kinds; leave it at 1",
+    ):
         RunConfig(adapter=AdapterConfig(method), optim=OptimConfig(loraplus_ratio=4.0))
 
 
-# --- dotted overrides ---------------------------------------------------------------------------------------------
+# --- dotted overrides -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,13 +403,28 @@ def test_overrides_are_parsed_as_the_field_declares(key, text, value):
 def test_overrides_change_nothing_else_and_are_made_together():
     run = RunConfig()
     assert override(run, {}) == run
-    changed = override(run, {"data.batch_size": "12", "data.accumulate": "3", "adapter.method": "ffba", "adapter.head_rank": "8"})
-    assert changed == RunConfig(adapter=AdapterConfig("ffba", head_rank=8), data=DataConfig(batch_size=12, accumulate=3))
-    assert override(run, {"optim.warmup_steps": "200", "train.steps": "300"}).optim.warmup_steps == 200
+    changed = override(
+        run,
+        {
+            "data.batch_size": "12",
+            "data.accumulate": "3",
+            "adapter.method": "ffba",
+            "adapter.head_rank": "8",
+        },
+    )
+    assert changed == RunConfig(
+        adapter=AdapterConfig("ffba", head_rank=8), data=DataConfig(batch_size=12, accumulate=3)
+    )
+    assert (
+        override(run, {"optim.warmup_steps": "200", "train.steps": "300"}).optim.warmup_steps == 200
+    )
 
 
 def test_a_whole_table_can_be_overridden_and_refined():
-    changed = override(RunConfig(), {"adapter.rank": "5", "adapter": "{'method': 'lora', 'rank': 3, 'targets': 'mlp'}"})
+    changed = override(
+        RunConfig(),
+        {"adapter.rank": "5", "adapter": "{'method': 'lora', 'rank': 3, 'targets': 'mlp'}"},
+    )
     assert changed.adapter == AdapterConfig("lora", rank=5, targets="mlp")
 
 
@@ -265,7 +442,11 @@ def test_a_whole_table_can_be_overridden_and_refined():
         ("adapter", "lora", r"adapter='lora': expected a table"),
         ("model.name", "x", r"'model\.name': 'model' has no fields of its own"),
         ("data.lengths", "128", r"lengths=128: expected a list of int"),
-        ("data.prompt_style", "alpacca", r"prompt_style='alpacca': did you mean 'alpaca'\? Allowed: alpaca, alpaca-eval, chat"),
+        (
+            "data.prompt_style",
+            "alpacca",
+            r"prompt_style='alpacca': did you mean 'alpaca'\? Allowed: alpaca, alpaca-eval, chat",
+        ),
         ("train.remat", "yes", r"remat='yes': expected bool \(True or False\)"),
         ("train.steps", "None", r"steps=None: expected int"),
         ("optim.learning_rate", "1e999", r"learning_rate=inf: expected a finite number"),
@@ -276,9 +457,17 @@ def test_wrong_overrides(key, value, message):
         override(RunConfig(), {key: value})
 
 
-# --- fuzz ---------------------------------------------------------------------------------------------------------
+# --- fuzz -----------------------------------------------------------------------------------------
 
-_KEYS = sorted({key for run in RUNS for table in (to_dict(run), *to_dict(run).values()) if isinstance(table, dict) for key in table})
+_KEYS = sorted(
+    {
+        key
+        for run in RUNS
+        for table in (to_dict(run), *to_dict(run).values())
+        if isinstance(table, dict)
+        for key in table
+    }
+)
 _SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -291,14 +480,20 @@ _SCALARS = st.one_of(
 )
 _NAMES = st.one_of(st.sampled_from(_KEYS), st.text(max_size=4), st.integers(0, 2))
 _VALUES = st.recursive(
-    _SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.tuples(inner), st.dictionaries(_NAMES, inner, max_size=4)), max_leaves=12
+    _SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.tuples(inner), st.dictionaries(_NAMES, inner, max_size=4)
+    ),
+    max_leaves=12,
 )
 
 
 def _tables(cls: type) -> st.SearchStrategy[dict[Any, Any]]:
     """Dicts whose keys are mostly those of `cls`, so that the fuzz reaches the values."""
     keys = st.sampled_from([f for f in cls.__dataclass_fields__])
-    return st.dictionaries(st.one_of(keys, keys, keys, _NAMES), st.one_of(_SCALARS, _VALUES), max_size=4)
+    return st.dictionaries(
+        st.one_of(keys, keys, keys, _NAMES), st.one_of(_SCALARS, _VALUES), max_size=4
+    )
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -306,7 +501,9 @@ def _tables(cls: type) -> st.SearchStrategy[dict[Any, Any]]:
     st.fixed_dictionaries(
         {},
         optional={
-            "adapter": st.one_of(_tables(AdapterConfig).map(lambda t: {"method": "ffba"} | t), _VALUES),
+            "adapter": st.one_of(
+                _tables(AdapterConfig).map(lambda t: {"method": "ffba"} | t), _VALUES
+            ),
             "data": st.one_of(_tables(DataConfig), _VALUES),
             "optim": st.one_of(_tables(OptimConfig), _VALUES),
             "train": st.one_of(_tables(TrainConfig), _VALUES),
@@ -316,7 +513,9 @@ def _tables(cls: type) -> st.SearchStrategy[dict[Any, Any]]:
     )
 )
 def test_from_dict_raises_config_errors_only(values):
-    """Whatever the dict, the result is a valid config that round-trips, or a ConfigError with a sentence in it."""
+    """Whatever the dict, the result is a valid config that round-trips, or a ConfigError with a
+    sentence in it.
+    """
     try:
         run = from_dict(RunConfig, values)
     except ConfigError as error:
@@ -337,7 +536,12 @@ def test_from_dict_of_anything_raises_config_errors_only(cls, value):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.dictionaries(
-        st.one_of(st.sampled_from([f"{t}.{k}" for t in ("adapter", "data", "optim", "train") for k in _KEYS]), st.text(max_size=6)),
+        st.one_of(
+            st.sampled_from(
+                [f"{t}.{k}" for t in ("adapter", "data", "optim", "train") for k in _KEYS]
+            ),
+            st.text(max_size=6),
+        ),
         st.one_of(st.text(max_size=8), _SCALARS),
         max_size=3,
     )

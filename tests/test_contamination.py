@@ -11,7 +11,10 @@ from zflora_jax.evaluation.contamination import contaminated, normalise, questio
 
 
 def test_normalise():
-    assert normalise("  There are 7 crayons ,\n in_the  DRAWER . ") == "there are 7 crayons in the drawer"
+    assert (
+        normalise("  There are 7 crayons ,\n in_the  DRAWER . ")
+        == "there are 7 crayons in the drawer"
+    )
     assert normalise("Été: 1,000.5!") == "été 1 000 5"
     assert normalise("...") == ""
 
@@ -26,7 +29,10 @@ def test_a_question_is_its_prompt_and_input():
         Example("Sum.", "4", "4", input="1, 3"),
     ]
     assert contaminated(asked, questions(train)) == [True, False, True, False, False]
-    assert contaminated([], questions(train)) == [] and contaminated(asked, questions([])) == [False] * 5
+    assert (
+        contaminated([], questions(train)) == []
+        and contaminated(asked, questions([])) == [False] * 5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,11 @@ def rows(tmp_path_factory):
 
     @functools.cache
     def read(task, *splits):
-        return [example for split in splits for example in load_examples(task, split, DataConfig(data_dir=root))]
+        return [
+            example
+            for split in splits
+            for example in load_examples(task, split, DataConfig(data_dir=root))
+        ]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
@@ -43,17 +53,30 @@ def rows(tmp_path_factory):
 
 
 def test_overlaps_of_the_real_files_on_normalised_text(rows):
-    """Counted on lower-cased text with every run of other characters than letters and digits as one space: the numbers known of these files."""
+    """Counted on lower-cased text with every run of other characters than letters and digits as one
+    space: the numbers known of these files.
+    """
     train = rows("math_data", *SPLITS)
-    assert len(train) == 3260 - 12  # rows held out whose question stands in train, written otherwise
-    known = {"addsub": (330, 395), "multiarith": (491, 600), "singleeq": (425, 508), "svamp": (800, 1000), "gsm8k": (1055, 1319), "aqua": (203, 254)}
+    # Rows held out whose question stands in train, written otherwise.
+    assert len(train) == 3260 - 12
+    known = {
+        "addsub": (330, 395),
+        "multiarith": (491, 600),
+        "singleeq": (425, 508),
+        "svamp": (800, 1000),
+        "gsm8k": (1055, 1319),
+        "aqua": (203, 254),
+    }
     for task, (found, size) in known.items():
         marks = contaminated(rows(task, "test"), questions(train))
         assert (sum(marks), len(marks)) == (found, size), task
     assert not any(contaminated(rows("gsm8k", "train", "validation"), questions(train)))
 
     mawps = rows("mawps", "train", "validation")
-    assert {task: sum(contaminated(rows(task, "test"), questions(mawps))) for task in ("addsub", "multiarith", "singleeq")} == {
+    assert {
+        task: sum(contaminated(rows(task, "test"), questions(mawps)))
+        for task in ("addsub", "multiarith", "singleeq")
+    } == {
         "addsub": 327,
         "multiarith": 452,
         "singleeq": 416,
@@ -62,9 +85,17 @@ def test_overlaps_of_the_real_files_on_normalised_text(rows):
 
 def test_pairs_that_are_clean_or_nearly(rows):
     for task in ("addsub", "multiarith", "singleeq", "svamp", "aqua"):
-        assert not any(contaminated(rows(task, "test"), questions(rows("gsm8k", "train", "validation")))), task
+        assert not any(
+            contaminated(rows(task, "test"), questions(rows("gsm8k", "train", "validation")))
+        ), task
     own = {
         task: sum(contaminated(rows(task, "test"), questions(rows(task, "train", "validation"))))
         for task in ("arc_easy", "arc_challenge", "boolq", "openbookqa")
     }
-    assert own == {"arc_easy": 2, "arc_challenge": 0, "boolq": 1, "openbookqa": 0}  # as published: three questions occur in train and in test
+    # As published: three questions occur in train and in test.
+    assert own == {
+        "arc_easy": 2,
+        "arc_challenge": 0,
+        "boolq": 1,
+        "openbookqa": 0,
+    }

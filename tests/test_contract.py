@@ -1,4 +1,6 @@
-"""What must hold for every method (docs/method.md and CONTRIBUTING.md, "Tolerances"), adapters perturbed first so that each test can fail."""
+"""What must hold for every method (docs/method.md and CONTRIBUTING.md, "Tolerances"), adapters
+perturbed first so that each test can fail.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import adapter_cases, assert_logits_close, assert_trees_equal, case_id, dead_slices, perturb, tiny_model
+from conftest import (
+    adapter_cases,
+    assert_logits_close,
+    assert_trees_equal,
+    case_id,
+    dead_slices,
+    perturb,
+    tiny_model,
+)
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
@@ -37,7 +47,9 @@ def test_unchanged_at_step_0(adapter, tokens):
     model = tiny_model()
     adapters = init_adapters(jax.random.key(1), model, adapter)
     adapted, base = forward(model, tokens, adapter, adapters), forward(model, tokens)
-    if METHODS[adapter.method].heads:  # the products of attention have more columns, and may add up in another order
+    if METHODS[
+        adapter.method
+    ].heads:  # the products of attention have more columns, and may add up in another order
         assert_logits_close(adapted, base)
     else:
         np.testing.assert_array_equal(adapted, base)
@@ -45,13 +57,21 @@ def test_unchanged_at_step_0(adapter, tokens):
 
 @every_case
 def test_every_block_matters(adapter, tokens):
-    """No leaf is dead: changing any one of them changes the logits. A leaf that did not would be counted, trained and exported for nothing."""
-    model = tiny_model(num_layers=3)  # the state is zero in the first layer, so its backward blocks act from the second on
+    """No leaf is dead: changing any one of them changes the logits. A leaf that did not would be
+    counted, trained and exported for nothing.
+    """
+    # The state is zero in the first layer, so its backward blocks act from the second on.
+    model = tiny_model(num_layers=3)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     before = forward(model, tokens, adapter, adapters)
     for name, leaf in trees.flatten(adapters).items():
-        changed = trees.map_with_names(lambda n, x, name=name, leaf=leaf: leaf * 1.7 if n == name else x, adapters)
-        assert np.abs(np.asarray(forward(model, tokens, adapter, changed)) - np.asarray(before)).max() > 1e-4, name
+        changed = trees.map_with_names(
+            lambda n, x, name=name, leaf=leaf: leaf * 1.7 if n == name else x, adapters
+        )
+        assert (
+            np.abs(np.asarray(forward(model, tokens, adapter, changed)) - np.asarray(before)).max()
+            > 1e-4
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -63,8 +83,13 @@ def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
     model = tiny_model(scan_layers=scan, tie_word_embeddings=not scan)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     adapted, fused = forward(model, tokens, adapter, adapters), fuse(model, adapter, adapters)
-    assert np.abs(np.asarray(adapted) - np.asarray(forward(model, tokens))).max() > 0.05 * np.abs(np.asarray(adapted)).max()
-    assert {n: x.shape for n, x in trees.flatten(fused.params).items()} == param_shapes(fused.config)
+    assert (
+        np.abs(np.asarray(adapted) - np.asarray(forward(model, tokens))).max()
+        > 0.05 * np.abs(np.asarray(adapted)).max()
+    )
+    assert {n: x.shape for n, x in trees.flatten(fused.params).items()} == param_shapes(
+        fused.config
+    )
     assert_logits_close(forward(fused, tokens), adapted)
     assert_logits_close(forward(pack(fused), tokens), adapted)
 
@@ -78,10 +103,13 @@ def test_unfuse_returns_the_base_bit_for_bit(adapter, scan):
     assert base.config == model.config
     assert_trees_equal(base.params, model.params)
     for name, leaf in trees.flatten(adapters).items():
-        np.testing.assert_allclose(trees.flatten(back)[name], leaf, rtol=3e-7, err_msg=name)  # s = 1.5: one rounding each way
+        # S = 1.5: one rounding each way.
+        np.testing.assert_allclose(trees.flatten(back)[name], leaf, rtol=3e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("adapter", [a for a in BY_METHOD if METHODS[a.method].in_place != "none"], ids=case_id)
+@pytest.mark.parametrize(
+    "adapter", [a for a in BY_METHOD if METHODS[a.method].in_place != "none"], ids=case_id
+)
 def test_merged_methods_refuse_unfuse_and_swap(adapter):
     model = tiny_model()
     fused = fuse(model, adapter, init_adapters(jax.random.key(1), model, adapter))
@@ -97,7 +125,9 @@ def test_merged_methods_refuse_unfuse_and_swap(adapter):
 def test_swap_equals_fusing_anew(adapter, packed, dtype):
     model = tiny_model()
     model.params = jax.tree.map(lambda x: x.astype(dtype), model.params)
-    first, second = (perturb(init_adapters(jax.random.key(1), model, adapter), seed) for seed in (1, 2))
+    first, second = (
+        perturb(init_adapters(jax.random.key(1), model, adapter), seed) for seed in (1, 2)
+    )
     want = fuse(model, adapter, second)
     fused = fuse(model, adapter, first)
     got = swap(pack(fused) if packed else fused, second)
@@ -107,7 +137,9 @@ def test_swap_equals_fusing_anew(adapter, packed, dtype):
 @every_method
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
-    """In bfloat16 too, base blocks are the base's bits, and a merge is float32 addition with one rounding."""
+    """In bfloat16 too, base blocks are the base's bits, and a merge is float32 addition with one
+    rounding.
+    """
     model = tiny_model()
     model.params = jax.tree.map(lambda x: x.astype(dtype), model.params)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter), std=1e-3)
@@ -116,9 +148,16 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
     if METHODS[adapter.method].in_place == "none":
         assert_trees_equal(unfuse(fused)[0].params, model.params)
     elif adapter.method == "lora":
-        a, b, w = (t["layers"]["attn"]["o"][n] for t, n in ((adapters, "lora_a"), (adapters, "lora_b"), (model.params, "kernel")))
-        exact = np.asarray(w, np.float64).reshape(a.shape[0], a.shape[1], -1) + 1.5 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
-        got = np.asarray(fused.params["layers"]["attn"]["o"]["kernel"], np.float64).reshape(exact.shape)
+        a, b, w = (
+            t["layers"]["attn"]["o"][n]
+            for t, n in ((adapters, "lora_a"), (adapters, "lora_b"), (model.params, "kernel"))
+        )
+        exact = np.asarray(w, np.float64).reshape(a.shape[0], a.shape[1], -1) + 1.5 * np.asarray(
+            a, np.float64
+        ) @ np.asarray(b, np.float64)
+        got = np.asarray(fused.params["layers"]["attn"]["o"]["kernel"], np.float64).reshape(
+            exact.shape
+        )
         half_ulp = {"float32": 2**-24, "bfloat16": 2**-8}[dtype]
         assert np.all(np.abs(got - exact) <= 1.01 * half_ulp * np.abs(exact) + 1e-8)
 
@@ -127,9 +166,15 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
 def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
     model = tiny_model()
     before = jax.tree.map(np.array, model.params)
-    state = init_state(perturb(init_adapters(jax.random.key(1), model, adapter)), OptimConfig(warmup_steps=0), 3)
+    state = init_state(
+        perturb(init_adapters(jax.random.key(1), model, adapter)), OptimConfig(warmup_steps=0), 3
+    )
     start = jax.tree.map(np.array, state.adapters)
-    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool), "segments": jnp.ones(tokens.shape, jnp.int32)}
+    batch = {
+        "tokens": tokens,
+        "loss_mask": jnp.ones(tokens.shape, bool),
+        "segments": jnp.ones(tokens.shape, jnp.int32),
+    }
     step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3, chunk=16)
     state, metrics = step(model.params, state, batch)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -142,15 +187,24 @@ def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
 
 @every_method
 def test_no_product_forms_a_base_gradient(adapter):
-    """The compiled step holds no matrix product whose result has the shape of a frozen base kernel's gradient."""
+    """The compiled step holds no matrix product whose result has the shape of a frozen base
+    kernel's gradient.
+    """
     if adapter.method == "full":
         return
     if METHODS[adapter.method].heads:
-        adapter = adapter.replace(head_rank=64)  # no block, flat or not, then has the shape of a kernel of tiny
+        # No block, flat or not, then has the shape of a kernel of tiny.
+        adapter = adapter.replace(head_rank=64)
     model = tiny_model(num_layers=1, scan_layers=False)
-    state = jax.eval_shape(lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100))
+    state = jax.eval_shape(
+        lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100)
+    )
     tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
-    batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct((2, 24), bool), "segments": jax.ShapeDtypeStruct((2, 24), jnp.int32)}
+    batch = {
+        "tokens": tokens,
+        "loss_mask": jax.ShapeDtypeStruct((2, 24), bool),
+        "segments": jax.ShapeDtypeStruct((2, 24), jnp.int32),
+    }
     step = make_train_step(model.config, adapter, OptimConfig(), 100, chunk=16)
     shapes: set[tuple[int, ...]] = set()
 
@@ -167,14 +221,20 @@ def test_no_product_forms_a_base_gradient(adapter):
 
     walk(jax.make_jaxpr(step)(model.params, state, batch).jaxpr)
     assert shapes, "no products found: the walk is broken"
-    kernels = {tuple(sorted(x.shape)) for name, x in trees.flatten(model.params).items() if "kernel" in name}
+    kernels = {
+        tuple(sorted(x.shape))
+        for name, x in trees.flatten(model.params).items()
+        if "kernel" in name
+    }
     assert not shapes & kernels
 
 
 @every_method
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prefill_and_decode_equal_full_forward(adapter, side):
-    """Any batch and padding: each row alone without padding, the padded batch, and prefill + one token at a time agree."""
+    """Any batch and padding: each row alone without padding, the padded batch, and prefill + one
+    token at a time agree.
+    """
     model = tiny_model()
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     llama, variables = Llama(model.config, adapter), {"params": model.params, "adapters": adapters}
@@ -189,26 +249,37 @@ def test_prefill_and_decode_equal_full_forward(adapter, side):
         assert_logits_close(batch[i][valid[i]], forward(model, row[None], adapter, adapters)[0])
     if side == "left":
         cache = init_cache(model.config, 3, length + 4, adapter)
-        split = 9  # inside the second row, so that positions must go on from its real tokens and not from its padding
+        # Inside the second row, so that positions must go on from its real tokens and not from its
+        # padding
+        split = 9
         pieces = []
         for start, stop in [(0, split), *((t, t + 1) for t in range(split, length))]:
-            logits, cache = llama.apply(variables, tokens[:, start:stop], valid[:, start:stop], cache)
+            logits, cache = llama.apply(
+                variables, tokens[:, start:stop], valid[:, start:stop], cache
+            )
             pieces.append(logits)
         assert_logits_close(np.concatenate(pieces, axis=1)[valid], batch[valid])
 
 
 @every_method
 def test_greedy_tokens_are_the_same_for_any_batch_size_and_for_adapted_full_forwards(adapter):
-    model = tiny_model(seed=1, tie_word_embeddings=False)  # with tied embeddings a random model repeats its last token
+    # With tied embeddings a random model repeats its last token.
+    model = tiny_model(seed=1, tie_word_embeddings=False)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     fused = fuse(model, adapter, adapters)
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 256, n).tolist() for n in (3, 17, 8, 1, 30)]
-    answers = [generate_tokens(fused, prompts, max_new_tokens=10, batch_size=size, stop=()) for size in (1, 2, 5)]
+    answers = [
+        generate_tokens(fused, prompts, max_new_tokens=10, batch_size=size, stop=())
+        for size in (1, 2, 5)
+    ]
     assert answers[0] == answers[1] == answers[2]
-    assert len({t for answer in answers[0] for t in answer}) > 15, "the model repeats itself; the comparison says little"
+    assert len({t for answer in answers[0] for t in answer}) > 15, (
+        "the model repeats itself; the comparison says little"
+    )
     for prompt, answer in zip(prompts[1:3], answers[0][1:3], strict=True):
-        logits = forward(model, np.asarray([prompt + answer], np.int32), adapter, adapters)[0]  # causal: each token's own prefix decides it
+        # causal: each token's own prefix decides it.
+        logits = forward(model, np.asarray([prompt + answer], np.int32), adapter, adapters)[0]
         assert np.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist() == answer
 
 
@@ -218,7 +289,10 @@ def test_bad_adapters_refuse_to_fuse(adapter):
     adapters = init_adapters(jax.random.key(1), model, adapter)
     flat = trees.flatten(adapters)
     name = sorted(flat)[0]
-    for value, message in [(flat[name].at[(0,) * flat[name].ndim].set(jnp.nan), "NaN"), (flat[name][..., :-1], "shape")]:
+    for value, message in [
+        (flat[name].at[(0,) * flat[name].ndim].set(jnp.nan), "NaN"),
+        (flat[name][..., :-1], "shape"),
+    ]:
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
             fuse(model, adapter, trees.unflatten(flat | {name: value}))
     with pytest.raises(ValueError, match=f"missing +{name}"):
@@ -237,26 +311,43 @@ def test_counts_and_configs_are_two_way(adapter):
     assert base_config(fused_config(config, adapter), adapter) == config
     p = plan(config, adapter)
     assert (p.residual, p.heads, p.mlp) == tuple(
-        getattr(fused_config(config, adapter), n) - getattr(config, n) for n in ("hidden_size", "head_dim", "intermediate_size")
+        getattr(fused_config(config, adapter), n) - getattr(config, n)
+        for n in ("hidden_size", "head_dim", "intermediate_size")
     )
 
 
 def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
-    """At step 0 the random blocks have no gradient yet (what reads them is zero) and the zero blocks have one: training can start."""
+    """At step 0 the random blocks have no gradient yet (what reads them is zero) and the zero
+    blocks have one: training can start.
+    """
     model, adapter = tiny_model(num_layers=3), AdapterConfig("zflora-minimal", rank=6)
     adapters = init_adapters(jax.random.key(1), model, adapter)
-    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool), "segments": jnp.ones(tokens.shape, jnp.int32)}
-    grads = jax.grad(lambda a: batch_loss(model.config, adapter, {"params": model.params, "adapters": a}, batch, 16)[0])(adapters)
+    batch = {
+        "tokens": tokens,
+        "loss_mask": jnp.ones(tokens.shape, bool),
+        "segments": jnp.ones(tokens.shape, jnp.int32),
+    }
+    grads = jax.grad(
+        lambda a: batch_loss(
+            model.config, adapter, {"params": model.params, "adapters": a}, batch, 16
+        )[0]
+    )(adapters)
     for name, grad in trees.flatten(grads).items():
         assert (np.abs(grad).max() > 0) == name.endswith("backward"), name
 
 
 def test_scale_is_on_backward_alone(tokens):
-    """s multiplies backward (and LoRA's B) and nothing else: halving alpha and doubling backward changes nothing."""
+    """s multiplies backward (and LoRA's B) and nothing else: halving alpha and doubling backward
+    changes nothing.
+    """
     model = tiny_model()
     for method in ("zflora-uniform", "lora"):
         adapter = AdapterConfig(method, rank=6, alpha=9.0)
         adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
-        doubled = trees.map_with_names(lambda n, x: 2 * x if n.endswith(("backward", "lora_b")) else x, adapters)
+        doubled = trees.map_with_names(
+            lambda n, x: 2 * x if n.endswith(("backward", "lora_b")) else x, adapters
+        )
         halved = dataclasses.replace(adapter, alpha=4.5)
-        assert_logits_close(forward(model, tokens, halved, doubled), forward(model, tokens, adapter, adapters))
+        assert_logits_close(
+            forward(model, tokens, halved, doubled), forward(model, tokens, adapter, adapters)
+        )

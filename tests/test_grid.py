@@ -1,4 +1,6 @@
-"""Sweeps over a grid: a row per run, failures too; not run again; side by side on several devices with the numbers of one."""
+"""Sweeps over a grid: a row per run, failures too; not run again; side by side on several devices
+with the numbers of one.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def base(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     train = dataclasses.replace(run.train, steps=2, save_every=None)
     return dataclasses.replace(
-        run, train=train, data=dataclasses.replace(run.data, train_limit=12), optim=dataclasses.replace(run.optim, warmup_steps=1)
+        run,
+        train=train,
+        data=dataclasses.replace(run.data, train_limit=12),
+        optim=dataclasses.replace(run.optim, warmup_steps=1),
     )
 
 
@@ -44,29 +49,56 @@ def numbers(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, monkeypatch):
     seen = []
-    extra = lambda run, trained: {"norm": float(sum(abs(leaf).sum() for leaf in jax.tree.leaves(trained.adapters)))}  # noqa: E731
+
+    def extra(run, trained):
+        return {"norm": float(sum(abs(leaf).sum() for leaf in jax.tree.leaves(trained.adapters)))}
+
     frame = sweep(base, GRID, tmp_path / "s", extra=extra, parallel=1)
-    assert isinstance(frame, pandas.DataFrame) and list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
-    assert list(frame["adapter.rank"]) == [2, 4, 2, 4] and set(frame["status"]) == {"finished"} and frame["run"].is_unique
-    assert frame["test_loss"].nunique() == 4 and (frame["norm"] > 0).all() and (frame["seconds"] > 0).all() and frame["device"].notna().all()
+    assert (
+        isinstance(frame, pandas.DataFrame)
+        and list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
+    )
+    assert (
+        list(frame["adapter.rank"]) == [2, 4, 2, 4]
+        and set(frame["status"]) == {"finished"}
+        and frame["run"].is_unique
+    )
+    assert (
+        frame["test_loss"].nunique() == 4
+        and (frame["norm"] > 0).all()
+        and (frame["seconds"] > 0).all()
+        and frame["device"].notna().all()
+    )
     whole = json.loads((tmp_path / "s" / "rows.json").read_text())
     assert whole["rows"] == frame.to_dict("records")
     page = (tmp_path / "s" / "rows.md").read_text()
     assert "| adapter.method | adapter.rank |" in page and "4 of 4 runs" in page
     assert (tmp_path / "s" / "curves.png").is_file() and (tmp_path / "s" / "curves.svg").is_file()
-    monkeypatch.setattr(grid, "train", lambda run, *_, **__: seen.append(run) or pytest.fail("trained again"))
+    monkeypatch.setattr(
+        grid, "train", lambda run, *_, **__: seen.append(run) or pytest.fail("trained again")
+    )
     again = run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
     assert numbers(again) == numbers(frame.to_dict("records")) and not seen
 
 
 def test_failures_are_rows(base, tmp_path):
-    """Settings that cannot be used, and a loss that is no number, which is not tried again; the others run."""
+    """Settings that cannot be used, and a loss that is no number, which is not tried again; the
+    others run.
+    """
     rows = run_grid(
-        base, [{"adapter.targets": "nothing"}, {"optim.learning_rate": 1e30}, {"adapter.rank": 3}], tmp_path / "s", parallel=1, console=False
+        base,
+        [{"adapter.targets": "nothing"}, {"optim.learning_rate": 1e30}, {"adapter.rank": 3}],
+        tmp_path / "s",
+        parallel=1,
+        console=False,
     )
     assert [row["status"].partition(":")[0] for row in rows] == ["failed", "failed", "finished"]
-    assert ("matches no kernel" in rows[0]["status"] and "not finite" in rows[1]["status"].lower()) or "nan" in rows[1]["status"].lower()
-    assert (tmp_path / "s" / rows[1]["run"] / RECORD).is_file() and not (tmp_path / "s" / rows[0]["run"] / RECORD).exists()
+    assert (
+        "matches no kernel" in rows[0]["status"] and "not finite" in rows[1]["status"].lower()
+    ) or "nan" in rows[1]["status"].lower()
+    assert (tmp_path / "s" / rows[1]["run"] / RECORD).is_file() and not (
+        tmp_path / "s" / rows[0]["run"] / RECORD
+    ).exists()
     assert "failed" in (tmp_path / "s" / "rows.md").read_text()
 
 
@@ -82,8 +114,12 @@ def test_a_stopped_sweep_goes_on(base, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "train", stopped)
     with pytest.raises(Stopped):
         run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
-    assert len(json.loads((tmp_path / "s" / "rows.json").read_text())["rows"]) == 1 and len(calls) == 2
-    assert [row["status"] for row in run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)] == ["finished"] * 4
+    assert (
+        len(json.loads((tmp_path / "s" / "rows.json").read_text())["rows"]) == 1 and len(calls) == 2
+    )
+    assert [
+        row["status"] for row in run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
+    ] == ["finished"] * 4
     assert len(calls) == 5  # the first one was not run again
 
 
@@ -97,7 +133,9 @@ def test_side_by_side_gives_the_numbers_of_one_after_the_other(base, tmp_path, m
     monkeypatch.setattr(grid, "train", seen)
     together = run_grid(base, GRID, tmp_path / "a", parallel=4, console=False)
     assert len(used) == 4
-    assert numbers(together) == numbers(run_grid(base, GRID, tmp_path / "b", parallel=1, console=False))
+    assert numbers(together) == numbers(
+        run_grid(base, GRID, tmp_path / "b", parallel=1, console=False)
+    )
 
 
 def test_an_error_that_is_a_fault_of_ours_is_not_a_row(base, tmp_path, monkeypatch):
@@ -123,7 +161,8 @@ def test_an_error_that_is_a_fault_of_ours_is_not_a_row(base, tmp_path, monkeypat
 )
 def test_wrong_grids(settings, message, base):
     if settings == {}:
-        assert combinations(base, settings) == [("base", {})]  # the product of nothing: the base alone
+        # The product of nothing: the base alone.
+        assert combinations(base, settings) == [("base", {})]
         return
     with pytest.raises(ConfigError, match=message):
         combinations(base, settings)
@@ -139,7 +178,11 @@ def test_more_at_one_time_than_devices_is_refused(base, tmp_path):
         run_grid(base, GRID, tmp_path, parallel=9)
     with pytest.raises(ConfigError, match=r"must be within 1\.\.2"):
         run_grid(
-            dataclasses.replace(base, mesh=dataclasses.replace(base.mesh, fsdp=4), data=dataclasses.replace(base.data, batch_size=8)),
+            dataclasses.replace(
+                base,
+                mesh=dataclasses.replace(base.mesh, fsdp=4),
+                data=dataclasses.replace(base.data, batch_size=8),
+            ),
             GRID,
             tmp_path,
             parallel=3,
@@ -174,19 +217,26 @@ def test_the_command_writes_a_page(base, tmp_path, capsys):
     ]
     assert main(command) == 0
     rows = json.loads((tmp_path / "out" / "ranks.json").read_text())["rows"]
-    assert [row["adapter.rank"] for row in rows] == [2, 3] and all(row["steps"] == 3 for row in rows)
+    assert [row["adapter.rank"] for row in rows] == [2, 3] and all(
+        row["steps"] == 3 for row in rows
+    )
     assert (tmp_path / "out" / "ranks.md").is_file()
 
 
 def test_a_model_that_is_not_there_is_a_row_and_numbers_of_numpy_are_numbers(base, tmp_path):
-    settings = [{"model": str(tmp_path / "none")}, {"adapter.rank": np.int64(3), "optim.learning_rate": np.float64(1e-3)}]
+    settings = [
+        {"model": str(tmp_path / "none")},
+        {"adapter.rank": np.int64(3), "optim.learning_rate": np.float64(1e-3)},
+    ]
     rows = run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
     assert [row["status"].partition(":")[0] for row in rows] == ["failed", "finished"]
     assert type(rows[1]["adapter.rank"]) is int
 
 
 def test_a_signal_stops_runs_side_by_side_and_they_go_on(base, tmp_path, monkeypatch):
-    """SIGTERM to a sweep of several threads: each run is saved after its step, and the sweep goes on from there to the same numbers."""
+    """SIGTERM to a sweep of several threads: each run is saved after its step, and the sweep goes
+    on from there to the same numbers.
+    """
     base = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=30))
     original, begun = distributed.StopSignals.requested, []
 
@@ -207,10 +257,14 @@ def test_a_signal_stops_runs_side_by_side_and_they_go_on(base, tmp_path, monkeyp
     with pytest.raises(Stopped, match="saved"):
         run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert list((tmp_path / "s").glob("*/checkpoints/*")) and not list((tmp_path / "s").glob(f"*/{RECORD}"))
+    assert list((tmp_path / "s").glob("*/checkpoints/*")) and not list(
+        (tmp_path / "s").glob(f"*/{RECORD}")
+    )
     monkeypatch.setattr(distributed.StopSignals, "requested", original)
     rows = run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
-    assert numbers(rows) == numbers(run_grid(base, GRID, tmp_path / "whole", parallel=2, console=False))
+    assert numbers(rows) == numbers(
+        run_grid(base, GRID, tmp_path / "whole", parallel=2, console=False)
+    )
 
 
 def test_the_output_of_the_process_is_whole_after_runs_side_by_side(base, tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""config.json: every spelling that transformers reads is read alike, what a Llama cannot do is refused by name."""
+"""config.json: every spelling that transformers reads is read alike, what a Llama cannot do is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,24 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
-    config = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return config | changes
 
 
@@ -26,10 +41,35 @@ def hf_config(**changes: Any) -> dict[str, Any]:
         ({}, 10000.0, False),
         ({"rope_theta": 5.0, "rope_scaling": None}, 5.0, False),
         ({"rope_theta": 5.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}, 5.0, True),
-        ({"rope_theta": 5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_type"} | {"type": "llama3"}}, 5.0, True),
+        (
+            {
+                "rope_theta": 5,
+                "rope_scaling": (
+                    {k: v for k, v in LLAMA3.items() if k != "rope_type"} | {"type": "llama3"}
+                ),
+            },
+            5.0,
+            True,
+        ),
         ({"rope_parameters": {"rope_theta": 7.0, **LLAMA3}}, 7.0, True),
-        ({"rope_theta": 5.0, "rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, False),
-        ({"rope_theta": 5.0, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 5.0, True),
+        (
+            {
+                "rope_theta": 5.0,
+                "rope_scaling": {},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+            },
+            7.0,
+            False,
+        ),
+        (
+            {
+                "rope_theta": 5.0,
+                "rope_scaling": LLAMA3,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+            },
+            5.0,
+            True,
+        ),
         ({"rope_theta": 5.0, "rope_parameters": {"rope_type": "default"}}, 5.0, False),
     ],
 )
@@ -42,14 +82,35 @@ def test_rope_spellings(changes: dict[str, Any], theta: float, scaled: bool) -> 
 
 def test_config_round_trip_and_both_spellings() -> None:
     config = LlamaConfig(
-        **{"vocab_size": 99, "hidden_size": 48, "intermediate_size": 80, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32},
-        **{"rms_norm_eps": 3e-6, "rope_theta": 1234.5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64), "tie_word_embeddings": True},
-        **{"bos_token_id": 3, "eos_token_ids": (4, 5), "pad_token_id": 6, "max_position_embeddings": 777},
+        **{
+            "vocab_size": 99,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_layers": 3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+        },
+        **{
+            "rms_norm_eps": 3e-6,
+            "rope_theta": 1234.5,
+            "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64),
+            "tie_word_embeddings": True,
+        },
+        **{
+            "bos_token_id": 3,
+            "eos_token_ids": (4, 5),
+            "pad_token_id": 6,
+            "max_position_embeddings": 777,
+        },
     )
     written = json.loads(json.dumps(to_hf_config(config, "bfloat16")))
     assert from_hf_config(written) == config
     assert written["dtype"] == written["torch_dtype"] == "bfloat16"
-    assert written["rope_parameters"] == {"rope_theta": written["rope_theta"], **written["rope_scaling"]}
+    assert written["rope_parameters"] == {
+        "rope_theta": written["rope_theta"],
+        **written["rope_scaling"],
+    }
     version4 = {k: v for k, v in written.items() if k != "rope_parameters"}
     version5 = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling")}
     assert from_hf_config(version4) == from_hf_config(version5) == config
@@ -70,8 +131,18 @@ def test_stop_tokens_come_from_generation_config() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("model_type", "mistral"), ("attention_bias", True), ("mlp_bias", True), ("hidden_act", "gelu"), ("pretraining_tp", 2)],
-        *[("quantization_config", {"quant_method": "gptq"}), ("partial_rotary_factor", 0.5), ("architectures", ["LlamaForSequenceClassification"])],
+        *[
+            ("model_type", "mistral"),
+            ("attention_bias", True),
+            ("mlp_bias", True),
+            ("hidden_act", "gelu"),
+            ("pretraining_tp", 2),
+        ],
+        *[
+            ("quantization_config", {"quant_method": "gptq"}),
+            ("partial_rotary_factor", 0.5),
+            ("architectures", ["LlamaForSequenceClassification"]),
+        ],
         *[
             ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
             ("rope_scaling", {"type": "linear", "factor": 2.0}),

@@ -1,4 +1,6 @@
-"""Import of Hugging Face directories: logits equal stock transformers, accounting is strict, damaged or hostile files are refused by name."""
+"""Import of Hugging Face directories: logits equal stock transformers, accounting is strict,
+damaged or hostile files are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,42 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.nn.llama import forward
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 13)).astype(np.int32)
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def hf_model(seed: int = 0, **changes: Any) -> Any:
-    """A small transformers Llama with random weights and random norm gains, large enough that attention is far from uniform."""
+    """A small transformers Llama with random weights and random norm gains, large enough that
+    attention is far from uniform.
+    """
     rope = {"rope_theta": 500.0, **changes.pop("rope", {"rope_type": "default"})}
     settings = {
-        **{"vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-        **{"head_dim": 12, "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "initializer_range": 0.2, "tie_word_embeddings": False},
+        **{
+            "vocab_size": 259,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        **{
+            "head_dim": 12,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+            "tie_word_embeddings": False,
+        },
         **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     }
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | changes), rope_parameters=rope)).eval()
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**(settings | changes), rope_parameters=rope)
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -85,7 +110,9 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
-    assert {n: leaf.shape for n, leaf in trees.flatten(model.params).items()} == param_shapes(model.config)
+    assert {n: leaf.shape for n, leaf in trees.flatten(model.params).items()} == param_shapes(
+        model.config
+    )
 
 
 def test_shards_layers_and_dtypes(saved: Path, tmp_path: Path) -> None:
@@ -93,18 +120,24 @@ def test_shards_layers_and_dtypes(saved: Path, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 3
     one, many = load_model(saved), load_model(tmp_path / "sharded", scan_layers=False)
-    assert "layers_1" in many.params and trees.fingerprint(one.params) == trees.fingerprint(many.params)
+    assert "layers_1" in many.params and trees.fingerprint(one.params) == trees.fingerprint(
+        many.params
+    )
     assert_close(forward(many, jnp.asarray(TOKENS)), hf_logits(reference))
 
     reference.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     half = load_model(tmp_path / "half", "bfloat16")
-    assert {leaf.dtype.name for leaf in trees.flatten(half.params).values()} == {"bfloat16"} and half.config.dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in trees.flatten(half.params).values()} == {
+        "bfloat16"
+    } and half.config.dtype == "bfloat16"
     for name, leaf in trees.flatten(load_model(tmp_path / "half").params).items():
         assert np.array_equal(leaf, trees.flatten(half.params)[name].astype(jnp.float32))
-        assert np.array_equal(leaf, trees.flatten(one.params)[name].astype(jnp.bfloat16).astype(jnp.float32))
+        assert np.array_equal(
+            leaf, trees.flatten(one.params)[name].astype(jnp.bfloat16).astype(jnp.float32)
+        )
 
 
-# --- accounting -----------------------------------------------------------------------------------------------------
+# --- accounting -----------------------------------------------------------------------------------
 
 
 def edit_tensors(directory: Path, edit: Any) -> None:
@@ -122,14 +155,26 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     ("edit", "words"),
     [
         (lambda t: t.pop(Q), ("missing", Q)),
-        (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": np.ones(48, np.float32)}), ("unexpected", "q_proj.bias")),
-        (lambda t: t.update({Q.replace("q_proj", "q_prej"): t.pop(Q)}), ("did you mean", "missing", "q_prej")),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": np.ones(48, np.float32)}),
+            ("unexpected", "q_proj.bias"),
+        ),
+        (
+            lambda t: t.update({Q.replace("q_proj", "q_prej"): t.pop(Q)}),
+            ("did you mean", "missing", "q_prej"),
+        ),
         (lambda t: t.update({Q: t[Q][:, :-1].copy()}), (Q, "(48, 47)", "(48, 48)")),
-        (lambda t: t.update({Q: np.where(t[Q] == t[Q].max(), np.nan, t[Q]).astype(np.float32)}), (Q, "NaN")),
+        (
+            lambda t: t.update({Q: np.where(t[Q] == t[Q].max(), np.nan, t[Q]).astype(np.float32)}),
+            (Q, "NaN"),
+        ),
         (lambda t: t.update({Q: t[Q] * np.float32(np.inf)}), (Q, "NaN or infinite")),
         (lambda t: t.update({Q: t[Q].astype(np.int8)}), (Q, "I8")),
         (lambda t: t.update({Q: (t[Q].astype(np.float64) + 1) * 1e300}), (Q, "range of float32")),
-        (lambda t: [t.pop(name) for name in list(t) if ".layers.1." in name], ("2 layers", "belong to 1")),
+        (
+            lambda t: [t.pop(name) for name in list(t) if ".layers.1." in name],
+            ("2 layers", "belong to 1"),
+        ),
         (lambda t: t.pop("lm_head.weight"), ("missing", "lm_head.weight")),
     ],
 )
@@ -141,7 +186,12 @@ def test_wrong_tensors_are_named(copy: Path, edit: Any, words: tuple[str, ...]) 
 
 
 def test_legacy_buffers_and_tied_heads(copy: Path, tmp_path: Path) -> None:
-    edit_tensors(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}))
+    edit_tensors(
+        copy,
+        lambda t: t.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
+        ),
+    )
     load_model(copy)
     tied = tmp_path / "tied"
     hf_model(tie_word_embeddings=True).save_pretrained(tied)
@@ -162,13 +212,17 @@ def test_table_covers_the_native_tree() -> None:
 def test_layouts_are_inverses() -> None:
     for place in hf_table(preset("tiny").replace(head_dim=6)).values():
         x = np.random.default_rng(0).normal(size=place.shape)
-        assert place.to_hf(x).shape == place.hf_shape and np.array_equal(place.to_native(place.to_hf(x)), x)
+        assert place.to_hf(x).shape == place.hf_shape and np.array_equal(
+            place.to_native(place.to_hf(x)), x
+        )
 
 
-# --- sources and hostile files --------------------------------------------------------------------------------------
+# --- sources and hostile files --------------------------------------------------------------------
 
 
-def test_wrong_sources_say_what_to_do(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_sources_say_what_to_do(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     def offline(*_: Any, **__: Any) -> str:
@@ -231,7 +285,10 @@ def test_hostile_index(sharded: Path, tmp_path: Path) -> None:
         "model-00099-of-00099.safetensors": "lacks the file",
         others[0]: "places in|do not hold the same tensors",
     }.items():
-        weight_map = {n: (target if f == file and not target.startswith("model-0000") else f) for n, f in good["weight_map"].items()} | {name: target}
+        weight_map = {
+            n: target if f == file and not target.startswith("model-0000") else f
+            for n, f in good["weight_map"].items()
+        } | {name: target}
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=words):
             load_model(sharded)
@@ -270,11 +327,22 @@ def test_hub_cache_links_are_followed(saved: Path, tmp_path: Path) -> None:
 
 
 def test_truncated_and_flipped_safetensors(copy: Path) -> None:
-    """Cut at every 7th byte of the header and at its edges; flip single bits of it. A typed error that names the file, or the same model."""
+    """Cut at every 7th byte of the header and at its edges; flip single bits of it. A typed error
+    that names the file, or the same model.
+    """
     file = copy / "model.safetensors"
     good = file.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
-    for cut in [*range(0, header, 7), 7, 8, header - 1, header, header + 1, len(good) // 2, len(good) - 1]:
+    for cut in [
+        *range(0, header, 7),
+        7,
+        8,
+        header - 1,
+        header,
+        header + 1,
+        len(good) // 2,
+        len(good) - 1,
+    ]:
         file.write_bytes(good[:cut])
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             load_model(copy)
@@ -283,7 +351,11 @@ def test_truncated_and_flipped_safetensors(copy: Path) -> None:
         load_model(copy)
     rng = np.random.default_rng(0)
     for position in rng.integers(0, header, 120):
-        file.write_bytes(good[:position] + bytes([good[position] ^ (1 << int(rng.integers(8)))]) + good[position + 1 :])
+        file.write_bytes(
+            good[:position]
+            + bytes([good[position] ^ (1 << int(rng.integers(8)))])
+            + good[position + 1 :]
+        )
         try:
             load_model(copy)
         except CheckpointError:
@@ -292,7 +364,9 @@ def test_truncated_and_flipped_safetensors(copy: Path) -> None:
 
 def raw_safetensors(path: Path, header: str, data: bytes, length: int | None = None) -> None:
     encoded = header.encode()
-    path.write_bytes((len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data)
+    path.write_bytes(
+        (len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data
+    )
 
 
 def test_hostile_safetensors_headers(copy: Path) -> None:
@@ -321,7 +395,13 @@ def test_hostile_safetensors_headers(copy: Path) -> None:
 
 def test_absurd_configs_fail_before_memory_is_taken(copy: Path) -> None:
     good = json.loads((copy / "config.json").read_text())
-    for key in ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+    for key in (
+        "num_hidden_layers",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+    ):
         (copy / "config.json").write_text(json.dumps(good | {key: 2**40, "head_dim": 12}))
         with pytest.raises(ValueError):
             load_model(copy)

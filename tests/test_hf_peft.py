@@ -1,4 +1,6 @@
-"""PEFT directories: what the peft library computes with ours is what we compute, and what it writes we read; other settings are refused by name."""
+"""PEFT directories: what the peft library computes with ours is what we compute, and what it writes
+we read; other settings are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,10 @@ def test_peft_computes_what_we_do(targets: str, base: Model, tmp_path: Path) -> 
 
     again, back = load_peft(tmp_path / "out", base)
     assert again == adapter
-    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(adapters), strict=True))
+    assert all(
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(adapters), strict=True)
+    )
     apart = load_model(str(base.source), scan_layers=False)
     assert trees.fingerprint(load_peft(tmp_path / "out", apart)[1]) == trees.fingerprint(adapters)
 
@@ -70,15 +75,35 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
     adapters = trees.unstack_layers(perturbed(base, adapter), 2)
     save_peft(tmp_path / "out", model, adapter, adapters)
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and settings["target_modules"] == ["down_proj", "q_proj"]
-    assert (settings["r"], settings["lora_alpha"], settings["peft_type"], settings["task_type"]) == (2, 4, "LORA", "CAUSAL_LM")
+    assert settings[
+        "base_model_name_or_path"
+    ] == "HuggingFaceTB/SmolLM2-135M-Instruct" and settings["target_modules"] == [
+        "down_proj",
+        "q_proj",
+    ]
+    assert (
+        settings["r"],
+        settings["lora_alpha"],
+        settings["peft_type"],
+        settings["task_type"],
+    ) == (2, 4, "LORA", "CAUSAL_LM")
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "np") as file:
-        shape = file.get_slice("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight").get_shape()
-        assert file.metadata() == {"format": "pt", "writer": "zflora_jax"} and len(list(file.keys())) == 8 and shape == [2, 80]
+        shape = file.get_slice(
+            "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+        ).get_shape()
+        assert (
+            file.metadata() == {"format": "pt", "writer": "zflora_jax"}
+            and len(list(file.keys())) == 8
+            and shape == [2, 80]
+        )
     save_peft(tmp_path / "out", model, adapter, adapters)  # its own directory may be replaced
     peft_written = tmp_path / "theirs"
     shutil.copytree(tmp_path / "out", peft_written)
-    save_file(load_file(peft_written / "adapter_model.safetensors"), peft_written / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        load_file(peft_written / "adapter_model.safetensors"),
+        peft_written / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(CheckpointError, match="was not written by this project"):
         save_peft(peft_written, model, adapter, adapters)
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -86,7 +111,9 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
         save_peft(tmp_path / "out", model, adapter, adapters)
     with pytest.raises(ConfigError, match="save_hf"):
         save_peft(tmp_path / "other", base, AdapterConfig("zflora-minimal"), {})
-    adapters["layers_0"]["attn"]["q"]["lora_a"] = adapters["layers_0"]["attn"]["q"]["lora_a"].at[0, 0].set(np.nan)
+    adapters["layers_0"]["attn"]["q"]["lora_a"] = (
+        adapters["layers_0"]["attn"]["q"]["lora_a"].at[0, 0].set(np.nan)
+    )
     with pytest.raises(ValueError, match="NaN"):
         save_peft(tmp_path / "other", base, adapter, adapters)
 
@@ -96,9 +123,18 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
     [
         {"target_modules": ["q_proj", "v_proj", "gate_proj"]},
         {"target_modules": "all-linear", "use_rslora": True},
-        {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
+        {
+            "target_modules": ["q_proj", "o_proj"],
+            "rank_pattern": {"o_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+        },
         {"target_modules": r".*\.layers\.1\..*(k|up)_proj", "lora_alpha": 1},
-        {"target_modules": ["down_proj", "k_proj"], "layers_to_transform": [1], "rank_pattern": {"k_proj": 8}, "use_rslora": True},
+        {
+            "target_modules": ["down_proj", "k_proj"],
+            "layers_to_transform": [1],
+            "rank_pattern": {"k_proj": 8},
+            "use_rslora": True,
+        },
         {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
     ],
 )
@@ -130,7 +166,13 @@ def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_pat
             "fan_in_fan_out": True,
             "init_lora_weights": "pissa_niter_4",
         },
-        **{"target_modules": ["c_attn"], "rank_pattern": {"^q_proj": 4}, "alpha_pattern": {"o_proj": 4}, "r": 0, "lora_bias": True},
+        **{
+            "target_modules": ["c_attn"],
+            "rank_pattern": {"^q_proj": 4},
+            "alpha_pattern": {"o_proj": 4},
+            "r": 0,
+            "lora_bias": True,
+        },
     }.items():
         path.write_text(json.dumps(good | {key: value}))
         with pytest.raises(ConfigError, match="r=0" if key == "r" else key):
@@ -170,7 +212,9 @@ def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_pat
         ("lora_alpha", [1]),
     ],
 )
-def test_settings_of_the_wrong_kind_are_named(key: str, value: Any, base: Model, tmp_path: Path) -> None:
+def test_settings_of_the_wrong_kind_are_named(
+    key: str, value: Any, base: Model, tmp_path: Path
+) -> None:
     adapter = AdapterConfig("lora", rank=2)
     save_peft(tmp_path / "out", base, adapter, perturbed(base, adapter))
     file = tmp_path / "out" / "adapter_config.json"
@@ -180,9 +224,14 @@ def test_settings_of_the_wrong_kind_are_named(key: str, value: Any, base: Model,
 
 
 def test_what_peft_has_trained_is_fused_and_decoded(base: Model, tmp_path: Path) -> None:
-    """Three steps of AdamW in torch, saved by peft: logits of the fused model are peft's, and far from the base's."""
+    """Three steps of AdamW in torch, saved by peft: logits of the fused model are peft's, and far
+    from the base's.
+    """
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(hf_model(head_dim=16), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    theirs = peft.get_peft_model(
+        hf_model(head_dim=16),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=3e-2)
     tokens = torch.tensor(TOKENS, dtype=torch.long)
     losses = []

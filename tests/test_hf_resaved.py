@@ -34,7 +34,10 @@ ADAPTERS = {
     "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, head_rank=4, mlp_rank=6),
     "ffba": AdapterConfig("ffba", rank=4, head_rank=8, mlp_rank=6),
 }
-BASES: dict[str, dict[str, Any]] = {"plain": {}, "llama3": {"rope": LLAMA3, "tie_word_embeddings": True, "head_dim": 16}}
+BASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "llama3": {"rope": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
+}
 CASES = [("zflora-uniform", "plain"), ("ffba", "plain"), ("zflora-uniform", "llama3")]
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
 
@@ -51,7 +54,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tup
         path = tmp_path_factory.mktemp("resaved")
         hf_model(**BASES[base]).save_pretrained(path / "base")
         model, adapter = load_model(path / "base"), ADAPTERS[method]
-        fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05))
+        fused = fuse(
+            model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05)
+        )
         save_hf(path / "export", fused)
         stock(path / "export").save_pretrained(path / "again")
         found[method, base] = fused, path
@@ -68,8 +73,15 @@ def test_it_loads_as_what_stock_software_computes(case, saved, tmp_path):
     fused, path = saved[case]
     assert not (path / "again" / "zflora.json").exists()
     model = load_again(path / "again")
-    assert model.adapter is None and model.config.rope_dim == fused.config.rope_dim and model.config.norm_dim is None
-    assert model.config.rope_theta == fused.config.rope_theta and model.config.rope_scaling == fused.config.rope_scaling
+    assert (
+        model.adapter is None
+        and model.config.rope_dim == fused.config.rope_dim
+        and model.config.norm_dim is None
+    )
+    assert (
+        model.config.rope_theta == fused.config.rope_theta
+        and model.config.rope_scaling == fused.config.rope_scaling
+    )
     want = hf_logits(stock(path / "again"))
     assert_close(forward(model, jnp.asarray(TOKENS)), want)
     assert_close(want, np.asarray(forward(fused, jnp.asarray(TOKENS))))
@@ -100,10 +112,16 @@ def test_on_a_mesh_in_bfloat16_and_layers_apart(saved):
     whole = load_again(path / "again")
     divided = load_again(path / "again", mesh=make_mesh(MeshConfig(fsdp=2, tensor=1)))
     apart = load_again(path / "again", scan_layers=False)
-    assert trees.fingerprint(divided.params) == trees.fingerprint(whole.params) == trees.fingerprint(apart.params)
+    assert (
+        trees.fingerprint(divided.params)
+        == trees.fingerprint(whole.params)
+        == trees.fingerprint(apart.params)
+    )
     half = load_again(path / "again", "bfloat16")
     for name, leaf in trees.flatten(half.params).items():
-        np.testing.assert_array_equal(leaf, trees.flatten(whole.params)[name].astype(jnp.bfloat16), err_msg=name)
+        np.testing.assert_array_equal(
+            leaf, trees.flatten(whole.params)[name].astype(jnp.bfloat16), err_msg=name
+        )
 
 
 def test_adapters_on_top_of_it(saved):
@@ -131,12 +149,17 @@ def test_other_uses_of_longrope_are_refused(saved):
         {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
         {"short_factor": [1.0] * 8},
         {"attention_factor": 1.2},
-        {"long_factor": [*off, *rope["long_factor"][:6]], "short_factor": [*off, *rope["long_factor"][:6]]},
+        {
+            "long_factor": [*off, *rope["long_factor"][:6]],
+            "short_factor": [*off, *rope["long_factor"][:6]],
+        },
     ):
         with pytest.raises(ConfigError, match="'longrope' is not supported"):
             from_hf_config(config | {"rope_parameters": rope | changes})
     odd = [1.0, 5.0, 1.0, 5.0, 1.0, 5.0, *off]
     with pytest.raises(ConfigError, match=r"no frequencies of plain RoPE.*Copy zflora\.json"):
-        from_hf_config(config | {"rope_parameters": rope | {"long_factor": odd, "short_factor": odd}})
+        from_hf_config(
+            config | {"rope_parameters": rope | {"long_factor": odd, "short_factor": odd}}
+        )
     with pytest.raises(ConfigError, match="8 longrope factors for heads of 12"):
         from_hf_config(config | {"head_dim": 12})

@@ -1,4 +1,6 @@
-"""Runs of several processes on loopback: the numbers of one process, one set of files, a stop that all agree on; wrong start-ups say what to give."""
+"""Runs of several processes on loopback: the numbers of one process, one set of files, a stop that
+all agree on; wrong start-ups say what to give.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +35,49 @@ def four(run: RunConfig) -> RunConfig:
     return override(run, {"mesh.data": 2, "mesh.fsdp": 2, "data.accumulate": 1})
 
 
-def launch(run: RunConfig, workdir: Path, processes: int, devices: int, given: str | None = None) -> list[subprocess.Popen[str]]:
-    """`zflora train` in `processes` processes of `devices` CPU devices each; given: the --workdir that they are given, if it is another."""
+def launch(
+    run: RunConfig, workdir: Path, processes: int, devices: int, given: str | None = None
+) -> list[subprocess.Popen[str]]:
+    """`zflora train` in `processes` processes of `devices` CPU devices each; given: the --workdir
+    that they are given, if it is another.
+    """
     config = workdir.parent / f"{workdir.name}.py"
-    imports = "from zflora_jax.config import RunConfig\nfrom zflora_jax.core.fields import from_dict\n"
-    config.write_text(f"{imports}def get_config():\n    return from_dict(RunConfig, {to_dict(run)!r})\n")
+    imports = (
+        "from zflora_jax.config import RunConfig\nfrom zflora_jax.core.fields import from_dict\n"
+    )
+    config.write_text(
+        f"{imports}def get_config():\n    return from_dict(RunConfig, {to_dict(run)!r})\n"
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", "zflora_jax.cli", "train", "--config", str(config), "--workdir", given or str(workdir)]
-    several = [[], ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--process-id"]][processes > 1]
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "zflora_jax.cli",
+        "train",
+        "--config",
+        str(config),
+        "--workdir",
+        given or str(workdir),
+    ]
+    several = [
+        [],
+        ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--process-id"],
+    ][processes > 1]
     return [
-        subprocess.Popen([*command, *several, *([str(i)] if several else [])], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, *several, *([str(i)] if several else [])],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for i in range(processes)
     ]
 
@@ -56,12 +88,20 @@ def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [code] * len(processes), "\n---\n".join(out[-3000:] for out in outputs)
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n---\n".join(
+        out[-3000:] for out in outputs
+    )
     return outputs
 
 
 def losses(workdir: Path) -> np.ndarray:
-    return np.asarray([[r["step"], r["loss"], r["tokens"]] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"])
+    return np.asarray(
+        [
+            [r["step"], r["loss"], r["tokens"]]
+            for r in read_metrics(workdir / "metrics.jsonl")
+            if r["split"] == "train"
+        ]
+    )
 
 
 def test_two_processes_give_the_numbers_of_one(four, tmp_path):
@@ -70,9 +110,14 @@ def test_two_processes_give_the_numbers_of_one(four, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["processes"] == 2 and report["steps"] == 8
-    assert report["base_fingerprint"] == json.loads((tmp_path / "one" / "report.json").read_text())["base_fingerprint"]
+    assert (
+        report["base_fingerprint"]
+        == json.loads((tmp_path / "one" / "report.json").read_text())["base_fingerprint"]
+    )
     assert "trained in" in first and "trained in" not in second
-    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == len((tmp_path / "one" / "metrics.jsonl").read_text().splitlines())
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == len(
+        (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
+    )
     _, _, one, _ = runs.load_run(tmp_path / "one")
     _, _, two, _ = runs.load_run(tmp_path / "two")
     for name, leaf in trees.flatten(one).items():
@@ -80,12 +125,25 @@ def test_two_processes_give_the_numbers_of_one(four, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_path):
-    """SIGTERM to process 1 alone: both save the same step and end with 75. Two processes go on bit for bit, one process on another mesh up to
-    rounding."""
-    four = override(four, {"train.steps": 400, "train.save_every": None, "optim.learning_rate": 1e-4, "optim.schedule": "constant"})
+    """SIGTERM to process 1 alone: both save the same step and end with 75. Two processes go on bit
+    for bit, one process on another mesh up to rounding.
+    """
+    four = override(
+        four,
+        {
+            "train.steps": 400,
+            "train.save_every": None,
+            "optim.learning_rate": 1e-4,
+            "optim.schedule": "constant",
+        },
+    )
     processes = launch(four, tmp_path / "run", 2, 2)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
-    while time.monotonic() < deadline and all(p.poll() is None for p in processes) and not (metrics.exists() and len(read_metrics(metrics)) > 3):
+    while (
+        time.monotonic() < deadline
+        and all(p.poll() is None for p in processes)
+        and not (metrics.exists() and len(read_metrics(metrics)) > 3)
+    ):
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     first, _ = finish(processes, 75)
@@ -94,7 +152,10 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
     assert 3 < step < 400 and not (tmp_path / "run" / "report.json").exists()
     assert losses(tmp_path / "run")[-1, 0] == step
 
-    for name in ("two", "one"):  # each goes on from there, as if the run were to end three steps later
+    for name in (
+        "two",
+        "one",
+    ):  # each goes on from there, as if the run were to end three steps later
         shutil.copytree(tmp_path / "run", tmp_path / name)
         config = tmp_path / name / "config.json"
         config.write_text(config.read_text().replace('"steps": 400', f'"steps": {step + 3}'))
@@ -121,7 +182,9 @@ def test_what_process_0_refuses_ends_all(four, tmp_path):
 
 
 def test_processes_without_a_shared_workdir_end_at_once(four, tmp_path, monkeypatch):
-    """As on two hosts that each have a local disk: here by two working directories and one relative path."""
+    """As on two hosts that each have a local disk: here by two working directories and one relative
+    path.
+    """
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     real = subprocess.Popen
@@ -132,15 +195,22 @@ def test_processes_without_a_shared_workdir_end_at_once(four, tmp_path, monkeypa
     processes = launch(four, tmp_path / "config" / "run", 2, 2, given="run")
     outputs = finish(processes, 2)
     assert time.monotonic() - started < 120
-    assert all("workdir run is not shared: of 2 processes, 1 did not see" in out and "Traceback" not in out for out in outputs)
-    assert sorted(p.name for p in tmp_path.glob("*/run/*")) == []  # nothing was left behind, by process 0 either
+    assert all(
+        "workdir run is not shared: of 2 processes, 1 did not see" in out and "Traceback" not in out
+        for out in outputs
+    )
+    # Nothing was left behind, by process 0 either.
+    assert sorted(p.name for p in tmp_path.glob("*/run/*")) == []
 
 
 def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):
     """JAX's preemption service then asks for a stop at call 1."""
     asked: list[int] = []
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
-    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", lambda n: (asked.append(n), n == 1)[1])
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point",
+        lambda n: (asked.append(n), n == 1)[1],
+    )
     signals = distributed.StopSignals()
     assert signals.requested(5) and asked == [1, 2, 3, 4, 5]
     assert not signals.requested(6) and asked[-1] == 6
@@ -149,10 +219,19 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"coordinator": "localhost:1"}, r"needs --num-processes \(or ZFLORA_NUM_PROCESSES\), --process-id"),
+        (
+            {"coordinator": "localhost:1"},
+            r"needs --num-processes \(or ZFLORA_NUM_PROCESSES\), --process-id",
+        ),
         ({"coordinator": "localhost", "num_processes": 2, "process_id": 0}, "expected HOST:PORT"),
-        ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "numbered from 0 to 1"),
-        ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 0, "detect": True}, "leave out --coordinator"),
+        (
+            {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
+            "numbered from 0 to 1",
+        ),
+        (
+            {"coordinator": "localhost:1", "num_processes": 2, "process_id": 0, "detect": True},
+            "leave out --coordinator",
+        ),
         ({"detect": True}, r"did not start by detection \(SLURM"),
     ],
 )
@@ -165,8 +244,12 @@ def test_wrong_start_ups(arguments, message, monkeypatch):
 
 def test_the_environment_can_start_a_run(monkeypatch):
     started = []
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *values: started.append(values))
-    for name, value in zip(distributed.ENVIRONMENT.values(), ("10.0.0.1:1234", "4", "3"), strict=True):
+    monkeypatch.setattr(
+        distributed.jax.distributed, "initialize", lambda *values: started.append(values)
+    )
+    for name, value in zip(
+        distributed.ENVIRONMENT.values(), ("10.0.0.1:1234", "4", "3"), strict=True
+    ):
         monkeypatch.setenv(name, value)
     distributed.start()
     distributed.start(process_id=0)
@@ -179,7 +262,9 @@ def test_the_environment_can_start_a_run(monkeypatch):
 def test_a_run_without_the_flags_is_one_process(monkeypatch):
     for name in distributed.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(
+        distributed.jax.distributed, "initialize", lambda *_: pytest.fail("started")
+    )
     distributed.start()
     distributed.start("localhost:1", 1, 0)
     assert distributed.is_main()

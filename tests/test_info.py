@@ -34,19 +34,38 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, base_dir: str) -> Path:
     run = small_run(base_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZFLORA_CACHE", str(path.parent / "cache"))
-        train(dataclasses.replace(run, train=dataclasses.replace(run.train, steps=4)), path, console=False)
+        train(
+            dataclasses.replace(run, train=dataclasses.replace(run.train, steps=4)),
+            path,
+            console=False,
+        )
     return path
 
 
 def test_a_run(workdir, base_dir):
     facts = describe(workdir)
     report = json.loads((workdir / "report.json").read_text())
-    assert facts["kind"] == "run" and facts["base"] == base_dir and facts["method"] == "zflora-minimal" and facts["rank"] == 4
+    assert (
+        facts["kind"] == "run"
+        and facts["base"] == base_dir
+        and facts["method"] == "zflora-minimal"
+        and facts["rank"] == 4
+    )
     assert facts["widths"] == "residual 64 -> 68, head 16 -> 16, MLP 96 -> 100"
-    assert facts["trainable parameters"] == report["params_trainable"] and facts["base parameters"] == report["params_base"]
+    assert (
+        facts["trainable parameters"] == report["params_trainable"]
+        and facts["base parameters"] == report["params_base"]
+    )
     assert facts["steps"] == "4 of 4 saved" and facts["checkpoints"].endswith("4")
-    assert facts["base fingerprint"] == report["base_fingerprint"] and facts["seconds"] == report["seconds"]
-    assert facts["eval loss"] == f"{report['validation_loss' if 'validation_loss' in report else 'test_loss']:.4f} at step 4"
+    assert (
+        facts["base fingerprint"] == report["base_fingerprint"]
+        and facts["seconds"] == report["seconds"]
+    )
+    assert (
+        facts["eval loss"]
+        == f"{report['validation_loss' if 'validation_loss' in report else 'test_loss']:.4f} at"
+        " step 4"
+    )
     assert all(isinstance(value, str | int | float) or value is None for value in facts.values())
 
 
@@ -57,7 +76,10 @@ def test_a_run_that_has_not_finished_or_lost_its_base(workdir, tmp_path):
     assert facts["steps"] == "0 of 4 saved" and "has not finished" in facts["report"]
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"model": "/nowhere/at/all"}))
-    assert "unknown" in describe(tmp_path)["widths"] and describe(tmp_path)["method"] == "zflora-minimal"
+    assert (
+        "unknown" in describe(tmp_path)["widths"]
+        and describe(tmp_path)["method"] == "zflora-minimal"
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,12 +89,14 @@ def test_an_export(method, tmp_path):
     written = save_hf(tmp_path / "out", fused, base_fingerprint=trees.fingerprint(model.params))
     facts = describe(tmp_path / "out")
     assert facts["kind"] == "export" and facts["method"] == method and facts["dtype"] == "float32"
-    assert facts["parameters"] == written["parameters"] and facts["base fingerprint"] == trees.fingerprint(model.params)
+    assert facts["parameters"] == written["parameters"] and facts[
+        "base fingerprint"
+    ] == trees.fingerprint(model.params)
     assert facts["hidden_size"] == fused.config.hidden_size
     widened = METHODS[method].in_place == "none"
-    assert f"MLP {model.config.intermediate_size} -> {fused.config.intermediate_size}" in facts["widths"] and (
-        widened or "residual 64 -> 64" in facts["widths"]
-    )
+    assert f"MLP {model.config.intermediate_size} -> {fused.config.intermediate_size}" in facts[
+        "widths"
+    ] and (widened or "residual 64 -> 64" in facts["widths"])
 
 
 def test_an_adapter_directory(tmp_path):
@@ -80,19 +104,34 @@ def test_an_adapter_directory(tmp_path):
     adapters = init_adapters(jax.random.key(0), model, adapter)
     save_peft(tmp_path / "a", model, adapter, adapters)
     facts = describe(tmp_path / "a")
-    assert facts["kind"] == "adapter (PEFT)" and facts["rank"] == 4 and facts["alpha"] == 10 and facts["targets"] == "q_proj, v_proj"
+    assert (
+        facts["kind"] == "adapter (PEFT)"
+        and facts["rank"] == 4
+        and facts["alpha"] == 10
+        and facts["targets"] == "q_proj, v_proj"
+    )
     assert facts["parameters"] == size(adapters)
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings | {"use_rslora": True, "rank_pattern": {"q_proj": 8}}))
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps(settings | {"use_rslora": True, "rank_pattern": {"q_proj": 8}})
+    )
     facts = describe(tmp_path / "a")
-    assert facts["use_rslora"] == "true" and facts["rank_pattern"] == '{"q_proj": 8}' and "use_dora" not in facts
+    assert (
+        facts["use_rslora"] == "true"
+        and facts["rank_pattern"] == '{"q_proj": 8}'
+        and "use_dora" not in facts
+    )
 
 
 def test_models(base_dir):
     facts = describe(base_dir)
     assert facts["kind"] in ("export", "model") and facts["layers"] == 2
     facts = describe("llama-3.2-1b")
-    assert facts["kind"] == "model" and facts["hidden_size"] == preset("llama-3.2-1b").hidden_size and facts["parameters"] == 1_235_814_400
+    assert (
+        facts["kind"] == "model"
+        and facts["hidden_size"] == preset("llama-3.2-1b").hidden_size
+        and facts["parameters"] == 1_235_814_400
+    )
 
 
 def test_a_directory_of_nothing_known_says_what_it_holds(tmp_path):
@@ -101,7 +140,7 @@ def test_a_directory_of_nothing_known_says_what_it_holds(tmp_path):
         describe(tmp_path)
 
 
-# --- the commands -------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
 
 def test_info_prints_a_table_or_json(workdir, capsys):
@@ -133,11 +172,20 @@ def generated(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().out
 
 
-def test_generate_answers_a_prompt_a_file_and_a_conversation(workdir, capsys, tmp_path, monkeypatch):
+def test_generate_answers_a_prompt_a_file_and_a_conversation(
+    workdir, capsys, tmp_path, monkeypatch
+):
     one = generated(capsys, "--workdir", str(workdir), "--prompt", "2 + 2?")
     (tmp_path / "prompts.txt").write_text("2 + 2?\n\n3 + 3?\n")
-    lines = [json.loads(line) for line in generated(capsys, "--workdir", str(workdir), "--file", str(tmp_path / "prompts.txt")).splitlines()]
-    assert [line["prompt"] for line in lines] == ["2 + 2?", "3 + 3?"] and lines[0]["output"] + "\n" == one
+    lines = [
+        json.loads(line)
+        for line in generated(
+            capsys, "--workdir", str(workdir), "--file", str(tmp_path / "prompts.txt")
+        ).splitlines()
+    ]
+    assert [line["prompt"] for line in lines] == ["2 + 2?", "3 + 3?"] and lines[0][
+        "output"
+    ] + "\n" == one
     monkeypatch.setattr("sys.stdin", io.StringIO("2 + 2?\n\n3 + 3?\n"))
     said = generated(capsys, "--workdir", str(workdir))
     assert said.startswith(one)
@@ -168,7 +216,12 @@ def test_generate_fuses_a_peft_adapter(tmp_path, base_dir, capsys):
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter), std=0.5)
     save_peft(tmp_path / "a", model, adapter, adapters)
     want = generate(fuse(model, adapter, adapters), ["2 + 2?"], max_new_tokens=8, chat=True)[0]
-    assert generated(capsys, "--model", base_dir, "--adapter", str(tmp_path / "a"), "--prompt", "2 + 2?") == want + "\n"
+    assert (
+        generated(
+            capsys, "--model", base_dir, "--adapter", str(tmp_path / "a"), "--prompt", "2 + 2?"
+        )
+        == want + "\n"
+    )
     assert want + "\n" != generated(capsys, "--model", base_dir, "--prompt", "2 + 2?")
 
 
@@ -204,7 +257,9 @@ def test_typed_lines_end_with_the_input(monkeypatch):
 
 
 def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, capsys):
-    """A run of alpaca prompts is asked in that form, with --prompt and --file alike; it holds no conversation."""
+    """A run of alpaca prompts is asked in that form, with --prompt and --file alike; it holds no
+    conversation.
+    """
     from zflora_jax.data.prompts import render
     from zflora_jax.experiments.run import load_fused
     from zflora_jax.inference.text import generate
@@ -212,7 +267,11 @@ def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, c
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     run = small_run(base_dir)
     data = dataclasses.replace(run.data, prompt_style="alpaca", lengths=(512,))
-    train(dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, steps=4)), tmp_path / "run", console=False)
+    train(
+        dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, steps=4)),
+        tmp_path / "run",
+        console=False,
+    )
     model, _ = load_fused(tmp_path / "run")
     [want] = generate(model, [render(model.tokenizer, "alpaca", "2 + 2?")], max_new_tokens=8)
     given = ("--workdir", str(tmp_path / "run"), "--max-new-tokens", "8")
@@ -221,7 +280,10 @@ def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, c
     (tmp_path / "lines.txt").write_text("2 + 2?\n")
     assert main(["generate", *given, "--file", str(tmp_path / "lines.txt")]) == 0
     assert json.loads(capsys.readouterr().out) == {"prompt": "2 + 2?", "output": want}
-    for wrong, message in (([], "holds no conversation"), (["--prompt", "a", "--system", "b"], "data.prompt_style='alpaca'")):
+    for wrong, message in (
+        ([], "holds no conversation"),
+        (["--prompt", "a", "--system", "b"], "data.prompt_style='alpaca'"),
+    ):
         assert main(["generate", *given, *wrong]) == 2
         assert message in capsys.readouterr().err
 
@@ -231,7 +293,11 @@ def test_an_export_says_its_base_and_figures(workdir, base_dir, tmp_path):
     facts = describe(tmp_path / "out")
     report = json.loads((workdir / "report.json").read_text())
     split = "validation" if "validation_loss" in report else "test"
-    assert facts["base"] == Path(base_dir).name and facts["steps"] == 4 and facts[f"{split} loss"] == report[f"{split}_loss"]
+    assert (
+        facts["base"] == Path(base_dir).name
+        and facts["steps"] == 4
+        and facts[f"{split} loss"] == report[f"{split}_loss"]
+    )
 
 
 def test_metrics_that_are_damaged_or_not_there_yet_are_said(workdir, tmp_path, capsys):

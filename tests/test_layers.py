@@ -1,4 +1,6 @@
-"""Attention and its own backward pass equal the plain formula, cut into blocks or not; what a backward pass keeps; RoPE tables; tied logits."""
+"""Attention and its own backward pass equal the plain formula, cut into blocks or not; what a
+backward pass keeps; RoPE tables; tied logits.
+"""
 
 import warnings
 
@@ -24,10 +26,17 @@ from zflora_jax.parallel.devices import widest_cudnn_head, widest_head
 
 
 def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8):
-    """The second row has a key that nobody attends to and, with T = S, a first query that attends to nothing."""
+    """The second row has a key that nobody attends to and, with T = S, a first query that attends
+    to nothing.
+    """
     draw = np.random.default_rng(0)
-    q, keys, values = (draw.standard_normal(shape).astype(np.float32) for shape in ((2, T, H, k), (2, K, k, S), (2, K, S, k)))
-    mask = np.broadcast_to(np.arange(S)[None, :] <= S - T + np.arange(T)[:, None], (2, 1, T, S)).copy()
+    q, keys, values = (
+        draw.standard_normal(shape).astype(np.float32)
+        for shape in ((2, T, H, k), (2, K, k, S), (2, K, S, k))
+    )
+    mask = np.broadcast_to(
+        np.arange(S)[None, :] <= S - T + np.arange(T)[:, None], (2, 1, T, S)
+    ).copy()
     mask[1, :, :, 2] = False
     mask[1, :, :, 0] &= T != S
     return q, keys, values, mask
@@ -50,7 +59,9 @@ def test_attention_and_its_gradients_equal_the_plain_formula(T, S, blocks, monke
     def loss(f):
         return lambda q, k, v: jnp.sum(f(q, k, v, mask, 0.3) * weights)
 
-    np.testing.assert_allclose(attention(q, keys, values, mask, 0.3), plain(q, keys, values, mask, 0.3), atol=2e-6)
+    np.testing.assert_allclose(
+        attention(q, keys, values, mask, 0.3), plain(q, keys, values, mask, 0.3), atol=2e-6
+    )
     got, want = (jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (attention, plain))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -62,7 +73,9 @@ def test_gradients_in_bfloat16_are_those_of_float32_rounded():
 
     def gradients(dtype):
         arrays = [jnp.asarray(x, dtype) for x in (q, keys, values)]
-        return jax.grad(lambda *a: jnp.sum(attention(*a, mask, 0.3).astype(jnp.float32) * weights), (0, 1, 2))(*arrays)
+        return jax.grad(
+            lambda *a: jnp.sum(attention(*a, mask, 0.3).astype(jnp.float32) * weights), (0, 1, 2)
+        )(*arrays)
 
     for a, b in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
         assert a.dtype == jnp.bfloat16
@@ -75,7 +88,9 @@ def test_long_sequences_never_hold_all_scores():
     shapes = ((1, 8192, 4, 8), (1, 2, 8, 8192), (1, 2, 8192, 8))
     q, k, v = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     mask = jax.ShapeDtypeStruct((1, 1, 8192, 8192), bool)
-    step = jax.jit(jax.grad(lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, 0.3)), (0, 1, 2)))
+    step = jax.jit(
+        jax.grad(lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, 0.3)), (0, 1, 2))
+    )
     memory = step.lower(q, k, v, mask).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 8192 * 8192 * 4 / 2  # half of one copy of the scores
 
@@ -92,14 +107,24 @@ def test_blocks_do_not_change_a_model(monkeypatch, tokens):
 def test_matmul_and_logits_have_the_usual_gradients():
     draw = np.random.default_rng(0)
     for width_in, width_out in ((5, 9), (9, 5)):
-        x, w, dy = (draw.standard_normal(s).astype(np.float32) for s in ((2, 3, width_in), (width_in, width_out), (2, 3, width_out)))
-        got, want = (jax.grad(lambda x, w, f=f, dy=dy: jnp.sum(f(x, w) * dy), (0, 1))(x, w) for f in (matmul, jnp.matmul))
+        x, w, dy = (
+            draw.standard_normal(s).astype(np.float32)
+            for s in ((2, 3, width_in), (width_in, width_out), (2, 3, width_out))
+        )
+        got, want = (
+            jax.grad(lambda x, w, f=f, dy=dy: jnp.sum(f(x, w) * dy), (0, 1))(x, w)
+            for f in (matmul, jnp.matmul)
+        )
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
-    x, table, dy = (draw.standard_normal(s).astype(np.float32) for s in ((2, 3, 5), (11, 5), (2, 3, 11)))
+    x, table, dy = (
+        draw.standard_normal(s).astype(np.float32) for s in ((2, 3, 5), (11, 5), (2, 3, 11))
+    )
     want = jax.grad(lambda x, t: jnp.sum((x @ t.T) * dy), (0, 1))(x, table)
     for tied in (True, False):
-        of = jax.grad(lambda x, t, tied=tied: jnp.sum(head_logits(x, t if tied else t.T, tied) * dy), (0, 1))
+        of = jax.grad(
+            lambda x, t, tied=tied: jnp.sum(head_logits(x, t if tied else t.T, tied) * dy), (0, 1)
+        )
         for a, b in zip(of(x, table), want, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
         narrow = of(x.astype(jnp.bfloat16), table.astype(jnp.bfloat16))
@@ -108,25 +133,45 @@ def test_matmul_and_logits_have_the_usual_gradients():
 
 @pytest.mark.parametrize("method", ["lora", "zflora-minimal", "zflora-uniform"])
 def test_the_backward_pass_of_a_layer_keeps_its_streams_alone(method):
-    """Per position: the residual before attention and before the MLP, queries, keys, values, what attention gives, gate and up, of LoRA the seven
-    products with A; norms, softmax and gates are computed again."""
-    model, adapter = tiny_model(num_layers=3), AdapterConfig(method, rank=4, head_rank=None if method != "zflora-uniform" else 16)
+    """Per position: the residual before attention and before the MLP, queries, keys, values, what
+    attention gives, gate and up, of LoRA the seven products with A; norms, softmax and gates are
+    computed again.
+    """
+    model, adapter = (
+        tiny_model(num_layers=3),
+        AdapterConfig(method, rank=4, head_rank=None if method != "zflora-uniform" else 16),
+    )
     adapters, batch, length = init_adapters(jax.random.key(0), model, adapter), 2, 13
     tokens = jnp.ones((batch, length), jnp.int32)
 
     def hidden(adapters):
-        return Llama(model.config, adapter).apply({"params": model.params, "adapters": adapters}, tokens, method="hidden")[0]
+        return Llama(model.config, adapter).apply(
+            {"params": model.params, "adapters": adapters}, tokens, method="hidden"
+        )[0]
 
     c = fused_config(model.config, adapter)
     heads = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
-    want = 2 * c.hidden_size + heads + 2 * c.intermediate_size + (7 * adapter.rank if method == "lora" else 0)
+    want = (
+        2 * c.hidden_size
+        + heads
+        + 2 * c.intermediate_size
+        + (7 * adapter.rank if method == "lora" else 0)
+    )
     kept = jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(hidden, a)[1], adapters))
-    sizes = [leaf.size for leaf in kept if leaf.shape[:1] == (3,) and leaf.size % (3 * batch * length) == 0 and leaf.dtype == jnp.float32]
+    sizes = [
+        leaf.size
+        for leaf in kept
+        if leaf.shape[:1] == (3,)
+        and leaf.size % (3 * batch * length) == 0
+        and leaf.dtype == jnp.float32
+    ]
     assert sum(sizes) == 3 * batch * length * want
 
 
 def test_what_cudnn_is_given_is_the_same_attention():
-    """By the same function's plain implementation, since cuDNN needs a GPU; a query that attends to nothing is nobody's business there."""
+    """By the same function's plain implementation, since cuDNN needs a GPU; a query that attends to
+    nothing is nobody's business there.
+    """
     q, keys, values, mask = inputs(T=12, S=16)
 
     def loss(f):
@@ -135,7 +180,9 @@ def test_what_cudnn_is_given_is_the_same_attention():
     def theirs(*a):
         return attention_ops.fused_attention(*a, implementation="xla")
 
-    np.testing.assert_allclose(theirs(q, keys, values, mask, 0.3), attention(q, keys, values, mask, 0.3), atol=2e-6)
+    np.testing.assert_allclose(
+        theirs(q, keys, values, mask, 0.3), attention(q, keys, values, mask, 0.3), atol=2e-6
+    )
     got, want = (jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (theirs, attention))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -174,7 +221,10 @@ def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
     B, T, _, k = shape
-    arrays = [jax.ShapeDtypeStruct(s, jnp.dtype(dtype)) for s in (shape, (B, 2, k, slots), (B, 2, slots, k))]
+    arrays = [
+        jax.ShapeDtypeStruct(s, jnp.dtype(dtype))
+        for s in (shape, (B, 2, k, slots), (B, 2, slots, k))
+    ]
     mask = jax.ShapeDtypeStruct((B, 1, T, slots), jnp.bool_)
 
     def loss(q, keys, values, mask):
@@ -183,9 +233,15 @@ def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes
     names = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
     called = [f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names]
     assert called == [takes, takes]
-    program = lowered(jax.checkpoint(loss, policy=KEEP), names, (*arrays, mask))  # as a block is: the forward kernel does not run again
+    # As a block is: the forward kernel does not run again.
+    program = lowered(jax.checkpoint(loss, policy=KEEP), names, (*arrays, mask))
     assert [program.count(f"@{name}(") for name in names] == [takes, takes]
-    for Device.compute_capability, widest in (("7.5", 0), ("8.6", 128), ("10.0", 128), ("10.3", 0)):  # Turing, Ampere, Blackwell
+    for Device.compute_capability, widest in (
+        ("7.5", 0),
+        ("8.6", 128),
+        ("10.0", 128),
+        ("10.3", 0),
+    ):  # Turing, Ampere, Blackwell
         called = [f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names]
         assert called == [takes and k <= widest] * 2
 
@@ -217,11 +273,17 @@ def test_the_widest_head_of_a_gpu(capability, cudnn, widest, monkeypatch):
         return capability >= tuple(map(int, wanted.split(".")))
 
     monkeypatch.setattr(theirs, "check_compute_capability", at_least)
-    monkeypatch.setattr(theirs, "is_cuda_compute_capability_equal", lambda c: capability == tuple(map(int, c.split("."))))
+    monkeypatch.setattr(
+        theirs,
+        "is_cuda_compute_capability_equal",
+        lambda c: capability == tuple(map(int, c.split("."))),
+    )
     for width in range(8, widest + 1, 8):
         q = jax.ShapeDtypeStruct((1, 4, 2, width), jnp.bfloat16)
         for training in (True, False):
-            theirs.check_is_flash_attention(q, q, q, theirs.AttentionLayout.BTNH.value, cudnn, True, training)
+            theirs.check_is_flash_attention(
+                q, q, q, theirs.AttentionLayout.BTNH.value, cudnn, True, training
+            )
 
 
 def test_this_machine_has_no_such_kernel():
@@ -230,10 +292,17 @@ def test_this_machine_has_no_such_kernel():
 
 @pytest.mark.parametrize(
     ("limit", "dtype", "warns"),
-    [(128, "bfloat16", True), (256, "bfloat16", False), (0, "bfloat16", False), (128, "float32", False)],
+    [
+        (128, "bfloat16", True),
+        (256, "bfloat16", False),
+        (0, "bfloat16", False),
+        (128, "float32", False),
+    ],
 )
 def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monkeypatch):
-    """As heads of 128 + 32 are, on every GPU but Hopper's; where the kernel is there for neither, nothing is lost."""
+    """As heads of 128 + 32 are, on every GPU but Hopper's; where the kernel is there for neither,
+    nothing is lost.
+    """
     monkeypatch.setattr("zflora_jax.adapters.init.widest_head", lambda: limit)
     model = tiny_model(num_layers=1, head_dim=128, dtype=dtype)
     with warnings.catch_warnings(record=True) as caught:
@@ -243,31 +312,45 @@ def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monk
         init_adapters(jax.random.key(0), model, AdapterConfig("ffba", rank=2))
     said = [str(w.message) for w in caught]
     assert len(said) == warns and all(
-        "head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128 on this GPU" in s and "'zflora-minimal', or head_rank=0" in s for s in said
+        "head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128 on this GPU" in s
+        and "'zflora-minimal', or head_rank=0" in s
+        for s in said
     )
 
 
 def lowered(loss, names, arrays):
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
-    return jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"], disabled_checks=checks)(*arrays).mlir_module()
+    return jax.export.export(
+        jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"], disabled_checks=checks
+    )(*arrays).mlir_module()
 
 
 @pytest.mark.parametrize("scaling", [False, True])
 def test_rotations_looked_up_and_computed_are_the_same(scaling: bool) -> None:
     config = preset("llama-3.2-1b") if scaling else preset("smollm2-135m")
     positions = jnp.asarray([[0, 1, 2, 257, 5000, ROPE_ROWS - 1]], jnp.int32)
-    looked_up, computed = (rope_tables(config, positions, length) for length in (ROPE_ROWS, ROPE_ROWS + 1))
+    looked_up, computed = (
+        rope_tables(config, positions, length) for length in (ROPE_ROWS, ROPE_ROWS + 1)
+    )
     for one, other in zip(looked_up, computed, strict=True):
-        assert one.shape == other.shape == (1, 6, 1, config.rotary_dim // 2) and one.dtype == other.dtype == jnp.float32
+        assert (
+            one.shape == other.shape == (1, 6, 1, config.rotary_dim // 2)
+            and one.dtype == other.dtype == jnp.float32
+        )
         np.testing.assert_allclose(one, other, atol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_token_a_row_gets_the_logits_of_many(dtype: str) -> None:
-    x, table = (jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i, shape in enumerate([(3, 2, 8), (50, 8)]))
+    x, table = (
+        jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
+        for i, shape in enumerate([(3, 2, 8), (50, 8)])
+    )
     for tied, kernel in ((True, table), (False, table.T)):
         many = head_logits(x, kernel, tied)
-        ones = jnp.concatenate([head_logits(x[:, i : i + 1], kernel, tied) for i in range(2)], axis=1)
+        ones = jnp.concatenate(
+            [head_logits(x[:, i : i + 1], kernel, tied) for i in range(2)], axis=1
+        )
         assert many.shape == ones.shape == (3, 2, 50) and ones.dtype == jnp.float32
         np.testing.assert_allclose(ones, many, atol=1e-5)
         np.testing.assert_allclose(head_logits(x[:1, :1], kernel, tied), many[:1, :1], atol=1e-5)
@@ -276,15 +359,25 @@ def test_one_token_a_row_gets_the_logits_of_many(dtype: str) -> None:
 @pytest.mark.parametrize("length", [1, 2048], ids=["one token a row", "sequences"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_bfloat16_heads_round_no_logit_to_bfloat16(tied: bool, length: int) -> None:
-    """Against float64: logits are float32's, and the likeliest token is the same wherever float32 can tell it from the next. Rounded to bfloat16,
-    several tokens of a row would often share the first place."""
+    """Against float64: logits are float32's, and the likeliest token is the same wherever float32
+    can tell it from the next. Rounded to bfloat16, several tokens of a row would often share the
+    first place.
+    """
     config = preset("tiny").replace(tie_word_embeddings=tied, dtype="bfloat16", vocab_size=2000)
     draw = np.random.default_rng(0)
-    x, table = (jnp.asarray(draw.standard_normal(s), jnp.bfloat16) for s in ((2048, config.hidden_size), (2000, config.hidden_size)))
+    x, table = (
+        jnp.asarray(draw.standard_normal(s), jnp.bfloat16)
+        for s in ((2048, config.hidden_size), (2000, config.hidden_size))
+    )
     head = {"embed": {"embedding": table}} | ({} if tied else {"lm_head": {"kernel": table.T}})
-    got = Llama(config).apply({"params": head}, x.reshape(-1, length, config.hidden_size), method="logits")
+    got = Llama(config).apply(
+        {"params": head}, x.reshape(-1, length, config.hidden_size), method="logits"
+    )
     assert got.dtype == jnp.float32
-    got, want = np.asarray(got, np.float64).reshape(2048, -1), np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
+    got, want = (
+        np.asarray(got, np.float64).reshape(2048, -1),
+        np.asarray(x, np.float64) @ np.asarray(table, np.float64).T,
+    )
     rounding = 1e-6 * np.abs(want).max()
     assert np.abs(got - want).max() <= rounding
     second, first = np.sort(want, axis=1)[:, -2:].T
@@ -292,4 +385,6 @@ def test_bfloat16_heads_round_no_logit_to_bfloat16(tied: bool, length: int) -> N
     assert told.mean() > 0.99 and (got.argmax(1) == want.argmax(1))[told].all()
     assert ((got == got.max(1, keepdims=True)).sum(1) == 1)[told].all()
     narrow = np.asarray(want, jnp.bfloat16)
-    assert ((narrow == narrow.max(1, keepdims=True)).sum(1) > 1).mean() > 0.01  # so this test can fail
+    assert (
+        (narrow == narrow.max(1, keepdims=True)).sum(1) > 1
+    ).mean() > 0.01  # so this test can fail

@@ -1,4 +1,6 @@
-"""Log-likelihoods of options equal their definition, a full forward over prompt and option, and stock transformers'; wrong input is refused."""
+"""Log-likelihoods of options equal their definition, a full forward over prompt and option, and
+stock transformers'; wrong input is refused.
+"""
 
 from __future__ import annotations
 
@@ -26,28 +28,52 @@ def ids(n: int, seed: int) -> list[int]:
 
 
 def definition(model: Model, prompts: Any, options: Any) -> list[np.ndarray]:
-    """log_softmax of a forward over prompt + option, gathered at the option's tokens and summed in float64."""
-    sequences = [(prompt, option) for prompt, row in zip(prompts, options, strict=True) for option in row]
+    """log_softmax of a forward over prompt + option, gathered at the option's tokens and summed in
+    float64.
+    """
+    sequences = [
+        (prompt, option) for prompt, row in zip(prompts, options, strict=True) for option in row
+    ]
     tokens = np.zeros((-(-len(sequences) // 8) * 8, WIDTH), np.int32)
     for line, (prompt, option) in zip(tokens, sequences, strict=False):
-        line[: len(prompt) + len(option)] = [*prompt, *option]  # padding on the right: causal attention never sees it
-    log_p = np.concatenate([np.asarray(jax.nn.log_softmax(forward(model, tokens[n : n + 8]))) for n in range(0, len(tokens), 8)])
-    sums = iter([sum(float(lp[len(p) + t - 1, o[t]]) for t in range(len(o))) for lp, (p, o) in zip(log_p, sequences, strict=False)])
+        # Padding on the right: causal attention never sees it.
+        line[: len(prompt) + len(option)] = [
+            *prompt,
+            *option,
+        ]
+    log_p = np.concatenate(
+        [
+            np.asarray(jax.nn.log_softmax(forward(model, tokens[n : n + 8])))
+            for n in range(0, len(tokens), 8)
+        ]
+    )
+    sums = iter(
+        [
+            sum(float(lp[len(p) + t - 1, o[t]]) for t in range(len(o)))
+            for lp, (p, o) in zip(log_p, sequences, strict=False)
+        ]
+    )
     return [np.asarray([next(sums) for _ in row]) for row in options]
 
 
 def assert_same(got: list[np.ndarray], want: list[np.ndarray], tolerance: float = 1e-4) -> None:
-    assert [g.shape for g in got] == [w.shape for w in want] and all(g.dtype == np.float32 for g in got)
+    assert [g.shape for g in got] == [w.shape for w in want] and all(
+        g.dtype == np.float32 for g in got
+    )
     np.testing.assert_allclose(np.concatenate(got), np.concatenate(want), rtol=0, atol=tolerance)
 
 
 def one_token_ends() -> Rows:
     """As "the correct answer is answer" + "1".."4": one call per batch."""
-    return [ids(n, n) for n in (9, 3, 20)], [[ids(5, 90) + [t] for t in (49, 50, 51, 52)[:n]] for n in (4, 4, 3)]
+    return [ids(n, n) for n in (9, 3, 20)], [
+        [ids(5, 90) + [t] for t in (49, 50, 51, 52)[:n]] for n in (4, 4, 3)
+    ]
 
 
 def mixed() -> Rows:
-    """Every way in which options can differ, in one list: none of them in common, one a prefix of another, equal ones, single ones, short, long."""
+    """Every way in which options can differ, in one list: none of them in common, one a prefix of
+    another, equal ones, single ones, short, long.
+    """
     start = ids(4, 91)
     options = [
         [ids(3, 1), ids(6, 2), ids(1, 3)],
@@ -56,7 +82,13 @@ def mixed() -> Rows:
         [ids(19, 4)],
         [[5]],
         [[5], [6], [5, 6]],
-        [start + ids(11, 5), start + ids(2, 6), start + ids(5, 7), start + ids(1, 8), start + ids(9, 9)],
+        [
+            start + ids(11, 5),
+            start + ids(2, 6),
+            start + ids(5, 7),
+            start + ids(1, 8),
+            start + ids(9, 9),
+        ],
     ]
     return [ids(n, 10 + n) for n in (7, 12, 1, 25, 16, 17, 2)], options
 
@@ -65,10 +97,12 @@ def model_of(**changes: Any) -> Model:
     return tiny_model(seed=1, tie_word_embeddings=False, **changes)
 
 
-# --- the definition -------------------------------------------------------------------------------------------------
+# --- the definition -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scan", "tied"), [(True, False), (False, True)], ids=["scanned", "unrolled and tied"])
+@pytest.mark.parametrize(
+    ("scan", "tied"), [(True, False), (False, True)], ids=["scanned", "unrolled and tied"]
+)
 def test_equals_the_definition(scan: bool, tied: bool) -> None:
     model = tiny_model(seed=1, scan_layers=scan, tie_word_embeddings=tied)
     for prompts, options in (one_token_ends(), mixed()):
@@ -78,16 +112,25 @@ def test_equals_the_definition(scan: bool, tied: bool) -> None:
 
 
 def test_a_bfloat16_model_gives_what_its_float32_numbers_do() -> None:
-    """By the definition, but for rounding: rows of a bfloat16 cache are gathered and written by their bits."""
+    """By the definition, but for rounding: rows of a bfloat16 cache are gathered and written by
+    their bits.
+    """
     narrow, wide = narrow_and_wide(tie_word_embeddings=False)
     prompts, options = mixed()
-    got, want = (np.concatenate(of) for of in (option_log_likelihoods(narrow, prompts, options), definition(wide, prompts, options)))
+    got, want = (
+        np.concatenate(of)
+        for of in (
+            option_log_likelihoods(narrow, prompts, options),
+            definition(wide, prompts, options),
+        )
+    )
     np.testing.assert_allclose(got, want, rtol=0.02)
 
 
 def test_a_start_that_all_prompts_share_is_fed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (prompts, options), fed = model_of(), mixed(), []
-    prompts = [ids(20, 77) + prompt[:8] for prompt in prompts] + [ids(20, 77)]  # the last has nothing else
+    # The last has nothing else.
+    prompts = [ids(20, 77) + prompt[:8] for prompt in prompts] + [ids(20, 77)]
     options = [[option[:10] for option in row] for row in options] + [[[1, 2], [3]]]
 
     def counted(*args: Any) -> Any:
@@ -98,9 +141,14 @@ def test_a_start_that_all_prompts_share_is_fed_once(monkeypatch: pytest.MonkeyPa
     got = option_log_likelihoods(model, prompts, options)
     assert_same(got, definition(model, prompts, options))
     assert fed[0] == 19, "all but the last token of the shortest prompt"
-    assert sum(fed) < sum(len(p) + len(o) for p, row in zip(prompts, options, strict=True) for o in row) / 3
+    assert (
+        sum(fed)
+        < sum(len(p) + len(o) for p, row in zip(prompts, options, strict=True) for o in row) / 3
+    )
     monkeypatch.setattr(likelihood, "WORTH_SHARING", 1000)
-    assert_same(option_log_likelihoods(model, prompts, options), [g.astype(np.float64) for g in got])
+    assert_same(
+        option_log_likelihoods(model, prompts, options), [g.astype(np.float64) for g in got]
+    )
 
 
 def test_batch_size_and_order_do_not_matter() -> None:
@@ -108,16 +156,25 @@ def test_batch_size_and_order_do_not_matter() -> None:
     want = definition(model, prompts, options)
     done: list[int] = []
     for size in (1, 3, 16):
-        assert_same(option_log_likelihoods(model, prompts, options, batch_size=size, on_batch=done.append), want)
+        assert_same(
+            option_log_likelihoods(model, prompts, options, batch_size=size, on_batch=done.append),
+            want,
+        )
     assert done == [1] * 7 + [3, 3, 1] + [7]
     shuffled = np.random.default_rng(0).permutation(len(prompts))
-    got = option_log_likelihoods(model, [prompts[i] for i in shuffled], [options[i][::-1] for i in shuffled], batch_size=3)
+    got = option_log_likelihoods(
+        model, [prompts[i] for i in shuffled], [options[i][::-1] for i in shuffled], batch_size=3
+    )
     assert_same(got, [want[i][::-1] for i in shuffled])
 
 
 def test_bounds_of_memory_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Options in several calls instead of one; the head over one row at a time."""
-    model, (prompts, options) = model_of(max_position_embeddings=500), mixed()  # a config that no other test compiles with the other bounds
+    # A config that no other test compiles with the other bounds.
+    model, (prompts, options) = (
+        model_of(max_position_embeddings=500),
+        mixed(),
+    )
     want, sizes = definition(model, prompts, options), []
 
     def counted(*args: Any) -> Any:
@@ -134,24 +191,32 @@ def test_bounds_of_memory_change_no_result(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_full_context_is_fine() -> None:
     model = model_of(max_position_embeddings=20)
     prompts, options = [ids(16, 1)], [[ids(4, 2), ids(3, 3)]]
-    assert_same(option_log_likelihoods(model, prompts, options), definition(model, prompts, options))
+    assert_same(
+        option_log_likelihoods(model, prompts, options), definition(model, prompts, options)
+    )
 
 
 def test_numpy_ids_and_no_prompts_are_fine() -> None:
     model, (prompts, options) = model_of(), one_token_ends()
-    got = option_log_likelihoods(model, [np.asarray(p) for p in prompts], [np.asarray(row) for row in options])
-    assert_same(got, [g.astype(np.float64) for g in option_log_likelihoods(model, prompts, options)])
+    got = option_log_likelihoods(
+        model, [np.asarray(p) for p in prompts], [np.asarray(row) for row in options]
+    )
+    assert_same(
+        got, [g.astype(np.float64) for g in option_log_likelihoods(model, prompts, options)]
+    )
     assert option_log_likelihoods(model, [], []) == []
 
 
 def test_prompts_of_similar_length_share_one_compilation() -> None:
     model, before = model_of(max_position_embeddings=499), advance._cache_size()
     for n in (2, 9, 11):
-        option_log_likelihoods(model, [ids(n, n), ids(1, 1)], [[ids(4, 5) + [t] for t in (1, 2, 3)]] * 2)
+        option_log_likelihoods(
+            model, [ids(n, n), ids(1, 1)], [[ids(4, 5) + [t] for t in (1, 2, 3)]] * 2
+        )
     assert advance._cache_size() == before + 1
 
 
-# --- stock transformers ---------------------------------------------------------------------------------------------
+# --- stock transformers ---------------------------------------------------------------------------
 
 
 def test_equals_transformers(tmp_path: Path) -> None:
@@ -160,19 +225,23 @@ def test_equals_transformers(tmp_path: Path) -> None:
 
     model = model_of()
     save_hf(tmp_path / "out", model)
-    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    stock = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    ).eval()
     prompts, options = (a + b for a, b in zip(one_token_ends(), mixed(), strict=True))
 
     def total(prompt: list[int], option: list[int]) -> float:
         with torch.inference_mode():
-            log_p = torch.log_softmax(stock(torch.tensor([prompt + option])).logits[0].double(), dim=-1)
+            log_p = torch.log_softmax(
+                stock(torch.tensor([prompt + option])).logits[0].double(), dim=-1
+            )
         return sum(float(log_p[len(prompt) + t - 1, token]) for t, token in enumerate(option))
 
     want = [np.asarray([total(p, o) for o in row]) for p, row in zip(prompts, options, strict=True)]
     assert_same(option_log_likelihoods(model, prompts, options), want, tolerance=1e-3)
 
 
-# --- wrong input ----------------------------------------------------------------------------------------------------
+# --- wrong input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,14 +251,33 @@ def test_equals_transformers(tmp_path: Path) -> None:
         ([[1], [2]], [[[1]], []], r"prompt 1 has no options"),
         ([[1]], [[[1], []]], r"option 1 of prompt 0 is empty: there is nothing to score"),
         ([[1]], [], r"1 prompts and 0 lists of options: expected one list for each prompt"),
-        ([[259]], [[[1]]], r"prompt 0 holds token ids outside 0\.\.258: is this the model's own tokenizer"),
+        (
+            [[259]],
+            [[[1]]],
+            r"prompt 0 holds token ids outside 0\.\.258: is this the model's own tokenizer",
+        ),
         ([[1]], [[[1], [-1, 2]]], r"option 1 of prompt 0 holds token ids outside 0\.\.258"),
-        ([[1] * 510], [[[1], [1, 2, 3]]], r"prompt 0 and its option 1 have 513 tokens, 510 \+ 3; the model's context holds 512"),
+        (
+            [[1] * 510],
+            [[[1], [1, 2, 3]]],
+            r"prompt 0 and its option 1 have 513 tokens, 510 \+ 3; the model's context holds 512",
+        ),
         (["What?"], [[[1]]], r"prompt 0 is 'What\?': expected a list of token ids"),
         ([[1]], [["yes"]], r"option 0 of prompt 0 is 'yes': expected a list of token ids"),
         ([[1]], [[1, 2]], r"option 0 of prompt 0 is 1: expected a list of token ids"),
     ],
-    ids=["empty prompt", "no options", "empty option", "counts", "id too large", "id negative", "too long", "text", "text option", "one option"],
+    ids=[
+        "empty prompt",
+        "no options",
+        "empty option",
+        "counts",
+        "id too large",
+        "id negative",
+        "too long",
+        "text",
+        "text option",
+        "one option",
+    ],
 )
 def test_what_cannot_be_scored(prompts: Any, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,6 @@
-"""Blocks that can change nothing: which they are, that they are not counted, and that they stay zero."""
+"""Blocks that can change nothing: which they are, that they are not counted, and that they stay
+zero.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
     [
         ("zflora-minimal", "all", {"q": [0], "k": [0], "v": [0], "down": [3]}),
         ("zflora-minimal", "attention", {"q": [0], "k": [0], "v": [0], "o": [3]}),
-        ("zflora-minimal", "mlp", {"gate": [0], "up": [0], "down": [3]}),  # nothing writes before layer 0's down
+        (
+            "zflora-minimal",
+            "mlp",
+            {"gate": [0], "up": [0], "down": [3]},
+        ),  # nothing writes before layer 0's down
         ("zflora-minimal", "q|down", {"q": [0], "down": [3]}),
         ("zflora-minimal", "q|o|down", {"q": [0], "o": [3], "down": [3]}),
         ("zflora-minimal", "o|up", {}),
@@ -37,11 +43,19 @@ TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
     ],
 )
 def test_dead_layers(method, targets, dead):
-    """Where the state is read before it is written, or written after it was last read. What stays within a layer is never dead."""
+    """Where the state is read before it is written, or written after it was last read. What stays
+    within a layer is never dead.
+    """
     config, adapter = TINY.replace(num_layers=4), AdapterConfig(method, rank=6, targets=targets)
     for kernel, names in live_layers(config, adapter).items():
         for block, layers in names.items():
-            outside = {"q": "backward cross", "k": "backward cross", "v": "backward cross", "gate": "backward cross", "up": "backward cross"}
+            outside = {
+                "q": "backward cross",
+                "k": "backward cross",
+                "v": "backward cross",
+                "gate": "backward cross",
+                "up": "backward cross",
+            }
             state = outside.get(kernel, "forward cross").split()
             want = dead.get(kernel, []) if block in state else []
             assert [i for i in range(4) if i not in layers] == want, (kernel, block)
@@ -49,14 +63,26 @@ def test_dead_layers(method, targets, dead):
 
 
 def test_counts_of_llama_3_2_1b_by_hand():
-    """d 2048, 32 and 8 heads of 64, f 8192, 16 layers, r = m = 32: 2.0% of what is stored is dead."""
+    """d 2048, 32 and 8 heads of 64, f 8192, 16 layers, r = m = 32: 2.0% of what is stored
+    is dead.
+    """
     config, r = preset("llama-3.2-1b"), 32
     adapter = AdapterConfig("zflora-minimal", rank=r)
-    attention, mlp = r * (2048 + 512 + 512) + 2048 * r, 2 * (2048 * r + r * 8192 + r * r) + (8192 * r + r * 2048 + r * r)
+    attention, mlp = (
+        r * (2048 + 512 + 512) + 2048 * r,
+        2 * (2048 * r + r * 8192 + r * r) + (8192 * r + r * 2048 + r * r),
+    )
     stored = 16 * (attention + mlp)
     dead = r * (2048 + 512 + 512) + (8192 * r + r * r)
-    assert stored == sum(math.prod(shape) for shape in adapter_shapes(config, adapter).values()) == 18_399_232
-    assert count_params(config, adapter) == stored - dead == 18_037_760 and round(100 * dead / stored, 1) == 2.0
+    assert (
+        stored
+        == sum(math.prod(shape) for shape in adapter_shapes(config, adapter).values())
+        == 18_399_232
+    )
+    assert (
+        count_params(config, adapter) == stored - dead == 18_037_760
+        and round(100 * dead / stored, 1) == 2.0
+    )
     only = adapter.replace(targets="attention")  # the last layer's o is dead then
     assert count_params(config, only) == 16 * attention - r * (2048 + 512 + 512) - 2048 * r
 
@@ -65,10 +91,14 @@ def test_one_layer_can_be_dead_throughout():
     """With one layer, what o writes reaches gate and up alone."""
     config = TINY.replace(num_layers=1)
     assert count_params(config, AdapterConfig("zflora-minimal", rank=6, targets="attention")) == 0
-    assert count_params(config, AdapterConfig("zflora-minimal", rank=6, targets="o|up")) == 6 * (64 + 96)
+    assert count_params(config, AdapterConfig("zflora-minimal", rank=6, targets="o|up")) == 6 * (
+        64 + 96
+    )
 
 
-TRAINED_CASES = [a for a in adapter_cases() if METHODS[a.method].in_place == "none" or a.targets == "all"]
+TRAINED_CASES = [
+    a for a in adapter_cases() if METHODS[a.method].in_place == "none" or a.targets == "all"
+]
 
 
 @pytest.mark.parametrize("adapter", [a for a in TRAINED_CASES if a.method != "full"], ids=case_id)
@@ -77,10 +107,16 @@ def test_gradients_are_zero_where_a_block_is_dead_and_nowhere_else(adapter):
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 9)).astype(np.int32)
-    batch = {"tokens": tokens, "loss_mask": np.ones_like(tokens, bool), "segments": np.ones_like(tokens)}
+    batch = {
+        "tokens": tokens,
+        "loss_mask": np.ones_like(tokens, bool),
+        "segments": np.ones_like(tokens),
+    }
 
     def loss(adapters: trees.Tree) -> jax.Array:
-        return batch_loss(model.config, adapter, {"params": model.params, "adapters": adapters}, batch, 16)[0]
+        return batch_loss(
+            model.config, adapter, {"params": model.params, "adapters": adapters}, batch, 16
+        )[0]
 
     live = live_layers(model.config, adapter)
     for name, gradient in trees.flatten(jax.jit(jax.grad(loss))(adapters)).items():
@@ -94,11 +130,16 @@ def test_dead_layers_stay_zero_in_training():
     model, adapter = tiny_model(), AdapterConfig("zflora-uniform", rank=4)
     state = init_state(init_adapters(jax.random.key(0), model, adapter), OPTIM, 5)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
-    batch = {"tokens": tokens, "loss_mask": np.ones_like(tokens, bool), "segments": np.ones_like(tokens)}
+    batch = {
+        "tokens": tokens,
+        "loss_mask": np.ones_like(tokens, bool),
+        "segments": np.ones_like(tokens),
+    }
     step = make_train_step(model.config, adapter, OPTIM, 5, chunk=16)
     for _ in range(2):
         state, _ = step(model.params, state, batch)
     dead = dead_slices(model.config, adapter, state.adapters)
-    assert len(dead) == 8 and not any(np.any(x) for x in dead)  # backward and cross of q, k, v; forward and cross of down
+    # Backward and cross of q, k, v; forward and cross of down.
+    assert len(dead) == 8 and not any(np.any(x) for x in dead)
     zero = sum(int(np.sum(np.asarray(leaf) == 0)) for leaf in jax.tree.leaves(state.adapters))
     assert zero == sum(x.size for x in dead)

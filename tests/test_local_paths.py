@@ -1,4 +1,6 @@
-"""Where results may be written: local directories. A URL is refused at the start, not made into a directory called "gs:"."""
+"""Where results may be written: local directories. A URL is refused at the start, not made into a
+directory called "gs:".
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,16 @@ def empty(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", [URL, "s3://b", "hdfs://host:1/x", "file:///tmp/x", Path(URL)])
 def test_urls_are_refused(path):
-    with pytest.raises(ConfigError, match=r"workdir .* is a URL: object storage is not supported yet\. Give a directory"):
+    with pytest.raises(
+        ConfigError,
+        match=r"workdir .* is a URL: object storage is not supported yet\. Give a directory",
+    ):
         local_path(path, "workdir")
 
 
-@pytest.mark.parametrize("path", ["runs/a", "/tmp/a b", "C:/runs", "~/x", "a:b", "./gs://bucket", Path("runs")])
+@pytest.mark.parametrize(
+    "path", ["runs/a", "/tmp/a b", "C:/runs", "~/x", "a:b", "./gs://bucket", Path("runs")]
+)
 def test_local_paths_are_taken(path):
     assert local_path(path, "workdir") == Path(path)
 
@@ -84,5 +91,7 @@ def test_every_function_that_writes(run):
 )
 def test_every_command_that_writes(command, tmp_path, capsys):
     (tmp_path / "config.py").write_text(CONFIG)
-    assert main([str(tmp_path / "config.py") if word == "CONFIG" else word for word in command]) == 2
+    assert (
+        main([str(tmp_path / "config.py") if word == "CONFIG" else word for word in command]) == 2
+    )
     assert f"{URL} is a URL" in capsys.readouterr().err

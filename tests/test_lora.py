@@ -1,4 +1,6 @@
-"""LoRA as PEFT has it: how A starts, dropout on its inputs; files from before either could be chosen."""
+"""LoRA as PEFT has it: how A starts, dropout on its inputs; files from before either could be
+chosen.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,13 @@ def shape_of(model: Model, rank: int, **changes: object) -> dict[str, np.ndarray
     return trees.flatten(jax.device_get(init_adapters(jax.random.key(0), model, adapter)))
 
 
-# --- the start ------------------------------------------------------------------------------------------------------
+# --- the start ------------------------------------------------------------------------------------
 
 
 def test_lora_starts_as_peft_starts_it():
-    """Per kernel: the same range, spread and quantiles as the modules that PEFT itself makes; B is zero in both."""
+    """Per kernel: the same range, spread and quantiles as the modules that PEFT itself makes; B is
+    zero in both.
+    """
     import peft
     import torch
     from test_hf_load import hf_model
@@ -78,7 +82,8 @@ def test_lora_starts_as_peft_starts_it():
         for x in (value.astype(np.float64), reference.astype(np.float64)):
             n, std = x.size, bound / math.sqrt(3)
             assert np.abs(x).max() <= bound and np.abs(x).max() > 0.999 * bound
-            # Of a uniform variable: the mean's error is std / sqrt n, the variance's 2 std^2 / sqrt(5 n).
+            # Of a uniform variable: the mean's error is std / sqrt n, the variance's 2 std^2 /
+            # sqrt(5 n).
             assert abs(x.mean()) < 5 * std / math.sqrt(n)
             assert abs(x.var() / std**2 - 1) < 5 * 2 / math.sqrt(5 * n)
         at = np.linspace(0.05, 0.95, 19)
@@ -111,22 +116,34 @@ def test_other_methods_start_normal_and_may_start_uniform(method):
     for name, leaf in starts["kaiming_uniform"].items():
         assert np.any(leaf) == np.any(starts[None][name]), name
         bound = 1 / math.sqrt(96 if "down" in name else 64)
-        assert np.abs(leaf).max() <= bound and (not np.any(leaf) or np.abs(starts[None][name]).max() > bound), name
+        assert np.abs(leaf).max() <= bound and (
+            not np.any(leaf) or np.abs(starts[None][name]).max() > bound
+        ), name
 
 
 @pytest.mark.parametrize("method", ["ffa", "full"])
 def test_what_draws_nothing_has_no_start(method):
-    with pytest.raises(ConfigError, match=rf"adapter\.init='normal': method '{method}' draws nothing at random .*; leave init unset"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            rf"adapter\.init='normal': method '{method}' draws nothing at random .*; leave init"
+            r" unset"
+        ),
+    ):
         AdapterConfig(method, init="normal")
-    with pytest.raises(ConfigError, match=r"adapter\.init='gaussian': .*Allowed: kaiming_uniform, normal"):
+    with pytest.raises(
+        ConfigError, match=r"adapter\.init='gaussian': .*Allowed: kaiming_uniform, normal"
+    ):
         AdapterConfig("lora", init="gaussian")
 
 
-# --- files from before the start could be chosen --------------------------------------------------------------------
+# --- files from before the start could be chosen --------------------------------------------------
 
 
 def without_start(config: dict) -> dict:
-    return config | {"adapter": {k: v for k, v in config["adapter"].items() if k not in ("init", "dropout")}}
+    return config | {
+        "adapter": {k: v for k, v in config["adapter"].items() if k not in ("init", "dropout")}
+    }
 
 
 def test_files_without_a_start_say_normal_for_lora_alone():
@@ -139,7 +156,9 @@ def test_files_without_a_start_say_normal_for_lora_alone():
 
 
 def test_a_committed_record_is_one_of_the_former_start():
-    """So a comparison of the new start makes its runs, and one of the former, by name, finds them."""
+    """So a comparison of the new start makes its runs, and one of the former, by name,
+    finds them.
+    """
     path = RESULTS / "gsm8k_budget" / "lora-normal-lr0.001-seed0.json"
     config = json.loads(path.read_text())["config"]
     run = from_file(RunConfig, config)
@@ -156,7 +175,9 @@ def test_a_committed_record_is_one_of_the_former_start():
 
 def test_a_sweep_does_not_take_a_row_of_the_former_start(tmp_path):
     run = RunConfig(adapter=AdapterConfig("lora", rank=3))
-    (tmp_path / "row.json").write_text(json.dumps({"config": without_start(to_dict(run)), "row": {"status": "finished"}}))
+    (tmp_path / "row.json").write_text(
+        json.dumps({"config": without_start(to_dict(run)), "row": {"status": "finished"}})
+    )
     asked = {init: override(run, {"adapter.init": init}) for init in ("normal", "kaiming_uniform")}
     assert grid._saved(tmp_path / "row.json", asked["normal"]) == {"status": "finished"}
     assert grid._saved(tmp_path / "row.json", asked["kaiming_uniform"]) is None
@@ -187,27 +208,40 @@ def test_an_export_from_before_is_read(tmp_path):
     assert describe(tmp_path)["method"] == "lora"
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "lora"])
 def test_only_lora_has_dropout(method):
-    with pytest.raises(ConfigError, match=rf"adapter\.dropout=0\.1: only method 'lora' has dropout, .* method '{method}' has none"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            rf"adapter\.dropout=0\.1: only method 'lora' has dropout, .* method '{method}' has none"
+        ),
+    ):
         AdapterConfig(method, dropout=0.1)
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5])
 def test_a_dropout_is_a_share(dropout):
-    with pytest.raises(ConfigError, match=rf"adapter\.dropout={dropout}: a share of inputs, so at least 0 and below 1"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"adapter\.dropout={dropout}: a share of inputs, so at least 0 and below 1",
+    ):
         AdapterConfig("lora", dropout=dropout)
 
 
 def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
-    """Through factors that are the identity the output is what A sees; its gradient is that of what A saw."""
+    """Through factors that are the identity the output is what A sees; its gradient is that of what
+    A saw.
+    """
     adapter, n = AdapterConfig("lora", rank=64, alpha=64.0, dropout=0.3), 64
     dense = Dense((n,), (n,), adapter, ("lora_a", "lora_b"))
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (4, 32, n)), jnp.float32)
-    variables = {"params": {"kernel": jnp.zeros((n, n))}, "adapters": {"lora_a": jnp.eye(n), "lora_b": jnp.eye(n)}}
+    variables = {
+        "params": {"kernel": jnp.zeros((n, n))},
+        "adapters": {"lora_a": jnp.eye(n), "lora_b": jnp.eye(n)},
+    }
 
     def seen(key: int) -> jax.Array:
         return dense.apply(variables, x, rngs={"dropout": jax.random.key(key)})[0]
@@ -216,13 +250,15 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
     stays = y != 0
     np.testing.assert_allclose(y[stays], (x / 0.7)[stays], rtol=1e-6)
     assert abs(stays.mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / stays.size)
-    assert abs(y.mean() / x.mean() - 1) < 5 * math.sqrt(0.3 / 0.7 / y.size) * 1.1  # the spread of x itself adds a little
+    # The spread of x itself adds a little.
+    assert abs(y.mean() / x.mean() - 1) < 5 * math.sqrt(0.3 / 0.7 / y.size) * 1.1
     for axis in ((0, 1), (0, 2), (1, 2)):  # no row, position or channel is left out as a whole
         share = stays.mean(axis)
         assert share.min() > 0.4 and share.max() < 0.95 and share.std() > 0
     np.testing.assert_array_equal(seen(0), y)
     assert np.any((np.asarray(seen(1)) != 0) != stays)
-    np.testing.assert_array_equal(dense.apply(variables, x)[0], x)  # without a stream, nothing drops out
+    # Without a stream, nothing drops out.
+    np.testing.assert_array_equal(dense.apply(variables, x)[0], x)
 
     d_y = np.random.default_rng(1).standard_normal(y.shape).astype(np.float32)
 
@@ -231,7 +267,9 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
         return jnp.sum(dense.apply(given, x, rngs={"dropout": jax.random.key(0)})[0] * d_y)
 
     want = y.reshape(-1, n).astype(np.float64).T @ d_y.reshape(-1, n)
-    np.testing.assert_allclose(jax.grad(loss)(jnp.eye(n)), want, rtol=0, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(
+        jax.grad(loss)(jnp.eye(n)), want, rtol=0, atol=1e-5 * np.abs(want).max()
+    )
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -244,7 +282,9 @@ def test_every_kernel_of_every_layer_drops_inputs_of_its_own(scan_layers, remat)
     def record(dropped, args, kwargs, context):
         y = dropped(*args, **kwargs)
         if context.method_name == "_dropped":
-            jax.debug.callback(lambda mask: masks.append(np.packbits(mask[:, :, :64]).tobytes()), y != 0)
+            jax.debug.callback(
+                lambda mask: masks.append(np.packbits(mask[:, :, :64]).tobytes()), y != 0
+            )
         return y
 
     tokens, variables = jnp.ones((2, 5), jnp.int32), {"params": model.params, "adapters": adapters}
@@ -256,15 +296,25 @@ def test_every_kernel_of_every_layer_drops_inputs_of_its_own(scan_layers, remat)
 
 def test_evaluation_and_generation_drop_nothing():
     model = tiny_model()
-    adapters, tokens = perturb(init_adapters(jax.random.key(0), model, LORA)), np.ones((2, 9), np.int32)
-    np.testing.assert_array_equal(forward(model, tokens, DROPPED, adapters), forward(model, tokens, LORA, adapters))
+    adapters, tokens = (
+        perturb(init_adapters(jax.random.key(0), model, LORA)),
+        np.ones((2, 9), np.int32),
+    )
+    np.testing.assert_array_equal(
+        forward(model, tokens, DROPPED, adapters), forward(model, tokens, LORA, adapters)
+    )
     rows = {"tokens": tokens, "loss_mask": tokens > 0, "segments": tokens}
     variables = {"params": model.params, "adapters": adapters}
     losses = [float(eval_step(model.config, a, variables, rows, 8)[0]) for a in (DROPPED, LORA)]
     assert losses[0] == losses[1]
-    answers = [generate_tokens(model, [[5, 6]], max_new_tokens=4, adapter=a, adapters=adapters) for a in (DROPPED, LORA)]
+    answers = [
+        generate_tokens(model, [[5, 6]], max_new_tokens=4, adapter=a, adapters=adapters)
+        for a in (DROPPED, LORA)
+    ]
     assert answers[0] == answers[1]
-    assert_logits_close(forward(fuse(model, DROPPED, adapters), tokens), forward(model, tokens, LORA, adapters))
+    assert_logits_close(
+        forward(fuse(model, DROPPED, adapters), tokens), forward(model, tokens, LORA, adapters)
+    )
 
 
 def steps_of(
@@ -278,12 +328,20 @@ def steps_of(
     **changes: object,
 ) -> list[list[float]]:
     """Loss and norm of the gradient of three steps."""
-    model, optim = sharded_model(num_layers=1, **changes), dataclasses.replace(OPTIM, learning_rate=rate)
-    state = init_state(perturb(init_adapters(jax.random.key(0), model, adapter), 1, 0.05), optim, 10)
+    model, optim = (
+        sharded_model(num_layers=1, **changes),
+        dataclasses.replace(OPTIM, learning_rate=rate),
+    )
+    state = init_state(
+        perturb(init_adapters(jax.random.key(0), model, adapter), 1, 0.05), optim, 10
+    )
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
     where = sharding.state_shardings(state, mesh)
     step = make_train_step(model.config, adapter, optim, 10, accumulate, 32, where, seed)
-    placed, params = jax.device_put(rows or batch(), sharding.batch_sharding(mesh)), sharding.shard(model.params, mesh)
+    placed, params = (
+        jax.device_put(rows or batch(), sharding.batch_sharding(mesh)),
+        sharding.shard(model.params, mesh),
+    )
     state, losses = jax.device_put(state, where), []
     with jax.set_mesh(mesh):
         for _ in range(3):
@@ -294,25 +352,34 @@ def steps_of(
 
 def test_what_drops_out_hangs_neither_on_the_mesh_nor_on_recomputation():
     wanted = np.asarray(steps_of(DROPPED))
-    np.testing.assert_allclose(steps_of(DROPPED, MeshConfig(2, 2, 2), remat=True), wanted, rtol=2e-5)
+    np.testing.assert_allclose(
+        steps_of(DROPPED, MeshConfig(2, 2, 2), remat=True), wanted, rtol=2e-5
+    )
     assert np.abs(np.asarray(steps_of(DROPPED, seed=1)) / wanted - 1).max() > 1e-3
 
 
 def test_micro_batches_and_steps_drop_other_inputs():
-    """The same row again, and a rate too low to change a parameter: without dropout all losses would be one."""
+    """The same row again, and a rate too low to change a parameter: without dropout all losses
+    would be one.
+    """
     row = jax.tree.map(lambda x: x[:1], batch())
     twice = jax.tree.map(lambda x: x.repeat(2, 0), row)
     alone = [loss for loss, _ in steps_of(DROPPED, accumulate=1, rows=row, rate=1e-30)]
     both = [loss for loss, _ in steps_of(DROPPED, accumulate=2, rows=twice, rate=1e-30)]
     assert len({round(loss, 5) for loss in alone}) == 3  # steps
-    assert np.abs(np.asarray(both) - alone).min() > 1e-5  # the second micro-batch is not the first again
+    # The second micro-batch is not the first again.
+    assert np.abs(np.asarray(both) - alone).min() > 1e-5
 
 
 def test_without_dropout_nothing_is_drawn():
     def text(adapter: AdapterConfig) -> str:
         model = sharded_model(num_layers=1)
         state = init_state(init_adapters(jax.random.key(0), model, adapter), OPTIM, 10)
-        return make_train_step(model.config, adapter, OPTIM, 10, 2, 32).lower(model.params, state, batch()).as_text()
+        return (
+            make_train_step(model.config, adapter, OPTIM, 10, 2, 32)
+            .lower(model.params, state, batch())
+            .as_text()
+        )
 
     assert "threefry" in text(DROPPED) and "threefry" not in text(LORA)
 
@@ -340,7 +407,9 @@ def test_peft_directories_carry_the_dropout(tmp_path):
     assert describe(tmp_path)["lora_dropout"] == "0.3"
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     for value in (None, 0):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": value}))
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps(settings | {"lora_dropout": value})
+        )
         assert load_peft(tmp_path, model)[0].dropout == 0
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": 2}))
     with pytest.raises(ConfigError, match=r"adapter\.dropout=2\.0: a share of inputs"):

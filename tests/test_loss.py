@@ -1,4 +1,6 @@
-"""The chunked loss is the plain one, in values and gradients, and never holds all logits; the optimizer does what its settings say."""
+"""The chunked loss is the plain one, in values and gradients, and never holds all logits; the
+optimizer does what its settings say.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ def inputs(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """hidden [B, T, d], head [d, V], tokens [B, T]."""
     rng = np.random.default_rng(seed)
     head = jnp.asarray(rng.standard_normal((D, V)), jnp.float32)
-    return jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32), head, jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    return (
+        jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32),
+        head,
+        jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32),
+    )
 
 
 def head_logits(head: jax.Array, x: jax.Array) -> jax.Array:
@@ -44,7 +50,9 @@ def plain_loss(hidden: jax.Array, head: jax.Array, tokens: jax.Array, mask: jax.
     return -jnp.sum(picked * mask[:, 1:].astype(jnp.float32))
 
 
-def chunked_loss(hidden: jax.Array, head: jax.Array, tokens: jax.Array, mask: jax.Array, chunk: int) -> jax.Array:
+def chunked_loss(
+    hidden: jax.Array, head: jax.Array, tokens: jax.Array, mask: jax.Array, chunk: int
+) -> jax.Array:
     return masked_cross_entropy(lambda x: head_logits(head, x), hidden, tokens, mask, chunk)[0]
 
 
@@ -59,12 +67,22 @@ def masks() -> dict[str, np.ndarray]:
     first = np.zeros((B, T), bool)
     first[:, 0] = True  # nothing predicts the first token, so it never counts
     completions = np.arange(T)[None] >= np.asarray([4, 9, 13])[:, None]
-    return {"none": none, "one": one, "last": last, "first": first, "completions": completions, "all": np.ones((B, T), bool)}
+    return {
+        "none": none,
+        "one": one,
+        "last": last,
+        "first": first,
+        "completions": completions,
+        "all": np.ones((B, T), bool),
+    }
 
 
 def assert_same(mask: np.ndarray, chunk: int, seed: int = 0) -> None:
     hidden, head, tokens = inputs(seed)
-    (want, want_grads), (got, got_grads) = PLAIN(hidden, head, tokens, mask), CHUNKED(hidden, head, tokens, mask, chunk)
+    (want, want_grads), (got, got_grads) = (
+        PLAIN(hidden, head, tokens, mask),
+        CHUNKED(hidden, head, tokens, mask, chunk),
+    )
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
     for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(got_grad, want_grad, rtol=1e-5, atol=2e-6)
@@ -77,7 +95,11 @@ def test_equals_the_plain_loss_in_values_and_gradients(name, chunk):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.booleans(), min_size=B * T, max_size=B * T), st.sampled_from(CHUNKS), st.integers(0, 3))
+@given(
+    st.lists(st.booleans(), min_size=B * T, max_size=B * T),
+    st.sampled_from(CHUNKS),
+    st.integers(0, 3),
+)
 def test_any_mask(bits, chunk, seed):
     assert_same(np.asarray(bits).reshape(B, T), chunk, seed)
 
@@ -86,7 +108,9 @@ def test_any_mask(bits, chunk, seed):
 def test_counts_the_tokens_that_are_predicted(chunk):
     hidden, head, tokens = inputs()
     for name, mask in masks().items():
-        total, count = masked_cross_entropy(lambda x: head_logits(head, x), hidden, tokens, jnp.asarray(mask), chunk)
+        total, count = masked_cross_entropy(
+            lambda x: head_logits(head, x), hidden, tokens, jnp.asarray(mask), chunk
+        )
         assert total.dtype == count.dtype == jnp.float32 and float(count) == mask[:, 1:].sum(), name
         assert (float(total) == 0) == (mask[:, 1:].sum() == 0), name
 
@@ -101,11 +125,15 @@ def test_positions_that_do_not_count_get_no_gradient():
 
 
 def test_a_position_that_does_not_count_may_hold_anything():
-    """Padding's hidden states are not zero and may be large; they must not leak, and neither may a NaN logit through a zero weight."""
+    """Padding's hidden states are not zero and may be large; they must not leak, and neither may a
+    NaN logit through a zero weight.
+    """
     hidden, head, tokens = inputs()
     mask = masks()["completions"]
     spoiled = hidden.at[0, 0].set(jnp.nan)
-    np.testing.assert_array_equal(CHUNKED(spoiled, head, tokens, mask, 1)[0], CHUNKED(hidden, head, tokens, mask, 1)[0])
+    np.testing.assert_array_equal(
+        CHUNKED(spoiled, head, tokens, mask, 1)[0], CHUNKED(hidden, head, tokens, mask, 1)[0]
+    )
 
 
 def test_large_logits_do_not_overflow():
@@ -113,7 +141,7 @@ def test_large_logits_do_not_overflow():
     assert np.isfinite(chunked_loss(1e4 * hidden, head, tokens, jnp.asarray(masks()["all"]), 7))
 
 
-# --- the logits of a batch never exist at one time ----------------------------------------------------------------
+# --- the logits of a batch never exist at one time ------------------------------------------------
 
 
 def sizes(jaxpr: object) -> set[int]:
@@ -122,7 +150,9 @@ def sizes(jaxpr: object) -> set[int]:
 
     def walk(jaxpr):
         for equation in jaxpr.eqns:
-            found.update(int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape"))
+            found.update(
+                int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape")
+            )
             for value in equation.params.values():
                 for inner in value if isinstance(value, list | tuple) else [value]:
                     if hasattr(inner, "eqns"):
@@ -137,32 +167,60 @@ def sizes(jaxpr: object) -> set[int]:
 def test_the_walk_sees_all_logits_of_the_plain_loss():
     """The checks below can fail: the textbook form does hold B * (T-1) * V elements."""
     hidden, head, tokens = inputs()
-    jaxpr = jax.make_jaxpr(jax.grad(plain_loss, argnums=(0, 1)))(hidden, head, tokens, masks()["all"])
+    jaxpr = jax.make_jaxpr(jax.grad(plain_loss, argnums=(0, 1)))(
+        hidden, head, tokens, masks()["all"]
+    )
     assert max(sizes(jaxpr.jaxpr)) >= POSITIONS * V
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_no_value_is_as_large_as_the_logits(chunk):
-    """Forward and backward, also with respect to the head; nor is the head itself kept once per chunk."""
+    """Forward and backward, also with respect to the head; nor is the head itself kept once per
+    chunk.
+    """
     hidden, head, tokens = inputs()
-    jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: chunked_loss(h, w, tokens, jnp.asarray(masks()["all"]), chunk), argnums=(0, 1)))(hidden, head)
+    jaxpr = jax.make_jaxpr(
+        jax.grad(
+            lambda h, w: chunked_loss(h, w, tokens, jnp.asarray(masks()["all"]), chunk),
+            argnums=(0, 1),
+        )
+    )(hidden, head)
     found = sizes(jaxpr.jaxpr)
     assert chunk * V in found and max(found) <= max(B * T * D, D * V), sorted(found)[-3:]
 
 
 def test_a_whole_training_gradient_never_holds_all_logits():
-    """Model, adapters and loss together, forward and backward: no value with the vocabulary in its shape is larger than the tied head itself."""
-    batch, length, chunk, vocab = 2, 160, 16, 4099  # a prime: only sizes that hold the vocabulary are its multiples
-    model, adapter = tiny_model(num_layers=1, vocab_size=vocab), AdapterConfig("zflora-minimal", rank=4)
+    """Model, adapters and loss together, forward and backward: no value with the vocabulary in its
+    shape is larger than the tied head itself.
+    """
+    # A prime: only sizes that hold the vocabulary are its multiples.
+    batch, length, chunk, vocab = (
+        2,
+        160,
+        16,
+        4099,
+    )
+    model, adapter = (
+        tiny_model(num_layers=1, vocab_size=vocab),
+        AdapterConfig("zflora-minimal", rank=4),
+    )
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
-    data = {"loss_mask": jnp.ones((batch, length), bool)} | {n: jnp.ones((batch, length), jnp.int32) for n in ("tokens", "segments")}
-    jaxpr = jax.make_jaxpr(jax.grad(lambda a: batch_loss(model.config, adapter, {"params": model.params, "adapters": a}, data, chunk)[0]))(adapters)
+    data = {"loss_mask": jnp.ones((batch, length), bool)} | {
+        n: jnp.ones((batch, length), jnp.int32) for n in ("tokens", "segments")
+    }
+    jaxpr = jax.make_jaxpr(
+        jax.grad(
+            lambda a: batch_loss(
+                model.config, adapter, {"params": model.params, "adapters": a}, data, chunk
+            )[0]
+        )
+    )(adapters)
     with_vocabulary = {n // vocab for n in sizes(jaxpr.jaxpr) if n % vocab == 0 and n}
     assert chunk in with_vocabulary
     assert max(with_vocabulary) <= model.config.hidden_size < batch * length, with_vocabulary
 
 
-# --- optimizer ----------------------------------------------------------------------------------------------------
+# --- optimizer ------------------------------------------------------------------------------------
 
 
 def rates(steps: int, **changes: object) -> list[float]:
@@ -181,10 +239,21 @@ def test_warm_up_rises_from_a_part_to_the_peak(schedule):
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
-@pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"),
+    [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)],
+)
 def test_decay_ends_at_the_final_fraction(schedule, middle, end, warmup):
-    values = rates(warmup + 20, schedule=schedule, learning_rate=2.0, warmup_steps=warmup, final_lr_fraction=0.1)
-    np.testing.assert_allclose([values[warmup], values[warmup + 10], values[-1]], [2.0, 2.0 * middle, 2.0 * end], rtol=1e-5)
+    values = rates(
+        warmup + 20,
+        schedule=schedule,
+        learning_rate=2.0,
+        warmup_steps=warmup,
+        final_lr_fraction=0.1,
+    )
+    np.testing.assert_allclose(
+        [values[warmup], values[warmup + 10], values[-1]], [2.0, 2.0 * middle, 2.0 * end], rtol=1e-5
+    )
     assert all(a >= b - 1e-6 for a, b in zip(values[warmup:], values[warmup + 1 :], strict=False))
 
 
@@ -203,17 +272,26 @@ def one_update(optim: OptimConfig, params: trees.Tree, grads: trees.Tree) -> tre
 def test_weight_decay_skips_norm_gains():
     params = {
         "final_norm": {"scale": jnp.ones(4)},
-        "layers": {"attn_norm": {"scale": jnp.ones((2, 4))}, "attn": {"q": {"kernel": jnp.ones((2, 4, 3)), "forward": jnp.ones((2, 4, 3))}}},
+        "layers": {
+            "attn_norm": {"scale": jnp.ones((2, 4))},
+            "attn": {"q": {"kernel": jnp.ones((2, 4, 3)), "forward": jnp.ones((2, 4, 3))}},
+        },
     }
     zero = jax.tree.map(jnp.zeros_like, params)
     optim = OptimConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
     for name, update in trees.flatten(one_update(optim, params, zero)).items():
-        np.testing.assert_allclose(update, 0.0 if name.endswith("scale") else -0.05, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            update, 0.0 if name.endswith("scale") else -0.05, rtol=1e-6, err_msg=name
+        )
 
 
 def test_adam_first_step_is_the_learning_rate_in_sign():
     params = {"a": jnp.zeros(3)}
-    updates = one_update(OptimConfig(learning_rate=0.1, warmup_steps=0, clip_norm=None), params, {"a": jnp.asarray([3.0, -0.2, 0.0])})
+    updates = one_update(
+        OptimConfig(learning_rate=0.1, warmup_steps=0, clip_norm=None),
+        params,
+        {"a": jnp.asarray([3.0, -0.2, 0.0])},
+    )
     np.testing.assert_allclose(updates["a"], [-0.1, 0.1, 0.0], rtol=1e-4, atol=1e-7)
 
 
@@ -223,9 +301,17 @@ def test_lora_plus_ratio_is_of_the_blocks_that_write_to_the_base(clip):
     params = {"layers": {"attn": {"q": {name: jnp.zeros(2) for name in names}}}}
     grads = jax.tree.map(jnp.ones_like, params)
     optim = OptimConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, clip_norm=clip)
-    plain, plus = (trees.flatten(one_update(replace(optim, loraplus_ratio=ratio), params, grads)) for ratio in (1.0, 4.0))
+    plain, plus = (
+        trees.flatten(one_update(replace(optim, loraplus_ratio=ratio), params, grads))
+        for ratio in (1.0, 4.0)
+    )
     for name, update in plain.items():
-        np.testing.assert_allclose(plus[name], update * (4 if name.endswith(("lora_b", "backward")) else 1), rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            plus[name],
+            update * (4 if name.endswith(("lora_b", "backward")) else 1),
+            rtol=1e-6,
+            err_msg=name,
+        )
 
 
 @pytest.mark.parametrize("clip", [0.5, 2.0, None])
@@ -238,4 +324,8 @@ def test_gradients_are_clipped_by_their_global_norm(clip):
         _, state = optimizer.update(grads, optimizer.init(params), params)
     moment = optax.tree_utils.tree_get(state, "mu")
     factor = min(1.0, clip or 1.0)
-    np.testing.assert_allclose(np.concatenate([moment["a"], moment["b"]]), 0.5 * factor * np.asarray([0.6, 0.0, 0.8]), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([moment["a"], moment["b"]]),
+        0.5 * factor * np.asarray([0.6, 0.0, 0.8]),
+        rtol=1e-6,
+    )

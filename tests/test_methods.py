@@ -1,4 +1,6 @@
-"""Methods as integers: which kernel gets which blocks, what that costs in parameters, and how the blocks start."""
+"""Methods as integers: which kernel gets which blocks, what that costs in parameters, and how the
+blocks start.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ def a_model(**changes: object) -> Model:
     """Of the tiny shape with `changes`; values from numpy, so that nothing is compiled."""
     config, rng = TINY.replace(**changes), np.random.default_rng(0)
     shapes = param_shapes(config)
-    return Model(config, trees.unflatten({n: jnp.asarray(rng.standard_normal(s), jnp.float32) for n, s in shapes.items()}))
+    return Model(
+        config,
+        trees.unflatten(
+            {n: jnp.asarray(rng.standard_normal(s), jnp.float32) for n, s in shapes.items()}
+        ),
+    )
 
 
 # docs/method.md: kernel -> blocks, "-" for none, in the order q k v o gate up down.
@@ -61,26 +68,48 @@ TABLE = {
     ("zflora-minimal", "attention"): [B, B, B, F, None, None, None],
     ("zflora-minimal", "mlp"): [None, None, None, None, ALL, ALL, ALL],
     ("zflora-minimal", "q|o"): [B, None, None, F, None, None, None],
-    ("zflora-minimal", "q|v|down"): [B, None, B, None, None, None, F],  # MLP units need gate and up too, so m = 0
+    ("zflora-minimal", "q|v|down"): [
+        B,
+        None,
+        B,
+        None,
+        None,
+        None,
+        F,
+    ],  # MLP units need gate and up too, so m = 0
     ("zflora-uniform", "all"): [ALL] * 7,
     ("zflora-uniform", "attention"): [ALL] * 4 + [None] * 3,
     ("zflora-uniform", "mlp"): [None] * 4 + [ALL] * 3,
-    ("zflora-uniform", "q|v|o|gate"): [B, None, ALL, ALL, B, None, None],  # heads live through v and o alone; q has no k to score with
+    ("zflora-uniform", "q|v|o|gate"): [
+        B,
+        None,
+        ALL,
+        ALL,
+        B,
+        None,
+        None,
+    ],  # heads live through v and o alone; q has no k to score with
 }
 
 
 @pytest.mark.parametrize(("method", "targets"), TABLE, ids=lambda v: v)
 def test_blocks_are_those_of_the_design(method, targets):
     blocks = plan(TINY, AdapterConfig(method, rank=6, targets=targets)).blocks
-    assert blocks == {k: names for k, names in zip(KERNELS, TABLE[method, targets], strict=True) if names}
+    assert blocks == {
+        k: names for k, names in zip(KERNELS, TABLE[method, targets], strict=True) if names
+    }
 
 
 @pytest.mark.parametrize("method", ["ffba", "zflora-uniform"])
 def test_without_head_scores_v_and_o_alone_are_widened(method):
-    full, values = (plan(TINY, AdapterConfig(method, rank=6, head_scores=s)).blocks for s in (True, False))
+    full, values = (
+        plan(TINY, AdapterConfig(method, rank=6, head_scores=s)).blocks for s in (True, False)
+    )
     read = () if method == "ffba" else B
     assert values.get("q", ()) == values.get("k", ()) == read
-    assert {k: v for k, v in values.items() if k not in "qk"} == {k: v for k, v in full.items() if k not in "qk"}
+    assert {k: v for k, v in values.items() if k not in "qk"} == {
+        k: v for k, v in full.items() if k not in "qk"
+    }
 
 
 @pytest.mark.parametrize(
@@ -108,29 +137,63 @@ def test_widths_of_zero_switch_a_stream_off():
 
 
 def test_default_head_ranks():
-    assert {k: default_head_rank(k) for k in (16, 32, 48, 64, 80, 96, 128, 192)} == {16: 16, 32: 32, 48: 16, 64: 16, 80: 16, 96: 16, 128: 32, 192: 32}
-    assert plan(SMOL, AdapterConfig("ffba")).heads == 16 and plan(preset("llama-3.1-8b"), AdapterConfig("ffba")).heads == 32
-    with pytest.raises(ConfigError, match=r"head_dim=256 has no larger served head size .* set adapter\.head_rank yourself"):
+    assert {k: default_head_rank(k) for k in (16, 32, 48, 64, 80, 96, 128, 192)} == {
+        16: 16,
+        32: 32,
+        48: 16,
+        64: 16,
+        80: 16,
+        96: 16,
+        128: 32,
+        192: 32,
+    }
+    assert (
+        plan(SMOL, AdapterConfig("ffba")).heads == 16
+        and plan(preset("llama-3.1-8b"), AdapterConfig("ffba")).heads == 32
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"head_dim=256 has no larger served head size .* set adapter\.head_rank yourself",
+    ):
         default_head_rank(256)
 
 
 def test_one_layer_shapes():
     shapes = block_shapes(TINY, AdapterConfig("zflora-uniform", rank=6, head_rank=8, mlp_rank=5))
     assert shapes["q"] == {"forward": (64, 4, 8), "backward": (6, 4, 16), "cross": (6, 4, 8)}
-    assert shapes["k"] == shapes["v"] == {"forward": (64, 2, 8), "backward": (6, 2, 16), "cross": (6, 2, 8)}
+    assert (
+        shapes["k"]
+        == shapes["v"]
+        == {
+            "forward": (64, 2, 8),
+            "backward": (6, 2, 16),
+            "cross": (6, 2, 8),
+        }
+    )
     assert shapes["o"] == {"forward": (4, 16, 6), "backward": (4, 8, 64), "cross": (4, 8, 6)}
-    assert shapes["gate"] == shapes["up"] == {"forward": (64, 5), "backward": (6, 96), "cross": (6, 5)}
+    assert (
+        shapes["gate"] == shapes["up"] == {"forward": (64, 5), "backward": (6, 96), "cross": (6, 5)}
+    )
     assert shapes["down"] == {"forward": (96, 6), "backward": (5, 64), "cross": (5, 6)}
-    assert block_shapes(TINY, AdapterConfig("lora", rank=3))["o"] == {"lora_a": (64, 3), "lora_b": (3, 64)}
+    assert block_shapes(TINY, AdapterConfig("lora", rank=3))["o"] == {
+        "lora_a": (64, 3),
+        "lora_b": (3, 64),
+    }
     assert block_shapes(TINY, AdapterConfig("ffa", rank=3))["down"] == {"ffa_a": (96, 3)}
 
 
-# --- targets ------------------------------------------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("targets", "kernels"),
-    [("all", "q k v o gate up down"), ("attention", "q k v o"), ("mlp", "gate up down"), ("[qv]", "q v"), (".*", "q k v o gate up down")]
+    [
+        ("all", "q k v o gate up down"),
+        ("attention", "q k v o"),
+        ("mlp", "gate up down"),
+        ("[qv]", "q v"),
+        (".*", "q k v o gate up down"),
+    ]
     + [("down|q", "q down"), ("(?!q).", "k v o"), ("ga.*", "gate")],
 )
 def test_targets(targets, kernels):
@@ -139,7 +202,13 @@ def test_targets(targets, kernels):
 
 @pytest.mark.parametrize("targets", ["q_proj", "Q", "", "attn", "al"])
 def test_targets_that_match_nothing(targets):
-    with pytest.raises(ConfigError, match=r"matches no kernel; kernels are q, k, v, o, gate, up, down \(or use 'all', 'attention', 'mlp'\)"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"matches no kernel; kernels are q, k, v, o, gate, up, down \(or use 'all',"
+            r" 'attention', 'mlp'\)"
+        ),
+    ):
         plan(TINY, AdapterConfig("lora", targets=targets))
 
 
@@ -162,23 +231,35 @@ def test_targets_that_are_no_regex(targets):
     ],
 )
 def test_targets_that_leave_nothing_to_widen(method, changes):
-    with pytest.raises(ConfigError, match=f"leaves method '{method}' nothing to widen: the residual state needs o or down and one of"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            f"leaves method '{method}' nothing to widen: the residual state needs o or down and"
+            " one of"
+        ),
+    ):
         plan(TINY, AdapterConfig(method, **changes))
 
 
 def test_full_takes_no_targets():
-    with pytest.raises(ConfigError, match=r"targets='mlp': method 'full' trains every base parameter; leave targets at 'all'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"targets='mlp': method 'full' trains every base parameter; leave targets at 'all'",
+    ):
         plan(TINY, AdapterConfig("full", targets="mlp"))
 
 
-# --- counts and budgets -------------------------------------------------------------------------------------------
+# --- counts and budgets ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("adapter", "count"),
     [
         (AdapterConfig("lora", rank=16), 4_884_480),
-        (AdapterConfig("zflora-minimal", rank=18, mlp_rank=24), 4_600_800 - 18 * (576 + 2 * 192) - 18 * (1536 + 24)),
+        (
+            AdapterConfig("zflora-minimal", rank=18, mlp_rank=24),
+            4_600_800 - 18 * (576 + 2 * 192) - 18 * (1536 + 24),
+        ),
         (AdapterConfig("ffba", head_rank=8, mlp_rank=32), 4_976_640),
         (AdapterConfig("full"), 134_515_008),
     ],
@@ -189,7 +270,9 @@ def test_published_counts_of_smollm2_135m(adapter, count):
 
 
 def test_zflora_uniform_counts_cross_blocks():
-    """A prototype without cross blocks in attention had 7.49M; the construction of docs/method.md has them."""
+    """A prototype without cross blocks in attention had 7.49M; the construction of docs/method.md
+    has them.
+    """
     adapter = AdapterConfig("zflora-uniform", rank=18, mlp_rank=16, head_rank=8)
     shapes = block_shapes(SMOL, adapter)
     attention_cross = 30 * sum(math.prod(shapes[kernel]["cross"]) for kernel in "qkvo")
@@ -200,7 +283,11 @@ def test_zflora_uniform_counts_cross_blocks():
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("smollm2-135m", 134_515_008), ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824)]
+    [
+        ("smollm2-135m", 134_515_008),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+    ]
     + [("llama-2-7b", 6_738_415_616), ("llama-3.1-8b", 8_030_261_248)],
 )
 def test_base_counts_are_the_published_ones(name, count):
@@ -210,16 +297,27 @@ def test_base_counts_are_the_published_ones(name, count):
 @pytest.mark.parametrize("method", ["lora", "ffa", "ffba", "zflora-minimal", "zflora-uniform"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_rank_for_budget_is_the_nearest_rank(name, method):
-    """The budget of LoRA r=16: met within 3%, except where one rank is more than that or the head dims alone are above it."""
+    """The budget of LoRA r=16: met within 3%, except where one rank is more than that or the head
+    dims alone are above it.
+    """
     config, start = preset(name), AdapterConfig(method)
     budget = count_params(config, AdapterConfig("lora", rank=16))
     least = count_params(config, start.replace(rank=1))
     if least > 1.5 * budget:
-        with pytest.raises(ConfigError, match=rf"method '{method}' needs at least {least:,} parameters .* budget of {budget:,} cannot be met"):
+        with pytest.raises(
+            ConfigError,
+            match=(
+                rf"method '{method}' needs at least {least:,} parameters .* budget of {budget:,}"
+                r" cannot be met"
+            ),
+        ):
             rank_for_budget(config, start, budget)
         return
     found = rank_for_budget(config, start, budget)
-    count, step = count_params(config, found), count_params(config, found.replace(rank=found.rank + 1)) - count_params(config, found)
+    count, step = (
+        count_params(config, found),
+        count_params(config, found.replace(rank=found.rank + 1)) - count_params(config, found),
+    )
     off = abs(count - budget)
     assert found.method == method and found.scale == start.scale
     for rank in {max(1, found.rank - 1), found.rank + 1}:
@@ -232,7 +330,9 @@ def test_rank_for_budget_is_the_nearest_rank(name, method):
 
 
 def test_rank_for_budget_keeps_what_was_chosen():
-    start = AdapterConfig("zflora-uniform", rank=4, alpha=6.0, head_rank=8, mlp_rank=24, targets="all")
+    start = AdapterConfig(
+        "zflora-uniform", rank=4, alpha=6.0, head_rank=8, mlp_rank=24, targets="all"
+    )
     found = rank_for_budget(SMOL, start, 6_000_000)
     assert found == start.replace(rank=found.rank, alpha=1.5 * found.rank)
     assert abs(count_params(SMOL, found) - 6_000_000) <= 0.03 * 6_000_000
@@ -244,7 +344,11 @@ def test_rank_for_budget_keeps_what_was_chosen():
         (AdapterConfig("lora"), 0, r"budget=0: must be at least 1 parameter"),
         (AdapterConfig("full"), 1000, r"method 'full' has no rank"),
         (AdapterConfig("lora"), 10, r"method 'lora' needs at least 1,856 parameters"),
-        (AdapterConfig("ffba", targets="attention"), 10**6, r"method 'ffba' reaches no more than [\d,]+ parameters here, whatever its rank"),
+        (
+            AdapterConfig("ffba", targets="attention"),
+            10**6,
+            r"method 'ffba' reaches no more than [\d,]+ parameters here, whatever its rank",
+        ),
     ],
 )
 def test_budgets_that_cannot_be_met(adapter, budget, message):
@@ -252,14 +356,20 @@ def test_budgets_that_cannot_be_met(adapter, budget, message):
         rank_for_budget(TINY, adapter, budget)
 
 
-# --- initial values -----------------------------------------------------------------------------------------------
+# --- initial values -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "full"])
 def test_initial_values(method):
-    """forward: N(0, 1/in), lora_a uniform within +-1/sqrt(in), q's forward zero; everything else zero."""
+    """forward: N(0, 1/in), lora_a uniform within +-1/sqrt(in), q's forward zero; everything else
+    zero.
+    """
     model = a_model(hidden_size=128, intermediate_size=160, num_layers=3)
-    adapters = init_adapters(jax.random.key(5), model, AdapterConfig(method, rank=12, head_rank=16 if METHODS[method].heads else None))
+    adapters = init_adapters(
+        jax.random.key(5),
+        model,
+        AdapterConfig(method, rank=12, head_rank=16 if METHODS[method].heads else None),
+    )
     inputs, live = {"o": 64, "down": 160}, live_layers(model.config, AdapterConfig(method, rank=12))
     drawn = 0
     for name, leaf in trees.flatten(adapters).items():
@@ -270,13 +380,18 @@ def test_initial_values(method):
         value = np.delete(np.asarray(leaf, np.float64), dead, axis=0)
         if block in ("forward", "lora_a") and (kernel, block) != ("q", "forward"):
             drawn += 1
-            std, n = 1 / math.sqrt(inputs.get(kernel, 128) * (3 if block == "lora_a" else 1)), value.size
+            std, n = (
+                1 / math.sqrt(inputs.get(kernel, 128) * (3 if block == "lora_a" else 1)),
+                value.size,
+            )
             assert abs(value.mean()) < 5 * std / math.sqrt(n), name
             assert abs(value.std() / std - 1) < 5 / math.sqrt(2 * n), name
             assert len(np.unique(value)) > 0.99 * n, name  # layers do not share their values
         else:
             assert not value.any(), name
-    assert drawn == {"lora": 7, "ffa": 0, "ffba": 4, "zflora-minimal": 4, "zflora-uniform": 6}[method]
+    assert (
+        drawn == {"lora": 7, "ffa": 0, "ffba": 4, "zflora-minimal": 4, "zflora-uniform": 6}[method]
+    )
 
 
 def test_full_starts_as_a_copy_of_the_base():
@@ -294,31 +409,47 @@ def test_initial_values_depend_on_the_key_alone(method):
     apart.params = trees.unstack_layers(stacked.params, 2)
     adapters = init_adapters(jax.random.key(1), stacked, adapter)
     assert_trees_equal(init_adapters(jax.random.key(1), stacked, adapter), adapters)
-    assert_trees_equal(trees.stack_layers(init_adapters(jax.random.key(1), apart, adapter), 2), adapters)
+    assert_trees_equal(
+        trees.stack_layers(init_adapters(jax.random.key(1), apart, adapter), 2), adapters
+    )
     if method in ("ffa", "full"):
         return
     other = trees.flatten(init_adapters(jax.random.key(2), stacked, adapter))
     random = [name for name, leaf in trees.flatten(adapters).items() if np.any(leaf)]
-    assert random and not any(np.array_equal(other[name], trees.flatten(adapters)[name]) for name in random)
+    assert random and not any(
+        np.array_equal(other[name], trees.flatten(adapters)[name]) for name in random
+    )
 
 
 def test_a_leaf_does_not_change_with_the_leaves_beside_it():
-    """Values come from the leaf's name: neither the order in which kernels are listed nor which others are targeted matters."""
+    """Values come from the leaf's name: neither the order in which kernels are listed nor which
+    others are targeted matters.
+    """
     model = a_model()
     every = trees.flatten(init_adapters(jax.random.key(1), model, AdapterConfig("lora", rank=6)))
-    some = trees.flatten(init_adapters(jax.random.key(1), model, AdapterConfig("lora", rank=6, targets="down|q")))
+    some = trees.flatten(
+        init_adapters(jax.random.key(1), model, AdapterConfig("lora", rank=6, targets="down|q"))
+    )
     assert set(some) < set(every)
     assert_trees_equal(some, {name: every[name] for name in some})
-    values = [np.asarray(leaf).ravel()[:8].tobytes() for name, leaf in every.items() if name.endswith("lora_a")]
+    values = [
+        np.asarray(leaf).ravel()[:8].tobytes()
+        for name, leaf in every.items()
+        if name.endswith("lora_a")
+    ]
     assert len(set(values)) == 7  # no two kernels share their values
 
 
 @pytest.mark.parametrize(
-    ("base", "head_rank", "advice"), [(16, 8, "head_rank=16 is the smallest that they run"), (256, 16, "no head_rank gives one")]
+    ("base", "head_rank", "advice"),
+    [(16, 8, "head_rank=16 is the smallest that they run"), (256, 16, "no head_rank gives one")],
 )
 def test_a_head_size_that_servers_lack_is_allowed_with_a_warning(base, head_rank, advice):
     model = a_model(num_layers=1, head_dim=base)
-    with pytest.warns(UserWarning, match=rf"head_dim {base} \+ {head_rank} = {base + head_rank} is outside .*vLLM.*{advice}"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"head_dim {base} \+ {head_rank} = {base + head_rank} is outside .*vLLM.*{advice}",
+    ):
         init_adapters(jax.random.key(0), model, AdapterConfig("ffba", head_rank=head_rank))
 
 
@@ -335,7 +466,7 @@ def test_served_head_sizes_and_untouched_heads_do_not_warn():
             init_adapters(jax.random.key(0), a_model(num_layers=1), adapter)
 
 
-# --- FFA's fixed factor -------------------------------------------------------------------------------------------
+# --- FFA's fixed factor ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rank", "out"), [(4, 12), (6, 96), (16, 64), (5, 5)])
@@ -346,5 +477,7 @@ def test_the_tiling_has_orthonormal_rows_where_the_rank_divides_the_output(rank,
 
 def test_the_tiling_is_that_of_the_design():
     rank, out = 5, 12
-    want = [[math.sqrt(rank / out) if j % rank == i else 0.0 for j in range(out)] for i in range(rank)]
+    want = [
+        [math.sqrt(rank / out) if j % rank == i else 0.0 for j in range(out)] for i in range(rank)
+    ]
     np.testing.assert_allclose(tile(np.eye(rank, dtype=np.float32), out), want, rtol=1e-6)

@@ -32,7 +32,9 @@ def _events(workdir):
 def test_records_are_on_disk_at_once_and_exact(tmp_path):
     with MetricWriter(tmp_path / "run", total_steps=3, console=False) as writer:
         writer.write(1, "train", {"loss": jnp.float32(0.1), "tokens": np.int64(7)})
-        assert _lines(tmp_path / "run") == [{"step": 1, "split": "train", "loss": float(np.float32(0.1)), "tokens": 7.0}]
+        assert _lines(tmp_path / "run") == [
+            {"step": 1, "split": "train", "loss": float(np.float32(0.1)), "tokens": 7.0}
+        ]
         writer.write(1, "eval", {"loss": float("nan")})
         assert _lines(tmp_path / "run")[1] == {"step": 1, "split": "eval", "loss": None}
     writer.close()  # twice is fine
@@ -54,7 +56,9 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
     with open(tmp_path / "resumed" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "spl')
     _run(tmp_path / "resumed", 6, 9)
-    assert (tmp_path / "resumed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "resumed" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
     starts = [e.step for e in _events(tmp_path / "resumed") if e.HasField("session_log")]
     assert starts == [0, 7]  # TensorBoard hides earlier events of steps >= 7
 
@@ -77,13 +81,23 @@ def test_resume_refuses_a_damaged_file_and_keeps_it(tmp_path):
 
 def test_read_metrics_lets_the_last_record_of_a_step_count(tmp_path):
     path = tmp_path / "m.jsonl"
-    records = ['{"step": 1, "split": "train", "loss": 3}', '{"step": 1, "split": "eval", "loss": 2}', '{"step": 1, "split": "train", "loss": 1}']
+    records = [
+        '{"step": 1, "split": "train", "loss": 3}',
+        '{"step": 1, "split": "eval", "loss": 2}',
+        '{"step": 1, "split": "train", "loss": 1}',
+    ]
     path.write_text("\n".join([*records, '{"st']))
-    assert read_metrics(path) == [{"step": 1, "split": "train", "loss": 1}, {"step": 1, "split": "eval", "loss": 2}]
+    assert read_metrics(path) == [
+        {"step": 1, "split": "train", "loss": 1},
+        {"step": 1, "split": "eval", "loss": 2},
+    ]
 
 
 def test_names_of_the_record_itself_are_refused(tmp_path):
-    with MetricWriter(tmp_path, total_steps=1, console=False) as writer, pytest.raises(ValueError, match=r"\['step'\] are taken"):
+    with (
+        MetricWriter(tmp_path, total_steps=1, console=False) as writer,
+        pytest.raises(ValueError, match=r"\['step'\] are taken"),
+    ):
         writer.write(1, "train", {"step": 2.0})
 
 
@@ -107,7 +121,10 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with pytest.raises(KeyboardInterrupt), MetricWriter(tmp_path, total_steps=4, start_step=2) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        MetricWriter(tmp_path, total_steps=4, start_step=2) as writer,
+    ):
         writer.progress(3, loss=0.5, tokens_per_s=2000.0)
         raise KeyboardInterrupt
     out = capsys.readouterr().out
@@ -122,11 +139,20 @@ def test_console_false_prints_nothing(tmp_path, capsys):
 
 
 def test_import_is_light():
-    code = "import sys, zflora_jax.reporting.metrics, zflora_jax.reporting.plots, zflora_jax.reporting.provenance; print({'rich', 'matplotlib', 'tensorboardX'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    code = (
+        "import sys, zflora_jax.reporting.metrics, zflora_jax.reporting.plots,"
+        " zflora_jax.reporting.provenance; print({'rich', 'matplotlib', 'tensorboardX'} &"
+        " set(sys.modules))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )
 
 
-# --- other trackers -----------------------------------------------------------------------------------------------
+# --- other trackers -------------------------------------------------------------------------------
 
 
 class _Fake:
@@ -158,14 +184,25 @@ def test_trackers_see_the_same_numbers_and_go_on_where_they_were(tmp_path, monke
     monkeypatch.delenv(f"{package.upper()}_PROJECT", raising=False)
     workdir = tmp_path / "run"
     for start in (0, 2, 0):
-        with MetricWriter(workdir, 9, False, start, ("tensorboard", package), {"adapter": {"rank": 4}}) as writer:
+        with MetricWriter(
+            workdir, 9, False, start, ("tensorboard", package), {"adapter": {"rank": 4}}
+        ) as writer:
             writer.write(start + 1, "train", {"loss": 0.5})
     first, resumed, again = fake.inits
-    assert first == resumed and first["config"] == {"adapter": {"rank": 4}} and first["resume"] == "allow" and first["project"] == "zflora_jax"
-    assert first["name"].startswith("run-") and again["name"] != first["name"]  # a run from the start is another run
+    assert (
+        first == resumed
+        and first["config"] == {"adapter": {"rank": 4}}
+        and first["resume"] == "allow"
+        and first["project"] == "zflora_jax"
+    )
+    # A run from the start is another run.
+    assert first["name"].startswith("run-") and again["name"] != first["name"]
     assert fake.finished == 3
     if package == "wandb":
-        assert fake.logs[1] == ({"train/loss": 0.5, "step": 3}, None) and fake.axes[0] == ("*", "step")
+        assert fake.logs[1] == ({"train/loss": 0.5, "step": 3}, None) and fake.axes[0] == (
+            "*",
+            "step",
+        )
         assert first["id"] in first["name"] and first["dir"] == str(workdir)
     else:
         assert fake.logs[1] == ({"train/loss": 0.5}, 3)
@@ -180,7 +217,9 @@ def test_a_tracker_that_does_not_start_says_why(tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_said_before_anything_slow(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"names 'trackio', which is not installed: pip install trackio"):
+    with pytest.raises(
+        ConfigError, match=r"names 'trackio', which is not installed: pip install trackio"
+    ):
         require_installed(("tensorboard", "trackio"))
     require_installed(("tensorboard",))
 
@@ -195,5 +234,7 @@ def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, monkeypatch, c
     with MetricWriter(tmp_path, 9, console=False, report_to=("trackio", "tensorboard")) as writer:
         for step in (1, 2):
             writer.write(step, "train", {"loss": 0.5})
-    assert [line["step"] for line in _lines(tmp_path)] == [1, 2] and [e.step for e in _events(tmp_path) if e.summary.value] == [1, 2]
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2] and [
+        e.step for e in _events(tmp_path) if e.summary.value
+    ] == [1, 2]
     assert caplog.text.count("no space left") == 1 and fake.finished == 0

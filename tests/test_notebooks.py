@@ -34,15 +34,28 @@ TINY = {
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, base_dir, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
-    (at,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    (at,) = [
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
+    ]
     given = notebook.cells[at].source
     tiny = TINY | {"MODEL": "tiny" if path.stem.endswith("latency") else base_dir}
     changes = "\n".join(f"{name} = {value!r}" for name, value in tiny.items() if name in given)
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(changes))
-    for name, value in {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}.items():
+    for name, value in {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }.items():
         monkeypatch.setenv(name, value)
-    NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    NotebookClient(
+        notebook,
+        timeout=240,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    shown = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert sum("image/png" in output.get("data", {}) for output in shown) >= 1
     written = "".join(output.get("text", "") for output in shown)
     if path.stem == "01_finetune":
@@ -55,10 +68,21 @@ def test_what_is_committed_was_run_in_order(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert str(ROOT) not in path.read_text() and os.path.expanduser("~") + "/" not in path.read_text()
+    assert (
+        str(ROOT) not in path.read_text() and os.path.expanduser("~") + "/" not in path.read_text()
+    )
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["01_finetune", "02_ablation", "03_latency", "04_inside"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "01_finetune",
+        "02_ablation",
+        "03_latency",
+        "04_inside",
+    ]

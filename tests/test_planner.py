@@ -1,4 +1,6 @@
-"""Plans: counts and bytes against real arrays and against the compiler; what does not fit comes with changes that make it fit."""
+"""Plans: counts and bytes against real arrays and against the compiler; what does not fit comes
+with changes that make it fit.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,11 @@ SMALL = preset("tiny").replace(num_kv_heads=4, vocab_size=264, num_layers=3)
 
 
 def small_run(method: str = "zflora-minimal", **changes: object) -> RunConfig:
-    run = RunConfig(adapter=AdapterConfig(method, rank=8), data=DataConfig(batch_size=8, lengths=(64, 128)), train=TrainConfig(loss_chunk=64))
+    run = RunConfig(
+        adapter=AdapterConfig(method, rank=8),
+        data=DataConfig(batch_size=8, lengths=(64, 128)),
+        train=TrainConfig(loss_chunk=64),
+    )
     return override(run, changes)
 
 
@@ -39,11 +45,14 @@ def test_what_is_stored_is_counted_exactly(method):
     sizes = plan["bytes_per_device"]
     dead = sum(leaf.size for leaf in dead_slices(SMALL, run.adapter, adapters))
     assert plan["params_base"] == trees.size(model.params)
-    assert plan["params_trainable"] == trees.size(adapters) - dead  # dead layers take memory all the same
+    # Dead layers take memory all the same.
+    assert plan["params_trainable"] == trees.size(adapters) - dead
     assert sizes["base"] == sum(x.nbytes for x in jax.tree.leaves(model.params))
     assert sizes["adapters"] == sum(x.nbytes for x in jax.tree.leaves(adapters))
     moments = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim)
-    assert sizes["optimizer"] == moments and sizes["total"] == sum(size for name, size in sizes.items() if name != "total")
+    assert sizes["optimizer"] == moments and sizes["total"] == sum(
+        size for name, size in sizes.items() if name != "total"
+    )
     assert (plan["tokens_per_step"], plan["tokens"]) == (8 * 128, 8 * 128 * 100)
 
 
@@ -60,19 +69,34 @@ def test_what_is_stored_is_counted_exactly(method):
     ],
 )
 def test_the_estimate_is_near_the_compiler_s(method, changes):
-    """Within a factor of 1.5 either way: what the compiler shares or copies is its own business, what is forgotten would show."""
+    """Within a factor of 1.5 either way: what the compiler shares or copies is its own business,
+    what is forgotten would show.
+    """
     run = small_run(method, **changes)
-    estimate, compiled = planner.plan_run(run, SMALL)["bytes_per_device"], planner.compiled(run, SMALL)
-    stored = estimate["adapters"] + estimate["optimizer"] + (0 if method == "full" else estimate["base"])  # which a full step does not read
+    estimate, compiled = (
+        planner.plan_run(run, SMALL)["bytes_per_device"],
+        planner.compiled(run, SMALL),
+    )
+    # Which a full step does not read.
+    stored = (
+        estimate["adapters"] + estimate["optimizer"] + (0 if method == "full" else estimate["base"])
+    )
     assert compiled["arguments"] == pytest.approx(stored, rel=0.05)
-    assert estimate["total"] / 1.5 < compiled["total"] + estimate["base"] * (method == "full") < estimate["total"] * 1.5, (estimate, compiled)
+    assert (
+        estimate["total"] / 1.5
+        < compiled["total"] + estimate["base"] * (method == "full")
+        < estimate["total"] * 1.5
+    ), (estimate, compiled)
 
 
 def test_full_under_fsdp_counts_the_gradient_of_its_head():
-    """Summed over the chunks before it is divided again; of a wide vocabulary it is most of the step."""
+    """Summed over the chunks before it is divided again; of a wide vocabulary it is most of the
+    step.
+    """
     run, wide = small_run("full", **{"mesh.fsdp": 4}), SMALL.replace(vocab_size=16384)
     estimate = planner.plan_run(run, wide)["bytes_per_device"]
-    compiled = planner.compiled(run, wide)["total"] + estimate["base"]  # which a full step does not read
+    # Which a full step does not read.
+    compiled = planner.compiled(run, wide)["total"] + estimate["base"]
     assert estimate["total"] / 1.5 < compiled < estimate["total"] * 1.5, (estimate, compiled)
 
 
@@ -81,17 +105,28 @@ def test_meshes_divide_what_they_divide():
     fsdp = planner.bytes_per_device(small_run(**{"mesh.fsdp": 4}), SMALL)
     assert fsdp["base"] < whole["base"] / 3.5 and fsdp["activations"] < whole["activations"] / 3
     tensor = planner.bytes_per_device(small_run(**{"mesh.tensor": 4}), SMALL)
-    assert tensor["base"] < whole["base"] / 3.5 and whole["activations"] / 4 < tensor["activations"] < whole["activations"]
+    assert (
+        tensor["base"] < whole["base"] / 3.5
+        and whole["activations"] / 4 < tensor["activations"] < whole["activations"]
+    )
     data = planner.bytes_per_device(small_run(**{"mesh.data": 4}), SMALL)
     assert data["base"] == whole["base"] and data["activations"] == fsdp["activations"]
 
 
 def test_a_gathered_head_is_counted():
-    """Under fsdp the table of tokens is gathered for each chunk of logits; of llama-3.2-1b it is larger than all else at one time."""
-    run = dataclasses.replace(small_run(**{"data.lengths": [64]}), train=TrainConfig(dtype="bfloat16", loss_chunk=64))
+    """Under fsdp the table of tokens is gathered for each chunk of logits; of llama-3.2-1b it is
+    larger than all else at one time.
+    """
+    run = dataclasses.replace(
+        small_run(**{"data.lengths": [64]}), train=TrainConfig(dtype="bfloat16", loss_chunk=64)
+    )
     config = model_config("llama-3.2-1b")
     whole = planner.bytes_per_device(run, config)["working set"]
-    assert planner.bytes_per_device(override(run, {"mesh.fsdp": 8}), config)["working set"] > 128256 * 2048 * 2 > whole / 2
+    assert (
+        planner.bytes_per_device(override(run, {"mesh.fsdp": 8}), config)["working set"]
+        > 128256 * 2048 * 2
+        > whole / 2
+    )
 
 
 def test_what_does_not_fit_comes_with_the_cheapest_changes():
@@ -102,8 +137,13 @@ def test_what_does_not_fit_comes_with_the_cheapest_changes():
     assert not plan["fits"] and 2 <= len(plan["changes"]) <= 4
     for change in plan["changes"][:-1]:
         changed = override(run, change["settings"])
-        assert planner.plan_run(changed, SMALL)["bytes_per_device"]["total"] == change["total"] < total
-    assert plan["changes"][-1]["change"] == "all of these that go together" and plan["changes"][-1]["fits"]
+        assert (
+            planner.plan_run(changed, SMALL)["bytes_per_device"]["total"] == change["total"] < total
+        )
+    assert (
+        plan["changes"][-1]["change"] == "all of these that go together"
+        and plan["changes"][-1]["fits"]
+    )
     assert "data.accumulate" in plan["changes"][0]["settings"]
     text = "\n".join(planner.lines_of(plan))
     assert "does not fit" in text and "data.accumulate=2" in text
@@ -116,7 +156,10 @@ def test_changes_that_do_not_go_together_are_not_put_together():
 
 
 def test_real_sizes_need_no_weights():
-    for name, bytes_base in (("llama-3.2-1b", 2 * 1_235_814_400), ("llama-2-7b", 2 * 6_738_415_616)):
+    for name, bytes_base in (
+        ("llama-3.2-1b", 2 * 1_235_814_400),
+        ("llama-2-7b", 2 * 6_738_415_616),
+    ):
         run = dataclasses.replace(small_run(), train=TrainConfig(dtype="bfloat16"), model=name)
         assert planner.plan_run(run, model_config(name))["bytes_per_device"]["base"] == bytes_base
 
@@ -129,7 +172,10 @@ def test_wrong_plans(tmp_path):
     with pytest.raises(ConfigError, match="memory=0: must be positive"):
         planner.plan_run(small_run(), SMALL, 0)
     with pytest.raises(ConfigError, match="needs 16 devices; there are 8"):
-        planner.compiled(dataclasses.replace(small_run(), mesh=MeshConfig(1, 8, 2)), SMALL.replace(num_heads=8, num_kv_heads=8))
+        planner.compiled(
+            dataclasses.replace(small_run(), mesh=MeshConfig(1, 8, 2)),
+            SMALL.replace(num_heads=8, num_kv_heads=8),
+        )
 
 
 def test_the_command_reads_a_directory_s_config(tmp_path, capsys):
@@ -137,11 +183,29 @@ def test_the_command_reads_a_directory_s_config(tmp_path, capsys):
     save_hf(tmp_path / "model", model)
     (tmp_path / "model" / "model.safetensors").unlink()  # no weights are read
     source = str(tmp_path / "model")
-    text = f"from zflora_jax.config import *\ndef get_config():\n    return RunConfig(model={source!r}, data=DataConfig(batch_size=2))\n"
+    text = (
+        "from zflora_jax.config import *\ndef get_config():\n    return"
+        f" RunConfig(model={source!r}, data=DataConfig(batch_size=2))\n"
+    )
     (tmp_path / "c.py").write_text(text)
-    assert main(["plan", "--config", str(tmp_path / "c.py"), "--memory", "0.001", "--out", str(tmp_path / "plan.json")]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--config",
+                str(tmp_path / "c.py"),
+                "--memory",
+                "0.001",
+                "--out",
+                str(tmp_path / "plan.json"),
+            ]
+        )
+        == 0
+    )
     written, shown = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
-    assert written["fits"] is False and written["bytes_per_device"]["base"] == sum(x.nbytes for x in jax.tree.leaves(model.params))
+    assert written["fits"] is False and written["bytes_per_device"]["base"] == sum(
+        x.nbytes for x in jax.tree.leaves(model.params)
+    )
     assert "does not fit in 0.00 GiB" in shown and "params_trainable" in shown
     with pytest.raises(CheckpointError, match="no model at"):
         model_config(str(tmp_path / "none"))

@@ -34,14 +34,26 @@ def figures(monkeypatch):
     """The figures saved in a test."""
     saved = []
     save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    monkeypatch.setattr(
+        plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path))
+    )
     return saved
 
 
 def test_training_curves_draw_each_step_once_after_a_resume(tmp_path, figures):
-    records = [{"step": s, "split": "train", "loss": 9.0, "grad_norm": 2.0, "learning_rate": 0.1 * s} for s in range(1, 5)]
-    records += [{"step": 0, "split": "eval", "loss": 4.0}, {"step": 2, "split": "eval", "loss": None}]
-    records += [{"step": s, "split": "train", "loss": 1 / s, "target_tokens_per_s": 10.0 * s} for s in range(3, 7)]  # steps 3 and 4 again
+    records = [
+        {"step": s, "split": "train", "loss": 9.0, "grad_norm": 2.0, "learning_rate": 0.1 * s}
+        for s in range(1, 5)
+    ]
+    records += [
+        {"step": 0, "split": "eval", "loss": 4.0},
+        {"step": 2, "split": "eval", "loss": None},
+    ]
+    # Steps 3 and 4 again.
+    records += [
+        {"step": s, "split": "train", "loss": 1 / s, "target_tokens_per_s": 10.0 * s}
+        for s in range(3, 7)
+    ]
     records += [{"step": 6, "split": "eval", "loss": 0.25}]
     _write(tmp_path / "metrics.jsonl", records)
     plots.training_curves({"mine": tmp_path / "metrics.jsonl"}, tmp_path / "new" / "c", "a run")
@@ -52,9 +64,16 @@ def test_training_curves_draw_each_step_once_after_a_resume(tmp_path, figures):
     assert (tmp_path / "again.svg").read_bytes() == drawn
     loss, rate, speed, norm = figures[0].axes
     lines = [(line.get_label(), line.get_xydata().tolist()) for line in loss.lines]
-    assert lines[0] == ("mine (train, last 0.1667)", [[1, 9.0], [2, 9.0], [3, 1 / 3], [4, 1 / 4], [5, 1 / 5], [6, 1 / 6]])
+    assert lines[0] == (
+        "mine (train, last 0.1667)",
+        [[1, 9.0], [2, 9.0], [3, 1 / 3], [4, 1 / 4], [5, 1 / 5], [6, 1 / 6]],
+    )
     assert lines[1] == ("mine (eval, last 0.25)", [[0, 4.0], [6, 0.25]])
-    assert [len(axes.lines) for axes in (rate, speed, norm)] == [1, 1, 1] and norm.get_yscale() == "log"
+    assert [len(axes.lines) for axes in (rate, speed, norm)] == [
+        1,
+        1,
+        1,
+    ] and norm.get_yscale() == "log"
     assert speed.lines[0].get_xydata().tolist() == [[s, 10.0 * s] for s in range(3, 7)]
     assert "nats per token" in loss.get_ylabel() and "tokens per second" in speed.get_ylabel()
     assert figures[0].get_suptitle() == "a run"
@@ -62,8 +81,13 @@ def test_training_curves_draw_each_step_once_after_a_resume(tmp_path, figures):
 
 def test_training_curves_of_several_runs_have_a_colour_each(tmp_path, figures):
     for name in "ab":
-        _write(tmp_path / f"{name}.jsonl", [{"step": 1, "split": split, "loss": 1.0} for split in ("train", "eval")])
-    plots.training_curves({name: tmp_path / f"{name}.jsonl" for name in "ab"}, tmp_path / "c", "both")
+        _write(
+            tmp_path / f"{name}.jsonl",
+            [{"step": 1, "split": split, "loss": 1.0} for split in ("train", "eval")],
+        )
+    plots.training_curves(
+        {name: tmp_path / f"{name}.jsonl" for name in "ab"}, tmp_path / "c", "both"
+    )
     colours = [line.get_color() for line in figures[0].axes[0].lines]
     assert colours == ["C0", "C0", "C1", "C1"]
 
@@ -76,7 +100,13 @@ def test_training_curves_of_nothing_are_refused(tmp_path):
 
 
 def test_bars_draws_values_and_spread_in_order(tmp_path, drawn):
-    plots.bars({"base": 1.0, "lora": 1.13}, tmp_path / "b", "TPOT", spread={"lora": 0.05}, label="ratio to base")
+    plots.bars(
+        {"base": 1.0, "lora": 1.13},
+        tmp_path / "b",
+        "TPOT",
+        spread={"lora": 0.05},
+        label="ratio to base",
+    )
     assert _is_png(tmp_path / "b.png")
     axes = drawn[0]
     assert [p.get_width() for p in axes.patches] == [1.0, 1.13]
@@ -94,10 +124,17 @@ def test_bars_refuses_a_spread_without_value(tmp_path):
 @pytest.mark.parametrize("count", [6, 14])
 def test_the_names_of_many_runs_stand_below(tmp_path, figures, count):
     for i in range(count):
-        _write(tmp_path / f"{i}.jsonl", [{"step": s, "split": "train", "loss": s + i, "grad_norm": 1.0} for s in (1, 2)])
-    plots.training_curves({f"run {i}": tmp_path / f"{i}.jsonl" for i in range(count)}, tmp_path / "c", "many")
+        _write(
+            tmp_path / f"{i}.jsonl",
+            [{"step": s, "split": "train", "loss": s + i, "grad_norm": 1.0} for s in (1, 2)],
+        )
+    plots.training_curves(
+        {f"run {i}": tmp_path / f"{i}.jsonl" for i in range(count)}, tmp_path / "c", "many"
+    )
     [legend] = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == [f"run {i}" for i in range(count)]
     assert not any(axes.get_legend() for axes in figures[0].axes)
     drawn = [line.get_color() for line in figures[0].axes[0].lines]
-    assert len({str(colour) for colour in drawn}) == count and drawn == [handle.get_color() for handle in legend.legend_handles]
+    assert len({str(colour) for colour in drawn}) == count and drawn == [
+        handle.get_color() for handle in legend.legend_handles
+    ]

@@ -38,7 +38,11 @@ def precisions(lowered: Any) -> set[str]:
     """Of every product in a lowered program."""
     products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
     assert len(products) > 5
-    return {name for line in products for name in re.findall(r"precision = \[(\w+), \w+\]", line) or ["DEFAULT"]}
+    return {
+        name
+        for line in products
+        for name in re.findall(r"precision = \[(\w+), \w+\]", line) or ["DEFAULT"]
+    }
 
 
 def programs(precision: str) -> dict[str, Any]:
@@ -50,16 +54,30 @@ def programs(precision: str) -> dict[str, Any]:
     c, variables = ready.config, {"params": ready.params}
     assert c.matmul_precision == precision
     keys, sampler = jax.random.split(jax.random.key(0), 2), decode.Sampler()
-    prefilled = jax.eval_shape(lambda: decode.prefill(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys))
+    prefilled = jax.eval_shape(
+        lambda: decode.prefill(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys)
+    )
     counts = jnp.zeros(2, jnp.int32)
     return {
-        "train step": make_train_step(model.config, ADAPTER, OptimConfig(), 20, 2, 16).lower(model.params, state, batch),
-        "held-out loss": eval_step.lower(model.config, ADAPTER, {"params": model.params, "adapters": adapters}, batch, 16),
+        "train step": (
+            make_train_step(model.config, ADAPTER, OptimConfig(), 20, 2, 16).lower(
+                model.params, state, batch
+            )
+        ),
+        "held-out loss": eval_step.lower(
+            model.config, ADAPTER, {"params": model.params, "adapters": adapters}, batch, 16
+        ),
         "decode": decode.decode.lower(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys),
-        "prefill": decode.prefill.lower(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys),
-        "advance": decode.advance.lower(c, None, sampler, (), variables, prefilled, keys, np.int32(4)),
+        "prefill": decode.prefill.lower(
+            c, None, sampler, 4, (), variables, tokens, tokens > 0, keys
+        ),
+        "advance": decode.advance.lower(
+            c, None, sampler, (), variables, prefilled, keys, np.int32(4)
+        ),
         "beams": beam_decode.lower(c, None, 2, 4, (), variables, tokens, tokens > 0),
-        "likelihood": likelihood.advance.lower(c, 4, True, ready.params, None, counts, tokens, tokens > 0, counts, tokens),
+        "likelihood": likelihood.advance.lower(
+            c, 4, True, ready.params, None, counts, tokens, tokens > 0, counts, tokens
+        ),
     }
 
 
@@ -88,7 +106,11 @@ def test_what_must_be_exact_is_highest_whatever_the_setting(method, monkeypatch)
     forward(model, jnp.ones((1, 3), jnp.int32), adapter, adapters)
     assert seen == [{"HIGHEST"}]
     text = _fuse.lower(model.config, adapter, model.params, adapters).as_text()
-    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") == (7 if method == "lora" else 0)
+    assert (
+        text.count("dot_general")
+        == text.count("precision = [HIGHEST, HIGHEST]")
+        == (7 if method == "lora" else 0)
+    )
 
 
 def test_a_run_says_it_and_its_model_has_it(run, tmp_path):
@@ -97,7 +119,8 @@ def test_a_run_says_it_and_its_model_has_it(run, tmp_path):
     assert model.config.matmul_precision == "high"
     claim(tmp_path, run)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["matmul_precision"] == "high"
-    adopt(tmp_path, override(run, {"train.matmul_precision": "default"}))  # it changes rounding alone
+    # It changes rounding alone.
+    adopt(tmp_path, override(run, {"train.matmul_precision": "default"}))
     assert RunConfig().train.matmul_precision == "default"
 
 
@@ -113,8 +136,12 @@ def test_exports_carry_it_and_those_from_before_are_read(tmp_path):
     assert load_model(str(tmp_path)).config == fused.config.replace(matmul_precision="default")
 
 
-@pytest.mark.parametrize(("given", "used"), [([], "high"), (["--set", "train.matmul_precision=highest"], "highest")])
-def test_an_export_is_evaluated_at_its_own_precision_unless_another_is_named(given, used, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("given", "used"), [([], "high"), (["--set", "train.matmul_precision=highest"], "highest")]
+)
+def test_an_export_is_evaluated_at_its_own_precision_unless_another_is_named(
+    given, used, tmp_path, monkeypatch, capsys
+):
     model = tiny_model(matmul_precision="high", max_position_embeddings=768)
     model.tokenizer = byte_tokenizer()
     save_hf(tmp_path / "m", model)

@@ -1,4 +1,6 @@
-"""Products with packed kernels, and moves by bits: values, gradients, and what XLA's CPU compiler makes of bfloat16."""
+"""Products with packed kernels, and moves by bits: values, gradients, and what XLA's CPU compiler
+makes of bfloat16.
+"""
 
 import math
 import re
@@ -24,68 +26,134 @@ from zflora_jax.ops import products
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("outputs", [10, 11])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_row_products_of_one_row_and_of_several(shape: tuple[int, int], outputs: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small integers: every sum is exact, whatever its order. Of small kernels and of large ones, each row under vmap, and as GPUs and TPUs do it."""
+def test_row_products_of_one_row_and_of_several(
+    shape: tuple[int, int], outputs: int, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small integers: every sum is exact, whatever its order. Of small kernels and of large ones,
+    each row under vmap, and as GPUs and TPUs do it.
+    """
     rng = np.random.default_rng(0)
     x, kernel = rng.integers(-4, 5, (*shape, 24)), rng.integers(-4, 5, (outputs, 24))
     given = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
     for limit in (products.SMALL, 0):
         monkeypatch.setattr(products, "SMALL", limit)
-        np.testing.assert_array_equal(jax.jit(lambda x, w: products.row_products(x, w, jnp.float32))(*given), x @ kernel.T)
-        by_row = jax.vmap(lambda row: products.row_products(row[None], given[1], jnp.float32)[0])(given[0])
+        np.testing.assert_array_equal(
+            jax.jit(lambda x, w: products.row_products(x, w, jnp.float32))(*given), x @ kernel.T
+        )
+        by_row = jax.vmap(lambda row: products.row_products(row[None], given[1], jnp.float32)[0])(
+            given[0]
+        )
         np.testing.assert_array_equal(by_row, x @ kernel.T)
     np.testing.assert_array_equal(products.plain_product(*given, jnp.float32), x @ kernel.T)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
-    """Also NaN and the sign of zero; the gradient of rows taken twice is the sum of theirs; under vmap."""
-    table, rows = jnp.asarray([[1.5, -0.0], [jnp.nan, jnp.inf], [3.0, 1e-40]], dtype), jnp.asarray([2, 0, 2, -2, 7])
+    """Also NaN and the sign of zero; the gradient of rows taken twice is the sum of theirs; under
+    vmap.
+    """
+    table, rows = (
+        jnp.asarray([[1.5, -0.0], [jnp.nan, jnp.inf], [3.0, 1e-40]], dtype),
+        jnp.asarray([2, 0, 2, -2, 7]),
+    )
 
     def taken(table: Any, rows: Any) -> Any:
         return products.move(lambda x, at: jnp.take(x, at, axis=0), (table,), (rows,))
 
     bits = {2: jnp.uint16, 4: jnp.uint32}[table.dtype.itemsize]
     want = jnp.take(table, rows, axis=0)
-    for got in (jax.jit(taken)(table, rows), jax.vmap(taken, (None, 0))(table, rows[:, None])[:, 0]):
+    for got in (
+        jax.jit(taken)(table, rows),
+        jax.vmap(taken, (None, 0))(table, rows[:, None])[:, 0],
+    ):
         assert got.dtype == dtype
-        np.testing.assert_array_equal(np.asarray(got[:4]).view(bits), np.asarray(want[:4]).view(bits))
-        assert np.isnan(got[4].astype(jnp.float32)).all() and np.isnan(want[4].astype(jnp.float32)).all(), "a row that does not exist"
+        np.testing.assert_array_equal(
+            np.asarray(got[:4]).view(bits), np.asarray(want[:4]).view(bits)
+        )
+        assert (
+            np.isnan(got[4].astype(jnp.float32)).all()
+            and np.isnan(want[4].astype(jnp.float32)).all()
+        ), "a row that does not exist"
     weights = jnp.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype)
-    gradient = jax.grad(lambda table: jnp.sum(taken(table, rows[:3]) * weights).astype(jnp.float32))(table.at[1].set(0))
-    np.testing.assert_array_equal(gradient.astype(jnp.float32), [[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]])
+    gradient = jax.grad(
+        lambda table: jnp.sum(taken(table, rows[:3]) * weights).astype(jnp.float32)
+    )(table.at[1].set(0))
+    np.testing.assert_array_equal(
+        gradient.astype(jnp.float32), [[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]]
+    )
 
     def written(cache: Any, new: Any) -> Any:
-        return products.move(lambda cache, new, at: jax.lax.dynamic_update_slice_in_dim(cache, new, at, axis=0), (cache, new), (jnp.int32(1),))
+        return products.move(
+            lambda cache, new, at: jax.lax.dynamic_update_slice_in_dim(cache, new, at, axis=0),
+            (cache, new),
+            (jnp.int32(1),),
+        )
 
-    np.testing.assert_array_equal(written(weights, weights[:1]).astype(jnp.float32), [[1.0, 2.0], [1.0, 2.0], [5.0, 6.0]])
-    by_cache, by_new = jax.grad(lambda *given: jnp.sum(written(*given) * weights).astype(jnp.float32), (0, 1))(weights, weights[:1])
-    np.testing.assert_array_equal(by_cache.astype(jnp.float32), [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]])
+    np.testing.assert_array_equal(
+        written(weights, weights[:1]).astype(jnp.float32), [[1.0, 2.0], [1.0, 2.0], [5.0, 6.0]]
+    )
+    by_cache, by_new = jax.grad(
+        lambda *given: jnp.sum(written(*given) * weights).astype(jnp.float32), (0, 1)
+    )(weights, weights[:1])
+    np.testing.assert_array_equal(
+        by_cache.astype(jnp.float32), [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]]
+    )
     np.testing.assert_array_equal(by_new.astype(jnp.float32), [[3.0, 4.0]])
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU compiler")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(batch: int, tied: bool, optimised: None) -> None:
-    """Read off the HLO, fused computations aside: such copies take more memory than the model and, made at every call, more time than prefill."""
-    changes = {"hidden_size": 96, "intermediate_size": 224, "vocab_size": 1000, "tie_word_embeddings": tied}
+def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(
+    batch: int, tied: bool, optimised: None
+) -> None:
+    """Read off the HLO, fused computations aside: such copies take more memory than the model and,
+    made at every call, more time than prefill.
+    """
+    changes = {
+        "hidden_size": 96,
+        "intermediate_size": 224,
+        "vocab_size": 1000,
+        "tie_word_embeddings": tied,
+    }
     model = pack(narrow_and_wide(**changes)[0])
     tokens, keys = jnp.ones((batch, 10), jnp.int32), jax.random.split(jax.random.key(0), batch)
-    text = decode.lower(model.config, None, Sampler(), 8, (), {"params": model.params}, tokens, tokens > 0, keys).compile().as_text()
-    made = [block for block in text.split("\n}\n") if not re.match(r"%?(fused|wrapped|parallel)", block.strip())]
-    arrays = [math.prod(map(int, dims.split(","))) for block in made for dims in re.findall(r"= f32\[([\d,]+)\]\S* (?!parameter)", block)]
+    text = (
+        decode.lower(
+            model.config, None, Sampler(), 8, (), {"params": model.params}, tokens, tokens > 0, keys
+        )
+        .compile()
+        .as_text()
+    )
+    made = [
+        block
+        for block in text.split("\n}\n")
+        if not re.match(r"%?(fused|wrapped|parallel)", block.strip())
+    ]
+    arrays = [
+        math.prod(map(int, dims.split(",")))
+        for block in made
+        for dims in re.findall(r"= f32\[([\d,]+)\]\S* (?!parameter)", block)
+    ]
     c = model.config
     cells = batch * c.num_kv_heads * c.head_dim * 64
-    assert arrays and not set(arrays) & {cells, *(leaf.size for leaf in trees.flatten(model.params).values() if leaf.ndim == 2)}
+    assert arrays and not set(arrays) & {
+        cells,
+        *(leaf.size for leaf in trees.flatten(model.params).values() if leaf.ndim == 2),
+    }
     updates = re.findall(r"= (\w+)\[([\d,]+)\]\S* dynamic-update-slice\(", text)
-    assert {dtype for dtype, dims in updates if math.prod(map(int, dims.split(","))) == cells} == {"u16"}
+    assert {dtype for dtype, dims in updates if math.prod(map(int, dims.split(","))) == cells} == {
+        "u16"
+    }
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1)], ids=str)
 def test_bfloat16_products_are_added_up_in_float32_and_rounded_once(shape: tuple[int, int]) -> None:
     """256 + 1 is no bfloat16: a sum kept in bfloat16 would lose every 1."""
-    x, kernel = jnp.ones((*shape, 40), jnp.bfloat16), jnp.ones((6, 40), jnp.bfloat16).at[:, 0].set(256)
+    x, kernel = (
+        jnp.ones((*shape, 40), jnp.bfloat16),
+        jnp.ones((6, 40), jnp.bfloat16).at[:, 0].set(256),
+    )
     got = products.row_products(x, kernel)
     assert got.dtype == jnp.bfloat16 and (got == jnp.bfloat16(256 + 39)).all()
     assert (products.row_products(x, kernel, jnp.float32) == 256 + 39).all()
@@ -93,14 +161,18 @@ def test_bfloat16_products_are_added_up_in_float32_and_rounded_once(shape: tuple
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_packed_bfloat16_model_answers_as_its_float32_numbers_do(batch: int) -> None:
-    """Prefill and a token after it, from a cache: within what rounding to 8 bits, layer by layer, makes of the logits."""
+    """Prefill and a token after it, from a cache: within what rounding to 8 bits, layer by layer,
+    makes of the logits.
+    """
     narrow, wide = narrow_and_wide()
     tokens = np.random.default_rng(0).integers(0, 256, (batch, 9))
 
     def last_logits(model: Model) -> Any:
         variables, cache = {"params": model.params}, init_cache(model.config, batch, 64)
         for part in (tokens[:, :8], tokens[:, 8:]):
-            logits, cache = next_logits(model.config, None, variables, jnp.asarray(part, jnp.int32), None, cache)
+            logits, cache = next_logits(
+                model.config, None, variables, jnp.asarray(part, jnp.int32), None, cache
+            )
         return np.asarray(logits, np.float64)
 
     want = last_logits(wide)
@@ -109,9 +181,17 @@ def test_a_packed_bfloat16_model_answers_as_its_float32_numbers_do(batch: int) -
 
 
 def test_beams_of_a_bfloat16_model_are_at_least_as_probable_as_greedy_answers() -> None:
-    """By the float32 model, but for rounding; beams whose cache went to the wrong rows, or lost its bits, would not be."""
+    """By the float32 model, but for rounding; beams whose cache went to the wrong rows, or lost its
+    bits, would not be.
+    """
     narrow, wide = narrow_and_wide(tie_word_embeddings=False)
     prompts = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (9, 3, 14)]
-    beams, greedy = (generate_tokens(narrow, prompts, max_new_tokens=12, num_beams=n, stop=()) for n in (4, 1))
-    found = np.asarray(option_log_likelihoods(wide, prompts, [list(pair) for pair in zip(beams, greedy, strict=True)]))
+    beams, greedy = (
+        generate_tokens(narrow, prompts, max_new_tokens=12, num_beams=n, stop=()) for n in (4, 1)
+    )
+    found = np.asarray(
+        option_log_likelihoods(
+            wide, prompts, [list(pair) for pair in zip(beams, greedy, strict=True)]
+        )
+    )
     assert (found[:, 0] >= found[:, 1] - 0.3).all() and beams != greedy, found

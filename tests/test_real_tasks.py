@@ -10,32 +10,62 @@ from zflora_jax.data.tasks import PARSERS, SPLITS, TASKS, load_examples
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))  # shared by the module's tests
+    # Shared by the module's tests.
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
 
 
 # train, validation, test; rows of a split without a file are held out of train
 ROWS = {
-    "boolq": (9227, 200, 3270), "piqa": (0, 0, 1838), "social_i_qa": (0, 0, 1954), "hellaswag": (0, 0, 10042), "winogrande": (0, 0, 1267),
-    "arc_easy": (2051, 200, 2376), "arc_challenge": (1008, 111, 1172), "openbookqa": (4757, 200, 500),
-    "addsub": (0, 0, 395), "aqua": (0, 0, 254), "multiarith": (0, 0, 600), "gsm8k": (7273, 200, 1319), "singleeq": (0, 0, 508), "svamp": (0, 0, 1000),
-    "mawps": (1709, 185, 238), "dialogsum": (0, 500, 500), "woz": (2536, 830, 1646), "math_data": (2860, 194, 194),
-}  # fmt: skip
+    "boolq": (9227, 200, 3270),
+    "piqa": (0, 0, 1838),
+    "social_i_qa": (0, 0, 1954),
+    "hellaswag": (0, 0, 10042),
+    "winogrande": (0, 0, 1267),
+    "arc_easy": (2051, 200, 2376),
+    "arc_challenge": (1008, 111, 1172),
+    "openbookqa": (4757, 200, 500),
+    "addsub": (0, 0, 395),
+    "aqua": (0, 0, 254),
+    "multiarith": (0, 0, 600),
+    "gsm8k": (7273, 200, 1319),
+    "singleeq": (0, 0, 508),
+    "svamp": (0, 0, 1000),
+    "mawps": (1709, 185, 238),
+    "dialogsum": (0, 500, 500),
+    "woz": (2536, 830, 1646),
+    "math_data": (2860, 194, 194),
+}
 
 
-# Rows whose own output comes to another answer than their `answer`. Those are mistakes of the published files: the outputs were generated, and
-# miscalculate ("20817 + 97741 = 118548"), misread the question, pick another letter or stop early. Four exceptions, in gsm8k as in math_data, are
-# right but read otherwise: "$118 000.", "$9 500.", "6 pieces, or 6 * 2.5 = 15 ounces." (15) and "5 arms and 3 legs, or 8 limbs in total." (8).
-WRONG_OUTPUTS = {"addsub": 25, "aqua": 131, "multiarith": 40, "singleeq": 24, "svamp": 196, "math_data": 759}
+# Rows whose own output comes to another answer than their `answer`. Those are mistakes of the
+# published files: the outputs were generated, and miscalculate ("20817 + 97741 = 118548"), misread
+# the question, pick another letter or stop early. Four exceptions, in gsm8k as in math_data, are
+# right but read otherwise: "$118 000.", "$9 500.", "6 pieces, or 6 * 2.5 = 15 ounces." (15) and "5
+# arms and 3 legs, or 8 limbs in total." (8).
+WRONG_OUTPUTS = {
+    "addsub": 25,
+    "aqua": 131,
+    "multiarith": 40,
+    "singleeq": 24,
+    "svamp": 196,
+    "math_data": 759,
+}
 WRONG_OUTPUTS_OF_GSM8K = 544  # in the form of LLM-Adapters; none as published
 
 
 def wrong_outputs(task, examples):
-    return sum(not task.score(task.parse(example.target), example.answer) for example in examples if example.answer)
+    return sum(
+        not task.score(task.parse(example.target), example.answer)
+        for example in examples
+        if example.answer
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_real_row_is_read_and_its_gold_answer_can_be_reached(name):
-    """Stating the gold answer scores as right under both parsers, without exception, and so does the row's output where that is right."""
+    """Stating the gold answer scores as right under both parsers, without exception, and so does
+    the row's output where that is right.
+    """
     task, data = TASKS[name], DataConfig(data_dir=str(real_data(".")))
     sizes, wrong = [], 0
     for split in SPLITS:
@@ -52,8 +82,13 @@ def test_every_real_row_is_read_and_its_gold_answer_can_be_reached(name):
             assert not example.references or example.target == example.references[0]
             text = task.gold(example)
             for parser in PARSERS if example.answer else ():
-                assert task.score_as(task.parse_as(text, parser), example.answer, parser), (parser, example)
-                assert not task.score_as(task.parse_as("nothing", parser), example.answer, parser), (parser, example)
+                assert task.score_as(task.parse_as(text, parser), example.answer, parser), (
+                    parser,
+                    example,
+                )
+                assert not task.score_as(
+                    task.parse_as("nothing", parser), example.answer, parser
+                ), (parser, example)
     assert (tuple(sizes), wrong) == (ROWS[name], WRONG_OUTPUTS.get(name, 0))
     options = {len(example.options) for example in examples}
     assert options == ({2, 3, 4, 5} & options if task.group == "commonsense" else {0})
@@ -61,7 +96,9 @@ def test_every_real_row_is_read_and_its_gold_answer_can_be_reached(name):
 
 
 def test_real_gsm8k_in_the_form_of_llm_adapters():
-    examples = load_examples("gsm8k", "test", DataConfig(data_dir=str(real_data("llm_adapters/dataset"))))
+    examples = load_examples(
+        "gsm8k", "test", DataConfig(data_dir=str(real_data("llm_adapters/dataset")))
+    )
     assert len(examples) == 1319 and examples[0].answer.endswith(".0")
     assert wrong_outputs(TASKS["gsm8k"], examples) == WRONG_OUTPUTS_OF_GSM8K
 
@@ -82,5 +119,8 @@ def test_real_gsm8k():
 def test_real_llm_adapters():
     data = DataConfig(data_dir=str(real_data("llm_adapters/ft-training_set/math_data.json")))
     sizes = {split: len(load_examples("json", split, data)) for split in SPLITS}
-    assert sum(sizes.values()) == 3260 - 12  # rows held out whose question stands in train, written otherwise
-    assert not any(e.target.startswith(("\n", "A:")) for e in load_examples("json", "validation", data))
+    # Rows held out whose question stands in train, written otherwise.
+    assert sum(sizes.values()) == 3260 - 12
+    assert not any(
+        e.target.startswith(("\n", "A:")) for e in load_examples("json", "validation", data)
+    )

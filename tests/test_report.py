@@ -15,41 +15,72 @@ from zflora_jax.reporting import files, provenance, tables
 
 def test_environment_names_the_versions_and_no_path_of_the_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["/opt/x/bin/zflora", "bench", "--out", str(tmp_path / "a.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["/opt/x/bin/zflora", "bench", "--out", str(tmp_path / "a.json")]
+    )
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path}/dump")
     env = provenance.environment()
     assert env["jax"] == jax.__version__
     assert env["backend"] == "cpu" and env["device_count"] >= 1 and env["cpu_count"] >= 1
-    assert env["cpu"] and provenance.device_line(env) == f"cpu, {env['cpu_count']} CPUs ({env['cpu']})"
-    assert provenance.device_line({"device": "cpu", "cpu_count": 2}) == "cpu, 2 CPUs", "results of before it was recorded"
+    assert (
+        env["cpu"] and provenance.device_line(env) == f"cpu, {env['cpu_count']} CPUs ({env['cpu']})"
+    )
+    assert provenance.device_line({"device": "cpu", "cpu_count": 2}) == "cpu, 2 CPUs", (
+        "results of before it was recorded"
+    )
     text = json.dumps(env)
-    assert str(tmp_path) not in text and str(Path(provenance.__file__).parent) not in text and "/opt/x" not in text
+    assert (
+        str(tmp_path) not in text
+        and str(Path(provenance.__file__).parent) not in text
+        and "/opt/x" not in text
+    )
     assert socket.gethostname() not in text and env["xla_flags"] == "--xla_dump_to=dump"
 
 
 def test_command_line_is_what_one_would_type(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    monkeypatch.setattr(sys, "argv", ["/venv/bin/zflora", "export", "--workdir", f"{tmp_path}/runs/a", "--out=/data/out"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["/venv/bin/zflora", "export", "--workdir", f"{tmp_path}/runs/a", "--out=/data/out"],
+    )
     assert provenance.command_line() == "zflora export --workdir runs/a --out=out"
     monkeypatch.setattr(sys, "argv", [f"{tmp_path}/train.py", "--set", "model=org/name"])
     assert provenance.command_line() == "python train.py --set model=org/name"
 
 
 def test_command_line_of_a_module_run(tmp_path):
-    (tmp_path / "demo.py").write_text("from zflora_jax.reporting.provenance import command_line\nprint(command_line())\n")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(provenance.__file__).parents[1])])}
-    out = subprocess.run([sys.executable, "-m", "demo", "--a", "1"], capture_output=True, text=True, check=True, env=env)
+    (tmp_path / "demo.py").write_text(
+        "from zflora_jax.reporting.provenance import command_line\nprint(command_line())\n"
+    )
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(provenance.__file__).parents[1])]),
+    }
+    out = subprocess.run(
+        [sys.executable, "-m", "demo", "--a", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
+    )
     assert out.stdout == "python -m demo --a 1\n"
 
 
-@pytest.mark.parametrize("text", ["org/name", "./a/b", "../a", "~/a", "https://example.org/a/b", "train.steps=50", "a,b"])
+@pytest.mark.parametrize(
+    "text", ["org/name", "./a/b", "../a", "~/a", "https://example.org/a/b", "train.steps=50", "a,b"]
+)
 def test_relative_paths_leaves_other_slashes_alone(text):
     assert provenance.relative_paths(text) == text
 
 
 def _git(root, *args):
-    subprocess.run(["git", "-C", root, "-c", "user.name=t", "-c", "user.email=t@t", *args], check=True, capture_output=True)
+    subprocess.run(
+        ["git", "-C", root, "-c", "user.name=t", "-c", "user.email=t@t", *args],
+        check=True,
+        capture_output=True,
+    )
 
 
 def test_git_state(tmp_path):
@@ -72,9 +103,23 @@ def test_git_state(tmp_path):
 
 def test_write_json_takes_scalars_of_numpy_and_jax(tmp_path):
     path = tmp_path / "new" / "r.json"
-    values = {"a": np.float32(1.5), "b": jnp.arange(3), "c": (1, True, None), "d": float("nan"), "e": Path("x/y"), "f": {"g": np.int64(2)}}
+    values = {
+        "a": np.float32(1.5),
+        "b": jnp.arange(3),
+        "c": (1, True, None),
+        "d": float("nan"),
+        "e": Path("x/y"),
+        "f": {"g": np.int64(2)},
+    }
     files.write_json(path, values)
-    assert json.loads(path.read_text()) == {"a": 1.5, "b": [0, 1, 2], "c": [1, True, None], "d": None, "e": "x/y", "f": {"g": 2}}
+    assert json.loads(path.read_text()) == {
+        "a": 1.5,
+        "b": [0, 1, 2],
+        "c": [1, True, None],
+        "d": None,
+        "e": "x/y",
+        "f": {"g": 2},
+    }
 
 
 def test_write_json_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -94,8 +139,13 @@ def test_write_json_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_markdown_table():
-    rows = [{"method": "a|b", "params": 4884480, "loss": 0.328912, "ok": True}, {"method": "full", "params": None, "loss": 12345.6, "ok": False}]
-    assert tables.markdown_table(rows, {"method": "method", "params": "trainable", "loss": "loss", "ok": "fused"}).splitlines() == [
+    rows = [
+        {"method": "a|b", "params": 4884480, "loss": 0.328912, "ok": True},
+        {"method": "full", "params": None, "loss": 12345.6, "ok": False},
+    ]
+    assert tables.markdown_table(
+        rows, {"method": "method", "params": "trainable", "loss": "loss", "ok": "fused"}
+    ).splitlines() == [
         "| method | trainable | loss | fused |",
         "|---|---:|---:|---|",
         "| a\\|b | 4,884,480 | 0.3289 | yes |",

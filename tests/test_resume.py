@@ -1,4 +1,6 @@
-"""What a resumed run may change and what it keeps: rounding and length, the report of a finished run, locks that a file system lacks."""
+"""What a resumed run may change and what it keeps: rounding and length, the report of a finished
+run, locks that a file system lacks.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,17 @@ def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
 
 
 def records(workdir: Path, name: str) -> dict[int, float]:
-    return {r["step"]: r[name] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"}
+    return {
+        r["step"]: r[name] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"
+    }
 
 
 def files(workdir: Path) -> dict[str, bytes]:
     """What a run says of itself."""
-    return {name: (workdir / name).read_bytes() for name in ("report.json", "metrics.jsonl", "starts.jsonl")}
+    return {
+        name: (workdir / name).read_bytes()
+        for name in ("report.json", "metrics.jsonl", "starts.jsonl")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +58,13 @@ def workdir(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-# --- settings that change ---------------------------------------------------------------------------------------------
+# --- settings that change -------------------------------------------------------------------------
 
 
 def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatch, caplog):
-    """What the advice for too little memory names. Losses agree up to rounding, batches to the byte."""
+    """What the advice for too little memory names. Losses agree up to rounding, batches to the
+    byte.
+    """
     run = override(run, {"train.steps": 5})
     whole = quiet_train(run, tmp_path / "whole")
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
@@ -65,18 +74,31 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
     caplog.set_level("INFO", logger="zflora_jax")
     changes = {"train.remat": True, "train.loss_chunk": 64, "data.accumulate": 4}
     report = quiet_train(override(run, changes), tmp_path / "run").report
-    assert report["resumed_from"] == 3 and report["test_loss"] == pytest.approx(whole.report["test_loss"], rel=2e-5)
+    assert report["resumed_from"] == 3 and report["test_loss"] == pytest.approx(
+        whole.report["test_loss"], rel=2e-5
+    )
     assert records(tmp_path / "run", "batch_crc32") == records(tmp_path / "whole", "batch_crc32")
-    assert records(tmp_path / "run", "loss") == pytest.approx(records(tmp_path / "whole", "loss"), rel=2e-5)
-    for key, (old, new) in {"train.remat": (False, True), "train.loss_chunk": (128, 64), "data.accumulate": (2, 4)}.items():
-        assert f"{key}: {old} before, {new} from here on. Rounding, memory and speed may change" in caplog.text
+    assert records(tmp_path / "run", "loss") == pytest.approx(
+        records(tmp_path / "whole", "loss"), rel=2e-5
+    )
+    for key, (old, new) in {
+        "train.remat": (False, True),
+        "train.loss_chunk": (128, 64),
+        "data.accumulate": (2, 4),
+    }.items():
+        assert (
+            f"{key}: {old} before, {new} from here on. Rounding, memory and speed may change"
+            in caplog.text
+        )
         assert read_starts(tmp_path / "run")[-1]["changed"][key] == [old, new]
     assert "changed" not in read_starts(tmp_path / "run")[0]
     assert read_config(tmp_path / "run").data.accumulate == 4
 
 
 def test_a_finished_run_goes_on_to_more_steps(run, workdir, tmp_path, caplog):
-    """At a constant rate it is, bit for bit, the run that was asked for the longer length at once."""
+    """At a constant rate it is, bit for bit, the run that was asked for the longer length
+    at once.
+    """
     run = override(run, {"optim.schedule": "constant", "train.steps": 12})
     caplog.set_level("INFO", logger="zflora_jax")
     longer = quiet_train(run, workdir)
@@ -87,38 +109,69 @@ def test_a_finished_run_goes_on_to_more_steps(run, workdir, tmp_path, caplog):
     assert_trees_equal(longer.adapters, whole.adapters)
     assert records(workdir, "loss") == records(tmp_path / "whole", "loss")
     assert longer.report["test_loss"] == whole.report["test_loss"]
-    with pytest.raises(ConfigError, match=r"train\.steps: 12 there, 8 now\n  \(12 steps are finished there\)"):
+    with pytest.raises(
+        ConfigError, match=r"train\.steps: 12 there, 8 now\n  \(12 steps are finished there\)"
+    ):
         quiet_train(override(run, {"train.steps": 8}), workdir)
 
 
-@pytest.mark.parametrize(("schedule", "steps", "words"), [("cosine", 12, "follows the cosine schedule of 12 steps"), ("linear", 9, "linear")])
-def test_another_length_says_what_becomes_of_the_learning_rate(run, tmp_path, schedule, steps, words):
+@pytest.mark.parametrize(
+    ("schedule", "steps", "words"),
+    [("cosine", 12, "follows the cosine schedule of 12 steps"), ("linear", 9, "linear")],
+)
+def test_another_length_says_what_becomes_of_the_learning_rate(
+    run, tmp_path, schedule, steps, words
+):
     run = override(run, {"optim.schedule": schedule})
     checkpoint.claim(tmp_path, runs.adopt(tmp_path, run)[0])
     adopted, changed = adopt(tmp_path, override(run, {"train.steps": steps, "eval.limit": 3}))
-    assert adopted.train.steps == steps and changed == {"train.steps": (8, steps), "eval.limit": (4, 3)}
+    assert adopted.train.steps == steps and changed == {
+        "train.steps": (8, steps),
+        "eval.limit": (4, 3),
+    }
     [note] = checkpoint.change_notes(changed, adopted)
     assert words in note and "eval" not in note
 
 
 def test_what_changes_the_numbers_is_refused_still(run, workdir):
-    run = override(run, {"optim.schedule": "constant", "train.remat": True, "data.batch_size": 8, "train.dtype": "bfloat16"})
+    run = override(
+        run,
+        {
+            "optim.schedule": "constant",
+            "train.remat": True,
+            "data.batch_size": 8,
+            "train.dtype": "bfloat16",
+        },
+    )
     with pytest.raises(ConfigError) as error:
         adopt(workdir, run)
-    assert "data.batch_size: 4 there, 8 now" in str(error.value) and "train.dtype" in str(error.value) and "remat" not in str(error.value)
+    assert (
+        "data.batch_size: 4 there, 8 now" in str(error.value)
+        and "train.dtype" in str(error.value)
+        and "remat" not in str(error.value)
+    )
 
 
-# --- a finished run ---------------------------------------------------------------------------------------------------
+# --- a finished run -------------------------------------------------------------------------------
 
 
 def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch):
     """Run again elsewhere: commit, device, date and timings are those of the training."""
     run = override(run, {"optim.schedule": "constant"})
     before = files(workdir)
-    elsewhere = {"commit": "another", "date": "2030-01-01T00:00:00+00:00", "device": "another", "jax": "another"}
+    elsewhere = {
+        "commit": "another",
+        "date": "2030-01-01T00:00:00+00:00",
+        "device": "another",
+        "jax": "another",
+    }
     monkeypatch.setattr(runs, "environment", lambda: elsewhere)
-    monkeypatch.setattr(runs, "held_out_loss", lambda *_, **__: pytest.fail("nothing is to be evaluated"))
-    assert quiet_train(override(run, {"train.log_every": 3, "eval.max_new_tokens": 5}), workdir).report == json.loads(before["report.json"])
+    monkeypatch.setattr(
+        runs, "held_out_loss", lambda *_, **__: pytest.fail("nothing is to be evaluated")
+    )
+    assert quiet_train(
+        override(run, {"train.log_every": 3, "eval.max_new_tokens": 5}), workdir
+    ).report == json.loads(before["report.json"])
     assert files(workdir) == before
 
 
@@ -140,16 +193,31 @@ def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
     run = override(run, {"optim.schedule": "constant"})
     path = workdir / run_report.REPORT_FILE
     before = json.loads(path.read_text())
-    path.unlink() if damage == "missing" else path.write_text("{" if damage == "torn" else json.dumps(before | {"steps": 4, "test_loss": 9.0}))
+    (
+        path.unlink()
+        if damage == "missing"
+        else path.write_text(
+            "{" if damage == "torn" else json.dumps(before | {"steps": 4, "test_loss": 9.0})
+        )
+    )
     monkeypatch.setattr(runs, "environment", lambda: {"commit": "another"})
     after = quiet_train(run, workdir).report
     assert plain(after) == json.loads(path.read_text())
-    lost = {"resumed_from", "load_seconds", "data_seconds", "first_step_seconds", "data_wait_share", "seconds"}
+    lost = {
+        "resumed_from",
+        "load_seconds",
+        "data_seconds",
+        "first_step_seconds",
+        "data_wait_share",
+        "seconds",
+    }
     assert {key for key in before if before[key] != after.get(key)} <= lost
-    assert after["environment"] == before["environment"] and 0 < after["seconds"] <= before["seconds"]
+    assert (
+        after["environment"] == before["environment"] and 0 < after["seconds"] <= before["seconds"]
+    )
 
 
-# --- locks ------------------------------------------------------------------------------------------------------------
+# --- locks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -161,17 +229,29 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog,
     with locked(tmp_path), locked(tmp_path):
         pass
     [record] = caplog.records
-    assert record.levelno == logging.WARNING and "no other process can be kept out of it" in record.message and str(tmp_path) in record.message
+    assert (
+        record.levelno == logging.WARNING
+        and "no other process can be kept out of it" in record.message
+        and str(tmp_path) in record.message
+    )
 
 
 def test_a_run_without_locks_is_trained(run, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "Function not implemented")))
+    monkeypatch.setattr(
+        checkpoint.fcntl,
+        "flock",
+        lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "Function not implemented")),
+    )
     assert quiet_train(override(run, {"train.steps": 3}), tmp_path).report["steps"] == 3
     assert len([r for r in caplog.records if "kept out" in r.message]) == 1
 
 
 def test_other_failures_of_a_lock_keep_their_message(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(
+        checkpoint.fcntl,
+        "flock",
+        lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
+    )
     with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
         pass
     with pytest.raises(ConfigError, match=r"cannot write to workdir .*Input/output error"):
@@ -189,7 +269,9 @@ def test_with_dropout_the_micro_batches_stay(run, tmp_path):
 
 
 def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):
-    """As after running out of memory at its first step, when shorter rows or another dtype are advised."""
+    """As after running out of memory at its first step, when shorter rows or another dtype are
+    advised.
+    """
     claim(tmp_path, run)
     changed = override(run, {"data.lengths": [128], "train.dtype": "bfloat16", "adapter.rank": 2})
     adopted, changes = adopt(tmp_path, changed)
@@ -210,13 +292,23 @@ def test_a_workdir_that_is_taken_meanwhile_is_refused(run, tmp_path, monkeypatch
         real(workdir, override(mine, {"adapter.rank": 2}))
 
     monkeypatch.setattr(runs, "claim", both_claim)
-    with pytest.raises(ConfigError, match="was taken by a run of another config at the same moment"):
+    with pytest.raises(
+        ConfigError, match="was taken by a run of another config at the same moment"
+    ):
         quiet_train(run, tmp_path / "run")
 
 
 def test_a_finished_run_keeps_what_its_numbers_were_computed_with(run, workdir):
     before = read_config(workdir)
-    run = override(before, {"train.matmul_precision": "highest", "train.loss_chunk": 64, "data.accumulate": 4, "eval.limit": 3})
+    run = override(
+        before,
+        {
+            "train.matmul_precision": "highest",
+            "train.loss_chunk": 64,
+            "data.accumulate": 4,
+            "eval.limit": 3,
+        },
+    )
     quiet_train(run, workdir)
     after = read_config(workdir)
     assert after == override(before, {"eval.limit": 3})
@@ -226,4 +318,8 @@ def test_a_finished_run_of_before_the_date_was_kept_says_the_day_it_started(run,
     report = json.loads((workdir / "report.json").read_text())
     del report["config"]["data"]["date"]
     (workdir / "report.json").write_text(json.dumps(report))
-    assert quiet_train(read_config(workdir), workdir).date == read_config(workdir).data.date is not None
+    assert (
+        quiet_train(read_config(workdir), workdir).date
+        == read_config(workdir).data.date
+        is not None
+    )

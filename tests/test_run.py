@@ -1,4 +1,6 @@
-"""Runs: training changes what it should, a killed run resumes bit for bit, bad states are refused. On a tiny model with real files on disk."""
+"""Runs: training changes what it should, a killed run resumes bit for bit, bad states are refused.
+On a tiny model with real files on disk.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +48,22 @@ def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
 def test_every_method_learns_and_exports(method, run, tmp_path):
     run = override(run, {"adapter.method": method, "train.steps": 6})
     trained = quiet_train(run, tmp_path / "run")
-    losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    losses = [
+        r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"
+    ]
     assert losses[-1] < losses[0] - 0.05
     report = runs.export_run(tmp_path / "run", tmp_path / "out")
-    assert report["top1_agreement"] == 1.0 and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
+    assert (
+        report["top1_agreement"] == 1.0 and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
+    )
     tokens = np.asarray([[5, 6, 7, 8]], np.int32)
-    assert_logits_close(forward(load_model(str(tmp_path / "out")), tokens), forward(trained.model, tokens, run.adapter, trained.adapters))
-    result = evaluate(run, runs.load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False)
+    assert_logits_close(
+        forward(load_model(str(tmp_path / "out")), tokens),
+        forward(trained.model, tokens, run.adapter, trained.adapters),
+    )
+    result = evaluate(
+        run, runs.load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False
+    )
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert len(rows) == result["rows"] == 4 and 0 <= result["accuracy"] <= 1
     assert {"prompt", "output", "prediction", "answer", "correct"} <= rows[0].keys()
@@ -63,7 +74,13 @@ def test_the_loss_does_not_depend_on_accumulation(run, tmp_path):
     losses = []
     for accumulate in (1, 2, 4):
         quiet_train(override(run, {"data.accumulate": accumulate}), tmp_path / str(accumulate))
-        losses.append([r["loss"] for r in read_metrics(tmp_path / str(accumulate) / "metrics.jsonl") if r["split"] == "train"])
+        losses.append(
+            [
+                r["loss"]
+                for r in read_metrics(tmp_path / str(accumulate) / "metrics.jsonl")
+                if r["split"] == "train"
+            ]
+        )
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
 
@@ -75,19 +92,27 @@ def state_of(workdir: Path, run: RunConfig, model: runs.Model) -> trees.Tree:
 
 
 def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes]:
-    """`run` trained by a process of its own, compiled as users' runs are (conftest.py switches most optimizations off), on one device."""
+    """`run` trained by a process of its own, compiled as users' runs are (conftest.py switches most
+    optimizations off), on one device.
+    """
     program = (
-        "import sys, json; from zflora_jax import config, fields, run; "
-        "run.train(fields.from_dict(config.RunConfig, json.loads(sys.argv[1])), sys.argv[2], console=False)"
+        "import sys, json; from zflora_jax import config, fields, run;"
+        " run.train(fields.from_dict(config.RunConfig, json.loads(sys.argv[1])), sys.argv[2],"
+        " console=False)"
     )
     env = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, "-c", program, json.dumps(dataclasses.asdict(run)), str(workdir)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-c", program, json.dumps(dataclasses.asdict(run)), str(workdir)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
-    """kill -9 during training, twice; then to the end. Parameters, optimizer state and every logged loss are those of one run."""
+    """kill -9 during training, twice; then to the end. Parameters, optimizer state and every logged
+    loss are those of one run.
+    """
     run = override(run, {"train.steps": 30, "train.keep": 3})
     output, _ = train_in_subprocess(run, tmp_path / "whole").communicate(timeout=300)
     assert (tmp_path / "whole" / "report.json").exists(), output.decode()[-2000:]
@@ -98,7 +123,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
             if metrics.exists() and any(r["step"] >= at_least for r in read_metrics(metrics)):
                 break
             time.sleep(0.02)
-        assert process.poll() is None, f"ended before it could be killed: {process.stdout.read().decode()[-2000:]}"  # type: ignore[union-attr]
+        assert process.poll() is None, (
+            f"ended before it could be killed: {process.stdout.read().decode()[-2000:]}"
+        )  # type: ignore[union-attr]
         process.send_signal(signal.SIGKILL)
         process.communicate()
     process = train_in_subprocess(run, tmp_path / "killed")
@@ -106,11 +133,27 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     assert process.returncode == 0, output.decode()[-2000:]
     resumed_from = json.loads((tmp_path / "killed" / "report.json").read_text())["resumed_from"]
     assert 2 <= resumed_from < 30
-    starts = [json.loads(line) for line in (tmp_path / "killed" / "starts.jsonl").read_text().splitlines()]
-    assert len(starts) == 3 and starts[0]["step"] == 0 and starts[2]["step"] == resumed_from and starts[2]["jax"] == jax.__version__
+    starts = [
+        json.loads(line) for line in (tmp_path / "killed" / "starts.jsonl").read_text().splitlines()
+    ]
+    assert (
+        len(starts) == 3
+        and starts[0]["step"] == 0
+        and starts[2]["step"] == resumed_from
+        and starts[2]["jax"] == jax.__version__
+    )
     model = runs.load_base(run)
-    assert_trees_equal(state_of(tmp_path / "killed", run, model), state_of(tmp_path / "whole", run, model))
-    losses = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / w / "metrics.jsonl") if r["split"] == "train"] for w in ("whole", "killed")]
+    assert_trees_equal(
+        state_of(tmp_path / "killed", run, model), state_of(tmp_path / "whole", run, model)
+    )
+    losses = [
+        [
+            (r["step"], r["loss"])
+            for r in read_metrics(tmp_path / w / "metrics.jsonl")
+            if r["split"] == "train"
+        ]
+        for w in ("whole", "killed")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 30
 
 
@@ -119,17 +162,34 @@ def test_a_finished_run_is_loaded_not_trained(run, tmp_path, caplog):
     caplog.set_level("INFO", logger="zflora_jax")
     again = quiet_train(run, tmp_path)
     assert_trees_equal(again.adapters, first.adapters)
-    assert again.report == json.loads((tmp_path / "report.json").read_text()) == plain(first.report) and "is finished" in caplog.text
+    assert (
+        again.report == json.loads((tmp_path / "report.json").read_text()) == plain(first.report)
+        and "is finished" in caplog.text
+    )
 
 
 @pytest.mark.usefixtures("own_programs")
 def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
-    """The step alone takes longer to compile than what is not kept. Batches that come late are seen as waiting."""
+    """The step alone takes longer to compile than what is not kept. Batches that come late are seen
+    as waiting.
+    """
     report = quiet_train(run, tmp_path / "run").report
-    assert [entry.name.startswith("jit_train_step-") for entry in (tmp_path / "run" / "compile_cache").glob("jit_train_step*")]
-    assert 0 < report["load_seconds"] + report["data_seconds"] < report["first_step_seconds"] < report["seconds"]
+    assert [
+        entry.name.startswith("jit_train_step-")
+        for entry in (tmp_path / "run" / "compile_cache").glob("jit_train_step*")
+    ]
+    assert (
+        0
+        < report["load_seconds"] + report["data_seconds"]
+        < report["first_step_seconds"]
+        < report["seconds"]
+    )
     assert 0 <= report["data_wait_share"] < 0.5
-    shares = [r["data_wait_share"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    shares = [
+        r["data_wait_share"]
+        for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if r["split"] == "train"
+    ]
     assert shares and all(0 <= share <= 1 for share in shares)
 
 
@@ -150,7 +210,10 @@ def test_another_config_is_refused_and_nothing_is_lost(run, tmp_path):
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.01 there, 0\.002 now"):
         quiet_train(override(run, {"optim.learning_rate": 2e-3}), tmp_path)
     assert read_config(tmp_path) == dated(run)
-    assert_trees_equal(quiet_train(override(run, {"eval.limit": 2, "train.log_every": 3}), tmp_path).adapters, first.adapters)
+    assert_trees_equal(
+        quiet_train(override(run, {"eval.limit": 2, "train.log_every": 3}), tmp_path).adapters,
+        first.adapters,
+    )
 
 
 def test_another_base_is_refused(run, base_dir, tmp_path):
@@ -164,7 +227,9 @@ def test_another_base_is_refused(run, base_dir, tmp_path):
         runs.load_run(tmp_path / "run")
 
 
-def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(run, tmp_path, monkeypatch):
+def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(
+    run, tmp_path, monkeypatch
+):
     """A batch that makes the loss NaN at step 6: steps 1 to 5 were good, step 4 was saved."""
     real = runs.make_train_step
 
@@ -173,7 +238,10 @@ def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(run
 
         def run_step(params, state, batch):
             if int(state.step) == 5:
-                params = trees.map_with_names(lambda name, x: x * np.float32("nan") if name == "final_norm/scale" else x, params)
+                params = trees.map_with_names(
+                    lambda name, x: x * np.float32("nan") if name == "final_norm/scale" else x,
+                    params,
+                )
             return step(params, state, batch)
 
         return run_step
@@ -199,19 +267,29 @@ def test_lora_run_exports_to_peft_and_back(run, base_dir, tmp_path):
 
 def test_bfloat16_run_trains_float32_adapters(run, tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes dtypes in bfloat16
-        trained = quiet_train(override(run, {"train.dtype": "bfloat16", "train.remat": True}), tmp_path)
+        trained = quiet_train(
+            override(run, {"train.dtype": "bfloat16", "train.remat": True}), tmp_path
+        )
         assert all(x.dtype == np.float32 for x in jax.tree.leaves(trained.adapters))
-        assert all(str(x.dtype) == "bfloat16" for x in jax.tree.leaves(fuse(trained.model, run.adapter, trained.adapters).params))
+        assert all(
+            str(x.dtype) == "bfloat16"
+            for x in jax.tree.leaves(fuse(trained.model, run.adapter, trained.adapters).params)
+        )
     losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
     assert losses[-1] < losses[0]
 
 
 def test_other_data_is_refused(run, tmp_path):
     """A run on a JSON file that has changed since does not go on with it in silence."""
-    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"} for i in range(40)]
+    rows = [
+        {"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"}
+        for i in range(40)
+    ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.json").write_text(json.dumps(rows))
-    run = override(run, {"data.task": "json", "data.data_dir": str(tmp_path / "data"), "train.steps": 4})
+    run = override(
+        run, {"data.task": "json", "data.data_dir": str(tmp_path / "data"), "train.steps": 4}
+    )
     quiet_train(run, tmp_path / "run")
     rows[3]["output"] = "something else"
     (tmp_path / "data" / "train.json").write_text(json.dumps(rows))
@@ -220,16 +298,27 @@ def test_other_data_is_refused(run, tmp_path):
 
 
 def test_two_processes_on_one_workdir(run, tmp_path):
-    with locked_by_another_process(tmp_path), pytest.raises(ConfigError, match="is being trained by another process"):
+    with (
+        locked_by_another_process(tmp_path),
+        pytest.raises(ConfigError, match="is being trained by another process"),
+    ):
         quiet_train(run, tmp_path)
     assert not (tmp_path / "config.json").exists()  # what the other process wrote stays
 
 
 @contextmanager
 def locked_by_another_process(workdir: Path):
-    program = "import sys, time; from zflora_jax.training.checkpoint import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    program = (
+        "import sys, time; from zflora_jax.training.checkpoint import locked\nwith"
+        " locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    )
     env = os.environ | {"PYTHONPATH": str(TESTS.parent)}
-    with subprocess.Popen([sys.executable, "-c", program, str(workdir)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(workdir)],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
         assert process.stdout.readline() == b"held\n"  # type: ignore[union-attr]
         yield
         process.stdin.close()  # type: ignore[union-attr]
@@ -274,7 +363,9 @@ def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(run, tmp_pa
 
 
 def test_signals_wait_until_the_last_checkpoint_is_written(run, tmp_path, monkeypatch):
-    """SIGTERM when the last save may still be being written: it is finished, and the run is not ended half-way."""
+    """SIGTERM when the last save may still be being written: it is finished, and the run is not
+    ended half-way.
+    """
     real = runs.Checkpoints.__exit__
 
     def signalled(self, *error):

@@ -1,4 +1,6 @@
-"""How a token is chosen: greedy, temperature, top_k and top_p against plain references and transformers; what depends on the seed; wrong settings."""
+"""How a token is chosen: greedy, temperature, top_k and top_p against plain references and
+transformers; what depends on the seed; wrong settings.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     logits[3], logits[4, :30] = -np.inf, -np.inf
     np.testing.assert_array_equal(greedy(jnp.asarray(logits)), logits.argmax(axis=-1))
     logits[5, 7] = np.nan
-    assert int(greedy(jnp.asarray(logits))[5]) == 49, "a token of the vocabulary, whatever the logits"
+    assert int(greedy(jnp.asarray(logits))[5]) == 49, (
+        "a token of the vocabulary, whatever the logits"
+    )
 
 
 def test_a_vocabulary_is_cut_as_in_float64() -> None:
-    """At the size that the bisection is for: the kept probability reaches top_p, and without its least member it does not."""
+    """At the size that the bisection is for: the kept probability reaches top_p, and without its
+    least member it does not.
+    """
     logits = np.random.default_rng(1).normal(0, 3, (3, 49152)).astype(np.float32)
     for share in (0.1, 0.9, 0.99):
         values = np.asarray(Sampler(1.0, top_p=share).cut(jnp.asarray(logits))[0])
@@ -42,12 +48,18 @@ def kept(sampler: Sampler, logits: np.ndarray) -> np.ndarray:
     """[V] bool: the tokens that the sampler could draw."""
     values, tokens = sampler.cut(jnp.asarray(logits, jnp.float32)[None])
     found = np.zeros(len(logits), bool)
-    found[np.arange(len(logits)) if tokens is None else np.asarray(tokens[0])] = np.isfinite(values[0])
+    found[np.arange(len(logits)) if tokens is None else np.asarray(tokens[0])] = np.isfinite(
+        values[0]
+    )
     return found
 
 
-def reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> tuple[np.ndarray, float]:
-    """Probabilities [V] after temperature, then top_k, then top_p; and how close (in probability) top_p came to keeping one token more or less."""
+def reference(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[np.ndarray, float]:
+    """Probabilities [V] after temperature, then top_k, then top_p; and how close (in probability)
+    top_p came to keeping one token more or less.
+    """
     x, margin = logits.astype(np.float64) / temperature, 1.0
     order = np.argsort(-x, kind="stable")
     if top_k is not None:
@@ -63,7 +75,9 @@ def reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: 
 
 
 WIDTH = 12
-logits_of = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).normal(0, 3, WIDTH).astype(np.float32))
+logits_of = st.integers(0, 2**32 - 1).map(
+    lambda seed: np.random.default_rng(seed).normal(0, 3, WIDTH).astype(np.float32)
+)
 cuts = {
     "temperature": st.sampled_from([0.1, 0.7, 1.0, 2.5]),
     "top_k": st.sampled_from([None, 1, 2, 5, 11, 12, 50]),
@@ -73,7 +87,9 @@ cuts = {
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(logits=logits_of, **cuts)
-def test_kept_set_equals_the_plain_reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def test_kept_set_equals_the_plain_reference(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     p, margin = reference(logits, temperature, top_k, top_p)
     assume(margin > 1e-5)  # else float32 and float64 may disagree about the last token
     np.testing.assert_array_equal(kept(Sampler(temperature, top_k, top_p), logits), p > 0)
@@ -81,7 +97,9 @@ def test_kept_set_equals_the_plain_reference(logits: np.ndarray, temperature: fl
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(logits=logits_of, **cuts)
-def test_kept_set_equals_transformers(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def test_kept_set_equals_transformers(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     """The same order of cuts as transformers: temperature, top_k, top_p."""
     import torch
     from transformers.generation import logits_process as process
@@ -92,18 +110,38 @@ def test_kept_set_equals_transformers(logits: np.ndarray, temperature: float, to
         scores = process.TopKLogitsWarper(top_k)(None, scores)
     if top_p is not None and top_p < 1:
         scores = process.TopPLogitsWarper(top_p)(None, scores)
-    np.testing.assert_array_equal(kept(Sampler(temperature, top_k, top_p), logits), torch.isfinite(scores[0]).numpy())
+    np.testing.assert_array_equal(
+        kept(Sampler(temperature, top_k, top_p), logits), torch.isfinite(scores[0]).numpy()
+    )
 
 
 def test_the_order_of_the_cuts_matters() -> None:
     """Each swap of two cuts gives another set here, so that the comparisons above can fail."""
     logits = np.log(np.asarray([0.4, 0.3, 0.2, 0.1]))
-    assert kept(Sampler(1.0, top_k=2, top_p=0.56), logits).tolist() == [True, False, False, False]  # top_p of the two: 0.57 and 0.43
+    # top_p of the two: 0.57 and 0.43.
+    assert kept(Sampler(1.0, top_k=2, top_p=0.56), logits).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
     assert kept(Sampler(1.0, top_p=0.56), logits).tolist() == [True, True, False, False]
-    assert kept(Sampler(4.0, top_p=0.56), logits).tolist() == [True, True, True, False] != kept(Sampler(1.0, top_p=0.56), logits).tolist()
+    assert (
+        kept(Sampler(4.0, top_p=0.56), logits).tolist()
+        == [True, True, True, False]
+        != kept(Sampler(1.0, top_p=0.56), logits).tolist()
+    )
 
 
-@pytest.mark.parametrize("sampler", [Sampler(1.0), Sampler(0.6, top_k=4), Sampler(1.7, top_p=0.8), Sampler(1.3, top_k=6, top_p=0.7)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler(1.0),
+        Sampler(0.6, top_k=4),
+        Sampler(1.7, top_p=0.8),
+        Sampler(1.3, top_k=6, top_p=0.7),
+    ],
+)
 def test_frequencies_of_draws(sampler: Sampler) -> None:
     draws, logits = 40_000, np.random.default_rng(5).normal(0, 1.5, WIDTH).astype(np.float32)
     p, _ = reference(logits, sampler.temperature, sampler.top_k, sampler.top_p)
@@ -119,8 +157,14 @@ def test_top_k_of_one_is_greedy_and_tiny_top_p_too() -> None:
     model, prompts = untied(), [[5, 6, 7], [100]]
     greedy = generate_tokens(model, prompts, max_new_tokens=12, stop=())
     for sampler in (Sampler(1.5, top_k=1), Sampler(1.5, top_p=1e-6)):
-        assert generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=sampler, seed=3) == greedy
-    assert generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=Sampler(1.5), seed=3) != greedy
+        assert (
+            generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=sampler, seed=3)
+            == greedy
+        )
+    assert (
+        generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=Sampler(1.5), seed=3)
+        != greedy
+    )
 
 
 def test_draws_depend_on_the_seed_and_the_prompt_s_place_alone() -> None:
@@ -130,7 +174,9 @@ def test_draws_depend_on_the_seed_and_the_prompt_s_place_alone() -> None:
     prompts[3] = prompts[0]
 
     def run(prompts: list[list[int]], seed: int = 0, size: int = 16) -> list[list[int]]:
-        return generate_tokens(model, prompts, max_new_tokens=16, stop=(), sampler=sampler, seed=seed, batch_size=size)
+        return generate_tokens(
+            model, prompts, max_new_tokens=16, stop=(), sampler=sampler, seed=seed, batch_size=size
+        )
 
     answers = run(prompts)
     assert answers == run(prompts) == run(prompts, size=1) == run(prompts, size=2)

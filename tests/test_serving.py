@@ -1,4 +1,6 @@
-"""Several tasks on one base: padded adapters compute the same, swaps leave the base's bits and compile nothing, mixed batches equal one by one."""
+"""Several tasks on one base: padded adapters compute the same, swaps leave the base's bits and
+compile nothing, mixed batches equal one by one.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def adapters_of(model: Model, adapter: AdapterConfig, seed: int) -> trees.Tree:
     return perturb(init_adapters(jax.random.key(seed), model, adapter), seed=seed)
 
 
-# --- padding ------------------------------------------------------------------------------------------------------
+# --- padding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,10 @@ def adapters_of(model: Model, adapter: AdapterConfig, seed: int) -> trees.Tree:
         (MINIMAL, AdapterConfig("zflora-minimal", rank=6, mlp_rank=9, alpha=9.0)),
         (AdapterConfig("zflora-minimal", rank=4, targets="attention"), MINIMAL),
         (MINIMAL, AdapterConfig("zflora-uniform", rank=8, head_rank=16, alpha=3.0)),
-        (AdapterConfig("zflora-uniform", rank=4, head_rank=16), AdapterConfig("zflora-uniform", rank=8, head_rank=48)),
+        (
+            AdapterConfig("zflora-uniform", rank=4, head_rank=16),
+            AdapterConfig("zflora-uniform", rank=8, head_rank=48),
+        ),
         (AdapterConfig("ffba", rank=4, head_rank=16), AdapterConfig("ffba", rank=8, head_rank=48)),
         (AdapterConfig("lora", rank=4, alpha=6.0), AdapterConfig("lora", rank=9, alpha=27.0)),
         (AdapterConfig("lora", rank=4, targets="q|v"), AdapterConfig("lora", rank=4)),
@@ -70,9 +75,17 @@ def test_padded_adapters_compute_the_same(base, small, wide, stacked, tokens):
     ("given", "to", "message"),
     [
         (MINIMAL, AdapterConfig("zflora-minimal", rank=4), "wider than the latter"),
-        (MINIMAL, AdapterConfig("zflora-minimal", rank=6, targets="attention"), "the latter has no"),
+        (
+            MINIMAL,
+            AdapterConfig("zflora-minimal", rank=6, targets="attention"),
+            "the latter has no",
+        ),
         (MINIMAL, AdapterConfig("lora", rank=8), "the latter has no backward of down"),
-        (AdapterConfig("ffa", rank=4), AdapterConfig("ffa", rank=8), "method 'ffa' cannot be padded"),
+        (
+            AdapterConfig("ffa", rank=4),
+            AdapterConfig("ffa", rank=8),
+            "method 'ffa' cannot be padded",
+        ),
         (MINIMAL, AdapterConfig("full"), "method 'full' cannot be padded"),
     ],
     ids=["narrower", "targets", "method", "ffa", "full"],
@@ -87,14 +100,17 @@ def test_padding_checks_the_adapters(base):
         pad_adapters(base.config, MINIMAL, {}, MINIMAL)
 
 
-# --- swaps --------------------------------------------------------------------------------------------------------
+# --- swaps ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_thousand_swaps_compile_once_and_leave_the_base(base, packed):
     """Of tasks of two ranks, the smaller one padded."""
     small = AdapterConfig("zflora-minimal", rank=4)
-    tasks = [adapters_of(base, MINIMAL, 1), pad_adapters(base.config, small, adapters_of(base, small, 2), MINIMAL)]
+    tasks = [
+        adapters_of(base, MINIMAL, 1),
+        pad_adapters(base.config, small, adapters_of(base, small, 2), MINIMAL),
+    ]
     want = [generate_tokens(fuse(base, MINIMAL, task), PROMPTS, max_new_tokens=8) for task in tasks]
     assert want[0] != want[1]
     fused = fuse(base, MINIMAL, tasks[0])
@@ -112,11 +128,13 @@ def test_a_thousand_swaps_compile_once_and_leave_the_base(base, packed):
         assert_trees_equal(unfuse(live)[0].params, base.params)
 
 
-# --- mixed batches ------------------------------------------------------------------------------------------------
+# --- mixed batches --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "adapter", [MINIMAL, AdapterConfig("zflora-uniform", rank=6, alpha=9.0), AdapterConfig("lora", rank=5)], ids=lambda a: a.method
+    "adapter",
+    [MINIMAL, AdapterConfig("zflora-uniform", rank=6, alpha=9.0), AdapterConfig("lora", rank=5)],
+    ids=lambda a: a.method,
 )
 def test_a_mixed_batch_equals_one_by_one(base, adapter, tokens):
     tasks = [adapters_of(base, adapter, seed) for seed in (1, 2, 3)]
@@ -125,13 +143,17 @@ def test_a_mixed_batch_equals_one_by_one(base, adapter, tokens):
     mixed = forward(base, tokens, adapter, row_adapters=rows_of(stacked, order), valid=valid)
     for row, task in enumerate(order):
         alone = forward(base, tokens[row : row + 1], adapter, tasks[task], valid[row : row + 1])
-        assert_logits_close(mixed[row : row + 1, valid[row].argmax() :], alone[:, valid[row].argmax() :])
+        assert_logits_close(
+            mixed[row : row + 1, valid[row].argmax() :], alone[:, valid[row].argmax() :]
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_adapters_of_more_rows_than_there_are_tokens_are_refused(base, tokens, rows):
     stacked = stack_tasks([adapters_of(base, MINIMAL, seed) for seed in (1, 2)])
-    with pytest.raises(ConfigError, match=f"row_adapters of 3 rows and tokens of {rows}: give one for each row"):
+    with pytest.raises(
+        ConfigError, match=f"row_adapters of 3 rows and tokens of {rows}: give one for each row"
+    ):
         forward(base, tokens[:rows], MINIMAL, row_adapters=rows_of(stacked, [0, 1, 1]))
 
 
@@ -139,10 +161,26 @@ def test_adapters_of_more_rows_than_there_are_tokens_are_refused(base, tokens, r
 @pytest.mark.parametrize("sampler", [None, Sampler(0.8)], ids=["greedy", "drawn"])
 def test_mixed_generation_equals_one_by_one(base, batch_size, sampler):
     tasks = [adapters_of(base, MINIMAL, seed) for seed in (1, 2)]
-    order, settings = [1, 0, 0, 1], {"max_new_tokens": 9, "sampler": sampler, "seed": 5, "adapter": MINIMAL}
-    mixed = generate_tokens(base, PROMPTS, adapters=stack_tasks(tasks), tasks=order, batch_size=batch_size, **settings)
-    alone = [generate_tokens(base, PROMPTS, adapters=tasks[task], **settings)[row] for row, task in enumerate(order)]
-    other = [generate_tokens(base, PROMPTS, adapters=tasks[1 - task], **settings)[row] for row, task in enumerate(order)]
+    order, settings = (
+        [1, 0, 0, 1],
+        {
+            "max_new_tokens": 9,
+            "sampler": sampler,
+            "seed": 5,
+            "adapter": MINIMAL,
+        },
+    )
+    mixed = generate_tokens(
+        base, PROMPTS, adapters=stack_tasks(tasks), tasks=order, batch_size=batch_size, **settings
+    )
+    alone = [
+        generate_tokens(base, PROMPTS, adapters=tasks[task], **settings)[row]
+        for row, task in enumerate(order)
+    ]
+    other = [
+        generate_tokens(base, PROMPTS, adapters=tasks[1 - task], **settings)[row]
+        for row, task in enumerate(order)
+    ]
     assert mixed == alone and all(a != b for a, b in zip(alone, other, strict=True))
 
 
@@ -156,7 +194,9 @@ def test_wrong_tasks_are_refused(base):
         ({"tasks": [0, 1, 1, 0], "num_beams": 2}, "does not mix tasks"),
     ):
         with pytest.raises(ConfigError, match=message):
-            generate_tokens(base, PROMPTS, max_new_tokens=2, adapter=MINIMAL, adapters=stacked, **settings)
+            generate_tokens(
+                base, PROMPTS, max_new_tokens=2, adapter=MINIMAL, adapters=stacked, **settings
+            )
     with pytest.raises(ConfigError, match="give adapter and adapters too"):
         generate_tokens(base, PROMPTS, max_new_tokens=2, tasks=[0] * 4)
     with pytest.raises(ConfigError, match="bring them to one width"):
@@ -175,13 +215,19 @@ def test_a_swap_copies_no_kernel(base, method, packed):
     model = fuse(base, adapter, adapters)
     model = pack(model) if packed else model
     narrow = base_config(model.config.replace(packed=False), adapter)
-    memory = swapping._swap.lower(model.config, narrow, adapter, model.params, adapters).compile().memory_analysis()
-    kernels = [leaf.nbytes for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel")]
+    memory = (
+        swapping._swap.lower(model.config, narrow, adapter, model.params, adapters)
+        .compile()
+        .memory_analysis()
+    )
+    kernels = [
+        leaf.nbytes for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel")
+    ]
     assert memory.alias_size_in_bytes >= sum(kernels)
     assert memory.temp_size_in_bytes < min(kernels) / (1 if packed else base.config.num_layers)
 
 
-# --- a server's loop ----------------------------------------------------------------------------------------------
+# --- a server's loop ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [1, 3, 64])
@@ -189,23 +235,49 @@ def test_requests_are_grouped_by_task_and_answered_as_alone(base, window, monkey
     tasks = {"math": adapters_of(base, MINIMAL, 1), "chat": adapters_of(base, MINIMAL, 2)}
     names = ["math", "chat", "math", "math", "chat", "math"]
     requests = [(name, PROMPTS[i % 4]) for i, name in enumerate(names)]
-    alone = {name: generate_tokens(fuse(base, MINIMAL, tree), [prompt for _, prompt in requests], max_new_tokens=7) for name, tree in tasks.items()}
+    alone = {
+        name: generate_tokens(
+            fuse(base, MINIMAL, tree), [prompt for _, prompt in requests], max_new_tokens=7
+        )
+        for name, tree in tasks.items()
+    }
     swaps: list[int] = []
-    monkeypatch.setattr("zflora_jax.inference.serving.swap", lambda model, tree: (swaps.append(1), swap(model, tree))[1])
-    answers = list(serve(fuse(base, MINIMAL, tasks["chat"]), tasks, iter(requests), max_new_tokens=7, window=window))
+    monkeypatch.setattr(
+        "zflora_jax.inference.serving.swap",
+        lambda model, tree: (swaps.append(1), swap(model, tree))[1],
+    )
+    answers = list(
+        serve(
+            fuse(base, MINIMAL, tasks["chat"]),
+            tasks,
+            iter(requests),
+            max_new_tokens=7,
+            window=window,
+        )
+    )
     assert sorted(number for number, _ in answers) == list(range(6))
     for number, answer in answers:
         assert answer == alone[names[number]][number]
-    assert len(swaps) == {1: 5, 3: 3, 64: 2}[window]  # one after the other, the last two of a window together, all of a task together
+    # One after the other, the last two of a window together, all of a task together.
+    assert len(swaps) == {1: 5, 3: 3, 64: 2}[window]
     assert answers[0][0] == 0  # the oldest first
 
 
 @pytest.mark.parametrize(
-    "wrong, message", [(("maths", [1]), r"request 2: it is of task 'maths'.*math"), (("math", [1] * 4000), "request 2: prompt 0 has 4000")]
+    "wrong, message",
+    [
+        (("maths", [1]), r"request 2: it is of task 'maths'.*math"),
+        (("math", [1] * 4000), "request 2: prompt 0 has 4000"),
+    ],
 )
 def test_a_wrong_request_is_named_once_those_before_it_are_answered(base, wrong, message):
     tasks = {"math": adapters_of(base, MINIMAL, 1)}
-    answers = serve(fuse(base, MINIMAL, tasks["math"]), tasks, iter([("math", [1]), ("math", [2]), wrong, ("math", [3])]), max_new_tokens=2)
+    answers = serve(
+        fuse(base, MINIMAL, tasks["math"]),
+        tasks,
+        iter([("math", [1]), ("math", [2]), wrong, ("math", [3])]),
+        max_new_tokens=2,
+    )
     assert [next(answers)[0], next(answers)[0]] == [0, 1]
     with pytest.raises(ConfigError, match=message):
         next(answers)
@@ -232,6 +304,8 @@ def test_a_source_that_waits_for_its_answers(base):
             assert len(answered) == i  # the request before has been answered
             yield "math", PROMPTS[i]
 
-    for number, _ in serve(fuse(base, MINIMAL, tasks["math"]), tasks, source(), max_new_tokens=2, window=1):
+    for number, _ in serve(
+        fuse(base, MINIMAL, tasks["math"]), tasks, source(), max_new_tokens=2, window=1
+    ):
         answered.append(number)
     assert answered == [0, 1, 2]

@@ -1,4 +1,6 @@
-"""Loading onto a mesh: each process reads the slices that its devices hold, once, and the model is the one that a whole load gives."""
+"""Loading onto a mesh: each process reads the slices that its devices hold, once, and the model is
+the one that a whole load gives.
+"""
 
 import jax
 import pytest
@@ -18,7 +20,9 @@ from zflora_jax.parallel.sharding import make_mesh, spec
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_sharded_load_reads_each_number_once_and_gives_the_same_model(scan_layers, tied, tmp_path, monkeypatch):
+def test_a_sharded_load_reads_each_number_once_and_gives_the_same_model(
+    scan_layers, tied, tmp_path, monkeypatch
+):
     model = tiny_model(num_kv_heads=4, vocab_size=264, tie_word_embeddings=tied)
     save_hf(tmp_path / "model", model)
     (tmp_path / "model" / "zflora.json").unlink()  # a stock directory
@@ -36,7 +40,8 @@ def test_a_sharded_load_reads_each_number_once_and_gives_the_same_model(scan_lay
     monkeypatch.setattr(Shards, "read", counted)
     divided = load_model(str(tmp_path / "model"), scan_layers=scan_layers, mesh=mesh)
     assert_trees_equal(divided.params, whole.params)
-    assert sum(read) == trees.size(whole.params)  # every slice once, although data=2 holds each twice
+    # Every slice once, although data=2 holds each twice.
+    assert sum(read) == trees.size(whole.params)
     for name, leaf in trees.flatten(divided.params).items():
         assert leaf.sharding.spec == spec(name, leaf.shape, mesh), name
     largest = max(read)
@@ -44,8 +49,14 @@ def test_a_sharded_load_reads_each_number_once_and_gives_the_same_model(scan_lay
 
 
 def test_a_sharded_load_of_an_export(tmp_path):
-    model, adapter = tiny_model(num_kv_heads=4, vocab_size=264), AdapterConfig("zflora-minimal", rank=8, mlp_rank=8)
-    save_hf(tmp_path / "out", fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter))))
+    model, adapter = (
+        tiny_model(num_kv_heads=4, vocab_size=264),
+        AdapterConfig("zflora-minimal", rank=8, mlp_rank=8),
+    )
+    save_hf(
+        tmp_path / "out",
+        fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter))),
+    )
     divided = load_model(str(tmp_path / "out"), mesh=make_mesh(MeshConfig(fsdp=4)))
     assert_trees_equal(divided.params, load_model(str(tmp_path / "out")).params)
 

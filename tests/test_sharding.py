@@ -1,4 +1,6 @@
-"""Sharded training equals training on one device, whatever the mesh; the rules cover every parameter; wrong meshes say what to change."""
+"""Sharded training equals training on one device, whatever the mesh; the rules cover every
+parameter; wrong meshes say what to change.
+"""
 
 import dataclasses
 import itertools
@@ -32,9 +34,14 @@ from zflora_jax.parallel import sharding
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.trainer import init_state, make_train_step
 
-MESHES = [MeshConfig(*(2**i for i in powers)) for powers in itertools.product(range(4), repeat=3) if 1 <= sum(powers) <= 3]
+MESHES = [
+    MeshConfig(*(2**i for i in powers))
+    for powers in itertools.product(range(4), repeat=3)
+    if 1 <= sum(powers) <= 3
+]
 FEW = [MeshConfig(2, 2, 2), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8)]
-# With Adam's usual eps the first updates are the signs of the gradients, and those of gradients near zero are rounding.
+# With Adam's usual eps the first updates are the signs of the gradients, and those of gradients
+# near zero are rounding.
 OPTIM = OptimConfig(warmup_steps=0, learning_rate=1e-2, eps=1e-3)
 
 
@@ -58,7 +65,9 @@ def batch(rows=8, length=24):
 def sharded_step(model, adapter, mesh_config, accumulate=1):
     """Mesh, train step, and its arguments where they belong."""
     mesh = sharding.make_mesh(mesh_config)
-    state = init_state(perturb(init_adapters(jax.random.key(0), model, adapter), 1, 0.02), OPTIM, 10)
+    state = init_state(
+        perturb(init_adapters(jax.random.key(0), model, adapter), 1, 0.02), OPTIM, 10
+    )
     where = sharding.state_shardings(state, mesh)
     step = make_train_step(model.config, adapter, OPTIM, 10, accumulate, 32, where)
     rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
@@ -73,14 +82,17 @@ def train_three(model, adapter, mesh_config, accumulate=1):
         for _ in range(3):
             state, found = step(params, state, rows)
             metrics.append([float(found[name]) for name in ("loss", "grad_norm", "tokens")])
-        assert jax.tree.map(lambda x: x.sharding, state) == where  # the state stays where it was put: one compilation
+        # The state stays where it was put: one compilation.
+        assert jax.tree.map(lambda x: x.sharding, state) == where
         assert step._cache_size() == 1
     return np.asarray(metrics), jax.device_get(state.adapters)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_mesh_gives_the_numbers_of_one_device(method):
-    """Every mesh of up to 8 devices for zflora-uniform, which has every kind of block that widens, and for lora; three meshes for the others."""
+    """Every mesh of up to 8 devices for zflora-uniform, which has every kind of block that widens,
+    and for lora; three meshes for the others.
+    """
     model, adapter = sharded_model(), AdapterConfig(method, rank=6, alpha=9.0)
     wanted, adapters = train_three(model, adapter, MeshConfig())
     assert wanted[2, 0] < wanted[0, 0]
@@ -88,19 +100,31 @@ def test_every_mesh_gives_the_numbers_of_one_device(method):
         metrics, found = train_three(model, adapter, mesh, accumulate=2 if mesh.tensor == 2 else 1)
         np.testing.assert_allclose(metrics, wanted, rtol=2e-5, err_msg=str(mesh))
         for leaf, value in trees.flatten(found).items():
-            np.testing.assert_allclose(value, trees.flatten(adapters)[leaf], atol=2e-5, err_msg=f"{mesh}: {leaf}")
+            np.testing.assert_allclose(
+                value, trees.flatten(adapters)[leaf], atol=2e-5, err_msg=f"{mesh}: {leaf}"
+            )
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
-    """No collective moves a stack of layers, and no pass keeps one: every kernel is gathered on its own, in each pass anew."""
+    """No collective moves a stack of layers, and no pass keeps one: every kernel is gathered on its
+    own, in each pass anew.
+    """
     model = sharded_model(scan_layers=scan_layers, num_layers=3)
-    mesh, step, arguments = sharded_step(model, AdapterConfig("zflora-minimal", rank=6), MeshConfig(fsdp=4))
+    mesh, step, arguments = sharded_step(
+        model, AdapterConfig("zflora-minimal", rank=6), MeshConfig(fsdp=4)
+    )
     with jax.set_mesh(mesh):
         text = step.lower(*arguments).compile().as_text()
-    gathered = [tuple(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)]
+    gathered = [
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
+    ]
     assert gathered
-    shapes = {shape[1:] if name.startswith("layers/") else shape for name, shape in param_shapes(model.config).items()}
+    shapes = {
+        shape[1:] if name.startswith("layers/") else shape
+        for name, shape in param_shapes(model.config).items()
+    }
     sizes = {int(np.prod(shape)) for shape in shapes}
     assert max(int(np.prod(dims)) for dims in gathered) <= max(sizes)
     kernels = {shape for shape in shapes if len(shape) > 1 and 264 not in shape}
@@ -109,16 +133,22 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
     assert not arrays & {(3, *shape) for shape in kernels}
 
 
-@pytest.mark.parametrize(("method", "tied"), [("zflora-minimal", True), ("zflora-minimal", False), ("full", True)])
+@pytest.mark.parametrize(
+    ("method", "tied"), [("zflora-minimal", True), ("zflora-minimal", False), ("full", True)]
+)
 def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
-    """Not in the loop over chunks, of which there are two. The same numbers: `test_every_mesh_gives_the_numbers_of_one_device`."""
+    """Not in the loop over chunks, of which there are two. The same numbers:
+    `test_every_mesh_gives_the_numbers_of_one_device`.
+    """
     model = sharded_model(tie_word_embeddings=tied)
     mesh, step, arguments = sharded_step(model, AdapterConfig(method, rank=6), MeshConfig(fsdp=4))
     with jax.set_mesh(mesh):
         text = step.lower(*arguments).compile().as_text()
     found = []
     for computation in text.split("\n\n"):
-        for shapes, kind in re.findall(r"= (.*?) (all-gather|all-reduce|reduce-scatter)(?:-start)?\(", computation):
+        for shapes, kind in re.findall(
+            r"= (.*?) (all-gather|all-reduce|reduce-scatter)(?:-start)?\(", computation
+        ):
             if re.search(r"\[(264,64|64,264|66,64|64,66)\]", shapes):
                 found.append((kind, computation.lstrip().startswith("ENTRY")))
     assert all(entry for _, entry in found), found
@@ -126,27 +156,43 @@ def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
     assert kinds.count("all-gather") == 1 and len(kinds) == (2 if method == "full" else 1), found
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(2, 2, 2), MeshConfig(2, 4, 1), MeshConfig(1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh_config", [MeshConfig(2, 2, 2), MeshConfig(2, 4, 1), MeshConfig(1, 4, 2)], ids=str
+)
 def test_no_device_holds_the_embeddings_of_the_whole_batch(mesh_config):
     model = sharded_model()
-    mesh, step, arguments = sharded_step(model, AdapterConfig("zflora-minimal", rank=6), mesh_config)
+    mesh, step, arguments = sharded_step(
+        model, AdapterConfig("zflora-minimal", rank=6), mesh_config
+    )
     with jax.set_mesh(mesh):
         text = step.lower(*arguments).compile().as_text()
     rows, length = arguments[2]["tokens"].shape
     shapes = set(re.findall(r"f32\[([\d,]+)\]", text))
-    assert f"{rows // mesh_config.data // mesh_config.fsdp},{length},{model.config.hidden_size}" in shapes
+    assert (
+        f"{rows // mesh_config.data // mesh_config.fsdp},{length},{model.config.hidden_size}"
+        in shapes
+    )
     assert f"{rows},{length},{model.config.hidden_size}" not in shapes
 
 
 def test_every_parameter_of_every_model_and_method_has_a_rule():
     for config in PRESETS.values():
-        for name in [*param_shapes(config), *param_shapes(config.replace(tie_word_embeddings=False))]:
+        for name in [
+            *param_shapes(config),
+            *param_shapes(config.replace(tie_word_embeddings=False)),
+        ]:
             assert len(sharding.axes_of(name)) >= 1
-    mesh, config = sharding.make_mesh(MeshConfig(2, 2, 2)), preset("tiny").replace(num_kv_heads=4, vocab_size=264)
+    mesh, config = (
+        sharding.make_mesh(MeshConfig(2, 2, 2)),
+        preset("tiny").replace(num_kv_heads=4, vocab_size=264),
+    )
     for adapter in adapter_cases():
         for name, shape in adapter_shapes(config, adapter).items():
             assert len(sharding.spec(name, shape, mesh)) == len(shape), (case_id(adapter), name)
-    with pytest.raises(ConfigError, match=r"no sharding rule covers the parameter 'layers/attn/q/kernal': add one to RULES"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no sharding rule covers the parameter 'layers/attn/q/kernal': add one to RULES",
+    ):
         sharding.axes_of("layers/attn/q/kernal")
 
 
@@ -154,7 +200,9 @@ def test_large_kernels_are_divided_over_all_of_fsdp_and_tensor():
     mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
     for name, shape in param_shapes(preset("llama-3.2-1b")).items():
         if not name.endswith("scale"):
-            local = jax.sharding.NamedSharding(mesh, sharding.spec(name, shape, mesh)).shard_shape(shape)
+            local = jax.sharding.NamedSharding(mesh, sharding.spec(name, shape, mesh)).shard_shape(
+                shape
+            )
             assert np.prod(local) * 8 == np.prod(shape), name
 
 
@@ -164,8 +212,13 @@ def test_large_kernels_are_divided_over_all_of_fsdp_and_tensor():
         (lambda: MeshConfig(data=0), r"mesh.data=0: must be at least 1"),
         (lambda: sharding.make_mesh(MeshConfig(3, 3, 3)), r"needs 27 devices; there are 8"),
         (
-            lambda: sharding.spec("layers/attn/k/kernel", (30, 576, 3, 64), sharding.make_mesh(MeshConfig(tensor=2))),
-            r"mesh.tensor=2 does not divide layers/attn/k/kernel, shape \(30, 576, 3, 64\), at the dimension of 3. Choose .* that does, e.g. 1",
+            lambda: sharding.spec(
+                "layers/attn/k/kernel", (30, 576, 3, 64), sharding.make_mesh(MeshConfig(tensor=2))
+            ),
+            (
+                r"mesh.tensor=2 does not divide layers/attn/k/kernel, shape \(30, 576, 3, 64\), at"
+                r" the dimension of 3. Choose .* that does, e.g. 1"
+            ),
         ),
         (
             lambda: RunConfig(data=DataConfig(batch_size=6), mesh=MeshConfig(data=2, fsdp=2)),
@@ -179,7 +232,9 @@ def test_wrong_meshes(make, message):
 
 
 def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
-    """Saved on one mesh, resumed on others: the state comes back bit for bit, and the losses are those of the run on one device."""
+    """Saved on one mesh, resumed on others: the state comes back bit for bit, and the losses are
+    those of the run on one device.
+    """
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     model = sharded_model(max_position_embeddings=400)
     model.tokenizer = byte_tokenizer()
@@ -214,14 +269,18 @@ def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
     restored = runs.load_run(tmp_path / "many")
     assert restored[3] == 2
     assert_trees_equal(restored[2], saved[0].adapters)
-    trained = runs.train(dataclasses.replace(whole, mesh=MeshConfig(fsdp=4)), tmp_path / "many", console=False)
+    trained = runs.train(
+        dataclasses.replace(whole, mesh=MeshConfig(fsdp=4)), tmp_path / "many", console=False
+    )
     assert trained.report["resumed_from"] == 2
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-5)
     assert trained.adapters["layers"]["mlp"]["up"]["backward"].sharding.mesh.shape["fsdp"] == 4
 
 
 def test_too_few_devices_are_said_before_a_model_is_looked_for(tmp_path):
-    run = RunConfig(model=str(tmp_path / "none"), data=DataConfig(batch_size=64), mesh=MeshConfig(data=64))
+    run = RunConfig(
+        model=str(tmp_path / "none"), data=DataConfig(batch_size=64), mesh=MeshConfig(data=64)
+    )
     with pytest.raises(ConfigError, match="needs 64 devices; there are 8"):
         runs.train(run, tmp_path / "w")
 
@@ -244,6 +303,10 @@ def test_a_process_puts_its_own_rows_where_they_belong(monkeypatch):
     # A process that holds the last three rows alone, in an order of its own.
     monkeypatch.setattr(sharding, "own_rows", lambda *_: [5, 6, 7])
     asked = {}
-    monkeypatch.setattr(sharding.jax, "make_array_from_callback", lambda shape, _, read: asked.update({shape: read((slice(6, 8), slice(None)))}))
+    monkeypatch.setattr(
+        sharding.jax,
+        "make_array_from_callback",
+        lambda shape, _, read: asked.update({shape: read((slice(6, 8), slice(None)))}),
+    )
     sharding.put_rows({"tokens": rows["tokens"][5:]}, 8, mesh)
     np.testing.assert_array_equal(asked[8, 3], rows["tokens"][6:])

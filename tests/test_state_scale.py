@@ -1,4 +1,6 @@
-"""eps_z: chosen from the weights, named by the user, read from old exports; what it does to int8."""
+"""eps_z: chosen from the weights, named by the user, read from old exports; what it does
+to int8.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,10 @@ def test_the_chosen_scale_keeps_float32_logits(adapter, tmp_path):
     assert report["eps_z"] == saved_eps(tmp_path / "out") == choose_eps_z(fused, "float32")
     gap = export_gap(fused, tmp_path / "out", TOKENS)
     assert gap["max_abs_dlogit"] <= TOLERANCE * gap["logit_scale"]
-    assert 2**-10 <= report["eps_z"] <= 2**-6 and choose_eps_z(fused, "bfloat16") >= 16 * report["eps_z"]
+    assert (
+        2**-10 <= report["eps_z"] <= 2**-6
+        and choose_eps_z(fused, "bfloat16") >= 16 * report["eps_z"]
+    )
 
 
 def test_the_choice_follows_the_weights():
@@ -65,7 +70,9 @@ def test_the_choice_follows_the_weights():
         """The state, times `factor`: as a larger adapter would write it."""
 
         def visit(name: str, x: jax.Array) -> jax.Array:
-            return x.at[..., d:].multiply(factor) if name.endswith(("o/kernel", "down/kernel")) else x
+            return (
+                x.at[..., d:].multiply(factor) if name.endswith(("o/kernel", "down/kernel")) else x
+            )
 
         return Model(fused.config, trees.map_with_names(visit, fused.params), adapter=MINIMAL)
 
@@ -88,7 +95,9 @@ def test_the_estimate_bounds_the_share_of_every_token():
         gained = {}
         for eps in (0.5, 0.25):  # large enough to be seen above the rounding of float32
             shown = _stock(fused, eps)
-            gained[eps] = np.abs(np.asarray(forward(shown, TOKENS)) - want).max() / np.abs(want).max()
+            gained[eps] = (
+                np.abs(np.asarray(forward(shown, TOKENS)) - want).max() / np.abs(want).max()
+            )
             assert gained[eps] <= 4 * state_share(fused) * eps**2 / 2
         assert gained[0.5] / gained[0.25] == pytest.approx(4, rel=0.3)  # the square of eps_z
 
@@ -103,7 +112,9 @@ def _stock(model: Model, eps: float) -> Model:
 def test_a_named_scale_is_written_and_read_back(eps, tmp_path):
     """2^-10 is what every export had before it was chosen: those load as they did."""
     fused = trained_like()
-    assert save_hf(tmp_path / "out", fused, eps_z=eps)["eps_z"] == saved_eps(tmp_path / "out") == eps
+    assert (
+        save_hf(tmp_path / "out", fused, eps_z=eps)["eps_z"] == saved_eps(tmp_path / "out") == eps
+    )
     again = load_model(tmp_path / "out")
     for name, leaf in trees.flatten(fused.params).items():
         np.testing.assert_array_equal(trees.flatten(again.params)[name], leaf, err_msg=name)
@@ -156,7 +167,10 @@ def test_int8_by_channel_of_the_bfloat16_choice_is_as_good_as_of_the_base():
     base = unfuse(fused)[0]
     ours = divergence(int8_by_channel(base), base)
     chosen = choose_eps_z(fused, "bfloat16")
-    found = {eps: divergence(int8_by_channel(_stock(fused, eps)), fused) for eps in (chosen, 0.0625, 2.0**-10)}
+    found = {
+        eps: divergence(int8_by_channel(_stock(fused, eps)), fused)
+        for eps in (chosen, 0.0625, 2.0**-10)
+    }
     print(ours, chosen, found)
     assert chosen >= 0.0625 and 0 < found[chosen] < 2 * ours and found[0.0625] < 2 * ours
     assert found[2.0**-10] > 20 * ours

@@ -8,24 +8,43 @@ import pytest
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.sources import normalise
-from zflora_jax.data.tasks import GROUPS, HOLD_OUT, SPLITS, TASKS, Example, get_task, load_examples, numbers
+from zflora_jax.data.tasks import (
+    GROUPS,
+    HOLD_OUT,
+    SPLITS,
+    TASKS,
+    Example,
+    get_task,
+    load_examples,
+    numbers,
+)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))  # shared by the module's tests
+    # Shared by the module's tests.
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
 
 
 def write(path, questions, **fields):
-    rows = [{"instruction": q, "input": "", "output": f"A: The answer is {i}.", "answer": str(i)} | fields for i, q in enumerate(questions)]
-    path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    rows = [
+        {"instruction": q, "input": "", "output": f"A: The answer is {i}.", "answer": str(i)}
+        | fields
+        for i, q in enumerate(questions)
+    ]
+    path.write_text(
+        json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows))
+    )
 
 
 def prompts_of(split, directory, task="json", **fields):
-    return [example.prompt for example in load_examples(task, split, DataConfig(data_dir=str(directory), **fields))]
+    return [
+        example.prompt
+        for example in load_examples(task, split, DataConfig(data_dir=str(directory), **fields))
+    ]
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -97,7 +116,7 @@ def test_json_answers_are_numbers_or_words(completion, answer, right):
     assert task.score(task.parse(completion), answer) is right
 
 
-# --- examples and splits ------------------------------------------------------------------------------------------
+# --- examples and splits --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -106,11 +125,15 @@ def test_arithmetic_targets_score_as_right_and_wrong_answers_do_not(split):
     assert len(examples) == (4000 if split == "train" else 400)
     for example in examples[:100]:
         assert task.score(task.parse(example.target), example.answer)
-        assert not task.score(task.parse(example.target.replace(f"is {example.answer}.", "is 9999.")), example.answer)
+        assert not task.score(
+            task.parse(example.target.replace(f"is {example.answer}.", "is 9999.")), example.answer
+        )
 
 
 def test_arithmetic_data_can_be_kept_elsewhere(tmp_path):
-    assert len(load_examples("arithmetic", "test", DataConfig(data_dir=str(tmp_path / "kept")))) == 400
+    assert (
+        len(load_examples("arithmetic", "test", DataConfig(data_dir=str(tmp_path / "kept")))) == 400
+    )
     assert (tmp_path / "kept" / "arithmetic").is_dir()
 
 
@@ -125,7 +148,9 @@ def test_examples_are_a_sequence(tmp_path):
 
 
 def test_gsm8k_rows(tmp_path):
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"}))
+    (tmp_path / "test.jsonl").write_text(
+        json.dumps({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"})
+    )
     (example,) = load_examples("gsm8k", "test", DataConfig(data_dir=str(tmp_path)))
     assert example == Example("q", "1+1=2\nThe answer is 2.", "2")
 
@@ -134,14 +159,21 @@ def test_missing_splits_are_held_out_of_train(tmp_path):
     questions = [f"q{i}" for i in range(100)]
     write(tmp_path / "train.jsonl", questions)
     parts = {split: prompts_of(split, tmp_path) for split in SPLITS}
-    assert {split: len(rows) for split, rows in parts.items()} == {"train": 80, "validation": 10, "test": 10}
+    assert {split: len(rows) for split, rows in parts.items()} == {
+        "train": 80,
+        "validation": 10,
+        "test": 10,
+    }
     assert sorted(itertools.chain(*parts.values())) == sorted(questions)
-    assert parts == {split: prompts_of(split, tmp_path, seed=5) for split in SPLITS}  # not a matter of the run's seed
-    assert parts == {split: prompts_of(split, tmp_path / "train.jsonl") for split in SPLITS}  # a file alone is a train file
+    # Not a matter of the run's seed.
+    assert parts == {split: prompts_of(split, tmp_path, seed=5) for split in SPLITS}
+    # A file alone is a train file.
+    assert parts == {split: prompts_of(split, tmp_path / "train.jsonl") for split in SPLITS}
 
     write(tmp_path / "test.json", ["t0", "t1"])
     assert prompts_of("test", tmp_path) == ["t0", "t1"]
-    assert prompts_of("validation", tmp_path) == parts["validation"]  # a test file appearing does not move the validation rows
+    # A test file appearing does not move the validation rows.
+    assert prompts_of("validation", tmp_path) == parts["validation"]
     assert sorted(prompts_of("train", tmp_path)) == sorted(parts["train"] + parts["test"])
     write(tmp_path / "validation.json", ["v0"])
     assert prompts_of("validation", tmp_path) == ["v0"]
@@ -149,8 +181,18 @@ def test_missing_splits_are_held_out_of_train(tmp_path):
 
 
 def test_what_is_held_out_has_no_twin_in_train(tmp_path):
-    """Questions that differ in case and marks alone hash apart; the one held out is then left out."""
-    rows = [{"instruction": f"How many is {i % 200}{'?' * (i // 200)}", "input": "", "output": str(i), "answer": str(i)} for i in range(300)]
+    """Questions that differ in case and marks alone hash apart; the one held out is then
+    left out.
+    """
+    rows = [
+        {
+            "instruction": f"How many is {i % 200}{'?' * (i // 200)}",
+            "input": "",
+            "output": str(i),
+            "answer": str(i),
+        }
+        for i in range(300)
+    ]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     data = DataConfig(task="json", data_dir=str(tmp_path))
     train, *held = (load_examples("json", split, data) for split in SPLITS)
@@ -163,25 +205,36 @@ def test_what_is_held_out_has_no_twin_in_train(tmp_path):
 def test_a_hold_out_has_a_bound_and_keeps_equal_questions_together(tmp_path):
     write(tmp_path / "train.json", [f"q{i // 3}" for i in range(3 * 1000)])
     parts = {split: prompts_of(split, tmp_path) for split in SPLITS}
-    assert HOLD_OUT <= len(parts["validation"]) < HOLD_OUT + 3 and HOLD_OUT <= len(parts["test"]) < HOLD_OUT + 3
+    assert (
+        HOLD_OUT <= len(parts["validation"]) < HOLD_OUT + 3
+        and HOLD_OUT <= len(parts["test"]) < HOLD_OUT + 3
+    )
     assert sum(map(len, parts.values())) == 3000
-    assert not set(parts["train"]) & set(parts["validation"]) and not set(parts["train"]) & set(parts["test"])
+    assert not set(parts["train"]) & set(parts["validation"]) and not set(parts["train"]) & set(
+        parts["test"]
+    )
     assert not set(parts["validation"]) & set(parts["test"])
 
 
 def test_train_limit_takes_a_nested_sample_of_train_alone(tmp_path):
     write(tmp_path / "train.json", [f"q{i}" for i in range(100)])
-    few, more = prompts_of("train", tmp_path, train_limit=5), prompts_of("train", tmp_path, train_limit=20)
+    few, more = (
+        prompts_of("train", tmp_path, train_limit=5),
+        prompts_of("train", tmp_path, train_limit=20),
+    )
     assert more[:5] == few and len(more) == 20
     assert len(prompts_of("test", tmp_path, train_limit=5)) == 10
     assert len(prompts_of("train", tmp_path, train_limit=10**6)) == 80
 
 
-# --- wrong settings -----------------------------------------------------------------------------------------------
+# --- wrong settings -------------------------------------------------------------------------------
 
 
 def test_unknown_names():
-    with pytest.raises(ConfigError, match=r"unknown task 'gsm8': did you mean 'gsm8k'\? Allowed: addsub, aqua, .*, xsum"):
+    with pytest.raises(
+        ConfigError,
+        match=r"unknown task 'gsm8': did you mean 'gsm8k'\? Allowed: addsub, aqua, .*, xsum",
+    ):
         load_examples("gsm8", "train", DataConfig())
     with pytest.raises(ConfigError, match=r"unknown split 'tests': did you mean 'test'"):
         load_examples("arithmetic", "tests", DataConfig())
@@ -197,10 +250,26 @@ def test_missing_files(tmp_path):
     fails(r"nowhere' does not exist", "gsm8k", tmp_path / "nowhere")
     fails(r"no train, validation or test file in .*grade-school-math", "gsm8k", tmp_path)
     write(tmp_path / "test.json", ["a"])
-    fails(r"no train file beside .*test.json. The validation split needs train.json\(l\) or validation.json\(l\)", "gsm8k", tmp_path, "validation")
-    fails(r"no train file beside .*test.json. The train split needs train.json\(l\) there", "gsm8k", tmp_path, "train")
+    fails(
+        r"no train file beside .*test.json. The validation split needs train.json\(l\) or"
+        r" validation.json\(l\)",
+        "gsm8k",
+        tmp_path,
+        "validation",
+    )
+    fails(
+        r"no train file beside .*test.json. The train split needs train.json\(l\) there",
+        "gsm8k",
+        tmp_path,
+        "train",
+    )
     write(tmp_path / "train.json", ["a", "b"])
-    fails(r"train.json has 2 rows, too few different ones to hold out a validation split", "gsm8k", tmp_path, "validation")
+    fails(
+        r"train.json has 2 rows, too few different ones to hold out a validation split",
+        "gsm8k",
+        tmp_path,
+        "validation",
+    )
     assert len(prompts_of("train", tmp_path)) == 2
     write(tmp_path / "train.jsonl", ["a", "b"])
     fails(r"both train.json and train.jsonl", "gsm8k", tmp_path, "train")
@@ -208,17 +277,31 @@ def test_missing_files(tmp_path):
 
 def test_a_missing_folder_is_answered_with_what_was_tried_and_where_the_files_are(tmp_path):
     fails(
-        r"no train, validation or test file in .*Tried: \S+/AddSub, \S+/dataset/AddSub, \S+/llm_adapters/dataset/AddSub.*--data-dir\) the folder "
+        r"no train, validation or test file in .*Tried: \S+/AddSub, \S+/dataset/AddSub,"
+        r" \S+/llm_adapters/dataset/AddSub.*--data-dir\) the folder "
         r"that holds AddSub/.*AddSub/test.json\(l\).*AGI-Edgerunners/LLM-Adapters",
         "addsub",
         tmp_path,
     )
-    fails(r"Tried: .*dialogsum/.*dialogsum.train.json\(l\).*cylnlp/dialogsum", "dialogsum", tmp_path)
+    fails(
+        r"Tried: .*dialogsum/.*dialogsum.train.json\(l\).*cylnlp/dialogsum", "dialogsum", tmp_path
+    )
     fails(r"woz_train_en.json\(l\).*nmrksic/neural-belief-tracker", "woz", tmp_path)
-    fails(r"'woz' reads files, but data.data_dir is not set. Set data.data_dir to .*the folder that holds woz/", "woz", None)
-    fails(r"Tried: .*ft-training_set.*math_10k.json\(l\).*AGI-Edgerunners/LLM-Adapters", "math_10k", tmp_path, "train")
+    fails(
+        r"'woz' reads files, but data.data_dir is not set. Set data.data_dir to .*the folder that"
+        r" holds woz/",
+        "woz",
+        None,
+    )
+    fails(
+        r"Tried: .*ft-training_set.*math_10k.json\(l\).*AGI-Edgerunners/LLM-Adapters",
+        "math_10k",
+        tmp_path,
+        "train",
+    )
     write(tmp_path / "test.json", ["a"])
-    fails(r"Tried: .*AddSub", "addsub", tmp_path)  # a file of that name, but not in a folder of the task's
+    # A file of that name, but not in a folder of the task's.
+    fails(r"Tried: .*AddSub", "addsub", tmp_path)
     fails(r"test.json' is a file. Set data.data_dir to", "addsub", tmp_path / "test.json")
 
 
@@ -227,17 +310,24 @@ def test_a_test_only_task_says_so(tmp_path):
     write(tmp_path / "piqa" / "test.json", ["a"])
     for split in ("train", "validation"):
         fails(
-            r"no train file beside \S+test.json. .*LLM-Adapters.* has none for this task, only test rows: train on another", "piqa", tmp_path, split
+            r"no train file beside \S+test.json. .*LLM-Adapters.* has none for this task, only test"
+            r" rows: train on another",
+            "piqa",
+            tmp_path,
+            split,
         )
     assert prompts_of("test", tmp_path, "piqa") == ["a"]
 
 
-@pytest.mark.parametrize("below", ["", "AQuA", "dataset/AQuA", "llm_adapters/dataset/AQuA", "llm_adapters/AQuA"])
+@pytest.mark.parametrize(
+    "below", ["", "AQuA", "dataset/AQuA", "llm_adapters/dataset/AQuA", "llm_adapters/AQuA"]
+)
 def test_the_folder_of_a_task_is_found(tmp_path, below):
     root = tmp_path / "aqua"
     (root / below).mkdir(parents=True)
     write(root / below / "test.jsonl", ["q"], answer="B")
-    assert prompts_of("test", root, "aqua") == ["q"]  # for below="", root is the folder itself, in another case
+    # For below="", root is the folder itself, in another case.
+    assert prompts_of("test", root, "aqua") == ["q"]
 
 
 def test_gsm8k_as_published_comes_before_the_other_form(tmp_path):
@@ -245,7 +335,9 @@ def test_gsm8k_as_published_comes_before_the_other_form(tmp_path):
     (tmp_path / "dataset" / "gsm8k").mkdir(parents=True)
     write(tmp_path / "dataset" / "gsm8k" / "test.json", ["LLM-Adapters"])
     assert prompts_of("test", tmp_path, "gsm8k") == ["LLM-Adapters"]
-    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "published", "answer": "#### 1"}))
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(
+        json.dumps({"question": "published", "answer": "#### 1"})
+    )
     assert prompts_of("test", tmp_path, "gsm8k") == ["published"]
 
 
@@ -254,7 +346,11 @@ def test_named_folders_come_before_the_directory_itself(tmp_path):
     assert prompts_of("test", tmp_path, "gsm8k") == ["stray"]  # in a directory of any other name
     (tmp_path / "gsm8k").mkdir()
     write(tmp_path / "gsm8k" / "test.json", ["named"])
-    assert prompts_of("test", tmp_path, "gsm8k") == prompts_of("test", tmp_path / "gsm8k", "gsm8k") == ["named"]
+    assert (
+        prompts_of("test", tmp_path, "gsm8k")
+        == prompts_of("test", tmp_path / "gsm8k", "gsm8k")
+        == ["named"]
+    )
     assert prompts_of("test", tmp_path) == ["stray"]
 
 
@@ -263,7 +359,12 @@ def test_the_folder_of_another_task_is_not_read(tmp_path, folder):
     root = tmp_path / folder
     root.mkdir()
     write(root / "test.json", ["another's"])
-    fails(rf"no train, validation or test file in .*Tried: \S+/{folder}/gsm8k, \S+, \S+, \S+/llm_adapters/gsm8k\. .*unless", "gsm8k", root)
+    fails(
+        rf"no train, validation or test file in .*Tried: \S+/{folder}/gsm8k, \S+, \S+,"
+        r" \S+/llm_adapters/gsm8k\. .*unless",
+        "gsm8k",
+        root,
+    )
     assert prompts_of("test", root) == ["another's"]
     write(root / "math_10k.json", ["a"])
     fails(r"Tried: \S+/ft-training_set, ", "math_10k", root)
@@ -274,11 +375,17 @@ def test_training_files_are_found_by_name_or_given(tmp_path):
     path = tmp_path / "ft-training_set" / "commonsense_15k.json"
     write(path, [f"q{i}" for i in range(40)])
     for given in (tmp_path, path.parent, path):
-        assert {split: len(prompts_of(split, given, "commonsense_15k")) for split in SPLITS} == {"train": 32, "validation": 4, "test": 4}
+        assert {split: len(prompts_of(split, given, "commonsense_15k")) for split in SPLITS} == {
+            "train": 32,
+            "validation": 4,
+            "test": 4,
+        }
 
 
 def test_a_malformed_row_is_named_through_the_task(tmp_path):
-    (tmp_path / "test.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n{"question": "q"}\n')
+    (tmp_path / "test.jsonl").write_text(
+        '{"question": "q", "answer": "#### 1"}\n{"question": "q"}\n'
+    )
     with pytest.raises(ConfigError, match=r"test.jsonl, row 2: no field 'answer'"):
         load_examples("gsm8k", "test", DataConfig(data_dir=str(tmp_path)))
     (tmp_path / "test.jsonl").write_text("")
@@ -286,10 +393,15 @@ def test_a_malformed_row_is_named_through_the_task(tmp_path):
         load_examples("gsm8k", "test", DataConfig(data_dir=str(tmp_path)))
 
 
-# --- options ------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
-def choice(directory, answer="answer2", output="the correct answer is answer2", allowed="answer1/answer2/answer3"):
+def choice(
+    directory,
+    answer="answer2",
+    output="the correct answer is answer2",
+    allowed="answer1/answer2/answer3",
+):
     (directory / "ARC-Easy").mkdir(exist_ok=True)
     rows = [
         {"instruction": f"Which?\n\nAnswer format: {a}", "input": "", "output": o, "answer": w}
@@ -300,7 +412,9 @@ def choice(directory, answer="answer2", output="the correct answer is answer2", 
 
 
 def test_options_have_the_form_of_the_target(tmp_path):
-    assert choice(tmp_path)[1].options == tuple(f"the correct answer is answer{i}" for i in (1, 2, 3))
+    assert choice(tmp_path)[1].options == tuple(
+        f"the correct answer is answer{i}" for i in (1, 2, 3)
+    )
     bare = choice(tmp_path, output="answer2.", allowed="answer1/answer2")[1]
     assert bare.options == ("answer1.", "answer2.") and bare.target in bare.options
 
@@ -308,9 +422,17 @@ def test_options_have_the_form_of_the_target(tmp_path):
 def test_an_answer_that_is_no_option_is_an_error_with_its_row(tmp_path):
     examples = choice(tmp_path, answer="answer4")
     assert examples[0].options == ("a", "b")
-    with pytest.raises(ConfigError, match=r"'arc_easy': \S+test.json, row 2: the answer is 'answer4'.*not one of .*answer1, answer2, answer3"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"'arc_easy': \S+test.json, row 2: the answer is 'answer4'.*not one of .*answer1,"
+            r" answer2, answer3"
+        ),
+    ):
         examples[1]
-    with pytest.raises(ConfigError, match=r"row 2: the output 'two' does not state the answer 'answer2'"):
+    with pytest.raises(
+        ConfigError, match=r"row 2: the output 'two' does not state the answer 'answer2'"
+    ):
         choice(tmp_path, output="two")[-1]
 
 
@@ -320,15 +442,21 @@ def test_rows_without_an_answer_are_for_tasks_that_need_none(tmp_path):
     data = DataConfig(data_dir=str(tmp_path))
     own = load_examples("json", "train", data)[0]
     assert (own.target, own.answer, own.options) == ("yes", "", ())
-    with pytest.raises(ConfigError, match=r"row \d: the answer is empty, and 'gsm8k' is scored by it.*task 'json'"):
+    with pytest.raises(
+        ConfigError, match=r"row \d: the answer is empty, and 'gsm8k' is scored by it.*task 'json'"
+    ):
         load_examples("gsm8k", "train", data)[0]
 
 
-# --- the registry -------------------------------------------------------------------------------------------------
+# --- the registry ---------------------------------------------------------------------------------
 
 
 def test_the_papers_18_tasks():
-    assert {name: len(tasks) for name, tasks in GROUPS.items()} == {"commonsense": 8, "math": 6, "summary": 4}
+    assert {name: len(tasks) for name, tasks in GROUPS.items()} == {
+        "commonsense": 8,
+        "math": 6,
+        "summary": 4,
+    }
     for group, names in GROUPS.items():
         assert all(get_task(name).group == group for name in names)
     assert "mawps" not in GROUPS["math"] and TASKS["mawps"].group == "math"

@@ -26,12 +26,17 @@ def talker() -> Any:
     return model
 
 
-@pytest.mark.parametrize("sampler", [None, Sampler(0.9), Sampler(1.5, 20, 0.9)], ids=["greedy", "drawn", "cut"])
+@pytest.mark.parametrize(
+    "sampler", [None, Sampler(0.9), Sampler(1.5, 20, 0.9)], ids=["greedy", "drawn", "cut"]
+)
 @pytest.mark.parametrize("count", [1, 2, 13])
 def test_streamed_tokens_are_those_of_a_batch_of_one(talker, sampler, count):
     for prompt in ([5, 6, 7], list(range(1, 40))):
         want = generate_tokens(talker, [prompt], max_new_tokens=count, sampler=sampler, seed=3)[0]
-        assert list(stream_tokens(talker, prompt, max_new_tokens=count, sampler=sampler, seed=3)) == want
+        assert (
+            list(stream_tokens(talker, prompt, max_new_tokens=count, sampler=sampler, seed=3))
+            == want
+        )
         assert len(want) == count
 
 
@@ -45,7 +50,8 @@ def test_a_stream_ends_with_its_stop_token(talker):
 def test_a_stream_compiles_one_step(talker):
     list(stream_tokens(talker, [5, 6, 7], max_new_tokens=9))
     compiled = decode.prefill._cache_size(), decode.advance._cache_size()
-    list(stream_tokens(talker, [8, 9, 10, 11], max_new_tokens=16))  # as much room, and as long a prompt once padded
+    # As much room, and as long a prompt once padded.
+    list(stream_tokens(talker, [8, 9, 10, 11], max_new_tokens=16))
     assert (decode.prefill._cache_size(), decode.advance._cache_size()) == compiled
 
 
@@ -58,16 +64,28 @@ def test_a_stream_checks_its_prompt(talker):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_pieces_together_are_the_generated_text(talker, chat):
-    pieces = list(stream(talker, [{"role": "user", "content": PROMPT}] if chat else PROMPT, max_new_tokens=24, sampler=Sampler(1.0), seed=4))
+    pieces = list(
+        stream(
+            talker,
+            [{"role": "user", "content": PROMPT}] if chat else PROMPT,
+            max_new_tokens=24,
+            sampler=Sampler(1.0),
+            seed=4,
+        )
+    )
     want = generate(talker, [PROMPT], max_new_tokens=24, sampler=Sampler(1.0), seed=4, chat=chat)
     assert ["".join(pieces)] == want and len(pieces) > 3 and all(pieces)
 
 
 def test_a_piece_never_ends_within_a_character(talker, monkeypatch):
     text = "aé€😀b"
-    monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter(text.encode()))
+    monkeypatch.setattr(
+        "zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter(text.encode())
+    )
     assert list(stream(talker, PROMPT)) == list(text)
-    monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter("é".encode()[:1]))
+    monkeypatch.setattr(
+        "zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter("é".encode()[:1])
+    )
     assert list(stream(talker, PROMPT)) == ["�"]  # cut there by max_new_tokens
 
 
@@ -89,7 +107,9 @@ def test_a_conversation_gives_the_turns_before(talker):
 
 def test_reset_and_quit(talker):
     first = talk(talker, ["hi"], max_new_tokens=6)
-    assert talk(talker, ["one", "/reset", "hi", "/quit", "never"], max_new_tokens=6).endswith(f"(the conversation starts anew)\n{first}")
+    assert talk(talker, ["one", "/reset", "hi", "/quit", "never"], max_new_tokens=6).endswith(
+        f"(the conversation starts anew)\n{first}"
+    )
 
 
 def test_turns_that_no_longer_fit_are_left_out_and_said(talker):
@@ -126,4 +146,6 @@ def test_what_cannot_be_said_is_refused(talker):
 def test_a_turn_that_does_not_fit_is_said_and_the_conversation_goes_on(talker):
     said = talk(talker, ["hi", "word " * 40, "hi"], max_new_tokens=10)
     assert "(that is too long: 10 new tokens leave 118 of the context's 128)\n" in said
-    assert said.replace("(that is too long: 10 new tokens leave 118 of the context's 128)\n", "") == talk(talker, ["hi", "hi"], max_new_tokens=10)
+    assert said.replace(
+        "(that is too long: 10 new tokens leave 118 of the context's 128)\n", ""
+    ) == talk(talker, ["hi", "hi"], max_new_tokens=10)

@@ -36,7 +36,11 @@ def llama_cpp(tmp_path):
     writer.add_bool("tokenizer.ggml.add_bos_token", False)
     writer.add_tensor("token_embd.weight", np.arange(12, dtype=np.float32).reshape(3, 4))
     writer.add_tensor("half.weight", np.arange(4, dtype=np.float16))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+    ):
         write()
     writer.close()
     folder = tmp_path / "llama.cpp"
@@ -49,13 +53,19 @@ def exported(tmp_path, method):
     import jax
 
     model, adapter = tiny_model(num_layers=2), AdapterConfig(method, rank=4)
-    save_hf(tmp_path / method, fuse(model, adapter, init_adapters(jax.random.key(0), model, adapter)))
+    save_hf(
+        tmp_path / method, fuse(model, adapter, init_adapters(jax.random.key(0), model, adapter))
+    )
     return tmp_path / method
 
 
 def read(path):
     reader = GGUFReader(path)
-    fields = {f.name: (f.contents(), f.types) for f in reader.fields.values() if not f.name.startswith("GGUF.")}
+    fields = {
+        f.name: (f.contents(), f.types)
+        for f in reader.fields.values()
+        if not f.name.startswith("GGUF.")
+    }
     return fields, {t.name: (np.array(t.data), t.tensor_type) for t in reader.tensors}
 
 
@@ -72,49 +82,83 @@ def test_wider_heads_bring_their_rope_factors(tmp_path, llama_cpp):
         np.testing.assert_array_equal(tensors[name][0], values)
     factors = json.loads((export / "config.json").read_text())["rope_parameters"]
     for kind in ("long", "short"):
-        np.testing.assert_array_equal(tensors[f"rope_factors_{kind}.weight"][0], np.asarray(factors[f"{kind}_factor"], np.float32))
+        np.testing.assert_array_equal(
+            tensors[f"rope_factors_{kind}.weight"][0],
+            np.asarray(factors[f"{kind}_factor"], np.float32),
+        )
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.gguf"]
 
 
 def test_heads_of_the_base_are_left_as_they_are(tmp_path, llama_cpp):
     said = convert(exported(tmp_path, "zflora-minimal"), tmp_path / "a.gguf", llama_cpp, multiple=1)
-    assert "widths as they are\nno multiple of 32" in said and "hidden_size (68), intermediate_size (100)" in said
+    assert (
+        "widths as they are\nno multiple of 32" in said
+        and "hidden_size (68), intermediate_size (100)" in said
+    )
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "source.gguf").read_bytes()
 
 
 def test_a_script_that_fails_leaves_no_file(tmp_path, llama_cpp):
     with pytest.raises(ConversionError, match="ended with 1:\nunsupported"):
-        convert(exported(tmp_path, "zflora-minimal"), tmp_path / "a.gguf", llama_cpp, outtype="bf16")
+        convert(
+            exported(tmp_path, "zflora-minimal"), tmp_path / "a.gguf", llama_cpp, outtype="bf16"
+        )
     assert not (tmp_path / "a.gguf").exists()
 
 
 # --- widths ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "multiple", "widths"), [("zflora-minimal", 32, (96, 128)), ("zflora-uniform", 256, (256, 256))])
+@pytest.mark.parametrize(
+    ("method", "multiple", "widths"),
+    [("zflora-minimal", 32, (96, 128)), ("zflora-uniform", 256, (256, 256))],
+)
 def test_widths_are_filled_and_the_function_stays(method, multiple, widths, tmp_path):
     """Real tensors: the file of a fused model with adapters moved by noise, before and after."""
     import jax
     import transformers
 
-    base, adapter = tiny_model(num_layers=2, tie_word_embeddings=False), AdapterConfig(method, rank=5, head_rank=None)
+    base, adapter = (
+        tiny_model(num_layers=2, tie_word_embeddings=False),
+        AdapterConfig(method, rank=5, head_rank=None),
+    )
     fused = fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter)))
     save_hf(tmp_path / "export", fused)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     (tmp_path / "llama.cpp").mkdir()
     write_gguf(tmp_path / "plain.gguf", model, tokenizer=False)
-    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text(SCRIPT.format(source=str(tmp_path / "plain.gguf")))
-    said = convert(tmp_path / "export", tmp_path / "a.gguf", tmp_path / "llama.cpp", multiple=multiple)
+    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text(
+        SCRIPT.format(source=str(tmp_path / "plain.gguf"))
+    )
+    said = convert(
+        tmp_path / "export", tmp_path / "a.gguf", tmp_path / "llama.cpp", multiple=multiple
+    )
     assert f"hidden_size 72 -> {widths[0]}, intermediate_size 101 -> {widths[1]}" in said
     assert ("fall back" in said) == (multiple == 32 or method == "zflora-uniform")
     fields, tensors = read(tmp_path / "a.gguf")
     assert (fields["llama.embedding_length"][0], fields["llama.feed_forward_length"][0]) == widths
     heads = fused.config.head_dim
-    assert fields["llama.attention.key_length"][0] == fields["llama.attention.value_length"][0] == heads
-    of = {"token_embd": (259, widths[0]), "attn_q": (4 * heads, widths[0]), "attn_output": (widths[0], 4 * heads)}
-    of |= {"ffn_gate": (widths[1], widths[0]), "ffn_down": (widths[0], widths[1]), "ffn_norm": (widths[0],)}
+    assert (
+        fields["llama.attention.key_length"][0]
+        == fields["llama.attention.value_length"][0]
+        == heads
+    )
+    of = {
+        "token_embd": (259, widths[0]),
+        "attn_q": (4 * heads, widths[0]),
+        "attn_output": (widths[0], 4 * heads),
+    }
+    of |= {
+        "ffn_gate": (widths[1], widths[0]),
+        "ffn_down": (widths[0], widths[1]),
+        "ffn_norm": (widths[0],),
+    }
     for name, shape in of.items():
-        found = [data.shape for key, (data, _) in tensors.items() if key.removesuffix(".weight").split(".")[-1] == name]
+        found = [
+            data.shape
+            for key, (data, _) in tensors.items()
+            if key.removesuffix(".weight").split(".")[-1] == name
+        ]
         assert found and set(found) == {shape}, name
     if method == "zflora-uniform":  # our reader takes no rope factors of a file
         assert tensors["rope_factors_long.weight"][0].shape == (heads // 2,)
@@ -124,7 +168,13 @@ def test_widths_are_filled_and_the_function_stays(method, multiple, widths, tmp_
 
 
 def test_bytes_of_bfloat16_are_filled_number_by_number():
-    config, filled = {"hidden_size": 6, "intermediate_size": 3}, {"hidden_size": 8, "intermediate_size": 4}
+    config, filled = (
+        {"hidden_size": 6, "intermediate_size": 3},
+        {
+            "hidden_size": 8,
+            "intermediate_size": 4,
+        },
+    )
     data = np.arange(1, 37, dtype=np.uint8).reshape(6, 6)  # [hidden, units] of two bytes each
     found = _filled(data, "ffn_down", config, filled, inputs=3)
     assert found.shape == (8, 8) and not found[6:].any() and not found[:, 6:].any()

@@ -25,9 +25,17 @@ def test_the_train_step_lowers(method):
     model, adapter = tiny_model(dtype="bfloat16", remat=True), AdapterConfig(method, rank=8)
     model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     state = init_state(init_adapters(jax.random.key(0), model, adapter), OptimConfig(), 10)
-    batch = {name: jnp.ones((4, 2048), dtype) for name, dtype in (("tokens", jnp.int32), ("loss_mask", bool), ("segments", jnp.int32))}
+    batch = {
+        name: jnp.ones((4, 2048), dtype)
+        for name, dtype in (("tokens", jnp.int32), ("loss_mask", bool), ("segments", jnp.int32))
+    }
     program = exported(
-        make_train_step(model.config.replace(max_position_embeddings=2048), adapter, OptimConfig(), 10, 2, 64), model.params, state, batch
+        make_train_step(
+            model.config.replace(max_position_embeddings=2048), adapter, OptimConfig(), 10, 2, 64
+        ),
+        model.params,
+        state,
+        batch,
     )
     assert program.platforms == ("tpu",) and "bf16" in program.mlir_module()
 
@@ -41,7 +49,19 @@ def test_decoding_lowers(method):
 
     @jax.jit
     def run(params, tokens, valid, keys):
-        return decode(ready.config, None, Sampler(0.7, top_k=5, top_p=0.9), 8, (257,), {"params": params}, tokens, valid, keys)
+        return decode(
+            ready.config,
+            None,
+            Sampler(0.7, top_k=5, top_p=0.9),
+            8,
+            (257,),
+            {"params": params},
+            tokens,
+            valid,
+            keys,
+        )
 
-    program = exported(run, ready.params, tokens, tokens > 0, jax.random.split(jax.random.key(0), 2))
+    program = exported(
+        run, ready.params, tokens, tokens > 0, jax.random.split(jax.random.key(0), 2)
+    )
     assert program.platforms == ("tpu",) and program.out_avals[0].shape == (2, 8)

@@ -19,7 +19,10 @@ from zflora_jax.parallel.sharding import make_mesh
 def small() -> trees.Tree:
     return {
         "embed": {"embedding": np.arange(6, dtype=np.float32).reshape(2, 3)},
-        "layers": {"attn": {"q": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}}, "norm": np.ones((2, 3), np.float32)},
+        "layers": {
+            "attn": {"q": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}},
+            "norm": np.ones((2, 3), np.float32),
+        },
         "step": np.float32(3.0),
     }
 
@@ -35,7 +38,9 @@ def test_flatten_and_unflatten_are_inverse():
 
 def test_map_with_names_sees_every_leaf_once_and_leaves_the_input_alone():
     tree, seen = small(), []
-    doubled = trees.map_with_names(lambda name, leaf: seen.append(name) or leaf * np.float32(2), tree)
+    doubled = trees.map_with_names(
+        lambda name, leaf: seen.append(name) or leaf * np.float32(2), tree
+    )
     assert seen == list(trees.flatten(tree))
     np.testing.assert_array_equal(doubled["layers"]["norm"], np.full((2, 3), 2, np.float32))
     assert_trees_equal(tree, small())
@@ -55,16 +60,21 @@ def test_first_match_takes_the_first_rule_that_matches_the_whole_name():
         trees.first_match(rules[:2], "layers/kernel_norm")
 
 
-# --- stacking -----------------------------------------------------------------------------------------------------
+# --- stacking -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [1, 2, 12])  # 12: "layers_10" sorts before "layers_2"
 def test_stacking_and_unstacking_are_inverse(layers):
     stacked = tiny_model(num_layers=layers).params
     apart = trees.unstack_layers(stacked, layers)
-    assert {name.split("/")[0] for name in trees.flatten(apart)} == {f"layers_{i}" for i in range(layers)} | {"embed", "final_norm"}
+    assert {name.split("/")[0] for name in trees.flatten(apart)} == {
+        f"layers_{i}" for i in range(layers)
+    } | {"embed", "final_norm"}
     last = layers - 1
-    np.testing.assert_array_equal(apart[f"layers_{last}"]["attn"]["q"]["kernel"], stacked["layers"]["attn"]["q"]["kernel"][last])
+    np.testing.assert_array_equal(
+        apart[f"layers_{last}"]["attn"]["q"]["kernel"],
+        stacked["layers"]["attn"]["q"]["kernel"][last],
+    )
     assert_trees_equal(trees.stack_layers(apart, layers), stacked)
     assert_trees_equal(trees.unstack_layers(trees.stack_layers(apart, layers), layers), apart)
 
@@ -76,7 +86,7 @@ def test_stacking_what_is_stacked_changes_nothing():
     assert_trees_equal(trees.unstack_layers(apart, 2), apart)
 
 
-# --- fingerprint --------------------------------------------------------------------------------------------------
+# --- fingerprint ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -86,7 +96,9 @@ def test_fingerprint_is_the_same_stacked_and_unstacked(dtype):
     mark = trees.fingerprint(params)
     assert len(mark) == 64 and int(mark, 16) >= 0
     assert mark == trees.fingerprint(apart) == trees.fingerprint(jax.tree.map(np.asarray, params))
-    assert mark == trees.fingerprint(trees.unflatten(dict(sorted(trees.flatten(apart).items(), reverse=True))))
+    assert mark == trees.fingerprint(
+        trees.unflatten(dict(sorted(trees.flatten(apart).items(), reverse=True)))
+    )
 
 
 def changed(name: str, leaf: object) -> trees.Tree:
@@ -115,7 +127,19 @@ NEGATIVE_ZERO[0, 0, 0] = -0.0
         {k: v for k, v in small().items() if k != "step"},
         {("embedding" if k == "embed" else k): v for k, v in small().items()},
     ],
-    ids=["ulp", "sign of zero", "order", "shape", "float64", "bfloat16", "int32", "extra", "scalar", "missing", "renamed"],
+    ids=[
+        "ulp",
+        "sign of zero",
+        "order",
+        "shape",
+        "float64",
+        "bfloat16",
+        "int32",
+        "extra",
+        "scalar",
+        "missing",
+        "renamed",
+    ],
 )
 def test_fingerprint_changes_with_any_value_name_shape_or_dtype(other):
     assert trees.fingerprint(other) != trees.fingerprint(small())
@@ -123,15 +147,21 @@ def test_fingerprint_changes_with_any_value_name_shape_or_dtype(other):
 
 def test_fingerprint_reads_values_not_memory_layout():
     fortran = changed("layers/attn/q/kernel", np.asfortranarray(KERNEL))
-    assert trees.fingerprint(fortran) == trees.fingerprint(small()) == trees.fingerprint(jax.tree.map(jnp.asarray, small()))
+    assert (
+        trees.fingerprint(fortran)
+        == trees.fingerprint(small())
+        == trees.fingerprint(jax.tree.map(jnp.asarray, small()))
+    )
 
 
-# --- messages -----------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
 
 def test_difference_lists_missing_then_unexpected_with_the_nearest_missing_name():
     assert trees.difference(["a", "b"], ["b", "a"]) == ""
-    text = trees.difference(["attn/q/forward", "attn/k/forward", "norm"], ["attn/q/foward", "norm", "zzz"])
+    text = trees.difference(
+        ["attn/q/forward", "attn/k/forward", "norm"], ["attn/q/foward", "norm", "zzz"]
+    )
     assert text.splitlines() == [
         "- missing    attn/k/forward",
         "- missing    attn/q/forward",
@@ -151,11 +181,23 @@ SPEC = trees.map_with_names(lambda _, x: jax.ShapeDtypeStruct(x.shape, x.dtype),
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({k: v for k, v in small().items() if k != "step"}, r"the tree does not have the expected leaves:\n- missing    step"),
+        (
+            {k: v for k, v in small().items() if k != "step"},
+            r"the tree does not have the expected leaves:\n- missing    step",
+        ),
         (changed("stepp", np.float32(0)), r"\+ unexpected stepp"),
-        (changed("layers/norm", np.ones((2, 4), np.float32)), r"the tree: layers/norm has shape \(2, 4\), expected \(2, 3\)"),
-        (changed("layers/norm", np.full((2, 3), np.nan, np.float32)), r"the tree: layers/norm holds NaN or infinite values"),
-        (changed("layers/norm", jnp.full((2, 3), -jnp.inf)), r"the tree: layers/norm holds NaN or infinite values"),
+        (
+            changed("layers/norm", np.ones((2, 4), np.float32)),
+            r"the tree: layers/norm has shape \(2, 4\), expected \(2, 3\)",
+        ),
+        (
+            changed("layers/norm", np.full((2, 3), np.nan, np.float32)),
+            r"the tree: layers/norm holds NaN or infinite values",
+        ),
+        (
+            changed("layers/norm", jnp.full((2, 3), -jnp.inf)),
+            r"the tree: layers/norm holds NaN or infinite values",
+        ),
         (changed("layers/norm", jnp.full((2, 3), jnp.nan, jnp.bfloat16)), r"layers/norm holds NaN"),
     ],
     ids=["missing", "unexpected", "shape", "NaN", "infinite", "bfloat16"],
@@ -171,7 +213,8 @@ def test_check_like_accepts_arrays_and_shapes_and_runs_under_jit():
 
     @jax.jit
     def traced(tree):
-        trees.check_like(tree, SPEC, "the tree")  # values are unknown here, names and shapes are not
+        # Values are unknown here, names and shapes are not.
+        trees.check_like(tree, SPEC, "the tree")
         return tree["step"]
 
     assert float(traced(small())) == 3.0
@@ -179,7 +222,11 @@ def test_check_like_accepts_arrays_and_shapes_and_runs_under_jit():
 
 def values(dtype=jnp.float32):
     draw = np.random.default_rng(0)
-    return {"a": jnp.asarray(draw.standard_normal((4, 6)), dtype), "b": jnp.asarray(draw.standard_normal((4, 6)), dtype), "n": jnp.int32(3)}
+    return {
+        "a": jnp.asarray(draw.standard_normal((4, 6)), dtype),
+        "b": jnp.asarray(draw.standard_normal((4, 6)), dtype),
+        "n": jnp.int32(3),
+    }
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
@@ -196,21 +243,32 @@ def test_checksum_sees_a_flipped_bit_and_what_changes_places(dtype):
         found.add(trees.checksum(tree | {"a": jnp.asarray(flipped)}))
     swapped = raw.copy()
     swapped[1, 2], swapped[3, 5] = raw[3, 5], raw[1, 2]
-    found |= {trees.checksum(tree | {"a": jnp.asarray(swapped)}), trees.checksum(tree | {"a": tree["b"], "b": tree["a"]})}
-    found |= {trees.checksum(tree | {"a": jnp.zeros_like(tree["a"])}), trees.checksum(tree | {"n": jnp.int32(4)})}
+    found |= {
+        trees.checksum(tree | {"a": jnp.asarray(swapped)}),
+        trees.checksum(tree | {"a": tree["b"], "b": tree["a"]}),
+    }
+    found |= {
+        trees.checksum(tree | {"a": jnp.zeros_like(tree["a"])}),
+        trees.checksum(tree | {"n": jnp.int32(4)}),
+    }
     assert len(found) == 1 + 8 * raw.itemsize + 4
 
 
 def test_checksum_does_not_depend_on_where_the_numbers_lie():
     tree, mesh = values(), make_mesh(MeshConfig(2, 2, 2))
     where = {"a": P("fsdp", "tensor"), "b": P(None, "data"), "n": P()}
-    divided = {name: jax.device_put(leaf, NamedSharding(mesh, where[name])) for name, leaf in tree.items()}
+    divided = {
+        name: jax.device_put(leaf, NamedSharding(mesh, where[name])) for name, leaf in tree.items()
+    }
     assert trees.checksum(divided) == trees.checksum(tree)
 
 
 def test_a_checksum_takes_no_room():
     """It is taken at every save, beside a state that may just fit."""
-    state = [jax.ShapeDtypeStruct((256, 1024), jnp.float32), jax.ShapeDtypeStruct((512,), jnp.int32)]
+    state = [
+        jax.ShapeDtypeStruct((256, 1024), jnp.float32),
+        jax.ShapeDtypeStruct((512,), jnp.int32),
+    ]
     with jax.default_device(jax.devices()[0]):
         memory = trees._checksum.lower(state).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**16 < memory.argument_size_in_bytes

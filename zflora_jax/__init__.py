@@ -1,9 +1,9 @@
-"""zFLoRA in JAX: adapters that widen a Llama's streams, trained beside the frozen base and fused into
-an ordinary, slightly wider Llama.
+"""zFLoRA in JAX: adapters that widen a Llama's streams, trained beside the frozen base and fused
+into an ordinary, slightly wider Llama.
 
-The papers' method sections (arXiv 2510.25784 and 2511.00050) could not be obtained; the methods here
-are this project's reconstruction. Names are loaded when they are first used, from the places that
-`__init__.pyi` lists: `import zflora_jax` alone imports no deep-learning library.
+The papers' method sections (arXiv 2510.25784 and 2511.00050) could not be obtained; the methods
+here are this project's reconstruction. Names are loaded when they are first used, from the places
+that `__init__.pyi` lists: `import zflora_jax` alone imports no deep-learning library.
 """
 
 import lazy_loader

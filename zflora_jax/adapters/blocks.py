@@ -19,26 +19,36 @@ from zflora_jax.core.trees import Tree
 Array = jax.Array
 
 
-Piece = tuple[Array, tuple[int, ...]]  # what is written into a kernel, and the indices where it begins
+# What is written into a kernel, and the indices where it begins.
+Piece = tuple[Array, tuple[int, ...]]
 
 
 def check_adapters(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
-    expected = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in adapter_shapes(config, adapter).items()}
+    expected = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in adapter_shapes(config, adapter).items()
+    }
     trees.check_like(adapters, trees.unflatten(expected), f"adapters of method {adapter.method!r}")
 
 
 def map_kernels(fn: Callable[[str, str, Any], Any], params: Tree) -> Tree:
-    """fn(kernel, name, leaf) at the kernels of KERNELS; other leaves (norms, embeddings, head) are kernel ""."""
+    """fn(kernel, name, leaf) at the kernels of KERNELS; other leaves (norms, embeddings, head) are
+    kernel "".
+    """
 
     def visit(name: str, leaf: Any) -> Any:
         parts = name.split("/")
-        return fn(parts[-2] if parts[0].startswith("layers") and parts[-2] in KERNELS else "", name, leaf)
+        return fn(
+            parts[-2] if parts[0].startswith("layers") and parts[-2] in KERNELS else "", name, leaf
+        )
 
     return trees.map_with_names(visit, params)
 
 
 def in_axis(config: LlamaConfig, kernel: str) -> int:
-    """The axis of a kernel (stacked or not) that runs over its input stream; the output stream's is always the last."""
+    """The axis of a kernel (stacked or not) that runs over its input stream; the output stream's is
+    always the last.
+    """
     return -len(kernel_shapes(config)[kernel][1]) - 1
 
 
@@ -48,20 +58,32 @@ def pad_axis(leaf: Array, axis: int, width: int, value: float) -> Array:
     return jnp.pad(leaf, pads, constant_values=value)
 
 
-def with_block(wide: Array, value: Array, block: str, axis: int, base_in: int, base_out: int) -> Array:
-    """A wide kernel with `value` where `block` belongs, chosen number by number: that is divided over devices as the kernel is, whereas XLA gathers
-    the whole of a divided kernel to write into a part of it."""
-    region, pads, inside = block_region(block, axis, base_in, base_out), [(0, 0)] * wide.ndim, jnp.ones((1,) * wide.ndim, bool)
+def with_block(
+    wide: Array, value: Array, block: str, axis: int, base_in: int, base_out: int
+) -> Array:
+    """A wide kernel with `value` where `block` belongs, chosen number by number: that is divided
+    over devices as the kernel is, whereas XLA gathers the whole of a divided kernel to write into a
+    part of it.
+    """
+    region, pads, inside = (
+        block_region(block, axis, base_in, base_out),
+        [(0, 0)] * wide.ndim,
+        jnp.ones((1,) * wide.ndim, bool),
+    )
     for at, part in ((axis, region[1]), (-1, region[-1])):
         start, stop, _ = part.indices(wide.shape[at])
         pads[at] = start, wide.shape[at] - stop
-        place = jnp.arange(wide.shape[at]).reshape([-1 if i == wide.ndim + at else 1 for i in range(wide.ndim)])
+        place = jnp.arange(wide.shape[at]).reshape(
+            [-1 if i == wide.ndim + at else 1 for i in range(wide.ndim)]
+        )
         inside = inside & (place >= start) & (place < stop)
     return jnp.where(inside, jnp.pad(value.astype(wide.dtype), pads), wide)
 
 
 def block_region(block: str, axis: int, base_in: int, base_out: int) -> tuple[Any, ...]:
-    """The index of a block in a wide kernel: forward is top right, backward bottom left, cross bottom right."""
+    """The index of a block in a wide kernel: forward is top right, backward bottom left, cross
+    bottom right.
+    """
     rows = slice(0, base_in) if block == "forward" else slice(base_in, None)
     columns = slice(0, base_out) if block == "backward" else slice(base_out, None)
     return (..., rows, *[slice(None)] * (-axis - 2), columns)
@@ -76,7 +98,7 @@ def require_widened(fused: Model, verb: str) -> AdapterConfig:
         raise ValueError(f"cannot {verb}: this model is not fused (model.adapter is None).")
     if METHODS[fused.adapter.method].in_place != "none":
         raise ValueError(
-            f"cannot {verb}: method {fused.adapter.method!r} was merged into the base kernels by addition, which cannot be undone exactly; "
-            f"keep the base and the adapters."
+            f"cannot {verb}: method {fused.adapter.method!r} was merged into the base kernels by"
+            " addition, which cannot be undone exactly; keep the base and the adapters."
         )
     return fused.adapter

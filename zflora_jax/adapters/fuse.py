@@ -1,7 +1,9 @@
-"""Fuse adapters into the base kernels, take them out again, swap them, pack kernels for decode: transforms of parameter trees.
+"""Fuse adapters into the base kernels, take them out again, swap them, pack kernels for decode:
+transforms of parameter trees.
 
-A fused kernel is [[W, forward], [s backward, cross]]: rows are the input stream's base then adapter channels, columns the output stream's. It is an
-ordinary kernel of a Llama with wider streams (docs/method.md; this project's reconstruction of zFLoRA).
+A fused kernel is [[W, forward], [s backward, cross]]: rows are the input stream's base then adapter
+channels, columns the output stream's. It is an ordinary kernel of a Llama with wider streams
+(docs/method.md; this project's reconstruction of zFLoRA).
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.blocks import Array, block_region, check_adapters, in_axis, map_kernels, pad_axis, require_widened, stored_values, with_block
+from zflora_jax.adapters.blocks import (
+    Array,
+    block_region,
+    check_adapters,
+    in_axis,
+    map_kernels,
+    pad_axis,
+    require_widened,
+    stored_values,
+    with_block,
+)
 from zflora_jax.adapters.methods import Plan, base_config, fused_config, plan
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -26,17 +38,21 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
-    """`model` with the adapters built into its kernels: a Model with the wider config, plain params and no adapters, computing what the adapted
-    model computes.
+    """`model` with the adapters built into its kernels: a Model with the wider config, plain params
+    and no adapters, computing what the adapted model computes.
 
-    Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never recomputed. LoRA and FFA are added in float32 and
-    cast once; full
-    replaces the tree. On a mesh the fused model is divided as the base is, and no device holds a whole kernel meanwhile (but see `sharding.spec` of
-    widths that it does not divide). Raises ValueError for leaves that are missing, unexpected, misshapen or not finite.
+    Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never
+    recomputed. LoRA and FFA are added in float32 and cast once; full replaces the tree. On a mesh
+    the fused model is divided as the base is, and no device holds a whole kernel meanwhile (but see
+    `sharding.spec` of widths that it does not divide). Raises ValueError for leaves that are
+    missing, unexpected, misshapen or not finite.
     """
     config = model.config
     if model.adapter is not None:
-        raise ValueError(f"this model is already fused ({model.adapter.method}); unfuse it, or use swap to change its adapter.")
+        raise ValueError(
+            f"this model is already fused ({model.adapter.method}); unfuse it, or use swap to"
+            " change its adapter."
+        )
     if config.packed:
         raise ValueError("this model is packed for decode; fuse first, then pack.")
     with mesh_in_use(model.params):
@@ -67,7 +83,9 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
                 product = jnp.matmul(blocks["lora_a"], blocks["lora_b"], precision="highest")
             else:
                 product = tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
-            return (leaf.astype(jnp.float32) + adapter.scale * product.reshape(leaf.shape)).astype(leaf.dtype)
+            return (leaf.astype(jnp.float32) + adapter.scale * product.reshape(leaf.shape)).astype(
+                leaf.dtype
+            )
         if kernel:
             return _widen_kernel(leaf, blocks, kernel, config, adapter, p)
         if p.residual and name == "embed/embedding":
@@ -79,18 +97,27 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
     return map_kernels(visit, params)
 
 
-def _widen_kernel(leaf: Array, blocks: dict[str, Array], kernel: str, config: LlamaConfig, adapter: AdapterConfig, p: Plan) -> Array:
+def _widen_kernel(
+    leaf: Array,
+    blocks: dict[str, Array],
+    kernel: str,
+    config: LlamaConfig,
+    adapter: AdapterConfig,
+    p: Plan,
+) -> Array:
     axis = in_axis(config, kernel)
     reads, writes = KERNELS[kernel]
     wide = pad_axis(pad_axis(leaf, axis, getattr(p, reads), 0), -1, getattr(p, writes), 0)
     for name, block in blocks.items():
-        wide = with_block(wide, stored_values(name, block, adapter), name, axis, leaf.shape[axis], leaf.shape[-1])
+        wide = with_block(
+            wide, stored_values(name, block, adapter), name, axis, leaf.shape[axis], leaf.shape[-1]
+        )
     return wide
 
 
 def unfuse(fused: Model) -> tuple[Model, Tree]:
-    """The base model, bit-identical to the one that was fused, and the adapters (float32; equal up to the rounding of fuse's cast and of dividing
-    by s).
+    """The base model, bit-identical to the one that was fused, and the adapters (float32; equal up
+    to the rounding of fuse's cast and of dividing by s).
 
     ValueError for a model that is not fused, or whose method merged by addition (lora, ffa, full).
     """
@@ -110,7 +137,13 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
         kernel = name.split("/")[-2]
         for block in p.blocks.get(kernel, ()) if name.startswith("layers") else ():
             axis = in_axis(config, kernel)
-            value = leaf[block_region(block, axis, shapes[name][axis], shapes[name][-1])].astype(jnp.float32)
-            back[name.removesuffix("kernel") + block] = value / adapter.scale if block == "backward" else value
+            value = leaf[block_region(block, axis, shapes[name][axis], shapes[name][-1])].astype(
+                jnp.float32
+            )
+            back[name.removesuffix("kernel") + block] = (
+                value / adapter.scale if block == "backward" else value
+            )
     base = {name: leaf[tuple(slice(0, n) for n in shapes[name])] for name, leaf in flat.items()}
-    return constrain(trees.unflatten(base), fused=True), constrain(trees.unflatten(back), fused=True)
+    return constrain(trees.unflatten(base), fused=True), constrain(
+        trees.unflatten(back), fused=True
+    )

@@ -1,4 +1,6 @@
-"""Initial adapters: random forward blocks, zero elsewhere, so that every method leaves the model unchanged at step 0."""
+"""Initial adapters: random forward blocks, zero elsewhere, so that every method leaves the model
+unchanged at step 0.
+"""
 
 from __future__ import annotations
 
@@ -26,24 +28,35 @@ from zflora_jax.parallel.devices import widest_head
 
 
 def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every leaf of the `adapters` collection, named and stacked as the base's parameters are ("layers/attn/q/forward": [L, ...]).
+    """Name -> shape of every leaf of the `adapters` collection, named and stacked as the base's
+    parameters are ("layers/attn/q/forward": [L, ...]).
 
     For method "full" these are the base's own parameters.
     """
     if METHODS[adapter.method].in_place == "full":
         return param_shapes(config)
-    layer = {f"{group(k)}/{k}/{name}": shape for k, blocks in block_shapes(config, adapter).items() for name, shape in blocks.items()}
+    layer = {
+        f"{group(k)}/{k}/{name}": shape
+        for k, blocks in block_shapes(config, adapter).items()
+        for name, shape in blocks.items()
+    }
     if config.scan_layers:
         return {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
-    return {f"layers_{i}/{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
+    return {
+        f"layers_{i}/{name}": shape
+        for i in range(config.num_layers)
+        for name, shape in layer.items()
+    }
 
 
 def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:
-    """The `adapters` collection of `adapter` on `model`, float32; the adapted model equals the base until it is trained.
+    """The `adapters` collection of `adapter` on `model`, float32; the adapted model equals the base
+    until it is trained.
 
-    forward and lora_a are random, as `AdapterConfig.init` says; backward, cross, lora_b, ffa_a and q's forward are zero (k's is random).
-    Blocks are zero in the layers where they are dead (`methods.live_layers`), and stay so: they get no gradient.
-    Method "full" gets a float32 copy of the base tree. The values depend on `key` alone, not on whether layers are stacked.
+    forward and lora_a are random, as `AdapterConfig.init` says; backward, cross, lora_b, ffa_a and
+    q's forward are zero (k's is random). Blocks are zero in the layers where they are dead
+    (`methods.live_layers`), and stay so: they get no gradient. Method "full" gets a float32 copy of
+    the base tree. The values depend on `key` alone, not on whether layers are stacked.
     """
     if METHODS[adapter.method].in_place == "full":
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), model.params)
@@ -52,21 +65,29 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     if heads != config.rotary_dim and heads not in SERVED_HEAD_DIMS:
         advice = "no head_rank gives one that they run"
         if config.rotary_dim < max(SERVED_HEAD_DIMS):
-            advice = f"head_rank={default_head_rank(config.rotary_dim)} is the smallest that they run"
+            advice = (
+                f"head_rank={default_head_rank(config.rotary_dim)} is the smallest that they run"
+            )
         warnings.warn(
-            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside {SERVED_HEAD_DIMS}: transformers runs it, but "
-            f"attention kernels of servers may refuse it (vLLM's CPU build does); {advice}.",
+            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside"
+            f" {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of servers may"
+            f" refuse it (vLLM's CPU build does); {advice}.",
             stacklevel=2,
         )
     limit = widest_head() if config.dtype in ("bfloat16", "float16") else 0
     if config.rotary_dim <= limit < heads:
         warnings.warn(
-            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's attention takes heads up to {limit} "
-            "on this GPU, so attention is computed by plain products, which take more time and memory for long sequences. Method "
-            "'zflora-minimal', or head_rank=0, leaves the heads as they are.",
+            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's"
+            f" attention takes heads up to {limit} on this GPU, so attention is computed by plain"
+            " products, which take more time and memory for long sequences. Method"
+            " 'zflora-minimal', or head_rank=0, leaves the heads as they are.",
             stacklevel=2,
         )
-    shapes, start, live = kernel_shapes(config), adapter.explicit().init, live_layers(config, adapter)
+    shapes, start, live = (
+        kernel_shapes(config),
+        adapter.explicit().init,
+        live_layers(config, adapter),
+    )
 
     def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
         _, _, kernel, block = name.split("/")
@@ -74,7 +95,9 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
             return jnp.zeros(shape, jnp.float32)
         bound = 1 / math.sqrt(math.prod(shapes[kernel][0]))
         own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-        if start == "kaiming_uniform":  # with a = sqrt(5), as torch starts a linear layer and PEFT LoRA's A
+        if (
+            start == "kaiming_uniform"
+        ):  # with a = sqrt(5), as torch starts a linear layer and PEFT LoRA's A
             drawn = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
         else:
             drawn = bound * jax.random.normal(own, shape, jnp.float32)

@@ -1,9 +1,12 @@
-"""What a method does to a model, as integers: which streams are widened by how much, which blocks each kernel gets, how many parameters that is.
+"""What a method does to a model, as integers: which streams are widened by how much, which blocks
+each kernel gets, how many parameters that is.
 
-The six methods and the construction behind them are this project's reconstruction of zFLoRA (arXiv 2510.25784) and FLoRA (arXiv 2511.00050), whose
-method sections could not be obtained; see README. This module imports only `config`: the model reads its widths from here.
+The six methods and the construction behind them are this project's reconstruction of zFLoRA (arXiv
+2510.25784) and FLoRA (arXiv 2511.00050), whose method sections could not be obtained; see README.
+This module imports only `config`: the model reads its widths from here.
 
-Letters: d residual width, H query heads, K key/value heads, k head dim, f MLP units; r, e, m the channels an adapter adds to d, k, f.
+Letters: d residual width, H query heads, K key/value heads, k head dim, f MLP units; r, e, m the
+channels an adapter adds to d, k, f.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved adapter: extra channels per stream and the blocks of each targeted kernel, in the order they are initialised."""
+    """The resolved adapter: extra channels per stream and the blocks of each targeted kernel, in
+    the order they are initialised.
+    """
 
     residual: int = 0
     heads: int = 0
@@ -35,7 +40,9 @@ class Plan:
 
 
 def target_kernels(targets: str) -> tuple[str, ...]:
-    """The kernel names that `targets` ("all", "attention", "mlp" or a regex matched in full) selects. ConfigError when it selects none."""
+    """The kernel names that `targets` ("all", "attention", "mlp" or a regex matched in full)
+    selects. ConfigError when it selects none.
+    """
     named = {"all": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
     if targets in named:
         return named[targets]
@@ -43,12 +50,13 @@ def target_kernels(targets: str) -> tuple[str, ...]:
         chosen = tuple(name for name in KERNELS if re.fullmatch(targets, name))
     except (re.error, OverflowError, RecursionError) as error:  # "q{99999999999}" overflows
         raise ConfigError(
-            f"adapter.targets={targets!r} is not a valid regex ({error}); use {nearest(targets, named)} or a regex such as 'q|v'."
+            f"adapter.targets={targets!r} is not a valid regex ({error}); use"
+            f" {nearest(targets, named)} or a regex such as 'q|v'."
         ) from None
     require(
         bool(chosen),
-        f"adapter.targets={targets!r} matches no kernel; kernels are {', '.join(KERNELS)} (or use 'all', 'attention', 'mlp'). Matching is on "
-        f"the full name.",
+        f"adapter.targets={targets!r} matches no kernel; kernels are {', '.join(KERNELS)} (or use"
+        " 'all', 'attention', 'mlp'). Matching is on the full name.",
     )
     return chosen
 
@@ -59,22 +67,27 @@ def default_head_rank(head_dim: int) -> int:
         if served > head_dim:
             return served - head_dim
     raise ConfigError(
-        f"head_dim={head_dim} has no larger served head size ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.head_rank yourself."
+        f"head_dim={head_dim} has no larger served head size"
+        f" ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.head_rank yourself."
     )
 
 
 def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
     """Resolve `adapter` on a base model of shape `config`.
 
-    A stream is widened only where its adapter channels can carry something: written by a targeted kernel and read by another. The residual state
-    needs
-    one of o, down and one of q, k, v, gate, up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term). A method whose
-    targets leave no stream alive is refused with ConfigError.
+    A stream is widened only where its adapter channels can carry something: written by a targeted
+    kernel and read by another. The residual state needs one of o, down and one of q, k, v, gate,
+    up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term). A
+    method whose targets leave no stream alive is refused with ConfigError.
     """
     row = METHODS[adapter.method]
     chosen = set(target_kernels(adapter.targets))
     if row.in_place == "full":
-        require(adapter.targets == "all", f"adapter.targets={adapter.targets!r}: method 'full' trains every base parameter; leave targets at 'all'.")
+        require(
+            adapter.targets == "all",
+            f"adapter.targets={adapter.targets!r}: method 'full' trains every base parameter; leave"
+            " targets at 'all'.",
+        )
         return Plan()
     if row.in_place in ("lora", "ffa"):
         names: tuple[str, ...] = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
@@ -82,25 +95,39 @@ def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
 
     require(
         config.norm_dim is None and config.rope_dim is None,
-        f"method {adapter.method!r} widens a base model, and this one is widened already: an adapter is fused into it. Use its base (`unfuse`), "
-        "or method 'lora', 'ffa' or 'full'.",
+        f"method {adapter.method!r} widens a base model, and this one is widened already: an"
+        " adapter is fused into it. Use its base (`unfuse`), or method 'lora', 'ffa' or 'full'.",
     )
     values, scores = {"v", "o"} <= chosen, adapter.head_scores and {"q", "k"} <= chosen
     alive = {
-        "residual": row.residual and bool(chosen & {"o", "down"}) and bool(chosen & {"q", "k", "v", "gate", "up"}),
+        "residual": (
+            row.residual
+            and bool(chosen & {"o", "down"})
+            and bool(chosen & {"q", "k", "v", "gate", "up"})
+        ),
         "heads": row.heads and (values or scores),
         "mlp": row.mlp and {"gate", "up", "down"} <= chosen,
     }
     widths = {
         "residual": adapter.rank if alive["residual"] else 0,
-        "heads": (default_head_rank(config.rotary_dim) if adapter.head_rank is None else adapter.head_rank) if alive["heads"] else 0,
-        "mlp": (adapter.rank if adapter.mlp_rank is None else adapter.mlp_rank) if alive["mlp"] else 0,
+        "heads": (
+            (
+                default_head_rank(config.rotary_dim)
+                if adapter.head_rank is None
+                else adapter.head_rank
+            )
+            if alive["heads"]
+            else 0
+        ),
+        "mlp": (
+            (adapter.rank if adapter.mlp_rank is None else adapter.mlp_rank) if alive["mlp"] else 0
+        ),
     }
     require(
         any(widths.values()),
-        f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen: the residual state needs o or down and one "
-        f"of q, k, v, gate, up; "
-        "MLP units need gate, up and down; head dims need v and o, or q and k.",
+        f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen:"
+        " the residual state needs o or down and one of q, k, v, gate, up; MLP units need gate, up"
+        " and down; head dims need v and o, or q and k.",
     )
     head_live = ({"v", "o"} if values else set()) | ({"q", "k"} if scores else set())
     blocks = {}
@@ -109,7 +136,11 @@ def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
             continue
         r_in = widths[reads] if reads != "heads" or kernel in head_live else 0
         r_out = widths[writes] if writes != "heads" or kernel in head_live else 0
-        names = tuple(n for n, present in (("forward", r_out), ("backward", r_in), ("cross", r_in and r_out)) if present)
+        names = tuple(
+            n
+            for n, present in (("forward", r_out), ("backward", r_in), ("cross", r_in and r_out))
+            if present
+        )
         if names:
             blocks[kernel] = names
     return Plan(**widths, blocks=blocks)  # type: ignore[arg-type]
@@ -128,21 +159,29 @@ def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
 
 
 def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
-    """The inverse of `fused_config`. ConfigError if `fused` is not what `adapter` makes of any base."""
-    base = fused.replace(hidden_size=fused.base_dim, head_dim=fused.rotary_dim, norm_dim=None, rope_dim=None)
+    """The inverse of `fused_config`. ConfigError if `fused` is not what `adapter` makes of any
+    base.
+    """
+    base = fused.replace(
+        hidden_size=fused.base_dim, head_dim=fused.rotary_dim, norm_dim=None, rope_dim=None
+    )
     base = base.replace(intermediate_size=fused.intermediate_size - plan(base, adapter).mlp)
     require(
-        fused_config(base, adapter) == fused, f"a model with hidden_size={fused.hidden_size}, head_dim={fused.head_dim} was not fused from {adapter}."
+        fused_config(base, adapter) == fused,
+        f"a model with hidden_size={fused.hidden_size}, head_dim={fused.head_dim} was not fused"
+        f" from {adapter}.",
     )
     return base
 
 
-def block_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """kernel -> block name -> shape in one layer. `config` is the base's. Low-rank factors are over flattened axes: lora_a [in, r], lora_b [r,
-    out], ffa_a [in, r].
+def block_shapes(
+    config: LlamaConfig, adapter: AdapterConfig
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """kernel -> block name -> shape in one layer. `config` is the base's. Low-rank factors are over
+    flattened axes: lora_a [in, r], lora_b [r, out], ffa_a [in, r].
 
-    forward [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z], where the z axes have the same heads and the stream's extra width in place
-    of its width.
+    forward [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z], where the z axes have the
+    same heads and the stream's extra width in place of its width.
     """
     p = plan(config, adapter)
     extra = {"residual": p.residual, "heads": p.heads, "mlp": p.mlp}
@@ -166,8 +205,8 @@ def block_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[
 def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, range]]:
     """The layers where a block can change the model's output; in the others it is dead.
 
-    The residual state is zero until a kernel has written it, so a block that reads it before that is
-    dead; and nothing reads what is written after the last reader. Head dims and MLP units never
+    The residual state is zero until a kernel has written it, so a block that reads it before that
+    is dead; and nothing reads what is written after the last reader. Head dims and MLP units never
     leave their layer: whoever has a block for them is read there.
 
     Args:
@@ -177,8 +216,12 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
       kernel -> block name -> a range of layers, for every block of `block_shapes`.
     """
     blocks = plan(config, adapter).blocks
-    readers = [k for k, names in blocks.items() if KERNELS[k][0] == "residual" and "backward" in names]
-    writers = [k for k, names in blocks.items() if KERNELS[k][1] == "residual" and "forward" in names]
+    readers = [
+        k for k, names in blocks.items() if KERNELS[k][0] == "residual" and "backward" in names
+    ]
+    writers = [
+        k for k, names in blocks.items() if KERNELS[k][1] == "residual" and "forward" in names
+    ]
 
     def live(kernel: str, block: str) -> range:
         reads, writes = KERNELS[kernel]
@@ -189,30 +232,45 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
             end -= int(all(_STAGE[reader] < _STAGE[kernel] for reader in readers))
         return range(first, end)
 
-    return {kernel: {block: live(kernel, block) for block in names} for kernel, names in blocks.items()}
+    return {
+        kernel: {block: live(kernel, block) for block in names} for kernel, names in blocks.items()
+    }
 
 
 def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
-    """Trainable parameters of `adapter` on a base of shape `config`, without those of dead layers (see `live_layers`)."""
+    """Trainable parameters of `adapter` on a base of shape `config`, without those of dead layers
+    (see `live_layers`).
+    """
     if METHODS[adapter.method].in_place == "full":
         return count_base(config)
     live = live_layers(config, adapter)
     shapes = block_shapes(config, adapter)
-    return sum(len(layers) * math.prod(shapes[kernel][block]) for kernel, names in live.items() for block, layers in names.items())
+    return sum(
+        len(layers) * math.prod(shapes[kernel][block])
+        for kernel, names in live.items()
+        for block, layers in names.items()
+    )
 
 
 def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
-    """`adapter` with the rank (and with it every width left at None) whose parameter count is nearest to `budget`; its alpha / rank is kept.
+    """`adapter` with the rank (and with it every width left at None) whose parameter count is
+    nearest to `budget`; its alpha / rank is kept.
 
-    ConfigError for method "full", and where no rank comes within a factor of 1.5 of the budget. Ranks that keep hidden_size + r and
-    intermediate_size + m multiples of 8 (better 16), and hidden_size + r a multiple of the heads, run and export best; this helper does not round to
+    ConfigError for method "full", and where no rank comes within a factor of 1.5 of the budget.
+    Ranks that keep hidden_size + r and intermediate_size + m multiples of 8 (better 16), and
+    hidden_size + r a multiple of the heads, run and export best; this helper does not round to
     them.
     """
     require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
-    require(METHODS[adapter.method].in_place != "full", "method 'full' has no rank: it trains every base parameter.")
+    require(
+        METHODS[adapter.method].in_place != "full",
+        "method 'full' has no rank: it trains every base parameter.",
+    )
 
     def at(rank: int) -> AdapterConfig:
-        return adapter.replace(rank=rank, alpha=None if adapter.alpha is None else adapter.scale * rank)
+        return adapter.replace(
+            rank=rank, alpha=None if adapter.alpha is None else adapter.scale * rank
+        )
 
     low, high = 1, 2
     while count_params(config, at(high)) < budget and high < config.hidden_size * 64:
@@ -225,7 +283,7 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
     bound = "needs at least" if found > budget else "reaches no more than"
     require(
         budget / 1.5 <= found <= 1.5 * budget,
-        f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget of {budget:,} cannot be met. Change mlp_rank, "
-        f"head_rank or targets.",
+        f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget"
+        f" of {budget:,} cannot be met. Change mlp_rank, head_rank or targets.",
     )
     return best

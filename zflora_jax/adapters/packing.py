@@ -20,10 +20,12 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def pack(model: Model) -> Model:
-    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in one, and all kernels of layers as [out, in]:
-    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to `products.whole_vectors`. For any Llama, fused or not.
-    The layout is what `products.row_products` reads. On a mesh the kernels stay apart, as sharding.RULES divide them (side by side, a part of one
-    would lie where another's belongs): only layers that are stacked get a subtree each.
+    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in
+    one, and all kernels of layers as [out, in]: qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d],
+    down [d, f], with zeros as inputs up to `products.whole_vectors`. For any Llama, fused or not.
+    The layout is what `products.row_products` reads. On a mesh the kernels stay apart, as
+    sharding.RULES divide them (side by side, a part of one would lie where another's belongs): only
+    layers that are stacked get a subtree each.
     """
     if model.config.packed:
         return model
@@ -32,9 +34,17 @@ def pack(model: Model) -> Model:
             return model
         with mesh_in_use(model.params):
             params = _unstack(model.config, model.params)
-        return Model(model.config.replace(scan_layers=False, remat=False), params, model.tokenizer, model.source, model.adapter)
+        return Model(
+            model.config.replace(scan_layers=False, remat=False),
+            params,
+            model.tokenizer,
+            model.source,
+            model.adapter,
+        )
     config = model.config.replace(scan_layers=False, packed=True, remat=False)
-    return Model(config, _pack(model.config, model.params), model.tokenizer, model.source, model.adapter)
+    return Model(
+        config, _pack(model.config, model.params), model.tokenizer, model.source, model.adapter
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -48,11 +58,21 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
     for i in range(config.num_layers):
         layer = tree[f"layers_{i}"]
 
-        def stacked(group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer) -> dict[str, Array]:
-            """The kernels, whose first `axes` axes are their input's, below each other as [out, in]."""
+        def stacked(
+            group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer
+        ) -> dict[str, Array]:
+            """The kernels, whose first `axes` axes are their input's, below each other as [out,
+            in].
+            """
             leaves = [layer[group_name][name]["kernel"] for name in kernels]
-            kernel = jnp.concatenate([leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves])
-            return {"kernel": pad_axis(kernel, -1, whole_vectors(kernel.shape[-1]) - kernel.shape[-1], 0)}
+            kernel = jnp.concatenate(
+                [leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves]
+            )
+            return {
+                "kernel": pad_axis(
+                    kernel, -1, whole_vectors(kernel.shape[-1]) - kernel.shape[-1], 0
+                )
+            }
 
         tree[f"layers_{i}"] = {
             "attn_norm": layer["attn_norm"],

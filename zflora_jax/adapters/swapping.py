@@ -32,10 +32,13 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def swap(fused: Model, adapters: Tree) -> Model:
-    """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same AdapterConfig. Only those blocks are written: O(adapter)
-    bytes, but for bfloat16 on a CPU, where XLA copies each kernel that they are part of, and on a mesh, where each kernel is gone through once.
+    """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same
+    AdapterConfig. Only those blocks are written: O(adapter) bytes, but for bfloat16 on a CPU, where
+    XLA copies each kernel that they are part of, and on a mesh, where each kernel is gone through
+    once.
 
-    The buffers of `fused.params` are donated: use the returned model, not the old one. ValueError as for `fuse`.
+    The buffers of `fused.params` are donated: use the returned model, not the old one. ValueError
+    as for `fuse`.
     """
     adapter = require_widened(fused, "swap")
     base = base_config(fused.config.replace(packed=False), adapter)
@@ -48,9 +51,13 @@ def swap(fused: Model, adapters: Tree) -> Model:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
+def _swap(
+    config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
+) -> Tree:
     flat = trees.flatten(params)
-    adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(adapters, base.num_layers)
+    adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(
+        adapters, base.num_layers
+    )
     pieces: dict[str, list[Piece]] = {}  # of each leaf: what is written, and where it begins
     for name, block in trees.flatten(adapters).items():
         layer, _, kernel, block_name = name.split("/")
@@ -63,13 +70,27 @@ def _swap(config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params
             continue
         if config.packed:
             leaf_name, first = _place(config, kernel)
-            found = _packed_pieces(value, kernel_shapes(config)[kernel], first, region[1], region[-1])
+            found = _packed_pieces(
+                value, kernel_shapes(config)[kernel], first, region[1], region[-1]
+            )
         else:
             leaf_name = f"{group(kernel)}/{kernel}/kernel"
-            found = [(value, (0,) * (value.ndim - len(region) + 1) + tuple(part.start or 0 for part in region[1:]))]
+            found = [
+                (
+                    value,
+                    (0,) * (value.ndim - len(region) + 1)
+                    + tuple(part.start or 0 for part in region[1:]),
+                )
+            ]
         pieces.setdefault(f"{layer}/{leaf_name}", []).extend(found)
-    written = {name: _write(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()}
-    return constrain(trees.unflatten(flat | written), fused=True) if several_devices() else trees.unflatten(flat | written)
+    written = {
+        name: _write(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()
+    }
+    return (
+        constrain(trees.unflatten(flat | written), fused=True)
+        if several_devices()
+        else trees.unflatten(flat | written)
+    )
 
 
 def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
@@ -93,11 +114,14 @@ def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
     return f"{group(kernel)}/{kernel}/kernel", 0
 
 
-def _packed_pieces(value: Array, shape: Any, first: int, reads: slice, writes: slice) -> list[Piece]:
-    """A block, value [*in, *out], as pieces of a leaf [out, in] whose rows from `first` on are a kernel of `shape`; with where each begins.
+def _packed_pieces(
+    value: Array, shape: Any, first: int, reads: slice, writes: slice
+) -> list[Piece]:
+    """A block, value [*in, *out], as pieces of a leaf [out, in] whose rows from `first` on are a
+    kernel of `shape`; with where each begins.
 
-    One per head where heads are wider than the base's: XLA writes those in place, and copied the leaf where the same was written through a view of
-    its heads.
+    One per head where heads are wider than the base's: XLA writes those in place, and copied the
+    leaf where the same was written through a view of its heads.
     """
     inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes)
     flat = value.reshape(sum(count for _, count in inputs), -1).T
@@ -106,14 +130,18 @@ def _packed_pieces(value: Array, shape: Any, first: int, reads: slice, writes: s
     for column, width in inputs:
         at_out = 0
         for row, height in outputs:
-            found.append((flat[at_out : at_out + height, at_in : at_in + width], (first + row, column)))
+            found.append(
+                (flat[at_out : at_out + height, at_in : at_in + width], (first + row, column))
+            )
             at_out += height
         at_in += width
     return found
 
 
 def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
-    """Where `part` of the last of `axes` lies in all of them flattened: (start, count), one if that is in one piece."""
+    """Where `part` of the last of `axes` lies in all of them flattened: (start, count), one if that
+    is in one piece.
+    """
     start, stop, _ = part.indices(axes[-1])
     heads = int(np.prod(axes[:-1]))
     if stop - start == axes[-1]:

@@ -1,4 +1,6 @@
-"""Adapters of several tasks for one base: brought to the same widths, so that one fused model can change between them, or one batch can mix them."""
+"""Adapters of several tasks for one base: brought to the same widths, so that one fused model can
+change between them, or one batch can mix them.
+"""
 
 from __future__ import annotations
 
@@ -17,37 +19,68 @@ from zflora_jax.core.model_config import LlamaConfig
 SCALED = ("backward", "lora_b")  # the blocks that the adapter's scale multiplies
 
 
-def pad_adapters(config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree, to: AdapterConfig) -> trees.Tree:
-    """`adapters` of `adapter` as adapters of the wider `to` that compute the same: blocks that `to` has and `adapter` has not are zero, others are
-    padded with zeros at the ends of their extra axes, and where the scales differ `backward` and `lora_b` take up the ratio.
+def pad_adapters(
+    config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree, to: AdapterConfig
+) -> trees.Tree:
+    """`adapters` of `adapter` as adapters of the wider `to` that compute the same: blocks that `to`
+    has and `adapter` has not are zero, others are padded with zeros at the ends of their extra
+    axes, and where the scales differ `backward` and `lora_b` take up the ratio.
 
-    config: the base's, its layers stacked or not as `adapters` is. ConfigError where `to` is narrower, lacks a block, or is of a method whose shape
-    is not all that its rank says (ffa, full).
+    config: the base's, its layers stacked or not as `adapters` is. ConfigError where `to` is
+    narrower, lacks a block, or is of a method whose shape is not all that its rank says (ffa,
+    full).
     """
     both = f"adapters of {adapter.method} r={adapter.rank} as {to.method} r={to.rank}"
     for one in (adapter, to):
-        require(METHODS[one.method].in_place in ("none", "lora"), f"{both}: method {one.method!r} cannot be padded; its rank is part of its form.")
+        require(
+            METHODS[one.method].in_place in ("none", "lora"),
+            f"{both}: method {one.method!r} cannot be padded; its rank is part of its form.",
+        )
     config = config.replace(scan_layers="layers" in adapters)
     flat, wanted = trees.flatten(adapters), adapter_shapes(config, to)
-    own = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in adapter_shapes(config, adapter).items()}
+    own = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in adapter_shapes(config, adapter).items()
+    }
     trees.check_like(adapters, trees.unflatten(own), f"adapters of method {adapter.method!r}")
-    lacking = sorted({name.rpartition("/")[2] + " of " + name.split("/")[-2] for name in flat.keys() - wanted.keys()})
-    require(not lacking, f"{both}: the latter has no {', '.join(lacking)}; choose a method and targets that have every block of the former.")
-    narrow = [name for name in flat if any(have > want for have, want in zip(flat[name].shape, wanted[name], strict=True))]
-    require(not narrow, f"{both}: {narrow[:1]} is wider than the latter; choose widths at least as large.")
+    lacking = sorted(
+        {
+            name.rpartition("/")[2] + " of " + name.split("/")[-2]
+            for name in flat.keys() - wanted.keys()
+        }
+    )
+    require(
+        not lacking,
+        f"{both}: the latter has no {', '.join(lacking)}; choose a method and targets that have"
+        " every block of the former.",
+    )
+    narrow = [
+        name
+        for name in flat
+        if any(have > want for have, want in zip(flat[name].shape, wanted[name], strict=True))
+    ]
+    require(
+        not narrow,
+        f"{both}: {narrow[:1]} is wider than the latter; choose widths at least as large.",
+    )
     ratio = np.float32(adapter.scale / to.scale)
 
     def widen(name: str, shape: tuple[int, ...]) -> jax.Array:
         if name not in flat:
             return jnp.zeros(shape, jnp.float32)
-        leaf = jnp.pad(flat[name], [(0, want - have) for have, want in zip(flat[name].shape, shape, strict=True)])
+        leaf = jnp.pad(
+            flat[name],
+            [(0, want - have) for have, want in zip(flat[name].shape, shape, strict=True)],
+        )
         return leaf * ratio if name.rpartition("/")[2] in SCALED and ratio != 1 else leaf
 
     return trees.unflatten({name: widen(name, shape) for name, shape in wanted.items()})
 
 
 def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:
-    """Adapters of the same AdapterConfig (`pad_adapters` makes them so) on a new leading axis: leaves [N, ...], for `rows_of`."""
+    """Adapters of the same AdapterConfig (`pad_adapters` makes them so) on a new leading axis:
+    leaves [N, ...], for `rows_of`.
+    """
     require(len(tasks) > 0, "stack_tasks needs the adapters of at least one task.")
     first = {name: leaf.shape for name, leaf in trees.flatten(tasks[0]).items()}
     for i, task in enumerate(tasks):
@@ -55,12 +88,21 @@ def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:
         if diff := trees.difference(first, shapes):
             raise ValueError(f"task {i} has not the leaves of task 0:\n{diff}")
         wrong = [name for name in first if shapes[name] != first[name]]
-        require(not wrong, f"task {i} has {wrong[:1]} of shape {shapes[wrong[0]] if wrong else ''}, task 0 otherwise; bring them to one width first.")
+        require(
+            not wrong,
+            f"task {i} has {wrong[:1]} of shape {shapes[wrong[0]] if wrong else ''}, task 0"
+            " otherwise; bring them to one width first.",
+        )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
 
 
 def rows_of(stacked: trees.Tree, tasks: Sequence[int] | np.ndarray) -> trees.Tree:
-    """The adapters of each row of a batch, leaves [B, ...]: row i uses task tasks[i] of `stacked`. ConfigError for a task that is not there."""
+    """The adapters of each row of a batch, leaves [B, ...]: row i uses task tasks[i] of `stacked`.
+    ConfigError for a task that is not there.
+    """
     count, wanted = jax.tree.leaves(stacked)[0].shape[0], np.asarray(tasks, np.int32)
-    require(all(0 <= task < count for task in wanted.tolist()), f"tasks={list(map(int, wanted))}: there are {count}, from 0.")
+    require(
+        all(0 <= task < count for task in wanted.tolist()),
+        f"tasks={list(map(int, wanted))}: there are {count}, from 0.",
+    )
     return jax.tree.map(lambda leaf: jnp.take(leaf, wanted, axis=0), stacked)

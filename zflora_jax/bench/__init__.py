@@ -8,7 +8,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """`decode_latency`, imported when it is asked for: what measures PEFT's memory must not have jax in it."""
+    """`decode_latency`, imported when it is asked for: what measures PEFT's memory must not have
+    jax in it.
+    """
     if name == "decode_latency":
         from zflora_jax.bench.latency import decode_latency
 

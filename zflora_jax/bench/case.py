@@ -1,4 +1,6 @@
-"""What a training step is measured on, and the memory of a process. Imports no jax: it is shared with a process that must not have it."""
+"""What a training step is measured on, and the memory of a process. Imports no jax: it is shared
+with a process that must not have it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ OPTIM = OptimConfig(schedule="constant", warmup_steps=0, learning_rate=1e-3)
 
 @dataclass(frozen=True)
 class Case:
-    """One training set-up. model: a preset (random weights) or what load_model takes. masked: share of positions, from the start, without loss."""
+    """One training set-up. model: a preset (random weights) or what load_model takes. masked: share
+    of positions, from the start, without loss.
+    """
 
     model: str
     dtype: str = "float32"
@@ -30,18 +34,37 @@ class Case:
     def __post_init__(self) -> None:
         for name in ("rank", "batch", "length"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
-        require(0 <= self.masked < 1, f"masked={self.masked}: a share of the positions, at least 0 and below 1.")
+        require(
+            0 <= self.masked < 1,
+            f"masked={self.masked}: a share of the positions, at least 0 and below 1.",
+        )
 
     def batch_arrays(self, vocab_size: int) -> dict[str, np.ndarray]:
-        """tokens int32, loss_mask bool, segments int32, each [batch, length]; one token of every sequence at least is to be predicted."""
-        tokens = np.random.default_rng(0).integers(0, vocab_size, (self.batch, self.length)).astype(np.int32)
-        mask = np.broadcast_to(np.arange(self.length) >= max(1, round(self.masked * self.length)), tokens.shape)
+        """tokens int32, loss_mask bool, segments int32, each [batch, length]; one token of every
+        sequence at least is to be predicted.
+        """
+        tokens = (
+            np.random.default_rng(0)
+            .integers(0, vocab_size, (self.batch, self.length))
+            .astype(np.int32)
+        )
+        mask = np.broadcast_to(
+            np.arange(self.length) >= max(1, round(self.masked * self.length)), tokens.shape
+        )
         return {"tokens": tokens, "loss_mask": mask, "segments": np.ones_like(tokens)}
 
 
 def peak_resident() -> float:
-    """Peak resident memory of this process, bytes. Linux's ru_maxrss would count the parent it was forked from."""
+    """Peak resident memory of this process, bytes. Linux's ru_maxrss would count the parent it was
+    forked from.
+    """
     status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8", errors="replace"))):
+    if status.is_file() and (
+        found := re.search(
+            r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8", errors="replace")
+        )
+    ):
         return 1024 * int(found[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

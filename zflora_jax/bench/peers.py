@@ -1,4 +1,6 @@
-"""The same measurements of transformers and PEFT (the test extra installs them): in the same process, on the same machine, by turns."""
+"""The same measurements of transformers and PEFT (the test extra installs them): in the same
+process, on the same machine, by turns.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ def device() -> str:
 def random_llama(config: LlamaConfig, dtype: str) -> Any:
     """transformers' LlamaForCausalLM of this shape with random weights, on `device()`."""
     torch, transformers, _ = imports()
-    settings = transformers.LlamaConfig(**{k: v for k, v in to_hf_config(config, dtype).items() if k not in ("architectures", "torch_dtype")})
+    settings = transformers.LlamaConfig(
+        **{
+            k: v
+            for k, v in to_hf_config(config, dtype).items()
+            if k not in ("architectures", "torch_dtype")
+        }
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
@@ -33,10 +41,16 @@ def random_llama(config: LlamaConfig, dtype: str) -> Any:
         torch.set_default_dtype(before)
 
 
-def decode_contenders(config: LlamaConfig, dtype: str, rank: int, batch: int, prompt_length: int) -> dict[str, Contender]:
-    """transformers' greedy `generate` alone, with PEFT's LoRA, and with that LoRA disabled; on a GPU also compiled with a static cache."""
+def decode_contenders(
+    config: LlamaConfig, dtype: str, rank: int, batch: int, prompt_length: int
+) -> dict[str, Contender]:
+    """transformers' greedy `generate` alone, with PEFT's LoRA, and with that LoRA disabled; on a
+    GPU also compiled with a static cache.
+    """
     torch, _, _ = imports()
-    ids = torch.randint(0, config.vocab_size, (batch, prompt_length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, config.vocab_size, (batch, prompt_length), generator=torch.Generator().manual_seed(0)
+    )
 
     def made(model: Any, **settings: Any) -> Contender:
         model.generation_config.eos_token_id = None  # nothing ends an answer early
@@ -45,7 +59,14 @@ def decode_contenders(config: LlamaConfig, dtype: str, rank: int, batch: int, pr
 
         @torch.no_grad()  # type: ignore[untyped-decorator]
         def generate(count: int) -> Any:
-            out = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0, **settings)
+            out = model.generate(
+                tokens,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=count,
+                pad_token_id=0,
+                **settings,
+            )
             if tokens.is_cuda:
                 torch.cuda.synchronize()
             return out
@@ -61,5 +82,8 @@ def decode_contenders(config: LlamaConfig, dtype: str, rank: int, batch: int, pr
     found = {PEER: made(plain), PEER_LORA: made(lora)}
     found[PEER_IDLE] = Contender(idle)
     if plain.device.type == "cuda":
-        found |= {f"{PEER} compiled": made(plain, cache_implementation="static"), f"{PEER_LORA} compiled": made(lora, cache_implementation="static")}
+        found |= {
+            f"{PEER} compiled": made(plain, cache_implementation="static"),
+            f"{PEER_LORA} compiled": made(lora, cache_implementation="static"),
+        }
     return found

@@ -1,4 +1,6 @@
-"""PEFT's LoRA and its training step, from a saved model. Imports no jax, so that the memory of its process is its own."""
+"""PEFT's LoRA and its training step, from a saved model. Imports no jax, so that the memory of its
+process is its own.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def imports() -> tuple[Any, Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        raise ConfigError(f"comparing with transformers and PEFT needs them ({error}); install with: pip install -e '.[test]'") from None
+        raise ConfigError(
+            f"comparing with transformers and PEFT needs them ({error}); install with: pip install"
+            " -e '.[test]'"
+        ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return torch, transformers, peft
@@ -32,26 +37,36 @@ def with_lora(model: Any, rank: int) -> Any:
     """PEFT's LoRA on all seven kernels of every layer, scale 2."""
     _, _, peft = imports()
     return peft.get_peft_model(
-        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR, task_type="CAUSAL_LM"), autocast_adapter_dtype=False
+        model,
+        peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR, task_type="CAUSAL_LM"),
+        autocast_adapter_dtype=False,
     )
 
 
 def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], float]:
-    """A function that trains one step of `case` on the model saved in `directory` and returns its loss.
+    """A function that trains one step of `case` on the model saved in `directory` and returns its
+    loss.
 
-    AdamW and the clip of the global norm as ours, torch's best attention, no gradient checkpointing.
+    AdamW and the clip of the global norm as ours, torch's best attention, no gradient
+    checkpointing.
     """
     torch, transformers, _ = imports()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, case.dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, case.dtype)
+    )
     model = with_lora(model.to(device), case.rank).train()
     arrays = case.batch_arrays(model.config.vocab_size)
     tokens = torch.tensor(arrays["tokens"], dtype=torch.long, device=device)
     labels = tokens.masked_fill(torch.tensor(~arrays["loss_mask"], device=device), -100)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        trained, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps, weight_decay=0.0
+    )
 
     def run() -> float:
-        loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels, use_cache=False).loss
+        loss = model(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels, use_cache=False
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, OPTIM.clip_norm)
         optimizer.step()
@@ -62,7 +77,9 @@ def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], f
 
 
 def main() -> None:
-    """Read a job (JSON) from stdin, train its steps, print [peak memory in bytes, seconds from nothing to the end of the first step]."""
+    """Read a job (JSON) from stdin, train its steps, print [peak memory in bytes, seconds from
+    nothing to the end of the first step].
+    """
     job = json.load(sys.stdin)
     torch, _, _ = imports()
     started = time.perf_counter()
@@ -71,4 +88,11 @@ def main() -> None:
     first = time.perf_counter() - started
     for _ in range(job["steps"] - 1):
         run()
-    print(json.dumps([torch.cuda.max_memory_allocated() if job["device"] == "cuda" else peak_resident(), first]))
+    print(
+        json.dumps(
+            [
+                torch.cuda.max_memory_allocated() if job["device"] == "cuda" else peak_resident(),
+                first,
+            ]
+        )
+    )

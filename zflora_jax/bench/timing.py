@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that decodes. generate(n): makes n tokens after its prompt and returns when they are there; n is one of the counts it was made for.
+    """Something that decodes. generate(n): makes n tokens after its prompt and returns when they
+    are there; n is one of the counts it was made for.
 
-    read_bytes: of weights and cache that a step has to read, on average; None where it is not known. extra: what else is reported of it.
+    read_bytes: of weights and cache that a step has to read, on average; None where it is not
+    known. extra: what else is reported of it.
     """
 
     generate: Callable[[int], object]
@@ -24,13 +26,19 @@ class Contender:
 
 
 def decode_turns(
-    contenders: Mapping[str, Contender], new_tokens: int, repeats: int, measure_bandwidth: Callable[[], float] | None = None
+    contenders: Mapping[str, Contender],
+    new_tokens: int,
+    repeats: int,
+    measure_bandwidth: Callable[[], float] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """label -> {"ttft_ms", "tpot_ms"}, one value per turn, after one call of each that is not counted.
+    """label -> {"ttft_ms", "tpot_ms"}, one value per turn, after one call of each that is not
+    counted.
 
-    A turn times, contender by contender, a call that makes 1 token (TTFT: prefill and the first token) and one that makes `new_tokens`; TPOT is their
-    difference over new_tokens - 1. Every other turn goes through the contenders backwards, so that none always follows the same one. With
-    `measure_bandwidth` (bytes/s) also "floor_ms" where read_bytes is known: those over what it gives just before, for others use the memory too.
+    A turn times, contender by contender, a call that makes 1 token (TTFT: prefill and the first
+    token) and one that makes `new_tokens`; TPOT is their difference over new_tokens - 1. Every
+    other turn goes through the contenders backwards, so that none always follows the same one. With
+    `measure_bandwidth` (bytes/s) also "floor_ms" where read_bytes is known: those over what it
+    gives just before, for others use the memory too.
     """
     found = {label: {"ttft_ms": list[float](), "tpot_ms": list[float]()} for label in contenders}
     for contender in contenders.values():
@@ -43,7 +51,9 @@ def decode_turns(
                 found[label].setdefault("floor_ms", []).append(1e3 * size / measure_bandwidth())
             first = _milliseconds(contenders[label], 1)
             found[label]["ttft_ms"].append(first)
-            found[label]["tpot_ms"].append((_milliseconds(contenders[label], new_tokens) - first) / (new_tokens - 1))
+            found[label]["tpot_ms"].append(
+                (_milliseconds(contenders[label], new_tokens) - first) / (new_tokens - 1)
+            )
     return found
 
 
@@ -64,8 +74,10 @@ def ratio(values: Sequence[float], to: Sequence[float]) -> float:
 
 
 def bandwidth_meter(size: int = 2**30, repeats: int = 4) -> Callable[[], float]:
-    """A measurement, to be called as often as needed: bytes per second that a sum over `size` bytes of float32, or a product of such a matrix and a
-    vector, reads at best of `repeats` on the default device. It holds `size` bytes of its memory."""
+    """A measurement, to be called as often as needed: bytes per second that a sum over `size` bytes
+    of float32, or a product of such a matrix and a vector, reads at best of `repeats` on the
+    default device. It holds `size` bytes of its memory.
+    """
     rows = jnp.ones((size // 4 // 4096, 4096), jnp.float32)
     vector = jnp.ones((4096,), jnp.float32)
     ways = (jax.jit(lambda x, v: jnp.sum(x)), jax.jit(lambda x, v: x @ v))

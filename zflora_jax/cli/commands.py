@@ -1,4 +1,6 @@
-"""What the commands do. Only wiring: each calls one function of the package and prints what it returns."""
+"""What the commands do. Only wiring: each calls one function of the package and prints what it
+returns.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,23 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
-
 def load_config(path: str, function: str) -> Any:
-    """Call `function` of the Python file at `path`. ConfigError if the file or the function is missing."""
+    """Call `function` of the Python file at `path`. ConfigError if the file or the function is
+    missing.
+    """
     file = Path(path)
     if not file.is_file():
         found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        raise ConfigError(f"config file {path} does not exist. {f'{nearest(path, found)}.' if found else 'Give the path of a Python file.'}")
+        raise ConfigError(
+            f"config file {path} does not exist."
+            f" {f'{nearest(path, found)}.' if found else 'Give the path of a Python file.'}"
+        )
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {path} is not a Python file; give a .py file with a function {function}().")
+        raise ConfigError(
+            f"config file {path} is not a Python file; give a .py file with a function"
+            f" {function}()."
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -42,12 +51,20 @@ def load_config(path: str, function: str) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # the file is the user's: say where in it, as for any other input
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == file.resolve()]
+        lines = [
+            f.lineno
+            for f in traceback.extract_tb(error.__traceback__)
+            if Path(f.filename).resolve() == file.resolve()
+        ]
         where = f", line {lines[-1]}" if lines else ""
-        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        unknown = re.search(
+            r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)
+        )
         if unknown and dataclasses.is_dataclass(kind := getattr(config_module, unknown[1], None)):
             known = nearest(unknown[2], [f.name for f in dataclasses.fields(kind)])
-            raise ConfigError(f"config file {path}{where}: unknown key {unknown[2]!r} of {unknown[1]}: {known}.") from error
+            raise ConfigError(
+                f"config file {path}{where}: unknown key {unknown[2]!r} of {unknown[1]}: {known}."
+            ) from error
         raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {error}.") from error
 
 
@@ -61,7 +78,10 @@ def _changes(pairs: list[str]) -> dict[str, str]:
 def _run_config(args: argparse.Namespace) -> RunConfig:
     run = load_config(args.config, "get_config")
     if not isinstance(run, RunConfig):
-        raise ConfigError(f"get_config() of {args.config} returns {type(run).__name__}; it must return a zflora_jax.RunConfig.")
+        raise ConfigError(
+            f"get_config() of {args.config} returns {type(run).__name__}; it must return a"
+            " zflora_jax.RunConfig."
+        )
     return override(run, _changes(args.set))
 
 
@@ -91,7 +111,11 @@ def print_table(values: dict[str, Any], title: str) -> None:
     for key, value in values.items():
         if isinstance(value, str | int | float) or value is None:
             shown = (
-                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else str(value)
+                f"{value:,}"
+                if isinstance(value, int) and not isinstance(value, bool)
+                else f"{value:.6g}"
+                if isinstance(value, float)
+                else str(value)
             )
             table.add_row(key, shown)
     Console().print(table)
@@ -102,13 +126,17 @@ def train(args: argparse.Namespace) -> None:
     from zflora_jax.parallel import distributed
     from zflora_jax.training.checkpoint import read_config
 
-    distributed.start(args.coordinator, args.num_processes, args.process_id, detect=args.distributed)
+    distributed.start(
+        args.coordinator, args.num_processes, args.process_id, detect=args.distributed
+    )
     if args.config:
         run = _run_config(args)
     elif args.resume:
         run = override(read_config(args.workdir), _changes(args.set))
     else:
-        raise ConfigError("train needs --config FILE, or --resume to go on with the run in --workdir.")
+        raise ConfigError(
+            "train needs --config FILE, or --resume to go on with the run in --workdir."
+        )
     report = train(run, args.workdir, resume=args.resume, console=distributed.is_main()).report
     if distributed.is_main():
         print_table(report, f"trained in {args.workdir}")
@@ -124,41 +152,66 @@ def eval(args: argparse.Namespace) -> None:
     from zflora_jax.training.checkpoint import read_config
 
     given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
-    changes: dict[str, Any] = _changes(args.set) | {key: value for key, value in given.items() if value is not None}
+    changes: dict[str, Any] = _changes(args.set) | {
+        key: value for key, value in given.items() if value is not None
+    }
     meshed = {key: changes.pop(key) for key in list(changes) if key.startswith("mesh.")}
     trained = [key for key in changes if not key.startswith(("eval.", "data."))]
     if args.workdir and trained:
-        raise ConfigError(f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated; eval.*, data.* and mesh.* can.")
+        raise ConfigError(
+            f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated;"
+            " eval.*, data.* and mesh.* can."
+        )
     base = read_config(args.workdir) if args.workdir else RunConfig(model=args.model)
     run = override(base, changes)
     named = args.tasks.split(",") if args.tasks else parse_mixture(run.data.task)[0]
     tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
     check_tasks(run, tasks)
-    trained_on = [TrainedOn(override(run, {"data.task": args.trained_on}).data, here=False)] if args.trained_on else []
+    trained_on = (
+        [TrainedOn(override(run, {"data.task": args.trained_on}).data, here=False)]
+        if args.trained_on
+        else []
+    )
     for elsewhere in trained_on:
         source_splits(elsewhere.data)  # what is not there is said before anything slow
     if args.workdir:  # in its own data_dir, unless that has been moved
-        moved = run.data.data_dir and base.data.data_dir and not Path(base.data.data_dir).expanduser().exists()
-        own = TrainedOn(dataclasses.replace(base.data, data_dir=run.data.data_dir) if moved else base.data)
+        moved = (
+            run.data.data_dir
+            and base.data.data_dir
+            and not Path(base.data.data_dir).expanduser().exists()
+        )
+        own = TrainedOn(
+            dataclasses.replace(base.data, data_dir=run.data.data_dir) if moved else base.data
+        )
         try:
             source_splits(own.data)
             trained_on.append(own)
         except ConfigError as error:
-            print(f"the run's training data is not there, so no test question is compared with it: {error}", file=sys.stderr)
+            print(
+                "the run's training data is not there, so no test question is compared with it:"
+                f" {error}",
+                file=sys.stderr,
+            )
     mesh = mesh_asked(meshed, base)
     out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     with compile_cache(Path(args.workdir or out) / "compile_cache"):
         if args.workdir:
             model, label = load_fused(args.workdir, args.checkpoint, mesh=mesh)
         else:
-            model, label = load_model(args.model, dtype=run.train.dtype, mesh=mesh), Path(args.model).name
+            model, label = (
+                load_model(args.model, dtype=run.train.dtype, mesh=mesh),
+                Path(args.model).name,
+            )
             if "train.matmul_precision" in changes:  # else the one that an export was trained with
                 model.config = model.config.replace(matmul_precision=run.train.matmul_precision)
         summary = evaluate_tasks(run, model, tasks, out, label, trained_on=trained_on or None)
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")
     print(summary_page(summary))
-    print(f"written to {out}: summary-{run.eval.split}-{label}.md, and for each task one line per example in <task>-{run.eval.split}-{label}.jsonl")
+    print(
+        f"written to {out}: summary-{run.eval.split}-{label}.md, and for each task one line per"
+        f" example in <task>-{run.eval.split}-{label}.jsonl"
+    )
 
 
 @contextlib.contextmanager
@@ -186,11 +239,18 @@ def plot(args: argparse.Namespace) -> None:
     from zflora_jax.reporting.plots import training_curves
 
     folders = [os.path.abspath(run) for run in args.runs]
-    shared = os.path.commonpath([os.path.dirname(folder) for folder in folders])  # what all have in common says nothing in a legend
+    # What all have in common says nothing in a legend.
+    shared = os.path.commonpath([os.path.dirname(folder) for folder in folders])
     runs = {os.path.relpath(folder, shared): Path(folder) / METRICS_FILE for folder in folders}
     for path in runs.values():
-        require(path.is_file(), f"{path.parent} has no {METRICS_FILE}: give the workdir of a training run.")
-    require(args.out is not None or len(runs) == 1, f"--out PATH says where a figure of {len(runs)} runs goes.")
+        require(
+            path.is_file(),
+            f"{path.parent} has no {METRICS_FILE}: give the workdir of a training run.",
+        )
+    require(
+        args.out is not None or len(runs) == 1,
+        f"--out PATH says where a figure of {len(runs)} runs goes.",
+    )
     out = args.out or str(Path(args.runs[0]) / "curves")
     of = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs of {os.path.basename(shared)}"
     with _damage_is_input():
@@ -202,9 +262,17 @@ def export(args: argparse.Namespace) -> None:
     from zflora_jax.experiments.run import export_run
     from zflora_jax.training.checkpoint import read_config
 
-    require(args.eps is None or args.format == "hf", "--eps goes with --format hf: LoRA adapters have no state to scale.")
+    require(
+        args.eps is None or args.format == "hf",
+        "--eps goes with --format hf: LoRA adapters have no state to scale.",
+    )
     mesh = mesh_asked(args.set, read_config(args.workdir))
-    settings: Any = {"format": args.format, "dtype": args.dtype, "checkpoint": args.checkpoint, "eps_z": args.eps}
+    settings: Any = {
+        "format": args.format,
+        "dtype": args.dtype,
+        "checkpoint": args.checkpoint,
+        "eps_z": args.eps,
+    }
     report = export_run(args.workdir, args.out, mesh=mesh, **settings)
     print_table(report, f"exported to {args.out}")
 
@@ -242,24 +310,38 @@ def sweep(args: argparse.Namespace) -> None:
     for plan in plans:
         if not isinstance(plan, Comparison | Grid):
             raise ConfigError(
-                f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a zflora_jax.Grid or Comparison, or a list."
+                f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a"
+                " zflora_jax.Grid or Comparison, or a list."
             )
     names = [plan.name for plan in plans]
     if args.only is not None and args.only not in names:
-        raise ConfigError(f"--only {args.only}: no sweep of {args.config} has that name. {nearest(args.only, names)}.")
+        raise ConfigError(
+            f"--only {args.only}: no sweep of {args.config} has that name."
+            f" {nearest(args.only, names)}."
+        )
 
     def changed(plan: Comparison) -> Comparison:
         rates_from = changed(plan.rates_from) if plan.rates_from else None
-        return dataclasses.replace(plan, base=override(plan.base, _changes(args.set)), rates_from=rates_from)
+        return dataclasses.replace(
+            plan, base=override(plan.base, _changes(args.set)), rates_from=rates_from
+        )
 
     with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
         for plan in (plan for plan in plans if args.only in (None, plan.name)):
             workdir = Path(args.workdir) / plan.name if len(plans) > 1 else Path(args.workdir)
             if isinstance(plan, Grid):
-                rows = run_grid(override(plan.base, _changes(args.set)), plan.settings, workdir, page=Path(args.out) / f"{plan.name}.md")
+                rows = run_grid(
+                    override(plan.base, _changes(args.set)),
+                    plan.settings,
+                    workdir,
+                    page=Path(args.out) / f"{plan.name}.md",
+                )
                 for row in rows:
                     print_table(row, f"{plan.name}: {row['run']}")
-                require(any(row["status"] == FINISHED for row in rows), f"no run of {plan.name} has finished: {rows[0]['status']}")
+                require(
+                    any(row["status"] == FINISHED for row in rows),
+                    f"no run of {plan.name} has finished: {rows[0]['status']}",
+                )
                 continue
             for row in compare_methods(changed(plan), workdir, args.out)["rows"]:
                 print_table(row, f"{plan.name}: {row['method']}")
@@ -276,19 +358,30 @@ def bench(args: argparse.Namespace) -> None:
     def given(*names: str) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the same GPU
+    # Torch needs room on the same GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # times to compile are reported
     title = f"{args.model}, {args.dtype}"
     if args.kind == "train":
-        cases = [training.Case(args.model, args.dtype, args.rank, args.batch, args.length, masked) for masked in args.masked]
+        cases = [
+            training.Case(args.model, args.dtype, args.rank, args.batch, args.length, masked)
+            for masked in args.masked
+        ]
         result = training.measure(cases, **given("methods", "repeats", "with_peft"))
-        training.write(result | {"environment": environment()}, args.out, f"A training step: {title}")
+        training.write(
+            result | {"environment": environment()}, args.out, f"A training step: {title}"
+        )
         return
     shape = args.model in config_module.PRESETS and not args.real
     source = config_module.preset(args.model) if shape else load_model(args.model, dtype=args.dtype)
-    settings = given("dtype", "methods", "ranks", "batches", "prompts", "new_tokens", "repeats", "peers")
+    settings = given(
+        "dtype", "methods", "ranks", "batches", "prompts", "new_tokens", "repeats", "peers"
+    )
     result = latency.measure(source, **settings)
-    result |= {"settings": {"model": args.model, "weights": "random" if shape else "real"} | settings, "environment": environment()}
+    result |= {
+        "settings": {"model": args.model, "weights": "random" if shape else "real"} | settings,
+        "environment": environment(),
+    }
     latency.write(result, args.out, f"Decode latency: {title}")
 
 
@@ -298,4 +391,6 @@ def quickstart(args: argparse.Namespace) -> None:
 
     run = _run_config(args)
     with compile_cache(Path(args.workdir) / "compile_cache"):
-        print_table(quickstart(run, args.workdir), f"quickstart, written to {args.workdir}/quickstart.json")
+        print_table(
+            quickstart(run, args.workdir), f"quickstart, written to {args.workdir}/quickstart.json"
+        )

@@ -24,21 +24,52 @@ def generate(args: argparse.Namespace) -> None:
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.training.checkpoint import read_config
 
-    require(not (args.plain and args.system), "--system is a turn of a conversation; leave --plain out, or put the text into the prompt.")
-    require(not (args.workdir and (args.adapter or args.dtype)), "--adapter and --dtype go with --model; a run has its own.")
-    require(not (args.checkpoint and not args.workdir), "--checkpoint is of a run: give its --workdir.")
-    require(not (args.plain and args.prompt is None and args.file is None), "--plain continues a text: give it by --prompt or --file.")
+    require(
+        not (args.plain and args.system),
+        "--system is a turn of a conversation; leave --plain out, or put the text into the prompt.",
+    )
+    require(
+        not (args.workdir and (args.adapter or args.dtype)),
+        "--adapter and --dtype go with --model; a run has its own.",
+    )
+    require(
+        not (args.checkpoint and not args.workdir), "--checkpoint is of a run: give its --workdir."
+    )
+    require(
+        not (args.plain and args.prompt is None and args.file is None),
+        "--plain continues a text: give it by --prompt or --file.",
+    )
     sampler, lines = Sampler(args.temperature, args.top_k, args.top_p), _lines(args.file)
-    data = read_config(args.workdir).data if args.workdir else None  # prompts of a run are written as it was trained
+    # Prompts of a run are written as it was trained.
+    data = read_config(args.workdir).data if args.workdir else None
     style = "plain" if args.plain else data.prompt_style if data else "chat"
-    require(style == "chat" or args.system is None, f"--system is a turn of a conversation; this run was trained with data.prompt_style={style!r}.")
+    require(
+        style == "chat" or args.system is None,
+        "--system is a turn of a conversation; this run was trained with"
+        f" data.prompt_style={style!r}.",
+    )
     talks = args.prompt is None and lines is None
-    require(not talks or style == "chat", f"a run trained with data.prompt_style={style!r} holds no conversation: give --prompt or --file.")
-    with compile_cache(Path(args.workdir) / "compile_cache") if args.workdir else contextlib.nullcontext():
+    require(
+        not talks or style == "chat",
+        f"a run trained with data.prompt_style={style!r} holds no conversation: give --prompt or"
+        " --file.",
+    )
+    with (
+        compile_cache(Path(args.workdir) / "compile_cache")
+        if args.workdir
+        else contextlib.nullcontext()
+    ):
         _generate(args, _model_of(args), style, lines, sampler, data.date if data else None)
 
 
-def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[str] | None, sampler: Sampler, date: str | None) -> None:
+def _generate(
+    args: argparse.Namespace,
+    model: Model,
+    style: str,
+    lines: list[str] | None,
+    sampler: Sampler,
+    date: str | None,
+) -> None:
     """style: "plain", or a prompt style. date: what a chat template is told, None for today."""
     from zflora_jax.data.prompts import render
     from zflora_jax.inference.text import converse, stream
@@ -47,10 +78,23 @@ def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[st
     def written(prompt: str) -> str:
         return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
 
-    settings: Any = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": args.seed, "date": date}
+    settings: Any = {
+        "max_new_tokens": args.max_new_tokens,
+        "sampler": sampler,
+        "seed": args.seed,
+        "date": date,
+    }
     if lines is not None:
-        require(args.system is None, "--system goes with --prompt or a conversation, not with --file.")
-        texts = generate_texts(model, [written(line) for line in lines], chat=style == "chat", batch_size=args.batch_size, **settings)
+        require(
+            args.system is None, "--system goes with --prompt or a conversation, not with --file."
+        )
+        texts = generate_texts(
+            model,
+            [written(line) for line in lines],
+            chat=style == "chat",
+            batch_size=args.batch_size,
+            **settings,
+        )
         for prompt, text in zip(lines, texts, strict=True):
             print(json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False))
         return
@@ -60,12 +104,24 @@ def _generate(args: argparse.Namespace, model: Model, style: str, lines: list[st
 
     opening = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
-        for piece in stream(model, [*opening, {"role": "user", "content": args.prompt}] if style == "chat" else written(args.prompt), **settings):
+        for piece in stream(
+            model,
+            (
+                [*opening, {"role": "user", "content": args.prompt}]
+                if style == "chat"
+                else written(args.prompt)
+            ),
+            **settings,
+        ):
             say(piece)
         say("\n")
         return
     if sys.stdin.isatty():
-        print("A line is a turn. /reset forgets the conversation, /quit or the end of input ends it, Ctrl-C stops an answer.", file=sys.stderr)
+        print(
+            "A line is a turn. /reset forgets the conversation, /quit or the end of input ends it,"
+            " Ctrl-C stops an answer.",
+            file=sys.stderr,
+        )
     converse(model, _typed(), say, system=args.system, **settings)
 
 
@@ -82,7 +138,10 @@ def _model_of(args: argparse.Namespace) -> Model:
         return load_fused(args.workdir, args.checkpoint, mesh=mesh)[0]
     model = load_model(args.model, dtype=args.dtype or "float32", mesh=mesh)
     if args.adapter:
-        require(model.adapter is None, f"--model {args.model} has an adapter fused in already; give --adapter with its base.")
+        require(
+            model.adapter is None,
+            f"--model {args.model} has an adapter fused in already; give --adapter with its base.",
+        )
         return fuse(model, *load_peft(args.adapter, model))
     return model
 
@@ -91,8 +150,13 @@ def _lines(file: str | None) -> list[str] | None:
     if file is None:
         return None
     if file != "-" and not Path(file).is_file():
-        raise ConfigError(f"--file {file} does not exist; give a text file with a prompt on every line, or - for stdin.")
-    text = decode(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes(), f"--file {file}")
+        raise ConfigError(
+            f"--file {file} does not exist; give a text file with a prompt on every line, or - for"
+            " stdin."
+        )
+    text = decode(
+        sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes(), f"--file {file}"
+    )
     lines = [line for line in lines_of(text) if line.strip()]
     require(bool(lines), f"--file {file} holds no prompt; put one on every line.")
     return lines
@@ -100,7 +164,8 @@ def _lines(file: str | None) -> list[str] | None:
 
 def _typed() -> Iterator[str]:
     """Lines from the terminal (with its editing keys) or a pipe, which may begin with a byte order
-    mark. Ctrl-C at an empty prompt is forgotten."""
+    mark. Ctrl-C at an empty prompt is forgotten.
+    """
     if sys.stdin.isatty():
         import readline  # noqa: F401 (input() then edits lines and remembers them)
     while True:

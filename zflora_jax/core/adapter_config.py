@@ -14,7 +14,9 @@ Start = Literal["kaiming_uniform", "normal"]  # what an adapter's random blocks 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table in docs/method.md: which streams are widened, or how a kernel is changed in place; how its random blocks start."""
+    """One row of the table in docs/method.md: which streams are widened, or how a kernel is changed
+    in place; how its random blocks start.
+    """
 
     residual: bool = False
     heads: bool = False
@@ -35,18 +37,19 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter: a method, its widths and the kernels it may touch. Widths are counted in channels.
+    """An adapter: a method, its widths and the kernels it may touch. Widths are counted in
+    channels.
 
-    rank: r of LoRA and FFA, width of the residual state of the zFLoRA methods, and the divisor of the scale s = alpha / rank.
-    alpha: None means 2 * rank (s = 2).
-    mlp_rank: m, extra MLP units; None means `rank`. head_rank: e, extra dims per head, even; None means up to the next head size that attention
-    kernels of servers know. head_scores: whether q and k are widened too (an added score term) or v and o alone.
-    targets: "all", "attention", "mlp" or a regex over kernel names (q, k, v, o, gate, up, down), matched in full.
-    init: what random blocks are drawn from: "kaiming_uniform", within +-1/sqrt(inputs), as PEFT
-    starts LoRA; "normal", N(0, 1/inputs). None: the method's own (lora: kaiming_uniform, others:
-    normal). ffa and full draw nothing.
-    dropout: the share of inputs of LoRA's A that training leaves out, PEFT's lora_dropout; the
-    others are divided by 1 - dropout. lora only.
+    rank: r of LoRA and FFA, width of the residual state of the zFLoRA methods, and the divisor of
+    the scale s = alpha / rank. alpha: None means 2 * rank (s = 2). mlp_rank: m, extra MLP units;
+    None means `rank`. head_rank: e, extra dims per head, even; None means up to the next head size
+    that attention kernels of servers know. head_scores: whether q and k are widened too (an added
+    score term) or v and o alone. targets: "all", "attention", "mlp" or a regex over kernel names
+    (q, k, v, o, gate, up, down), matched in full. init: what random blocks are drawn from:
+    "kaiming_uniform", within +-1/sqrt(inputs), as PEFT starts LoRA; "normal", N(0, 1/inputs). None:
+    the method's own (lora: kaiming_uniform, others: normal). ffa and full draw nothing. dropout:
+    the share of inputs of LoRA's A that training leaves out, PEFT's lora_dropout; the others are
+    divided by 1 - dropout. lora only.
     """
 
     method: str
@@ -61,33 +64,52 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.method in METHODS, f"unknown adapter method {self.method!r}: {nearest(self.method, METHODS)}.")
+        require(
+            self.method in METHODS,
+            f"unknown adapter method {self.method!r}: {nearest(self.method, METHODS)}.",
+        )
         row = METHODS[self.method]
-        require(self.rank >= 1, f"adapter.rank={self.rank}: must be at least 1 (use the base model itself to run without an adapter).")
-        require(self.alpha is None or 0 < self.alpha < math.inf, f"adapter.alpha={self.alpha}: must be positive, or None for 2 * rank.")
-        for name, widened, stream in (("mlp_rank", row.mlp, "MLP"), ("head_rank", row.heads, "heads")):
+        require(
+            self.rank >= 1,
+            f"adapter.rank={self.rank}: must be at least 1 (use the base model itself to run"
+            " without an adapter).",
+        )
+        require(
+            self.alpha is None or 0 < self.alpha < math.inf,
+            f"adapter.alpha={self.alpha}: must be positive, or None for 2 * rank.",
+        )
+        for name, widened, stream in (
+            ("mlp_rank", row.mlp, "MLP"),
+            ("head_rank", row.heads, "heads"),
+        ):
             width = getattr(self, name)
             if width is not None:
-                require(widened, f"adapter.{name}={width}: method {self.method!r} does not widen the {stream} stream; leave {name} unset.")
+                require(
+                    widened,
+                    f"adapter.{name}={width}: method {self.method!r} does not widen the {stream}"
+                    f" stream; leave {name} unset.",
+                )
                 require(width >= 0, f"adapter.{name}={width}: must be at least 0.")
         if self.head_rank is not None:
             require(
                 self.head_rank % 2 == 0,
-                f"adapter.head_rank={self.head_rank} is odd: Hugging Face rotates head dims in half-split pairs, so use an even width.",
+                f"adapter.head_rank={self.head_rank} is odd: Hugging Face rotates head dims in"
+                " half-split pairs, so use an even width.",
             )
         require(
             self.init is None or row.start is not None,
-            f"adapter.init={self.init!r}: method {self.method!r} draws nothing at random (ffa starts at zero, full "
-            "at the base); leave init unset.",
+            f"adapter.init={self.init!r}: method {self.method!r} draws nothing at random (ffa"
+            " starts at zero, full at the base); leave init unset.",
         )
         require(
             0 <= self.dropout < 1,
-            f"adapter.dropout={self.dropout}: a share of inputs, so at least 0 and below 1 (0 switches it off).",
+            f"adapter.dropout={self.dropout}: a share of inputs, so at least 0 and below 1 (0"
+            " switches it off).",
         )
         require(
             self.dropout == 0 or row.in_place == "lora",
-            f"adapter.dropout={self.dropout}: only method 'lora' has dropout, on the inputs of its A; method "
-            f"{self.method!r} has none, leave it at 0.",
+            f"adapter.dropout={self.dropout}: only method 'lora' has dropout, on the inputs of its"
+            f" A; method {self.method!r} has none, leave it at 0.",
         )
 
     @property

@@ -1,4 +1,6 @@
-"""The kernels of a Llama: their names, the streams they read and write, their shapes; parameters by name and by number."""
+"""The kernels of a Llama: their names, the streams they read and write, their shapes; parameters by
+name and by number.
+"""
 
 from __future__ import annotations
 
@@ -37,33 +39,53 @@ def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple
     """kernel -> (input axes, output axes) of one layer's kernel, e.g. q: ((d,), (H, k))."""
     d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
     query, kv = (config.num_heads, k), (config.num_kv_heads, k)
-    return {"q": ((d,), query), "k": ((d,), kv), "v": ((d,), kv), "o": (query, (d,)), "gate": ((d,), (f,)), "up": ((d,), (f,)), "down": ((f,), (d,))}
+    return {
+        "q": ((d,), query),
+        "k": ((d,), kv),
+        "v": ((d,), kv),
+        "o": (query, (d,)),
+        "gate": ((d,), (f,)),
+        "up": ((d,), (f,)),
+        "down": ((f,), (d,)),
+    }
 
 
 def count_base(config: LlamaConfig) -> int:
     """Parameters of a model of shape `config` (tied embeddings counted once)."""
-    layer = sum(math.prod(i + o) for i, o in kernel_shapes(config).values()) + 2 * config.hidden_size
-    return config.num_layers * layer + config.hidden_size * (1 + config.vocab_size * (1 if config.tie_word_embeddings else 2))
+    layer = (
+        sum(math.prod(i + o) for i, o in kernel_shapes(config).values()) + 2 * config.hidden_size
+    )
+    return config.num_layers * layer + config.hidden_size * (
+        1 + config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    )
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every base parameter of an unpacked model, e.g. "layers/attn/q/kernel": (L, d, H, k).
+    """Name -> shape of every base parameter of an unpacked model, e.g. "layers/attn/q/kernel": (L,
+    d, H, k).
 
-    embed/embedding [V, d], lm_head/kernel [d, V] (untied only), final_norm/scale [d]; per layer attn_norm/scale and mlp_norm/scale [d],
-    attn/{q [d, H, k], k and v [d, K, k], o [H, k, d]}/kernel, mlp/{gate, up [d, f], down [f, d]}/kernel. With scan_layers the layers are stacked on
-    a leading
-    axis L under "layers/", else they are "layers_0/" ... without it. d, k, f are the widths in `config`, so a fused config gives the fused shapes.
+    embed/embedding [V, d], lm_head/kernel [d, V] (untied only), final_norm/scale [d]; per layer
+    attn_norm/scale and mlp_norm/scale [d], attn/{q [d, H, k], k and v [d, K, k], o [H, k,
+    d]}/kernel, mlp/{gate, up [d, f], down [f, d]}/kernel. With scan_layers the layers are stacked
+    on a leading axis L under "layers/", else they are "layers_0/" ... without it. d, k, f are the
+    widths in `config`, so a fused config gives the fused shapes.
     """
     from zflora_jax.core.architecture import group, kernel_shapes
 
     d, v = config.hidden_size, config.vocab_size
     layer: dict[str, tuple[int, ...]] = {"attn_norm/scale": (d,), "mlp_norm/scale": (d,)}
-    layer |= {f"{group(name)}/{name}/kernel": i + o for name, (i, o) in kernel_shapes(config).items()}
+    layer |= {
+        f"{group(name)}/{name}/kernel": i + o for name, (i, o) in kernel_shapes(config).items()
+    }
     shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (v, d), "final_norm/scale": (d,)}
     if not config.tie_word_embeddings:
         shapes["lm_head/kernel"] = (d, v)
     if config.scan_layers:
         shapes |= {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
     else:
-        shapes |= {f"layers_{i}/{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
+        shapes |= {
+            f"layers_{i}/{name}": shape
+            for i in range(config.num_layers)
+            for name, shape in layer.items()
+        }
     return dict(sorted(shapes.items()))

@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message says what was given, what is allowed and how to fix it."""
+    """A setting that cannot be used; the message says what was given, what is allowed and how to
+    fix it.
+    """
 
 
 def first_line(error: BaseException) -> str:
@@ -39,7 +41,7 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-# --- dataclass <-> dict, dotted overrides -------------------------------------------------------------------------
+# --- dataclass <-> dict, dotted overrides ---------------------------------------------------------
 
 
 @functools.cache
@@ -48,17 +50,29 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def check_types(config: Any) -> None:
-    """Hold every field to its declared type, also where a config is built by keyword in Python: the first line of each __post_init__."""
+    """Hold every field to its declared type, also where a config is built by keyword in Python: the
+    first line of each __post_init__.
+    """
     hints: dict[str, Any] = _hints(typing.cast(Any, type(config)))
-    section = {"AdapterConfig": "adapter.", "DataConfig": "data.", "OptimConfig": "optim.", "TrainConfig": "train.", "EvalConfig": "eval."}
+    section = {
+        "AdapterConfig": "adapter.",
+        "DataConfig": "data.",
+        "OptimConfig": "optim.",
+        "TrainConfig": "train.",
+        "EvalConfig": "eval.",
+    }
     prefix = section.get(type(config).__name__, "")
     for f in dataclasses.fields(config):
         if f.init:
-            object.__setattr__(config, f.name, _coerce(getattr(config, f.name), hints[f.name], prefix + f.name))
+            object.__setattr__(
+                config, f.name, _coerce(getattr(config, f.name), hints[f.name], prefix + f.name)
+            )
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint` declares, or ConfigError. Lists become tuples, ints become floats; nothing else changes."""
+    """`value` as the type `hint` declares, or ConfigError. Lists become tuples, ints become floats;
+    nothing else changes.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -76,15 +90,23 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
-        if typing.get_origin(args[0]) is Literal and isinstance(value, str):  # names need no quotes: a,b or [a, b]
+        if typing.get_origin(args[0]) is Literal and isinstance(
+            value, str
+        ):  # names need no quotes: a,b or [a, b]
             value = [part.strip(" '\"") for part in value.strip("[]() ").split(",") if part.strip()]
         kind = getattr(args[0], "__name__", "names")
-        require(isinstance(value, list | tuple), f"{name}={value!r}: expected a list of {kind}, written as [{value}].")
+        require(
+            isinstance(value, list | tuple),
+            f"{name}={value!r}: expected a list of {kind}, written as [{value}].",
+        )
         return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
-        require(isinstance(value, dict), f"{name}={value!r}: expected a table of {hint.__name__} fields.")
+        require(
+            isinstance(value, dict),
+            f"{name}={value!r}: expected a table of {hint.__name__} fields.",
+        )
         return from_dict(hint, value, name)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
@@ -95,20 +117,40 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return number
     is_plain_int = isinstance(value, int) and not isinstance(value, bool)
     wanted = "bool (True or False)" if hint is bool else hint.__name__
-    require(is_plain_int if hint is int else isinstance(value, hint), f"{name}={value!r}: expected {wanted}, got {type(value).__name__}.")
+    require(
+        is_plain_int if hint is int else isinstance(value, hint),
+        f"{name}={value!r}: expected {wanted}, got {type(value).__name__}.",
+    )
     return value
 
 
 def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
-    """Build the dataclass `cls` from a plain dict (nested for nested dataclasses). Raises ConfigError on unknown keys or wrong types."""
-    require(isinstance(values, dict), f"{name or cls.__name__}={values!r}: expected a table of {cls.__name__} fields.")
+    """Build the dataclass `cls` from a plain dict (nested for nested dataclasses). Raises
+    ConfigError on unknown keys or wrong types.
+    """
+    require(
+        isinstance(values, dict),
+        f"{name or cls.__name__}={values!r}: expected a table of {cls.__name__} fields.",
+    )
     hints = _hints(typing.cast(Any, cls))
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ConfigError(f"unknown key {f'{name}.{key}' if name else key!r}: {nearest(str(key), fields)}.")
-    missing = [k for k, f in fields.items() if k not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    require(not missing, f"{name or cls.__name__} is incomplete or damaged: {', '.join(missing)} missing, and {cls.__name__} has no default for it.")
+            raise ConfigError(
+                f"unknown key {f'{name}.{key}' if name else key!r}: {nearest(str(key), fields)}."
+            )
+    missing = [
+        k
+        for k, f in fields.items()
+        if k not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    require(
+        not missing,
+        f"{name or cls.__name__} is incomplete or damaged: {', '.join(missing)} missing, and"
+        f" {cls.__name__} has no default for it.",
+    )
     return cls(**{k: _coerce(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()})
 
 
@@ -117,16 +159,20 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+            return {
+                f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+            }
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     return plain(config)
 
 
 def override(config: T, changes: dict[str, Any]) -> T:
-    """`config` with dotted changes applied, e.g. {"train.steps": "50"}. Strings are parsed as Python literals where the field is not a string.
+    """`config` with dotted changes applied, e.g. {"train.steps": "50"}. Strings are parsed as
+    Python literals where the field is not a string.
 
-    All changes to one nested config are made together, so that fields which constrain each other can be changed in one call.
+    All changes to one nested config are made together, so that fields which constrain each other
+    can be changed in one call.
     """
     nested: dict[str, dict[str, Any]] = {}
     flat: dict[str, Any] = {}
@@ -135,9 +181,14 @@ def override(config: T, changes: dict[str, Any]) -> T:
     for key, value in changes.items():
         head, _, rest = key.partition(".")
         if head not in known:
-            raise ConfigError(f"unknown key {key!r} of {type(config).__name__}: {nearest(head, known)}.")
+            raise ConfigError(
+                f"unknown key {key!r} of {type(config).__name__}: {nearest(head, known)}."
+            )
         if rest:
-            require(dataclasses.is_dataclass(getattr(config, head)), f"{key!r}: {head!r} has no fields of its own.")
+            require(
+                dataclasses.is_dataclass(getattr(config, head)),
+                f"{key!r}: {head!r} has no fields of its own.",
+            )
             nested.setdefault(head, {})[rest] = value
         else:
             flat[head] = _coerce(_parse(value, hints[head]), hints[head], key)
@@ -149,8 +200,15 @@ def override(config: T, changes: dict[str, Any]) -> T:
 def _parse(value: Any, hint: Any) -> Any:
     if not isinstance(value, str):
         return value
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    text_allowed = any(o is str or (typing.get_origin(o) is Literal and isinstance(typing.get_args(o)[0], str)) for o in options)
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
+    text_allowed = any(
+        o is str or (typing.get_origin(o) is Literal and isinstance(typing.get_args(o)[0], str))
+        for o in options
+    )
     if text_allowed:
         return None if value == "None" and type(None) in options else value
     if bool in options and value.lower() in ("true", "false"):  # as shells and JSON write them too

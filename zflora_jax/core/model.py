@@ -18,10 +18,11 @@ from zflora_jax.core.trees import Tree
 class Model:
     """A Llama: base, fused or packed alike.
 
-    config: LlamaConfig. params: the `params` collection, a nested dict of arrays (see `param_shapes`).
-    tokenizer: a transformers tokenizer, or None. source: where the weights came from (a directory, file or hub id), or None.
-    adapter: for a fused model, the AdapterConfig it was fused from; None for a base model.
-    Treat it as immutable once used: what is derived from it (the packed form that decoding runs) is kept beside it.
+    config: LlamaConfig. params: the `params` collection, a nested dict of arrays (see
+    `param_shapes`). tokenizer: a transformers tokenizer, or None. source: where the weights came
+    from (a directory, file or hub id), or None. adapter: for a fused model, the AdapterConfig it
+    was fused from; None for a base model. Treat it as immutable once used: what is derived from it
+    (the packed form that decoding runs) is kept beside it.
     """
 
     config: LlamaConfig
@@ -42,10 +43,17 @@ def fingerprint(model: Model) -> str:
 
 
 def require_fit(run: RunConfig, model: Model) -> None:
-    """ConfigError for a model without a tokenizer, or with less context than the longest of data.lengths."""
+    """ConfigError for a model without a tokenizer, or with less context than the longest of
+    data.lengths.
+    """
     require(
         model.tokenizer is not None,
-        f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its tokenizer files to the directory.",
+        f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its"
+        " tokenizer files to the directory.",
     )
     longest, limit = max(run.data.lengths), model.config.max_position_embeddings
-    require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
+    require(
+        longest <= limit,
+        f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out"
+        " lengths above it.",
+    )

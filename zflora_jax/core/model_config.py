@@ -14,7 +14,9 @@ Precision = Literal["default", "high", "highest"]  # of float32 products: produc
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3 frequency scaling (`rope_type: llama3`): low frequencies are divided by `factor`, a band between is interpolated."""
+    """Llama-3 frequency scaling (`rope_type: llama3`): low frequencies are divided by `factor`, a
+    band between is interpolated.
+    """
 
     factor: float
     low_freq_factor: float
@@ -26,19 +28,24 @@ class RopeScaling:
         require(self.factor >= 1, f"rope_scaling.factor={self.factor}: must be at least 1.")
         require(
             self.high_freq_factor > self.low_freq_factor > 0,
-            f"rope_scaling: need high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and {self.low_freq_factor}.",
+            "rope_scaling: need high_freq_factor > low_freq_factor > 0, got"
+            f" {self.high_freq_factor} and {self.low_freq_factor}.",
         )
         original = self.original_max_position_embeddings
-        require(original >= 1, f"rope_scaling.original_max_position_embeddings={original}: must be at least 1.")
+        require(
+            original >= 1,
+            f"rope_scaling.original_max_position_embeddings={original}: must be at least 1.",
+        )
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape and numerics of a Llama. A fused model is the same class with wider streams.
 
-    `norm_dim` and `rope_dim` say how many leading channels of the residual stream and of a head belong to the base model: RMSNorm takes its
-    mean over the first `norm_dim` channels, RoPE turns the first `rope_dim` dims of a head, and attention divides by sqrt(rope_dim).
-    None means all of them (a base model).
+    `norm_dim` and `rope_dim` say how many leading channels of the residual stream and of a head
+    belong to the base model: RMSNorm takes its mean over the first `norm_dim` channels, RoPE turns
+    the first `rope_dim` dims of a head, and attention divides by sqrt(rope_dim). None means all of
+    them (a base model).
     """
 
     vocab_size: int
@@ -59,9 +66,12 @@ class LlamaConfig:
     norm_dim: int | None = None
     rope_dim: int | None = None
     dtype: Dtype = "float32"  # of activations; kernels are cast to it where they are used
-    scan_layers: bool = True  # one stacked block run by lax.scan (fast to compile) or one subtree per layer (fast to decode)
+    # One stacked block run by lax.scan (fast to compile) or one subtree per layer (fast to decode)
+    scan_layers: bool = True
     packed: bool = False  # the layout for decode (see adapters.fuse.pack)
-    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    remat: bool = (
+        False  # recompute each block in the backward pass instead of keeping its activations
+    )
     matmul_precision: Precision = "default"  # as TrainConfig's
 
     def __post_init__(self) -> None:
@@ -79,14 +89,27 @@ class LlamaConfig:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         require(
             self.num_heads % self.num_kv_heads == 0,
-            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; grouped-query attention needs whole groups.",
+            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads};"
+            " grouped-query attention needs whole groups.",
         )
         for name in ("norm_dim", "rope_dim"):
             width = getattr(self, name)
-            require(width is None or width >= 1, f"{name}={width}: must be at least 1, or None for all channels.")
-        require(self.rotary_dim % 2 == 0, f"rope_dim={self.rotary_dim}: RoPE turns pairs of dims, so it must be even.")
-        require(self.rotary_dim <= self.head_dim, f"rope_dim={self.rotary_dim} exceeds head_dim={self.head_dim}.")
-        require(self.base_dim <= self.hidden_size, f"norm_dim={self.base_dim} exceeds hidden_size={self.hidden_size}.")
+            require(
+                width is None or width >= 1,
+                f"{name}={width}: must be at least 1, or None for all channels.",
+            )
+        require(
+            self.rotary_dim % 2 == 0,
+            f"rope_dim={self.rotary_dim}: RoPE turns pairs of dims, so it must be even.",
+        )
+        require(
+            self.rotary_dim <= self.head_dim,
+            f"rope_dim={self.rotary_dim} exceeds head_dim={self.head_dim}.",
+        )
+        require(
+            self.base_dim <= self.hidden_size,
+            f"norm_dim={self.base_dim} exceeds hidden_size={self.hidden_size}.",
+        )
         require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps}: must be positive.")
         require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be positive.")
 
@@ -104,22 +127,106 @@ class LlamaConfig:
         return dataclasses.replace(self, **changes)
 
 
-_LLAMA3 = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072, "bos_token_id": 128000}
-_LLAMA32 = _LLAMA3 | {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "tie_word_embeddings": True, "eos_token_ids": (128001, 128008, 128009)}
+_LLAMA3 = {
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "bos_token_id": 128000,
+}
+_LLAMA32 = _LLAMA3 | {
+    "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+    "tie_word_embeddings": True,
+    "eos_token_ids": (128001, 128008, 128009),
+}
 _ROWS: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": _LLAMA32 | {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8, "head_dim": 64},
-    "llama-3.2-3b": _LLAMA32
-    | {"hidden_size": 3072, "intermediate_size": 8192, "num_layers": 28, "num_heads": 24, "num_kv_heads": 8, "head_dim": 128},
-    "llama-3.1-8b": _LLAMA3
-    | {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "eos_token_ids": (128001, 128008, 128009)}
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
-    "llama-2-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32}
-    | {"head_dim": 128, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_ids": (2,)},
-    "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3}
-    | {"head_dim": 64, "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True}
-    | {"bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 2},
-    "tiny": {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-    | {"max_position_embeddings": 512, "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_ids": (257,), "pad_token_id": 258},
+    "llama-3.2-1b": (
+        _LLAMA32
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_layers": 16,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            "head_dim": 64,
+        }
+    ),
+    "llama-3.2-3b": (
+        _LLAMA32
+        | {
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_layers": 28,
+            "num_heads": 24,
+            "num_kv_heads": 8,
+            "head_dim": 128,
+        }
+    ),
+    "llama-3.1-8b": (
+        _LLAMA3
+        | {
+            "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192),
+            "eos_token_ids": (128001, 128008, 128009),
+        }
+        | {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_layers": 32,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            "head_dim": 128,
+        }
+    ),
+    "llama-2-7b": (
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_layers": 32,
+            "num_heads": 32,
+            "num_kv_heads": 32,
+        }
+        | {
+            "head_dim": 128,
+            "max_position_embeddings": 4096,
+            "bos_token_id": 1,
+            "eos_token_ids": (2,),
+        }
+    ),
+    "smollm2-135m": (
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_layers": 30,
+            "num_heads": 9,
+            "num_kv_heads": 3,
+        }
+        | {
+            "head_dim": 64,
+            "max_position_embeddings": 8192,
+            "rope_theta": 100000.0,
+            "tie_word_embeddings": True,
+        }
+        | {"bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 2}
+    ),
+    "tiny": (
+        {
+            "vocab_size": 259,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 16,
+        }
+        | {
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "bos_token_id": 256,
+            "eos_token_ids": (257,),
+            "pad_token_id": 258,
+        }
+    ),
 }
 PRESETS: dict[str, LlamaConfig] = {name: LlamaConfig(**row) for name, row in _ROWS.items()}
 

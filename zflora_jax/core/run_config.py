@@ -1,4 +1,6 @@
-"""Settings of a run: one frozen dataclass per concern, each field declared, defaulted and checked here."""
+"""Settings of a run: one frozen dataclass per concern, each field declared, defaulted and checked
+here.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,38 @@ def _is_date(text: str) -> bool:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read and how it is batched. One step sees `batch_size` examples, in `accumulate` micro-batches."""
+    """What is read and how it is batched. One step sees `batch_size` examples, in `accumulate`
+    micro-batches.
+    """
 
-    task: str = "arithmetic"  # or a mixture: "boolq+arc_easy" (all rows of both), "boolq*1+arc_easy*3" (one row of boolq to three of arc_easy)
-    data_dir: str | None = None  # where manual files live (JSON/JSONL tasks) or generated data is kept
+    # Or a mixture: "boolq+arc_easy" (all rows of both), "boolq*1+arc_easy*3" (one row of boolq to
+    # three of arc_easy)
+    task: str = "arithmetic"
+    data_dir: str | None = (
+        None  # where manual files live (JSON/JSONL tasks) or generated data is kept
+    )
     prompt_style: PromptStyle = "chat"
     batch_size: int = 8
     accumulate: int = 1
-    lengths: tuple[int, ...] = (64, 128, 192, 256, 384, 512)  # a batch is padded to the smallest that holds it: one compilation each
+    # A batch is padded to the smallest that holds it: one compilation each.
+    lengths: tuple[int, ...] = (
+        64,
+        128,
+        192,
+        256,
+        384,
+        512,
+    )
     train_on_prompt: bool = False  # loss on the prompt too, as LLM-Adapters' train_on_inputs
     train_limit: int | None = None
     seed: int = 0
-    packing: bool = False  # several examples in one row of the longest length, none seeing another; batch_size then counts rows, not examples
-    date: str | None = None  # "2026-11-26": the day that a chat template is told; None: the day on which the run starts
+    # Several examples in one row of the longest length, none seeing another; batch_size then counts
+    # rows, not examples
+    packing: bool = False
+    date: str | None = (
+        # "2026-11-26": the day that a chat template is told; None: the day on which the run starts
+        None
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -43,17 +64,25 @@ class DataConfig:
         require(self.accumulate >= 1, f"data.accumulate={self.accumulate}: must be at least 1.")
         require(
             self.batch_size % self.accumulate == 0,
-            f"data.batch_size={self.batch_size} is not a multiple of data.accumulate={self.accumulate}; micro-batches must be equal.",
+            f"data.batch_size={self.batch_size} is not a multiple of"
+            f" data.accumulate={self.accumulate}; micro-batches must be equal.",
         )
         require(
-            len(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] >= 1,
-            f"data.lengths={list(self.lengths)}: expected increasing positive lengths, e.g. [128, 256].",
+            len(self.lengths) > 0
+            and list(self.lengths) == sorted(set(self.lengths))
+            and self.lengths[0] >= 1,
+            f"data.lengths={list(self.lengths)}: expected increasing positive lengths, e.g. [128,"
+            " 256].",
         )
-        require(self.train_limit is None or self.train_limit >= 1, f"data.train_limit={self.train_limit}: must be at least 1, or None for all rows.")
+        require(
+            self.train_limit is None or self.train_limit >= 1,
+            f"data.train_limit={self.train_limit}: must be at least 1, or None for all rows.",
+        )
         require(self.seed >= 0, f"data.seed={self.seed}: must be at least 0.")
         require(
             self.date is None or _is_date(self.date),
-            f"data.date={self.date!r}: expected a day as YYYY-MM-DD, e.g. 2026-11-26, or None for the day on which the run starts.",
+            f"data.date={self.date!r}: expected a day as YYYY-MM-DD, e.g. 2026-11-26, or None for"
+            " the day on which the run starts.",
         )
 
 
@@ -61,8 +90,9 @@ class DataConfig:
 class OptimConfig:
     """AdamW with warm-up, then a decay to `final_lr_fraction` of the peak.
 
-    loraplus_ratio: learning rate of the blocks that write to the base's channels (lora_b, backward) over that of the others (LoRA+, Hayou et al.
-    2024; carried over to the zFLoRA methods by this project).
+    loraplus_ratio: learning rate of the blocks that write to the base's channels (lora_b, backward)
+    over that of the others (LoRA+, Hayou et al. 2024; carried over to the zFLoRA methods by this
+    project).
     """
 
     learning_rate: float = 1e-3
@@ -78,20 +108,44 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(0 < self.learning_rate < math.inf, f"optim.learning_rate={self.learning_rate}: must be positive and finite.")
-        require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must be at least 0.")
-        require(0 <= self.final_lr_fraction <= 1, f"optim.final_lr_fraction={self.final_lr_fraction}: must be within 0..1.")
-        require(0 <= self.weight_decay < math.inf, f"optim.weight_decay={self.weight_decay}: must be at least 0.")
+        require(
+            0 < self.learning_rate < math.inf,
+            f"optim.learning_rate={self.learning_rate}: must be positive and finite.",
+        )
+        require(
+            self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must be at least 0."
+        )
+        require(
+            0 <= self.final_lr_fraction <= 1,
+            f"optim.final_lr_fraction={self.final_lr_fraction}: must be within 0..1.",
+        )
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"optim.weight_decay={self.weight_decay}: must be at least 0.",
+        )
         for name in ("b1", "b2"):
-            require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)}: a decay rate of Adam's averages, so at least 0 and below 1.")
-        require(0 < self.loraplus_ratio < math.inf, f"optim.loraplus_ratio={self.loraplus_ratio}: must be positive (1.0: the same rate everywhere).")
+            require(
+                0 <= getattr(self, name) < 1,
+                f"optim.{name}={getattr(self, name)}: a decay rate of Adam's averages, so at least"
+                " 0 and below 1.",
+            )
+        require(
+            0 < self.loraplus_ratio < math.inf,
+            f"optim.loraplus_ratio={self.loraplus_ratio}: must be positive (1.0: the same rate"
+            " everywhere).",
+        )
         require(self.eps > 0, f"optim.eps={self.eps}: must be positive.")
-        require(self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm}: must be positive, or None to switch clipping off.")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optim.clip_norm={self.clip_norm}: must be positive, or None to switch clipping off.",
+        )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. `seed` draws the adapters' initial values; the data order has its own seed (data.seed)."""
+    """The loop. `seed` draws the adapters' initial values; the data order has its own seed
+    (data.seed).
+    """
 
     steps: int = 100
     seed: int = 0
@@ -103,30 +157,38 @@ class TrainConfig:
     save_every: int | None = 50  # None: at the end only
     keep: int = 2  # the newest checkpoints
     keep_best: bool = False  # and the one with the lowest validation loss
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)  # besides metrics.jsonl
-    # Of float32 products, in training, evaluation and decode alike. TPUs and GPUs with TF32 round their
-    # operands at "default", which is what jax is set to; "highest" is float32 throughout.
+    # Besides metrics.jsonl.
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    # Of float32 products, in training, evaluation and decode alike. TPUs and GPUs with TF32 round
+    # their operands at "default", which is what jax is set to; "highest" is float32 throughout.
     matmul_precision: Precision = "default"
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("steps", "loss_chunk", "log_every", "keep"):
-            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1.")
+            require(
+                getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1."
+            )
         require(self.seed >= 0, f"train.seed={self.seed}: must be at least 0.")
         for name in ("eval_every", "save_every"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"train.{name}={value}: must be at least 1, or None for the end only.")
+            require(
+                value is None or value >= 1,
+                f"train.{name}={value}: must be at least 1, or None for the end only.",
+            )
         each, saved = self.eval_every, self.save_every
         require(
             not self.keep_best or (each is not None and saved is not None and saved % each == 0),
-            f"train.keep_best=True needs the loss of every checkpoint: set train.eval_every to a divisor of train.save_every "
-            f"(they are {each} and {saved}).",
+            "train.keep_best=True needs the loss of every checkpoint: set train.eval_every to a"
+            f" divisor of train.save_every (they are {each} and {saved}).",
         )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis of the mesh (see sharding). The numbers of a run do not depend on it, up to float rounding."""
+    """How many devices along each axis of the mesh (see sharding). The numbers of a run do not
+    depend on it, up to float rounding.
+    """
 
     data: int = 1
     fsdp: int = 1
@@ -135,7 +197,9 @@ class MeshConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("data", "fsdp", "tensor"):
-            require(getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)}: must be at least 1.")
+            require(
+                getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)}: must be at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -147,9 +211,16 @@ class EvalConfig:
     batch_size: int = 16
     max_new_tokens: int = 128
     num_beams: int = 1  # 1 is greedy
-    prompt_style: PromptStyle | None = None  # of generation and likelihood; None means data.prompt_style
-    clean_only: bool = False  # score only rows whose question is not in the training data; limit then counts those
-    max_prompt_tokens: int | None = None  # documents are cut so that their prompt fits; None means the context less max_new_tokens
+    prompt_style: PromptStyle | None = (
+        None  # of generation and likelihood; None means data.prompt_style
+    )
+    clean_only: bool = (
+        False  # score only rows whose question is not in the training data; limit then counts those
+    )
+    max_prompt_tokens: int | None = (
+        # Documents are cut so that their prompt fits; None means the context less max_new_tokens
+        None
+    )
     loss: bool = True
     generate: bool = True
     likelihood: bool = True  # where a task has options
@@ -157,11 +228,20 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.limit is None or self.limit >= 1, f"eval.limit={self.limit}: must be at least 1, or None for all examples.")
+        require(
+            self.limit is None or self.limit >= 1,
+            f"eval.limit={self.limit}: must be at least 1, or None for all examples.",
+        )
         for name in ("batch_size", "max_new_tokens", "num_beams"):
-            require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)}: must be at least 1.")
+            require(
+                getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)}: must be at least 1."
+            )
         limit = self.max_prompt_tokens
-        require(limit is None or limit >= 1, f"eval.max_prompt_tokens={limit}: must be at least 1, or None for what the context holds.")
+        require(
+            limit is None or limit >= 1,
+            f"eval.max_prompt_tokens={limit}: must be at least 1, or None for what the context"
+            " holds.",
+        )
         require(self.seed >= 0, f"eval.seed={self.seed}: must be at least 0.")
 
 
@@ -181,31 +261,35 @@ class RunConfig:
         check_types(self)
         require(
             self.optim.warmup_steps < self.train.steps,
-            f"optim.warmup_steps={self.optim.warmup_steps} does not leave a step at full rate in train.steps={self.train.steps}; lower warmup_steps.",
+            f"optim.warmup_steps={self.optim.warmup_steps} does not leave a step at full rate in"
+            f" train.steps={self.train.steps}; lower warmup_steps.",
         )
         require(
             not self.train.keep_best or self.eval.split == "validation",
-            "train.keep_best=True chooses by the held-out loss: set eval.split=validation, so that the test split stays unseen.",
+            "train.keep_best=True chooses by the held-out loss: set eval.split=validation, so that"
+            " the test split stays unseen.",
         )
         split = METHODS[self.adapter.method].in_place not in ("ffa", "full")
         require(
             split or self.optim.loraplus_ratio == 1,
-            f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has no blocks of two kinds; leave it at 1.",
+            f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has"
+            " no blocks of two kinds; leave it at 1.",
         )
         parts, micro = self.mesh.data * self.mesh.fsdp, self.data.batch_size // self.data.accumulate
         require(
             micro % parts == 0,
-            f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} does not divide the {micro} rows of a micro-batch "
-            f"(data.batch_size={self.data.batch_size} / data.accumulate={self.data.accumulate}); make the batch a multiple of {parts}.",
+            f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} does not divide the {micro}"
+            f" rows of a micro-batch (data.batch_size={self.data.batch_size} /"
+            f" data.accumulate={self.data.accumulate}); make the batch a multiple of {parts}.",
         )
 
 
-# --- what files hold ----------------------------------------------------------------------------------------------
+# --- what files hold ------------------------------------------------------------------------------
 
 
 def from_file(cls: type[T], values: dict[str, Any], name: str = "") -> T:
-    """`from_dict` of what a run, a record or an export wrote down; a setting that is younger than the
-    file is what it was when the file was written.
+    """`from_dict` of what a run, a record or an export wrote down; a setting that is younger than
+    the file is what it was when the file was written.
 
     LoRA's A was normal until `AdapterConfig.init` could say otherwise.
 

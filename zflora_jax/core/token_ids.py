@@ -23,7 +23,9 @@ def check_ids(ids: Any, vocab_size: int, what: str, tokenizer: Any = None) -> No
     if values.size == 0 or (values.min() >= 0 and values.max() < vocab_size):
         return
     outside = np.unique(values[(values < 0) | (values >= vocab_size)]).tolist()
-    raise ConfigError(f"{what} holds token ids outside 0..{vocab_size - 1}{_named(outside, tokenizer)}")
+    raise ConfigError(
+        f"{what} holds token ids outside 0..{vocab_size - 1}{_named(outside, tokenizer)}"
+    )
 
 
 def _named(outside: Sequence[int], tokenizer: Any) -> str:
@@ -33,9 +35,10 @@ def _named(outside: Sequence[int], tokenizer: Any) -> str:
     names = [f"{i} ({tokenizer.convert_ids_to_tokens(int(i))!r})" for i in outside[:5]]
     more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
     return (
-        f": {', '.join(names)}{more}. The tokenizer has tokens that the model has no embedding for. Add "
-        "rows with model = zf.resize_vocab(model, model.tokenizer) (and zf.save_hf it, so that a run can "
-        "name it), or use a token that the model has, e.g. tokenizer.pad_token = tokenizer.eos_token."
+        f": {', '.join(names)}{more}. The tokenizer has tokens that the model has no embedding for."
+        " Add rows with model = zf.resize_vocab(model, model.tokenizer) (and zf.save_hf it, so"
+        " that a run can name it), or use a token that the model has, e.g. tokenizer.pad_token ="
+        " tokenizer.eos_token."
     )
 
 

@@ -1,4 +1,6 @@
-"""Parameter trees by name: "a/b/c" paths, rules, comparison, stacking of layers. No knowledge of any model."""
+"""Parameter trees by name: "a/b/c" paths, rules, comparison, stacking of layers. No knowledge of
+any model.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def first_match(rules: Iterable[tuple[str, Any]], name: str) -> Any:
 
 
 def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -> str:
-    """ "" if both name sets are equal, else a +/- list for an error message (missing first, then unexpected with the nearest expected name)."""
+    """ "" if both name sets are equal, else a +/- list for an error message (missing first, then
+    unexpected with the nearest expected name).
+    """
     want, have = set(expected), set(given)
     lines = [f"- missing    {name}" for name in sorted(want - have)]
     for name in sorted(have - want):
@@ -64,23 +68,38 @@ def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -
 
 
 def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or not finite, compared with `expected` (arrays or
-    ShapeDtypeStructs)."""
+    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or not finite,
+    compared with `expected` (arrays or ShapeDtypeStructs).
+    """
     have, want = flatten(given), flatten(expected)
     if diff := difference(want, have):
         raise ValueError(f"{what} does not have the expected leaves:\n{diff}")
     for name, leaf in have.items():
         if tuple(leaf.shape) != tuple(want[name].shape):
-            raise ValueError(f"{what}: {name} has shape {tuple(leaf.shape)}, expected {tuple(want[name].shape)}.")
+            raise ValueError(
+                f"{what}: {name} has shape {tuple(leaf.shape)}, expected {tuple(want[name].shape)}."
+            )
     if wrong := _not_finite(have):
         raise ValueError(f"{what}: {wrong} holds NaN or infinite values.")
 
 
 def _not_finite(flat: Mapping[str, Any]) -> str | None:
-    """The first of the arrays that holds NaN or infinite values. Those of jax are looked at by one program: many small ones would cost more."""
-    arrays = {name: leaf for name, leaf in flat.items() if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)}
-    finite = dict(zip(arrays, np.asarray(_finite(list(arrays.values()))) if arrays else (), strict=True))
-    finite |= {name: bool(np.isfinite(leaf).all()) for name, leaf in flat.items() if isinstance(leaf, np.ndarray)}
+    """The first of the arrays that holds NaN or infinite values. Those of jax are looked at by one
+    program: many small ones would cost more.
+    """
+    arrays = {
+        name: leaf
+        for name, leaf in flat.items()
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    }
+    finite = dict(
+        zip(arrays, np.asarray(_finite(list(arrays.values()))) if arrays else (), strict=True)
+    )
+    finite |= {
+        name: bool(np.isfinite(leaf).all())
+        for name, leaf in flat.items()
+        if isinstance(leaf, np.ndarray)
+    }
     return next((name for name in flat if not finite.get(name, True)), None)
 
 
@@ -94,16 +113,21 @@ def size(tree: Mapping[str, Any]) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(tree).values())
 
 
-# --- layers: stacked on a leading axis ("layers/...") or one subtree each ("layers_0/...") --------------------------
+# --- layers: stacked on a leading axis ("layers/...") or one subtree each ("layers_0/...") --------
 
 
 def unstack_layers(tree: Mapping[str, Any], num_layers: int, axis: int = 0) -> Tree:
-    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; a tree without "layers" is returned as it is. axis: the layers' own."""
+    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; a tree without "layers" is
+    returned as it is. axis: the layers' own.
+    """
     if "layers" not in tree:
         return dict(tree)
     rest = {k: v for k, v in tree.items() if k != "layers"}
     at = (slice(None),) * axis
-    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[(*at, i)], tree["layers"]) for i in range(num_layers)}
+    return rest | {
+        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[(*at, i)], tree["layers"])
+        for i in range(num_layers)
+    }
 
 
 def stack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
@@ -111,13 +135,21 @@ def stack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
     if "layers_0" not in tree:
         return dict(tree)
     rest = {k: v for k, v in tree.items() if not re.fullmatch(r"layers_\d+", k)}
-    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[f"layers_{i}"] for i in range(num_layers)))}
+    return rest | {
+        "layers": jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(tree[f"layers_{i}"] for i in range(num_layers))
+        )
+    }
 
 
-def fingerprint(tree: Mapping[str, Any], corner: Mapping[str, tuple[int, ...]] | None = None) -> str:
-    """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the same. All processes that share arrays call it.
+def fingerprint(
+    tree: Mapping[str, Any], corner: Mapping[str, tuple[int, ...]] | None = None
+) -> str:
+    """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the
+    same. All processes that share arrays call it.
 
-    corner: of each leaf only the first so many along each axis count. One leaf of one layer is on the host at a time.
+    corner: of each leaf only the first so many along each axis count. One leaf of one layer is on
+    the host at a time.
     """
     digests = {}
     for name, leaf in flatten(tree).items():
@@ -133,11 +165,12 @@ def fingerprint(tree: Mapping[str, Any], corner: Mapping[str, tuple[int, ...]] |
 
 
 def checksum(tree: Any) -> str:
-    """64 bits (hex) over the values of all leaves, computed where they lie, by one compiled program.
+    """64 bits (hex) over the values of all leaves, computed where they lie, by one compiled
+    program.
 
     A sum, so that it does not depend on how leaves are divided over devices or processes, which all
-    call this. Each number is mixed with its place and its leaf's: one flipped bit always changes the
-    sum, two numbers or leaves that change places do but for one case in 2^64.
+    call this. Each number is mixed with its place and its leaf's: one flipped bit always changes
+    the sum, two numbers or leaves that change places do but for one case in 2^64.
 
     Args:
       tree: any pytree of arrays of at most 32 bits a number.
@@ -149,7 +182,9 @@ def checksum(tree: Any) -> str:
 @jax.jit
 def _checksum(leaves: list[jax.Array]) -> jax.Array:
     def mix(x: jax.Array) -> jax.Array:
-        """A bijection of 32 bits in which every bit depends on every other (MurmurHash3's last step)."""
+        """A bijection of 32 bits in which every bit depends on every other (MurmurHash3's last
+        step).
+        """
         x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
         x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
         return x ^ (x >> np.uint32(16))

@@ -1,7 +1,10 @@
-"""Answers: what a completion says, whether that is right, and how a right answer is put into words. Pure functions over strings.
+"""Answers: what a completion says, whether that is right, and how a right answer is put into words.
+Pure functions over strings.
 
-Every kind of answer is read by two rules. `legacy` is LLM-Adapters' own evaluation, mistakes included, so that numbers can be set beside published
-ones; `fixed` reads what the text says. A rule's `parse` gives the answer found, "" if there is none; its `score` compares that with the gold answer.
+Every kind of answer is read by two rules. `legacy` is LLM-Adapters' own evaluation, mistakes
+included, so that numbers can be set beside published ones; `fixed` reads what the text says. A
+rule's `parse` gives the answer found, "" if there is none; its `score` compares that with the gold
+answer.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ LETTERS = ("A", "B", "C", "D", "E")
 
 @dataclass(frozen=True)
 class Rule:
-    """parse: completion -> the answer it gives, or "". score: (parsed, gold answer) -> right or not."""
+    """parse: completion -> the answer it gives, or "". score: (parsed, gold answer) -> right or
+    not.
+    """
 
     parse: Callable[[str], str]
     score: Callable[[str, str], bool]
@@ -31,20 +36,24 @@ class Rule:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of answer. `state` puts a gold answer into a sentence from which both rules read it."""
+    """A kind of answer. `state` puts a gold answer into a sentence from which both rules
+    read it.
+    """
 
     legacy: Rule
     fixed: Rule
     state: Callable[[str], str]
 
 
-# --- what is stated -----------------------------------------------------------------------------------------------
+# --- what is stated -------------------------------------------------------------------------------
 
 _STATED = re.compile(r"answer(?: is\b:?|:)", re.IGNORECASE)
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is" or "answer:", to the end of its line (the next one with text); None if nothing is stated."""
+    """What follows the last "answer is" or "answer:", to the end of its line (the next one with
+    text); None if nothing is stated.
+    """
     after = _after_statement(text)
     return None if after is None else after.strip().partition("\n")[0].strip()
 
@@ -55,17 +64,24 @@ def _after_statement(text: str) -> str | None:
 
 
 def _places(text: str) -> list[str]:
-    """Where to look for an answer, the likeliest first: the statement, what follows it, the whole text."""
+    """Where to look for an answer, the likeliest first: the statement, what follows it, the whole
+    text.
+    """
     return [place for place in (stated(text), _after_statement(text), text) if place is not None]
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_PLAIN = r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"  # in "5-3" the minus is no sign, in "solution1" there is no number
+_PLAIN = (  # in "5-3" the minus is no sign, in "solution1" there is no number
+    r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+)
 _NUMBER = re.compile(_PLAIN, re.ASCII)
 _FRAC = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
-_VALUE = re.compile(rf"(?<![\w./])(-?)(?:(\d+) +)?(\d+)/(\d*[1-9]\d*)(?![\w/]|\.\d)|({_PLAIN})", re.ASCII)  # 3/4, 1 1/2, else a plain number
+# 3/4, 1 1/2, else a plain number.
+_VALUE = re.compile(
+    rf"(?<![\w./])(-?)(?:(\d+) +)?(\d+)/(\d*[1-9]\d*)(?![\w/]|\.\d)|({_PLAIN})", re.ASCII
+)
 
 
 def numbers(text: str) -> list[str]:
@@ -74,7 +90,9 @@ def numbers(text: str) -> list[str]:
 
 
 def values(text: str) -> list[str]:
-    """Like `numbers`, and "3/4" and "\\frac{3}{4}" are 0.75, "1 1/2" is 1.5; "−3" (U+2212), "–3" (an en dash, but not in "1–3") and "-$3" are -3."""
+    """Like `numbers`, and "3/4" and "\\frac{3}{4}" are 0.75, "1 1/2" is 1.5; "−3" (U+2212), "–3"
+    (an en dash, but not in "1–3") and "-$3" are -3.
+    """
     text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text.replace("\N{MINUS SIGN}", "-"))
     text = _FRAC.sub(r"\1/\2", re.sub(r"-\$(?=[\d.])", "-", _THOUSANDS.sub("", text)))
     return [_value(match) for match in _VALUE.finditer(text)]
@@ -86,7 +104,9 @@ def _value(match: re.Match[str]) -> str:
 
 
 def parse_number(text: str) -> str:
-    """The answer of a worked solution: the number stated after the last "answer is", else the last number of the text, else ""."""
+    """The answer of a worked solution: the number stated after the last "answer is", else the last
+    number of the text, else "".
+    """
     anywhere = values(text)
     return _stated_number(stated(text) or "") or (anywhere[-1] if anywhere else "")
 
@@ -96,8 +116,11 @@ _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
 
 
 def _stated_number(statement: str) -> str:
-    """The first number of "36 dollars." and of "4. Then 4 + 1 = 5.", and the result of "49 - 34 = 15 customers.", "x = 5 - 2 = 3" and "3 = 5 - 2"."""
-    statement = re.sub(r"^[-\N{EN DASH}\N{MINUS SIGN}]\s*(?=[\d.$])", "-", statement)  # "- 5": nothing stands before it to subtract from
+    """The first number of "36 dollars." and of "4. Then 4 + 1 = 5.", and the result of "49 - 34 =
+    15 customers.", "x = 5 - 2 = 3" and "3 = 5 - 2".
+    """
+    # "- 5": nothing stands before it to subtract from.
+    statement = re.sub(r"^[-\N{EN DASH}\N{MINUS SIGN}]\s*(?=[\d.$])", "-", statement)
     clause = _CLAUSE_END.split(statement, maxsplit=1)[0]
     parts = clause.split("=")
     while len(parts) > 1 and not values(parts[-1]):  # "5 - 2 = 3 = x"
@@ -109,7 +132,9 @@ def _stated_number(statement: str) -> str:
 
 
 def legacy_number(text: str) -> str:
-    """LLM-Adapters' reading: commas deleted, then the last `-?\\d+\\.?\\d*`. "3/4" gives 4, "5-3" gives -3, "$9." gives "9."."""
+    """LLM-Adapters' reading: commas deleted, then the last `-?\\d+\\.?\\d*`. "3/4" gives 4, "5-3"
+    gives -3, "$9." gives "9.".
+    """
     found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
     return found[-1] if found else ""
 
@@ -127,21 +152,27 @@ def same_number(prediction: str, answer: str) -> bool:
     return a is not None and b is not None and abs(a - b) <= TOLERANCE
 
 
-# --- words and letters --------------------------------------------------------------------------------------------
+# --- words and letters ----------------------------------------------------------------------------
 
 
 def legacy_word(text: str, words: Sequence[str]) -> str:
-    """LLM-Adapters' reading: the first of the words, case-sensitive, also inside another word ("untrue" gives true)."""
+    """LLM-Adapters' reading: the first of the words, case-sensitive, also inside another word
+    ("untrue" gives true).
+    """
     found = re.search("|".join(words), text)
     return found.group() if found else ""
 
 
 def fixed_word(text: str, words: Sequence[str]) -> str:
-    """The first of the words that stands alone, in any case: in the last statement "answer is ...", else after it, else anywhere.
+    """The first of the words that stands alone, in any case: in the last statement "answer is ...",
+    else after it, else anywhere.
 
     A space before the number is allowed ("Answer 2" is answer2).
     """
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(re.sub(r'(?=[0-9])', ' ?', word) for word in words)})(?!\w)", re.IGNORECASE)
+    pattern = re.compile(
+        rf"(?<!\w)(?:{'|'.join(re.sub(r'(?=[0-9])', ' ?', word) for word in words)})(?!\w)",
+        re.IGNORECASE,
+    )
     found = next((match for place in _places(text) if (match := pattern.search(place))), None)
     return found.group().replace(" ", "").lower() if found else ""
 
@@ -151,8 +182,11 @@ def legacy_letter(text: str) -> str:
     return legacy_word(text, LETTERS)
 
 
-# A letter is the only group that matches. Where it may be a word, only capitals count, and "A" only before a mark or an end: else it is the article.
-_FIRST = re.compile(r"[\W_]*(?i:(?:option|choice|answer)\b[\W_]*)?(?:([A-E])(?![\w'’-])|\(([a-e])\)|([a-e])(?=\)|[\W_]*$))")
+# A letter is the only group that matches. Where it may be a word, only capitals count, and "A" only
+# before a mark or an end: else it is the article.
+_FIRST = re.compile(
+    r"[\W_]*(?i:(?:option|choice|answer)\b[\W_]*)?(?:([A-E])(?![\w'’-])|\(([a-e])\)|([a-e])(?=\)|[\W_]*$))"
+)
 _NAMED = re.compile(r"(?i:\b(?:option|choice|answer)\s*(?:is\s*)?:?\s*)[(*]*([A-E])(?![\w'’-])")
 _OPTION = re.compile(r"(?i:\boption\s+)([A-Ea-e])(?![\w'’-])")
 _IN_PARENTHESES = re.compile(r"\(([A-Ea-e])\)")
@@ -160,12 +194,19 @@ _ALONE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’-])|A(?=\s*(?:$|[.,;:)\]!?*\
 
 
 def fixed_letter(text: str) -> str:
-    """The option letter that a text chooses: stated after the last "answer is", else named ("option B"), else in parentheses, else alone.
+    """The option letter that a text chooses: stated after the last "answer is", else named ("option
+    B"), else in parentheses, else alone.
 
-    Never a letter of a word, and the article "A" only where an answer stands. Of several, a statement's first and a text's last.
+    Never a letter of a word, and the article "A" only where an answer stands. Of several, a
+    statement's first and a text's last.
     """
     for place in _places(text)[:-1]:
-        if found := _FIRST.match(place) or _IN_PARENTHESES.search(place) or _OPTION.search(place) or _ALONE.search(place):
+        if (
+            found := _FIRST.match(place)
+            or _IN_PARENTHESES.search(place)
+            or _OPTION.search(place)
+            or _ALONE.search(place)
+        ):
             return next(filter(None, found.groups())).upper()
     for pattern in (_NAMED, _IN_PARENTHESES, _OPTION, _ALONE):
         if hits := pattern.findall(text):
@@ -173,7 +214,7 @@ def fixed_letter(text: str) -> str:
     return text.strip().upper() if re.fullmatch(r"\s*[a-e]\W*", text) else ""
 
 
-# --- texts --------------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 def same_text(prediction: str, answer: str) -> bool:
@@ -182,15 +223,21 @@ def same_text(prediction: str, answer: str) -> bool:
 
 
 def belief_state(text: str) -> str:
-    """The slots of the first line, "area: east; request: phone", in one spelling: lower case, sorted, without repeats; "none" for no slot."""
+    """The slots of the first line, "area: east; request: phone", in one spelling: lower case,
+    sorted, without repeats; "none" for no slot.
+    """
     line = text.strip().partition("\n")[0]
-    slots = {tuple(" ".join(part.lower().split()) for part in slot.split(":", 1)) for slot in line.rstrip(". ").split(";") if ":" in slot}
+    slots = {
+        tuple(" ".join(part.lower().split()) for part in slot.split(":", 1))
+        for slot in line.rstrip(". ").split(";")
+        if ":" in slot
+    }
     if not slots:
         return "none" if line.lower().strip(". ") == "none" else ""
     return "; ".join(": ".join(slot) for slot in sorted(slots))
 
 
-# --- kinds --------------------------------------------------------------------------------------------------------
+# --- kinds ----------------------------------------------------------------------------------------
 
 
 def _equal(prediction: str, answer: str) -> bool:
@@ -211,7 +258,9 @@ def words(*allowed: str) -> Kind:
     return Kind(legacy, Rule(lambda text: fixed_word(text, allowed), _equal_word), _state_choice)
 
 
-NUMBER = Kind(Rule(legacy_number, same_number), Rule(parse_number, same_number), "The answer is {}.".format)
+NUMBER = Kind(
+    Rule(legacy_number, same_number), Rule(parse_number, same_number), "The answer is {}.".format
+)
 LETTER = Kind(Rule(legacy_letter, _equal), Rule(fixed_letter, _equal), "The answer is ({}).".format)
 TEXT = Kind(Rule(str.strip, same_text), Rule(str.strip, same_text), str)
 BELIEF = Kind(Rule(belief_state, _equal), Rule(belief_state, _equal), str)
@@ -221,14 +270,18 @@ _FAMILIES = (TRUE_FALSE, ANSWERS, SOLUTIONS, ENDINGS, OPTIONS)
 
 
 def _score_any(prediction: str, answer: str) -> bool:
-    """The rule of one task needs no gold answer to read a text; in a file of mixed answers the form of the gold answer says which rule it is."""
+    """The rule of one task needs no gold answer to read a text; in a file of mixed answers the form
+    of the gold answer says which rule it is.
+    """
     if as_float(answer) is not None:
         return same_number(parse_number(prediction), answer)
     if answer in LETTERS:
         return fixed_letter(prediction) == answer
     if family := next((words for words in _FAMILIES if answer in words), None):
         return fixed_word(prediction, family) == answer
-    said, wanted = (re.findall(r"\w+", text.lower()) for text in (stated(prediction) or prediction, answer))
+    said, wanted = (
+        re.findall(r"\w+", text.lower()) for text in (stated(prediction) or prediction, answer)
+    )
     return bool(wanted) and said[: len(wanted)] == wanted
 
 
@@ -242,7 +295,13 @@ def _score_any_legacy(prediction: str, answer: str) -> bool:
 
 
 def _state_any(answer: str) -> str:
-    return NUMBER.state(answer) if as_float(answer) is not None else LETTER.state(answer) if answer in LETTERS else _state_choice(answer)
+    return (
+        NUMBER.state(answer)
+        if as_float(answer) is not None
+        else LETTER.state(answer)
+        if answer in LETTERS
+        else _state_choice(answer)
+    )
 
 
 ANY = Kind(Rule(str.strip, _score_any_legacy), Rule(str.strip, _score_any), _state_any)

@@ -1,4 +1,6 @@
-"""The day that a chat template is told: templates such as Llama 3.2's write it into every prompt, so a run keeps one."""
+"""The day that a chat template is told: templates such as Llama 3.2's write it into every prompt,
+so a run keeps one.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,13 @@ def dated(run: RunConfig, date: str | None = None) -> RunConfig:
 
 
 def pin_date(template: str, date: str) -> str:
-    """A chat template that is told `date` (midnight), whatever the clock and the locale of this machine say.
+    """A chat template that is told `date` (midnight), whatever the clock and the locale of this
+    machine say.
 
-    transformers gives templates the function `strftime_now`. It cannot be replaced by an argument of
-    apply_chat_template (transformers 5.24 makes text of a function), but a macro of that name, put before the
-    template, comes first. A template that does not ask for the date is returned as it is.
+    transformers gives templates the function `strftime_now`. It cannot be replaced by an argument
+    of apply_chat_template (transformers 5.24 makes text of a function), but a macro of that name,
+    put before the template, comes first. A template that does not ask for the date is returned as
+    it is.
     """
     if "strftime_now" not in template:
         return template
@@ -43,12 +47,21 @@ def pin_date(template: str, date: str) -> str:
 
 
 def _directives(date: str) -> dict[str, str]:
-    """What strftime's directives say of `date` in the C locale: {"%d": "26", "%B": "November", ...}."""
+    """What strftime's directives say of `date` in the C locale: {"%d": "26", "%B": "November",
+    ...}.
+    """
     moment = datetime.fromisoformat(date)
     plain = {code: moment.strftime(f"%{code}") for code in "CDFGHIMRSTUVWYdefgjmuwyzZ"}
     unpadded = {f"-{code}": plain[code].lstrip(" 0") or "0" for code in "HIMSdejmy"}
     day, month = _DAYS[moment.weekday()], _MONTHS[moment.month - 1]
     clock = {"X": plain["T"], "p": "AM", "r": f"{plain['T'].replace('00', '12', 1)} AM"}
-    named = {"A": day, "a": day[:3], "B": month, "b": month[:3], "h": month[:3], "x": plain["D"]} | clock
+    named = {
+        "A": day,
+        "a": day[:3],
+        "B": month,
+        "b": month[:3],
+        "h": month[:3],
+        "x": plain["D"],
+    } | clock
     named["c"] = f"{named['a']} {named['b']} {plain['e']} {plain['T']} {plain['Y']}"
     return {f"%{code}": value for code, value in (plain | unpadded | named).items()}

@@ -18,18 +18,30 @@ def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]
     """Task names and their weights: "boolq+arc_easy" has none, "boolq*1+arc_easy*3" has (1.0, 3.0).
 
     Raises:
-      ConfigError: unknown task, a task named twice, a weight that is no positive number, or weights for some tasks only.
+      ConfigError: unknown task, a task named twice, a weight that is no positive number, or weights
+        for some tasks only.
     """
     parts = [_PART.fullmatch(part.strip()) for part in text.split("+")]
-    require(all(parts), f"data.task={text!r}: expected a task, or a mixture such as 'boolq+arc_easy' or, with weights for all, 'boolq*1+arc_easy*3'.")
+    require(
+        all(parts),
+        f"data.task={text!r}: expected a task, or a mixture such as 'boolq+arc_easy' or, with"
+        " weights for all, 'boolq*1+arc_easy*3'.",
+    )
     names = tuple(part["name"].strip() for part in parts if part)
     for name in names:
         get_task(name)
-    require(len(set(names)) == len(names), f"data.task={text!r} names a task twice; give it a weight instead.")
+    require(
+        len(set(names)) == len(names),
+        f"data.task={text!r} names a task twice; give it a weight instead.",
+    )
     written = [part["weight"] for part in parts if part and part["weight"] is not None]
     if not written:
         return names, None
-    require(len(written) == len(names), f"data.task={text!r}: weights for some tasks only. Give one to each, or to none (then all rows are used).")
+    require(
+        len(written) == len(names),
+        f"data.task={text!r}: weights for some tasks only. Give one to each, or to none (then all"
+        " rows are used).",
+    )
     return names, tuple(_weight(w, text) for w in written)
 
 
@@ -45,7 +57,9 @@ def _weight(written: str, text: str) -> float:
 
 @dataclass(frozen=True)
 class Mixture(Sequence[Example]):
-    """The examples of several tasks, one task after the other. weights: how often training draws from each; None means by rows."""
+    """The examples of several tasks, one task after the other. weights: how often training draws
+    from each; None means by rows.
+    """
 
     names: tuple[str, ...]
     parts: tuple[Sequence[Example], ...]
@@ -72,15 +86,18 @@ class Mixture(Sequence[Example]):
 def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixture:
     """The split of `data.task`, a task or a mixture of tasks.
 
-    limit: examples in all, the first of each task, the same number from each as far as they go. data.train_limit holds for each task of the train
-    split. Raises ConfigError as `parse_mixture` and `data.tasks.load_examples` do.
+    limit: examples in all, the first of each task, the same number from each as far as they go.
+    data.train_limit holds for each task of the train split. Raises ConfigError as `parse_mixture`
+    and `data.tasks.load_examples` do.
     """
     names, weights = parse_mixture(data.task)
     parts = [load_examples(name, split, data) for name in names]
     if limit is not None:
         left = limit
         shares = {}
-        for done, i in enumerate(sorted(range(len(parts)), key=lambda i: len(parts[i]))):  # short tasks leave their room to the others
+        for done, i in enumerate(
+            sorted(range(len(parts)), key=lambda i: len(parts[i]))
+        ):  # short tasks leave their room to the others
             shares[i] = min(len(parts[i]), -(-left // (len(parts) - done)))
             left -= shares[i]
         parts = [part[: shares[i]] for i, part in enumerate(parts)]
@@ -91,7 +108,8 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
 class TrainedOn:
     """Training data in which test questions are looked for.
 
-    here: this project trained on it and so left the rows that it holds out alone; a model trained elsewhere may have seen every row of the files.
+    here: this project trained on it and so left the rows that it holds out alone; a model trained
+    elsewhere may have seen every row of the files.
     """
 
     data: DataConfig
@@ -99,8 +117,9 @@ class TrainedOn:
 
 
 def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:
-    """(task, split, rows) of every split that comes from the files (or datasets) of the train split of `data.task`, that one first: with the rows
-    held out of those files, all that is in them."""
+    """(task, split, rows) of every split that comes from the files (or datasets) of the train split
+    of `data.task`, that one first: with the rows held out of those files, all that is in them.
+    """
     found = []
     for name in parse_mixture(data.task)[0]:
         source = get_task(name).split("train", data).origin

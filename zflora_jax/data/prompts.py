@@ -1,7 +1,8 @@
 """Prompt text and its tokens. Training and generation build the same prompt, token for token.
 
-A prompt and its target are tokenised apart and joined, because generation only ever sees the prompt: tokenised as one string, the last
-prompt token could merge with the first of the target into a token that the model is trained on but never conditioned on.
+A prompt and its target are tokenised apart and joined, because generation only ever sees the
+prompt: tokenised as one string, the last prompt token could merge with the first of the target into
+a token that the model is trained on but never conditioned on.
 """
 
 from __future__ import annotations
@@ -14,16 +15,24 @@ import numpy as np
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.data.dates import pin_date
 
-# LLM-Adapters' text, byte for byte: the lines after the header are indented by 16. Its training script (finetune.py) and its evaluation scripts
-# (evaluate.py, commonsense_evaluate.py) differ in three places: the spaces that end the header, without and with an input, and the line between
-# two sections.
+# LLM-Adapters' text, byte for byte: the lines after the header are indented by 16. Its training
+# script (finetune.py) and its evaluation scripts (evaluate.py, commonsense_evaluate.py) differ in
+# three places: the spaces that end the header, without and with an input, and the line between two
+# sections.
 _INDENT = " " * 16
-_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request."
 )
-_WHITESPACE = {"alpaca": ("  ", " ", _INDENT), "alpaca-eval": (" ", "", "")}  # after the header without input, with input; between sections
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further"
+    " context. Write a response that appropriately completes the request."
+)
+# After the header without input, with input; between sections.
+_WHITESPACE = {
+    "alpaca": ("  ", " ", _INDENT),
+    "alpaca-eval": (" ", "", ""),
+}
 STYLES = ("chat", *_WHITESPACE)
 
 
@@ -31,12 +40,15 @@ def _section(title: str, text: str) -> str:
     return f"{_INDENT}### {title}:\n{_INDENT}{text}"
 
 
-def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "", date: str | None = None) -> str:
+def render(
+    tokenizer: Any, prompt_style: str, instruction: str, input: str = "", date: str | None = None
+) -> str:
     """The text a model is given before its answer.
 
-    chat: the tokenizer's own chat template with one user turn and the header of the answer. An `input` follows the instruction after an empty line.
-    alpaca: LLM-Adapters' prompt in the whitespace of its training script. alpaca-eval: the same in the whitespace of its evaluation scripts, where
-    a model thus meets a prompt that it was not trained on.
+    chat: the tokenizer's own chat template with one user turn and the header of the answer. An
+    `input` follows the instruction after an empty line. alpaca: LLM-Adapters' prompt in the
+    whitespace of its training script. alpaca-eval: the same in the whitespace of its evaluation
+    scripts, where a model thus meets a prompt that it was not trained on.
 
     Args:
       tokenizer: a Hugging Face tokenizer (only read by "chat").
@@ -47,55 +59,83 @@ def render(tokenizer: Any, prompt_style: str, instruction: str, input: str = "",
     Raises:
       ConfigError: an unknown style, or "chat" with a tokenizer that has no chat template.
     """
-    require(prompt_style in STYLES, f"unknown prompt style {prompt_style!r}: {nearest(prompt_style, STYLES)}.")
+    require(
+        prompt_style in STYLES,
+        f"unknown prompt style {prompt_style!r}: {nearest(prompt_style, STYLES)}.",
+    )
     if prompt_style in _WHITESPACE:
         without, with_input, between = _WHITESPACE[prompt_style]
-        sections = [_section("Instruction", instruction)] + ([_section("Input", input)] if input else []) + [_section("Response", "")]
+        sections = (
+            [_section("Instruction", instruction)]
+            + ([_section("Input", input)] if input else [])
+            + [_section("Response", "")]
+        )
         header = _ALPACA_INPUT + with_input if input else _ALPACA + without
         return f"{header}\n\n" + f"\n{between}\n".join(sections)
-    return render_turns(tokenizer, [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}], date)
+    return render_turns(
+        tokenizer,
+        [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}],
+        date,
+    )
 
 
-def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], date: str | None = None) -> str:
-    """What a model is given before it answers a conversation, by the tokenizer's chat template. ConfigError where it has none.
+def render_turns(
+    tokenizer: Any, turns: Sequence[Mapping[str, str]], date: str | None = None
+) -> str:
+    """What a model is given before it answers a conversation, by the tokenizer's chat template.
+    ConfigError where it has none.
 
     date: the day that the template is told, None for today.
     """
     require(
         bool(getattr(tokenizer, "chat_template", None)),
-        "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an instruct model; or, to train, "
-        "data.prompt_style='alpaca'; or, to generate, prompts as they are (--plain, chat=False).",
+        "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an"
+        " instruct model; or, to train, data.prompt_style='alpaca'; or, to generate, prompts as"
+        " they are (--plain, chat=False).",
     )
     template = None if date is None else pin_date(tokenizer.get_chat_template(), date)
-    return tokenizer.apply_chat_template([dict(turn) for turn in turns], chat_template=template, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        [dict(turn) for turn in turns],
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
 
 
 def end_token(tokenizer: Any, prompt_style: str) -> int:
     """The id that ends a target: generation should stop at it.
 
-    alpaca styles: the tokenizer's EOS. chat: the added token, special or not, that the template puts after an assistant turn (`<|im_end|>`,
-    `<|eot_id|>`, ...), which in some models is not the EOS; the EOS if the template puts none, or there is no template.
+    alpaca styles: the tokenizer's EOS. chat: the added token, special or not, that the template
+    puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...), which in some models is not the
+    EOS; the EOS if the template puts none, or there is no template.
 
     Raises:
       ConfigError: the tokenizer has neither.
     """
     if prompt_style == "chat" and getattr(tokenizer, "chat_template", None):
         marker = "zflora answer"
-        turns = [{"role": "user", "content": "zflora question"}, {"role": "assistant", "content": marker}]
+        turns = [
+            {"role": "user", "content": "zflora question"},
+            {"role": "assistant", "content": marker},
+        ]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2].lstrip()
         ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        # Not all_special_ids: tokens that only added_tokens_decoder lists are missing there, as Llama 3's may be.
+        # Not all_special_ids: tokens that only added_tokens_decoder lists are missing there, as
+        # Llama 3's may be.
         if ids and ids[0] in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
             return int(ids[0])
     require(
         tokenizer.eos_token_id is not None,
-        "the tokenizer has no EOS token, so a model could not learn to stop. Set eos_token in its tokenizer_config.json.",
+        "the tokenizer has no EOS token, so a model could not learn to stop. Set eos_token in its"
+        " tokenizer_config.json.",
     )
     return int(tokenizer.eos_token_id)
 
 
 def encode_prompt_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts. If the tokenizer starts texts with BOS, each has exactly one, also where a chat template writes it too."""
+    """Token ids of rendered prompts. If the tokenizer starts texts with BOS, each has exactly one,
+    also where a chat template writes it too.
+    """
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -106,16 +146,24 @@ def encode_prompt_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]
 
 
 def encode(
-    tokenizer: Any, prompt_style: str, prompts: Sequence[str], targets: Sequence[str], train_on_prompt: bool = False
+    tokenizer: Any,
+    prompt_style: str,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    train_on_prompt: bool = False,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Tokens and loss mask of each (rendered prompt, target) pair.
 
     Returns:
-      (tokens [n] int32, loss_mask [n] bool) per pair: the prompt's tokens, the target's and one `end_token`, never truncated. The mask is True
-      at the target and its end token, or everywhere with `train_on_prompt`. It speaks of the token at its own position; the loss shifts by one.
+      (tokens [n] int32, loss_mask [n] bool) per pair: the prompt's tokens, the target's and one
+      `end_token`, never truncated. The mask is True at the target and its end token, or everywhere
+      with `train_on_prompt`. It speaks of the token at its own position; the loss shifts by one.
     """
     if len(prompts) != len(targets):
-        raise ConfigError(f"{len(prompts)} prompts and {len(targets)} targets: expected one target for each prompt.")
+        raise ConfigError(
+            f"{len(prompts)} prompts and {len(targets)} targets: expected one target for each"
+            " prompt."
+        )
     if not prompts:
         return []
     end = end_token(tokenizer, prompt_style)

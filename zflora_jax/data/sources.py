@@ -1,4 +1,6 @@
-"""Where a task's rows come from: its files below `data.data_dir`, or without one a public dataset, and rows held out for splits that have no file."""
+"""Where a task's rows come from: its files below `data.data_dir`, or without one a public dataset,
+and rows held out for splits that have no file.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from typing import Any, NamedTuple
 from zflora_jax.core.fields import ConfigError, require
 
 SPLITS = ("train", "validation", "test")
-HOLD_OUT = 200  # rows, at most a tenth of the train file, that stand in for a validation or test file that is not there
+# rows, at most a tenth of the train file, that stand in for a validation or test file that is not
+# there
+HOLD_OUT = 200
 
 _OTHER = re.compile(r"[\W_]+")
 _MARKS = re.compile(r"[\s?.!,;:'\"]+")  # not operators: "7 - 3" and "7 + 3" are two questions
@@ -25,7 +29,9 @@ TRAINING_SETS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder ft-trai
 
 
 class Split(NamedTuple):
-    """The random-access rows behind a split; which of them, in which order, are the split; and what they were read from, for messages."""
+    """The random-access rows behind a split; which of them, in which order, are the split; and what
+    they were read from, for messages.
+    """
 
     rows: Sequence[Row]
     indices: Sequence[int]
@@ -34,24 +40,35 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """Files of one format: the builder (a module of data.builders) that reads them, and the names, without .json(l), that a split's file may have."""
+    """Files of one format: the builder (a module of data.builders) that reads them, and the names,
+    without .json(l), that a split's file may have.
+    """
 
     builder: str
     names: Mapping[str, tuple[str, ...]]
 
 
 def named(builder: str, pattern: str = "{}") -> Format:
-    """Files called `pattern` with train, validation (or valid, val, validate, dev) or test in it."""
-    words = {"train": ("train",), "validation": ("validation", "valid", "val", "validate", "dev"), "test": ("test",)}
-    return Format(builder, {split: tuple(map(pattern.format, names)) for split, names in words.items()})
+    """Files called `pattern` with train, validation (or valid, val, validate, dev) or test
+    in it.
+    """
+    words = {
+        "train": ("train",),
+        "validation": ("validation", "valid", "val", "validate", "dev"),
+        "test": ("test",),
+    }
+    return Format(
+        builder, {split: tuple(map(pattern.format, names)) for split, names in words.items()}
+    )
 
 
 @dataclass(frozen=True)
 class Source:
     """folder: the one that the files lie in. formats: tried in this order for each split.
 
-    anywhere: files of these names may also lie in the data_dir itself, if no such folder has any and it is not another task's folder.
-    origin: where people get the files. public: there is a public dataset by the task's name. test_only: nothing to train on is published with it.
+    anywhere: files of these names may also lie in the data_dir itself, if no such folder has any
+    and it is not another task's folder. origin: where people get the files. public: there is a
+    public dataset by the task's name. test_only: nothing to train on is published with it.
     """
 
     folder: str
@@ -65,8 +82,17 @@ class Source:
     def expected(self) -> str:
         """The files, for messages."""
         splits = ("test",) if self.test_only else SPLITS
-        names = [f"{f.names[split][0]}.json(l)" for split in splits for f in self.formats[:1] if split in f.names]
-        return f"{self.folder}/{{{','.join(names)}}}" if len(names) > 1 else f"{self.folder}/{names[0]}"
+        names = [
+            f"{f.names[split][0]}.json(l)"
+            for split in splits
+            for f in self.formats[:1]
+            if split in f.names
+        ]
+        return (
+            f"{self.folder}/{{{','.join(names)}}}"
+            if len(names) > 1
+            else f"{self.folder}/{names[0]}"
+        )
 
 
 def read_split(
@@ -74,16 +100,19 @@ def read_split(
 ) -> Split:
     """The rows of one split of a task.
 
-    A validation or test split without a file is held out of the train file: HOLD_OUT rows each, at most a tenth, which the train split then
-    lacks. Which rows is a fixed function of the question texts alone: not of data.seed, so that two runs are judged alike, nor of the order
-    of the file, and a question that occurs twice (or a dialogue) never lies on both sides. Rows of the train file come in that pseudo-random
-    order (so `train_limit` takes a sample), rows of a test or validation file in the file's.
+    A validation or test split without a file is held out of the train file: HOLD_OUT rows each, at
+    most a tenth, which the train split then lacks. Which rows is a fixed function of the question
+    texts alone: not of data.seed, so that two runs are judged alike, nor of the order of the file,
+    and a question that occurs twice (or a dialogue) never lies on both sides. Rows of the train
+    file come in that pseudo-random order (so `train_limit` takes a sample), rows of a test or
+    validation file in the file's.
 
     Args:
       folders: of all tasks, in lower case; rows are not looked for in another task's.
 
     Raises:
-      ConfigError: no such file (the paths tried are listed), a file that is no dataset of the task, or one too short to hold rows out of.
+      ConfigError: no such file (the paths tried are listed), a file that is no dataset of the task,
+        or one too short to hold rows out of.
     """
     if data_dir is None and source.public:
         return _public(task, source, split)
@@ -93,10 +122,16 @@ def read_split(
         return Split(rows, range(len(rows)), str(files[split][1]))
     if "train" not in files:
         found = ", ".join(str(path) for _, path in files.values())
-        wanted = " or ".join(f"{source.formats[0].names[name][0]}.json(l)" for name in dict.fromkeys(("train", split)))
+        wanted = " or ".join(
+            f"{source.formats[0].names[name][0]}.json(l)"
+            for name in dict.fromkeys(("train", split))
+        )
         fix = f"The {split} split needs {wanted} there."
         if source.test_only:
-            fix = f"{source.origin} has none for this task, only test rows: train on another one, such as commonsense_170k, math_10k or gsm8k."
+            fix = (
+                f"{source.origin} has none for this task, only test rows: train on another one,"
+                " such as commonsense_170k, math_10k or gsm8k."
+            )
         raise ConfigError(f"task {task!r}: no train file beside {found}. {fix}")
     rows = _open_file(*files["train"])
     held_out = [name for name in SPLITS[1:] if name not in files]
@@ -107,10 +142,20 @@ def find_files(
     task: str, source: Source, data_dir: str | None, folders: Collection[str] = ()
 ) -> dict[str, tuple[str, Path]]:
     """Split -> (builder, path) of each split that has a file, in the first folder that has any."""
-    where = "a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l), or one such file"
+    where = (
+        "a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l),"
+        " or one such file"
+    )
     if source.folder:
-        holds = f"the folder that holds {source.folder}/, or dataset/{source.folder}/, or {source.folder} itself"
-        where = f"{holds}, or, unless it is another task's folder, {where}" if source.anywhere else holds
+        holds = (
+            f"the folder that holds {source.folder}/, or dataset/{source.folder}/, or"
+            f" {source.folder} itself"
+        )
+        where = (
+            f"{holds}, or, unless it is another task's folder, {where}"
+            if source.anywhere
+            else holds
+        )
     fix = f"Set data.data_dir to (--data-dir) {where}."
     fix += f" The files ({source.expected}) come from {source.origin}." if source.folder else ""
     fix += " Or leave it unset: then the public dataset is downloaded." if source.public else ""
@@ -123,15 +168,29 @@ def find_files(
         return {"train": (source.formats[0].builder, root)}
     tried = _folders(source, root, folders)
     for folder in tried:
-        if files := {split: file for split in SPLITS if (file := _file(task, source, folder, split))}:
+        if files := {
+            split: file for split in SPLITS if (file := _file(task, source, folder, split))
+        }:
             return files
     listed = ", ".join(map(str, tried))
-    raise ConfigError(f"task {task!r}: no train, validation or test file in data.data_dir={data_dir!r}. Tried: {listed}. {fix}")
+    raise ConfigError(
+        f"task {task!r}: no train, validation or test file in data.data_dir={data_dir!r}. Tried:"
+        f" {listed}. {fix}"
+    )
 
 
 def _folders(source: Source, root: Path, folders: Collection[str]) -> list[Path]:
-    """Where to look, the most specific first: AddSub/test.json is no GSM8K, nor is a stray test.json beside gsm8k/."""
-    below = [root / prefix / source.folder for prefix in ("", "dataset", "llm_adapters/dataset", "llm_adapters")] if source.folder else []
+    """Where to look, the most specific first: AddSub/test.json is no GSM8K, nor is a stray
+    test.json beside gsm8k/.
+    """
+    below = (
+        [
+            root / prefix / source.folder
+            for prefix in ("", "dataset", "llm_adapters/dataset", "llm_adapters")
+        ]
+        if source.folder
+        else []
+    )
     name = root.resolve().name.lower()
     own = name == source.folder.lower()
     anothers = bool(source.folder) and not own and name in folders
@@ -140,9 +199,17 @@ def _folders(source: Source, root: Path, folders: Collection[str]) -> list[Path]
 
 def _file(task: str, source: Source, folder: Path, split: str) -> tuple[str, Path] | None:
     for form in source.formats:
-        candidates = [folder / f"{name}{suffix}" for name in form.names.get(split, ()) for suffix in (".json", ".jsonl")]
+        candidates = [
+            folder / f"{name}{suffix}"
+            for name in form.names.get(split, ())
+            for suffix in (".json", ".jsonl")
+        ]
         found = [path for path in candidates if path.is_file()]
-        require(len(found) < 2, f"task {task!r}: both {' and '.join(path.name for path in found)} are in {folder}. Keep one of them.")
+        require(
+            len(found) < 2,
+            f"task {task!r}: both {' and '.join(path.name for path in found)} are in {folder}. Keep"
+            " one of them.",
+        )
         if found:
             return form.builder, found[0]
     return None
@@ -164,15 +231,28 @@ def _public(task: str, source: Source, split: str) -> Split:
     try:
         rows = dataset.open(split if split in dataset.splits else "train")
     except ConfigError as error:
-        fix = f"Or read files: set data.data_dir (--data-dir) to the folder that holds {source.folder}/; they come from {source.origin}."
+        fix = (
+            "Or read files: set data.data_dir (--data-dir) to the folder that holds"
+            f" {source.folder}/; they come from {source.origin}."
+        )
         raise ConfigError(f"task {task!r}: data.data_dir is not set, and {error} {fix}") from error
     if split != "train" and split in dataset.splits:
         return Split(rows, range(len(rows)), f"{dataset.name}, {split}")
-    return _part(task, rows, [name for name in SPLITS[1:] if name not in dataset.splits], split, f"{dataset.name}, train")
+    return _part(
+        task,
+        rows,
+        [name for name in SPLITS[1:] if name not in dataset.splits],
+        split,
+        f"{dataset.name}, train",
+    )
 
 
-def _part(task: str, rows: Sequence[Row], held_out: Sequence[str], split: str, origin: str) -> Split:
-    """The split of a train file that lends rows to the splits `held_out`; lent rows that are train rows but for case and marks are left out."""
+def _part(
+    task: str, rows: Sequence[Row], held_out: Sequence[str], split: str, origin: str
+) -> Split:
+    """The split of a train file that lends rows to the splits `held_out`; lent rows that are train
+    rows but for case and marks are left out.
+    """
     keys = [_key(rows[i]) for i in range(len(rows))]
     parts = _hold_out(keys, held_out)
     if split != "train":
@@ -181,16 +261,18 @@ def _part(task: str, rows: Sequence[Row], held_out: Sequence[str], split: str, o
         parts[split] = [i for i in parts[split] if plain[i] not in trained]
     require(
         len(parts[split]) > 0,
-        f"task {task!r}: {origin} has {len(rows)} rows, too few different ones to hold out a {split} split (a tenth of them). "
-        f"Put {split}.json or {split}.jsonl beside it.",
+        f"task {task!r}: {origin} has {len(rows)} rows, too few different ones to hold out a"
+        f" {split} split (a tenth of them). Put {split}.json or {split}.jsonl beside it.",
     )
     return Split(rows, parts[split], origin)
 
 
 def normalise(text: str) -> str:
-    """Lower case, and every run of characters that are neither letters nor digits as one space, none at the ends.
+    """Lower case, and every run of characters that are neither letters nor digits as one space,
+    none at the ends.
 
-    It errs on the side of "the same": questions that differ in operators or signs alone ("7 - 3", "7 * 3") are one to it.
+    It errs on the side of "the same": questions that differ in operators or signs alone ("7 - 3",
+    "7 * 3") are one to it.
     """
     return _OTHER.sub(" ", text.lower()).strip()
 
@@ -202,7 +284,9 @@ def _key(row: Row) -> bytes:
 
 
 def _hold_out(questions: Sequence[bytes], names: Sequence[str]) -> dict[str, list[int]]:
-    """Indices of "train" and of each split in `names`: rows sorted by a hash of the question, cut so that equal questions stay together."""
+    """Indices of "train" and of each split in `names`: rows sorted by a hash of the question, cut
+    so that equal questions stay together.
+    """
     keys = [hashlib.sha256(b"zflora hold-out\n" + question).digest() for question in questions]
     order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
     size = min(HOLD_OUT, len(order) // 10)

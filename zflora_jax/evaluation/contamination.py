@@ -1,4 +1,6 @@
-"""Contamination: test questions that a model has seen in training, found by their normalised text."""
+"""Contamination: test questions that a model has seen in training, found by their
+normalised text.
+"""
 
 from __future__ import annotations
 
@@ -19,5 +21,7 @@ def questions(examples: Iterable[Example]) -> frozenset[str]:
 
 
 def contaminated(test_examples: Iterable[Example], seen: frozenset[str]) -> list[bool]:
-    """For each test example, whether its question is one of `seen` (equal normalised text, not nearly equal)."""
+    """For each test example, whether its question is one of `seen` (equal normalised text, not
+    nearly equal).
+    """
     return [question(example) in seen for example in test_examples]

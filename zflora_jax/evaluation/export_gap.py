@@ -17,16 +17,21 @@ from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_of
 
 
-def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str] | Sequence[Sequence[int]] | np.ndarray) -> dict[str, float]:
-    """Logits of `model` in float32 against those of the export at `path`: the stored stock-form tensors, run in the dtype they
-    are stored in (float16 exports: the rounded tensors, in float32).
+def export_gap(
+    model: Model,
+    path: str | os.PathLike[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]] | np.ndarray,
+) -> dict[str, float]:
+    """Logits of `model` in float32 against those of the export at `path`: the stored stock-form
+    tensors, run in the dtype they are stored in (float16 exports: the rounded tensors, in float32).
 
     Args:
       model: what was exported (not packed).
       prompts: texts for the model's tokenizer, or int tokens [B, T].
 
     Returns:
-      {"max_abs_dlogit", "mean_abs_dlogit", "logit_scale": largest |logit|, "top1_agreement": share of positions whose likeliest token agrees}.
+      {"max_abs_dlogit", "mean_abs_dlogit", "logit_scale": largest |logit|, "top1_agreement": share
+      of positions whose likeliest token agrees}.
 
     Raises:
       CheckpointError: NaN or infinite logits on either side.
@@ -40,15 +45,37 @@ def export_gap(model: Model, path: str | os.PathLike[str], prompts: Sequence[str
         ids = model.tokenizer(row)["input_ids"] if isinstance(row, str) else row
         require(len(ids) > 0, "export_gap needs prompts of at least one token.")
         length = padded_length(len(ids))  # few lengths, few compilations
-        tokens = jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
+        tokens = (
+            jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
+        )
         valid = jnp.arange(length)[None] < len(ids)
         a, b = (np.asarray(forward(m, tokens, valid=valid))[:, : len(ids)] for m in (exact, export))
         for what, found in (("model in memory", a), (f"export at {path}", b)):
             if not np.isfinite(found).all():
-                advice = "export in float32 or bfloat16" if found is b else "the model itself is damaged, or trained with too high a learning rate"
-                raise CheckpointError(f"logits of the {what} are NaN or infinite, so the export is not to be used: {advice}.")
+                advice = (
+                    "export in float32 or bfloat16"
+                    if found is b
+                    else "the model itself is damaged, or trained with too high a learning rate"
+                )
+                raise CheckpointError(
+                    f"logits of the {what} are NaN or infinite, so the export is not to be used:"
+                    f" {advice}."
+                )
         gap = np.abs(a - b)
-        worst, total, scale = max(worst, float(gap.max())), total + float(gap.sum(dtype=np.float64)), max(scale, float(np.abs(a).max()))
-        same, logits, positions = same + int((a.argmax(-1) == b.argmax(-1)).sum()), logits + gap.size, positions + len(ids)
+        worst, total, scale = (
+            max(worst, float(gap.max())),
+            total + float(gap.sum(dtype=np.float64)),
+            max(scale, float(np.abs(a).max())),
+        )
+        same, logits, positions = (
+            same + int((a.argmax(-1) == b.argmax(-1)).sum()),
+            logits + gap.size,
+            positions + len(ids),
+        )
     require(positions > 0, "export_gap needs at least one prompt.")
-    return {"max_abs_dlogit": worst, "mean_abs_dlogit": total / logits, "logit_scale": scale, "top1_agreement": same / positions}
+    return {
+        "max_abs_dlogit": worst,
+        "mean_abs_dlogit": total / logits,
+        "logit_scale": scale,
+        "top1_agreement": same / positions,
+    }

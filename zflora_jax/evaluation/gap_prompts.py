@@ -17,7 +17,10 @@ TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "A baker has 24 boxes with 13 cakes each and sells 57 of them. How many are left?",
     "def add(a, b):\n    return a + b\n",
-    "Question: which of these is a liquid at room temperature?\nA. iron\nB. water\nC. salt\nAnswer: B",
+    (
+        "Question: which of these is a liquid at room temperature?\nA. iron\nB. water\nC."
+        " salt\nAnswer: B"
+    ),
 )
 ROWS = 8
 
@@ -36,5 +39,9 @@ def gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
         prompts = encode_prompts(rows, model.tokenizer, data.prompt_style, data.date)
         return prompts, f"{len(rows)} held-out rows"
     except (ConfigError, OSError) as error:
-        log.warning("the export is compared on built-in texts, as the run's held-out rows cannot be read: %s", error)
+        log.warning(
+            "the export is compared on built-in texts, as the run's held-out rows cannot be"
+            " read: %s",
+            error,
+        )
         return encode_prompt_texts(model.tokenizer, TEXTS), f"{len(TEXTS)} built-in texts"

@@ -1,4 +1,6 @@
-"""The base model of a run: what may be trained on, whether it was loaded for the run or handed in."""
+"""The base model of a run: what may be trained on, whether it was loaded for the run or
+handed in.
+"""
 
 from __future__ import annotations
 
@@ -29,27 +31,40 @@ def as_base(run: RunConfig, model: Model) -> Model:
     stopping where the run trains answers to end.
 
     Raises:
-      ConfigError: a model that is packed or has a tree per layer, has an adapter fused in that widens it, is of another dtype than train.dtype,
-        or does not fit other settings of the run.
+      ConfigError: a model that is packed or has a tree per layer, has an adapter fused in that
+        widens it, is of another dtype than train.dtype, or does not fit other settings of the run.
     """
     if model.adapter is not None:
         require(
             METHODS[model.adapter.method].in_place != "none",
-            f"model {model.source or run.model!r} has {model.adapter.method} fused in; an adapter on top of it could not be fused. "
-            "Train on its base.",
+            f"model {model.source or run.model!r} has {model.adapter.method} fused in; an adapter"
+            " on top of it could not be fused. Train on its base.",
         )
-    require(not model.config.packed, "the model is packed for decoding, and that form cannot be trained; give the one that it was packed from.")
-    require(model.config.scan_layers, "the model has a tree per layer, and checkpoints are of stacked ones; load it without scan_layers=False.")
-    found: dict[str, set[str]] = {"params": {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}, "activations": {model.config.dtype}}
+    require(
+        not model.config.packed,
+        "the model is packed for decoding, and that form cannot be trained; give the one that it"
+        " was packed from.",
+    )
+    require(
+        model.config.scan_layers,
+        "the model has a tree per layer, and checkpoints are of stacked ones; load it without"
+        " scan_layers=False.",
+    )
+    found: dict[str, set[str]] = {
+        "params": {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)},
+        "activations": {model.config.dtype},
+    }
     for what, dtypes in found.items():
         require(
             dtypes == {run.train.dtype},
-            f"the model's {what} are {', '.join(sorted(dtypes))}, and train.dtype is {run.train.dtype}: load it with load_model(..., "
-            f"dtype={run.train.dtype!r}), or set train.dtype.",
+            f"the model's {what} are {', '.join(sorted(dtypes))}, and train.dtype is"
+            f" {run.train.dtype}: load it with load_model(..., dtype={run.train.dtype!r}), or set"
+            " train.dtype.",
         )
     # An adapter merged by addition left an ordinary base.
     model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
-    plan(model.config, run.adapter)  # targets that match nothing are refused here, before anything slow
+    # Targets that match nothing are refused here, before anything slow.
+    plan(model.config, run.adapter)
     require_fit(run, model)
     return stop_as_trained(model, run.data.prompt_style)
 
@@ -68,29 +83,47 @@ def given_base(run: RunConfig, model: Model) -> Model:
     base = as_base(run, model)
     require(
         model.adapter is None,
-        f"the model has {getattr(model.adapter, 'method', '')} merged in, which {run.model!r} has not. {advice}",
+        f"the model has {getattr(model.adapter, 'method', '')} merged in, which {run.model!r} has"
+        f" not. {advice}",
     )
     if model.source is None or not _same_source(model.source, run.model):
         log.warning(
-            "the base %s, but the run says model=%s, which is what eval, generate and export will load.",
+            "the base %s, but the run says model=%s, which is what eval, generate and export will"
+            " load.",
             "was made in memory" if model.source is None else f"was loaded from {model.source}",
             run.model,
         )
         return base
     if (there := _on_disk(model.source)) is not None:
         widths, tokenizer = there
-        wrong = [f"{k}={v} here, {widths[k]} there" for k, v in _widths(model.config).items() if v != widths[k]]
-        require(not wrong, f"the model is not what {run.model!r} holds: {', '.join(wrong)}. {advice}")
-        more = ", more than the embedding has rows: see zf.resize_vocab" * (len(model.tokenizer) > model.config.vocab_size)
+        wrong = [
+            f"{k}={v} here, {widths[k]} there"
+            for k, v in _widths(model.config).items()
+            if v != widths[k]
+        ]
+        require(
+            not wrong, f"the model is not what {run.model!r} holds: {', '.join(wrong)}. {advice}"
+        )
+        more = ", more than the embedding has rows: see zf.resize_vocab" * (
+            len(model.tokenizer) > model.config.vocab_size
+        )
         require(
             tokenizer == tokenizer_state(model.tokenizer),
-            f"the model's tokenizer is not that of {run.model!r}: a chat template or tokens were set on it{more}. {advice}",
+            f"the model's tokenizer is not that of {run.model!r}: a chat template or tokens were"
+            f" set on it{more}. {advice}",
         )
     return base
 
 
 def _widths(config: LlamaConfig) -> dict[str, int]:
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+    )
     return {name: getattr(config, name) for name in (*names, "head_dim")}
 
 

@@ -1,4 +1,6 @@
-"""What a directory or file is: a run, a LoRA adapter, an export of this project, or a model. Weights are left alone; only headers are read."""
+"""What a directory or file is: a run, a LoRA adapter, an export of this project, or a model.
+Weights are left alone; only headers are read.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ Facts = dict[str, Any]
 
 
 def describe(path: str | os.PathLike[str]) -> Facts:
-    """Facts by name, "kind" first: "run", "adapter (PEFT)", "export", "model" or "model (GGUF)"; scalars alone.
+    """Facts by name, "kind" first: "run", "adapter (PEFT)", "export", "model" or "model (GGUF)";
+    scalars alone.
 
-    widths: of the three streams, base -> fused. A preset's name describes its shape. ConfigError for anything else, saying what was found there.
+    widths: of the three streams, base -> fused. A preset's name describes its shape. ConfigError
+    for anything else, saying what was found there.
     """
     source = Path(path).expanduser()
     if source.is_dir():
@@ -37,9 +41,16 @@ def describe(path: str | os.PathLike[str]) -> Facts:
             return _peft(source)
         if (source / "config.json").is_file():
             settings = read_json(source / "config.json")
-            return _run(source) if "adapter" in settings and "train" in settings else _model(os.fspath(path), "model")
+            return (
+                _run(source)
+                if "adapter" in settings and "train" in settings
+                else _model(os.fspath(path), "model")
+            )
         found = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
-        raise ConfigError(f"{path} is no run and no model (config.json), no adapter ({CONFIG}) and no export ({MANIFEST}); it holds {found}.")
+        raise ConfigError(
+            f"{path} is no run and no model (config.json), no adapter ({CONFIG}) and no export"
+            f" ({MANIFEST}); it holds {found}."
+        )
     return _model(os.fspath(path), "model (GGUF)" if source.suffix == ".gguf" else "model")
 
 
@@ -56,14 +67,25 @@ def _shape(config: LlamaConfig) -> Facts:
 
 
 def _adapter(adapter: AdapterConfig, base: LlamaConfig) -> Facts:
-    facts: Facts = {"method": adapter.method, "rank": adapter.rank, "scale": adapter.scale, "targets": adapter.targets}
+    facts: Facts = {
+        "method": adapter.method,
+        "rank": adapter.rank,
+        "scale": adapter.scale,
+        "targets": adapter.targets,
+    }
     if METHODS[adapter.method].in_place == "none":
         fused = fused_config(base, adapter)
         widths = {"residual": "hidden_size", "head": "head_dim", "MLP": "intermediate_size"}
-        facts["widths"] = ", ".join(f"{name} {getattr(base, field)} -> {getattr(fused, field)}" for name, field in widths.items())
+        facts["widths"] = ", ".join(
+            f"{name} {getattr(base, field)} -> {getattr(fused, field)}"
+            for name, field in widths.items()
+        )
     else:
         facts["widths"] = "as the base's"
-    return facts | {"trainable parameters": count_params(base, adapter), "base parameters": count_base(base)}
+    return facts | {
+        "trainable parameters": count_params(base, adapter),
+        "base parameters": count_base(base),
+    }
 
 
 def _model(source: str, kind: str) -> Facts:
@@ -74,43 +96,99 @@ def _model(source: str, kind: str) -> Facts:
 def _export(directory: Path) -> Facts:
     manifest = read_manifest(directory)
     native = from_dict(LlamaConfig, manifest["native_config"], f"{MANIFEST}: native_config")
-    facts: Facts = {"kind": "export", "path": str(directory), "dtype": manifest["dtype"], "written by": f"zflora_jax {manifest['project_version']}"}
+    facts: Facts = {
+        "kind": "export",
+        "path": str(directory),
+        "dtype": manifest["dtype"],
+        "written by": f"zflora_jax {manifest['project_version']}",
+    }
     if manifest["adapter"] is not None:
-        adapter, base = from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter"), manifest["base"]
+        adapter, base = (
+            from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter"),
+            manifest["base"],
+        )
         widths = {"residual": "hidden_size", "head": "head_dim", "MLP": "intermediate_size"}
-        facts |= {"method": adapter.method, "rank": adapter.rank, "scale": adapter.scale, "targets": adapter.targets}
-        facts["widths"] = ", ".join(f"{name} {base[field]} -> {getattr(native, field)}" for name, field in widths.items())
+        facts |= {
+            "method": adapter.method,
+            "rank": adapter.rank,
+            "scale": adapter.scale,
+            "targets": adapter.targets,
+        }
+        facts["widths"] = ", ".join(
+            f"{name} {base[field]} -> {getattr(native, field)}" for name, field in widths.items()
+        )
     facts |= {"base": manifest["base"].get("name"), **manifest.get("figures", {})}
-    facts |= {"base fingerprint": manifest["base"]["fingerprint"], "padding of hidden_size": manifest["padding"]}
+    facts |= {
+        "base fingerprint": manifest["base"]["fingerprint"],
+        "padding of hidden_size": manifest["padding"],
+    }
     return facts | _shape(native) | _weights(directory)
 
 
 def _peft(directory: Path) -> Facts:
     settings = read_json(directory / CONFIG)
-    facts: Facts = {"kind": "adapter (PEFT)", "path": str(directory), "type": settings.get("peft_type")}
-    facts |= {"base": settings.get("base_model_name_or_path"), "rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
+    facts: Facts = {
+        "kind": "adapter (PEFT)",
+        "path": str(directory),
+        "type": settings.get("peft_type"),
+    }
+    facts |= {
+        "base": settings.get("base_model_name_or_path"),
+        "rank": settings.get("r"),
+        "alpha": settings.get("lora_alpha"),
+    }
     targets = settings.get("target_modules")
     facts["targets"] = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
-    plain: Facts = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none"}
+    plain: Facts = {
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "bias": "none",
+    }
     plain["lora_dropout"] = 0.0
-    facts |= {key: json.dumps(settings[key]) for key, usual in plain.items() if settings.get(key, usual) not in (usual, None)}
+    facts |= {
+        key: json.dumps(settings[key])
+        for key, usual in plain.items()
+        if settings.get(key, usual) not in (usual, None)
+    }
     return facts | _weights(directory, [WEIGHTS])
 
 
 def _weights(directory: Path, files: list[str] | None = None) -> Facts:
     shards = Shards(directory, files) if files else Shards(directory)
     size = sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
-    return {"tensors": len(shards.shapes), "parameters": sum(math.prod(shape) for shape in shards.shapes.values()), "safetensors, MB": size / 1e6}
+    return {
+        "tensors": len(shards.shapes),
+        "parameters": sum(math.prod(shape) for shape in shards.shapes.values()),
+        "safetensors, MB": size / 1e6,
+    }
 
 
 def _run(workdir: Path) -> Facts:
     run: RunConfig = read_config(workdir)
-    facts: Facts = {"kind": "run", "path": str(workdir), "base": run.model, "task": run.data.task, "dtype": run.train.dtype, "seed": run.train.seed}
+    facts: Facts = {
+        "kind": "run",
+        "path": str(workdir),
+        "base": run.model,
+        "task": run.data.task,
+        "dtype": run.train.dtype,
+        "seed": run.train.seed,
+    }
     facts["learning rate"] = run.optim.learning_rate
     try:
         facts |= _adapter(run.adapter, model_config(run.model))
-    except (ConfigError, ValueError) as error:  # the base has been moved: what the run itself says still stands
-        facts |= {"method": run.adapter.method, "rank": run.adapter.rank, "scale": run.adapter.scale, "widths": f"unknown: {error}"}
+    except (
+        ConfigError,
+        ValueError,
+    ) as error:  # the base has been moved: what the run itself says still stands
+        facts |= {
+            "method": run.adapter.method,
+            "rank": run.adapter.rank,
+            "scale": run.adapter.scale,
+            "widths": f"unknown: {error}",
+        }
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
     facts["steps"] = f"{steps[-1] if steps else 0} of {run.train.steps} saved"
     facts["checkpoints"] = ", ".join(map(str, steps)) or "none"
@@ -120,7 +198,11 @@ def _run(workdir: Path) -> Facts:
                 facts[f"{record['split']} loss"] = f"{record['loss']:.4f} at step {record['step']}"
     if (workdir / "report.json").is_file():
         report = read_json(workdir / "report.json")
-        facts |= {name.replace("_", " "): report[name] for name in ("seconds", "base_fingerprint", "data_fingerprint") if name in report}
+        facts |= {
+            name.replace("_", " "): report[name]
+            for name in ("seconds", "base_fingerprint", "data_fingerprint")
+            if name in report
+        }
         env = report.get("environment", {})
         facts |= {"commit": env.get("commit"), "device": env.get("device"), "date": env.get("date")}
     else:

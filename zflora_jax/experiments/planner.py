@@ -1,7 +1,9 @@
-"""What a run needs before anything runs: parameters, bytes per device, steps and tokens, from shapes alone; what to change if it does not fit.
+"""What a run needs before anything runs: parameters, bytes per device, steps and tokens, from
+shapes alone; what to change if it does not fit.
 
-Base, adapters, gradients and moments are counted from the sharding rules and are exact. Activations are the arrays that jax.vjp keeps for the
-backward pass, by abstract evaluation. The working set is what one layer or one chunk of logits needs beside them, by the formula at `_working_set`.
+Base, adapters, gradients and moments are counted from the sharding rules and are exact. Activations
+are the arrays that jax.vjp keeps for the backward pass, by abstract evaluation. The working set is
+what one layer or one chunk of logits needs beside them, by the formula at `_working_set`.
 `compiled` asks the compiler instead.
 """
 
@@ -40,14 +42,20 @@ from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 GIB = 2**30
 
 
-def plan_run(run: RunConfig, config: LlamaConfig, memory_gib: float | None = None) -> dict[str, Any]:
+def plan_run(
+    run: RunConfig, config: LlamaConfig, memory_gib: float | None = None
+) -> dict[str, Any]:
     """The plan of `run` on a base of shape `config`.
 
-    memory_gib: what one device has; the plan then says whether it fits and, if not, the three cheapest changes, each alone and all together.
-    Returns counts, `bytes_per_device` (name -> bytes, their sum as "total"), and with memory_gib `fits` and `changes`. Sizes are those of the longest
-    of data.lengths. ConfigError for a mesh that does not divide the model.
+    memory_gib: what one device has; the plan then says whether it fits and, if not, the three
+    cheapest changes, each alone and all together. Returns counts, `bytes_per_device` (name ->
+    bytes, their sum as "total"), and with memory_gib `fits` and `changes`. Sizes are those of the
+    longest of data.lengths. ConfigError for a mesh that does not divide the model.
     """
-    require(memory_gib is None or memory_gib > 0, f"memory={memory_gib}: must be positive, in GiB per device.")
+    require(
+        memory_gib is None or memory_gib > 0,
+        f"memory={memory_gib}: must be positive, in GiB per device.",
+    )
     config = _shaped(run, config)
     sizes, rows = bytes_per_device(run, config), run.data.batch_size
     result: dict[str, Any] = {
@@ -76,7 +84,9 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
     sizes = {
         "base": _local(param_shapes(config), mesh, width),
         "adapters": trainable,
-        "gradients": trainable * (2 if run.data.accumulate > 1 else 1),  # of this micro-batch, and the sum over them
+        "gradients": (
+            trainable * (2 if run.data.accumulate > 1 else 1)
+        ),  # of this micro-batch, and the sum over them
         "optimizer": 2 * trainable,
         "activations": _activations(run, config),
         "working set": _working_set(run, config, mesh),
@@ -86,7 +96,11 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
 
 def _shaped(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
     longest, limit = run.data.lengths[-1], config.max_position_embeddings
-    require(longest <= limit, f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out lengths above it.")
+    require(
+        longest <= limit,
+        f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out"
+        " lengths above it.",
+    )
     return numerics(run, config).replace(dtype=run.train.dtype)
 
 
@@ -103,11 +117,15 @@ def _local_rows(run: RunConfig) -> int:
     return run.data.batch_size // run.data.accumulate // (run.mesh.data * run.mesh.fsdp)
 
 
-def _abstract(run: RunConfig, config: LlamaConfig, rows: int) -> tuple[trees.Tree, trees.Tree, dict[str, Any]]:
+def _abstract(
+    run: RunConfig, config: LlamaConfig, rows: int
+) -> tuple[trees.Tree, trees.Tree, dict[str, Any]]:
     """(params, adapters, batch) as ShapeDtypeStructs."""
 
     def tree(shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> trees.Tree:
-        return trees.unflatten({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()})
+        return trees.unflatten(
+            {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+        )
 
     shape = (rows, run.data.lengths[-1])
     batch = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segments": jnp.int32}
@@ -119,35 +137,58 @@ def _abstract(run: RunConfig, config: LlamaConfig, rows: int) -> tuple[trees.Tre
 
 
 def _activations(run: RunConfig, config: LlamaConfig) -> int:
-    """Bytes that the forward pass of one device's rows, through its heads and MLP units, keeps for the backward pass."""
+    """Bytes that the forward pass of one device's rows, through its heads and MLP units, keeps for
+    the backward pass.
+    """
     parts = run.mesh.tensor
     config = config.replace(
-        num_heads=config.num_heads // parts, num_kv_heads=config.num_kv_heads // parts, intermediate_size=config.intermediate_size // parts
+        num_heads=config.num_heads // parts,
+        num_kv_heads=config.num_kv_heads // parts,
+        intermediate_size=config.intermediate_size // parts,
     )
     params, adapters, batch = _abstract(run, config, _local_rows(run))
 
     def kept(params: trees.Tree, adapters: trees.Tree, batch: Any) -> Any:
         def loss(adapters: trees.Tree) -> Any:
-            return batch_loss(config, run.adapter, {"params": params, "adapters": adapters}, batch, run.train.loss_chunk)[0]
+            return batch_loss(
+                config,
+                run.adapter,
+                {"params": params, "adapters": adapters},
+                batch,
+                run.train.loss_chunk,
+            )[0]
 
         return jax.vjp(loss, adapters)[1]
 
     # What is kept includes the frozen kernels themselves, which are no copies.
-    leaves = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(kept, params, adapters, batch)))
-    given = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((params, adapters, batch)))
-    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in (leaves - given).items())
+    leaves = collections.Counter(
+        (leaf.shape, leaf.dtype)
+        for leaf in jax.tree.leaves(jax.eval_shape(kept, params, adapters, batch))
+    )
+    given = collections.Counter(
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((params, adapters, batch))
+    )
+    return sum(
+        math.prod(shape) * dtype.itemsize * count
+        for (shape, dtype), count in (leaves - given).items()
+    )
 
 
 def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
-    """The largest of: a chunk of logits and its backward pass, 4 C V float32 as compiled steps have it; one layer's backward pass, 3 B H T^2 float32
-    of attention (less where its queries go in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer, where fsdp gathers them.
-    Method "full" sums the gradient of the gathered head over the chunks: two more heads in float32."""
+    """The largest of: a chunk of logits and its backward pass, 4 C V float32 as compiled steps have
+    it; one layer's backward pass, 3 B H T^2 float32 of attention (less where its queries go in
+    blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer, where fsdp gathers
+    them. Method "full" sums the gradient of the gathered head over the chunks: two more heads in
+    float32.
+    """
     rows, length, tensor = _local_rows(run), run.data.lengths[-1], run.mesh.tensor
     parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
     width = jnp.dtype(config.dtype).itemsize
     gathered = mesh.shape["fsdp"] > 1
     head = config.vocab_size * config.hidden_size * width // parts
-    logits = 4 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // parts + (head if gathered else 0)
+    logits = 4 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // parts + (
+        head if gathered else 0
+    )
     if gathered and METHODS[run.adapter.method].in_place == "full":
         logits += 2 * config.vocab_size * config.hidden_size * 4 // parts
     attention = 3 * rows * config.num_heads * length * length * 4 // tensor // query_blocks(length)
@@ -168,13 +209,22 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
             continue
         if new < 0.98 * total:
             found.append({"change": text, "settings": settings, "total": new, "fits": new <= limit})
-            with contextlib.suppress(ConfigError):  # it does not go with the ones before it, as with too few rows for twice the devices
+            with contextlib.suppress(
+                ConfigError
+            ):  # it does not go with the ones before it, as with too few rows for twice the devices
                 together = override(together, settings)
         if len(found) == 3:
             break
     if len(found) > 1:
         new = bytes_per_device(together, _shaped(together, config))["total"]
-        found.append({"change": "all of these that go together", "settings": {}, "total": new, "fits": new <= limit})
+        found.append(
+            {
+                "change": "all of these that go together",
+                "settings": {},
+                "total": new,
+                "fits": new <= limit,
+            }
+        )
     return found
 
 
@@ -183,13 +233,25 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     micro, parts = run.data.batch_size // run.data.accumulate, run.mesh.data * run.mesh.fsdp
     if micro % (2 * parts) == 0:
         same = "other numbers drop out" if run.adapter.dropout else "the same numbers"
-        yield f"more micro-batches: {same}, a little slower", {"data.accumulate": 2 * run.data.accumulate}
+        yield (
+            f"more micro-batches: {same}, a little slower",
+            {"data.accumulate": 2 * run.data.accumulate},
+        )
     if run.train.loss_chunk >= 128:
-        yield "smaller chunks of logits: the same numbers, a little slower", {"train.loss_chunk": run.train.loss_chunk // 2}
+        yield (
+            "smaller chunks of logits: the same numbers, a little slower",
+            {"train.loss_chunk": run.train.loss_chunk // 2},
+        )
     if not run.train.remat:
-        yield "recompute activations: the same numbers, about a third more work", {"train.remat": True}
+        yield (
+            "recompute activations: the same numbers, about a third more work",
+            {"train.remat": True},
+        )
     if run.train.dtype == "float32":
-        yield "bfloat16: half the base and activations, rounded numbers", {"train.dtype": "bfloat16"}
+        yield (
+            "bfloat16: half the base and activations, rounded numbers",
+            {"train.dtype": "bfloat16"},
+        )
     if METHODS[run.adapter.method].in_place == "full":
         yield "an adapter instead of all parameters", {"adapter.method": "zflora-minimal"}
     if micro % (2 * parts) == 0:
@@ -201,24 +263,40 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
-    """The train step of `run`, compiled for this process's devices from shapes alone. ConfigError where there are too few devices."""
+    """The train step of `run`, compiled for this process's devices from shapes alone. ConfigError
+    where there are too few devices.
+    """
     config, mesh = _shaped(run, config), make_mesh(run.mesh)
     params, adapters, batch = _abstract(run, config, run.data.batch_size)
     state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
     where = state_shardings(state, mesh)
 
     def placed(tree: Any, at: Any) -> Any:
-        return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, at)
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, at
+        )
 
     rows = jax.tree.map(lambda leaf: NamedSharding(mesh, batch_sharding(mesh).spec), batch)
-    step: Any = make_train_step(config, run.adapter, run.optim, run.train.steps, run.data.accumulate, run.train.loss_chunk, where)
+    step: Any = make_train_step(
+        config,
+        run.adapter,
+        run.optim,
+        run.train.steps,
+        run.data.accumulate,
+        run.train.loss_chunk,
+        where,
+    )
     with jax.set_mesh(mesh):
-        return step.lower(placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)).compile()
+        return step.lower(
+            placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)
+        ).compile()
 
 
 def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
-    """Bytes per device as the compiler plans them for `compiled_step`: arguments (base, adapters, moments, batch), outputs that share no argument's
-    memory, temporaries, and their total. No array is allocated."""
+    """Bytes per device as the compiler plans them for `compiled_step`: arguments (base, adapters,
+    moments, batch), outputs that share no argument's memory, temporaries, and their total. No array
+    is allocated.
+    """
     found = compiled_step(run, config).memory_analysis()
     sizes = {
         "arguments": int(found.argument_size_in_bytes),
@@ -236,10 +314,21 @@ def lines_of(plan: Mapping[str, Any]) -> list[str]:
 
     lines = [f"{name:<12} {gib(size):>12}" for name, size in plan["bytes_per_device"].items()]
     if "compiled" in plan:
-        lines += ["", "as the compiler of this machine plans it:"] + [f"{name:<12} {gib(size):>12}" for name, size in plan["compiled"].items()]
+        lines += ["", "as the compiler of this machine plans it:"] + [
+            f"{name:<12} {gib(size):>12}" for name, size in plan["compiled"].items()
+        ]
     if "fits" in plan:
-        lines += ["", f"{'fits in' if plan['fits'] else 'does not fit in'} {gib(plan['memory_bytes'])} per device"]
+        lines += [
+            "",
+            (
+                f"{'fits in' if plan['fits'] else 'does not fit in'} {gib(plan['memory_bytes'])}"
+                " per device"
+            ),
+        ]
         for change in plan.get("changes", []):
             how = " ".join(f"{key}={value}" for key, value in change["settings"].items())
-            lines.append(f"  {how or '':<24} {gib(change['total']):>12}  {'fits' if change['fits'] else 'not yet'}: {change['change']}")
+            lines.append(
+                f"  {how or '':<24} {gib(change['total']):>12} "
+                f" {'fits' if change['fits'] else 'not yet'}: {change['change']}"
+            )
     return lines

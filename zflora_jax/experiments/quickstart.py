@@ -1,4 +1,6 @@
-"""The whole path once: train, compare accuracy before and after, fuse, check that fused equals adapted, decode side by side, export, report."""
+"""The whole path once: train, compare accuracy before and after, fuse, check that fused equals
+adapted, decode side by side, export, report.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,21 @@ from zflora_jax.reporting.tables import markdown_table
 from zflora_jax.training.checkpoint import adopt
 
 SAMPLES = 3
-FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}  # of the logit scale (CONTRIBUTING.md, "Tolerances"); bfloat16 promises nothing
+# Of the logit scale (CONTRIBUTING.md, "Tolerances"); bfloat16 promises nothing.
+FUSED_TOLERANCE = {
+    "float32": 1e-5,
+    "bfloat16": float("inf"),
+}
 
 
 def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> dict[str, Any]:
-    """Run the path in `workdir`; a run that is there is resumed. Returns what <workdir>/quickstart.json holds.
+    """Run the path in `workdir`; a run that is there is resumed. Returns what
+    <workdir>/quickstart.json holds.
 
-    Keys: method, params_base, params_trainable, accuracy_before/after, loss_before/after (held-out), fused_max_abs_dlogit and logit_scale (fused
-    against adapted, on
-    held-out rows), ttft/tpot_ms_base/fused and their spread, export_dir and the export's gaps, seconds in all and by part.
+    Keys: method, params_base, params_trainable, accuracy_before/after, loss_before/after
+    (held-out), fused_max_abs_dlogit and logit_scale (fused against adapted, on held-out rows),
+    ttft/tpot_ms_base/fused and their spread, export_dir and the export's gaps, seconds in all and
+    by part.
     """
     workdir, started, env = local_path(workdir, "workdir"), time.perf_counter(), environment()
     parts: dict[str, float] = {}
@@ -83,7 +91,15 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "seconds": time.perf_counter() - started,
         "seconds_by_part": parts,
         "latency": latency,
-        "samples": [{"prompt": b["prompt"], "answer": b["answer"], "base": b["output"], "tuned": a["output"]} for b, a in _samples(workdir)],
+        "samples": [
+            {
+                "prompt": b["prompt"],
+                "answer": b["answer"],
+                "base": b["output"],
+                "tuned": a["output"],
+            }
+            for b, a in _samples(workdir)
+        ],
         "config": to_dict(run),
         "environment": env,
     }
@@ -99,14 +115,21 @@ def _require_equal(gap: dict[str, float], dtype: str, workdir: Path) -> None:
     allowed = FUSED_TOLERANCE[dtype]
     if not gap["max_abs_dlogit"] <= allowed * gap["logit_scale"]:  # NaN is not within it either
         gap_text = f"{gap['max_abs_dlogit']:.3g} at a logit scale of {gap['logit_scale']:.3g}"
-        raise ConfigError(f"fused and adapted logits differ by {gap_text}, more than {allowed:g} x scale; the report is in {workdir}.")
+        raise ConfigError(
+            f"fused and adapted logits differ by {gap_text}, more than {allowed:g} x scale; the"
+            f" report is in {workdir}."
+        )
 
 
 def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]:
-    """Largest |dlogit| between the fused and the adapted model on held-out rows, and the largest |logit|."""
+    """Largest |dlogit| between the fused and the adapted model on held-out rows, and the largest
+    |logit|.
+    """
     _, encoded = held_out(run, trained.model)
     batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.lengths)))
-    adapted = np.asarray(forward(trained.model, batch["tokens"], run.adapter, trained.adapters, batch["segments"]))
+    adapted = np.asarray(
+        forward(trained.model, batch["tokens"], run.adapter, trained.adapters, batch["segments"])
+    )
     other = np.asarray(forward(fused, batch["tokens"], valid=batch["segments"]))
     real = batch["segments"][..., None] > 0
     return {
@@ -119,7 +142,12 @@ def _samples(workdir: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     import json
 
     before, after = (
-        [json.loads(line) for line in lines_of((workdir / "eval" / f"{name}.jsonl").read_text(encoding="utf-8"))[:SAMPLES]]
+        [
+            json.loads(line)
+            for line in lines_of((workdir / "eval" / f"{name}.jsonl").read_text(encoding="utf-8"))[
+                :SAMPLES
+            ]
+        ]
         for name in ("before", "after")
     )
     return list(zip(before, after, strict=True))
@@ -127,7 +155,8 @@ def _samples(workdir: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 def _samples_text(report: dict[str, Any]) -> str:
     return "\n".join(
-        f"\nQ: {s['prompt']}\n   base:  {' '.join(s['base'].split())}\n   tuned: {' '.join(s['tuned'].split())}\n   (answer: {s['answer']})"
+        f"\nQ: {s['prompt']}\n   base:  {' '.join(s['base'].split())}\n   tuned:"
+        f" {' '.join(s['tuned'].split())}\n   (answer: {s['answer']})"
         for s in report["samples"]
     )
 
@@ -135,16 +164,29 @@ def _samples_text(report: dict[str, Any]) -> str:
 def _page(report: dict[str, Any]) -> str:
     env = report["environment"]
     rows = [
-        {"": "accuracy", "base": f"{report['accuracy_before']:.3f}", "tuned and fused": f"{report['accuracy_after']:.3f}"},
-        {"": "held-out loss", "base": f"{report['loss_before']:.4f}", "tuned and fused": f"{report['loss_after']:.4f}"},
-        {"": "TPOT (ms)", "base": f"{report['tpot_ms_base']:.1f}", "tuned and fused": f"{report['tpot_ms_fused']:.1f}"},
+        {
+            "": "accuracy",
+            "base": f"{report['accuracy_before']:.3f}",
+            "tuned and fused": f"{report['accuracy_after']:.3f}",
+        },
+        {
+            "": "held-out loss",
+            "base": f"{report['loss_before']:.4f}",
+            "tuned and fused": f"{report['loss_after']:.4f}",
+        },
+        {
+            "": "TPOT (ms)",
+            "base": f"{report['tpot_ms_base']:.1f}",
+            "tuned and fused": f"{report['tpot_ms_fused']:.1f}",
+        },
     ]
     facts = (
-        f"{report['method']}, {report['params_trainable']:,} trainable parameters beside {report['params_base']:,}; {report['accuracy_rows']} "
-        f"held-out problems. "
-        f"Fused against adapted: max |dlogit| {report['fused_max_abs_dlogit']:.2e} at a logit scale of {report['logit_scale']:.1f}. "
-        f"Exported directory against the fused model: max |dlogit| {report['export_max_abs_dlogit']:.2e}, top-1 agreement "
-        f"{report['export_top1_agreement']:.4f}."
+        f"{report['method']}, {report['params_trainable']:,} trainable parameters beside"
+        f" {report['params_base']:,}; {report['accuracy_rows']} held-out problems. Fused against"
+        f" adapted: max |dlogit| {report['fused_max_abs_dlogit']:.2e} at a logit scale of"
+        f" {report['logit_scale']:.1f}. Exported directory against the fused model: max |dlogit|"
+        f" {report['export_max_abs_dlogit']:.2e}, top-1 agreement"
+        f" {report['export_top1_agreement']:.4f}."
     )
     commit = f"{env['commit']}{' (with local changes)' if env['dirty'] else ''}"
     command = f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; "

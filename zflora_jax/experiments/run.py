@@ -70,7 +70,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Trained:
     """What a run has made: the base model, the adapters beside it, the report (also in
-    <workdir>/report.json), and the day that a chat template was told in training (data.date)."""
+    <workdir>/report.json), and the day that a chat template was told in training (data.date).
+    """
 
     model: Model
     adapters: Tree
@@ -84,10 +85,16 @@ def load_base(run: RunConfig, mesh: Any = None) -> Model:
 
 
 def _fresh_state(run: RunConfig, model: Model) -> TrainState:
-    return init_state(init_adapters(jax.random.key(run.train.seed), model, run.adapter), run.optim, run.train.steps)
+    return init_state(
+        init_adapters(jax.random.key(run.train.seed), model, run.adapter),
+        run.optim,
+        run.train.steps,
+    )
 
 
-def load_run(workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None) -> tuple[RunConfig, Model, Tree, int]:
+def load_run(
+    workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None
+) -> tuple[RunConfig, Model, Tree, int]:
     """A checkpoint of a run.
 
     Args:
@@ -103,19 +110,38 @@ def load_run(workdir: str | Path, step: int | str | None = None, *, mesh: Mesh |
       ConfigError: there is no such checkpoint, or it was trained on another base.
     """
     run = read_config(workdir)
-    require((Path(workdir) / "checkpoints").is_dir(), f"{workdir} has no checkpoint yet; train it first.")
+    require(
+        (Path(workdir) / "checkpoints").is_dir(),
+        f"{workdir} has no checkpoint yet; train it first.",
+    )
     mesh = mesh_if_there(run.mesh) if mesh is None else mesh
     model = load_base(run, mesh)
     with Checkpoints(workdir, create=False) as checkpoints:
-        require(checkpoints.latest is not None, f"{workdir} has no complete checkpoint yet; train it first.")
+        require(
+            checkpoints.latest is not None,
+            f"{workdir} has no complete checkpoint yet; train it first.",
+        )
         if step == "best":
-            require(run.train.keep_best, f"{workdir} has no best checkpoint: train with train.keep_best=True, or name a step.")
+            require(
+                run.train.keep_best,
+                f"{workdir} has no best checkpoint: train with train.keep_best=True, or name a"
+                " step.",
+            )
             step = checkpoints.best
-            require(step is not None, f"{workdir} has no checkpoint that was saved with its loss yet; name a step, or train on.")
-        require(step is None or str(step).isdigit(), f"checkpoint {step!r}: expected a number of steps, or 'best'.")
+            require(
+                step is not None,
+                f"{workdir} has no checkpoint that was saved with its loss yet; name a step, or"
+                " train on.",
+            )
+        require(
+            step is None or str(step).isdigit(),
+            f"checkpoint {step!r}: expected a number of steps, or 'best'.",
+        )
         like = jax.eval_shape(lambda: _fresh_state(run, model))
         if mesh is not None:
-            like = jax.tree.map(lambda x, where: x.update(sharding=where), like, state_shardings(like, mesh))
+            like = jax.tree.map(
+                lambda x, where: x.update(sharding=where), like, state_shardings(like, mesh)
+            )
         state, meta = checkpoints.restore(like, None if step is None else int(step))
     _check_same(meta, "base", fingerprint(model), workdir)
     return run, model, state.adapters, int(state.step)
@@ -124,10 +150,15 @@ def load_run(workdir: str | Path, step: int | str | None = None, *, mesh: Mesh |
 def _check_same(meta: dict[str, Any], name: str, fingerprint: str, workdir: str | Path) -> None:
     if meta[f"{name}_fingerprint"] != fingerprint:
         there, here = meta[f"{name}_fingerprint"][:12], fingerprint[:12]
-        raise ConfigError(f"{workdir} was trained on another {name}: fingerprint {there} there, {here} here. Restore it, or use another --workdir.")
+        raise ConfigError(
+            f"{workdir} was trained on another {name}: fingerprint {there} there, {here} here."
+            " Restore it, or use another --workdir."
+        )
 
 
-def held_out(run: RunConfig, model: Model, split: str | None = None) -> tuple[Sequence[Example], Encoded]:
+def held_out(
+    run: RunConfig, model: Model, split: str | None = None
+) -> tuple[Sequence[Example], Encoded]:
     """The evaluation examples of a run (at most eval.limit, in their order) and their tokens."""
     require_fit(run, model)
     examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
@@ -143,31 +174,48 @@ def train(
     resume: bool = False,
     console: bool = True,
 ) -> Trained:
-    """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded, with the report that is there.
+    """Train `run` in `workdir`, or go on with the run that is there; a finished run is loaded, with
+    the report that is there.
 
-    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already; `base.given_base` says what it must be.
-    devices: what the mesh is made of, None for all. resume: refuse a workdir without a run.
-    Every process of a run of several calls this (after `hosts.start`), with a workdir that they share. Writes config.json, checkpoints/,
-    metrics.jsonl, starts.jsonl (the environment of every start), report.json, what train.report_to names and, unless one is in use already,
-    compile_cache/ (see `cache.compile_cache`).
+    workdir: None means runs/<task>-<method>. model: the run's base if it is loaded already;
+    `base.given_base` says what it must be. devices: what the mesh is made of, None for all. resume:
+    refuse a workdir without a run. Every process of a run of several calls this (after
+    `hosts.start`), with a workdir that they share. Writes config.json, checkpoints/, metrics.jsonl,
+    starts.jsonl (the environment of every start), report.json, what train.report_to names and,
+    unless one is in use already, compile_cache/ (see `cache.compile_cache`).
 
     Raises:
-      ConfigError: settings that cannot be used, a `workdir` of another config, or one that another process is training.
+      ConfigError: settings that cannot be used, a `workdir` of another config, or one that another
+        process is training.
       NonFiniteError: the loss stopped being a number; the last checkpoint is intact.
       Stopped: SIGTERM or SIGINT came; the state after the step that ran then is saved.
       SaveError: a checkpoint could not be written; the ones before it are intact.
     """
-    started, env = time.perf_counter(), environment()  # the commit that runs, not the one checked out when it ends
-    workdir = Path("runs") / f"{run.data.task}-{run.adapter.method}" if workdir is None else local_path(workdir, "workdir")
+    # The commit that runs, not the one checked out when it ends.
+    started, env = (
+        time.perf_counter(),
+        environment(),
+    )
+    workdir = (
+        Path("runs") / f"{run.data.task}-{run.adapter.method}"
+        if workdir is None
+        else local_path(workdir, "workdir")
+    )
     require_installed(run.train.report_to)
     distributed.require_shared(workdir)
-    run, changed = adopt(workdir, run)  # before anything slow; it is claimed once model, data and settings are known to be usable
+    # Before anything slow; it is claimed once model, data and settings are known to be usable.
+    run, changed = adopt(workdir, run)
     run = _same_day(run)
-    require(not resume or (workdir / "config.json").is_file(), f"{workdir} holds no run to resume. Leave out --resume to start one there.")
+    require(
+        not resume or (workdir / "config.json").is_file(),
+        f"{workdir} holds no run to resume. Leave out --resume to start one there.",
+    )
     mesh = make_mesh(run.mesh, devices)
     model = load_base(run, mesh) if model is None else given_base(run, model)
     loaded = time.perf_counter()
-    train_set = tokenize_examples(load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size)
+    train_set = tokenize_examples(
+        load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size
+    )
     examples = len(train_set)
     if run.data.packing:
         train_set = pack(train_set, run.data.lengths[-1])
@@ -177,7 +225,16 @@ def train(
     where = state_shardings(jax.eval_shape(lambda: _fresh_state(run, model)), mesh)
     distributed.on_main(lambda: claim(workdir, run))
     steps, every = run.train.steps, run.train
-    step_fn = make_train_step(model.config, run.adapter, run.optim, steps, run.data.accumulate, run.train.loss_chunk, where, every.seed)
+    step_fn = make_train_step(
+        model.config,
+        run.adapter,
+        run.optim,
+        steps,
+        run.data.accumulate,
+        run.train.loss_chunk,
+        where,
+        every.seed,
+    )
     for note in change_notes(changed, run):
         log.info("%s", note)
     facts = {
@@ -192,21 +249,42 @@ def train(
         **meta,
         "config": to_dict(run),
     }
-    spent, final = 0.0, dict[str, float]()  # seconds of earlier processes; the loss after the last step
-    phases: dict[str, float | None] = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded, "first_step_seconds": None}
-    waited, trained_for = 0.0, 0.0  # seconds of the steps after the first one: of waiting for batches, and all
+    # Seconds of earlier processes; the loss after the last step.
+    spent, final = (
+        0.0,
+        dict[str, float](),
+    )
+    phases: dict[str, float | None] = {
+        "load_seconds": loaded - started,
+        "data_seconds": time.perf_counter() - loaded,
+        "first_step_seconds": None,
+    }
+    # Seconds of the steps after the first one: of waiting for batches, and all.
+    waited, trained_for = (
+        0.0,
+        0.0,
+    )
 
     def evaluate_loss(adapters: Tree) -> dict[str, float]:
         return held_out_loss(
-            model, eval_set, run.data, adapter=run.adapter, adapters=adapters, batch_size=_micro_batch(run), chunk=run.train.loss_chunk
+            model,
+            eval_set,
+            run.data,
+            adapter=run.adapter,
+            adapters=adapters,
+            batch_size=_micro_batch(run),
+            chunk=run.train.loss_chunk,
         )
 
     with ExitStack() as stack:
         stack.enter_context(compile_cache(workdir / "compile_cache"))
-        signals = stack.enter_context(distributed.StopSignals())  # left last: until then the newest checkpoint may still be being written
+        # Left last: until then the newest checkpoint may still be being written.
+        signals = stack.enter_context(distributed.StopSignals())
         distributed.on_main(lambda: stack.enter_context(locked(workdir)))
         distributed.on_main(lambda: require_own(workdir, run))
-        checkpoints = stack.enter_context(Checkpoints(workdir, every.keep, keep_best=every.keep_best))
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, every.keep, keep_best=every.keep_best)
+        )
         stack.enter_context(jax.set_mesh(mesh))
         state = _sharded_state(run, model, where)
         if checkpoints.latest is not None:
@@ -216,13 +294,23 @@ def train(
             spent = saved["seconds"]
             if int(state.step) >= steps:
                 log.info("%s is finished (%d steps): nothing to train", workdir, steps)
-                report = finished_report(run, workdir, facts, spent, env, lambda: evaluate_loss(state.adapters))
+                report = finished_report(
+                    run, workdir, facts, spent, env, lambda: evaluate_loss(state.adapters)
+                )
                 return Trained(model, state.adapters, report, run.data.date)
             log.info("%s resumes from step %d of %d", workdir, int(state.step), steps)
         first = int(state.step)
         shown = to_dict(run) | {"environment": env}
-        writer = distributed.on_main(lambda: stack.enter_context(MetricWriter(workdir, steps, console, first, run.train.report_to, shown)))
-        distributed.on_main(lambda: record_start(workdir, first, env, processes=jax.process_count(), changed=changed))
+        writer = distributed.on_main(
+            lambda: stack.enter_context(
+                MetricWriter(workdir, steps, console, first, run.train.report_to, shown)
+            )
+        )
+        distributed.on_main(
+            lambda: record_start(
+                workdir, first, env, processes=jax.process_count(), changed=changed
+            )
+        )
         clock = time.perf_counter()
 
         def on_metrics(step: int, metrics: dict[str, float]) -> None:
@@ -231,7 +319,8 @@ def train(
             seconds, wait = max(now - clock, 1e-9), metrics.pop("wait_seconds")
             rate, clock = metrics["tokens"] / seconds, now
             if step == first + 1:
-                phases["first_step_seconds"] = now - started  # the metrics come once the next step is on its way
+                # The metrics come once the next step is on its way.
+                phases["first_step_seconds"] = now - started
             else:
                 waited, trained_for = waited + wait, trained_for + seconds
             if writer is not None:
@@ -245,20 +334,31 @@ def train(
             return step == steps or (period is not None and step % period == 0)
 
         def save(step: int, state: TrainState, loss: float | None = None) -> None:
-            position = {"next_step": step, "data_seed": run.data.seed, "seconds": spent + time.perf_counter() - started}
+            position = {
+                "next_step": step,
+                "data_seed": run.data.seed,
+                "seconds": spent + time.perf_counter() - started,
+            }
             checkpoints.save(step, state, meta | position, loss)
 
         def on_due(step: int, state: TrainState) -> None:
             nonlocal clock, final
             loss = None
-            if due(step, every.save_every) and not every.keep_best:  # first: evaluation takes time, and cannot be interrupted
+            if (
+                due(step, every.save_every) and not every.keep_best
+            ):  # first: evaluation takes time, and cannot be interrupted
                 save(step, state)
             if due(step, every.eval_every):
                 try:
                     final = evaluate_loss(state.adapters)
                 except NonFiniteError as error:
-                    saved = f"; the checkpoint of step {step} is saved: remove {workdir / 'checkpoints' / str(step)} to go on from an earlier one"
-                    raise NonFiniteError(f"after step {step} {error}{saved if checkpoints.latest == step else ''}") from error
+                    saved = (
+                        f"; the checkpoint of step {step} is saved: remove"
+                        f" {workdir / 'checkpoints' / str(step)} to go on from an earlier one"
+                    )
+                    raise NonFiniteError(
+                        f"after step {step} {error}{saved if checkpoints.latest == step else ''}"
+                    ) from error
                 loss = final["loss"]
                 if writer is not None:
                     writer.write(step, "eval", final)
@@ -270,13 +370,19 @@ def train(
             save(step, state)
             stack.close()  # what is being written is written before anyone is told that it is
             raise distributed.Stopped(
-                f"stopped by a signal after step {step} of {steps}, which is saved in {workdir}; the same command goes on from there."
+                f"stopped by a signal after step {step} of {steps}, which is saved in {workdir};"
+                " the same command goes on from there."
             )
 
-        order: dict[int, int] = {}  # step -> what its batch was, for whoever compares the data of two runs
+        order: dict[
+            int, int
+        ] = {}  # step -> what its batch was, for whoever compares the data of two runs
 
         def batches() -> Iterator[Batch]:
-            for step, batch in enumerate(train_batches(train_set, run.data, first, own_rows(run.data.batch_size, mesh)), first + 1):
+            for step, batch in enumerate(
+                train_batches(train_set, run.data, first, own_rows(run.data.batch_size, mesh)),
+                first + 1,
+            ):
                 order[step] = zlib.crc32(batch["tokens"].tobytes())
                 yield put_rows(batch, run.data.batch_size, mesh)
 
@@ -310,22 +416,31 @@ def train(
 
 def _sharded_state(run: RunConfig, model: Model, where: Any) -> TrainState:
     """The state before the first step, each device making its own part."""
-    fresh = jax.jit(lambda params: _fresh_state(run, dataclasses.replace(model, params=params)), out_shardings=where)
+    fresh = jax.jit(
+        lambda params: _fresh_state(run, dataclasses.replace(model, params=params)),
+        out_shardings=where,
+    )
     return fresh(model.params)
 
 
 def _same_day(run: RunConfig) -> RunConfig:
     """`run` with the date of process 0, which all processes tell their chat template."""
     day = distributed.from_main(date.fromisoformat(run.data.date or today()).toordinal())
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, date=date.fromordinal(day).isoformat()))
+    return dataclasses.replace(
+        run, data=dataclasses.replace(run.data, date=date.fromordinal(day).isoformat())
+    )
 
 
 def _micro_batch(run: RunConfig) -> int:
     return run.data.batch_size // run.data.accumulate
 
 
-def load_fused(workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None) -> tuple[Model, str]:
-    """What `workdir` has trained (see `load_run`), fused, and a label for result files ("step120")."""
+def load_fused(
+    workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None
+) -> tuple[Model, str]:
+    """What `workdir` has trained (see `load_run`), fused, and a label for result files
+    ("step120").
+    """
     run, model, adapters, step = load_run(workdir, step, mesh=mesh)
     return fuse(model, run.adapter, adapters), f"step{step}"
 
@@ -340,24 +455,39 @@ def export_run(
     eps_z: float | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or "peft", LoRA adapters. Returns what was written.
-    dtype, eps_z: of "hf", as `save_hf` takes them.
+    """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or
+    "peft", LoRA adapters. Returns what was written. dtype, eps_z: of "hf", as `save_hf` takes them.
 
-    For "hf" the report says how far the export's logits are from the fused model's in float32: max and mean |dlogit|, and top-1 agreement, on the
-    prompts of held-out rows or, where the data is gone, on built-in texts ("gap_prompts" says which). mesh: as in `load_run`.
+    For "hf" the report says how far the export's logits are from the fused model's in float32: max
+    and mean |dlogit|, and top-1 agreement, on the prompts of held-out rows or, where the data is
+    gone, on built-in texts ("gap_prompts" says which). mesh: as in `load_run`.
     """
     local_path(out, "out")
     require(format in ("hf", "peft"), f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")
     count = jax.process_count()
-    require(count == 1, f"{count} processes cannot export a run together: start one, with the devices that the model needs.")
+    require(
+        count == 1,
+        f"{count} processes cannot export a run together: start one, with the devices that the"
+        " model needs.",
+    )
     run, model, adapters, step = load_run(workdir, checkpoint, mesh=mesh)
     if format == "peft":
         return save_peft(out, model, run.adapter, adapters)
     fused = fuse(model, run.adapter, adapters)
-    card = {"task": run.data.task, "steps": step, "trainable parameters": count_params(model.config, run.adapter)}
-    trained = json.loads(path.read_text(encoding="utf-8")) if (path := Path(workdir) / REPORT_FILE).is_file() else {}
+    card = {
+        "task": run.data.task,
+        "steps": step,
+        "trainable parameters": count_params(model.config, run.adapter),
+    }
+    trained = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if (path := Path(workdir) / REPORT_FILE).is_file()
+        else {}
+    )
     if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
         card[f"{run.eval.split} loss"] = loss
     prompts, origin = gap_prompts(run, model)  # before anything is written
-    report = save_hf(out, fused, dtype=dtype, base_fingerprint=fingerprint(model), card=card, eps_z=eps_z)
+    report = save_hf(
+        out, fused, dtype=dtype, base_fingerprint=fingerprint(model), card=card, eps_z=eps_z
+    )
     return report | {"gap_prompts": origin} | export_gap(fused, out, prompts)

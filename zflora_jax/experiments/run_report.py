@@ -1,4 +1,6 @@
-"""report.json: what a run has come to. Written when training ends, and kept as it is when the finished run is run again."""
+"""report.json: what a run has come to. Written when training ends, and kept as it is when the
+finished run is run again.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +25,61 @@ def loss_fields(run: RunConfig, final: Mapping[str, float]) -> Report:
 
 
 def finished_report(
-    run: RunConfig, workdir: Path, facts: Report, seconds: float, env: Report, evaluate: Callable[[], Mapping[str, float]]
+    run: RunConfig,
+    workdir: Path,
+    facts: Report,
+    seconds: float,
+    env: Report,
+    evaluate: Callable[[], Mapping[str, float]],
 ) -> Report:
     """The report of a finished run that is run again; every process of a run of several calls this.
 
-    The one that is there keeps commit, device, date and timings. The loss alone is made anew, where eval.split or
-    eval.limit have changed. A report that is missing, damaged or of fewer steps is written again, with the environment
-    that the last start of training recorded.
+    The one that is there keeps commit, device, date and timings. The loss alone is made anew, where
+    eval.split or eval.limit have changed. A report that is missing, damaged or of fewer steps is
+    written again, with the environment that the last start of training recorded.
 
     Args:
-      facts: what the report says of base, adapter and data. seconds: of training, as the last checkpoint has them.
-      env: of this process, where no start was recorded. evaluate: the held-out loss, see `loss_fields`.
+      facts: what the report says of base, adapter and data. seconds: of training, as the last
+        checkpoint has them.
+      env: of this process, where no start was recorded. evaluate: the held-out loss, see
+        `loss_fields`.
     """
     path = workdir / REPORT_FILE
     stored = _read(path)
-    if stored is None or any(stored.get(key) != value for key, value in {"steps": run.train.steps, **_identity(facts)}.items()):
-        trained = [start for start in read_starts(workdir) if start.get("step", run.train.steps) < run.train.steps]
+    if stored is None or any(
+        stored.get(key) != value
+        for key, value in {"steps": run.train.steps, **_identity(facts)}.items()
+    ):
+        trained = [
+            start
+            for start in read_starts(workdir)
+            if start.get("step", run.train.steps) < run.train.steps
+        ]
         start = trained[-1] if trained else env
-        origin = {"steps": run.train.steps, "resumed_from": run.train.steps, "processes": start.get("processes", 1)}
-        environment = {key: value for key, value in start.items() if key not in ("step", "changed", "processes")}
-        report = facts | origin | {"seconds": seconds, "environment": environment} | loss_fields(run, evaluate())
+        origin = {
+            "steps": run.train.steps,
+            "resumed_from": run.train.steps,
+            "processes": start.get("processes", 1),
+        }
+        environment = {
+            key: value
+            for key, value in start.items()
+            if key not in ("step", "changed", "processes")
+        }
+        report = (
+            facts
+            | origin
+            | {"seconds": seconds, "environment": environment}
+            | loss_fields(run, evaluate())
+        )
     else:
         now, then = to_dict(run.eval), stored["config"]["eval"]
         same = all(now[key] == then.get(key) for key in ("split", "limit"))
         if same and stored.get(f"{run.eval.split}_loss") is not None:
             return stored
-        report = stored | loss_fields(run, evaluate()) | {"config": stored["config"] | {"eval": now}}
+        report = (
+            stored | loss_fields(run, evaluate()) | {"config": stored["config"] | {"eval": now}}
+        )
     if distributed.is_main():
         write_json(path, report)
     return report

@@ -1,4 +1,6 @@
-"""config.json <-> LlamaConfig, in the spellings of transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype)."""
+"""config.json <-> LlamaConfig, in the spellings of transformers 4 (rope_theta, rope_scaling,
+torch_dtype) and 5 (rope_parameters, dtype).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from zflora_jax.core.fields import ConfigError, from_dict, require
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.rope import turned_dims, with_turned_dims
 
-# What this Llama has no code for: key -> values that leave the forward as it is. Everything else a config.json may carry is bookkeeping.
+# What this Llama has no code for: key -> values that leave the forward as it is. Everything else a
+# config.json may carry is bookkeeping.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish", None),
@@ -23,30 +26,53 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def from_hf_config(hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, rope: bool = True) -> LlamaConfig:
-    """The LlamaConfig of a config.json, with the stop tokens of generation_config.json where it names any (as transformers' generate does).
+def from_hf_config(
+    hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, rope: bool = True
+) -> LlamaConfig:
+    """The LlamaConfig of a config.json, with the stop tokens of generation_config.json where it
+    names any (as transformers' generate does).
 
-    Raises ConfigError that names each feature the forward has no code for (biases, other activations and RoPE types, quantised weights, custom
-    modelling code, ...). Keys that do not change the forward are ignored. rope=False skips the RoPE settings: our exports keep them in zflora.json.
+    Raises ConfigError that names each feature the forward has no code for (biases, other
+    activations and RoPE types, quantised weights, custom modelling code, ...). Keys that do not
+    change the forward are ignored. rope=False skips the RoPE settings: our exports keep them in
+    zflora.json.
     """
     require("model_type" in hf, "config.json has no model_type; expected 'llama'.")
     for key, allowed in _ONLY.items():
-        require(hf.get(key, allowed[-1]) in allowed, f"config.json: {key}={hf.get(key)!r} is not supported; only {' or '.join(map(repr, allowed))}.")
+        require(
+            hf.get(key, allowed[-1]) in allowed,
+            f"config.json: {key}={hf.get(key)!r} is not supported; only"
+            f" {' or '.join(map(repr, allowed))}.",
+        )
     architectures = hf.get("architectures") or ["LlamaForCausalLM"]
-    require("LlamaForCausalLM" in architectures, f"config.json: architectures={architectures!r} is not supported; only ['LlamaForCausalLM'].")
+    require(
+        "LlamaForCausalLM" in architectures,
+        f"config.json: architectures={architectures!r} is not supported; only"
+        " ['LlamaForCausalLM'].",
+    )
     require(
         "AutoModelForCausalLM" not in (hf.get("auto_map") or {}),
         "config.json: auto_map names custom modelling code; only the stock Llama is supported.",
     )
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        require(isinstance(hf.get(key), int), f"config.json: {key}={hf.get(key)!r}: expected a whole number.")
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
+        require(
+            isinstance(hf.get(key), int),
+            f"config.json: {key}={hf.get(key)!r}: expected a whole number.",
+        )
 
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     head_dim = hf.get("head_dim")
     if head_dim is None:
         require(
             heads >= 1 and hidden % heads == 0,
-            f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no head_dim.",
+            f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
+            " and there is no head_dim.",
         )
         head_dim = hidden // heads
     theta, scaling, turned = _rope(hf) if rope else (10000.0, None, None)
@@ -59,7 +85,8 @@ def from_hf_config(hf: Mapping[str, Any], generation: Mapping[str, Any] | None =
         "num_heads": heads,
         "num_kv_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
-        # Defaults below are those of transformers' LlamaConfig: what it assumes where the file is silent.
+        # Defaults below are those of transformers' LlamaConfig: what it assumes where the file is
+        # silent.
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
@@ -73,7 +100,9 @@ def from_hf_config(hf: Mapping[str, Any], generation: Mapping[str, Any] | None =
     return config if turned is None else with_turned_dims(config, _rope_table(hf), turned)
 
 
-def _token(hf: Mapping[str, Any], generation: Mapping[str, Any] | None, key: str, default: int | None) -> int | None:
+def _token(
+    hf: Mapping[str, Any], generation: Mapping[str, Any] | None, key: str, default: int | None
+) -> int | None:
     value = (generation or {}).get(key)
     value = hf.get(key, default) if value is None else value
     return None if value == -1 else value  # -1: older files' spelling of "none"
@@ -86,39 +115,59 @@ def _tokens(hf: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list
 
 
 def _rope_table(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The RoPE settings as transformers 5 finds them: a non-empty rope_scaling wins over rope_parameters."""
+    """The RoPE settings as transformers 5 finds them: a non-empty rope_scaling wins over
+    rope_parameters.
+    """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     require(isinstance(rope, Mapping), f"config.json: rope_scaling={rope!r}: expected a table.")
     return rope
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]:
-    """(theta, scaling, head dims that are turned where an export of this project says so); a missing theta comes from the top."""
+    """(theta, scaling, head dims that are turned where an export of this project says so); a
+    missing theta comes from the top.
+    """
     rope = _rope_table(hf)
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(
         rope.get("partial_rotary_factor", 1) == 1,
-        f"config.json: partial_rotary_factor={rope.get('partial_rotary_factor')!r} is not supported; only 1.",
+        f"config.json: partial_rotary_factor={rope.get('partial_rotary_factor')!r} is not"
+        " supported; only 1.",
     )
     if kind == "default":
         return theta, None, None
     if kind == "longrope" and (turned := turned_dims(rope)) is not None:
         return theta, None, turned
-    require(kind == "llama3", f"config.json: rope_type {kind!r} is not supported; only 'default' and 'llama3' (and exports of this project).")
+    require(
+        kind == "llama3",
+        f"config.json: rope_type {kind!r} is not supported; only 'default' and 'llama3' (and"
+        " exports of this project).",
+    )
     fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     missing = [name for name in fields if name not in rope]
     require(not missing, f"config.json: rope_type 'llama3' needs {', '.join(missing)}.")
-    return theta, from_dict(RopeScaling, {name: rope[name] for name in fields}, "rope_scaling"), None
+    return (
+        theta,
+        from_dict(RopeScaling, {name: rope[name] for name in fields}, "rope_scaling"),
+        None,
+    )
 
 
-def to_hf_config(config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """config.json of a stock LlamaForCausalLM with this config's widths, readable by transformers 4 and 5 alike.
+def to_hf_config(
+    config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """config.json of a stock LlamaForCausalLM with this config's widths, readable by transformers 4
+    and 5 alike.
 
-    config: stock widths (norm_dim and rope_dim None). dtype: of the stored tensors. rope: rope_scaling to write in place of the config's own.
+    config: stock widths (norm_dim and rope_dim None). dtype: of the stored tensors. rope:
+    rope_scaling to write in place of the config's own.
     """
     if config.norm_dim is not None or config.rope_dim is not None:
-        raise ConfigError("config.json has no words for norm_dim and rope_dim; export with save_hf, which puts a fused model into stock form.")
+        raise ConfigError(
+            "config.json has no words for norm_dim and rope_dim; export with save_hf, which puts a"
+            " fused model into stock form."
+        )
     if rope is None and (s := config.rope_scaling) is not None:
         rope = {
             "rope_type": "llama3",
@@ -149,7 +198,8 @@ def to_hf_config(config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None
         "pad_token_id": config.pad_token_id,
         "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps,
-        # Both spellings: transformers 4 reading a version-5 file silently falls back to theta 10000 and no scaling.
+        # Both spellings: transformers 4 reading a version-5 file silently falls back to theta 10000
+        # and no scaling.
         "rope_parameters": {"rope_theta": config.rope_theta, **(rope or {"rope_type": "default"})},
         "rope_scaling": dict(rope) if rope else None,
         "rope_theta": config.rope_theta,

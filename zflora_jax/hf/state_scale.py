@@ -24,14 +24,15 @@ FLOAT16_LEAST = 2.0**-4  # below it float16 has no room: what reads the state is
 # logits of a whole model (SmolLM2-135M: 1.8e-6 of the largest), a fifth of what two implementations
 # may differ by; else half a unit in the last place of the dtype.
 _ERROR = {"float32": 2.0**-19, "bfloat16": 2.0**-9, "float16": 2.0**-12}
-# How far the effect may exceed the estimate. SmolLM2-135M with a trained adapter: 1.4 times, at most
-# 3 for random models with adapters moved by noise.
+# How far the effect may exceed the estimate. SmolLM2-135M with a trained adapter: 1.4 times, at
+# most 3 for random models with adapters moved by noise.
 _SAFETY = 4.0
 
 
 def choose_eps_z(model: Model, dtype: str) -> float:
     """The largest power of two in 2^-10..1 whose effect on the logits stays below the rounding of
-    `dtype` by `state_share`, with a safety factor of 4; 1 for a model without a residual state."""
+    `dtype` by `state_share`, with a safety factor of 4; 1 for a model without a residual state.
+    """
     share = state_share(model)
     fits = [eps for eps in CHOICES if _SAFETY * share * eps**2 / 2 <= _ERROR[dtype]]
     chosen = fits[0] if fits else CHOICES[-1]
@@ -61,7 +62,9 @@ def state_share(model: Model) -> float:
 
 @partial(jax.jit, static_argnums=1)
 def _energy(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The sum of squares over `axes`, float32. Compiled, so that no float32 copy of the leaf is made."""
+    """The sum of squares over `axes`, float32. Compiled, so that no float32 copy of the leaf is
+    made.
+    """
     return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
 
 
@@ -69,13 +72,13 @@ def check_eps_z(model: Model, eps_z: float) -> float:
     """`eps_z` if stock form can use it. ConfigError: no power of two in 2^-10..1, or no state."""
     require(
         eps_z in CHOICES,
-        f"eps_z={eps_z!r}: must be a power of two from 2^-10 = {CHOICES[-1]} to 1, e.g. 0.0625. Small "
-        "values keep float logits exact, large ones (0.0625 and above) keep int8 consumers exact; "
-        "leave it out to have it chosen from the weights.",
+        f"eps_z={eps_z!r}: must be a power of two from 2^-10 = {CHOICES[-1]} to 1, e.g. 0.0625."
+        " Small values keep float logits exact, large ones (0.0625 and above) keep int8 consumers"
+        " exact; leave it out to have it chosen from the weights.",
     )
     require(
         model.config.norm_dim is not None,
-        f"eps_z={eps_z!r} scales the residual state of the zflora methods, and this model has none; "
-        "leave it out.",
+        f"eps_z={eps_z!r} scales the residual state of the zflora methods, and this model has none;"
+        " leave it out.",
     )
     return eps_z

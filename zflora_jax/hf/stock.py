@@ -1,12 +1,16 @@
-"""Native fused form <-> stock form: what a fused model must look like for Hugging Face's unmodified LlamaForCausalLM, and back.
+"""Native fused form <-> stock form: what a fused model must look like for Hugging Face's unmodified
+LlamaForCausalLM, and back.
 
-A native fused model takes its RMSNorm over the base channels, turns the base dims of a head and divides scores by sqrt(k). Stock Llama does all
-three over the full width. Stock form gets the same function by changing numbers only:
+A native fused model takes its RMSNorm over the base channels, turns the base dims of a head and
+divides scores by sqrt(k). Stock Llama does all three over the full width. Stock form gets the same
+function by changing numbers only:
 
-- residual d+r: padded with zero channels to a width D that the heads divide; the adapter state stored times eps_z (see `state_scale`), so that it
-  hardly counts in the mean square; norm gains times sqrt(d/D), rms_norm_eps times d/D.
-- heads k+e: base dims moved to the places that RoPE pairs up, [0, k/2) and [(k+e)/2, (k+e)/2 + k/2), in q and k alike; q times sqrt((k+e)/k); the
-  wanted frequencies written as `longrope` factors, 1e30 (no rotation) for adapter pairs.
+- residual d+r: padded with zero channels to a width D that the heads divide; the adapter state
+  stored times eps_z (see `state_scale`), so that it hardly counts in the mean square; norm gains
+  times sqrt(d/D), rms_norm_eps times d/D.
+- heads k+e: base dims moved to the places that RoPE pairs up, [0, k/2) and [(k+e)/2, (k+e)/2 +
+  k/2), in q and k alike; q times sqrt((k+e)/k); the wanted frequencies written as `longrope`
+  factors, 1e30 (no rotation) for adapter pairs.
 
 Letters: d residual width, k head dim, r and e what an adapter adds to them, D padded width.
 """
@@ -30,31 +34,47 @@ from zflora_jax.hf.rope import NO_ROTATION
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
 from zflora_jax.ops.rope import rope_frequencies
 
-_READS, _WRITES, _NORMS = ("q", "k", "v", "gate", "up"), ("o", "down"), ("attn_norm", "mlp_norm", "final_norm")
+_READS, _WRITES, _NORMS = (
+    ("q", "k", "v", "gate", "up"),
+    ("o", "down"),
+    ("attn_norm", "mlp_norm", "final_norm"),
+)
 
 
 @dataclass(frozen=True)
 class StockForm:
-    """The stock form of a native config, exported with this eps_z. `module` below: the leaf's parent in the native tree (q, embed, ...)."""
+    """The stock form of a native config, exported with this eps_z. `module` below: the leaf's
+    parent in the native tree (q, embed, ...).
+    """
 
     native: LlamaConfig
     eps_z: float
 
     @property
     def width(self) -> int:
-        """D: transformers 5 refuses a hidden_size that the heads do not divide. A residual stream that is not widened is left alone."""
+        """D: transformers 5 refuses a hidden_size that the heads do not divide. A residual stream
+        that is not widened is left alone.
+        """
         n = self.native
-        return n.hidden_size if n.norm_dim is None else -(-n.hidden_size // n.num_heads) * n.num_heads
+        return (
+            n.hidden_size if n.norm_dim is None else -(-n.hidden_size // n.num_heads) * n.num_heads
+        )
 
     @property
     def config(self) -> LlamaConfig:
-        """Stock widths and rms_norm_eps. The RoPE settings are the base's; `rope` says what to write instead."""
+        """Stock widths and rms_norm_eps. The RoPE settings are the base's; `rope` says what to
+        write instead.
+        """
         eps = self.native.rms_norm_eps * self.native.base_dim / self.width
-        return self.native.replace(hidden_size=self.width, rms_norm_eps=eps, norm_dim=None, rope_dim=None)
+        return self.native.replace(
+            hidden_size=self.width, rms_norm_eps=eps, norm_dim=None, rope_dim=None
+        )
 
     @property
     def rope(self) -> dict[str, Any] | None:
-        """The rope_scaling that gives widened heads the base's frequencies; None where heads are not widened."""
+        """The rope_scaling that gives widened heads the base's frequencies; None where heads are
+        not widened.
+        """
         n = self.native
         if n.rope_dim is None:
             return None
@@ -62,7 +82,10 @@ class StockForm:
         exponents = np.arange(0, n.head_dim, 2, dtype=np.float32) / np.float32(n.head_dim)
         powers = (np.float32(n.rope_theta) ** exponents).astype(np.float64)
         wanted = rope_frequencies(n).astype(np.float64)
-        factors = [*(1 / (wanted * powers[: len(wanted)])).tolist(), *[NO_ROTATION] * (len(powers) - len(wanted))]
+        factors = [
+            *(1 / (wanted * powers[: len(wanted)])).tolist(),
+            *[NO_ROTATION] * (len(powers) - len(wanted)),
+        ]
         return {
             "rope_type": "longrope",
             "factor": 1.0,
@@ -77,11 +100,22 @@ class StockForm:
         """[k+e]: the native head dim at each stock place, base halves first in each half."""
         k, wide = self.native.rotary_dim, self.native.head_dim
         middle = k + (wide - k) // 2
-        return np.concatenate([np.arange(0, k // 2), np.arange(k, middle), np.arange(k // 2, k), np.arange(middle, wide)])
+        return np.concatenate(
+            [
+                np.arange(0, k // 2),
+                np.arange(k, middle),
+                np.arange(k // 2, k),
+                np.arange(middle, wide),
+            ]
+        )
 
     def restored(self, module: str) -> bool:
-        """Whether stock form rounds this module's numbers, so that its native ones are kept beside the export."""
-        return (module in _NORMS and self.native.norm_dim is not None) or (module == "q" and self.native.rope_dim is not None)
+        """Whether stock form rounds this module's numbers, so that its native ones are kept beside
+        the export.
+        """
+        return (module in _NORMS and self.native.norm_dim is not None) or (
+            module == "q" and self.native.rope_dim is not None
+        )
 
     def forward(self, module: str, x: np.ndarray) -> np.ndarray:
         """A native leaf of one layer, float32 in native layout, in stock form."""
@@ -99,7 +133,9 @@ class StockForm:
         """The inverse of `forward`: exact but for what `restored` names."""
         n = self.native
         if n.norm_dim is not None and (axis := _residual_axis(module, x.ndim)) is not None:
-            x = np.take(x, np.arange(n.hidden_size), axis) / self._scale(module, n.hidden_size, axis, x.ndim)
+            x = np.take(x, np.arange(n.hidden_size), axis) / self._scale(
+                module, n.hidden_size, axis, x.ndim
+            )
         return self.inverse_heads(module, x)
 
     def inverse_heads(self, module: str, x: np.ndarray) -> np.ndarray:
@@ -112,7 +148,9 @@ class StockForm:
         return x[..., np.argsort(self.head_order)]
 
     def _scale(self, module: str, width: int, axis: int, ndim: int) -> np.ndarray:
-        """What stock form multiplies the residual channels of a leaf by, shaped to broadcast along `axis`."""
+        """What stock form multiplies the residual channels of a leaf by, shaped to broadcast along
+        `axis`.
+        """
         scale, d = np.ones(width, np.float32), self.native.base_dim
         if module in _NORMS:
             scale[:] = math.sqrt(d / self.width)
@@ -137,23 +175,34 @@ def module_of(place: Place) -> str:
 def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockForm:
     """The stock form to write `model` in; eps_z None: chosen from the weights for `dtype`."""
     if model.config.packed:
-        raise ConfigError("a packed model is a layout for decode and cannot be exported; export the model it was packed from.")
-    return StockForm(model.config, choose_eps_z(model, dtype) if eps_z is None else check_eps_z(model, eps_z))
+        raise ConfigError(
+            "a packed model is a layout for decode and cannot be exported; export the model it was"
+            " packed from."
+        )
+    return StockForm(
+        model.config, choose_eps_z(model, dtype) if eps_z is None else check_eps_z(model, eps_z)
+    )
 
 
 def native_tensors(model: Model) -> Iterator[tuple[str, Place, np.ndarray]]:
-    """(Hugging Face name, place, the leaf of that layer in native layout, float32), one at a time."""
+    """(Hugging Face name, place, the leaf of that layer in native layout, float32), one at
+    a time.
+    """
     leaves = trees.flatten(model.params)
     for name, place in hf_table(model.config).items():
         leaf = leaves[place.leaf]
         yield name, place, trees.on_host(leaf, place.layer).astype(np.float32)
 
 
-def to_stock(model: Model, form: StockForm, dtype: str) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:
-    """(config.json as a dict, iterator over (Hugging Face name, tensor in `dtype`)) of a base or fused model in its stock form `form`.
+def to_stock(
+    model: Model, form: StockForm, dtype: str
+) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:
+    """(config.json as a dict, iterator over (Hugging Face name, tensor in `dtype`)) of a base or
+    fused model in its stock form `form`.
 
-    Arithmetic is float32 with one cast at the end; numbers that stock form does not change are copied bit for bit. Raises
-    CheckpointError (from the iterator) for a tensor that is not finite, or not finite in `dtype`.
+    Arithmetic is float32 with one cast at the end; numbers that stock form does not change are
+    copied bit for bit. Raises CheckpointError (from the iterator) for a tensor that is not finite,
+    or not finite in `dtype`.
     """
     table = hf_table(form.config)
 

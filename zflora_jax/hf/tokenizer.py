@@ -1,5 +1,6 @@
 """The tokenizer files beside an export: the base's own, byte for byte, unless the model's tokenizer
-differs from them; then written from the object, so that transformers 4 and 5 read the same."""
+differs from them; then written from the object, so that transformers 4 and 5 read the same.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +36,12 @@ def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> No
         write_tokenizer(folder, tokenizer)
 
 
-def write_generation_config(folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]) -> None:
+def write_generation_config(
+    folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]
+) -> None:
     """generation_config.json: the base's, byte for byte if it names every id of `stop`, else with
-    the missing ones added; where the base has none, the `values` that are not None."""
+    the missing ones added; where the base has none, the `values` that are not None.
+    """
     stop = list(stop)
     if base is not None and (base / GENERATION).is_file():
         settings = read_json(base / GENERATION)
@@ -95,22 +99,35 @@ def _plain(backend: Any) -> Any:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """tokenizer.json and tokenizer_config.json. transformers 5 itself writes a class name that 4 does not know; this one is known to both."""
+    """tokenizer.json and tokenizer_config.json. transformers 5 itself writes a class name that 4
+    does not know; this one is known to both.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         tokenizer.save_pretrained(folder)
         return
     _plain(backend).save(str(folder / "tokenizer.json"))
-    named = {f"{name}_token": str(token) for name in _NAMED if (token := getattr(tokenizer, f"{name}_token")) is not None}
-    more = [str(token) for token in tokenizer.all_special_tokens if str(token) not in named.values()]
+    named = {
+        f"{name}_token": str(token)
+        for name in _NAMED
+        if (token := getattr(tokenizer, f"{name}_token")) is not None
+    }
+    more = [
+        str(token) for token in tokenizer.all_special_tokens if str(token) not in named.values()
+    ]
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name; the file lists them
         template = [{"name": name, "template": text} for name, text in template.items()]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {str(i): _fields(token) for i, token in tokenizer.added_tokens_decoder.items()},
+        "added_tokens_decoder": {
+            str(i): _fields(token) for i, token in tokenizer.added_tokens_decoder.items()
+        },
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # 4 would add token_type_ids, which a Llama does not take
+        "model_input_names": [
+            "input_ids",
+            "attention_mask",
+        ],  # 4 would add token_type_ids, which a Llama does not take
         "model_max_length": tokenizer.model_max_length,
         "padding_side": tokenizer.padding_side,
         "truncation_side": tokenizer.truncation_side,

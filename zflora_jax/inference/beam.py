@@ -1,7 +1,9 @@
-"""Beam search: prefill and the search in one compiled function, by the rules of transformers' `generate(num_beams=K)`.
+"""Beam search: prefill and the search in one compiled function, by the rules of transformers'
+`generate(num_beams=K)`.
 
-Those rules, with length_penalty=1 and early_stopping=False: a finished hypothesis counts its log-probability per generated token, its stop token
-included; a row ends when K have finished and its best running hypothesis, were it to end now, would not count more than the worst of them. As in
+Those rules, with length_penalty=1 and early_stopping=False: a finished hypothesis counts its
+log-probability per generated token, its stop token included; a row ends when K have finished and
+its best running hypothesis, were it to end now, would not count more than the worst of them. As in
 `decode`, a row's result does not depend on the rows beside it.
 
 Legend: B batch, K beams, C candidates of a step, T prompt positions, N new tokens, V vocabulary.
@@ -27,11 +29,18 @@ Array = jax.Array
 
 
 def next_logits(
-    config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, tokens: Array, valid: Array | None, cache: KVCache
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    variables: Tree,
+    tokens: Array,
+    valid: Array | None,
+    cache: KVCache,
 ) -> tuple[Array, KVCache]:
-    """Logits [B, V] float32 of the token that follows tokens [B, T] int32 (left-padded where `valid` is False), and the updated cache.
+    """Logits [B, V] float32 of the token that follows tokens [B, T] int32 (left-padded where
+    `valid` is False), and the updated cache.
 
-    variables: {"params": ...}, and with an adapter that is not fused {"adapters": ...}, or {"row_adapters": ...} (see `llama.hidden_states`).
+    variables: {"params": ...}, and with an adapter that is not fused {"adapters": ...}, or
+    {"row_adapters": ...} (see `llama.hidden_states`).
     """
     llama = Llama(config, adapter)
     hidden, cache = hidden_states(llama, variables, tokens, valid, cache)
@@ -42,7 +51,9 @@ def next_logits(
 
 @flax.struct.dataclass
 class Hypotheses:
-    """K continuations of each prompt, best first. tokens [B, K, N] int32, -1 where nothing is written; scores [B, K] float32, -inf for none yet."""
+    """K continuations of each prompt, best first. tokens [B, K, N] int32, -1 where nothing is
+    written; scores [B, K] float32, -inf for none yet.
+    """
 
     tokens: Array
     scores: Array
@@ -55,9 +66,10 @@ class Hypotheses:
 
 @flax.struct.dataclass
 class BeamState:
-    """The loop's carry. running: hypotheses to extend, scored by their summed log-probabilities; finished: by the same per token; improvable
-    [B] bool: rows whose finished hypotheses may still be beaten; step int32: tokens written so far; cache: of B*K rows, those
-    of a prompt together."""
+    """The loop's carry. running: hypotheses to extend, scored by their summed log-probabilities;
+    finished: by the same per token; improvable [B] bool: rows whose finished hypotheses may still
+    be beaten; step int32: tokens written so far; cache: of B*K rows, those of a prompt together.
+    """
 
     running: Hypotheses
     finished: Hypotheses
@@ -68,7 +80,9 @@ class BeamState:
 
 def _pick(values: Array, places: Array) -> Array:
     """values [B, X, ...], places [B, Y] -> [B, Y, ...]."""
-    return jnp.take_along_axis(values, jnp.expand_dims(places, tuple(range(2, values.ndim))), axis=1)
+    return jnp.take_along_axis(
+        values, jnp.expand_dims(places, tuple(range(2, values.ndim))), axis=1
+    )
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3, 4))
@@ -83,44 +97,62 @@ def beam_decode(
     tokens: Array,
     valid: Array,
 ) -> Array:
-    """Prompts [B, T] int32, left-padded, -> each one's best continuation [B, max_new_tokens] int32: up to its stop token if it has one, then -1.
+    """Prompts [B, T] int32, left-padded, -> each one's best continuation [B, max_new_tokens] int32:
+    up to its stop token if it has one, then -1.
 
-    valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop: token ids that end a hypothesis. The prompts are
-    run once each, not once per beam. num_beams + len(stop) must not exceed the vocabulary. With num_beams=1 this is not greedy decoding: after a
+    valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop:
+    token ids that end a hypothesis. The prompts are run once each, not once per beam. num_beams +
+    len(stop) must not exceed the vocabulary. With num_beams=1 this is not greedy decoding: after a
     stop token the search goes on while a longer answer could count more.
     """
     batch, length = tokens.shape
-    # Each beam has at most len(stop) candidates that end, so this many always hold num_beams that do not.
+    # Each beam has at most len(stop) candidates that end, so this many always hold num_beams that
+    # do not.
     candidates = num_beams * max(2, 1 + len(stop))
 
     def extend(s: BeamState, logits: Array, cache: KVCache) -> BeamState:
-        """The state one token later, from logits [B, K, V] of the running hypotheses and the cache that they were computed with."""
-        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) + s.running.scores[:, :, None]
+        """The state one token later, from logits [B, K, V] of the running hypotheses and the cache
+        that they were computed with.
+        """
+        log_probs = (
+            jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) + s.running.scores[:, :, None]
+        )
         scores, places = jax.lax.top_k(log_probs.reshape(batch, -1), candidates)
         beams, drawn = places // logits.shape[-1], places % logits.shape[-1]
-        written = jax.lax.dynamic_update_index_in_dim(_pick(s.running.tokens, beams), drawn, s.step, axis=2)
+        written = jax.lax.dynamic_update_index_in_dim(
+            _pick(s.running.tokens, beams), drawn, s.step, axis=2
+        )
         step = s.step + 1
         ends = jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) | (step == max_new_tokens)
 
         # Only the best K candidates may finish; those below them are there to be run on.
-        ending = jnp.where(ends & s.improvable[:, None], scores / step.astype(jnp.float32), -jnp.inf)
+        ending = jnp.where(
+            ends & s.improvable[:, None], scores / step.astype(jnp.float32), -jnp.inf
+        )
         pool = Hypotheses(
             jnp.concatenate([s.finished.tokens, written[:, :num_beams]], axis=1),
             jnp.concatenate([s.finished.scores, ending[:, :num_beams]], axis=1),
         )
         finished, _ = pool.best(num_beams)
         running, kept = Hypotheses(written, jnp.where(ends, -jnp.inf, scores)).best(num_beams)
-        improvable = s.improvable & (running.scores[:, 0] / step.astype(jnp.float32) > finished.scores[:, -1])
+        improvable = s.improvable & (
+            running.scores[:, 0] / step.astype(jnp.float32) > finished.scores[:, -1]
+        )
         return BeamState(running, finished, improvable, step, follow(cache, _pick(beams, kept)))
 
     def follow(cache: KVCache, beams: Array) -> KVCache:
-        """The cache reordered to the beams [B, K] that were run on. A row's beams share its prompt, so only what lies after it moves."""
+        """The cache reordered to the beams [B, K] that were run on. A row's beams share its prompt,
+        so only what lies after it moves.
+        """
         rows = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_beams + beams).reshape(-1)
 
         def moved(x: Array, slots: int) -> Array:
             take = partial(jnp.take, axis=int(config.scan_layers), mode="clip")
             after = move(take, (jax.lax.slice_in_dim(x, length, None, axis=slots),), (rows,))
-            return move(lambda x, after: jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=slots), (x, after))
+            return move(
+                lambda x, after: jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=slots),
+                (x, after),
+            )
 
         return KVCache(cache.map_layers(moved), cache.valid, cache.index)
 
@@ -132,12 +164,27 @@ def beam_decode(
         logits, cache = next_logits(config, adapter, variables, last.reshape(-1, 1), None, s.cache)
         return extend(s, logits.reshape(batch, num_beams, -1), cache)
 
-    logits, cache = next_logits(config, adapter, variables, tokens, valid, init_cache(config, batch, cache_slots(length + max_new_tokens), adapter))
-    layers = jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=int(config.scan_layers)), cache.layers)
+    logits, cache = next_logits(
+        config,
+        adapter,
+        variables,
+        tokens,
+        valid,
+        init_cache(config, batch, cache_slots(length + max_new_tokens), adapter),
+    )
+    layers = jax.tree.map(
+        lambda x: jnp.repeat(x, num_beams, axis=int(config.scan_layers)), cache.layers
+    )
     cache = KVCache(layers, jnp.repeat(cache.valid, num_beams, axis=0), cache.index)
-    none = Hypotheses(jnp.full((batch, num_beams, max_new_tokens), -1, jnp.int32), jnp.full((batch, num_beams), -jnp.inf, jnp.float32))
+    none = Hypotheses(
+        jnp.full((batch, num_beams, max_new_tokens), -1, jnp.int32),
+        jnp.full((batch, num_beams), -jnp.inf, jnp.float32),
+    )
     # The beams are equal so far: the first alone is extended.
     empty = Hypotheses(none.tokens, none.scores.at[:, 0].set(0.0))
     state = BeamState(empty, none, jnp.any(valid, axis=1), jnp.zeros((), jnp.int32), cache)
-    state = extend(state, jnp.broadcast_to(logits[:, None], (batch, num_beams, logits.shape[-1])), cache)
-    return jax.lax.while_loop(going, one_token, state).finished.tokens[:, 0]  # a filler has finished nothing: all -1
+    state = extend(
+        state, jnp.broadcast_to(logits[:, None], (batch, num_beams, logits.shape[-1])), cache
+    )
+    # A filler has finished nothing: all -1.
+    return jax.lax.while_loop(going, one_token, state).finished.tokens[:, 0]

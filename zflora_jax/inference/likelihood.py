@@ -1,10 +1,14 @@
-"""Log-likelihoods of given answers: how probable a model finds each option of a multiple-choice question.
+"""Log-likelihoods of given answers: how probable a model finds each option of a multiple-choice
+question.
 
-Every token is computed once wherever options agree. What all prompts begin with (a chat template, worked examples) is fed once, and its keys and
-values are copied to each row; a prompt and what its options begin with is fed once for all of them; only what is left of each option, where that is
-more than one token, is fed per option. The head, as wide as the vocabulary, sees no more positions than predict tokens of an option.
+Every token is computed once wherever options agree. What all prompts begin with (a chat template,
+worked examples) is fed once, and its keys and values are copied to each row; a prompt and what its
+options begin with is fed once for all of them; only what is left of each option, where that is more
+than one token, is fed per option. The head, as wide as the vocabulary, sees no more positions than
+predict tokens of an option.
 
-Shapes: N rows of a call, T tokens fed per row, S cache slots, C candidates for the next token, d residual width, V vocabulary.
+Shapes: N rows of a call, T tokens fed per row, S cache slots, C candidates for the next token, d
+residual width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,8 +33,11 @@ from zflora_jax.ops.products import at_config_precision, move
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
 
 Array = jax.Array
-CACHE_BYTES = 1 << 30  # keys and values that one call may copy for options; a batch's worth of options may always
-HEAD_POSITIONS = 256  # positions whose logits exist at one time, or one row's: 50 MB for a vocabulary of 49152
+# Keys and values that one call may copy for options; a batch's worth of options may always.
+CACHE_BYTES = 1 << 30
+HEAD_POSITIONS = (
+    256  # positions whose logits exist at one time, or one row's: 50 MB for a vocabulary of 49152
+)
 WORTH_SHARING = 16  # tokens that all prompts must begin with to be fed by a call of their own
 
 
@@ -42,14 +49,17 @@ def option_log_likelihoods(
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """Sum of log p (nats, float32) of each option's tokens after its prompt: one array [n_options] per prompt.
+    """Sum of log p (nats, float32) of each option's tokens after its prompt: one array [n_options]
+    per prompt.
 
-    prompts: token ids of each prompt. options: for each prompt its options, of any number, each a list of token ids of any length.
-    log p(option | prompt) sums log_softmax(logits) over the option's tokens: no BOS or EOS is added, nothing is divided by a length.
-    Float32 products are as exact as config.matmul_precision says, as in training and decode.
-    Prompts of similar length share a batch; the results come back in the order of `prompts` and depend
-    neither on batch_size nor on the other prompts (up to float rounding). on_batch(n) is called after each batch with its number of prompts.
-    Raises ConfigError for an empty prompt or option, a prompt without options, ids outside the vocabulary, or more tokens than the context holds.
+    prompts: token ids of each prompt. options: for each prompt its options, of any number, each a
+    list of token ids of any length. log p(option | prompt) sums log_softmax(logits) over the
+    option's tokens: no BOS or EOS is added, nothing is divided by a length. Float32 products are as
+    exact as config.matmul_precision says, as in training and decode. Prompts of similar length
+    share a batch; the results come back in the order of `prompts` and depend neither on batch_size
+    nor on the other prompts (up to float rounding). on_batch(n) is called after each batch with its
+    number of prompts. Raises ConfigError for an empty prompt or option, a prompt without options,
+    ids outside the vocabulary, or more tokens than the context holds.
     """
     _check(model, prompts, options, batch_size)
     require_local(model.params, "score options")
@@ -60,19 +70,40 @@ def option_log_likelihoods(
     if shared:
         _, past = _call(run, None, [Piece(0, starts[0][:shared], 0, [0])], 1, keep=True)
     agreed = [_agreement(row) for row in ends]
-    order = sorted(range(len(starts)), key=lambda i: -len(starts[i]) - agreed[i])  # the longest first: the last batch, filled up, is the cheapest
+    # The longest first: the last batch, filled up, is the cheapest.
+    order = sorted(range(len(starts)), key=lambda i: -len(starts[i]) - agreed[i])
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
-        pieces = [Piece(0, starts[i][shared:] + ends[i][0][: agreed[i]], agreed[i], [option[agreed[i]] for option in ends[i]]) for i in rows]
-        left = [(i, k, Piece(n, e[agreed[i] : -1], len(e) - agreed[i] - 2, e[-1:])) for n, i in enumerate(rows) for k, e in enumerate(ends[i])]
+        pieces = [
+            Piece(
+                0,
+                starts[i][shared:] + ends[i][0][: agreed[i]],
+                agreed[i],
+                [option[agreed[i]] for option in ends[i]],
+            )
+            for i in rows
+        ]
+        left = [
+            (i, k, Piece(n, e[agreed[i] : -1], len(e) - agreed[i] - 2, e[-1:]))
+            for n, i in enumerate(rows)
+            for k, e in enumerate(ends[i])
+        ]
         left = sorted((x for x in left if x[2].tokens), key=lambda x: len(x[2].tokens))
-        found, cache = _call(run, past, pieces, batch_size if len(order) > batch_size else len(rows), keep=bool(left))
+        found, cache = _call(
+            run, past, pieces, batch_size if len(order) > batch_size else len(rows), keep=bool(left)
+        )
         for row, i in zip(found, rows, strict=True):
             scores[i] += row[: len(ends[i])]
         per_call = max(batch_size, CACHE_BYTES // _row_bytes(cache)) if cache else 1
         for first in range(0, len(left), per_call):
             some = left[first : first + per_call]
-            found, _ = _call(run, cache, [piece for *_, piece in some], min(_bucket(len(some)), per_call), keep=False)
+            found, _ = _call(
+                run,
+                cache,
+                [piece for *_, piece in some],
+                min(_bucket(len(some)), per_call),
+                keep=False,
+            )
             for (i, k, _), value in zip(some, found[:, 0], strict=True):
                 scores[i][k] += value
         if on_batch:
@@ -82,8 +113,10 @@ def option_log_likelihoods(
 
 @dataclass(frozen=True)
 class Piece:
-    """One row of a call: `tokens` to feed after what row `parent` of the cache holds. Scored are the last `scored` of them, each given all before
-    it, and each of `candidates` as the token after."""
+    """One row of a call: `tokens` to feed after what row `parent` of the cache holds. Scored are
+    the last `scored` of them, each given all before it, and each of `candidates` as the token
+    after.
+    """
 
     parent: int
     tokens: list[int]
@@ -91,8 +124,12 @@ class Piece:
     candidates: list[int]
 
 
-def _call(model: Model, past: KVCache | None, pieces: list[Piece], size: int, *, keep: bool) -> tuple[np.ndarray, KVCache | None]:
-    """`advance` over `pieces`, filled up to `size` rows, in shapes that few calls differ in: (scores [pieces, C], cache if `keep`)."""
+def _call(
+    model: Model, past: KVCache | None, pieces: list[Piece], size: int, *, keep: bool
+) -> tuple[np.ndarray, KVCache | None]:
+    """`advance` over `pieces`, filled up to `size` rows, in shapes that few calls differ in:
+    (scores [pieces, C], cache if `keep`).
+    """
     size = fill_rows(size, model.params) if size > 1 else size
     longest, scored = max(len(p.tokens) for p in pieces), max(p.scored for p in pieces)
     length = padded_length(longest) if past is None or longest > 16 else _bucket(longest)
@@ -105,7 +142,9 @@ def _call(model: Model, past: KVCache | None, pieces: list[Piece], size: int, *,
         parents[n], counts[n] = p.parent, p.scored
     span = min(_bucket(scored), length - 1)
     with mesh_in_use(model.params):
-        scores, cache = advance(model.config, span, keep, model.params, past, parents, tokens, valid, counts, candidates)
+        scores, cache = advance(
+            model.config, span, keep, model.params, past, parents, tokens, valid, counts, candidates
+        )
     return np.asarray(scores)[: len(pieces)], cache
 
 
@@ -123,34 +162,50 @@ def advance(
     scored: Array,
     candidates: Array,
 ) -> tuple[Array, KVCache | None]:
-    """Feed tokens [N, T] int32, left-padded (valid [N, T] bool), after rows `parents` [N] of `past`, an unrolled model's full cache, or after
-    nothing.
+    """Feed tokens [N, T] int32, left-padded (valid [N, T] bool), after rows `parents` [N] of
+    `past`, an unrolled model's full cache, or after nothing.
 
-    Returns log p, [N, C] float32: of the row's last scored[n] <= span tokens, each given all before it, plus that of candidates[n, c] as the next
-    token. And, with `keep`, the cache of `past` and the tokens.
+    Returns log p, [N, C] float32: of the row's last scored[n] <= span tokens, each given all before
+    it, plus that of candidates[n, c] as the next token. And, with `keep`, the cache of `past` and
+    the tokens.
     """
     llama, (batch, length) = Llama(config), tokens.shape
     cache = init_cache(config, batch, length) if keep and past is None else None
     if past is not None:
 
         def continued(x: Array, slots: int) -> Array:
-            return move(lambda x, rows: jnp.pad(x[rows], [(0, length if axis == slots % x.ndim else 0) for axis in range(x.ndim)]), (x,), (parents,))
+            return move(
+                lambda x, rows: jnp.pad(
+                    x[rows],
+                    [(0, length if axis == slots % x.ndim else 0) for axis in range(x.ndim)],
+                ),
+                (x,),
+                (parents,),
+            )
 
         layers = past.map_layers(continued)
-        cache = KVCache(layers, jnp.pad(past.valid[parents], ((0, 0), (0, length))), jnp.asarray(past.valid.shape[1], jnp.int32))
+        cache = KVCache(
+            layers,
+            jnp.pad(past.valid[parents], ((0, 0), (0, length))),
+            jnp.asarray(past.valid.shape[1], jnp.int32),
+        )
     out: Any = llama.apply({"params": params}, tokens, valid, cache, method="hidden")
     hidden, cache = out
 
     def log_p(x: Array, wanted: Array) -> Array:
         """Hidden states [P, d], wanted [P, C] -> log p of the wanted tokens [P, C]."""
         logits: Any = llama.apply({"params": params}, x[None], method="logits")
-        return jnp.take_along_axis(logits[0], wanted, axis=1) - jax.nn.logsumexp(logits[0], axis=-1, keepdims=True)
+        return jnp.take_along_axis(logits[0], wanted, axis=1) - jax.nn.logsumexp(
+            logits[0], axis=-1, keepdims=True
+        )
 
     total = log_p(hidden[:, -1], candidates)
     if span:
         counted = jnp.arange(span)[None, :] >= span - scored[:, None]
         each = jax.lax.map(
-            lambda row: log_p(*row)[:, 0], (hidden[:, -span - 1 : -1], tokens[:, -span:, None]), batch_size=max(1, HEAD_POSITIONS // span)
+            lambda row: log_p(*row)[:, 0],
+            (hidden[:, -span - 1 : -1], tokens[:, -span:, None]),
+            batch_size=max(1, HEAD_POSITIONS // span),
         )
         total = total + jnp.sum(jnp.where(counted, each, 0.0), axis=1, keepdims=True)
     return total, cache if keep else None
@@ -161,7 +216,9 @@ def _ints(ids: Sequence[int]) -> list[int]:
 
 
 def _agreement(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with, the last token of the shortest left out: every row keeps one of its own."""
+    """How many tokens all rows begin with, the last token of the shortest left out: every row keeps
+    one of its own.
+    """
     low, high = min(rows), max(rows)  # in lexicographic order; where these two agree, all do
     same = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     return min(same, min(map(len, rows)) - 1)
@@ -182,25 +239,42 @@ def _row_bytes(cache: KVCache) -> int:
     return sum(x.nbytes // x.shape[0] for x in jax.tree.leaves(cache.layers))
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]], batch_size: int) -> None:
+def _check(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    options: Sequence[Sequence[Sequence[int]]],
+    batch_size: int,
+) -> None:
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
-    require(len(prompts) == len(options), f"{len(prompts)} prompts and {len(options)} lists of options: expected one list for each prompt.")
+    require(
+        len(prompts) == len(options),
+        f"{len(prompts)} prompts and {len(options)} lists of options: expected one list for each"
+        " prompt.",
+    )
     config, limit = model.config, model.config.max_position_embeddings
 
     def check(ids: Sequence[int], name: str, why: str) -> None:
         listed = not isinstance(ids, str) and hasattr(ids, "__len__")
-        require(listed, f"{name} is {ids!r}: expected a list of token ids, e.g. [1, 2]; encode texts with the model's tokenizer first.")
+        require(
+            listed,
+            f"{name} is {ids!r}: expected a list of token ids, e.g. [1, 2]; encode texts with the"
+            " model's tokenizer first.",
+        )
         require(len(ids) > 0, f"{name} is empty: {why}.")
         check_ids(ids, config.vocab_size, name, model.tokenizer)
 
     for i, (prompt, row) in enumerate(zip(prompts, options, strict=True)):
-        check(prompt, f"prompt {i}", "the first token of an option needs at least one before it (e.g. the BOS token)")
+        check(
+            prompt,
+            f"prompt {i}",
+            "the first token of an option needs at least one before it (e.g. the BOS token)",
+        )
         require(len(row) > 0, f"prompt {i} has no options: give at least one list of token ids.")
         for k, option in enumerate(row):
             check(option, f"option {k} of prompt {i}", "there is nothing to score; leave it out")
             total = len(prompt) + len(option)
             require(
                 total <= limit,
-                f"prompt {i} and its option {k} have {total} tokens, {len(prompt)} + {len(option)}; the model's context holds {limit}. Shorten "
-                f"the prompt.",
+                f"prompt {i} and its option {k} have {total} tokens, {len(prompt)} + {len(option)};"
+                f" the model's context holds {limit}. Shorten the prompt.",
             )

@@ -1,4 +1,6 @@
-"""One fused model for requests of several tasks: grouped by task, the adapter blocks swapped between groups, nothing compiled anew."""
+"""One fused model for requests of several tasks: grouped by task, the adapter blocks swapped
+between groups, nothing compiled anew.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,17 @@ def serve(
     seed: int = 0,
     stop: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """(number of the request from 0, the token ids generated) of every request, each as soon as its batch is done.
+    """(number of the request from 0, the token ids generated) of every request, each as soon as its
+    batch is done.
 
-    fused: of any of the tasks' adapters (`fuse`); it is packed and kept, unless it is packed already (on a mesh: has its layers apart): then its
-    buffers are given to the first swap.
-    tasks: name -> adapters of the AdapterConfig that `fused` has (`adapters.tasks.pad_adapters` brings smaller ones there).
-    window: how many requests are read ahead. Of those that wait, the oldest one's task is answered next, all of its requests together, so that no
-    request waits for more than a window; 1 is for a source whose next request comes after an answer. Answers do not depend on the grouping. A task
-    that is not there, or a prompt that does not fit, is a ConfigError that names the request, once those before it are answered.
+    fused: of any of the tasks' adapters (`fuse`); it is packed and kept, unless it is packed
+    already (on a mesh: has its layers apart): then its buffers are given to the first swap. tasks:
+    name -> adapters of the AdapterConfig that `fused` has (`adapters.tasks.pad_adapters` brings
+    smaller ones there). window: how many requests are read ahead. Of those that wait, the oldest
+    one's task is answered next, all of its requests together, so that no request waits for more
+    than a window; 1 is for a source whose next request comes after an answer. Answers do not depend
+    on the grouping. A task that is not there, or a prompt that does not fit, is a ConfigError that
+    names the request, once those before it are answered.
     """
     require(window >= 1, f"window={window}: must be at least 1.")
     model, current, refused = pack(fused), None, None
@@ -45,7 +50,10 @@ def serve(
     while True:
         for number, request in islice(numbered, 0 if refused else window - len(waiting)):
             try:
-                require(request[0] in tasks, f"it is of task {request[0]!r}; {nearest(request[0], tasks)}.")
+                require(
+                    request[0] in tasks,
+                    f"it is of task {request[0]!r}; {nearest(request[0], tasks)}.",
+                )
                 check_prompts(model, [request[1]], max_new_tokens)
             except ConfigError as error:
                 refused = ConfigError(f"request {number}: {error}")
@@ -62,5 +70,13 @@ def serve(
         waiting = deque(entry for entry in waiting if entry[1][0] != task)
         prompts = [prompt for _, prompt in group]
         numbers = [number for number, _ in group]
-        settings: Any = {"max_new_tokens": max_new_tokens, "sampler": sampler, "seed": seed, "batch_size": batch_size, "stop": stop}
-        yield from zip(numbers, generate_tokens(model, prompts, numbers=numbers, **settings), strict=True)
+        settings: Any = {
+            "max_new_tokens": max_new_tokens,
+            "sampler": sampler,
+            "seed": seed,
+            "batch_size": batch_size,
+            "stop": stop,
+        }
+        yield from zip(
+            numbers, generate_tokens(model, prompts, numbers=numbers, **settings), strict=True
+        )

@@ -16,25 +16,37 @@ Turn = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content":
 
 
 def stop_ids(model: Model, prompt_style: str) -> list[int]:
-    """The ids that end an answer: a chat template's end of turn is not always the model's EOS, so either does."""
+    """The ids that end an answer: a chat template's end of turn is not always the model's EOS, so
+    either does.
+    """
     return sorted({*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
 
 
 def stop_as_trained(model: Model, prompt_style: str) -> Model:
-    """`model`, with the token that ends an answer in `prompt_style` among those it stops at: fused and exported, it is to stop there too."""
+    """`model`, with the token that ends an answer in `prompt_style` among those it stops at: fused
+    and exported, it is to stop there too.
+    """
     stop, end = model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)
-    return model if end in stop else replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
+    return (
+        model
+        if end in stop
+        else replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
+    )
 
 
 def answer_text(tokenizer: Any, answer: Sequence[int], stop: Sequence[int]) -> str:
-    """The text of generated tokens, without the one that ended them and without special tokens. An end of turn that is an added token but not special
-    would be left in by its tokenizer."""
+    """The text of generated tokens, without the one that ended them and without special tokens. An
+    end of turn that is an added token but not special would be left in by its tokenizer.
+    """
     ended = len(answer) > 0 and answer[-1] in stop
     return tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
 
 
 def _tokenizer(model: Model) -> Any:
-    require(model.tokenizer is not None, "this model has no tokenizer; use generate_tokens or stream_tokens with token ids.")
+    require(
+        model.tokenizer is not None,
+        "this model has no tokenizer; use generate_tokens or stream_tokens with token ids.",
+    )
     return model.tokenizer
 
 
@@ -50,15 +62,21 @@ def generate(
     chat: bool = False,
     date: str | None = None,
 ) -> list[str]:
-    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler, or num_beams above 1 for beam search, is given.
+    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler, or
+    num_beams above 1 for beam search, is given.
 
-    chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with data.prompt_style="chat" does; without it a prompt is
-    continued as it is. date: the day that the template is told, "2026-11-26" (data.date of the run that trained the model); None for today.
+    chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with
+    data.prompt_style="chat" does; without it a prompt is continued as it is. date: the day that the
+    template is told, "2026-11-26" (data.date of the run that trained the model); None for today.
     Raises ConfigError for a model without a tokenizer, or chat without a chat template.
     """
     tokenizer = _tokenizer(model)
     require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
-    texts = [render(tokenizer, "chat", prompt, date=date) for prompt in prompts] if chat else list(prompts)
+    texts = (
+        [render(tokenizer, "chat", prompt, date=date) for prompt in prompts]
+        if chat
+        else list(prompts)
+    )
     stop = stop_ids(model, "chat") if chat else list(model.config.eos_token_ids)
     answers = generate_tokens(
         model,
@@ -82,10 +100,12 @@ def stream(
     seed: int = 0,
     date: str | None = None,
 ) -> Iterator[str]:
-    """The answer to one prompt, piece by piece as it is generated; together the pieces are the text that `generate` gives.
+    """The answer to one prompt, piece by piece as it is generated; together the pieces are the text
+    that `generate` gives.
 
-    prompt: a text, continued as it is, or the turns of a conversation, rendered by the tokenizer's chat template. A piece never ends within a
-    character, so there may be fewer pieces than tokens. date, and what is raised: as for `generate`.
+    prompt: a text, continued as it is, or the turns of a conversation, rendered by the tokenizer's
+    chat template. A piece never ends within a character, so there may be fewer pieces than tokens.
+    date, and what is raised: as for `generate`.
     """
     tokenizer = _tokenizer(model)
     chat = not isinstance(prompt, str)
@@ -94,10 +114,14 @@ def stream(
     stop = stop_ids(model, "chat") if chat else list(model.config.eos_token_ids)
     given: list[int] = []
     said = ""
-    for token in stream_tokens(model, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, stop=stop):
+    for token in stream_tokens(
+        model, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, stop=stop
+    ):
         given.append(token)
         whole = answer_text(tokenizer, given, stop)
-        if whole.startswith(said) and not whole.endswith("\ufffd"):  # the replacement character: bytes of a character that is not whole yet
+        if whole.startswith(said) and not whole.endswith(
+            "\ufffd"
+        ):  # the replacement character: bytes of a character that is not whole yet
             yield whole[len(said) :]
             said = whole
     rest = answer_text(tokenizer, given, stop)[len(said) :]
@@ -116,10 +140,11 @@ def converse(
     seed: int = 0,
     date: str | None = None,
 ) -> None:
-    """A conversation: each of `lines` is a user's turn, its answer is said piece by piece, then "\\n". "/reset" forgets the turns, "/quit" ends.
+    """A conversation: each of `lines` is a user's turn, its answer is said piece by piece, then
+    "\\n". "/reset" forgets the turns, "/quit" ends.
 
-    Turns that no longer fit the model's context are left out, oldest first, and that is said. KeyboardInterrupt ends an answer, not the conversation.
-    date: as for `generate`.
+    Turns that no longer fit the model's context are left out, oldest first, and that is said.
+    KeyboardInterrupt ends an answer, not the conversation. date: as for `generate`.
     """
     tokenizer = _tokenizer(model)
     opening = [{"role": "system", "content": system}] if system else []
@@ -135,20 +160,38 @@ def converse(
             continue
         turns.append({"role": "user", "content": line})
         room, kept = model.config.max_position_embeddings - max_new_tokens, turns
-        while too_long := len(encode_prompt_texts(tokenizer, [render_turns(tokenizer, opening + kept, date)])[0]) > room:
+        while (
+            too_long := len(
+                encode_prompt_texts(tokenizer, [render_turns(tokenizer, opening + kept, date)])[0]
+            )
+            > room
+        ):
             if len(kept) == 1:
                 break
             kept = kept[2:]
         if too_long:
             turns.pop()
-            say(f"(that is too long: {max_new_tokens} new tokens leave {max(room, 0)} of the context's {model.config.max_position_embeddings})\n")
+            say(
+                f"(that is too long: {max_new_tokens} new tokens leave {max(room, 0)} of the"
+                f" context's {model.config.max_position_embeddings})\n"
+            )
             continue
         left_out, turns = (len(turns) - len(kept)) // 2, kept
         if left_out:
-            say(f"(the context of {model.config.max_position_embeddings} tokens is full: the {left_out} oldest turns are left out)\n")
+            say(
+                f"(the context of {model.config.max_position_embeddings} tokens is full: the"
+                f" {left_out} oldest turns are left out)\n"
+            )
         answer = ""
         try:
-            for piece in stream(model, opening + turns, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed + len(turns), date=date):
+            for piece in stream(
+                model,
+                opening + turns,
+                max_new_tokens=max_new_tokens,
+                sampler=sampler,
+                seed=seed + len(turns),
+                date=date,
+            ):
                 answer += piece
                 say(piece)
         except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The key/value cache of decode: its arrays, their axes, and how many slots they have.
 
-Letters: B batch, S cache slots, K key/value heads, k head dim, L layers; e the dims that an adapter adds to k.
+Letters: B batch, S cache slots, K key/value heads, k head dim, L layers; e the dims that an adapter
+adds to k.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ KEY_SLOTS, VALUE_SLOTS, HEADS, ROWS = -1, -2, -3, -4  # the axes of a cache's ar
 class KVCache:
     """Keys and values of past positions.
 
-    layers: per layer a pair (keys [B, K, k+e, S], values [B, K, S, k+e]) in the activation dtype, as attention's products read them; with
-    scan_layers one pair stacked on a leading axis L. Inside `decode.advance`'s loop axes B and K of one are missing.
-    valid: [B, S] bool, the slots that hold a real token (padding does not). index: int32, the slot that the next token goes to, the same in all rows.
+    layers: per layer a pair (keys [B, K, k+e, S], values [B, K, S, k+e]) in the activation dtype,
+    as attention's products read them; with scan_layers one pair stacked on a leading axis L. Inside
+    `decode.advance`'s loop axes B and K of one are missing. valid: [B, S] bool, the slots that hold
+    a real token (padding does not). index: int32, the slot that the next token goes to, the same in
+    all rows.
     """
 
     layers: Any
@@ -34,17 +37,26 @@ class KVCache:
     index: Array
 
     def map_layers(self, change: Callable[[Array, int], Array]) -> Any:
-        """`layers` with change(x, axis) for each of its arrays x; axis, negative, is that of the slots."""
+        """`layers` with change(x, axis) for each of its arrays x; axis, negative, is that of the
+        slots.
+        """
 
         def pair(keys: Array, values: Array) -> tuple[Array, Array]:
             return change(keys, KEY_SLOTS), change(values, VALUE_SLOTS)
 
-        return pair(*self.layers) if isinstance(self.layers, tuple) else [pair(*layer) for layer in self.layers]
+        return (
+            pair(*self.layers)
+            if isinstance(self.layers, tuple)
+            else [pair(*layer) for layer in self.layers]
+        )
 
 
-def init_cache(config: LlamaConfig, batch: int, slots: int, adapter: AdapterConfig | None = None) -> KVCache:
-    """An empty cache of `slots` positions for `batch` rows; heads are as wide as the model's, adapter dims included. On a mesh its rows are divided
-    over data and its heads over tensor."""
+def init_cache(
+    config: LlamaConfig, batch: int, slots: int, adapter: AdapterConfig | None = None
+) -> KVCache:
+    """An empty cache of `slots` positions for `batch` rows; heads are as wide as the model's,
+    adapter dims included. On a mesh its rows are divided over data and its heads over tensor.
+    """
     width = config.head_dim + (plan(config, adapter).heads if adapter else 0)
     head, stacked = (batch, config.num_kv_heads), (config.num_layers,) if config.scan_layers else ()
 
@@ -60,6 +72,7 @@ def init_cache(config: LlamaConfig, batch: int, slots: int, adapter: AdapterConf
 
 
 def cache_slots(tokens: int) -> int:
-    """How many slots the cache for `tokens` positions gets: a multiple of 64, so that how a prompt is computed does not hang on how many tokens
-    follow."""
+    """How many slots the cache for `tokens` positions gets: a multiple of 64, so that how a prompt
+    is computed does not hang on how many tokens follow.
+    """
     return -(-tokens // 64) * 64

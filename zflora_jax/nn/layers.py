@@ -1,11 +1,12 @@
 """Layers of a Llama whose streams may be widened.
 
-A stream is a pair (x, z): base channels and adapter channels, z = None where there are none. A fused model carries everything in x. The same
-layers serve both: RMSNorm takes its mean over the base channels, RoPE turns the base dims of a head, Dense adds the adapter's blocks to what the base
+A stream is a pair (x, z): base channels and adapter channels, z = None where there are none. A
+fused model carries everything in x. The same layers serve both: RMSNorm takes its mean over the
+base channels, RoPE turns the base dims of a head, Dense adds the adapter's blocks to what the base
 kernel computes (docs/method.md; this project's reconstruction of zFLoRA).
 
-Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G query heads of a key head, q their G*T queries,
-k head dim.
+Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
+query heads of a key head, q their G*T queries, k head dim.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from zflora_jax.ops.tiling import tile
 class AdaptedModule(nn.Module):
     """A module that may have variables in the `adapters` collection."""
 
-    def base_param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
+    def base_param(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
+    ) -> Array:
         """The base parameter, or what replaces it whole in the adapters (method "full")."""
         if self.has_variable("adapters", name):
             return self.get_variable("adapters", name)
@@ -35,16 +38,21 @@ class AdaptedModule(nn.Module):
     def block(self, name: str, dtype: jnp.dtype) -> Array:
         value: Array | None = self.get_variable("adapters", name)
         if value is None:
-            raise ValueError(f"the adapters lack {'/'.join((*self.path, name))}; make them with init_adapters for this config and adapter.")
+            raise ValueError(
+                f"the adapters lack {'/'.join((*self.path, name))}; make them with init_adapters"
+                " for this config and adapter."
+            )
         return value.astype(dtype)
 
 
 class Dense(AdaptedModule):
-    """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel; low-rank factors are added to y.
+    """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel;
+    low-rank factors are added to y.
 
-    x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes], y_z [B, T, *out_axes with the extra width] or
-    None). y: x W where W is packed with other kernels; None to compute it here. flat: W is stored as `products.row_products` reads it, [out, in],
-    both flattened, in filled up to whole vectors, as in packed models; adapter blocks are not.
+    x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes],
+    y_z [B, T, *out_axes with the extra width] or None). y: x W where W is packed with other
+    kernels; None to compute it here. flat: W is stored as `products.row_products` reads it, [out,
+    in], both flattened, in filled up to whole vectors, as in packed models; adapter blocks are not.
     The inputs of lora_a drop out where `apply` is given a random stream "dropout".
     """
 
@@ -55,16 +63,27 @@ class Dense(AdaptedModule):
     flat: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, z: Array | None = None, y: Array | None = None) -> tuple[Array, Array | None]:
+    def __call__(
+        self, x: Array, z: Array | None = None, y: Array | None = None
+    ) -> tuple[Array, Array | None]:
         n, dtype = len(self.in_axes), x.dtype
         if y is None and self.flat:
             flat = x.reshape(*x.shape[:-n], -1)
-            kernel = self.base_param("kernel", nn.initializers.normal(0.02), (math.prod(self.out_axes), whole_vectors(flat.shape[-1])))
+            kernel = self.base_param(
+                "kernel",
+                nn.initializers.normal(0.02),
+                (math.prod(self.out_axes), whole_vectors(flat.shape[-1])),
+            )
             flat = jnp.pad(flat, ((0, 0), (0, 0), (0, kernel.shape[1] - flat.shape[-1])))
-            y = products.row_products(flat, kernel.astype(dtype)).reshape(*x.shape[:-n], *self.out_axes)
+            y = products.row_products(flat, kernel.astype(dtype)).reshape(
+                *x.shape[:-n], *self.out_axes
+            )
         elif y is None:
-            kernel = self.base_param("kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes)
-            product = project if self.has_variable("adapters", "kernel") else jnp.tensordot  # a frozen kernel has no gradient to arrange
+            kernel = self.base_param(
+                "kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes
+            )
+            # A frozen kernel has no gradient to arrange.
+            product = project if self.has_variable("adapters", "kernel") else jnp.tensordot
             y = product(x, kernel.astype(dtype), n)
         y_z: Array | None = None
         if self.adapter is None or not self.blocks or self.is_initializing():
@@ -77,10 +96,14 @@ class Dense(AdaptedModule):
         if z is not None and y_z is not None and "cross" in block:
             y_z = y_z + project(z, block["cross"], n)
         if "lora_a" in block:
-            low = kept(project(self._dropped(x.reshape(*x.shape[:-n], -1)), block["lora_a"]), "low rank")
+            low = kept(
+                project(self._dropped(x.reshape(*x.shape[:-n], -1)), block["lora_a"]), "low rank"
+            )
             y = y + scale * project(low, block["lora_b"]).reshape(y.shape)
         if "ffa_a" in block:
-            y = y + scale * tile(project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)).reshape(y.shape)
+            y = y + scale * tile(
+                project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)
+            ).reshape(y.shape)
         return y, y_z
 
     def _dropped(self, x: Array) -> Array:
@@ -93,7 +116,9 @@ class Dense(AdaptedModule):
 
 
 class RMSNorm(AdaptedModule):
-    """x / rms * gain, with the mean square over the first `base_dim` channels; z is divided by the same rms, gain 1. Computed in float32."""
+    """x / rms * gain, with the mean square over the first `base_dim` channels; z is divided by the
+    same rms, gain 1. Computed in float32.
+    """
 
     dim: int
     base_dim: int
@@ -101,12 +126,22 @@ class RMSNorm(AdaptedModule):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> tuple[Array, Array | None]:
-        return _normalise(x, z, self.base_param("scale", nn.initializers.ones, (self.dim,)), self.base_dim, self.eps)
+        return _normalise(
+            x,
+            z,
+            self.base_param("scale", nn.initializers.ones, (self.dim,)),
+            self.base_dim,
+            self.eps,
+        )
 
 
-def _normalise(x: Array, z: Array | None, gain: Array, base_dim: int, eps: float) -> tuple[Array, Array | None]:
+def _normalise(
+    x: Array, z: Array | None, gain: Array, base_dim: int, eps: float
+) -> tuple[Array, Array | None]:
     wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide[..., :base_dim]), axis=-1, keepdims=True) + eps)
+    inverse = jax.lax.rsqrt(
+        jnp.mean(jnp.square(wide[..., :base_dim]), axis=-1, keepdims=True) + eps
+    )
     y = (wide * inverse * gain.astype(jnp.float32)[None, None, :]).astype(x.dtype)
     return y, None if z is None else (z.astype(jnp.float32) * inverse).astype(z.dtype)
 

@@ -1,7 +1,9 @@
-"""The Llama forward: one for base, adapted, fused and packed trees, with or without a key/value cache.
+"""The Llama forward: one for base, adapted, fused and packed trees, with or without a key/value
+cache.
 
-Einsum legend: B batch, T query positions, S cache slots, H query heads, K key/value heads, d residual width, k head dim, f MLP units, V vocabulary,
-L layers; r, e, m the channels an adapter adds to d, k, f. Parameter names and shapes: `model.param_shapes`; adapters:
+Einsum legend: B batch, T query positions, S cache slots, H query heads, K key/value heads, d
+residual width, k head dim, f MLP units, V vocabulary, L layers; r, e, m the channels an adapter
+adds to d, k, f. Parameter names and shapes: `model.param_shapes`; adapters:
 `adapters.methods.block_shapes`.
 """
 
@@ -53,33 +55,65 @@ class Attention(nn.Module):
         c = self.config
         self.plan = plan(c, self.adapter) if self.adapter else Plan()
         if c.packed:
-            self.qkv = Dense((c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,), flat=True)
+            self.qkv = Dense(
+                (c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,), flat=True
+            )
         self.q, self.k, self.v = (_dense(c, self.adapter, self.plan, name) for name in "qkv")
         self.o = _dense(c, self.adapter, self.plan, "o")
 
-    def __call__(self, h: Stream, cos: Array, sin: Array, mask: Array, cache: tuple[Array, Array] | None, index: Array | None) -> tuple[Stream, Any]:
+    def __call__(
+        self,
+        h: Stream,
+        cos: Array,
+        sin: Array,
+        mask: Array,
+        cache: tuple[Array, Array] | None,
+        index: Array | None,
+    ) -> tuple[Stream, Any]:
         c = self.config
         base: Sequence[Array | None] = (None,) * 3
         if c.packed:
             flat, _ = self.qkv(h[0])
-            base = jnp.split(flat.reshape(*flat.shape[:2], -1, c.head_dim), (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
-        q, k, v = (self._join(*project(*h, y)) for project, y in zip((self.q, self.k, self.v), base, strict=True))
+            base = jnp.split(
+                flat.reshape(*flat.shape[:2], -1, c.head_dim),
+                (c.num_heads, c.num_heads + c.num_kv_heads),
+                axis=2,
+            )
+        q, k, v = (
+            self._join(*project(*h, y))
+            for project, y in zip((self.q, self.k, self.v), base, strict=True)
+        )
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if cache is not None and index is not None:
             rows = keys.shape[:2]  # the cache may lack axes of one
-            keys, values = (x.reshape(*old.shape[:-2], *x.shape[2:]) for x, old in zip((keys, values), cache, strict=True))
-            keys = move(partial(jax.lax.dynamic_update_slice_in_dim, axis=KEY_SLOTS), (cache[0], keys), (index,))
-            values = move(partial(jax.lax.dynamic_update_slice_in_dim, axis=VALUE_SLOTS), (cache[1], values), (index,))
+            keys, values = (
+                x.reshape(*old.shape[:-2], *x.shape[2:])
+                for x, old in zip((keys, values), cache, strict=True)
+            )
+            keys = move(
+                partial(jax.lax.dynamic_update_slice_in_dim, axis=KEY_SLOTS),
+                (cache[0], keys),
+                (index,),
+            )
+            values = move(
+                partial(jax.lax.dynamic_update_slice_in_dim, axis=VALUE_SLOTS),
+                (cache[1], values),
+                (index,),
+            )
             cache = keys, values
             keys, values = (x.reshape(*rows, *x.shape[-2:]) for x in cache)
-        out = attention(kept(q, "heads"), kept(keys, "heads"), kept(values, "heads"), mask, c.rotary_dim**-0.5)
+        out = attention(
+            kept(q, "heads"), kept(keys, "heads"), kept(values, "heads"), mask, c.rotary_dim**-0.5
+        )
         extra = self.plan.heads
         y, y_z = self.o(out[..., : c.head_dim], out[..., c.head_dim :]) if extra else self.o(out)
         return (y, y_z), cache
 
     def _join(self, base: Array, extra: Array | None) -> Array:
-        """Base and adapter dims of heads side by side; heads that the adapter leaves alone (head_scores=False) get zeros."""
+        """Base and adapter dims of heads side by side; heads that the adapter leaves alone
+        (head_scores=False) get zeros.
+        """
         if not self.plan.heads:
             return base
         if extra is None:
@@ -102,24 +136,32 @@ class MLP(nn.Module):
         self.down = _dense(c, self.adapter, p, "down")
 
     def __call__(self, h: Stream) -> Stream:
-        base: Sequence[Array | None] = jnp.split(self.gate_up(h[0])[0], 2, axis=-1) if self.config.packed else (None, None)
+        base: Sequence[Array | None] = (
+            jnp.split(self.gate_up(h[0])[0], 2, axis=-1) if self.config.packed else (None, None)
+        )
         (gate, gate_z), (up, up_z) = self.gate(*h, base[0]), self.up(*h, base[1])
         units = None if gate_z is None or up_z is None else gated(gate_z, up_z)
         return self.down(gated(gate, up), units)
 
 
 class Block(nn.Module):
-    """One layer. The carry is the residual stream; `cache` is this layer's (keys, values) or None."""
+    """One layer. The carry is the residual stream; `cache` is this layer's (keys, values)
+    or None.
+    """
 
     config: LlamaConfig
     adapter: AdapterConfig | None
 
     def setup(self) -> None:
         c = self.config
-        self.attn_norm, self.mlp_norm = (RMSNorm(c.hidden_size, c.base_dim, c.rms_norm_eps) for _ in range(2))
+        self.attn_norm, self.mlp_norm = (
+            RMSNorm(c.hidden_size, c.base_dim, c.rms_norm_eps) for _ in range(2)
+        )
         self.attn, self.mlp = Attention(c, self.adapter), MLP(c, self.adapter)
 
-    def __call__(self, carry: Stream, cache: Any, cos: Array, sin: Array, mask: Array, index: Array | None) -> tuple[Stream, Any]:
+    def __call__(
+        self, carry: Stream, cache: Any, cos: Array, sin: Array, mask: Array, index: Array | None
+    ) -> tuple[Stream, Any]:
         update, cache = self.attn(self.attn_norm(*carry), cos, sin, mask, cache, index)
         carry = jax.tree.map(lambda x: kept(x, "residual"), _add(carry, update))
         return _add(carry, self.mlp(self.mlp_norm(*carry))), cache
@@ -128,7 +170,9 @@ class Block(nn.Module):
 def segment_positions(segments: Array) -> Array:
     """Segment ids [B, T] int32 -> the position of each token within its segment, [B, T] int32."""
     slot = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    starts = jnp.concatenate(
+        [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
+    )
     return slot - jax.lax.cummax(jnp.where(starts, slot, 0), axis=1)
 
 
@@ -143,7 +187,11 @@ class Embed(AdaptedModule):
     config: LlamaConfig
 
     def setup(self) -> None:
-        self.table = self.base_param("embedding", nn.initializers.normal(0.02), (self.config.vocab_size, self.config.hidden_size))
+        self.table = self.base_param(
+            "embedding",
+            nn.initializers.normal(0.02),
+            (self.config.vocab_size, self.config.hidden_size),
+        )
 
     def __call__(self, tokens: Array) -> Array:
         return move(partial(jnp.take, axis=0), (self.table,), (tokens,)).astype(self.config.dtype)
@@ -167,7 +215,8 @@ class Head(AdaptedModule):
 class Llama(nn.Module):
     """A Llama-style decoder.
 
-    config: shape and numerics. adapter: None for a base, fused or packed tree; else the AdapterConfig of the `adapters` collection.
+    config: shape and numerics. adapter: None for a base, fused or packed tree; else the
+    AdapterConfig of the `adapters` collection.
     """
 
     config: LlamaConfig
@@ -175,15 +224,29 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        if c.packed and self.adapter is not None and METHODS[self.adapter.method].in_place == "full":
-            raise ValueError("a packed model cannot have its kernels replaced (method 'full'): fuse first, then pack.")
+        if (
+            c.packed
+            and self.adapter is not None
+            and METHODS[self.adapter.method].in_place == "full"
+        ):
+            raise ValueError(
+                "a packed model cannot have its kernels replaced (method 'full'): fuse first, then"
+                " pack."
+            )
         self.embed = Embed(c)
         policy = None if c.remat else KEEP
         block: Any = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
         if c.scan_layers:
             axes: Any = {"params": 0, "adapters": 0}
             split: Any = {"params": True, "dropout": True}  # each layer draws for itself
-            scanned = nn.scan(block, axes, split_rngs=split, in_axes=(0, *[nn.broadcast] * 4), out_axes=0, length=c.num_layers)
+            scanned = nn.scan(
+                block,
+                axes,
+                split_rngs=split,
+                in_axes=(0, *[nn.broadcast] * 4),
+                out_axes=0,
+                length=c.num_layers,
+            )
             self.layers = scanned(c, self.adapter)
         else:
             self.layers = [block(c, self.adapter) for _ in range(c.num_layers)]
@@ -191,18 +254,26 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Head(c)
 
-    def __call__(self, tokens: Array, valid: Array | None = None, cache: KVCache | None = None) -> Any:
+    def __call__(
+        self, tokens: Array, valid: Array | None = None, cache: KVCache | None = None
+    ) -> Any:
         """Logits [B, T, V] float32 of int32 tokens [B, T]; with a cache, (logits, updated cache).
 
-        valid: [B, T] bool, False at padding (left or right); None means all real. Padding is never attended to and takes no position.
-        Or int32 segment ids of packed rows, each id one run of tokens (0: padding): a token attends to its own segment, positions start anew there.
-        With a cache the T tokens go to slots index .. index + T - 1 and attend to all valid slots before them.
+        valid: [B, T] bool, False at padding (left or right); None means all real. Padding is never
+        attended to and takes no position. Or int32 segment ids of packed rows, each id one run of
+        tokens (0: padding): a token attends to its own segment, positions start anew there. With a
+        cache the T tokens go to slots index .. index + T - 1 and attend to all valid slots before
+        them.
         """
         x, cache = self.hidden(tokens, valid, cache)
         return self.logits(x) if cache is None else (self.logits(x), cache)
 
-    def hidden(self, tokens: Array, valid: Array | None = None, cache: KVCache | None = None) -> tuple[Array, KVCache | None]:
-        """Final-norm hidden states [B, T, d] in the activation dtype, and the updated cache (None without one)."""
+    def hidden(
+        self, tokens: Array, valid: Array | None = None, cache: KVCache | None = None
+    ) -> tuple[Array, KVCache | None]:
+        """Final-norm hidden states [B, T, d] in the activation dtype, and the updated cache (None
+        without one).
+        """
         self._check_collections()
         c, (batch, length) = self.config, tokens.shape
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
@@ -210,7 +281,10 @@ class Llama(nn.Module):
             slots, index, first = valid, None, jnp.zeros((), jnp.int32)
             before = jnp.zeros((batch, 1), jnp.int32)
         else:
-            require(valid.dtype == bool, "packed rows (segment ids) cannot be continued from a cache: give valid as bool.")
+            require(
+                valid.dtype == bool,
+                "packed rows (segment ids) cannot be continued from a cache: give valid as bool.",
+            )
             index, first = cache.index, cache.index
             before = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
             slots = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, index, axis=1)
@@ -233,7 +307,9 @@ class Llama(nn.Module):
         else:
             updated = []
             for i, layer in enumerate(self.layers):
-                carry, pair = layer(carry, None if layers is None else layers[i], cos, sin, mask, index)
+                carry, pair = layer(
+                    carry, None if layers is None else layers[i], cos, sin, mask, index
+                )
                 updated.append(pair)
             layers = updated
         x, _ = self.final_norm(*carry)  # the state is dropped here: the head has no rows for it
@@ -251,7 +327,8 @@ class Llama(nn.Module):
         present = "adapters" in self.variables
         if self.adapter is not None and not present:
             raise ValueError(
-                f"Llama has adapter method {self.adapter.method!r} but no `adapters` collection: apply({{'params': ..., 'adapters': ...}}, tokens)."
+                f"Llama has adapter method {self.adapter.method!r} but no `adapters` collection:"
+                " apply({'params': ..., 'adapters': ...}, tokens)."
             )
         if self.adapter is not None:
             given = {name: leaf.shape for name, leaf in flatten(self.variables["adapters"]).items()}
@@ -260,47 +337,69 @@ class Llama(nn.Module):
                 raise ValueError(f"the adapters are not those of {self.adapter}:\n{diff}")
             if wrong := [n for n in expected if given[n] != expected[n]]:
                 raise ValueError(
-                    f"the adapters are not those of {self.adapter}: {wrong[0]} has shape {given[wrong[0]]}, expected {expected[wrong[0]]}."
+                    f"the adapters are not those of {self.adapter}: {wrong[0]} has shape"
+                    f" {given[wrong[0]]}, expected {expected[wrong[0]]}."
                 )
         if self.adapter is None and present:
             raise ValueError(
-                "an `adapters` collection was given to a Llama without an adapter: pass Llama(config, adapter), or leave the collection out."
+                "an `adapters` collection was given to a Llama without an adapter: pass"
+                " Llama(config, adapter), or leave the collection out."
             )
 
 
 def random_model(config: LlamaConfig, key: Array) -> Model:
-    """A Model with random weights (normal, std 0.02), float32: for tests, latency (which does not depend on values) and training from scratch."""
+    """A Model with random weights (normal, std 0.02), float32: for tests, latency (which does not
+    depend on values) and training from scratch.
+    """
     variables = jax.jit(Llama(config).init)(key, jnp.zeros((1, 1), jnp.int32))
     return Model(config, variables["params"])
 
 
-def hidden_states(llama: Llama, variables: Tree, tokens: Array, valid: Array | None, cache: KVCache | None) -> tuple[Array, Any]:
-    """`Llama.hidden` of `variables`: {"params": ...} and, for a model with an adapter, {"adapters": ...}, or {"row_adapters": leaves [B, ...]}: those
-    of each row of the batch (`adapters.tasks.rows_of` gathers them). Base products are then still one for the whole batch."""
+def hidden_states(
+    llama: Llama, variables: Tree, tokens: Array, valid: Array | None, cache: KVCache | None
+) -> tuple[Array, Any]:
+    """`Llama.hidden` of `variables`: {"params": ...} and, for a model with an adapter, {"adapters":
+    ...}, or {"row_adapters": leaves [B, ...]}: those of each row of the batch
+    (`adapters.tasks.rows_of` gathers them). Base products are then still one for the whole batch.
+    """
     if "row_adapters" not in variables:
         return llama.apply(variables, tokens, valid, cache, method="hidden")  # type: ignore[return-value]
     given = len(jax.tree.leaves(variables["row_adapters"])[0])
     require(
-        given == len(tokens), f"row_adapters of {given} rows and tokens of {len(tokens)}: give one for each row, as `adapters.tasks.rows_of` does."
+        given == len(tokens),
+        f"row_adapters of {given} rows and tokens of {len(tokens)}: give one for each row, as"
+        " `adapters.tasks.rows_of` does.",
     )
     if given == 1:
         only = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), variables["row_adapters"])
-        return hidden_states(llama, {"params": variables["params"], "adapters": only}, tokens, valid, cache)
-    layers = None if cache is None else jax.tree.map(lambda _: int(llama.config.scan_layers), cache.layers)  # the axis of a cache's rows
+        return hidden_states(
+            llama, {"params": variables["params"], "adapters": only}, tokens, valid, cache
+        )
+    # The axis of a cache's rows.
+    layers = (
+        None
+        if cache is None
+        else jax.tree.map(lambda _: int(llama.config.scan_layers), cache.layers)
+    )
     rows = None if cache is None else KVCache(layers, 0, None)  # type: ignore[arg-type]
 
-    def one(adapters: Tree, tokens: Array, valid: Array | None, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+    def one(
+        adapters: Tree, tokens: Array, valid: Array | None, cache: KVCache | None
+    ) -> tuple[Array, KVCache | None]:
         """A batch of one row; its cache has no axis for it."""
         if cache is not None:
             cache = replace(cache, valid=cache.valid[None])
         given = {"params": variables["params"], "adapters": adapters}
-        x, cache = llama.apply(given, tokens[None], None if valid is None else valid[None], cache, method="hidden")  # type: ignore[misc,assignment]
+        valid = None if valid is None else valid[None]
+        x, cache = llama.apply(given, tokens[None], valid, cache, method="hidden")  # type: ignore
         if cache is not None:
             cache = replace(cache, valid=cache.valid[0])
         return x[0], cache
 
     axes = (0, 0, None if valid is None else 0, rows)
-    return jax.vmap(one, in_axes=axes, out_axes=(0, rows))(variables["row_adapters"], tokens, valid, cache)
+    return jax.vmap(one, in_axes=axes, out_axes=(0, rows))(
+        variables["row_adapters"], tokens, valid, cache
+    )
 
 
 def forward(
@@ -311,24 +410,37 @@ def forward(
     valid: ArrayLike | None = None,
     row_adapters: Tree | None = None,
 ) -> Array:
-    """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and config.
+    """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and
+    config.
 
     adapters: of all rows; row_adapters: of each row, leaves [B, ...] (`adapters.tasks.rows_of`).
-    Products are exact to the model's dtype on every device (GPUs and TPUs round float32 products to fewer bits unless told not to).
-    Raises ConfigError for token ids that the embedding has no row for (not of traced tokens, whose values are not known yet).
+    Products are exact to the model's dtype on every device (GPUs and TPUs round float32 products to
+    fewer bits unless told not to). Raises ConfigError for token ids that the embedding has no row
+    for (not of traced tokens, whose values are not known yet).
     """
     if getattr(tokens, "is_fully_addressable", not isinstance(tokens, jax.core.Tracer)):
         check_ids(tokens, model.config.vocab_size, "tokens", model.tokenizer)
-    require(adapters is None or row_adapters is None, "adapters are of all rows, row_adapters of each: give one of them.")
+    require(
+        adapters is None or row_adapters is None,
+        "adapters are of all rows, row_adapters of each: give one of them.",
+    )
     given = {"adapters": adapters, "row_adapters": row_adapters}
-    variables = {name: beside(model.params, tree) for name, tree in given.items() if tree is not None}
+    variables = {
+        name: beside(model.params, tree) for name, tree in given.items() if tree is not None
+    }
     variables["params"] = model.params
     with mesh_in_use(model.params), jax.default_matmul_precision("highest"):
         return _forward(model.config, adapter, variables, tokens, valid)
 
 
 @jax.jit(static_argnums=(0, 1))
-def _forward(config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, tokens: Array, valid: Array | None) -> Array:
+def _forward(
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    variables: Tree,
+    tokens: Array,
+    valid: Array | None,
+) -> Array:
     llama = Llama(config, adapter)
     hidden, _ = hidden_states(llama, variables, tokens, valid, None)
     shared = {name: tree for name, tree in variables.items() if name != "row_adapters"}

@@ -21,7 +21,13 @@ from zflora_jax.core.token_ids import _size
 from zflora_jax.parallel.sharding import spec
 
 
-def resize_vocab(model: Model, tokenizer_or_size: Any, *, rows: ArrayLike | None = None, head_rows: ArrayLike | None = None) -> Model:
+def resize_vocab(
+    model: Model,
+    tokenizer_or_size: Any,
+    *,
+    rows: ArrayLike | None = None,
+    head_rows: ArrayLike | None = None,
+) -> Model:
     """`model` with an embedding (and, untied, a head) for more tokens; config.vocab_size follows.
 
     New rows are the mean of the existing ones, in float32 and cast once, so that a new token starts
@@ -42,18 +48,30 @@ def resize_vocab(model: Model, tokenizer_or_size: Any, *, rows: ArrayLike | None
       ConfigError: a packed model, a size below the ids in use, or rows of the wrong shape.
     """
     config = model.config
-    require(not config.packed, "this model is packed for decode; resize the model it was packed from.")
+    require(
+        not config.packed, "this model is packed for decode; resize the model it was packed from."
+    )
     if isinstance(tokenizer_or_size, int | np.integer):
         size, tokenizer = int(tokenizer_or_size), model.tokenizer
     else:
-        require(hasattr(tokenizer_or_size, "get_vocab"), "resize_vocab takes a tokenizer or a number of tokens.")
+        require(
+            hasattr(tokenizer_or_size, "get_vocab"),
+            "resize_vocab takes a tokenizer or a number of tokens.",
+        )
         tokenizer = tokenizer_or_size
         size = max(_size(tokenizer), config.vocab_size)
-    named = [i for i in (config.bos_token_id, config.pad_token_id, *config.eos_token_ids) if i is not None]
-    used = max([_size(tokenizer) if tokenizer is not None else config.vocab_size, *(i + 1 for i in named)])
+    named = [
+        i
+        for i in (config.bos_token_id, config.pad_token_id, *config.eos_token_ids)
+        if i is not None
+    ]
+    used = max(
+        [_size(tokenizer) if tokenizer is not None else config.vocab_size, *(i + 1 for i in named)]
+    )
     require(
         size >= min(used, config.vocab_size),
-        f"resize_vocab to {size} would drop token ids in use: the largest is {used - 1}. Give {used} or more.",
+        f"resize_vocab to {size} would drop token ids in use: the largest is {used - 1}. Give"
+        f" {used} or more.",
     )
     given = {"embed/embedding": (0, rows), "lm_head/kernel": (1, head_rows)}
     require(
@@ -65,18 +83,24 @@ def resize_vocab(model: Model, tokenizer_or_size: Any, *, rows: ArrayLike | None
         axis, new = given[name]
         flat[name] = _resized(name, flat[name], axis, size, config.base_dim, new)
     wider = config.replace(vocab_size=size)
-    return dataclasses.replace(model, config=wider, params=trees.unflatten(flat), tokenizer=tokenizer)
+    return dataclasses.replace(
+        model, config=wider, params=trees.unflatten(flat), tokenizer=tokenizer
+    )
 
 
-def _resized(name: str, leaf: jax.Array, axis: int, size: int, width: int, rows: ArrayLike | None) -> jax.Array:
-    """A leaf with `size` tokens along `axis`. width: the residual channels of `rows`; a fused model's
-    further channels are zero, as in the rows that are there."""
+def _resized(
+    name: str, leaf: jax.Array, axis: int, size: int, width: int, rows: ArrayLike | None
+) -> jax.Array:
+    """A leaf with `size` tokens along `axis`. width: the residual channels of `rows`; a fused
+    model's further channels are zero, as in the rows that are there.
+    """
     count = size - leaf.shape[axis]
     if rows is not None:
         rows = np.asarray(rows, np.float32)
         require(
             rows.shape == (max(count, 0), width),
-            f"{name}: rows of shape {rows.shape}; expected ({max(count, 0)}, {width}), one row for each new token.",
+            f"{name}: rows of shape {rows.shape}; expected ({max(count, 0)}, {width}), one row for"
+            " each new token.",
         )
         rows = np.pad(rows, ((0, 0), (0, leaf.shape[1 - axis] - width)))
 
@@ -84,7 +108,11 @@ def _resized(name: str, leaf: jax.Array, axis: int, size: int, width: int, rows:
         if count <= 0:
             return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
         mean = jnp.mean(leaf.astype(jnp.float32), axis=axis, keepdims=True)
-        new = jnp.repeat(mean, count, axis=axis) if rows is None else jnp.asarray(rows if axis == 0 else rows.T)
+        new = (
+            jnp.repeat(mean, count, axis=axis)
+            if rows is None
+            else jnp.asarray(rows if axis == 0 else rows.T)
+        )
         return jnp.concatenate([leaf, new.astype(leaf.dtype)], axis=axis)
 
     where, out = getattr(leaf, "sharding", None), None

@@ -7,14 +7,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zflora_jax.ops.products import Array
 
-# What the backward pass of a layer keeps, by name; the rest (norms, gates, softmax) it computes again from these, which costs little: for a LoRA step
-# of SmolLM2-135M two thirds of the memory that keeping all takes. The names are the streams whose values are kept.
+# What the backward pass of a layer keeps, by name; the rest (norms, gates, softmax) it computes
+# again from these, which costs little: for a LoRA step of SmolLM2-135M two thirds of the memory
+# that keeping all takes. The names are the streams whose values are kept.
 KEPT = ("residual", "heads", "mlp", "low rank")
 
 
-# cuDNN's attention gives what its backward pass needs without a name: that kernel's results are kept too.
+# cuDNN's attention gives what its backward pass needs without a name: that kernel's results are
+# kept too.
 KEEP = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(*KEPT), lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd")
+    jax.checkpoint_policies.save_only_these_names(*KEPT),
+    lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),
 )
 
 

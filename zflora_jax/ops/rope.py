@@ -8,40 +8,65 @@ import numpy as np
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.ops.products import Array
 
-ROPE_ROWS = 8192  # of a table of rotations in a compiled program: at most 4 MB at head_dim 128, once for prefill and once for the loop
+# Of a table of rotations in a compiled program: at most 4 MB at head_dim 128, once for prefill and
+# once for the loop
+ROPE_ROWS = 8192
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Inverse frequencies of the base head dims, [k/2] float32, with Llama-3 scaling where the config has it (as transformers computes them)."""
+    """Inverse frequencies of the base head dims, [k/2] float32, with Llama-3 scaling where the
+    config has it (as transformers computes them).
+    """
     k = config.rotary_dim
-    freq = (1.0 / np.float32(config.rope_theta) ** (np.arange(0, k, 2, dtype=np.float32) / np.float32(k))).astype(np.float32)
+    freq = (
+        1.0
+        / np.float32(config.rope_theta) ** (np.arange(0, k, 2, dtype=np.float32) / np.float32(k))
+    ).astype(np.float32)
     if (s := config.rope_scaling) is None:
         return freq
     wavelength = 2 * np.pi / freq
-    smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    # High frequencies stay (smooth >= 1), low ones are divided by the factor (smooth <= 0), the band between is interpolated.
+    smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
+        s.high_freq_factor - s.low_freq_factor
+    )
+    # High frequencies stay (smooth >= 1), low ones are divided by the factor (smooth <= 0), the
+    # band between is interpolated.
     smooth = np.clip(smooth, 0.0, 1.0)
     return ((1 - smooth) * freq / s.factor + smooth * freq).astype(np.float32)
 
 
 def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Array, Array]:
-    """cos and sin [B, T, 1, k/2] float32 of int32 positions [B, T] below `length`. Angles are float32 always: bfloat16 cannot tell position 257 from
-    256.
+    """cos and sin [B, T, 1, k/2] float32 of int32 positions [B, T] below `length`. Angles are
+    float32 always: bfloat16 cannot tell position 257 from 256.
 
-    Up to ROPE_ROWS positions they are looked up in a constant: XLA's CPU compiler would compute them again in every layer, twice.
+    Up to ROPE_ROWS positions they are looked up in a constant: XLA's CPU compiler would compute
+    them again in every layer, twice.
     """
     frequencies = rope_frequencies(config)
     if length <= ROPE_ROWS:
         table = np.arange(length, dtype=np.float32)[:, None, None] * frequencies
-        cos, sin = (jnp.take(jnp.asarray(of(table)), positions, axis=0, mode="clip") for of in (np.cos, np.sin))
+        cos, sin = (
+            jnp.take(jnp.asarray(of(table)), positions, axis=0, mode="clip")
+            for of in (np.cos, np.sin)
+        )
         return cos, sin
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None, None, :]
+    angles = (
+        positions[:, :, None, None].astype(jnp.float32)
+        * jnp.asarray(frequencies)[None, None, None, :]
+    )
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the first k dims of heads x [B, T, heads, k or more]; pairs are (i, i + k/2). Dims beyond k carry no position and pass through."""
+    """Turn the first k dims of heads x [B, T, heads, k or more]; pairs are (i, i + k/2). Dims
+    beyond k carry no position and pass through.
+    """
     half = cos.shape[-1]
-    first, second, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second, rest = (
+        x[..., :half].astype(jnp.float32),
+        x[..., half : 2 * half].astype(jnp.float32),
+        x[..., 2 * half :],
+    )
+    turned = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -11,7 +11,8 @@ from zflora_jax.ops.products import Array
 
 
 def tile(h: Array, out: int) -> Array:
-    """h R for FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j mod r = i: h [..., r] -> [..., out]. Orthonormal rows when r
-    divides out."""
+    """h R for FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j mod r = i: h [..., r] ->
+    [..., out]. Orthonormal rows when r divides out.
+    """
     rank = h.shape[-1]
     return jnp.take(h, np.arange(out) % rank, axis=-1) * math.sqrt(rank / out)

@@ -1,4 +1,6 @@
-"""Compiled programs, kept between processes: JAX's persistent compilation cache in a directory of a run."""
+"""Compiled programs, kept between processes: JAX's persistent compilation cache in a directory of a
+run.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,13 @@ KEPT_FROM_SECONDS = 0.2  # what compiles faster is not kept
 
 @contextmanager
 def compile_cache(directory: str | Path) -> Iterator[None]:
-    """What is compiled inside is kept in `directory` and taken from there the next time; a directory that is in use already stays in use.
+    """What is compiled inside is kept in `directory` and taken from there the next time; a
+    directory that is in use already stays in use.
 
-    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false switches it off. Entries are machine code that JAX runs: use
-    a directory of a stranger with JAX_ENABLE_COMPILATION_CACHE=false. An entry that cannot be read or written is warned of and compiled anew.
+    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false switches
+    it off. Entries are machine code that JAX runs: use a directory of a stranger with
+    JAX_ENABLE_COMPILATION_CACHE=false. An entry that cannot be read or written is warned of and
+    compiled anew.
     """
     config: Any = jax.config  # its values have no types
     if config.jax_compilation_cache_dir is not None:

@@ -6,7 +6,9 @@ import jax.extend.backend
 
 
 def widest_head() -> int:
-    """The widest head that cuDNN's attention takes in both passes on the process's default device; 0 where there is no such kernel."""
+    """The widest head that cuDNN's attention takes in both passes on the process's default device;
+    0 where there is no such kernel.
+    """
     backend = jax.extend.backend.get_backend()
     if "cuda" not in backend.platform_version:
         return 0

@@ -1,7 +1,9 @@
-"""Several processes as one run on JAX's own distributed runtime, and stopping one (or all of them) between two steps.
+"""Several processes as one run on JAX's own distributed runtime, and stopping one (or all of them)
+between two steps.
 
-Every process runs the same program on the same global arrays; process 0 alone writes logs, metrics and reports. A run that is asked to stop
-(SIGTERM, SIGINT) finishes its step, saves, and raises `Stopped`.
+Every process runs the same program on the same global arrays; process 0 alone writes logs, metrics
+and reports. A run that is asked to stop (SIGTERM, SIGINT) finishes its step, saves, and raises
+`Stopped`.
 """
 
 from __future__ import annotations
@@ -28,41 +30,69 @@ T = TypeVar("T")
 
 SHARED_WITHIN = 10.0  # seconds that a new file may take to be seen by every process
 
-ENVIRONMENT = {"coordinator": "ZFLORA_COORDINATOR", "num_processes": "ZFLORA_NUM_PROCESSES", "process_id": "ZFLORA_PROCESS_ID"}
+ENVIRONMENT = {
+    "coordinator": "ZFLORA_COORDINATOR",
+    "num_processes": "ZFLORA_NUM_PROCESSES",
+    "process_id": "ZFLORA_PROCESS_ID",
+}
 
 
 class Stopped(RuntimeError):
-    """A signal ended the run after a step; its state is saved, and the same command goes on from there."""
+    """A signal ended the run after a step; its state is saved, and the same command goes on from
+    there.
+    """
 
 
-def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, *, detect: bool = False) -> None:
-    """Join the processes of a run. To be called before anything touches a device; does nothing for a run of one process.
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    detect: bool = False,
+) -> None:
+    """Join the processes of a run. To be called before anything touches a device; does nothing for
+    a run of one process.
 
     Args:
-      coordinator: "host:port" of process 0, reachable from all. num_processes, process_id: how many there are, and which this is, from 0.
-        Each can come from the environment instead (`ENVIRONMENT`); given are all three, or none.
-      detect: let JAX find them itself: SLURM, Open MPI, Kubernetes (needs the package `kubernetes`), Cloud TPU.
+      coordinator: "host:port" of process 0, reachable from all. num_processes, process_id: how many
+        there are, and which this is, from 0. Each can come from the environment instead
+        (`ENVIRONMENT`); given are all three, or none.
+      detect: let JAX find them itself: SLURM, Open MPI, Kubernetes (needs the package
+        `kubernetes`), Cloud TPU.
 
     Raises:
-      ConfigError: some of the three without the others, values that cannot be, or a runtime that does not come up.
+      ConfigError: some of the three without the others, values that cannot be, or a runtime that
+        does not come up.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    values = {name: os.environ.get(ENVIRONMENT[name]) if value is None else value for name, value in given.items()}
+    values = {
+        name: os.environ.get(ENVIRONMENT[name]) if value is None else value
+        for name, value in given.items()
+    }
     missing = [name for name, value in values.items() if value in (None, "")]
     if len(missing) == 3:
         if detect:
             _initialize(None, None, None)
         return
     require(
-        not detect, "--distributed finds the processes by itself: leave out --coordinator, --num-processes and --process-id (and their variables)."
+        not detect,
+        "--distributed finds the processes by itself: leave out --coordinator, --num-processes and"
+        " --process-id (and their variables).",
     )
     options = ", ".join(f"--{name.replace('_', '-')} (or {ENVIRONMENT[name]})" for name in missing)
     require(not missing, f"a run of several processes needs {options} too.")
     count, number = (_whole(name, values[name]) for name in ("num_processes", "process_id"))
-    require(count >= 1 and 0 <= number < count, f"--process-id {number} of --num-processes {count}: processes are numbered from 0 to {count - 1}.")
+    require(
+        count >= 1 and 0 <= number < count,
+        f"--process-id {number} of --num-processes {count}: processes are numbered from 0 to"
+        f" {count - 1}.",
+    )
     address = str(values["coordinator"])
     host, _, port = address.rpartition(":")
-    require(bool(host) and port.isdigit(), f"--coordinator {address!r}: expected HOST:PORT of process 0, e.g. 10.0.0.1:1234.")
+    require(
+        bool(host) and port.isdigit(),
+        f"--coordinator {address!r}: expected HOST:PORT of process 0, e.g. 10.0.0.1:1234.",
+    )
     if count > 1:
         _initialize(address, count, number)
 
@@ -71,16 +101,29 @@ def _whole(name: str, value: object) -> int:
     try:
         return int(str(value))
     except ValueError:
-        raise ConfigError(f"--{name.replace('_', '-')} {value!r}: expected a whole number.") from None
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {value!r}: expected a whole number."
+        ) from None
 
 
 def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
-        where = f"with coordinator {coordinator}" if coordinator else "by detection (SLURM, Open MPI, Kubernetes, Cloud TPU)"
-        hint = "Check that process 0 runs and that its port can be reached." if coordinator else "Give --coordinator, --num-processes, --process-id."
-        raise ConfigError(f"JAX's distributed runtime did not start {where}: {first_line(error).rstrip('.')}. {hint}") from error
+        where = (
+            f"with coordinator {coordinator}"
+            if coordinator
+            else "by detection (SLURM, Open MPI, Kubernetes, Cloud TPU)"
+        )
+        hint = (
+            "Check that process 0 runs and that its port can be reached."
+            if coordinator
+            else "Give --coordinator, --num-processes, --process-id."
+        )
+        raise ConfigError(
+            f"JAX's distributed runtime did not start {where}: {first_line(error).rstrip('.')}."
+            f" {hint}"
+        ) from error
     if not is_main():
         logging.getLogger("zflora_jax").setLevel(logging.WARNING)
 
@@ -91,7 +134,9 @@ def is_main() -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """`action()` on process 0, None elsewhere. What it raises (ConfigError, OSError) ends all processes, not that one alone."""
+    """`action()` on process 0, None elsewhere. What it raises (ConfigError, OSError) ends all
+    processes, not that one alone.
+    """
     result, error = None, None
     try:
         result = action() if is_main() else None
@@ -117,15 +162,18 @@ def from_main(number: int) -> int:
 
 
 def require_shared(workdir: str | os.PathLike[str]) -> None:
-    """ConfigError in every process unless all of them read what process 0 writes into `workdir`; nothing where there is one.
+    """ConfigError in every process unless all of them read what process 0 writes into `workdir`;
+    nothing where there is one.
 
-    Without it, processes that each have a workdir of their own would wait for one another for ever at the first save.
+    Without it, processes that each have a workdir of their own would wait for one another for ever
+    at the first save.
     """
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
-    nonce = from_main(secrets.randbelow(2**31))  # no file of an earlier start can be taken for this one
+    # No file of an earlier start can be taken for this one.
+    nonce = from_main(secrets.randbelow(2**31))
     file = Path(workdir) / f".shared-{nonce:08x}"
     on_main(lambda: _write_nonce(file))
     try:
@@ -137,8 +185,10 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
                 file.unlink()
     require(
         not blind,
-        f"workdir {workdir} is not shared: of {jax.process_count()} processes, {', '.join(map(str, blind))} did not see within {SHARED_WITHIN:g} s "
-        "what process 0 wrote there. Give all processes one directory on a file system that all hosts mount (NFS, Lustre, a mounted bucket).",
+        f"workdir {workdir} is not shared: of {jax.process_count()} processes,"
+        f" {', '.join(map(str, blind))} did not see within {SHARED_WITHIN:g} s what process 0 wrote"
+        " there. Give all processes one directory on a file system that all hosts mount (NFS,"
+        " Lustre, a mounted bucket).",
     )
 
 
@@ -147,11 +197,16 @@ def _write_nonce(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(file.name, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write to workdir {file.parent}: {error.strerror}. Choose a directory that you may write to.") from None
+        raise ConfigError(
+            f"cannot write to workdir {file.parent}: {error.strerror}. Choose a directory that you"
+            " may write to."
+        ) from None
 
 
 def _appears(file: Path, seconds: float) -> bool:
-    """Whether `file` can be read with its content, looked for again and again: network file systems show new files late."""
+    """Whether `file` can be read with its content, looked for again and again: network file systems
+    show new files late.
+    """
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
@@ -163,7 +218,9 @@ def _appears(file: Path, seconds: float) -> bool:
 
 
 def leave(code: int) -> None:
-    """End this process at once if it is one of several: the others wait for it in a collective, and are ended by JAX when it is gone."""
+    """End this process at once if it is one of several: the others wait for it in a collective, and
+    are ended by JAX when it is gone.
+    """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -171,10 +228,12 @@ def leave(code: int) -> None:
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGINT ask for a stop instead of ending the process; a second one changes nothing.
+    """While it is entered, SIGTERM and SIGINT ask for a stop instead of ending the process; a
+    second one changes nothing.
 
-    Of several processes one signalled is enough: JAX's preemption service, which takes SIGTERM there, has all of them stop after the same step.
-    Outside the main thread, where Python has no signals, those count that the main thread catches meanwhile.
+    Of several processes one signalled is enough: JAX's preemption service, which takes SIGTERM
+    there, has all of them stop after the same step. Outside the main thread, where Python has no
+    signals, those count that the main thread catches meanwhile.
     """
 
     _of_main: StopSignals | None = None
@@ -185,26 +244,34 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; with several processes it must be called for every step, and is true in all of them at the same one."""
+        """Whether to stop after `step`; with several processes it must be called for every step,
+        and is true in all of them at the same one.
+        """
         if jax.process_count() == 1:
             return self._asked or (self._shared is not None and self._shared._asked)
         from jax.experimental import multihost_utils
 
-        # JAX counts calls: a signal that came before the first one asks for a stop at call 1, whatever step a resumed run is at by then.
+        # JAX counts calls: a signal that came before the first one asks for a stop at call 1,
+        # whatever step a resumed run is at by then.
         first, self._next = self._next, step + 1
-        return any([multihost_utils.reached_preemption_sync_point(n) for n in range(first, step + 1)])
+        return any(
+            [multihost_utils.reached_preemption_sync_point(n) for n in range(first, step + 1)]
+        )
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         # os.write: logging takes locks, which the interrupted code may hold.
-        os.write(2, f"{name}: {'already stopping' if self._asked else 'stopping after this step, then saving'}\n".encode())
+        doing = "already stopping" if self._asked else "stopping after this step, then saving"
+        os.write(2, f"{name}: {doing}\n".encode())
         self._asked = True
         if jax.process_count() > 1 and number == signal.SIGINT:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            caught = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+            caught = (
+                (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+            )
             self._before = {number: signal.signal(number, self._ask) for number in caught}
             self._shared, StopSignals._of_main = StopSignals._of_main, self
         else:

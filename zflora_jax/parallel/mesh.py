@@ -33,15 +33,17 @@ def mesh_if_there(config: MeshConfig) -> Mesh | None:
         return make_mesh(config)
     if need > 1:
         log.warning(
-            "a run of %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d) is loaded onto one: "
-            "here are only %d (set mesh.* to divide the model over them)",
+            "a run of %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d) is loaded onto one:"
+            " here are only %d (set mesh.* to divide the model over them)",
             *(need, config.data, config.fsdp, config.tensor, have),
         )
     return None
 
 
 def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
-    """The mesh of several devices that the arrays of `tree` are divided over; None on one device."""
+    """The mesh of several devices that the arrays of `tree` are divided over; None on one
+    device.
+    """
     leaf = next(iter(jax.tree.leaves(tree)), None)
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return None
@@ -90,12 +92,14 @@ def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",
 
 
 def require_local(tree: Mapping[str, Any], verb: str) -> None:
-    """ConfigError for arrays that are divided over several processes, none of which can `verb` alone."""
+    """ConfigError for arrays that are divided over several processes, none of which can `verb`
+    alone.
+    """
     local = all(
         leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
     )
     require(
         local,
-        f"this model is divided over {jax.process_count()} processes, which cannot {verb} together. "
-        "Start one process with as many devices as the model needs, and load it there.",
+        f"this model is divided over {jax.process_count()} processes, which cannot {verb} together."
+        " Start one process with as many devices as the model needs, and load it there.",
     )

@@ -1,9 +1,12 @@
-"""Sharding: one mesh of three axes, one table from parameter names to the axes of their dimensions, for base and adapters alike.
+"""Sharding: one mesh of three axes, one table from parameter names to the axes of their dimensions,
+for base and adapters alike.
 
-data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the base is stored in slices: the compiler gathers a
-layer's kernels where they are used, one layer at a time, because the rows are divided over the same axis (a constraint that asks for the gather
-would make the backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the vocabulary are divided, as in Megatron-LM
-(arXiv 1909.08053). Adapter blocks stay apart from their kernels while they are trained, so an adapter's width needs to divide nothing.
+data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the
+base is stored in slices: the compiler gathers a layer's kernels where they are used, one layer at a
+time, because the rows are divided over the same axis (a constraint that asks for the gather would
+make the backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the
+vocabulary are divided, as in Megatron-LM (arXiv 1909.08053). Adapter blocks stay apart from their
+kernels while they are trained, so an adapter's width needs to divide nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ BATCH = ("data", "fsdp")  # what the rows of a batch are divided over
 
 VOCABULARY = {("embed/embedding", 0), ("lm_head/kernel", 1)}  # leaf, dimension
 
-# Name of a leaf, without its layer -> the mesh axis of each dimension. The first match counts; every leaf must have one.
+# Name of a leaf, without its layer -> the mesh axis of each dimension. The first match counts;
+# every leaf must have one.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(.*/)?scale", (None,)),
     (r"embed/embedding", ("tensor", "fsdp")),
@@ -55,34 +59,51 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over the first data * fsdp * tensor of `devices` (None: all that there are, and in the log how many stay idle). ConfigError if there
-    are fewer."""
-    need, have = config.data * config.fsdp * config.tensor, jax.devices() if devices is None else list(devices)
+    """The mesh over the first data * fsdp * tensor of `devices` (None: all that there are, and in
+    the log how many stay idle). ConfigError if there are fewer.
+    """
+    need, have = (
+        config.data * config.fsdp * config.tensor,
+        (jax.devices() if devices is None else list(devices)),
+    )
     require(
         need <= len(have),
-        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs {need} devices; there are {len(have)}. "
-        "Lower one of them, or start on more devices.",
+        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs"
+        f" {need} devices; there are {len(have)}. Lower one of them, or start on more devices.",
     )
     require(
         need == len(have) or jax.process_count() == 1,
-        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is {need} devices of {len(have)} in "
-        f"{jax.process_count()} processes: a run of several processes uses all of them. Raise mesh.data or mesh.fsdp.",
+        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is {need}"
+        f" devices of {len(have)} in {jax.process_count()} processes: a run of several processes"
+        " uses all of them. Raise mesh.data or mesh.fsdp.",
     )
     if devices is None and need < len(have):
         times = len(have) // need
         more = f"mesh.data={config.data * times} or mesh.fsdp={config.fsdp * times}"
         advice = f"set {more} to use {'them' if times * need == len(have) else 'most of them'}"
-        _warn(f"the mesh uses {need} of {len(have)} devices, {len(have) - need} stay idle" + (f": {advice}" if times > 1 else ""))
-    return Mesh(np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+        _warn(
+            f"the mesh uses {need} of {len(have)} devices, {len(have) - need} stay idle"
+            + (f": {advice}" if times > 1 else "")
+        )
+    return Mesh(
+        np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor),
+        AXES,
+        axis_types=(AxisType.Auto,) * 3,
+    )
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
-    """The mesh axis of each dimension of the leaf `name` ("layers/attn/q/kernel": ("fsdp", "tensor", None)), without the stacked layer axis."""
+    """The mesh axis of each dimension of the leaf `name` ("layers/attn/q/kernel": ("fsdp",
+    "tensor", None)), without the stacked layer axis.
+    """
     bare = re.sub(r"^layers(_\d+)?/", "", name)
     try:
         return trees.first_match(RULES, bare)
     except KeyError:
-        raise ConfigError(f"no sharding rule covers the parameter {name!r}: add one to RULES in zflora_jax/parallel/sharding.py.") from None
+        raise ConfigError(
+            f"no sharding rule covers the parameter {name!r}: add one to RULES in"
+            " zflora_jax/parallel/sharding.py."
+        ) from None
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -> P:
@@ -132,9 +153,10 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
             parts[to] = (*parts[to], axis)
         else:
             _warn(  # once for all layers
-                f"mesh.{axis}={count} divides no dimension of {re.sub('^layers(_[0-9]+)?/', '', name)}, "
-                f"shape {shape[first:]}: every device along {axis} holds it whole. Train with an adapter that widens the stream of "
-                f"{shape[at]} by {-shape[at] % count} more (rank, head_rank or mlp_rank)."
+                f"mesh.{axis}={count} divides no dimension of"
+                f" {re.sub('^layers(_[0-9]+)?/', '', name)}, shape {shape[first:]}: every device"
+                f" along {axis} holds it whole. Train with an adapter that widens the stream of"
+                f" {shape[at]} by {-shape[at] % count} more (rank, head_rank or mlp_rank)."
             )
     return P(*(part[0] if len(part) == 1 else part or None for part in parts))
 
@@ -145,7 +167,9 @@ def _warn(text: str) -> None:
     log.warning("%s", text)
 
 
-def placement(mesh: Mesh, name: str, shape: tuple[int, ...], *, fused: bool = False) -> NamedSharding:
+def placement(
+    mesh: Mesh, name: str, shape: tuple[int, ...], *, fused: bool = False
+) -> NamedSharding:
     """Where the leaf of that name and shape lies on `mesh`; see `spec`."""
     return NamedSharding(mesh, spec(name, shape, mesh, fused=fused))
 
@@ -185,7 +209,8 @@ def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
 def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
     """`tree` on the devices of `mesh`, divided as `spec` says.
 
-    Where they belong to several processes, each must have the whole tree, or have loaded it on this mesh.
+    Where they belong to several processes, each must have the whole tree, or have loaded it on this
+    mesh.
     """
 
     def place(leaf: Any, where: NamedSharding) -> jax.Array:
@@ -198,11 +223,15 @@ def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Shardings for a TrainState of arrays or ShapeDtypeStructs: adapters and their optimizer moments by the rules, scalars on all devices."""
+    """Shardings for a TrainState of arrays or ShapeDtypeStructs: adapters and their optimizer
+    moments by the rules, scalars on all devices.
+    """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return NamedSharding(mesh, spec("/".join(names), tuple(leaf.shape), mesh) if leaf.shape else P())
+        return NamedSharding(
+            mesh, spec("/".join(names), tuple(leaf.shape), mesh) if leaf.shape else P()
+        )
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -215,16 +244,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def own_rows(rows: int, mesh: Mesh) -> list[int]:
     """Which of the `rows` rows of a batch lie on this process's devices."""
     held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    return sorted({row for index in held if index is not None for row in range(*index[0].indices(rows))})
+    return sorted(
+        {row for index in held if index is not None for row in range(*index[0].indices(rows))}
+    )
 
 
 def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of `rows` rows on `mesh`, of which `batch` holds those that `own_rows` names, in that order."""
+    """A batch of `rows` rows on `mesh`, of which `batch` holds those that `own_rows` names, in that
+    order.
+    """
     at = {row: position for position, row in enumerate(own_rows(rows, mesh))}
 
     def put(own: np.ndarray) -> jax.Array:
         def held(index: tuple[slice, ...] | None) -> np.ndarray:
-            return own if index is None else own[[at[row] for row in range(*index[0].indices(rows))]]
+            return (
+                own if index is None else own[[at[row] for row in range(*index[0].indices(rows))]]
+            )
 
         return jax.make_array_from_callback((rows, *own.shape[1:]), batch_sharding(mesh), held)
 
@@ -238,7 +273,8 @@ def batch_shards() -> int:
 
 
 def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
-    """In a compiled function, the leaf `name` divided as `spec` says but over fsdp; as it is without a mesh.
+    """In a compiled function, the leaf `name` divided as `spec` says but over fsdp; as it is
+    without a mesh.
 
     For what a loop reads in every turn: XLA gathers a slice where it is used, so in each of them.
     """
@@ -266,7 +302,9 @@ def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
 
 
 def divide_rows(x: jax.Array) -> jax.Array:
-    """`x` [B, ...] with its rows over data and fsdp and nothing else divided; as it is without a mesh."""
+    """`x` [B, ...] with its rows over data and fsdp and nothing else divided; as it is without a
+    mesh.
+    """
     return divide(x, BATCH)
 
 
@@ -286,7 +324,11 @@ def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
         return x
 
     def count(axis: str | tuple[str, ...] | None) -> int:
-        return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+        return math.prod(
+            mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ())
+        )
 
-    fits = (axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False))
+    fits = (
+        axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False)
+    )
     return jax.lax.with_sharding_constraint(x, P(*fits))

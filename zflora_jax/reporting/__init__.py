@@ -1,4 +1,5 @@
-"""What a run or a measurement leaves behind: files written whole, provenance, tables, metrics, plots.
+"""What a run or a measurement leaves behind: files written whole, provenance, tables, metrics,
+plots.
 
 No model and no data: values come in as plain dicts.
 """

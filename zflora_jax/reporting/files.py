@@ -13,7 +13,8 @@ from typing import Any
 
 from zflora_jax.core.fields import require
 
-_SCHEME = re.compile(r"[A-Za-z][\w+.-]+:/")  # gs://bucket/run, and gs:/bucket/run, which a Path makes of it; not a drive letter
+# gs://bucket/run, and gs:/bucket/run, which a Path makes of it; not a drive letter.
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]+:/")
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
@@ -29,14 +30,16 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
     scheme = _SCHEME.match(os.fspath(path))
     require(
         scheme is None,
-        f"{name} {os.fspath(path)} is a URL: object storage is not supported yet. Give a directory of a file system that is mounted here, "
-        "and copy it afterwards.",
+        f"{name} {os.fspath(path)} is a URL: object storage is not supported yet. Give a directory"
+        " of a file system that is mounted here, and copy it afterwards.",
     )
     return Path(path)
 
 
 def plain(value: Any) -> Any:
-    """`value` as what JSON can hold: numpy and jax scalars as numbers, tuples as lists, paths as text, non-finite numbers as null."""
+    """`value` as what JSON can hold: numpy and jax scalars as numbers, tuples as lists, paths as
+    text, non-finite numbers as null.
+    """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -50,11 +53,16 @@ def plain(value: Any) -> Any:
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     """Write `values` (see `plain`) as indented JSON, whole or not at all."""
-    atomic_write(path, (json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    atomic_write(
+        path,
+        (json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+    )
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and never a part. Makes the directory."""
+    """Write a file so that a reader, or a crash, sees the old content or the new one and never a
+    part. Makes the directory.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,7 +1,8 @@
 """Metrics of a run: metrics.jsonl, what shows them (see `trackers`) and a progress bar.
 
-One line of metrics.jsonl is one record, {"step": 10, "split": "train", "loss": 1.25, ...}. A step is counted when it is complete: the record of step
-10 describes what ten updates have led to, and a run restored from the checkpoint of step 10 writes step 11 next.
+One line of metrics.jsonl is one record, {"step": 10, "split": "train", "loss": 1.25, ...}. A step
+is counted when it is complete: the record of step 10 describes what ten updates have led to, and a
+run restored from the checkpoint of step 10 writes step 11 next.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ class MetricWriter:
       workdir: the run's directory, made if missing.
       total_steps: where the progress bar ends.
       console: whether to show progress; a bar on a terminal, a line every few seconds elsewhere.
-      start_step: the step restored from a checkpoint. What a killed run wrote about later steps is dropped, since it is about to be computed
-        again; 0 starts the files anew.
-      report_to: "tensorboard", "wandb", "trackio". config: the settings that the latter two show beside the numbers.
+      start_step: the step restored from a checkpoint. What a killed run wrote about later steps is
+        dropped, since it is about to be computed again; 0 starts the files anew.
+      report_to: "tensorboard", "wandb", "trackio". config: the settings that the latter two show
+        beside the numbers.
     """
 
     def __init__(
@@ -47,24 +49,39 @@ class MetricWriter:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_FILE
-        kept = [r for r in (_parse(path) if path.exists() else []) if start_step > 0 and r["step"] <= start_step]
+        kept = [
+            r
+            for r in (_parse(path) if path.exists() else [])
+            if start_step > 0 and r["step"] <= start_step
+        ]
         atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self._trackers = make_trackers(report_to, workdir, start_step, config or {})  # before the file is open: they may refuse
+        # Before the file is open: they may refuse.
+        self._trackers = make_trackers(report_to, workdir, start_step, config or {})
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._progress = _make_progress(total_steps, start_step) if console else None
         self._closed = False
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Append one record: `values` are numbers by name (scalars of numpy or jax too). Non-finite numbers become null in the file."""
+        """Append one record: `values` are numbers by name (scalars of numpy or jax too). Non-finite
+        numbers become null in the file.
+        """
         clash = {"step", "split"} & set(values)
         if clash:
-            raise ValueError(f"metric names {sorted(clash)} are taken by the record itself; rename them.")
+            raise ValueError(
+                f"metric names {sorted(clash)} are taken by the record itself; rename them."
+            )
         numbers = {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
         self._file.flush()
-        self._show(lambda tracker: tracker.write(int(step), {f"{split}/{name}": value for name, value in numbers.items()}))
+        self._show(
+            lambda tracker: tracker.write(
+                int(step), {f"{split}/{name}": value for name, value in numbers.items()}
+            )
+        )
 
-    def progress(self, step: int, loss: float | None = None, tokens_per_s: float | None = None) -> None:
+    def progress(
+        self, step: int, loss: float | None = None, tokens_per_s: float | None = None
+    ) -> None:
         """Show that `step` steps are complete."""
         if self._progress is not None:
             self._progress.update(step, loss, tokens_per_s)
@@ -80,45 +97,64 @@ class MetricWriter:
         self._show(lambda tracker: tracker.close())
 
     def _show(self, call: Callable[[Tracker], None]) -> None:
-        """`call` of every tracker. One that fails is left out from then on: a full disk or a lost connection there must not end the training."""
+        """`call` of every tracker. One that fails is left out from then on: a full disk or a lost
+        connection there must not end the training.
+        """
         for tracker in tuple(self._trackers):
             try:
                 call(tracker)
             except Exception as error:
-                log.warning("%s failed and shows no more of this run: %s", type(tracker).__name__, error)
+                log.warning(
+                    "%s failed and shows no more of this run: %s", type(tracker).__name__, error
+                )
                 self._trackers.remove(tracker)
 
     def __enter__(self) -> MetricWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in file order; of several with the same step and split the last one counts."""
+    """The records of a metrics.jsonl in file order; of several with the same step and split the
+    last one counts.
+    """
     latest = {(r["step"], r["split"]): r for r in _parse(Path(path))}
     return list(latest.values())
 
 
 def _parse(path: Path) -> list[dict[str, Any]]:
-    """All records. A broken last line is a killed run's and is left out; a broken line elsewhere is damage and raises."""
+    """All records. A broken last line is a killed run's and is left out; a broken line elsewhere is
+    damage and raises.
+    """
     records = []
     lines = lines_of(path.read_text(encoding="utf-8", errors="replace"))
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not (isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("split"), str)):
+            if not (
+                isinstance(record, dict)
+                and isinstance(record.get("step"), int)
+                and isinstance(record.get("split"), str)
+            ):
                 raise ValueError("no step or no split")
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not a metrics record ({error}). Repair or delete the line.") from error
+            raise ValueError(
+                f"{path}, line {number}: not a metrics record ({error}). Repair or delete the line."
+            ) from error
         records.append(record)
     return records
 
 
-# --- progress -----------------------------------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------
 
 
 def _make_progress(total: int, start: int) -> _Bar | _Lines:
@@ -128,7 +164,9 @@ def _make_progress(total: int, start: int) -> _Bar | _Lines:
 
 
 def _describe(loss: float | None, tokens_per_s: float | None) -> str:
-    parts = ([] if loss is None else [f"loss {loss:.4f}"]) + ([] if tokens_per_s is None else [f"{tokens_per_s:,.0f} tokens/s"])
+    parts = ([] if loss is None else [f"loss {loss:.4f}"]) + (
+        [] if tokens_per_s is None else [f"{tokens_per_s:,.0f} tokens/s"]
+    )
     return "  ".join(parts)
 
 
@@ -136,9 +174,23 @@ class _Bar:
     """A live bar: steps, loss, tokens/s, elapsed and remaining time."""
 
     def __init__(self, total: int, start: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[info]}"), TimeElapsedColumn(), TextColumn("ETA"))
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[info]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+        )
         self._rich = Progress(*columns, TimeRemainingColumn())
         self._task = self._rich.add_task("", total=total, completed=start, info="")
         self._rich.start()
@@ -151,7 +203,9 @@ class _Bar:
 
 
 class _Lines:
-    """The same for logs and pipes: a line at most every `every` seconds, and one for the last step."""
+    """The same for logs and pipes: a line at most every `every` seconds, and one for the last
+    step.
+    """
 
     def __init__(self, total: int, start: int, every: float = 10.0) -> None:
         self._total, self._every = total, every
@@ -161,7 +215,11 @@ class _Lines:
     def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
         now = time.monotonic()
         if self._first is None:
-            self._first = (step, now)  # speed is measured from here on: the steps before it include compilation
+            # Speed is measured from here on: the steps before it include compilation.
+            self._first = (
+                step,
+                now,
+            )
         if step < self._total and now - self._printed < self._every:
             return
         self._printed = now

@@ -1,5 +1,6 @@
-"""Figures, drawn without a display and without pyplot's global state, each written as <out>.png and <out>.svg. matplotlib is imported when a figure
-is drawn."""
+"""Figures, drawn without a display and without pyplot's global state, each written as <out>.png and
+<out>.svg. matplotlib is imported when a figure is drawn.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +28,22 @@ PANELS = (
 
 
 def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str) -> None:
-    """Loss, learning rate, tokens/s and gradient norm over steps, of one run or several over each other.
+    """Loss, learning rate, tokens/s and gradient norm over steps, of one run or several over each
+    other.
 
-    runs: label -> its metrics.jsonl. Training is a line, every other split's loss points of the same colour.
+    runs: label -> its metrics.jsonl. Training is a line, every other split's loss points of the
+    same colour.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     # Ten colours that are easy to tell apart; of more runs as many as there are, along a scale.
-    colours: list[Any] = [f"C{i}" for i in range(10)] if len(runs) <= 10 else [colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
+    colours: list[Any] = (
+        [f"C{i}" for i in range(10)]
+        if len(runs) <= 10
+        else [colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
+    )
     figure = Figure(figsize=(11.0, 7.4), layout="constrained")
     figure.suptitle(title)
     drawn = False
@@ -47,9 +54,15 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
             for row in rows:
                 if row.get(key) is not None:  # null: a number that was not finite
                     splits.setdefault(row["split"], {})[row["step"]] = row[key]
-            for split, values in sorted(splits.items(), key=lambda item: (item[0] != "train", item[0])):
+            for split, values in sorted(
+                splits.items(), key=lambda item: (item[0] != "train", item[0])
+            ):
                 steps, heights = zip(*sorted(values.items()), strict=True)
-                style = {"linewidth": 1.3} if split == "train" else {"linestyle": ":", "marker": "o", "markersize": 5}
+                style = (
+                    {"linewidth": 1.3}
+                    if split == "train"
+                    else {"linestyle": ":", "marker": "o", "markersize": 5}
+                )
                 last = f" ({split}, last {heights[-1]:.4g})" if key == "loss" else ""
                 axes.plot(steps, heights, color=colours[colour], label=f"{name}{last}", **style)  # type: ignore[arg-type]
                 drawn = True
@@ -60,26 +73,49 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
         if logarithmic and axes.lines:
             axes.set_yscale("log")
         if axes.lines and key == "loss" and len(records) <= IN_PANEL:
-            axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # a long label may overlap the curves, not squeeze them
+            # A long label may overlap the curves, not squeeze them.
+            axes.legend(frameon=False, fontsize=8).set_in_layout(False)
     if len(records) > IN_PANEL:
-        runs_of = [Line2D([], [], color=colour, label=name) for name, colour in zip(records, colours, strict=False)]
+        runs_of = [
+            Line2D([], [], color=colour, label=name)
+            for name, colour in zip(records, colours, strict=False)
+        ]
         figure.set_figheight(7.4 + 0.2 * -(-len(records) // 2))
-        figure.legend(handles=runs_of, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+        figure.legend(
+            handles=runs_of, loc="outside lower center", ncols=2, frameon=False, fontsize=7
+        )
     if not drawn:
         raise ValueError(f"{', '.join(map(str, runs.values()))}: no numbers to draw.")
     _save(figure, out)
 
 
-def bars(values: Mapping[str, float], out: str | Path, title: str, *, spread: Mapping[str, float] | None = None, label: str = "") -> None:
-    """Draw one horizontal bar per named value, first on top, with its number; `spread` adds +- whiskers to the names it holds."""
+def bars(
+    values: Mapping[str, float],
+    out: str | Path,
+    title: str,
+    *,
+    spread: Mapping[str, float] | None = None,
+    label: str = "",
+) -> None:
+    """Draw one horizontal bar per named value, first on top, with its number; `spread` adds +-
+    whiskers to the names it holds.
+    """
     if not values:
         raise ValueError(f"no values to draw for {title!r}.")
     spread = dict(spread or {})
     unknown = spread.keys() - values.keys()
     if unknown:
-        raise ValueError(f"spread names {sorted(unknown)} have no value; values are given for {sorted(values)}.")
+        raise ValueError(
+            f"spread names {sorted(unknown)} have no value; values are given for {sorted(values)}."
+        )
     figure, axes = _figure(title, height=1.4 + 0.4 * len(values))
-    axes.barh(list(values), list(values.values()), xerr=[spread.get(name, 0.0) for name in values], height=0.6, capsize=3)
+    axes.barh(
+        list(values),
+        list(values.values()),
+        xerr=[spread.get(name, 0.0) for name in values],
+        height=0.6,
+        capsize=3,
+    )
     axes.invert_yaxis()
     for row, (name, value) in enumerate(values.items()):
         text = f"{value:.4g}" + (f" ± {spread[name]:.2g}" if name in spread else "")
@@ -99,7 +135,9 @@ def grouped_bars(
     label: str = "",
     intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> None:
-    """Draw values[series][group] as groups of vertical bars, one colour per series, a number on each; intervals[series][group]: its (low, high)."""
+    """Draw values[series][group] as groups of vertical bars, one colour per series, a number on
+    each; intervals[series][group]: its (low, high).
+    """
     groups = list(dict.fromkeys(group for series in values.values() for group in series))
     if not groups:
         raise ValueError(f"no values to draw for {title!r}.")
@@ -112,7 +150,14 @@ def grouped_bars(
         for place, (group, height) in zip(places, heights.items(), strict=True):
             if intervals is not None:
                 low, high = intervals[series][group]
-                axes.errorbar(place, height, [[max(height - low, 0.0)], [max(high - height, 0.0)]], color="black", linewidth=0.6, capsize=1)
+                axes.errorbar(
+                    place,
+                    height,
+                    [[max(height - low, 0.0)], [max(high - height, 0.0)]],
+                    color="black",
+                    linewidth=0.6,
+                    capsize=1,
+                )
         axes.bar_label(drawn, fmt="%.0f", fontsize=6)
     axes.set_xticks(range(len(groups)), groups)
     if len(groups) * max(map(len, groups)) > 60:  # side by side they would run into each other
@@ -124,13 +169,21 @@ def grouped_bars(
     _save(figure, out)
 
 
-def curves(series: Mapping[str, Mapping[float, float]], out: str | Path, title: str, *, x: str, y: str) -> None:
+def curves(
+    series: Mapping[str, Mapping[float, float]], out: str | Path, title: str, *, x: str, y: str
+) -> None:
     """Draw series[name][x] as one line with markers per name."""
     if not any(series.values()):
         raise ValueError(f"no values to draw for {title!r}.")
     figure, axes = _figure(title)
     for name, points in series.items():
-        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, linewidth=1.3, label=name)
+        axes.plot(
+            *zip(*sorted(points.items()), strict=True),
+            marker="o",
+            markersize=4,
+            linewidth=1.3,
+            label=name,
+        )
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend(frameon=False, fontsize=8)
@@ -156,5 +209,6 @@ def _save(figure: Figure, out: str | Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zflora_jax"}):
         for kind, metadata in (("png", {}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)  # a Figure made without pyplot draws without a display
+            # A Figure made without pyplot draws without a display.
+            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
             atomic_write(f"{out}.{kind}", buffer.getvalue())

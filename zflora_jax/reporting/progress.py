@@ -8,12 +8,27 @@ from typing import Any
 
 @contextmanager
 def progress_bar(total: int, description: str, console: bool) -> Any:
-    """A rich bar on stderr; yields advance(n). Without a terminal, or with console=False, nothing is drawn."""
+    """A rich bar on stderr; yields advance(n). Without a terminal, or with console=False, nothing
+    is drawn.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     screen = Console(stderr=True)
-    with Progress(*columns, console=screen, disable=not (console and screen.is_terminal), transient=True) as progress:
+    with Progress(
+        *columns, console=screen, disable=not (console and screen.is_terminal), transient=True
+    ) as progress:
         task = progress.add_task(description, total=total)
         yield lambda n: progress.advance(task, n)

@@ -1,6 +1,7 @@
 """Result files: where a number came from, JSON written whole or not at all, Markdown tables.
 
-Nothing written here holds an absolute path or a host name, so that results can be published as they are.
+Nothing written here holds an absolute path or a host name, so that results can be published as they
+are.
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# What decides a result. Other files (notes, results being written right now) do not make a commit "dirty".
-_CODE = ("zflora_jax", "configs", "benchmarks", "train.py", "eval.py", "pyproject.toml", "constraints.txt")
+# What decides a result. Other files (notes, results being written right now) do not make a commit
+# "dirty".
+_CODE = (
+    "zflora_jax",
+    "configs",
+    "benchmarks",
+    "train.py",
+    "eval.py",
+    "pyproject.toml",
+    "constraints.txt",
+)
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])/[^\s,=:'\"]+")  # not the slashes of a/b, ./a, ~/a or a URL
 
 
 def environment() -> dict[str, Any]:
-    """The command, code, software and device behind a result, JSON-ready. Imports jax and starts its backend."""
+    """The command, code, software and device behind a result, JSON-ready. Imports jax and starts
+    its backend.
+    """
     import jax
 
     commit, dirty = _git_state(Path(__file__).resolve().parents[2])
@@ -46,17 +58,24 @@ def environment() -> dict[str, Any]:
 def origin_line(env: Mapping[str, Any]) -> str:
     """The last line of a page: what `environment` said, as a sentence."""
     commit = f"{env['commit'] or 'unknown'}{' with local changes' if env['dirty'] else ''}"
-    return f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; jax {env['jax']}; {env['date']}."
+    return (
+        f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; jax"
+        f" {env['jax']}; {env['date']}."
+    )
 
 
 def device_line(env: Mapping[str, Any]) -> str:
-    """The device of `environment` and the CPUs beside it: "cpu, 2 CPUs (AMD EPYC, family 25, model 17)"."""
+    """The device of `environment` and the CPUs beside it: "cpu, 2 CPUs (AMD EPYC, family 25, model
+    17)".
+    """
     cpu = f" ({env['cpu']})" if env.get("cpu") else ""  # results of before it was recorded lack it
     return f"{env['device']}, {env['cpu_count']} CPUs{cpu}"
 
 
 def command_line() -> str:
-    """How this process was started, as one would type it, absolute paths shortened (see `relative_paths`)."""
+    """How this process was started, as one would type it, absolute paths shortened (see
+    `relative_paths`).
+    """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None:  # python -m name
         head = f"python -m {spec.name.removesuffix('.__main__')}"
@@ -68,7 +87,9 @@ def command_line() -> str:
 
 
 def relative_paths(text: str) -> str:
-    """`text` with absolute paths made relative to the working directory, or cut to their last part where they lie outside it."""
+    """`text` with absolute paths made relative to the working directory, or cut to their last part
+    where they lie outside it.
+    """
     here = Path.cwd()
 
     def shorten(match: re.Match[str]) -> str:
@@ -79,16 +100,23 @@ def relative_paths(text: str) -> str:
 
 
 def _git_state(root: Path) -> tuple[str | None, bool | None]:
-    """(commit, uncommitted changes to the code) of the checkout at `root`; (None, None) for an installed copy or without git."""
+    """(commit, uncommitted changes to the code) of the checkout at `root`; (None, None) for an
+    installed copy or without git.
+    """
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run(
+            ["git", "-C", str(root), *args], check=True, capture_output=True, text=True, timeout=30
+        ).stdout
 
     try:
-        # An installed copy can lie in a virtual environment inside somebody else's repository: that one's commit says nothing.
+        # An installed copy can lie in a virtual environment inside somebody else's repository: that
+        # one's commit says nothing.
         if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != root:
             return None, None
-        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--", *_CODE).strip())
+        return git("rev-parse", "HEAD").strip(), bool(
+            git("status", "--porcelain", "--", *_CODE).strip()
+        )
     except (OSError, subprocess.SubprocessError):
         return None, None
 
@@ -99,11 +127,17 @@ def _cpu_count() -> int:
 
 
 def _cpu_model() -> str | None:
-    """The CPU's name, on Linux with its family and model where it says them: virtual machines call several generations just "AMD EPYC"."""
+    """The CPU's name, on Linux with its family and model where it says them: virtual machines call
+    several generations just "AMD EPYC".
+    """
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor() or None
     text = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
-    parts = [f"{short}{found[name]}" for name, short in (("model name", ""), ("cpu family", "family "), ("model", "model ")) if name in found]
+    parts = [
+        f"{short}{found[name]}"
+        for name, short in (("model name", ""), ("cpu family", "family "), ("model", "model "))
+        if name in found
+    ]
     return ", ".join(parts) or platform.machine() or None

@@ -8,10 +8,14 @@ from typing import Any
 from zflora_jax.reporting.files import plain
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
-    """A Markdown table of `rows`. `columns`: the keys to show in order, or key -> heading. Missing values show as "-"; number columns align right.
+def markdown_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
+) -> str:
+    """A Markdown table of `rows`. `columns`: the keys to show in order, or key -> heading. Missing
+    values show as "-"; number columns align right.
 
-    >>> print(markdown_table([{"method": "lora", "params": 4884480, "loss": 0.32891}], ["method", "params", "loss"]))
+    >>> rows = [{"method": "lora", "params": 4884480, "loss": 0.32891}]
+    >>> print(markdown_table(rows, ["method", "params", "loss"]))
     | method | params | loss |
     |---|---:|---:|
     | lora | 4,884,480 | 0.3289 |
@@ -25,7 +29,9 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | M
     right = [bool(cells) and all(is_number(row[i]) for row in cells) for i in range(len(headings))]
     lines = [[_cell(h) for h in headings.values()], *([_cell(v) for v in row] for row in cells)]
     text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "|".join("---:" if r else "---" for r in right) + "|", *text[1:]])
+    return "\n".join(
+        [text[0], "|" + "|".join("---:" if r else "---" for r in right) + "|", *text[1:]]
+    )
 
 
 def _cell(value: Any) -> str:

@@ -1,9 +1,10 @@
-"""A run's directory: its config, and orbax checkpoints of adapters, optimizer, step and data position.
+"""A run's directory: its config, and orbax checkpoints of adapters, optimizer, step and data
+position.
 
-Layout: config.json (the RunConfig, written before the first step), checkpoints/<step>/ (orbax; one item "state", one item "meta"). The frozen base
-is not
-saved; its fingerprint is. Resume order: config.json must agree, then the base's fingerprint, then the newest checkpoint's state replaces the fresh
-one.
+Layout: config.json (the RunConfig, written before the first step), checkpoints/<step>/ (orbax; one
+item "state", one item "meta"). The frozen base is not saved; its fingerprint is. Resume order:
+config.json must agree, then the base's fingerprint, then the newest checkpoint's state replaces the
+fresh one.
 """
 
 from __future__ import annotations
@@ -35,10 +36,21 @@ from zflora_jax.training.trainer import TrainState
 
 log = logging.getLogger(__name__)
 
-# Settings that change what is logged, kept or evaluated but no number of the training itself: a resumed run may change them.
-FREE = ("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every", "train/keep", "train/keep_best", "train/report_to")
+# Settings that change what is logged, kept or evaluated but no number of the training itself: a
+# resumed run may change them.
+FREE = (
+    "eval",
+    "mesh",
+    "train/log_every",
+    "train/eval_every",
+    "train/save_every",
+    "train/keep",
+    "train/keep_best",
+    "train/report_to",
+)
 
-# Settings that change rounding, memory or speed alone: a resumed run may change them too, which is logged.
+# Settings that change rounding, memory or speed alone: a resumed run may change them too, which is
+# logged.
 ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/accumulate")
 
 
@@ -46,13 +58,20 @@ def read_config(workdir: str | Path) -> RunConfig:
     """The RunConfig of a run. ConfigError if `workdir` holds none."""
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run, or --model for a model directory.")
+        raise ConfigError(
+            f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run,"
+            " or --model for a model directory."
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in another directory.") from None
+        raise ConfigError(
+            f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in"
+            " another directory."
+        ) from None
     run = from_file(RunConfig, values)
-    day = run.data.date or first_day(workdir)  # a run that is older than the setting was told the day of its start
+    # A run that is older than the setting was told the day of its start.
+    day = run.data.date or first_day(workdir)
     return dated(run, day) if day else run
 
 
@@ -69,12 +88,15 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     its numbers were computed with.
 
     Raises:
-      ConfigError: `run` changes what the run there cannot go on with, every such setting named, or asks for fewer steps
-        than are finished.
+      ConfigError: `run` changes what the run there cannot go on with, every such setting named, or
+        asks for fewer steps than are finished.
     """
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
-        unclear = f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to. Use another --workdir."
+        unclear = (
+            f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to."
+            " Use another --workdir."
+        )
         require(not (workdir / "checkpoints").exists(), unclear)
         return dated(run), {}
     there = read_config(workdir)
@@ -83,7 +105,11 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
         run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
     both = (_explicit(dated(there, run.data.date)), _explicit(run))
     old, new = (flatten(to_dict(config)) for config in both)
-    changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+    changed = {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    }
     finished = _finished_steps(workdir)
     if not finished:  # nothing was trained with the settings that are there
         return run, {key.replace("/", "."): values for key, values in changed.items()}
@@ -92,13 +118,20 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     if run.adapter.dropout and "data/accumulate" in changed:
         refused.append("data/accumulate")  # what drops out is drawn for each micro-batch
     if refused:
-        rows = [f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now" for key in refused]
+        rows = [
+            f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
+            for key in refused
+        ]
         rows += [f"  ({finished} steps are finished there)"] if "train/steps" in refused else []
         advice = "Use another --workdir, or the same settings to resume it."
         raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
-    if run.train.steps <= finished:  # nothing is left to train: it was trained as the settings there say
+    if (
+        run.train.steps <= finished
+    ):  # nothing is left to train: it was trained as the settings there say
         changed = {key: values for key, values in changed.items() if key not in ROUNDING}
-        train = {name: getattr(there.train, name) for name in ("remat", "loss_chunk", "matmul_precision")}
+        train = {
+            name: getattr(there.train, name) for name in ("remat", "loss_chunk", "matmul_precision")
+        }
         run = replace(run, train=replace(run.train, **train))
         run = replace(run, data=replace(run.data, accumulate=there.data.accumulate))
     return run, {key.replace("/", "."): values for key, values in changed.items()}
@@ -115,25 +148,35 @@ def _finished_steps(workdir: Path) -> int:
 
 
 def change_notes(changed: Changes, run: RunConfig) -> list[str]:
-    """What the settings that a resumed run changes mean for its numbers, in words; nothing of those that mean nothing."""
+    """What the settings that a resumed run changes mean for its numbers, in words; nothing of those
+    that mean nothing.
+    """
     notes = [
-        f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change, nothing else does."
+        f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change,"
+        " nothing else does."
         for key, (old, new) in changed.items()
         if key.replace(".", "/") in ROUNDING
     ]
     if "train.steps" in changed:
         old, new = changed["train.steps"]
         if run.optim.schedule == "constant":
-            rate = "The learning rate is constant: the run is the one that was asked for so many steps at once."
+            rate = (
+                "The learning rate is constant: the run is the one that was asked for so many steps"
+                " at once."
+            )
         else:
-            rate = f"From here on the learning rate follows the {run.optim.schedule} schedule of {new} steps; it jumps to there."
+            rate = (
+                f"From here on the learning rate follows the {run.optim.schedule} schedule of {new}"
+                " steps; it jumps to there."
+            )
         notes.append(f"train.steps: {old} before, {new} from here on. {rate}")
     return notes
 
 
 def claim(workdir: str | Path, run: RunConfig) -> None:
-    """Make `workdir` this run's: check it, then write its config.json, unless another process is training there (BusyError). ConfigError also where
-    it cannot be written."""
+    """Make `workdir` this run's: check it, then write its config.json, unless another process is
+    training there (BusyError). ConfigError also where it cannot be written.
+    """
     adopt(workdir, run)
     workdir = Path(workdir)
     try:
@@ -141,14 +184,20 @@ def claim(workdir: str | Path, run: RunConfig) -> None:
         with locked(workdir):
             write_json(workdir / "config.json", to_dict(run))
     except OSError as error:
-        raise ConfigError(f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may write to.") from None
+        raise ConfigError(
+            f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may"
+            " write to."
+        ) from None
 
 
 def require_own(workdir: str | Path, run: RunConfig) -> None:
-    """ConfigError where another process has claimed `workdir` since `run` did; called under its lock."""
+    """ConfigError where another process has claimed `workdir` since `run` did; called under its
+    lock.
+    """
     require(
         read_config(workdir) == run,
-        f"{workdir} was taken by a run of another config at the same moment. Use another --workdir.",
+        f"{workdir} was taken by a run of another config at the same moment. Use another"
+        " --workdir.",
     )
 
 
@@ -163,13 +212,17 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 @functools.cache  # once for each workdir of a process
 def _warn_unlocked(workdir: str, reason: str) -> None:
     log.warning(
-        "The file system of %s has no locks (%s), so no other process can be kept out of it: see to it that only one trains there.", workdir, reason
+        "The file system of %s has no locks (%s), so no other process can be kept out of it: see to"
+        " it that only one trains there.",
+        workdir,
+        reason,
     )
 
 
 @contextmanager
 def locked(workdir: str | Path) -> Iterator[None]:
-    """Hold `workdir` for this process alone (an advisory lock that ends with the process). BusyError if another process holds it.
+    """Hold `workdir` for this process alone (an advisory lock that ends with the process).
+    BusyError if another process holds it.
 
     On a file system without locks nothing is held, and a warning says so.
     """
@@ -177,15 +230,22 @@ def locked(workdir: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError(f"{workdir} is being trained by another process. Wait for it to end, or use another --workdir.") from None
+            raise BusyError(
+                f"{workdir} is being trained by another process. Wait for it to end, or use another"
+                " --workdir."
+            ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             _warn_unlocked(str(workdir), error.strerror)
         try:
             yield
-        finally:  # not by closing alone: a child that another thread is just starting has the file open until it runs its program
-            with contextlib.suppress(OSError):  # without locks there is none to give back; else closing does it
+        # Not by closing alone: a child that another thread is just starting has the file open until
+        # it runs its program
+        finally:
+            with contextlib.suppress(
+                OSError
+            ):  # without locks there is none to give back; else closing does it
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
@@ -201,11 +261,14 @@ def _is_whole(state: TrainState, meta: dict[str, Any]) -> bool:
 
 
 def _on_cpu(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and any(getattr(device, "platform", "") == "cpu" for device in leaf.sharding.device_set)
+    return isinstance(leaf, jax.Array) and any(
+        getattr(device, "platform", "") == "cpu" for device in leaf.sharding.device_set
+    )
 
 
-# orbax numbers its saves by a counter of the process, and what a save starts reads "the current one": two that begin together wait for each other's
-# directories, or write before their own are there.
+# orbax numbers its saves by a counter of the process, and what a save starts reads "the current
+# one": two that begin together wait for each other's directories, or write before their own are
+# there.
 _SAVING = threading.Lock()
 
 
@@ -214,14 +277,18 @@ class SaveError(OSError):
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager. Saving is atomic: a checkpoint is complete or is not seen.
+    """The checkpoints of one run; a context manager. Saving is atomic: a checkpoint is complete or
+    is not seen.
 
-    The state is copied, and the copy written while training goes on; a save waits for the one before it, and leaving the context for the last.
-    A failed write surfaces there, as SaveError. Kept are the newest `keep`, and with keep_best the one with the lowest `loss` too. All processes
+    The state is copied, and the copy written while training goes on; a save waits for the one
+    before it, and leaving the context for the last. A failed write surfaces there, as SaveError.
+    Kept are the newest `keep`, and with keep_best the one with the lowest `loss` too. All processes
     of a run call every method; their workdir must be a directory that they share.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 1, *, keep_best: bool = False, create: bool = True) -> None:
+    def __init__(
+        self, workdir: str | Path, keep: int = 1, *, keep_best: bool = False, create: bool = True
+    ) -> None:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -229,12 +296,26 @@ class Checkpoints:
         best: dict[str, Any] = {}
         if keep_best:
             by_loss = lambda metrics: metrics["loss"]  # noqa: E731
-            policies.append(BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
-            best = {"best_fn": by_loss, "best_mode": "min"}  # without it orbax forgets the losses when the process ends
+            policies.append(
+                BestN(
+                    get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
+            # Without it orbax forgets the losses when the process ends.
+            best = {
+                "best_fn": by_loss,
+                "best_mode": "min",
+            }
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), create=create, cleanup_tmp_directories=create, **best
+            preservation_policy=AnyPreservationPolicy(policies),
+            create=create,
+            cleanup_tmp_directories=create,
+            **best,
         )
-        self._ocp, self._manager = ocp, ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options)
+        self._ocp, self._manager = (
+            ocp,
+            ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options),
+        )
 
     @property
     def latest(self) -> int | None:
@@ -243,26 +324,44 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The number of steps in the checkpoint with the lowest loss, None if none was saved with its loss."""
+        """The number of steps in the checkpoint with the lowest loss, None if none was saved with
+        its loss.
+        """
         only_meta = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
-        losses = {step: self._manager.restore(step, args=only_meta)["meta"].get("loss") for step in self._manager.all_steps()}
-        scored = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+        losses = {
+            step: self._manager.restore(step, args=only_meta)["meta"].get("loss")
+            for step in self._manager.all_steps()
+        }
+        scored = [
+            (loss, step)
+            for step, loss in losses.items()
+            if loss is not None and math.isfinite(loss)
+        ]
         return min(scored)[1] if scored else None
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], loss: float | None = None) -> None:
-        """Save after `step` finished steps; a step that is already saved is left alone. loss: what `best` goes by, where it is known."""
+    def save(
+        self, step: int, state: TrainState, meta: dict[str, Any], loss: float | None = None
+    ) -> None:
+        """Save after `step` finished steps; a step that is already saved is left alone. loss: what
+        `best` goes by, where it is known.
+        """
         if step == self.latest:
             return
         meta = meta if loss is None else meta | {"loss": loss}
         meta = meta | {"state_checksum": checksum(state)}
-        # The next step is given the state's own buffers to write into. orbax has its copy on the host before its save returns
-        # (replica_slices.transfer_arrays_to_host), but on a CPU that is no copy.
+        # The next step is given the state's own buffers to write into. orbax has its copy on the
+        # host before its save returns (replica_slices.transfer_arrays_to_host), but on a CPU that
+        # is no copy.
         state = jax.tree.map(lambda leaf: jnp.copy(leaf) if _on_cpu(leaf) else leaf, state)
-        args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta))
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta)
+        )
         with self._writing():
             self._manager.wait_until_finished()  # here, where no other run waits for it
             with _SAVING:
-                self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+                self._manager.save(
+                    step, args=args, metrics=None if loss is None else {"loss": loss}
+                )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -270,34 +369,54 @@ class Checkpoints:
             yield
         except Exception as error:  # orbax and tensorstore raise many types
             raise SaveError(
-                f"a checkpoint could not be written to {self._manager.directory} ({type(error).__name__}: {str(error)[:200]}). "
-                f"The checkpoints before it are whole: free some space, then run the same command again to go on from the newest."
+                f"a checkpoint could not be written to {self._manager.directory}"
+                f" ({type(error).__name__}: {str(error)[:200]}). The checkpoints before it are"
+                " whole: free some space, then run the same command again to go on from the"
+                " newest."
             ) from error
 
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """(state, meta) of the newest checkpoint, or of `step`. ConfigError if it cannot be read.
 
-        like: a TrainState of arrays or ShapeDtypeStructs. Each leaf goes where its sharding says, whatever mesh the run was saved on; without one, to
-        the first device.
+        like: a TrainState of arrays or ShapeDtypeStructs. Each leaf goes where its sharding says,
+        whatever mesh the run was saved on; without one, to the first device.
         """
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first), like)
-        args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract), meta=self._ocp.args.JsonRestore())
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first
+            ),
+            like,
+        )
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardRestore(abstract), meta=self._ocp.args.JsonRestore()
+        )
         steps = sorted(self._manager.all_steps())
         step = self.latest if step is None else step
         if step not in steps:
-            raise ConfigError(f"{self._manager.directory} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps)) or 'none'}.")
+            raise ConfigError(
+                f"{self._manager.directory} has no checkpoint of step {step}; it has those of"
+                f" {', '.join(map(str, steps)) or 'none'}."
+            )
         try:
             found = self._manager.restore(step, args=args)
-            if not _is_whole(found["state"], found["meta"]):  # not every damaged byte makes a file unreadable
+            if not _is_whole(
+                found["state"], found["meta"]
+            ):  # not every damaged byte makes a file unreadable
                 raise ValueError("its numbers are not those that were saved")
-        except Exception as error:  # orbax and tensorstore raise many types, with messages that name neither run nor remedy
+        # Orbax and tensorstore raise many types, with messages that name neither run nor remedy
+        except Exception as error:
             older = [s for s in steps if s != step]
             remedy = (
-                f"Remove that folder to go on from step {max(older)}." if older else "It is the only one: start the run anew in another --workdir."
+                f"Remove that folder to go on from step {max(older)}."
+                if older
+                else "It is the only one: start the run anew in another --workdir."
             )
             folder = Path(self._manager.directory) / str(step)
-            raise ConfigError(f"checkpoint {folder} cannot be read ({type(error).__name__}: {str(error)[:200]}). {remedy}") from error
+            raise ConfigError(
+                f"checkpoint {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})."
+                f" {remedy}"
+            ) from error
         return found["state"], found["meta"]
 
     def __enter__(self) -> Checkpoints:

@@ -1,4 +1,6 @@
-"""starts.jsonl: one line for every start of a run, because a resumed run may go on with other code, software or devices."""
+"""starts.jsonl: one line for every start of a run, because a resumed run may go on with other code,
+software or devices.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more:
 
 
 def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
-    """The starts of a run, the first one first; none where the file is not there. Damaged lines are left out."""
+    """The starts of a run, the first one first; none where the file is not there. Damaged lines are
+    left out.
+    """
     path, found = Path(workdir) / STARTS_FILE, list[dict[str, Any]]()
     if not path.is_file():
         return found
@@ -45,5 +49,7 @@ def first_day(workdir: str | Path) -> str | None:
     """The local date of the first start ("2026-11-26"), None where it is not known."""
     with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
         # Recorded in UTC; transformers tells a chat template the local date.
-        return datetime.fromisoformat(read_starts(workdir)[0]["date"]).astimezone().date().isoformat()
+        return (
+            datetime.fromisoformat(read_starts(workdir)[0]["date"]).astimezone().date().isoformat()
+        )
     return None

@@ -1,4 +1,6 @@
-"""TFDS builders, and preparing them once as ArrayRecord files that are read at random without TensorFlow."""
+"""TFDS builders, and preparing them once as ArrayRecord files that are read at random without
+TensorFlow.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ZFLORA_CACHE") or "~/.cache/zflora_jax/tfds").expanduser()
 
 
-def open_prepared(make: Callable[..., Any], split: str, root: str | os.PathLike[str] | None = None) -> Sequence[Mapping[str, bytes]]:
+def open_prepared(
+    make: Callable[..., Any], split: str, root: str | os.PathLike[str] | None = None
+) -> Sequence[Mapping[str, bytes]]:
     """The random-access rows of one split, prepared on first use.
 
-    Two processes may prepare the same data at once: each writes to a directory of its own and renames it at the end. The one that comes
-    second finds the name taken and reads what the first one wrote; both wrote the same rows.
+    Two processes may prepare the same data at once: each writes to a directory of its own and
+    renames it at the end. The one that comes second finds the name taken and reads what the first
+    one wrote; both wrote the same rows.
 
     Args:
       make: a TFDS builder class (or a partial of one), called with `data_dir` and `file_format`.
@@ -43,18 +48,22 @@ def open_prepared(make: Callable[..., Any], split: str, root: str | os.PathLike[
                 builder = make(data_dir=directory, file_format="array_record")
                 if not builder.is_prepared():
                     raise ConfigError(
-                        f"cannot prepare the dataset {builder.name!r} under {directory}: {error}. "
-                        "Set the environment variable ZFLORA_CACHE (or data.data_dir of a generated task) to a directory that can be written."
+                        f"cannot prepare the dataset {builder.name!r} under {directory}: {error}."
+                        " Set the environment variable ZFLORA_CACHE (or data.data_dir of a"
+                        " generated task) to a directory that can be written."
                     ) from error
         return builder.as_data_source(split)
 
 
-_QUIET = threading.RLock()  # stdout is the whole process's, and runs of a sweep may load side by side
+# Stdout is the whole process's, and runs of a sweep may load side by side.
+_QUIET = threading.RLock()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS prints to stdout, draws one bar per split and warns about each custom config; commands here print their own results there."""
+    """TFDS prints to stdout, draws one bar per split and warns about each custom config; commands
+    here print their own results there.
+    """
     import tensorflow_datasets as tfds
 
     with _QUIET:

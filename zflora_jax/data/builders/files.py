@@ -1,4 +1,6 @@
-"""One local file of rows as one TFDS dataset: what the builders of all file formats share. A builder adds FIELDS and `read`."""
+"""One local file of rows as one TFDS dataset: what the builders of all file formats share. A
+builder adds FIELDS and `read`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ import tensorflow_datasets as tfds
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.textfile import decode, lines_of
 
-SPLIT = "rows"  # one file is one dataset with one split; which file is train or test is the task's business
+# One file is one dataset with one split; which file is train or test is the task's business
+SPLIT = "rows"
 
 
 def json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each object of a JSON list or JSONL file, with where it stands: "FILE, row N", counted from 1 (in JSONL by line, blank lines included).
+    """Each object of a JSON list or JSONL file, with where it stands: "FILE, row N", counted from 1
+    (in JSONL by line, blank lines included).
 
     Raises:
       ConfigError: the file is not UTF-8 or not JSON, a row is not an object, or there is none.
@@ -32,7 +36,9 @@ def json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, 
         count += 1
         yield where, row
     if not count:
-        raise ConfigError(f"{path}: no rows. Expected a JSON list of objects, or one JSON object per line.")
+        raise ConfigError(
+            f"{path}: no rows. Expected a JSON list of objects, or one JSON object per line."
+        )
 
 
 def _parse(path: Path) -> Iterator[tuple[int, Any]]:
@@ -41,23 +47,35 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield from enumerate(json.loads(text), start=1)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
+            raise ConfigError(
+                f"{path}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+            ) from error
         return
     for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, row {number}: invalid JSON at column {error.colno}: {error.msg}.") from error
+                raise ConfigError(
+                    f"{path}, row {number}: invalid JSON at column {error.colno}: {error.msg}."
+                ) from error
 
 
 def field(row: Mapping[str, Any], name: str, where: str, expected: str, kind: type = str) -> Any:
-    """`row[name]`, which must be a `kind`; `expected` says in the error which fields such a file has."""
+    """`row[name]`, which must be a `kind`; `expected` says in the error which fields such a file
+    has.
+    """
     if name not in row:
-        raise ConfigError(f"{where}: no field {name!r}, the row has {', '.join(map(repr, row)) or 'none'}. Expected {expected}.")
+        raise ConfigError(
+            f"{where}: no field {name!r}, the row has {', '.join(map(repr, row)) or 'none'}."
+            f" Expected {expected}."
+        )
     if not isinstance(row[name], kind):
         wanted = "string" if kind is str else kind.__name__
-        raise ConfigError(f"{where}: field {name!r} must be a {wanted}, got {type(row[name]).__name__} {row[name]!r:.80}.")
+        raise ConfigError(
+            f"{where}: field {name!r} must be a {wanted}, got {type(row[name]).__name__}"
+            f" {row[name]!r:.80}."
+        )
     return row[name]
 
 
@@ -69,35 +87,58 @@ class FileConfig(tfds.core.BuilderConfig):
 
 
 def file_config(path: str | os.PathLike[str]) -> FileConfig:
-    """The config of one file, named by the hash of its bytes: prepared data is found again if the file moves, and never reused if it changes."""
+    """The config of one file, named by the hash of its bytes: prepared data is found again if the
+    file moves, and never reused if it changes.
+    """
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileConfig(name=f"sha256-{digest[:20]}", path=os.fspath(path))
 
 
 class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """One split, "rows", in the file's order: `Builder(config=file_config(path))`. Raise VERSION with any change of what `read` gives."""
+    """One split, "rows", in the file's order: `Builder(config=file_config(path))`. Raise VERSION
+    with any change of what `read` gives.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
-    FIELDS: ClassVar[tuple[str, ...]] = ("instruction", "input", "output", "answer")  # texts; those in LISTS are lists of texts
+    # texts; those in LISTS are lists of texts.
+    FIELDS: ClassVar[tuple[str, ...]] = (
+        "instruction",
+        "input",
+        "output",
+        "answer",
+    )
     LISTS: ClassVar[frozenset[str]] = frozenset({"references"})
-    # No downloads, no checksums. Left to itself, TFDS looks for a checksum file through a package that it does not install.
+    # No downloads, no checksums. Left to itself, TFDS looks for a checksum file through a package
+    # that it does not install.
     url_infos: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
     def read(path: str) -> Iterable[Mapping[str, Any]]:
-        """The rows of the file, with FIELDS each; ConfigError names the file and the row of anything malformed."""
+        """The rows of the file, with FIELDS each; ConfigError names the file and the row of
+        anything malformed.
+        """
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
-        features = {name: tfds.features.Sequence(text) if name in self.LISTS else text for name in self.FIELDS}
+        features = {
+            name: tfds.features.Sequence(text) if name in self.LISTS else text
+            for name in self.FIELDS
+        }
         return tfds.core.DatasetInfo(
-            builder=self, description=type(self).__doc__, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[int, Mapping[str, Any]]]]:
+    def _split_generators(
+        self, dl_manager: object
+    ) -> dict[str, Iterator[tuple[int, Mapping[str, Any]]]]:
         return {SPLIT: self._generate_examples(list(self.read(self.builder_config.path)))}
 
-    def _generate_examples(self, rows: list[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def _generate_examples(
+        self, rows: list[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield from enumerate(rows)

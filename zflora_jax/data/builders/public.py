@@ -1,11 +1,15 @@
-"""Public datasets by name, for tasks without local files: TFDS where it prepares them without TensorFlow (4.9.10), else the Hugging Face hub.
+"""Public datasets by name, for tasks without local files: TFDS where it prepares them without
+TensorFlow (4.9.10), else the Hugging Face hub.
 
-TFDS has builders of cnn_dailymail, xsum and samsum, but all three read their source files with `tf.io.gfile`, so that preparing them needs
-TensorFlow, which this project does without (a test sees to it that this is still so). xsum and samsum also need files that one fetches by hand;
-those of samsum (train.json, val.json, test.json) are read from data.data_dir as they are. The hub is read through `datasets`.
+TFDS has builders of cnn_dailymail, xsum and samsum, but all three read their source files with
+`tf.io.gfile`, so that preparing them needs TensorFlow, which this project does without (a test sees
+to it that this is still so). xsum and samsum also need files that one fetches by hand; those of
+samsum (train.json, val.json, test.json) are read from data.data_dir as they are. The hub is read
+through `datasets`.
 
-Rows are converted when read to the fields of the file builders, in LLM-Adapters' wording; `splits` follow its files, whose test rows are the
-published validation rows wherever the published test rows have no labels.
+Rows are converted when read to the fields of the file builders, in LLM-Adapters' wording; `splits`
+follow its files, whose test rows are the published validation rows wherever the published test rows
+have no labels.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ ALL = {"train": "train", "validation": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class Tfds:
-    """A dataset of TFDS. host: asked first whether there is a network. module: what registers it, where TFDS itself does so only with tensorflow."""
+    """A dataset of TFDS. host: asked first whether there is a network. module: what registers it,
+    where TFDS itself does so only with tensorflow.
+    """
 
     name: str
     host: str
@@ -38,10 +44,13 @@ class Tfds:
     module: str = ""
 
     def open(self, split: str) -> Sequence[Fields]:
-        """The rows, downloaded and prepared under `cache_dir()` on first use; ConfigError if that is not possible."""
+        """The rows, downloaded and prepared under `cache_dir()` on first use; ConfigError if that
+        is not possible.
+        """
         import tensorflow_datasets as tfds
 
-        # TFDS reads its checksums through this backport, which it does not install; the standard library's has the same interface.
+        # TFDS reads its checksums through this backport, which it does not install; the standard
+        # library's has the same interface.
         sys.modules.setdefault("importlib_resources", importlib.resources)
         if self.module:
             importlib.import_module(self.module)
@@ -50,8 +59,15 @@ class Tfds:
             _require_network(self.host, self.name)
         try:
             return Converted(open_prepared(make, self.splits[split]), self.convert)
-        except (ConfigError, ImportError, tfds.download.DownloadError, tfds.download.NonMatchingChecksumError) as error:
-            raise ConfigError(f"the TFDS dataset {self.name!r} cannot be prepared: {error}") from error
+        except (
+            ConfigError,
+            ImportError,
+            tfds.download.DownloadError,
+            tfds.download.NonMatchingChecksumError,
+        ) as error:
+            raise ConfigError(
+                f"the TFDS dataset {self.name!r} cannot be prepared: {error}"
+            ) from error
 
 
 def _require_network(host: str, name: str) -> None:
@@ -61,7 +77,10 @@ def _require_network(host: str, name: str) -> None:
     try:
         requests.head(f"https://{host}", timeout=10)
     except requests.RequestException as error:
-        raise ConfigError(f"the TFDS dataset {name!r} is not in {cache_dir()} and cannot be downloaded: no connection to {host}.") from error
+        raise ConfigError(
+            f"the TFDS dataset {name!r} is not in {cache_dir()} and cannot be downloaded: no"
+            f" connection to {host}."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -78,11 +97,21 @@ class Hub:
         try:
             import datasets
         except ImportError as error:
-            raise ConfigError(f"the dataset {self.name!r} is read from the Hugging Face hub with `datasets`: pip install datasets") from error
+            raise ConfigError(
+                f"the dataset {self.name!r} is read from the Hugging Face hub with `datasets`: pip"
+                " install datasets"
+            ) from error
         try:
-            rows = datasets.load_dataset(self.name, self.config, split=self.splits[split], revision=self.revision)
-        except Exception as error:  # its errors have no common class: no network, no such dataset, no access, ...
-            raise ConfigError(f"the dataset {self.name!r} cannot be read from the Hugging Face hub: {type(error).__name__}: {error}") from error
+            rows = datasets.load_dataset(
+                self.name, self.config, split=self.splits[split], revision=self.revision
+            )
+        except (
+            Exception
+        ) as error:  # its errors have no common class: no network, no such dataset, no access, ...
+            raise ConfigError(
+                f"the dataset {self.name!r} cannot be read from the Hugging Face hub:"
+                f" {type(error).__name__}: {error}"
+            ) from error
         if self.convert is not _dialogue:
             return Converted(rows, self.convert)
         return [reply for row in rows for reply in _dialogue(row)]
@@ -107,7 +136,7 @@ class Converted(Sequence[Fields]):
         return self._convert(self._rows[index])
 
 
-# --- conversions --------------------------------------------------------------------------------------------------
+# --- conversions ----------------------------------------------------------------------------------
 
 
 def text(value: Any) -> str:
@@ -130,20 +159,35 @@ def _piqa(row: Raw) -> Fields:
 def _arc(row: Raw) -> Fields:
     """The options are in the file's order, and the key is one of their labels."""
     labels = [int(label) for label in row["choices"]["label"]]
-    return wording.answer_choice(text(row["question"]), [text(t) for t in row["choices"]["text"]], labels.index(int(row["answerKey"])))
+    return wording.answer_choice(
+        text(row["question"]),
+        [text(t) for t in row["choices"]["text"]],
+        labels.index(int(row["answerKey"])),
+    )
 
 
 def _openbookqa(row: Raw) -> Fields:
     question = row["question"]
-    return wording.answer_choice(text(question["stem"]), _texts(question, "choice_A", "choice_B", "choice_C", "choice_D"), int(row["answerKey"]))
+    return wording.answer_choice(
+        text(question["stem"]),
+        _texts(question, "choice_A", "choice_B", "choice_C", "choice_D"),
+        int(row["answerKey"]),
+    )
 
 
 def _hellaswag(row: Raw) -> Fields:
-    return wording.hellaswag(text(row["activity_label"]), text(row["context"]), [text(t) for t in row["endings"]], int(row["label"]))
+    return wording.hellaswag(
+        text(row["activity_label"]),
+        text(row["context"]),
+        [text(t) for t in row["endings"]],
+        int(row["label"]),
+    )
 
 
 def _winogrande(row: Raw) -> Fields:
-    return wording.winogrande(text(row["sentence"]), _texts(row, "option1", "option2"), int(row["label"]))
+    return wording.winogrande(
+        text(row["sentence"]), _texts(row, "option1", "option2"), int(row["label"])
+    )
 
 
 def _gsm8k(row: Raw) -> Fields:
@@ -154,7 +198,9 @@ def _gsm8k(row: Raw) -> Fields:
 
 def _social_i_qa(row: Raw) -> Fields:
     question = f"{text(row['context'])} {text(row['question'])}"
-    return wording.answer_choice(question, _texts(row, "answerA", "answerB", "answerC"), int(row["label"]) - 1)
+    return wording.answer_choice(
+        question, _texts(row, "answerA", "answerB", "answerC"), int(row["label"]) - 1
+    )
 
 
 def _summary(what: str, source: str, target: str) -> Callable[[Raw], Fields]:
@@ -167,7 +213,8 @@ def _dialogue(row: Raw) -> list[Fields]:
 
 
 _ARC_HOST = "ai2-public-datasets.s3-us-west-2.amazonaws.com"
-_SCRIPTLESS = "refs/convert/parquet"  # the hub's own conversion of datasets whose loading scripts `datasets` no longer runs
+# The hub's own conversion of datasets whose loading scripts `datasets` no longer runs
+_SCRIPTLESS = "refs/convert/parquet"
 
 PUBLIC: dict[str, Tfds | Hub] = {
     "boolq": Tfds("bool_q", "storage.googleapis.com", _boolq, TEST_IS_VALIDATION),
@@ -175,7 +222,13 @@ PUBLIC: dict[str, Tfds | Hub] = {
     "arc_easy": Tfds("ai2_arc/ARC-Easy", _ARC_HOST, _arc, ALL),
     "arc_challenge": Tfds("ai2_arc/ARC-Challenge", _ARC_HOST, _arc, ALL),
     "openbookqa": Tfds("openbookqa", "s3-us-west-2.amazonaws.com", _openbookqa, ALL),
-    "hellaswag": Tfds("hellaswag", "raw.githubusercontent.com", _hellaswag, TEST_IS_VALIDATION, "tensorflow_datasets.text.hellaswag"),
+    "hellaswag": Tfds(
+        "hellaswag",
+        "raw.githubusercontent.com",
+        _hellaswag,
+        TEST_IS_VALIDATION,
+        "tensorflow_datasets.text.hellaswag",
+    ),
     "winogrande": Tfds(
         "winogrande",
         "storage.googleapis.com",
@@ -183,10 +236,22 @@ PUBLIC: dict[str, Tfds | Hub] = {
         {"train": "train_xl", "test": "validation"},
         "tensorflow_datasets.text.winogrande",
     ),
-    "gsm8k": Tfds("gsm8k", "raw.githubusercontent.com", _gsm8k, {"train": "train", "test": "test"}, "tensorflow_datasets.text.gsm8k.gsm8k"),
-    "social_i_qa": Hub("lighteval/siqa", _social_i_qa, TEST_IS_VALIDATION),  # allenai/social_i_qa without its script
-    "cnn_dailymail": Hub("abisee/cnn_dailymail", _summary("article", "article", "highlights"), ALL, config="3.0.0"),
-    "xsum": Hub("EdinburghNLP/xsum", _summary("article", "document", "summary"), ALL, revision=_SCRIPTLESS),
+    "gsm8k": Tfds(
+        "gsm8k",
+        "raw.githubusercontent.com",
+        _gsm8k,
+        {"train": "train", "test": "test"},
+        "tensorflow_datasets.text.gsm8k.gsm8k",
+    ),
+    "social_i_qa": Hub(
+        "lighteval/siqa", _social_i_qa, TEST_IS_VALIDATION
+    ),  # allenai/social_i_qa without its script
+    "cnn_dailymail": Hub(
+        "abisee/cnn_dailymail", _summary("article", "article", "highlights"), ALL, config="3.0.0"
+    ),
+    "xsum": Hub(
+        "EdinburghNLP/xsum", _summary("article", "document", "summary"), ALL, revision=_SCRIPTLESS
+    ),
     "samsum": Hub("knkarthick/samsum", _summary("dialogue", "dialogue", "summary"), ALL),
     "dialogsum": Hub("knkarthick/dialogsum", _summary("dialogue", "dialogue", "summary"), ALL),
     "dailydialog": Hub("li2017dailydialog/daily_dialog", _dialogue, ALL, revision=_SCRIPTLESS),

@@ -1,4 +1,5 @@
-"""How rows become texts: LLM-Adapters' wording of multiple choice, and this project's of summaries and dialogues.
+"""How rows become texts: LLM-Adapters' wording of multiple choice, and this project's of summaries
+and dialogues.
 
 A change here changes prepared rows: raise VERSION of the builders that use it.
 """
@@ -11,8 +12,17 @@ from typing import Any
 Fields = dict[str, Any]
 
 
-def choice(question: str, word: str, texts: Sequence[str], gold: int, *, between: str = " ", before_format: str = "\n\n") -> Fields:
-    """A multiple-choice row in LLM-Adapters' words: "QUESTION Answer1: ... Answer format: answer1/answer2", output "the correct answer is answer2".
+def choice(
+    question: str,
+    word: str,
+    texts: Sequence[str],
+    gold: int,
+    *,
+    between: str = " ",
+    before_format: str = "\n\n",
+) -> Fields:
+    """A multiple-choice row in LLM-Adapters' words: "QUESTION Answer1: ... Answer format:
+    answer1/answer2", output "the correct answer is answer2".
 
     Args:
       question: the first paragraph, e.g. "Please choose the correct answer to the question: ...".
@@ -22,45 +32,79 @@ def choice(question: str, word: str, texts: Sequence[str], gold: int, *, between
     """
     listed = between.join(f"{word.title()}{i}: {text}" for i, text in enumerate(texts, start=1))
     allowed = "/".join(f"{word}{i}" for i in range(1, len(texts) + 1))
-    return _answered(f"{question}\n\n{listed}{before_format}Answer format: {allowed}", f"{word}{gold + 1}")
+    return _answered(
+        f"{question}\n\n{listed}{before_format}Answer format: {allowed}", f"{word}{gold + 1}"
+    )
 
 
 def boolq(question: str, answer: bool) -> Fields:
-    """`question` as published: lower case, without a question mark. LLM-Adapters leaves the passage out."""
-    text = f"Please answer the following question with true or false, question: {question}?\n\nAnswer format: true/false"
+    """`question` as published: lower case, without a question mark. LLM-Adapters leaves the passage
+    out.
+    """
+    text = (
+        f"Please answer the following question with true or false, question: {question}?\n\nAnswer"
+        " format: true/false"
+    )
     return _answered(text, "true" if answer else "false")
 
 
 def answer_choice(question: str, texts: Sequence[str], gold: int) -> Fields:
     """social_i_qa (the question after its context), ARC and openbookqa."""
-    return choice(f"Please choose the correct answer to the question: {question}", "answer", texts, gold)
+    return choice(
+        f"Please choose the correct answer to the question: {question}", "answer", texts, gold
+    )
 
 
 def piqa(goal: str, texts: Sequence[str], gold: int) -> Fields:
-    return choice(f"Please choose the correct solution to the question: {goal}", "solution", texts, gold, between="\n\n")
+    return choice(
+        f"Please choose the correct solution to the question: {goal}",
+        "solution",
+        texts,
+        gold,
+        between="\n\n",
+    )
 
 
 def hellaswag(activity: str, context: str, texts: Sequence[str], gold: int) -> Fields:
-    question = f"Please choose the correct ending to complete the given sentence: {activity}: {context}"
+    question = (
+        f"Please choose the correct ending to complete the given sentence: {activity}: {context}"
+    )
     return choice(question, "ending", texts, gold)
 
 
 def winogrande(sentence: str, texts: Sequence[str], gold: int) -> Fields:
-    question = f"Please choose the correct answer to fill in the blank to complete the given sentence: {sentence}"
+    question = (
+        "Please choose the correct answer to fill in the blank to complete the given sentence:"
+        f" {sentence}"
+    )
     return choice(question, "option", texts, gold, before_format=" ")
 
 
 def _answered(instruction: str, answer: str) -> Fields:
-    return {"instruction": instruction, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+    return {
+        "instruction": instruction,
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
 
 
 def summary(what: str, text: str, references: Sequence[str]) -> Fields:
-    """`what` is "dialogue" or "article". The first reference is the one to learn; there is no single right answer."""
-    return {"instruction": f"Summarize the following {what}.", "input": text, "output": references[0], "references": list(references)}
+    """`what` is "dialogue" or "article". The first reference is the one to learn; there is no
+    single right answer.
+    """
+    return {
+        "instruction": f"Summarize the following {what}.",
+        "input": text,
+        "output": references[0],
+        "references": list(references),
+    }
 
 
 def replies(turns: Sequence[str], unit: str) -> list[Fields]:
-    """One row per reply of the second speaker to what was said so far. `unit` names the dialogue: its rows never lie on both sides of a hold-out."""
+    """One row per reply of the second speaker to what was said so far. `unit` names the dialogue:
+    its rows never lie on both sides of a hold-out.
+    """
     said = [f"Speaker {i % 2 + 1}: {' '.join(turn.split())}" for i, turn in enumerate(turns)]
     return [
         {
@@ -76,12 +120,27 @@ def replies(turns: Sequence[str], unit: str) -> list[Fields]:
 
 
 def belief(turns: Sequence[tuple[str, str]], slots: Sequence[tuple[str, str]], unit: str) -> Fields:
-    """A WOZ row: the (system, user) turns so far, and the belief state as "area: east; food: dontcare; request: phone", or "none"."""
-    lines = [f"{who}: {' '.join(text.split())}" for pair in turns for who, text in zip(("System", "User"), pair, strict=True) if text.strip()]
+    """A WOZ row: the (system, user) turns so far, and the belief state as "area: east; food:
+    dontcare; request: phone", or "none".
+    """
+    lines = [
+        f"{who}: {' '.join(text.split())}"
+        for pair in turns
+        for who, text in zip(("System", "User"), pair, strict=True)
+        if text.strip()
+    ]
     state = "; ".join(f"{name}: {value}" for name, value in sorted(set(slots))) or "none"
     instruction = (
-        "Below is a dialogue between a user and a system that finds restaurants. Give the state after the user's last turn: "
-        "what the user is looking for, as area, food and price range, and each detail requested in that turn, "
-        'in the form "area: ...; food: ...; price range: ...; request: ...", or "none".'
+        "Below is a dialogue between a user and a system that finds restaurants. Give the state"
+        " after the user's last turn: what the user is looking for, as area, food and price range,"
+        ' and each detail requested in that turn, in the form "area: ...; food: ...; price range:'
+        ' ...; request: ...", or "none".'
     )
-    return {"instruction": instruction, "input": "\n".join(lines), "output": state, "answer": state, "references": [state], "unit": unit}
+    return {
+        "instruction": instruction,
+        "input": "\n".join(lines),
+        "output": state,
+        "answer": state,
+        "references": [state],
+        "unit": unit,
+    }

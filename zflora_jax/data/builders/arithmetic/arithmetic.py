@@ -1,4 +1,6 @@
-"""Generated arithmetic word problems with worked answers: small integers, one or two steps, the same rows on every machine."""
+"""Generated arithmetic word problems with worked answers: small integers, one or two steps, the
+same rows on every machine.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,40 @@ import tensorflow_datasets as tfds
 
 SEED = 20250
 SPLITS = {"train": 4000, "validation": 400, "test": 400}
-NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Jack", "Kim", "Leo", "Mia", "Noah", "Paul", "Rosa", "Sam", "Tara", "Zoe")
-THINGS = ("apples", "books", "coins", "cards", "stickers", "marbles", "pencils", "shells", "stamps", "cookies", "balloons", "beads")
+NAMES = (
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gia",
+    "Hugo",
+    "Jack",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Zoe",
+)
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "cards",
+    "stickers",
+    "marbles",
+    "pencils",
+    "shells",
+    "stamps",
+    "cookies",
+    "balloons",
+    "beads",
+)
 
 Numbers = dict[str, int]
 Draw = Callable[[int, int], int]  # draw(low, high): an integer, both ends included
@@ -20,7 +54,9 @@ Draw = Callable[[int, int], int]  # draw(low, high): an integer, both ends inclu
 
 @dataclass(frozen=True)
 class Template:
-    """`question` and `rationale` are format strings over name, other, things and the numbers drawn; `x` (or `y` of a second step) is the answer."""
+    """`question` and `rationale` are format strings over name, other, things and the numbers drawn;
+    `x` (or `y` of a second step) is the answer.
+    """
 
     question: str
     rationale: str
@@ -81,14 +117,39 @@ def _spend(draw: Draw) -> Numbers:
 
 
 TEMPLATES = (
-    Template("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "{name} has {a} + {b} = {x} {things}.", _add),
-    Template("{name} had {a} {things} and gave {b} to {other}. How many {things} does {name} have left?", "{a} - {b} = {x} {things}.", _subtract),
-    Template("There are {a} boxes with {b} {things} in each box. How many {things} are there in all?", "{a} * {b} = {x} {things}.", _multiply),
-    Template("{name} shares {a} {things} equally among {b} friends. How many {things} does each get?", "{a} / {b} = {x} {things} each.", _divide),
-    Template("{other} is {a} years old. {name} is {b} years older than {other}. How old is {name}?", "{name} is {a} + {b} = {x} years old.", _add),
-    Template("{name} walks {a} miles every day. How many miles does {name} walk in {b} days?", "{a} * {b} = {x} miles.", _multiply),
     Template(
-        "{name} found {a} {things} on Monday, {b} on Tuesday and {c} on Friday. How many {things} did {name} find?",
+        "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
+        "{name} has {a} + {b} = {x} {things}.",
+        _add,
+    ),
+    Template(
+        "{name} had {a} {things} and gave {b} to {other}. How many {things} does {name} have left?",
+        "{a} - {b} = {x} {things}.",
+        _subtract,
+    ),
+    Template(
+        "There are {a} boxes with {b} {things} in each box. How many {things} are there in all?",
+        "{a} * {b} = {x} {things}.",
+        _multiply,
+    ),
+    Template(
+        "{name} shares {a} {things} equally among {b} friends. How many {things} does each get?",
+        "{a} / {b} = {x} {things} each.",
+        _divide,
+    ),
+    Template(
+        "{other} is {a} years old. {name} is {b} years older than {other}. How old is {name}?",
+        "{name} is {a} + {b} = {x} years old.",
+        _add,
+    ),
+    Template(
+        "{name} walks {a} miles every day. How many miles does {name} walk in {b} days?",
+        "{a} * {b} = {x} miles.",
+        _multiply,
+    ),
+    Template(
+        "{name} found {a} {things} on Monday, {b} on Tuesday and {c} on Friday. How many {things}"
+        " did {name} find?",
         "{a} + {b} = {x} and {x} + {c} = {y} {things}.",
         _then_add(_add),
     ),
@@ -98,50 +159,61 @@ TEMPLATES = (
         _then_subtract(_add),
     ),
     Template(
-        "{name} had {a} {things}, lost {b} and then found {c}. How many {things} does {name} have now?",
+        "{name} had {a} {things}, lost {b} and then found {c}. How many {things} does {name} have"
+        " now?",
         "{a} - {b} = {x} and {x} + {c} = {y} {things}.",
         _then_add(_subtract),
     ),
     Template(
-        "{name} buys {a} packs of {b} {things} and already has {c} {things}. How many {things} does {name} have?",
+        "{name} buys {a} packs of {b} {things} and already has {c} {things}. How many {things} does"
+        " {name} have?",
         "The packs hold {a} * {b} = {x} {things}. Then {x} + {c} = {y}.",
         _then_add(_multiply),
     ),
     Template(
-        "{name} fills {a} jars with {b} {things} each and gives {c} {things} away. How many {things} are left?",
+        "{name} fills {a} jars with {b} {things} each and gives {c} {things} away. How many"
+        " {things} are left?",
         "The jars hold {a} * {b} = {x} {things}. Then {x} - {c} = {y}.",
         _then_subtract(_multiply),
     ),
     Template(
-        "{name} puts {a} {things} equally into {b} bags and adds {c} more to the red bag. How many {things} are in the red bag?",
+        "{name} puts {a} {things} equally into {b} bags and adds {c} more to the red bag. How many"
+        " {things} are in the red bag?",
         "Each bag gets {a} / {b} = {x} {things}. Then {x} + {c} = {y}.",
         _then_add(_divide),
     ),
     Template(
-        "A coach splits {a} players into {b} equal teams. {c} players leave one team. How many players are left in that team?",
+        "A coach splits {a} players into {b} equal teams. {c} players leave one team. How many"
+        " players are left in that team?",
         "Each team has {a} / {b} = {x} players. Then {x} - {c} = {y}.",
         _then_subtract(_divide),
     ),
     Template(
-        "{name} read {a} pages and {other} read {b} pages more than {name}. How many pages did they read together?",
+        "{name} read {a} pages and {other} read {b} pages more than {name}. How many pages did they"
+        " read together?",
         "{other} read {a} + {b} = {x} pages. Together {a} + {x} = {y}.",
         _both(_add),
     ),
     Template(
-        "{name} has {a} {things} and {other} has {b} times as many. How many {things} do they have together?",
+        "{name} has {a} {things} and {other} has {b} times as many. How many {things} do they have"
+        " together?",
         "{other} has {a} * {b} = {x} {things}. Together {a} + {x} = {y}.",
         _both(_multiply),
     ),
     Template(
-        "{name} has {a} dollars and buys {b} tickets for {c} dollars each. How many dollars does {name} have left?",
+        "{name} has {a} dollars and buys {b} tickets for {c} dollars each. How many dollars does"
+        " {name} have left?",
         "The tickets cost {b} * {c} = {x} dollars. Then {a} - {x} = {y}.",
         _spend,
     ),
 )
 
 
-def generate(sizes: dict[str, int] | None = None, seed: int = SEED) -> dict[str, list[dict[str, str]]]:
-    """Rows per split: `question`, `rationale` (ends "The answer is N.") and `answer` (N). No question occurs twice, within a split or across.
+def generate(
+    sizes: dict[str, int] | None = None, seed: int = SEED
+) -> dict[str, list[dict[str, str]]]:
+    """Rows per split: `question`, `rationale` (ends "The answer is N.") and `answer` (N). No
+    question occurs twice, within a split or across.
 
     Templates take turns, so that any run of rows holds all of them about equally often.
     """
@@ -157,16 +229,26 @@ def generate(sizes: dict[str, int] | None = None, seed: int = SEED) -> dict[str,
             if question not in seen:
                 seen.add(question)
                 answer = str(numbers.get("y", numbers["x"]))
-                return {"question": question, "rationale": f"{template.rationale.format(**words)} The answer is {answer}.", "answer": answer}
+                return {
+                    "question": question,
+                    "rationale": f"{template.rationale.format(**words)} The answer is {answer}.",
+                    "answer": answer,
+                }
 
-    return {split: [row(TEMPLATES[i % len(TEMPLATES)]) for i in range(size)] for split, size in (sizes or SPLITS).items()}
+    return {
+        split: [row(TEMPLATES[i % len(TEMPLATES)]) for i in range(size)]
+        for split, size in (sizes or SPLITS).items()
+    }
 
 
 class Arithmetic(tfds.core.GeneratorBasedBuilder):
-    """Splits train, validation and test of `generate()`. Raise VERSION with any change of the rows: prepared data is kept by version."""
+    """Splits train, validation and test of `generate()`. Raise VERSION with any change of the rows:
+    prepared data is kept by version.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
-    # No downloads, no checksums. Left to itself, TFDS looks for a checksum file through a package that it does not install.
+    # No downloads, no checksums. Left to itself, TFDS looks for a checksum file through a package
+    # that it does not install.
     url_infos: ClassVar[dict[str, Any]] = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -174,12 +256,18 @@ class Arithmetic(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=tfds.features.FeaturesDict({"question": text, "rationale": text, "answer": text}),
+            features=tfds.features.FeaturesDict(
+                {"question": text, "rationale": text, "answer": text}
+            ),
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+    def _split_generators(
+        self, dl_manager: object
+    ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         return {split: self._generate_examples(rows) for split, rows in generate().items()}
 
-    def _generate_examples(self, rows: list[dict[str, str]]) -> Iterator[tuple[int, dict[str, str]]]:
+    def _generate_examples(
+        self, rows: list[dict[str, str]]
+    ) -> Iterator[tuple[int, dict[str, str]]]:
         yield from enumerate(rows)

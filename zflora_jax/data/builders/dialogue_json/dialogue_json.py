@@ -1,4 +1,6 @@
-"""Dialogues, one per row: DailyDialog's `dialog` (a list of utterances) and MultiWOZ 2.2's `turns` (a list of speaker and utterance)."""
+"""Dialogues, one per row: DailyDialog's `dialog` (a list of utterances) and MultiWOZ 2.2's `turns`
+(a list of speaker and utterance).
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,20 @@ class DialogueJson(FileBuilder):
         for where, row in json_rows(path):
             turns: list[Any]
             if "turns" in row:
-                turns = [turn.get("utterance") if isinstance(turn, dict) else None for turn in field(row, "turns", where, _FIELDS, list)]
+                turns = [
+                    turn.get("utterance") if isinstance(turn, dict) else None
+                    for turn in field(row, "turns", where, _FIELDS, list)
+                ]
             else:
                 turns = field(row, "dialog", where, _FIELDS, list)
             if not all(isinstance(turn, str) for turn in turns):
-                raise ConfigError(f"{where}: every turn must be a string, or an object whose 'utterance' is one.")
+                raise ConfigError(
+                    f"{where}: every turn must be a string, or an object whose 'utterance' is one."
+                )
             for reply in wording.replies(turns, unit=" ".join(turns[:2])):
                 found = True
                 yield reply
         if not found:
-            raise ConfigError(f"{path}: no dialogue has a second turn, so there is no reply to learn.")
+            raise ConfigError(
+                f"{path}: no dialogue has a second turn, so there is no reply to learn."
+            )

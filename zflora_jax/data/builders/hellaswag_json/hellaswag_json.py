@@ -18,12 +18,15 @@ class HellaswagJson(FileBuilder):
     @staticmethod
     def read(path: str) -> Iterator[dict[str, Any]]:
         for where, row in json_rows(path):
-            activity, context = (field(row, name, where, _FIELDS) for name in ("activity_label", "ctx"))
+            activity, context = (
+                field(row, name, where, _FIELDS) for name in ("activity_label", "ctx")
+            )
             endings, label = field(row, "endings", where, _FIELDS, list), row.get("label")
             if not all(isinstance(ending, str) for ending in endings):
                 raise ConfigError(f"{where}: field 'endings' must be a list of strings.")
             if str(label) not in map(str, range(len(endings))):
                 raise ConfigError(
-                    f"{where}: label={label!r} is not the index of one of the {len(endings)} endings. Unlabelled rows cannot be scored."
+                    f"{where}: label={label!r} is not the index of one of the {len(endings)}"
+                    " endings. Unlabelled rows cannot be scored."
                 )
             yield wording.hellaswag(activity, context, endings, int(str(label)))

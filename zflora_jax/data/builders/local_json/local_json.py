@@ -34,14 +34,17 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     GSM8K rows (question, answer ending "#### N"): see `gsm8k_row`.
 
     Raises:
-      ConfigError: the file is not JSON, has no rows, or has a malformed row. A bad row is never skipped: the message names the file and the
-        row, counted from 1 (in JSONL by line, blank lines included).
+      ConfigError: the file is not JSON, has no rows, or has a malformed row. A bad row is never
+        skipped: the message names the file and the row, counted from 1 (in JSONL by line, blank
+        lines included).
     """
     return [_normalise(row, where) for where, row in json_rows(path)]
 
 
 def gsm8k_row(question: str, answer: str, where: str) -> dict[str, str]:
-    """A GSM8K row: calculator annotations are cut, the last line becomes "The answer is N." and N loses its thousands commas."""
+    """A GSM8K row: calculator annotations are cut, the last line becomes "The answer is N." and N
+    loses its thousands commas.
+    """
     rationale, mark, number = answer.rpartition("####")
     result = number.strip().replace(",", "")
     if not mark or not result:
@@ -62,9 +65,13 @@ def _normalise(row: Mapping[str, Any], where: str) -> dict[str, str]:
             output = _MARKER.sub("", output, count=1)
         if not output and not answer:
             raise ConfigError(
-                f"{where}: 'output' is empty and there is no 'answer', so there is nothing to learn."
+                f"{where}: 'output' is empty and there is no 'answer', so there is nothing to"
+                " learn."
             )
-        rows = {"instruction": text("instruction"), "input": text("input") if "input" in row else ""}
+        rows = {
+            "instruction": text("instruction"),
+            "input": text("input") if "input" in row else "",
+        }
         rows |= {"output": output or f"The answer is {answer}.", "answer": answer}
     if not rows["instruction"].strip():
         raise ConfigError(f"{where}: the instruction (or question) is empty.")

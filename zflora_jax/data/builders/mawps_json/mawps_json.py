@@ -1,4 +1,6 @@
-"""MAWPS rows with equations (original_text, equation, ans): LLM-Adapters' dataset/mawps/trainset.json."""
+"""MAWPS rows with equations (original_text, equation, ans): LLM-Adapters'
+dataset/mawps/trainset.json.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,19 @@ class MawpsJson(FileBuilder):
     @staticmethod
     def read(path: str) -> Iterator[dict[str, Any]]:
         for where, row in json_rows(path):
-            question, equation = (field(row, name, where, _FIELDS) for name in ("original_text", "equation"))
+            question, equation = (
+                field(row, name, where, _FIELDS) for name in ("original_text", "equation")
+            )
             answer = str(row.get("ans"))
             try:
                 float(answer)
             except ValueError:
-                raise ConfigError(f"{where}: field 'ans' must be a number, got {answer!r}.") from None
-            yield {"instruction": question.strip(), "input": "", "output": f"{equation}\nThe answer is {answer}.", "answer": answer}
+                raise ConfigError(
+                    f"{where}: field 'ans' must be a number, got {answer!r}."
+                ) from None
+            yield {
+                "instruction": question.strip(),
+                "input": "",
+                "output": f"{equation}\nThe answer is {answer}.",
+                "answer": answer,
+            }

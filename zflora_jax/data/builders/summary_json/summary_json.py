@@ -9,13 +9,20 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.builders import wording
 from zflora_jax.data.builders.files import FileBuilder, field, json_rows
 
-_TEXTS = {"dialogue": "dialogue", "article": "article", "document": "article"}  # field -> what it is called in the instruction
+# Field -> what it is called in the instruction.
+_TEXTS = {
+    "dialogue": "dialogue",
+    "article": "article",
+    "document": "article",
+}
 _SUMMARIES = ("summary", "highlights", "summary1", "summary2", "summary3")
 _FIELDS = "dialogue, article or document, and summary, highlights or summary1 to summary3"
 
 
 class SummaryJson(FileBuilder):
-    """Several summaries (DialogSum's test file has three) are the references; the first is the target."""
+    """Several summaries (DialogSum's test file has three) are the references; the first is the
+    target.
+    """
 
     FIELDS = ("instruction", "input", "output", "references")
 

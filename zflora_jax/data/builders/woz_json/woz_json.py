@@ -1,4 +1,6 @@
-"""WOZ 2.0 restaurant dialogues: one row per user turn, from the dialogue so far to the belief state."""
+"""WOZ 2.0 restaurant dialogues: one row per user turn, from the dialogue so far to the belief
+state.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.builders import wording
 from zflora_jax.data.builders.files import FileBuilder, field, json_rows
 
-_FIELDS = "dialogue_idx and dialogue, a list of turns with system_transcript, transcript, belief_state (WOZ 2.0)"
+_FIELDS = (
+    "dialogue_idx and dialogue, a list of turns with system_transcript, transcript, belief_state"
+    " (WOZ 2.0)"
+)
 
 
 class WozJson(FileBuilder):
@@ -25,13 +30,29 @@ class WozJson(FileBuilder):
                 there = f"{where}, turn {number}"
                 if not isinstance(turn, dict):
                     raise ConfigError(f"{there}: expected an object, got {type(turn).__name__}.")
-                said.append((field(turn, "system_transcript", there, _FIELDS), field(turn, "transcript", there, _FIELDS)))
-                yield wording.belief(said, _slots(field(turn, "belief_state", there, _FIELDS, list), there), unit=str(row.get("dialogue_idx", where)))
+                said.append(
+                    (
+                        field(turn, "system_transcript", there, _FIELDS),
+                        field(turn, "transcript", there, _FIELDS),
+                    )
+                )
+                yield wording.belief(
+                    said,
+                    _slots(field(turn, "belief_state", there, _FIELDS, list), there),
+                    unit=str(row.get("dialogue_idx", where)),
+                )
 
 
 def _slots(state: list[Any], where: str) -> list[tuple[str, str]]:
     """(slot, value) of what is informed, ("request", slot) of what is requested."""
     try:
-        return [("request" if act["act"] == "request" else name, value) for act in state for name, value in act["slots"]]
+        return [
+            ("request" if act["act"] == "request" else name, value)
+            for act in state
+            for name, value in act["slots"]
+        ]
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: 'belief_state' must be a list of {{act, slots: [[name, value]]}}, got {state!r:.120}.") from error
+        raise ConfigError(
+            f"{where}: 'belief_state' must be a list of {{act, slots: [[name, value]]}}, got"
+            f" {state!r:.120}."
+        ) from error
