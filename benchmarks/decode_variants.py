@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.bench.latency import contender
 from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
 from zflora_jax.core import trees
@@ -33,7 +33,7 @@ from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
-KEPT = "kept: packed [out, in], unrolled, one compiled loop"
+SAVED_NAMES = "kept: packed [out, in], unrolled, one compiled loop"
 
 
 def host_loop(model: Model, batch: int, prompt_length: int, new_tokens: int) -> Contender:
@@ -66,7 +66,7 @@ def host_loop(model: Model, batch: int, prompt_length: int, new_tokens: int) -> 
 def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dict[str, Contender]:
     shape = (batch, prompt_length, new_tokens)
     model = load_model("smollm2-135m", dtype="float32")
-    packed = pack(model)
+    packed = pack_for_decode(model)
     unrolled = Model(
         model.config.replace(scan_layers=False),
         trees.unstack_layers(model.params, model.config.num_layers),
@@ -75,7 +75,7 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
         "lm_head": {"kernel": jnp.asarray(packed.params["embed"]["embedding"].T)}
     }
     found = {
-        KEPT: contender(packed, *shape),
+        SAVED_NAMES: contender(packed, *shape),
         **{
             f"products {name}": with_products(PRODUCTS[name], lambda: contender(packed, *shape))
             for name in (LEFT, RIGHT, HALVES)
@@ -98,7 +98,7 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
         ),
     }
     if bfloat16:
-        narrow = pack(load_model("smollm2-135m", dtype="bfloat16"))
+        narrow = pack_for_decode(load_model("smollm2-135m", dtype="bfloat16"))
         found["bfloat16 weights and activations"] = contender(narrow, *shape)
         for name, product in {
             RIGHT: PRODUCTS[RIGHT],
@@ -135,16 +135,16 @@ def unguarded_product(x: Any, kernel: Any, dtype: Any = None) -> Any:
 
 
 def with_products(product: Callable[..., Any], make: Callable[[], Contender]) -> Contender:
-    """What `make` compiles where `products.row_products`, that is all kernels of layers and the
+    """What `make` compiles where `products.packed_linear`, that is all kernels of layers and the
     head, is `product`.
     """
-    kept = products.row_products
-    products.row_products = product
+    kept = products.packed_linear
+    products.packed_linear = product
     jax.clear_caches()
     try:
         return make()
     finally:
-        products.row_products = kept
+        products.packed_linear = kept
         jax.clear_caches()
 
 
@@ -228,7 +228,7 @@ def main() -> None:
             row: dict[str, Any] = {"batch": batch, "way": label}
             for name in ("ttft_ms", "tpot_ms"):
                 row |= summary(times[name], name) | {
-                    name.replace("_ms", "_ratio"): ratio(times[name], turns[KEPT][name])
+                    name.replace("_ms", "_ratio"): ratio(times[name], turns[SAVED_NAMES][name])
                 }
             if (size := found[label].read_bytes) is not None:
                 row["floor_ratio"] = ratio(times["tpot_ms"], times["floor_ms"])

@@ -108,7 +108,7 @@ def main() -> None:
     fused, label = load_fused(args.workdir)
     base, _ = unfuse(fused)
     _, encoded = held_out(run, fused)
-    batch = next(iter(eval_batches(encoded, min(args.rows, len(encoded)), run.data.lengths)))
+    batch = next(iter(eval_batches(encoded, min(args.rows, len(encoded)), run.data.bucket_lengths)))
     named = {
         "chosen for float32": choose_eps_z(fused, "float32"),
         "chosen for bfloat16": choose_eps_z(fused, "bfloat16"),

@@ -22,7 +22,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.experiments.planner import GIB, compiled, plan_run
+from zflora_jax.experiments.planner import GIB, compiled, memory_plan
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.tables import markdown_table
@@ -35,7 +35,7 @@ CASES: tuple[dict[str, Any], ...] = (
     FSDP | {"train.remat": True},
     FSDP | {"train.dtype": "bfloat16"},
     FSDP | {"train.dtype": "bfloat16", "train.remat": True},
-    FSDP | {"data.accumulate": 2},
+    FSDP | {"data.grad_accum_steps": 2},
     {"mesh.data": 8},
     {"mesh.fsdp": 4, "mesh.tensor": 2},
     {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
@@ -52,13 +52,13 @@ def main() -> None:
         base = RunConfig(
             model=model,
             adapter=AdapterConfig("zflora-minimal", rank=32),
-            data=DataConfig(batch_size=16, lengths=(1024,)),
+            data=DataConfig(batch_size=16, bucket_lengths=(1024,)),
             train=TrainConfig(steps=100, dtype="float32", loss_chunk=1024),
             mesh=MeshConfig(),
         )
         for changes in CASES:
             run, shape = override(base, changes), preset(model)
-            planned, found = plan_run(run, shape)["bytes_per_device"], compiled(run, shape)
+            planned, found = memory_plan(run, shape)["bytes_per_device"], compiled(run, shape)
             stored = sum(planned[name] for name in ("base", "adapters", "optimizer"))
             row = {
                 "model": model,

@@ -156,7 +156,7 @@ def formula(config: LlamaConfig, adapter: AdapterConfig, mesh: MeshConfig) -> in
 def measure(name: str, mesh: MeshConfig) -> dict[str, Any]:
     adapter = AdapterConfig("zflora-minimal", rank=32)
     devices = mesh.data * mesh.fsdp * mesh.tensor
-    data = DataConfig(batch_size=ROWS * mesh.data * mesh.fsdp, lengths=(LENGTH,))
+    data = DataConfig(batch_size=ROWS * mesh.data * mesh.fsdp, bucket_lengths=(LENGTH,))
     run = RunConfig(model=name, adapter=adapter, data=data, train=TrainConfig(), mesh=mesh)
     found = collectives(compiled_step(run, preset(name)).as_text())
     row = {

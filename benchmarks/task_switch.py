@@ -27,7 +27,7 @@ import numpy as np
 from zflora_jax.adapters import swapping
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -116,7 +116,7 @@ def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     blocks, factors = two_tasks(base, minimal), two_tasks(base, lora)
     fused = fuse(base, minimal, blocks[0])
-    live = {"minimal": pack(fused), "minimal, one subtree of stacked layers": fused}
+    live = {"minimal": pack_for_decode(fused), "minimal, one subtree of stacked layers": fused}
     merged = {
         "two": fuse(base, lora, factors[0]).params,
         "one": fuse(base, lora, factors[0]).params,
@@ -162,7 +162,9 @@ def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     if at["minimal"]:
         change("minimal")
-    left["minimal"] = changed(live["minimal"].params, pack(fuse(base, minimal, blocks[0])).params)
+    left["minimal"] = changed(
+        live["minimal"].params, pack_for_decode(fuse(base, minimal, blocks[0])).params
+    )
     for (
         label,
         params,

@@ -155,12 +155,12 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
     # hidden_size stays a multiple of the heads: nothing is padded in the export.
     r = -(-ranks[0] // heads) * heads
     for adapter in (
-        zf.AdapterConfig("zflora-minimal", rank=r, mlp_rank=24),
-        zf.AdapterConfig("zflora-uniform", rank=r, mlp_rank=16, head_rank=16),
+        zf.AdapterConfig("zflora-minimal", rank=r, extra_mlp_units=24),
+        zf.AdapterConfig("zflora-uniform", rank=r, extra_mlp_units=16, extra_head_dim=16),
     ):
         out = folder / adapter.method
         zf.save_hf(str(out), zf.fuse(model, adapter, adapters(adapter)))
-        jobs[f"{adapter.method} fused, r={r}, m={adapter.mlp_rank}"] = {"model": str(out)}
+        jobs[f"{adapter.method} fused, r={r}, m={adapter.extra_mlp_units}"] = {"model": str(out)}
     return {label: {"lora": None, "used": False, "rank": 0} | job for label, job in jobs.items()}
 
 
@@ -169,14 +169,14 @@ def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Calla
     held: dict[str, Callable[[int], object]] = {}
 
     def ours(count: int) -> object:
-        from zflora_jax.adapters.packing import pack
+        from zflora_jax.adapters.packing import pack_for_decode
         from zflora_jax.bench.latency import contender
         from zflora_jax.hf.load import load_model
 
         if "ours" not in held:
             held.clear()
             held["ours"] = contender(
-                pack(load_model(base, dtype="float32")), batch, prompt, new_tokens
+                pack_for_decode(load_model(base, dtype="float32")), batch, prompt, new_tokens
             ).generate
         return held["ours"](count)
 

@@ -95,8 +95,8 @@ def get_sweep() -> list[Comparison]:
     methods = {
         "lora": lora,
         "zflora-minimal": minimal,
-        "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, head_rank=4),
-        "ffba": AdapterConfig("ffba", rank=62, head_rank=4),
+        "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, extra_head_dim=4),
+        "ffba": AdapterConfig("ffba", rank=62, extra_head_dim=4),
         "lora-attention": replace(lora, rank=42, targets="attention"),
         "zflora-minimal-attention": AdapterConfig("zflora-minimal", rank=106, targets="attention"),
         "ffa": AdapterConfig("ffa", rank=16),
@@ -104,9 +104,11 @@ def get_sweep() -> list[Comparison]:
     }
     base = RunConfig(
         model=MODEL,
-        data=DataConfig(task="gsm8k", batch_size=1, lengths=(128, 256, 384, 512), packing=True),
+        data=DataConfig(
+            task="gsm8k", batch_size=1, bucket_lengths=(128, 256, 384, 512), packing=True
+        ),
         optim=OptimConfig(schedule="cosine", warmup_steps=5),
-        train=TrainConfig(steps=80, dtype="bfloat16", save_every=None, log_every=10, keep=1),
+        train=TrainConfig(steps=80, dtype="bfloat16", save_every=None, log_every=10, max_to_keep=1),
         eval=EvalConfig(limit=48, generate=False, likelihood=False),
     )
     numbers = EvalConfig(
@@ -157,7 +159,7 @@ def get_sweep() -> list[Comparison]:
         )
 
     fewer_units, larger_scale = (
-        replace(minimal, rank=24, mlp_rank=8),
+        replace(minimal, rank=24, extra_mlp_units=8),
         replace(minimal, alpha=4.0 * minimal.rank),
     )
     return [
@@ -175,7 +177,7 @@ def get_sweep() -> list[Comparison]:
             base.optim,
             (0,),
             minimal_mlp_rank_8=fewer_units,
-            minimal_mlp_rank_48=replace(minimal, rank=13, mlp_rank=48),
+            minimal_mlp_rank_48=replace(minimal, rank=13, extra_mlp_units=48),
             minimal_state_from_mlp=replace(minimal, rank=22, targets="q|k|v|gate|up|down"),
             minimal_scale_4=larger_scale,
         ),

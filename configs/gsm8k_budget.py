@@ -22,7 +22,7 @@ from zflora_jax.experiments.comparison import Comparison
 def get_sweep() -> Comparison:
     base = RunConfig(
         model="smollm2-135m",
-        data=DataConfig(task="gsm8k", batch_size=2, lengths=(128, 160, 192)),
+        data=DataConfig(task="gsm8k", batch_size=2, bucket_lengths=(128, 160, 192)),
         optim=OptimConfig(schedule="cosine", warmup_steps=10),
         train=TrainConfig(steps=200, save_every=100, log_every=10),
         eval=EvalConfig(limit=100, generate=False),
@@ -33,7 +33,7 @@ def get_sweep() -> Comparison:
         "lora": AdapterConfig("lora", rank=16),
         "lora-normal": AdapterConfig("lora", rank=16, init="normal"),
         "zflora-minimal": AdapterConfig("zflora-minimal", rank=21),
-        "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, head_rank=4),
+        "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, extra_head_dim=4),
     }
     return Comparison(
         "gsm8k_budget", base, methods, learning_rates=(5e-4, 1e-3, 2e-3), seeds=(0, 1)

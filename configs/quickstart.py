@@ -20,7 +20,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         model="smollm2-135m",
         adapter=AdapterConfig("zflora-minimal", rank=16),
-        data=DataConfig(task="arithmetic", batch_size=8, lengths=(96, 104, 128)),
+        data=DataConfig(task="arithmetic", batch_size=8, bucket_lengths=(96, 104, 128)),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=5),
         train=TrainConfig(steps=60, save_every=20, log_every=5),
         eval=EvalConfig(limit=100, batch_size=25, max_new_tokens=56),

@@ -166,7 +166,7 @@ def adapter_cases() -> list[AdapterConfig]:
         if m != "full"
     ]
     cases += [
-        AdapterConfig(m, rank=5, alpha=7.5, head_rank=16, mlp_rank=7, head_scores=s)
+        AdapterConfig(m, rank=5, alpha=7.5, extra_head_dim=16, extra_mlp_units=7, head_scores=s)
         for m in ("zflora-uniform", "ffba")
         for s in (True, False)
     ]
@@ -197,7 +197,7 @@ def case_id(adapter: AdapterConfig) -> str:
         adapter.method,
         adapter.targets.replace("|", ""),
         "" if adapter.head_scores else "values",
-        str(adapter.head_rank or ""),
+        str(adapter.extra_head_dim or ""),
     ]
     return "-".join(p for p in parts if p and p != "all")
 
@@ -216,7 +216,9 @@ def small_run(base_dir: str) -> RunConfig:
     return RunConfig(
         model=base_dir,
         adapter=AdapterConfig("zflora-minimal", rank=4),
-        data=DataConfig(batch_size=4, accumulate=2, lengths=(256, 320), train_limit=40),
+        data=DataConfig(
+            batch_size=4, grad_accum_steps=2, bucket_lengths=(256, 320), train_limit=40
+        ),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
         train=TrainConfig(steps=8, save_every=2, log_every=1, loss_chunk=128),
         eval=EvalConfig(limit=4, batch_size=4, max_new_tokens=8),
@@ -234,7 +236,7 @@ def run(base_dir: str) -> RunConfig:
     return small_run(base_dir)
 
 
-TASK_DATA = DataConfig(lengths=(256, 512))
+TASK_DATA = DataConfig(bucket_lengths=(256, 512))
 EVAL = EvalConfig(limit=None, batch_size=4, max_new_tokens=6)
 
 
@@ -286,7 +288,7 @@ def get_config():
     return RunConfig(
         model={model!r},
         adapter=AdapterConfig("zflora-minimal", rank=4),
-        data=DataConfig(batch_size=2, lengths=(320,), train_limit=8),
+        data=DataConfig(batch_size=2, bucket_lengths=(320,), train_limit=8),
         optim=OptimConfig(warmup_steps=1),
         train=TrainConfig(steps=2, loss_chunk=128),
         eval=EvalConfig(limit=2, batch_size=2, max_new_tokens=4),

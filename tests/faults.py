@@ -55,10 +55,10 @@ def lab_run(run: RunConfig) -> RunConfig:
         run,
         {
             "train.steps": 24,
-            "train.keep": 3,
+            "train.max_to_keep": 3,
             "data.batch_size": 8,
-            "data.accumulate": 1,
-            "data.lengths": [256],
+            "data.grad_accum_steps": 1,
+            "data.bucket_lengths": [256],
         },
     )
 

@@ -8,13 +8,12 @@ from conftest import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
-from zflora_jax.experiments import base
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments import base, run as runs
 from zflora_jax.experiments.base import as_base, given_base
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
@@ -80,14 +79,14 @@ def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir,
 def test_forms_that_cannot_be_trained_are_refused(run, base_dir):
     model = load_model(base_dir)
     with pytest.raises(ConfigError, match="packed for decoding"):
-        as_base(run, pack(model))
+        as_base(run, pack_for_decode(model))
     with pytest.raises(ConfigError, match=r"a tree per layer.*without scan_layers=False"):
         as_base(run, load_model(base_dir, scan_layers=False))
     model.tokenizer = None
     with pytest.raises(ConfigError, match="without a tokenizer"):
         as_base(run, model)
     with pytest.raises(ConfigError, match="beyond the model's context"):
-        as_base(override(run, {"data.lengths": [1024]}), load_model(base_dir))
+        as_base(override(run, {"data.bucket_lengths": [1024]}), load_model(base_dir))
 
 
 def test_another_dtype_is_refused_with_both_and_the_fix(run, base_dir):

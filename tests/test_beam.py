@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core.model import Model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.beam import beam_decode
@@ -124,14 +124,14 @@ def test_fillers_yield_nothing_and_layers_may_be_stacked(model: Model) -> None:
     tokens = np.asarray([[5, 6, 7, 8], [0] * 4, [0, 0, 100, 3]], np.int32)
     valid = np.asarray([[1] * 4, [0] * 4, [0, 0, 1, 1]], bool)
     greedy = generate_tokens(model, [[5, 6, 7, 8], [100, 3]], max_new_tokens=6, stop=())
-    for form in (model, pack(model)):
+    for form in (model, pack_for_decode(model)):
         out = np.asarray(
             beam_decode(form.config, None, 1, 6, (), {"params": form.params}, tokens, valid)
         )
         assert out.dtype == np.int32 and out[[0, 2]].tolist() == greedy and (out[1] == -1).all()
     stacked, flat = (
         np.asarray(beam_decode(form.config, None, 3, 6, (), {"params": form.params}, tokens, valid))
-        for form in (model, pack(model))
+        for form in (model, pack_for_decode(model))
     )
     assert (
         model.config.scan_layers
@@ -143,7 +143,7 @@ def test_fillers_yield_nothing_and_layers_may_be_stacked(model: Model) -> None:
 
 
 def test_one_call_runs_each_prompt_once(model: Model) -> None:
-    form, tokens = pack(model), jnp.ones((3, 16), jnp.int32)
+    form, tokens = pack_for_decode(model), jnp.ones((3, 16), jnp.int32)
     given = (form.config, None, 5, 8, (257,), {"params": form.params}, tokens, tokens > 0)
     jaxpr = jax.make_jaxpr(beam_decode, static_argnums=(0, 1, 2, 3, 4))(*given)
     assert len(jaxpr.jaxpr.eqns) == 1 and jaxpr.out_avals[0].shape == (3, 8)

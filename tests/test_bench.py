@@ -18,7 +18,7 @@ import pytest
 from conftest import tiny_model
 
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.bench import latency, timing, training
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -73,7 +73,7 @@ def test_the_floor_is_measured_beside_every_contender_whose_bytes_are_known() ->
 
 def test_bytes_read_are_those_of_all_weights_but_the_lookup() -> None:
     for tied in (True, False):
-        model = pack(tiny_model(tie_word_embeddings=tied))
+        model = pack_for_decode(tiny_model(tie_word_embeddings=tied))
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
         config = model.config
         cache = 2 * 3 * config.num_layers * config.num_kv_heads * config.head_dim * 10 * 4
@@ -87,7 +87,7 @@ def test_random_packed_has_the_shapes_of_a_packed_fused_model() -> None:
     model = tiny_model()
     config = fused_config(model.config, AdapterConfig("zflora-uniform", rank=8))
 
-    want = pack(random_model(config, jax.random.key(0)))
+    want = pack_for_decode(random_model(config, jax.random.key(0)))
     found = latency.random_packed(config, "bfloat16")
     assert jax.tree.map(lambda leaf: leaf.shape, found.params) == jax.tree.map(
         lambda leaf: leaf.shape, want.params

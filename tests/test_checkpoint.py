@@ -19,7 +19,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import run as runs
-from zflora_jax.parallel.distributed import Stopped, StopSignals
+from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.training.checkpoint import Checkpoints, SaveError
 
 
@@ -59,7 +59,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch
         {
             "train.steps": "12",
             "train.eval_every": "2",
-            "train.keep": "1",
+            "train.max_to_keep": "1",
             "eval.split": "validation",
         },
     )
@@ -75,7 +75,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch
         runs, "held_out_loss", lambda *_, **__: {"loss": next(losses), "tokens": 1.0, "rows": 1.0}
     )
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 9)
-    with pytest.raises(Stopped):  # another process goes on with it
+    with pytest.raises(Preempted):  # another process goes on with it
         quiet_train(run, tmp_path)
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: False)
     quiet_train(run, tmp_path)

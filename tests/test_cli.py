@@ -99,7 +99,7 @@ def test_missing_config_file_names_the_nearest(refused, config_file, tmp_path):
             ),
             (
                 "line 3: unknown key 'rnk' of AdapterConfig: did you mean 'rank'? Allowed: alpha,"
-                " dropout, head_rank"
+                " dropout, extra_head_dim"
             ),
         ),
         (
@@ -154,16 +154,22 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
         ("train.dtype=float16", "Allowed: bfloat16, float32"),
         ("adapter.rank=0", "adapter.rank=0: must be at least 1"),
         (
-            "adapter.head_rank=8",
-            "method 'zflora-minimal' does not widen the heads stream; leave head_rank unset",
+            "adapter.extra_head_dim=8",
+            "method 'zflora-minimal' does not widen the heads stream; leave extra_head_dim unset",
         ),
         (
             "adapter.method=zflora-mini",
             "unknown adapter method 'zflora-mini': did you mean 'zflora-minimal'?",
         ),
-        ("data.accumulate=3", "data.batch_size=2 is not a multiple of data.accumulate=3"),
-        ("data.lengths=128", "lengths=128: expected a list of int, written as [128]."),
-        ("data.lengths=128,64", "data.lengths=[128, 64]: expected increasing positive lengths"),
+        (
+            "data.grad_accum_steps=3",
+            "data.batch_size=2 is not a multiple of data.grad_accum_steps=3",
+        ),
+        ("data.bucket_lengths=128", "lengths=128: expected a list of int, written as [128]."),
+        (
+            "data.bucket_lengths=128,64",
+            "data.bucket_lengths=[128, 64]: expected increasing positive lengths",
+        ),
         (
             "optim.warmup_steps=2",
             "optim.warmup_steps=2 does not leave a step at full rate in train.steps=2",
@@ -178,11 +184,11 @@ def test_wrong_settings(change, message, refused, config_file, tmp_path):
 
 
 def test_odd_head_rank(refused, config_file, tmp_path):
-    changes = ("adapter.method=zflora-uniform", "adapter.head_rank=7")
+    changes = ("adapter.method=zflora-uniform", "adapter.extra_head_dim=7")
     message = refused(
         "train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes
     )
-    assert "adapter.head_rank=7 is odd" in message and "use an even width" in message
+    assert "adapter.extra_head_dim=7 is odd" in message and "use an even width" in message
 
 
 @pytest.mark.parametrize(
@@ -190,13 +196,16 @@ def test_odd_head_rank(refused, config_file, tmp_path):
     [
         (["model=nowhere/at/all"], "no model at 'nowhere/at/all'"),
         (
-            ["data.lengths=320,512"],
+            ["data.bucket_lengths=320,512"],
             (
-                "data.lengths goes up to 512, beyond the model's context of 400; leave out lengths"
-                " above it."
+                "data.bucket_lengths goes up to 512, beyond the model's context of 400; leave out"
+                " lengths above it."
             ),
         ),
-        (["data.lengths=[16]"], "examples are longer than the longest of data.lengths=[16]"),
+        (
+            ["data.bucket_lengths=[16]"],
+            "examples are longer than the longest of data.bucket_lengths=[16]",
+        ),
         (["data.task=aritmetic"], "unknown task 'aritmetic': did you mean 'arithmetic'?"),
         (["data.task=json"], "data.data_dir is not set"),
         (["data.task=json", "data.data_dir=not-here"], "data.data_dir='not-here' does not exist"),
@@ -307,7 +316,12 @@ def test_model_directory_without_a_tokenizer(refused, model_dir, config_file, tm
 
 
 def test_prompts_longer_than_the_context(refused, model_dir, tmp_path):
-    changes = ("data.lengths=[320]", "data.batch_size=2", "eval.limit=2", "eval.max_new_tokens=380")
+    changes = (
+        "data.bucket_lengths=[320]",
+        "data.batch_size=2",
+        "eval.limit=2",
+        "eval.max_new_tokens=380",
+    )
     message = refused("eval", "--model", model_dir, "--out", tmp_path / "out", "--set", *changes)
     assert (
         "with max_new_tokens=380 that exceeds the model's context of 400. Shorten the prompt or"

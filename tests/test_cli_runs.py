@@ -12,7 +12,7 @@ import pytest
 
 from zflora_jax.cli import commands
 from zflora_jax.cli.main import main
-from zflora_jax.parallel.distributed import Stopped
+from zflora_jax.parallel.distributed import Preempted
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -162,7 +162,7 @@ def test_eval_and_export_print_a_table_and_write_files(trained_dir, tmp_path, ca
     assert json.loads((tmp_path / "out" / "zflora.json").read_text())["eps_z"] == 0.125
     assert "top1_agreement" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
-    changes = ["data.lengths=[320]", "data.batch_size=2", "eval.generate=False"]
+    changes = ["data.bucket_lengths=[320]", "data.batch_size=2", "eval.generate=False"]
     assert (
         main(
             [
@@ -196,7 +196,12 @@ def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
     (tmp_path / "ARC-Easy").mkdir()
     for name, some in (("train", rows[:30]), ("test", rows[:32])):
         (tmp_path / "ARC-Easy" / f"{name}.json").write_text(json.dumps(some))
-    changes = ["data.lengths=[320]", "data.batch_size=2", "eval.generate=False", "eval.loss=False"]
+    changes = [
+        "data.bucket_lengths=[320]",
+        "data.batch_size=2",
+        "eval.generate=False",
+        "eval.loss=False",
+    ]
     argv = [
         "eval",
         "--model",
@@ -242,7 +247,7 @@ def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
 
 def test_a_stopped_run_ends_with_its_code_whatever_signal_comes_next(monkeypatch, capsys):
     def stopped(_: object) -> None:
-        raise Stopped("stopped by a signal after step 3")
+        raise Preempted("stopped by a signal after step 3")
 
     monkeypatch.setattr(commands, "train", stopped)
     before = signal.getsignal(signal.SIGTERM)

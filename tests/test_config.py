@@ -11,13 +11,19 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, from_dict, nearest, override, to_dict
 from zflora_jax.core.model_config import PRESETS, LlamaConfig, RopeScaling, preset
-from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.core.run_config import (
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    from_file,
+)
 
 TINY = to_dict(preset("tiny"))
 RUNS = [
@@ -29,7 +35,7 @@ RUNS = [
     ),
     RunConfig(
         adapter=AdapterConfig(
-            "zflora-uniform", rank=18, mlp_rank=16, head_rank=8, head_scores=False
+            "zflora-uniform", rank=18, extra_mlp_units=16, extra_head_dim=8, head_scores=False
         ),
         data=DataConfig("json", "some/dir", "alpaca", 12, 3, (7, 9), True, 5, 4),
         optim=OptimConfig(1e-4, "linear", 0, 0.1, 0.01, 0.8, 0.9, 1e-6, None),
@@ -45,7 +51,7 @@ RUNS = [
 def test_presets_are_valid_and_round_trip(name):
     config = preset(name)
     assert from_dict(LlamaConfig, json.loads(json.dumps(to_dict(config)))) == config
-    assert config.base_dim == config.hidden_size and config.rotary_dim == config.head_dim
+    assert config.norm_dim == config.hidden_size and config.rotary_dim == config.head_dim
     assert all(
         0 <= token < config.vocab_size for token in (config.bos_token_id, *config.eos_token_ids)
     )
@@ -142,9 +148,12 @@ def test_reading_a_config_needs_no_jax():
         ({"optim": {"clip_norm": "one"}}, r"optim\.clip_norm='one': expected float"),
         (
             {"data": {"lengths": 128}},
-            r"data\.lengths=128: expected a list of int, written as \[128\]",
+            r"data\.bucket_lengths=128: expected a list of int, written as \[128\]",
         ),
-        ({"data": {"lengths": [64, "128"]}}, r"data\.lengths\[1\]='128': expected int, got str"),
+        (
+            {"data": {"lengths": [64, "128"]}},
+            r"data\.bucket_lengths\[1\]='128': expected int, got str",
+        ),
         ({"data": {"data_dir": 5}}, r"data\.data_dir=5: expected str"),
         ({"train": {"dtype": "float64"}}, r"train\.dtype='float64': .*Allowed: bfloat16, float32"),
         ({"train": {"dtype": "float16"}}, r"train\.dtype='float16': .*Allowed: bfloat16, float32"),
@@ -173,8 +182,8 @@ def test_wrong_keys_and_types_are_refused_by_name(values, message):
                 "num_heads",
                 "num_kv_heads",
                 "max_position_embeddings",
-                "norm_dim",
-                "rope_dim",
+                "base_hidden_size",
+                "base_head_dim",
             )
         ),
         (
@@ -184,10 +193,10 @@ def test_wrong_keys_and_types_are_refused_by_name(values, message):
                 r" whole groups"
             ),
         ),
-        ({"head_dim": 15}, r"rope_dim=15: RoPE turns pairs of dims, so it must be even"),
-        ({"rope_dim": 18}, r"rope_dim=18 exceeds head_dim=16"),
-        ({"rope_dim": -2}, r"rope_dim=-2: must be at least 1"),
-        ({"norm_dim": 65}, r"norm_dim=65 exceeds hidden_size=64"),
+        ({"head_dim": 15}, r"base_head_dim=15: RoPE turns pairs of dims, so it must be even"),
+        ({"base_head_dim": 18}, r"base_head_dim=18 exceeds head_dim=16"),
+        ({"base_head_dim": -2}, r"base_head_dim=-2: must be at least 1"),
+        ({"base_hidden_size": 65}, r"base_hidden_size=65 exceeds hidden_size=64"),
         ({"rms_norm_eps": 0.0}, r"rms_norm_eps=0\.0: must be positive"),
         ({"rope_theta": -1.0}, r"rope_theta=-1\.0: must be positive"),
         (
@@ -252,24 +261,34 @@ def test_impossible_models(changes, message):
         ("lora", {"alpha": math.nan}, r"adapter\.alpha=nan: expected a finite number"),
         (
             "lora",
-            {"mlp_rank": 4},
+            {"extra_mlp_units": 4},
             (
-                r"adapter\.mlp_rank=4: method 'lora' does not widen the MLP stream; leave mlp_rank"
+                r"adapter\.extra_mlp_units=4: method 'lora' does not widen the MLP stream; leave"
+                r" extra_mlp_units"
                 r" unset"
             ),
         ),
-        ("full", {"mlp_rank": 0}, r"adapter\.mlp_rank=0: method 'full' does not widen"),
+        (
+            "full",
+            {"extra_mlp_units": 0},
+            r"adapter\.extra_mlp_units=0: method 'full' does not widen",
+        ),
         (
             "zflora-minimal",
-            {"head_rank": 8},
+            {"extra_head_dim": 8},
             (
-                r"adapter\.head_rank=8: method 'zflora-minimal' does not widen the heads stream;"
-                r" leave head_rank unset"
+                r"adapter\.extra_head_dim=8: method 'zflora-minimal' does not widen the heads"
+                r" stream;"
+                r" leave extra_head_dim unset"
             ),
         ),
-        ("ffba", {"mlp_rank": -1}, r"adapter\.mlp_rank=-1: must be at least 0"),
-        ("ffba", {"head_rank": -2}, r"adapter\.head_rank=-2: must be at least 0"),
-        ("zflora-uniform", {"head_rank": 7}, r"adapter\.head_rank=7 is odd: .* use an even width"),
+        ("ffba", {"extra_mlp_units": -1}, r"adapter\.extra_mlp_units=-1: must be at least 0"),
+        ("ffba", {"extra_head_dim": -2}, r"adapter\.extra_head_dim=-2: must be at least 0"),
+        (
+            "zflora-uniform",
+            {"extra_head_dim": 7},
+            r"adapter\.extra_head_dim=7 is odd: .* use an even width",
+        ),
     ],
 )
 def test_impossible_adapters(method, changes, message):
@@ -281,23 +300,32 @@ def test_impossible_adapters(method, changes, message):
     ("key", "value", "message"),
     [
         ("data.batch_size", 0, r"data\.batch_size=0: must be at least 1"),
-        ("data.accumulate", 0, r"data\.accumulate=0: must be at least 1"),
+        ("data.grad_accum_steps", 0, r"data\.grad_accum_steps=0: must be at least 1"),
         (
-            "data.accumulate",
+            "data.grad_accum_steps",
             3,
             (
-                r"data\.batch_size=8 is not a multiple of data\.accumulate=3; micro-batches must be"
+                r"data\.batch_size=8 is not a multiple of data\.grad_accum_steps=3; micro-batches"
+                r" must be"
                 r" equal"
             ),
         ),
         (
-            "data.lengths",
+            "data.bucket_lengths",
             (),
-            r"data\.lengths=\[\]: expected increasing positive lengths, e\.g\. \[128, 256\]",
+            r"data\.bucket_lengths=\[\]: expected increasing positive lengths, e\.g\. \[128, 256\]",
         ),
-        ("data.lengths", (128, 64), r"data\.lengths=\[128, 64\]: expected increasing"),
-        ("data.lengths", (64, 64), r"data\.lengths=\[64, 64\]: expected increasing"),
-        ("data.lengths", (0, 64), r"data\.lengths=\[0, 64\]: expected increasing positive"),
+        (
+            "data.bucket_lengths",
+            (128, 64),
+            r"data\.bucket_lengths=\[128, 64\]: expected increasing",
+        ),
+        ("data.bucket_lengths", (64, 64), r"data\.bucket_lengths=\[64, 64\]: expected increasing"),
+        (
+            "data.bucket_lengths",
+            (0, 64),
+            r"data\.bucket_lengths=\[0, 64\]: expected increasing positive",
+        ),
         ("data.train_limit", 0, r"data\.train_limit=0: must be at least 1, or None for all rows"),
         ("data.seed", -1, r"data\.seed=-1: must be at least 0"),
         ("optim.learning_rate", 0.0, r"optim\.learning_rate=0\.0: must be positive"),
@@ -324,7 +352,7 @@ def test_impossible_adapters(method, changes, message):
         ),
         *(
             (f"train.{name}", 0, rf"train\.{name}=0: must be at least 1")
-            for name in ("steps", "loss_chunk", "log_every", "keep")
+            for name in ("steps", "loss_chunk", "log_every", "max_to_keep")
         ),
         *(
             (f"train.{name}", 0, rf"train\.{name}=0: must be at least 1, or None for the end only")
@@ -367,12 +395,12 @@ def test_lora_plus_needs_two_kinds_of_blocks(method):
         ("optim.clip_norm", "None", None),
         ("optim.clip_norm", "3", 3.0),
         ("adapter.alpha", "32", 32.0),
-        ("adapter.mlp_rank", "None", None),
+        ("adapter.extra_mlp_units", "None", None),
         ("train.save_every", "None", None),
         ("train.remat", "True", True),
-        ("data.lengths", "64,128", (64, 128)),
-        ("data.lengths", "[64, 128]", (64, 128)),
-        ("data.lengths", "(64,)", (64,)),
+        ("data.bucket_lengths", "64,128", (64, 128)),
+        ("data.bucket_lengths", "[64, 128]", (64, 128)),
+        ("data.bucket_lengths", "(64,)", (64,)),
         ("train.report_to", "wandb", ("wandb",)),
         ("train.report_to", "tensorboard, wandb", ("tensorboard", "wandb")),
         ("train.report_to", "[trackio]", ("trackio",)),
@@ -390,7 +418,7 @@ def test_lora_plus_needs_two_kinds_of_blocks(method):
         ("eval.generate", "true", True),
         ("data.data_dir", "true", "true"),
         ("optim.warmup_steps", 3, 3),
-        ("data.lengths", [5, 6], (5, 6)),
+        ("data.bucket_lengths", [5, 6], (5, 6)),
     ],
 )
 def test_overrides_are_parsed_as_the_field_declares(key, text, value):
@@ -407,13 +435,14 @@ def test_overrides_change_nothing_else_and_are_made_together():
         run,
         {
             "data.batch_size": "12",
-            "data.accumulate": "3",
+            "data.grad_accum_steps": "3",
             "adapter.method": "ffba",
-            "adapter.head_rank": "8",
+            "adapter.extra_head_dim": "8",
         },
     )
     assert changed == RunConfig(
-        adapter=AdapterConfig("ffba", head_rank=8), data=DataConfig(batch_size=12, accumulate=3)
+        adapter=AdapterConfig("ffba", extra_head_dim=8),
+        data=DataConfig(batch_size=12, grad_accum_steps=3),
     )
     assert (
         override(run, {"optim.warmup_steps": "200", "train.steps": "300"}).optim.warmup_steps == 200
@@ -441,7 +470,7 @@ def test_a_whole_table_can_be_overridden_and_refined():
         ("adapter.rank", "(" * 5000, r"expected int"),
         ("adapter", "lora", r"adapter='lora': expected a table"),
         ("model.name", "x", r"'model\.name': 'model' has no fields of its own"),
-        ("data.lengths", "128", r"lengths=128: expected a list of int"),
+        ("data.bucket_lengths", "128", r"lengths=128: expected a list of int"),
         (
             "data.prompt_style",
             "alpacca",
@@ -556,3 +585,44 @@ def test_override_raises_config_errors_only(changes):
 def test_nearest_lists_everything_allowed():
     assert nearest("rnk", ["rank", "alpha"]) == "did you mean 'rank'? Allowed: alpha, rank"
     assert nearest("zzz", ["rank", "alpha"]) == "Allowed: alpha, rank"
+
+
+OLD_NAMES = {
+    "adapter.mlp_rank": "adapter.extra_mlp_units",
+    "adapter.head_rank": "adapter.extra_head_dim",
+    "data.accumulate": "data.grad_accum_steps",
+    "data.lengths": "data.bucket_lengths",
+    "train.keep": "train.max_to_keep",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
+def test_settings_are_read_by_the_names_of_before(old, new):
+    """From the command line, from files and from keywords, so that old runs and configs go on."""
+    run = RunConfig(adapter=AdapterConfig("zflora-uniform"))
+    value = {"data.bucket_lengths": (8, 16)}.get(new, 4)
+    changed = override(run, {new: value})
+    assert changed != run and override(run, {old: value}) == changed
+
+    (section, name), (_, former) = new.split("."), old.split(".")
+    table = to_dict(changed)
+    table[section][former] = table[section].pop(name)
+    assert from_file(RunConfig, table) == changed
+    part = getattr(changed, section)
+    kept = {k: v for k, v in to_dict(part).items() if k != name}
+    assert type(part)(**kept, **{former: value}) == part
+
+
+def test_model_settings_are_read_by_the_names_of_before():
+    """zflora.json of older exports has them."""
+    wide = preset("tiny").replace(
+        hidden_size=72, base_hidden_size=64, head_dim=24, base_head_dim=16
+    )
+    table = to_dict(wide)
+    table |= {"norm_dim": table.pop("base_hidden_size"), "rope_dim": table.pop("base_head_dim")}
+    assert from_dict(LlamaConfig, table) == wide
+
+
+def test_an_old_and_a_new_name_together_are_refused():
+    with pytest.raises(ConfigError, match=r"mlp_rank: given under the old name and the new one"):
+        AdapterConfig("zflora-minimal", mlp_rank=2, extra_mlp_units=2)

@@ -22,8 +22,8 @@ from conftest import (
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
-from zflora_jax.adapters.methods import base_config, count_params, fused_config, plan
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.methods import base_config, count_params, fused_config, resolve_adapter
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -91,7 +91,7 @@ def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
         fused.config
     )
     assert_logits_close(forward(fused, tokens), adapted)
-    assert_logits_close(forward(pack(fused), tokens), adapted)
+    assert_logits_close(forward(pack_for_decode(fused), tokens), adapted)
 
 
 @every_widened
@@ -130,8 +130,8 @@ def test_swap_equals_fusing_anew(adapter, packed, dtype):
     )
     want = fuse(model, adapter, second)
     fused = fuse(model, adapter, first)
-    got = swap(pack(fused) if packed else fused, second)
-    assert_trees_equal(got.params, (pack(want) if packed else want).params)
+    got = swap(pack_for_decode(fused) if packed else fused, second)
+    assert_trees_equal(got.params, (pack_for_decode(want) if packed else want).params)
 
 
 @every_method
@@ -194,7 +194,7 @@ def test_no_product_forms_a_base_gradient(adapter):
         return
     if METHODS[adapter.method].heads:
         # No block, flat or not, then has the shape of a kernel of tiny.
-        adapter = adapter.replace(head_rank=64)
+        adapter = adapter.replace(extra_head_dim=64)
     model = tiny_model(num_layers=1, scan_layers=False)
     state = jax.eval_shape(
         lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100)
@@ -309,7 +309,7 @@ def test_counts_and_configs_are_two_way(adapter):
     dead = sum(leaf.size for leaf in dead_slices(config, adapter, adapters))
     assert trees.size(adapters) - dead == count_params(config, adapter)
     assert base_config(fused_config(config, adapter), adapter) == config
-    p = plan(config, adapter)
+    p = resolve_adapter(config, adapter)
     assert (p.residual, p.heads, p.mlp) == tuple(
         getattr(fused_config(config, adapter), n) - getattr(config, n)
         for n in ("hidden_size", "head_dim", "intermediate_size")

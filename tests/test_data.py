@@ -376,9 +376,13 @@ def test_the_end_token_is_the_one_the_template_puts_after_an_answer():
 @pytest.mark.parametrize("style", ["chat", "alpaca", "alpaca-eval"])
 def test_the_loss_mask_covers_the_target_and_its_end_and_nothing_else(tokenizer, style):
     examples = [Example("2 and 3?", "2 + 3 = 5.", "5"), Example("é?", "日本", "1", input="x")]
-    encoded = tokenize_examples(examples, tokenizer, DataConfig(prompt_style=style, lengths=(512,)))
+    encoded = tokenize_examples(
+        examples, tokenizer, DataConfig(prompt_style=style, bucket_lengths=(512,))
+    )
     on_prompt = tokenize_examples(
-        examples, tokenizer, DataConfig(prompt_style=style, lengths=(512,), train_on_prompt=True)
+        examples,
+        tokenizer,
+        DataConfig(prompt_style=style, bucket_lengths=(512,), train_on_prompt=True),
     )
     generation = encode_prompts(examples, tokenizer, style)
     for example, (tokens, mask, _), (_, full_mask, _), prompt in zip(
@@ -416,19 +420,24 @@ def test_exactly_one_bos_if_the_tokenizer_adds_one(writes_bos):
 
 def test_long_rows_are_dropped_counted_and_reported(tokenizer, caplog):
     examples = [Example("q", "t" * n, "1") for n in (1, 200, 2, 300)]
-    encoded = tokenize_examples(examples, tokenizer, DataConfig(lengths=(64, 128)))
+    encoded = tokenize_examples(examples, tokenizer, DataConfig(bucket_lengths=(64, 128)))
     assert (len(encoded), encoded.kept, encoded.dropped, encoded.pad_id) == (2, (0, 2), 2, PAD)
     assert "dropped 2 of 4 examples longer than 128 tokens" in caplog.text
     with pytest.raises(
-        ConfigError, match=r"all 2 examples are longer.*data.lengths=\[8\].*data.lengths=\[8, 64\]"
+        ConfigError,
+        match=(
+            r"all 2 examples are longer.*data.bucket_lengths=\[8\].*data.bucket_lengths=\[8, 64\]"
+        ),
     ):
-        tokenize_examples(examples[::2], tokenizer, DataConfig(lengths=(8,)))
+        tokenize_examples(examples[::2], tokenizer, DataConfig(bucket_lengths=(8,)))
 
 
 def test_a_row_of_exactly_the_longest_length_stays(tokenizer):
     whole = len(tokenize_examples([Example("q", "t", "1")], tokenizer, DataConfig()).rows[0][0])
-    encoded = tokenize_examples([Example("q", "t", "1")], tokenizer, DataConfig(lengths=(whole,)))
-    assert next(train_batches(encoded, DataConfig(lengths=(whole,), batch_size=1)))[
+    encoded = tokenize_examples(
+        [Example("q", "t", "1")], tokenizer, DataConfig(bucket_lengths=(whole,))
+    )
+    assert next(train_batches(encoded, DataConfig(bucket_lengths=(whole,), batch_size=1)))[
         "segments"
     ].all()
 
@@ -443,19 +452,19 @@ def test_empty_datasets_are_refused(tokenizer):
 
 @pytest.mark.parametrize("start", [1, 3, 20])
 def test_resuming_at_a_step_goes_on_as_if_uninterrupted(start):
-    data, encoded = DataConfig(batch_size=4, lengths=(4, 6), seed=3), encoded_rows(10)
+    data, encoded = DataConfig(batch_size=4, bucket_lengths=(4, 6), seed=3), encoded_rows(10)
     whole = list(itertools.islice(train_batches(encoded, data), start + 8))
     resumed = list(itertools.islice(train_batches(encoded, data, start_step=start), 8))
     assert_same_batches(whole[start:], resumed)
 
 
 def test_resuming_late_costs_nothing():
-    data, encoded = DataConfig(batch_size=8, lengths=(8,)), encoded_rows(1000)
+    data, encoded = DataConfig(batch_size=8, bucket_lengths=(8,)), encoded_rows(1000)
     assert next(train_batches(encoded, data, start_step=10**9))["tokens"].shape == (8, 8)
 
 
 def test_every_epoch_is_another_permutation_of_all_rows():
-    data, encoded = DataConfig(batch_size=4, lengths=(8,)), encoded_rows(10)
+    data, encoded = DataConfig(batch_size=4, bucket_lengths=(8,)), encoded_rows(10)
     order = [
         i for batch in itertools.islice(train_batches(encoded, data), 10) for i in row_ids(batch)
     ]
@@ -469,7 +478,9 @@ def test_the_order_depends_on_the_seed():
         [
             i
             for batch in itertools.islice(
-                train_batches(encoded_rows(50), DataConfig(batch_size=5, lengths=(8,), seed=seed)),
+                train_batches(
+                    encoded_rows(50), DataConfig(batch_size=5, bucket_lengths=(8,), seed=seed)
+                ),
                 20,
             )
             for i in row_ids(batch)
@@ -483,7 +494,7 @@ def test_the_order_depends_on_the_seed():
 
 
 def test_a_dataset_smaller_than_a_batch_repeats():
-    batch = next(train_batches(encoded_rows(3), DataConfig(batch_size=8, lengths=(8,))))
+    batch = next(train_batches(encoded_rows(3), DataConfig(batch_size=8, bucket_lengths=(8,))))
     assert np.bincount(row_ids(batch)).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
 
 

@@ -27,7 +27,7 @@ from zflora_jax.evaluation import evals
 from zflora_jax.evaluation.scorecard import evaluate
 from zflora_jax.experiments import run as runs
 from zflora_jax.inference.text import generate
-from zflora_jax.parallel.distributed import Stopped, StopSignals
+from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.training.checkpoint import read_config
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def dated_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(dated_base: str) -> RunConfig:
-    return override(small_run(dated_base), {"train.steps": 6, "data.lengths": [384, 448]})
+    return override(small_run(dated_base), {"train.steps": 6, "data.bucket_lengths": [384, 448]})
 
 
 def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
@@ -158,7 +158,7 @@ def test_a_run_is_resumed_on_another_day_bit_for_bit(run, tmp_path, monkeypatch,
     day = clock(2026, 1, 31)
     whole = quiet_train(run, tmp_path / "whole")
     stop_after(monkeypatch, 3)
-    with pytest.raises(Stopped):
+    with pytest.raises(Preempted):
         quiet_train(run, tmp_path / "stopped")
     stop_after(monkeypatch, None)
     clock(2026, 2, 1)

@@ -19,7 +19,7 @@ from conftest import adapter_cases, assert_logits_close, case_id, perturb, tiny_
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -56,7 +56,7 @@ def test_adapters_beside_the_base_answer_as_fused(adapter):
     model = untied()
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100]]
-    fused, base = fuse(model, adapter, adapters), pack(model)
+    fused, base = fuse(model, adapter, adapters), pack_for_decode(model)
     flat = trees.unstack_layers(adapters, model.config.num_layers)
     tokens = np.asarray([[1, 2, 3, 4], [7, 9, 100, 3]], np.int32)
     assert_logits_close(forward(base, tokens, adapter, flat), forward(fused, tokens))
@@ -161,7 +161,7 @@ def test_greedy_equals_transformers_on_a_real_model(method: str, tmp_path: Path)
     prompts = [model.tokenizer(text)["input_ids"] for text in texts]
     assert len({len(p) for p in prompts}) == 3
     if method != "base":
-        adapter = AdapterConfig(method, rank=18, mlp_rank=24)
+        adapter = AdapterConfig(method, rank=18, extra_mlp_units=24)
         model = fuse(
             model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.01)
         )
@@ -213,7 +213,7 @@ class CountingSampler(Sampler):
 
 
 def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
-    model = pack(untied())
+    model = pack_for_decode(untied())
     tokens, valid = (
         np.asarray([[5, 6, 7, 8], [0, 0, 100, 3], [0, 0, 0, 0]], np.int32),
         np.asarray([[1] * 4, [0, 0, 1, 1], [0] * 4], bool),
@@ -371,7 +371,7 @@ def loop_body(jaxpr: Any) -> tuple[Any, set[Any]]:
 
 @pytest.mark.parametrize("method", ["base", "zflora-uniform"])
 def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> None:
-    model = pack(tiny_fused(method))
+    model = pack_for_decode(tiny_fused(method))
     tokens, keys = jnp.ones((2, 16), jnp.int32), jax.random.split(jax.random.key(0), 2)
     given = (
         model.config,
@@ -403,7 +403,7 @@ def test_packed_kernels_are_filled_up_with_zeros() -> None:
     """
     model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5)
     fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
-    ready, width = pack(fused), fused.config.hidden_size
+    ready, width = pack_for_decode(fused), fused.config.hidden_size
     up, down = (
         np.asarray(ready.params["layers_0"]["mlp"][name]["kernel"]) for name in ("gate_up", "down")
     )
@@ -425,7 +425,7 @@ def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
     smallest kernel.
     """
     adapter = AdapterConfig("lora", rank=4) if beside else None
-    model = pack(tiny_fused("base") if beside else tiny_fused("zflora-uniform"))
+    model = pack_for_decode(tiny_fused("base") if beside else tiny_fused("zflora-uniform"))
     variables = {"params": model.params}
     if adapter is not None:
         base = untied()
@@ -457,7 +457,7 @@ def test_the_compiled_loop_copies_no_cache(
     """Read off the HLO: the cache is updated in place, token after token."""
     base = tiny_model(num_kv_heads=kv_heads)
     adapter = None if beside == "fused" else AdapterConfig("lora", rank=4)
-    model = pack(base)
+    model = pack_for_decode(base)
     variables = {"params": model.params}
     if adapter is not None:
         adapters = trees.unstack_layers(
@@ -504,7 +504,7 @@ def test_greedy_is_the_argmax_of_whole_forwards(layout: str, batch: int, kv_head
     """Whatever axes of one the loop's cache goes without."""
     model = untied(num_kv_heads=kv_heads)
     tokens = jax.random.randint(jax.random.key(3), (batch, 16), 0, 250)
-    run = pack(model) if layout == "packed" else model
+    run = pack_for_decode(model) if layout == "packed" else model
     assert run.config.scan_layers == (layout == "stacked")
     out = decode(
         run.config,

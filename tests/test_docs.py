@@ -36,7 +36,7 @@ from zflora_jax.config import DataConfig, EvalConfig
 from configs.quickstart import get_config as full
 
 def get_config():
-    data = DataConfig(batch_size=2, lengths=(448,), train_limit=12)
+    data = DataConfig(batch_size=2, bucket_lengths=(448,), train_limit=12)
     run = dataclasses.replace(full(), model={model!r}, data=data)
     train = dataclasses.replace(run.train, steps=6, save_every=None)
     scored = EvalConfig(limit=2, batch_size=2, max_new_tokens=4)
@@ -140,9 +140,12 @@ def test_the_site_builds_without_a_warning_and_names_everything_public(tmp_path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
-    missing = [
+    own = {
+        name: getattr(getattr(zflora_jax, name), "__name__", name) for name in zflora_jax.__all__
+    }
+    missing = [  # a name of before stands for the one that it has now
         name
-        for name in zflora_jax.__all__
-        if not re.search(rf'id="zflora_jax\.[\w.]*\b{name}"', reference)
+        for name, now in own.items()
+        if not re.search(rf'id="zflora_jax\.[\w.]*\b{now}"', reference)
     ]
     assert not missing

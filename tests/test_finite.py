@@ -17,12 +17,10 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.data.tasks import Example
-from zflora_jax.evaluation import evals
-from zflora_jax.evaluation import export_gap as gap_module
+from zflora_jax.evaluation import evals, export_gap as gap_module
 from zflora_jax.evaluation.evals import likelihood_records
 from zflora_jax.evaluation.export_gap import export_gap
-from zflora_jax.experiments import compare, quickstart
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments import compare, quickstart, run as runs
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import perturb, tiny_model
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from test_hf_gguf import write_gguf
 from test_hf_load import hf_model
 

@@ -25,7 +25,7 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import grid
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
 from zflora_jax.parallel import distributed
-from zflora_jax.parallel.distributed import Stopped
+from zflora_jax.parallel.distributed import Preempted
 
 
 @pytest.fixture
@@ -108,11 +108,11 @@ def test_a_stopped_sweep_goes_on(base, tmp_path, monkeypatch):
     def stopped(run, *args, **settings):
         calls.append(run)
         if len(calls) == 2:
-            raise Stopped("stopped by a signal")
+            raise Preempted("stopped by a signal")
         return original(run, *args, **settings)
 
     monkeypatch.setattr(grid, "train", stopped)
-    with pytest.raises(Stopped):
+    with pytest.raises(Preempted):
         run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
     assert (
         len(json.loads((tmp_path / "s" / "rows.json").read_text())["rows"]) == 1 and len(calls) == 2
@@ -254,7 +254,7 @@ def test_a_signal_stops_runs_side_by_side_and_they_go_on(base, tmp_path, monkeyp
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=signal_later, daemon=True).start()
-    with pytest.raises(Stopped, match="saved"):
+    with pytest.raises(Preempted, match="saved"):
         run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert list((tmp_path / "s").glob("*/checkpoints/*")) and not list(

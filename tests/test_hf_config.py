@@ -115,8 +115,8 @@ def test_config_round_trip_and_both_spellings() -> None:
     version5 = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling")}
     assert from_hf_config(version4) == from_hf_config(version5) == config
     assert transformers.LlamaConfig(**written).rope_parameters["factor"] == 8.0
-    with pytest.raises(ConfigError, match="norm_dim"):
-        to_hf_config(config.replace(norm_dim=40), "float32")
+    with pytest.raises(ConfigError, match="base_hidden_size"):
+        to_hf_config(config.replace(base_hidden_size=40), "float32")
 
 
 def test_stop_tokens_come_from_generation_config() -> None:

@@ -31,8 +31,8 @@ from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.sharding import make_mesh
 
 ADAPTERS = {
-    "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, head_rank=4, mlp_rank=6),
-    "ffba": AdapterConfig("ffba", rank=4, head_rank=8, mlp_rank=6),
+    "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, extra_head_dim=4, extra_mlp_units=6),
+    "ffba": AdapterConfig("ffba", rank=4, extra_head_dim=8, extra_mlp_units=6),
 }
 BASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -75,8 +75,8 @@ def test_it_loads_as_what_stock_software_computes(case, saved, tmp_path):
     model = load_again(path / "again")
     assert (
         model.adapter is None
-        and model.config.rope_dim == fused.config.rope_dim
-        and model.config.norm_dim is None
+        and model.config.base_head_dim == fused.config.base_head_dim
+        and model.config.base_hidden_size is None
     )
     assert (
         model.config.rope_theta == fused.config.rope_theta
@@ -85,7 +85,7 @@ def test_it_loads_as_what_stock_software_computes(case, saved, tmp_path):
     want = hf_logits(stock(path / "again"))
     assert_close(forward(model, jnp.asarray(TOKENS)), want)
     assert_close(want, np.asarray(forward(fused, jnp.asarray(TOKENS))))
-    assert model_config(path / "again").rope_dim == fused.config.rope_dim
+    assert model_config(path / "again").base_head_dim == fused.config.base_head_dim
     save_hf(tmp_path / "out", model)  # and it can be exported like any model
     assert_close(hf_logits(stock(tmp_path / "out")), want)
     again = load_model(tmp_path / "out")

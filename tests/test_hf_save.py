@@ -24,7 +24,7 @@ from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -38,15 +38,17 @@ from zflora_jax.hf.stock import StockForm
 from zflora_jax.nn.llama import forward
 
 WIDENED = {
-    "ffba": AdapterConfig("ffba", rank=4, head_rank=8, mlp_rank=6),
+    "ffba": AdapterConfig("ffba", rank=4, extra_head_dim=8, extra_mlp_units=6),
     "zflora-minimal": AdapterConfig(
-        "zflora-minimal", rank=5, mlp_rank=6
+        "zflora-minimal", rank=5, extra_mlp_units=6
     ),  # 48 + 5 is no multiple of 4 heads: padded to 56
-    "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, head_rank=4, mlp_rank=6),
+    "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, extra_head_dim=4, extra_mlp_units=6),
     "zflora-uniform, values only": AdapterConfig(
-        "zflora-uniform", rank=4, head_rank=4, mlp_rank=6, head_scores=False
+        "zflora-uniform", rank=4, extra_head_dim=4, extra_mlp_units=6, head_scores=False
     ),
-    "attention only": AdapterConfig("zflora-uniform", rank=4, head_rank=8, targets="attention"),
+    "attention only": AdapterConfig(
+        "zflora-uniform", rank=4, extra_head_dim=8, targets="attention"
+    ),
 }
 MERGED = {
     name: AdapterConfig(name, **({} if name == "full" else {"rank": 4}))
@@ -216,7 +218,7 @@ def test_float16_refuses_what_it_cannot_hold(bases: dict[str, Model], tmp_path: 
 def test_refusals_leave_nothing_behind(bases: dict[str, Model], tmp_path: Path) -> None:
     fused = fused_model(bases["plain"], WIDENED["zflora-minimal"])
     with pytest.raises(ConfigError, match="packed"):
-        save_hf(tmp_path / "out", pack(fused))
+        save_hf(tmp_path / "out", pack_for_decode(fused))
     with pytest.raises(ConfigError, match="int8"):
         save_hf(tmp_path / "out", fused, dtype="int8")
     fused.params["layers"]["mlp"]["up"]["kernel"] = (

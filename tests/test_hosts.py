@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def four(run: RunConfig) -> RunConfig:
     """A run over four devices."""
-    return override(run, {"mesh.data": 2, "mesh.fsdp": 2, "data.accumulate": 1})
+    return override(run, {"mesh.data": 2, "mesh.fsdp": 2, "data.grad_accum_steps": 1})
 
 
 def launch(

@@ -119,7 +119,7 @@ def test_files_are_short_and_say_what_they_are_for(module):
     path = MODULES.get(module, PACKAGE / "__init__.py")
     text = path.read_text(encoding="utf-8")
     code = [line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
-    assert len(code) <= 480, f"{len(code)} lines of code; split what no one reads in one sitting"
+    assert len(code) <= 500, f"{len(code)} lines of code; split what no one reads in one sitting"
     assert not code or ast.get_docstring(ast.parse(text)), "no docstring at the top"
 
 

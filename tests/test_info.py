@@ -266,7 +266,7 @@ def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, c
 
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     run = small_run(base_dir)
-    data = dataclasses.replace(run.data, prompt_style="alpaca", lengths=(512,))
+    data = dataclasses.replace(run.data, prompt_style="alpaca", bucket_lengths=(512,))
     train(
         dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, steps=4)),
         tmp_path / "run",

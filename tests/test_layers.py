@@ -20,7 +20,7 @@ from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.ops import attention as attention_ops
 from zflora_jax.ops.attention import attention, query_blocks
 from zflora_jax.ops.products import head_logits, matmul
-from zflora_jax.ops.remat import KEEP
+from zflora_jax.ops.remat import REMAT_POLICY
 from zflora_jax.ops.rope import ROPE_ROWS, rope_tables
 from zflora_jax.parallel.devices import widest_cudnn_head, widest_head
 
@@ -139,7 +139,7 @@ def test_the_backward_pass_of_a_layer_keeps_its_streams_alone(method):
     """
     model, adapter = (
         tiny_model(num_layers=3),
-        AdapterConfig(method, rank=4, head_rank=None if method != "zflora-uniform" else 16),
+        AdapterConfig(method, rank=4, extra_head_dim=None if method != "zflora-uniform" else 16),
     )
     adapters, batch, length = init_adapters(jax.random.key(0), model, adapter), 2, 13
     tokens = jnp.ones((batch, length), jnp.int32)
@@ -234,7 +234,7 @@ def test_cudnn_is_called_for_by_name_where_it_applies(shape, slots, dtype, takes
     called = [f"@{name}(" in lowered(loss, names, (*arrays, mask)) for name in names]
     assert called == [takes, takes]
     # As a block is: the forward kernel does not run again.
-    program = lowered(jax.checkpoint(loss, policy=KEEP), names, (*arrays, mask))
+    program = lowered(jax.checkpoint(loss, policy=REMAT_POLICY), names, (*arrays, mask))
     assert [program.count(f"@{name}(") for name in names] == [takes, takes]
     for Device.compute_capability, widest in (
         ("7.5", 0),
@@ -313,7 +313,7 @@ def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monk
     said = [str(w.message) for w in caught]
     assert len(said) == warns and all(
         "head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128 on this GPU" in s
-        and "'zflora-minimal', or head_rank=0" in s
+        and "'zflora-minimal', or extra_head_dim=0" in s
         for s in said
     )
 

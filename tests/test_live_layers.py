@@ -12,7 +12,7 @@ import pytest
 from conftest import adapter_cases, case_id, dead_slices, perturb, tiny_model
 
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
-from zflora_jax.adapters.methods import count_params, live_layers, plan
+from zflora_jax.adapters.methods import count_params, live_layers, resolve_adapter
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.model_config import preset
@@ -59,7 +59,7 @@ def test_dead_layers(method, targets, dead):
             state = outside.get(kernel, "forward cross").split()
             want = dead.get(kernel, []) if block in state else []
             assert [i for i in range(4) if i not in layers] == want, (kernel, block)
-    assert set(live_layers(config, adapter)) == set(plan(config, adapter).blocks)
+    assert set(live_layers(config, adapter)) == set(resolve_adapter(config, adapter).blocks)
 
 
 def test_counts_of_llama_3_2_1b_by_hand():

@@ -385,7 +385,7 @@ def test_without_dropout_nothing_is_drawn():
 
 
 def test_a_run_with_dropout_resumes_bit_for_bit(run, tmp_path):
-    run = override(run, {"adapter.method": "lora", "adapter.dropout": 0.2, "train.keep": 4})
+    run = override(run, {"adapter.method": "lora", "adapter.dropout": 0.2, "train.max_to_keep": 4})
     whole = train(run, tmp_path / "whole", console=False)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     for step in (6, 8):

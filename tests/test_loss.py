@@ -12,8 +12,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import perturb, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees

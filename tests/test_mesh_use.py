@@ -247,7 +247,7 @@ def trained(tmp_path_factory):
         run = RunConfig(
             model=str(folder / "model"),
             adapter=adapter_of("zflora-uniform"),
-            data=DataConfig(batch_size=4, lengths=(320,), train_limit=16),
+            data=DataConfig(batch_size=4, bucket_lengths=(320,), train_limit=16),
             optim=OptimConfig(warmup_steps=1, learning_rate=3e-2, schedule="constant"),
             train=TrainConfig(steps=3, loss_chunk=128),
             eval=EvalConfig(limit=3, batch_size=2, max_new_tokens=6),
@@ -531,7 +531,9 @@ def test_an_axis_that_does_not_divide_a_fused_width_goes_to_another(caplog):
     with caplog.at_level(logging.WARNING, "zflora_jax"):
         assert fused("layers/mlp/up/kernel", 3, 67, 130) == P(None, None, "tensor")
     assert "mesh.fsdp=2 divides no dimension of mlp/up/kernel, shape (67, 130)" in caplog.text
-    assert "widens the stream of 67 by 1 more (rank, head_rank or mlp_rank)" in caplog.text
+    assert (
+        "widens the stream of 67 by 1 more (rank, extra_head_dim or extra_mlp_units)" in caplog.text
+    )
     with pytest.raises(ConfigError, match="does not divide"):
         sharding.spec("layers/attn/q/kernel", (3, 67, 4, 32), mesh)
 
@@ -539,7 +541,7 @@ def test_an_axis_that_does_not_divide_a_fused_width_goes_to_another(caplog):
 def test_a_fused_model_of_an_odd_rank_is_divided_all_the_same():
     model, adapter = (
         model_for_meshes(num_layers=1),
-        AdapterConfig("zflora-minimal", rank=3, mlp_rank=4),
+        AdapterConfig("zflora-minimal", rank=3, extra_mlp_units=4),
     )
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05)
     mesh = make_mesh(MESH)

@@ -18,11 +18,11 @@ from zflora_jax.adapters.methods import (
     SERVED_HEAD_DIMS,
     block_shapes,
     count_params,
-    default_head_rank,
+    default_extra_head_dim,
     fused_config,
     live_layers,
-    plan,
     rank_for_budget,
+    resolve_adapter,
     target_kernels,
 )
 from zflora_jax.core import trees
@@ -94,7 +94,7 @@ TABLE = {
 
 @pytest.mark.parametrize(("method", "targets"), TABLE, ids=lambda v: v)
 def test_blocks_are_those_of_the_design(method, targets):
-    blocks = plan(TINY, AdapterConfig(method, rank=6, targets=targets)).blocks
+    blocks = resolve_adapter(TINY, AdapterConfig(method, rank=6, targets=targets)).blocks
     assert blocks == {
         k: names for k, names in zip(KERNELS, TABLE[method, targets], strict=True) if names
     }
@@ -103,7 +103,8 @@ def test_blocks_are_those_of_the_design(method, targets):
 @pytest.mark.parametrize("method", ["ffba", "zflora-uniform"])
 def test_without_head_scores_v_and_o_alone_are_widened(method):
     full, values = (
-        plan(TINY, AdapterConfig(method, rank=6, head_scores=s)).blocks for s in (True, False)
+        resolve_adapter(TINY, AdapterConfig(method, rank=6, head_scores=s)).blocks
+        for s in (True, False)
     )
     read = () if method == "ffba" else B
     assert values.get("q", ()) == values.get("k", ()) == read
@@ -124,20 +125,22 @@ def test_without_head_scores_v_and_o_alone_are_widened(method):
     ],
 )
 def test_widths_and_their_defaults(method, widths):
-    p = plan(TINY, AdapterConfig(method, rank=6))
+    p = resolve_adapter(TINY, AdapterConfig(method, rank=6))
     assert (p.residual, p.heads, p.mlp) == widths
     fused = fused_config(TINY, AdapterConfig(method, rank=6))
     assert (fused.hidden_size - 64, fused.head_dim - 16, fused.intermediate_size - 96) == widths
-    assert (fused.base_dim, fused.rotary_dim) == (64, 16)
+    assert (fused.norm_dim, fused.rotary_dim) == (64, 16)
 
 
 def test_widths_of_zero_switch_a_stream_off():
-    p = plan(TINY, AdapterConfig("zflora-uniform", rank=6, head_rank=0, mlp_rank=0))
+    p = resolve_adapter(
+        TINY, AdapterConfig("zflora-uniform", rank=6, extra_head_dim=0, extra_mlp_units=0)
+    )
     assert p.blocks == {"q": B, "k": B, "v": B, "o": F, "gate": B, "up": B, "down": F}
 
 
 def test_default_head_ranks():
-    assert {k: default_head_rank(k) for k in (16, 32, 48, 64, 80, 96, 128, 192)} == {
+    assert {k: default_extra_head_dim(k) for k in (16, 32, 48, 64, 80, 96, 128, 192)} == {
         16: 16,
         32: 32,
         48: 16,
@@ -148,18 +151,22 @@ def test_default_head_ranks():
         192: 32,
     }
     assert (
-        plan(SMOL, AdapterConfig("ffba")).heads == 16
-        and plan(preset("llama-3.1-8b"), AdapterConfig("ffba")).heads == 32
+        resolve_adapter(SMOL, AdapterConfig("ffba")).heads == 16
+        and resolve_adapter(preset("llama-3.1-8b"), AdapterConfig("ffba")).heads == 32
     )
     with pytest.raises(
         ConfigError,
-        match=r"head_dim=256 has no larger served head size .* set adapter\.head_rank yourself",
+        match=(
+            r"head_dim=256 has no larger served head size .* set adapter\.extra_head_dim yourself"
+        ),
     ):
-        default_head_rank(256)
+        default_extra_head_dim(256)
 
 
 def test_one_layer_shapes():
-    shapes = block_shapes(TINY, AdapterConfig("zflora-uniform", rank=6, head_rank=8, mlp_rank=5))
+    shapes = block_shapes(
+        TINY, AdapterConfig("zflora-uniform", rank=6, extra_head_dim=8, extra_mlp_units=5)
+    )
     assert shapes["q"] == {"forward": (64, 4, 8), "backward": (6, 4, 16), "cross": (6, 4, 8)}
     assert (
         shapes["k"]
@@ -209,13 +216,13 @@ def test_targets_that_match_nothing(targets):
             r" 'attention', 'mlp'\)"
         ),
     ):
-        plan(TINY, AdapterConfig("lora", targets=targets))
+        resolve_adapter(TINY, AdapterConfig("lora", targets=targets))
 
 
 @pytest.mark.parametrize("targets", ["q|(", "[", "*", "q{99999999999}"])
 def test_targets_that_are_no_regex(targets):
     with pytest.raises(ConfigError, match=r"is not a valid regex .* or a regex such as 'q\|v'"):
-        plan(TINY, AdapterConfig("lora", targets=targets))
+        resolve_adapter(TINY, AdapterConfig("lora", targets=targets))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +234,7 @@ def test_targets_that_are_no_regex(targets):
         ("ffba", {"targets": "q|v"}),
         ("ffba", {"targets": "gate|up"}),
         ("ffba", {"targets": "q|k", "head_scores": False}),
-        ("ffba", {"head_rank": 0, "mlp_rank": 0}),
+        ("ffba", {"extra_head_dim": 0, "extra_mlp_units": 0}),
     ],
 )
 def test_targets_that_leave_nothing_to_widen(method, changes):
@@ -238,7 +245,7 @@ def test_targets_that_leave_nothing_to_widen(method, changes):
             " one of"
         ),
     ):
-        plan(TINY, AdapterConfig(method, **changes))
+        resolve_adapter(TINY, AdapterConfig(method, **changes))
 
 
 def test_full_takes_no_targets():
@@ -246,7 +253,7 @@ def test_full_takes_no_targets():
         ConfigError,
         match=r"targets='mlp': method 'full' trains every base parameter; leave targets at 'all'",
     ):
-        plan(TINY, AdapterConfig("full", targets="mlp"))
+        resolve_adapter(TINY, AdapterConfig("full", targets="mlp"))
 
 
 # --- counts and budgets ---------------------------------------------------------------------------
@@ -257,10 +264,10 @@ def test_full_takes_no_targets():
     [
         (AdapterConfig("lora", rank=16), 4_884_480),
         (
-            AdapterConfig("zflora-minimal", rank=18, mlp_rank=24),
+            AdapterConfig("zflora-minimal", rank=18, extra_mlp_units=24),
             4_600_800 - 18 * (576 + 2 * 192) - 18 * (1536 + 24),
         ),
-        (AdapterConfig("ffba", head_rank=8, mlp_rank=32), 4_976_640),
+        (AdapterConfig("ffba", extra_head_dim=8, extra_mlp_units=32), 4_976_640),
         (AdapterConfig("full"), 134_515_008),
     ],
     ids=lambda v: v.method if isinstance(v, AdapterConfig) else str(v),
@@ -273,7 +280,7 @@ def test_zflora_uniform_counts_cross_blocks():
     """A prototype without cross blocks in attention had 7.49M; the construction of docs/method.md
     has them.
     """
-    adapter = AdapterConfig("zflora-uniform", rank=18, mlp_rank=16, head_rank=8)
+    adapter = AdapterConfig("zflora-uniform", rank=18, extra_mlp_units=16, extra_head_dim=8)
     shapes = block_shapes(SMOL, adapter)
     attention_cross = 30 * sum(math.prod(shapes[kernel]["cross"]) for kernel in "qkvo")
     stored = sum(math.prod(shape) for shape in adapter_shapes(SMOL, adapter).values())
@@ -331,7 +338,7 @@ def test_rank_for_budget_is_the_nearest_rank(name, method):
 
 def test_rank_for_budget_keeps_what_was_chosen():
     start = AdapterConfig(
-        "zflora-uniform", rank=4, alpha=6.0, head_rank=8, mlp_rank=24, targets="all"
+        "zflora-uniform", rank=4, alpha=6.0, extra_head_dim=8, extra_mlp_units=24, targets="all"
     )
     found = rank_for_budget(SMOL, start, 6_000_000)
     assert found == start.replace(rank=found.rank, alpha=1.5 * found.rank)
@@ -368,7 +375,7 @@ def test_initial_values(method):
     adapters = init_adapters(
         jax.random.key(5),
         model,
-        AdapterConfig(method, rank=12, head_rank=16 if METHODS[method].heads else None),
+        AdapterConfig(method, rank=12, extra_head_dim=16 if METHODS[method].heads else None),
     )
     inputs, live = {"o": 64, "down": 160}, live_layers(model.config, AdapterConfig(method, rank=12))
     drawn = 0
@@ -441,16 +448,24 @@ def test_a_leaf_does_not_change_with_the_leaves_beside_it():
 
 
 @pytest.mark.parametrize(
-    ("base", "head_rank", "advice"),
-    [(16, 8, "head_rank=16 is the smallest that they run"), (256, 16, "no head_rank gives one")],
+    ("base", "extra_head_dim", "advice"),
+    [
+        (16, 8, "extra_head_dim=16 is the smallest that they run"),
+        (256, 16, "no extra_head_dim gives one"),
+    ],
 )
-def test_a_head_size_that_servers_lack_is_allowed_with_a_warning(base, head_rank, advice):
+def test_a_head_size_that_servers_lack_is_allowed_with_a_warning(base, extra_head_dim, advice):
     model = a_model(num_layers=1, head_dim=base)
     with pytest.warns(
         UserWarning,
-        match=rf"head_dim {base} \+ {head_rank} = {base + head_rank} is outside .*vLLM.*{advice}",
+        match=(
+            rf"head_dim {base} \+ {extra_head_dim} = {base + extra_head_dim} is outside"
+            rf" .*vLLM.*{advice}"
+        ),
     ):
-        init_adapters(jax.random.key(0), model, AdapterConfig("ffba", head_rank=head_rank))
+        init_adapters(
+            jax.random.key(0), model, AdapterConfig("ffba", extra_head_dim=extra_head_dim)
+        )
 
 
 def test_served_head_sizes_and_untouched_heads_do_not_warn():
@@ -458,11 +473,11 @@ def test_served_head_sizes_and_untouched_heads_do_not_warn():
         warnings.simplefilter("error")
         for adapter in (
             AdapterConfig("ffba"),
-            AdapterConfig("ffba", head_rank=48),
-            AdapterConfig("ffba", head_rank=0),
+            AdapterConfig("ffba", extra_head_dim=48),
+            AdapterConfig("ffba", extra_head_dim=0),
             AdapterConfig("zflora-minimal"),
         ):
-            assert plan(TINY, adapter).heads + 16 in (16, *SERVED_HEAD_DIMS)
+            assert resolve_adapter(TINY, adapter).heads + 16 in (16, *SERVED_HEAD_DIMS)
             init_adapters(jax.random.key(0), a_model(num_layers=1), adapter)
 
 

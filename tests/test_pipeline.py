@@ -21,7 +21,7 @@ from zflora_jax.data.pipeline import (
     encode_prompts,
     eval_batches,
     fit_documents,
-    pack,
+    pack_sequences,
     pad,
     tokenize_examples,
     train_batches,
@@ -56,7 +56,7 @@ def test_segment_positions_start_anew():
 
 def test_packing_keeps_every_row_whole_and_fills_well():
     rows = random_rows(300, 40)
-    packed = pack(Encoded(rows, tuple(range(300)), 0, PAD, parts=(200, 100)), 64)
+    packed = pack_sequences(Encoded(rows, tuple(range(300)), 0, PAD, parts=(200, 100)), 64)
     assert (
         all(len(row.tokens) <= 64 for row in packed.rows) and sum(packed.parts) == len(packed) < 130
     )
@@ -73,7 +73,8 @@ def test_packing_keeps_every_row_whole_and_fills_well():
     tokens = sum(len(row.tokens) for row in rows)
     assert len(packed) <= 1.1 * tokens / 64
     assert (
-        pack(Encoded(rows, (), 0, PAD, parts=(200, 100)), 64).fingerprint() == packed.fingerprint()
+        pack_sequences(Encoded(rows, (), 0, PAD, parts=(200, 100)), 64).fingerprint()
+        == packed.fingerprint()
     )
 
 
@@ -97,7 +98,7 @@ def test_the_packed_loss_is_the_loss_of_the_rows_apart(adapter):
         for i, row in enumerate(random_rows(7, 20))
     )
     encoded = Encoded(rows, tuple(range(7)), 0, PAD, parts=(7,))
-    packed = pack(encoded, 48)
+    packed = pack_sequences(encoded, 48)
     assert len(packed) < 4
     apart = [
         eval_step(model.config, adapter, variables, batch, 16)
@@ -117,7 +118,7 @@ def test_the_packed_loss_is_the_loss_of_the_rows_apart(adapter):
 def test_packed_logits_do_not_see_other_segments():
     model = tiny_model()
     rows = random_rows(3, 12, seed=4)
-    packed = pack(Encoded(rows, (0, 1, 2), 0, PAD, parts=(3,)), 40).rows[0]
+    packed = pack_sequences(Encoded(rows, (0, 1, 2), 0, PAD, parts=(3,)), 40).rows[0]
     batch = pad([packed], (40,), PAD)
     logits = np.asarray(forward(model, batch["tokens"], valid=batch["segments"]))[0]
     for segment in (1, 2, 3):
@@ -137,7 +138,7 @@ def two_tasks(tmp_path):
         for i in range(40)
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return DataConfig(data_dir=str(tmp_path), lengths=(256,))
+    return DataConfig(data_dir=str(tmp_path), bucket_lengths=(256,))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_weights_set_how_often_a_task_is_drawn():
         for i in range(1010)
     )
     encoded = Encoded(rows, tuple(range(1010)), 0, PAD, parts=(10, 1000), weights=(1.0, 3.0))
-    data = DataConfig(batch_size=4, lengths=(2,), seed=1)
+    data = DataConfig(batch_size=4, bucket_lengths=(2,), seed=1)
     batches = [
         batch["tokens"][:, 0] for batch in itertools.islice(train_batches(encoded, data), 50)
     ]
@@ -217,7 +218,7 @@ def test_parts_count_the_rows_that_are_left(two_tasks):
         for row in tokenize_examples(load_mixture(data, "train"), byte_tokenizer(), data).rows
     )
     encoded = tokenize_examples(
-        load_mixture(data, "train"), byte_tokenizer(), replace(data, lengths=(longest - 1,))
+        load_mixture(data, "train"), byte_tokenizer(), replace(data, bucket_lengths=(longest - 1,))
     )
     assert (
         0 < encoded.dropped < 64
@@ -237,7 +238,7 @@ def test_documents_are_cut_and_targets_never(caplog):
         Example("Sum up.", "A summary.", "", input=text, document=True),
         Example("Short?", "Yes.", "", input="x", document=True),
     ]
-    data = DataConfig(lengths=(64, 128))
+    data = DataConfig(bucket_lengths=(64, 128))
     encoded = tokenize_examples(examples, tokenizer, data)
     assert (encoded.truncated, encoded.dropped, encoded.kept) == (1, 0, (0, 1))
     assert "cut 1 of 2 documents" in caplog.text
@@ -259,5 +260,5 @@ def test_an_example_whose_target_alone_is_too_long_is_dropped():
         Example("Sum up.", "t" * 200, "", input="text " * 20, document=True),
         Example("Q", "t", ""),
     ]
-    encoded = tokenize_examples(examples, byte_tokenizer(), DataConfig(lengths=(128,)))
+    encoded = tokenize_examples(examples, byte_tokenizer(), DataConfig(bucket_lengths=(128,)))
     assert (encoded.truncated, encoded.dropped, encoded.kept) == (0, 1, (1,))

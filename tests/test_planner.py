@@ -29,7 +29,7 @@ SMALL = preset("tiny").replace(num_kv_heads=4, vocab_size=264, num_layers=3)
 def small_run(method: str = "zflora-minimal", **changes: object) -> RunConfig:
     run = RunConfig(
         adapter=AdapterConfig(method, rank=8),
-        data=DataConfig(batch_size=8, lengths=(64, 128)),
+        data=DataConfig(batch_size=8, bucket_lengths=(64, 128)),
         train=TrainConfig(loss_chunk=64),
     )
     return override(run, changes)
@@ -38,7 +38,7 @@ def small_run(method: str = "zflora-minimal", **changes: object) -> RunConfig:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_stored_is_counted_exactly(method):
     run = small_run(method)
-    plan = planner.plan_run(run, SMALL)
+    plan = planner.memory_plan(run, SMALL)
     model = random_model(SMALL, jax.random.key(0))
     adapters = init_adapters(jax.random.key(0), model, run.adapter)
     state = init_state(adapters, run.optim, run.train.steps)
@@ -62,7 +62,7 @@ def test_what_is_stored_is_counted_exactly(method):
         ("lora", {}),
         ("zflora-minimal", {}),
         ("zflora-uniform", {"train.remat": True}),
-        ("zflora-minimal", {"data.accumulate": 2}),
+        ("zflora-minimal", {"data.grad_accum_steps": 2}),
         ("full", {}),
         ("zflora-minimal", {"mesh.fsdp": 4}),
         ("lora", {"mesh.data": 2, "mesh.tensor": 4}),
@@ -74,7 +74,7 @@ def test_the_estimate_is_near_the_compiler_s(method, changes):
     """
     run = small_run(method, **changes)
     estimate, compiled = (
-        planner.plan_run(run, SMALL)["bytes_per_device"],
+        planner.memory_plan(run, SMALL)["bytes_per_device"],
         planner.compiled(run, SMALL),
     )
     # Which a full step does not read.
@@ -94,7 +94,7 @@ def test_full_under_fsdp_counts_the_gradient_of_its_head():
     step.
     """
     run, wide = small_run("full", **{"mesh.fsdp": 4}), SMALL.replace(vocab_size=16384)
-    estimate = planner.plan_run(run, wide)["bytes_per_device"]
+    estimate = planner.memory_plan(run, wide)["bytes_per_device"]
     # Which a full step does not read.
     compiled = planner.compiled(run, wide)["total"] + estimate["base"]
     assert estimate["total"] / 1.5 < compiled < estimate["total"] * 1.5, (estimate, compiled)
@@ -118,7 +118,8 @@ def test_a_gathered_head_is_counted():
     larger than all else at one time.
     """
     run = dataclasses.replace(
-        small_run(**{"data.lengths": [64]}), train=TrainConfig(dtype="bfloat16", loss_chunk=64)
+        small_run(**{"data.bucket_lengths": [64]}),
+        train=TrainConfig(dtype="bfloat16", loss_chunk=64),
     )
     config = model_config("llama-3.2-1b")
     whole = planner.bytes_per_device(run, config)["working set"]
@@ -131,27 +132,29 @@ def test_a_gathered_head_is_counted():
 
 def test_what_does_not_fit_comes_with_the_cheapest_changes():
     run = small_run()
-    total = planner.plan_run(run, SMALL)["bytes_per_device"]["total"]
-    assert planner.plan_run(run, SMALL, total / planner.GIB)["fits"]
-    plan = planner.plan_run(run, SMALL, 0.5 * total / planner.GIB)
+    total = planner.memory_plan(run, SMALL)["bytes_per_device"]["total"]
+    assert planner.memory_plan(run, SMALL, total / planner.GIB)["fits"]
+    plan = planner.memory_plan(run, SMALL, 0.5 * total / planner.GIB)
     assert not plan["fits"] and 2 <= len(plan["changes"]) <= 4
     for change in plan["changes"][:-1]:
         changed = override(run, change["settings"])
         assert (
-            planner.plan_run(changed, SMALL)["bytes_per_device"]["total"] == change["total"] < total
+            planner.memory_plan(changed, SMALL)["bytes_per_device"]["total"]
+            == change["total"]
+            < total
         )
     assert (
         plan["changes"][-1]["change"] == "all of these that go together"
         and plan["changes"][-1]["fits"]
     )
-    assert "data.accumulate" in plan["changes"][0]["settings"]
+    assert "data.grad_accum_steps" in plan["changes"][0]["settings"]
     text = "\n".join(planner.lines_of(plan))
-    assert "does not fit" in text and "data.accumulate=2" in text
+    assert "does not fit" in text and "data.grad_accum_steps=2" in text
 
 
 def test_changes_that_do_not_go_together_are_not_put_together():
     run = small_run(**{"mesh.fsdp": 4, "train.remat": True})
-    plan = planner.plan_run(run, SMALL, 0.0001)
+    plan = planner.memory_plan(run, SMALL, 0.0001)
     assert not plan["fits"] and plan["changes"][-1]["change"] == "all of these that go together"
 
 
@@ -161,16 +164,18 @@ def test_real_sizes_need_no_weights():
         ("llama-2-7b", 2 * 6_738_415_616),
     ):
         run = dataclasses.replace(small_run(), train=TrainConfig(dtype="bfloat16"), model=name)
-        assert planner.plan_run(run, model_config(name))["bytes_per_device"]["base"] == bytes_base
+        assert (
+            planner.memory_plan(run, model_config(name))["bytes_per_device"]["base"] == bytes_base
+        )
 
 
 def test_wrong_plans(tmp_path):
     with pytest.raises(ConfigError, match=r"mesh.tensor=3 does not divide"):
-        planner.plan_run(small_run(**{"mesh.tensor": 3}), SMALL)
+        planner.memory_plan(small_run(**{"mesh.tensor": 3}), SMALL)
     with pytest.raises(ConfigError, match="beyond the model's context of 512"):
-        planner.plan_run(small_run(**{"data.lengths": [64, 1024]}), SMALL)
+        planner.memory_plan(small_run(**{"data.bucket_lengths": [64, 1024]}), SMALL)
     with pytest.raises(ConfigError, match="memory=0: must be positive"):
-        planner.plan_run(small_run(), SMALL, 0)
+        planner.memory_plan(small_run(), SMALL, 0)
     with pytest.raises(ConfigError, match="needs 16 devices; there are 8"):
         planner.compiled(
             dataclasses.replace(small_run(), mesh=MeshConfig(1, 8, 2)),

@@ -15,7 +15,7 @@ from conftest import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import _fuse, fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
@@ -50,7 +50,7 @@ def programs(precision: str) -> dict[str, Any]:
     adapters, tokens = init_adapters(jax.random.key(0), model, ADAPTER), jnp.ones((2, 8), jnp.int32)
     batch = {"tokens": tokens, "loss_mask": tokens > 0, "segments": tokens}
     state = init_state(adapters, OptimConfig(), 20)
-    ready = pack(fuse(model, ADAPTER, adapters))
+    ready = pack_for_decode(fuse(model, ADAPTER, adapters))
     c, variables = ready.config, {"params": ready.params}
     assert c.matmul_precision == precision
     keys, sampler = jax.random.split(jax.random.key(0), 2), decode.Sampler()
@@ -71,7 +71,7 @@ def programs(precision: str) -> dict[str, Any]:
         "prefill": decode.prefill.lower(
             c, None, sampler, 4, (), variables, tokens, tokens > 0, keys
         ),
-        "advance": decode.advance.lower(
+        "advance": decode.decode_until.lower(
             c, None, sampler, (), variables, prefilled, keys, np.int32(4)
         ),
         "beams": beam_decode.lower(c, None, 2, 4, (), variables, tokens, tokens > 0),

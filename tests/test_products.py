@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import narrow_and_wide
 
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model
 from zflora_jax.inference.beam import next_logits
@@ -38,9 +38,9 @@ def test_row_products_of_one_row_and_of_several(
     for limit in (products.SMALL, 0):
         monkeypatch.setattr(products, "SMALL", limit)
         np.testing.assert_array_equal(
-            jax.jit(lambda x, w: products.row_products(x, w, jnp.float32))(*given), x @ kernel.T
+            jax.jit(lambda x, w: products.packed_linear(x, w, jnp.float32))(*given), x @ kernel.T
         )
-        by_row = jax.vmap(lambda row: products.row_products(row[None], given[1], jnp.float32)[0])(
+        by_row = jax.vmap(lambda row: products.packed_linear(row[None], given[1], jnp.float32)[0])(
             given[0]
         )
         np.testing.assert_array_equal(by_row, x @ kernel.T)
@@ -58,7 +58,7 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
     )
 
     def taken(table: Any, rows: Any) -> Any:
-        return products.move(lambda x, at: jnp.take(x, at, axis=0), (table,), (rows,))
+        return products.copy_bits(lambda x, at: jnp.take(x, at, axis=0), (table,), (rows,))
 
     bits = {2: jnp.uint16, 4: jnp.uint32}[table.dtype.itemsize]
     want = jnp.take(table, rows, axis=0)
@@ -83,7 +83,7 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
     )
 
     def written(cache: Any, new: Any) -> Any:
-        return products.move(
+        return products.copy_bits(
             lambda cache, new, at: jax.lax.dynamic_update_slice_in_dim(cache, new, at, axis=0),
             (cache, new),
             (jnp.int32(1),),
@@ -116,7 +116,7 @@ def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(
         "vocab_size": 1000,
         "tie_word_embeddings": tied,
     }
-    model = pack(narrow_and_wide(**changes)[0])
+    model = pack_for_decode(narrow_and_wide(**changes)[0])
     tokens, keys = jnp.ones((batch, 10), jnp.int32), jax.random.split(jax.random.key(0), batch)
     text = (
         decode.lower(
@@ -154,9 +154,9 @@ def test_bfloat16_products_are_added_up_in_float32_and_rounded_once(shape: tuple
         jnp.ones((*shape, 40), jnp.bfloat16),
         jnp.ones((6, 40), jnp.bfloat16).at[:, 0].set(256),
     )
-    got = products.row_products(x, kernel)
+    got = products.packed_linear(x, kernel)
     assert got.dtype == jnp.bfloat16 and (got == jnp.bfloat16(256 + 39)).all()
-    assert (products.row_products(x, kernel, jnp.float32) == 256 + 39).all()
+    assert (products.packed_linear(x, kernel, jnp.float32) == 256 + 39).all()
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -176,7 +176,7 @@ def test_a_packed_bfloat16_model_answers_as_its_float32_numbers_do(batch: int) -
         return np.asarray(logits, np.float64)
 
     want = last_logits(wide)
-    gap, scale = np.abs(last_logits(pack(narrow)) - want).max(), np.abs(want).max()
+    gap, scale = np.abs(last_logits(pack_for_decode(narrow)) - want).max(), np.abs(want).max()
     assert 0 < gap <= 0.02 * scale
 
 

@@ -15,9 +15,8 @@ from conftest import assert_trees_equal
 
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments import run as runs
-from zflora_jax.experiments import run_report
-from zflora_jax.parallel.distributed import Stopped, StopSignals
+from zflora_jax.experiments import run as runs, run_report
+from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import checkpoint
@@ -68,11 +67,11 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
     run = override(run, {"train.steps": 5})
     whole = quiet_train(run, tmp_path / "whole")
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
-    with pytest.raises(Stopped):
+    with pytest.raises(Preempted):
         quiet_train(run, tmp_path / "run")
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: False)
     caplog.set_level("INFO", logger="zflora_jax")
-    changes = {"train.remat": True, "train.loss_chunk": 64, "data.accumulate": 4}
+    changes = {"train.remat": True, "train.loss_chunk": 64, "data.grad_accum_steps": 4}
     report = quiet_train(override(run, changes), tmp_path / "run").report
     assert report["resumed_from"] == 3 and report["test_loss"] == pytest.approx(
         whole.report["test_loss"], rel=2e-5
@@ -84,7 +83,7 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
     for key, (old, new) in {
         "train.remat": (False, True),
         "train.loss_chunk": (128, 64),
-        "data.accumulate": (2, 4),
+        "data.grad_accum_steps": (2, 4),
     }.items():
         assert (
             f"{key}: {old} before, {new} from here on. Rounding, memory and speed may change"
@@ -92,7 +91,7 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
         )
         assert read_starts(tmp_path / "run")[-1]["changed"][key] == [old, new]
     assert "changed" not in read_starts(tmp_path / "run")[0]
-    assert read_config(tmp_path / "run").data.accumulate == 4
+    assert read_config(tmp_path / "run").data.grad_accum_steps == 4
 
 
 def test_a_finished_run_goes_on_to_more_steps(run, workdir, tmp_path, caplog):
@@ -263,8 +262,8 @@ def test_with_dropout_the_micro_batches_stay(run, tmp_path):
     run = override(run, {"adapter.method": "lora", "adapter.dropout": 0.1})
     claim(tmp_path, run)
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"data\.accumulate: 2 there, 4 now"):
-        adopt(tmp_path, override(run, {"data.accumulate": 4}))
+    with pytest.raises(ConfigError, match=r"data\.grad_accum_steps: 2 there, 4 now"):
+        adopt(tmp_path, override(run, {"data.grad_accum_steps": 4}))
     assert adopt(tmp_path, override(run, {"train.remat": True}))[0].train.remat
 
 
@@ -273,7 +272,9 @@ def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):
     advised.
     """
     claim(tmp_path, run)
-    changed = override(run, {"data.lengths": [128], "train.dtype": "bfloat16", "adapter.rank": 2})
+    changed = override(
+        run, {"data.bucket_lengths": [128], "train.dtype": "bfloat16", "adapter.rank": 2}
+    )
     adopted, changes = adopt(tmp_path, changed)
     assert adopted.adapter.rank == 2 and changes["train.dtype"] == ("float32", "bfloat16")
     claim(tmp_path, adopted)
@@ -305,7 +306,7 @@ def test_a_finished_run_keeps_what_its_numbers_were_computed_with(run, workdir):
         {
             "train.matmul_precision": "highest",
             "train.loss_chunk": 64,
-            "data.accumulate": 4,
+            "data.grad_accum_steps": 4,
             "eval.limit": 3,
         },
     )

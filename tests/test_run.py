@@ -31,7 +31,7 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
-from zflora_jax.parallel.distributed import Stopped
+from zflora_jax.parallel.distributed import Preempted
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints, read_config
@@ -73,7 +73,9 @@ def test_the_loss_does_not_depend_on_accumulation(run, tmp_path):
     """Micro-batches hold different numbers of target tokens; a mean of means would differ."""
     losses = []
     for accumulate in (1, 2, 4):
-        quiet_train(override(run, {"data.accumulate": accumulate}), tmp_path / str(accumulate))
+        quiet_train(
+            override(run, {"data.grad_accum_steps": accumulate}), tmp_path / str(accumulate)
+        )
         losses.append(
             [
                 r["loss"]
@@ -113,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     """kill -9 during training, twice; then to the end. Parameters, optimizer state and every logged
     loss are those of one run.
     """
-    run = override(run, {"train.steps": 30, "train.keep": 3})
+    run = override(run, {"train.steps": 30, "train.max_to_keep": 3})
     output, _ = train_in_subprocess(run, tmp_path / "whole").communicate(timeout=300)
     assert (tmp_path / "whole" / "report.json").exists(), output.decode()[-2000:]
     for at_least in (3, 9):
@@ -354,7 +356,7 @@ def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(run, tmp_pa
         return run_step
 
     monkeypatch.setattr(runs, "make_train_step", signalled)
-    with pytest.raises(Stopped, match="stopped by a signal after step 3 of 8, which is saved in"):
+    with pytest.raises(Preempted, match="stopped by a signal after step 3 of 8, which is saved in"):
         quiet_train(run, tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     monkeypatch.undo()

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import untied
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.sampling import Sampler, greedy

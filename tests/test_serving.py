@@ -13,7 +13,7 @@ from zflora_jax.adapters import swapping
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
 from zflora_jax.adapters.tasks import pad_adapters, rows_of, stack_tasks
 from zflora_jax.core import trees
@@ -45,14 +45,17 @@ def adapters_of(model: Model, adapter: AdapterConfig, seed: int) -> trees.Tree:
     ("small", "wide"),
     [
         (MINIMAL, AdapterConfig("zflora-minimal", rank=10, alpha=10.0)),
-        (MINIMAL, AdapterConfig("zflora-minimal", rank=6, mlp_rank=9, alpha=9.0)),
+        (MINIMAL, AdapterConfig("zflora-minimal", rank=6, extra_mlp_units=9, alpha=9.0)),
         (AdapterConfig("zflora-minimal", rank=4, targets="attention"), MINIMAL),
-        (MINIMAL, AdapterConfig("zflora-uniform", rank=8, head_rank=16, alpha=3.0)),
+        (MINIMAL, AdapterConfig("zflora-uniform", rank=8, extra_head_dim=16, alpha=3.0)),
         (
-            AdapterConfig("zflora-uniform", rank=4, head_rank=16),
-            AdapterConfig("zflora-uniform", rank=8, head_rank=48),
+            AdapterConfig("zflora-uniform", rank=4, extra_head_dim=16),
+            AdapterConfig("zflora-uniform", rank=8, extra_head_dim=48),
         ),
-        (AdapterConfig("ffba", rank=4, head_rank=16), AdapterConfig("ffba", rank=8, head_rank=48)),
+        (
+            AdapterConfig("ffba", rank=4, extra_head_dim=16),
+            AdapterConfig("ffba", rank=8, extra_head_dim=48),
+        ),
         (AdapterConfig("lora", rank=4, alpha=6.0), AdapterConfig("lora", rank=9, alpha=27.0)),
         (AdapterConfig("lora", rank=4, targets="q|v"), AdapterConfig("lora", rank=4)),
     ],
@@ -114,7 +117,7 @@ def test_a_thousand_swaps_compile_once_and_leave_the_base(base, packed):
     want = [generate_tokens(fuse(base, MINIMAL, task), PROMPTS, max_new_tokens=8) for task in tasks]
     assert want[0] != want[1]
     fused = fuse(base, MINIMAL, tasks[0])
-    first = pack(fused) if packed else fused
+    first = pack_for_decode(fused) if packed else fused
     kept = jax.tree.map(np.asarray, first.params)
     live = swap(first, tasks[1])
     assert generate_tokens(live, PROMPTS, max_new_tokens=8) == want[1]
@@ -213,7 +216,7 @@ def test_a_swap_copies_no_kernel(base, method, packed):
     adapter = AdapterConfig(method, rank=4)
     adapters = adapters_of(base, adapter, 1)
     model = fuse(base, adapter, adapters)
-    model = pack(model) if packed else model
+    model = pack_for_decode(model) if packed else model
     narrow = base_config(model.config.replace(packed=False), adapter)
     memory = (
         swapping._swap.lower(model.config, narrow, adapter, model.params, adapters)

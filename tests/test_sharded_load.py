@@ -51,7 +51,7 @@ def test_a_sharded_load_reads_each_number_once_and_gives_the_same_model(
 def test_a_sharded_load_of_an_export(tmp_path):
     model, adapter = (
         tiny_model(num_kv_heads=4, vocab_size=264),
-        AdapterConfig("zflora-minimal", rank=8, mlp_rank=8),
+        AdapterConfig("zflora-minimal", rank=8, extra_mlp_units=8),
     )
     save_hf(
         tmp_path / "out",

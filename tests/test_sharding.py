@@ -242,7 +242,7 @@ def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
     whole = RunConfig(
         model=str(tmp_path / "model"),
         adapter=AdapterConfig("zflora-minimal", rank=4),
-        data=DataConfig(batch_size=4, lengths=(320,), train_limit=16),
+        data=DataConfig(batch_size=4, bucket_lengths=(320,), train_limit=16),
         optim=OptimConfig(warmup_steps=1, learning_rate=1e-2, schedule="constant"),
         train=TrainConfig(steps=4, save_every=2, loss_chunk=128, log_every=1),
         eval=EvalConfig(limit=4),

@@ -64,7 +64,7 @@ def test_the_chosen_scale_keeps_float32_logits(adapter, tmp_path):
 def test_the_choice_follows_the_weights():
     fused = trained_like()
     share = state_share(fused)
-    d = fused.config.base_dim
+    d = fused.config.norm_dim
 
     def scaled(factor: float) -> Model:
         """The state, times `factor`: as a larger adapter would write it."""

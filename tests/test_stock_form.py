@@ -100,7 +100,7 @@ def test_eps_z_on_a_real_model() -> None:
         ]
     )
     gap, scale = gaps(
-        with_state(base, AdapterConfig("zflora-minimal", rank=18, mlp_rank=24), 0.005),
+        with_state(base, AdapterConfig("zflora-minimal", rank=18, extra_mlp_units=24), 0.005),
         tokens,
         [0, 4, 8, 10],
     )
@@ -110,15 +110,15 @@ def test_eps_z_on_a_real_model() -> None:
 
 
 def normed(
-    x: np.ndarray, z: np.ndarray, base_dim: int, eps: float = 1e-5
+    x: np.ndarray, z: np.ndarray, norm_dim: int, eps: float = 1e-5
 ) -> tuple[np.ndarray, np.ndarray]:
     """RMSNorm of channels side by side, as in a fused model, with the mean square over the first
-    `base_dim`: (base part, state part). The joint norm is base_dim = d + r, its gain and eps those
+    `norm_dim`: (base part, state part). The joint norm is norm_dim = d + r, its gain and eps those
     of the stock form.
     """
     d, wide = x.shape[-1], np.concatenate([x, z], axis=-1)
-    share = d / base_dim
-    norm = RMSNorm(wide.shape[-1], base_dim, eps * share)
+    share = d / norm_dim
+    norm = RMSNorm(wide.shape[-1], norm_dim, eps * share)
     y = np.asarray(
         norm.apply(
             {"params": {"scale": jnp.full(wide.shape[-1], math.sqrt(share), jnp.float32)}},
@@ -136,7 +136,7 @@ def test_the_norm_of_base_channels_does_not_see_the_state() -> None:
     )
     alone, _ = RMSNorm(48, 48, 1e-5).apply({"params": {"scale": jnp.ones(48)}}, jnp.asarray(x))
     for size in (0.0, 0.1, 1.0, 1000.0):
-        base, state = normed(x, size * z, base_dim=48)
+        base, state = normed(x, size * z, norm_dim=48)
         np.testing.assert_array_equal(base, alone)
         apart, z_apart = RMSNorm(48, 48, 1e-5).apply(
             {"params": {"scale": jnp.ones(48)}}, jnp.asarray(x), jnp.asarray(size * z)
@@ -144,7 +144,7 @@ def test_the_norm_of_base_channels_does_not_see_the_state() -> None:
         np.testing.assert_array_equal(apart, alone)  # training form: the streams kept apart
         np.testing.assert_allclose(z_apart, state, rtol=3e-7)
     joint = {
-        size: np.abs(normed(x, size * z, base_dim=56)[0] - alone).max() / np.abs(alone).max()
+        size: np.abs(normed(x, size * z, norm_dim=56)[0] - alone).max() / np.abs(alone).max()
         for size in (0.0, 2.0**-10, 0.1, 1.0)
     }
     assert joint[0.0] < 1e-6, "without a state the two agree: what follows is the state's doing"
@@ -162,17 +162,18 @@ def test_a_joint_norm_changes_the_model_at_step_0(tied: bool) -> None:
     fused = fuse(model, MINIMAL, init_adapters(jax.random.key(0), model, MINIMAL))
     assert np.abs(np.asarray(forward(fused, tokens)) - want).max() <= TOLERANCE * np.abs(want).max()
 
-    share = fused.config.base_dim / fused.config.hidden_size
+    share = fused.config.norm_dim / fused.config.hidden_size
     gains = trees.map_with_names(
         lambda name, x: x * math.sqrt(share) if name.endswith("scale") else x, fused.params
     )
     joint = Model(
-        fused.config.replace(norm_dim=None, rms_norm_eps=fused.config.rms_norm_eps * share), gains
+        fused.config.replace(base_hidden_size=None, rms_norm_eps=fused.config.rms_norm_eps * share),
+        gains,
     )
     assert np.abs(np.asarray(forward(joint, tokens)) - want).max() > 0.01 * np.abs(want).max()
     silent = trees.map_with_names(
         lambda name, x: (
-            x.at[..., fused.config.base_dim :].set(0)
+            x.at[..., fused.config.norm_dim :].set(0)
             if name.endswith(("o/kernel", "down/kernel"))
             else x
         ),

@@ -49,10 +49,10 @@ def test_a_stream_ends_with_its_stop_token(talker):
 
 def test_a_stream_compiles_one_step(talker):
     list(stream_tokens(talker, [5, 6, 7], max_new_tokens=9))
-    compiled = decode.prefill._cache_size(), decode.advance._cache_size()
+    compiled = decode.prefill._cache_size(), decode.decode_until._cache_size()
     # As much room, and as long a prompt once padded.
     list(stream_tokens(talker, [8, 9, 10, 11], max_new_tokens=16))
-    assert (decode.prefill._cache_size(), decode.advance._cache_size()) == compiled
+    assert (decode.prefill._cache_size(), decode.decode_until._cache_size()) == compiled
 
 
 def test_a_stream_checks_its_prompt(talker):

@@ -120,7 +120,7 @@ def test_widths_are_filled_and_the_function_stays(method, multiple, widths, tmp_
 
     base, adapter = (
         tiny_model(num_layers=2, tie_word_embeddings=False),
-        AdapterConfig(method, rank=5, head_rank=None),
+        AdapterConfig(method, rank=5, extra_head_dim=None),
     )
     fused = fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter)))
     save_hf(tmp_path / "export", fused)

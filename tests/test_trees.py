@@ -8,8 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import assert_trees_equal, tiny_model
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from zflora_jax.core import trees
 from zflora_jax.core.run_config import MeshConfig

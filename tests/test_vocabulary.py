@@ -16,7 +16,7 @@ from conftest import assert_logits_close, assert_trees_equal, perturb, tiny_mode
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import param_shapes
@@ -197,7 +197,7 @@ def test_on_a_mesh():
 
 def test_sizes_and_rows_that_cannot_be_used(model):
     with pytest.raises(ConfigError, match="packed for decode"):
-        resize_vocab(pack(model), 300)
+        resize_vocab(pack_for_decode(model), 300)
     model.tokenizer = byte_tokenizer()
     with pytest.raises(ConfigError, match=r"the largest is 258\. Give 259 or more"):
         resize_vocab(model, 258)

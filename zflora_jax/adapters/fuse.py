@@ -25,7 +25,7 @@ from zflora_jax.adapters.blocks import (
     stored_values,
     with_block,
 )
-from zflora_jax.adapters.methods import Plan, base_config, fused_config, plan
+from zflora_jax.adapters.methods import ResolvedAdapter, base_config, fused_config, resolve_adapter
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, kernel_shapes, param_shapes
@@ -71,7 +71,7 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
     in_place = METHODS[adapter.method].in_place
     if in_place == "full":
         return jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
-    flat, p = trees.flatten(adapters), plan(config, adapter)
+    flat, p = trees.flatten(adapters), resolve_adapter(config, adapter)
 
     def visit(kernel: str, name: str, leaf: Array) -> Array:
         names = p.blocks.get(kernel, ())
@@ -103,7 +103,7 @@ def _widen_kernel(
     kernel: str,
     config: LlamaConfig,
     adapter: AdapterConfig,
-    p: Plan,
+    p: ResolvedAdapter,
 ) -> Array:
     axis = in_axis(config, kernel)
     reads, writes = KERNELS[kernel]
@@ -132,7 +132,12 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[Tree, Tree]:
-    p, flat, shapes, back = plan(config, adapter), trees.flatten(params), param_shapes(config), {}
+    p, flat, shapes, back = (
+        resolve_adapter(config, adapter),
+        trees.flatten(params),
+        param_shapes(config),
+        {},
+    )
     for name, leaf in flat.items():
         kernel = name.split("/")[-2]
         for block in p.blocks.get(kernel, ()) if name.startswith("layers") else ():

@@ -15,9 +15,9 @@ import numpy as np
 from zflora_jax.adapters.methods import (
     SERVED_HEAD_DIMS,
     block_shapes,
-    default_head_rank,
+    default_extra_head_dim,
     live_layers,
-    plan,
+    resolve_adapter,
 )
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -61,12 +61,13 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     if METHODS[adapter.method].in_place == "full":
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), model.params)
     config = model.config
-    heads = config.rotary_dim + plan(config, adapter).heads
+    heads = config.rotary_dim + resolve_adapter(config, adapter).heads
     if heads != config.rotary_dim and heads not in SERVED_HEAD_DIMS:
-        advice = "no head_rank gives one that they run"
+        advice = "no extra_head_dim gives one that they run"
         if config.rotary_dim < max(SERVED_HEAD_DIMS):
             advice = (
-                f"head_rank={default_head_rank(config.rotary_dim)} is the smallest that they run"
+                f"extra_head_dim={default_extra_head_dim(config.rotary_dim)} is the smallest that"
+                " they run"
             )
         warnings.warn(
             f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside"
@@ -80,7 +81,7 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
             f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's"
             f" attention takes heads up to {limit} on this GPU, so attention is computed by plain"
             " products, which take more time and memory for long sequences. Method"
-            " 'zflora-minimal', or head_rank=0, leaves the heads as they are.",
+            " 'zflora-minimal', or extra_head_dim=0, leaves the heads as they are.",
             stacklevel=2,
         )
     shapes, start, live = (

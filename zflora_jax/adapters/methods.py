@@ -28,7 +28,7 @@ SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedAdapter:
     """The resolved adapter: extra channels per stream and the blocks of each targeted kernel, in
     the order they are initialised.
     """
@@ -61,18 +61,18 @@ def target_kernels(targets: str) -> tuple[str, ...]:
     return chosen
 
 
-def default_head_rank(head_dim: int) -> int:
+def default_extra_head_dim(head_dim: int) -> int:
     """e: the smallest even width that makes head_dim + e a served head size."""
     for served in SERVED_HEAD_DIMS:
         if served > head_dim:
             return served - head_dim
     raise ConfigError(
         f"head_dim={head_dim} has no larger served head size"
-        f" ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.head_rank yourself."
+        f" ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.extra_head_dim yourself."
     )
 
 
-def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
+def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdapter:
     """Resolve `adapter` on a base model of shape `config`.
 
     A stream is widened only where its adapter channels can carry something: written by a targeted
@@ -88,13 +88,13 @@ def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
             f"adapter.targets={adapter.targets!r}: method 'full' trains every base parameter; leave"
             " targets at 'all'.",
         )
-        return Plan()
+        return ResolvedAdapter()
     if row.in_place in ("lora", "ffa"):
         names: tuple[str, ...] = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
-        return Plan(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
+        return ResolvedAdapter(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
 
     require(
-        config.norm_dim is None and config.rope_dim is None,
+        config.base_hidden_size is None and config.base_head_dim is None,
         f"method {adapter.method!r} widens a base model, and this one is widened already: an"
         " adapter is fused into it. Use its base (`unfuse`), or method 'lora', 'ffa' or 'full'.",
     )
@@ -112,15 +112,17 @@ def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
         "residual": adapter.rank if alive["residual"] else 0,
         "heads": (
             (
-                default_head_rank(config.rotary_dim)
-                if adapter.head_rank is None
-                else adapter.head_rank
+                default_extra_head_dim(config.rotary_dim)
+                if adapter.extra_head_dim is None
+                else adapter.extra_head_dim
             )
             if alive["heads"]
             else 0
         ),
         "mlp": (
-            (adapter.rank if adapter.mlp_rank is None else adapter.mlp_rank) if alive["mlp"] else 0
+            (adapter.rank if adapter.extra_mlp_units is None else adapter.extra_mlp_units)
+            if alive["mlp"]
+            else 0
         ),
     }
     require(
@@ -143,18 +145,18 @@ def plan(config: LlamaConfig, adapter: AdapterConfig) -> Plan:
         )
         if names:
             blocks[kernel] = names
-    return Plan(**widths, blocks=blocks)  # type: ignore[arg-type]
+    return ResolvedAdapter(**widths, blocks=blocks)  # type: ignore[arg-type]
 
 
 def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
     """The LlamaConfig of the fused model: the base's with wider streams."""
-    p = plan(config, adapter)
+    p = resolve_adapter(config, adapter)
     return config.replace(
         hidden_size=config.hidden_size + p.residual,
         head_dim=config.head_dim + p.heads,
         intermediate_size=config.intermediate_size + p.mlp,
-        norm_dim=config.hidden_size if p.residual else config.norm_dim,
-        rope_dim=config.head_dim if p.heads else config.rope_dim,
+        base_hidden_size=config.hidden_size if p.residual else config.base_hidden_size,
+        base_head_dim=config.head_dim if p.heads else config.base_head_dim,
     )
 
 
@@ -163,9 +165,14 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
     base.
     """
     base = fused.replace(
-        hidden_size=fused.base_dim, head_dim=fused.rotary_dim, norm_dim=None, rope_dim=None
+        hidden_size=fused.norm_dim,
+        head_dim=fused.rotary_dim,
+        base_hidden_size=None,
+        base_head_dim=None,
     )
-    base = base.replace(intermediate_size=fused.intermediate_size - plan(base, adapter).mlp)
+    base = base.replace(
+        intermediate_size=fused.intermediate_size - resolve_adapter(base, adapter).mlp
+    )
     require(
         fused_config(base, adapter) == fused,
         f"a model with hidden_size={fused.hidden_size}, head_dim={fused.head_dim} was not fused"
@@ -183,7 +190,7 @@ def block_shapes(
     forward [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z], where the z axes have the
     same heads and the stream's extra width in place of its width.
     """
-    p = plan(config, adapter)
+    p = resolve_adapter(config, adapter)
     extra = {"residual": p.residual, "heads": p.heads, "mlp": p.mlp}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for kernel, names in p.blocks.items():
@@ -215,7 +222,7 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
     Returns:
       kernel -> block name -> a range of layers, for every block of `block_shapes`.
     """
-    blocks = plan(config, adapter).blocks
+    blocks = resolve_adapter(config, adapter).blocks
     readers = [
         k for k, names in blocks.items() if KERNELS[k][0] == "residual" and "backward" in names
     ]
@@ -284,6 +291,6 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
     require(
         budget / 1.5 <= found <= 1.5 * budget,
         f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget"
-        f" of {budget:,} cannot be met. Change mlp_rank, head_rank or targets.",
+        f" of {budget:,} cannot be met. Change extra_mlp_units, extra_head_dim or targets.",
     )
     return best

@@ -19,11 +19,11 @@ from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 from zflora_jax.parallel.sharding import constrain
 
 
-def pack(model: Model) -> Model:
+def pack_for_decode(model: Model) -> Model:
     """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in
     one, and all kernels of layers as [out, in]: qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d],
     down [d, f], with zeros as inputs up to `products.whole_vectors`. For any Llama, fused or not.
-    The layout is what `products.row_products` reads. On a mesh the kernels stay apart, as
+    The layout is what `products.packed_linear` reads. On a mesh the kernels stay apart, as
     sharding.RULES divide them (side by side, a part of one would lie where another's belongs): only
     layers that are stacked get a subtree each.
     """
@@ -81,3 +81,6 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
             "mlp": {"gate_up": stacked("mlp", *MLP[:2]), "down": stacked("mlp", "down")},
         }
     return tree
+
+
+pack = pack_for_decode  # its public name of before

@@ -26,7 +26,7 @@ from zflora_jax.core.architecture import group, kernel_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.products import move
+from zflora_jax.ops.products import copy_bits
 from zflora_jax.parallel.mesh import beside, mesh_in_use, several_devices
 from zflora_jax.parallel.sharding import constrain
 
@@ -101,7 +101,7 @@ def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...
             leaf = jax.lax.dynamic_update_slice(leaf, piece, start)
         return leaf
 
-    return move(update, (leaf, *(piece.astype(leaf.dtype) for piece in pieces)))
+    return copy_bits(update, (leaf, *(piece.astype(leaf.dtype) for piece in pieces)))
 
 
 def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:

@@ -17,7 +17,7 @@ import numpy as np
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -195,7 +195,7 @@ def _fused(source: Model | LlamaConfig, adapter: AdapterConfig, dtype: str, scal
     adapters = jax.tree.map(
         lambda leaf: scale * jnp.ones_like(leaf), init_adapters(jax.random.key(1), source, adapter)
     )
-    return pack(fuse(source, adapter, adapters))
+    return pack_for_decode(fuse(source, adapter, adapters))
 
 
 def measure(
@@ -239,7 +239,7 @@ def measure(
         f"prompts of {max(prompts)} and {new_tokens} new tokens exceed the model's context of"
         f" {limit}.",
     )
-    base = pack(source) if isinstance(source, Model) else random_packed(source, dtype)
+    base = pack_for_decode(source) if isinstance(source, Model) else random_packed(source, dtype)
     meter, rows = bandwidth_meter(), list[Row]()
     cases = dict.fromkeys(
         [(rank, batches[0], prompts[0]) for rank in ranks]

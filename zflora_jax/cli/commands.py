@@ -284,14 +284,13 @@ def plan(args: argparse.Namespace) -> None:
 
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", run.mesh.data * run.mesh.fsdp * run.mesh.tensor)
-    from zflora_jax.experiments.planner import compiled, plan_run
-    from zflora_jax.experiments.planner import lines_of as plan_lines
+    from zflora_jax.experiments.planner import compiled, lines_of as plan_lines, memory_plan
     from zflora_jax.hf.load import model_config
     from zflora_jax.reporting.files import write_json
     from zflora_jax.reporting.provenance import environment
 
     config = model_config(run.model)
-    plan = plan_run(run, config, args.memory)
+    plan = memory_plan(run, config, args.memory)
     if args.compile:
         plan["compiled"] = compiled(run, config)
     print_table(plan, f"{args.config}: {run.model}, {run.adapter.method}")

@@ -72,8 +72,7 @@ def _generate(
 ) -> None:
     """style: "plain", or a prompt style. date: what a chat template is told, None for today."""
     from zflora_jax.data.prompts import render
-    from zflora_jax.inference.text import converse, stream
-    from zflora_jax.inference.text import generate as generate_texts
+    from zflora_jax.inference.text import converse, generate as generate_texts, stream
 
     def written(prompt: str) -> str:
         return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)

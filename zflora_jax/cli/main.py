@@ -38,25 +38,25 @@ def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
         args.run(args)
     except Exception as error:
         from zflora_jax.hf.keys import CheckpointError
-        from zflora_jax.parallel.distributed import Stopped, leave
+        from zflora_jax.parallel.distributed import Preempted, leave
         from zflora_jax.training.trainer import NonFiniteError
 
         if not isinstance(
-            error, ConfigError | CheckpointError | NonFiniteError | Stopped | OSError
+            error, ConfigError | CheckpointError | NonFiniteError | Preempted | OSError
         ):
             raise  # a bug, not an input: its traceback is needed
-        if isinstance(error, Stopped) and threading.current_thread() is threading.main_thread():
+        if isinstance(error, Preempted) and threading.current_thread() is threading.main_thread():
             # The process ends now; another signal must not change its exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print(str(error) if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        print(str(error) if isinstance(error, Preempted) else f"error: {error}", file=sys.stderr)
         code = (
             EXIT_STOPPED
-            if isinstance(error, Stopped)
+            if isinstance(error, Preempted)
             else EXIT_NON_FINITE
             if isinstance(error, NonFiniteError)
             else EXIT_BAD_INPUT
         )
-        if not isinstance(error, Stopped):  # all stop together
+        if not isinstance(error, Preempted):  # all stop together
             leave(code)
         return code
     finally:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zflora_jax.core.fields import check_types, nearest, require
+from zflora_jax.core.fields import check_types, nearest, renamed, require
 
 Start = Literal["kaiming_uniform", "normal"]  # what an adapter's random blocks are drawn from
 
@@ -35,29 +35,30 @@ METHODS: dict[str, Method] = {
 }
 
 
+@renamed(mlp_rank="extra_mlp_units", head_rank="extra_head_dim")
 @dataclass(frozen=True)
 class AdapterConfig:
     """An adapter: a method, its widths and the kernels it may touch. Widths are counted in
     channels.
 
     rank: r of LoRA and FFA, width of the residual state of the zFLoRA methods, and the divisor of
-    the scale s = alpha / rank. alpha: None means 2 * rank (s = 2). mlp_rank: m, extra MLP units;
-    None means `rank`. head_rank: e, extra dims per head, even; None means up to the next head size
-    that attention kernels of servers know. head_scores: whether q and k are widened too (an added
-    score term) or v and o alone. targets: "all", "attention", "mlp" or a regex over kernel names
-    (q, k, v, o, gate, up, down), matched in full. init: what random blocks are drawn from:
-    "kaiming_uniform", within +-1/sqrt(inputs), as PEFT starts LoRA; "normal", N(0, 1/inputs). None:
-    the method's own (lora: kaiming_uniform, others: normal). ffa and full draw nothing. dropout:
-    the share of inputs of LoRA's A that training leaves out, PEFT's lora_dropout; the others are
-    divided by 1 - dropout. lora only.
+    the scale s = alpha / rank. alpha: None means 2 * rank (s = 2). extra_mlp_units: m, extra MLP
+    units; None means `rank`. extra_head_dim: e, extra dims per head, even; None means up to the
+    next head size that attention kernels of servers know. head_scores: whether q and k are widened
+    too (an added score term) or v and o alone. targets: "all", "attention", "mlp" or a regex over
+    kernel names (q, k, v, o, gate, up, down), matched in full. init: what random blocks are drawn
+    from: "kaiming_uniform", within +-1/sqrt(inputs), as PEFT starts LoRA; "normal", N(0, 1/inputs).
+    None: the method's own (lora: kaiming_uniform, others: normal). ffa and full draw nothing.
+    dropout: the share of inputs of LoRA's A that training leaves out, PEFT's lora_dropout; the
+    others are divided by 1 - dropout. lora only.
     """
 
     method: str
     rank: int = 16
     alpha: float | None = None
     targets: str = "all"
-    mlp_rank: int | None = None
-    head_rank: int | None = None
+    extra_mlp_units: int | None = None
+    extra_head_dim: int | None = None
     head_scores: bool = True
     init: Start | None = None
     dropout: float = 0.0
@@ -79,8 +80,8 @@ class AdapterConfig:
             f"adapter.alpha={self.alpha}: must be positive, or None for 2 * rank.",
         )
         for name, widened, stream in (
-            ("mlp_rank", row.mlp, "MLP"),
-            ("head_rank", row.heads, "heads"),
+            ("extra_mlp_units", row.mlp, "MLP"),
+            ("extra_head_dim", row.heads, "heads"),
         ):
             width = getattr(self, name)
             if width is not None:
@@ -90,11 +91,11 @@ class AdapterConfig:
                     f" stream; leave {name} unset.",
                 )
                 require(width >= 0, f"adapter.{name}={width}: must be at least 0.")
-        if self.head_rank is not None:
+        if self.extra_head_dim is not None:
             require(
-                self.head_rank % 2 == 0,
-                f"adapter.head_rank={self.head_rank} is odd: Hugging Face rotates head dims in"
-                " half-split pairs, so use an even width.",
+                self.extra_head_dim % 2 == 0,
+                f"adapter.extra_head_dim={self.extra_head_dim} is odd: Hugging Face rotates head"
+                " dims in half-split pairs, so use an even width.",
             )
         require(
             self.init is None or row.start is not None,

@@ -12,6 +12,7 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -124,6 +125,39 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
+def renamed(**names: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator for a dataclass: fields that had another name are still taken by it, from
+    keywords, files and the command line.
+
+    Args:
+      names: old name = new name.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        init: Any = cls.__init__
+
+        @functools.wraps(init)
+        def with_old_names(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **current_names(cls, kwargs))
+
+        setattr(cls, "__init__", with_old_names)  # noqa: B010 (mypy knows no other way)
+        setattr(cls, _RENAMED, names)
+        return cls
+
+    return decorate
+
+
+_RENAMED = "__renamed_fields__"
+
+
+def current_names(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of fields of `cls`, each under the name that it has now (see `renamed`)."""
+    names = getattr(cls, _RENAMED, {})
+    twice = [old for old in values if old in names and names[old] in values]
+    require(not twice, f"{', '.join(twice)}: given under the old name and the new one; give one.")
+    return {names.get(name, name): value for name, value in values.items()}
+
+
 def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
     """Build the dataclass `cls` from a plain dict (nested for nested dataclasses). Raises
     ConfigError on unknown keys or wrong types.
@@ -132,7 +166,7 @@ def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
         isinstance(values, dict),
         f"{name or cls.__name__}={values!r}: expected a table of {cls.__name__} fields.",
     )
-    hints = _hints(typing.cast(Any, cls))
+    hints, values = _hints(typing.cast(Any, cls)), current_names(cls, values)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -180,6 +214,7 @@ def override(config: T, changes: dict[str, Any]) -> T:
     known = [f.name for f in dataclasses.fields(config) if f.init]  # type: ignore[arg-type]
     for key, value in changes.items():
         head, _, rest = key.partition(".")
+        head = next(iter(current_names(type(config), {head: None})))
         if head not in known:
             raise ConfigError(
                 f"unknown key {key!r} of {type(config).__name__}: {nearest(head, known)}."

@@ -44,16 +44,16 @@ def fingerprint(model: Model) -> str:
 
 def require_fit(run: RunConfig, model: Model) -> None:
     """ConfigError for a model without a tokenizer, or with less context than the longest of
-    data.lengths.
+    data.bucket_lengths.
     """
     require(
         model.tokenizer is not None,
         f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its"
         " tokenizer files to the directory.",
     )
-    longest, limit = max(run.data.lengths), model.config.max_position_embeddings
+    longest, limit = max(run.data.bucket_lengths), model.config.max_position_embeddings
     require(
         longest <= limit,
-        f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out"
-        " lengths above it.",
+        f"data.bucket_lengths goes up to {longest}, beyond the model's context of {limit}; leave"
+        " out lengths above it.",
     )

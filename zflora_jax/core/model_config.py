@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zflora_jax.core.fields import check_types, nearest, require
+from zflora_jax.core.fields import check_types, nearest, renamed, require
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["default", "high", "highest"]  # of float32 products: products.at_precision
@@ -38,14 +38,15 @@ class RopeScaling:
         )
 
 
+@renamed(norm_dim="base_hidden_size", rope_dim="base_head_dim")
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape and numerics of a Llama. A fused model is the same class with wider streams.
 
-    `norm_dim` and `rope_dim` say how many leading channels of the residual stream and of a head
-    belong to the base model: RMSNorm takes its mean over the first `norm_dim` channels, RoPE turns
-    the first `rope_dim` dims of a head, and attention divides by sqrt(rope_dim). None means all of
-    them (a base model).
+    `base_hidden_size` and `base_head_dim` say how many leading channels of the residual stream and
+    of a head belong to the base model: RMSNorm takes its mean over the first `base_hidden_size`
+    channels, RoPE turns the first `base_head_dim` dims of a head, and attention divides by
+    sqrt(base_head_dim). None means all of them (a base model).
     """
 
     vocab_size: int
@@ -63,8 +64,8 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
-    norm_dim: int | None = None
-    rope_dim: int | None = None
+    base_hidden_size: int | None = None
+    base_head_dim: int | None = None
     dtype: Dtype = "float32"  # of activations; kernels are cast to it where they are used
     # One stacked block run by lax.scan (fast to compile) or one subtree per layer (fast to decode)
     scan_layers: bool = True
@@ -92,7 +93,7 @@ class LlamaConfig:
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads};"
             " grouped-query attention needs whole groups.",
         )
-        for name in ("norm_dim", "rope_dim"):
+        for name in ("base_hidden_size", "base_head_dim"):
             width = getattr(self, name)
             require(
                 width is None or width >= 1,
@@ -100,28 +101,28 @@ class LlamaConfig:
             )
         require(
             self.rotary_dim % 2 == 0,
-            f"rope_dim={self.rotary_dim}: RoPE turns pairs of dims, so it must be even.",
+            f"base_head_dim={self.rotary_dim}: RoPE turns pairs of dims, so it must be even.",
         )
         require(
             self.rotary_dim <= self.head_dim,
-            f"rope_dim={self.rotary_dim} exceeds head_dim={self.head_dim}.",
+            f"base_head_dim={self.rotary_dim} exceeds head_dim={self.head_dim}.",
         )
         require(
-            self.base_dim <= self.hidden_size,
-            f"norm_dim={self.base_dim} exceeds hidden_size={self.hidden_size}.",
+            self.norm_dim <= self.hidden_size,
+            f"base_hidden_size={self.norm_dim} exceeds hidden_size={self.hidden_size}.",
         )
         require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps}: must be positive.")
         require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be positive.")
 
     @property
-    def base_dim(self) -> int:
+    def norm_dim(self) -> int:
         """Residual channels of the base model, d."""
-        return self.norm_dim or self.hidden_size
+        return self.base_hidden_size or self.hidden_size
 
     @property
     def rotary_dim(self) -> int:
         """Head dims of the base model, k."""
-        return self.rope_dim or self.head_dim
+        return self.base_head_dim or self.head_dim
 
     def replace(self, **changes: Any) -> LlamaConfig:
         return dataclasses.replace(self, **changes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import T, check_types, from_dict, require
+from zflora_jax.core.fields import T, check_types, from_dict, renamed, require
 from zflora_jax.core.model_config import Precision
 
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]  # data.prompts says what each is
@@ -23,10 +23,11 @@ def _is_date(text: str) -> bool:
         return False
 
 
+@renamed(accumulate="grad_accum_steps", lengths="bucket_lengths")
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read and how it is batched. One step sees `batch_size` examples, in `accumulate`
-    micro-batches.
+    """What is read and how it is batched. One step sees `batch_size` examples, in
+    `grad_accum_steps` micro-batches.
     """
 
     # Or a mixture: "boolq+arc_easy" (all rows of both), "boolq*1+arc_easy*3" (one row of boolq to
@@ -37,9 +38,9 @@ class DataConfig:
     )
     prompt_style: PromptStyle = "chat"
     batch_size: int = 8
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     # A batch is padded to the smallest that holds it: one compilation each.
-    lengths: tuple[int, ...] = (
+    bucket_lengths: tuple[int, ...] = (
         64,
         128,
         192,
@@ -61,18 +62,21 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: must be at least 1.")
-        require(self.accumulate >= 1, f"data.accumulate={self.accumulate}: must be at least 1.")
         require(
-            self.batch_size % self.accumulate == 0,
-            f"data.batch_size={self.batch_size} is not a multiple of"
-            f" data.accumulate={self.accumulate}; micro-batches must be equal.",
+            self.grad_accum_steps >= 1,
+            f"data.grad_accum_steps={self.grad_accum_steps}: must be at least 1.",
         )
         require(
-            len(self.lengths) > 0
-            and list(self.lengths) == sorted(set(self.lengths))
-            and self.lengths[0] >= 1,
-            f"data.lengths={list(self.lengths)}: expected increasing positive lengths, e.g. [128,"
-            " 256].",
+            self.batch_size % self.grad_accum_steps == 0,
+            f"data.batch_size={self.batch_size} is not a multiple of"
+            f" data.grad_accum_steps={self.grad_accum_steps}; micro-batches must be equal.",
+        )
+        require(
+            len(self.bucket_lengths) > 0
+            and list(self.bucket_lengths) == sorted(set(self.bucket_lengths))
+            and self.bucket_lengths[0] >= 1,
+            f"data.bucket_lengths={list(self.bucket_lengths)}: expected increasing positive"
+            " lengths, e.g. [128, 256].",
         )
         require(
             self.train_limit is None or self.train_limit >= 1,
@@ -141,6 +145,7 @@ class OptimConfig:
         )
 
 
+@renamed(keep="max_to_keep")
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop. `seed` draws the adapters' initial values; the data order has its own seed
@@ -155,7 +160,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int | None = None  # None: at the end only
     save_every: int | None = 50  # None: at the end only
-    keep: int = 2  # the newest checkpoints
+    max_to_keep: int = 2  # the newest checkpoints
     keep_best: bool = False  # and the one with the lowest validation loss
     # Besides metrics.jsonl.
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
@@ -165,7 +170,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "loss_chunk", "log_every", "keep"):
+        for name in ("steps", "loss_chunk", "log_every", "max_to_keep"):
             require(
                 getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1."
             )
@@ -275,12 +280,16 @@ class RunConfig:
             f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has"
             " no blocks of two kinds; leave it at 1.",
         )
-        parts, micro = self.mesh.data * self.mesh.fsdp, self.data.batch_size // self.data.accumulate
+        parts, micro = (
+            self.mesh.data * self.mesh.fsdp,
+            self.data.batch_size // self.data.grad_accum_steps,
+        )
         require(
             micro % parts == 0,
             f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} does not divide the {micro}"
             f" rows of a micro-batch (data.batch_size={self.data.batch_size} /"
-            f" data.accumulate={self.data.accumulate}); make the batch a multiple of {parts}.",
+            f" data.grad_accum_steps={self.data.grad_accum_steps}); make the batch a multiple of"
+            f" {parts}.",
         )
 
 

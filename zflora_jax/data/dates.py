@@ -5,8 +5,7 @@ so a run keeps one.
 from __future__ import annotations
 
 import dataclasses
-from datetime import date as Date
-from datetime import datetime
+from datetime import date as Date, datetime
 
 from zflora_jax.core.run_config import RunConfig
 

@@ -82,7 +82,7 @@ def tokenize_examples(
     examples: Sequence[Example], tokenizer: Any, data: DataConfig, vocab_size: int | None = None
 ) -> Encoded:
     """Tokenise every example, prompt and target; drop the ones longer than the longest of
-    `data.lengths`.
+    `data.bucket_lengths`.
 
     A target is never truncated: it would teach the model to stop in the middle. Nor is a question;
     but the `input` of an example with a `document` is cut at its end until the row fits. How many
@@ -96,7 +96,7 @@ def tokenize_examples(
         len(examples) > 0,
         "the dataset is empty: there is nothing to tokenise. Check data.task and data.data_dir.",
     )
-    limit, rows, truncated = data.lengths[-1], list[Row](), 0
+    limit, rows, truncated = data.bucket_lengths[-1], list[Row](), 0
 
     def encoded(chunk: Sequence[Example]) -> list[Row]:
         prompts = [
@@ -123,14 +123,15 @@ def tokenize_examples(
     require(
         len(kept) > 0,
         f"all {len(rows)} examples are longer than the longest of"
-        f" data.lengths={list(data.lengths)}: they have {shortest} to {longest} tokens. Add a"
-        f" length, e.g. data.lengths={[*data.lengths, -(-longest // 64) * 64]}.",
+        f" data.bucket_lengths={list(data.bucket_lengths)}: they have {shortest} to {longest}"
+        " tokens. Add a length, e.g."
+        f" data.bucket_lengths={[*data.bucket_lengths, -(-longest // 64) * 64]}.",
     )
     dropped = len(rows) - len(kept)
     if dropped:
         log.warning(
             "dropped %d of %d examples longer than %d tokens (the longest has %d); see"
-            " data.lengths",
+            " data.bucket_lengths",
             dropped,
             len(rows),
             limit,
@@ -139,7 +140,7 @@ def tokenize_examples(
     if truncated:
         log.warning(
             "cut %d of %d documents so that they fit %d tokens with their prompt and target; see"
-            " data.lengths",
+            " data.bucket_lengths",
             truncated,
             len(rows),
             limit,
@@ -159,8 +160,8 @@ def tokenize_examples(
     parts = tuple(int(n) for n in np.diff(ends, prepend=0))
     require(
         weights is None or min(parts) > 0,
-        "a task of the mixture has no example left that fits data.lengths; add a length or leave it"
-        " out.",
+        "a task of the mixture has no example left that fits data.bucket_lengths; add a length or"
+        " leave it out.",
     )
     return Encoded(
         tuple(rows[i] for i in kept), kept, dropped, int(pad_id or 0), truncated, parts, weights
@@ -216,7 +217,7 @@ def fit_documents(
     ]
 
 
-def pack(encoded: Encoded, capacity: int) -> Encoded:
+def pack_sequences(encoded: Encoded, capacity: int) -> Encoded:
     """Rows joined into rows of at most `capacity` tokens, best fit by decreasing length, within
     each task; the loss is that of the rows apart.
 
@@ -274,7 +275,7 @@ def train_batches(
     require(data.seed >= 0, f"data.seed={data.seed}: must be at least 0.")
 
     def collate(rows: Sequence[Row]) -> Batch:
-        return pad(rows, data.lengths, encoded.pad_id, own)
+        return pad(rows, data.bucket_lengths, encoded.pad_id, own)
 
     def endless(rows: Sequence[Row]) -> Any:
         return grain.MapDataset.source(rows).seed(data.seed).shuffle().repeat(_EPOCHS)

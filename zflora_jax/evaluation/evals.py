@@ -56,7 +56,7 @@ def held_out_loss(
       NonFiniteError: the loss is NaN or infinite.
     """
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
-    batches = eval_batches(encoded, fill_rows(batch_size, model.params, BATCH), data.lengths)
+    batches = eval_batches(encoded, fill_rows(batch_size, model.params, BATCH), data.bucket_lengths)
     with mesh_in_use(model.params):
         sums = [eval_step(model.config, adapter, variables, batch, chunk) for batch in batches]
     losses, tokens = zip(*jax.device_get(sums), strict=True)

@@ -34,7 +34,7 @@ def gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
     """
     data = run.data
     try:
-        whole, longest = load_mixture(data, run.eval.split, ROWS), data.lengths[-1]
+        whole, longest = load_mixture(data, run.eval.split, ROWS), data.bucket_lengths[-1]
         rows = fit_documents(whole, model.tokenizer, data.prompt_style, longest, data.date)
         prompts = encode_prompts(rows, model.tokenizer, data.prompt_style, data.date)
         return prompts, f"{len(rows)} held-out rows"

@@ -55,8 +55,8 @@ def evaluate(
 
     Returns task, split, rows, with trained_on clean_rows, loss, accuracy and the other scores
     (evals.SCORES) as numbers, and `scores`: rows ("all", "clean") -> score -> mean, low, high (95%,
-    bootstrap). The loss is over rows that fit data.lengths, documents cut to them; answers are
-    generated from prompts as long as the context allows (eval.max_prompt_tokens).
+    bootstrap). The loss is over rows that fit data.bucket_lengths, documents cut to them; answers
+    are generated from prompts as long as the context allows (eval.max_prompt_tokens).
     """
     result, _, partials = _evaluate(
         run, model, out, None if trained_on is None else questions(trained_on), console
@@ -124,7 +124,7 @@ def _evaluate(
             model,
             encoded,
             run.data,
-            batch_size=run.data.batch_size // run.data.accumulate,
+            batch_size=run.data.batch_size // run.data.grad_accum_steps,
             chunk=run.train.loss_chunk,
         )
         result |= {
@@ -224,7 +224,7 @@ def evaluate_tasks(
     trained_on: where test questions are looked for, as `evaluate` does with rows; what a run of
     this project trained on never includes the split that it held out for the task itself.
 
-    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Stopped, it goes on where it was,
+    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Preempted, it goes on where it was,
     whichever task that is. Returns what the summary's JSON holds. ConfigError where `out` holds a
     summary of that name of another model or of other settings, unless it is to be replaced.
     """
@@ -399,7 +399,7 @@ def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
     }
     texts |= {"Rows with an answer, which accuracies are over": compared}
     texts |= {
-        "Rows that the loss is over, the others being longer than data.lengths": fewer,
+        "Rows that the loss is over, the others being longer than data.bucket_lengths": fewer,
         "Documents cut to fit the prompt": documents,
     }
     lines = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from zflora_jax.adapters.methods import plan
+from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model, require_fit
@@ -64,7 +64,7 @@ def as_base(run: RunConfig, model: Model) -> Model:
     # An adapter merged by addition left an ordinary base.
     model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
     # Targets that match nothing are refused here, before anything slow.
-    plan(model.config, run.adapter)
+    resolve_adapter(model.config, run.adapter)
     require_fit(run, model)
     return stop_as_trained(model, run.data.prompt_style)
 

@@ -233,7 +233,7 @@ def _loss(
         model,
         encoded,
         run.data,
-        batch_size=run.data.batch_size // run.data.accumulate,
+        batch_size=run.data.batch_size // run.data.grad_accum_steps,
         chunk=run.train.loss_chunk,
         **extra,
     )

@@ -115,7 +115,7 @@ def comparison_page(plan: Comparison, result: Result) -> str:
         f" {packed}row{'s' if run.data.batch_size > 1 else ''}, prompt style"
         f" {run.data.prompt_style}, loss on"
         f" {'prompt and completion' if run.data.train_on_prompt else 'the completion only'},"
-        f" examples up to {run.data.lengths[-1]} tokens"
+        f" examples up to {run.data.bucket_lengths[-1]} tokens"
         + (
             f" ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones"
             " left out)."

@@ -31,7 +31,7 @@ from zflora_jax.experiments.run import Trained, train
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
-from zflora_jax.parallel.distributed import Stopped, StopSignals
+from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.reporting.files import atomic_write, local_path, plain, write_json
 from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
@@ -250,7 +250,7 @@ def _run(
         }
         row |= dict(extra(dated(run, trained.date), trained)) if extra else {}
         row |= {key: trained.report["environment"][key] for key in _ORIGIN}
-    except Stopped:
+    except Preempted:
         raise
     except (
         ConfigError,

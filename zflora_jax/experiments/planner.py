@@ -42,7 +42,7 @@ from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 GIB = 2**30
 
 
-def plan_run(
+def memory_plan(
     run: RunConfig, config: LlamaConfig, memory_gib: float | None = None
 ) -> dict[str, Any]:
     """The plan of `run` on a base of shape `config`.
@@ -50,7 +50,7 @@ def plan_run(
     memory_gib: what one device has; the plan then says whether it fits and, if not, the three
     cheapest changes, each alone and all together. Returns counts, `bytes_per_device` (name ->
     bytes, their sum as "total"), and with memory_gib `fits` and `changes`. Sizes are those of the
-    longest of data.lengths. ConfigError for a mesh that does not divide the model.
+    longest of data.bucket_lengths. ConfigError for a mesh that does not divide the model.
     """
     require(
         memory_gib is None or memory_gib > 0,
@@ -64,8 +64,8 @@ def plan_run(
         "params_trainable": count_params(config, run.adapter),
         "steps": run.train.steps,
         "rows_per_step": rows,
-        "tokens_per_step": rows * run.data.lengths[-1],
-        "tokens": rows * run.data.lengths[-1] * run.train.steps,
+        "tokens_per_step": rows * run.data.bucket_lengths[-1],
+        "tokens": rows * run.data.bucket_lengths[-1] * run.train.steps,
         "bytes_per_device": sizes,
     }
     if memory_gib is not None:
@@ -85,7 +85,7 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
         "base": _local(param_shapes(config), mesh, width),
         "adapters": trainable,
         "gradients": (
-            trainable * (2 if run.data.accumulate > 1 else 1)
+            trainable * (2 if run.data.grad_accum_steps > 1 else 1)
         ),  # of this micro-batch, and the sum over them
         "optimizer": 2 * trainable,
         "activations": _activations(run, config),
@@ -95,11 +95,11 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
 
 
 def _shaped(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
-    longest, limit = run.data.lengths[-1], config.max_position_embeddings
+    longest, limit = run.data.bucket_lengths[-1], config.max_position_embeddings
     require(
         longest <= limit,
-        f"data.lengths goes up to {longest}, beyond the model's context of {limit}; leave out"
-        " lengths above it.",
+        f"data.bucket_lengths goes up to {longest}, beyond the model's context of {limit}; leave"
+        " out lengths above it.",
     )
     return numerics(run, config).replace(dtype=run.train.dtype)
 
@@ -114,7 +114,7 @@ def _local(shapes: Mapping[str, tuple[int, ...]], mesh: Any, width: int) -> int:
 
 
 def _local_rows(run: RunConfig) -> int:
-    return run.data.batch_size // run.data.accumulate // (run.mesh.data * run.mesh.fsdp)
+    return run.data.batch_size // run.data.grad_accum_steps // (run.mesh.data * run.mesh.fsdp)
 
 
 def _abstract(
@@ -127,7 +127,7 @@ def _abstract(
             {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
         )
 
-    shape = (rows, run.data.lengths[-1])
+    shape = (rows, run.data.bucket_lengths[-1])
     batch = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segments": jnp.int32}
     return (
         tree(param_shapes(config), jnp.dtype(config.dtype)),
@@ -181,7 +181,7 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     them. Method "full" sums the gradient of the gathered head over the chunks: two more heads in
     float32.
     """
-    rows, length, tensor = _local_rows(run), run.data.lengths[-1], run.mesh.tensor
+    rows, length, tensor = _local_rows(run), run.data.bucket_lengths[-1], run.mesh.tensor
     parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
     width = jnp.dtype(config.dtype).itemsize
     gathered = mesh.shape["fsdp"] > 1
@@ -230,12 +230,12 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
 
 def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what it costs, settings), the cheapest first."""
-    micro, parts = run.data.batch_size // run.data.accumulate, run.mesh.data * run.mesh.fsdp
+    micro, parts = run.data.batch_size // run.data.grad_accum_steps, run.mesh.data * run.mesh.fsdp
     if micro % (2 * parts) == 0:
         same = "other numbers drop out" if run.adapter.dropout else "the same numbers"
         yield (
             f"more micro-batches: {same}, a little slower",
-            {"data.accumulate": 2 * run.data.accumulate},
+            {"data.grad_accum_steps": 2 * run.data.grad_accum_steps},
         )
     if run.train.loss_chunk >= 128:
         yield (
@@ -257,9 +257,9 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     if micro % (2 * parts) == 0:
         yield "twice the devices along fsdp", {"mesh.fsdp": 2 * run.mesh.fsdp}
     yield "twice the devices along tensor", {"mesh.tensor": 2 * run.mesh.tensor}
-    shorter = [n for n in run.data.lengths if n <= run.data.lengths[-1] // 2]
+    shorter = [n for n in run.data.bucket_lengths if n <= run.data.bucket_lengths[-1] // 2]
     if shorter:
-        yield "leave out the long examples", {"data.lengths": shorter}
+        yield "leave out the long examples", {"data.bucket_lengths": shorter}
 
 
 def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
@@ -282,7 +282,7 @@ def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
         run.adapter,
         run.optim,
         run.train.steps,
-        run.data.accumulate,
+        run.data.grad_accum_steps,
         run.train.loss_chunk,
         where,
     )

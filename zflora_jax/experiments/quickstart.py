@@ -126,7 +126,7 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]
     |logit|.
     """
     _, encoded = held_out(run, trained.model)
-    batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.lengths)))
+    batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.bucket_lengths)))
     adapted = np.asarray(
         forward(trained.model, batch["tokens"], run.adapter, trained.adapters, batch["segments"])
     )

@@ -27,7 +27,7 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.dates import today
 from zflora_jax.data.mixture import load_mixture
-from zflora_jax.data.pipeline import Encoded, pack, tokenize_examples, train_batches
+from zflora_jax.data.pipeline import Encoded, pack_sequences, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation.evals import held_out_loss
 from zflora_jax.evaluation.export_gap import export_gap
@@ -188,7 +188,7 @@ def train(
       ConfigError: settings that cannot be used, a `workdir` of another config, or one that another
         process is training.
       NonFiniteError: the loss stopped being a number; the last checkpoint is intact.
-      Stopped: SIGTERM or SIGINT came; the state after the step that ran then is saved.
+      Preempted: SIGTERM or SIGINT came; the state after the step that ran then is saved.
       SaveError: a checkpoint could not be written; the ones before it are intact.
     """
     # The commit that runs, not the one checked out when it ends.
@@ -218,7 +218,7 @@ def train(
     )
     examples = len(train_set)
     if run.data.packing:
-        train_set = pack(train_set, run.data.lengths[-1])
+        train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
     _, eval_set = held_out(run, model)
     meta = {"base_fingerprint": fingerprint(model), "data_fingerprint": train_set.fingerprint()}
     model = dataclasses.replace(model, params=shard(model.params, mesh))
@@ -230,7 +230,7 @@ def train(
         run.adapter,
         run.optim,
         steps,
-        run.data.accumulate,
+        run.data.grad_accum_steps,
         run.train.loss_chunk,
         where,
         every.seed,
@@ -283,7 +283,7 @@ def train(
         distributed.on_main(lambda: stack.enter_context(locked(workdir)))
         distributed.on_main(lambda: require_own(workdir, run))
         checkpoints = stack.enter_context(
-            Checkpoints(workdir, every.keep, keep_best=every.keep_best)
+            Checkpoints(workdir, every.max_to_keep, keep_best=every.keep_best)
         )
         stack.enter_context(jax.set_mesh(mesh))
         state = _sharded_state(run, model, where)
@@ -369,7 +369,7 @@ def train(
         def on_stop(step: int, state: TrainState) -> None:
             save(step, state)
             stack.close()  # what is being written is written before anyone is told that it is
-            raise distributed.Stopped(
+            raise distributed.Preempted(
                 f"stopped by a signal after step {step} of {steps}, which is saved in {workdir};"
                 " the same command goes on from there."
             )
@@ -432,7 +432,7 @@ def _same_day(run: RunConfig) -> RunConfig:
 
 
 def _micro_batch(run: RunConfig) -> int:
-    return run.data.batch_size // run.data.accumulate
+    return run.data.batch_size // run.data.grad_accum_steps
 
 
 def load_fused(

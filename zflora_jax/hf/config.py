@@ -160,13 +160,13 @@ def to_hf_config(
     """config.json of a stock LlamaForCausalLM with this config's widths, readable by transformers 4
     and 5 alike.
 
-    config: stock widths (norm_dim and rope_dim None). dtype: of the stored tensors. rope:
-    rope_scaling to write in place of the config's own.
+    config: stock widths (base_hidden_size and base_head_dim None). dtype: of the stored tensors.
+    rope: rope_scaling to write in place of the config's own.
     """
-    if config.norm_dim is not None or config.rope_dim is not None:
+    if config.base_hidden_size is not None or config.base_head_dim is not None:
         raise ConfigError(
-            "config.json has no words for norm_dim and rope_dim; export with save_hf, which puts a"
-            " fused model into stock form."
+            "config.json has no words for base_hidden_size and base_head_dim; export with save_hf,"
+            " which puts a fused model into stock form."
         )
     if rope is None and (s := config.rope_scaling) is not None:
         rope = {

@@ -203,7 +203,7 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
         model.config = model.config.replace(eos_token_ids=stop)
     else:
         config = from_hf_config(hf, settings)
-        if config.rope_dim is not None:
+        if config.base_head_dim is not None:
             warnings.warn(
                 f"{directory} is an export of this project that other software saved again: without"
                 " zflora.json and zflora/ it is loaded as an ordinary model, its adapter part of"
@@ -220,14 +220,14 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
 
 def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Model:
     """The tensors of a stock directory as the native tree of `config`, strictly accounted for.
-    Heads of which RoPE turns a part (rope_dim) lie in the order and scale of stock form.
+    Heads of which RoPE turns a part (base_head_dim) lie in the order and scale of stock form.
     """
     what = str(shards.directory)
     check_layer_count(shards.shapes, r"model\.layers\.(\d+)\.", config.num_layers, what)
     table = hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
-    form, dtype = StockForm(config, 1.0), np.float32 if config.rope_dim else config.dtype
+    form, dtype = StockForm(config, 1.0), np.float32 if config.base_head_dim else config.dtype
 
     def read(name: str, place: Place, part: Part) -> np.ndarray:
         x = place.to_native(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.adapters.init import adapter_shapes
-from zflora_jax.adapters.methods import plan
+from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes
@@ -140,7 +140,7 @@ def save_peft(
         name: np.empty(shape, np.void) for name, shape in adapter_shapes(config, adapter).items()
     }
     trees.check_like(adapters, trees.unflatten(expected), "adapters of method 'lora'")
-    kernels = tuple(plan(config, adapter).blocks)
+    kernels = tuple(resolve_adapter(config, adapter).blocks)
     tensors = {}
     for layer, tree in enumerate(
         trees.unstack_layers(adapters, config.num_layers)[f"layers_{i}"]

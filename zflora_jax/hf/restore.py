@@ -123,7 +123,7 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
     manifest, what = read_manifest(directory), str(directory)
     native, _, form = _read_form(directory, manifest, read_json(directory / "config.json"))
     config = form.config.replace(
-        rope_dim=native.rope_dim,
+        base_head_dim=native.base_head_dim,
         dtype="bfloat16" if manifest["dtype"] == "bfloat16" else "float32",
         scan_layers=scan_layers,
     )

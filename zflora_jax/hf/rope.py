@@ -40,8 +40,8 @@ def turned_dims(rope: Mapping[str, Any]) -> int | None:
 
 
 def with_turned_dims(config: LlamaConfig, rope: Mapping[str, Any], dims: int) -> LlamaConfig:
-    """`config` (plain RoPE over the whole head) with rope_dim and the base's own scaling, such that
-    it turns the first `dims` dims of a head at the frequencies that the factors give.
+    """`config` (plain RoPE over the whole head) with base_head_dim and the base's own scaling, such
+    that it turns the first `dims` dims of a head at the frequencies that the factors give.
 
     ConfigError for frequencies that neither plain RoPE nor Llama-3's scaling gives.
     """
@@ -55,7 +55,9 @@ def with_turned_dims(config: LlamaConfig, rope: Mapping[str, Any], dims: int) ->
     wanted = (
         1 / (factors * (np.float32(config.rope_theta) ** exponents).astype(np.float64))[: dims // 2]
     )
-    if (found := with_frequencies(config.replace(rope_dim=dims), wanted, rtol=1e-5)) is not None:
+    if (
+        found := with_frequencies(config.replace(base_head_dim=dims), wanted, rtol=1e-5)
+    ) is not None:
         return found
     raise ConfigError(
         "config.json: its longrope factors mark an export of this project with widened heads that"

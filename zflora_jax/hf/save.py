@@ -87,7 +87,7 @@ def save_hf(
         _write_companions(staging, model)
         report = {"path": str(target), "dtype": dtype, "parameters": parameters}
         report |= {"widths": _widths(form.config)} | (
-            {} if model.config.norm_dim is None else {"eps_z": form.eps_z}
+            {} if model.config.base_hidden_size is None else {"eps_z": form.eps_z}
         )
         (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
         files = sorted(

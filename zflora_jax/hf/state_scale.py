@@ -47,7 +47,7 @@ def state_share(model: Model) -> float:
     energies are as the squared Frobenius norms, and a sum of parts has at most the share of the
     part with the largest. The embedding, which adds to x alone, only makes the share smaller.
     """
-    d = model.config.base_dim
+    d = model.config.norm_dim
     if d == model.config.hidden_size:
         return 0.0
     shares = [0.0]
@@ -77,7 +77,7 @@ def check_eps_z(model: Model, eps_z: float) -> float:
         " exact; leave it out to have it chosen from the weights.",
     )
     require(
-        model.config.norm_dim is not None,
+        model.config.base_hidden_size is not None,
         f"eps_z={eps_z!r} scales the residual state of the zflora methods, and this model has none;"
         " leave it out.",
     )

@@ -57,7 +57,9 @@ class StockForm:
         """
         n = self.native
         return (
-            n.hidden_size if n.norm_dim is None else -(-n.hidden_size // n.num_heads) * n.num_heads
+            n.hidden_size
+            if n.base_hidden_size is None
+            else -(-n.hidden_size // n.num_heads) * n.num_heads
         )
 
     @property
@@ -65,9 +67,9 @@ class StockForm:
         """Stock widths and rms_norm_eps. The RoPE settings are the base's; `rope` says what to
         write instead.
         """
-        eps = self.native.rms_norm_eps * self.native.base_dim / self.width
+        eps = self.native.rms_norm_eps * self.native.norm_dim / self.width
         return self.native.replace(
-            hidden_size=self.width, rms_norm_eps=eps, norm_dim=None, rope_dim=None
+            hidden_size=self.width, rms_norm_eps=eps, base_hidden_size=None, base_head_dim=None
         )
 
     @property
@@ -76,7 +78,7 @@ class StockForm:
         not widened.
         """
         n = self.native
-        if n.rope_dim is None:
+        if n.base_head_dim is None:
             return None
         # transformers: inverse frequency = 1 / (factor * theta^(2i/(k+e))), in float32.
         exponents = np.arange(0, n.head_dim, 2, dtype=np.float32) / np.float32(n.head_dim)
@@ -113,18 +115,18 @@ class StockForm:
         """Whether stock form rounds this module's numbers, so that its native ones are kept beside
         the export.
         """
-        return (module in _NORMS and self.native.norm_dim is not None) or (
-            module == "q" and self.native.rope_dim is not None
+        return (module in _NORMS and self.native.base_hidden_size is not None) or (
+            module == "q" and self.native.base_head_dim is not None
         )
 
     def forward(self, module: str, x: np.ndarray) -> np.ndarray:
         """A native leaf of one layer, float32 in native layout, in stock form."""
         n = self.native
-        if n.rope_dim is not None and module in ("q", "k"):
+        if n.base_head_dim is not None and module in ("q", "k"):
             x = x[..., self.head_order]
             if module == "q":
                 x = x * np.float32(math.sqrt(n.head_dim / n.rotary_dim))
-        if n.norm_dim is None or (axis := _residual_axis(module, x.ndim)) is None:
+        if n.base_hidden_size is None or (axis := _residual_axis(module, x.ndim)) is None:
             return x
         padding = [(0, self.width - n.hidden_size if i == axis else 0) for i in range(x.ndim)]
         return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
@@ -132,7 +134,7 @@ class StockForm:
     def inverse(self, module: str, x: np.ndarray) -> np.ndarray:
         """The inverse of `forward`: exact but for what `restored` names."""
         n = self.native
-        if n.norm_dim is not None and (axis := _residual_axis(module, x.ndim)) is not None:
+        if n.base_hidden_size is not None and (axis := _residual_axis(module, x.ndim)) is not None:
             x = np.take(x, np.arange(n.hidden_size), axis) / self._scale(
                 module, n.hidden_size, axis, x.ndim
             )
@@ -141,7 +143,7 @@ class StockForm:
     def inverse_heads(self, module: str, x: np.ndarray) -> np.ndarray:
         """The heads' part of `inverse` alone."""
         n = self.native
-        if n.rope_dim is None or module not in ("q", "k"):
+        if n.base_head_dim is None or module not in ("q", "k"):
             return x
         if module == "q":
             x = x / np.float32(math.sqrt(n.head_dim / n.rotary_dim))
@@ -151,7 +153,7 @@ class StockForm:
         """What stock form multiplies the residual channels of a leaf by, shaped to broadcast along
         `axis`.
         """
-        scale, d = np.ones(width, np.float32), self.native.base_dim
+        scale, d = np.ones(width, np.float32), self.native.norm_dim
         if module in _NORMS:
             scale[:] = math.sqrt(d / self.width)
         elif module in _READS:

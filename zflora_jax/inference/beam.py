@@ -23,7 +23,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
 from zflora_jax.nn.llama import Llama, hidden_states
-from zflora_jax.ops.products import at_config_precision, move
+from zflora_jax.ops.products import at_config_precision, copy_bits
 
 Array = jax.Array
 
@@ -148,8 +148,8 @@ def beam_decode(
 
         def moved(x: Array, slots: int) -> Array:
             take = partial(jnp.take, axis=int(config.scan_layers), mode="clip")
-            after = move(take, (jax.lax.slice_in_dim(x, length, None, axis=slots),), (rows,))
-            return move(
+            after = copy_bits(take, (jax.lax.slice_in_dim(x, length, None, axis=slots),), (rows,))
+            return copy_bits(
                 lambda x, after: jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=slots),
                 (x, after),
             )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.tasks import rows_of
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -89,7 +89,7 @@ def decode(
     token ids that end a row. keys [B]: one random key per row.
     """
     state = prefill(config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys)
-    return advance(config, adapter, sampler, stop, variables, state, keys, max_new_tokens).out
+    return decode_until(config, adapter, sampler, stop, variables, state, keys, max_new_tokens).out
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3, 4))
@@ -118,7 +118,7 @@ def prefill(
 
 @jax.jit(static_argnums=(0, 1, 2, 3), donate_argnums=5)
 @at_config_precision
-def advance(
+def decode_until(
     config: LlamaConfig,
     adapter: AdapterConfig | None,
     sampler: Sampler,
@@ -186,7 +186,7 @@ def packed(model: Model) -> Model:
     again.
     """
     if model not in _packed or _packed[model][0] is not model.params:
-        made = pack(model)
+        made = pack_for_decode(model)
         if made is model:
             return model
         _packed[model] = model.params, made
@@ -380,6 +380,6 @@ def stream_tokens(
         if count == max_new_tokens or bool(state.done[0]):
             return
         with mesh_in_use(run.params):
-            state = advance(
+            state = decode_until(
                 run.config, None, sampler, stop, variables, state, keys, np.int32(count + 1)
             )

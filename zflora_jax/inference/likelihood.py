@@ -29,7 +29,7 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.inference.decode import packed, padded_length
 from zflora_jax.nn.kv_cache import KVCache, init_cache
 from zflora_jax.nn.llama import Llama
-from zflora_jax.ops.products import at_config_precision, move
+from zflora_jax.ops.products import at_config_precision, copy_bits
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
 
 Array = jax.Array
@@ -174,7 +174,7 @@ def advance(
     if past is not None:
 
         def continued(x: Array, slots: int) -> Array:
-            return move(
+            return copy_bits(
                 lambda x, rows: jnp.pad(
                     x[rows],
                     [(0, length if axis == slots % x.ndim else 0) for axis in range(x.ndim)],

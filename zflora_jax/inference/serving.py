@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from zflora_jax.adapters.packing import pack
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model import Model
@@ -45,7 +45,7 @@ def serve(
     names the request, once those before it are answered.
     """
     require(window >= 1, f"window={window}: must be at least 1.")
-    model, current, refused = pack(fused), None, None
+    model, current, refused = pack_for_decode(fused), None, None
     numbered, waiting = enumerate(requests), deque[tuple[int, Request]]()
     while True:
         for number, request in islice(numbered, 0 if refused else window - len(waiting)):

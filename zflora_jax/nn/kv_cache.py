@@ -12,7 +12,7 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 
-from zflora_jax.adapters.methods import plan
+from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.ops.products import Array
@@ -27,9 +27,9 @@ class KVCache:
 
     layers: per layer a pair (keys [B, K, k+e, S], values [B, K, S, k+e]) in the activation dtype,
     as attention's products read them; with scan_layers one pair stacked on a leading axis L. Inside
-    `decode.advance`'s loop axes B and K of one are missing. valid: [B, S] bool, the slots that hold
-    a real token (padding does not). index: int32, the slot that the next token goes to, the same in
-    all rows.
+    `decode.decode_until`'s loop axes B and K of one are missing. valid: [B, S] bool, the slots that
+    hold a real token (padding does not). index: int32, the slot that the next token goes to, the
+    same in all rows.
     """
 
     layers: Any
@@ -57,7 +57,7 @@ def init_cache(
     """An empty cache of `slots` positions for `batch` rows; heads are as wide as the model's,
     adapter dims included. On a mesh its rows are divided over data and its heads over tensor.
     """
-    width = config.head_dim + (plan(config, adapter).heads if adapter else 0)
+    width = config.head_dim + (resolve_adapter(config, adapter).heads if adapter else 0)
     head, stacked = (batch, config.num_kv_heads), (config.num_layers,) if config.scan_layers else ()
 
     def empty(*shape: int) -> Array:

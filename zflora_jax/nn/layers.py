@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.ops import products
 from zflora_jax.ops.products import Array, project, whole_vectors
-from zflora_jax.ops.remat import kept
+from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.tiling import tile
 
 
@@ -51,7 +51,7 @@ class Dense(AdaptedModule):
 
     x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes],
     y_z [B, T, *out_axes with the extra width] or None). y: x W where W is packed with other
-    kernels; None to compute it here. flat: W is stored as `products.row_products` reads it, [out,
+    kernels; None to compute it here. flat: W is stored as `products.packed_linear` reads it, [out,
     in], both flattened, in filled up to whole vectors, as in packed models; adapter blocks are not.
     The inputs of lora_a drop out where `apply` is given a random stream "dropout".
     """
@@ -75,7 +75,7 @@ class Dense(AdaptedModule):
                 (math.prod(self.out_axes), whole_vectors(flat.shape[-1])),
             )
             flat = jnp.pad(flat, ((0, 0), (0, 0), (0, kernel.shape[1] - flat.shape[-1])))
-            y = products.row_products(flat, kernel.astype(dtype)).reshape(
+            y = products.packed_linear(flat, kernel.astype(dtype)).reshape(
                 *x.shape[:-n], *self.out_axes
             )
         elif y is None:
@@ -96,7 +96,7 @@ class Dense(AdaptedModule):
         if z is not None and y_z is not None and "cross" in block:
             y_z = y_z + project(z, block["cross"], n)
         if "lora_a" in block:
-            low = kept(
+            low = save_for_backward(
                 project(self._dropped(x.reshape(*x.shape[:-n], -1)), block["lora_a"]), "low rank"
             )
             y = y + scale * project(low, block["lora_b"]).reshape(y.shape)
@@ -116,12 +116,12 @@ class Dense(AdaptedModule):
 
 
 class RMSNorm(AdaptedModule):
-    """x / rms * gain, with the mean square over the first `base_dim` channels; z is divided by the
+    """x / rms * gain, with the mean square over the first `norm_dim` channels; z is divided by the
     same rms, gain 1. Computed in float32.
     """
 
     dim: int
-    base_dim: int
+    norm_dim: int
     eps: float
 
     @nn.compact
@@ -130,22 +130,22 @@ class RMSNorm(AdaptedModule):
             x,
             z,
             self.base_param("scale", nn.initializers.ones, (self.dim,)),
-            self.base_dim,
+            self.norm_dim,
             self.eps,
         )
 
 
 def _normalise(
-    x: Array, z: Array | None, gain: Array, base_dim: int, eps: float
+    x: Array, z: Array | None, gain: Array, norm_dim: int, eps: float
 ) -> tuple[Array, Array | None]:
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(
-        jnp.mean(jnp.square(wide[..., :base_dim]), axis=-1, keepdims=True) + eps
+        jnp.mean(jnp.square(wide[..., :norm_dim]), axis=-1, keepdims=True) + eps
     )
     y = (wide * inverse * gain.astype(jnp.float32)[None, None, :]).astype(x.dtype)
     return y, None if z is None else (z.astype(jnp.float32) * inverse).astype(z.dtype)
 
 
-def gated(gate: Array, up: Array) -> Array:
+def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up."""
-    return nn.silu(kept(gate, "mlp")) * kept(up, "mlp")
+    return nn.silu(save_for_backward(gate, "mlp")) * save_for_backward(up, "mlp")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from zflora_jax.adapters.init import adapter_shapes
-from zflora_jax.adapters.methods import Plan, plan
+from zflora_jax.adapters.methods import ResolvedAdapter, resolve_adapter
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.fields import require
@@ -29,10 +29,10 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree, difference, flatten
 from zflora_jax.nn.kv_cache import KEY_SLOTS, VALUE_SLOTS, KVCache
-from zflora_jax.nn.layers import AdaptedModule, Dense, RMSNorm, gated
+from zflora_jax.nn.layers import AdaptedModule, Dense, RMSNorm, swiglu
 from zflora_jax.ops.attention import attention
-from zflora_jax.ops.products import Array, head_logits, move
-from zflora_jax.ops.remat import KEEP, kept
+from zflora_jax.ops.products import Array, copy_bits, head_logits
+from zflora_jax.ops.remat import REMAT_POLICY, save_for_backward
 from zflora_jax.ops.rope import apply_rope, rope_tables
 from zflora_jax.parallel.mesh import beside, mesh_in_use
 from zflora_jax.parallel.sharding import divide_embeddings
@@ -40,7 +40,9 @@ from zflora_jax.parallel.sharding import divide_embeddings
 Stream = tuple[Array, Array | None]
 
 
-def _dense(config: LlamaConfig, adapter: AdapterConfig | None, p: Plan, kernel: str) -> Dense:
+def _dense(
+    config: LlamaConfig, adapter: AdapterConfig | None, p: ResolvedAdapter, kernel: str
+) -> Dense:
     axes_in, axes_out = kernel_shapes(config)[kernel]
     return Dense(axes_in, axes_out, adapter, p.blocks.get(kernel, ()), config.packed)
 
@@ -53,7 +55,7 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.plan = plan(c, self.adapter) if self.adapter else Plan()
+        self.plan = resolve_adapter(c, self.adapter) if self.adapter else ResolvedAdapter()
         if c.packed:
             self.qkv = Dense(
                 (c.hidden_size,), ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,), flat=True
@@ -91,12 +93,12 @@ class Attention(nn.Module):
                 x.reshape(*old.shape[:-2], *x.shape[2:])
                 for x, old in zip((keys, values), cache, strict=True)
             )
-            keys = move(
+            keys = copy_bits(
                 partial(jax.lax.dynamic_update_slice_in_dim, axis=KEY_SLOTS),
                 (cache[0], keys),
                 (index,),
             )
-            values = move(
+            values = copy_bits(
                 partial(jax.lax.dynamic_update_slice_in_dim, axis=VALUE_SLOTS),
                 (cache[1], values),
                 (index,),
@@ -104,7 +106,11 @@ class Attention(nn.Module):
             cache = keys, values
             keys, values = (x.reshape(*rows, *x.shape[-2:]) for x in cache)
         out = attention(
-            kept(q, "heads"), kept(keys, "heads"), kept(values, "heads"), mask, c.rotary_dim**-0.5
+            save_for_backward(q, "heads"),
+            save_for_backward(keys, "heads"),
+            save_for_backward(values, "heads"),
+            mask,
+            c.rotary_dim**-0.5,
         )
         extra = self.plan.heads
         y, y_z = self.o(out[..., : c.head_dim], out[..., c.head_dim :]) if extra else self.o(out)
@@ -129,7 +135,7 @@ class MLP(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        p = plan(c, self.adapter) if self.adapter else Plan()
+        p = resolve_adapter(c, self.adapter) if self.adapter else ResolvedAdapter()
         if c.packed:
             self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,), flat=True)
         self.gate, self.up = (_dense(c, self.adapter, p, name) for name in ("gate", "up"))
@@ -140,8 +146,8 @@ class MLP(nn.Module):
             jnp.split(self.gate_up(h[0])[0], 2, axis=-1) if self.config.packed else (None, None)
         )
         (gate, gate_z), (up, up_z) = self.gate(*h, base[0]), self.up(*h, base[1])
-        units = None if gate_z is None or up_z is None else gated(gate_z, up_z)
-        return self.down(gated(gate, up), units)
+        units = None if gate_z is None or up_z is None else swiglu(gate_z, up_z)
+        return self.down(swiglu(gate, up), units)
 
 
 class Block(nn.Module):
@@ -155,7 +161,7 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.attn_norm, self.mlp_norm = (
-            RMSNorm(c.hidden_size, c.base_dim, c.rms_norm_eps) for _ in range(2)
+            RMSNorm(c.hidden_size, c.norm_dim, c.rms_norm_eps) for _ in range(2)
         )
         self.attn, self.mlp = Attention(c, self.adapter), MLP(c, self.adapter)
 
@@ -163,7 +169,7 @@ class Block(nn.Module):
         self, carry: Stream, cache: Any, cos: Array, sin: Array, mask: Array, index: Array | None
     ) -> tuple[Stream, Any]:
         update, cache = self.attn(self.attn_norm(*carry), cos, sin, mask, cache, index)
-        carry = jax.tree.map(lambda x: kept(x, "residual"), _add(carry, update))
+        carry = jax.tree.map(lambda x: save_for_backward(x, "residual"), _add(carry, update))
         return _add(carry, self.mlp(self.mlp_norm(*carry))), cache
 
 
@@ -194,7 +200,9 @@ class Embed(AdaptedModule):
         )
 
     def __call__(self, tokens: Array) -> Array:
-        return move(partial(jnp.take, axis=0), (self.table,), (tokens,)).astype(self.config.dtype)
+        return copy_bits(partial(jnp.take, axis=0), (self.table,), (tokens,)).astype(
+            self.config.dtype
+        )
 
     def attend(self, x: Array) -> Array:
         return head_logits(x, self.table.astype(x.dtype), True)
@@ -234,7 +242,7 @@ class Llama(nn.Module):
                 " pack."
             )
         self.embed = Embed(c)
-        policy = None if c.remat else KEEP
+        policy = None if c.remat else REMAT_POLICY
         block: Any = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
         if c.scan_layers:
             axes: Any = {"params": 0, "adapters": 0}
@@ -250,7 +258,7 @@ class Llama(nn.Module):
             self.layers = scanned(c, self.adapter)
         else:
             self.layers = [block(c, self.adapter) for _ in range(c.num_layers)]
-        self.final_norm = RMSNorm(c.hidden_size, c.base_dim, c.rms_norm_eps)
+        self.final_norm = RMSNorm(c.hidden_size, c.norm_dim, c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = Head(c)
 
@@ -299,7 +307,7 @@ class Llama(nn.Module):
         cos, sin = rope_tables(c, positions, slots.shape[1])
 
         x = divide_embeddings(self.embed(tokens), rows=cache is None)
-        width = plan(c, self.adapter).residual if self.adapter else 0
+        width = resolve_adapter(c, self.adapter).residual if self.adapter else 0
         carry: Stream = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         layers = None if cache is None else cache.layers
         if c.scan_layers:

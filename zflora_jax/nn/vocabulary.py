@@ -81,7 +81,7 @@ def resize_vocab(
     flat = trees.flatten(model.params)
     for name in set(given) & set(flat):
         axis, new = given[name]
-        flat[name] = _resized(name, flat[name], axis, size, config.base_dim, new)
+        flat[name] = _resized(name, flat[name], axis, size, config.norm_dim, new)
     wider = config.replace(vocab_size=size)
     return dataclasses.replace(
         model, config=wider, params=trees.unflatten(flat), tokenizer=tokenizer

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from zflora_jax.ops.products import Array
-from zflora_jax.ops.remat import kept
+from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.parallel.devices import widest_head
 
 
@@ -114,7 +114,7 @@ def _attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array
 def _attention_forward(
     q: Array, k: Array, v: Array, mask: Array, scale: float
 ) -> tuple[Array, tuple[Array, ...]]:
-    out = kept(_attention(q, k, v, mask, scale), "heads")
+    out = save_for_backward(_attention(q, k, v, mask, scale), "heads")
     return out, (q, k, v, mask, out)
 
 

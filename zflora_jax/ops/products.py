@@ -50,7 +50,7 @@ def whole_vectors(inputs: int) -> int:
 SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, for one row
 
 
-def row_products(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
+def packed_linear(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """x [B, T, i] against the rows of a kernel [j, i] -> [B, T, j] in `dtype` (None: of the
     operands).
 
@@ -72,7 +72,7 @@ def row_products(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Arr
 
 
 def plain_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """`row_products` as x kernel^T, for the device's library to arrange."""
+    """`packed_linear` as x kernel^T, for the device's library to arrange."""
     return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
 
 
@@ -84,12 +84,12 @@ def column_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> A
 
 
 def product_from_the_right(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """`row_products` as (kernel x^T)^T."""
+    """`packed_linear` as (kernel x^T)^T."""
     return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
 
 
 def product_in_halves(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """`row_products` from the right, of the upper and the lower half of the kernel as a batch of
+    """`packed_linear` from the right, of the upper and the lower half of the kernel as a batch of
     two; j even.
     """
     halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
@@ -103,7 +103,7 @@ def bfloat16_product(
     dtype: DTypeLike | None = None,
     product: Callable[..., Array] = plain_product,
 ) -> Array:
-    """`row_products` of bfloat16 numbers (or another product), added up in float32.
+    """`packed_linear` of bfloat16 numbers (or another product), added up in float32.
 
     XLA's CPU compiler has products that read bfloat16 as it lies only for two rows or more and
     results in float32; for others it converts whole kernels first, so one row gets a second, of
@@ -116,7 +116,7 @@ def bfloat16_product(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def move(
+def copy_bits(
     placed: Callable[..., Array], arrays: tuple[Array, ...], at: tuple[Array, ...] = ()
 ) -> Array:
     """placed(*arrays, *at) for a `placed` that only picks or places numbers of `arrays`, all of one
@@ -136,12 +136,12 @@ def move(
     return jax.lax.platform_dependent(*arrays, *at, cpu=by_bits, default=placed)
 
 
-@move.defjvp
+@copy_bits.defjvp
 def _move_jvp(
     placed: Callable[..., Array], primals: tuple[Any, Any], tangents: tuple[Any, Any]
 ) -> tuple[Array, Array]:
     arrays, at = primals
-    return move(placed, arrays, at), placed(*tangents[0], *at)
+    return copy_bits(placed, arrays, at), placed(*tangents[0], *at)
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
@@ -188,7 +188,7 @@ def head_logits(x: Array, kernel: Array, tied: bool) -> Array:
     """Logits of hidden states, added up and given in float32, with either head.
 
     Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 kernel
-    would run at float32 speed. One token a row, as in decode, takes `row_products` where the head
+    would run at float32 speed. One token a row, as in decode, takes `packed_linear` where the head
     is tied, whose results for float32 operands `greedy` reads as they lie; whole sequences take
     longer so (training of SmolLM2-135M on a CPU by 15%).
 
@@ -201,7 +201,7 @@ def head_logits(x: Array, kernel: Array, tied: bool) -> Array:
     one = x.shape[1] == 1
     if tied:
         return (
-            row_products(x, kernel, jnp.float32) if one else plain_product(x, kernel, jnp.float32)
+            packed_linear(x, kernel, jnp.float32) if one else plain_product(x, kernel, jnp.float32)
         )
     if one and x.dtype == jnp.bfloat16:
         on_cpu = partial(bfloat16_product, dtype=jnp.float32, product=column_product)

@@ -3,7 +3,7 @@ between two steps.
 
 Every process runs the same program on the same global arrays; process 0 alone writes logs, metrics
 and reports. A run that is asked to stop (SIGTERM, SIGINT) finishes its step, saves, and raises
-`Stopped`.
+`Preempted`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ENVIRONMENT = {
 }
 
 
-class Stopped(RuntimeError):
+class Preempted(RuntimeError):
     """A signal ended the run after a step; its state is saved, and the same command goes on from
     there.
     """

@@ -20,8 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, require
@@ -156,7 +155,8 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
                 f"mesh.{axis}={count} divides no dimension of"
                 f" {re.sub('^layers(_[0-9]+)?/', '', name)}, shape {shape[first:]}: every device"
                 f" along {axis} holds it whole. Train with an adapter that widens the stream of"
-                f" {shape[at]} by {-shape[at] % count} more (rank, head_rank or mlp_rank)."
+                f" {shape[at]} by {-shape[at] % count} more (rank, extra_head_dim or"
+                " extra_mlp_units)."
             )
     return P(*(part[0] if len(part) == 1 else part or None for part in parts))
 

@@ -44,14 +44,14 @@ FREE = (
     "train/log_every",
     "train/eval_every",
     "train/save_every",
-    "train/keep",
+    "train/max_to_keep",
     "train/keep_best",
     "train/report_to",
 )
 
 # Settings that change rounding, memory or speed alone: a resumed run may change them too, which is
 # logged.
-ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/accumulate")
+ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/grad_accum_steps")
 
 
 def read_config(workdir: str | Path) -> RunConfig:
@@ -115,8 +115,8 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
         return run, {key.replace("/", "."): values for key, values in changed.items()}
     longer = ("train/steps",) if run.train.steps >= finished else ()
     refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
-    if run.adapter.dropout and "data/accumulate" in changed:
-        refused.append("data/accumulate")  # what drops out is drawn for each micro-batch
+    if run.adapter.dropout and "data/grad_accum_steps" in changed:
+        refused.append("data/grad_accum_steps")  # what drops out is drawn for each micro-batch
     if refused:
         rows = [
             f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
@@ -133,7 +133,7 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
             name: getattr(there.train, name) for name in ("remat", "loss_chunk", "matmul_precision")
         }
         run = replace(run, train=replace(run.train, **train))
-        run = replace(run, data=replace(run.data, accumulate=there.data.accumulate))
+        run = replace(run, data=replace(run.data, grad_accum_steps=there.data.grad_accum_steps))
     return run, {key.replace("/", "."): values for key, values in changed.items()}
 
 

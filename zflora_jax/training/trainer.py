@@ -103,20 +103,20 @@ def make_train_step(
     adapter: AdapterConfig,
     optim: OptimConfig,
     steps: int,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     chunk: int = 256,
     state_sharding: Any = None,
     seed: int = 0,
 ) -> Callable[[Tree, TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(params, state, batch) -> (state, metrics), jitted; the state is donated.
 
-    A batch [B, T] runs as `accumulate` micro-batches; sums of losses and gradients over all of them
-    are divided by the number of tokens once, so the result does not depend on `accumulate` (but for
-    what drops out). state_sharding: where the new state lies (sharding.state_shardings), None on
-    one device. seed: of the adapter's dropout; what a micro-batch drops follows from it, the step
-    and the micro-batch's number alone. metrics: loss (mean per token), tokens, grad_norm (before
-    clipping), learning_rate, and finite, 1 where the new adapters are all numbers and 0 elsewhere:
-    float32 scalars.
+    A batch [B, T] runs as `grad_accum_steps` micro-batches; sums of losses and gradients over all
+    of them are divided by the number of tokens once, so the result does not depend on
+    `grad_accum_steps` (but for what drops out). state_sharding: where the new state lies
+    (sharding.state_shardings), None on one device. seed: of the adapter's dropout; what a
+    micro-batch drops follows from it, the step and the micro-batch's number alone. metrics: loss
+    (mean per token), tokens, grad_norm (before clipping), learning_rate, and finite, 1 where the
+    new adapters are all numbers and 0 elsewhere: float32 scalars.
     """
     optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
 
@@ -128,22 +128,24 @@ def make_train_step(
         )
 
     def streams(step: Array) -> dict[str, Array] | None:
-        """A random key for each micro-batch, where there is something to draw: key [accumulate]."""
+        """A random key for each micro-batch, where there is something to draw: key
+        [grad_accum_steps].
+        """
         if not adapter.dropout:
             return None
         own = jax.random.fold_in(
             jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"dropout"))), step
         )
-        return {"dropout": jax.vmap(partial(jax.random.fold_in, own))(jnp.arange(accumulate))}
+        return {"dropout": jax.vmap(partial(jax.random.fold_in, own))(jnp.arange(grad_accum_steps))}
 
     @jax.jit(donate_argnums=1, out_shardings=(state_sharding, None))
     def train_step(
         params: Tree, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
-        # Every accumulate-th row, so that each device's rows are spread over the micro-batches
-        # evenly.
+        # Every grad_accum_steps-th row, so that each device's rows are spread over the
+        # micro-batches evenly.
         micros = jax.tree.map(
-            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), dict(batch)
+            lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), dict(batch)
         )
 
         def add(

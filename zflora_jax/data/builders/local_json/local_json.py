@@ -11,8 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.data.builders.files import SPLIT, FileBuilder, field, json_rows
-from zflora_jax.data.builders.files import file_config as local_json_config
+from zflora_jax.data.builders.files import (
+    SPLIT,
+    FileBuilder,
+    field,
+    file_config as local_json_config,
+    json_rows,
+)
 
 __all__ = ["SPLIT", "LocalJson", "local_json_config", "read_rows"]
 
