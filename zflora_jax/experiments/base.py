@@ -17,7 +17,9 @@ from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model, require_fit
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.hf.gguf import build_tokenizer, open_gguf, read_config
+from zflora_jax.hf.gguf_config import gguf_config
+from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import HUB_IDS, load_tokenizer, locate, model_config
 from zflora_jax.hf.tokenizer import tokenizer_state
@@ -134,9 +136,9 @@ def _on_disk(source: str) -> tuple[dict[str, int], Any] | None:
         path, _ = locate(source)
         if path.is_dir():
             return _widths(model_config(source)), tokenizer_state(load_tokenizer(path))
-        reader = open_gguf(path)
-        config = read_config(path, reader)
-        return _widths(config), tokenizer_state(build_tokenizer(path, reader, config))
+        file = GGUFFile(path)
+        config = gguf_config(file)
+        return _widths(config), tokenizer_state(gguf_tokenizer(file, config))
     except (ConfigError, CheckpointError):
         return None
 

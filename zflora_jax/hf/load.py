@@ -20,6 +20,8 @@ from zflora_jax.core.model_config import PRESETS, LlamaConfig
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.gguf import load_gguf
+from zflora_jax.hf.gguf_config import gguf_config
+from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.keys import (
     CheckpointError,
     Part,
@@ -125,9 +127,7 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
         return from_hf_config(
             read_json(path / "config.json"), rope=not (path / "zflora.json").exists()
         )
-    from zflora_jax.hf.gguf import open_gguf, read_config
-
-    return read_config(path, open_gguf(path))
+    return gguf_config(GGUFFile(path))
 
 
 def locate(source: str) -> tuple[Path, str]:

@@ -1,0 +1,115 @@
+"""LlamaConfig from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+
+from zflora_jax.core.fields import from_dict, require
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.hf.rope import with_frequencies
+from zflora_jax.ops.rope import rope_frequencies
+
+ROPE_DIVISORS = "rope_freqs.weight"  # Llama-3's RoPE scaling, as divisors of inverse frequencies
+
+# The token ids that llama.cpp assumes where the file of a sentencepiece vocabulary is silent
+# (src/llama-vocab.cpp).
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+
+
+def gguf_config(file: GGUFFile) -> LlamaConfig:
+    """Read the LlamaConfig of a GGUF file.
+
+    Raises:
+      ConfigError: the forward pass has no code for what the metadata ask for; it is named.
+      CheckpointError: a metadata key is missing or cannot be read.
+    """
+    _refuse(file)
+    shape = file.tensors["token_embd.weight"].shape if "token_embd.weight" in file.tensors else (0,)
+    heads, hidden = _need(file, "llama.attention.head_count"), _need(file, "llama.embedding_length")
+    require(
+        isinstance(heads, int) and heads >= 1,
+        f"{file.path}: llama.attention.head_count={heads!r} is not supported; expected one number"
+        " for all layers.",
+    )
+    head_dim = file.get("llama.attention.key_length", hidden // heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        require(
+            file.get(key, head_dim) == head_dim,
+            f"{file.path}: {key}={file.get(key)} differs from the head size {head_dim}; that is"
+            " not supported.",
+        )
+    silent = SENTENCEPIECE_IDS if file.get("tokenizer.ggml.model") == "llama" else {}
+    eos = [
+        file.get(f"tokenizer.ggml.{key}_token_id", silent.get(key)) for key in ("eos", "eot", "eom")
+    ]
+    values = {
+        "vocab_size": shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": _need(file, "llama.feed_forward_length"),
+        "num_layers": _need(file, "llama.block_count"),
+        "num_heads": heads,
+        "num_kv_heads": file.get("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": _number(file, "llama.attention.layer_norm_rms_epsilon", 1e-5),
+        "rope_theta": _number(file, "llama.rope.freq_base", 10000.0),
+        "max_position_embeddings": _need(file, "llama.context_length"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id", silent.get("bos")),
+        "eos_token_ids": [token for token in dict.fromkeys(eos) if token is not None],
+        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
+    }
+    return _with_scaling(file, from_dict(LlamaConfig, values, str(file.path)))
+
+
+def _refuse(file: GGUFFile) -> None:
+    """ConfigError where the file asks for an architecture that the forward pass has no code for."""
+    architecture = _need(file, "general.architecture")
+    require(
+        architecture == "llama",
+        f"{file.path}: architecture {architecture!r} is not supported; only 'llama'.",
+    )
+    experts = file.get("llama.expert_count", 0)
+    require(
+        not experts,
+        f"{file.path}: llama.expert_count={experts}: mixtures of experts are not supported.",
+    )
+    scaling = file.get("llama.rope.scaling.type", "none")
+    require(
+        scaling == "none",
+        f"{file.path}: RoPE scaling {scaling!r} is not supported; only Llama-3's.",
+    )
+
+
+def _with_scaling(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
+    """`config` with the RoPE scaling that the file's divisors of the frequencies stand for."""
+    tensor = file.tensors.get(ROPE_DIVISORS)
+    if tensor is None:
+        return config
+    plain = rope_frequencies(config).astype(np.float64)
+    divisors = tensor.data.view(np.float32).astype(np.float64)
+    found = (
+        with_frequencies(config, plain / divisors, rtol=1e-4)
+        if divisors.shape == plain.shape and divisors.all()
+        else None
+    )
+    require(
+        found is not None,
+        f"{file.path}: {ROPE_DIVISORS} is not Llama-3's RoPE scaling (low_freq_factor 1,"
+        " high_freq_factor 4); no other is supported.",
+    )
+    return cast(LlamaConfig, found)
+
+
+def _need(file: GGUFFile, key: str) -> Any:
+    if (value := file.get(key)) is None:
+        raise CheckpointError(f"{file.path} lacks the metadata key {key}.")
+    return value
+
+
+def _number(file: GGUFFile, key: str, default: float) -> float:
+    # Stored as float32: 9.99999974e-06 was written as 1e-05.
+    return float(str(np.float32(file.get(key, default))))
