@@ -17,7 +17,8 @@ from zflora_jax.core.fields import ConfigError, from_dict
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig, from_file
 from zflora_jax.hf.load import model_config
-from zflora_jax.hf.peft import CONFIG, WEIGHTS
+from zflora_jax.hf.peft import WEIGHTS
+from zflora_jax.hf.peft_settings import CONFIG
 from zflora_jax.hf.restore import MANIFEST, read_manifest
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.reporting.metrics import METRICS_FILE, read_metrics
