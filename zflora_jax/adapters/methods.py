@@ -73,12 +73,19 @@ def default_extra_head_dim(head_dim: int) -> int:
 
 
 def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdapter:
-    """Resolve `adapter` on a base model of shape `config`.
+    """Resolve `adapter` on a base model: the extra widths and the blocks of each kernel.
 
-    A stream is widened only where its adapter channels can carry something: written by a targeted
-    kernel and read by another. The residual state needs one of o, down and one of q, k, v, gate,
-    up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term). A
-    method whose targets leave no stream alive is refused with ConfigError.
+    A stream is widened only where its adapter channels can carry something: a targeted kernel
+    writes them and another reads them. The residual state needs one of o, down and one of q, k, v,
+    gate, up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term).
+
+    Args:
+      config: of the base.
+      adapter: of any method.
+
+    Raises:
+      ConfigError: the targets match no kernel or leave no stream to widen, or the method widens and
+        the model is widened already.
     """
     row = METHODS[adapter.method]
     chosen = set(target_kernels(adapter.targets))
@@ -92,60 +99,52 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
     if row.in_place in ("lora", "ffa"):
         names: tuple[str, ...] = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
         return ResolvedAdapter(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
-
     require(
         config.base_hidden_size is None and config.base_head_dim is None,
         f"method {adapter.method!r} widens a base model, and this one is widened already: an"
         " adapter is fused into it. Use its base (`unfuse`), or method 'lora', 'ffa' or 'full'.",
     )
-    values, scores = {"v", "o"} <= chosen, adapter.head_scores and {"q", "k"} <= chosen
-    alive = {
-        "residual": (
-            row.residual
-            and bool(chosen & {"o", "down"})
-            and bool(chosen & {"q", "k", "v", "gate", "up"})
-        ),
-        "heads": row.heads and (values or scores),
-        "mlp": row.mlp and {"gate", "up", "down"} <= chosen,
-    }
-    widths = {
-        "residual": adapter.rank if alive["residual"] else 0,
-        "heads": (
-            (
-                default_extra_head_dim(config.rotary_dim)
-                if adapter.extra_head_dim is None
-                else adapter.extra_head_dim
-            )
-            if alive["heads"]
-            else 0
-        ),
-        "mlp": (
-            (adapter.rank if adapter.extra_mlp_units is None else adapter.extra_mlp_units)
-            if alive["mlp"]
-            else 0
-        ),
-    }
+    widened = set()  # kernels that read or write the extra head dims
+    if {"v", "o"} <= chosen:
+        widened |= {"v", "o"}
+    if adapter.head_scores and {"q", "k"} <= chosen:
+        widened |= {"q", "k"}
+    widths = _extra_widths(config, adapter, chosen, heads=bool(widened))
     require(
         any(widths.values()),
         f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen:"
         " the residual state needs o or down and one of q, k, v, gate, up; MLP units need gate, up"
         " and down; head dims need v and o, or q and k.",
     )
-    head_live = ({"v", "o"} if values else set()) | ({"q", "k"} if scores else set())
     blocks = {}
     for kernel, (reads, writes) in KERNELS.items():
         if kernel not in chosen:
             continue
-        r_in = widths[reads] if reads != "heads" or kernel in head_live else 0
-        r_out = widths[writes] if writes != "heads" or kernel in head_live else 0
-        names = tuple(
-            n
-            for n, present in (("forward", r_out), ("backward", r_in), ("cross", r_in and r_out))
-            if present
-        )
-        if names:
+        r_in = widths[reads] if reads != "heads" or kernel in widened else 0
+        r_out = widths[writes] if writes != "heads" or kernel in widened else 0
+        present = {"forward": r_out, "backward": r_in, "cross": r_in and r_out}
+        if names := tuple(name for name, width in present.items() if width):
             blocks[kernel] = names
-    return ResolvedAdapter(**widths, blocks=blocks)  # type: ignore[arg-type]
+    return ResolvedAdapter(**widths, blocks=blocks)
+
+
+def _extra_widths(
+    config: LlamaConfig, adapter: AdapterConfig, chosen: set[str], heads: bool
+) -> dict[str, int]:
+    """Extra width of each stream, 0 where no targeted kernel writes or none reads it.
+
+    heads: whether extra head dims are written and read.
+    """
+    row, widths = METHODS[adapter.method], {"residual": 0, "heads": 0, "mlp": 0}
+    if row.residual and chosen & {"o", "down"} and chosen & {"q", "k", "v", "gate", "up"}:
+        widths["residual"] = adapter.rank
+    if row.heads and heads:
+        given = adapter.extra_head_dim
+        widths["heads"] = default_extra_head_dim(config.rotary_dim) if given is None else given
+    if row.mlp and {"gate", "up", "down"} <= chosen:
+        units = adapter.extra_mlp_units
+        widths["mlp"] = adapter.rank if units is None else units
+    return widths
 
 
 def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:

@@ -14,8 +14,10 @@ from zflora_jax.hf.load import HUB_IDS
 
 
 def base_name(model: Model) -> str | None:
-    """What to call the base in files that others read: a hub id where there is one, else the last
-    part of its path.
+    """The base's name in files that others read: its hub id, else the last part of its path.
+
+    Returns:
+      None where the model has no source.
     """
     source = model.source
     if source is None or source in HUB_IDS:
@@ -25,74 +27,73 @@ def base_name(model: Model) -> str | None:
 
 
 def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    base, adapter, c = base_name(model), model.adapter, model.config
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [zflora]"]
-    lines += [f"base_model: {base}"] if base and "/" in base else []
-    lines += [
-        "---",
-        "",
-        f"# {base or 'Llama'}{f', {adapter.method} adapter fused in' if adapter else ''}",
-        "",
-    ]
-    if adapter is None:
-        lines += ["A Llama saved by zflora_jax, unchanged but for its dtype."]
-    elif METHODS[adapter.method].in_place == "none":
-        lines += [
-            (
-                f"A Llama fine-tuned with a {adapter.method} adapter by zflora_jax. The adapter is"
-                " fused: it lives in extra channels of the ordinary"
-            ),
-            (
-                "kernels, so this is a stock LlamaForCausalLM with slightly wider layers and needs"
-                " no custom code. zflora_jax can take the adapter out"
-            ),
-            "again (`load_model`, then `unfuse`), which gives back the base model bit for bit.",
-            (
-                "The method is a reconstruction of zFLoRA (arXiv 2510.25784), not the paper's own"
-                " code."
-            ),
-        ]
-    else:
-        lines += [
-            f"A Llama fine-tuned by zflora_jax (method {adapter.method}), merged into the base"
-            " kernels: a stock LlamaForCausalLM of the base's shape."
-        ]
-    lines += [
-        "",
-        "| | |",
-        "|---|---|",
-        f"| base | {base or 'not recorded'} |",
-        f"| parameters | {report['parameters']:,} |",
-        f"| dtype | {report['dtype']} |",
-    ]
-    if adapter is not None:
-        lines += [
-            f"| adapter.{key} | {value} |"
-            for key, value in to_dict(adapter).items()
-            if value is not None
-        ]
-        lines += [
-            f"| widths: residual, head, MLP | {c.hidden_size}, {c.head_dim},"
-            f" {c.intermediate_size} |"
-        ]
-    lines += [
-        f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |"
-        for key, value in rows.items()
-    ]
-    lines += [
-        *[
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            'model = AutoModelForCausalLM.from_pretrained("<this directory>")',
-        ],
-        *[
-            'tokenizer = AutoTokenizer.from_pretrained("<this directory>")',
-            "```",
-            "",
-            "With vLLM: `vllm serve <this directory>`.",
-            "",
-        ],
-        *["These weights derive from the base model; its licence and terms apply to them.", ""],
+    """Write the README.md of an export.
+
+    Args:
+      model: the exported model.
+      report: "parameters" and "dtype" of the export.
+      rows: more lines of the table, such as {"accuracy after": 0.71}.
+
+    Returns:
+      Markdown with the hub's metadata on top.
+    """
+    base, adapter = base_name(model), model.adapter
+    hub = [f"base_model: {base}"] if base and "/" in base else []
+    title = f"# {base or 'Llama'}{f', {adapter.method} adapter fused in' if adapter else ''}"
+    table = {
+        "base": base or "not recorded",
+        "parameters": f"{report['parameters']:,}",
+        "dtype": report["dtype"],
+        **_adapter_rows(model),
+        **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows.items()},
+    }
+    lines = [
+        *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [zflora]"),
+        *(*hub, "---", "", title, "", *_description(model), ""),
+        *("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in table.items())),
+        _USE,
     ]
     return "\n".join(lines)
+
+
+_USE = """
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("<this directory>")
+tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+```
+
+With vLLM: `vllm serve <this directory>`.
+
+These weights derive from the base model; its licence and terms apply to them.
+"""
+
+_FUSED = """\
+A Llama fine-tuned with a {method} adapter by zflora_jax. The adapter is fused: it lives in extra\
+ channels of the ordinary
+kernels, so this is a stock LlamaForCausalLM with slightly wider layers and needs no custom code.\
+ zflora_jax can take the adapter out
+again (`load_model`, then `unfuse`), which gives back the base model bit for bit.
+The method is a reconstruction of zFLoRA (arXiv 2510.25784), not the paper's own code."""
+
+_MERGED = (
+    "A Llama fine-tuned by zflora_jax (method {method}), merged into the base kernels: a stock"
+    " LlamaForCausalLM of the base's shape."
+)
+
+
+def _description(model: Model) -> list[str]:
+    if model.adapter is None:
+        return ["A Llama saved by zflora_jax, unchanged but for its dtype."]
+    method = model.adapter.method
+    text = _FUSED if METHODS[method].in_place == "none" else _MERGED
+    return [text.format(method=method)]
+
+
+def _adapter_rows(model: Model) -> dict[str, Any]:
+    if model.adapter is None:
+        return {}
+    c, settings = model.config, to_dict(model.adapter)
+    rows = {f"adapter.{key}": value for key, value in settings.items() if value is not None}
+    widths = f"{c.hidden_size}, {c.head_dim}, {c.intermediate_size}"
+    return rows | {"widths: residual, head, MLP": widths}

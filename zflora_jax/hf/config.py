@@ -11,8 +11,8 @@ from zflora_jax.core.fields import ConfigError, from_dict, require
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.rope import turned_dims, with_turned_dims
 
-# What this Llama has no code for: key -> values that leave the forward as it is. Everything else a
-# config.json may carry is bookkeeping.
+# Features that the forward pass has no code for: key -> the values that leave the features off. The
+# other keys of a config.json do not change the forward pass.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish", None),
@@ -29,14 +29,59 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 def from_hf_config(
     hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, rope: bool = True
 ) -> LlamaConfig:
-    """The LlamaConfig of a config.json, with the stop tokens of generation_config.json where it
-    names any (as transformers' generate does).
+    """Read a config.json.
 
-    Raises ConfigError that names each feature the forward has no code for (biases, other
-    activations and RoPE types, quantised weights, custom modelling code, ...). Keys that do not
-    change the forward are ignored. rope=False skips the RoPE settings: our exports keep them in
-    zflora.json.
+    Keys that do not change the forward pass are ignored.
+
+    Args:
+      hf: the object in config.json.
+      generation: the object in generation_config.json; its stop tokens win, as in transformers'
+        generate.
+      rope: whether the RoPE settings are read. False for exports of this project, which keep them
+        in zflora.json.
+
+    Returns:
+      The config; where a key is missing, the default of transformers' LlamaConfig.
+
+    Raises:
+      ConfigError: the forward pass has no code for a feature (biases, other activations and RoPE
+        types, quantised weights, custom modelling code, ...); it is named.
     """
+    _refuse(hf)
+    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    head_dim = hf.get("head_dim")
+    if head_dim is None:
+        require(
+            heads >= 1 and hidden % heads == 0,
+            f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
+            " and there is no head_dim.",
+        )
+        head_dim = hidden // heads
+    theta, scaling, turned = _rope(hf) if rope else (10000.0, None, None)
+    kv_heads = hf.get("num_key_value_heads")
+    values = {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
+        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "bos_token_id": _token(hf, generation, "bos_token_id", 1),
+        "eos_token_ids": _tokens(hf, generation),
+        "pad_token_id": _token(hf, generation, "pad_token_id", None),
+    }
+    config = from_dict(LlamaConfig, values, "config.json")
+    return config if turned is None else with_turned_dims(config, _rope_table(hf), turned)
+
+
+def _refuse(hf: Mapping[str, Any]) -> None:
+    """ConfigError that names what the forward pass has no code for."""
     require("model_type" in hf, "config.json has no model_type; expected 'llama'.")
     for key, allowed in _ONLY.items():
         require(
@@ -66,39 +111,6 @@ def from_hf_config(
             f"config.json: {key}={hf.get(key)!r}: expected a whole number.",
         )
 
-    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
-    head_dim = hf.get("head_dim")
-    if head_dim is None:
-        require(
-            heads >= 1 and hidden % heads == 0,
-            f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
-            " and there is no head_dim.",
-        )
-        head_dim = hidden // heads
-    theta, scaling, turned = _rope(hf) if rope else (10000.0, None, None)
-    kv_heads = hf.get("num_key_value_heads")
-    values = {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hidden,
-        "intermediate_size": hf["intermediate_size"],
-        "num_layers": hf["num_hidden_layers"],
-        "num_heads": heads,
-        "num_kv_heads": heads if kv_heads is None else kv_heads,
-        "head_dim": head_dim,
-        # Defaults below are those of transformers' LlamaConfig: what it assumes where the file is
-        # silent.
-        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
-        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "bos_token_id": _token(hf, generation, "bos_token_id", 1),
-        "eos_token_ids": _tokens(hf, generation),
-        "pad_token_id": _token(hf, generation, "pad_token_id", None),
-    }
-    config = from_dict(LlamaConfig, values, "config.json")
-    return config if turned is None else with_turned_dims(config, _rope_table(hf), turned)
-
 
 def _token(
     hf: Mapping[str, Any], generation: Mapping[str, Any] | None, key: str, default: int | None
@@ -115,17 +127,15 @@ def _tokens(hf: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list
 
 
 def _rope_table(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The RoPE settings as transformers 5 finds them: a non-empty rope_scaling wins over
-    rope_parameters.
-    """
+    """The RoPE settings; a non-empty rope_scaling wins over rope_parameters."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     require(isinstance(rope, Mapping), f"config.json: rope_scaling={rope!r}: expected a table.")
     return rope
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]:
-    """(theta, scaling, head dims that are turned where an export of this project says so); a
-    missing theta comes from the top.
+    """(theta, scaling, number of rotated head dims); the last is None but for an export of this
+    project with widened heads. A missing theta is read from the top level of config.json.
     """
     rope = _rope_table(hf)
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
@@ -157,11 +167,15 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]
 def to_hf_config(
     config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """config.json of a stock LlamaForCausalLM with this config's widths, readable by transformers 4
-    and 5 alike.
+    """Make the config.json of a stock LlamaForCausalLM, for transformers 4 and 5.
 
-    config: stock widths (base_hidden_size and base_head_dim None). dtype: of the stored tensors.
-    rope: rope_scaling to write in place of the config's own.
+    Args:
+      config: of a model in stock form.
+      dtype: of the stored tensors.
+      rope: the rope_scaling to write in place of the config's own.
+
+    Raises:
+      ConfigError: base_hidden_size or base_head_dim is set.
     """
     if config.base_hidden_size is not None or config.base_head_dim is not None:
         raise ConfigError(

@@ -43,35 +43,30 @@ def save_hf(
     card: Mapping[str, Any] | None = None,
     eps_z: float | None = None,
 ) -> dict[str, Any]:
-    """Write `model` (a base, or fused by any method) as a LlamaForCausalLM directory for stock
-    transformers 4.57 and 5, and vLLM.
+    """Write a base or fused model as a LlamaForCausalLM directory (transformers 4.57 and 5, vLLM).
 
-    The directory appears whole under its name or not at all. One that is already there is replaced
-    only if it is an export of this project with nothing added to it; anything else is left alone
-    and refused.
+    The directory appears whole or not at all. An existing one is replaced only if it is an export
+    of this project with nothing added to it; any other is left alone and refused.
 
     Args:
       path: the directory to write.
-      model: unpacked, stacked or per-layer parameters alike.
-      dtype: "float32", "bfloat16" or "float16" of the stored tensors; None keeps the parameters'
-        own. Arithmetic is float32, cast once.
-      base_fingerprint: `trees.fingerprint` of the base's parameters, recorded in zflora.json. Found
-        by slicing where the method widens; the merging methods (lora, ffa, full) cannot know it.
-      max_shard_bytes: tensors are split over several files above this size; one file's tensors are
-        held in memory at a time.
-      card: figures for the README and zflora.json, e.g. {"accuracy after": 0.71}.
-      eps_z: by what the residual state of the zflora methods is scaled, a power of two from 2^-10
-        to 1. None: the largest that disturbs the logits less than rounding to `dtype` does,
-        estimated from the weights. Software that quantises to int8 by channel or token wants 0.0625
-        or more; smaller values keep float32 logits closer.
+      model: not packed; its layers may be stacked or not.
+      dtype: of the stored tensors, "float32", "bfloat16" or "float16"; None: the parameters' own.
+        Arithmetic is in float32, and each tensor is cast once.
+      base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json. Where the
+        method widens it is computed from the model; the methods lora, ffa and full need it given.
+      max_shard_bytes: size limit of a file, in bytes; one file's tensors are in memory at a time.
+      card: figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
+      eps_z: scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
+        that disturbs the logits less than rounding to `dtype`, estimated from the weights. Software
+        that quantises to int8 by channel or token needs at least 2^-4.
 
     Returns:
-      {"path", "dtype", "parameters", "widths", "bytes", "files"}, and "eps_z" where there is a
-      residual state.
+      {"path", "dtype", "parameters", "widths", "bytes", "files"}; with a residual state "eps_z".
 
     Raises:
-      ConfigError: a packed model, an unknown dtype, an eps_z that cannot be used.
-      CheckpointError: values not finite (in `dtype`), or a directory that is not ours to replace.
+      ConfigError: the model is packed, or dtype or eps_z cannot be used.
+      CheckpointError: a value is not finite in `dtype`, or the directory must not be replaced.
     """
     target = local_path(path, "export directory").expanduser().resolve()
     dtype = dtype or str(trees.flatten(model.params)["embed/embedding"].dtype)
@@ -86,9 +81,9 @@ def save_hf(
         write_json(staging / "config.json", hf_config)
         _write_companions(staging, model)
         report = {"path": str(target), "dtype": dtype, "parameters": parameters}
-        report |= {"widths": _widths(form.config)} | (
-            {} if model.config.base_hidden_size is None else {"eps_z": form.eps_z}
-        )
+        report["widths"] = _widths(form.config)
+        if model.config.base_hidden_size is not None:
+            report["eps_z"] = form.eps_z
         (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
         files = sorted(
             [*(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()), MANIFEST]
