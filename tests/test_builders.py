@@ -15,12 +15,14 @@ from conftest import real_data
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.builders import public, wording
-from zflora_jax.data.builders.dialogue_json.dialogue_json import DialogueJson
-from zflora_jax.data.builders.hellaswag_json.hellaswag_json import HellaswagJson
-from zflora_jax.data.builders.local_json.local_json import read_rows
-from zflora_jax.data.builders.mawps_json.mawps_json import MawpsJson
-from zflora_jax.data.builders.summary_json.summary_json import SummaryJson
-from zflora_jax.data.builders.woz_json.woz_json import WozJson
+from zflora_jax.data.builders.formats import (
+    DialogueJson,
+    HellaswagJson,
+    MawpsJson,
+    SummaryJson,
+    WozJson,
+    read_rows,
+)
 from zflora_jax.data.tasks import TASKS, Example, load_examples
 
 

@@ -16,8 +16,9 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import prompts
 from zflora_jax.data.builders import open_prepared
-from zflora_jax.data.builders.arithmetic.arithmetic import TEMPLATES, Arithmetic, generate
-from zflora_jax.data.builders.local_json.local_json import LocalJson, local_json_config, read_rows
+from zflora_jax.data.builders.arithmetic import TEMPLATES, Arithmetic, generate
+from zflora_jax.data.builders.files import file_config
+from zflora_jax.data.builders.formats import LocalJson, read_rows
 from zflora_jax.data.pipeline import (
     Encoded,
     Row,
@@ -116,7 +117,7 @@ def test_every_worked_answer_is_right(generated):
 
 def test_generation_is_the_same_in_another_process(generated):
     code = (
-        "import json; from zflora_jax.data.builders.arithmetic.arithmetic import generate;"
+        "import json; from zflora_jax.data.builders.arithmetic import generate;"
         " print(json.dumps(generate()))"
     )
     env = os.environ | {"PYTHONHASHSEED": "7"}
@@ -138,7 +139,7 @@ def test_round_trip_through_array_record_without_tensorflow(generated, tmp_path)
     code = """
 import sys
 from zflora_jax.data.builders import open_prepared
-from zflora_jax.data.builders.arithmetic.arithmetic import Arithmetic, generate
+from zflora_jax.data.builders.arithmetic import Arithmetic, generate
 for split, rows in generate().items():
     source = open_prepared(Arithmetic, split, sys.argv[1])
     assert len(source) == len(rows)
@@ -229,7 +230,7 @@ def test_both_field_sets_are_read(tmp_path, as_list):
     assert got[2]["output"] == "The answer is 4.0."
     assert (got[3]["input"], got[3]["output"]) == ("a\u2028b", "Apples. A: no.")
     source = open_prepared(
-        lambda **kw: LocalJson(config=local_json_config(path), **kw), "rows", tmp_path / "cache"
+        lambda **kw: LocalJson(config=file_config(path), **kw), "rows", tmp_path / "cache"
     )
     assert [{k: v.decode() for k, v in source[i].items()} for i in range(4)] == got
 
@@ -290,14 +291,14 @@ def test_malformed_files_are_refused_with_their_row(tmp_path, text, message):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=message):
         open_prepared(
-            lambda **kw: LocalJson(config=local_json_config(path), **kw), "rows", tmp_path / "cache"
+            lambda **kw: LocalJson(config=file_config(path), **kw), "rows", tmp_path / "cache"
         )
 
 
 def test_prepared_rows_follow_the_content_of_the_file(tmp_path):
     def read(path):
         source = open_prepared(
-            lambda **kw: LocalJson(config=local_json_config(path), **kw), "rows", tmp_path / "cache"
+            lambda **kw: LocalJson(config=file_config(path), **kw), "rows", tmp_path / "cache"
         )
         return source[0]["answer"], sorted(
             p.name for p in (tmp_path / "cache" / "local_json").iterdir()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,10 +217,9 @@ def _file(task: str, source: Source, folder: Path, split: str) -> tuple[str, Pat
 def _open_file(builder: str, path: Path) -> Sequence[Row]:
     from zflora_jax.data.builders import open_prepared
     from zflora_jax.data.builders.files import SPLIT, file_config
+    from zflora_jax.data.builders.formats import BUILDERS
 
-    module = importlib.import_module(f"zflora_jax.data.builders.{builder}.{builder}")
-    make = getattr(module, builder.title().replace("_", ""))  # local_json holds LocalJson
-    return open_prepared(functools.partial(make, config=file_config(path)), SPLIT)
+    return open_prepared(functools.partial(BUILDERS[builder], config=file_config(path)), SPLIT)
 
 
 def _public(task: str, source: Source, split: str) -> Split:

@@ -115,7 +115,7 @@ class Arithmetic(Task):
 
     def split(self, split: str, data: DataConfig) -> Split:
         from zflora_jax.data.builders import open_prepared
-        from zflora_jax.data.builders.arithmetic.arithmetic import Arithmetic as Builder
+        from zflora_jax.data.builders.arithmetic import Arithmetic as Builder
 
         rows = open_prepared(Builder, split, data.data_dir)
         return Split(rows, range(len(rows)), f"arithmetic, {split}")

@@ -191,7 +191,7 @@ def _winogrande(row: Raw) -> Fields:
 
 
 def _gsm8k(row: Raw) -> Fields:
-    from zflora_jax.data.builders.local_json.local_json import gsm8k_row
+    from zflora_jax.data.builders.formats import gsm8k_row
 
     return gsm8k_row(text(row["question"]), text(row["answer"]), "gsm8k")
 
