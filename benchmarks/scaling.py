@@ -172,34 +172,15 @@ def measure(name: str, mesh: MeshConfig) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "llama-2-7b"])
-    args = parser.parse_args()
-    env, rows = environment(), []
-    for name in args.models:
-        for mesh in MESHES:
-            rows.append(measure(name, mesh))
-            print(json.dumps(rows[-1]), flush=True)
-            write_json(
-                "results/scaling.json",
-                {"rows": rows, "rows_per_device": ROWS, "length": LENGTH, "environment": env},
-            )
-    columns = list(
-        dict.fromkeys(
-            [
-                "model",
-                "mesh",
-                "devices",
-                "tokens per step",
-                *(f"{k}, MB" for k in KINDS),
-                "sum, MB",
-                "formula, MB",
-            ]
-        )
-    )
-    columns = [column for column in columns if any(column in row for row in rows)]
-    page = f"""# Weak scaling on paper
+def page(result: dict[str, Any]) -> str:
+    env, rows = result["environment"], result["rows"]
+    names = [
+        *("model", "mesh", "devices", "tokens per step"),
+        *(f"{kind}, MB" for kind in KINDS),
+        *("sum, MB", "formula, MB"),
+    ]
+    columns = [name for name in names if any(name in row for row in rows)]
+    return f"""# Weak scaling on paper
 
 Bytes that the compiled train step moves between devices, per device and step, against the size of
 the mesh.
@@ -232,7 +213,25 @@ traffic hides behind the arithmetic of a device's own rows.
 
 Command: `{env["command"]}`; commit {env["commit"]}; jax {env["jax"]}; {env["date"]}.
 """
-    atomic_write("docs/scaling.md", page.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "llama-2-7b"])
+    args = parser.parse_args()
+    rows = list[dict[str, Any]]()
+    result = {
+        "rows": rows,
+        "rows_per_device": ROWS,
+        "length": LENGTH,
+        "environment": environment(),
+    }
+    for name in args.models:
+        for mesh in MESHES:
+            rows.append(measure(name, mesh))
+            print(json.dumps(rows[-1]), flush=True)
+            write_json("results/scaling.json", result)
+    atomic_write("docs/scaling.md", page(result).encode())
 
 
 if __name__ == "__main__":
