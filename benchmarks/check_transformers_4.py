@@ -157,7 +157,7 @@ COLUMNS = {
 }
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -182,14 +182,13 @@ def main() -> None:
         default=Path("results"),
         help="directory of the results (default: results)",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    from zflora_jax import (
-        load_model,
-        save_hf,
-    )
+
+def measure_all(python: str, rank: int, std: float) -> dict[str, Any]:
+    """The rows of the table: the base and every method, under both releases."""
+    from zflora_jax import load_model, save_hf
     from zflora_jax.core.adapter_config import METHODS
-    from zflora_jax.reporting.files import atomic_write, write_json
     from zflora_jax.reporting.provenance import environment
     from zflora_jax.reporting.tables import markdown_table
 
@@ -204,11 +203,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             prompts_file, directory = Path(folder, "prompts.json"), Path(folder, "export")
             prompts_file.write_text(json.dumps(prompts), encoding="utf-8")
-            model = fused(base, method, args.rank, args.std)
+            model = fused(base, method, rank, std)
             save_hf(directory, model)
             five, four = (
                 run(p, directory, prompts_file, Path(folder, "out.npz"))
-                for p in (sys.executable, args.python)
+                for p in (sys.executable, python)
             )
         row, ours = compare(model, prompts, five, four, base_logits)
         base_logits = ours if method == "base" else base_logits
@@ -219,55 +218,46 @@ def main() -> None:
         }
         rows.append({"model": method} | row)
         print(markdown_table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
-    result = {
+    return {
         "rows": rows,
         "versions": versions,
-        "rank": args.rank,
-        "std": args.std,
+        "rank": rank,
+        "std": std,
         "seeds": {"init": 0, "noise": 0},
         "prompts": PROMPTS,
         "new_tokens": NEW_TOKENS,
         "environment": origin,
     }
-    write_json(args.out / "transformers_versions.json", result)
-    atomic_write(args.out / "transformers_versions.md", report(result).encode())
-    print(report(result))
 
 
-def report(result: dict[str, Any]) -> str:
-    from zflora_jax.reporting.provenance import device_line
+def page(result: dict[str, Any]) -> str:
+    from zflora_jax.reporting.provenance import origin_line
     from zflora_jax.reporting.tables import markdown_table
 
     env, seen = result["environment"], result["versions"]
-    return "\n".join(
-        [
-            "# Exports under transformers 5 and 4.57",
-            "",
-            (
-                f"SmolLM2-135M, float32, adapters of rank {result['rank']} and default widths,"
-                f" every adapter leaf moved by noise of std {result['std']}"
-            ),
-            (
-                f"(full: a tenth of it; seed 0). transformers {seen['transformers 5']} (torch"
-                f" {seen['torch 5']}) and {seen['transformers 4']} (torch {seen['torch 4']}) load"
-                " the same directories."
-            ),
-            (
-                f"{len(result['prompts'])} prompts: logits of each alone; {result['new_tokens']}"
-                " greedy tokens of all as one left-padded batch. Columns of differences: max abs"
-                " dlogit."
-            ),
-            "",
-            markdown_table(result["rows"], COLUMNS),
-            "",
-            (
-                f"Command: `{env['command']}`; commit"
-                f" {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']},"
-                f" {device_line(env)}, Python {env['python']}, jax {env['jax']}."
-            ),
-            "",
-        ]
-    )
+    return f"""# Exports under transformers 5 and 4.57
+
+SmolLM2-135M, float32, adapters of rank {result["rank"]} and default widths, every adapter leaf
+perturbed by noise of std {result["std"]} (full: a tenth of it; seed 0). transformers
+{seen["transformers 5"]} (torch {seen["torch 5"]}) and {seen["transformers 4"]} (torch
+{seen["torch 4"]}) load the same directories. {len(result["prompts"])} prompts: the logits of each
+alone, and {result["new_tokens"]} greedy tokens of all as one left-padded batch. Differences are
+max |dlogit|.
+
+{markdown_table(result["rows"], COLUMNS)}
+
+{origin_line(env)} Python {env["python"]}.
+"""
+
+
+def main() -> None:
+    from zflora_jax.reporting.files import atomic_write, write_json
+
+    args = parse_args()
+    result = measure_all(args.python, args.rank, args.std)
+    write_json(args.out / "transformers_versions.json", result)
+    atomic_write(args.out / "transformers_versions.md", page(result).encode())
+    print(page(result))
 
 
 if __name__ == "__main__":

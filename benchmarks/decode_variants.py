@@ -33,7 +33,7 @@ from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
-SAVED_NAMES = "kept: packed [out, in], unrolled, one compiled loop"
+KEPT = "kept: packed [out, in], unrolled, one compiled loop"
 
 
 def host_loop(model: Model, batch: int, prompt_length: int, new_tokens: int) -> Contender:
@@ -75,7 +75,7 @@ def ways(batch: int, prompt_length: int, new_tokens: int, bfloat16: bool) -> dic
         "lm_head": {"kernel": jnp.asarray(packed.params["embed"]["embedding"].T)}
     }
     found = {
-        SAVED_NAMES: contender(packed, *shape),
+        KEPT: contender(packed, *shape),
         **{
             f"products {name}": with_products(PRODUCTS[name], lambda: contender(packed, *shape))
             for name in (LEFT, RIGHT, HALVES)
@@ -202,7 +202,7 @@ def choices(batch: int, repeats: int) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -220,7 +220,12 @@ def main() -> None:
             "--batches, --prompt and --repeats: give at least 1; --new-tokens: at least 2, for a"
             " time between tokens"
         )
-    env, rows, meter = environment(), list[dict[str, Any]](), bandwidth_meter()
+    return args
+
+
+def decode_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """TTFT and TPOT of every way, batch by batch."""
+    rows, meter = list[dict[str, Any]](), bandwidth_meter()
     for batch in args.batches:
         found = ways(batch, args.prompt, args.new_tokens, args.bfloat16)
         turns = decode_turns(found, args.new_tokens, args.repeats, meter)
@@ -228,7 +233,7 @@ def main() -> None:
             row: dict[str, Any] = {"batch": batch, "way": label}
             for name in ("ttft_ms", "tpot_ms"):
                 row |= summary(times[name], name) | {
-                    name.replace("_ms", "_ratio"): ratio(times[name], turns[SAVED_NAMES][name])
+                    name.replace("_ms", "_ratio"): ratio(times[name], turns[KEPT][name])
                 }
             if (size := found[label].read_bytes) is not None:
                 row["floor_ratio"] = ratio(times["tpot_ms"], times["floor_ms"])
@@ -236,18 +241,12 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
         del found
-    alone = [row for batch in args.batches for row in read_rates(batch, args.repeats)]
-    chosen = [choices(batch, args.repeats) for batch in args.batches]
-    write_json(
-        f"{args.out}.json",
-        {
-            "rows": rows,
-            "products": alone,
-            "choices": chosen,
-            "settings": vars(args),
-            "environment": env,
-        },
-    )
+    return rows
+
+
+def page(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    rates = [row["read_gb_per_s"] for row in result["rows"] if "read_gb_per_s" in row]
     shown = [
         {
             "batch": row["batch"],
@@ -260,52 +259,50 @@ def main() -> None:
             "x kept ": f"{row['tpot_ratio']:.3f}",
             "x floor": f"{row['floor_ratio']:.2f}" if "floor_ratio" in row else "-",
         }
+        for row in result["rows"]
+    ]
+    return f"""# Ways to decode
+
+SmolLM2-135M, float32 unless a row names another dtype, prompt {settings["prompt"]},
+{settings["new_tokens"]} new tokens; medians of {settings["repeats"]} turns [minimum, maximum].
+"x kept" is the median over turns of the ratio within a turn. "x floor" is TPOT over the time to
+read weights and half-filled cache once, at the rate measured in the same turn (medians:
+{min(rates):.1f} to {max(rates):.1f} GB/s).
+
+{markdown_table(shown, list(shown[0]))}
+
+Products alone: GB/s at which they read the kernels, by layout.
+
+{rounded(result["products"], 1)}
+
+Choosing a token alone, ms:
+
+{rounded(result["choices"], 2)}
+
+{origin_line(result["environment"])}
+"""
+
+
+def rounded(rows: list[dict[str, Any]], digits: int) -> str:
+    """A table whose floats have `digits` decimals."""
+    shown = [
+        {k: f"{v:.{digits}f}" if isinstance(v, float) else v for k, v in row.items()}
         for row in rows
     ]
-    rates = [row["read_gb_per_s"] for row in rows if "read_gb_per_s" in row]
-    text = [
-        "# Ways to decode",
-        "",
-        (
-            f"SmolLM2-135M, float32 unless said, prompt {args.prompt}, {args.new_tokens} new"
-            f" tokens; medians of {args.repeats} turns [least, most]. x kept: median over turns of"
-            " the ratio within a turn. x floor: TPOT over the time to read weights and half-filled"
-            f" cache once at the rate measured in the same turn ({min(rates):.1f} to"
-            f" {max(rates):.1f} GB/s, medians)."
-        ),
-        "",
-        markdown_table(shown, list(shown[0])),
-        "",
-        "Products alone: GB/s at which they read the kernels, by layout.",
-        "",
-        markdown_table(
-            [
-                {
-                    key: f"{value:.1f}" if isinstance(value, float) else value
-                    for key, value in row.items()
-                }
-                for row in alone
-            ],
-            list(alone[0]),
-        ),
-        "",
-        "Choosing a token alone, ms:",
-        "",
-        markdown_table(
-            [
-                {
-                    key: f"{value:.2f}" if isinstance(value, float) else value
-                    for key, value in row.items()
-                }
-                for row in chosen
-            ],
-            list(chosen[0]),
-        ),
-        "",
-        origin_line(env),
-        "",
-    ]
-    atomic_write(f"{args.out}.md", "\n".join(text).encode())
+    return markdown_table(shown, list(shown[0]))
+
+
+def main() -> None:
+    args, env = parse_args(), environment()
+    result = {
+        "rows": decode_rows(args),
+        "products": [row for batch in args.batches for row in read_rates(batch, args.repeats)],
+        "choices": [choices(batch, args.repeats) for batch in args.batches],
+        "settings": vars(args),
+        "environment": env,
+    }
+    write_json(f"{args.out}.json", result)
+    atomic_write(f"{args.out}.md", page(result).encode())
 
 
 if __name__ == "__main__":

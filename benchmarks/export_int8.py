@@ -90,6 +90,72 @@ def compared(found: np.ndarray, want: np.ndarray) -> dict[str, float]:
     return {"kl": float(kl.mean()), "top1": float((found.argmax(-1) == want.argmax(-1)).mean())}
 
 
+def rows_of_the_table(
+    fused: Model, base: Model, batch: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """The base and the fused model at several scales of the state: KL and equal choices."""
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, eps: float | None, model: Model, want: np.ndarray) -> None:
+        small = int8_weights(model)
+        rows.append(
+            {
+                "model": name,
+                "eps_z": eps,
+                "float": compared(log_probs(model, batch), want),
+                "int8 weights": compared(log_probs(small, batch), want),
+                "int8 weights and activations": compared(
+                    log_probs(small, batch, activations=True), want
+                ),
+            }
+        )
+        print(rows[-1], flush=True)
+
+    scales = {
+        "chosen for float32": choose_eps_z(fused, "float32"),
+        "chosen for bfloat16": choose_eps_z(fused, "bfloat16"),
+        "2^-4": 2.0**-4,
+        "2^-10, as before it was chosen": 2.0**-10,
+    }
+    add("base", None, base, log_probs(base, batch))
+    exact = log_probs(fused, batch)
+    for name, eps in scales.items():
+        with tempfile.TemporaryDirectory() as folder:
+            save_hf(Path(folder, "export"), fused, eps_z=eps)
+            add(f"fused, {name}", eps, load_stock(Path(folder, "export")), exact)
+    return rows
+
+
+def page(result: dict[str, Any]) -> str:
+    def shown(cell: dict[str, float]) -> str:
+        return f"{cell['kl']:.1e} ({100 * cell['top1']:.1f}%)"
+
+    kinds = ("float", "int8 weights", "int8 weights and activations")
+    table = [
+        {
+            "model": row["model"],
+            "eps_z": "-" if row["eps_z"] is None else f"2^{int(np.log2(row['eps_z']))}",
+        }
+        | {kind: shown(row[kind]) for kind in kinds}
+        for row in result["rows"]
+    ]
+    steps = result["run"].removeprefix("step")
+    about = result.get("about", f"the run in `{result['config']['workdir']}`")
+    return f"""# int8 by output channel and token: which scale of the state
+
+SmolLM2-135M with a zFLoRA adapter: {about}, after {steps} steps. KL in nats (and how often the
+likeliest token is the same) against the same model in float32, {result["positions"]} positions of
+held-out rows. Simulated: rounded to int8 and back, computed in float32.
+
+{markdown_table(table, list(table[0]))}
+
+By the weights the state's energy is {result["state_share"]:.4f} of the base channels' (see
+`zflora_jax/hf/state_scale.py`).
+
+{origin_line(result["environment"])}
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,74 +169,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="held-out rows (default: 16)")
     parser.add_argument("--out", default="results/export_int8")
     args = parser.parse_args()
-    env = environment()
-    run = read_config(args.workdir)
+    env, run = environment(), read_config(args.workdir)
     fused, label = load_fused(args.workdir)
     base, _ = unfuse(fused)
     _, encoded = held_out(run, fused)
     batch = next(iter(eval_batches(encoded, min(args.rows, len(encoded)), run.data.bucket_lengths)))
-    named = {
-        "chosen for float32": choose_eps_z(fused, "float32"),
-        "chosen for bfloat16": choose_eps_z(fused, "bfloat16"),
-    }
-    named |= {"2^-4": 2.0**-4, "2^-10, as before it was chosen": 2.0**-10}
-    rows: list[dict[str, Any]] = []
-
-    def add(name: str, eps: float | None, model: Model, want: np.ndarray) -> None:
-        row: dict[str, Any] = {
-            "model": name,
-            "eps_z": eps,
-            "float": compared(log_probs(model, batch), want),
-        }
-        small = int8_weights(model)
-        row["int8 weights"] = compared(log_probs(small, batch), want)
-        row["int8 weights and activations"] = compared(
-            log_probs(small, batch, activations=True), want
-        )
-        rows.append(row)
-        print(row, flush=True)
-
-    add("base", None, base, log_probs(base, batch))
-    exact = log_probs(fused, batch)
-    for name, eps in named.items():
-        with tempfile.TemporaryDirectory() as folder:
-            save_hf(Path(folder, "export"), fused, eps_z=eps)
-            add(f"fused, {name}", eps, load_stock(Path(folder, "export")), exact)
-    share, positions = state_share(fused), len(exact)
     result = {
-        "rows": rows,
-        "state_share": share,
-        "positions": positions,
+        "rows": rows_of_the_table(fused, base, batch),
+        "state_share": state_share(fused),
+        "positions": int((batch["segments"] > 0).sum()),
         "config": vars(args),
         "environment": env,
         "run": label,
+        "about": f"{run.model}, {run.adapter.method}, rank {run.adapter.rank}, {run.data.task},"
+        f" seed {run.train.seed}",
     }
     write_json(f"{args.out}.json", result)
-
-    def shown(cell: dict[str, float]) -> str:
-        return f"{cell['kl']:.1e} ({100 * cell['top1']:.1f}%)"
-
-    kinds = ("float", "int8 weights", "int8 weights and activations")
-    table = [
-        {
-            "model": row["model"],
-            "eps_z": "-" if row["eps_z"] is None else f"2^{int(np.log2(row['eps_z']))}",
-        }
-        | {k: shown(row[k]) for k in kinds}
-        for row in rows
-    ]
-    page = (
-        f"# int8 by output channel and token: which scale of the state\n\n{run.model},"
-        f" {run.adapter.method}, rank {run.adapter.rank}, trained for {label.removeprefix('step')}"
-        f" steps on {run.data.task}. KL in nats (and how often the likeliest token is the same)"
-        f" against the same model in float32, {positions} positions of held-out rows. Simulated:"
-        " rounded to int8 and back, computed in"
-        f" float32.\n\n{markdown_table(table, list(table[0]))}\n\nBy the weights the state's energy"
-        f" is {share:.4f} of the base channels' (see"
-        f" `zflora_jax/hf/state_scale.py`).\n\n{origin_line(env)} Seed {run.train.seed}.\n"
-    )
-    atomic_write(f"{args.out}.md", page.encode())
-    print(page)
+    atomic_write(f"{args.out}.md", page(result).encode())
+    print(page(result))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.text import stop_ids
 from zflora_jax.reporting.files import atomic_write, write_json
-from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 TASKS = {"arc_easy": 32, "gsm8k": 96}  # new tokens
@@ -45,6 +45,19 @@ def theirs(model: Any, prompt: list[int], stop: list[int], beams: int, new: int)
         pad_token_id=0,
     )
     return [int(i) for i in out[0, len(prompt) :]]
+
+
+def page(result: dict[str, Any]) -> str:
+    shown = [{k: v for k, v in row.items() if k != "different"} for row in result["rows"]]
+    return f"""# Generated token ids against transformers {result["transformers"]}
+
+Does this project generate the same token ids as transformers' `generate` on real questions, greedy
+and by beam search?
+
+{markdown_table(shown, list(shown[0]))}
+
+{origin_line(result["environment"])}
+"""
 
 
 def main() -> None:
@@ -89,19 +102,13 @@ def main() -> None:
                 }
                 rows.append(row | {"tokens compared": sum(map(len, want)), "different": differ})
                 print(row, flush=True)
-    env = environment()
-    write_json(
-        "results/generation_check.json",
-        {"rows": rows, "transformers": transformers.__version__, "environment": env},
-    )
-    shown = [{key: value for key, value in row.items() if key != "different"} for row in rows]
-    text = (
-        f"# Generated token ids against transformers {transformers.__version__}\n\n"
-        f"{__doc__.splitlines()[0]}\n\n{markdown_table(shown, list(shown[0]))}\n\nCommand:"
-        f" `{env['command']}`; commit {env['commit']}; device {env['device']}; jax {env['jax']};"
-        f" {env['date']}.\n"
-    )
-    atomic_write("results/generation_check.md", text.encode())
+    result = {
+        "rows": rows,
+        "transformers": transformers.__version__,
+        "environment": environment(),
+    }
+    write_json("results/generation_check.json", result)
+    atomic_write("results/generation_check.md", page(result).encode())
 
 
 if __name__ == "__main__":

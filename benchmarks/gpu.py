@@ -96,75 +96,65 @@ def parts(args: argparse.Namespace, with_peers: bool) -> list[Part]:
 FLOORS = {"llama-3.2-1b": (0.738, 0.6), "llama-3.2-3b": (1.918, 0.7), "llama-2-7b": (3.945, 0.8)}
 
 
+def target(what: str, limit: str, measured: str, ok: bool | None = None) -> dict[str, str]:
+    """A row of the table; ok: None where there is no target."""
+    reached = {True: "yes", False: "no", None: "-"}[ok]
+    return {"what": what, "target": limit, "measured": measured, "reached": reached}
+
+
 def reached(found: dict[str, dict[str, Any]], peak: float) -> list[dict[str, str]]:
     """The targets that the parts in `found` speak to, as rows."""
-    rows: list[dict[str, str]] = []
+    decode = [
+        target_row
+        for part, result in found.items()
+        if part != "train-1b"
+        for row in result["rows"]
+        for target_row in decode_targets(part, row, result["settings"]["model"])
+    ]
+    train = found.get("train-1b", {}).get("rows", [])
+    return decode + [target_row for row in train for target_row in train_targets(row, peak)]
 
-    def add(what: str, target: str, measured: str, ok: bool | None = None) -> None:
-        rows.append(
-            {
-                "what": what,
-                "target": target,
-                "measured": measured,
-                "reached": {True: "yes", False: "no", None: "-"}[ok],
-            }
-        )
 
-    for part, result in found.items():
-        if part == "train-1b":
-            continue
-        for row in result["rows"]:
-            name = f"{part}, {row['label']}, r={row['rank']}"
-            if row["label"] == latency.BASE and part in ("latency-1b", "latency-3b", "latency-7b"):
-                floor, share = FLOORS.get(result["settings"]["model"], (row["floor_ms"], 0.0))
-                measured = (
-                    f"{floor / row['tpot_ms']:.2f} ({row['tpot_ms']:.3f} ms;"
-                    f" {row['floor_share']:.2f} of the floor at the bandwidth measured)"
-                )
-                add(
-                    f"{name}: share of the floor of {floor:.3f} ms",
-                    f">= {share}",
-                    measured,
-                    floor / row["tpot_ms"] >= share,
-                )
-            elif row["label"] == FUSED:
-                limit = row["bytes_ratio"] + 0.01
-                for measure in ("tpot", "ttft"):
-                    value = row[f"{measure}_ratio"]
-                    add(
-                        f"{name}: {measure.upper()} over the base's",
-                        f"<= {limit:.3f}, its share of bytes + 0.01",
-                        f"{value:.3f}",
-                        value <= limit,
-                    )
-            elif row["label"] == latency.UNMERGED:
-                add(f"{name}: TPOT over the base's", "reported", f"{row['tpot_ratio']:.3f}")
-    for row in found.get("train-1b", {}).get("rows", []):
-        mfu = 4 * count_base(preset(row["case"].model)) * row["tokens_per_s"] / peak
-        ours, name = row["label"] != training.PEFT, f"train-1b, {row['label']}"
+def decode_targets(part: str, row: dict[str, Any], model: str) -> list[dict[str, str]]:
+    name = f"{part}, {row['label']}, r={row['rank']}"
+    if row["label"] == latency.BASE and part in ("latency-1b", "latency-3b", "latency-7b"):
+        floor, share = FLOORS.get(model, (row["floor_ms"], 0.0))
         measured = (
-            f"{mfu:.1%}, {row['tokens_per_s']:.0f} tokens/s, peak"
-            f" {row['peak_bytes'] / 2**30:.1f} GiB"
+            f"{floor / row['tpot_ms']:.2f} ({row['tpot_ms']:.3f} ms;"
+            f" {row['floor_share']:.2f} of the floor at the bandwidth measured)"
         )
-        add(
-            f"{name}: MFU by 4N",
-            ">= 40%" if ours else "reported",
-            measured,
-            mfu >= 0.4 if ours else None,
-        )
-        if ours and "step_ratio" in row:
-            add(
-                f"{name}: tokens/s over PEFT's",
-                ">= 1.3",
-                f"{1 / row['step_ratio']:.2f}",
-                1 / row["step_ratio"] >= 1.3,
+        what = f"{name}: share of the floor of {floor:.3f} ms"
+        return [target(what, f">= {share}", measured, floor / row["tpot_ms"] >= share)]
+    if row["label"] == FUSED:
+        limit = row["bytes_ratio"] + 0.01
+        return [
+            target(
+                f"{name}: {measure.upper()} over the base's",
+                f"<= {limit:.3f}, its share of bytes + 0.01",
+                f"{row[f'{measure}_ratio']:.3f}",
+                row[f"{measure}_ratio"] <= limit,
             )
-            add(
-                f"{name}: peak memory over PEFT's",
-                "< 1",
-                f"{row['memory_ratio']:.2f}",
-                row["memory_ratio"] < 1,
-            )
+            for measure in ("tpot", "ttft")
+        ]
+    if row["label"] == latency.UNMERGED:
+        return [target(f"{name}: TPOT over the base's", "reported", f"{row['tpot_ratio']:.3f}")]
+    return []
+
+
+def train_targets(row: dict[str, Any], peak: float) -> list[dict[str, str]]:
+    mfu = 4 * count_base(preset(row["case"].model)) * row["tokens_per_s"] / peak
+    ours, name = row["label"] != training.PEFT, f"train-1b, {row['label']}"
+    measured = (
+        f"{mfu:.1%}, {row['tokens_per_s']:.0f} tokens/s, peak {row['peak_bytes'] / 2**30:.1f} GiB"
+    )
+    limit = ">= 40%" if ours else "reported"
+    rows = [target(f"{name}: MFU by 4N", limit, measured, mfu >= 0.4 if ours else None)]
+    if ours and "step_ratio" in row:
+        speed, memory = 1 / row["step_ratio"], row["memory_ratio"]
+        rows += [
+            target(f"{name}: tokens/s over PEFT's", ">= 1.3", f"{speed:.2f}", speed >= 1.3),
+            target(f"{name}: peak memory over PEFT's", "< 1", f"{memory:.2f}", memory < 1),
+        ]
     return rows
 
 

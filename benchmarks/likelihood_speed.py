@@ -12,8 +12,7 @@ scoring them, taking turns in one process:
                      the last positions alone (logits_to_keep); possible where options differ
                      in their last token only, as they do here
 
-Both torch ways run a stock LlamaForCausalLM loaded from an export. Writes likelihood_speed.json and
-.md to --out.
+Both torch ways run a stock LlamaForCausalLM loaded from an export. Writes its page to --out.
 
     python benchmarks/likelihood_speed.py --data-dir DIR --rows 200
 """
@@ -180,34 +179,47 @@ def take_turns(
     return first, seconds, scores
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        required=True,
-        help="the folder that holds llm_adapters/dataset/ARC-Easy/test.json",
+    add = parser.add_argument
+    add(
+        "--data-dir", type=Path, required=True, help="holds llm_adapters/dataset/ARC-Easy/test.json"
     )
-    parser.add_argument("--rows", type=int, default=200, help="questions (default: 200)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="times that all rows are scored by each, (default: 3)"
-    )
-    parser.add_argument(
-        "--chunks",
-        type=int,
-        default=2,
-        help="parts of the rows in which they take turns (default: 2)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results"),
-        help="directory of the results (default: results)",
-    )
-    args = parser.parse_args()
+    add("--rows", type=int, default=200, help="questions (default: 200)")
+    add("--rounds", type=int, default=3, help="times each way scores all rows (default: 3)")
+    add("--chunks", type=int, default=2, help="parts of the rows, taken by turns (default: 2)")
+    add("--out", type=Path, default=Path("results"), help="a directory (default: results)")
+    return parser.parse_args()
 
+
+def table(
+    seconds: dict[str, np.ndarray], scores: dict[str, list[np.ndarray]], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row per way: its times, their ratios to ours, its scores beside torch_sequences'."""
+    flat = {name: np.concatenate(found).astype(np.float64) for name, found in scores.items()}
+    best = {name: [int(np.argmax(row)) for row in found] for name, found in scores.items()}
+    return [
+        {
+            "way": name,
+            "seconds": float(np.median(seconds[name][..., 0].sum(1))),
+            "ratio": float(np.median(seconds[name][..., 0] / seconds["ours"][..., 0])),
+            "cpu_seconds": float(np.median(seconds[name][..., 1].sum(1))),
+            "cpu_ratio": float(np.median(seconds[name][..., 1] / seconds["ours"][..., 1])),
+            "max_difference": float(np.abs(flat[name] - flat["torch_sequences"]).max()),
+            "same_choice": float(
+                np.mean([a == b for a, b in zip(best[name], best["torch_sequences"], strict=True)])
+            ),
+            "accuracy": float(
+                np.mean([b == row["right"] for b, row in zip(best[name], rows, strict=True)])
+            ),
+        }
+        for name in scores
+    ]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     # torch's threads spin while they wait for each other, which where other work wants the cores
     # makes them slow and burns CPU time: let them sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -217,7 +229,6 @@ def main() -> None:
     from zflora_jax import load_model, save_hf
     from zflora_jax.data.prompts import encode_prompt_texts, render
     from zflora_jax.inference.likelihood import option_log_likelihoods
-    from zflora_jax.reporting.files import atomic_write, write_json
     from zflora_jax.reporting.provenance import environment
 
     load = os.getloadavg()[0]
@@ -243,37 +254,16 @@ def main() -> None:
             "torch_once": torch_once(stock),
         }
         first, seconds, scores = take_turns(scorers, prompts, options, args.chunks, args.rounds)
-    flat = {name: np.concatenate(found).astype(np.float64) for name, found in scores.items()}
-    best = {name: [int(np.argmax(row)) for row in found] for name, found in scores.items()}
-    table: list[dict[str, Any]] = [
-        {
-            "way": name,
-            "seconds": float(np.median(seconds[name][..., 0].sum(1))),
-            "ratio": float(np.median(seconds[name][..., 0] / seconds["ours"][..., 0])),
-            "cpu_seconds": float(np.median(seconds[name][..., 1].sum(1))),
-            "cpu_ratio": float(np.median(seconds[name][..., 1] / seconds["ours"][..., 1])),
-            "max_difference": float(np.abs(flat[name] - flat["torch_sequences"]).max()),
-            "same_choice": float(
-                np.mean([a == b for a, b in zip(best[name], best["torch_sequences"], strict=True)])
-            ),
-            "accuracy": float(
-                np.mean([b == row["right"] for b, row in zip(best[name], rows, strict=True)])
-            ),
-        }
-        for name in scorers
-    ]
-    result = {
-        "table": table,
-        "compile_seconds": first - table[0]["seconds"],
-        "within_limit": table[0]["max_difference"] <= LIMIT,
+    ways = table(seconds, scores, rows)
+    return {
+        "table": ways,
+        "compile_seconds": first - ways[0]["seconds"],
+        "within_limit": ways[0]["max_difference"] <= LIMIT,
         "limit": LIMIT,
         "seconds": seconds,
         "rows": len(rows),
-        "options": len(flat["ours"]),
-        "prompt_tokens": sum(map(len, prompts)),
-        "sequence_tokens": sum(
-            len(p) + len(o) for p, row in zip(prompts, options, strict=True) for o in row
-        ),
+        "options": sum(map(len, options)),
+        **token_counts(prompts, options),
         "batch_size": BATCH,
         "rounds": args.rounds,
         "chunks": args.chunks,
@@ -286,9 +276,25 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "environment": origin,
     }
+
+
+def token_counts(prompts: Prompts, options: Options) -> dict[str, int]:
+    """Tokens of the prompts alone, and with a sequence of its own for each option."""
+    pairs = zip(prompts, options, strict=True)
+    return {
+        "prompt_tokens": sum(map(len, prompts)),
+        "sequence_tokens": sum(len(p) + len(o) for p, row in pairs for o in row),
+    }
+
+
+def main() -> None:
+    from zflora_jax.reporting.files import atomic_write, write_json
+
+    args = parse_args()
+    result = measure(args)
     write_json(args.out / "likelihood_speed.json", result)
-    atomic_write(args.out / "likelihood_speed.md", report(result).encode())
-    print(report(result))
+    atomic_write(args.out / "likelihood_speed.md", page(result).encode())
+    print(page(result))
 
 
 COLUMNS = {
@@ -303,77 +309,41 @@ COLUMNS = {
 }
 
 
-def report(result: dict[str, Any]) -> str:
-    from zflora_jax.reporting.provenance import device_line
+def page(result: dict[str, Any]) -> str:
+    """The page of a result; `seconds` may be arrays or, as read from JSON, lists."""
+    from zflora_jax.reporting.provenance import origin_line
     from zflora_jax.reporting.tables import markdown_table
 
     env, versions = result["environment"], result["versions"]
-    spread = "; ".join(
-        f"{name} {s[..., 0].sum(1).min():.1f}-{s[..., 0].sum(1).max():.1f} s"
-        for name, s in result["seconds"].items()
-    )
-    return "\n".join(
-        [
-            "# Option log-likelihoods: speed against transformers and torch",
-            "",
-            (
-                f"SmolLM2-135M-Instruct, float32, the first {result['rows']} ARC-easy test"
-                f" questions of LLM-Adapters with {result['options']} options"
-            ),
-            '("the correct answer is answerK" after the prompt in the chat template): '
-            f"{result['prompt_tokens']:,} tokens of prompts, {result['sequence_tokens']:,} with"
-            " each",
-            (
-                f"option a sequence of its own. Batches of {result['batch_size']}, all"
-                f" {env['cpu_count']} cores."
-            ),
-            (
-                f"The ways take turns over {result['chunks']} parts of the rows in"
-                f" {result['rounds']} rounds, compiled and warm; medians over rounds, of ratios"
-            ),
-            (
-                "over parts and rounds. CPU seconds are what other work on the machine disturbs"
-                f" least (load average before: {result['load_before']:.1f})."
-            ),
-            "",
-            (
-                "- ours: `zflora_jax.option_log_likelihoods`; what prompts and options share is fed"
-                " once."
-            ),
-            (
-                "- torch_sequences: each prompt + option a right-padded sequence of its own,"
-                " log_softmax of all logits, gathered."
-            ),
-            (
-                "- torch_once: a stronger baseline, possible because these options differ in their"
-                " last token alone: each prompt and what its options"
-            ),
-            "  share fed once, left-padded, logits of the last positions alone (`logits_to_keep`).",
-            "",
-            markdown_table(result["table"], COLUMNS),
-            "",
-            (
-                f"Ours compiles for about {result['compile_seconds']:.0f} s, once. Spread over"
-                f" rounds: {spread}."
-            ),
-            (
-                f"Differences of ours are {'within' if result['within_limit'] else 'BEYOND'}"
-                f" {result['limit']} nats."
-            ),
-            "A CPU ratio says nothing about GPUs.",
-            "",
-            (
-                f"Command: `{env['command']}`; commit"
-                f" {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']},"
-                f" {device_line(env)}, Python {env['python']}, jax {env['jax']},"
-            ),
-            (
-                f"torch {versions['torch']}, transformers {versions['transformers']}; nothing is"
-                " drawn, so there is no seed."
-            ),
-            "",
-        ]
-    )
+    totals = {name: np.asarray(s)[..., 0].sum(1) for name, s in result["seconds"].items()}
+    spread = "; ".join(f"{name} {s.min():.1f}-{s.max():.1f} s" for name, s in totals.items())
+    return f"""# Option log-likelihoods: speed against transformers and torch
+
+SmolLM2-135M-Instruct, float32, the first {result["rows"]} ARC-easy test questions of LLM-Adapters
+with {result["options"]} options ("the correct answer is answerK" after the prompt in the chat
+template): {result["prompt_tokens"]:,} tokens of prompts, {result["sequence_tokens"]:,} with one
+sequence per option. Batches of {result["batch_size"]}, all {env["cpu_count"]} cores. The ways take
+turns over {result["chunks"]} parts of the rows in {result["rounds"]} rounds, compiled and warm.
+Times are medians over rounds, ratios are medians over parts and rounds. Other work on the machine
+disturbs CPU seconds least (load average before: {result["load_before"]:.1f}).
+
+- ours: `zflora_jax.option_log_likelihoods`; tokens that prompts and options share are fed once.
+- torch_sequences: one right-padded sequence for each prompt and option, log_softmax of all logits,
+  gathered.
+- torch_once: a stronger baseline, possible because these options differ in their last token alone:
+  each prompt and the tokens that its options share are fed once, left-padded, with the logits of
+  the last positions alone (`logits_to_keep`).
+
+{markdown_table(result["table"], COLUMNS)}
+
+Ours compiles for about {result["compile_seconds"]:.0f} s, once. Ranges over rounds: {spread}.
+Differences of ours are {"within" if result["within_limit"] else "BEYOND"} {result["limit"]} nats.
+A CPU ratio says nothing about GPUs.
+
+{origin_line(env)}
+Python {env["python"]}, torch {versions["torch"]}, transformers {versions["transformers"]}. There
+is no seed: nothing is drawn.
+"""
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.planner import GIB, compiled, memory_plan
 from zflora_jax.reporting.files import atomic_write, write_json
-from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 MODELS = ("llama-3.2-1b", "llama-2-7b")
@@ -43,10 +43,7 @@ CASES: tuple[dict[str, Any], ...] = (
 )
 
 
-def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+def measure() -> list[dict[str, Any]]:
     rows = []
     for model in MODELS:
         base = RunConfig(
@@ -59,51 +56,60 @@ def main() -> None:
         for changes in CASES:
             run, shape = override(base, changes), preset(model)
             planned, found = memory_plan(run, shape)["bytes_per_device"], compiled(run, shape)
-            stored = sum(planned[name] for name in ("base", "adapters", "optimizer"))
             row = {
                 "model": model,
                 "changes": " ".join(f"{key}={value}" for key, value in changes.items()),
-            }
-            row |= {
                 "planned": planned,
                 "compiled": found,
                 "ratio": planned["total"] / found["total"],
-                "stored ratio": stored / found["arguments"],
+                "stored ratio": stored(planned) / found["arguments"],
             }
             rows.append(row)
             print(row, flush=True)
-    ratios = [row["ratio"] for row in rows]
-    env = environment()
-    write_json("results/plan.json", {"rows": rows, "environment": env})
+    return rows
 
-    def gib(size: int) -> str:
-        return f"{size / GIB:.2f}"
 
+def stored(planned: dict[str, int]) -> int:
+    """Bytes of what a device holds between steps."""
+    return sum(planned[name] for name in ("base", "adapters", "optimizer"))
+
+
+def page(result: dict[str, Any]) -> str:
+    ratios = [row["ratio"] for row in result["rows"]]
     shown = [
         {
             "model": row["model"],
             "changes": row["changes"],
-            "planned": gib(row["planned"]["total"]),
-            "of it stored": gib(
-                sum(row["planned"][name] for name in ("base", "adapters", "optimizer"))
-            ),
-            "compiled": gib(row["compiled"]["total"]),
-            "of it arguments": gib(row["compiled"]["arguments"]),
+            "planned": f"{row['planned']['total'] / GIB:.2f}",
+            "of it stored": f"{stored(row['planned']) / GIB:.2f}",
+            "compiled": f"{row['compiled']['total'] / GIB:.2f}",
+            "of it arguments": f"{row['compiled']['arguments'] / GIB:.2f}",
             "planned / compiled": f"{row['ratio']:.2f}",
         }
-        for row in rows
+        for row in result["rows"]
     ]
-    text = (
-        "# `zflora plan` against the compiler\n\nGiB per device of one train step. zflora-minimal"
-        " r=32 unless another method is named, float32, 16 rows of 1024 tokens (4"
-        " under\ntensor=8), chunks of 1024 logits, 8 virtual CPU devices. XLA's CPU compiler keeps"
-        " float32 copies of some bfloat16"
-        f" arrays.\n\n{markdown_table(shown, list(shown[0]))}\n\nplanned / compiled: median"
-        f" {statistics.median(ratios):.2f}, from {min(ratios):.2f} to"
-        f" {max(ratios):.2f}.\n\nCommand: `{env['command']}`; commit {env['commit']}; device"
-        f" {env['device']}; jax {env['jax']}; {env['date']}.\n"
-    )
-    atomic_write("results/plan.md", text.encode())
+    return f"""# `zflora plan` against the compiler
+
+GiB per device of one train step. zflora-minimal r=32 unless another method is named, float32, 16
+rows of 1024 tokens (4 under tensor=8), chunks of 1024 logits, 8 virtual CPU devices. XLA's CPU
+compiler keeps float32 copies of some bfloat16 arrays.
+
+{markdown_table(shown, list(shown[0]))}
+
+planned / compiled: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to
+{max(ratios):.2f}.
+
+{origin_line(result["environment"])}
+"""
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    result = {"rows": measure(), "environment": environment()}
+    write_json("results/plan.json", result)
+    atomic_write("results/plan.md", page(result).encode())
 
 
 if __name__ == "__main__":

@@ -172,67 +172,66 @@ def measure(name: str, mesh: MeshConfig) -> dict[str, Any]:
     }
 
 
+def page(result: dict[str, Any]) -> str:
+    env, rows = result["environment"], result["rows"]
+    names = [
+        *("model", "mesh", "devices", "tokens per step"),
+        *(f"{kind}, MB" for kind in KINDS),
+        *("sum, MB", "formula, MB"),
+    ]
+    columns = [name for name in names if any(name in row for row in rows)]
+    return f"""# Weak scaling on paper
+
+Bytes that the compiled train step moves between devices, per device and step, for several meshes.
+
+Shapes of the models named, no weights, zflora-minimal r=32, float32, {ROWS} rows of {LENGTH} tokens
+per device, chunks of 256 logits. mesh: data x fsdp x tensor. The bytes are counted in the HLO that
+XLA compiles for virtual CPU devices. A ring of n devices sends (n-1)/n of the result of an
+all-gather, n-1 times the result of a reduce-scatter, and 2 (n-1)/n of the size of an all-reduce.
+All of it is in float32, since the CPU compiler widens bfloat16 kernels before it gathers them; a
+bfloat16 base halves everything except the gradients. Other compilers may choose other collectives,
+and overlap them with computation.
+
+{markdown_table(rows, columns)}
+
+The formula, in bytes, with w = 4 for a float32 base and n = data x fsdp:
+
+- fsdp: (fsdp-1)/fsdp x w x (2 x layers x kernels of a layer + vocabulary x width) / tensor. Both
+  passes gather the kernels of each layer. The head is gathered once, ahead of the chunks of logits;
+  embeddings are looked up in the divided table.
+- gradients: 2 (n-1)/n x 4 x the parameters that the adapter stores. No gradient of the base is
+  formed, so none is moved.
+- tensor: 2 (tensor-1)/tensor x 4 x layers x rows x length x width x w. Both passes sum the residual
+  stream after attention and MLP.
+
+Under tensor, about 1.8 times the formula is moved, which is the ratio of 7 sums per layer to 4: the
+backward pass appears to sum the gradients of q, k and v, and of gate and up, one by one.
+
+With fixed rows per device, the bytes that fsdp moves per device tend to a constant (each device
+gathers the model twice, on any number of devices). Tokens per second scale with the devices as long
+as that traffic hides behind the computation on a device's own rows.
+
+Command: `{env["command"]}`; commit {env["commit"]}; jax {env["jax"]}; {env["date"]}.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "llama-2-7b"])
     args = parser.parse_args()
-    env, rows = environment(), []
+    rows = list[dict[str, Any]]()
+    result = {
+        "rows": rows,
+        "rows_per_device": ROWS,
+        "length": LENGTH,
+        "environment": environment(),
+    }
     for name in args.models:
         for mesh in MESHES:
             rows.append(measure(name, mesh))
             print(json.dumps(rows[-1]), flush=True)
-            write_json(
-                "results/scaling.json",
-                {"rows": rows, "rows_per_device": ROWS, "length": LENGTH, "environment": env},
-            )
-    columns = list(
-        dict.fromkeys(
-            [
-                "model",
-                "mesh",
-                "devices",
-                "tokens per step",
-                *(f"{k}, MB" for k in KINDS),
-                "sum, MB",
-                "formula, MB",
-            ]
-        )
-    )
-    columns = [column for column in columns if any(column in row for row in rows)]
-    page = f"""# Weak scaling on paper
-
-Bytes that the compiled train step moves between devices, per device and step, against the size of
-the mesh.
-
-Shapes of the models named, no weights, zflora-minimal r=32, float32, {ROWS} rows of {LENGTH}
-tokens a device, chunks of 256 logits. mesh: data x fsdp x tensor. Counted from the HLO that XLA
-compiles for virtual CPU devices; a ring of n devices sends (n-1)/n of what an all-gather gives,
-n-1 times what a reduce-scatter gives, 2 (n-1)/n of an all-reduce's size. All in float32, since the
-CPU compiler widens bfloat16 kernels before it gathers them; a bfloat16 base halves all but the
-gradients. Other compilers may choose other collectives, and overlap them with work.
-
-{markdown_table(rows, columns)}
-
-The formula, in bytes, w = 4 for a float32 base, n = data x fsdp:
-
-- fsdp: (fsdp-1)/fsdp x w x (2 x layers x kernels of a layer + vocabulary x width) / tensor: each
-  layer's kernels are gathered in both passes, the head once, ahead of the chunks of logits;
-  embeddings are looked up in the divided table;
-- gradients: 2 (n-1)/n x 4 x the parameters that the adapter stores. No gradient of the base is
-  formed, so none is moved;
-- tensor: 2 (tensor-1)/tensor x 4 x layers x rows x length x width x w: the residual stream is
-  summed after attention and MLP, in both passes.
-
-Under tensor about 1.8 times the formula is moved, which is the ratio of 7 sums a layer to 4: the
-backward pass appears to sum what comes back from q, k and v, and from gate and up, one by one.
-
-With the rows a device fixed, what fsdp moves per device tends to a constant (each device gathers
-the model twice, however many there are): tokens per second scale with the devices as long as that
-traffic hides behind the arithmetic of a device's own rows.
-
-Command: `{env["command"]}`; commit {env["commit"]}; jax {env["jax"]}; {env["date"]}.
-"""
-    atomic_write("docs/scaling.md", page.encode())
+            write_json("results/scaling.json", result)
+    atomic_write("docs/scaling.md", page(result).encode())
 
 
 if __name__ == "__main__":

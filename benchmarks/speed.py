@@ -3,8 +3,7 @@
 
 Command: python benchmarks/speed.py
 (after `zflora bench latency`, `zflora bench train`, benchmarks/startup.py,
-benchmarks/vllm_latency.py and,
-where there is a GPU, benchmarks/gpu.py)
+benchmarks/vllm_latency.py and, where there is a GPU, benchmarks/gpu.py)
 """
 
 from __future__ import annotations
@@ -75,26 +74,32 @@ def row(
     return found | {"command": env["command"], "commit": commit_of(env), "device": device_line(env)}
 
 
-def decode_rows(found: Row) -> Iterator[Row]:
-    def at(label: str, **case: int) -> Row | None:
-        return next(
-            (
-                r
-                for r in found["rows"]
-                if r["label"] == label and all(r[k] == v for k, v in case.items())
-            ),
-            None,
-        )
+def at(found: Row, label: str, **case: int) -> Row | None:
+    """The row of the latency table with this label and case, if it was measured."""
+    for one in found["rows"]:
+        if one["label"] == label and all(one[key] == value for key, value in case.items()):
+            return one
+    return None
 
+
+def decode_rows(found: Row) -> Iterator[Row]:
     first = {key: found["rows"][0][key] for key in ("rank", "batch", "prompt")}
     require_same(
         "latency",
         found["settings"] | first,
         {"model": "smollm2-135m", "dtype": "float32", "batch": 1},
     )
-    assert at("base", **first) is not None
+    assert at(found, "base", **first) is not None
+    yield from base_rows(found, first)
+    for fused in found["rows"]:
+        if fused["label"] == "zflora-minimal" and fused["rank"] <= 64:
+            yield from fused_rows(found, fused)
+
+
+def base_rows(found: Row, first: Row) -> Iterator[Row]:
+    """The base over the bandwidth floor and over transformers, in the first batch and prompt."""
     where = f"batch {first['batch']}, prompt {first['prompt']}"
-    # The base and transformers do not hang on the rank: every rank is another case of the same.
+    # The base and transformers do not depend on the rank: every rank is another case of the same.
     same = [r for r in found["rows"] if all(r[k] == first[k] for k in ("batch", "prompt"))]
     floors = [1 / r["floor_share"] for r in same if r["label"] == "base"]
     peers = [1 / r["tpot_ratio"] for r in same if r["label"] == "transformers"]
@@ -108,48 +113,32 @@ def decode_rows(found: Row) -> Iterator[Row]:
             else "not measured"
         )
         value = statistics.median(values) if values else None
-        yield row(
-            f"decode of the base, {where}: TPOT over {what} ({spread})",
-            f"<= {limit:.2f}",
-            value,
-            limit,
-            found,
+        what = f"decode of the base, {where}: TPOT over {what} ({spread})"
+        yield row(what, f"<= {limit:.2f}", value, limit, found)
+
+
+def fused_rows(found: Row, fused: Row) -> Iterator[Row]:
+    """A fused zflora-minimal over the base, and an un-merged LoRA of the same case."""
+    case = {key: fused[key] for key in ("rank", "batch", "prompt")}
+    limit, name = (
+        fused["bytes_ratio"] + 0.01,
+        ", ".join(f"{key} {value}" for key, value in case.items()),
+    )
+    target = f"<= {limit:.3f}, its share of bytes + 0.01"
+    again = {label: at(found, label, **case) for label in ("lora merged", "zflora-minimal idle")}
+    for measure in ("tpot", "ttft"):
+        seen = ", ".join(
+            f"{label} {other[f'{measure}_ratio']:.3f}" for label, other in again.items() if other
         )
-    for fused in (r for r in found["rows"] if r["label"] == "zflora-minimal"):
-        case = {key: fused[key] for key in ("rank", "batch", "prompt")}
-        if case["rank"] > 64:
-            continue
-        limit, name = (
-            fused["bytes_ratio"] + 0.01,
-            ", ".join(f"{key} {value}" for key, value in case.items()),
+        why = (
+            "the same shapes again (merged: the base's, idle: zflora-minimal's):"
+            f" {seen or 'not measured'}; beyond that noise not explained"
         )
-        for measure in ("tpot", "ttft"):
-            what = f"zflora-minimal fused, {name}: {measure.upper()} over the base's"
-            again = {label: at(label, **case) for label in ("lora merged", "zflora-minimal idle")}
-            seen = ", ".join(
-                f"{label} {other[f'{measure}_ratio']:.3f}"
-                for label, other in again.items()
-                if other
-            )
-            why = (
-                "the same shapes again (merged: the base's, idle: zflora-minimal's):"
-                f" {seen or 'not measured'}; beyond that noise not explained"
-            )
-            yield row(
-                what,
-                f"<= {limit:.3f}, its share of bytes + 0.01",
-                fused[f"{measure}_ratio"],
-                limit,
-                found,
-            ) | {"why not": why}
-        if beside := at("lora un-merged", **case):
-            yield row(
-                f"lora un-merged, {name}: TPOT over the base's",
-                "reported",
-                beside["tpot_ratio"],
-                float("inf"),
-                found,
-            )
+        what = f"zflora-minimal fused, {name}: {measure.upper()} over the base's"
+        yield row(what, target, fused[f"{measure}_ratio"], limit, found) | {"why not": why}
+    if beside := at(found, "lora un-merged", **case):
+        what = f"lora un-merged, {name}: TPOT over the base's"
+        yield row(what, "reported", beside["tpot_ratio"], float("inf"), found)
 
 
 def train_rows(found: Row) -> Iterator[Row]:
@@ -239,17 +228,9 @@ SOURCES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", default="results", metavar="DIR")
-    folder, rows, missing = Path(parser.parse_args().results), list[Row](), list[str]()
-    if not folder.is_dir():
-        parser.error(
-            f"--results {folder} is no directory: give the one that the benchmarks wrote their"
-            " JSON to"
-        )
+def collect(folder: Path) -> Row:
+    """The rows of all benchmarks whose JSON is in `folder`, and what is missing."""
+    rows, missing = list[Row](), list[str]()
     for name, read in SOURCES.items():
         if (file := folder / f"{name}.json").is_file():
             rows += read(json.loads(file.read_text(encoding="utf-8")))
@@ -273,20 +254,50 @@ def main() -> None:
         ]
     else:
         missing.append(f"the H100 rows are missing: {GPU}")
-    columns = ["what", "target", "measured", "reached", "why not", "command", "commit", "device"]
-    table = markdown_table(
-        [{column: one.get(column, "") for column in columns} for one in rows], columns
+    return {"rows": rows, "missing": missing}
+
+
+def page(result: Row) -> str:
+    """A table for each benchmark: targets first, then what missed them, then the commands."""
+    sources = dict[tuple[str, str, str], list[Row]]()
+    for one in result["rows"]:
+        key = (one["command"], one["commit"], one["device"])
+        sources.setdefault(key, []).append(one)
+    lines = [
+        "# Speed: targets and measurements",
+        "",
+        "SmolLM2-135M in float32 unless a row names another model. `python benchmarks/speed.py`"
+        " makes this page from the JSON files of the benchmarks; their own pages have the details.",
+        "",
+    ]
+    columns = ["measurement", "target", "measured", "reached"]
+    for rows in sources.values():
+        shown = [{"measurement": one["what"], **one} for one in rows]
+        lines += [markdown_table(shown, columns), ""]
+    if missed := [one for one in result["rows"] if "why not" in one]:
+        lines += ["## Targets that were missed, and why", ""]
+        lines += [f"- **{one['what']}**: {one['why not']}." for one in missed] + [""]
+    lines += ["## Commands, in the order of the tables", ""]
+    for command, commit, device in sources:
+        lines.append(f"- `{command}`; commit {commit}; device {device}.")
+    lines += ["", *(f"Note: {line}.\n" for line in result["missing"])]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    text = (
-        "# Speed: targets and measurements\n\nSmolLM2-135M in float32 unless said. Made by `python"
-        " benchmarks/speed.py` from the JSON of the "
-    )
-    text += "benchmarks, whose pages have the rest.\n\n"
-    atomic_write(
-        folder / "speed.md",
-        (text + table + "\n\n" + "".join(f"{line}.\n\n" for line in missing)).encode(),
-    )
-    write_json(folder / "speed.json", {"rows": rows, "missing": missing})
+    parser.add_argument("--results", default="results", metavar="DIR")
+    folder = Path(parser.parse_args().results)
+    if not folder.is_dir():
+        parser.error(
+            f"--results {folder} is no directory: give the one that the benchmarks wrote their"
+            " JSON to"
+        )
+    result = collect(folder)
+    write_json(folder / "speed.json", result)
+    atomic_write(folder / "speed.md", page(result).encode())
 
 
 if __name__ == "__main__":

@@ -89,6 +89,55 @@ def first_token(cache: Path) -> dict[str, float]:
     return {**parts, "total": total}
 
 
+def measure(repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Kind of start -> the seconds of its parts, turn by turn."""
+    turns: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(repeats):
+            workdir = Path(folder) / f"run{turn}"
+            turns.setdefault("first step, cold", []).append(first_step(workdir))
+            # A new run in the same place: the cache's place is part of its keys.
+            for path in workdir.iterdir():
+                if path.name != "compile_cache":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            turns.setdefault("first step, warm", []).append(first_step(workdir))
+            for kind in ("cold", "warm"):
+                turns.setdefault(f"first token, {kind}", []).append(
+                    first_token(Path(folder) / f"token{turn}")
+                )
+            print({kind: found[-1]["total"] for kind, found in turns.items()}, flush=True)
+    return turns
+
+
+def page(result: dict[str, Any]) -> str:
+    from zflora_jax.reporting.provenance import origin_line
+    from zflora_jax.reporting.tables import markdown_table
+
+    rows: list[dict[str, Any]] = []
+    for kind, found in result["turns"].items():
+        middle = {part: statistics.median(one[part] for one in found) for part in found[0]}
+        totals = [one["total"] for one in found]
+        row = {
+            "": kind,
+            "from command, s": f"{middle.pop('total'):.1f} [{min(totals):.1f}, {max(totals):.1f}]",
+        }
+        rows.append(row | {part: f"{seconds:.1f}" for part, seconds in middle.items()})
+    columns = list(max(rows, key=len))
+    return f"""# Start-up
+
+Seconds from the command to the first training step and to the first generated token, without and
+with a cache of compiled programs. SmolLM2-135M (the packaged one), float32. Training: `train.py
+--config configs/quickstart.py`, until metrics.jsonl holds step 1. Token: a process that loads the
+model and generates one token after a prompt. Each start is a process of its own; a warm one finds
+the compiled programs of an earlier one, and files in the page cache. Medians of
+{len(found)} [minimum, maximum]; parts in seconds.
+
+{markdown_table([{name: row.get(name, "-") for name in columns} for row in rows], columns)}
+
+{origin_line(result["environment"])}
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,51 +148,12 @@ def main() -> None:
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: give at least 1")
     from zflora_jax.reporting.files import atomic_write, write_json
-    from zflora_jax.reporting.provenance import environment, origin_line
-    from zflora_jax.reporting.tables import markdown_table
+    from zflora_jax.reporting.provenance import environment
 
-    env, turns = environment(), dict[str, list[dict[str, float]]]()
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(args.repeats):
-            workdir = Path(folder) / f"run{turn}"
-            turns.setdefault("first step, cold", []).append(first_step(workdir))
-            for path in (
-                workdir.iterdir()
-            ):  # a new run in the same place: where a cache lies is part of its keys
-                if path.name != "compile_cache":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            turns.setdefault("first step, warm", []).append(first_step(workdir))
-            for kind in ("cold", "warm"):
-                turns.setdefault(f"first token, {kind}", []).append(
-                    first_token(Path(folder) / f"token{turn}")
-                )
-            print({kind: found[-1]["total"] for kind, found in turns.items()}, flush=True)
-    rows: list[dict[str, Any]] = []
-    for kind, found in turns.items():
-        middle = {part: statistics.median(one[part] for one in found) for part in found[0]}
-        totals = [one["total"] for one in found]
-        row = {
-            "": kind,
-            "from command, s": f"{middle.pop('total'):.1f} [{min(totals):.1f}, {max(totals):.1f}]",
-        }
-        rows.append(row | {part: f"{seconds:.1f}" for part, seconds in middle.items()})
-    columns = list(max(rows, key=len))
-    write_json(f"{args.out}.json", {"turns": turns, "environment": env})
-    intro = " ".join(
-        line.strip()
-        for line in (__doc__ or "").splitlines()
-        if line and not line.startswith("Command")
-    )
-    table = markdown_table(
-        [{column: row.get(column, "-") for column in columns} for row in rows], columns
-    )
-    text = (
-        f"# Start-up\n\n{intro}\nMedians of {args.repeats} [least, most]; parts in"
-        f" seconds.\n\n{table}\n\n"
-    )
-    text += f"{origin_line(env)}\n"
-    atomic_write(f"{args.out}.md", text.encode())
-    print(text)
+    result = {"environment": environment(), "turns": measure(args.repeats)}
+    write_json(f"{args.out}.json", result)
+    atomic_write(f"{args.out}.md", page(result).encode())
+    print(page(result))
 
 
 if __name__ == "__main__":

@@ -108,104 +108,136 @@ def changed(got: trees.Tree, want: trees.Tree) -> dict[str, float]:
     }
 
 
-def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    base = load_model(args.model, dtype=dtype)
-    minimal, lora = (
-        AdapterConfig(method, rank=RANK, alpha=2 * RANK) for method in ("zflora-minimal", "lora")
-    )
-    blocks, factors = two_tasks(base, minimal), two_tasks(base, lora)
-    fused = fuse(base, minimal, blocks[0])
-    live = {"minimal": pack_for_decode(fused), "minimal, one subtree of stacked layers": fused}
-    merged = {
-        "two": fuse(base, lora, factors[0]).params,
-        "one": fuse(base, lora, factors[0]).params,
-    }
-    at = dict.fromkeys((*live, *merged), 0)  # which task each holds
+PACKED, STACKED, TWO, ONE = (
+    "zflora-minimal, packed for decode: swap",
+    "zflora-minimal, layers stacked: swap",
+    "LoRA: unmerge, then merge",
+    "LoRA: both in one pass",
+)
 
-    def change(label: str) -> None:
-        now = at[label] = 1 - at[label]
-        if label in live:
-            live[label] = swap(live[label], blocks[now])
-            jax.block_until_ready(live[label].params)
+
+class LiveModels:
+    """Four copies of one base, each with one of two tasks in its kernels; `change` puts in the
+    other task.
+    """
+
+    def __init__(self, dtype: str, name: str) -> None:
+        self.base = load_model(name, dtype=dtype)
+        minimal, lora = (
+            AdapterConfig(method, rank=RANK, alpha=2 * RANK)
+            for method in ("zflora-minimal", "lora")
+        )
+        self.blocks, self.factors = two_tasks(self.base, minimal), two_tasks(self.base, lora)
+        self.minimal = minimal
+        fused = fuse(self.base, minimal, self.blocks[0])
+        self.live = {PACKED: pack_for_decode(fused), STACKED: fused}
+        self.merged = {label: fuse(self.base, lora, self.factors[0]).params for label in (TWO, ONE)}
+        self.task = dict.fromkeys((PACKED, STACKED, TWO, ONE), 0)  # the task each holds
+
+    def change(self, label: str) -> None:
+        now = self.task[label] = 1 - self.task[label]
+        if label in self.live:
+            self.live[label] = swap(self.live[label], self.blocks[now])
+            jax.block_until_ready(self.live[label].params)
         else:
-            merged[label] = jax.block_until_ready(
-                (two_passes if label == "two" else one_pass)(
-                    merged[label], factors[1 - now], factors[now], 2.0
-                )
+            passes = two_passes if label == TWO else one_pass
+            self.merged[label] = jax.block_until_ready(
+                passes(self.merged[label], self.factors[1 - now], self.factors[now], 2.0)
             )
 
-    for label in at:
-        change(label)
-    times: dict[str, list[float]] = {label: [] for label in at}
-    for turn in range(args.repeats):
-        for label in list(at)[:: 1 if turn % 2 == 0 else -1]:
-            start = time.perf_counter()
-            change(label)
-            times[label].append(1e3 * (time.perf_counter() - start))
+    def left(self) -> dict[str, dict[str, float]]:
+        """What is left of the base's bits in each, by label."""
+        for label in self.live:
+            if self.task[label]:
+                self.change(label)
+        packed = pack_for_decode(fuse(self.base, self.minimal, self.blocks[0]))
+        found = {
+            STACKED: changed(unfuse(self.live[STACKED])[0].params, self.base.params),
+            PACKED: changed(self.live[PACKED].params, packed.params),
+        }
+        for label, params in self.merged.items():
+            # taken out once more: a switch back to the bare base
+            bare = added(params, products(self.factors[self.task[label]], -2.0))
+            found[label] = changed(bare, self.base.params)
+        return found
 
+
+def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    models = LiveModels(dtype, args.model)
+    for label in models.task:
+        models.change(label)
+    times: dict[str, list[float]] = {label: [] for label in models.task}
+    for turn in range(args.repeats):
+        for label in list(times)[:: 1 if turn % 2 == 0 else -1]:
+            start = time.perf_counter()
+            models.change(label)
+            times[label].append(1e3 * (time.perf_counter() - start))
     compiled: Callable[[], int] = lambda: swapping._swap._cache_size()  # noqa: E731
-    before, counts = compiled(), {}
-    for label in live:
-        for _ in range(args.swaps):
-            change(label)
-        counts[label] = compiled() - before
-    for label in merged:
-        for _ in range(args.lora_changes):
-            change(label)
-    if at["minimal, one subtree of stacked layers"]:
-        change("minimal, one subtree of stacked layers")
-    left = {
-        "minimal, one subtree of stacked layers": changed(
-            unfuse(live["minimal, one subtree of stacked layers"])[0].params, base.params
-        )
-    }
-    if at["minimal"]:
-        change("minimal")
-    left["minimal"] = changed(
-        live["minimal"].params, pack_for_decode(fuse(base, minimal, blocks[0])).params
-    )
-    for (
-        label,
-        params,
-    ) in merged.items():  # taken out once more: what a switch back to the bare base gives
-        left[label] = changed(added(params, products(factors[at[label]], -2.0)), base.params)
-    kernels = sum(
-        leaf.nbytes
-        for name, leaf in trees.flatten(base.params).items()
-        if name.startswith("layers") and name.endswith("kernel")
-    )
-    itemsize = jnp.dtype(dtype).itemsize
-    names = {
-        "minimal": "zflora-minimal, packed for decode: swap",
-        "minimal, one subtree of stacked layers": "zflora-minimal, layers stacked: swap",
-        "two": "LoRA: unmerge, then merge",
-        "one": "LoRA: both in one pass",
-    }
-    for label in at:
-        written = (
-            trees.size(blocks[0]) * itemsize
-            if label in live
-            else kernels * (2 if label == "two" else 1)
-        )
-        ratio = statistics.median(
-            t / own for t, own in zip(times[label], times["minimal"], strict=True)
-        )
+    before, compilations = compiled(), dict.fromkeys(times, 0)
+    for label in times:
+        for _ in range(args.swaps if label in models.live else args.lora_changes):
+            models.change(label)
+        if label in models.live:
+            compilations[label] = compiled() - before
+    left, written = models.left(), written_bytes(models, dtype)
+    rows = []
+    for label, own in times.items():
         row = {
             "dtype": dtype,
-            "": names[label],
-            "ms": statistics.median(times[label]),
-            "ms_min": min(times[label]),
-            "ms_max": max(times[label]),
+            "": label,
+            "ms": statistics.median(own),
+            "ms_min": min(own),
+            "ms_max": max(own),
+            "ratio": statistics.median(t / u for t, u in zip(own, times[PACKED], strict=True)),
+            "written_bytes": written[label],
+            "changes": args.swaps if label in models.live else args.lora_changes,
+            "compilations": compilations[label],
         }
-        row |= {
-            "ratio": ratio,
-            "written_bytes": written,
-            "changes": args.swaps if label in live else args.lora_changes,
-        }
-        rows.append(row | {"compilations": counts.get(label, 0)} | left[label])
-        print(row, left[label], flush=True)
+        rows.append(row | left[label])
+        print(rows[-1], flush=True)
     return rows
+
+
+def written_bytes(models: LiveModels, dtype: str) -> dict[str, int]:
+    """Bytes that a change of task writes, by label."""
+    blocks = trees.size(models.blocks[0]) * jnp.dtype(dtype).itemsize
+    kernels = sum(
+        leaf.nbytes
+        for name, leaf in trees.flatten(models.base.params).items()
+        if name.startswith("layers") and name.endswith("kernel")
+    )
+    return {PACKED: blocks, STACKED: blocks, TWO: 2 * kernels, ONE: kernels}
+
+
+def page(result: dict[str, Any]) -> str:
+    shown = [
+        {
+            "dtype": row["dtype"],
+            "": row[""],
+            "ms": f"{row['ms']:.1f} [{row['ms_min']:.1f}, {row['ms_max']:.1f}]",
+            "x swap of packed": f"{row['ratio']:.2f}",
+            "written, MB": f"{row['written_bytes'] / 1e6:.1f}",
+            "changes": row["changes"],
+            "compilations during them": row["compilations"],
+            "base numbers changed": f"{row['changed_share']:.2%}",
+            "by at most": f"{row['changed_by']:.1e}",
+        }
+        for row in result["rows"]
+    ]
+    return f"""# Changing the task of a live model
+
+SmolLM2-135M (the packaged one), two sets of adapters of rank {RANK}, perturbed by noise, on all
+kernels, interleaved in one process. Medians of {result["settings"]["repeats"]} turns [minimum,
+maximum]; "x swap of packed" is the median over turns of the ratio within a turn.
+
+LoRA, two passes: W <- W - s A B, then W <- W + s A' B', as PEFT's unmerge and merge do. One pass:
+both products as one, added at once: the fastest form that we know. Both are compiled, with donated
+buffers.
+
+{markdown_table(shown, list(shown[0]))}
+
+{origin_line(result["environment"])}
+"""
 
 
 def main() -> None:
@@ -230,35 +262,9 @@ def main() -> None:
     args = parser.parse_args()
     env = environment()
     rows = [row for dtype in ("float32", "bfloat16") for row in measure(dtype, args)]
-    shown = [
-        {
-            "dtype": row["dtype"],
-            "": row[""],
-            "ms": f"{row['ms']:.1f} [{row['ms_min']:.1f}, {row['ms_max']:.1f}]",
-            "x swap of packed": f"{row['ratio']:.2f}",
-            "to write, MB": f"{row['written_bytes'] / 1e6:.1f}",
-            "changes": row["changes"],
-            "compilations during them": row["compilations"],
-            "base numbers changed": f"{row['changed_share']:.2%}",
-            "by at most": f"{row['changed_by']:.1e}",
-        }
-        for row in rows
-    ]
-    lines = ["# Changing the task of a live model", "", *(__doc__ or "").splitlines()[3:], ""]
-    lines[2:2] = [
-        (
-            f"Rank {RANK}. Medians of {args.repeats} turns [least, most]; x: median over turns of"
-            " the ratio within a turn."
-        ),
-        "",
-    ]
-    write_json(f"{args.out}.json", {"rows": rows, "settings": vars(args), "environment": env})
-    atomic_write(
-        f"{args.out}.md",
-        "\n".join(
-            [*lines, markdown_table(shown, list(shown[0])), "", origin_line(env), ""]
-        ).encode(),
-    )
+    result = {"rows": rows, "settings": vars(args), "environment": env}
+    write_json(f"{args.out}.json", result)
+    atomic_write(f"{args.out}.md", page(result).encode())
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Calla
     return {OURS: ours, PEER: theirs}
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -224,13 +224,9 @@ def main() -> None:
     parser.add_argument("--out", default="results/vllm_latency")
     args = parser.parse_args()
     if args.job:
-        job = json.loads(args.job)
-        print(json.dumps(start_vllm(job)))
-        return
-    if (
-        min(*args.batches, args.prompt, args.repeats, args.rounds, *args.ranks, args.new_tokens - 1)
-        < 1
-    ):
+        return args
+    least = min(*args.batches, *args.ranks, args.prompt, args.repeats, args.rounds)
+    if min(least, args.new_tokens - 1) < 1:
         parser.error(
             "--batches, --prompt, --repeats, --rounds and --ranks: give at least 1; --new-tokens:"
             " at least 2, for a time between tokens"
@@ -240,54 +236,53 @@ def main() -> None:
             f"--vllm-python {args.vllm_python}: give the Python of an environment that has vLLM;"
             " the docstring says how to make one"
         )
-    from zflora_jax.reporting.files import atomic_write, write_json
-    from zflora_jax.reporting.provenance import environment, origin_line
+    return args
+
+
+def measure(
+    shape: str, batch: int, jobs: dict[str, dict[str, Any]], folder: str, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row per label: medians over starts, ratios to vLLM's base within a round."""
+    case = {
+        "batch": batch,
+        "prompt": args.prompt,
+        "new_tokens": args.new_tokens,
+        "repeats": args.repeats,
+    }
+    local = here(f"{folder}/base", batch, args.prompt, args.new_tokens)
+    turns: dict[str, list[dict[str, float]]] = {}
+    for turn in range(args.rounds):
+        for label in [*jobs, *local][:: 1 if turn % 2 == 0 else -1]:
+            found = (
+                times(local[label], args.new_tokens, args.repeats)
+                if label in local
+                else in_vllm(args.vllm_python, jobs[label] | case)
+            )
+            turns.setdefault(label, []).append(found)
+            print(shape, batch, label, found, flush=True)
+    rows = []
+    for label in [*jobs, *local]:
+        row: dict[str, Any] = {
+            "model": shape,
+            "batch": batch,
+            "": f"{label}" if label in local else f"vLLM, {label}",
+        }
+        for name in ("ttft_ms", "tpot_ms"):
+            values = [one[name] for one in turns[label]]
+            row[name], row[f"{name}_all"] = statistics.median(values), values
+            row[name.replace("_ms", "_ratio")] = statistics.median(
+                one[name] / base[name]
+                for one, base in zip(turns[label], turns["base"], strict=True)
+            )
+        rows.append(row)
+    return rows
+
+
+def page(result: dict[str, Any]) -> str:
+    from zflora_jax.reporting.provenance import origin_line
     from zflora_jax.reporting.tables import markdown_table
 
-    env, rows = environment(), list[dict[str, Any]]()
-    for shape in args.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            jobs = exports(shape, Path(folder), args.ranks)
-            for batch in args.batches:
-                case = {
-                    "batch": batch,
-                    "prompt": args.prompt,
-                    "new_tokens": args.new_tokens,
-                    "repeats": args.repeats,
-                }
-                local = here(f"{folder}/base", batch, args.prompt, args.new_tokens)
-                turns: dict[str, list[dict[str, float]]] = {}
-                for turn in range(args.rounds):
-                    for label in [*jobs, *local][:: 1 if turn % 2 == 0 else -1]:
-                        found = (
-                            times(local[label], args.new_tokens, args.repeats)
-                            if label in local
-                            else in_vllm(args.vllm_python, jobs[label] | case)
-                        )
-                        turns.setdefault(label, []).append(found)
-                        print(shape, batch, label, found, flush=True)
-                for label in [*jobs, *local]:
-                    row: dict[str, Any] = {
-                        "model": shape,
-                        "batch": batch,
-                        "": f"{label}" if label in local else f"vLLM, {label}",
-                    }
-                    for name in ("ttft_ms", "tpot_ms"):
-                        values = [one[name] for one in turns[label]]
-                        row[name], row[f"{name}_all"] = statistics.median(values), values
-                        row[name.replace("_ms", "_ratio")] = statistics.median(
-                            one[name] / base[name]
-                            for one, base in zip(turns[label], turns["base"], strict=True)
-                        )
-                    rows.append(row)
-                settings = {
-                    key: value
-                    for key, value in vars(args).items()
-                    if key not in ("job", "vllm_python")
-                }
-                write_json(
-                    f"{args.out}.json", {"rows": rows, "settings": settings, "environment": env}
-                )
+    settings = result["settings"]
     shown = [
         {key: row[key] for key in ("model", "batch", "")}
         | {
@@ -299,19 +294,40 @@ def main() -> None:
             ),
             "x vLLM's base ": f"{row['tpot_ratio']:.3f}",
         }
-        for row in rows
+        for row in result["rows"]
     ]
-    text = (
-        "# In vLLM's CPU build\n\n"
-        + "\n".join((__doc__ or "").splitlines()[6:])
-        + f"\nFloat32, prompt {args.prompt}, {args.new_tokens} new tokens, "
-    )
-    text += (
-        f"medians of {args.rounds} starts [least, most]. llama-3.2-1b: random"
-        f" weights.\n\n{markdown_table(shown, list(shown[0]))}\n\n"
-    )
-    text += f"{origin_line(env)}\n"
-    atomic_write(f"{args.out}.md", text.encode())
+    return f"""# In vLLM's CPU build
+
+vLLM runs eagerly, in float32, without prefix caching. Each start is a process of its own, and the
+starts of a round run one after the other; this project's decode and transformers take a turn in
+every round too. A call generates 1 token (TTFT), then --new-tokens (TPOT: the difference over one
+less). Prompt {settings["prompt"]}, {settings["new_tokens"]} new tokens, medians of
+{settings["rounds"]} starts [minimum, maximum]. llama-3.2-1b has random weights.
+
+{markdown_table(shown, list(shown[0]))}
+
+{origin_line(result["environment"])}
+"""
+
+
+def main() -> None:
+    args = parse_args()
+    if args.job:
+        print(json.dumps(start_vllm(json.loads(args.job))))
+        return
+    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.provenance import environment
+
+    rows = list[dict[str, Any]]()
+    settings = {k: v for k, v in vars(args).items() if k not in ("job", "vllm_python")}
+    result = {"rows": rows, "settings": settings, "environment": environment()}
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = exports(shape, Path(folder), args.ranks)
+            for batch in args.batches:
+                rows += measure(shape, batch, jobs, folder, args)
+                write_json(f"{args.out}.json", result)
+    atomic_write(f"{args.out}.md", page(result).encode())
 
 
 if __name__ == "__main__":

@@ -306,18 +306,17 @@ def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
     lines = [
         f"# {title}",
         "",
-        (
-            f"{settings['model']} ({settings['weights']} weights), {settings['dtype']},"
-            f" {settings['new_tokens']} new tokens, greedy. Medians of {settings['repeats']} turns"
-            " [least, most]; all labels of a case take turns in one process, compile time apart. x"
-            " base: median over turns of the ratio within a turn."
-        ),
-        (
-            "bytes: what a step has to read, weights and half-filled cache. of floor: those bytes"
-            f" at the read bandwidth measured in the same turn (medians of {min(rates):.1f} to"
-            f" {max(rates):.1f} GB/s), over TPOT. {UNMERGED}: LoRA's products beside packed base"
-            " kernels. merged: the base's shapes again."
-        ),
+        f"{settings['model']} ({settings['weights']} weights), {settings['dtype']},"
+        f" {settings['new_tokens']} new tokens, greedy. Medians of {settings['repeats']} turns"
+        " [minimum, maximum]; all rows of a case are interleaved in one process, without compile"
+        " time.",
+        "",
+        '- "x base": the median over turns of the ratio within a turn.',
+        '- "bytes": weights and half-filled cache, which a step has to read. "of floor": the time'
+        " to read them over TPOT, at the read bandwidth measured in the same turn (medians of"
+        f" {min(rates):.1f} to {max(rates):.1f} GB/s).",
+        f'- "{UNMERGED}": LoRA\'s products beside packed base kernels. "merged": the base\'s shapes'
+        " again.",
         "",
         markdown_table(shown, list(shown[0])),
         "",

@@ -277,19 +277,17 @@ def page(result: Mapping[str, Any], title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        (
-            f"{result['rows'][0]['case'].model}. One training step (forward, backward, clip, AdamW)"
-            f" on the same weights, tokens and mask; medians of {result['repeats']} turns [least,"
-            " most], all labels of a case by turns in one process. x PEFT: median over turns of"
-            " ratios within a turn."
-        ),
-        (
-            "masked: share of positions, from the start, that the loss leaves out. FLOP share: 4 N"
-            f" FLOPs per token (6 N for full) over the measured matmul rate, {rates}. peak:"
-            " resident memory (on a GPU: device memory) of a process that loads the model and"
-            " trains three steps; first step after: seconds from loading to the end of its first"
-            " step, no compile cache."
-        ),
+        f"{result['rows'][0]['case'].model}. One training step (forward, backward, clip, AdamW) on"
+        f" the same weights, tokens and mask; medians of {result['repeats']} turns [minimum,"
+        " maximum], all rows of a case interleaved in one process.",
+        "",
+        '- "x PEFT": the median over turns of the ratio within a turn.',
+        '- "masked": the share of positions, from the start, that the loss leaves out.',
+        '- "FLOP share": 4 N FLOPs per token (6 N for full) over the measured matmul rate,'
+        f" {rates}.",
+        '- "peak": resident memory (on a GPU: device memory) of a process that loads the model and'
+        ' trains three steps. "first step after": seconds from loading to the end of its first'
+        " step, without a compile cache.",
         *(f"PEFT could not be measured: {why}" for why in result["failed"]),
         "",
         markdown_table(shown, list(shown[0])),

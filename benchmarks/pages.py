@@ -1,0 +1,92 @@
+"""Write the pages of results/ again from their JSON files, without measuring anything: after a
+change of the words or the layout.
+
+Command: python benchmarks/pages.py [NAME ...]     (without names: every page)
+With --check nothing is written: it fails if a page is not what its JSON file gives.
+Each benchmark has a function `page` from the content of its JSON file to the text of its page; the
+table below says which one makes which page. Left out: export_int8, whose JSON lacks the settings of
+the run that its page names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.reporting.files import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+
+
+def script(name: str) -> Callable[[dict[str, Any]], str]:
+    """`page` of a script in this folder, imported when it is used: some need torch."""
+    return lambda result: importlib.import_module(name).page(result)
+
+
+def latency(result: dict[str, Any]) -> str:
+    from zflora_jax.bench.latency import page
+
+    pictures = [f"latency-{kind}.png" for kind in ("ratio", "rank")]
+    settings = result["settings"]
+    title = f"Decode latency: {settings['model']}, {settings['dtype']}"
+    return page(result, title, [name for name in pictures if (RESULTS / name).is_file()])
+
+
+def train(result: dict[str, Any]) -> str:
+    from zflora_jax.bench.case import Case
+    from zflora_jax.bench.training import page
+
+    rows = [row | {"case": Case(**row["case"])} for row in result["rows"]]
+    case = rows[0]["case"]
+    return page(result | {"rows": rows}, f"A training step: {case.model}, {case.dtype}")
+
+
+PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "decode_variants": script("decode_variants"),
+    "generation_check": script("generation_check"),
+    "latency": latency,
+    "likelihood_speed": script("likelihood_speed"),
+    "plan": script("plan"),
+    "scaling": script("scaling"),
+    "speed": script("speed"),
+    "startup": script("startup"),
+    "task_switch": script("task_switch"),
+    "train": train,
+    "transformers_versions": script("check_transformers_4"),
+    "vllm_latency": script("vllm_latency"),
+    "vllm_latency_1b": script("vllm_latency"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PAGES)}")
+    parser.add_argument("--check", action="store_true", help="compare the pages, write nothing")
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in PAGES]:
+        parser.error(f"no page {', '.join(unknown)}: choose from {', '.join(PAGES)}")
+    differ = []
+    for name in args.names or PAGES:
+        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        text = PAGES[name](result)
+        folder = ROOT / "docs" if name == "scaling" else RESULTS  # a page of the documentation
+        page = folder / f"{name}.md"
+        if not args.check:
+            atomic_write(page, text.encode())
+        elif page.read_text(encoding="utf-8") != text:
+            differ.append(f"{folder.name}/{page.name}")
+    if differ:
+        raise SystemExit(
+            f"not what their JSON files give: {', '.join(differ)}. Run python benchmarks/pages.py."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""The pages of results/ are those that the writers make of their JSON files: nobody edited one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_page_is_what_its_json_file_gives() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "pages.py"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
