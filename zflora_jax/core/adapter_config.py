@@ -38,30 +38,33 @@ METHODS: dict[str, Method] = {
 @renamed(mlp_rank="extra_mlp_units", head_rank="extra_head_dim")
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter: a method, its widths and the kernels it may touch. Widths are counted in
-    channels.
-
-    rank: r of LoRA and FFA, width of the residual state of the zFLoRA methods, and the divisor of
-    the scale s = alpha / rank. alpha: None means 2 * rank (s = 2). extra_mlp_units: m, extra MLP
-    units; None means `rank`. extra_head_dim: e, extra dims per head, even; None means up to the
-    next head size that attention kernels of servers know. head_scores: whether q and k are widened
-    too (an added score term) or v and o alone. targets: "all", "attention", "mlp" or a regex over
-    kernel names (q, k, v, o, gate, up, down), matched in full. init: what random blocks are drawn
-    from: "kaiming_uniform", within +-1/sqrt(inputs), as PEFT starts LoRA; "normal", N(0, 1/inputs).
-    None: the method's own (lora: kaiming_uniform, others: normal). ffa and full draw nothing.
-    dropout: the share of inputs of LoRA's A that training leaves out, PEFT's lora_dropout; the
-    others are divided by 1 - dropout. lora only.
-    """
+    """An adapter: a method, its widths in channels, and the kernels that it may touch."""
 
     method: str
+    """lora, ffa, ffba, zflora-minimal, zflora-uniform, or full for full fine-tuning; docs/method.md
+    has the table."""
     rank: int = 16
+    """r: the rank of lora and ffa, the width of the residual state of the zflora methods, and the
+    divisor of the scale s = alpha / rank."""
     alpha: float | None = None
+    """The numerator of the scale; None means 2 * rank, so s = 2."""
     targets: str = "all"
+    """Kernels that may change: all, attention, mlp, or a regex that matches whole kernel names (q,
+    k, v, o, gate, up, down)."""
     extra_mlp_units: int | None = None
+    """m: MLP units that are added; None means rank. Only for methods that widen the MLP."""
     extra_head_dim: int | None = None
+    """e: even number of dims that are added to each head; None means up to the next head size that
+    attention kernels of servers know. Only for methods that widen the heads."""
     head_scores: bool = True
+    """Widen q and k too, which adds a score term; False widens v and o alone."""
     init: Start | None = None
+    """Distribution of the random blocks: kaiming_uniform, within +-1/sqrt(inputs), as PEFT starts
+    LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others;
+    ffa and full draw nothing."""
     dropout: float = 0.0
+    """Share of the inputs of LoRA's A that a training step drops (PEFT's lora_dropout); the others
+    are divided by 1 - dropout. Only for lora."""
 
     def __post_init__(self) -> None:
         check_types(self)

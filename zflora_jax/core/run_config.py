@@ -1,5 +1,5 @@
-"""Settings of a run: one frozen dataclass per concern, each field declared, defaulted and checked
-here.
+"""Settings of a run: one frozen dataclass per concern, each field declared, defaulted, explained
+and checked here. `core.settings` reads the line under a field for the help of the command line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import T, check_types, from_dict, renamed, require
 from zflora_jax.core.model_config import Precision
 
-PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]  # data.prompts says what each is
+PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]
 
 
 def _is_date(text: str) -> bool:
@@ -26,38 +26,33 @@ def _is_date(text: str) -> bool:
 @renamed(accumulate="grad_accum_steps", lengths="bucket_lengths")
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read and how it is batched. One step sees `batch_size` examples, in
-    `grad_accum_steps` micro-batches.
-    """
+    """Which examples are read, and how they are batched."""
 
-    # Or a mixture: "boolq+arc_easy" (all rows of both), "boolq*1+arc_easy*3" (one row of boolq to
-    # three of arc_easy)
     task: str = "arithmetic"
-    data_dir: str | None = (
-        None  # where manual files live (JSON/JSONL tasks) or generated data is kept
-    )
+    """A task, or a mixture of tasks: boolq+arc_easy takes all rows of both, boolq*1+arc_easy*3 one
+    row of boolq to three of arc_easy."""
+    data_dir: str | None = None
+    """Directory of files that a task reads (JSON and JSONL), or where generated data is kept."""
     prompt_style: PromptStyle = "chat"
+    """Form of the prompts. chat: the tokenizer's chat template; alpaca: LLM-Adapters' prompt in the
+    whitespace of its training script; alpaca-eval: in that of its evaluation script."""
     batch_size: int = 8
+    """Examples per step; rows per step with packing."""
     grad_accum_steps: int = 1
-    # A batch is padded to the smallest that holds it: one compilation each.
-    bucket_lengths: tuple[int, ...] = (
-        64,
-        128,
-        192,
-        256,
-        384,
-        512,
-    )
-    train_on_prompt: bool = False  # loss on the prompt too, as LLM-Adapters' train_on_inputs
+    """Micro-batches that a step is divided into."""
+    bucket_lengths: tuple[int, ...] = (64, 128, 192, 256, 384, 512)
+    """Lengths in tokens. A batch is padded to the smallest that holds it; each is compiled once."""
+    train_on_prompt: bool = False
+    """Put loss on the prompt too, as LLM-Adapters' train_on_inputs does."""
     train_limit: int | None = None
+    """Rows of the training split that are used; None means all."""
     seed: int = 0
-    # Several examples in one row of the longest length, none seeing another; batch_size then counts
-    # rows, not examples
+    """Seed of the data order."""
     packing: bool = False
-    date: str | None = (
-        # "2026-11-26": the day that a chat template is told; None: the day on which the run starts
-        None
-    )
+    """Put several examples into one row of the longest length; they do not see each other."""
+    date: str | None = None
+    """Day that a chat template is told, as YYYY-MM-DD; None means the day on which the run
+    starts."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -92,23 +87,29 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up, then a decay to `final_lr_fraction` of the peak.
-
-    loraplus_ratio: learning rate of the blocks that write to the base's channels (lora_b, backward)
-    over that of the others (LoRA+, Hayou et al. 2024; carried over to the zFLoRA methods by this
-    project).
-    """
+    """AdamW with a warm-up, then a decay of the learning rate."""
 
     learning_rate: float = 1e-3
+    """Peak of the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Form of the decay after the warm-up."""
     warmup_steps: int = 10
+    """Steps in which the learning rate rises linearly to its peak; fewer than train.steps."""
     final_lr_fraction: float = 0.0
+    """Learning rate of the last step over its peak."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
     b1: float = 0.9
+    """Decay rate of Adam's first moment."""
     b2: float = 0.999
+    """Decay rate of Adam's second moment."""
     eps: float = 1e-8
+    """Adam's epsilon."""
     clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; None switches clipping off."""
     loraplus_ratio: float = 1.0
+    """Learning rate of the blocks that write to the base's channels (lora_b, backward) over that of
+    the others: LoRA+ (Hayou et al. 2024), carried over to the zflora methods by this project."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -148,25 +149,33 @@ class OptimConfig:
 @renamed(keep="max_to_keep")
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. `seed` draws the adapters' initial values; the data order has its own seed
-    (data.seed).
-    """
+    """The training loop: its length, number formats, evaluation, checkpoints and logs."""
 
     steps: int = 100
+    """Optimizer steps."""
     seed: int = 0
+    """Seed of the adapter's initial values; the data order has data.seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the base's weights and of activations."""
     remat: bool = False
-    loss_chunk: int = 256  # positions whose logits exist at one time
+    """Recompute activations in the backward pass: less memory, more time."""
+    loss_chunk: int = 256
+    """Positions whose logits exist at one time."""
     log_every: int = 10
-    eval_every: int | None = None  # None: at the end only
-    save_every: int | None = 50  # None: at the end only
-    max_to_keep: int = 2  # the newest checkpoints
-    keep_best: bool = False  # and the one with the lowest validation loss
-    # Besides metrics.jsonl.
+    """Steps between two records of the metrics."""
+    eval_every: int | None = None
+    """Steps between two evaluations of the held-out loss; None means at the end only."""
+    save_every: int | None = 50
+    """Steps between two checkpoints; None means at the end only."""
+    max_to_keep: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    # Of float32 products, in training, evaluation and decode alike. TPUs and GPUs with TF32 round
-    # their operands at "default", which is what jax is set to; "highest" is float32 throughout.
+    """Trackers that get the metrics, besides metrics.jsonl."""
     matmul_precision: Precision = "default"
+    """Precision of float32 products in training, evaluation and decode. At default, TPUs and GPUs
+    with TF32 round the operands; highest is float32 throughout."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -191,13 +200,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis of the mesh (see sharding). The numbers of a run do not
-    depend on it, up to float rounding.
+    """How many devices each axis of the mesh has. The numbers of a run do not depend on it, up to
+    float rounding.
     """
 
     data: int = 1
+    """Copies of the model, each with its own rows of the batch."""
     fsdp: int = 1
+    """Devices that the rows of the batch and the weights are divided over."""
     tensor: int = 1
+    """Devices that heads, MLP units and the vocabulary are divided over."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -211,25 +223,31 @@ class MeshConfig:
 class EvalConfig:
     """Held-out loss, generated answers, and log-likelihoods where a task has options."""
 
-    split: Literal["validation", "test"] = "test"  # "validation" is what settings are chosen on
-    limit: int | None = 200  # examples; None for all
+    split: Literal["validation", "test"] = "test"
+    """Split that is scored; choose settings on validation."""
+    limit: int | None = 200
+    """Examples per task; None means all."""
     batch_size: int = 16
+    """Examples per batch."""
     max_new_tokens: int = 128
-    num_beams: int = 1  # 1 is greedy
-    prompt_style: PromptStyle | None = (
-        None  # of generation and likelihood; None means data.prompt_style
-    )
-    clean_only: bool = (
-        False  # score only rows whose question is not in the training data; limit then counts those
-    )
-    max_prompt_tokens: int | None = (
-        # Documents are cut so that their prompt fits; None means the context less max_new_tokens
-        None
-    )
+    """Most tokens of a generated answer."""
+    num_beams: int = 1
+    """Beams of beam search; 1 decodes greedily."""
+    prompt_style: PromptStyle | None = None
+    """Form of the prompts of generation and likelihood; None means data.prompt_style."""
+    clean_only: bool = False
+    """Score only rows whose question is not in the training data; limit then counts those."""
+    max_prompt_tokens: int | None = None
+    """Documents are cut so that their prompt has at most so many tokens; None means the context
+    less max_new_tokens."""
     loss: bool = True
+    """Compute the held-out loss."""
     generate: bool = True
-    likelihood: bool = True  # where a task has options
-    seed: int = 0  # of the bootstrap
+    """Generate answers and score them."""
+    likelihood: bool = True
+    """Score options by their likelihood, where a task has options."""
+    seed: int = 0
+    """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -255,6 +273,7 @@ class RunConfig:
     """Everything that decides a run's numbers, written beside its checkpoints as config.json."""
 
     model: str = "smollm2-135m"
+    """The base: a preset, a Hugging Face directory or hub id, an export, or a .gguf file."""
     adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig("zflora-minimal"))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
