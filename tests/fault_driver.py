@@ -22,7 +22,7 @@ def main(config: str, workdir: str, fault: str) -> int:
     from zflora_jax.core.fields import from_dict
     from zflora_jax.core.run_config import RunConfig
     from zflora_jax.data import pipeline
-    from zflora_jax.experiments import run
+    from zflora_jax.experiments import train as whole_run
     from zflora_jax.parallel import distributed
 
     what: dict[str, Any] = json.loads(fault)
@@ -31,7 +31,7 @@ def main(config: str, workdir: str, fault: str) -> int:
     if "stop_at" in what:
         distributed.StopSignals.requested = lambda self, step: step == what["stop_at"]  # type: ignore[method-assign]
     if "poison" in what:
-        make = run.make_train_step
+        make = whole_run.make_train_step
 
         def poisoned(*args: Any, **settings: Any) -> Any:
             step = make(*args, **settings)
@@ -61,7 +61,7 @@ def main(config: str, workdir: str, fault: str) -> int:
 
             return one
 
-        run.make_train_step = poisoned  # type: ignore[assignment]
+        whole_run.make_train_step = poisoned  # type: ignore[assignment]
     if "crash_data_at" in what:
         pad, made = pipeline.pad, [0]
 
@@ -74,7 +74,7 @@ def main(config: str, workdir: str, fault: str) -> int:
         pipeline.pad = crashing  # type: ignore[assignment]
 
     def train(_: Any) -> None:
-        run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
+        whole_run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
 
     commands.train = train
     return main.main(["train", "--config", "-", "--workdir", workdir])

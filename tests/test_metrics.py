@@ -10,7 +10,7 @@ import pytest
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.reporting import metrics
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
-from zflora_jax.reporting.trackers import require_installed
+from zflora_jax.reporting.trackers import require_trackers
 
 
 def _lines(workdir):
@@ -220,8 +220,8 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_slow(monkeypatc
     with pytest.raises(
         ConfigError, match=r"names 'trackio', which is not installed: pip install trackio"
     ):
-        require_installed(("tensorboard", "trackio"))
-    require_installed(("tensorboard",))
+        require_trackers(("tensorboard", "trackio"))
+    require_trackers(("tensorboard",))
 
 
 def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, monkeypatch, caplog):

@@ -87,7 +87,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a warm-up, then a decay of the learning rate."""
+    """An optimizer with a warm-up, then a decay of the learning rate."""
 
     learning_rate: float = 1e-3
     """Peak of the learning rate."""
@@ -110,6 +110,9 @@ class OptimConfig:
     loraplus_ratio: float = 1.0
     """Learning rate of the blocks that write to the base's channels (lora_b, backward) over that of
     the others: LoRA+ (Hayou et al. 2024), carried over to the zflora methods by this project."""
+    optimizer: str = "adamw"
+    """adamw, lion, adafactor or sgd, a row of training.optim.OPTIMIZERS. b1 and b2 are of adamw and
+    lion, b1 is the momentum of sgd, and eps is of adamw."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -171,8 +174,9 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Trackers that get the metrics, besides metrics.jsonl."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, trackio, the rows of
+    reporting.trackers.TRACKERS."""
     matmul_precision: Precision = "default"
     """Precision of float32 products in training, evaluation and decode. At default, TPUs and GPUs
     with TF32 round the operands; highest is float32 throughout."""
