@@ -32,7 +32,7 @@ from zflora_jax.experiments.run import _fresh_state, load_base
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PATIENCE = 300  # seconds that any one process may take
 
 
@@ -95,7 +95,7 @@ class Lab:
         }
         command = [
             sys.executable,
-            str(TESTS / "fault_driver.py"),
+            str(TESTS / "support" / "fault_driver.py"),
             json.dumps(dataclasses.asdict(run)),
             str(workdir),
             json.dumps(fault or {}),
