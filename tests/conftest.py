@@ -1,5 +1,5 @@
-"""Settings that every test runs under: CPU devices, strict dtypes and ranks; a tiny model whose
-outputs vary; perturbed adapters.
+"""Settings that every test runs under: CPU devices, strict dtypes and ranks, kept programs; the
+fixtures that several files use. Helpers that are no fixtures are in `support`.
 """
 
 from __future__ import annotations
@@ -7,6 +7,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
+import re
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +21,69 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import jaxlib
 import pytest
-from byte_tokenizer import byte_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from zflora_jax.adapters.methods import live_layers
+from support.byte_tokenizer import byte_tokenizer
+from support.models import tiny_model
+from support.runs import CONFIG, EVAL, TASK_DATA, choice, saved_base, small_run  # noqa: F401
+
 from zflora_jax.cli.main import main
-from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import LlamaConfig, preset
-from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.hf.save import save_hf
-from zflora_jax.nn.llama import random_model
 from zflora_jax.parallel import compile_cache as cache_module
 from zflora_jax.parallel.compile_cache import compile_cache
 
-# float32: max |dlogit| <= TOLERANCE * max |logit|. CONTRIBUTING.md: never relaxed to make a test
-# pass.
-TOLERANCE = 1e-5
+COMPILED_BYTES = 2 * 2**30  # kept programs that take more are compiled anew
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a test run that its workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def machine() -> str:
+    """Names what compiled programs depend on: jaxlib and the instructions of the CPU."""
+    file = Path("/proc/cpuinfo")
+    known = file.read_text() if file.is_file() else platform.processor()
+    cpu = re.findall(r"^(?:flags|Features|model name).*$", known, re.MULTILINE)[:2] or [known]
+    return f"{jaxlib.__version__}-{platform.machine()}-{zlib.crc32(''.join(cpu).encode()):08x}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kept programs do not pile up: every change of the code leaves some that nobody asks for."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not hasattr(config, "cache"):
+        return
+    folder = config.cache.mkdir("compiled")
+    if sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > COMPILED_BYTES:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory):
-    """Programs are shared by all workers of a test run: many tests compile the same ones."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    with compile_cache(shared / "compiled"):
+def compiled_once(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
+    """Programs are shared by the workers of a test run and kept for the next one, in .pytest_cache
+    (`-p no:cacheprovider` keeps none). All of them: most are small, and there are thousands.
+    """
+    folder = shared_folder(tmp_path_factory)
+    if hasattr(pytestconfig, "cache"):
+        folder = pytestconfig.cache.mkdir("compiled")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with compile_cache(folder / machine()):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_once(tmp_path_factory: pytest.TempPathFactory):
+    """Prepared data is shared by the workers of a test run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZFLORA_CACHE", str(shared_folder(tmp_path_factory) / "prepared"))
         yield
 
 
@@ -82,147 +116,9 @@ def own_programs():
     cache_module._use(shared, least)
 
 
-def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
-    """`tree` plus noise at every leaf: without it, zero blocks would hide a wrong sign, scale or
-    place.
-    """
-    rng = np.random.default_rng(seed)
-    return trees.map_with_names(
-        lambda _, x: x + jnp.asarray(std * rng.standard_normal(x.shape), x.dtype), tree
-    )
-
-
-def tiny_model(seed: int = 0, **changes: object) -> Model:
-    """A tiny Model with kernels large enough that all of them matter, and norm gains that are not
-    1. Untied, its greedy output varies too.
-    """
-    model = random_model(preset("tiny").replace(**changes), jax.random.key(seed))
-    rng = np.random.default_rng(seed)
-
-    def scaled(name: str, x: jax.Array) -> jax.Array:
-        if name.endswith("scale"):
-            return x + jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype)
-        return x * (5.0 if "layers" in name else 20.0)
-
-    model.params = trees.map_with_names(scaled, model.params)
-    return model
-
-
-def narrow_and_wide(**changes: object) -> tuple[Model, Model]:
-    """A tiny model in bfloat16, and the same numbers computed with in float32."""
-    model = tiny_model(seed=1, **changes)
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
-    return Model(model.config.replace(dtype="bfloat16"), rounded), Model(model.config, wide)
-
-
-def untied(**changes: object) -> Model:
-    """A tiny model whose greedy output goes on changing: with tied embeddings it soon repeats the
-    token it was given.
-    """
-    return tiny_model(seed=1, tie_word_embeddings=False, **changes)
-
-
-def assert_logits_close(got: object, want: object) -> None:
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    gap, scale = np.abs(got - want).max(), np.abs(want).max()
-    assert gap <= TOLERANCE * scale, f"max |dlogit| {gap:.3g} exceeds {TOLERANCE} x {scale:.3g}"
-
-
-def assert_trees_equal(got: trees.Tree, want: trees.Tree) -> None:
-    got_flat, want_flat = trees.flatten(got), trees.flatten(want)
-    assert got_flat.keys() == want_flat.keys()
-    for name, leaf in want_flat.items():
-        np.testing.assert_array_equal(np.asarray(got_flat[name]), np.asarray(leaf), err_msg=name)
-
-
-def real_data(relative: str = "") -> Path:
-    """A file or folder of the real data (never part of the project), named by ZFLORA_DATA or beside
-    the checkout; the test is skipped without it.
-    """
-    path = (
-        Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
-        / relative
-    )
-    if not path.exists():
-        pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
-    return path
-
-
 @pytest.fixture
 def tokens() -> jax.Array:
     return jax.random.randint(jax.random.key(7), (3, 11), 0, 256, jnp.int32)
-
-
-def adapter_cases() -> list[AdapterConfig]:
-    """Every method, and the variants that take other paths through the code. alpha / rank is 1.5: a
-    scale of 1 or a power of two would hide mistakes.
-    """
-    cases = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
-    cases += [
-        AdapterConfig(m, rank=6, alpha=9.0, targets=t)
-        for m in METHODS
-        for t in ("attention", "mlp")
-        if m != "full"
-    ]
-    cases += [
-        AdapterConfig(m, rank=5, alpha=7.5, extra_head_dim=16, extra_mlp_units=7, head_scores=s)
-        for m in ("zflora-uniform", "ffba")
-        for s in (True, False)
-    ]
-    cases += [
-        AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"),
-        AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k"),
-    ]
-    return cases
-
-
-def dead_slices(
-    config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree
-) -> list[np.ndarray]:
-    """What `live_layers` leaves out of a tree of stacked adapters: one array for each dead layer of
-    a block.
-    """
-    live = live_layers(config, adapter)
-    found = []
-    for name, leaf in trees.flatten(adapters).items():
-        *_, kernel, block = name.split("/")
-        alive = live[kernel][block] if kernel in live else range(config.num_layers)
-        found += [np.asarray(leaf[i]) for i in range(config.num_layers) if i not in alive]
-    return found
-
-
-def case_id(adapter: AdapterConfig) -> str:
-    parts = [
-        adapter.method,
-        adapter.targets.replace("|", ""),
-        "" if adapter.head_scores else "values",
-        str(adapter.extra_head_dim or ""),
-    ]
-    return "-".join(p for p in parts if p and p != "all")
-
-
-def saved_base(path: Path, tokenizer: object) -> str:
-    """A tiny model directory, written to `path`."""
-    model = tiny_model(num_layers=2, max_position_embeddings=512)
-    model.params = jax.tree.map(lambda x: x / 4, model.params)
-    model.tokenizer = tokenizer
-    save_hf(path, model)
-    return str(path)
-
-
-def small_run(base_dir: str) -> RunConfig:
-    """A run of a few seconds on a model of `saved_base`."""
-    return RunConfig(
-        model=base_dir,
-        adapter=AdapterConfig("zflora-minimal", rank=4),
-        data=DataConfig(
-            batch_size=4, grad_accum_steps=2, bucket_lengths=(256, 320), train_limit=40
-        ),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-        train=TrainConfig(steps=8, save_every=2, log_every=1, loss_chunk=128),
-        eval=EvalConfig(limit=4, batch_size=4, max_new_tokens=8),
-    )
 
 
 @pytest.fixture(scope="session")
@@ -236,30 +132,12 @@ def run(base_dir: str) -> RunConfig:
     return small_run(base_dir)
 
 
-TASK_DATA = DataConfig(bucket_lengths=(256, 512))
-EVAL = EvalConfig(limit=None, batch_size=4, max_new_tokens=6)
-
-
 @pytest.fixture(scope="session")
 def model() -> Model:
     """A tiny model with a byte tokenizer, whose answers vary: tied, it would repeat one token."""
     model = tiny_model(max_position_embeddings=768, tie_word_embeddings=False)
     model.tokenizer = byte_tokenizer()
     return model
-
-
-def choice(i: int, answer: str = "answer2") -> dict[str, str]:
-    """A row of ARC-Easy in LLM-Adapters' form."""
-    words = (
-        f"Question {i}{'?' * (i % 5 + 1)}\n\nAnswer1: {i} Answer2: {i + 1} Answer3: no\n\nAnswer"
-        " format: answer1/answer2/answer3"
-    )
-    return {
-        "instruction": words,
-        "input": "",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
 
 
 @pytest.fixture
@@ -281,31 +159,8 @@ def arc(tmp_path: Path) -> DataConfig:
     return dataclasses.replace(TASK_DATA, task="arc_easy", data_dir=str(tmp_path))
 
 
-CONFIG = """
-from zflora_jax.config import *
-
-def get_config():
-    return RunConfig(
-        model={model!r},
-        adapter=AdapterConfig("zflora-minimal", rank=4),
-        data=DataConfig(batch_size=2, bucket_lengths=(320,), train_limit=8),
-        optim=OptimConfig(warmup_steps=1),
-        train=TrainConfig(steps=2, loss_chunk=128),
-        eval=EvalConfig(limit=2, batch_size=2, max_new_tokens=4),
-    )
-"""
-
-
-@pytest.fixture(scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Prepared data goes to a directory of this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ZFLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_dir(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model(num_layers=1, max_position_embeddings=400)
     model.tokenizer = byte_tokenizer()
     path = tmp_path_factory.mktemp("base") / "model"
@@ -313,16 +168,16 @@ def model_dir(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def config_file(model_dir: Path) -> str:
     path = model_dir.parent / "config.py"
     path.write_text(CONFIG.format(model=str(model_dir)))
     return str(path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained_dir(config_file: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A finished run of two steps."""
+    """A finished run of two steps, for reading; what changes it works on a copy."""
     path = str(tmp_path_factory.mktemp("run") / "a")
     assert main(["train", "--config", config_file, "--workdir", path]) == 0
     return path

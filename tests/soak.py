@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from byte_tokenizer import byte_tokenizer
-from conftest import saved_base, small_run
-from faults import FAULTS, Lab, lab_run, tries
+from support.byte_tokenizer import byte_tokenizer
+from support.faults import FAULTS, Lab, lab_run, tries
+from support.runs import saved_base, small_run
 
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import pytest
-from conftest import perturb, tiny_model
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters

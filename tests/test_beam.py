@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_model
+from support.models import tiny_model
 
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core.model import Model

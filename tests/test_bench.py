@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_model
+from support.models import tiny_model
 
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.adapters.packing import pack_for_decode

@@ -10,7 +10,7 @@ import types
 
 import pytest
 import tensorflow_datasets as tfds
-from conftest import real_data
+from support.runs import real_data
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig

@@ -12,8 +12,6 @@ import pytest
 
 from zflora_jax.cli.main import _parser, main
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
     return next(

@@ -14,8 +14,6 @@ from zflora_jax.cli import commands
 from zflora_jax.cli.main import main
 from zflora_jax.parallel.distributed import Preempted
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.mark.parametrize("argv", [("eval",), ("export", "--out", "out")], ids=lambda v: v[0])
 def test_workdir_without_a_run(argv, refused, tmp_path):

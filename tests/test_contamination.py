@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from conftest import real_data
+from support.runs import real_data
 
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.tasks import SPLITS, Example, load_examples

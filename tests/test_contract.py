@@ -10,15 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
-    adapter_cases,
-    assert_logits_close,
-    assert_trees_equal,
-    case_id,
-    dead_slices,
-    perturb,
-    tiny_model,
-)
+from support.cases import adapter_cases, case_id, dead_slices
+from support.checks import assert_logits_close, assert_trees_equal
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import adapter_shapes, init_adapters

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
+from support.byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig

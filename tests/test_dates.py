@@ -12,8 +12,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import assert_trees_equal, saved_base, small_run
+from support.byte_tokenizer import byte_tokenizer
+from support.checks import assert_trees_equal
+from support.runs import saved_base, small_run
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override

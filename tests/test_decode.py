@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import adapter_cases, assert_logits_close, case_id, perturb, tiny_model, untied
+from support.byte_tokenizer import byte_tokenizer
+from support.cases import adapter_cases, case_id
+from support.checks import assert_logits_close
+from support.models import perturb, tiny_model, untied
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -148,7 +150,6 @@ def test_greedy_equals_transformers(method: str, tmp_path: Path) -> None:
 
 
 @needs_smollm2
-@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("method", ["base", "zflora-minimal"])
 def test_greedy_equals_transformers_on_a_real_model(method: str, tmp_path: Path) -> None:

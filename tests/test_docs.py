@@ -13,7 +13,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import choice, perturb
+from support.models import perturb
+from support.runs import choice
 
 import zflora_jax
 from zflora_jax.adapters.init import init_adapters

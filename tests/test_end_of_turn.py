@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from byte_tokenizer import byte_tokenizer
-from conftest import EVAL, TASK_DATA, small_run, tiny_model
+from support.byte_tokenizer import byte_tokenizer
+from support.models import tiny_model
+from support.runs import EVAL, TASK_DATA, small_run
 
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig

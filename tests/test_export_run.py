@@ -18,7 +18,7 @@ from zflora_jax.experiments.train import train
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, base_dir):
     """(workdir, data directory) of a run on JSON files."""
-    from conftest import small_run
+    from support.runs import small_run
 
     folder = tmp_path_factory.mktemp("own")
     rows = [

@@ -1,8 +1,8 @@
 """A fast subset of the faults in faults.py; `make soak` tries all of them many times."""
 
 import pytest
-from conftest import small_run
-from faults import FAULTS, Lab, lab_run, tries
+from support.faults import FAULTS, Lab, lab_run, tries
+from support.runs import small_run
 
 
 @pytest.fixture(scope="session")
@@ -10,7 +10,6 @@ def lab(base_dir, tmp_path_factory):
     return Lab(lab_run(small_run(base_dir)), tmp_path_factory.mktemp("lab"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_survived(name, lab, tmp_path):
     (outcome,) = tries(lab, name, 1, tmp_path)

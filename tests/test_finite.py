@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import EVAL, tiny_model
+from support.models import tiny_model
+from support.runs import EVAL
 
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig

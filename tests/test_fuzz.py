@@ -13,10 +13,9 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from conftest import perturb, tiny_model
 from hypothesis import HealthCheck, given, settings, strategies as st
-from test_hf_gguf import write_gguf
-from test_hf_load import hf_model
+from support.huggingface import hf_model, write_gguf
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig

@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from byte_tokenizer import byte_tokenizer
-from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
+from support.byte_tokenizer import byte_tokenizer
+from support.huggingface import LLAMA3, TOKENS, assert_close, hf_logits, hf_model, write_gguf
 
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError
@@ -27,84 +26,6 @@ from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model, locate
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
-
-NAMES = {
-    **{
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.o_proj": "attn_output",
-    },
-    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
-    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
-}
-
-
-def write_gguf(
-    path: Path, model: Any, tokenizer: Any = True, edit: Any = None, **metadata: Any
-) -> None:
-    """A float32 GGUF of a transformers Llama, q and k interleaved as llama.cpp's converter does.
-    tokenizer: whether, or what writes it.
-    """
-    c = model.config
-    writer = gguf.GGUFWriter(str(path), metadata.pop("arch", "llama"))
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(metadata.pop("blocks", c.num_hidden_layers))
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    if callable(tokenizer):
-        tokenizer(writer)
-    elif tokenizer:
-        bpe = byte_tokenizer()
-        vocab = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
-        writer.add_tokenizer_model(metadata.pop("tokenizer_model", "gpt2"))
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list(vocab)
-        writer.add_token_types([1] * 256 + [3] * 3)
-        writer.add_token_merges([])
-        writer.add_bos_token_id(256)
-        writer.add_eos_token_id(257)
-        writer.add_pad_token_id(258)
-    for key, value in metadata.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(
-            key.replace("__", "."), value
-        )
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        array, parts = tensor.numpy(), name.split(".")
-        if name.startswith("model.layers."):
-            module = ".".join(parts[3:-1])
-            if module in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = (
-                    c.num_attention_heads if module == "self_attn.q_proj" else c.num_key_value_heads
-                )
-                array = (
-                    array.reshape(heads, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-                )
-            tensors[f"blk.{parts[2]}.{NAMES[module]}.weight"] = array
-        elif name != "lm_head.weight" or not c.tie_word_embeddings:
-            tensors[
-                {
-                    "model.embed_tokens": "token_embd",
-                    "model.norm": "output_norm",
-                    "lm_head": "output",
-                }[name.removesuffix(".weight")]
-                + ".weight"
-            ] = array
-    if edit:
-        edit(tensors)
-    for name, array in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "head_dim": 16}])
@@ -407,7 +328,9 @@ def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
     ) == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     shape = preset("tiny").replace(vocab_size=8, eos_token_ids=(2,), bos_token_id=1, pad_token_id=2)
-    from conftest import tiny_model  # a small model, so that only the tokenizer's files are large
+    from support.models import (
+        tiny_model,  # a small model, so that only the tokenizer's files are large
+    )
 
     save_hf(tmp_path / "out", Model(shape, tiny_model(vocab_size=8).params, ours, "smollm2-135m"))
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
+from support.huggingface import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
 
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import param_shapes
@@ -23,59 +23,6 @@ from zflora_jax.core.model_config import preset
 from zflora_jax.hf.keys import CheckpointError, hf_table
 from zflora_jax.hf.load import load_model
 from zflora_jax.nn.llama import forward
-
-TOKENS = np.random.default_rng(0).integers(0, 250, (2, 13)).astype(np.int32)
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-def hf_model(seed: int = 0, **changes: Any) -> Any:
-    """A small transformers Llama with random weights and random norm gains, large enough that
-    attention is far from uniform.
-    """
-    rope = {"rope_theta": 500.0, **changes.pop("rope", {"rope_type": "default"})}
-    settings = {
-        **{
-            "vocab_size": 259,
-            "hidden_size": 48,
-            "intermediate_size": 80,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        **{
-            "head_dim": 12,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.2,
-            "tie_word_embeddings": False,
-        },
-        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-    }
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**(settings | changes), rope_parameters=rope)
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
-    return model
-
-
-def hf_logits(model: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
-
-
-def assert_close(given: Any, expected: np.ndarray, share: float = 1e-5) -> None:
-    """The project's float32 tolerance: max |dlogit| <= 1e-5 x max |logit|."""
-    assert np.abs(np.asarray(given) - expected).max() <= share * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")

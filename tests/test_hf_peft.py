@@ -15,8 +15,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import perturb
-from test_hf_load import TOKENS, assert_close, hf_logits, hf_model
+from support.huggingface import TOKENS, assert_close, hf_logits, hf_model
+from support.models import perturb
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import perturb
-from test_hf_load import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
+from support.huggingface import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
+from support.models import perturb
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_trees_equal
+from support.checks import assert_trees_equal
 
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, override, to_dict

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import pytest
-from conftest import perturb, small_run, tiny_model
+from support.models import perturb, tiny_model
+from support.runs import small_run
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters

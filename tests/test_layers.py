@@ -10,7 +10,7 @@ import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_model
+from support.models import tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config

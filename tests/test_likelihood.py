@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import narrow_and_wide, tiny_model
+from support.models import narrow_and_wide, tiny_model
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model

@@ -9,7 +9,8 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import adapter_cases, case_id, dead_slices, perturb, tiny_model
+from support.cases import adapter_cases, case_id, dead_slices
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
 from zflora_jax.adapters.methods import count_params, live_layers, resolve_adapter

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from support.models import tiny_model
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_logits_close, assert_trees_equal, perturb, tiny_model
-from test_sharding import OPTIM, batch, sharded_model
+from support.checks import assert_logits_close, assert_trees_equal
+from support.models import perturb, tiny_model
+from support.sharded import OPTIM, batch, sharded_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -59,7 +60,7 @@ def test_lora_starts_as_peft_starts_it():
     """
     import peft
     import torch
-    from test_hf_load import hf_model
+    from support.huggingface import hf_model
 
     torch.manual_seed(3)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

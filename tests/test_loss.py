@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import perturb, tiny_model
 from hypothesis import given, settings, strategies as st
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees

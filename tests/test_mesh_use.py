@@ -11,9 +11,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import assert_logits_close, assert_trees_equal, perturb, tiny_model
 from jax.sharding import PartitionSpec as P
+from support.byte_tokenizer import byte_tokenizer
+from support.checks import assert_logits_close, assert_trees_equal
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import _fuse, _unfuse, fuse, unfuse
 from zflora_jax.adapters.init import init_adapters

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_trees_equal
+from support.checks import assert_trees_equal
 
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
 from zflora_jax.adapters.methods import (

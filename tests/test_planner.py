@@ -7,7 +7,7 @@ import json
 
 import jax
 import pytest
-from conftest import dead_slices
+from support.cases import dead_slices
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli.main import main

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import perturb, tiny_model
+from support.byte_tokenizer import byte_tokenizer
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import _fuse, fuse, unfuse
 from zflora_jax.adapters.init import init_adapters

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import narrow_and_wide
+from support.models import narrow_and_wide
 
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees

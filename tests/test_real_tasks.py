@@ -1,7 +1,7 @@
 """Tasks on their real files: every row is read, and its gold answer can be reached."""
 
 import pytest
-from conftest import real_data
+from support.runs import real_data
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig

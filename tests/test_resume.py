@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import assert_trees_equal
+from support.checks import assert_trees_equal
 
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
@@ -45,7 +45,7 @@ def files(workdir: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, base_dir: str) -> Path:
     """A run of eight steps at a constant rate, for copying."""
-    from conftest import small_run
+    from support.runs import small_run
 
     workdir = tmp_path_factory.mktemp("finished") / "run"
     quiet_train(override(small_run(base_dir), {"optim.schedule": "constant"}), workdir)

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import assert_logits_close, assert_trees_equal
+from support.checks import assert_logits_close, assert_trees_equal
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.core import trees

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import untied
 from hypothesis import assume, given, settings, strategies as st
+from support.models import untied
 
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.sampling import Sampler, greedy

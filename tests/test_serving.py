@@ -7,7 +7,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from conftest import assert_logits_close, assert_trees_equal, perturb, untied
+from support.checks import assert_logits_close, assert_trees_equal
+from support.models import perturb, untied
 
 from zflora_jax.adapters import swapping
 from zflora_jax.adapters.fuse import fuse, unfuse

@@ -4,7 +4,8 @@ the one that a whole load gives.
 
 import jax
 import pytest
-from conftest import assert_trees_equal, perturb, tiny_model
+from support.checks import assert_trees_equal
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters

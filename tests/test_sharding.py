@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import adapter_cases, assert_trees_equal, case_id, perturb, tiny_model
 from jax.sharding import PartitionSpec as P
+from support.byte_tokenizer import byte_tokenizer
+from support.cases import adapter_cases, case_id
+from support.checks import assert_trees_equal
+from support.models import perturb
+from support.sharded import OPTIM, batch, sharded_model
 
 from zflora_jax.adapters.init import adapter_shapes, init_adapters
 from zflora_jax.core import trees
@@ -42,26 +45,6 @@ MESHES = [
     if 1 <= sum(powers) <= 3
 ]
 FEW = [MeshConfig(2, 2, 2), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8)]
-# With Adam's usual eps the first updates are the signs of the gradients, and those of gradients
-# near zero are rounding.
-OPTIM = OptimConfig(warmup_steps=0, learning_rate=1e-2, eps=1e-3)
-
-
-def sharded_model(**changes):
-    """A tiny model whose every dimension 8 divides."""
-    return tiny_model(num_heads=8, num_kv_heads=8, head_dim=8, vocab_size=264, **changes)
-
-
-def batch(rows=8, length=24):
-    draw = np.random.default_rng(0)
-    segments = np.ones((rows, length), np.int32)
-    segments[1, 10:] = 2
-    segments[2, 20:] = 0
-    return {
-        "tokens": draw.integers(0, 250, (rows, length)).astype(np.int32),
-        "loss_mask": (draw.random((rows, length)) < 0.6) & (segments > 0),
-        "segments": segments,
-    }
 
 
 def sharded_step(model, adapter, mesh_config, accumulate=1):

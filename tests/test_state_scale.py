@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TOLERANCE, case_id, perturb, tiny_model
+from support.cases import case_id
+from support.checks import TOLERANCE
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters

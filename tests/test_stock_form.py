@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TOLERANCE, tiny_model
+from support.checks import TOLERANCE
+from support.models import tiny_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -88,7 +89,6 @@ def test_eps_z_on_a_tiny_model() -> None:
 
 
 @needs_smollm2
-@pytest.mark.slow
 def test_eps_z_on_a_real_model() -> None:
     base = load_model("smollm2-135m")
     tokens = np.asarray(

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import untied
+from support.byte_tokenizer import byte_tokenizer
+from support.models import untied
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.prompts import render_turns

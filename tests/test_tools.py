@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import assert_logits_close, perturb, tiny_model
 from gguf import GGUFReader, GGUFWriter
-from test_hf_gguf import write_gguf
+from support.checks import assert_logits_close
+from support.huggingface import write_gguf
+from support.models import perturb, tiny_model
 from to_gguf import ConversionError, _filled, convert
 
 from zflora_jax import AdapterConfig, forward, fuse, init_adapters, load_model, save_hf

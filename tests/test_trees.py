@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import assert_trees_equal, tiny_model
 from jax.sharding import NamedSharding, PartitionSpec as P
+from support.checks import assert_trees_equal
+from support.models import tiny_model
 
 from zflora_jax.core import trees
 from zflora_jax.core.run_config import MeshConfig

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
-from conftest import assert_logits_close, assert_trees_equal, perturb, tiny_model
+from support.byte_tokenizer import byte_tokenizer
+from support.checks import assert_logits_close, assert_trees_equal
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters

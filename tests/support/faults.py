@@ -33,7 +33,7 @@ from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.trainer import fresh_state
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PATIENCE = 300  # seconds that any one process may take
 
 
@@ -96,7 +96,7 @@ class Lab:
         }
         command = [
             sys.executable,
-            str(TESTS / "fault_driver.py"),
+            str(TESTS / "support" / "fault_driver.py"),
             json.dumps(dataclasses.asdict(run)),
             str(workdir),
             json.dumps(fault or {}),

@@ -1,0 +1,58 @@
+"""The adapters that contract tests are parametrised over."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from zflora_jax.adapters.methods import live_layers
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.model_config import LlamaConfig
+
+
+def adapter_cases() -> list[AdapterConfig]:
+    """Every method, and the variants that take other paths through the code. alpha / rank is 1.5: a
+    scale of 1 or a power of two would hide mistakes.
+    """
+    cases = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
+    cases += [
+        AdapterConfig(m, rank=6, alpha=9.0, targets=t)
+        for m in METHODS
+        for t in ("attention", "mlp")
+        if m != "full"
+    ]
+    cases += [
+        AdapterConfig(m, rank=5, alpha=7.5, extra_head_dim=16, extra_mlp_units=7, head_scores=s)
+        for m in ("zflora-uniform", "ffba")
+        for s in (True, False)
+    ]
+    cases += [
+        AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"),
+        AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k"),
+    ]
+    return cases
+
+
+def dead_slices(
+    config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree
+) -> list[np.ndarray]:
+    """What `live_layers` leaves out of a tree of stacked adapters: one array for each dead layer of
+    a block.
+    """
+    live = live_layers(config, adapter)
+    found = []
+    for name, leaf in trees.flatten(adapters).items():
+        *_, kernel, block = name.split("/")
+        alive = live[kernel][block] if kernel in live else range(config.num_layers)
+        found += [np.asarray(leaf[i]) for i in range(config.num_layers) if i not in alive]
+    return found
+
+
+def case_id(adapter: AdapterConfig) -> str:
+    parts = [
+        adapter.method,
+        adapter.targets.replace("|", ""),
+        "" if adapter.head_scores else "values",
+        str(adapter.extra_head_dim or ""),
+    ]
+    return "-".join(p for p in parts if p and p != "all")

@@ -1,0 +1,24 @@
+"""Comparisons with the tolerances of the project."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from zflora_jax.core import trees
+
+# float32: max |dlogit| <= TOLERANCE * max |logit|. CONTRIBUTING.md: never relaxed to make a test
+# pass.
+TOLERANCE = 1e-5
+
+
+def assert_logits_close(got: object, want: object) -> None:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    gap, scale = np.abs(got - want).max(), np.abs(want).max()
+    assert gap <= TOLERANCE * scale, f"max |dlogit| {gap:.3g} exceeds {TOLERANCE} x {scale:.3g}"
+
+
+def assert_trees_equal(got: trees.Tree, want: trees.Tree) -> None:
+    got_flat, want_flat = trees.flatten(got), trees.flatten(want)
+    assert got_flat.keys() == want_flat.keys()
+    for name, leaf in want_flat.items():
+        np.testing.assert_array_equal(np.asarray(got_flat[name]), np.asarray(leaf), err_msg=name)

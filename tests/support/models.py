@@ -1,0 +1,65 @@
+"""Small models whose outputs vary, and adapters that are not zero."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax.core import trees
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig, preset
+from zflora_jax.nn.llama import random_model
+
+
+def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
+    """`tree` plus noise at every leaf: without it, zero blocks would hide a wrong sign, scale or
+    place.
+    """
+    rng = np.random.default_rng(seed)
+
+    def noisy(_: str, x: jax.Array) -> jax.Array:
+        # Added by numpy: every shape of a jax operation is a program to compile.
+        value = np.asarray(x) + (std * rng.standard_normal(x.shape)).astype(x.dtype)
+        return jax.device_put(value, x.sharding) if x.committed else jnp.asarray(value)
+
+    return trees.map_with_names(noisy, tree)
+
+
+def tiny_model(seed: int = 0, **changes: object) -> Model:
+    """A tiny Model with kernels large enough that all of them matter, and norm gains that are not
+    1. Untied, its greedy output varies too.
+    """
+    config = preset("tiny").replace(**changes)
+    arrays = trees.map_with_names(lambda _, x: jnp.array(x), _tiny_params(config, seed))
+    return Model(config, arrays)
+
+
+@cache
+def _tiny_params(config: LlamaConfig, seed: int) -> trees.Tree:
+    rng = np.random.default_rng(seed)
+
+    def scaled(name: str, x: np.ndarray) -> np.ndarray:
+        if name.endswith("scale"):
+            return x + (0.2 * rng.standard_normal(x.shape)).astype(x.dtype)
+        return x * np.asarray(5.0 if "layers" in name else 20.0, x.dtype)
+
+    model = random_model(config, jax.random.key(seed))
+    return trees.map_with_names(scaled, jax.device_get(model.params))
+
+
+def narrow_and_wide(**changes: object) -> tuple[Model, Model]:
+    """A tiny model in bfloat16, and the same numbers computed with in float32."""
+    model = tiny_model(seed=1, **changes)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    return Model(model.config.replace(dtype="bfloat16"), rounded), Model(model.config, wide)
+
+
+def untied(**changes: object) -> Model:
+    """A tiny model whose greedy output goes on changing: with tied embeddings it soon repeats the
+    token it was given.
+    """
+    return tiny_model(seed=1, tie_word_embeddings=False, **changes)
