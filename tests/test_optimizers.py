@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import perturb, tiny_model
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
