@@ -86,12 +86,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base = saved_base(Path(folder) / "model", byte_tokenizer())
         lab = Lab(lab_run(small_run(base)), Path(folder) / "lab")
-        for name, (_, count) in FAULTS.items():
+        for name, (attempt, count) in FAULTS.items():
             if args.only not in (None, name):
                 continue
             outcomes = tries(
                 lab,
                 name,
+                attempt,
                 args.tries or count,
                 Path(folder) / name.replace(" ", "-").replace("/", "-"),
             )

@@ -1,5 +1,5 @@
-"""Faults that a training run must survive, each as one try with real processes. `test_faults.py`
-tries some, `soak.py` (make soak) many.
+"""Faults that a training run must survive, each as one try. `test_faults.py` tries some within its
+own process, `soak.py` (make soak) all of them, many times, with processes of their own.
 
 To survive: exit code and message are the documented ones, and the run that goes on afterwards ends
 with the parameters, optimizer state, losses and batches of an uninterrupted one, bit for bit
@@ -8,15 +8,19 @@ with the parameters, optimizer state, losses and batches of an uninterrupted one
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +28,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
+from support import fault_driver
 from zflora_jax.core import trees
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import RunConfig
@@ -74,7 +80,7 @@ class Lab:
             "whole",
         ):  # the first fills the compile cache: later runs take what the second does
             started = time.monotonic()
-            code, output = self.finish(self.start(folder / name))
+            code, output = self.once(folder / name)
             assert code == 0, output
             self.seconds = time.monotonic() - started
         self.whole = self.state(folder / "whole")
@@ -103,6 +109,12 @@ class Lab:
         return subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+    def once(
+        self, workdir: Path, fault: dict[str, Any] | None = None, devices: int = 1, **changes: Any
+    ) -> tuple[int, str]:
+        """Exit code and output of one run."""
+        return self.finish(self.start(workdir, fault, devices, **changes))
 
     @staticmethod
     def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -136,7 +148,7 @@ class Lab:
 
     def goes_on(self, workdir: Path, committed: int, message: str = "") -> Outcome:
         """Resume to the end, and compare with the uninterrupted run."""
-        code, output = self.finish(self.start(workdir))
+        code, output = self.once(workdir)
         if code != 0:
             return Outcome(False, 0, output[-1000:])
         resumed = json.loads((workdir / "report.json").read_text())["resumed_from"]
@@ -152,6 +164,47 @@ class Lab:
             and not (metrics.exists() and any(r[0] >= step for r in self.logged(workdir)))
         ):
             time.sleep(0.01)
+
+
+class LocalLab(Lab):
+    """The same within this process, which has all devices: what is compiled once stays, so a try
+    takes a second or two. Nothing can be killed here.
+    """
+
+    def __init__(self, run: RunConfig, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        code, output = self.once(folder / "whole")
+        assert code == 0, output
+        self.whole, self.lines = self.state(folder / "whole"), self.logged(folder / "whole")
+
+    def once(
+        self, workdir: Path, fault: dict[str, Any] | None = None, devices: int = 1, **changes: Any
+    ) -> tuple[int, str]:
+        run = override(self.run, {key.replace("__", "."): value for key, value in changes.items()})
+        said, arguments = io.StringIO(), (json.dumps(dataclasses.asdict(run)), str(workdir))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
+            try:
+                code = fault_driver.main(*arguments, json.dumps(fault or {}), patch)
+            except Exception:  # Python would end with it
+                code = 1
+                said.write(traceback.format_exc())
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return code, said.getvalue()
+
+
+def stop_signals(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
+    """SIGTERM after a step, and again before it has saved."""
+    at = draw.randrange(1, lab.run.train.steps - 8)
+    code, output = lab.once(workdir, {"signal_at": at})
+    if code != 75 or lab.committed(workdir) != at or "stopped by a signal after step" not in output:
+        return Outcome(False, 0, f"exit code {code}; {output[-500:]}")
+    return lab.goes_on(workdir, at, output.strip().splitlines()[-1])
 
 
 def kill(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
@@ -197,9 +250,9 @@ def disk_full(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     was saved before is whole.
     """
     first = draw.randrange(2, lab.run.train.steps - 4, lab.run.train.save_every or 1)
-    code, output = lab.finish(lab.start(workdir, {"stop_at": first}))
+    code, output = lab.once(workdir, {"stop_at": first})
     assert code == 75, output
-    code, output = lab.finish(lab.start(workdir, {"file_limit": 9000}))
+    code, output = lab.once(workdir, {"file_limit": 9000})
     if code != 2 or "could not be written" not in output or lab.committed(workdir) != first:
         return Outcome(
             False, 0, f"exit code {code}, step {lab.committed(workdir)} of {first}; {output[-700:]}"
@@ -211,7 +264,7 @@ def no_directory(lab: Lab, workdir: Path, _: random.Random) -> Outcome:
     """A workdir that cannot be made: its parent is a file."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     workdir.write_text("kept")
-    code, output = lab.finish(lab.start(workdir / "run"))
+    code, output = lab.once(workdir / "run")
     return Outcome(
         code == 2 and "cannot" in output and workdir.read_text() == "kept",
         0,
@@ -223,7 +276,7 @@ def corrupt(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     """A file of the newest checkpoint is cut, emptied, deleted or has a byte flipped: said at the
     resume, with the remedy, or without effect.
     """
-    code, output = lab.finish(lab.start(workdir, {"stop_at": lab.run.train.steps - 3}))
+    code, output = lab.once(workdir, {"stop_at": lab.run.train.steps - 3})
     assert code == 75, output
     newest = workdir / "checkpoints" / str(lab.committed(workdir))
     victim = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
@@ -238,7 +291,7 @@ def corrupt(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     else:
         victim.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
     what = f"{how} {victim.relative_to(newest)}"
-    code, output = lab.finish(lab.start(workdir))
+    code, output = lab.once(workdir)
     if code == 0:  # the damage was in nothing that decides a number
         same = lab.state(workdir) == lab.whole and lab.logged(workdir) == lab.lines
         return Outcome(same, 0, f"{what}: no effect")
@@ -262,7 +315,7 @@ def two_processes(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     first = lab.start(workdir)
     lab.wait_for(workdir, draw.randrange(1, 5), first)
     first.send_signal(signal.SIGSTOP)  # so that it is still there when the second has come that far
-    code, output = lab.finish(lab.start(workdir))
+    code, output = lab.once(workdir)
     first.send_signal(signal.SIGCONT)
     done, log = lab.finish(first)
     if done != 0:
@@ -277,7 +330,7 @@ def not_a_number(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     it is saved.
     """
     at, what = draw.randrange(3, lab.run.train.steps), draw.choice(("loss", "gradient", "data"))
-    code, output = lab.finish(lab.start(workdir, {"poison": what, "at": at}))
+    code, output = lab.once(workdir, {"poison": what, "at": at})
     told = output.strip().splitlines()[-1]
     if code != 3 or f"at step {at}" not in told or lab.committed(workdir) >= at:
         return Outcome(False, 0, f"exit code {code}; {output[-700:]}")
@@ -288,9 +341,7 @@ def data_crash(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     """The thread that makes batches raises: the run ends with that error, what was saved
     is whole.
     """
-    code, output = lab.finish(
-        lab.start(workdir, {"crash_data_at": draw.randrange(2, lab.run.train.steps)})
-    )
+    code, output = lab.once(workdir, {"crash_data_at": draw.randrange(2, lab.run.train.steps)})
     if code in (0, 75) or "the data pipeline broke" not in output:
         return Outcome(False, 0, f"exit code {code}; {output[-700:]}")
     return lab.goes_on(workdir, lab.committed(workdir), "RuntimeError: the data pipeline broke")
@@ -309,8 +360,8 @@ def other_meshes(lab: Lab, workdir: Path, _: random.Random) -> Outcome:
     steps = lab.run.train.steps
     for i, mesh in enumerate(meshes):
         last = (i + 1) * steps // len(meshes)
-        code, output = lab.finish(
-            lab.start(workdir, {"stop_at": last} if last < steps else {}, devices=2**i, **mesh)
+        code, output = lab.once(
+            workdir, {"stop_at": last} if last < steps else {}, devices=2**i, **mesh
         )
         if code != (75 if last < steps else 0):
             return Outcome(False, 0, f"{2**i} devices: exit code {code}; {output[-700:]}")
@@ -344,8 +395,8 @@ def malformed_row(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
         )
     )
     (folder / "train.json").write_text(json.dumps(rows))
-    code, output = lab.finish(
-        lab.start(workdir, data__task="json", data__data_dir=str(folder), data__train_limit=None)
+    code, output = lab.once(
+        workdir, data__task="json", data__data_dir=str(folder), data__train_limit=None
     )
     told = output.strip().splitlines()[-1]
     return Outcome(
@@ -355,7 +406,9 @@ def malformed_row(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     )
 
 
-FAULTS: dict[str, tuple[Callable[[Lab, Path, random.Random], Outcome], int]] = {
+Fault = Callable[[Lab, Path, random.Random], Outcome]
+
+FAULTS: dict[str, tuple[Fault, int]] = {
     "kill -9 at a random point": (kill, 50),
     "SIGTERM twice": (terminate_twice, 10),
     "disk full": (disk_full, 5),
@@ -370,9 +423,23 @@ FAULTS: dict[str, tuple[Callable[[Lab, Path, random.Random], Outcome], int]] = {
 """Name -> (one try, how many tries `make soak` makes)."""
 
 
-def tries(lab: Lab, name: str, count: int, folder: Path, seed: int = 0) -> list[Outcome]:
+LOCAL: dict[str, tuple[Fault, int]] = {
+    "SIGTERM twice": (stop_signals, 1),
+    "disk full": (disk_full, 1),
+    "workdir cannot be made": (no_directory, 1),
+    "newest checkpoint damaged": (corrupt, 4),
+    "NaN in loss, gradient or data": (not_a_number, 4),
+    "data pipeline crashes": (data_crash, 1),
+    "malformed training row": (malformed_row, 3),
+}
+"""Name -> (one try within a process, how many `make test` makes)."""
+
+
+def tries(
+    lab: Lab, name: str, attempt: Fault, count: int, folder: Path, seed: int = 0
+) -> list[Outcome]:
     """`count` tries of a fault, each with its own workdir and random draws."""
-    attempt, outcomes = FAULTS[name][0], []
+    outcomes = []
     for i in range(count):
         try:
             outcomes.append(
