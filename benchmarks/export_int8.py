@@ -26,7 +26,8 @@ from zflora_jax.adapters.fuse import unfuse
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model
 from zflora_jax.data.pipeline import eval_batches
-from zflora_jax.experiments.run import held_out, load_fused
+from zflora_jax.experiments.restore import load_fused
+from zflora_jax.experiments.setup import held_out
 from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.save import save_hf
@@ -36,7 +37,7 @@ from zflora_jax.nn.llama import Llama
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
-from zflora_jax.training.checkpoint import read_config
+from zflora_jax.training.workdir import read_config
 
 
 def rounded(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

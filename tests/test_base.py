@@ -13,11 +13,14 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
-from zflora_jax.experiments import base, run as runs
+from zflora_jax.experiments import base
 from zflora_jax.experiments.base import as_base, given_base
+from zflora_jax.experiments.restore import load_run
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.vocabulary import resize_vocab
+from zflora_jax.training.trainer import make_train_step
 
 
 def fused(model: Model, method: str) -> Model:
@@ -32,7 +35,7 @@ def test_a_fused_model_is_refused_by_name(run, base_dir, tmp_path, method):
     with pytest.raises(
         ConfigError, match=rf"has {method} fused in; an adapter on top of it could not be fused"
     ):
-        runs.train(run, tmp_path / "run", model=fused(load_model(base_dir), method), console=False)
+        train(run, tmp_path / "run", model=fused(load_model(base_dir), method), console=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -68,8 +71,8 @@ def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir,
     model.tokenizer.add_tokens(["<|new|>"])
     save_hf(tmp_path / "wide", resize_vocab(model, model.tokenizer))
     run = override(run, {"model": str(tmp_path / "wide"), "train.steps": 3})
-    trained = runs.train(run, tmp_path / "run", console=False)
-    loaded = runs.load_run(tmp_path / "run")[1]
+    trained = train(run, tmp_path / "run", console=False)
+    loaded = load_run(tmp_path / "run")[1]
     assert (
         loaded.config.vocab_size == trained.model.config.vocab_size == len(model.tokenizer) == 260
     )
@@ -110,14 +113,13 @@ def test_another_dtype_is_refused_with_both_and_the_fix(run, base_dir):
 def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
     """The step is made for it, not for what the model was loaded with."""
     seen = []
-    real = runs.make_train_step
+    real = make_train_step
     monkeypatch.setattr(
-        runs,
-        "make_train_step",
+        "zflora_jax.experiments.train.make_train_step",
         lambda config, *rest: (seen.append(config.remat), real(config, *rest))[1],
     )
     run = override(run, {"train.steps": 3, "train.remat": True})
-    runs.train(run, tmp_path / "run", model=load_model(base_dir), console=False)
+    train(run, tmp_path / "run", model=load_model(base_dir), console=False)
     assert seen == [True]
 
 

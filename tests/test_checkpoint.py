@@ -18,13 +18,16 @@ import pytest
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.base import load_base
+from zflora_jax.experiments.restore import load_run
+from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.training.checkpoint import Checkpoints, SaveError
+from zflora_jax.training.trainer import fresh_state
 
 
-def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
-    return runs.train(run, workdir, console=False)
+def quiet_train(run: RunConfig, workdir: Path) -> Trained:
+    return train(run, workdir, console=False)
 
 
 def test_a_step_is_saved_before_it_is_evaluated(run, tmp_path, monkeypatch):
@@ -34,7 +37,7 @@ def test_a_step_is_saved_before_it_is_evaluated(run, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "held_out_loss", killed)
+        patch.setattr("zflora_jax.experiments.setup.held_out_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             quiet_train(override(run, {"train.save_every": None}), tmp_path)
     assert quiet_train(run, tmp_path).report["resumed_from"] == run.train.steps
@@ -72,7 +75,8 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch
     run = override(run, {"train.keep_best": "True"})
     losses = iter([3.0, 2.0, 1.0, 2.0, 1.5, 1.2])
     monkeypatch.setattr(
-        runs, "held_out_loss", lambda *_, **__: {"loss": next(losses), "tokens": 1.0, "rows": 1.0}
+        "zflora_jax.experiments.setup.held_out_loss",
+        lambda *_, **__: {"loss": next(losses), "tokens": 1.0, "rows": 1.0},
     )
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 9)
     with pytest.raises(Preempted):  # another process goes on with it
@@ -82,15 +86,15 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run, tmp_path, monkeypatch
     best = 6
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [best, 12]
     assert (
-        runs.load_run(tmp_path)[3] == 12
-        and runs.load_run(tmp_path, "best")[3] == best == runs.load_run(tmp_path, str(best))[3]
+        load_run(tmp_path)[3] == 12
+        and load_run(tmp_path, "best")[3] == best == load_run(tmp_path, str(best))[3]
     )
     with pytest.raises(
         ConfigError, match=rf"has no checkpoint of step 3; it has those of {best}, 12"
     ):
-        runs.load_run(tmp_path, 3)
+        load_run(tmp_path, 3)
     with pytest.raises(ConfigError, match="expected a number of steps, or 'best'"):
-        runs.load_run(tmp_path, "newest")
+        load_run(tmp_path, "newest")
 
 
 def test_without_losses_there_is_no_best(run, tmp_path):
@@ -98,7 +102,7 @@ def test_without_losses_there_is_no_best(run, tmp_path):
     with pytest.raises(
         ConfigError, match=r"has no best checkpoint: train with train.keep_best=True"
     ):
-        runs.load_run(tmp_path, "best")
+        load_run(tmp_path, "best")
 
 
 def test_a_checkpoint_whose_numbers_have_changed_is_refused(run, tmp_path):
@@ -119,27 +123,27 @@ def test_a_checkpoint_whose_numbers_have_changed_is_refused(run, tmp_path):
     )
     earlier = {key: value for key, value in json.loads(text).items() if key != "state_checksum"}
     meta.write_text(json.dumps(earlier | {"state_fingerprint": trees.fingerprint(leaves)}))
-    assert runs.load_run(tmp_path)[3] == 8
+    assert load_run(tmp_path)[3] == 8
     meta.write_text(json.dumps(earlier | {"state_fingerprint": trees.fingerprint(leaves)[::-1]}))
     with pytest.raises(ConfigError, match="its numbers are not those that were saved"):
-        runs.load_run(tmp_path)
+        load_run(tmp_path)
 
 
 def restored_state(workdir, run):
-    model = runs.load_base(run)
-    with runs.Checkpoints(workdir, create=False) as checkpoints:
-        return checkpoints.restore(jax.eval_shape(lambda: runs._fresh_state(run, model)))[0]
+    model = load_base(run)
+    with Checkpoints(workdir, create=False) as checkpoints:
+        return checkpoints.restore(jax.eval_shape(lambda: fresh_state(run, model)))[0]
 
 
 def test_what_is_saved_is_the_state_of_its_step(run, tmp_path):
     """Whatever is written into its buffers, which a step donates, while the checkpoint is on its
     way to the disk.
     """
-    model = runs.load_base(run)
-    state = jax.jit(lambda: runs._fresh_state(run, model))()
+    model = load_base(run)
+    state = jax.jit(lambda: fresh_state(run, model))()
     wanted = jax.device_get(state)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
-    with runs.Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         jax.block_until_ready(overwrite(state))
     found = restored_state(tmp_path, run)
@@ -169,7 +173,7 @@ def test_runs_side_by_side_save_at_one_time(tmp_path):
     """
 
     def saved(name: int) -> int | None:
-        with Checkpoints(tmp_path / str(name), keep=2) as checkpoints:
+        with Checkpoints(tmp_path / str(name), max_to_keep=2) as checkpoints:
             for step in range(1, 16):
                 checkpoints.save(
                     step, {"leaf": jax.numpy.full((4,), step, np.float32)}, {"step": step}
@@ -186,7 +190,7 @@ def test_a_lock_ends_although_a_child_has_its_file_open(tmp_path):
     """As a child that another thread is starting has, between fork and exec."""
     code = """
 import os, sys, time
-from zflora_jax.training.checkpoint import locked
+from zflora_jax.training.workdir import locked
 with locked(sys.argv[1]):
     child = os.fork()
     if child == 0:

@@ -17,8 +17,8 @@ from zflora_jax.experiments import compare as module
 from zflora_jax.experiments.compare import compare_methods, overview
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.hf.save import save_hf
-from zflora_jax.training.checkpoint import BusyError, locked
 from zflora_jax.training.trainer import NonFiniteError
+from zflora_jax.training.workdir import BusyError, locked
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 SCORING = dataclasses.replace(EVAL, generate=False, loss=False)

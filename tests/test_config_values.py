@@ -207,11 +207,6 @@ def test_impossible_adapters(method, changes, message):
             for name in ("eval_every", "save_every")
         ),
         ("train.seed", -1, r"train\.seed=-1: must be at least 0"),
-        (
-            "train.report_to",
-            "wandbb",
-            r"report_to\[0\]='wandbb': did you mean 'wandb'\? Allowed: tensorboard, trackio, wandb",
-        ),
         ("eval.limit", 0, r"eval\.limit=0: must be at least 1, or None for all examples"),
         ("eval.batch_size", 0, r"eval\.batch_size=0: must be at least 1"),
         ("eval.max_new_tokens", 0, r"eval\.max_new_tokens=0: must be at least 1"),

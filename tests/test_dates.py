@@ -18,6 +18,7 @@ from support.runs import saved_base, small_run
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import dates
 from zflora_jax.data.mixture import load_mixture
@@ -26,10 +27,12 @@ from zflora_jax.data.prompts import render
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation import evals
 from zflora_jax.evaluation.scorecard import evaluate
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.base import load_base
+from zflora_jax.experiments.restore import load_fused
+from zflora_jax.experiments.train import Trained, train
 from zflora_jax.inference.text import generate
 from zflora_jax.parallel.distributed import Preempted, StopSignals
-from zflora_jax.training.checkpoint import read_config
+from zflora_jax.training.workdir import adopt, read_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +63,7 @@ def clock(monkeypatch):
     def set_day(year: int, month: int, day: int) -> str:
         Clock.day = datetime.date(year, month, day)
         monkeypatch.setattr(dates, "today", lambda: Clock.day.isoformat())
-        monkeypatch.setattr(runs, "today", dates.today)
+        monkeypatch.setattr("zflora_jax.experiments.train.today", dates.today)
         return Clock.day.isoformat()
 
     return set_day
@@ -79,15 +82,15 @@ def run(dated_base: str) -> RunConfig:
     return override(small_run(dated_base), {"train.steps": 6, "data.bucket_lengths": [384, 448]})
 
 
-def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
-    return runs.train(run, workdir, console=False)
+def quiet_train(run: RunConfig, workdir: Path) -> Trained:
+    return train(run, workdir, console=False)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
     monkeypatch.setattr(StopSignals, "requested", lambda self, n: n == step)
 
 
-def prompts_of(run: RunConfig, model: runs.Model) -> list[list[int]]:
+def prompts_of(run: RunConfig, model: Model) -> list[list[int]]:
     return encode_prompts(
         load_mixture(run.data, run.eval.split, 4), model.tokenizer, "chat", run.data.date
     )
@@ -219,7 +222,7 @@ def test_evaluation_and_generation_see_the_prompts_of_training(
     assert summary["config"]["data"]["date"] == "2026-01-31"
     loss = evaluate(
         override(config, {"eval.generate": False}),
-        runs.load_fused(tmp_path / "run")[0],
+        load_fused(tmp_path / "run")[0],
         console=False,
     )["loss"]
     assert loss == pytest.approx(trained.report["test_loss"], rel=1e-5)
@@ -254,7 +257,7 @@ def test_evaluation_and_generation_see_the_prompts_of_training(
 
 def test_a_model_is_evaluated_today_and_that_is_recorded(run, tmp_path, clock):
     day = clock(2026, 3, 4)
-    model = runs.load_base(run)
+    model = load_base(run)
     evaluate(
         override(run, {"eval.generate": False, "eval.limit": 1}),
         model,
@@ -285,9 +288,9 @@ def test_an_older_run_was_told_the_day_of_its_first_start(run, tmp_path, monkeyp
     assert read_config(tmp_path / "run").data.date == "2026-01-31"
     assert read_config(tmp_path / "older").data.date is None
     moved = dataclasses.replace(run, data=dataclasses.replace(run.data, date="2026-01-31"))
-    assert runs.adopt(tmp_path / "run", run)[0] == moved
+    assert adopt(tmp_path / "run", run)[0] == moved
     clock(2026, 5, 6)
-    assert runs.adopt(tmp_path / "older", run) == (dates.dated(run, "2026-05-06"), {})
+    assert adopt(tmp_path / "older", run) == (dates.dated(run, "2026-05-06"), {})
 
 
 def test_examples_cut_to_fit_are_cut_for_their_own_day(run, clock):

@@ -25,7 +25,9 @@ from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.data.prompts import encode, end_token
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation.evals import generation_records
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.restore import load_fused
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.text import answer_text, generate, stop_ids, stream
@@ -144,10 +146,10 @@ def test_answers_do_not_keep_an_end_token_that_is_not_special(monkeypatch):
 def test_an_export_stops_at_what_was_trained(directory, tmp_path):
     """As a new user would: train, export, load with stock transformers, generate."""
     run = llama3_run(directory)
-    trained = runs.train(run, tmp_path / "run", console=False)
+    trained = train(run, tmp_path / "run", console=False)
     assert trained.model.config.eos_token_ids == (EOS, EOT)
-    assert runs.load_fused(tmp_path / "run")[0].config.eos_token_ids == (EOS, EOT)
-    report = runs.export_run(tmp_path / "run", tmp_path / "out")
+    assert load_fused(tmp_path / "run")[0].config.eos_token_ids == (EOS, EOT)
+    report = export_run(tmp_path / "run", tmp_path / "out")
     out = tmp_path / "out"
     settings = json.loads((out / "generation_config.json").read_text())
     assert settings == {

@@ -11,7 +11,8 @@ import pytest
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.evaluation import gap_prompts
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.train import train
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,13 @@ def trained(tmp_path_factory, base_dir):
         "train.steps": 3,
         "eval.limit": 4,
     }
-    runs.train(override(small_run(base_dir), changes), folder / "run", console=False)
+    train(override(small_run(base_dir), changes), folder / "run", console=False)
     return folder / "run", folder / "data"
 
 
 def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, capsys):
     workdir, data = trained
-    report = runs.export_run(workdir, tmp_path / "with")
+    report = export_run(workdir, tmp_path / "with")
     assert (
         report["gap_prompts"] == "8 held-out rows"
         and report["top1_agreement"] == 1.0
@@ -48,7 +49,7 @@ def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, 
     data.rename(data.with_name("moved"))
     try:
         assert main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "without")]) == 0
-        report = runs.export_run(workdir, tmp_path / "without")
+        report = export_run(workdir, tmp_path / "without")
     finally:
         data.with_name("moved").rename(data)
     assert (
@@ -69,10 +70,11 @@ def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):
     workdir, _ = trained
     monkeypatch.setattr(gap_prompts, "load_mixture", lambda *_: 1 / 0)  # as a fault of ours would
     with pytest.raises(ZeroDivisionError):
-        runs.export_run(workdir, tmp_path / "out")
+        export_run(workdir, tmp_path / "out")
     monkeypatch.setattr(
-        runs, "load_run", lambda *_: pytest.fail("a format is refused before anything is loaded")
+        "zflora_jax.experiments.export.load_run",
+        lambda *_: pytest.fail("a format is refused before anything is loaded"),
     )
     with pytest.raises(ConfigError, match="format='gguf'"):
-        runs.export_run(workdir, tmp_path / "out", format="gguf")
+        export_run(workdir, tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,8 @@ from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation import evals, export_gap as gap_module
 from zflora_jax.evaluation.evals import likelihood_records
 from zflora_jax.evaluation.export_gap import export_gap
-from zflora_jax.experiments import compare, quickstart, run as runs
+from zflora_jax.experiments import compare, quickstart
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
@@ -85,7 +86,7 @@ def test_a_last_update_that_is_no_number_is_not_the_result(run, tmp_path, monkey
             NonFiniteError,
             match="the adapters are NaN or infinite after the update of step 1; training stopped",
         ):
-            runs.train(run, tmp_path, console=False)
+            train(run, tmp_path, console=False)
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.latest is None
     assert not (tmp_path / "report.json").exists()
@@ -98,14 +99,14 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypat
         r" .*checkpoints.3 to go on"
     )
     with pytest.raises(NonFiniteError, match=saved):
-        runs.train(override(run, {"train.steps": 3}), tmp_path, console=False)
+        train(override(run, {"train.steps": 3}), tmp_path, console=False)
     assert not (tmp_path / "report.json").exists()
 
 
 def test_the_metrics_hold_no_flag(run, tmp_path):
     from zflora_jax.reporting.metrics import read_metrics
 
-    runs.train(override(run, {"train.steps": 3}), tmp_path, console=False)
+    train(override(run, {"train.steps": 3}), tmp_path, console=False)
     assert all("finite" not in record for record in read_metrics(tmp_path / "metrics.jsonl"))
 
 
@@ -124,10 +125,10 @@ def test_likelihoods_that_are_no_numbers_choose_no_option(model, arc, monkeypatc
 
 
 def test_the_best_checkpoint_has_a_loss(tmp_path):
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=3) as checkpoints:
         for step, loss in ((1, float("nan")), (2, 3.0), (3, 2.5)):
             checkpoints.save(step, {"leaf": jax.numpy.zeros(4)}, {"loss": loss})
-    with Checkpoints(tmp_path, keep=3, create=False) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=3, create=False) as checkpoints:
         assert checkpoints.best == 3
 
 

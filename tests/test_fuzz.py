@@ -25,7 +25,7 @@ from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import save_hf
-from zflora_jax.training.checkpoint import read_config
+from zflora_jax.training.workdir import read_config
 
 TYPED = (ConfigError, CheckpointError)
 fuzz = settings(

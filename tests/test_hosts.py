@@ -21,10 +21,11 @@ from support.checks import assert_trees_equal
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.restore import load_run
+from zflora_jax.experiments.train import train
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training.checkpoint import locked
+from zflora_jax.training.workdir import locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,7 +107,7 @@ def losses(workdir: Path) -> np.ndarray:
 
 
 def test_two_processes_give_the_numbers_of_one(four, tmp_path):
-    runs.train(four, tmp_path / "one", console=False)
+    train(four, tmp_path / "one", console=False)
     first, second = finish(launch(four, tmp_path / "two", 2, 2))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
     report = json.loads((tmp_path / "two" / "report.json").read_text())
@@ -119,8 +120,8 @@ def test_two_processes_give_the_numbers_of_one(four, tmp_path):
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == len(
         (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
     )
-    _, _, one, _ = runs.load_run(tmp_path / "one")
-    _, _, two, _ = runs.load_run(tmp_path / "two")
+    _, _, one, _ = load_run(tmp_path / "one")
+    _, _, two, _ = load_run(tmp_path / "two")
     for name, leaf in trees.flatten(one).items():
         np.testing.assert_allclose(trees.flatten(two)[name], leaf, atol=2e-4, err_msg=name)
 
@@ -150,7 +151,7 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
     processes[1].send_signal(signal.SIGTERM)
     first, _ = finish(processes, 75)
     assert "stopped by a signal after step" in first
-    _, _, _, step = runs.load_run(tmp_path / "run")
+    _, _, _, step = load_run(tmp_path / "run")
     assert 3 < step < 400 and not (tmp_path / "run" / "report.json").exists()
     assert losses(tmp_path / "run")[-1, 0] == step
 
@@ -170,7 +171,7 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
     assert losses(tmp_path / "two")[-1, 0] == step + 3
     finish(launch(four, tmp_path / "whole", 2, 2))
     np.testing.assert_array_equal(losses(tmp_path / "two"), losses(tmp_path / "whole"))
-    assert_trees_equal(runs.load_run(tmp_path / "two")[2], runs.load_run(tmp_path / "whole")[2])
+    assert_trees_equal(load_run(tmp_path / "two")[2], load_run(tmp_path / "whole")[2])
 
 
 def test_what_process_0_refuses_ends_all(four, tmp_path):

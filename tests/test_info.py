@@ -23,7 +23,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.trees import size
 from zflora_jax.experiments.info import describe
-from zflora_jax.experiments.run import train
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 
@@ -262,7 +262,7 @@ def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, c
     conversation.
     """
     from zflora_jax.data.prompts import render
-    from zflora_jax.experiments.run import load_fused
+    from zflora_jax.experiments.restore import load_fused
     from zflora_jax.inference.text import generate
 
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))

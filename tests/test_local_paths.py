@@ -14,11 +14,12 @@ from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.evaluation.scorecard import evaluate, evaluate_tasks
-from zflora_jax.experiments import run as runs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
+from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.grid import run_grid
 from zflora_jax.experiments.quickstart import quickstart
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.reporting.files import local_path
@@ -57,8 +58,8 @@ def test_every_function_that_writes(run):
     model, adapter = tiny_model(), AdapterConfig("lora", rank=4)
     plan = Comparison("plan", run, {"lora": adapter}, (1e-3,), (0,))
     calls = [
-        lambda: runs.train(run, URL),
-        lambda: runs.export_run("nowhere", URL),
+        lambda: train(run, URL),
+        lambda: export_run("nowhere", URL),
         lambda: run_grid(run, {"train.seed": [1]}, URL),
         lambda: compare_methods(plan, URL, "results"),
         lambda: compare_methods(plan, "runs", URL),

@@ -30,7 +30,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import MeshConfig, RunConfig, from_file
 from zflora_jax.experiments import compare, grid
 from zflora_jax.experiments.info import describe
-from zflora_jax.experiments.run import train
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.restore import MANIFEST
@@ -39,8 +39,8 @@ from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.layers import Dense
 from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.parallel import sharding
-from zflora_jax.training.checkpoint import adopt
 from zflora_jax.training.trainer import eval_step, init_state, make_train_step
+from zflora_jax.training.workdir import adopt
 
 RESULTS = Path(__file__).parents[1] / "results"
 LORA = AdapterConfig("lora", rank=4)

@@ -35,8 +35,10 @@ from zflora_jax.core.run_config import (
     TrainConfig,
 )
 from zflora_jax.evaluation.evals import held_out_loss
-from zflora_jax.experiments import run as runs
-from zflora_jax.experiments.run import export_run, held_out, load_fused, load_run
+from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.restore import load_fused, load_run
+from zflora_jax.experiments.setup import held_out
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.beam import beam_decode
@@ -259,7 +261,7 @@ def trained(tmp_path_factory):
             eval=EvalConfig(limit=3, batch_size=2, max_new_tokens=6),
             mesh=MESH,
         )
-        runs.train(run, folder / "run", console=False)
+        train(run, folder / "run", console=False)
         yield folder / "run"
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.reporting import metrics
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
-from zflora_jax.reporting.trackers import require_installed
+from zflora_jax.reporting.trackers import require_trackers
 
 
 def _lines(workdir):
@@ -103,7 +102,7 @@ def test_names_of_the_record_itself_are_refused(tmp_path):
 
 def test_progress_is_periodic_lines_when_stdout_is_no_terminal(tmp_path, capsys, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("zflora_jax.reporting.progress.time.monotonic", lambda: now[0])
     with MetricWriter(tmp_path, total_steps=40) as writer:
         for step in range(1, 41):
             writer.progress(step, loss=1 / step, tokens_per_s=1234.5)
@@ -220,8 +219,8 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_slow(monkeypatc
     with pytest.raises(
         ConfigError, match=r"names 'trackio', which is not installed: pip install trackio"
     ):
-        require_installed(("tensorboard", "trackio"))
-    require_installed(("tensorboard",))
+        require_trackers(("tensorboard", "trackio"))
+    require_trackers(("tensorboard",))
 
 
 def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, monkeypatch, caplog):

@@ -21,15 +21,15 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import OptimConfig, RunConfig
 from zflora_jax.evaluation import scorecard
-from zflora_jax.experiments.run import as_base
+from zflora_jax.experiments.base import as_base
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import MANIFEST
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference import decode, likelihood
 from zflora_jax.inference.beam import beam_decode
 from zflora_jax.nn.llama import _forward, forward
-from zflora_jax.training.checkpoint import adopt, claim
 from zflora_jax.training.trainer import eval_step, init_state, make_train_step
+from zflora_jax.training.workdir import adopt, claim
 
 ADAPTER = AdapterConfig("zflora-uniform", rank=4)
 

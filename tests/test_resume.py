@@ -15,17 +15,17 @@ from support.checks import assert_trees_equal
 
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments import run as runs, run_report
+from zflora_jax.experiments import run_report
+from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training import checkpoint
-from zflora_jax.training.checkpoint import adopt, claim, locked, read_config
-from zflora_jax.training.starts import read_starts
+from zflora_jax.training import workdir as workdirs
+from zflora_jax.training.workdir import adopt, claim, locked, read_config, read_starts
 
 
-def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
-    return runs.train(run, workdir, console=False)
+def quiet_train(run: RunConfig, workdir: Path) -> Trained:
+    return train(run, workdir, console=False)
 
 
 def records(workdir: Path, name: str) -> dict[int, float]:
@@ -122,13 +122,13 @@ def test_another_length_says_what_becomes_of_the_learning_rate(
     run, tmp_path, schedule, steps, words
 ):
     run = override(run, {"optim.schedule": schedule})
-    checkpoint.claim(tmp_path, runs.adopt(tmp_path, run)[0])
+    workdirs.claim(tmp_path, adopt(tmp_path, run)[0])
     adopted, changed = adopt(tmp_path, override(run, {"train.steps": steps, "eval.limit": 3}))
     assert adopted.train.steps == steps and changed == {
         "train.steps": (8, steps),
         "eval.limit": (4, 3),
     }
-    [note] = checkpoint.change_notes(changed, adopted)
+    [note] = workdirs.change_notes(changed, adopted)
     assert words in note and "eval" not in note
 
 
@@ -164,9 +164,10 @@ def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch):
         "device": "another",
         "jax": "another",
     }
-    monkeypatch.setattr(runs, "environment", lambda: elsewhere)
+    monkeypatch.setattr("zflora_jax.experiments.train.environment", lambda: elsewhere)
     monkeypatch.setattr(
-        runs, "held_out_loss", lambda *_, **__: pytest.fail("nothing is to be evaluated")
+        "zflora_jax.experiments.setup.held_out_loss",
+        lambda *_, **__: pytest.fail("nothing is to be evaluated"),
     )
     assert quiet_train(
         override(run, {"train.log_every": 3, "eval.max_new_tokens": 5}), workdir
@@ -178,7 +179,7 @@ def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch):
 def test_changed_evaluation_settings_change_the_loss_alone(run, workdir, monkeypatch, split):
     run = override(run, {"optim.schedule": "constant", "eval.limit": 2, "eval.split": split})
     before = json.loads((workdir / "report.json").read_text())
-    monkeypatch.setattr(runs, "environment", lambda: {"commit": "another"})
+    monkeypatch.setattr("zflora_jax.experiments.train.environment", lambda: {"commit": "another"})
     after = quiet_train(run, workdir).report
     assert after[f"{split}_rows"] == 2 and after[f"{split}_loss"] != before["test_loss"]
     assert after["config"]["eval"]["limit"] == 2
@@ -199,7 +200,7 @@ def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
             "{" if damage == "torn" else json.dumps(before | {"steps": 4, "test_loss": 9.0})
         )
     )
-    monkeypatch.setattr(runs, "environment", lambda: {"commit": "another"})
+    monkeypatch.setattr("zflora_jax.experiments.train.environment", lambda: {"commit": "another"})
     after = quiet_train(run, workdir).report
     assert plain(after) == json.loads(path.read_text())
     lost = {
@@ -224,7 +225,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog,
     def refuse(*_: object) -> None:
         raise OSError(code, "no locks here")
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    monkeypatch.setattr(workdirs.fcntl, "flock", refuse)
     with locked(tmp_path), locked(tmp_path):
         pass
     [record] = caplog.records
@@ -237,7 +238,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog,
 
 def test_a_run_without_locks_is_trained(run, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
-        checkpoint.fcntl,
+        workdirs.fcntl,
         "flock",
         lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "Function not implemented")),
     )
@@ -247,14 +248,14 @@ def test_a_run_without_locks_is_trained(run, tmp_path, monkeypatch, caplog):
 
 def test_other_failures_of_a_lock_keep_their_message(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        checkpoint.fcntl,
+        workdirs.fcntl,
         "flock",
         lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
     )
     with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
         pass
     with pytest.raises(ConfigError, match=r"cannot write to workdir .*Input/output error"):
-        checkpoint.claim(tmp_path, run)
+        workdirs.claim(tmp_path, run)
 
 
 def test_with_dropout_the_micro_batches_stay(run, tmp_path):
@@ -286,13 +287,13 @@ def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):
 
 def test_a_workdir_that_is_taken_meanwhile_is_refused(run, tmp_path, monkeypatch):
     """Between its claim and its lock, by a process that was started at the same moment."""
-    real = runs.claim
+    real = claim
 
     def both_claim(workdir, mine):
         real(workdir, mine)
         real(workdir, override(mine, {"adapter.rank": 2}))
 
-    monkeypatch.setattr(runs, "claim", both_claim)
+    monkeypatch.setattr("zflora_jax.experiments.train.claim", both_claim)
     with pytest.raises(
         ConfigError, match="was taken by a run of another config at the same moment"
     ):

@@ -25,24 +25,30 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
+from zflora_jax.data.pipeline import train_batches
 from zflora_jax.evaluation.scorecard import evaluate
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.base import load_base
+from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.restore import load_fused, load_run
+from zflora_jax.experiments.train import Trained, train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.distributed import Preempted
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training.checkpoint import Checkpoints, read_config
-from zflora_jax.training.trainer import NonFiniteError
+from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.trainer import NonFiniteError, fresh_state, make_train_step
+from zflora_jax.training.workdir import read_config
 
 TESTS = Path(__file__).parent
 
 
-def quiet_train(run: RunConfig, workdir: Path) -> runs.Trained:
-    return runs.train(run, workdir, console=False)
+def quiet_train(run: RunConfig, workdir: Path) -> Trained:
+    return train(run, workdir, console=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,7 +59,7 @@ def test_every_method_learns_and_exports(method, run, tmp_path):
         r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"
     ]
     assert losses[-1] < losses[0] - 0.05
-    report = runs.export_run(tmp_path / "run", tmp_path / "out")
+    report = export_run(tmp_path / "run", tmp_path / "out")
     assert (
         report["top1_agreement"] == 1.0 and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
     )
@@ -62,9 +68,7 @@ def test_every_method_learns_and_exports(method, run, tmp_path):
         forward(load_model(str(tmp_path / "out")), tokens),
         forward(trained.model, tokens, run.adapter, trained.adapters),
     )
-    result = evaluate(
-        run, runs.load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False
-    )
+    result = evaluate(run, load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False)
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert len(rows) == result["rows"] == 4 and 0 <= result["accuracy"] <= 1
     assert {"prompt", "output", "prediction", "answer", "correct"} <= rows[0].keys()
@@ -89,19 +93,17 @@ def test_the_loss_does_not_depend_on_accumulation(run, tmp_path):
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
 
 
-def state_of(workdir: Path, run: RunConfig, model: runs.Model) -> trees.Tree:
+def state_of(workdir: Path, run: RunConfig, model: Model) -> trees.Tree:
     with Checkpoints(workdir, create=False) as checkpoints:
-        state, _ = checkpoints.restore(jax.eval_shape(lambda: runs._fresh_state(run, model)))
+        state, _ = checkpoints.restore(jax.eval_shape(lambda: fresh_state(run, model)))
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes]:
     """`run` trained by a process of its own, compiled as in this one (conftest.py)."""
     program = (
-        "import sys, json; from zflora_jax.core import fields, run_config;"
-        " from zflora_jax.experiments import run;"
-        " run.train(fields.from_dict(run_config.RunConfig, json.loads(sys.argv[1])), sys.argv[2],"
-        " console=False)"
+        "import sys, json, zflora_jax as zf; from zflora_jax.core.fields import from_dict;"
+        " zf.train(from_dict(zf.RunConfig, json.loads(sys.argv[1])), sys.argv[2], console=False)"
     )
     env = os.environ | {
         "PYTHONPATH": str(TESTS.parent),
@@ -138,9 +140,13 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     starts = [
         json.loads(line) for line in (tmp_path / "killed" / "starts.jsonl").read_text().splitlines()
     ]
-    assert [start["step"] for start in starts] == [0, resumed_from]
-    assert starts[1]["jax"] == jax.__version__
-    model = runs.load_base(run)
+    assert (
+        len(starts) == 3
+        and starts[0]["step"] == 0
+        and starts[2]["step"] == resumed_from
+        and starts[2]["jax"] == jax.__version__
+    )
+    model = load_base(run)
     assert_trees_equal(
         state_of(tmp_path / "killed", run, model), state_of(tmp_path / "whole", run, model)
     )
@@ -166,7 +172,7 @@ def finished_run(base_dir, tmp_path_factory):
 def finished(finished_run, tmp_path):
     """A copy of a run that has ended, and its adapters."""
     shutil.copytree(finished_run, tmp_path / "run")
-    return tmp_path / "run", runs.load_run(finished_run)[2]
+    return tmp_path / "run", load_run(finished_run)[2]
 
 
 def test_a_finished_run_is_loaded_not_trained(run, finished, caplog):
@@ -205,14 +211,14 @@ def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
 
 
 def test_late_batches_are_waited_for_and_counted(run, tmp_path, monkeypatch):
-    batches = runs.train_batches
+    batches = train_batches
 
     def late(*args):
         for batch in batches(*args):
             time.sleep(0.3)
             yield batch
 
-    monkeypatch.setattr(runs, "train_batches", late)
+    monkeypatch.setattr("zflora_jax.experiments.train.train_batches", late)
     assert 0.5 < quiet_train(run, tmp_path).report["data_wait_share"] <= 1
 
 
@@ -234,14 +240,14 @@ def test_another_base_is_refused(finished, base_dir, tmp_path):
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace(base_dir, str(tmp_path / "other")))
     with pytest.raises(ConfigError, match="was trained on another base"):
-        runs.load_run(tmp_path / "run")
+        load_run(tmp_path / "run")
 
 
 def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(
     run, tmp_path, monkeypatch
 ):
     """A batch that makes the loss NaN at step 6: steps 1 to 5 were good, step 4 was saved."""
-    real = runs.make_train_step
+    real = make_train_step
 
     def poisoned(*args, **kwargs):
         step = real(*args, **kwargs)
@@ -256,20 +262,20 @@ def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(
 
         return run_step
 
-    monkeypatch.setattr(runs, "make_train_step", poisoned)
+    monkeypatch.setattr("zflora_jax.experiments.train.make_train_step", poisoned)
     with pytest.raises(NonFiniteError, match="loss is nan at step 6"):
         quiet_train(run, tmp_path)
     monkeypatch.undo()
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.latest == 4
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(runs.load_run(tmp_path)[2]))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(load_run(tmp_path)[2]))
     assert quiet_train(run, tmp_path).report["resumed_from"] == 4
 
 
 def test_lora_run_exports_to_peft_and_back(run, base_dir, tmp_path):
     run = override(run, {"adapter.method": "lora", "train.steps": 4})
     trained = quiet_train(run, tmp_path / "run")
-    runs.export_run(tmp_path / "run", tmp_path / "peft", format="peft")
+    export_run(tmp_path / "run", tmp_path / "peft", format="peft")
     adapter, adapters = load_peft(tmp_path / "peft", load_model(base_dir))
     assert adapter.scale == run.adapter.scale
     assert_trees_equal(adapters, trained.adapters)
@@ -319,7 +325,7 @@ def test_two_processes_on_one_workdir(run, tmp_path):
 @contextmanager
 def locked_by_another_process(workdir: Path):
     program = (
-        "import sys, time; from zflora_jax.training.checkpoint import locked\nwith"
+        "import sys, time; from zflora_jax.training.workdir import locked\nwith"
         " locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     )
     env = os.environ | {"PYTHONPATH": str(TESTS.parent)}
@@ -336,7 +342,7 @@ def locked_by_another_process(workdir: Path):
 
 def test_an_export_with_widened_streams_is_no_base(run, tmp_path):
     quiet_train(override(run, {"train.steps": 3}), tmp_path / "run")
-    runs.export_run(tmp_path / "run", tmp_path / "out")
+    export_run(tmp_path / "run", tmp_path / "out")
     with pytest.raises(ConfigError, match="zflora-minimal fused in"):
         quiet_train(override(run, {"model": str(tmp_path / "out")}), tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -350,7 +356,7 @@ def test_bad_targets_claim_no_workdir(run, tmp_path):
 
 def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(run, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    real = runs.make_train_step
+    real = make_train_step
 
     def signalled(*args, **kwargs):
         step = real(*args, **kwargs)
@@ -363,12 +369,12 @@ def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(run, tmp_pa
 
         return run_step
 
-    monkeypatch.setattr(runs, "make_train_step", signalled)
+    monkeypatch.setattr("zflora_jax.experiments.train.make_train_step", signalled)
     with pytest.raises(Preempted, match="stopped by a signal after step 3 of 8, which is saved in"):
         quiet_train(run, tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     monkeypatch.undo()
-    assert runs.load_run(tmp_path)[3] == 3
+    assert load_run(tmp_path)[3] == 3
     assert quiet_train(run, tmp_path).report["resumed_from"] == 3
 
 
@@ -376,13 +382,13 @@ def test_signals_wait_until_the_last_checkpoint_is_written(run, tmp_path, monkey
     """SIGTERM when the last save may still be being written: it is finished, and the run is not
     ended half-way.
     """
-    real = runs.Checkpoints.__exit__
+    real = Checkpoints.__exit__
 
     def signalled(self, *error):
         os.kill(os.getpid(), signal.SIGTERM)
         real(self, *error)
 
-    monkeypatch.setattr(runs.Checkpoints, "__exit__", signalled)
+    monkeypatch.setattr(Checkpoints, "__exit__", signalled)
     assert quiet_train(run, tmp_path).report["steps"] == 8
     monkeypatch.undo()
-    assert runs.load_run(tmp_path)[3] == 8
+    assert load_run(tmp_path)[3] == 8

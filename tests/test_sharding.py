@@ -31,10 +31,12 @@ from zflora_jax.core.run_config import (
     RunConfig,
     TrainConfig,
 )
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.restore import load_run
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.save import save_hf
 from zflora_jax.parallel import sharding
 from zflora_jax.reporting.metrics import read_metrics
+from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.trainer import init_state, make_train_step
 
 MESHES = [
@@ -251,9 +253,9 @@ def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
     def losses(path):
         return [r["loss"] for r in read_metrics(path / "metrics.jsonl") if r["split"] == "train"]
 
-    runs.train(whole, tmp_path / "one", console=False)
+    train(whole, tmp_path / "one", console=False)
     meshed = dataclasses.replace(whole, mesh=MeshConfig(data=2, tensor=2))
-    real = runs.Checkpoints.save
+    real = Checkpoints.save
 
     def stop(self, step, state, meta, loss=None):
         real(self, step, state, meta, loss)
@@ -263,13 +265,13 @@ def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
 
     saved: list = []
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Checkpoints, "save", stop)
+        patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            runs.train(meshed, tmp_path / "many", console=False)
-    restored = runs.load_run(tmp_path / "many")
+            train(meshed, tmp_path / "many", console=False)
+    restored = load_run(tmp_path / "many")
     assert restored[3] == 2
     assert_trees_equal(restored[2], saved[0].adapters)
-    trained = runs.train(
+    trained = train(
         dataclasses.replace(whole, mesh=MeshConfig(fsdp=4)), tmp_path / "many", console=False
     )
     assert trained.report["resumed_from"] == 2
@@ -282,7 +284,7 @@ def test_too_few_devices_are_said_before_a_model_is_looked_for(tmp_path):
         model=str(tmp_path / "none"), data=DataConfig(batch_size=64), mesh=MeshConfig(data=64)
     )
     with pytest.raises(ConfigError, match="needs 64 devices; there are 8"):
-        runs.train(run, tmp_path / "w")
+        train(run, tmp_path / "w")
 
 
 def test_without_a_mesh_nothing_is_constrained():

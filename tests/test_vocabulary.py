@@ -26,7 +26,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import DataConfig, MeshConfig
 from zflora_jax.data.pipeline import tokenize_examples
 from zflora_jax.data.tasks import Example
-from zflora_jax.experiments import run as runs
+from zflora_jax.experiments.base import load_base
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
@@ -68,17 +69,17 @@ def model() -> Model:
 
 def test_training_data_beyond_the_embedding_is_refused(run, tmp_path):
     """Before anything is trained or claimed; it was "the loss is nan at step 1"."""
-    base = runs.load_base(run)
+    base = load_base(run)
     base.tokenizer = wider_tokenizer()
     with pytest.raises(
         ConfigError,
         match=r"tokens were set on it, more than the embedding has rows: see zf\.resize_vocab\.",
     ):
-        runs.train(run, tmp_path / "run", model=base, console=False)
+        train(run, tmp_path / "run", model=base, console=False)
     save_hf(tmp_path / "base", base)
     run = override(run, {"model": str(tmp_path / "base")})
     with pytest.raises(ConfigError, match=f"the tokenised data holds {REFUSED}"):
-        runs.train(run, tmp_path / "run", console=False)
+        train(run, tmp_path / "run", console=False)
     assert not (tmp_path / "run").exists()
 
 

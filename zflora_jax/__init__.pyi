@@ -24,9 +24,11 @@ from .evaluation.export_gap import export_gap as export_gap
 from .evaluation.scorecard import evaluate as evaluate, evaluate_tasks as evaluate_tasks
 from .experiments.compare import compare_methods as compare_methods
 from .experiments.comparison import Comparison as Comparison
+from .experiments.export import export_run as export_run
 from .experiments.grid import Grid as Grid, run_grid as run_grid, sweep as sweep
 from .experiments.info import describe as describe
-from .experiments.run import export_run as export_run, load_run as load_run, train as train
+from .experiments.restore import load_run as load_run
+from .experiments.train import train as train
 from .hf.load import load_model as load_model
 from .hf.peft import load_peft as load_peft, save_peft as save_peft
 from .hf.save import save_hf as save_hf

@@ -26,7 +26,7 @@ def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> in
     from zflora_jax.core.fields import from_dict
     from zflora_jax.core.run_config import RunConfig
     from zflora_jax.data import pipeline
-    from zflora_jax.experiments import run
+    from zflora_jax.experiments import train as whole_run
     from zflora_jax.parallel import distributed
 
     what: dict[str, Any] = json.loads(fault)
@@ -48,7 +48,7 @@ def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> in
 
         patch.setattr(distributed.StopSignals, "requested", signalled)
     if "poison" in what:
-        make = run.make_train_step
+        make = whole_run.make_train_step
 
         def poisoned(*args: Any, **settings: Any) -> Any:
             step = make(*args, **settings)
@@ -78,7 +78,7 @@ def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> in
 
             return one
 
-        patch.setattr(run, "make_train_step", poisoned)
+        patch.setattr(whole_run, "make_train_step", poisoned)
     if "crash_data_at" in what:
         pad, made = pipeline.pad, [0]
 
@@ -91,7 +91,7 @@ def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> in
         patch.setattr(pipeline, "pad", crashing)
 
     def train(_: Any) -> None:
-        run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
+        whole_run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
 
     patch.setattr(commands, "train", train)
     return cli.main(["train", "--config", "-", "--workdir", workdir])

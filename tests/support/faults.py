@@ -34,9 +34,10 @@ from support import fault_driver
 from zflora_jax.core import trees
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.run import _fresh_state, load_base
+from zflora_jax.experiments.base import load_base
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.trainer import fresh_state
 
 TESTS = Path(__file__).parents[1]
 PATIENCE = 300  # seconds that any one process may take
@@ -128,7 +129,7 @@ class Lab:
         """A fingerprint of all that the newest checkpoint holds."""
         model = load_base(self.run)
         with Checkpoints(workdir, create=False) as checkpoints:
-            state, _ = checkpoints.restore(jax.eval_shape(lambda: _fresh_state(self.run, model)))
+            state, _ = checkpoints.restore(jax.eval_shape(lambda: fresh_state(self.run, model)))
         return trees.fingerprint({str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))})
 
     @staticmethod

@@ -122,9 +122,9 @@ def print_table(values: dict[str, Any], title: str) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    from zflora_jax.experiments.run import train
+    from zflora_jax.experiments.train import train
     from zflora_jax.parallel import distributed
-    from zflora_jax.training.checkpoint import read_config
+    from zflora_jax.training.workdir import read_config
 
     distributed.start(
         args.coordinator, args.num_processes, args.process_id, detect=args.distributed
@@ -146,10 +146,10 @@ def eval(args: argparse.Namespace) -> None:
     from zflora_jax.data.mixture import TrainedOn, parse_mixture, source_splits
     from zflora_jax.data.tasks import GROUPS
     from zflora_jax.evaluation.scorecard import check_tasks, evaluate_tasks, summary_page
-    from zflora_jax.experiments.run import load_fused
+    from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.load import load_model
     from zflora_jax.parallel.compile_cache import compile_cache
-    from zflora_jax.training.checkpoint import read_config
+    from zflora_jax.training.workdir import read_config
 
     given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
     changes: dict[str, Any] = _changes(args.set) | {
@@ -259,8 +259,8 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from zflora_jax.experiments.run import export_run
-    from zflora_jax.training.checkpoint import read_config
+    from zflora_jax.experiments.export import export_run
+    from zflora_jax.training.workdir import read_config
 
     require(
         args.eps is None or args.format == "hf",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def generate(args: argparse.Namespace) -> None:
     from zflora_jax.inference.sampling import Sampler
     from zflora_jax.parallel.compile_cache import compile_cache
-    from zflora_jax.training.checkpoint import read_config
+    from zflora_jax.training.workdir import read_config
 
     require(
         not (args.plain and args.system),
@@ -127,10 +127,10 @@ def _generate(
 def _model_of(args: argparse.Namespace) -> Model:
     """What --workdir or --model, with --adapter, name."""
     from zflora_jax.adapters.fuse import fuse
-    from zflora_jax.experiments.run import load_fused
+    from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft
-    from zflora_jax.training.checkpoint import read_config
+    from zflora_jax.training.workdir import read_config
 
     mesh = mesh_asked(args.set, read_config(args.workdir) if args.workdir else None)
     if args.workdir:

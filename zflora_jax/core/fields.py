@@ -91,11 +91,10 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
-        if typing.get_origin(args[0]) is Literal and isinstance(
-            value, str
-        ):  # names need no quotes: a,b or [a, b]
+        names = args[0] is str or typing.get_origin(args[0]) is Literal
+        if names and isinstance(value, str):  # names need no quotes: a,b or [a, b]
             value = [part.strip(" '\"") for part in value.strip("[]() ").split(",") if part.strip()]
-        kind = getattr(args[0], "__name__", "names")
+        kind = "names" if names else args[0].__name__
         require(
             isinstance(value, list | tuple),
             f"{name}={value!r}: expected a list of {kind}, written as [{value}].",

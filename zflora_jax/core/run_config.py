@@ -92,7 +92,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up, then a decay to `final_lr_fraction` of the peak.
+    """An optimizer with warm-up, then a decay to `final_lr_fraction` of the peak.
 
     loraplus_ratio: learning rate of the blocks that write to the base's channels (lora_b, backward)
     over that of the others (LoRA+, Hayou et al. 2024; carried over to the zFLoRA methods by this
@@ -109,6 +109,9 @@ class OptimConfig:
     eps: float = 1e-8
     clip_norm: float | None = 1.0
     loraplus_ratio: float = 1.0
+    # adamw, lion, adafactor or sgd: a row of training.optim.OPTIMIZERS. b1 and b2 are of adamw and
+    # lion, b1 is the momentum of sgd, and eps is of adamw.
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -162,8 +165,8 @@ class TrainConfig:
     save_every: int | None = 50  # None: at the end only
     max_to_keep: int = 2  # the newest checkpoints
     keep_best: bool = False  # and the one with the lowest validation loss
-    # Besides metrics.jsonl.
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    # Besides metrics.jsonl: tensorboard, wandb, trackio, the rows of reporting.trackers.TRACKERS.
+    report_to: tuple[str, ...] = ("tensorboard",)
     # Of float32 products, in training, evaluation and decode alike. TPUs and GPUs with TF32 round
     # their operands at "default", which is what jax is set to; "highest" is float32 throughout.
     matmul_precision: Precision = "default"

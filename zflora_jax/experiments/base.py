@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.adapter_config import METHODS
@@ -19,16 +20,23 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.hf.gguf import build_tokenizer, open_gguf, read_config
 from zflora_jax.hf.keys import CheckpointError
-from zflora_jax.hf.load import HUB_IDS, load_tokenizer, locate, model_config
+from zflora_jax.hf.load import HUB_IDS, load_model, load_tokenizer, locate, model_config
 from zflora_jax.hf.tokenizer import tokenizer_state
 from zflora_jax.inference.text import stop_as_trained
 
 log = logging.getLogger(__name__)
 
 
+def load_base(run: RunConfig, mesh: Mesh | None = None) -> Model:
+    """The base of `run` in its dtype, divided over `mesh` if one is given; see `as_base`."""
+    return as_base(run, load_model(run.model, dtype=run.train.dtype, mesh=mesh))
+
+
 def as_base(run: RunConfig, model: Model) -> Model:
-    """`model`, loaded here or given, as the base of `run`: with its remat and matmul_precision, and
-    stopping where the run trains answers to end.
+    """`model`, loaded here or given, as the base of `run`.
+
+    It gets the remat and matmul_precision of the run, and stops where the run trains answers to
+    end.
 
     Raises:
       ConfigError: a model that is packed or has a tree per layer, has an adapter fused in that
@@ -72,12 +80,12 @@ def as_base(run: RunConfig, model: Model) -> Model:
 def given_base(run: RunConfig, model: Model) -> Model:
     """`as_base` of a model that the caller has in memory.
 
-    It must be what run.model names: what the run trains is loaded with that later.
+    It must be the model that run.model names, because evaluation and export load that one later. A
+    model that was loaded from elsewhere, or made in memory, gets a warning.
 
     Raises:
-      ConfigError: as for `as_base`; or an adapter is merged into the model, it was resized, or its
-        tokenizer was changed, and so it is not what run.model holds. A model that comes from
-        elsewhere, or was made in memory, is warned of.
+      ConfigError: as for `as_base`; or the model is not the one that run.model names, since an
+        adapter is merged into it, it was resized, or its tokenizer was changed.
     """
     advice = "Save it with zf.save_hf(DIR, model), and train with run.model=DIR."
     base = as_base(run, model)

@@ -29,15 +29,17 @@ from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evaluation.evals import held_out_loss
 from zflora_jax.evaluation.scorecard import evaluate_tasks
+from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.compare_page import comparison_page, score_fields
 from zflora_jax.experiments.comparison import BASE, Comparison, Result, untuned
-from zflora_jax.experiments.run import Trained, held_out, load_base, train
+from zflora_jax.experiments.setup import held_out
+from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import atomic_write, local_path, write_json
 from zflora_jax.reporting.plots import grouped_bars
 from zflora_jax.reporting.provenance import environment
-from zflora_jax.training.checkpoint import FREE, BusyError, locked
 from zflora_jax.training.trainer import NonFiniteError
+from zflora_jax.training.workdir import FREE, BusyError, locked
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, from_file
 from zflora_jax.data.dates import dated
 from zflora_jax.experiments.base import as_base
-from zflora_jax.experiments.run import Trained, train
+from zflora_jax.experiments.train import Trained, train
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache

@@ -21,7 +21,7 @@ from zflora_jax.hf.peft import CONFIG, WEIGHTS
 from zflora_jax.hf.restore import MANIFEST, read_manifest
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.reporting.metrics import METRICS_FILE, read_metrics
-from zflora_jax.training.checkpoint import read_config
+from zflora_jax.training.workdir import read_config
 
 Facts = dict[str, Any]
 

@@ -87,7 +87,7 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
         "gradients": (
             trainable * (2 if run.data.grad_accum_steps > 1 else 1)
         ),  # of this micro-batch, and the sum over them
-        "optimizer": 2 * trainable,
+        "optimizer": _optimizer_state(run, config, mesh),
         "activations": _activations(run, config),
         "working set": _working_set(run, config, mesh),
     }
@@ -111,6 +111,19 @@ def _local(shapes: Mapping[str, tuple[int, ...]], mesh: Any, width: int) -> int:
         parts = math.prod(mesh.shape[axis] for axis in spec(name, shape, mesh) if axis is not None)
         total += math.prod(shape) * width // parts
     return total
+
+
+def _optimizer_state(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
+    """Bytes of one device's part of the optimizer's state, without its counters."""
+    _, adapters, _ = _abstract(run, config, 1)
+    state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
+    where = state_shardings(state, mesh).opt_state
+    leaves = zip(*map(jax.tree.leaves, (state.opt_state, where)), strict=True)
+    return sum(
+        math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, at in leaves
+        if leaf.shape
+    )
 
 
 def _local_rows(run: RunConfig) -> int:

@@ -17,7 +17,10 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.evaluation.scorecard import evaluate
-from zflora_jax.experiments.run import Trained, export_run, held_out, load_base, train
+from zflora_jax.experiments.base import load_base
+from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.setup import held_out
+from zflora_jax.experiments.train import Trained, train
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import atomic_write, local_path, write_json
@@ -25,7 +28,7 @@ from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
 from zflora_jax.reporting.provenance import device_line, environment
 from zflora_jax.reporting.tables import markdown_table
-from zflora_jax.training.checkpoint import adopt
+from zflora_jax.training.workdir import adopt
 
 SAMPLES = 3
 # Of the logit scale (CONTRIBUTING.md, "Tolerances"); bfloat16 promises nothing.

@@ -1,4 +1,4 @@
-"""report.json: what a run has come to. Written when training ends, and kept as it is when the
+"""report.json: the outcome of a run. It is written when training ends, and stays as it is when the
 finished run is run again.
 """
 
@@ -9,89 +9,137 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from zflora_jax.adapters.methods import count_params
+from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments.setup import Setup
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json
-from zflora_jax.training.starts import read_starts
+from zflora_jax.training.workdir import read_starts
 
 REPORT_FILE = "report.json"
 Report = dict[str, Any]
 
 
-def loss_fields(run: RunConfig, final: Mapping[str, float]) -> Report:
-    """The held-out loss of `evals.held_out_loss` under the names that the report has for it."""
-    return {f"{run.eval.split}_loss": final["loss"], f"{run.eval.split}_rows": int(final["rows"])}
+def read_report(workdir: str | Path) -> Report | None:
+    """The report of the run in `workdir`, None if it is missing or damaged."""
+    try:
+        found = json.loads((Path(workdir) / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None
+
+
+def write_report(workdir: Path, report: Report) -> Report:
+    """Write `report`, in the process that writes. Returns it."""
+    if distributed.is_main():
+        write_json(workdir / REPORT_FILE, report)
+    return report
+
+
+def new_report(
+    setup: Setup,
+    workdir: Path,
+    first: int,
+    loss: Mapping[str, float],
+    env: Report,
+    timings: Mapping[str, float | None],
+) -> Report:
+    """Write the report of a run that was trained to its end.
+
+    Args:
+      setup: base and data of the run.
+      workdir: where report.json goes.
+      first: the step that this start went on from.
+      loss: the held-out loss after the last step, see `evals.held_out_loss`.
+      env: of this process, see `provenance.environment`.
+      timings: in seconds, and data_wait_share.
+    """
+    return write_report(
+        workdir,
+        {
+            **_facts(setup),
+            "steps": setup.run.train.steps,
+            "resumed_from": first,
+            **_loss_fields(setup.run, loss),
+            **timings,
+            "processes": jax.process_count(),
+            "environment": env,
+        },
+    )
 
 
 def finished_report(
-    run: RunConfig,
+    setup: Setup,
     workdir: Path,
-    facts: Report,
     seconds: float,
     env: Report,
     evaluate: Callable[[], Mapping[str, float]],
 ) -> Report:
-    """The report of a finished run that is run again; every process of a run of several calls this.
+    """The report of a finished run that is run again. Every process of the run calls this.
 
-    The one that is there keeps commit, device, date and timings. The loss alone is made anew, where
-    eval.split or eval.limit have changed. A report that is missing, damaged or of fewer steps is
-    written again, with the environment that the last start of training recorded.
+    The report that is there keeps its commit, device, date and timings. Its held-out loss is
+    computed again if eval.split or eval.limit have changed. A report that is missing, damaged or of
+    fewer steps is written again, with the environment that the last start of training recorded.
 
     Args:
-      facts: what the report says of base, adapter and data. seconds: of training, as the last
-        checkpoint has them.
-      env: of this process, where no start was recorded. evaluate: the held-out loss, see
-        `loss_fields`.
+      setup: base and data of the run.
+      workdir: of the run.
+      seconds: of training, as the last checkpoint has them.
+      env: of this process, for a run that recorded no start.
+      evaluate: gives the held-out loss, see `evals.held_out_loss`.
     """
-    path = workdir / REPORT_FILE
-    stored = _read(path)
-    if stored is None or any(
-        stored.get(key) != value
-        for key, value in {"steps": run.train.steps, **_identity(facts)}.items()
-    ):
+    run, stored = setup.run, read_report(workdir)
+    identity = {"steps": run.train.steps, **setup.fingerprints}
+    if stored is None or any(stored.get(key) != value for key, value in identity.items()):
         trained = [
             start
             for start in read_starts(workdir)
             if start.get("step", run.train.steps) < run.train.steps
         ]
         start = trained[-1] if trained else env
-        origin = {
+        report = {
+            **_facts(setup),
             "steps": run.train.steps,
             "resumed_from": run.train.steps,
             "processes": start.get("processes", 1),
+            "seconds": seconds,
+            "environment": {
+                key: value
+                for key, value in start.items()
+                if key not in ("step", "changed", "processes")
+            },
+            **_loss_fields(run, evaluate()),
         }
-        environment = {
-            key: value
-            for key, value in start.items()
-            if key not in ("step", "changed", "processes")
-        }
-        report = (
-            facts
-            | origin
-            | {"seconds": seconds, "environment": environment}
-            | loss_fields(run, evaluate())
-        )
-    else:
-        now, then = to_dict(run.eval), stored["config"]["eval"]
-        same = all(now[key] == then.get(key) for key in ("split", "limit"))
-        if same and stored.get(f"{run.eval.split}_loss") is not None:
-            return stored
-        report = (
-            stored | loss_fields(run, evaluate()) | {"config": stored["config"] | {"eval": now}}
-        )
-    if distributed.is_main():
-        write_json(path, report)
-    return report
+        return write_report(workdir, report)
+    now, then = to_dict(run.eval), stored["config"]["eval"]
+    same = all(now[key] == then.get(key) for key in ("split", "limit"))
+    if same and stored.get(f"{run.eval.split}_loss") is not None:
+        return stored
+    config = stored["config"] | {"eval": now}
+    return write_report(workdir, stored | _loss_fields(run, evaluate()) | {"config": config})
 
 
-def _identity(facts: Report) -> Report:
-    return {key: facts[key] for key in ("base_fingerprint", "data_fingerprint")}
+def _facts(setup: Setup) -> Report:
+    """What the report says of settings, base, adapter and data."""
+    run = setup.run
+    return {
+        "method": run.adapter.method,
+        "params_base": count_base(setup.model.config),
+        "params_trainable": count_params(setup.model.config, run.adapter),
+        "train_rows": setup.examples,
+        "train_rows_dropped": setup.train_set.dropped,
+        "train_documents_cut": setup.train_set.truncated,
+        "train_rows_packed": len(setup.train_set) if run.data.packing else None,
+        "train_on_prompt": run.data.train_on_prompt,
+        **setup.fingerprints,
+        "config": to_dict(run),
+    }
 
 
-def _read(path: Path) -> Report | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None
+def _loss_fields(run: RunConfig, loss: Mapping[str, float]) -> Report:
+    """The held-out loss under the names that the report has for it."""
+    return {f"{run.eval.split}_loss": loss["loss"], f"{run.eval.split}_rows": int(loss["rows"])}

@@ -223,15 +223,17 @@ def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Shardings for a TrainState of arrays or ShapeDtypeStructs: adapters and their optimizer
-    moments by the rules, scalars on all devices.
+    """Shardings for a TrainState of arrays or ShapeDtypeStructs.
+
+    Adapters, and optimizer state of their shapes, are divided by the rules. Scalars, and optimizer
+    state of other shapes (as Adafactor's sums over rows and columns), are whole on all devices.
     """
+    shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(state.adapters).items()}
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return NamedSharding(
-            mesh, spec("/".join(names), tuple(leaf.shape), mesh) if leaf.shape else P()
-        )
+        name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        divided = tuple(leaf.shape) == shapes.get(name)
+        return NamedSharding(mesh, spec(name, shapes[name], mesh) if divided else P())
 
     return jax.tree_util.tree_map_with_path(place, state)
 

@@ -1,8 +1,7 @@
-"""Where a run's numbers are shown: TensorBoard events, Weights & Biases, trackio. Each takes (step,
-{name: number}) and closes.
+"""Trackers show a run's numbers elsewhere: TensorBoard, Weights & Biases, trackio.
 
-The last two are optional packages with one interface, wandb's. metrics.jsonl (see `metrics`) is the
-record; what is here can be lost without loss.
+A tracker is a class with the methods of `Tracker` and a row in `TRACKERS`, at the end of this file.
+The record of a run is metrics.jsonl (see `metrics`), so a tracker may fail without loss.
 """
 
 from __future__ import annotations
@@ -13,58 +12,41 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.reporting.files import atomic_write
 
 TENSORBOARD_DIR, RUN_ID = "tensorboard", "tracker_id"
 PROJECT = "zflora_jax"  # WANDB_PROJECT and TRACKIO_PROJECT name another one
-OPTIONAL = ("wandb", "trackio")
 
 
 class Tracker(Protocol):
+    """Shows the numbers of one run; see `make_trackers` for its arguments.
+
+    Attributes:
+      package: the optional package that it needs, "" if it needs none.
+    """
+
+    package: ClassVar[str]
+
+    def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None: ...
     def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
-
-
-def require_installed(names: Sequence[str]) -> None:
-    """ConfigError for a tracker whose package is missing, before anything slow."""
-    for name in names:
-        if name in OPTIONAL and importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"train.report_to names {name!r}, which is not installed: pip install {name}, or"
-                " leave it out of train.report_to."
-            )
-
-
-def make_trackers(
-    names: Sequence[str], workdir: Path, start_step: int, config: Mapping[str, Any]
-) -> list[Tracker]:
-    """A tracker per name. start_step: the step restored from a checkpoint. config: what the run is
-    shown with.
-    """
-    return [
-        (
-            TensorBoard(workdir, start_step)
-            if name == "tensorboard"
-            else WandbLike(name, workdir, start_step, config)
-        )
-        for name in names
-    ]
 
 
 class TensorBoard:
     """Events in <workdir>/tensorboard."""
 
-    def __init__(self, workdir: Path, start_step: int) -> None:
+    package: ClassVar[str] = ""
+
+    def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
         self._events = SummaryWriter(
             str(workdir / TENSORBOARD_DIR),
-            purge_step=(
-                start_step + 1 if start_step else 0
-            ),  # TensorBoard hides earlier events from this step on
+            # TensorBoard hides earlier events from this step on.
+            purge_step=start_step + 1 if start_step else 0,
             # File names count whole seconds: a quick restart would overwrite its predecessor's
             filename_suffix=f".{start_step}",
             flush_secs=10,
@@ -78,16 +60,16 @@ class TensorBoard:
         self._events.close()
 
 
-class WandbLike:
-    """wandb, or trackio, which has its interface. A resumed run goes on in the same place; keys,
-    entities, spaces and offline mode are set by the package's own environment variables
-    (WANDB_MODE=offline, TRACKIO_SPACE_ID, ...).
+class _WandbLike:
+    """Packages with wandb's interface. A resumed run goes on in the same place. Keys, entities,
+    spaces and offline mode are set by the package's own environment variables (WANDB_MODE=offline,
+    TRACKIO_SPACE_ID, ...).
     """
 
-    def __init__(
-        self, package: str, workdir: Path, start_step: int, config: Mapping[str, Any]
-    ) -> None:
-        module = importlib.import_module(package)
+    package: ClassVar[str]
+
+    def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None:
+        module = importlib.import_module(self.package)
         remembered = workdir / RUN_ID
         if start_step == 0 or not remembered.is_file():  # a run from the start is another run
             atomic_write(remembered, secrets.token_hex(4).encode())
@@ -96,34 +78,84 @@ class WandbLike:
             "name": f"{workdir.resolve().name}-{identity}",
             "config": dict(config),
             "resume": "allow",
+            **self._settings(workdir, identity),
         }
-        if package == "wandb":
-            # Runs of a sweep may train side by side.
-            settings |= {
-                "id": identity,
-                "dir": str(workdir),
-                "reinit": "create_new",
-            }
+        project = os.environ.get(f"{self.package.upper()}_PROJECT", PROJECT)
         try:
-            self._run = module.init(
-                project=os.environ.get(f"{package.upper()}_PROJECT", PROJECT), **settings
-            )
+            self._run = module.init(project=project, **settings)
         except Exception as error:  # each has its own: no key, no network, ...
             raise ConfigError(
-                f"train.report_to: {package} did not start: {error} (WANDB_MODE=offline keeps"
+                f"train.report_to: {self.package} did not start: {error} (WANDB_MODE=offline keeps"
                 " wandb's files local)."
             ) from error
-        self._stepped = package == "wandb"
-        if (
-            self._stepped
-        ):  # wandb's own step never goes back, as a run does that resumes from its last checkpoint
-            self._run.define_metric("*", step_metric="step")
+
+    def _settings(self, workdir: Path, identity: str) -> dict[str, Any]:
+        return {}
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        if self._stepped:
-            self._run.log({**numbers, "step": step})
-        else:
-            self._run.log(dict(numbers), step=step)
+        self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+class Trackio(_WandbLike):
+    """trackio."""
+
+    package: ClassVar[str] = "trackio"
+
+
+class Wandb(_WandbLike):
+    """Weights & Biases."""
+
+    package: ClassVar[str] = "wandb"
+
+    def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None:
+        super().__init__(workdir, start_step, config)
+        # wandb's own step never goes back, but that of a run resumed from its checkpoint may.
+        self._run.define_metric("*", step_metric="step")
+
+    def _settings(self, workdir: Path, identity: str) -> dict[str, Any]:
+        # "create_new", as runs of a sweep may train side by side.
+        return {"id": identity, "dir": str(workdir), "reinit": "create_new"}
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({**numbers, "step": step})
+
+
+TRACKERS: dict[str, type[Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+}
+"""The trackers by the names that train.report_to has for them."""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that cannot be used, before anything slow.
+
+    Raises:
+      ConfigError: a name has no row in `TRACKERS`, or its package is missing.
+    """
+    for i, name in enumerate(names):
+        require(name in TRACKERS, f"train.report_to[{i}]={name!r}: {nearest(name, TRACKERS)}.")
+        package = TRACKERS[name].package
+        require(
+            not package or importlib.util.find_spec(package) is not None,
+            f"train.report_to names {name!r}, which is not installed: pip install {package}, or"
+            " leave it out of train.report_to.",
+        )
+
+
+def make_trackers(
+    names: Sequence[str], workdir: Path, start_step: int, config: Mapping[str, Any]
+) -> list[Tracker]:
+    """A tracker for each name.
+
+    Args:
+      names: rows of `TRACKERS`.
+      workdir: directory of the run.
+      start_step: the step restored from a checkpoint, 0 for a run from the start.
+      config: settings that are shown beside the numbers.
+    """
+    return [TRACKERS[name](workdir, start_step, config) for name in names]

@@ -1,252 +1,28 @@
-"""A run's directory: its config, and orbax checkpoints of adapters, optimizer, step and data
-position.
+"""Checkpoints of a run: adapters, optimizer, step and data position, each save verified by a
+checksum.
 
-Layout: config.json (the RunConfig, written before the first step), checkpoints/<step>/ (orbax; one
-item "state", one item "meta"). The frozen base is not saved; its fingerprint is. Resume order:
-config.json must agree, then the base's fingerprint, then the newest checkpoint's state replaces the
-fresh one.
+Layout: checkpoints/<step>/ (orbax; one item "state", one item "meta"). The frozen base is not
+saved; its fingerprint is in "meta". Which settings may go on from a checkpoint is in `workdir`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import functools
-import json
 import logging
 import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from zflora_jax.core.fields import ConfigError, require, to_dict
-from zflora_jax.core.run_config import RunConfig, from_file
-from zflora_jax.core.trees import checksum, fingerprint, flatten
-from zflora_jax.data.dates import dated
-from zflora_jax.reporting.files import write_json
-from zflora_jax.training.starts import first_day
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.trees import checksum, fingerprint
 from zflora_jax.training.trainer import TrainState
 
 log = logging.getLogger(__name__)
-
-# Settings that change what is logged, kept or evaluated but no number of the training itself: a
-# resumed run may change them.
-FREE = (
-    "eval",
-    "mesh",
-    "train/log_every",
-    "train/eval_every",
-    "train/save_every",
-    "train/max_to_keep",
-    "train/keep_best",
-    "train/report_to",
-)
-
-# Settings that change rounding, memory or speed alone: a resumed run may change them too, which is
-# logged.
-ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/grad_accum_steps")
-
-
-def read_config(workdir: str | Path) -> RunConfig:
-    """The RunConfig of a run. ConfigError if `workdir` holds none."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run,"
-            " or --model for a model directory."
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in"
-            " another directory."
-        ) from None
-    run = from_file(RunConfig, values)
-    # A run that is older than the setting was told the day of its start.
-    day = run.data.date or first_day(workdir)
-    return dated(run, day) if day else run
-
-
-Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was, what it is now)
-
-
-def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
-    """`run` as it starts or goes on in `workdir`, and the settings that change with it there.
-
-    What `run` leaves open is taken from the run that is there, else decided now: data.date, which
-    is today for a new run, and adapter.init, since how an adapter started is past.
-
-    A run that has saved no step yet may change in everything; one that is finished keeps all that
-    its numbers were computed with.
-
-    Raises:
-      ConfigError: `run` changes what the run there cannot go on with, every such setting named, or
-        asks for fewer steps than are finished.
-    """
-    workdir = Path(workdir)
-    if not (workdir / "config.json").is_file():
-        unclear = (
-            f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to."
-            " Use another --workdir."
-        )
-        require(not (workdir / "checkpoints").exists(), unclear)
-        return dated(run), {}
-    there = read_config(workdir)
-    run = dated(run, there.data.date)
-    if run.adapter.init is None and run.adapter.method == there.adapter.method:
-        run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
-    both = (_explicit(dated(there, run.data.date)), _explicit(run))
-    old, new = (flatten(to_dict(config)) for config in both)
-    changed = {
-        key: (old.get(key), new.get(key))
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    }
-    finished = _finished_steps(workdir)
-    if not finished:  # nothing was trained with the settings that are there
-        return run, {key.replace("/", "."): values for key, values in changed.items()}
-    longer = ("train/steps",) if run.train.steps >= finished else ()
-    refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
-    if run.adapter.dropout and "data/grad_accum_steps" in changed:
-        refused.append("data/grad_accum_steps")  # what drops out is drawn for each micro-batch
-    if refused:
-        rows = [
-            f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
-            for key in refused
-        ]
-        rows += [f"  ({finished} steps are finished there)"] if "train/steps" in refused else []
-        advice = "Use another --workdir, or the same settings to resume it."
-        raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
-    if (
-        run.train.steps <= finished
-    ):  # nothing is left to train: it was trained as the settings there say
-        changed = {key: values for key, values in changed.items() if key not in ROUNDING}
-        train = {
-            name: getattr(there.train, name) for name in ("remat", "loss_chunk", "matmul_precision")
-        }
-        run = replace(run, train=replace(run.train, **train))
-        run = replace(run, data=replace(run.data, grad_accum_steps=there.data.grad_accum_steps))
-    return run, {key.replace("/", "."): values for key, values in changed.items()}
-
-
-def _explicit(run: RunConfig) -> RunConfig:
-    return replace(run, adapter=run.adapter.explicit())
-
-
-def _finished_steps(workdir: Path) -> int:
-    folder = workdir / "checkpoints"
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return max(steps, default=0)
-
-
-def change_notes(changed: Changes, run: RunConfig) -> list[str]:
-    """What the settings that a resumed run changes mean for its numbers, in words; nothing of those
-    that mean nothing.
-    """
-    notes = [
-        f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change,"
-        " nothing else does."
-        for key, (old, new) in changed.items()
-        if key.replace(".", "/") in ROUNDING
-    ]
-    if "train.steps" in changed:
-        old, new = changed["train.steps"]
-        if run.optim.schedule == "constant":
-            rate = (
-                "The learning rate is constant: the run is the one that was asked for so many steps"
-                " at once."
-            )
-        else:
-            rate = (
-                f"From here on the learning rate follows the {run.optim.schedule} schedule of {new}"
-                " steps; it jumps to there."
-            )
-        notes.append(f"train.steps: {old} before, {new} from here on. {rate}")
-    return notes
-
-
-def claim(workdir: str | Path, run: RunConfig) -> None:
-    """Make `workdir` this run's: check it, then write its config.json, unless another process is
-    training there (BusyError). ConfigError also where it cannot be written.
-    """
-    adopt(workdir, run)
-    workdir = Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with locked(workdir):
-            write_json(workdir / "config.json", to_dict(run))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may"
-            " write to."
-        ) from None
-
-
-def require_own(workdir: str | Path, run: RunConfig) -> None:
-    """ConfigError where another process has claimed `workdir` since `run` did; called under its
-    lock.
-    """
-    require(
-        read_config(workdir) == run,
-        f"{workdir} was taken by a run of another config at the same moment. Use another"
-        " --workdir.",
-    )
-
-
-class BusyError(ConfigError):
-    """Another process trains in this workdir."""
-
-
-# What file systems without locks answer: some network and FUSE mounts.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-
-
-@functools.cache  # once for each workdir of a process
-def _warn_unlocked(workdir: str, reason: str) -> None:
-    log.warning(
-        "The file system of %s has no locks (%s), so no other process can be kept out of it: see to"
-        " it that only one trains there.",
-        workdir,
-        reason,
-    )
-
-
-@contextmanager
-def locked(workdir: str | Path) -> Iterator[None]:
-    """Hold `workdir` for this process alone (an advisory lock that ends with the process).
-    BusyError if another process holds it.
-
-    On a file system without locks nothing is held, and a warning says so.
-    """
-    with open(Path(workdir) / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"{workdir} is being trained by another process. Wait for it to end, or use another"
-                " --workdir."
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            _warn_unlocked(str(workdir), error.strerror)
-        try:
-            yield
-        # Not by closing alone: a child that another thread is just starting has the file open until
-        # it runs its program
-        finally:
-            with contextlib.suppress(
-                OSError
-            ):  # without locks there is none to give back; else closing does it
-                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _is_whole(state: TrainState, meta: dict[str, Any]) -> bool:
@@ -258,6 +34,26 @@ def _is_whole(state: TrainState, meta: dict[str, Any]) -> bool:
         return True
     # As earlier versions saved it, on the host.
     return fingerprint({str(i): leaf for i, leaf in enumerate(leaves)}) == meta["state_fingerprint"]
+
+
+def require_same(saved: dict[str, Any], name: str, fingerprint: str, workdir: str | Path) -> None:
+    """Refuse a checkpoint of `workdir` that was trained on another "base" or other "data".
+
+    Args:
+      saved: what the checkpoint says beside its state.
+      name: "base" or "data".
+      fingerprint: of what is here now.
+      workdir: for the message.
+
+    Raises:
+      ConfigError: the fingerprints differ.
+    """
+    if saved[f"{name}_fingerprint"] != fingerprint:
+        there, here = saved[f"{name}_fingerprint"][:12], fingerprint[:12]
+        raise ConfigError(
+            f"{workdir} was trained on another {name}: fingerprint {there} there, {here} here."
+            " Restore it, or use another --workdir."
+        )
 
 
 def _on_cpu(leaf: Any) -> bool:
@@ -280,19 +76,29 @@ class Checkpoints:
     """The checkpoints of one run; a context manager. Saving is atomic: a checkpoint is complete or
     is not seen.
 
-    The state is copied, and the copy written while training goes on; a save waits for the one
-    before it, and leaving the context for the last. A failed write surfaces there, as SaveError.
-    Kept are the newest `keep`, and with keep_best the one with the lowest `loss` too. All processes
-    of a run call every method; their workdir must be a directory that they share.
+    The state is copied, and the copy written while training goes on. A save waits for the one
+    before it, and leaving the context waits for the last. A failed write is raised there, as
+    SaveError. All processes of a run call every method, with a workdir that they share.
+
+    Args:
+      workdir: of the run; checkpoints are in <workdir>/checkpoints.
+      max_to_keep: how many of the newest checkpoints stay.
+      keep_best: keep the checkpoint with the lowest `loss` too.
+      create: make the directory, and clean up what killed processes left in it; False to read only.
     """
 
     def __init__(
-        self, workdir: str | Path, keep: int = 1, *, keep_best: bool = False, create: bool = True
+        self,
+        workdir: str | Path,
+        max_to_keep: int = 1,
+        *,
+        keep_best: bool = False,
+        create: bool = True,
     ) -> None:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-        policies: list[Any] = [LatestN(keep)]
+        policies: list[Any] = [LatestN(max_to_keep)]
         best: dict[str, Any] = {}
         if keep_best:
             by_loss = lambda metrics: metrics["loss"]  # noqa: E731
@@ -301,21 +107,16 @@ class Checkpoints:
                     get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
                 )
             )
-            # Without it orbax forgets the losses when the process ends.
-            best = {
-                "best_fn": by_loss,
-                "best_mode": "min",
-            }
+            # Without best_fn orbax forgets the losses when the process ends.
+            best = {"best_fn": by_loss, "best_mode": "min"}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             create=create,
             cleanup_tmp_directories=create,
             **best,
         )
-        self._ocp, self._manager = (
-            ocp,
-            ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options),
-        )
+        folder = (Path(workdir) / "checkpoints").absolute()
+        self._ocp, self._manager = ocp, ocp.CheckpointManager(folder, options=options)
 
     @property
     def latest(self) -> int | None:
@@ -342,8 +143,16 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, meta: dict[str, Any], loss: float | None = None
     ) -> None:
-        """Save after `step` finished steps; a step that is already saved is left alone. loss: what
-        `best` goes by, where it is known.
+        """Save after `step` finished steps; a step that is already saved is left alone.
+
+        Args:
+          step: number of finished steps.
+          state: what is saved. Its buffers may be written to as soon as this returns.
+          meta: JSON values that `restore` gives back.
+          loss: held-out loss of the state, where it is known: `best` goes by it.
+
+        Raises:
+          SaveError: this write, or the one before it, failed.
         """
         if step == self.latest:
             return
@@ -376,10 +185,18 @@ class Checkpoints:
             ) from error
 
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """(state, meta) of the newest checkpoint, or of `step`. ConfigError if it cannot be read.
+        """Read a checkpoint.
 
-        like: a TrainState of arrays or ShapeDtypeStructs. Each leaf goes where its sharding says,
-        whatever mesh the run was saved on; without one, to the first device.
+        Args:
+          like: a TrainState of arrays or ShapeDtypeStructs. Each leaf goes where its sharding says,
+            whatever mesh the run was saved on; without one, to the first device.
+          step: number of the checkpoint; None for the newest.
+
+        Returns:
+          (state, meta) as they were saved.
+
+        Raises:
+          ConfigError: there is no such checkpoint, or it is damaged; the message says what to do.
         """
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
@@ -400,9 +217,8 @@ class Checkpoints:
             )
         try:
             found = self._manager.restore(step, args=args)
-            if not _is_whole(
-                found["state"], found["meta"]
-            ):  # not every damaged byte makes a file unreadable
+            # Not every damaged byte makes a file unreadable.
+            if not _is_whole(found["state"], found["meta"]):
                 raise ValueError("its numbers are not those that were saved")
         # Orbax and tensorstore raise many types, with messages that name neither run nor remedy
         except Exception as error:

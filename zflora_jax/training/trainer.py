@@ -1,16 +1,13 @@
-"""Training: the state, one step, one evaluation step, one loop. No file formats: saving and logging
-are hooks.
+"""One training step and one evaluation step, as compiled functions, and the state that they change.
 
-Only the adapter tree is differentiated; the base enters as a constant argument, so no gradient of a
+Only the adapter tree is differentiated. The base enters as a constant argument, so no gradient of a
 base kernel is formed.
 """
 
 from __future__ import annotations
 
-import math
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.run_config import OptimConfig
+from zflora_jax.core.run_config import OptimConfig, RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.llama import Llama
 from zflora_jax.ops.products import at_config_precision, at_precision
@@ -34,15 +33,19 @@ from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
 Array = jax.Array
 # Tokens int32, loss_mask bool, segments int32, each [B, T]; see data.pipeline.
 Batch = Mapping[str, Any]
+Metrics = dict[str, Array]  # float32 scalars by name
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, a gradient or an update was NaN or infinite, and no such state was saved; or a
-    held-out loss was, of a state that is a number itself and may be saved.
+    """A loss, a gradient, an update or a held-out loss was NaN or infinite.
+
+    No state that holds such a number was saved. A state of which only the held-out loss is not
+    finite may have been.
     """
 
 
 def non_finite(what: str) -> NonFiniteError:
+    """The error that ends training because of `what`."""
     return NonFiniteError(
         f"{what}; training stopped, the last checkpoint is from an earlier step and intact. "
         "Try a lower learning rate, or float32 instead of bfloat16."
@@ -51,8 +54,12 @@ def non_finite(what: str) -> NonFiniteError:
 
 @flax.struct.dataclass
 class TrainState:
-    """What training changes. step: int32 scalar, the number of finished steps. adapters: the
-    trainable tree, float32. opt_state: optax's.
+    """What training changes.
+
+    Attributes:
+      step: int32 scalar, the number of finished steps.
+      adapters: the trainable tree, float32.
+      opt_state: of the optax optimizer.
     """
 
     step: Array
@@ -60,10 +67,20 @@ class TrainState:
     opt_state: Any
 
 
+StepFn = Callable[[Tree, TrainState, Batch], tuple[TrainState, Metrics]]
+
+
 def init_state(adapters: Tree, optim: OptimConfig, steps: int) -> TrainState:
+    """The state before the first of `steps` steps, with these `adapters`."""
     return TrainState(
         jnp.zeros((), jnp.int32), adapters, make_optimizer(optim, steps).init(adapters)
     )
+
+
+def fresh_state(run: RunConfig, model: Model) -> TrainState:
+    """The state before the first step of `run` on the base `model`."""
+    adapters = init_adapters(jax.random.key(run.train.seed), model, run.adapter)
+    return init_state(adapters, run.optim, run.train.steps)
 
 
 def batch_loss(
@@ -74,9 +91,18 @@ def batch_loss(
     chunk: int,
     rngs: dict[str, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Summed cross-entropy of a batch [B, T] on its loss_mask, and the number of tokens summed.
+    """Summed cross-entropy of a batch on the tokens that its loss_mask chooses.
 
-    rngs: {"dropout": key} in training with dropout.
+    Args:
+      config: of the base.
+      adapter: how `variables` are adapted, None for the base alone.
+      variables: {"params": ..., "adapters": ...}.
+      batch: see `Batch`, arrays [B, T].
+      chunk: how many positions have logits at one time.
+      rngs: {"dropout": key} in training with dropout.
+
+    Returns:
+      (sum in nats, number of tokens), float32 scalars.
     """
     llama = Llama(config, adapter)
     hidden, _ = llama.apply(
@@ -107,83 +133,90 @@ def make_train_step(
     chunk: int = 256,
     state_sharding: Any = None,
     seed: int = 0,
-) -> Callable[[Tree, TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """(params, state, batch) -> (state, metrics), jitted; the state is donated.
+) -> StepFn:
+    """Compile one training step.
 
-    A batch [B, T] runs as `grad_accum_steps` micro-batches; sums of losses and gradients over all
-    of them are divided by the number of tokens once, so the result does not depend on
-    `grad_accum_steps` (but for what drops out). state_sharding: where the new state lies
-    (sharding.state_shardings), None on one device. seed: of the adapter's dropout; what a
-    micro-batch drops follows from it, the step and the micro-batch's number alone. metrics: loss
-    (mean per token), tokens, grad_norm (before clipping), learning_rate, and finite, 1 where the
-    new adapters are all numbers and 0 elsewhere: float32 scalars.
+    The losses and gradients of the micro-batches are summed, and divided by the number of tokens
+    once: the result does not depend on `grad_accum_steps`, except for what dropout draws.
+
+    Args:
+      config: of the base.
+      adapter: what is trained.
+      optim: the optimizer and its learning rate.
+      steps: of the whole run, which the learning rate follows.
+      grad_accum_steps: number of micro-batches of a batch [B, T]; divides B.
+      chunk: how many positions have logits at one time.
+      state_sharding: where the new state lies (`sharding.state_shardings`); None on one device.
+      seed: of dropout, which draws by the seed, the step and the number of the micro-batch alone.
+
+    Returns:
+      A jitted function (params, state, batch) -> (state, metrics); `state` is donated. metrics are
+      float32 scalars: loss (mean per token), tokens, grad_norm (before clipping), learning_rate,
+      and finite (1.0 if all numbers of the new adapters are, else 0.0).
     """
     optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
 
-    def loss_sum(
-        adapters: Tree, params: Tree, micro: Batch, rngs: dict[str, Array] | None
-    ) -> tuple[Array, Array]:
-        return batch_loss(
-            config, adapter, {"params": params, "adapters": adapters}, micro, chunk, rngs
-        )
-
-    def streams(step: Array) -> dict[str, Array] | None:
-        """A random key for each micro-batch, where there is something to draw: key
-        [grad_accum_steps].
-        """
-        if not adapter.dropout:
-            return None
-        own = jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"dropout"))), step
-        )
-        return {"dropout": jax.vmap(partial(jax.random.fold_in, own))(jnp.arange(grad_accum_steps))}
+    def loss_sum(adapters: Tree, params: Tree, micro: Batch, rngs: Any) -> tuple[Array, Array]:
+        variables = {"params": params, "adapters": adapters}
+        return batch_loss(config, adapter, variables, micro, chunk, rngs)
 
     @jax.jit(donate_argnums=1, out_shardings=(state_sharding, None))
-    def train_step(
-        params: Tree, state: TrainState, batch: Batch
-    ) -> tuple[TrainState, dict[str, Array]]:
-        # Every grad_accum_steps-th row, so that each device's rows are spread over the
-        # micro-batches evenly.
-        micros = jax.tree.map(
-            lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), dict(batch)
-        )
-
-        def add(
-            total: tuple[Array, Array, Tree], part: tuple[Batch, Any]
-        ) -> tuple[tuple[Array, Array, Tree], None]:
-            (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(
-                state.adapters, params, *part
-            )
-            return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
-
-        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapters))
+    def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rngs = _dropout_keys(seed, state.step, grad_accum_steps) if adapter.dropout else None
         with at_precision(config.matmul_precision):
-            (loss, tokens, grads), _ = jax.lax.scan(add, zero, (micros, streams(state.step)))
-        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
-        with jax.numpy_dtype_promotion(
-            "standard"
-        ):  # optax mixes Python floats with int32 counters; our own code also runs under "strict"
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-            adapters, norm, rate = (
-                optax.apply_updates(state.adapters, updates),
-                optax.tree.norm(grads),
-                schedule(state.step),
+            loss, tokens, grads = _accumulated(
+                loss_sum, params, state.adapters, batch, rngs, grad_accum_steps
             )
-        finite = (
-            jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(adapters)])
-            .all()
-            .astype(jnp.float32)
-        )
+        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
+        # optax mixes Python floats with int32 counters; our own code also runs under "strict".
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+            adapters = optax.apply_updates(state.adapters, updates)
+            norm, rate = optax.tree.norm(grads), schedule(state.step)
         metrics = {
             "loss": loss / jnp.maximum(tokens, 1.0),
             "tokens": tokens,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate, jnp.float32),
+            "finite": _all_finite(adapters).astype(jnp.float32),
         }
-        metrics["finite"] = finite
         return TrainState(state.step + 1, adapters, opt_state), metrics
 
     return train_step
+
+
+def _dropout_keys(seed: int, step: Array, count: int) -> dict[str, Array]:
+    """A random key for each of `count` micro-batches of `step`: {"dropout": key [count]}."""
+    stream = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"dropout")))
+    own = jax.random.fold_in(stream, step)
+    return {"dropout": jax.vmap(partial(jax.random.fold_in, own))(jnp.arange(count))}
+
+
+def _accumulated(
+    loss_sum: Callable[..., tuple[Array, Array]],
+    params: Tree,
+    adapters: Tree,
+    batch: Batch,
+    rngs: dict[str, Array] | None,
+    count: int,
+) -> tuple[Array, Array, Tree]:
+    """Sums over `count` micro-batches: of losses, of tokens, of gradients of `adapters`."""
+    # Every count-th row, so that each device's rows are spread over the micro-batches evenly.
+    micros = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+
+    def add(
+        total: tuple[Array, Array, Tree], part: tuple[Batch, Any]
+    ) -> tuple[tuple[Array, Array, Tree], None]:
+        (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(adapters, params, *part)
+        return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
+
+    zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapters))
+    return jax.lax.scan(add, zero, (micros, rngs))[0]
+
+
+def _all_finite(tree: Tree) -> Array:
+    """Whether no number of `tree` is NaN or infinite, a bool scalar."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 @jax.jit(static_argnums=(0, 1, 4))
@@ -195,67 +228,5 @@ def eval_step(
     batch: Batch,
     chunk: int = 256,
 ) -> tuple[Array, Array]:
-    """Summed loss and number of tokens of one batch, no gradients."""
+    """`batch_loss` without gradients, compiled: (sum in nats, number of tokens)."""
     return batch_loss(config, adapter, variables, batch, chunk)
-
-
-def fit(
-    step_fn: Callable[[Tree, TrainState, Batch], tuple[TrainState, dict[str, Array]]],
-    params: Tree,
-    state: TrainState,
-    batches: Iterator[Batch],
-    steps: int,
-    *,
-    on_metrics: Callable[[int, dict[str, float]], None],
-    is_due: Callable[[int], bool],
-    on_due: Callable[[int, TrainState], None],
-    should_stop: Callable[[int], bool] = lambda _: False,
-    on_stop: Callable[[int, TrainState], None] = lambda *_: None,
-) -> TrainState:
-    """Run from `state` to `steps` finished steps.
-
-    Step n is dispatched before the metrics of step n-1 are fetched, so the device does not wait for
-    the host. `on_metrics(n, metrics)` sees every step once, in order, with "wait_seconds": how
-    long, since the metrics before, a batch was waited for while the device had nothing to do;
-    `on_due(n, state)` (saving, evaluation) runs after the n-th step where `is_due(n)`, and only
-    once the metrics up to n are known to be finite; `on_stop(n, state)` runs instead where
-    `should_stop(n)` before the last step, and training ends there. Raises NonFiniteError naming the
-    step.
-    """
-    pending: tuple[int, dict[str, Array]] | None = None
-    waited = 0.0
-
-    def settle() -> None:
-        nonlocal pending, waited
-        if pending is None:
-            return
-        number, arrays = pending
-        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
-        pending = None
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                raise non_finite(f"{name} is {metrics[name]} at step {number}")
-        if not metrics.pop("finite", 1.0):
-            raise non_finite(f"the adapters are NaN or infinite after the update of step {number}")
-        idle, waited = waited, 0.0
-        on_metrics(number, metrics | {"wait_seconds": idle})
-
-    for number in range(int(state.step) + 1, steps + 1):
-        asked = time.perf_counter()
-        batch = next(batches)
-        running = pending is not None and not pending[1]["loss"].is_ready()  # type: ignore[attr-defined]
-        if not running:  # else the device had the step before to do
-            waited += time.perf_counter() - asked
-        state, metrics = step_fn(params, state, batch)
-        settle()
-        pending = number, metrics
-        stopping = should_stop(number) and number < steps
-        if is_due(number) or stopping:
-            settle()
-        if stopping:  # at once, and before anything that takes time: who asked may not wait long
-            on_stop(number, state)
-            break
-        if is_due(number):
-            on_due(number, state)
-    settle()
-    return state

@@ -1,0 +1,91 @@
+"""The loop calls its hooks in one order, with numbers one step late and the state where it is asked
+for.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax.training.loop import Hook, fit
+from zflora_jax.training.trainer import TrainState
+
+
+class Recorder(Hook):
+    def __init__(self, name, calls, every=None, stop_at=None):
+        self.name, self.calls, self.every, self.stop_at = name, calls, every, stop_at
+
+    def on_batch(self, step, batch):
+        self.calls.append((self.name, "batch", step, int(batch["tokens"][0])))
+
+    def on_metrics(self, step, metrics, timing):
+        assert timing.waited >= 0 and timing.seconds > 0
+        self.calls.append((self.name, "metrics", step, metrics["loss"]))
+
+    def is_due(self, step):
+        return self.every is not None and step % self.every == 0
+
+    def on_state(self, step, state, results):
+        self.calls.append((self.name, "state", step, int(state.step), dict(results)))
+        results[self.name] = step
+
+    def should_stop(self, step):
+        return step == self.stop_at
+
+    def on_stop(self, step, state):
+        self.calls.append((self.name, "stop", step, int(state.step)))
+
+
+def run(steps, *hooks, first=0):
+    def step_fn(params, state, batch):
+        return state.replace(step=state.step + 1), {"loss": params * batch["tokens"][0]}
+
+    state = TrainState(jnp.int32(first), {}, ())
+    batches = ({"tokens": np.asarray([10 * n])} for n in range(first + 1, 100))
+    placed = lambda batch: {name: jnp.asarray(x) for name, x in batch.items()}  # noqa: E731
+    return int(fit(step_fn, jnp.int32(2), state, batches, steps, hooks, placed).step)
+
+
+def test_metrics_come_once_the_next_step_runs():
+    calls = []
+    assert run(3, Recorder("a", calls)) == 3
+    assert [call[1:3] for call in calls] == [
+        ("batch", 1),
+        ("batch", 2),
+        ("metrics", 1),
+        ("batch", 3),
+        ("metrics", 2),
+        ("metrics", 3),
+    ]
+    assert [call[3] for call in calls if call[1] == "metrics"] == [20.0, 40.0, 60.0]
+
+
+def test_the_state_comes_after_its_metrics_and_results_go_from_hook_to_hook():
+    calls = []
+    run(4, Recorder("a", calls, every=4), Recorder("b", calls, every=2), Recorder("c", calls))
+    shown = [call for call in calls if call[1] == "state" or call[1:3] == ("metrics", 2)]
+    assert shown == [
+        ("a", "metrics", 2, 40.0),
+        ("b", "metrics", 2, 40.0),
+        ("c", "metrics", 2, 40.0),
+        ("b", "state", 2, 2, {}),
+        ("a", "state", 4, 4, {}),
+        ("b", "state", 4, 4, {"a": 4}),
+    ]
+
+
+def test_a_stop_comes_instead_of_what_is_due_but_not_after_the_last_step():
+    calls = []
+    assert run(8, Recorder("a", calls, every=3, stop_at=3)) == 3
+    assert calls[-2:] == [("a", "metrics", 3, 60.0), ("a", "stop", 3, 3)]
+    calls.clear()
+    assert run(3, Recorder("a", calls, every=3, stop_at=3)) == 3
+    assert calls[-1][:3] == ("a", "state", 3)
+
+
+def test_a_resumed_run_numbers_its_steps_on_and_a_finished_one_does_nothing():
+    calls = []
+    assert run(7, Recorder("a", calls), first=5) == 7
+    assert [call[2] for call in calls if call[1] == "metrics"] == [6, 7]
+    calls.clear()
+    assert run(5, Recorder("a", calls), first=5) == 5 and not calls

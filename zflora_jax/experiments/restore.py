@@ -1,0 +1,94 @@
+"""Load what a run has trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model, fingerprint
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.trees import Tree
+from zflora_jax.experiments.base import load_base
+from zflora_jax.parallel.mesh import mesh_if_there
+from zflora_jax.parallel.sharding import state_shardings
+from zflora_jax.training.checkpoint import Checkpoints, require_same
+from zflora_jax.training.trainer import fresh_state
+from zflora_jax.training.workdir import read_config
+
+
+def load_run(
+    workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None
+) -> tuple[RunConfig, Model, Tree, int]:
+    """Load a checkpoint of a run.
+
+    Args:
+      workdir: of the run.
+      step: number of the checkpoint, "best" (train.keep_best), or None for the newest.
+      mesh: what base and adapters are divided over (`sharding.make_mesh`). None: the mesh of the
+        run if its devices are there, else one device.
+
+    Returns:
+      (config, base model, adapters, finished steps).
+
+    Raises:
+      ConfigError: there is no such checkpoint, or it was trained on another base.
+    """
+    run = read_config(workdir)
+    require(
+        (Path(workdir) / "checkpoints").is_dir(),
+        f"{workdir} has no checkpoint yet; train it first.",
+    )
+    mesh = mesh_if_there(run.mesh) if mesh is None else mesh
+    model = load_base(run, mesh)
+    with Checkpoints(workdir, create=False) as checkpoints:
+        require(
+            checkpoints.latest is not None,
+            f"{workdir} has no complete checkpoint yet; train it first.",
+        )
+        number = _number(run, workdir, checkpoints, step)
+        like = jax.eval_shape(lambda: fresh_state(run, model))
+        if mesh is not None:
+            like = jax.tree.map(
+                lambda x, where: x.update(sharding=where), like, state_shardings(like, mesh)
+            )
+        state, saved = checkpoints.restore(like, number)
+    require_same(saved, "base", fingerprint(model), workdir)
+    return run, model, state.adapters, int(state.step)
+
+
+def _number(
+    run: RunConfig, workdir: str | Path, checkpoints: Checkpoints, step: int | str | None
+) -> int | None:
+    """The number of the checkpoint that `step` names, None for the newest."""
+    if step == "best":
+        require(
+            run.train.keep_best,
+            f"{workdir} has no best checkpoint: train with train.keep_best=True, or name a step.",
+        )
+        step = checkpoints.best
+        require(
+            step is not None,
+            f"{workdir} has no checkpoint that was saved with its loss yet; name a step, or"
+            " train on.",
+        )
+    require(
+        step is None or str(step).isdigit(),
+        f"checkpoint {step!r}: expected a number of steps, or 'best'.",
+    )
+    return None if step is None else int(step)
+
+
+def load_fused(
+    workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None
+) -> tuple[Model, str]:
+    """Load a checkpoint of a run (see `load_run`), fused.
+
+    Returns:
+      (fused model, a label for result files, e.g. "step120").
+    """
+    run, model, adapters, number = load_run(workdir, step, mesh=mesh)
+    return fuse(model, run.adapter, adapters), f"step{number}"

@@ -1,0 +1,112 @@
+"""What a run trains on, made from its settings: base model, mesh, training and evaluation rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from zflora_jax.core.model import Model, fingerprint, require_fit
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.trees import Tree
+from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.pipeline import Encoded, pack_sequences, tokenize_examples
+from zflora_jax.data.tasks import Example
+from zflora_jax.evaluation.evals import held_out_loss
+from zflora_jax.experiments.base import given_base, load_base
+from zflora_jax.parallel.sharding import shard, state_shardings
+from zflora_jax.training.trainer import TrainState, fresh_state
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before its first step.
+
+    Attributes:
+      run: its settings.
+      mesh: the devices that it runs on.
+      model: its base, divided over the mesh.
+      train_set: the training rows; packed ones hold several examples.
+      examples: how many training examples there are.
+      eval_set: the evaluation rows.
+      fingerprints: of base and data, under the names that checkpoints and reports have for them.
+      seconds: what loading the base and preparing the data took.
+      state_shardings: where the leaves of the state lie, a TrainState of NamedShardings.
+    """
+
+    run: RunConfig
+    mesh: Mesh
+    model: Model
+    train_set: Encoded
+    examples: int
+    eval_set: Encoded
+    fingerprints: dict[str, str]
+    seconds: dict[str, float]
+    state_shardings: Any
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first step. Each device makes its own part."""
+        fresh = jax.jit(
+            lambda params: fresh_state(self.run, replace(self.model, params=params)),
+            out_shardings=self.state_shardings,
+        )
+        return fresh(self.model.params)
+
+    def held_out_loss(self, adapters: Tree) -> dict[str, float]:
+        """The loss of `adapters` on the evaluation rows; see `evals.held_out_loss`."""
+        return held_out_loss(
+            self.model,
+            self.eval_set,
+            self.run.data,
+            adapter=self.run.adapter,
+            adapters=adapters,
+            batch_size=self.run.data.batch_size // self.run.data.grad_accum_steps,
+            chunk=self.run.train.loss_chunk,
+        )
+
+
+def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> Setup:
+    """Load what `run` trains on.
+
+    Args:
+      run: its settings.
+      mesh: what the base is divided over.
+      model: the run's base if it is loaded already, see `base.given_base`.
+      started: time.perf_counter() when the run began.
+
+    Raises:
+      ConfigError: base, data and settings do not go together. Nothing was written by then.
+    """
+    model = load_base(run, mesh) if model is None else given_base(run, model)
+    loaded = time.perf_counter()
+    train_set = tokenize_examples(
+        load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size
+    )
+    examples = len(train_set)
+    if run.data.packing:
+        train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
+    _, eval_set = held_out(run, model)
+    fingerprints = {
+        "base_fingerprint": fingerprint(model),
+        "data_fingerprint": train_set.fingerprint(),
+    }
+    model = replace(model, params=shard(model.params, mesh))
+    where = state_shardings(jax.eval_shape(lambda: fresh_state(run, model)), mesh)
+    seconds = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded}
+    return Setup(run, mesh, model, train_set, examples, eval_set, fingerprints, seconds, where)
+
+
+def held_out(
+    run: RunConfig, model: Model, split: str | None = None
+) -> tuple[Sequence[Example], Encoded]:
+    """The evaluation examples of a run (at most eval.limit, in their order) and their tokens.
+
+    split: None for eval.split.
+    """
+    require_fit(run, model)
+    examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
+    return examples, tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)

@@ -1,0 +1,249 @@
+"""Train a run, or go on with one: checks, base and data, the loop with its hooks, the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import jax
+
+from zflora_jax.core.fields import require, to_dict
+from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.trees import Tree
+from zflora_jax.data.dates import today
+from zflora_jax.data.pipeline import train_batches
+from zflora_jax.experiments.run_report import Report, finished_report, new_report
+from zflora_jax.experiments.setup import Setup, prepare
+from zflora_jax.parallel import distributed
+from zflora_jax.parallel.compile_cache import compile_cache
+from zflora_jax.parallel.sharding import make_mesh, own_rows, put_rows
+from zflora_jax.reporting.files import local_path
+from zflora_jax.reporting.metrics import MetricWriter
+from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.trackers import require_trackers
+from zflora_jax.training.checkpoint import Checkpoints, require_same
+from zflora_jax.training.hooks import (
+    HeldOutLoss,
+    LogMetrics,
+    RequireFinite,
+    SaveCheckpoints,
+    StopOnSignal,
+)
+from zflora_jax.training.loop import Hook, fit
+from zflora_jax.training.optim import require_optimizer
+from zflora_jax.training.trainer import TrainState, make_train_step
+from zflora_jax.training.workdir import (
+    Changes,
+    adopt,
+    change_notes,
+    claim,
+    locked,
+    record_start,
+    require_own,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The outcome of a run.
+
+    Attributes:
+      model: the base model.
+      adapters: the trained tree beside it.
+      report: as in <workdir>/report.json.
+      date: the day that a chat template was told in training (data.date).
+    """
+
+    model: Model
+    adapters: Tree
+    report: Report
+    date: str | None
+
+
+def train(
+    run: RunConfig,
+    workdir: str | Path | None = None,
+    *,
+    model: Model | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    resume: bool = False,
+    console: bool = True,
+) -> Trained:
+    """Train `run` in `workdir`, or go on with the run that is there.
+
+    A finished run is loaded, with the report that is there. Every process of a run of several
+    calls this (after `distributed.start`). Files in `workdir`: config.json, checkpoints/,
+    metrics.jsonl, starts.jsonl (the environment of every start), report.json, those of
+    train.report_to and, unless one is in use already, compile_cache/.
+
+    Args:
+      run: the settings.
+      workdir: directory of the run, shared by all its processes; None for runs/<task>-<method>.
+      model: the run's base if it is loaded already, see `base.given_base`.
+      devices: of the mesh, None for all.
+      resume: refuse a `workdir` without a run.
+      console: show progress.
+
+    Raises:
+      ConfigError: settings that cannot be used, a `workdir` of another config, or one that another
+        process is training.
+      NonFiniteError: the loss stopped being a number; the last checkpoint is intact.
+      Preempted: SIGTERM or SIGINT came; the state after the step that ran then is saved.
+      SaveError: a checkpoint could not be written; the ones before it are intact.
+    """
+    # Before all else: the commit that runs, not the one checked out when it ends.
+    started, env = time.perf_counter(), environment()
+    workdir, run, changed = _admit(run, workdir, resume)
+    setup = prepare(run, make_mesh(run.mesh, devices), model, started)
+    distributed.on_main(lambda: claim(workdir, run))
+    for note in change_notes(changed, run):
+        log.info("%s", note)
+    with ExitStack() as stack:
+        signals, checkpoints = _open(stack, setup, workdir)
+        state, spent = _first_state(setup, checkpoints, workdir)
+        if (first := int(state.step)) >= run.train.steps:
+            log.info("%s is finished (%d steps): nothing to train", workdir, run.train.steps)
+            evaluate = lambda: setup.held_out_loss(state.adapters)  # noqa: E731
+            report = finished_report(setup, workdir, spent, env, evaluate)
+            return Trained(setup.model, state.adapters, report, run.data.date)
+        writer = _open_logs(stack, run, workdir, console, first, env, changed)
+        metrics = LogMetrics(writer, run.train, started)
+        loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
+        meta = {**setup.fingerprints, "data_seed": run.data.seed}
+        save = SaveCheckpoints(checkpoints, workdir, run.train, meta, started - spent)
+        # Evaluation takes time, and cannot be interrupted: the state is saved first, unless it is
+        # saved with its loss.
+        measured = [loss, save] if run.train.keep_best else [save, loss]
+        hooks = [RequireFinite(), metrics, *measured, StopOnSignal(signals)]
+        state = _train_steps(setup, state, hooks)
+    _require_finished(int(state.step), run, workdir)
+    timings = {"seconds": spent + time.perf_counter() - started, **setup.seconds, **metrics.timings}
+    report = new_report(setup, workdir, first, loss.last, env, timings)
+    return Trained(setup.model, state.adapters, report, run.data.date)
+
+
+def _admit(
+    run: RunConfig, workdir: str | Path | None, resume: bool
+) -> tuple[Path, RunConfig, Changes]:
+    """The checks that come before anything slow. Returns the workdir, the settings as the run
+    starts or goes on with them there, and which of them change.
+    """
+    workdir = (
+        Path("runs") / f"{run.data.task}-{run.adapter.method}"
+        if workdir is None
+        else local_path(workdir, "workdir")
+    )
+    require_trackers(run.train.report_to)
+    require_optimizer(run.optim.optimizer)
+    distributed.require_shared(workdir)
+    run, changed = adopt(workdir, run)
+    run = _same_day(run)
+    require(
+        not resume or (workdir / "config.json").is_file(),
+        f"{workdir} holds no run to resume. Leave out --resume to start one there.",
+    )
+    return workdir, run, changed
+
+
+def _same_day(run: RunConfig) -> RunConfig:
+    """`run` with the date of process 0, which all processes tell their chat template."""
+    day = distributed.from_main(date.fromisoformat(run.data.date or today()).toordinal())
+    return replace(run, data=replace(run.data, date=date.fromordinal(day).isoformat()))
+
+
+def _open(
+    stack: ExitStack, setup: Setup, workdir: Path
+) -> tuple[distributed.StopSignals, Checkpoints]:
+    """Take the workdir, until `stack` is closed."""
+    train = setup.run.train
+    stack.enter_context(compile_cache(workdir / "compile_cache"))
+    # Left after the checkpoints: until then the newest one may still be being written.
+    signals = stack.enter_context(distributed.StopSignals())
+    distributed.on_main(lambda: stack.enter_context(locked(workdir)))
+    distributed.on_main(lambda: require_own(workdir, setup.run))
+    checkpoints = stack.enter_context(
+        Checkpoints(workdir, train.max_to_keep, keep_best=train.keep_best)
+    )
+    stack.enter_context(jax.set_mesh(setup.mesh))
+    return signals, checkpoints
+
+
+def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[TrainState, float]:
+    """The newest saved state, or a fresh one, and the seconds that earlier processes trained."""
+    state = setup.fresh_state()
+    if checkpoints.latest is None:
+        return state, 0.0
+    state, saved = checkpoints.restore(state)
+    for name in ("base", "data"):
+        require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
+    step, steps = int(state.step), setup.run.train.steps
+    if step < steps:
+        log.info("%s resumes from step %d of %d", workdir, step, steps)
+    return state, saved["seconds"]
+
+
+def _open_logs(
+    stack: ExitStack,
+    run: RunConfig,
+    workdir: Path,
+    console: bool,
+    first: int,
+    env: Report,
+    changed: Changes,
+) -> MetricWriter | None:
+    """Open metrics.jsonl and what train.report_to names until `stack` is closed, and record the
+    start. None in processes that write nothing.
+    """
+    shown = to_dict(run) | {"environment": env}
+    writer = distributed.on_main(
+        lambda: stack.enter_context(
+            MetricWriter(workdir, run.train.steps, console, first, run.train.report_to, shown)
+        )
+    )
+    processes = jax.process_count()
+    distributed.on_main(
+        lambda: record_start(workdir, first, env, processes=processes, changed=changed)
+    )
+    return writer
+
+
+def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> TrainState:
+    """The loop over the steps that `state` lacks."""
+    run, rows = setup.run, setup.run.data.batch_size
+    step_fn = make_train_step(
+        setup.model.config,
+        run.adapter,
+        run.optim,
+        run.train.steps,
+        run.data.grad_accum_steps,
+        run.train.loss_chunk,
+        setup.state_shardings,
+        run.train.seed,
+    )
+    first, own = int(state.step), own_rows(rows, setup.mesh)
+    return fit(
+        step_fn,
+        setup.model.params,
+        state,
+        train_batches(setup.train_set, run.data, first, own),
+        run.train.steps,
+        hooks,
+        place=lambda batch: put_rows(batch, rows, setup.mesh),
+    )
+
+
+def _require_finished(step: int, run: RunConfig, workdir: Path) -> None:
+    """Say that a signal stopped the run after `step`. By then the last checkpoint is written."""
+    if step < run.train.steps:
+        raise distributed.Preempted(
+            f"stopped by a signal after step {step} of {run.train.steps}, which is saved in"
+            f" {workdir}; the same command goes on from there."
+        )

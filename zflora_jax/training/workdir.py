@@ -1,0 +1,309 @@
+"""A run's directory: its settings (config.json), its starts (starts.jsonl), and who may write.
+
+config.json is written before the first step, and a run goes on only with settings that agree with
+it (`adopt`). The saved states are in checkpoints/, see `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.core.fields import ConfigError, require, to_dict
+from zflora_jax.core.run_config import RunConfig, from_file
+from zflora_jax.core.textfile import lines_of
+from zflora_jax.core.trees import flatten
+from zflora_jax.data.dates import dated
+from zflora_jax.reporting.files import atomic_write, plain, write_json
+
+log = logging.getLogger(__name__)
+
+STARTS_FILE = "starts.jsonl"
+
+# Settings that change what is logged, kept or evaluated but no number of the training itself: a
+# resumed run may change them.
+FREE = (
+    "eval",
+    "mesh",
+    "train/log_every",
+    "train/eval_every",
+    "train/save_every",
+    "train/max_to_keep",
+    "train/keep_best",
+    "train/report_to",
+)
+
+# Settings that change rounding, memory or speed alone: a resumed run may change them too, which is
+# logged.
+ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/grad_accum_steps")
+
+
+Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was, what it is now)
+
+
+# --- config.json and what a resumed run may change ------------------------------------------------
+
+
+def read_config(workdir: str | Path) -> RunConfig:
+    """The settings of the run in `workdir`.
+
+    Raises:
+      ConfigError: `workdir` holds no run, or its config.json is damaged.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run,"
+            " or --model for a model directory."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in"
+            " another directory."
+        ) from None
+    run = from_file(RunConfig, values)
+    # A run that is older than the setting was told the day of its start.
+    day = run.data.date or first_day(workdir)
+    return dated(run, day) if day else run
+
+
+def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
+    """Decide with which settings `run` starts or goes on in `workdir`.
+
+    Settings that `run` leaves open are taken from the run that is there, or decided now if there is
+    none: data.date (today for a new run) and adapter.init.
+
+    A run that has saved no step yet may change in everything. A finished run keeps all settings
+    that its numbers were computed with.
+
+    Returns:
+      (the settings, which of them change with this start).
+
+    Raises:
+      ConfigError: `run` changes settings that the run there cannot go on with (all of them are
+        named), or asks for fewer steps than are finished.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "config.json").is_file():
+        unclear = (
+            f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to."
+            " Use another --workdir."
+        )
+        require(not (workdir / "checkpoints").exists(), unclear)
+        return dated(run), {}
+    there = read_config(workdir)
+    run = dated(run, there.data.date)
+    if run.adapter.init is None and run.adapter.method == there.adapter.method:
+        run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
+    changed = _differences(dated(there, run.data.date), run)
+    finished = _finished_steps(workdir)
+    if finished:
+        _require_may_change(workdir, run, changed, finished)
+    if finished and run.train.steps <= finished:  # nothing is left to train with other settings
+        run = _rounded_as(there, run)
+        changed = {key: values for key, values in changed.items() if key not in ROUNDING}
+    return run, {key.replace("/", "."): values for key, values in changed.items()}
+
+
+def _differences(there: RunConfig, run: RunConfig) -> Changes:
+    """Settings in which two runs differ, under names as "train/steps"."""
+    old, new = (
+        flatten(to_dict(replace(config, adapter=config.adapter.explicit())))
+        for config in (there, run)
+    )
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    }
+
+
+def _require_may_change(workdir: Path, run: RunConfig, changed: Changes, finished: int) -> None:
+    """Refuse changes that a run of `finished` steps cannot go on with."""
+    longer = ("train/steps",) if run.train.steps >= finished else ()
+    refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
+    if run.adapter.dropout and "data/grad_accum_steps" in changed:
+        refused.append("data/grad_accum_steps")  # what drops out is drawn for each micro-batch
+    if refused:
+        rows = [
+            f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
+            for key in refused
+        ]
+        rows += [f"  ({finished} steps are finished there)"] if "train/steps" in refused else []
+        advice = "Use another --workdir, or the same settings to resume it."
+        raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
+
+
+def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
+    """`run` with those settings of `there` that change rounding (`ROUNDING`)."""
+    for key in ROUNDING:
+        section, name = key.split("/")
+        part = replace(getattr(run, section), **{name: getattr(getattr(there, section), name)})
+        run = replace(run, **{section: part})
+    return run
+
+
+def _finished_steps(workdir: Path) -> int:
+    folder = workdir / "checkpoints"
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return max(steps, default=0)
+
+
+def change_notes(changed: Changes, run: RunConfig) -> list[str]:
+    """Sentences that say how the changed settings affect the numbers of a resumed run. Changes
+    without an effect get none.
+    """
+    notes = [
+        f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change,"
+        " nothing else does."
+        for key, (old, new) in changed.items()
+        if key.replace(".", "/") in ROUNDING
+    ]
+    if "train.steps" in changed:
+        old, new = changed["train.steps"]
+        if run.optim.schedule == "constant":
+            rate = (
+                "The learning rate is constant: the run is the one that was asked for so many steps"
+                " at once."
+            )
+        else:
+            rate = (
+                f"From here on the learning rate follows the {run.optim.schedule} schedule of {new}"
+                " steps; it jumps to there."
+            )
+        notes.append(f"train.steps: {old} before, {new} from here on. {rate}")
+    return notes
+
+
+# --- who may write --------------------------------------------------------------------------------
+
+
+def claim(workdir: str | Path, run: RunConfig) -> None:
+    """Make `workdir` the directory of `run`: check it (`adopt`), then write its config.json.
+
+    Raises:
+      BusyError: another process is training there.
+      ConfigError: the run there cannot go on with these settings, or `workdir` cannot be written.
+    """
+    adopt(workdir, run)
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with locked(workdir):
+            write_json(workdir / "config.json", to_dict(run))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may"
+            " write to."
+        ) from None
+
+
+def require_own(workdir: str | Path, run: RunConfig) -> None:
+    """Refuse a `workdir` that another process has claimed since `run` did. Called under its lock.
+
+    Raises:
+      ConfigError: its config.json is of another run.
+    """
+    require(
+        read_config(workdir) == run,
+        f"{workdir} was taken by a run of another config at the same moment. Use another"
+        " --workdir.",
+    )
+
+
+class BusyError(ConfigError):
+    """Another process trains in this workdir."""
+
+
+# What file systems without locks answer: some network and FUSE mounts.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@functools.cache  # once for each workdir of a process
+def _warn_unlocked(workdir: str, reason: str) -> None:
+    log.warning(
+        "The file system of %s has no locks (%s), so no other process can be kept out of it: see to"
+        " it that only one trains there.",
+        workdir,
+        reason,
+    )
+
+
+@contextmanager
+def locked(workdir: str | Path) -> Iterator[None]:
+    """Hold `workdir` for this process alone, by an advisory lock that ends with the process.
+
+    On a file system without locks nothing is held, and a warning says so.
+
+    Raises:
+      BusyError: another process holds it.
+    """
+    with open(Path(workdir) / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"{workdir} is being trained by another process. Wait for it to end, or use another"
+                " --workdir."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _warn_unlocked(str(workdir), error.strerror)
+        try:
+            yield
+        finally:
+            # Unlock explicitly: a forked child may still hold the file. Where that fails, there are
+            # no locks, or closing the file unlocks it.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+# --- starts.jsonl ---------------------------------------------------------------------------------
+
+
+def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more: Any) -> None:
+    """Append a line to <workdir>/starts.jsonl.
+
+    Args:
+      step: the finished steps that the start goes on from.
+      env: of `provenance.environment`.
+      more: what else the line holds; entries that are empty are left out.
+    """
+    path = Path(workdir) / STARTS_FILE
+    earlier = path.read_bytes() if path.is_file() else b""
+    line = {"step": step} | dict(env) | {name: value for name, value in more.items() if value}
+    atomic_write(path, earlier + json.dumps(plain(line)).encode() + b"\n")
+
+
+def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
+    """The starts of a run in order, without damaged lines; an empty list if there is no file."""
+    path, found = Path(workdir) / STARTS_FILE, list[dict[str, Any]]()
+    if not path.is_file():
+        return found
+    for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
+        with contextlib.suppress(ValueError):
+            start = json.loads(line)
+            found += [start] if isinstance(start, dict) else []
+    return found
+
+
+def first_day(workdir: str | Path) -> str | None:
+    """The local date of the first start ("2026-11-26"), None where it is not known."""
+    with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
+        # Recorded in UTC; transformers tells a chat template the local date.
+        started = datetime.fromisoformat(read_starts(workdir)[0]["date"])
+        return started.astimezone().date().isoformat()
+    return None
