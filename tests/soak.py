@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from support.byte_tokenizer import byte_tokenizer
-from support.faults import FAULTS, Lab, lab_run, tries
+from support.faults import FAULTS, tries
+from support.lab import Lab, lab_run
 from support.runs import saved_base, small_run
 
 from zflora_jax.reporting.files import atomic_write, write_json

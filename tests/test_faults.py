@@ -3,7 +3,8 @@ processes of their own, many times. A real kill: test_run.py.
 """
 
 import pytest
-from support.faults import LOCAL, LocalLab, lab_run, tries
+from support.faults import LOCAL, tries
+from support.lab import LocalLab, lab_run
 from support.runs import small_run
 
 
