@@ -101,6 +101,7 @@ def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(
         }
 
     monkeypatch.setattr(latency, "contender", contender)
+    monkeypatch.setattr(latency, "bandwidth_meter", lambda: lambda: 1e10)
     monkeypatch.setattr(latency, "measure", failing_third(latency.measure))
     monkeypatch.setattr(training, "measure", trained)
     given = ["--new-tokens", "2", "--repeats", "1", "--out", tmp_path]

@@ -7,10 +7,13 @@ from support.faults import LOCAL, tries
 from support.lab import LocalLab, lab_run
 from support.runs import small_run
 
+from zflora_jax.core.fields import override
+
 
 @pytest.fixture(scope="module")
 def lab(base_dir, tmp_path_factory):
-    return LocalLab(lab_run(small_run(base_dir)), tmp_path_factory.mktemp("lab"))
+    run = override(lab_run(small_run(base_dir)), {"train.steps": 12, "data.batch_size": 4})
+    return LocalLab(run, tmp_path_factory.mktemp("lab"))
 
 
 @pytest.mark.parametrize("name", LOCAL)

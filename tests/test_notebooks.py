@@ -84,7 +84,7 @@ def test_the_cells_of_a_notebook_run(path, base_dir, tmp_path, monkeypatch, caps
     a kernel.
     """
     monkeypatch.chdir(tmp_path)
-    names, pictures = {}, 0
+    names, pictures = {"__name__": "notebook"}, 0
     with (
         warnings.catch_warnings(action="default"),
         jax.numpy_dtype_promotion("standard"),

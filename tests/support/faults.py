@@ -251,8 +251,8 @@ LOCAL: dict[str, tuple[Fault, int]] = {
     "SIGTERM twice": (stop_signals, 1),
     "disk full": (disk_full, 1),
     "workdir cannot be made": (no_directory, 1),
-    "newest checkpoint damaged": (corrupt, 4),
-    "NaN in loss, gradient or data": (not_a_number, 4),
+    "newest checkpoint damaged": (corrupt, 3),
+    "NaN in loss, gradient or data": (not_a_number, 3),
     "data pipeline crashes": (data_crash, 1),
     "malformed training row": (malformed_row, 3),
 }
