@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +151,19 @@ def two_processes(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     return Outcome(same and code == 2 and "another process" in told, 0, told)
 
 
-def not_a_number(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
+NUMBERS = ("loss", "gradient", "data")
+
+
+def not_a_number(
+    lab: Lab,
+    workdir: Path,
+    draw: random.Random,
+    kinds: tuple[str, ...] = NUMBERS,
+) -> Outcome:
     """NaN in the loss, the gradient or the data: the run ends with 3 and the step named, nothing of
     it is saved.
     """
-    at, what = draw.randrange(3, lab.run.train.steps), draw.choice(("loss", "gradient", "data"))
+    at, what = draw.randrange(3, lab.run.train.steps), draw.choice(kinds)
     code, output = lab.once(workdir, {"poison": what, "at": at})
     told = output.strip().splitlines()[-1]
     if code != 3 or f"at step {at}" not in told or lab.committed(workdir) >= at:
@@ -252,7 +262,7 @@ LOCAL: dict[str, tuple[Fault, int]] = {
     "disk full": (disk_full, 1),
     "workdir cannot be made": (no_directory, 1),
     "newest checkpoint damaged": (corrupt, 3),
-    "NaN in loss, gradient or data": (not_a_number, 3),
+    **{f"NaN in {kind}": (partial(not_a_number, kinds=(kind,)), 1) for kind in NUMBERS},
     "data pipeline crashes": (data_crash, 1),
     "malformed training row": (malformed_row, 3),
 }
@@ -268,7 +278,9 @@ def tries(
         try:
             outcomes.append(
                 attempt(
-                    lab, folder / f"{attempt.__name__}-{i}", random.Random(f"{name}-{seed}-{i}")
+                    lab,
+                    folder / f"{re.sub(r'[^a-z]+', '-', name.lower())}-{i}",
+                    random.Random(f"{name}-{seed}-{i}"),
                 )
             )
         except Exception as error:  # whatever it is, the sweep goes on, and the try has failed
