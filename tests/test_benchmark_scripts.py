@@ -94,6 +94,7 @@ def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(
         row |= {"compile_s": 1.0, "first_step_s": 1.0, "flops_share": 0.5, "trainable": 1}
         ratios = {"step_ratio": 0.5, "memory_ratio": 0.9}
         return {
+            "matmul_flops": {"bfloat16": 1e12},
             "rows": [
                 row | {"case": cases[0], "label": label, "peak_bytes": 2**30, **ratios}
                 for label in (*methods, training.PEFT)
