@@ -95,10 +95,12 @@ def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(
         ratios = {"step_ratio": 0.5, "memory_ratio": 0.9}
         return {
             "matmul_flops": {"bfloat16": 1e12},
+            "repeats": 3,
+            "failed": [],
             "rows": [
                 row | {"case": cases[0], "label": label, "peak_bytes": 2**30, **ratios}
                 for label in (*methods, training.PEFT)
-            ]
+            ],
         }
 
     monkeypatch.setattr(latency, "contender", contender)
