@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from support.byte_tokenizer import byte_tokenizer
-from support.faults import FAULTS, Lab, lab_run, tries
+from support.faults import FAULTS, tries
+from support.lab import Lab, lab_run
 from support.runs import saved_base, small_run
 
 from zflora_jax.reporting.files import atomic_write, write_json
@@ -86,12 +87,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base = saved_base(Path(folder) / "model", byte_tokenizer())
         lab = Lab(lab_run(small_run(base)), Path(folder) / "lab")
-        for name, (_, count) in FAULTS.items():
+        for name, (attempt, count) in FAULTS.items():
             if args.only not in (None, name):
                 continue
             outcomes = tries(
                 lab,
                 name,
+                attempt,
                 args.tries or count,
                 Path(folder) / name.replace(" ", "-").replace("/", "-"),
             )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.cases import adapter_cases, case_id, dead_slices
 from support.checks import assert_logits_close, assert_trees_equal
+from support.grids import always, pairwise
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse, unfuse
@@ -31,7 +32,18 @@ from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 CASES = adapter_cases()
 BY_METHOD = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
 WIDENED = [a for a in CASES if METHODS[a.method].in_place == "none"]
+
+
+def name_of(value: object) -> str:
+    return case_id(value) if isinstance(value, AdapterConfig) else str(value)
+
+
 every_case = pytest.mark.parametrize("adapter", CASES, ids=case_id)
+# Where every case is a long program to compile: of the targets, those that split kernels or leave
+# out a head's scores. `make soak` has the whole.
+few_cases = pytest.mark.parametrize(
+    "adapter", always(CASES, lambda a: a.targets not in ("attention", "mlp")), ids=case_id
+)
 every_method = pytest.mark.parametrize("adapter", BY_METHOD, ids=case_id)
 every_widened = pytest.mark.parametrize("adapter", WIDENED, ids=case_id)
 
@@ -49,7 +61,7 @@ def test_unchanged_at_step_0(adapter, tokens):
         np.testing.assert_array_equal(adapted, base)
 
 
-@every_case
+@few_cases
 def test_every_block_matters(adapter, tokens):
     """No leaf is dead: changing any one of them changes the logits. A leaf that did not would be
     counted, trained and exported for nothing.
@@ -71,7 +83,7 @@ def test_every_block_matters(adapter, tokens):
 @pytest.mark.parametrize(
     ("adapter", "scan"),
     [(a, True) for a in CASES] + [(a, False) for a in BY_METHOD],
-    ids=lambda v: {True: "scan", False: "unrolled"}[v] if isinstance(v, bool) else case_id(v),
+    ids=name_of,
 )
 def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
     model = tiny_model(scan_layers=scan, tie_word_embeddings=not scan)
@@ -88,8 +100,7 @@ def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
     assert_logits_close(forward(pack_for_decode(fused), tokens), adapted)
 
 
-@every_widened
-@pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
+@pytest.mark.parametrize(("adapter", "scan"), pairwise(WIDENED, [True, False]), ids=name_of)
 def test_unfuse_returns_the_base_bit_for_bit(adapter, scan):
     model = tiny_model(scan_layers=scan, tie_word_embeddings=False)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
@@ -113,9 +124,11 @@ def test_merged_methods_refuse_unfuse_and_swap(adapter):
         swap(fused, {})
 
 
-@every_widened
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("adapter", "packed", "dtype"),
+    pairwise(WIDENED, [False, True], ["float32", "bfloat16"]),
+    ids=name_of,
+)
 def test_swap_equals_fusing_anew(adapter, packed, dtype):
     model = tiny_model()
     model.params = jax.tree.map(lambda x: x.astype(dtype), model.params)
@@ -156,7 +169,7 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
         assert np.all(np.abs(got - exact) <= 1.01 * half_ulp * np.abs(exact) + 1e-8)
 
 
-@every_case
+@few_cases
 def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
     model = tiny_model()
     before = jax.tree.map(np.array, model.params)

@@ -1,16 +1,22 @@
-"""A fast subset of the faults in faults.py; `make soak` tries all of them many times."""
+"""Faults in a run, tried within the test's process; `make soak` tries them and others with
+processes of their own, many times. A real kill: test_run.py.
+"""
 
 import pytest
-from support.faults import FAULTS, Lab, lab_run, tries
+from support.faults import LOCAL, tries
+from support.lab import LocalLab, lab_run
 from support.runs import small_run
 
+from zflora_jax.core.fields import override
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture(scope="module")
 def lab(base_dir, tmp_path_factory):
-    return Lab(lab_run(small_run(base_dir)), tmp_path_factory.mktemp("lab"))
+    run = override(lab_run(small_run(base_dir)), {"train.steps": 12, "data.batch_size": 4})
+    return LocalLab(run, tmp_path_factory.mktemp("lab"))
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", LOCAL)
 def test_faults_are_survived(name, lab, tmp_path):
-    (outcome,) = tries(lab, name, 1, tmp_path)
-    assert outcome.survived and outcome.lost_steps == 0, outcome.message
+    for outcome in tries(lab, name, *LOCAL[name], tmp_path):
+        assert outcome.survived and outcome.lost_steps == 0, outcome.message

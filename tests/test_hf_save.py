@@ -5,10 +5,6 @@ model back bit for bit, and no directory is lost.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import stat
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.byte_tokenizer import byte_tokenizer
-from support.huggingface import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
-from support.models import perturb
+from support.exports import WIDENED, fused_model
+from support.huggingface import TOKENS, assert_close, hf_logits
 
-from zflora_jax.adapters.fuse import fuse, unfuse
-from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.fuse import unfuse
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -37,30 +31,12 @@ from zflora_jax.hf.state_scale import FLOAT16_LEAST, choose_eps_z
 from zflora_jax.hf.stock import StockForm
 from zflora_jax.nn.llama import forward
 
-WIDENED = {
-    "ffba": AdapterConfig("ffba", rank=4, extra_head_dim=8, extra_mlp_units=6),
-    "zflora-minimal": AdapterConfig(
-        "zflora-minimal", rank=5, extra_mlp_units=6
-    ),  # 48 + 5 is no multiple of 4 heads: padded to 56
-    "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, extra_head_dim=4, extra_mlp_units=6),
-    "zflora-uniform, values only": AdapterConfig(
-        "zflora-uniform", rank=4, extra_head_dim=4, extra_mlp_units=6, head_scores=False
-    ),
-    "attention only": AdapterConfig(
-        "zflora-uniform", rank=4, extra_head_dim=8, targets="attention"
-    ),
-}
 MERGED = {
     name: AdapterConfig(name, **({} if name == "full" else {"rank": 4}))
     for name in ("lora", "ffa", "full")
 }
 # Widths that no server has kernels for are fine here.
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
-
-
-def fused_model(base: Model, adapter: AdapterConfig) -> Model:
-    """Fused with every adapter leaf perturbed, so that no block is zero."""
-    return fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter), std=0.05))
 
 
 def stock_logits(path: Path, dtype: Any = torch.float32) -> np.ndarray:
@@ -70,20 +46,6 @@ def stock_logits(path: Path, dtype: Any = torch.float32) -> np.ndarray:
 def same(a: Model, b: Model) -> bool:
     one, two = trees.flatten(a.params), trees.flatten(b.params)
     return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    """ "plain": untied, GQA; "llama3": tied, Llama-3 RoPE scaling, head_dim other than d/H."""
-    models = {}
-    for name, changes in {
-        "plain": {},
-        "llama3": {"rope": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
-    }.items():
-        path = tmp_path_factory.mktemp("base") / name
-        hf_model(**changes).save_pretrained(path)
-        models[name] = load_model(path)
-    return models
 
 
 @pytest.mark.parametrize(
@@ -232,202 +194,7 @@ def test_refusals_leave_nothing_behind(bases: dict[str, Model], tmp_path: Path) 
 # --- the directory --------------------------------------------------------------------------------
 
 
-def test_only_our_own_exports_are_replaced(bases: dict[str, Model], tmp_path: Path) -> None:
-    model, out = bases["plain"], tmp_path / "out"
-    out.mkdir()
-    save_hf(out, model)  # an empty directory is no loss
-    first = (out / "model.safetensors").stat().st_ino
-    save_hf(out, model)
-    assert (out / "model.safetensors").stat().st_ino != first and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["out"]
-    assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == stat.S_IMODE(
-        (out / "config.json").stat().st_mode
-    )
-
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"did not write there: notes\.txt"):
-        save_hf(out, model)
-    assert (out / "notes.txt").read_text() == "mine"
-    (out / "notes.txt").unlink()
-    (out / "zflora.json").write_text('{"format": "something else"}')
-    with pytest.raises(CheckpointError, match="not written by this project"):
-        save_hf(out, model)
-    foreign = tmp_path / "foreign"
-    shutil.copytree(str(model.source), foreign)
-    with pytest.raises(CheckpointError, match="not written by this project"):
-        save_hf(foreign, model)
-    assert {p.name for p in foreign.iterdir()} == {
-        p.name for p in Path(str(model.source)).iterdir()
-    }
-    with pytest.raises(CheckpointError, match="is a file"):
-        save_hf(foreign / "config.json", model)
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "foreign"}
-
-
-@pytest.mark.parametrize("moment", ["write", "first rename", "second rename"])
-def test_a_failed_replacement_keeps_the_old_export(
-    moment: str, bases: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    save_hf(out, bases["plain"])
-    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    calls, rename = [], os.rename
-
-    def failing(source: Any, target: Any) -> None:
-        calls.append(source)
-        if len(calls) == (1 if moment == "first rename" else 2):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    if moment == "write":
-        monkeypatch.setattr("safetensors.numpy.save_file", full)
-    else:
-        monkeypatch.setattr("os.rename", failing)
-    with pytest.raises(OSError, match="No space left"):
-        save_hf(out, bases["llama3"])
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["out"]
-
-
 # --- what lies beside the tensors -----------------------------------------------------------------
-
-
-def test_tokenizer_and_generation_config(bases: dict[str, Model], tmp_path: Path) -> None:
-    """Byte for byte from the base's directory; from the tokenizer object where there is no
-    directory; the same ids either way.
-    """
-    source = tmp_path / "base"
-    shutil.copytree(str(bases["plain"].source), source)
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(source)
-    (source / "generation_config.json").write_text('{"eos_token_id": [2, 3],   "do_sample": true}')
-    model = load_model(source)
-    assert model.config.eos_token_ids == (2, 3)
-    save_hf(tmp_path / "out", model)
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    )
-    copied = [name for name in names if (source / name).exists()]
-    assert len(copied) >= 3 and all(
-        (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in copied
-    )
-    assert load_model(tmp_path / "out").config == model.config
-
-    save_hf(tmp_path / "written", Model(model.config, model.params, tokenizer))
-    settings = json.loads((tmp_path / "written" / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["chat_template"]
-    assert json.loads((tmp_path / "written" / "generation_config.json").read_text()) == {
-        "bos_token_id": 1,
-        "eos_token_id": [2, 3],
-        "pad_token_id": 0,
-    }
-    chat = [{"role": "user", "content": "1 + 1?"}]
-    for path in ("out", "written"):
-        again = transformers.AutoTokenizer.from_pretrained(tmp_path / path)
-        assert (
-            again("héllo  12 <eos>\n")["input_ids"] == tokenizer("héllo  12 <eos>\n")["input_ids"]
-        )
-        assert (again.eos_token_id, again.pad_token_id) == (
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-        )
-        assert again.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(
-            chat, tokenize=False
-        )
-    gap = export_gap(model, tmp_path / "out", ["hello", "12 + 30 = 42"])
-    assert gap["max_abs_dlogit"] == 0 and gap["top1_agreement"] == 1
-
-
-def test_config_is_read_alike_by_both_spellings(bases: dict[str, Model], tmp_path: Path) -> None:
-    """4 reads rope_theta and rope_scaling, 5 reads rope_parameters: both must say the same, and
-    widened heads turn at the base frequencies.
-    """
-    fused = fused_model(bases["llama3"], WIDENED["zflora-uniform"])
-    save_hf(tmp_path / "out", fused)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["rope_parameters"] == {
-        "rope_theta": written["rope_theta"],
-        **written["rope_scaling"],
-    }
-    assert (
-        written["torch_dtype"] == written["dtype"] == "float32"
-        and written["hidden_size"] % written["num_attention_heads"] == 0
-    )
-    rotary = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out"
-    ).model.rotary_emb.inv_freq.numpy()
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        str(bases["llama3"].source)
-    ).model.rotary_emb.inv_freq.numpy()
-    np.testing.assert_allclose(rotary[: len(base)], base, rtol=3e-7)
-    assert (np.abs(rotary[len(base) :]) < 1e-29).all()
-
-
-def test_without_the_side_file_arithmetic_takes_over(
-    bases: dict[str, Model], tmp_path: Path
-) -> None:
-    fused = fused_model(bases["plain"], WIDENED["zflora-uniform"])
-    save_hf(tmp_path / "out", fused)
-    shutil.rmtree(tmp_path / "out" / "zflora")
-    with pytest.warns(UserWarning, match="recovered by arithmetic"):
-        again = load_model(tmp_path / "out")
-    for name, leaf in trees.flatten(again.params).items():
-        np.testing.assert_allclose(leaf, trees.flatten(fused.params)[name], rtol=2e-7, atol=1e-9)
-    assert_close(
-        forward(again, jnp.asarray(TOKENS)), np.asarray(forward(fused, jnp.asarray(TOKENS)))
-    )
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "words"),
-    [
-        ("config.json", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
-        ("config.json", {"hidden_size": 48}, "hidden_size"),
-        ("config.json", {"rope_scaling": None}, "rope_scaling"),
-        ("config.json", {"rope_theta": 1e4}, "rope_theta"),
-        ("config.json", {"attention_bias": True}, "attention_bias"),
-        ("zflora.json", {"version": 2}, "version 2"),
-        ("zflora.json", {"format": "x"}, "not a manifest"),
-        ("zflora.json", {"adapter": {"method": "zflora-uniform", "rank": 9}}, "was not fused from"),
-        ("zflora.json", {"native_config": {}}, "incomplete or damaged"),
-        ("zflora.json", {"eps_z": None}, "incomplete or damaged"),
-    ],
-)
-def test_files_that_do_not_belong_together(
-    file: str, change: dict[str, Any], words: str, bases: dict[str, Model], tmp_path: Path
-) -> None:
-    save_hf(tmp_path / "out", fused_model(bases["plain"], WIDENED["zflora-uniform"]))
-    path = tmp_path / "out" / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=words), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load_model(tmp_path / "out")
-
-
-def test_card(bases: dict[str, Model], tmp_path: Path) -> None:
-    fused = fused_model(bases["plain"], WIDENED["zflora-minimal"])
-    fused.source = "some-org/some-llama"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "huggingface_hub.snapshot_download",
-            lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")),
-        )
-        save_hf(tmp_path / "out", fused, card={"accuracy after": 0.71234, "task": "arithmetic"})
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "base_model: some-org/some-llama" in text
-        and "| accuracy after | 0.7123 |" in text
-        and "zflora-minimal" in text
-    )
-    assert str(tmp_path) not in text + (tmp_path / "out" / "zflora.json").read_text()
 
 
 def test_head_order_pairs_base_dims(bases: dict[str, Model]) -> None:

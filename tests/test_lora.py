@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.checks import assert_logits_close, assert_trees_equal
+from support.grids import pairwise
 from support.models import perturb, tiny_model
 from support.sharded import OPTIM, batch, sharded_model
 
@@ -273,8 +274,7 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
     )
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize(("scan_layers", "remat"), pairwise([True, False], [True, False]))
 def test_every_kernel_of_every_layer_drops_inputs_of_its_own(scan_layers, remat):
     model = tiny_model(scan_layers=scan_layers, remat=remat)
     adapters = perturb(init_adapters(jax.random.key(0), model, DROPPED))

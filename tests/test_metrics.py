@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.reporting import metrics
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
 from zflora_jax.reporting.trackers import require_trackers
 
@@ -103,7 +102,7 @@ def test_names_of_the_record_itself_are_refused(tmp_path):
 
 def test_progress_is_periodic_lines_when_stdout_is_no_terminal(tmp_path, capsys, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("zflora_jax.reporting.progress.time.monotonic", lambda: now[0])
     with MetricWriter(tmp_path, total_steps=40) as writer:
         for step in range(1, 41):
             writer.progress(step, loss=1 / step, tokens_per_s=1234.5)

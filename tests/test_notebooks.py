@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import warnings
+from operator import attrgetter
 from pathlib import Path
 
+import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from support.grids import always
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+stem = attrgetter("stem")
 # What replaces the settings of the cell tagged "parameters". The byte tokenizer's prompts are long.
 TINY = {
     "MODEL": None,  # the tiny model's directory
@@ -31,8 +37,8 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, base_dir, tmp_path, monkeypatch):
+def with_tiny_settings(path, base_dir):
+    """The notebook, a cell of small settings inserted after its own."""
     notebook = nbformat.read(path, as_version=4)
     (at,) = [
         i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
@@ -41,6 +47,18 @@ def test_a_notebook_runs(path, base_dir, tmp_path, monkeypatch):
     tiny = TINY | {"MODEL": "tiny" if path.stem.endswith("latency") else base_dir}
     changes = "\n".join(f"{name} = {value!r}" for name, value in tiny.items() if name in given)
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(changes))
+    return notebook
+
+
+def assert_said(path, written, folder):
+    if path.stem == "01_finetune":
+        assert "bit-identical" in written and "LlamaForCausalLM" in written
+        assert (folder / "runs" / "notebook-export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", always(NOTEBOOKS, lambda path: path.stem == "04_inside"), ids=stem)
+def test_a_notebook_runs(path, base_dir, tmp_path, monkeypatch):
+    notebook = with_tiny_settings(path, base_dir)
     for name, value in {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -57,13 +75,36 @@ def test_a_notebook_runs(path, base_dir, tmp_path, monkeypatch):
         output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     ]
     assert sum("image/png" in output.get("data", {}) for output in shown) >= 1
-    written = "".join(output.get("text", "") for output in shown)
-    if path.stem == "01_finetune":
-        assert "bit-identical" in written and "LlamaForCausalLM" in written
-        assert (tmp_path / "runs" / "notebook-export" / "model.safetensors").is_file()
+    assert_said(path, "".join(output.get("text", "") for output in shown), tmp_path)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "04_inside"], ids=stem)
+def test_the_cells_of_a_notebook_run(path, base_dir, tmp_path, monkeypatch, capsys):
+    """Within this process, which has the package and its programs already; `make soak` runs them in
+    a kernel.
+    """
+    monkeypatch.chdir(tmp_path)
+    names, pictures = {"__name__": "notebook"}, 0
+    with (
+        warnings.catch_warnings(action="default"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        for cell in with_tiny_settings(path, base_dir).cells:
+            if cell.cell_type != "code":
+                continue
+            *body, last = ast.parse(cell.source).body or [ast.Pass()]
+            if not isinstance(last, ast.Expr):
+                body, last = [*body, last], None
+            exec(compile(ast.Module(body, []), path.name, "exec"), names)
+            if last is not None:
+                value = eval(compile(ast.Expression(last.value), path.name, "eval"), names)
+                pictures += bool(getattr(value, "_repr_png_", lambda: None)())
+    assert pictures >= 1
+    assert_said(path, capsys.readouterr().out, tmp_path)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
 def test_what_is_committed_was_run_in_order(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.grids import pairwise
 from support.models import narrow_and_wide
 
 from zflora_jax.adapters.packing import pack_for_decode
@@ -102,8 +103,7 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU compiler")
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "tied"), pairwise([1, 2], [True, False]))
 def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(
     batch: int, tied: bool, optimised: None
 ) -> None:

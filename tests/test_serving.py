@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support.checks import assert_logits_close, assert_trees_equal
+from support.grids import pairwise
 from support.models import perturb, untied
 
 from zflora_jax.adapters import swapping
@@ -161,8 +162,9 @@ def test_adapters_of_more_rows_than_there_are_tokens_are_refused(base, tokens, r
         forward(base, tokens[:rows], MINIMAL, row_adapters=rows_of(stacked, [0, 1, 1]))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-@pytest.mark.parametrize("sampler", [None, Sampler(0.8)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    ("sampler", "batch_size"), pairwise([None, Sampler(0.8)], [1, 2, 3, 16]), ids=str
+)
 def test_mixed_generation_equals_one_by_one(base, batch_size, sampler):
     tasks = [adapters_of(base, MINIMAL, seed) for seed in (1, 2)]
     order, settings = (
@@ -210,8 +212,9 @@ def test_wrong_tasks_are_refused(base):
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("method", ["ffba", "zflora-minimal", "zflora-uniform"])
+@pytest.mark.parametrize(
+    ("method", "packed"), pairwise(["ffba", "zflora-minimal", "zflora-uniform"], [True, False])
+)
 def test_a_swap_copies_no_kernel(base, method, packed):
     """What it allocates beside the donated buffers is less than one layer's smallest kernel."""
     adapter = AdapterConfig(method, rank=4)

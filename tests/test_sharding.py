@@ -44,7 +44,9 @@ MESHES = [
     for powers in itertools.product(range(4), repeat=3)
     if 1 <= sum(powers) <= 3
 ]
-FEW = [MeshConfig(2, 2, 2), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8)]
+# Every pair of axes is divided together in one of them, and every axis by 2, 4 and 8.
+PAIRWISE = [MeshConfig(*sizes) for sizes in [(2, 2, 2), (8, 1, 1), (1, 4, 2), (1, 1, 8)]]
+PAIRWISE += [MeshConfig(*sizes) for sizes in [(1, 8, 1), (4, 1, 2), (2, 1, 4)]]
 
 
 def sharded_step(model, adapter, mesh_config, accumulate=1):
@@ -73,15 +75,30 @@ def train_three(model, adapter, mesh_config, accumulate=1):
     return np.asarray(metrics), jax.device_get(state.adapters)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["zflora-uniform", "lora"])
 def test_every_mesh_gives_the_numbers_of_one_device(method):
-    """Every mesh of up to 8 devices for zflora-uniform, which has every kind of block that widens,
-    and for lora; three meshes for the others.
+    """Pairwise meshes for zflora-uniform, which has every kind of block that widens; three for
+    lora. `make soak`: every mesh of up to 8 devices, every method.
     """
+    compare_meshes(method, PAIRWISE if method == "zflora-uniform" else PAIRWISE[:3])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("zflora-uniform", "lora")])
+def test_a_mesh_of_every_axis_gives_the_numbers_of_one_device(method):
+    compare_meshes(method, PAIRWISE[:1])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("method", METHODS)
+def test_the_whole_grid_of_meshes_gives_the_numbers_of_one_device(method):
+    compare_meshes(method, MESHES)
+
+
+def compare_meshes(method, meshes):
     model, adapter = sharded_model(), AdapterConfig(method, rank=6, alpha=9.0)
     wanted, adapters = train_three(model, adapter, MeshConfig())
     assert wanted[2, 0] < wanted[0, 0]
-    for mesh in MESHES if method in ("zflora-uniform", "lora") else FEW:
+    for mesh in meshes:
         metrics, found = train_three(model, adapter, mesh, accumulate=2 if mesh.tensor == 2 else 1)
         np.testing.assert_allclose(metrics, wanted, rtol=2e-5, err_msg=str(mesh))
         for leaf, value in trees.flatten(found).items():

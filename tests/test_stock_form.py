@@ -89,6 +89,7 @@ def test_eps_z_on_a_tiny_model() -> None:
 
 
 @needs_smollm2
+@pytest.mark.soak
 def test_eps_z_on_a_real_model() -> None:
     base = load_model("smollm2-135m")
     tokens = np.asarray(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import pytest
 from support.byte_tokenizer import byte_tokenizer
+from support.grids import pairwise
 from support.models import untied
 
 from zflora_jax.core.fields import ConfigError
@@ -27,9 +28,8 @@ def talker() -> Any:
 
 
 @pytest.mark.parametrize(
-    "sampler", [None, Sampler(0.9), Sampler(1.5, 20, 0.9)], ids=["greedy", "drawn", "cut"]
+    ("count", "sampler"), pairwise([13, 2, 1], [None, Sampler(0.9), Sampler(1.5, 20, 0.9)]), ids=str
 )
-@pytest.mark.parametrize("count", [1, 2, 13])
 def test_streamed_tokens_are_those_of_a_batch_of_one(talker, sampler, count):
     for prompt in ([5, 6, 7], list(range(1, 40))):
         want = generate_tokens(talker, [prompt], max_new_tokens=count, sampler=sampler, seed=3)[0]

@@ -2,22 +2,26 @@
 wrong at a chosen step. Exit codes are the CLI's.
 
 Faults: {"stop_at": n} a stop is asked for after step n; {"poison": "loss" | "gradient" | "data",
-"at": n} that is not a number in step n; {"crash_data_at": n} the data pipeline raises when it makes
-the n-th batch; {"file_limit": n} no file can grow beyond n bytes; {} nothing.
+"at": n} something that is not a number in step n; {"crash_data_at": n} the data pipeline raises
+when it makes the n-th batch; {"file_limit": n} no file can grow beyond n bytes; {"signal_at": n}
+two SIGTERM after step n; {} nothing.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import sys
 from typing import Any
 
 import numpy as np
+import pytest
 
 
-def main(config: str, workdir: str, fault: str) -> int:
-    from zflora_jax.cli import commands, main
+def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> int:
+    from zflora_jax.cli import commands, main as cli
     from zflora_jax.core import trees
     from zflora_jax.core.fields import from_dict
     from zflora_jax.core.run_config import RunConfig
@@ -27,9 +31,22 @@ def main(config: str, workdir: str, fault: str) -> int:
 
     what: dict[str, Any] = json.loads(fault)
     if "file_limit" in what:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (what["file_limit"],) * 2)
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (what["file_limit"], hard))
     if "stop_at" in what:
-        distributed.StopSignals.requested = lambda self, step: step == what["stop_at"]  # type: ignore[method-assign]
+        patch.setattr(
+            distributed.StopSignals, "requested", lambda self, step: step == what["stop_at"]
+        )
+    if "signal_at" in what:
+        requested = distributed.StopSignals.requested
+
+        def signalled(self: distributed.StopSignals, step: int) -> bool:
+            if step == what["signal_at"]:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return requested(self, step)
+
+        patch.setattr(distributed.StopSignals, "requested", signalled)
     if "poison" in what:
         make = whole_run.make_train_step
 
@@ -61,7 +78,7 @@ def main(config: str, workdir: str, fault: str) -> int:
 
             return one
 
-        whole_run.make_train_step = poisoned  # type: ignore[assignment]
+        patch.setattr(whole_run, "make_train_step", poisoned)
     if "crash_data_at" in what:
         pad, made = pipeline.pad, [0]
 
@@ -71,14 +88,14 @@ def main(config: str, workdir: str, fault: str) -> int:
                 raise RuntimeError("the data pipeline broke")
             return pad(*args, **settings)
 
-        pipeline.pad = crashing  # type: ignore[assignment]
+        patch.setattr(pipeline, "pad", crashing)
 
     def train(_: Any) -> None:
         whole_run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
 
-    commands.train = train
-    return main.main(["train", "--config", "-", "--workdir", workdir])
+    patch.setattr(commands, "train", train)
+    return cli.main(["train", "--config", "-", "--workdir", workdir])
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:], pytest.MonkeyPatch()))

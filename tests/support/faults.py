@@ -1,5 +1,5 @@
-"""Faults that a training run must survive, each as one try with real processes. `test_faults.py`
-tries some, `soak.py` (make soak) many.
+"""Faults that a training run must survive, each as one try. `test_faults.py` tries some within its
+own process, `soak.py` (make soak) all of them, many times, with processes of their own.
 
 To survive: exit code and message are the documented ones, and the run that goes on afterwards ends
 with the parameters, optimizer state, losses and batches of an uninterrupted one, bit for bit
@@ -8,151 +8,29 @@ with the parameters, optimizer state, losses and batches of an uninterrupted one
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import random
+import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from zflora_jax.core import trees
-from zflora_jax.core.fields import override
-from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.base import load_base
-from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training.checkpoint import Checkpoints
-from zflora_jax.training.trainer import fresh_state
-
-TESTS = Path(__file__).parents[1]
-PATIENCE = 300  # seconds that any one process may take
+from support.lab import Lab, Outcome
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """survived: all that was promised held. lost_steps: committed steps that the resumed run did
-    not start from. message: what the user was told.
-    """
-
-    survived: bool
-    lost_steps: int = 0
-    message: str = ""
-
-
-def lab_run(run: RunConfig) -> RunConfig:
-    """`run` for a Lab: long enough to be hit somewhere, every step logged, eight rows so that eight
-    devices have one each.
-    """
-    return override(
-        run,
-        {
-            "train.steps": 24,
-            "train.max_to_keep": 3,
-            "data.batch_size": 8,
-            "data.grad_accum_steps": 1,
-            "data.bucket_lengths": [256],
-        },
-    )
-
-
-class Lab:
-    """A run, what it gives when nothing goes wrong, and processes that run it."""
-
-    def __init__(self, run: RunConfig, folder: Path) -> None:
-        self.run, self.folder = run, folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (
-            "warm",
-            "whole",
-        ):  # the first fills the compile cache: later runs take what the second does
-            started = time.monotonic()
-            code, output = self.finish(self.start(folder / name))
-            assert code == 0, output
-            self.seconds = time.monotonic() - started
-        self.whole = self.state(folder / "whole")
-        self.lines = self.logged(folder / "whole")
-
-    def start(
-        self, workdir: Path, fault: dict[str, Any] | None = None, devices: int = 1, **changes: Any
-    ) -> subprocess.Popen[str]:
-        run = override(self.run, {key.replace("__", "."): value for key, value in changes.items()})
-        env = os.environ | {
-            "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-        }
-        env |= {
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        command = [
-            sys.executable,
-            str(TESTS / "support" / "fault_driver.py"),
-            json.dumps(dataclasses.asdict(run)),
-            str(workdir),
-            json.dumps(fault or {}),
-        ]
-        return subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    @staticmethod
-    def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-        try:
-            output, _ = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
-        return process.returncode, output
-
-    def state(self, workdir: Path) -> str:
-        """A fingerprint of all that the newest checkpoint holds."""
-        model = load_base(self.run)
-        with Checkpoints(workdir, create=False) as checkpoints:
-            state, _ = checkpoints.restore(jax.eval_shape(lambda: fresh_state(self.run, model)))
-        return trees.fingerprint({str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))})
-
-    @staticmethod
-    def logged(workdir: Path) -> list[tuple[Any, ...]]:
-        rows = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"]
-        return [(r["step"], r["loss"], r["grad_norm"], r["batch_crc32"]) for r in rows]
-
-    @staticmethod
-    def committed(workdir: Path) -> int:
-        """The newest step whose checkpoint has its final name."""
-        folder = workdir / "checkpoints"
-        return (
-            max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
-            if folder.is_dir()
-            else 0
-        )
-
-    def goes_on(self, workdir: Path, committed: int, message: str = "") -> Outcome:
-        """Resume to the end, and compare with the uninterrupted run."""
-        code, output = self.finish(self.start(workdir))
-        if code != 0:
-            return Outcome(False, 0, output[-1000:])
-        resumed = json.loads((workdir / "report.json").read_text())["resumed_from"]
-        same = self.state(workdir) == self.whole and self.logged(workdir) == self.lines
-        return Outcome(same and resumed >= committed, max(0, committed - resumed), message)
-
-    def wait_for(self, workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
-        """Until the log shows `step`, or the process has ended."""
-        metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + PATIENCE
-        while (
-            process.poll() is None
-            and time.monotonic() < deadline
-            and not (metrics.exists() and any(r[0] >= step for r in self.logged(workdir)))
-        ):
-            time.sleep(0.01)
+def stop_signals(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
+    """SIGTERM after a step, and again before it has saved."""
+    at = draw.randrange(1, lab.run.train.steps - 8)
+    code, output = lab.once(workdir, {"signal_at": at})
+    if code != 75 or lab.committed(workdir) != at or "stopped by a signal after step" not in output:
+        return Outcome(False, 0, f"exit code {code}; {output[-500:]}")
+    return lab.goes_on(workdir, at, output.strip().splitlines()[-1])
 
 
 def kill(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
@@ -198,9 +76,9 @@ def disk_full(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     was saved before is whole.
     """
     first = draw.randrange(2, lab.run.train.steps - 4, lab.run.train.save_every or 1)
-    code, output = lab.finish(lab.start(workdir, {"stop_at": first}))
+    code, output = lab.once(workdir, {"stop_at": first})
     assert code == 75, output
-    code, output = lab.finish(lab.start(workdir, {"file_limit": 9000}))
+    code, output = lab.once(workdir, {"file_limit": 9000})
     if code != 2 or "could not be written" not in output or lab.committed(workdir) != first:
         return Outcome(
             False, 0, f"exit code {code}, step {lab.committed(workdir)} of {first}; {output[-700:]}"
@@ -212,7 +90,7 @@ def no_directory(lab: Lab, workdir: Path, _: random.Random) -> Outcome:
     """A workdir that cannot be made: its parent is a file."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     workdir.write_text("kept")
-    code, output = lab.finish(lab.start(workdir / "run"))
+    code, output = lab.once(workdir / "run")
     return Outcome(
         code == 2 and "cannot" in output and workdir.read_text() == "kept",
         0,
@@ -224,7 +102,7 @@ def corrupt(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     """A file of the newest checkpoint is cut, emptied, deleted or has a byte flipped: said at the
     resume, with the remedy, or without effect.
     """
-    code, output = lab.finish(lab.start(workdir, {"stop_at": lab.run.train.steps - 3}))
+    code, output = lab.once(workdir, {"stop_at": lab.run.train.steps - 3})
     assert code == 75, output
     newest = workdir / "checkpoints" / str(lab.committed(workdir))
     victim = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
@@ -239,7 +117,7 @@ def corrupt(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     else:
         victim.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
     what = f"{how} {victim.relative_to(newest)}"
-    code, output = lab.finish(lab.start(workdir))
+    code, output = lab.once(workdir)
     if code == 0:  # the damage was in nothing that decides a number
         same = lab.state(workdir) == lab.whole and lab.logged(workdir) == lab.lines
         return Outcome(same, 0, f"{what}: no effect")
@@ -263,7 +141,7 @@ def two_processes(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     first = lab.start(workdir)
     lab.wait_for(workdir, draw.randrange(1, 5), first)
     first.send_signal(signal.SIGSTOP)  # so that it is still there when the second has come that far
-    code, output = lab.finish(lab.start(workdir))
+    code, output = lab.once(workdir)
     first.send_signal(signal.SIGCONT)
     done, log = lab.finish(first)
     if done != 0:
@@ -273,12 +151,20 @@ def two_processes(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     return Outcome(same and code == 2 and "another process" in told, 0, told)
 
 
-def not_a_number(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
+NUMBERS = ("loss", "gradient", "data")
+
+
+def not_a_number(
+    lab: Lab,
+    workdir: Path,
+    draw: random.Random,
+    kinds: tuple[str, ...] = NUMBERS,
+) -> Outcome:
     """NaN in the loss, the gradient or the data: the run ends with 3 and the step named, nothing of
     it is saved.
     """
-    at, what = draw.randrange(3, lab.run.train.steps), draw.choice(("loss", "gradient", "data"))
-    code, output = lab.finish(lab.start(workdir, {"poison": what, "at": at}))
+    at, what = draw.randrange(3, lab.run.train.steps), draw.choice(kinds)
+    code, output = lab.once(workdir, {"poison": what, "at": at})
     told = output.strip().splitlines()[-1]
     if code != 3 or f"at step {at}" not in told or lab.committed(workdir) >= at:
         return Outcome(False, 0, f"exit code {code}; {output[-700:]}")
@@ -289,9 +175,7 @@ def data_crash(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     """The thread that makes batches raises: the run ends with that error, what was saved
     is whole.
     """
-    code, output = lab.finish(
-        lab.start(workdir, {"crash_data_at": draw.randrange(2, lab.run.train.steps)})
-    )
+    code, output = lab.once(workdir, {"crash_data_at": draw.randrange(2, lab.run.train.steps)})
     if code in (0, 75) or "the data pipeline broke" not in output:
         return Outcome(False, 0, f"exit code {code}; {output[-700:]}")
     return lab.goes_on(workdir, lab.committed(workdir), "RuntimeError: the data pipeline broke")
@@ -310,8 +194,8 @@ def other_meshes(lab: Lab, workdir: Path, _: random.Random) -> Outcome:
     steps = lab.run.train.steps
     for i, mesh in enumerate(meshes):
         last = (i + 1) * steps // len(meshes)
-        code, output = lab.finish(
-            lab.start(workdir, {"stop_at": last} if last < steps else {}, devices=2**i, **mesh)
+        code, output = lab.once(
+            workdir, {"stop_at": last} if last < steps else {}, devices=2**i, **mesh
         )
         if code != (75 if last < steps else 0):
             return Outcome(False, 0, f"{2**i} devices: exit code {code}; {output[-700:]}")
@@ -345,8 +229,8 @@ def malformed_row(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
         )
     )
     (folder / "train.json").write_text(json.dumps(rows))
-    code, output = lab.finish(
-        lab.start(workdir, data__task="json", data__data_dir=str(folder), data__train_limit=None)
+    code, output = lab.once(
+        workdir, data__task="json", data__data_dir=str(folder), data__train_limit=None
     )
     told = output.strip().splitlines()[-1]
     return Outcome(
@@ -356,7 +240,9 @@ def malformed_row(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     )
 
 
-FAULTS: dict[str, tuple[Callable[[Lab, Path, random.Random], Outcome], int]] = {
+Fault = Callable[[Lab, Path, random.Random], Outcome]
+
+FAULTS: dict[str, tuple[Fault, int]] = {
     "kill -9 at a random point": (kill, 50),
     "SIGTERM twice": (terminate_twice, 10),
     "disk full": (disk_full, 5),
@@ -371,14 +257,30 @@ FAULTS: dict[str, tuple[Callable[[Lab, Path, random.Random], Outcome], int]] = {
 """Name -> (one try, how many tries `make soak` makes)."""
 
 
-def tries(lab: Lab, name: str, count: int, folder: Path, seed: int = 0) -> list[Outcome]:
+LOCAL: dict[str, tuple[Fault, int]] = {
+    "SIGTERM twice": (stop_signals, 1),
+    "disk full": (disk_full, 1),
+    "workdir cannot be made": (no_directory, 1),
+    "newest checkpoint damaged": (corrupt, 3),
+    **{f"NaN in {kind}": (partial(not_a_number, kinds=(kind,)), 1) for kind in NUMBERS},
+    "data pipeline crashes": (data_crash, 1),
+    "malformed training row": (malformed_row, 3),
+}
+"""Name -> (one try within a process, how many `make test` makes)."""
+
+
+def tries(
+    lab: Lab, name: str, attempt: Fault, count: int, folder: Path, seed: int = 0
+) -> list[Outcome]:
     """`count` tries of a fault, each with its own workdir and random draws."""
-    attempt, outcomes = FAULTS[name][0], []
+    outcomes = []
     for i in range(count):
         try:
             outcomes.append(
                 attempt(
-                    lab, folder / f"{attempt.__name__}-{i}", random.Random(f"{name}-{seed}-{i}")
+                    lab,
+                    folder / f"{re.sub(r'[^a-z]+', '-', name.lower())}-{i}",
+                    random.Random(f"{name}-{seed}-{i}"),
                 )
             )
         except Exception as error:  # whatever it is, the sweep goes on, and the try has failed

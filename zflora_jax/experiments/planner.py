@@ -118,11 +118,11 @@ def _optimizer_state(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     _, adapters, _ = _abstract(run, config, 1)
     state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
     where = state_shardings(state, mesh).opt_state
-    parts = jax.tree.map(lambda x, at: (at.shard_shape(x.shape), x.dtype), state.opt_state, where)
+    leaves = zip(*map(jax.tree.leaves, (state.opt_state, where)), strict=True)
     return sum(
-        math.prod(shape) * dtype.itemsize
-        for shape, dtype in jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, tuple))
-        if shape
+        math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, at in leaves
+        if leaf.shape
     )
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, what shows them (see `trackers`) and a progress bar.
+"""Metrics of a run: written to metrics.jsonl, and shown by trackers and a progress bar.
 
 One line of metrics.jsonl is one record, {"step": 10, "split": "train", "loss": 1.25, ...}. A step
 is counted when it is complete: the record of step 10 describes what ten updates have led to, and a
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.reporting.files import atomic_write, plain
+from zflora_jax.reporting.progress import training_progress
 from zflora_jax.reporting.trackers import Tracker, make_trackers
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,11 @@ class MetricWriter:
       console: whether to show progress; a bar on a terminal, a line every few seconds elsewhere.
       start_step: the step restored from a checkpoint. What a killed run wrote about later steps is
         dropped, since it is about to be computed again; 0 starts the files anew.
-      report_to: "tensorboard", "wandb", "trackio". config: the settings that the latter two show
-        beside the numbers.
+      report_to: rows of `trackers.TRACKERS`.
+      config: the settings that trackers show beside the numbers.
+
+    Raises:
+      ConfigError: a tracker did not start.
     """
 
     def __init__(
@@ -58,12 +61,17 @@ class MetricWriter:
         # Before the file is open: they may refuse.
         self._trackers = make_trackers(report_to, workdir, start_step, config or {})
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._progress = _make_progress(total_steps, start_step) if console else None
+        self._progress = training_progress(total_steps, start_step) if console else None
         self._closed = False
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Append one record: `values` are numbers by name (scalars of numpy or jax too). Non-finite
-        numbers become null in the file.
+        """Append one record.
+
+        Args:
+          step: number of finished steps.
+          split: "train", "eval".
+          values: numbers by name, Python's or scalars of numpy or jax. Those that are NaN or
+            infinite become null in the file.
         """
         clash = {"step", "split"} & set(values)
         if clash:
@@ -122,7 +130,7 @@ class MetricWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in file order; of several with the same step and split the
+    """The records of a metrics.jsonl, in file order. Of several with the same step and split the
     last one counts.
     """
     latest = {(r["step"], r["split"]): r for r in _parse(Path(path))}
@@ -152,86 +160,3 @@ def _parse(path: Path) -> list[dict[str, Any]]:
             ) from error
         records.append(record)
     return records
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-
-def _make_progress(total: int, start: int) -> _Bar | _Lines:
-    import sys
-
-    return _Bar(total, start) if sys.stdout.isatty() else _Lines(total, start)
-
-
-def _describe(loss: float | None, tokens_per_s: float | None) -> str:
-    parts = ([] if loss is None else [f"loss {loss:.4f}"]) + (
-        [] if tokens_per_s is None else [f"{tokens_per_s:,.0f} tokens/s"]
-    )
-    return "  ".join(parts)
-
-
-class _Bar:
-    """A live bar: steps, loss, tokens/s, elapsed and remaining time."""
-
-    def __init__(self, total: int, start: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[info]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-        )
-        self._rich = Progress(*columns, TimeRemainingColumn())
-        self._task = self._rich.add_task("", total=total, completed=start, info="")
-        self._rich.start()
-
-    def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
-        self._rich.update(self._task, completed=step, info=_describe(loss, tokens_per_s))
-
-    def close(self) -> None:
-        self._rich.stop()
-
-
-class _Lines:
-    """The same for logs and pipes: a line at most every `every` seconds, and one for the last
-    step.
-    """
-
-    def __init__(self, total: int, start: int, every: float = 10.0) -> None:
-        self._total, self._every = total, every
-        self._printed = -every
-        self._first: tuple[int, float] | None = None
-
-    def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
-        now = time.monotonic()
-        if self._first is None:
-            # Speed is measured from here on: the steps before it include compilation.
-            self._first = (
-                step,
-                now,
-            )
-        if step < self._total and now - self._printed < self._every:
-            return
-        self._printed = now
-        done, seconds = step - self._first[0], now - self._first[1]
-        left = f"ETA {_clock(seconds / done * (self._total - step))}" if done > 0 else ""
-        parts = (f"step {step}/{self._total}", _describe(loss, tokens_per_s), left)
-        print("  ".join(p for p in parts if p), flush=True)
-
-    def close(self) -> None:
-        pass
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

@@ -119,8 +119,6 @@ class HeldOutLoss(Hook):
         return is_due(step, self._settings.eval_every, self._settings.steps)
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
-        if not self.is_due(step):
-            return
         try:
             self.last = self._evaluate(state.adapters)
         except NonFiniteError as error:
@@ -165,9 +163,8 @@ class SaveCheckpoints(Hook):
         return is_due(step, self._settings.save_every, self._settings.steps)
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
-        if self.is_due(step):
-            self._save(step, state, results.get("loss"))
-            results["checkpoint"] = self._folder / str(step)
+        self._save(step, state, results.get("loss"))
+        results["checkpoint"] = self._folder / str(step)
 
     def on_stop(self, step: int, state: TrainState) -> None:
         self._save(step, state, None)

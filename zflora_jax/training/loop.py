@@ -30,11 +30,11 @@ class Timing(NamedTuple):
 class Hook:
     """A thing that a run does beside its steps. A subclass overrides the methods that it needs.
 
-    The loop calls each method of all hooks in their order. For step n:
+    The loop calls the hooks in their order. For step n:
 
         on_batch(n, batch)            before the step
         on_metrics(n, ...)            when its numbers are there, while step n + 1 runs
-        on_state(n, state, results)   after the step, and after on_metrics(n), if any hook is_due(n)
+        on_state(n, state, results)   after the step and on_metrics(n), if the hook is_due(n)
         on_stop(n, state)             instead of on_state, if any hook should_stop(n)
     """
 
@@ -49,10 +49,10 @@ class Hook:
         return False
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
-        """The state after `step`, which this hook or another one asked for.
+        """The state after `step`. The next step overwrites its buffers: nothing may keep them.
 
         results: what the hooks before this one found out about the state, by name; a hook adds its
-        own. The state's buffers are given away to the next step: nothing may keep them.
+        own.
         """
 
     def should_stop(self, step: int) -> bool:
@@ -105,7 +105,7 @@ def fit(
         pending = step, metrics
         # Not any(generator): with several processes every hook asks the others at every step.
         stopping = any([hook.should_stop(step) for hook in hooks]) and step < steps
-        due = any(hook.is_due(step) for hook in hooks)
+        due = [hook for hook in hooks if hook.is_due(step)]
         if stopping or due:
             clock, waited = _report(hooks, *pending, clock, waited)
             pending = None
@@ -115,7 +115,7 @@ def fit(
             break
         if due:
             results: dict[str, Any] = {}
-            for hook in hooks:
+            for hook in due:
                 hook.on_state(step, state, results)
             clock = time.perf_counter()
     if pending is not None:

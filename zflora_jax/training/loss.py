@@ -27,16 +27,24 @@ def masked_cross_entropy(
     chunk: int,
     groups: int = 1,
 ) -> tuple[Array, Array]:
-    """Sum of -log p over the chosen tokens, and their number (both float32 scalars).
+    """Sum of -log p over the chosen tokens, and their number.
 
-    logits_fn: [1, chunk, d] -> [1, chunk, V] float32. hidden [B, T, d]; tokens int32 [B, T];
-    loss_mask bool [B, T]: position t counts when the *token at t* is to be predicted (from hidden
-    t-1). Chosen positions are gathered to the front, `chunk` at a time go through the head, and
-    chunks without any are skipped. One chunk of logits is alive at a time, and each is computed
-    once: see `_summed`.
+    Chosen positions are gathered to the front, `chunk` at a time go through the head, and chunks
+    without any are skipped. One chunk of logits is alive at a time, and each is computed once: see
+    `_summed`.
 
-    groups: equal parts of the rows, each gathered for itself: as many as devices that the rows are
-    divided over, so that none needs another's rows.
+    Args:
+      logits_fn: the head, [1, chunk, d] -> [1, chunk, V] float32.
+      hidden: [B, T, d], what the head is applied to.
+      tokens: [B, T] int32.
+      loss_mask: [B, T] bool. Position t counts if the token *at t* is to be predicted, from
+        hidden[:, t - 1].
+      chunk: positions of a group whose logits exist at one time.
+      groups: into how many equal parts the rows are divided, each gathered for itself: the number
+        of devices that hold rows, so that no device needs the rows of another.
+
+    Returns:
+      (sum in nats, number of tokens), float32 scalars.
     """
     x = hidden[:, :-1].reshape(groups, -1, hidden.shape[-1])
     targets, mask = tokens[:, 1:].reshape(groups, -1), loss_mask[:, 1:].reshape(groups, -1)
