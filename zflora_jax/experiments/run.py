@@ -27,8 +27,10 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.dates import today
 from zflora_jax.data.mixture import load_mixture
-from zflora_jax.data.pipeline import Encoded, pack_sequences, tokenize_examples, train_batches
+from zflora_jax.data.packing import pack_sequences
+from zflora_jax.data.pipeline import train_batches
 from zflora_jax.data.tasks import Example
+from zflora_jax.data.tokenization import Encoded, tokenize_examples
 from zflora_jax.evaluation.evals import held_out_loss
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.evaluation.gap_prompts import gap_prompts
