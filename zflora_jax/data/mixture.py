@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples
+from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples, open_split
 
 _PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
 
@@ -122,10 +122,10 @@ def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:
     """
     found = []
     for name in parse_mixture(data.task)[0]:
-        source = get_task(name).split("train", data).origin
+        source = open_split(get_task(name), "train", data).origin
         for split in SPLITS:
             try:
-                same = get_task(name).split(split, data).origin == source
+                same = open_split(get_task(name), split, data).origin == source
             except ConfigError:  # no such split
                 continue
             found += [(name, split, load_examples(name, split, data))] if same else []

@@ -21,7 +21,7 @@ HOLD_OUT = 200
 
 _OTHER = re.compile(r"[\W_]+")
 _MARKS = re.compile(r"[\s?.!,;:'\"]+")  # not operators: "7 - 3" and "7 + 3" are two questions
-Row = Mapping[str, Any]  # texts, as bytes or str, and lists of texts
+Record = Mapping[str, Any]  # texts, as bytes or str, and lists of texts
 
 LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder dataset/"
 TRAINING_SETS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder ft-training_set/"
@@ -32,7 +32,7 @@ class Split(NamedTuple):
     they were read from, for messages.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[Record]
     indices: Sequence[int]
     origin: str
 
@@ -214,7 +214,7 @@ def _file(task: str, source: Source, folder: Path, split: str) -> tuple[str, Pat
     return None
 
 
-def _open_file(builder: str, path: Path) -> Sequence[Row]:
+def _open_file(builder: str, path: Path) -> Sequence[Record]:
     from zflora_jax.data.builders import open_prepared
     from zflora_jax.data.builders.files import SPLIT, file_config
     from zflora_jax.data.builders.formats import BUILDERS
@@ -246,7 +246,7 @@ def _public(task: str, source: Source, split: str) -> Split:
 
 
 def _part(
-    task: str, rows: Sequence[Row], held_out: Sequence[str], split: str, origin: str
+    task: str, rows: Sequence[Record], held_out: Sequence[str], split: str, origin: str
 ) -> Split:
     """The split of a train file that lends rows to the splits `held_out`; lent rows that are train
     rows but for case and marks are left out.
@@ -275,7 +275,7 @@ def normalise(text: str) -> str:
     return _OTHER.sub(" ", text.lower()).strip()
 
 
-def _key(row: Row) -> bytes:
+def _key(row: Record) -> bytes:
     """What is kept on one side: the dialogue that a row is of, or the question."""
     parts = [row["unit"]] if "unit" in row else [row["instruction"], row.get("input") or b""]
     return b"\n".join(part if isinstance(part, bytes) else part.encode() for part in parts if part)
