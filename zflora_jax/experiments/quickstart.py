@@ -45,10 +45,8 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
       console: whether progress and samples are printed.
 
     Returns:
-      The contents of <workdir>/quickstart.json: method, params_base, params_trainable,
-      accuracy_before and _after, loss_before and _after (held-out), fused_max_abs_dlogit and
-      logit_scale (fused against adapted, on held-out rows), tpot_ms_base and _fused, latency,
-      export_dir and the export's gaps, samples, and seconds in all and by part.
+      The contents of <workdir>/quickstart.json: parameters, accuracy and held-out loss before and
+      after, the logits of fused against adapted, latency, the export's gaps, samples, seconds.
     """
     workdir, started, env = local_path(workdir, "workdir"), time.perf_counter(), environment()
     parts: dict[str, float] = {}
