@@ -74,15 +74,8 @@ def convert(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         plain, whole = Path(folder, "plain.gguf"), Path(folder, "whole.gguf")
-        command = [
-            python,
-            str(llama_cpp / "convert_hf_to_gguf.py"),
-            str(export),
-            "--outtype",
-            outtype,
-            "--outfile",
-            str(plain),
-        ]
+        command = [python, str(llama_cpp / "convert_hf_to_gguf.py"), str(export)]
+        command += ["--outtype", outtype, "--outfile", str(plain)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ConversionError(
@@ -153,21 +146,7 @@ def rewrite(
     reader = GGUFReader(source)
     # The norms take their mean square over more channels.
     share = config["hidden_size"] / filled["hidden_size"]
-    changed: dict[str, Any] = {}
-    if filled != {name: config[name] for name in filled}:
-        changed = {
-            "llama.embedding_length": (filled["hidden_size"], GGUFValueType.UINT32),
-            "llama.feed_forward_length": (filled["intermediate_size"], GGUFValueType.UINT32),
-            "llama.attention.layer_norm_rms_epsilon": (
-                config["rms_norm_eps"] * share,
-                GGUFValueType.FLOAT32,
-            ),
-            "llama.attention.key_length": (
-                config["head_dim"],
-                GGUFValueType.UINT32,
-            ),  # else hidden / heads is taken
-            "llama.attention.value_length": (config["head_dim"], GGUFValueType.UINT32),
-        }
+    changed = {} if filled == {name: config[name] for name in filled} else _changed(config, filled)
     writer = GGUFWriter(target, arch=reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
         if (
@@ -198,6 +177,25 @@ def rewrite(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _changed(config: dict[str, Any], filled: dict[str, int]) -> dict[str, tuple[Any, Any]]:
+    """Metadata key -> (value, kind), for a file with the widths `filled`."""
+    from gguf import GGUFValueType
+
+    share = config["hidden_size"] / filled["hidden_size"]
+    whole = {
+        "embedding_length": filled["hidden_size"],
+        "feed_forward_length": filled["intermediate_size"],
+        # Without these llama.cpp divides the hidden width by the number of heads.
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+    }
+    changed: dict[str, tuple[Any, Any]] = {
+        f"llama.{key}": (value, GGUFValueType.UINT32) for key, value in whole.items()
+    }
+    eps = (config["rms_norm_eps"] * share, GGUFValueType.FLOAT32)
+    return changed | {"llama.attention.layer_norm_rms_epsilon": eps}
 
 
 def _filled(
