@@ -1,5 +1,5 @@
-"""TTFT and TPOT of base, adapters beside the base, and fused models, interleaved in one process;
-optionally beside transformers and PEFT.
+"""TTFT and TPOT of base, adapters beside the base, and fused models, by turns in one process;
+optionally of transformers and PEFT too.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Time and memory of one training step: ours and PEFT's, from the same weights, batch, mask, dtype
-and optimizer settings.
+"""Time and memory of one training step, of this project and of PEFT, from the same weights, batch,
+mask, dtype and optimizer settings.
 """
 
 from __future__ import annotations

@@ -27,7 +27,12 @@ PEFT = "PEFT lora"
 
 
 def load(case: Case) -> Model:
-    """The base model of `case`, in its dtype."""
+    """Load the base model of a case, in its dtype; a preset other than smollm2-135m has random
+    weights.
+
+    Args:
+      case: model and dtype are read.
+    """
     if case.model not in PRESETS or case.model == "smollm2-135m":
         return load_model(case.model, dtype=case.dtype)
     model = random_model(preset(case.model).replace(dtype=case.dtype), jax.random.key(0))

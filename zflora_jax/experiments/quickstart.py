@@ -1,5 +1,5 @@
-"""The whole path once: train, compare accuracy before and after, fuse, check that fused equals
-adapted, decode side by side, export, report.
+"""The whole path once: train, evaluate before and after, fuse, check that fused equals adapted,
+decode side by side, export, report.
 """
 
 from __future__ import annotations
