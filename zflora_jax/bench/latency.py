@@ -21,7 +21,7 @@ from zflora_jax.reporting.plots import bars, curves
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 def decode_latency(
@@ -103,7 +103,7 @@ def measure(
     config = source.config if isinstance(source, Model) else source
     _check(config, methods, ranks, batches, prompts, new_tokens, repeats)
     base = pack_for_decode(source) if isinstance(source, Model) else random_packed(source, dtype)
-    meter, rows = bandwidth_meter(), list[Row]()
+    meter, rows = bandwidth_meter(), list[TableRow]()
     cases = dict.fromkeys(
         [(rank, batches[0], prompts[0]) for rank in ranks]
         + [(ranks[0], b, p) for b in batches for p in prompts]
@@ -153,10 +153,12 @@ def _check(
     )
 
 
-def _row(label: str, ready: Mapping[str, Contender], turns: Mapping[str, Any]) -> Row:
+def _row(label: str, ready: Mapping[str, Contender], turns: Mapping[str, Any]) -> TableRow:
     """What the turns say of one label."""
     found = {name: values for name, values in turns[label].items() if name != "floor_ms"}
-    row: Row = {k: v for name, values in found.items() for k, v in summary(values, name).items()}
+    row: TableRow = {
+        k: v for name, values in found.items() for k, v in summary(values, name).items()
+    }
     for name in found:
         row[name.replace("_ms", "_ratio")] = ratio(found[name], turns[BASE][name])
     floors, size = turns[label].get("floor_ms"), ready[label].read_bytes
@@ -168,7 +170,7 @@ def _row(label: str, ready: Mapping[str, Contender], turns: Mapping[str, Any]) -
     return row | ready[label].extra
 
 
-def _said(row: Row) -> str:
+def _said(row: TableRow) -> str:
     return (
         f"rank {row['rank']} batch {row['batch']} prompt {row['prompt']}  {row['label']:<28}"
         f" TTFT {row['ttft_ms']:9.2f} ms  TPOT {row['tpot_ms']:8.3f} ms  {row['tpot_ratio']:.3f} x"

@@ -30,7 +30,7 @@ from zflora_jax.reporting.plots import bars
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 def measure(
@@ -71,7 +71,7 @@ def measure(
         peft.imports()  # fails before anything slow where PEFT is not installed
     failed: list[str] = []
     rates: dict[str, float] = {}
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for case in cases:
         model = load(case)
         require(
@@ -155,10 +155,10 @@ def _row(
     config: LlamaConfig,
     measured: tuple[Timed, Timed, dict[str, list[float]]],
     rate: float,
-) -> Row:
+) -> TableRow:
     """The row of one label. measured: as `_alone_each` and `_turns` return them; rate: FLOP/s."""
     apart, first, times = measured
-    row: Row = {"case": case, "label": label} | summary(times[label], "step_ms")
+    row: TableRow = {"case": case, "label": label} | summary(times[label], "step_ms")
     if PEFT in apart:
         row["step_ratio"] = ratio(times[label], times[PEFT])
         row["memory_ratio"] = apart[label][0] / apart[PEFT][0]
@@ -209,7 +209,7 @@ def page(result: Mapping[str, Any], title: str) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Row) -> Row:
+def _line(row: TableRow) -> TableRow:
     """A row of the table, as text."""
     case = row["case"]
     spread = f"[{row['step_ms_min']:.0f}, {row['step_ms_max']:.0f}]"

@@ -3,8 +3,8 @@
 Everything is computed from shapes. Base, adapters, gradients and moments are counted from the
 sharding rules and are exact. Activations are the arrays that jax.vjp saves for the backward pass,
 by abstract evaluation. The working set is the memory that one layer or one chunk of logits needs
-besides, by the formula at `_working_set`. `compiled` asks the compiler instead. Below, `run` has the
-settings and `config` is the base's.
+besides, by the formula at `_working_set`. `compiled` asks the compiler instead. Below, `run` has
+the settings and `config` is the base's.
 """
 
 from __future__ import annotations
