@@ -66,7 +66,7 @@ def _swap(
     adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(
         adapters, base.num_layers
     )
-    pieces: dict[str, list[Piece]] = {}  # of each leaf: what is written, and where it begins
+    pieces: dict[str, list[Piece]] = {}  # leaf -> pieces to write
     for name, block in trees.flatten(adapters).items():
         layer, _, kernel, block_name = name.split("/")
         axis, shape = in_axis(base, kernel), kernel_shapes(base)[kernel]

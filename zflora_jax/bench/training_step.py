@@ -112,7 +112,7 @@ def main() -> None:
     for _ in range(job["steps"] - 1):
         run()
     peak = peak_resident()
-    if jax.default_backend() == "gpu":  # what counts there is the device's memory
+    if jax.default_backend() == "gpu":  # there the device's memory counts
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", peak)
     print(json.dumps([peak, first]))
 

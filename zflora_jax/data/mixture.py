@@ -110,9 +110,8 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
     if limit is not None:
         left = limit
         shares = {}
-        for done, i in enumerate(
-            sorted(range(len(parts)), key=lambda i: len(parts[i]))
-        ):  # short tasks leave their room to the others
+        # Short tasks come first and leave their room to the others.
+        for done, i in enumerate(sorted(range(len(parts)), key=lambda i: len(parts[i]))):
             shares[i] = min(len(parts[i]), -(-left // (len(parts) - done)))
             left -= shares[i]
         parts = [part[: shares[i]] for i, part in enumerate(parts)]

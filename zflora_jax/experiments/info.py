@@ -187,10 +187,8 @@ def _run(workdir: Path) -> Facts:
     facts["learning rate"] = run.optim.learning_rate
     try:
         facts |= _adapter(run.adapter, model_config(run.model))
-    except (
-        ConfigError,
-        ValueError,
-    ) as error:  # the base has been moved: what the run itself says still stands
+    except (ConfigError, ValueError) as error:
+        # The base has been moved; the settings of the run are still known.
         facts |= {
             "method": run.adapter.method,
             "rank": run.adapter.rank,

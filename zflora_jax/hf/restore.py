@@ -33,11 +33,8 @@ from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.parallel.sharding import placement
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
-# In a folder of its own: servers load every *.safetensors beside config.json.
-SIDE_FOLDER, SIDE_FILE = (
-    "zflora",
-    "restore.safetensors",
-)
+# In a folder of its own, because servers load every *.safetensors beside config.json.
+SIDE_FOLDER, SIDE_FILE = "zflora", "restore.safetensors"
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -178,7 +175,7 @@ def _check_config(what: str, hf: Mapping[str, Any], form: StockForm) -> None:
     """CheckpointError unless config.json is what `form` writes, in all that changes the forward
     pass.
     """
-    from_hf_config(hf, rope=False)  # refuses by name what no Llama of ours has
+    from_hf_config(hf, rope=False)  # refuses unsupported features by name
     expected = to_hf_config(form.config, str(hf.get("dtype")), form.rope)
     free = (
         "dtype",

@@ -179,7 +179,7 @@ def _write_side_file(folder: Path, model: Model, form: StockForm, dtype: str) ->
         save_file(kept, folder / SIDE_FOLDER / SIDE_FILE)
 
 
-# --- what goes beside them ------------------------------------------------------------------------
+# --- files beside the tensors ---------------------------------------------------------------------
 
 
 def _manifest(

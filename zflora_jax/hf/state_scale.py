@@ -18,11 +18,12 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 
 CHOICES = tuple(2.0**-k for k in range(11))  # 1, 1/2, ... 2^-10
-FLOAT16_LEAST = 2.0**-4  # below it float16 has no room: what reads the state is divided by eps_z
+# Rows that read the state are divided by eps_z; below this they leave the range of float16.
+FLOAT16_LEAST = 2.0**-4
 
-# The relative error of the logits that eps_z may cause. float32: what rounding itself causes in the
-# logits of a whole model (SmolLM2-135M: 1.8e-6 of the largest), a fifth of what two implementations
-# may differ by; else half a unit in the last place of the dtype.
+# The relative error of the logits that eps_z may cause. For float32 it is the error of rounding in
+# the logits of a whole model (SmolLM2-135M: 1.8e-6 of the largest), a fifth of the difference that
+# two implementations may have; for other dtypes half a unit in the last place.
 _ERROR = {"float32": 2.0**-19, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 # How far the effect may exceed the estimate. SmolLM2-135M with a trained adapter: 1.4 times, at
 # most 3 for random models with adapters moved by noise.

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-KEPT_FROM_SECONDS = 0.2  # what compiles faster is not kept
+KEPT_FROM_SECONDS = 0.2  # programs that compile faster are not cached
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from zflora_jax.core.run_config import MeshConfig
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # what the rows of a batch are divided over
+BATCH = ("data", "fsdp")  # the axes that divide the rows of a batch
 
 VOCABULARY = {("embed/embedding", 0), ("lm_head/kernel", 1)}  # leaf, dimension
 

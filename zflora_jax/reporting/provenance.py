@@ -113,8 +113,8 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
         ).stdout
 
     try:
-        # An installed copy can lie in a virtual environment inside somebody else's repository: that
-        # one's commit says nothing.
+        # An installed copy can lie in a virtual environment inside another repository, whose commit
+        # is irrelevant.
         if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != root:
             return None, None
         return git("rev-parse", "HEAD").strip(), bool(

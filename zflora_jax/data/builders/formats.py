@@ -154,7 +154,7 @@ class MawpsJson(FileBuilder):
 
 # --- summary_json ---------------------------------------------------------------------------------
 
-# Field -> what it is called in the instruction.
+# Field -> its name in the instruction.
 _TEXTS = {
     "dialogue": "dialogue",
     "article": "article",
@@ -255,7 +255,7 @@ class WozJson(FileBuilder):
 
 
 def _slots(state: list[Any], where: str) -> list[tuple[str, str]]:
-    """(slot, value) of what is informed, ("request", slot) of what is requested."""
+    """(slot, value) of what the user informs, ("request", slot) of what the user requests."""
     try:
         return [
             ("request" if act["act"] == "request" else name, value)
