@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.bench.latency import contender
+from zflora_jax.bench.contenders import contender
 from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model

@@ -23,7 +23,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # times to compile are rep
 
 import jax
 
-from zflora_jax.bench import latency, peft, training
+from zflora_jax.bench import contenders, latency, peft, training, training_step
 from zflora_jax.bench.case import Case
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import ConfigError
@@ -117,7 +117,7 @@ def reached(found: dict[str, dict[str, Any]], peak: float) -> list[dict[str, str
 
 def decode_targets(part: str, row: dict[str, Any], model: str) -> list[dict[str, str]]:
     name = f"{part}, {row['label']}, r={row['rank']}"
-    if row["label"] == latency.BASE and part in ("latency-1b", "latency-3b", "latency-7b"):
+    if row["label"] == contenders.BASE and part in ("latency-1b", "latency-3b", "latency-7b"):
         floor, share = FLOORS.get(model, (row["floor_ms"], 0.0))
         measured = (
             f"{floor / row['tpot_ms']:.2f} ({row['tpot_ms']:.3f} ms;"
@@ -136,14 +136,14 @@ def decode_targets(part: str, row: dict[str, Any], model: str) -> list[dict[str,
             )
             for measure in ("tpot", "ttft")
         ]
-    if row["label"] == latency.UNMERGED:
+    if row["label"] == contenders.UNMERGED:
         return [target(f"{name}: TPOT over the base's", "reported", f"{row['tpot_ratio']:.3f}")]
     return []
 
 
 def train_targets(row: dict[str, Any], peak: float) -> list[dict[str, str]]:
     mfu = 4 * count_base(preset(row["case"].model)) * row["tokens_per_s"] / peak
-    ours, name = row["label"] != training.PEFT, f"train-1b, {row['label']}"
+    ours, name = row["label"] != training_step.PEFT, f"train-1b, {row['label']}"
     measured = (
         f"{mfu:.1%}, {row['tokens_per_s']:.0f} tokens/s, peak {row['peak_bytes'] / 2**30:.1f} GiB"
     )

@@ -170,7 +170,7 @@ def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Calla
 
     def ours(count: int) -> object:
         from zflora_jax.adapters.packing import pack_for_decode
-        from zflora_jax.bench.latency import contender
+        from zflora_jax.bench.contenders import contender
         from zflora_jax.hf.load import load_model
 
         if "ours" not in held:

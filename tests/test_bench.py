@@ -18,7 +18,7 @@ from support.models import tiny_model
 
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.bench import latency, timing, training
+from zflora_jax.bench import contenders, latency, timing, training
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -78,7 +78,8 @@ def test_bytes_read_are_those_of_all_weights_but_the_lookup() -> None:
         cache = 2 * 3 * config.num_layers * config.num_kv_heads * config.head_dim * 10 * 4
         lookup = 0 if tied else config.vocab_size * config.hidden_size * 4
         assert (
-            latency.read_bytes({"params": model.params}, config, 3, 10) == weights - lookup + cache
+            contenders.read_bytes({"params": model.params}, config, 3, 10)
+            == weights - lookup + cache
         )
 
 
@@ -87,7 +88,7 @@ def test_random_packed_has_the_shapes_of_a_packed_fused_model() -> None:
     config = fused_config(model.config, AdapterConfig("zflora-uniform", rank=8))
 
     want = pack_for_decode(random_model(config, jax.random.key(0)))
-    found = latency.random_packed(config, "bfloat16")
+    found = contenders.random_packed(config, "bfloat16")
     assert jax.tree.map(lambda leaf: leaf.shape, found.params) == jax.tree.map(
         lambda leaf: leaf.shape, want.params
     )

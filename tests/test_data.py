@@ -19,15 +19,14 @@ from zflora_jax.data.builders import open_prepared
 from zflora_jax.data.builders.arithmetic import TEMPLATES, Arithmetic, generate
 from zflora_jax.data.builders.files import file_config
 from zflora_jax.data.builders.formats import LocalJson, read_rows
-from zflora_jax.data.pipeline import (
-    Encoded,
-    Row,
-    encode_prompts,
-    eval_batches,
-    tokenize_examples,
-    train_batches,
-)
+from zflora_jax.data.pipeline import eval_batches, train_batches
 from zflora_jax.data.tasks import Example
+from zflora_jax.data.tokenization import (
+    Encoded,
+    TokenizedExample,
+    encode_prompts,
+    tokenize_examples,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,9 @@ def tokenizer():
 def encoded_rows(count, pad_id=PAD):
     """Rows whose only token values are their own index, of lengths 2 to 6."""
     rows = tuple(
-        Row(np.full(2 + i % 5, i, np.int32), np.ones(2 + i % 5, bool), np.ones(2 + i % 5, np.int32))
+        TokenizedExample(
+            np.full(2 + i % 5, i, np.int32), np.ones(2 + i % 5, bool), np.ones(2 + i % 5, np.int32)
+        )
         for i in range(count)
     )
     return Encoded(rows, tuple(range(count)), 0, pad_id, parts=(count,))

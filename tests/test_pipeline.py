@@ -15,18 +15,16 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.mixture import load_mixture, parse_mixture
-from zflora_jax.data.pipeline import (
-    Encoded,
-    Row,
-    encode_prompts,
-    eval_batches,
-    fit_documents,
-    pack_sequences,
-    pad,
-    tokenize_examples,
-    train_batches,
-)
+from zflora_jax.data.packing import pack_sequences
+from zflora_jax.data.pipeline import eval_batches, pad, train_batches
 from zflora_jax.data.tasks import Example
+from zflora_jax.data.tokenization import (
+    Encoded,
+    TokenizedExample,
+    encode_prompts,
+    fit_documents,
+    tokenize_examples,
+)
 from zflora_jax.nn.llama import forward, segment_positions
 from zflora_jax.training.trainer import eval_step
 
@@ -41,7 +39,9 @@ def random_rows(count, longest, seed=0, vocab=200):
     draw = np.random.default_rng(seed)
     lengths = draw.integers(2, longest + 1, count)
     return tuple(
-        Row(draw.integers(1, vocab, n).astype(np.int32), draw.random(n) < 0.7, np.ones(n, np.int32))
+        TokenizedExample(
+            draw.integers(1, vocab, n).astype(np.int32), draw.random(n) < 0.7, np.ones(n, np.int32)
+        )
         for n in lengths
     )
 
@@ -194,7 +194,7 @@ def test_a_mixture_is_its_tasks_one_after_the_other(two_tasks):
 def test_weights_set_how_often_a_task_is_drawn():
     """Two tasks of 10 and 1000 rows at 1 to 3; resuming goes on as if uninterrupted."""
     rows = tuple(
-        Row(np.full(2, int(i >= 10), np.int32), np.ones(2, bool), np.ones(2, np.int32))
+        TokenizedExample(np.full(2, int(i >= 10), np.int32), np.ones(2, bool), np.ones(2, np.int32))
         for i in range(1010)
     )
     encoded = Encoded(rows, tuple(range(1010)), 0, PAD, parts=(10, 1000), weights=(1.0, 3.0))

@@ -64,6 +64,9 @@ def test_a_sharded_load_of_an_export(tmp_path):
 
 def test_parts_that_are_no_block_of_a_tensor_are_refused():
     place = hf_table(tiny_model().config)["model.layers.0.self_attn.q_proj.weight"]
-    assert place.hf_part((slice(8, 16), slice(1, 3), slice(0, 16))) == (slice(16, 48), slice(8, 16))
+    assert place.hf_slices((slice(8, 16), slice(1, 3), slice(0, 16))) == (
+        slice(16, 48),
+        slice(8, 16),
+    )
     with pytest.raises(ValueError, match="no block of rows and columns"):
-        place.hf_part((slice(0, 64), slice(0, 4), slice(0, 8)))
+        place.hf_slices((slice(0, 64), slice(0, 4), slice(0, 8)))

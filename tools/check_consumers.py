@@ -1,11 +1,11 @@
-"""What reads our exports, and does it compute what we compute? vLLM, lm-evaluation-harness (over
-transformers), llama.cpp (over a GGUF conversion).
+"""Checks that other software computes the same from an export as this project does: vLLM,
+lm-evaluation-harness (with transformers) and llama.cpp (after a GGUF conversion).
 
 Command: tools/check_consumers.sh, which makes the environments. Exports SmolLM2-135M as it is and
 fused by each of the six methods with adapters moved by noise, float32; every consumer generates
 greedily from the same token ids, or the same text, and lm-evaluation-harness also scores the
-options of a local task. Writes results/consumers.json and .md. An export that a consumer refuses,
-or computes otherwise, is a row that says so.
+options of a local task. Writes results/consumers.json and .md. An export that a consumer refuses or
+computes differently is a row that says so.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RANK, STD, NEW_TOKENS = 16, 0.01, 48
+import consumer_workers
+from consumer_workers import NEW_TOKENS
+
+RANK, STD = 16, 0.01
 PROMPTS = [
     "The three states of matter are",
     "Q: A farmer has 12 cows and buys 30 more. How many cows are there now?\nA:",
     "Once upon a time, in a village by the sea, there lived",
 ]
+CONSUMERS = {"vllm": "vLLM", "lm_eval": "lm-evaluation-harness", "llama.cpp": "llama.cpp"}
+WIDTHS = ("hidden_size", "head_dim", "intermediate_size")
 CHOICES = [
     ("The capital of France is", ["Paris", "Berlin", "Madrid"]),
     (
@@ -46,79 +51,16 @@ output_type: {output_type}
 """
 
 
-# --- in the consumers' environments: one job in, one line of JSON out -----------------------------
-
-
-def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(
-        job["export"],
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=512,
-        skip_tokenizer_init=True,
-        max_num_seqs=4,
-    )
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
-    )
-    out = engine.generate(
-        [{"prompt_token_ids": ids} for ids in job["ids"]], sampling, use_tqdm=False
-    )
-    return {"tokens": [list(one.outputs[0].token_ids) for one in out]}
-
-
-def in_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
-    import llama_cpp
-
-    # 0: keys and values in float32.
-    model = llama_cpp.Llama(job["gguf"], n_ctx=512, n_threads=2, type_k=0, type_v=0, verbose=False)
-    tokens = []
-    for ids in job["ids"]:
-        model.reset()
-        found = []
-        for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
-            found.append(int(token))
-            if len(found) == NEW_TOKENS:
-                break
-        tokens.append(found)
-    return {"tokens": tokens}
-
-
-def in_lm_eval(job: dict[str, Any]) -> dict[str, Any]:
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    out = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": job["export"], "dtype": "float32", "device": "cpu"},
-        tasks=["zflora_choice", "zflora_text"],
-        task_manager=TaskManager(include_path=job["tasks"], include_defaults=False),
-        log_samples=True,
-        bootstrap_iters=0,
-    )
-    samples = {
-        task: sorted(rows, key=lambda row: row["doc_id"]) for task, rows in out["samples"].items()
-    }
-    return {
-        "texts": [row["resps"][0][0] for row in samples["zflora_text"]],
-        "likelihoods": [
-            [float(option[0][0]) for option in row["resps"]] for row in samples["zflora_choice"]
-        ],
-        "accuracy": out["results"]["zflora_choice"]["acc,none"],
-    }
-
-
-WORKERS = {"vllm": in_vllm, "llama.cpp": in_llama_cpp, "lm_eval": in_lm_eval}
-
-
-# --- here -----------------------------------------------------------------------------------------
-
-
 def ask(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What `worker` answers in a process of the interpreter `python`, or {"error": its last
-    words}.
+    """Run a worker in another environment.
+
+    Args:
+      python: the interpreter of the environment.
+      worker: a key of `consumer_workers.WORKERS`.
+      job: its argument.
+
+    Returns:
+      Its answer, or {"error": the last line of its output}.
     """
     env = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -128,7 +70,7 @@ def ask(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
         "PYTHONPATH": "",
     }
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [python, str(Path(__file__).resolve()), "--worker", worker, json.dumps(job)]
+    command = [python, consumer_workers.__file__, worker, json.dumps(job)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     except subprocess.TimeoutExpired:
@@ -141,7 +83,7 @@ def ask(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_words(stderr: str) -> str:
-    """The last line that says something."""
+    """The last line with an error, or else the last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "error" in line]
     from zflora_jax.reporting.provenance import relative_paths
@@ -150,9 +92,7 @@ def last_words(stderr: str) -> str:
 
 
 def write_tasks(folder: Path) -> None:
-    """The local task, as lm-evaluation-harness reads one: options to score, and texts to
-    continue.
-    """
+    """Write the local tasks of lm-evaluation-harness: options to score, and texts to continue."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {
         "choice": [{"text": text, "options": options, "gold": 0} for text, options in CHOICES],
@@ -177,6 +117,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
+    """This project's tokens, texts and likelihoods."""
     from zflora_jax import generate_tokens, option_log_likelihoods
 
     tokens = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS, stop=())
@@ -195,7 +136,12 @@ def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
 
 
 def verdict(found: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
-    """Whether a consumer's answers are ours; where they part, after how many tokens."""
+    """Compare a consumer's answers with this project's.
+
+    Args:
+      found: the consumer's, or {"error": ...}.
+      want: this project's, of `ours`.
+    """
     if "error" in found:
         return {"reads": False, "says": found["error"]}
     out: dict[str, Any] = {"reads": True}
@@ -221,6 +167,7 @@ def verdict(found: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell(row: dict[str, Any], name: str) -> str:
+    """The verdict on a consumer as text."""
     found = row[name]
     if not found["reads"]:
         return f"refused: {found['says']}"
@@ -237,37 +184,57 @@ def cell(row: dict[str, Any], name: str) -> str:
     )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--vllm-python",
-        required=True,
-        metavar="FILE",
-        help="the Python of the environment that has vLLM",
-    )
-    parser.add_argument(
-        "--python",
-        required=True,
-        metavar="FILE",
-        help="the Python that has lm-eval, transformers and llama-cpp-python",
-    )
-    parser.add_argument(
-        "--llama-cpp",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="llama.cpp's sources, for convert_hf_to_gguf.py",
-    )
+    vllm, others = "the Python that has vLLM", "the Python that has lm-eval and llama-cpp-python"
+    parser.add_argument("--vllm-python", required=True, metavar="FILE", help=vllm)
+    parser.add_argument("--python", required=True, metavar="FILE", help=others)
+    sources = "llama.cpp's sources, for convert_hf_to_gguf.py"
+    parser.add_argument("--llama-cpp", required=True, type=Path, metavar="DIR", help=sources)
     parser.add_argument("--dir", required=True, type=Path, help="where exports and GGUF files go")
     parser.add_argument("--out", default="results/consumers")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def check(method: str, base: Any, ids: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
+    """Export the base, or a model fused by `method`, and ask every consumer; a row of the table."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
     from check_transformers_4 import fused
     from to_gguf import ConversionError, convert
 
-    from zflora_jax import load_model, save_hf
+    from zflora_jax import save_hf
+
+    model, export = fused(base, method, RANK, STD), args.dir / "exports" / method
+    gguf = args.dir / "exports" / f"{method}.gguf"
+    save_hf(export, model)
+    shape = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    want = ours(model, ids)
+    tasks = str(args.dir / "tasks")
+    found = {
+        "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),
+        "lm_eval": ask(args.python, "lm_eval", {"export": str(export), "tasks": tasks}),
+    }
+    try:
+        convert(export, gguf, args.llama_cpp, args.python)
+        found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
+    except ConversionError as error:
+        found["llama.cpp"] = {"error": last_words(str(error))}
+    gguf.unlink(missing_ok=True)
+    row = {"model": method, **{key: shape[key] for key in WIDTHS}}
+    return row | {name: verdict(answer, want) for name, answer in found.items()}
+
+
+def version(python: str, package: str) -> str:
+    """The version of a package in the environment of `python`."""
+    code = f"import importlib.metadata as m; print(m.version('{package}'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    args = arguments()
+    from zflora_jax import load_model
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.reporting.files import atomic_write, write_json
     from zflora_jax.reporting.provenance import environment, origin_line
@@ -278,63 +245,20 @@ def main() -> None:
     write_tasks(args.dir / "tasks")
     rows: list[dict[str, Any]] = []
     for method in ("base", *METHODS):
-        model, export, gguf = (
-            fused(base, method, RANK, STD),
-            args.dir / "exports" / method,
-            args.dir / "exports" / f"{method}.gguf",
-        )
-        save_hf(export, model)
-        shape = json.loads((export / "config.json").read_text(encoding="utf-8"))
-        want = ours(model, ids)
-        found = {
-            "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),
-            "lm_eval": ask(
-                args.python, "lm_eval", {"export": str(export), "tasks": str(args.dir / "tasks")}
-            ),
-        }
-        try:
-            convert(export, gguf, args.llama_cpp, args.python)
-            found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
-        except ConversionError as error:
-            found["llama.cpp"] = {"error": last_words(str(error))}
-        gguf.unlink(missing_ok=True)
-        row: dict[str, Any] = {
-            "model": method,
-            **{key: shape[key] for key in ("hidden_size", "head_dim", "intermediate_size")},
-        }
-        rows.append(row | {name: verdict(answer, want) for name, answer in found.items()})
-        print({name: cell(rows[-1], name) for name in found}, flush=True)
-    names = {"vllm": "vLLM", "lm_eval": "lm-evaluation-harness", "llama.cpp": "llama.cpp"}
+        rows.append(check(method, base, ids, args))
+        print({name: cell(rows[-1], name) for name in CONSUMERS}, flush=True)
     shown = [
-        {key: row[key] for key in ("model", "hidden_size", "head_dim", "intermediate_size")}
-        | {n: cell(row, k) for k, n in names.items()}
+        {key: row[key] for key in ("model", *WIDTHS)}
+        | {title: cell(row, name) for name, title in CONSUMERS.items()}
         for row in rows
     ]
-    versions = {
-        package: (
-            subprocess.run(
-                [python, "-c", f"import importlib.metadata as m; print(m.version('{package}'))"],
-                capture_output=True,
-                text=True,
-            ).stdout.strip()
-        )
-        for python, package in (
-            (args.vllm_python, "vllm-cpu"),
-            (args.python, "lm-eval"),
-            (args.python, "transformers"),
-            (args.python, "llama-cpp-python"),
-        )
+    versions = {"vllm-cpu": version(args.vllm_python, "vllm-cpu")}
+    versions |= {
+        name: version(args.python, name) for name in ("lm-eval", "transformers", "llama-cpp-python")
     }
+    settings = {"rank": RANK, "std": STD, "new_tokens": NEW_TOKENS}
     write_json(
-        f"{args.out}.json",
-        {
-            "rows": rows,
-            "versions": versions,
-            "rank": RANK,
-            "std": STD,
-            "new_tokens": NEW_TOKENS,
-            "environment": env,
-        },
+        f"{args.out}.json", {"rows": rows, "versions": versions, **settings, "environment": env}
     )
     text = ["# What reads the exports", "", *(__doc__ or "").splitlines()[2:], ""]
     text += [
@@ -347,7 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(WORKERS[sys.argv[2]](json.loads(sys.argv[3]))))
-    else:
-        main()
+    main()

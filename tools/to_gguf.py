@@ -1,18 +1,17 @@
-"""An export as a GGUF file for llama.cpp: its own conversion script, and what that script leaves
-out.
+"""Converts an export to a GGUF file with llama.cpp's own script, and adds what the script omits.
 
 Command: python tools/to_gguf.py EXPORT OUT.gguf --llama-cpp DIR
-(DIR: llama.cpp's sources; --python: one that has what its script needs)
-Exports of ffba and zflora-uniform have heads wider than the base's, and say by `rope_type:
-longrope` which dims RoPE turns. llama.cpp reads such factors of a Llama, but its script (of
-llama-cpp-python 0.3.36) does not write them: the file would load and compute something else. They
-are added here, as the tensors rope_factors_long and rope_factors_short.
+(DIR: llama.cpp's sources; --python: an interpreter with the packages that its script needs)
+Exports of ffba and zflora-uniform have wider heads than the base; `rope_type: longrope` says which
+dims RoPE rotates. llama.cpp reads such factors of a Llama, but its script (of llama-cpp-python
+0.3.36) does not write them, so the file would compute something else. This script adds them, as the
+tensors rope_factors_long and rope_factors_short.
 
-llama-quantize leaves a tensor in F16 whose rows are no multiple of a block of 32 numbers: of a
-fused SmolLM2-135M (hidden 594) 181 of 272, which makes the file three times as slow as the base's.
-So hidden and MLP widths are filled up with channels of zeros to a multiple of 32, norm gains and
-epsilon scaled such that the function stays the same. K-quants (Q4_K, ...) have blocks of 256:
---multiple 256. --multiple 1 leaves the widths alone.
+llama-quantize leaves a tensor in F16 if its rows are not a multiple of a block of 32 numbers: 181
+of 272 tensors of a fused SmolLM2-135M (hidden 594), which makes the file three times as slow as the
+base's. So this script fills hidden and MLP widths with channels of zeros to a multiple of 32, and
+scales norm gains and epsilon so that the function stays the same. K-quants (Q4_K, ...) have blocks
+of 256: --multiple 256. --multiple 1 leaves the widths alone.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ UNITS = {"ffn_gate": 0, "ffn_up": 0, "ffn_down": 1}
 
 
 class ConversionError(RuntimeError):
-    """llama.cpp's script ended with an error; its last lines."""
+    """llama.cpp's script failed; the message has the last lines of its output."""
 
 
 def convert(
@@ -51,10 +50,21 @@ def convert(
     outtype: str = "f32",
     multiple: int = 32,
 ) -> str:
-    """Write `out` whole or not at all, and say what was filled.
+    """Convert an export. The file appears whole or not at all.
 
-    outtype: f32, f16 or bf16, as llama.cpp's script takes it. multiple: what hidden and MLP widths
-    are filled up to a multiple of.
+    Args:
+      export: a directory of `zflora export`.
+      out: the GGUF file to write.
+      llama_cpp: the directory of llama.cpp's sources.
+      python: the interpreter that runs its script.
+      outtype: "f32", "f16" or "bf16".
+      multiple: hidden and MLP widths are filled with zeros up to a multiple of it.
+
+    Returns:
+      Text that says which widths were filled.
+
+    Raises:
+      ConversionError: llama.cpp's script fails, or `multiple` is below 1.
     """
     if multiple < 1:
         raise ConversionError(
@@ -64,15 +74,8 @@ def convert(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         plain, whole = Path(folder, "plain.gguf"), Path(folder, "whole.gguf")
-        command = [
-            python,
-            str(llama_cpp / "convert_hf_to_gguf.py"),
-            str(export),
-            "--outtype",
-            outtype,
-            "--outfile",
-            str(plain),
-        ]
+        command = [python, str(llama_cpp / "convert_hf_to_gguf.py"), str(export)]
+        command += ["--outtype", outtype, "--outfile", str(plain)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ConversionError(
@@ -129,29 +132,21 @@ def rewrite(
     config: dict[str, Any],
     filled: dict[str, int],
 ) -> None:
-    """Copy a GGUF file of the export with this config, with tensors added and widths filled up with
-    zeros.
+    """Copy a GGUF file, add tensors and fill widths with zeros.
+
+    Args:
+      source: the file that llama.cpp's script has written.
+      target: the file to write.
+      extra: name -> tensor to add.
+      config: config.json of the export.
+      filled: "hidden_size" and "intermediate_size" of the target.
     """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = GGUFReader(source)
-    # Of the channels that the norms' mean square is over.
+    # The norms take their mean square over more channels.
     share = config["hidden_size"] / filled["hidden_size"]
-    changed: dict[str, Any] = {}
-    if filled != {name: config[name] for name in filled}:
-        changed = {
-            "llama.embedding_length": (filled["hidden_size"], GGUFValueType.UINT32),
-            "llama.feed_forward_length": (filled["intermediate_size"], GGUFValueType.UINT32),
-            "llama.attention.layer_norm_rms_epsilon": (
-                config["rms_norm_eps"] * share,
-                GGUFValueType.FLOAT32,
-            ),
-            "llama.attention.key_length": (
-                config["head_dim"],
-                GGUFValueType.UINT32,
-            ),  # else hidden / heads is taken
-            "llama.attention.value_length": (config["head_dim"], GGUFValueType.UINT32),
-        }
+    changed = {} if filled == {name: config[name] for name in filled} else _changed(config, filled)
     writer = GGUFWriter(target, arch=reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
         if (
@@ -184,11 +179,31 @@ def rewrite(
     writer.close()
 
 
+def _changed(config: dict[str, Any], filled: dict[str, int]) -> dict[str, tuple[Any, Any]]:
+    """Metadata key -> (value, kind), for a file with the widths `filled`."""
+    from gguf import GGUFValueType
+
+    share = config["hidden_size"] / filled["hidden_size"]
+    whole = {
+        "embedding_length": filled["hidden_size"],
+        "feed_forward_length": filled["intermediate_size"],
+        # Without these llama.cpp divides the hidden width by the number of heads.
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+    }
+    changed: dict[str, tuple[Any, Any]] = {
+        f"llama.{key}": (value, GGUFValueType.UINT32) for key, value in whole.items()
+    }
+    eps = (config["rms_norm_eps"] * share, GGUFValueType.FLOAT32)
+    return changed | {"llama.attention.layer_norm_rms_epsilon": eps}
+
+
 def _filled(
     data: np.ndarray, module: str, config: dict[str, Any], filled: dict[str, int], inputs: int
 ) -> np.ndarray:
-    """`data` with zeros up to the widths `filled`; bfloat16 comes as bytes, so several numbers of
-    an array may be one of the file.
+    """Pad `data` with zeros up to the widths `filled`.
+
+    bfloat16 tensors come as bytes, so several numbers of the array may be one of the tensor.
     """
     padding = [[0, 0] for _ in data.shape]
     for axes, name in ((HIDDEN, "hidden_size"), (UNITS, "intermediate_size")):

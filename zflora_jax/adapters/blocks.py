@@ -24,6 +24,7 @@ Piece = tuple[Array, tuple[int, ...]]
 
 
 def check_adapters(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
+    """ValueError unless the adapters have the leaves and shapes of the method and are finite."""
     expected = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32)
         for name, shape in adapter_shapes(config, adapter).items()
@@ -32,8 +33,11 @@ def check_adapters(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) 
 
 
 def map_kernels(fn: Callable[[str, str, Any], Any], params: Tree) -> Tree:
-    """fn(kernel, name, leaf) at the kernels of KERNELS; other leaves (norms, embeddings, head) are
-    kernel "".
+    """Map over the leaves of a parameter tree.
+
+    Args:
+      fn: (kernel, leaf name, leaf) -> new leaf; kernel is "" for norms, embedding and head.
+      params: the tree.
     """
 
     def visit(name: str, leaf: Any) -> Any:
@@ -46,13 +50,14 @@ def map_kernels(fn: Callable[[str, str, Any], Any], params: Tree) -> Tree:
 
 
 def in_axis(config: LlamaConfig, kernel: str) -> int:
-    """The axis of a kernel (stacked or not) that runs over its input stream; the output stream's is
-    always the last.
+    """The axis of a kernel, stacked or not, that is its input stream; the output stream is the
+    last.
     """
     return -len(kernel_shapes(config)[kernel][1]) - 1
 
 
 def pad_axis(leaf: Array, axis: int, width: int, value: float) -> Array:
+    """Pad an axis of a leaf at its end to `width` with `value`."""
     pads = [(0, 0)] * leaf.ndim
     pads[axis] = (0, width)
     return jnp.pad(leaf, pads, constant_values=value)
@@ -61,9 +66,18 @@ def pad_axis(leaf: Array, axis: int, width: int, value: float) -> Array:
 def with_block(
     wide: Array, value: Array, block: str, axis: int, base_in: int, base_out: int
 ) -> Array:
-    """A wide kernel with `value` where `block` belongs, chosen number by number: that is divided
-    over devices as the kernel is, whereas XLA gathers the whole of a divided kernel to write into a
-    part of it.
+    """Write a block into a wide kernel.
+
+    Each number is chosen separately, so the result is divided over devices as the kernel is; XLA
+    would gather a divided kernel to write into a part of it.
+
+    Args:
+      wide: the fused kernel.
+      value: the block.
+      block: "forward", "backward" or "cross".
+      axis: of the kernel's input stream, see `in_axis`.
+      base_in: width of the base's input stream.
+      base_out: width of the base's output stream.
     """
     region, pads, inside = (
         block_region(block, axis, base_in, base_out),
@@ -83,6 +97,12 @@ def with_block(
 def block_region(block: str, axis: int, base_in: int, base_out: int) -> tuple[Any, ...]:
     """The index of a block in a wide kernel: forward is top right, backward bottom left, cross
     bottom right.
+
+    Args:
+      block: "forward", "backward" or "cross".
+      axis: of the kernel's input stream, see `in_axis`.
+      base_in: width of the base's input stream.
+      base_out: width of the base's output stream.
     """
     rows = slice(0, base_in) if block == "forward" else slice(base_in, None)
     columns = slice(0, base_out) if block == "backward" else slice(base_out, None)
@@ -90,10 +110,12 @@ def block_region(block: str, axis: int, base_in: int, base_out: int) -> tuple[An
 
 
 def stored_values(name: str, block: Array, adapter: AdapterConfig) -> Array:
+    """The values of a block as a fused kernel stores them: backward times the scale."""
     return block * adapter.scale if name == "backward" else block
 
 
 def require_widened(fused: Model, verb: str) -> AdapterConfig:
+    """The adapter of a fused model; ValueError unless it widens the model, as `verb` needs."""
     if fused.adapter is None:
         raise ValueError(f"cannot {verb}: this model is not fused (model.adapter is None).")
     if METHODS[fused.adapter.method].in_place != "none":

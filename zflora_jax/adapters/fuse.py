@@ -1,9 +1,8 @@
-"""Fuse adapters into the base kernels, take them out again, swap them, pack kernels for decode:
-transforms of parameter trees.
+"""Fuse adapters into the base kernels, and take them out again.
 
-A fused kernel is [[W, forward], [s backward, cross]]: rows are the input stream's base then adapter
-channels, columns the output stream's. It is an ordinary kernel of a Llama with wider streams
-(docs/method.md; this project's reconstruction of zFLoRA).
+A fused kernel is [[W, forward], [s backward, cross]]: its rows are the base and then the adapter
+channels of the input stream, its columns those of the output stream. It is an ordinary kernel of a
+Llama with wider streams (docs/method.md; this project's reconstruction of zFLoRA).
 """
 
 from __future__ import annotations
@@ -38,14 +37,24 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
-    """`model` with the adapters built into its kernels: a Model with the wider config, plain params
-    and no adapters, computing what the adapted model computes.
+    """Build adapters into the kernels of a base model.
 
     Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never
-    recomputed. LoRA and FFA are added in float32 and cast once; full replaces the tree. On a mesh
-    the fused model is divided as the base is, and no device holds a whole kernel meanwhile (but see
-    `sharding.spec` of widths that it does not divide). Raises ValueError for leaves that are
-    missing, unexpected, misshapen or not finite.
+    recomputed. LoRA and FFA are added in float32 and cast once; "full" replaces the tree. On a mesh
+    the fused model is divided as the base is, and no device holds a whole kernel (except for widths
+    that the mesh does not divide, see `parallel.sharding.spec`).
+
+    Args:
+      model: the base, not packed.
+      adapter: of the adapters.
+      adapters: float32, of `init_adapters` or training.
+
+    Returns:
+      A Model with the wider config and plain parameters that computes what the adapted model
+      computes.
+
+    Raises:
+      ValueError: leaves are missing, unexpected, misshapen or not finite.
     """
     config = model.config
     if model.adapter is not None:
@@ -116,10 +125,17 @@ def _widen_kernel(
 
 
 def unfuse(fused: Model) -> tuple[Model, Tree]:
-    """The base model, bit-identical to the one that was fused, and the adapters (float32; equal up
-    to the rounding of fuse's cast and of dividing by s).
+    """Take the adapters out of a fused model.
 
-    ValueError for a model that is not fused, or whose method merged by addition (lora, ffa, full).
+    Args:
+      fused: of `fuse` or `load_model`, not packed.
+
+    Returns:
+      (The base model, bit for bit the one that was fused; the adapters in float32, equal up to the
+      rounding of fuse's cast and of the division by s.)
+
+    Raises:
+      ValueError: the model is not fused, or its method merges by addition (lora, ffa, full).
     """
     adapter = require_widened(fused, "unfuse")
     if fused.config.packed:

@@ -1,6 +1,4 @@
-"""Initial adapters: random forward blocks, zero elsewhere, so that every method leaves the model
-unchanged at step 0.
-"""
+"""Initial adapters: forward blocks are random, the others zero, so step 0 is the base model."""
 
 from __future__ import annotations
 
@@ -28,10 +26,15 @@ from zflora_jax.parallel.devices import widest_head
 
 
 def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every leaf of the `adapters` collection, named and stacked as the base's
-    parameters are ("layers/attn/q/forward": [L, ...]).
+    """The leaves of the `adapters` collection.
 
-    For method "full" these are the base's own parameters.
+    Args:
+      config: of the base.
+      adapter: of any method.
+
+    Returns:
+      Name -> shape, named and stacked as the base's parameters are ("layers/attn/q/forward": [L,
+      ...]). For method "full" these are the base's own parameters.
     """
     if METHODS[adapter.method].in_place == "full":
         return param_shapes(config)
@@ -50,40 +53,26 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
 
 
 def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:
-    """The `adapters` collection of `adapter` on `model`, float32; the adapted model equals the base
-    until it is trained.
+    """Make the initial `adapters` collection; the adapted model equals the base until it is
+    trained.
 
     forward and lora_a are random, as `AdapterConfig.init` says; backward, cross, lora_b, ffa_a and
-    q's forward are zero (k's is random). Blocks are zero in the layers where they are dead
-    (`methods.live_layers`), and stay so: they get no gradient. Method "full" gets a float32 copy of
-    the base tree. The values depend on `key` alone, not on whether layers are stacked.
+    q's forward are zero (k's is random). Blocks are zero in the layers where they are dead (see
+    `methods.live_layers`) and stay zero, because they get no gradient. The values depend on `key`
+    alone, not on whether layers are stacked.
+
+    Args:
+      key: a jax random key.
+      model: the base.
+      adapter: of any method.
+
+    Returns:
+      The tree in float32; for method "full" a float32 copy of the base's parameters.
     """
     if METHODS[adapter.method].in_place == "full":
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), model.params)
     config = model.config
-    heads = config.rotary_dim + resolve_adapter(config, adapter).heads
-    if heads != config.rotary_dim and heads not in SERVED_HEAD_DIMS:
-        advice = "no extra_head_dim gives one that they run"
-        if config.rotary_dim < max(SERVED_HEAD_DIMS):
-            advice = (
-                f"extra_head_dim={default_extra_head_dim(config.rotary_dim)} is the smallest that"
-                " they run"
-            )
-        warnings.warn(
-            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside"
-            f" {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of servers may"
-            f" refuse it (vLLM's CPU build does); {advice}.",
-            stacklevel=2,
-        )
-    limit = widest_head() if config.dtype in ("bfloat16", "float16") else 0
-    if config.rotary_dim <= limit < heads:
-        warnings.warn(
-            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's"
-            f" attention takes heads up to {limit} on this GPU, so attention is computed by plain"
-            " products, which take more time and memory for long sequences. Method"
-            " 'zflora-minimal', or extra_head_dim=0, leaves the heads as they are.",
-            stacklevel=2,
-        )
+    _warn_of_wide_heads(config, adapter)
     shapes, start, live = (
         kernel_shapes(config),
         adapter.explicit().init,
@@ -96,9 +85,8 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
             return jnp.zeros(shape, jnp.float32)
         bound = 1 / math.sqrt(math.prod(shapes[kernel][0]))
         own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-        if (
-            start == "kaiming_uniform"
-        ):  # with a = sqrt(5), as torch starts a linear layer and PEFT LoRA's A
+        if start == "kaiming_uniform":
+            # With a = sqrt(5), as torch starts a linear layer and PEFT LoRA's A.
             drawn = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
         else:
             drawn = bound * jax.random.normal(own, shape, jnp.float32)
@@ -108,3 +96,30 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     stacked = adapter_shapes(config.replace(scan_layers=True), adapter)
     tree = trees.unflatten({name: draw(name, shape) for name, shape in stacked.items()})
     return tree if config.scan_layers else trees.unstack_layers(tree, config.num_layers)
+
+
+def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:
+    """Warn of heads that the attention kernels of servers, or of this GPU, do not take."""
+    heads = config.rotary_dim + resolve_adapter(config, adapter).heads
+    if heads != config.rotary_dim and heads not in SERVED_HEAD_DIMS:
+        advice = "no extra_head_dim gives one that they run"
+        if config.rotary_dim < max(SERVED_HEAD_DIMS):
+            advice = (
+                f"extra_head_dim={default_extra_head_dim(config.rotary_dim)} is the smallest that"
+                " they run"
+            )
+        warnings.warn(
+            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside"
+            f" {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of servers may"
+            f" refuse it (vLLM's CPU build does); {advice}.",
+            stacklevel=3,
+        )
+    limit = widest_head() if config.dtype in ("bfloat16", "float16") else 0
+    if config.rotary_dim <= limit < heads:
+        warnings.warn(
+            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's"
+            f" attention takes heads up to {limit} on this GPU, so attention is computed by plain"
+            " products, which take more time and memory for long sequences. Method"
+            " 'zflora-minimal', or extra_head_dim=0, leaves the heads as they are.",
+            stacklevel=3,
+        )

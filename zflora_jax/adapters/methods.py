@@ -1,12 +1,11 @@
-"""What a method does to a model, as integers: which streams are widened by how much, which blocks
-each kernel gets, how many parameters that is.
+"""Methods as integers: which streams are widened by how much, the blocks of each kernel, and
+counts.
 
-The six methods and the construction behind them are this project's reconstruction of zFLoRA (arXiv
+The six methods and their construction are this project's reconstruction of zFLoRA (arXiv
 2510.25784) and FLoRA (arXiv 2511.00050), whose method sections could not be obtained; see README.
-This module imports only `config`: the model reads its widths from here.
 
 Letters: d residual width, H query heads, K key/value heads, k head dim, f MLP units; r, e, m the
-channels an adapter adds to d, k, f.
+channels that an adapter adds to d, k, f.
 """
 
 from __future__ import annotations
@@ -29,8 +28,13 @@ SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 @dataclass(frozen=True)
 class ResolvedAdapter:
-    """The resolved adapter: extra channels per stream and the blocks of each targeted kernel, in
-    the order they are initialised.
+    """An adapter on a model of certain widths.
+
+    Attributes:
+      residual: r, extra channels of the residual stream.
+      heads: e, extra dims of each head.
+      mlp: m, extra MLP units.
+      blocks: kernel -> its block names, in the order of initialisation.
     """
 
     residual: int = 0
@@ -40,8 +44,13 @@ class ResolvedAdapter:
 
 
 def target_kernels(targets: str) -> tuple[str, ...]:
-    """The kernel names that `targets` ("all", "attention", "mlp" or a regex matched in full)
-    selects. ConfigError when it selects none.
+    """The kernels that `AdapterConfig.targets` selects.
+
+    Args:
+      targets: "all", "attention", "mlp", or a regex that must match a kernel name in full.
+
+    Raises:
+      ConfigError: it is not a valid regex, or it selects no kernel.
     """
     named = {"all": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
     if targets in named:
@@ -62,7 +71,11 @@ def target_kernels(targets: str) -> tuple[str, ...]:
 
 
 def default_extra_head_dim(head_dim: int) -> int:
-    """e: the smallest even width that makes head_dim + e a served head size."""
+    """e, the smallest width that makes head_dim + e one of `SERVED_HEAD_DIMS`.
+
+    Raises:
+      ConfigError: there is no larger served head size.
+    """
     for served in SERVED_HEAD_DIMS:
         if served > head_dim:
             return served - head_dim
@@ -148,7 +161,12 @@ def _extra_widths(
 
 
 def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
-    """The LlamaConfig of the fused model: the base's with wider streams."""
+    """The LlamaConfig of the fused model: the base's with wider streams.
+
+    Args:
+      config: of the base.
+      adapter: of any method.
+    """
     p = resolve_adapter(config, adapter)
     return config.replace(
         hidden_size=config.hidden_size + p.residual,
@@ -160,8 +178,14 @@ def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
 
 
 def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
-    """The inverse of `fused_config`. ConfigError if `fused` is not what `adapter` makes of any
-    base.
+    """The inverse of `fused_config`.
+
+    Args:
+      fused: of the fused model.
+      adapter: that was fused in.
+
+    Raises:
+      ConfigError: `adapter` on no base gives `fused`.
     """
     base = fused.replace(
         hidden_size=fused.norm_dim,
@@ -183,11 +207,18 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
 def block_shapes(
     config: LlamaConfig, adapter: AdapterConfig
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    """kernel -> block name -> shape in one layer. `config` is the base's. Low-rank factors are over
+    """The shapes of the blocks in one layer.
+
+    forward is [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z]; the z axes have the
+    same heads and, in place of the stream's width, its extra width. Low-rank factors are over
     flattened axes: lora_a [in, r], lora_b [r, out], ffa_a [in, r].
 
-    forward [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z], where the z axes have the
-    same heads and the stream's extra width in place of its width.
+    Args:
+      config: of the base.
+      adapter: of any method.
+
+    Returns:
+      Kernel -> block name -> shape.
     """
     p = resolve_adapter(config, adapter)
     extra = {"residual": p.residual, "heads": p.heads, "mlp": p.mlp}
@@ -211,15 +242,16 @@ def block_shapes(
 def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, range]]:
     """The layers where a block can change the model's output; in the others it is dead.
 
-    The residual state is zero until a kernel has written it, so a block that reads it before that
-    is dead; and nothing reads what is written after the last reader. Head dims and MLP units never
-    leave their layer: whoever has a block for them is read there.
+    The residual state is zero until a kernel writes it, so a block that reads it before is dead;
+    likewise a block that writes it after the last reader. Head dims and MLP units are written and
+    read within their layer, so their blocks are always live.
 
     Args:
-      config: the base's. adapter: of any method.
+      config: of the base.
+      adapter: of any method.
 
     Returns:
-      kernel -> block name -> a range of layers, for every block of `block_shapes`.
+      Kernel -> block name -> range of layers, for every block of `block_shapes`.
     """
     blocks = resolve_adapter(config, adapter).blocks
     readers = [
@@ -244,8 +276,12 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
 
 
 def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
-    """Trainable parameters of `adapter` on a base of shape `config`, without those of dead layers
-    (see `live_layers`).
+    """Count the trainable parameters of an adapter, without those of dead layers (see
+    `live_layers`).
+
+    Args:
+      config: of the base.
+      adapter: of any method.
     """
     if METHODS[adapter.method].in_place == "full":
         return count_base(config)
@@ -259,13 +295,21 @@ def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
 
 
 def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
-    """`adapter` with the rank (and with it every width left at None) whose parameter count is
-    nearest to `budget`; its alpha / rank is kept.
+    """Choose the rank whose parameter count is nearest to a budget.
 
-    ConfigError for method "full", and where no rank comes within a factor of 1.5 of the budget.
     Ranks that keep hidden_size + r and intermediate_size + m multiples of 8 (better 16), and
-    hidden_size + r a multiple of the heads, run and export best; this helper does not round to
-    them.
+    hidden_size + r a multiple of the heads, run and export best; the result is not rounded to them.
+
+    Args:
+      config: of the base.
+      adapter: the other settings; alpha / rank is kept, and a width that is None follows the rank.
+      budget: trainable parameters.
+
+    Returns:
+      `adapter` with that rank.
+
+    Raises:
+      ConfigError: the method is "full", or no rank comes within a factor of 1.5 of the budget.
     """
     require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
     require(

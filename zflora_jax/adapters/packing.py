@@ -1,4 +1,4 @@
-"""The layout for decode: layers apart, kernels that read the same input side by side."""
+"""The layout for decode: one subtree per layer, kernels that read the same input side by side."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def pack_for_decode(model: Model) -> Model:
-    """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in
-    one, and all kernels of layers as [out, in]: qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d],
-    down [d, f], with zeros as inputs up to `products.whole_vectors`. For any Llama, fused or not.
-    The layout is what `products.packed_linear` reads. On a mesh the kernels stay apart, as
-    sharding.RULES divide them (side by side, a part of one would lie where another's belongs): only
-    layers that are stacked get a subtree each.
+    """Bring a Llama, fused or not, into the layout for decode.
+
+    q|k|v are one kernel and gate|up another, and all kernels of layers are [out, in]: qkv [(H + 2K)
+    k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to
+    `products.whole_vectors`; `products.packed_linear` reads them. On a mesh the kernels stay apart,
+    divided by `parallel.sharding.RULES` (side by side, a slice of one would lie where another's
+    belongs), and only stacked layers become subtrees.
+
+    Args:
+      model: a base or fused model; an already packed one is returned as it is.
     """
     if model.config.packed:
         return model

@@ -1,4 +1,4 @@
-"""Another adapter written over the one that is fused in."""
+"""Replace the adapter of a fused model by another of the same config."""
 
 from __future__ import annotations
 
@@ -32,13 +32,21 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def swap(fused: Model, adapters: Tree) -> Model:
-    """`fused` (packed or not) with its adapter blocks replaced by `adapters` of the same
-    AdapterConfig. Only those blocks are written: O(adapter) bytes, but for bfloat16 on a CPU, where
-    XLA copies each kernel that they are part of, and on a mesh, where each kernel is gone through
-    once.
+    """Replace the adapter blocks of a fused model.
 
-    The buffers of `fused.params` are donated: use the returned model, not the old one. ValueError
-    as for `fuse`.
+    Only those blocks are written, O(adapter) bytes; but for bfloat16 on a CPU XLA copies each of
+    their kernels, and on a mesh each kernel is written once.
+
+    Args:
+      fused: packed or not. The buffers of its parameters are donated, so it cannot be used
+        afterwards.
+      adapters: float32, of the same AdapterConfig.
+
+    Returns:
+      The model with the new adapters.
+
+    Raises:
+      ValueError: as for `fuse`, and for a method that merges by addition.
     """
     adapter = require_widened(fused, "swap")
     base = base_config(fused.config.replace(packed=False), adapter)
@@ -58,7 +66,7 @@ def _swap(
     adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(
         adapters, base.num_layers
     )
-    pieces: dict[str, list[Piece]] = {}  # of each leaf: what is written, and where it begins
+    pieces: dict[str, list[Piece]] = {}  # leaf -> pieces to write
     for name, block in trees.flatten(adapters).items():
         layer, _, kernel, block_name = name.split("/")
         axis, shape = in_axis(base, kernel), kernel_shapes(base)[kernel]
@@ -94,7 +102,7 @@ def _swap(
 
 
 def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
-    """`pieces` into `leaf`, each from its indices on."""
+    """Write each of `pieces` into `leaf`, beginning at its start indices."""
 
     def update(leaf: Array, *pieces: Array) -> Array:
         for piece, start in zip(pieces, starts, strict=True):
@@ -105,7 +113,7 @@ def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...
 
 
 def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
-    """The packed leaf that holds a kernel, and the first of its rows there."""
+    """(The packed leaf that holds a kernel, the first of its rows there.)"""
     heads = {"q": 0, "k": config.num_heads, "v": config.num_heads + config.num_kv_heads}
     if kernel in heads:
         return "attn/qkv/kernel", heads[kernel] * config.head_dim
@@ -117,11 +125,11 @@ def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
 def _packed_pieces(
     value: Array, shape: Any, first: int, reads: slice, writes: slice
 ) -> list[Piece]:
-    """A block, value [*in, *out], as pieces of a leaf [out, in] whose rows from `first` on are a
-    kernel of `shape`; with where each begins.
+    """Cut a block [*in, *out] into pieces of a packed leaf [out, in], each with its start indices.
 
-    One per head where heads are wider than the base's: XLA writes those in place, and copied the
-    leaf where the same was written through a view of its heads.
+    `first` is the first row of the kernel in the leaf. Where heads are wider than the base's there
+    is one piece per head: XLA writes those in place, but copies the leaf if they are written
+    through a view of its heads.
     """
     inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes)
     flat = value.reshape(sum(count for _, count in inputs), -1).T
@@ -139,8 +147,8 @@ def _packed_pieces(
 
 
 def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
-    """Where `part` of the last of `axes` lies in all of them flattened: (start, count), one if that
-    is in one piece.
+    """(start, count) of the pieces that slice `part` of the last of `axes` has in all of them
+    flattened; a single one if it is contiguous.
     """
     start, stop, _ = part.indices(axes[-1])
     heads = int(np.prod(axes[:-1]))

@@ -1,6 +1,4 @@
-"""Adapters of several tasks for one base: brought to the same widths, so that one fused model can
-change between them, or one batch can mix them.
-"""
+"""Adapters of several tasks for one base: brought to the same widths, stacked, chosen by row."""
 
 from __future__ import annotations
 
@@ -22,13 +20,20 @@ SCALED = ("backward", "lora_b")  # the blocks that the adapter's scale multiplie
 def pad_adapters(
     config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree, to: AdapterConfig
 ) -> trees.Tree:
-    """`adapters` of `adapter` as adapters of the wider `to` that compute the same: blocks that `to`
-    has and `adapter` has not are zero, others are padded with zeros at the ends of their extra
-    axes, and where the scales differ `backward` and `lora_b` take up the ratio.
+    """Turn adapters into adapters of a wider config that compute the same.
 
-    config: the base's, its layers stacked or not as `adapters` is. ConfigError where `to` is
-    narrower, lacks a block, or is of a method whose shape is not all that its rank says (ffa,
-    full).
+    Blocks that only `to` has are zero, the others are padded with zeros at the ends of their extra
+    axes. Where the scales differ, `backward` and `lora_b` are multiplied by their ratio.
+
+    Args:
+      config: of the base.
+      adapter: of `adapters`.
+      adapters: float32, layers stacked or not.
+      to: of the result.
+
+    Raises:
+      ConfigError: `to` is narrower, lacks a block, or one of the methods is ffa or full, which have
+        no wider form that computes the same.
     """
     both = f"adapters of {adapter.method} r={adapter.rank} as {to.method} r={to.rank}"
     for one in (adapter, to):
@@ -43,12 +48,8 @@ def pad_adapters(
         for name, shape in adapter_shapes(config, adapter).items()
     }
     trees.check_like(adapters, trees.unflatten(own), f"adapters of method {adapter.method!r}")
-    lacking = sorted(
-        {
-            name.rpartition("/")[2] + " of " + name.split("/")[-2]
-            for name in flat.keys() - wanted.keys()
-        }
-    )
+    missing = flat.keys() - wanted.keys()
+    lacking = sorted({f"{name.split('/')[-1]} of {name.split('/')[-2]}" for name in missing})
     require(
         not lacking,
         f"{both}: the latter has no {', '.join(lacking)}; choose a method and targets that have"
@@ -78,8 +79,17 @@ def pad_adapters(
 
 
 def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:
-    """Adapters of the same AdapterConfig (`pad_adapters` makes them so) on a new leading axis:
-    leaves [N, ...], for `rows_of`.
+    """Stack the adapters of several tasks, for `rows_of`.
+
+    Args:
+      tasks: adapters of the same AdapterConfig (see `pad_adapters`).
+
+    Returns:
+      Leaves [N, ...] for N tasks.
+
+    Raises:
+      ConfigError: there is no task, or widths differ.
+      ValueError: the leaves differ.
     """
     require(len(tasks) > 0, "stack_tasks needs the adapters of at least one task.")
     first = {name: leaf.shape for name, leaf in trees.flatten(tasks[0]).items()}
@@ -97,8 +107,17 @@ def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:
 
 
 def rows_of(stacked: trees.Tree, tasks: Sequence[int] | np.ndarray) -> trees.Tree:
-    """The adapters of each row of a batch, leaves [B, ...]: row i uses task tasks[i] of `stacked`.
-    ConfigError for a task that is not there.
+    """Choose the adapters of each row of a batch.
+
+    Args:
+      stacked: leaves [N, ...], of `stack_tasks`.
+      tasks: [B] integers; row i uses task tasks[i].
+
+    Returns:
+      Leaves [B, ...].
+
+    Raises:
+      ConfigError: a task is not in 0..N-1.
     """
     count, wanted = jax.tree.leaves(stacked)[0].shape[0], np.asarray(tasks, np.int32)
     require(

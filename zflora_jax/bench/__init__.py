@@ -1,5 +1,5 @@
-"""Latency and training speed: everything that is compared takes turns within one process,
-compile time is left out, and medians are reported.
+"""Latency and training speed. All that is compared takes turns within one process, compile time is
+left out, and medians are reported.
 
 No runs: a measurement makes its own model.
 """
@@ -8,9 +8,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """`decode_latency`, imported when it is asked for: what measures PEFT's memory must not have
-    jax in it.
-    """
+    """Import `decode_latency` when it is asked for: PEFT's memory is measured without jax."""
     if name == "decode_latency":
         from zflora_jax.bench.latency import decode_latency
 

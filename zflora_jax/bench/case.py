@@ -1,5 +1,5 @@
-"""What a training step is measured on, and the memory of a process. Imports no jax: it is shared
-with a process that must not have it.
+"""The set-up of a training benchmark, and the memory of a process. Imports no jax, because a
+process without it uses this module.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ OPTIM = OptimConfig(schedule="constant", warmup_steps=0, learning_rate=1e-3)
 
 @dataclass(frozen=True)
 class Case:
-    """One training set-up. model: a preset (random weights) or what load_model takes. masked: share
-    of positions, from the start, without loss.
+    """One training set-up.
+
+    Attributes:
+      model: a preset (random weights), or a source for `load_model`.
+      dtype: of the base.
+      rank: of the adapter.
+      batch: sequences per step.
+      length: tokens per sequence.
+      masked: share of positions, from the start, without loss.
     """
 
     model: str
@@ -40,8 +47,13 @@ class Case:
         )
 
     def batch_arrays(self, vocab_size: int) -> dict[str, np.ndarray]:
-        """tokens int32, loss_mask bool, segments int32, each [batch, length]; one token of every
-        sequence at least is to be predicted.
+        """A batch of random tokens, with at least one predicted token per sequence.
+
+        Args:
+          vocab_size: of the model.
+
+        Returns:
+          tokens int32, loss_mask bool and segments int32, each [batch, length].
         """
         tokens = (
             np.random.default_rng(0)
@@ -55,8 +67,8 @@ class Case:
 
 
 def peak_resident() -> float:
-    """Peak resident memory of this process, bytes. Linux's ru_maxrss would count the parent it was
-    forked from.
+    """Peak resident memory of this process, in bytes. Linux's ru_maxrss would count the parent's,
+    from which it was forked.
     """
     status = Path("/proc/self/status")
     if status.is_file() and (

@@ -1,41 +1,27 @@
-"""TTFT and TPOT of base, adapters beside the base, and fused models, interleaved in one process;
-optionally beside transformers and PEFT.
+"""TTFT and TPOT of base, adapters beside the base, and fused models, by turns in one process;
+optionally of transformers and PEFT too.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.methods import fused_config
 from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.bench.contenders import BASE, FUSED, UNMERGED, contender, contenders, random_packed
 from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
-from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.inference.decode import decode, packed
-from zflora_jax.inference.sampling import Sampler
-from zflora_jax.nn.llama import Llama
-from zflora_jax.parallel.mesh import mesh_in_use
+from zflora_jax.inference.decode import packed
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.plots import bars, curves
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
 
-Row = dict[str, Any]
-BASE, UNMERGED, IDLE = "base", "lora un-merged", "zflora-minimal idle"
-FUSED = tuple(method for method in METHODS if method != "full")
+TableRow = dict[str, Any]
 
 
 def decode_latency(
@@ -46,8 +32,21 @@ def decode_latency(
     batch: int = 1,
     repeats: int = 5,
 ) -> dict[str, dict[str, float]]:
-    """label -> {ttft_ms, tpot_ms, each also _min and _max}: medians over `repeats` turns of greedy
-    decode of random prompts, without stop tokens.
+    """Time greedy decode of random prompts, without stop tokens, by turns.
+
+    Args:
+      models: label -> base or fused model; packed here if it is not.
+      prompt_length: tokens of a prompt.
+      new_tokens: generated tokens, at least 2.
+      batch: number of prompts.
+      repeats: turns.
+
+    Returns:
+      Label -> {"ttft_ms", "tpot_ms", and each with _min and _max}: medians over the turns, in
+      milliseconds.
+
+    Raises:
+      ConfigError: new_tokens is below 2 or repeats below 1.
     """
     require(new_tokens >= 2, f"new_tokens={new_tokens}: TPOT needs at least 2.")
     require(repeats >= 1, f"repeats={repeats}: must be at least 1.")
@@ -60,142 +59,6 @@ def decode_latency(
         label: {k: v for name, values in found.items() for k, v in summary(values, name).items()}
         for label, found in turns.items()
     }
-
-
-def contender(
-    model: Model,
-    batch: int,
-    prompt_length: int,
-    new_tokens: int,
-    adapter: AdapterConfig | None = None,
-    adapters: trees.Tree | None = None,
-    sampler: Sampler | None = None,
-    compiler_options: Mapping[str, Any] | None = None,
-) -> Contender:
-    """Decode (greedy without a `sampler`) of a `model` in the layout that it has, compiled here for
-    1 and for `new_tokens` tokens, with XLA's `compiler_options`.
-
-    extra: compile_s, of both, and memory_mb, of the longer one: weights, cache and what else it
-    allocates.
-    """
-    config = model.config
-    tokens = (
-        np.random.default_rng(0)
-        .integers(0, config.vocab_size, (batch, prompt_length))
-        .astype(np.int32)
-    )
-    variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
-    given = (
-        variables,
-        jnp.asarray(tokens),
-        jnp.ones(tokens.shape, bool),
-        jax.random.split(jax.random.key(0), batch),
-    )
-    options = dict(compiler_options or {})
-    start = time.perf_counter()
-    with mesh_in_use(model.params):
-        compiled = {
-            n: decode.lower(config, adapter, sampler or Sampler(), n, (), *given).compile(options)
-            for n in (1, new_tokens)
-        }
-    extra = {"compile_s": time.perf_counter() - start}
-    memory = compiled[new_tokens].memory_analysis()
-    if memory is not None:  # not every backend says
-        extra["memory_mb"] = (
-            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        ) / 1e6
-
-    def generate(count: int) -> object:
-        return jax.block_until_ready(compiled[count](*given))
-
-    return Contender(
-        generate, read_bytes(variables, config, batch, prompt_length + new_tokens // 2), extra
-    )
-
-
-def read_bytes(variables: trees.Tree, config: LlamaConfig, batch: int, slots: int) -> int:
-    """Bytes that one decode step has to read: every weight once (of an untied embedding only the
-    rows looked up), and `slots` of the cache.
-    """
-    table = variables["params"]["embed"]["embedding"]
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-    if not config.tie_word_embeddings:
-        weights -= table.nbytes
-    cache = (
-        2
-        * batch
-        * config.num_layers
-        * config.num_kv_heads
-        * config.head_dim
-        * slots
-        * jnp.dtype(config.dtype).itemsize
-    )
-    return int(weights + cache)
-
-
-def random_packed(config: LlamaConfig, dtype: str, seed: int = 0) -> Model:
-    """A packed model of random weights made in `dtype`: latency does not depend on their values,
-    and no float32 copy has to fit.
-    """
-    config = config.replace(packed=True, scan_layers=False, dtype=dtype)
-    shapes: Any = jax.eval_shape(
-        Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-    )["params"]
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
-    return Model(
-        config,
-        jax.tree.map(
-            lambda s: 0.02 * jax.random.normal(next(keys), s.shape, jnp.dtype(dtype)), shapes
-        ),
-    )
-
-
-def contenders(
-    source: Model | LlamaConfig,
-    base: Model,
-    rank: int,
-    methods: Sequence[str],
-    shape: tuple[int, int, int],
-) -> dict[str, Contender]:
-    """label -> contender of `shape` = (batch, prompt_length, new_tokens): the base, LoRA beside it,
-    every method of `methods` fused.
-
-    source: a loaded base model, whose fused models are made by `fuse`, or a shape, whose fused
-    models have random weights. base: it, packed. What a merge by addition gives (lora, ffa) has the
-    base's very shapes: the base decodes under those labels again, which shows the noise. Idle is a
-    zflora-minimal whose blocks are zero; of a random model, whose values mean nothing, it is
-    zflora-minimal's shapes again.
-    """
-    lora = AdapterConfig("lora", rank=rank)
-    config = base.config.replace(packed=False, scan_layers=True)
-    beside = trees.unstack_layers(
-        init_adapters(jax.random.key(1), Model(config, {}), lora), config.num_layers
-    )
-    beside = jax.tree.map(lambda leaf: leaf.astype(config.dtype), beside)
-    found = {BASE: contender(base, *shape), UNMERGED: contender(base, *shape, lora, beside)}
-    for method in methods:
-        adapter = AdapterConfig(method, rank=rank)
-        if METHODS[method].in_place != "none":
-            found[f"{method} merged"] = found[BASE]
-            continue
-        found[method] = contender(_fused(source, adapter, base.config.dtype, 1.0), *shape)
-        if method == "zflora-minimal":
-            zero = isinstance(source, Model)
-            found[IDLE] = (
-                contender(_fused(source, adapter, base.config.dtype, 0.0), *shape)
-                if zero
-                else found[method]
-            )
-    return found
-
-
-def _fused(source: Model | LlamaConfig, adapter: AdapterConfig, dtype: str, scale: float) -> Model:
-    if isinstance(source, LlamaConfig):
-        return random_packed(fused_config(source, adapter), dtype)
-    adapters = jax.tree.map(
-        lambda leaf: scale * jnp.ones_like(leaf), init_adapters(jax.random.key(1), source, adapter)
-    )
-    return pack_for_decode(fuse(source, adapter, adapters))
 
 
 def measure(
@@ -211,14 +74,64 @@ def measure(
     peers: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The latency table: every rank at the first batch and prompt length, every batch and prompt
-    length at the first rank.
+    """Measure the latency table.
 
-    Returns {"rows": [...]}, a row per case and label: ttft_ms and tpot_ms (medians over turns, with
-    _min and _max), their ratios to the base's (medians over turns), read_bytes a token and their
-    ratio to the base's, floor_ms = read_bytes / the bandwidth measured in the turn and floor_share
-    = floor_ms / tpot_ms (medians), compile_s, memory_mb.
+    Every rank is measured at the first batch and prompt length, every batch and prompt length at
+    the first rank.
+
+    Args:
+      source: a base model, or a shape for random weights.
+      dtype: of random weights.
+      methods: of `FUSED`.
+      ranks: adapter ranks.
+      batches: batch sizes.
+      prompts: prompt lengths, in tokens.
+      new_tokens: generated tokens, at least 2.
+      repeats: turns.
+      peers: whether transformers and PEFT take part.
+      say: called with a line after each measurement.
+
+    Returns:
+      {"rows": [...]}, a row per case and label: ttft_ms and tpot_ms (medians over turns, with _min
+      and _max) and their ratios to the base's (medians over turns); read_bytes per token and
+      bytes_ratio to the base's; floor_ms = read_bytes / the bandwidth measured in the turn, and
+      floor_share = floor_ms / tpot_ms (medians); compile_s; memory_mb.
+
+    Raises:
+      ConfigError: a value is out of range, or a method cannot be fused.
     """
+    config = source.config if isinstance(source, Model) else source
+    _check(config, methods, ranks, batches, prompts, new_tokens, repeats)
+    base = pack_for_decode(source) if isinstance(source, Model) else random_packed(source, dtype)
+    meter, rows = bandwidth_meter(), list[TableRow]()
+    cases = dict.fromkeys(
+        [(rank, batches[0], prompts[0]) for rank in ranks]
+        + [(ranks[0], b, p) for b in batches for p in prompts]
+    )
+    for rank, batch, prompt in cases:
+        ready = contenders(source, base, rank, methods, (batch, prompt, new_tokens))
+        if peers:
+            from zflora_jax.bench.peers import decode_contenders
+
+            ready |= decode_contenders(config, dtype, rank, batch, prompt)
+        turns = decode_turns(ready, new_tokens, repeats, meter)
+        for label in turns:
+            row = {"rank": rank, "batch": batch, "prompt": prompt, "label": label}
+            rows.append(row | _row(label, ready, turns))
+            say(_said(rows[-1]))
+        del ready
+    return {"rows": rows}
+
+
+def _check(
+    config: LlamaConfig,
+    methods: Sequence[str],
+    ranks: Sequence[int],
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+) -> None:
     for name, values in (("ranks", ranks), ("batches", batches), ("prompts", prompts)):
         require(
             len(values) > 0 and min(values) >= 1,
@@ -232,77 +145,52 @@ def measure(
         f"methods {unknown} cannot be fused into a base of the same depth here; choose from"
         f" {', '.join(FUSED)}.",
     )
-    config = source.config if isinstance(source, Model) else source
     longest, limit = max(prompts) + new_tokens, config.max_position_embeddings
     require(
         longest <= limit,
         f"prompts of {max(prompts)} and {new_tokens} new tokens exceed the model's context of"
         f" {limit}.",
     )
-    base = pack_for_decode(source) if isinstance(source, Model) else random_packed(source, dtype)
-    meter, rows = bandwidth_meter(), list[Row]()
-    cases = dict.fromkeys(
-        [(rank, batches[0], prompts[0]) for rank in ranks]
-        + [(ranks[0], b, p) for b in batches for p in prompts]
-    )
-    for rank, batch, prompt in cases:
-        case: Row = {"rank": rank, "batch": batch, "prompt": prompt}
-        ready = contenders(source, base, rank, methods, (batch, prompt, new_tokens))
-        if peers:
-            from zflora_jax.bench.peers import decode_contenders
 
-            ready |= decode_contenders(config, dtype, rank, batch, prompt)
-        turns = decode_turns(ready, new_tokens, repeats, meter)
-        for label, found in turns.items():
-            floors = found.pop("floor_ms", None)
-            row = (
-                case
-                | {"label": label}
-                | {k: v for name, values in found.items() for k, v in summary(values, name).items()}
-            )
-            for name in found:
-                row[name.replace("_ms", "_ratio")] = ratio(found[name], turns[BASE][name])
-            if floors and (size := ready[label].read_bytes) is not None:
-                row |= {"read_bytes": size, "bytes_ratio": size / (ready[BASE].read_bytes or size)}
-                row |= {
-                    "floor_ms": statistics.median(floors),
-                    "floor_share": ratio(floors, found["tpot_ms"]),
-                }
-            rows.append(row | ready[label].extra)
-            say(
-                f"rank {rank} batch {batch} prompt {prompt}  {label:<28} TTFT {row['ttft_ms']:9.2f}"
-                f" ms  TPOT {row['tpot_ms']:8.3f} ms  {row['tpot_ratio']:.3f} x base"
-            )
-        del ready
-    return {"rows": rows}
+
+def _row(label: str, ready: Mapping[str, Contender], turns: Mapping[str, Any]) -> TableRow:
+    """What the turns say of one label."""
+    found = {name: values for name, values in turns[label].items() if name != "floor_ms"}
+    row: TableRow = {
+        k: v for name, values in found.items() for k, v in summary(values, name).items()
+    }
+    for name in found:
+        row[name.replace("_ms", "_ratio")] = ratio(found[name], turns[BASE][name])
+    floors, size = turns[label].get("floor_ms"), ready[label].read_bytes
+    if floors and size is not None:
+        row["read_bytes"] = size
+        row["bytes_ratio"] = size / (ready[BASE].read_bytes or size)
+        row["floor_ms"] = statistics.median(floors)
+        row["floor_share"] = ratio(floors, found["tpot_ms"])
+    return row | ready[label].extra
+
+
+def _said(row: TableRow) -> str:
+    return (
+        f"rank {row['rank']} batch {row['batch']} prompt {row['prompt']}  {row['label']:<28}"
+        f" TTFT {row['ttft_ms']:9.2f} ms  TPOT {row['tpot_ms']:8.3f} ms  {row['tpot_ratio']:.3f} x"
+        " base"
+    )
 
 
 def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
-    """The table as Markdown. result: of `measure`, with "settings" and "environment"."""
+    """The page in Markdown.
+
+    Args:
+      result: of `measure`, with "settings" and "environment" added.
+      title: its heading.
+      pictures: file names of the pictures to show.
+    """
     env, settings = result["environment"], result["settings"]
     rates = [
         row["read_bytes"] / row["floor_ms"] / 1e6 for row in result["rows"] if "floor_ms" in row
     ]
-    shown = []
-    for row in result["rows"]:
-        line = {
-            "rank": row["rank"],
-            "batch": row["batch"],
-            "prompt": row["prompt"],
-            "": row["label"],
-        }
-        line |= {"TTFT, ms": f"{row['ttft_ms']:.1f}", "x base": f"{row['ttft_ratio']:.3f}"}
-        line |= {
-            "TPOT, ms": (
-                f"{row['tpot_ms']:.2f} [{row['tpot_ms_min']:.2f}, {row['tpot_ms_max']:.2f}]"
-            ),
-            "x base ": f"{row['tpot_ratio']:.3f}",
-        }
-        line |= {"bytes x base": f"{row['bytes_ratio']:.3f}" if "bytes_ratio" in row else "-"}
-        line |= {"of floor": f"{row['floor_share']:.2f}" if "floor_share" in row else "-"}
-        line |= {"compile, s": f"{row['compile_s']:.1f}" if "compile_s" in row else "-"}
-        line |= {"memory, MB": f"{row['memory_mb']:.0f}" if "memory_mb" in row else "-"}
-        shown.append(line)
+    shown = [_line(row) for row in result["rows"]]
     lines = [
         f"# {title}",
         "",
@@ -328,9 +216,39 @@ def page(result: Mapping[str, Any], title: str, pictures: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _line(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table, as text."""
+
+    def text(key: str, form: str) -> str:
+        return format(row[key], form) if key in row else "-"
+
+    spread = f"[{row['tpot_ms_min']:.2f}, {row['tpot_ms_max']:.2f}]"
+    return {
+        "rank": row["rank"],
+        "batch": row["batch"],
+        "prompt": row["prompt"],
+        "": row["label"],
+        "TTFT, ms": text("ttft_ms", ".1f"),
+        "x base": text("ttft_ratio", ".3f"),
+        "TPOT, ms": f"{row['tpot_ms']:.2f} {spread}",
+        "x base ": text("tpot_ratio", ".3f"),
+        "bytes x base": text("bytes_ratio", ".3f"),
+        "of floor": text("floor_share", ".2f"),
+        "compile, s": text("compile_s", ".1f"),
+        "memory, MB": text("memory_mb", ".0f"),
+    }
+
+
 def write(result: Mapping[str, Any], out: str | Path, title: str) -> None:
-    """<out>.json, <out>.md and pictures, PNG and SVG: <out>-ratio, TPOT over the base's in the
-    first case; <out>-rank, TPOT by rank, if several.
+    """Write <out>.json, <out>.md and the pictures, as PNG and SVG.
+
+    <out>-ratio shows TPOT over the base's in the first case; <out>-rank, if there are several
+    ranks, TPOT by rank.
+
+    Args:
+      result: of `measure`, with "settings" and "environment" added.
+      out: path without a suffix.
+      title: of the page and the pictures.
     """
     out, rows = Path(out), result["rows"]
     first = [row for row in rows if all(row[k] == rows[0][k] for k in ("rank", "batch", "prompt"))]

@@ -1,5 +1,5 @@
-"""The same measurements of transformers and PEFT (the test extra installs them): in the same
-process, on the same machine, by turns.
+"""The same measurements of transformers and PEFT (the test extra installs them), by turns in the
+same process.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ PEER, PEER_LORA, PEER_IDLE = "transformers", "transformers + PEFT lora", "transf
 
 
 def device() -> str:
-    """Where torch computes: on the kind of device that jax uses."""
+    """torch's device: the kind of device that jax uses."""
     torch, _, _ = imports()
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
 def random_llama(config: LlamaConfig, dtype: str) -> Any:
-    """transformers' LlamaForCausalLM of this shape with random weights, on `device()`."""
+    """transformers' LlamaForCausalLM with random weights, on `device()`.
+
+    Args:
+      config: its shape.
+      dtype: of its weights.
+    """
     torch, transformers, _ = imports()
     settings = transformers.LlamaConfig(
         **{
@@ -46,6 +51,16 @@ def decode_contenders(
 ) -> dict[str, Contender]:
     """transformers' greedy `generate` alone, with PEFT's LoRA, and with that LoRA disabled; on a
     GPU also compiled with a static cache.
+
+    Args:
+      config: the shape.
+      dtype: of the weights.
+      rank: of the LoRA.
+      batch: number of prompts.
+      prompt_length: tokens of a prompt.
+
+    Returns:
+      Label -> contender.
     """
     torch, _, _ = imports()
     ids = torch.randint(

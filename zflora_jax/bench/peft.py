@@ -1,5 +1,5 @@
-"""PEFT's LoRA and its training step, from a saved model. Imports no jax, so that the memory of its
-process is its own.
+"""PEFT's LoRA and its training step, from a saved model. Imports no jax, so the memory of its
+process is PEFT's alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def imports() -> tuple[Any, Any, Any]:
-    """torch, transformers, peft. ConfigError with the remedy where they are not installed."""
+    """torch, transformers and peft; ConfigError with the remedy where they are not installed."""
     try:
         import peft
         import torch
@@ -34,7 +34,12 @@ def imports() -> tuple[Any, Any, Any]:
 
 
 def with_lora(model: Any, rank: int) -> Any:
-    """PEFT's LoRA on all seven kernels of every layer, scale 2."""
+    """PEFT's LoRA on all seven kernels of every layer, scale 2.
+
+    Args:
+      model: of transformers.
+      rank: of the LoRA.
+    """
     _, _, peft = imports()
     return peft.get_peft_model(
         model,
@@ -44,11 +49,15 @@ def with_lora(model: Any, rank: int) -> Any:
 
 
 def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], float]:
-    """A function that trains one step of `case` on the model saved in `directory` and returns its
-    loss.
+    """A function that trains one step and returns its loss.
 
-    AdamW and the clip of the global norm as ours, torch's best attention, no gradient
-    checkpointing.
+    AdamW and the clip of the global norm are this project's; attention is torch's best; there is no
+    gradient checkpointing.
+
+    Args:
+      case: the set-up.
+      directory: the saved base.
+      device: torch's.
     """
     torch, transformers, _ = imports()
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -77,8 +86,8 @@ def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], f
 
 
 def main() -> None:
-    """Read a job (JSON) from stdin, train its steps, print [peak memory in bytes, seconds from
-    nothing to the end of the first step].
+    """Read a job (JSON) from stdin, train its steps, and print [peak memory in bytes, seconds from
+    the start to the end of the first step].
     """
     job = json.load(sys.stdin)
     torch, _, _ = imports()

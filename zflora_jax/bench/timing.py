@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns, medians, and the machine's read bandwidth."""
+"""What the benchmarks share: timing by turns, medians, and the machine's read bandwidth."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that decodes. generate(n): makes n tokens after its prompt and returns when they
-    are there; n is one of the counts it was made for.
+    """Something that decodes.
 
-    read_bytes: of weights and cache that a step has to read, on average; None where it is not
-    known. extra: what else is reported of it.
+    Attributes:
+      generate: n -> makes n tokens after its prompt and returns when they are computed; n is one of
+        the counts that it was compiled for.
+      read_bytes: average bytes of weights and cache that a step reads; None: unknown.
+      extra: more values to report.
     """
 
     generate: Callable[[int], object]
@@ -31,14 +33,22 @@ def decode_turns(
     repeats: int,
     measure_bandwidth: Callable[[], float] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """label -> {"ttft_ms", "tpot_ms"}, one value per turn, after one call of each that is not
-    counted.
+    """Time contenders by turns, after one call of each that is not counted.
 
-    A turn times, contender by contender, a call that makes 1 token (TTFT: prefill and the first
-    token) and one that makes `new_tokens`; TPOT is their difference over new_tokens - 1. Every
-    other turn goes through the contenders backwards, so that none always follows the same one. With
-    `measure_bandwidth` (bytes/s) also "floor_ms" where read_bytes is known: those over what it
-    gives just before, for others use the memory too.
+    A turn times for each contender a call that makes 1 token (TTFT: prefill and the first token)
+    and one that makes `new_tokens`; TPOT is their difference over new_tokens - 1. Every other turn
+    goes backwards, so that none always follows the same one.
+
+    Args:
+      contenders: by label.
+      new_tokens: at least 2.
+      repeats: turns.
+      measure_bandwidth: returns bytes/s; it is called just before each contender, because other
+        processes use the memory too.
+
+    Returns:
+      Label -> {"ttft_ms", "tpot_ms"}, one value per turn; with `measure_bandwidth` and read_bytes
+      also "floor_ms", the time to read those bytes.
     """
     found = {label: {"ttft_ms": list[float](), "tpot_ms": list[float]()} for label in contenders}
     for contender in contenders.values():
@@ -64,19 +74,35 @@ def _milliseconds(contender: Contender, count: int) -> float:
 
 
 def summary(values: Sequence[float], name: str) -> dict[str, float]:
-    """Median, least and most, as `name`, `name`_min and `name`_max."""
+    """Median, least and most, as `name`, `name`_min and `name`_max.
+
+    Args:
+      values: one per turn.
+      name: of the result.
+    """
     return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def ratio(values: Sequence[float], to: Sequence[float]) -> float:
-    """Median over turns of the ratio within a turn: what slows a whole turn cancels."""
+    """The median over turns of the ratio within a turn: a slow turn slows both.
+
+    Args:
+      values: one per turn.
+      to: one per turn.
+    """
     return statistics.median(a / b for a, b in zip(values, to, strict=True))
 
 
 def bandwidth_meter(size: int = 2**30, repeats: int = 4) -> Callable[[], float]:
-    """A measurement, to be called as often as needed: bytes per second that a sum over `size` bytes
-    of float32, or a product of such a matrix and a vector, reads at best of `repeats` on the
-    default device. It holds `size` bytes of its memory.
+    """Make a measurement of the default device's read bandwidth, to be called as often as needed.
+
+    Args:
+      size: bytes of float32 that are read; they stay allocated.
+      repeats: the best of so many.
+
+    Returns:
+      A function that returns bytes per second: the best of sums, and of matrix-vector products,
+      over these bytes.
     """
     rows = jnp.ones((size // 4 // 4096, 4096), jnp.float32)
     vector = jnp.ones((4096,), jnp.float32)

@@ -1,10 +1,8 @@
-"""Answers: what a completion says, whether that is right, and how a right answer is put into words.
-Pure functions over strings.
+"""Answers: reading them from completions, scoring them, and stating the right one. Pure functions.
 
 Every kind of answer is read by two rules. `legacy` is LLM-Adapters' own evaluation, mistakes
-included, so that numbers can be set beside published ones; `fixed` reads what the text says. A
-rule's `parse` gives the answer found, "" if there is none; its `score` compares that with the gold
-answer.
+included, for comparison with published numbers; `fixed` reads what the text says. A rule's `parse`
+returns the answer, "" if there is none; its `score` compares it with the right answer.
 """
 
 from __future__ import annotations
@@ -26,8 +24,11 @@ LETTERS = ("A", "B", "C", "D", "E")
 
 @dataclass(frozen=True)
 class Rule:
-    """parse: completion -> the answer it gives, or "". score: (parsed, gold answer) -> right or
-    not.
+    """How answers are read and scored.
+
+    Attributes:
+      parse: completion -> its answer, or "".
+      score: (parsed answer, right answer) -> whether it is right.
     """
 
     parse: Callable[[str], str]
@@ -36,8 +37,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of answer. `state` puts a gold answer into a sentence from which both rules
-    read it.
+    """A form of answers.
+
+    Attributes:
+      legacy: LLM-Adapters' rule.
+      fixed: the corrected rule.
+      state: right answer -> a sentence that both rules read it from.
     """
 
     legacy: Rule
@@ -51,8 +56,11 @@ _STATED = re.compile(r"answer(?: is\b:?|:)", re.IGNORECASE)
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is" or "answer:", to the end of its line (the next one with
-    text); None if nothing is stated.
+    """The text after the last "answer is" or "answer:", to the end of its line (the next one with
+    text).
+
+    Returns:
+      None if nothing is stated.
     """
     after = _after_statement(text)
     return None if after is None else after.strip().partition("\n")[0].strip()
@@ -64,7 +72,7 @@ def _after_statement(text: str) -> str | None:
 
 
 def _places(text: str) -> list[str]:
-    """Where to look for an answer, the likeliest first: the statement, what follows it, the whole
+    """The texts to search for an answer, the likeliest first: statement, what follows it, whole
     text.
     """
     return [place for place in (stated(text), _after_statement(text), text) if place is not None]
@@ -140,6 +148,7 @@ def legacy_number(text: str) -> str:
 
 
 def as_float(text: str) -> float | None:
+    """The number that a text is, None if it is not one."""
     try:
         return float(text.replace(",", ""))
     except ValueError:
@@ -147,7 +156,7 @@ def as_float(text: str) -> float | None:
 
 
 def same_number(prediction: str, answer: str) -> bool:
-    """Both are numbers and differ by at most TOLERANCE."""
+    """Whether both are numbers that differ by at most TOLERANCE."""
     a, b = as_float(prediction), as_float(answer)
     return a is not None and b is not None and abs(a - b) <= TOLERANCE
 
@@ -197,8 +206,8 @@ def fixed_letter(text: str) -> str:
     """The option letter that a text chooses: stated after the last "answer is", else named ("option
     B"), else in parentheses, else alone.
 
-    Never a letter of a word, and the article "A" only where an answer stands. Of several, a
-    statement's first and a text's last.
+    A letter of a word never counts, and the article "A" only in the position of an answer. Of
+    several, the first of a statement and the last of a text count.
     """
     for place in _places(text)[:-1]:
         if (
@@ -218,13 +227,13 @@ def fixed_letter(text: str) -> str:
 
 
 def same_text(prediction: str, answer: str) -> bool:
-    """Equal but for case and white space."""
+    """Whether two texts are equal except for case and white space."""
     return prediction.casefold().split() == answer.casefold().split()
 
 
 def belief_state(text: str) -> str:
     """The slots of the first line, "area: east; request: phone", in one spelling: lower case,
-    sorted, without repeats; "none" for no slot.
+    sorted, without repetitions; "none" for no slot.
     """
     line = text.strip().partition("\n")[0]
     slots = {
@@ -253,7 +262,7 @@ def _state_choice(answer: str) -> str:
 
 
 def words(*allowed: str) -> Kind:
-    """One of a few words, such as answer1 to answer5."""
+    """The kind of answers that are one of a few words, such as answer1 to answer5."""
     legacy = Rule(lambda text: legacy_word(text, allowed), _equal)
     return Kind(legacy, Rule(lambda text: fixed_word(text, allowed), _equal_word), _state_choice)
 

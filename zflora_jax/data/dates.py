@@ -1,4 +1,4 @@
-"""The day that a chat template is told: templates such as Llama 3.2's write it into every prompt,
+"""The date that a chat template is told. Templates such as Llama 3.2's write it into every prompt,
 so a run keeps one.
 """
 
@@ -11,31 +11,51 @@ from zflora_jax.core.run_config import RunConfig
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = (
-    *("January", "February", "March", "April", "May", "June"),
-    *("July", "August", "September", "October", "November", "December"),
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 )
 
 
 def today() -> str:
-    """The local date of this machine, "2026-11-26": what transformers tells a chat template."""
+    """The local date, such as "2026-11-26", which is what transformers tells a chat template."""
     return Date.today().isoformat()
 
 
 def dated(run: RunConfig, date: str | None = None) -> RunConfig:
-    """`run` with `date`, None for today, as its data.date where it has none."""
+    """Set data.date of a run that has none.
+
+    Args:
+      run: the settings.
+      date: None: today.
+    """
     if run.data.date is not None:
         return run
     return dataclasses.replace(run, data=dataclasses.replace(run.data, date=date or today()))
 
 
 def pin_date(template: str, date: str) -> str:
-    """A chat template that is told `date` (midnight), whatever the clock and the locale of this
-    machine say.
+    """Make a chat template see a fixed date, whatever the clock and the locale of this machine are.
 
-    transformers gives templates the function `strftime_now`. It cannot be replaced by an argument
-    of apply_chat_template (transformers 5.24 makes text of a function), but a macro of that name,
-    put before the template, comes first. A template that does not ask for the date is returned as
-    it is.
+    transformers gives templates the function `strftime_now`. An argument of apply_chat_template
+    cannot replace it (transformers 5.24 turns functions into text), but a macro of that name before
+    the template takes precedence.
+
+    Args:
+      template: a Jinja chat template.
+      date: such as "2026-11-26"; the time is midnight.
+
+    Returns:
+      The template with the macro; unchanged if it does not ask for the date.
     """
     if "strftime_now" not in template:
         return template
@@ -46,9 +66,7 @@ def pin_date(template: str, date: str) -> str:
 
 
 def _directives(date: str) -> dict[str, str]:
-    """What strftime's directives say of `date` in the C locale: {"%d": "26", "%B": "November",
-    ...}.
-    """
+    """strftime's directives of `date` in the C locale: {"%d": "26", "%B": "November", ...}."""
     moment = datetime.fromisoformat(date)
     plain = {code: moment.strftime(f"%{code}") for code in "CDFGHIMRSTUVWYdefgjmuwyzZ"}
     unpadded = {f"-{code}": plain[code].lstrip(" 0") or "0" for code in "HIMSdejmy"}

@@ -1,4 +1,4 @@
-"""Mixtures: several tasks as one dataset, by all their rows or by weight."""
+"""Mixtures: several tasks as one dataset, drawn by their number of rows or by weight."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from typing import Any, overload
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples
+from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples, open_split
 
 _PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
 
 
 def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-    """Task names and their weights: "boolq+arc_easy" has none, "boolq*1+arc_easy*3" has (1.0, 3.0).
+    """Parse the text of `data.task`.
+
+    Args:
+      text: "boolq+arc_easy", or with weights "boolq*1+arc_easy*3".
+
+    Returns:
+      (Task names, their weights or None.)
 
     Raises:
-      ConfigError: unknown task, a task named twice, a weight that is no positive number, or weights
-        for some tasks only.
+      ConfigError: a task is unknown or named twice, a weight is not a positive number, or only some
+        tasks have one.
     """
     parts = [_PART.fullmatch(part.strip()) for part in text.split("+")]
     require(
@@ -57,8 +63,12 @@ def _weight(written: str, text: str) -> float:
 
 @dataclass(frozen=True)
 class Mixture(Sequence[Example]):
-    """The examples of several tasks, one task after the other. weights: how often training draws
-    from each; None means by rows.
+    """The examples of several tasks, one task after the other.
+
+    Attributes:
+      names: of the tasks.
+      parts: the examples of each task.
+      weights: how often training draws from each task; None: by number of rows.
     """
 
     names: tuple[str, ...]
@@ -84,20 +94,24 @@ class Mixture(Sequence[Example]):
 
 
 def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixture:
-    """The split of `data.task`, a task or a mixture of tasks.
+    """Load a split of `data.task`, a task or a mixture of tasks.
 
-    limit: examples in all, the first of each task, the same number from each as far as they go.
-    data.train_limit holds for each task of the train split. Raises ConfigError as `parse_mixture`
-    and `data.tasks.load_examples` do.
+    Args:
+      data: task, data_dir and train_limit are read; train_limit holds for each task.
+      split: "train", "validation" or "test".
+      limit: number of examples in all: the first of each task, the same number from each as far as
+        it has them. None: all.
+
+    Raises:
+      ConfigError: as for `parse_mixture` and `data.tasks.load_examples`.
     """
     names, weights = parse_mixture(data.task)
     parts = [load_examples(name, split, data) for name in names]
     if limit is not None:
         left = limit
         shares = {}
-        for done, i in enumerate(
-            sorted(range(len(parts)), key=lambda i: len(parts[i]))
-        ):  # short tasks leave their room to the others
+        # Short tasks come first and leave their room to the others.
+        for done, i in enumerate(sorted(range(len(parts)), key=lambda i: len(parts[i]))):
             shares[i] = min(len(parts[i]), -(-left // (len(parts) - done)))
             left -= shares[i]
         parts = [part[: shares[i]] for i, part in enumerate(parts)]
@@ -108,8 +122,10 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
 class TrainedOn:
     """Training data in which test questions are looked for.
 
-    here: this project trained on it and so left the rows that it holds out alone; a model trained
-    elsewhere may have seen every row of the files.
+    Attributes:
+      data: its settings.
+      here: whether this project trained on it, and so left out the rows that it holds out; a model
+        trained elsewhere may have seen every row of the files.
     """
 
     data: DataConfig
@@ -117,15 +133,23 @@ class TrainedOn:
 
 
 def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:
-    """(task, split, rows) of every split that comes from the files (or datasets) of the train split
-    of `data.task`, that one first: with the rows held out of those files, all that is in them.
+    """Open every split that comes from the same files or datasets as the train split of
+    `data.task`.
+
+    With the rows held out of those files, these are all rows in them.
+
+    Args:
+      data: task and data_dir are read.
+
+    Returns:
+      (task, split, examples) of each, a task's train split first.
     """
     found = []
     for name in parse_mixture(data.task)[0]:
-        source = get_task(name).split("train", data).origin
+        source = open_split(get_task(name), "train", data).origin
         for split in SPLITS:
             try:
-                same = get_task(name).split(split, data).origin == source
+                same = open_split(get_task(name), split, data).origin == source
             except ConfigError:  # no such split
                 continue
             found += [(name, split, load_examples(name, split, data))] if same else []

@@ -1,8 +1,8 @@
 """Prompt text and its tokens. Training and generation build the same prompt, token for token.
 
-A prompt and its target are tokenised apart and joined, because generation only ever sees the
-prompt: tokenised as one string, the last prompt token could merge with the first of the target into
-a token that the model is trained on but never conditioned on.
+A prompt and its target are tokenised separately and joined, because generation sees the prompt
+alone: in one string the last prompt token could merge with the first target token into a token that
+the model is trained on but never conditioned on.
 """
 
 from __future__ import annotations
@@ -43,21 +43,22 @@ def _section(title: str, text: str) -> str:
 def render(
     tokenizer: Any, prompt_style: str, instruction: str, input: str = "", date: str | None = None
 ) -> str:
-    """The text a model is given before its answer.
+    """Build the text that a model is given before its answer.
 
-    chat: the tokenizer's own chat template with one user turn and the header of the answer. An
-    `input` follows the instruction after an empty line. alpaca: LLM-Adapters' prompt in the
-    whitespace of its training script. alpaca-eval: the same in the whitespace of its evaluation
-    scripts, where a model thus meets a prompt that it was not trained on.
+    "chat" is the tokenizer's chat template with one user turn and the header of the answer; an
+    input follows the instruction after an empty line. "alpaca" is LLM-Adapters' prompt in the
+    whitespace of its training script. "alpaca-eval" is the same in the whitespace of its evaluation
+    scripts, which differs, so that a model meets a prompt that it was not trained on.
 
     Args:
-      tokenizer: a Hugging Face tokenizer (only read by "chat").
+      tokenizer: a Hugging Face tokenizer; only "chat" reads it.
       prompt_style: one of STYLES.
-      instruction, input: the user's text; inserted as they are.
-      date: the day that a chat template is told (data.date of a run), None for today.
+      instruction: the user's text, inserted as it is.
+      input: more of the user's text, inserted as it is.
+      date: the date that a chat template is told (data.date of a run); None: today.
 
     Raises:
-      ConfigError: an unknown style, or "chat" with a tokenizer that has no chat template.
+      ConfigError: the style is unknown, or "chat" and the tokenizer has no chat template.
     """
     require(
         prompt_style in STYLES,
@@ -82,10 +83,15 @@ def render(
 def render_turns(
     tokenizer: Any, turns: Sequence[Mapping[str, str]], date: str | None = None
 ) -> str:
-    """What a model is given before it answers a conversation, by the tokenizer's chat template.
-    ConfigError where it has none.
+    """Build the text that a model is given before it answers a conversation.
 
-    date: the day that the template is told, None for today.
+    Args:
+      tokenizer: a Hugging Face tokenizer with a chat template.
+      turns: {"role", "content"} of each turn.
+      date: the date that the template is told; None: today.
+
+    Raises:
+      ConfigError: the tokenizer has no chat template.
     """
     require(
         bool(getattr(tokenizer, "chat_template", None)),
@@ -103,11 +109,15 @@ def render_turns(
 
 
 def end_token(tokenizer: Any, prompt_style: str) -> int:
-    """The id that ends a target: generation should stop at it.
+    """The id of the token that ends a target, at which generation stops.
 
-    alpaca styles: the tokenizer's EOS. chat: the added token, special or not, that the template
-    puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...), which in some models is not the
-    EOS; the EOS if the template puts none, or there is no template.
+    For the alpaca styles it is the tokenizer's EOS. For "chat" it is the added token, special or
+    not, that the template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...), which in
+    some models is not the EOS; without such a token or a template it is the EOS.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      prompt_style: one of STYLES.
 
     Raises:
       ConfigError: the tokenizer has neither.
@@ -133,8 +143,14 @@ def end_token(tokenizer: Any, prompt_style: str) -> int:
 
 
 def encode_prompt_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts. If the tokenizer starts texts with BOS, each has exactly one,
-    also where a chat template writes it too.
+    """Tokenise rendered prompts.
+
+    If the tokenizer starts texts with BOS, each has exactly one, even if a chat template writes it
+    too.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      texts: of `render` or `render_turns`.
     """
     if not texts:
         return []
@@ -152,12 +168,22 @@ def encode(
     targets: Sequence[str],
     train_on_prompt: bool = False,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and loss mask of each (rendered prompt, target) pair.
+    """Tokenise (rendered prompt, target) pairs.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      prompt_style: one of STYLES.
+      prompts: of `render`.
+      targets: one for each prompt.
+      train_on_prompt: whether the loss counts the prompt too.
 
     Returns:
-      (tokens [n] int32, loss_mask [n] bool) per pair: the prompt's tokens, the target's and one
-      `end_token`, never truncated. The mask is True at the target and its end token, or everywhere
-      with `train_on_prompt`. It speaks of the token at its own position; the loss shifts by one.
+      (tokens [n] int32, loss_mask [n] bool) per pair: the tokens of prompt and target and one
+      `end_token`, never cut. The mask is True at the target and its end token, or everywhere with
+      `train_on_prompt`. It is about the token at its own position; the loss shifts by one.
+
+    Raises:
+      ConfigError: there is not one target for each prompt.
     """
     if len(prompts) != len(targets):
         raise ConfigError(

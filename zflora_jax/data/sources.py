@@ -1,5 +1,6 @@
-"""Where a task's rows come from: its files below `data.data_dir`, or without one a public dataset,
-and rows held out for splits that have no file.
+"""Where the rows of a task come from: files below `data.data_dir`, or a public dataset.
+
+Splits without a file of their own are held out of the train file.
 """
 
 from __future__ import annotations
@@ -21,26 +22,33 @@ HOLD_OUT = 200
 
 _OTHER = re.compile(r"[\W_]+")
 _MARKS = re.compile(r"[\s?.!,;:'\"]+")  # not operators: "7 - 3" and "7 + 3" are two questions
-Row = Mapping[str, Any]  # texts, as bytes or str, and lists of texts
+Record = Mapping[str, Any]  # texts, as bytes or str, and lists of texts
 
 LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder dataset/"
 TRAINING_SETS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder ft-training_set/"
 
 
 class Split(NamedTuple):
-    """The random-access rows behind a split; which of them, in which order, are the split; and what
-    they were read from, for messages.
+    """The rows of a split.
+
+    Attributes:
+      rows: random access to all rows of the file or dataset.
+      indices: the rows of the split, in its order.
+      origin: what they were read from, for messages.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[Record]
     indices: Sequence[int]
     origin: str
 
 
 @dataclass(frozen=True)
 class Format:
-    """Files of one format: the builder (a module of data.builders) that reads them, and the names,
-    without .json(l), that a split's file may have.
+    """Files of one format.
+
+    Attributes:
+      builder: the key of the builder in `data.builders.formats.BUILDERS`.
+      names: split -> the names that its file may have, without .json or .jsonl.
     """
 
     builder: str
@@ -48,8 +56,11 @@ class Format:
 
 
 def named(builder: str, pattern: str = "{}") -> Format:
-    """Files called `pattern` with train, validation (or valid, val, validate, dev) or test
-    in it.
+    """A format whose files are called `pattern` with the split in place of {}.
+
+    Args:
+      builder: the key of the builder.
+      pattern: "{}" stands for train, validation (or valid, val, validate, dev) or test.
     """
     words = {
         "train": ("train",),
@@ -63,11 +74,16 @@ def named(builder: str, pattern: str = "{}") -> Format:
 
 @dataclass(frozen=True)
 class Source:
-    """folder: the one that the files lie in. formats: tried in this order for each split.
+    """Where the rows of a task come from.
 
-    anywhere: files of these names may also lie in the data_dir itself, if no such folder has any
-    and it is not another task's folder. origin: where people get the files. public: there is a
-    public dataset by the task's name. test_only: nothing to train on is published with it.
+    Attributes:
+      folder: the folder of its files.
+      formats: tried in this order for each split.
+      anywhere: whether the files may also lie in the data_dir itself, if no such folder has any and
+        it is not another task's folder.
+      origin: where people get the files.
+      public: whether there is a public dataset of the task's name.
+      test_only: whether no training rows are published with it.
     """
 
     folder: str
@@ -79,7 +95,7 @@ class Source:
 
     @property
     def expected(self) -> str:
-        """The files, for messages."""
+        """The names of the files, for messages."""
         splits = ("test",) if self.test_only else SPLITS
         names = [
             f"{f.names[split][0]}.json(l)"
@@ -97,21 +113,25 @@ class Source:
 def read_split(
     task: str, source: Source, split: str, data_dir: str | None, folders: Collection[str] = ()
 ) -> Split:
-    """The rows of one split of a task.
+    """Open the rows of one split of a task.
 
-    A validation or test split without a file is held out of the train file: HOLD_OUT rows each, at
-    most a tenth, which the train split then lacks. Which rows is a fixed function of the question
-    texts alone: not of data.seed, so that two runs are judged alike, nor of the order of the file,
-    and a question that occurs twice (or a dialogue) never lies on both sides. Rows of the train
-    file come in that pseudo-random order (so `train_limit` takes a sample), rows of a test or
-    validation file in the file's.
+    A validation or test split without a file is held out of the train file: HOLD_OUT rows, at most
+    a tenth, which the train split then lacks. The choice is a fixed function of the question texts
+    alone. It depends neither on data.seed, so that two runs are judged alike, nor on the order of
+    the file, and equal questions (or rows of one dialogue) are always on the same side. The train
+    split comes in that pseudo-random order, so that `train_limit` takes a sample; a test or
+    validation file comes in its own order.
 
     Args:
-      folders: of all tasks, in lower case; rows are not looked for in another task's.
+      task: its name, for messages.
+      source: where its rows come from.
+      split: one of SPLITS.
+      data_dir: the user's folder; None: the public dataset.
+      folders: of all tasks, in lower case; files are not looked for in another task's folder.
 
     Raises:
-      ConfigError: no such file (the paths tried are listed), a file that is no dataset of the task,
-        or one too short to hold rows out of.
+      ConfigError: there is no such file (the message lists the paths that were tried), it is not a
+        file of the task, or it has too few rows to hold some out.
     """
     if data_dir is None and source.public:
         return _public(task, source, split)
@@ -140,7 +160,20 @@ def read_split(
 def find_files(
     task: str, source: Source, data_dir: str | None, folders: Collection[str] = ()
 ) -> dict[str, tuple[str, Path]]:
-    """Split -> (builder, path) of each split that has a file, in the first folder that has any."""
+    """Find the files of a task, in the first folder that has any.
+
+    Args:
+      task: its name, for messages.
+      source: where its rows come from.
+      data_dir: the user's folder or file.
+      folders: of all tasks, in lower case.
+
+    Returns:
+      Split -> (builder, path) of each split that has a file.
+
+    Raises:
+      ConfigError: there is no file, or two for one split.
+    """
     where = (
         "a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l),"
         " or one such file"
@@ -179,8 +212,8 @@ def find_files(
 
 
 def _folders(source: Source, root: Path, folders: Collection[str]) -> list[Path]:
-    """Where to look, the most specific first: AddSub/test.json is no GSM8K, nor is a stray
-    test.json beside gsm8k/.
+    """The folders to search, the most specific first: AddSub/test.json is not a file of gsm8k, nor
+    is a stray test.json beside gsm8k/.
     """
     below = (
         [
@@ -214,7 +247,7 @@ def _file(task: str, source: Source, folder: Path, split: str) -> tuple[str, Pat
     return None
 
 
-def _open_file(builder: str, path: Path) -> Sequence[Row]:
+def _open_file(builder: str, path: Path) -> Sequence[Record]:
     from zflora_jax.data.builders import open_prepared
     from zflora_jax.data.builders.files import SPLIT, file_config
     from zflora_jax.data.builders.formats import BUILDERS
@@ -246,10 +279,10 @@ def _public(task: str, source: Source, split: str) -> Split:
 
 
 def _part(
-    task: str, rows: Sequence[Row], held_out: Sequence[str], split: str, origin: str
+    task: str, rows: Sequence[Record], held_out: Sequence[str], split: str, origin: str
 ) -> Split:
-    """The split of a train file that lends rows to the splits `held_out`; lent rows that are train
-    rows but for case and marks are left out.
+    """One split of a train file from which the splits `held_out` are taken; held-out rows that
+    equal a train row except for case and punctuation are left out.
     """
     keys = [_key(rows[i]) for i in range(len(rows))]
     parts = _hold_out(keys, held_out)
@@ -266,24 +299,24 @@ def _part(
 
 
 def normalise(text: str) -> str:
-    """Lower case, and every run of characters that are neither letters nor digits as one space,
-    none at the ends.
+    """Lower-case a text and turn every run of other characters than letters and digits into one
+    space.
 
-    It errs on the side of "the same": questions that differ in operators or signs alone ("7 - 3",
-    "7 * 3") are one to it.
+    It errs on the side of equality: questions that differ only in operators or signs ("7 - 3", "7 *
+    3") become equal.
     """
     return _OTHER.sub(" ", text.lower()).strip()
 
 
-def _key(row: Row) -> bytes:
-    """What is kept on one side: the dialogue that a row is of, or the question."""
+def _key(row: Record) -> bytes:
+    """The text that is kept on one side of a hold-out: the dialogue of a row, or the question."""
     parts = [row["unit"]] if "unit" in row else [row["instruction"], row.get("input") or b""]
     return b"\n".join(part if isinstance(part, bytes) else part.encode() for part in parts if part)
 
 
 def _hold_out(questions: Sequence[bytes], names: Sequence[str]) -> dict[str, list[int]]:
-    """Indices of "train" and of each split in `names`: rows sorted by a hash of the question, cut
-    so that equal questions stay together.
+    """The indices of "train" and of each split in `names`: rows sorted by a hash of the question,
+    cut so that equal questions stay together.
     """
     keys = [hashlib.sha256(b"zflora hold-out\n" + question).digest() for question in questions]
     order = sorted(range(len(keys)), key=lambda i: (keys[i], i))

@@ -1,35 +1,30 @@
-"""Tasks: what the model is asked, what it should say, and how its answer is scored. A new task is
-one more line of `TASKS`.
+"""The tasks, and the examples of their splits. A new task is one more row of `TASKS`.
 
-`GROUPS` are the tasks of the paper. Its abstract counts 18 in three categories: the 8 of
-commonsense and 6 of math are LLM-Adapters'. Which four make up "summary-dialogue" could not be read
-there; the four here are this project's choice: news (CNN/DailyMail, XSum) and dialogue
-(DailyDialog, MultiWOZ), the last two as the next reply. DialogSum, SAMSum and WOZ 2.0 stand beside
-them.
+`GROUPS` are the tasks of the paper. Its abstract counts 18 in three categories: the 8 commonsense
+and 6 math tasks are LLM-Adapters'. The abstract does not name the four of "summary-dialogue"; the
+four here are this project's choice: news (CNN/DailyMail, XSum) and dialogue (DailyDialog and
+MultiWOZ, where the answer is the next reply). DialogSum, SAMSum and WOZ 2.0 are in `TASKS` too.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
-from zflora_jax.data.answers import PARSERS, Kind, Rule, numbers, parse_number, same_number, stated
+from zflora_jax.data.answers import PARSERS, Kind, numbers, parse_number, same_number, stated
 from zflora_jax.data.sources import (
     HOLD_OUT,
     SPLITS,
     TRAINING_SETS,
     Format,
-    Row,
     Source,
     Split,
     named,
-    read_split,
 )
+from zflora_jax.data.task import Arithmetic, Example, FileTask, Task
 
 __all__ = [
     "GROUPS",
@@ -45,148 +40,7 @@ __all__ = [
 __all__ += ["numbers", "parse_number", "same_number", "stated"]
 
 
-@dataclass(frozen=True)
-class Example:
-    """One question. `prompt` and `input` are the user's text, `target` the completion to learn
-    (without EOS).
-
-    answer: what a parsed completion is compared with; "" where there is no single right one.
-    options: completions to compare by likelihood, each in the target's form ("the correct answer is
-    answer2"); the target is one of them. references: texts to compare a completion with by ROUGE;
-    the target is the first. document: `input` is a long text that may be cut at its end.
-    """
-
-    prompt: str
-    target: str
-    answer: str
-    input: str = ""
-    options: tuple[str, ...] = ()
-    references: tuple[str, ...] = ()
-    document: bool = False
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task whose answers are of one kind, in one group: commonsense, math, summary or other.
-    Subclasses say where rows come from.
-    """
-
-    name: str
-    group: str
-    kind: Kind
-
-    def split(self, split: str, data: DataConfig) -> Split:
-        raise NotImplementedError
-
-    def example(self, row: Row) -> Example:
-        raise NotImplementedError
-
-    def rule(self, parser: str) -> Rule:
-        """How answers are read and scored: "legacy" as LLM-Adapters does, "fixed" corrected; see
-        data.answers.
-        """
-        require(parser in PARSERS, f"unknown parser {parser!r}: {nearest(parser, PARSERS)}.")
-        return self.kind.legacy if parser == "legacy" else self.kind.fixed
-
-    def parse_as(self, text: str, parser: str) -> str:
-        """The answer that a completion gives, "" if none."""
-        return self.rule(parser).parse(text)
-
-    def score_as(self, prediction: str, answer: str, parser: str) -> bool:
-        """Whether a prediction, parsed by the same parser, is right."""
-        return self.rule(parser).score(prediction, answer)
-
-    def parse(self, text: str) -> str:
-        return self.parse_as(text, "fixed")
-
-    def score(self, prediction: str, answer: str) -> bool:
-        return self.score_as(prediction, answer, "fixed")
-
-    def gold(self, example: Example) -> str:
-        """A completion that states the right answer so that both parsers read it."""
-        return self.kind.state(example.answer) if example.answer else example.target
-
-
-@dataclass(frozen=True)
-class Arithmetic(Task):
-    """Generated word problems. `data.data_dir`, if set, is where they are kept; the three splits
-    share no question.
-    """
-
-    def split(self, split: str, data: DataConfig) -> Split:
-        from zflora_jax.data.builders import open_prepared
-        from zflora_jax.data.builders.arithmetic import Arithmetic as Builder
-
-        rows = open_prepared(Builder, split, data.data_dir)
-        return Split(rows, range(len(rows)), f"arithmetic, {split}")
-
-    def example(self, row: Row) -> Example:
-        return Example(_text(row["question"]), _text(row["rationale"]), _text(row["answer"]))
-
-
-@dataclass(frozen=True)
-class FileTask(Task):
-    """Rows of files, or of the public dataset of that name: instruction, input, output, answer,
-    references, as the builders give them.
-    """
-
-    source: Source
-    document: bool = False
-
-    def split(self, split: str, data: DataConfig) -> Split:
-        folders = {t.source.folder.lower() for t in TASKS.values() if isinstance(t, FileTask)}
-        return read_split(self.name, self.source, split, data.data_dir, folders)
-
-    def example(self, row: Row) -> Example:
-        prompt, target, answer, extra = (
-            _text(row.get(name, "")) for name in ("instruction", "output", "answer", "input")
-        )
-        references = tuple(map(_text, row.get("references", ())))
-        require(
-            bool(answer or references) or self.kind is answers.ANY,
-            f"the answer is empty, and {self.name!r} is scored by it. Rows without an answer can be"
-            " trained on as task 'json'.",
-        )
-        return Example(
-            prompt,
-            target,
-            answer,
-            extra,
-            options_of(prompt, target, answer),
-            references,
-            self.document,
-        )
-
-
-_FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*\Z")
-
-
-def options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
-    """The target with each answer of the prompt's last line, "Answer format: answer1/answer2", in
-    its place; none without such a line or without an answer.
-
-    Raises:
-      ConfigError: the answer is not one of them, or the target does not state it.
-    """
-    found = _FORMAT.search(prompt)
-    if not found or not answer:
-        return ()
-    allowed = found.group(1).split("/")
-    require(
-        answer in allowed,
-        f"the answer is {answer!r}, which is not one of the options that the question lists,"
-        f" {', '.join(allowed)}.",
-    )
-    before, stated_answer, after = target.rpartition(answer)
-    require(bool(stated_answer), f"the output {target!r} does not state the answer {answer!r}.")
-    return tuple(f"{before}{option}{after}" for option in allowed)
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-# --- the registry ---------------------------------------------------------------------------------
+# --- rows of the table ---------------------------------------------------------------------------
 
 
 def _commonsense(
@@ -244,81 +98,47 @@ _PUBLISHED_HELLASWAG = Format(
     "hellaswag_json", {"train": ("hellaswag_train",), "test": ("hellaswag_val",)}
 )
 _MAWPS_EQUATIONS = Format("mawps_json", {"train": ("trainset",)})
+_SUMMARIES, _DIALOGUES = named("summary_json"), named("dialogue_json")
+_DIALOGSUM = named("summary_json", "dialogsum.{}")
+_SAMSUM = "https://arxiv.org/src/1911.12237v2/anc/corpus.7z"
+_GITHUB = "https://github.com/"
+_GSM8K = Source("gsm8k", anywhere=True, origin=_GITHUB + "openai/grade-school-math", public=True)
+_WOZ = _GITHUB + "nmrksic/neural-belief-tracker"
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Arithmetic("arithmetic", "other", answers.NUMBER),
-        FileTask("json", "other", answers.ANY, Source("", anywhere=True)),
-        _commonsense("boolq", answers.TRUE_FALSE),
-        _commonsense("piqa", answers.SOLUTIONS, test_only=True),
-        _commonsense("social_i_qa", answers.ANSWERS, test_only=True),
-        _commonsense("hellaswag", answers.ENDINGS, "", _PUBLISHED_HELLASWAG, test_only=True),
-        _commonsense("winogrande", answers.OPTIONS, test_only=True),
-        _commonsense("arc_easy", answers.ANSWERS, "ARC-Easy"),
-        _commonsense("arc_challenge", answers.ANSWERS, "ARC-Challenge"),
-        _commonsense("openbookqa", answers.ANSWERS),
-        _math("addsub", "AddSub"),
-        _math("aqua", "AQuA", answers.LETTER),
-        _math("multiarith", "MultiArith"),
-        FileTask(
-            "gsm8k",
-            "math",
-            answers.NUMBER,
-            Source(
-                "gsm8k",
-                anywhere=True,
-                origin="https://github.com/openai/grade-school-math",
-                public=True,
-            ),
-        ),
-        _math("singleeq", "SingleEq"),
-        _math("svamp", "SVAMP"),
-        _math("mawps", "mawps", answers.NUMBER, _MAWPS_EQUATIONS, test_only=False),
-        _summary(
-            "cnn_dailymail",
-            named("summary_json"),
-            "https://github.com/abisee/cnn-dailymail",
-            document=True,
-        ),
-        _summary(
-            "xsum", named("summary_json"), "https://github.com/EdinburghNLP/XSum", document=True
-        ),
-        _summary(
-            "samsum",
-            named("summary_json"),
-            "https://arxiv.org/src/1911.12237v2/anc/corpus.7z",
-            document=True,
-        ),
-        _summary(
-            "dialogsum",
-            named("summary_json", "dialogsum.{}"),
-            "https://github.com/cylnlp/dialogsum",
-            document=True,
-        ),
-        _summary("dailydialog", named("dialogue_json"), "http://yanran.li/dailydialog"),
-        _summary("multiwoz", named("dialogue_json"), "https://github.com/budzianowski/multiwoz"),
-        _summary(
-            "woz",
-            named("woz_json", "woz_{}_en"),
-            "https://github.com/nmrksic/neural-belief-tracker",
-            answers.BELIEF,
-            public=False,
-        ),
-        *map(
-            _training,
-            (
-                "math_data",
-                "math_7k",
-                "math_10k",
-                "math_14k",
-                "math_50k",
-                "commonsense_15k",
-                "commonsense_170k",
-            ),
-        ),
-    )
-}
+_ROWS: tuple[Task, ...] = (
+    Arithmetic("arithmetic", "other", answers.NUMBER),
+    FileTask("json", "other", answers.ANY, Source("", anywhere=True)),
+    _commonsense("boolq", answers.TRUE_FALSE),
+    _commonsense("piqa", answers.SOLUTIONS, test_only=True),
+    _commonsense("social_i_qa", answers.ANSWERS, test_only=True),
+    _commonsense("hellaswag", answers.ENDINGS, "", _PUBLISHED_HELLASWAG, test_only=True),
+    _commonsense("winogrande", answers.OPTIONS, test_only=True),
+    _commonsense("arc_easy", answers.ANSWERS, "ARC-Easy"),
+    _commonsense("arc_challenge", answers.ANSWERS, "ARC-Challenge"),
+    _commonsense("openbookqa", answers.ANSWERS),
+    _math("addsub", "AddSub"),
+    _math("aqua", "AQuA", answers.LETTER),
+    _math("multiarith", "MultiArith"),
+    FileTask("gsm8k", "math", answers.NUMBER, _GSM8K),
+    _math("singleeq", "SingleEq"),
+    _math("svamp", "SVAMP"),
+    _math("mawps", "mawps", answers.NUMBER, _MAWPS_EQUATIONS, test_only=False),
+    _summary("cnn_dailymail", _SUMMARIES, _GITHUB + "abisee/cnn-dailymail", document=True),
+    _summary("xsum", _SUMMARIES, _GITHUB + "EdinburghNLP/XSum", document=True),
+    _summary("samsum", _SUMMARIES, _SAMSUM, document=True),
+    _summary("dialogsum", _DIALOGSUM, _GITHUB + "cylnlp/dialogsum", document=True),
+    _summary("dailydialog", _DIALOGUES, "http://yanran.li/dailydialog"),
+    _summary("multiwoz", _DIALOGUES, _GITHUB + "budzianowski/multiwoz"),
+    _summary("woz", named("woz_json", "woz_{}_en"), _WOZ, answers.BELIEF, public=False),
+    _training("math_data"),
+    _training("math_7k"),
+    _training("math_10k"),
+    _training("math_14k"),
+    _training("math_50k"),
+    _training("commonsense_15k"),
+    _training("commonsense_170k"),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "commonsense": (
@@ -337,27 +157,37 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; ConfigError with the nearest name otherwise."""
+    """The task of that name; ConfigError that suggests the nearest name where there is none."""
     require(name in TASKS, f"unknown task {name!r}: {nearest(name, TASKS)}.")
     return TASKS[name]
 
 
+def open_split(task: Task, split: str, data: DataConfig) -> Split:
+    """Open the rows of a split of `task`; see `Task.split`."""
+    folders = {t.source.folder.lower() for t in TASKS.values() if isinstance(t, FileTask)}
+    return task.split(split, data, folders)
+
+
 def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequence[Example]:
-    """The examples of one split, read when they are indexed.
+    """Open the examples of one split; each is read when it is indexed.
 
     Args:
-      task_name: a key of TASKS.
-      split: train, validation or test. `data_config.train_limit` keeps the first rows of train and
-        touches no other split.
-      data_config: data_dir and train_limit are read.
+      task_name: a key of `TASKS`.
+      split: "train", "validation" or "test".
+      data_config: data_dir and train_limit are read. The latter keeps the first rows of the train
+        split; other splits are not limited.
+
+    Returns:
+      A sequence. Indexing raises ConfigError for a row that does not fit the task and names its
+      file and number.
 
     Raises:
-      ConfigError: unknown task or split, missing directory or file, malformed row, or no example at
-        all. Indexing raises it for a row that does not fit the task, and names its file and number.
+      ConfigError: the task or the split is unknown, a directory or file is missing, a row is
+        malformed, or there is no example.
     """
     task = get_task(task_name)
     require(split in SPLITS, f"unknown split {split!r}: {nearest(split, SPLITS)}.")
-    rows, indices, origin = task.split(split, data_config)
+    rows, indices, origin = open_split(task, split, data_config)
     if split == "train":
         indices = indices[: data_config.train_limit]
     require(

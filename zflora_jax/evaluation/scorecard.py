@@ -17,8 +17,8 @@ from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
-from zflora_jax.data.pipeline import tokenize_examples
 from zflora_jax.data.tasks import GROUPS, Example, get_task
+from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.evaluation.contamination import contaminated, questions
 from zflora_jax.evaluation.evals import (
     Record,

@@ -1,5 +1,6 @@
-"""What a directory or file is: a run, a LoRA adapter, an export of this project, or a model.
-Weights are left alone; only headers are read.
+"""Describe a directory or file: a run, a LoRA adapter, an export of this project, or a model.
+
+Only headers are read, no weights.
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ Facts = dict[str, Any]
 
 
 def describe(path: str | os.PathLike[str]) -> Facts:
-    """Facts by name, "kind" first: "run", "adapter (PEFT)", "export", "model" or "model (GGUF)";
-    scalars alone.
+    """Describe a directory, a file or a preset.
 
-    widths: of the three streams, base -> fused. A preset's name describes its shape. ConfigError
-    for anything else, saying what was found there.
+    Args:
+      path: of a run, an adapter, an export or a model; or a preset's name.
+
+    Returns:
+      Facts by name, scalars only. "kind" comes first: "run", "adapter (PEFT)", "export", "model" or
+      "model (GGUF)". "widths" are those of the three streams, base -> fused.
+
+    Raises:
+      ConfigError: there is nothing of these kinds at the path; the message says what was found.
     """
     source = Path(path).expanduser()
     if source.is_dir():
@@ -180,10 +187,8 @@ def _run(workdir: Path) -> Facts:
     facts["learning rate"] = run.optim.learning_rate
     try:
         facts |= _adapter(run.adapter, model_config(run.model))
-    except (
-        ConfigError,
-        ValueError,
-    ) as error:  # the base has been moved: what the run itself says still stands
+    except (ConfigError, ValueError) as error:
+        # The base has been moved; the settings of the run are still known.
         facts |= {
             "method": run.adapter.method,
             "rank": run.adapter.rank,

@@ -1,10 +1,10 @@
-"""What a run needs before anything runs: parameters, bytes per device, steps and tokens, from
-shapes alone; what to change if it does not fit.
+"""The needs of a run before it starts: parameters, bytes per device, steps and tokens.
 
-Base, adapters, gradients and moments are counted from the sharding rules and are exact. Activations
-are the arrays that jax.vjp keeps for the backward pass, by abstract evaluation. The working set is
-what one layer or one chunk of logits needs beside them, by the formula at `_working_set`.
-`compiled` asks the compiler instead.
+Everything is computed from shapes. Base, adapters, gradients and moments are counted from the
+sharding rules and are exact. Activations are the arrays that jax.vjp saves for the backward pass,
+by abstract evaluation. The working set is the memory that one layer or one chunk of logits needs
+besides, by the formula at `_working_set`. `compiled` asks the compiler instead. Below, `run` has
+the settings and `config` is the base's.
 """
 
 from __future__ import annotations
@@ -45,12 +45,20 @@ GIB = 2**30
 def memory_plan(
     run: RunConfig, config: LlamaConfig, memory_gib: float | None = None
 ) -> dict[str, Any]:
-    """The plan of `run` on a base of shape `config`.
+    """Plan the memory of a run, for the longest of data.bucket_lengths.
 
-    memory_gib: what one device has; the plan then says whether it fits and, if not, the three
-    cheapest changes, each alone and all together. Returns counts, `bytes_per_device` (name ->
-    bytes, their sum as "total"), and with memory_gib `fits` and `changes`. Sizes are those of the
-    longest of data.bucket_lengths. ConfigError for a mesh that does not divide the model.
+    Args:
+      run: the settings.
+      config: the base's.
+      memory_gib: memory of one device, in GiB.
+
+    Returns:
+      Counts; "bytes_per_device", name -> bytes with their sum as "total"; and with `memory_gib`
+      "fits"
+      and, if it does not fit, "changes": the three cheapest ones, each alone and all together.
+
+    Raises:
+      ConfigError: the mesh does not divide the model.
     """
     require(
         memory_gib is None or memory_gib > 0,
@@ -77,7 +85,7 @@ def memory_plan(
 
 
 def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
-    """Bytes on each device, by what they are for."""
+    """Bytes on each device, by purpose."""
     mesh = AbstractMesh((run.mesh.data, run.mesh.fsdp, run.mesh.tensor), AXES)
     width = jnp.dtype(config.dtype).itemsize
     trainable = _local(adapter_shapes(config, run.adapter), mesh, 4)
@@ -105,7 +113,7 @@ def _shaped(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
 
 
 def _local(shapes: Mapping[str, tuple[int, ...]], mesh: Any, width: int) -> int:
-    """Bytes of one device's part of leaves of these shapes, `width` bytes a number."""
+    """Bytes of one device's slices of leaves of these shapes, at `width` bytes per number."""
     total = 0
     for name, shape in shapes.items():
         parts = math.prod(mesh.shape[axis] for axis in spec(name, shape, mesh) if axis is not None)
@@ -150,8 +158,8 @@ def _abstract(
 
 
 def _activations(run: RunConfig, config: LlamaConfig) -> int:
-    """Bytes that the forward pass of one device's rows, through its heads and MLP units, keeps for
-    the backward pass.
+    """Bytes that the forward pass of one device's rows, heads and MLP units saves for the backward
+    pass.
     """
     parts = run.mesh.tensor
     config = config.replace(
@@ -188,11 +196,11 @@ def _activations(run: RunConfig, config: LlamaConfig) -> int:
 
 
 def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
-    """The largest of: a chunk of logits and its backward pass, 4 C V float32 as compiled steps have
-    it; one layer's backward pass, 3 B H T^2 float32 of attention (less where its queries go in
-    blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer, where fsdp gathers
-    them. Method "full" sums the gradient of the gathered head over the chunks: two more heads in
-    float32.
+    """Bytes of the largest of three: a chunk of logits and its backward pass, 4 C V float32 in
+    compiled steps; one layer's backward pass, 3 B H T^2 float32 of attention (less if its queries
+    are computed in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer,
+    where fsdp gathers them. Method "full" sums the gradient of the gathered head over the chunks:
+    two more heads in float32.
     """
     rows, length, tensor = _local_rows(run), run.data.bucket_lengths[-1], run.mesh.tensor
     parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
@@ -212,7 +220,7 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
 
 
 def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, Any]]:
-    """The three cheapest changes that help, and all three together."""
+    """The three cheapest changes that reduce the memory, and all three together."""
     total, found, together = bytes_per_device(run, config)["total"], list[dict[str, Any]](), run
     for text, settings in _candidates(run):
         try:
@@ -242,7 +250,7 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
 
 
 def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what it costs, settings), the cheapest first."""
+    """Yield (cost in words, settings) of possible changes, the cheapest first."""
     micro, parts = run.data.batch_size // run.data.grad_accum_steps, run.mesh.data * run.mesh.fsdp
     if micro % (2 * parts) == 0:
         same = "other numbers drop out" if run.adapter.dropout else "the same numbers"
@@ -276,8 +284,10 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
-    """The train step of `run`, compiled for this process's devices from shapes alone. ConfigError
-    where there are too few devices.
+    """Compile the train step of a run for this process's devices, from shapes alone.
+
+    Raises:
+      ConfigError: there are too few devices.
     """
     config, mesh = _shaped(run, config), make_mesh(run.mesh)
     params, adapters, batch = _abstract(run, config, run.data.batch_size)
@@ -306,9 +316,11 @@ def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
 
 
 def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
-    """Bytes per device as the compiler plans them for `compiled_step`: arguments (base, adapters,
-    moments, batch), outputs that share no argument's memory, temporaries, and their total. No array
-    is allocated.
+    """Bytes per device as the compiler plans them for `compiled_step`; no array is allocated.
+
+    Returns:
+      Bytes of the arguments (base, adapters, moments, batch), of outputs that do not share an
+      argument's memory, of temporaries, and their total.
     """
     found = compiled_step(run, config).memory_analysis()
     sizes = {
@@ -320,7 +332,7 @@ def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
 
 
 def lines_of(plan: Mapping[str, Any]) -> list[str]:
-    """The plan in words, for a terminal."""
+    """The plan of `memory_plan` in words, for a terminal."""
 
     def gib(size: float) -> str:
         return f"{size / GIB:.2f} GiB"

@@ -1,9 +1,10 @@
-"""The whole path once: train, compare accuracy before and after, fuse, check that fused equals
-adapted, decode side by side, export, report.
+"""The whole path once: train, evaluate before and after, fuse, check that fused equals adapted,
+decode side by side, export, report.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,16 @@ FUSED_TOLERANCE = {
 
 
 def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> dict[str, Any]:
-    """Run the path in `workdir`; a run that is there is resumed. Returns what
-    <workdir>/quickstart.json holds.
+    """Run the whole path once.
 
-    Keys: method, params_base, params_trainable, accuracy_before/after, loss_before/after
-    (held-out), fused_max_abs_dlogit and logit_scale (fused against adapted, on held-out rows),
-    ttft/tpot_ms_base/fused and their spread, export_dir and the export's gaps, seconds in all and
-    by part.
+    Args:
+      run: the settings.
+      workdir: directory of the run; a run that is already there is resumed.
+      console: whether progress and samples are printed.
+
+    Returns:
+      The contents of <workdir>/quickstart.json: parameters, accuracy and held-out loss before and
+      after, the logits of fused against adapted, latency, the export's gaps, samples, seconds.
     """
     workdir, started, env = local_path(workdir, "workdir"), time.perf_counter(), environment()
     parts: dict[str, float] = {}
@@ -78,6 +82,28 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "method": run.adapter.method,
         "params_base": trained.report["params_base"],
         "params_trainable": trained.report["params_trainable"],
+        **_figures(before, after, gap, latency),
+        "export_dir": str(workdir / "export"),
+        "export_max_abs_dlogit": exported["max_abs_dlogit"],
+        "export_top1_agreement": exported["top1_agreement"],
+        "seconds": time.perf_counter() - started,
+        "seconds_by_part": parts,
+        "latency": latency,
+        "samples": _samples(workdir),
+        "config": to_dict(run),
+        "environment": env,
+    }
+    write_json(workdir / "quickstart.json", report)
+    atomic_write(workdir / "report.md", _page(report).encode())
+    if console:
+        print(_samples_text(report))
+    _require_equal(gap, run.train.dtype, workdir)
+    return report
+
+
+def _figures(before: Any, after: Any, gap: Any, latency: Any) -> dict[str, Any]:
+    """Accuracy, loss, agreement of fused and adapted, and time per token."""
+    return {
         "accuracy_before": before["accuracy"],
         "accuracy_after": after["accuracy"],
         "accuracy_rows": after["rows"],
@@ -88,30 +114,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "tpot_ms_base": latency["base"]["tpot_ms"],
         "tpot_ms_fused": latency["fused"]["tpot_ms"],
         "tpot_ratio": latency["fused"]["tpot_ms"] / latency["base"]["tpot_ms"],
-        "export_dir": str(workdir / "export"),
-        "export_max_abs_dlogit": exported["max_abs_dlogit"],
-        "export_top1_agreement": exported["top1_agreement"],
-        "seconds": time.perf_counter() - started,
-        "seconds_by_part": parts,
-        "latency": latency,
-        "samples": [
-            {
-                "prompt": b["prompt"],
-                "answer": b["answer"],
-                "base": b["output"],
-                "tuned": a["output"],
-            }
-            for b, a in _samples(workdir)
-        ],
-        "config": to_dict(run),
-        "environment": env,
     }
-    write_json(workdir / "quickstart.json", report)
-    atomic_write(workdir / "report.md", _page(report).encode())
-    if console:
-        print(_samples_text(report))
-    _require_equal(gap, run.train.dtype, workdir)
-    return report
 
 
 def _require_equal(gap: dict[str, float], dtype: str, workdir: Path) -> None:
@@ -141,19 +144,21 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]
     }
 
 
-def _samples(workdir: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    import json
-
+def _samples(workdir: Path) -> list[dict[str, str]]:
+    """The first questions of the test split, with the answers before and after training."""
     before, after = (
-        [
-            json.loads(line)
-            for line in lines_of((workdir / "eval" / f"{name}.jsonl").read_text(encoding="utf-8"))[
-                :SAMPLES
-            ]
-        ]
+        lines_of((workdir / "eval" / f"{name}.jsonl").read_text(encoding="utf-8"))[:SAMPLES]
         for name in ("before", "after")
     )
-    return list(zip(before, after, strict=True))
+    return [
+        {
+            "prompt": base["prompt"],
+            "answer": base["answer"],
+            "base": base["output"],
+            "tuned": tuned["output"],
+        }
+        for base, tuned in zip(map(json.loads, before), map(json.loads, after), strict=True)
+    ]
 
 
 def _samples_text(report: dict[str, Any]) -> str:

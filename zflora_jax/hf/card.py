@@ -1,4 +1,4 @@
-"""README.md of an export: what the model is, how it was made, how to load it."""
+"""README.md of an export: the model, its training, and how to load it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Directories that appear whole under their name or not at all, and replace only what this project
-wrote.
-"""
+"""Directories that appear whole or not at all, and replace only what this project wrote."""
 
 from __future__ import annotations
 
@@ -16,12 +14,23 @@ from zflora_jax.hf.keys import CheckpointError
 
 @contextlib.contextmanager
 def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) -> Iterator[Path]:
-    """A temporary directory beside `target` to write into; when the block ends well it is flushed
-    and renamed to `target`, else it is removed.
+    """Write a directory in one step.
 
-    An existing target is replaced only if every file in it is one of `own_files(target)` (None: not
-    ours at all); CheckpointError otherwise, before anything is written. Between the two renames of
-    a replacement the old directory lies whole beside the new one.
+    The block writes into a temporary directory beside `target`. If it succeeds, that directory is
+    flushed to disk and renamed to `target`; if not, it is removed. During a replacement the old
+    directory lies whole beside the new one.
+
+    Args:
+      target: the directory to make. An existing one is replaced only if `own_files` lists every
+        file.
+      own_files: directory -> the files that this project wrote there; None: it is not this
+        project's.
+
+    Yields:
+      The temporary directory.
+
+    Raises:
+      CheckpointError: `target` must not be replaced; nothing is written then.
     """
     _refuse_foreign(target, own_files)
     target.parent.mkdir(parents=True, exist_ok=True)

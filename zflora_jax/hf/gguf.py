@@ -15,8 +15,8 @@ from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.keys import (
     CheckpointError,
-    Part,
     Place,
+    Slices,
     as_finite,
     check_layer_count,
     check_tensors,
@@ -70,7 +70,7 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_tensors(table, shapes, what, config.num_layers)
 
-    def read(name: str, place: Place, part: Part) -> np.ndarray:
+    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
         # A block of quantised numbers cannot be cut, so the tensor is read whole.
         from gguf import dequantize
 
@@ -84,7 +84,7 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             array = _half_split(array, heads)
-        return place.to_native(as_finite(array, config.dtype, tensor.name, what))[part]
+        return place.to_native(as_finite(array, config.dtype, tensor.name, what))[slices]
 
     params = unflatten(gather(table, read, config.dtype, sharding))
     return Model(config, params, tokenizer=gguf_tokenizer(file, config))

@@ -23,8 +23,11 @@ SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 def gguf_config(file: GGUFFile) -> LlamaConfig:
     """Read the LlamaConfig of a GGUF file.
 
+    Args:
+      file: the opened file.
+
     Raises:
-      ConfigError: the forward pass has no code for what the metadata ask for; it is named.
+      ConfigError: the forward pass has no code for a feature of the model; it is named.
       CheckpointError: a metadata key is missing or cannot be read.
     """
     _refuse(file)

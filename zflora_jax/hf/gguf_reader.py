@@ -18,7 +18,7 @@ from zflora_jax.hf.keys import CheckpointError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # of the tensors' data, where "general.alignment" says nothing else
+_ALIGNMENT = 32  # bytes, of the tensors' data; "general.alignment" overrides it
 
 # The kinds of metadata values by number, as codes of `struct`; strings and arrays apart.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -145,7 +145,7 @@ def _header(data: np.ndarray) -> tuple[_Cursor, int, int]:
 
 
 def _value(cursor: _Cursor, kind: int) -> Any:
-    """A metadata value. Text stays bytes: only what is used has to be UTF-8."""
+    """A metadata value. Text stays bytes, because an unused value need not be UTF-8."""
     if kind == _STRING:
         return cursor.string()
     if kind in _SCALARS:

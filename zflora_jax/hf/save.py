@@ -1,6 +1,4 @@
-"""save_hf: a base or fused model as a directory that stock transformers and vLLM load, written so
-that no half directory is ever seen.
-"""
+"""Exports: base or fused models as directories that stock transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -96,7 +94,7 @@ def save_hf(
 
 
 def _widths(config: LlamaConfig) -> str:
-    """The stored widths, and which of them formats that quantise in blocks of 32 cannot take."""
+    """The stored widths, with a note on those that are not a multiple of GGUF's blocks of 32."""
     inputs = {
         "hidden": config.hidden_size,
         "heads": config.num_heads * config.head_dim,
@@ -116,8 +114,8 @@ def _widths(config: LlamaConfig) -> str:
 
 
 def _own_files(directory: Path) -> set[str] | None:
-    """What an export of this project wrote into `directory`, by its own list; None if it is no such
-    export.
+    """The files that an export of this project wrote into `directory`, by its own list; None for
+    any other directory.
     """
     try:
         files = read_manifest(directory).get("files")
@@ -136,7 +134,7 @@ def _write_tensors(
     dtype: str,
     limit: int,
 ) -> int:
-    """model.safetensors, or shards with an index; returns the number of parameters."""
+    """Write model.safetensors, or shards with an index; return the number of parameters."""
     from safetensors.numpy import save_file
 
     itemsize = np.dtype(dtype).itemsize
@@ -166,8 +164,8 @@ def _write_tensors(
 
 
 def _write_side_file(folder: Path, model: Model, form: StockForm, dtype: str) -> None:
-    """The native numbers that stock form rounds, so that load_model gets them back bit for bit.
-    Small: gains, and q where heads are widened.
+    """Store the native numbers that stock form rounds, so that `load_model` restores them bit for
+    bit: norm gains, and q where heads are widened.
     """
     from safetensors.numpy import save_file
 
@@ -181,7 +179,7 @@ def _write_side_file(folder: Path, model: Model, form: StockForm, dtype: str) ->
         save_file(kept, folder / SIDE_FOLDER / SIDE_FILE)
 
 
-# --- what goes beside them ------------------------------------------------------------------------
+# --- files beside the tensors ---------------------------------------------------------------------
 
 
 def _manifest(
@@ -220,8 +218,8 @@ def _project_version() -> str:
 
 
 def _write_companions(folder: Path, model: Model) -> None:
-    """Tokenizer files and generation_config.json: the base's, as far as `model` still has its
-    tokenizer and stops where it does.
+    """Write the tokenizer files and generation_config.json: the base's, as far as the model still
+    has the base's tokenizer and stop tokens.
     """
     base: Path | None = None
     if model.source is not None:

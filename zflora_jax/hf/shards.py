@@ -1,6 +1,4 @@
-"""The safetensors files of a Hugging Face directory: single or sharded, headers checked before a
-byte of data is read.
-"""
+"""Safetensors files of a Hugging Face directory, single or sharded; headers are checked first."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from zflora_jax.hf.keys import (
     IGNORED,
     TOP_NAMES,
     CheckpointError,
-    Part,
+    Slices,
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,7 +22,7 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError naming the file if it cannot be read as one."""
+    """Read a JSON object; CheckpointError that names the file where it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,11 +37,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """`directory/name`, refused if it is not a plain file name or leads out of the directory
-    through a link.
+    """The path of a file in a model directory.
 
-    The hub's cache keeps its files as links into the repository's own blob folder: those are
-    followed.
+    Links are followed within the directory and, in the hub's cache, into the repository's blob
+    folder.
+
+    Raises:
+      CheckpointError: `name` is not a plain file name, does not exist, or is a link to another
+        place.
     """
     path, root = directory / name, directory.resolve()
     home = root.parent.parent if root.parent.name == "snapshots" else root
@@ -65,9 +66,13 @@ def inside(directory: Path, name: str) -> Path:
 class Shards:
     """The tensors of a model directory, read by name.
 
-    shapes: name -> shape of every tensor, ignorable buffers left out. Raises CheckpointError naming
-    the file for broken headers, pickled weights, an index that disagrees with its shards, a tensor
-    stored twice, and dtypes that are not floating point.
+    Attributes:
+      directory: the directory.
+      shapes: name -> shape of every tensor; buffers that are ignored are left out.
+
+    Raises:
+      CheckpointError: a header is broken, weights are pickled, an index disagrees with its shards,
+        a tensor is stored twice, or its dtype is not floating point.
     """
 
     def __init__(self, directory: Path, files: list[str] | None = None) -> None:
@@ -104,13 +109,19 @@ class Shards:
                 f"{directory}: {INDEX} and the shards do not hold the same tensors:\n{diff}"
             )
 
-    def read(self, name: str, part: Part | None = None) -> np.ndarray:
-        """The tensor, or a part of it, as it is stored (bfloat16 as ml_dtypes' bfloat16), copied
-        out of the file; no more than that is read.
+    def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
+        """Copy a tensor, or a block of it, out of the file; no more than that is read.
+
+        Args:
+          name: of the tensor.
+          slices: the block; None: the whole tensor.
+
+        Returns:
+          The array in its stored dtype (bfloat16 of ml_dtypes).
         """
         path, handle = self._files[name]
         try:
-            return handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
+            return handle.get_tensor(name) if slices is None else handle.get_slice(name)[slices]
         except Exception as error:  # the library raises several types for damaged data
             raise CheckpointError(f"{path}: {name} cannot be read: {error}.") from error
 
@@ -165,8 +176,10 @@ class Shards:
 
 
 def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes without the lm_head that some files of tied models carry; refused unless it equals
-    the embedding.
+    """The shapes of a directory without the redundant lm_head that some files of tied models hold.
+
+    Raises:
+      CheckpointError: the lm_head differs from the embedding.
     """
     head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
     if (

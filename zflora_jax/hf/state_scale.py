@@ -1,9 +1,9 @@
 """eps_z: the power of two by which stock form scales the residual state, chosen from the weights.
 
-A stock norm counts the scaled state in its mean square, which makes what the norm writes smaller by
-a relative eps_z^2 share / 2, where share = |z|^2 / |x|^2 of the native state and base channels. A
-large eps_z disturbs the norms; a small one divides the rows that read the state by a small number,
-and software with one int8 scale per channel or token then rounds the base's own numbers away.
+A stock norm counts the scaled state in its mean square, so its output is smaller by a relative
+eps_z^2 share / 2, where share = |z|^2 / |x|^2 of the native state and base channels. A large eps_z
+disturbs the norms. A small one divides the rows that read the state by a small number, and software
+with one int8 scale per channel or token then rounds the base's own numbers away.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 
 CHOICES = tuple(2.0**-k for k in range(11))  # 1, 1/2, ... 2^-10
-FLOAT16_LEAST = 2.0**-4  # below it float16 has no room: what reads the state is divided by eps_z
+# Rows that read the state are divided by eps_z; below this they leave the range of float16.
+FLOAT16_LEAST = 2.0**-4
 
-# The relative error of the logits that eps_z may cause. float32: what rounding itself causes in the
-# logits of a whole model (SmolLM2-135M: 1.8e-6 of the largest), a fifth of what two implementations
-# may differ by; else half a unit in the last place of the dtype.
+# The relative error of the logits that eps_z may cause. For float32 it is the error of rounding in
+# the logits of a whole model (SmolLM2-135M: 1.8e-6 of the largest), a fifth of the difference that
+# two implementations may have; for other dtypes half a unit in the last place.
 _ERROR = {"float32": 2.0**-19, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 # How far the effect may exceed the estimate. SmolLM2-135M with a trained adapter: 1.4 times, at
 # most 3 for random models with adapters moved by noise.
@@ -30,8 +31,16 @@ _SAFETY = 4.0
 
 
 def choose_eps_z(model: Model, dtype: str) -> float:
-    """The largest power of two in 2^-10..1 whose effect on the logits stays below the rounding of
-    `dtype` by `state_share`, with a safety factor of 4; 1 for a model without a residual state.
+    """Choose eps_z for an export.
+
+    Args:
+      model: a fused model.
+      dtype: of the export.
+
+    Returns:
+      The largest power of two in 2^-10..1 whose effect on the logits, estimated by `state_share`
+      with a safety factor of 4, is below the rounding of `dtype`; 1 for a model without a residual
+      state.
     """
     share = state_share(model)
     fits = [eps for eps in CHOICES if _SAFETY * share * eps**2 / 2 <= _ERROR[dtype]]
@@ -40,12 +49,13 @@ def choose_eps_z(model: Model, dtype: str) -> float:
 
 
 def state_share(model: Model) -> float:
-    """An estimate of |z|^2 / |x|^2 in the residual stream of a fused model, from its weights alone.
+    """Estimate |z|^2 / |x|^2 in the residual stream of a fused model, from its weights alone.
 
-    Each sublayer adds to both what its o or down kernel makes of the same input: to z its state
-    columns (forward and cross), to x its base columns. Over inputs of no preferred direction their
-    energies are as the squared Frobenius norms, and a sum of parts has at most the share of the
-    part with the largest. The embedding, which adds to x alone, only makes the share smaller.
+    The o and down kernel of each sublayer maps one input to the state z (columns forward and cross)
+    and to the base channels x. For inputs without a preferred direction, the energies of the two
+    are as the squared Frobenius norms of the columns, and a sum of contributions has at most the
+    largest share of a single one. The embedding adds to x alone, so it only makes the share
+    smaller.
     """
     d = model.config.norm_dim
     if d == model.config.hidden_size:
@@ -62,14 +72,19 @@ def state_share(model: Model) -> float:
 
 @partial(jax.jit, static_argnums=1)
 def _energy(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The sum of squares over `axes`, float32. Compiled, so that no float32 copy of the leaf is
-    made.
-    """
+    """The sum of squares over `axes`, float32; compiled, so no float32 copy of the leaf is made."""
     return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
 
 
 def check_eps_z(model: Model, eps_z: float) -> float:
-    """`eps_z` if stock form can use it. ConfigError: no power of two in 2^-10..1, or no state."""
+    """Check an eps_z that the user has given.
+
+    Returns:
+      `eps_z`.
+
+    Raises:
+      ConfigError: it is not a power of two in 2^-10..1, or the model has no residual state.
+    """
     require(
         eps_z in CHOICES,
         f"eps_z={eps_z!r}: must be a power of two from 2^-10 = {CHOICES[-1]} to 1, e.g. 0.0625."

@@ -1,7 +1,6 @@
-"""Native fused form <-> stock form: what a fused model must look like for Hugging Face's unmodified
-LlamaForCausalLM, and back.
+"""From the native fused form to the stock form of Hugging Face's LlamaForCausalLM, and back.
 
-A native fused model takes its RMSNorm over the base channels, turns the base dims of a head and
+A native fused model takes its RMSNorm over the base channels, rotates the base dims of a head and
 divides scores by sqrt(k). Stock Llama does all three over the full width. Stock form gets the same
 function by changing numbers only:
 
@@ -43,8 +42,13 @@ _READS, _WRITES, _NORMS = (
 
 @dataclass(frozen=True)
 class StockForm:
-    """The stock form of a native config, exported with this eps_z. `module` below: the leaf's
-    parent in the native tree (q, embed, ...).
+    """The stock form of a native model.
+
+    `module` in the methods is the parent of a leaf in the native tree: "q", "embed", ...
+
+    Attributes:
+      native: the native config.
+      eps_z: scale of the stored residual state, a power of two.
     """
 
     native: LlamaConfig
@@ -52,8 +56,8 @@ class StockForm:
 
     @property
     def width(self) -> int:
-        """D: transformers 5 refuses a hidden_size that the heads do not divide. A residual stream
-        that is not widened is left alone.
+        """D, the stored hidden size: transformers 5 refuses one that the heads do not divide. A
+        residual stream that is not widened is left alone.
         """
         n = self.native
         return (
@@ -64,8 +68,8 @@ class StockForm:
 
     @property
     def config(self) -> LlamaConfig:
-        """Stock widths and rms_norm_eps. The RoPE settings are the base's; `rope` says what to
-        write instead.
+        """The config with stock widths and rms_norm_eps. Its RoPE settings are the base's; `rope`
+        has those to write instead.
         """
         eps = self.native.rms_norm_eps * self.native.norm_dim / self.width
         return self.native.replace(
@@ -74,9 +78,7 @@ class StockForm:
 
     @property
     def rope(self) -> dict[str, Any] | None:
-        """The rope_scaling that gives widened heads the base's frequencies; None where heads are
-        not widened.
-        """
+        """The rope_scaling that gives widened heads the frequencies of the base, else None."""
         n = self.native
         if n.base_head_dim is None:
             return None
@@ -99,7 +101,7 @@ class StockForm:
 
     @property
     def head_order(self) -> np.ndarray:
-        """[k+e]: the native head dim at each stock place, base halves first in each half."""
+        """[k+e]: the native head dim at each stock position, base halves first in each half."""
         k, wide = self.native.rotary_dim, self.native.head_dim
         middle = k + (wide - k) // 2
         return np.concatenate(
@@ -112,15 +114,20 @@ class StockForm:
         )
 
     def restored(self, module: str) -> bool:
-        """Whether stock form rounds this module's numbers, so that its native ones are kept beside
-        the export.
+        """Whether stock form rounds this module's numbers, so that the native ones are stored
+        beside the export.
         """
         return (module in _NORMS and self.native.base_hidden_size is not None) or (
             module == "q" and self.native.base_head_dim is not None
         )
 
     def forward(self, module: str, x: np.ndarray) -> np.ndarray:
-        """A native leaf of one layer, float32 in native layout, in stock form."""
+        """Bring a native leaf of one layer into stock form.
+
+        Args:
+          module: its parent in the native tree.
+          x: float32, in native layout.
+        """
         n = self.native
         if n.base_head_dim is not None and module in ("q", "k"):
             x = x[..., self.head_order]
@@ -132,7 +139,7 @@ class StockForm:
         return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
 
     def inverse(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The inverse of `forward`: exact but for what `restored` names."""
+        """The inverse of `forward`; exact except where `restored` is true."""
         n = self.native
         if n.base_hidden_size is not None and (axis := _residual_axis(module, x.ndim)) is not None:
             x = np.take(x, np.arange(n.hidden_size), axis) / self._scale(
@@ -141,7 +148,7 @@ class StockForm:
         return self.inverse_heads(module, x)
 
     def inverse_heads(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The heads' part of `inverse` alone."""
+        """The part of `inverse` that concerns heads."""
         n = self.native
         if n.base_head_dim is None or module not in ("q", "k"):
             return x
@@ -150,9 +157,7 @@ class StockForm:
         return x[..., np.argsort(self.head_order)]
 
     def _scale(self, module: str, width: int, axis: int, ndim: int) -> np.ndarray:
-        """What stock form multiplies the residual channels of a leaf by, shaped to broadcast along
-        `axis`.
-        """
+        """The factors of a leaf's residual channels, shaped to broadcast along `axis`."""
         scale, d = np.ones(width, np.float32), self.native.norm_dim
         if module in _NORMS:
             scale[:] = math.sqrt(d / self.width)
@@ -171,11 +176,21 @@ def _residual_axis(module: str, ndim: int) -> int | None:
 
 
 def module_of(place: Place) -> str:
+    """The parent of a leaf in the native tree: "q", "embed", ..."""
     return place.leaf.split("/")[-2]
 
 
 def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockForm:
-    """The stock form to write `model` in; eps_z None: chosen from the weights for `dtype`."""
+    """The stock form of a model.
+
+    Args:
+      model: a base or fused model, not packed.
+      dtype: of the export.
+      eps_z: None: chosen from the weights for `dtype`.
+
+    Raises:
+      ConfigError: the model is packed, or eps_z cannot be used.
+    """
     if model.config.packed:
         raise ConfigError(
             "a packed model is a layout for decode and cannot be exported; export the model it was"
@@ -187,9 +202,7 @@ def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockFor
 
 
 def native_tensors(model: Model) -> Iterator[tuple[str, Place, np.ndarray]]:
-    """(Hugging Face name, place, the leaf of that layer in native layout, float32), one at
-    a time.
-    """
+    """Yield (Hugging Face name, place, native leaf of one layer in float32), one at a time."""
     leaves = trees.flatten(model.params)
     for name, place in hf_table(model.config).items():
         leaf = leaves[place.leaf]
@@ -199,12 +212,19 @@ def native_tensors(model: Model) -> Iterator[tuple[str, Place, np.ndarray]]:
 def to_stock(
     model: Model, form: StockForm, dtype: str
 ) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:
-    """(config.json as a dict, iterator over (Hugging Face name, tensor in `dtype`)) of a base or
-    fused model in its stock form `form`.
+    """Bring a model into stock form.
 
-    Arithmetic is float32 with one cast at the end; numbers that stock form does not change are
-    copied bit for bit. Raises CheckpointError (from the iterator) for a tensor that is not finite,
-    or not finite in `dtype`.
+    Arithmetic is in float32 with one cast at the end; numbers that stock form does not change are
+    copied bit for bit.
+
+    Args:
+      model: a base or fused model.
+      form: of `stock_form`.
+      dtype: of the tensors.
+
+    Returns:
+      (config.json as a dict, an iterator over (Hugging Face name, tensor)). The iterator raises
+      CheckpointError for a tensor that is not finite in `dtype`.
     """
     table = hf_table(form.config)
 

@@ -1,5 +1,7 @@
-"""The tokenizer files beside an export: the base's own, byte for byte, unless the model's tokenizer
-differs from them; then written from the object, so that transformers 4 and 5 read the same.
+"""Tokenizer files of an export: the base's, byte for byte, or written from the tokenizer if it
+differs.
+
+They are written so that transformers 4 and 5 read the same tokenizer.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> None:
-    """Write the tokenizer's files to `folder`. base: the directory that the model came from."""
+    """Write the files of a tokenizer.
+
+    Args:
+      folder: the export.
+      tokenizer: the model's.
+      base: the directory that the model came from, whose files are copied if they give this
+        tokenizer.
+    """
     names = [name for name in TOKENIZER_FILES if base and (base / name).is_file()]
     named = sorted((base / TEMPLATES).glob("*.jinja")) if base else []
     if base is not None and names and (tokenizer is None or _is_of(tokenizer, base)):
@@ -39,8 +48,14 @@ def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> No
 def write_generation_config(
     folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]
 ) -> None:
-    """generation_config.json: the base's, byte for byte if it names every id of `stop`, else with
-    the missing ones added; where the base has none, the `values` that are not None.
+    """Write generation_config.json.
+
+    Args:
+      folder: the export.
+      base: the directory that the model came from; its file is copied byte for byte if it names
+        every id of `stop`, else with the missing ids added.
+      values: the settings to write where the base has no file; None values are left out.
+      stop: token ids that end an answer.
     """
     stop = list(stop)
     if base is not None and (base / GENERATION).is_file():
@@ -59,7 +74,7 @@ def write_generation_config(
 
 
 def _is_of(tokenizer: Any, base: Path) -> bool:
-    """Whether the files of `base` give this tokenizer. Where they cannot be read they do not."""
+    """Whether the files of `base` give this tokenizer; false where they cannot be read."""
     try:
         own = load_tokenizer(base)
     except CheckpointError:
@@ -68,7 +83,11 @@ def _is_of(tokenizer: Any, base: Path) -> bool:
 
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
-    """What a tokenizer does to texts and what its files say about it, comparable by value."""
+    """The behaviour and settings of a tokenizer, comparable by value.
+
+    Returns:
+      None for no tokenizer.
+    """
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -89,7 +108,7 @@ def _fields(token: Any) -> dict[str, Any]:
 
 
 def _plain(backend: Any) -> Any:
-    """The backend without padding and truncation, which calls leave switched on."""
+    """The backend without padding and truncation, which stay switched on after a call."""
     from tokenizers import Tokenizer
 
     plain = Tokenizer.from_str(backend.to_str())
@@ -99,8 +118,10 @@ def _plain(backend: Any) -> Any:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """tokenizer.json and tokenizer_config.json. transformers 5 itself writes a class name that 4
-    does not know; this one is known to both.
+    """Write tokenizer.json and tokenizer_config.json.
+
+    transformers 5 writes a class name that transformers 4 does not know; the name written here is
+    known to both.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -1,6 +1,4 @@
-"""Compiled programs, kept between processes: JAX's persistent compilation cache in a directory of a
-run.
-"""
+"""JAX's persistent compilation cache, in a directory of a run."""
 
 from __future__ import annotations
 
@@ -12,18 +10,20 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-KEPT_FROM_SECONDS = 0.2  # what compiles faster is not kept
+KEPT_FROM_SECONDS = 0.2  # programs that compile faster are not cached
 
 
 @contextmanager
 def compile_cache(directory: str | Path) -> Iterator[None]:
-    """What is compiled inside is kept in `directory` and taken from there the next time; a
-    directory that is in use already stays in use.
+    """Keep compiled programs in a directory, and reuse those that are there.
 
-    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false switches
-    it off. Entries are machine code that JAX runs: use a directory of a stranger with
-    JAX_ENABLE_COMPILATION_CACHE=false. An entry that cannot be read or written is warned of and
-    compiled anew.
+    A cache that is in use already stays in use. JAX_COMPILATION_CACHE_DIR names another directory,
+    JAX_ENABLE_COMPILATION_CACHE=false switches it off. Entries are machine code that JAX runs:
+    switch it off for a directory of a stranger. An entry that cannot be read or written causes a
+    warning and is compiled again.
+
+    Args:
+      directory: of the cache.
     """
     config: Any = jax.config  # its values have no types
     if config.jax_compilation_cache_dir is not None:

@@ -1,4 +1,4 @@
-"""What the process's default device can do: the widest attention head that cuDNN takes on it."""
+"""The widest attention head that cuDNN takes on the process's default device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import jax.extend.backend
 
 
 def widest_head() -> int:
-    """The widest head that cuDNN's attention takes in both passes on the process's default device;
-    0 where there is no such kernel.
+    """The widest head, in channels, that cuDNN's attention takes forward and backward on the
+    default device; 0 where there is no such kernel.
     """
     backend = jax.extend.backend.get_backend()
     if "cuda" not in backend.platform_version:
@@ -33,7 +33,7 @@ def widest_cudnn_head(capability: tuple[int, int], cudnn: int) -> int:
 
 
 def _cudnn_version() -> int:
-    """Of the library that jax has loaded; jax has no public name for it."""
+    """The version of cuDNN that jax has loaded; jax has no public name for it."""
     try:
         from jax._src.cudnn import fused_attention_stablehlo
 

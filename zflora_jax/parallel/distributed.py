@@ -1,5 +1,5 @@
-"""Several processes as one run on JAX's own distributed runtime, and stopping one (or all of them)
-between two steps.
+"""Several processes as one run, with JAX's distributed runtime; stopping all of them between two
+steps.
 
 Every process runs the same program on the same global arrays; process 0 alone writes logs, metrics
 and reports. A run that is asked to stop (SIGTERM, SIGINT) finishes its step, saves, and raises
@@ -38,9 +38,7 @@ ENVIRONMENT = {
 
 
 class Preempted(RuntimeError):
-    """A signal ended the run after a step; its state is saved, and the same command goes on from
-    there.
-    """
+    """A signal ended the run after a step; its state is saved, and the same command resumes it."""
 
 
 def start(
@@ -50,19 +48,22 @@ def start(
     *,
     detect: bool = False,
 ) -> None:
-    """Join the processes of a run. To be called before anything touches a device; does nothing for
-    a run of one process.
+    """Join the processes of a run. Call it before anything touches a device; a run of one process
+    does nothing.
+
+    Each of the first three can come from the environment instead (see `ENVIRONMENT`); all or none
+    must be given.
 
     Args:
-      coordinator: "host:port" of process 0, reachable from all. num_processes, process_id: how many
-        there are, and which this is, from 0. Each can come from the environment instead
-        (`ENVIRONMENT`); given are all three, or none.
-      detect: let JAX find them itself: SLURM, Open MPI, Kubernetes (needs the package
+      coordinator: "host:port" of process 0, which all processes can reach.
+      num_processes: of the run.
+      process_id: of this process, from 0.
+      detect: let JAX find the three itself: SLURM, Open MPI, Kubernetes (needs the package
         `kubernetes`), Cloud TPU.
 
     Raises:
-      ConfigError: some of the three without the others, values that cannot be, or a runtime that
-        does not come up.
+      ConfigError: only some of the three are given, a value is impossible, or the runtime does not
+        start.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     values = {
@@ -129,13 +130,17 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
 
 
 def is_main() -> bool:
-    """Whether this process writes what a run has only one of: logs, metrics, reports."""
+    """Whether this process writes the logs, metrics and reports of the run."""
     return jax.process_index() == 0
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """`action()` on process 0, None elsewhere. What it raises (ConfigError, OSError) ends all
-    processes, not that one alone.
+    """Run `action` on process 0.
+
+    If it raises ConfigError or OSError, all processes end, not only that one.
+
+    Returns:
+      Its result on process 0, None on the others.
     """
     result, error = None, None
     try:
@@ -153,7 +158,7 @@ def on_main(action: Callable[[], T]) -> T | None:
 
 
 def from_main(number: int) -> int:
-    """Process 0's `number` (int32) in all processes; every one of them calls this."""
+    """Process 0's `number` (int32), in all processes; all of them must call this."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
@@ -162,11 +167,14 @@ def from_main(number: int) -> int:
 
 
 def require_shared(workdir: str | os.PathLike[str]) -> None:
-    """ConfigError in every process unless all of them read what process 0 writes into `workdir`;
-    nothing where there is one.
+    """Check that all processes read what process 0 writes into `workdir`; one process alone needs
+    no check.
 
-    Without it, processes that each have a workdir of their own would wait for one another for ever
-    at the first save.
+    Without it, processes with a workdir of their own would wait for each other for ever at the
+    first save.
+
+    Raises:
+      ConfigError: in every process, if one of them does not see the file.
     """
     if jax.process_count() == 1:
         return
@@ -204,9 +212,7 @@ def _write_nonce(file: Path) -> None:
 
 
 def _appears(file: Path, seconds: float) -> bool:
-    """Whether `file` can be read with its content, looked for again and again: network file systems
-    show new files late.
-    """
+    """Whether `file` is readable within `seconds`; network file systems are late."""
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
@@ -218,8 +224,8 @@ def _appears(file: Path, seconds: float) -> bool:
 
 
 def leave(code: int) -> None:
-    """End this process at once if it is one of several: the others wait for it in a collective, and
-    are ended by JAX when it is gone.
+    """End this process at once if it is one of several: the others are blocked in a collective, and
+    JAX ends them when it is gone.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
@@ -228,12 +234,12 @@ def leave(code: int) -> None:
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGINT ask for a stop instead of ending the process; a
-    second one changes nothing.
+    """A context in which SIGTERM and SIGINT ask for a stop instead of ending the process; a second
+    signal changes nothing.
 
-    Of several processes one signalled is enough: JAX's preemption service, which takes SIGTERM
-    there, has all of them stop after the same step. Outside the main thread, where Python has no
-    signals, those count that the main thread catches meanwhile.
+    Of several processes, it is enough to signal one: JAX's preemption service, which takes SIGTERM
+    there, makes all of them stop after the same step. Outside the main thread, where Python has no
+    signals, the signals that the main thread catches count.
     """
 
     _of_main: StopSignals | None = None
@@ -244,8 +250,10 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; with several processes it must be called for every step,
-        and is true in all of them at the same one.
+        """Whether to stop after `step`.
+
+        With several processes it must be called for every step, and it is true in all of them at
+        the same step.
         """
         if jax.process_count() == 1:
             return self._asked or (self._shared is not None and self._shared._asked)

@@ -1,4 +1,4 @@
-"""The mesh that a model lies on: found from its arrays, and entered by whatever runs it."""
+"""The mesh of a model: found from its arrays, and entered by the code that runs it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def mesh_if_there(config: MeshConfig) -> Mesh | None:
-    """The mesh that a run was trained on, for the use of what it trained.
+    """The mesh that a run was trained on, if this process has enough devices.
 
     Args:
       config: of the run.
 
     Returns:
-      The mesh; None for one device, also, and said in the log, where there are fewer devices.
+      The mesh; None for one device, and, with a line in the log, where there are fewer devices.
     """
     need, have = config.data * config.fsdp * config.tensor, jax.device_count()
     if 1 < need <= have:
@@ -41,9 +41,7 @@ def mesh_if_there(config: MeshConfig) -> Mesh | None:
 
 
 def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
-    """The mesh of several devices that the arrays of `tree` are divided over; None on one
-    device.
-    """
+    """The mesh that the arrays of `tree` are divided over; None on one device."""
     leaf = next(iter(jax.tree.leaves(tree)), None)
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return None
@@ -55,9 +53,10 @@ def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
 
 @contextmanager
 def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
-    """Compute on the mesh that the arrays of `tree` lie on (`jax.set_mesh`); nothing on one device.
+    """Compute on the mesh of the arrays of `tree` (`jax.set_mesh`); on one device this does
+    nothing.
 
-    What runs a model enters this, so that it follows the model's parameters.
+    The code that runs a model enters this, so that it computes where the parameters are.
     """
     mesh = mesh_of(tree)
     if mesh is None:
@@ -68,10 +67,10 @@ def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
 
 
 def beside(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
-    """`adapters`, wherever they lie, on the mesh that `params` lie on; as they are on one device.
+    """Put adapters on the mesh of a model's parameters; on one device they stay where they are.
 
     Args:
-      params: of a model.
+      params: of the model.
       adapters: for it, of all rows, or with leading axes of rows or tasks.
     """
     mesh = mesh_of(params)
@@ -85,16 +84,14 @@ def several_devices() -> bool:
 
 
 def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",)) -> int:
-    """`rows`, or the next number of rows that the mesh of `tree` divides along `axes`."""
+    """The smallest number, at least `rows`, that the mesh of `tree` divides along `axes`."""
     mesh = mesh_of(tree)
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
     return -(-rows // parts) * parts
 
 
 def require_local(tree: Mapping[str, Any], verb: str) -> None:
-    """ConfigError for arrays that are divided over several processes, none of which can `verb`
-    alone.
-    """
+    """ConfigError for arrays of several processes, none of which can `verb` alone."""
     local = all(
         leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
     )

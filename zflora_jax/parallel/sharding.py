@@ -1,12 +1,14 @@
-"""Sharding: one mesh of three axes, one table from parameter names to the axes of their dimensions,
-for base and adapters alike.
+"""Sharding: one mesh of three axes, and one table from parameter names to the axes of their
+dimensions.
 
 data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the
 base is stored in slices: the compiler gathers a layer's kernels where they are used, one layer at a
 time, because the rows are divided over the same axis (a constraint that asks for the gather would
 make the backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the
 vocabulary are divided, as in Megatron-LM (arXiv 1909.08053). Adapter blocks stay apart from their
-kernels while they are trained, so an adapter's width needs to divide nothing.
+kernels in training, so an adapter's width need not be divisible by the mesh.
+
+Shapes: B rows of a batch, T tokens, d residual width.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from zflora_jax.core.run_config import MeshConfig
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # what the rows of a batch are divided over
+BATCH = ("data", "fsdp")  # the axes that divide the rows of a batch
 
 VOCABULARY = {("embed/embedding", 0), ("lm_head/kernel", 1)}  # leaf, dimension
 
@@ -58,8 +60,15 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over the first data * fsdp * tensor of `devices` (None: all that there are, and in
-    the log how many stay idle). ConfigError if there are fewer.
+    """Make the mesh of a run.
+
+    Args:
+      config: the number of devices along data, fsdp and tensor.
+      devices: the first of them are used; None: all devices, with the number of idle ones in the
+        log.
+
+    Raises:
+      ConfigError: there are fewer devices.
     """
     need, have = (
         config.data * config.fsdp * config.tensor,
@@ -92,9 +101,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
-    """The mesh axis of each dimension of the leaf `name` ("layers/attn/q/kernel": ("fsdp",
-    "tensor", None)), without the stacked layer axis.
-    """
+    """The mesh axes of a leaf "layers/attn/q/kernel": ("fsdp", "tensor", None), stacked or not."""
     bare = re.sub(r"^layers(_\d+)?/", "", name)
     try:
         return trees.first_match(RULES, bare)
@@ -170,16 +177,16 @@ def _warn(text: str) -> None:
 def placement(
     mesh: Mesh, name: str, shape: tuple[int, ...], *, fused: bool = False
 ) -> NamedSharding:
-    """Where the leaf of that name and shape lies on `mesh`; see `spec`."""
+    """The sharding of a leaf of this name and shape on `mesh`; see `spec`."""
     return NamedSharding(mesh, spec(name, shape, mesh, fused=fused))
 
 
 def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
-    """The NamedSharding of every leaf of a parameter or adapter tree.
+    """The sharding of every leaf of a tree.
 
     Args:
-      tree: arrays or ShapeDtypeStructs.
-      mesh: where they go.
+      tree: parameters or adapters, as arrays or ShapeDtypeStructs.
+      mesh: that they go to.
       fused: as in `spec`.
     """
 
@@ -190,7 +197,7 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> tr
 
 
 def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
-    """In a compiled function, `tree` divided over the mesh in use; as it is without a mesh.
+    """Divide a tree over the mesh in use, in a compiled function; without a mesh it stays as it is.
 
     Args:
       tree: parameters or adapters.
@@ -207,10 +214,13 @@ def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
 
 
 def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
-    """`tree` on the devices of `mesh`, divided as `spec` says.
+    """Put a tree on the devices of a mesh, divided as `spec` says.
 
-    Where they belong to several processes, each must have the whole tree, or have loaded it on this
-    mesh.
+    Args:
+      tree: parameters or adapters. With several processes, each has the whole tree, or has loaded
+        it on this mesh.
+      mesh: that they go to.
+      fused: as in `spec`.
     """
 
     def place(leaf: Any, where: NamedSharding) -> jax.Array:
@@ -239,12 +249,12 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch's arrays [B, T]: rows over data and fsdp."""
+    """The sharding of a batch's arrays [B, T]: rows over data and fsdp."""
     return NamedSharding(mesh, P(BATCH))
 
 
 def own_rows(rows: int, mesh: Mesh) -> list[int]:
-    """Which of the `rows` rows of a batch lie on this process's devices."""
+    """The indices of the rows of a batch of `rows` rows that lie on this process's devices."""
     held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return sorted(
         {row for index in held if index is not None for row in range(*index[0].indices(rows))}
@@ -252,8 +262,15 @@ def own_rows(rows: int, mesh: Mesh) -> list[int]:
 
 
 def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of `rows` rows on `mesh`, of which `batch` holds those that `own_rows` names, in that
-    order.
+    """Put a batch on a mesh.
+
+    Args:
+      batch: arrays [own, T] of the rows that `own_rows` lists, in that order.
+      rows: B, of the whole batch.
+      mesh: that it goes to.
+
+    Returns:
+      Arrays [B, T].
     """
     at = {row: position for position, row in enumerate(own_rows(rows, mesh))}
 
@@ -269,16 +286,15 @@ def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str
 
 
 def batch_shards() -> int:
-    """Into how many parts the mesh in use divides the rows of a batch; 1 without a mesh."""
+    """The number of parts that the mesh in use divides a batch's rows into; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
-    """In a compiled function, the leaf `name` divided as `spec` says but over fsdp; as it is
-    without a mesh.
+    """Gather the leaf `name` along fsdp, in a compiled function; without a mesh it stays as it is.
 
-    For what a loop reads in every turn: XLA gathers a slice where it is used, so in each of them.
+    For leaves that a loop reads in every iteration: XLA would gather them in each of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -288,38 +304,37 @@ def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
 
 
 def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
-    """Embeddings [B, T, d] as the layers are to compute them; as they are without a mesh.
+    """Divide embeddings as the layers compute them; without a mesh they stay as they are.
+
+    The rows are divided in a second step, an all-to-all along fsdp: asked for them in one step, XLA
+    replicates the embeddings of the whole batch on meshes of several axes.
 
     Args:
-      x: from a lookup in a table whose d is divided over fsdp.
-      rows: divide the rows over fsdp too, as in training: each layer then gathers its kernels.
-        Else they keep d divided over fsdp: kernels stay where they are and the products are
-        summed, which moves less where there are few tokens, as in decode.
-
-    The rows follow in a second step, an all-to-all along fsdp: asked for them alone, XLA replicates
-    the embeddings of the whole batch on meshes of several axes.
+      x: [B, T, d], from a lookup in a table whose d is divided over fsdp.
+      rows: divide the rows over fsdp too, as in training, where each layer gathers its kernels.
+        Else d stays divided over fsdp: kernels stay in place and products are summed, which moves
+        less data for few tokens, as in decode.
     """
     x = divide(x, "data", None, "fsdp")
     return divide_rows(x) if rows and x.shape[0] % batch_shards() == 0 else x
 
 
 def divide_rows(x: jax.Array) -> jax.Array:
-    """`x` [B, ...] with its rows over data and fsdp and nothing else divided; as it is without a
-    mesh.
-    """
+    """Divide x [B, ...] by rows over data and fsdp; without a mesh it stays as it is."""
     return divide(x, BATCH)
 
 
 def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """`x` with its first dimensions divided over `axes` of the mesh in use, where they divide them.
+    """Divide the first dimensions of an array over axes of the mesh in use, where the axes divide
+    them.
 
     Args:
       x: an array in a compiled function.
-      axes: for each of the first dimensions an axis of the mesh, several, or None; the dimensions
-        that follow are whole.
+      axes: for each of the first dimensions one axis, several, or None; the dimensions that follow
+        are not divided.
 
     Returns:
-      x; as it is without a mesh.
+      x; without a mesh it stays as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

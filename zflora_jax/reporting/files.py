@@ -1,4 +1,4 @@
-"""Files written whole or not at all, JSON among them."""
+"""Files that are written whole or not at all, JSON among them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SCHEME = re.compile(r"[A-Za-z][\w+.-]+:/")
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """`path` as a Path, for what is going to be written there; called before anything is created.
+    """Turn a path to be written into a Path. Call it before anything is created.
 
     Args:
       path: of a local file or directory.
-      name: what the message calls it, e.g. "workdir".
+      name: of the path in the message, such as "workdir".
 
     Raises:
-      ConfigError: a URL. As a Path it would become a directory called "gs:" here.
+      ConfigError: it is a URL, which as a Path would become a directory called "gs:".
     """
     scheme = _SCHEME.match(os.fspath(path))
     require(
@@ -37,8 +37,11 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """`value` as what JSON can hold: numpy and jax scalars as numbers, tuples as lists, paths as
-    text, non-finite numbers as null.
+    """Turn a value into one that JSON can hold.
+
+    Args:
+      value: numpy and jax scalars become numbers, tuples lists, paths text, non-finite numbers
+        null; also inside dicts and lists.
     """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
@@ -52,7 +55,12 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Write `values` (see `plain`) as indented JSON, whole or not at all."""
+    """Write indented JSON, whole or not at all.
+
+    Args:
+      path: of the file.
+      values: its content, see `plain`.
+    """
     atomic_write(
         path,
         (json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
@@ -61,7 +69,11 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
 
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and never a
-    part. Makes the directory.
+    mixture.
+
+    Args:
+      path: of the file; its directory is made.
+      data: the new content.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Figures, drawn without a display and without pyplot's global state, each written as <out>.png and
-<out>.svg. matplotlib is imported when a figure is drawn.
+"""Figures, drawn without a display and without pyplot's global state, as <out>.png and <out>.svg.
+
+matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,14 @@ PANELS = (
 
 
 def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str) -> None:
-    """Loss, learning rate, tokens/s and gradient norm over steps, of one run or several over each
-    other.
+    """Draw loss, learning rate, tokens/s and gradient norm over steps, of one run or of several.
 
-    runs: label -> its metrics.jsonl. Training is a line, every other split's loss points of the
-    same colour.
+    Training is a line; the loss of every other split is points of the same colour.
+
+    Args:
+      runs: label -> its metrics.jsonl.
+      out: path without a suffix.
+      title: of the figure.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -50,13 +54,7 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
     records = {label: read_metrics(path) for label, path in runs.items()}
     for axes, (key, label, logarithmic) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for colour, (name, rows) in enumerate(records.items()):
-            splits: dict[str, dict[int, float]] = {}
-            for row in rows:
-                if row.get(key) is not None:  # null: a number that was not finite
-                    splits.setdefault(row["split"], {})[row["step"]] = row[key]
-            for split, values in sorted(
-                splits.items(), key=lambda item: (item[0] != "train", item[0])
-            ):
+            for split, values in _by_split(rows, key):
                 steps, heights = zip(*sorted(values.items()), strict=True)
                 style = (
                     {"linewidth": 1.3}
@@ -89,6 +87,15 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
     _save(figure, out)
 
 
+def _by_split(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[str, dict[int, float]]]:
+    """(split, step -> value) of one metric, train first."""
+    splits: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.get(key) is not None:  # null: a number that was not finite
+            splits.setdefault(row["split"], {})[row["step"]] = row[key]
+    return sorted(splits.items(), key=lambda item: (item[0] != "train", item[0]))
+
+
 def bars(
     values: Mapping[str, float],
     out: str | Path,
@@ -97,8 +104,14 @@ def bars(
     spread: Mapping[str, float] | None = None,
     label: str = "",
 ) -> None:
-    """Draw one horizontal bar per named value, first on top, with its number; `spread` adds +-
-    whiskers to the names it holds.
+    """Draw one horizontal bar per value, the first on top, with its number.
+
+    Args:
+      values: label -> length.
+      out: path without a suffix.
+      title: of the figure.
+      spread: label -> half the length of its whiskers.
+      label: of the axis.
     """
     if not values:
         raise ValueError(f"no values to draw for {title!r}.")
@@ -135,8 +148,14 @@ def grouped_bars(
     label: str = "",
     intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> None:
-    """Draw values[series][group] as groups of vertical bars, one colour per series, a number on
-    each; intervals[series][group]: its (low, high).
+    """Draw groups of vertical bars, one colour per series, with a number on each.
+
+    Args:
+      values: values[series][group].
+      out: path without a suffix.
+      title: of the figure.
+      label: of the axis.
+      intervals: intervals[series][group] = (low, high), drawn as whiskers.
     """
     groups = list(dict.fromkeys(group for series in values.values() for group in series))
     if not groups:
@@ -172,7 +191,15 @@ def grouped_bars(
 def curves(
     series: Mapping[str, Mapping[float, float]], out: str | Path, title: str, *, x: str, y: str
 ) -> None:
-    """Draw series[name][x] as one line with markers per name."""
+    """Draw one line with markers per series.
+
+    Args:
+      series: series[name][x] = y.
+      out: path without a suffix.
+      title: of the figure.
+      x: label of the axis.
+      y: label of the axis.
+    """
     if not any(series.values()):
         raise ValueError(f"no values to draw for {title!r}.")
     figure, axes = _figure(title)

@@ -10,8 +10,15 @@ from typing import Any
 
 @contextmanager
 def progress_bar(total: int, description: str, console: bool) -> Any:
-    """A rich bar on stderr; yields advance(n). Without a terminal, or with console=False, nothing
-    is drawn.
+    """A progress bar on stderr.
+
+    Args:
+      total: number of steps.
+      description: its text.
+      console: whether it is drawn; never without a terminal.
+
+    Yields:
+      advance(n), which moves it on.
     """
     from rich.console import Console
     from rich.progress import (

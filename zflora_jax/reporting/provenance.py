@@ -1,7 +1,6 @@
-"""Result files: where a number came from, JSON written whole or not at all, Markdown tables.
+"""Where a result comes from: command, code, software, device.
 
-Nothing written here holds an absolute path or a host name, so that results can be published as they
-are.
+No absolute path and no host name is recorded, so that results can be published as they are.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ _ABSOLUTE = re.compile(r"(?<![\w./:~-])/[^\s,=:'\"]+")  # not the slashes of a/b
 
 
 def environment() -> dict[str, Any]:
-    """The command, code, software and device behind a result, JSON-ready. Imports jax and starts
-    its backend.
+    """The command, code, software and device behind a result, as JSON. Imports jax and starts its
+    backend.
     """
     import jax
 
@@ -56,7 +55,11 @@ def environment() -> dict[str, Any]:
 
 
 def origin_line(env: Mapping[str, Any]) -> str:
-    """The last line of a page: what `environment` said, as a sentence."""
+    """The last line of a page: the environment as a sentence.
+
+    Args:
+      env: of `environment`.
+    """
     commit = f"{env['commit'] or 'unknown'}{' with local changes' if env['dirty'] else ''}"
     return (
         f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; jax"
@@ -65,17 +68,17 @@ def origin_line(env: Mapping[str, Any]) -> str:
 
 
 def device_line(env: Mapping[str, Any]) -> str:
-    """The device of `environment` and the CPUs beside it: "cpu, 2 CPUs (AMD EPYC, family 25, model
-    17)".
+    """The device and the CPUs beside it, such as "cpu, 2 CPUs (AMD EPYC, family 25, model 17)".
+
+    Args:
+      env: of `environment`.
     """
     cpu = f" ({env['cpu']})" if env.get("cpu") else ""  # results of before it was recorded lack it
     return f"{env['device']}, {env['cpu_count']} CPUs{cpu}"
 
 
 def command_line() -> str:
-    """How this process was started, as one would type it, absolute paths shortened (see
-    `relative_paths`).
-    """
+    """The command that started this process, with absolute paths shortened."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None:  # python -m name
         head = f"python -m {spec.name.removesuffix('.__main__')}"
@@ -87,8 +90,8 @@ def command_line() -> str:
 
 
 def relative_paths(text: str) -> str:
-    """`text` with absolute paths made relative to the working directory, or cut to their last part
-    where they lie outside it.
+    """Make absolute paths in a text relative to the working directory, or cut them to their last
+    part where they lie outside it.
     """
     here = Path.cwd()
 
@@ -100,8 +103,8 @@ def relative_paths(text: str) -> str:
 
 
 def _git_state(root: Path) -> tuple[str | None, bool | None]:
-    """(commit, uncommitted changes to the code) of the checkout at `root`; (None, None) for an
-    installed copy or without git.
+    """(commit, whether the code has uncommitted changes) of the checkout at `root`; (None, None)
+    for an installed copy or without git.
     """
 
     def git(*args: str) -> str:
@@ -110,8 +113,8 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
         ).stdout
 
     try:
-        # An installed copy can lie in a virtual environment inside somebody else's repository: that
-        # one's commit says nothing.
+        # An installed copy can lie in a virtual environment inside another repository, whose commit
+        # is irrelevant.
         if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != root:
             return None, None
         return git("rev-parse", "HEAD").strip(), bool(
@@ -122,12 +125,12 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def _cpu_count() -> int:
-    """CPUs this process may use, which is what its speed depends on; containers see more."""
+    """The CPUs that this process may use, which decide its speed; containers see more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str | None:
-    """The CPU's name, on Linux with its family and model where it says them: virtual machines call
+    """The CPU's name, on Linux with family and model if they are known: virtual machines call
     several generations just "AMD EPYC".
     """
     info = Path("/proc/cpuinfo")

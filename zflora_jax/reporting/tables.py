@@ -11,8 +11,11 @@ from zflora_jax.reporting.files import plain
 def markdown_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
 ) -> str:
-    """A Markdown table of `rows`. `columns`: the keys to show in order, or key -> heading. Missing
-    values show as "-"; number columns align right.
+    """Make a Markdown table. Number columns align right.
+
+    Args:
+      rows: missing values show as "-".
+      columns: the keys to show in order, or key -> heading.
 
     >>> rows = [{"method": "lora", "params": 4884480, "loss": 0.32891}]
     >>> print(markdown_table(rows, ["method", "params", "loss"]))

@@ -1,4 +1,4 @@
-"""TFDS builders, and preparing them once as ArrayRecord files that are read at random without
+"""TFDS builders. Data is prepared once as ArrayRecord files, which are read at random without
 TensorFlow.
 """
 
@@ -17,23 +17,26 @@ from zflora_jax.core.fields import ConfigError
 
 
 def cache_dir() -> Path:
-    """Where prepared data is kept: $ZFLORA_CACHE, or ~/.cache/zflora_jax/tfds."""
+    """The directory of prepared data: $ZFLORA_CACHE, or ~/.cache/zflora_jax/tfds."""
     return Path(os.environ.get("ZFLORA_CACHE") or "~/.cache/zflora_jax/tfds").expanduser()
 
 
 def open_prepared(
     make: Callable[..., Any], split: str, root: str | os.PathLike[str] | None = None
 ) -> Sequence[Mapping[str, bytes]]:
-    """The random-access rows of one split, prepared on first use.
+    """Open the rows of one split, prepared on first use.
 
-    Two processes may prepare the same data at once: each writes to a directory of its own and
-    renames it at the end. The one that comes second finds the name taken and reads what the first
-    one wrote; both wrote the same rows.
+    Two processes may prepare the same data at once: each writes into a directory of its own and
+    renames it at the end. The second finds the name taken and reads what the first wrote; the rows
+    are the same.
 
     Args:
       make: a TFDS builder class (or a partial of one), called with `data_dir` and `file_format`.
-      split: a split of the builder.
-      root: where prepared data is kept; None means `cache_dir()`.
+      split: of the builder.
+      root: directory of prepared data; None: `cache_dir()`.
+
+    Returns:
+      Random access to the rows.
 
     Raises:
       ConfigError: the directory cannot be written, or the builder refuses its source.

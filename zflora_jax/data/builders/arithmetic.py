@@ -54,8 +54,12 @@ Draw = Callable[[int, int], int]  # draw(low, high): an integer, both ends inclu
 
 @dataclass(frozen=True)
 class Template:
-    """`question` and `rationale` are format strings over name, other, things and the numbers drawn;
-    `x` (or `y` of a second step) is the answer.
+    """A word problem.
+
+    Attributes:
+      question: a format string over name, other, things and the numbers.
+      rationale: likewise; `x`, or `y` of a second step, is the answer.
+      numbers: draws the numbers.
     """
 
     question: str
@@ -212,10 +216,16 @@ TEMPLATES = (
 def generate(
     sizes: dict[str, int] | None = None, seed: int = SEED
 ) -> dict[str, list[dict[str, str]]]:
-    """Rows per split: `question`, `rationale` (ends "The answer is N.") and `answer` (N). No
-    question occurs twice, within a split or across.
+    """Generate the rows. No question occurs twice, within a split or across.
 
-    Templates take turns, so that any run of rows holds all of them about equally often.
+    Templates take turns, so every sequence of rows has all of them about equally often.
+
+    Args:
+      sizes: split -> number of rows; None: SPLITS.
+      seed: of the random numbers.
+
+    Returns:
+      Split -> rows with `question`, `rationale` (ends "The answer is N.") and `answer` (N).
     """
     rng = random.Random(seed)
     seen: set[str] = set()
@@ -242,8 +252,9 @@ def generate(
 
 
 class Arithmetic(tfds.core.GeneratorBasedBuilder):
-    """Splits train, validation and test of `generate()`. Raise VERSION with any change of the rows:
-    prepared data is kept by version.
+    """Splits train, validation and test of `generate()`.
+
+    Raise VERSION with any change of the rows, because prepared data is kept by version.
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -1,6 +1,4 @@
-"""One local file of rows as one TFDS dataset: what the builders of all file formats share. A
-builder adds FIELDS and `read`.
-"""
+"""What the builders of all file formats share: one local file of rows is one TFDS dataset."""
 
 from __future__ import annotations
 
@@ -22,8 +20,14 @@ SPLIT = "rows"
 
 
 def json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each object of a JSON list or JSONL file, with where it stands: "FILE, row N", counted from 1
-    (in JSONL by line, blank lines included).
+    """Read a JSON list or JSONL file.
+
+    Args:
+      path: of the file, in UTF-8.
+
+    Yields:
+      (position, object) of each row. The position is "FILE, row N", counted from 1 (in JSONL by
+      line, blank lines included).
 
     Raises:
       ConfigError: the file is not UTF-8 or not JSON, a row is not an object, or there is none.
@@ -62,8 +66,17 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def field(row: Mapping[str, Any], name: str, where: str, expected: str, kind: type = str) -> Any:
-    """`row[name]`, which must be a `kind`; `expected` says in the error which fields such a file
-    has.
+    """A field of a row.
+
+    Args:
+      row: the row.
+      name: of the field.
+      where: the position of the row, for messages.
+      expected: the fields that such a file has, for messages.
+      kind: the type of the field.
+
+    Raises:
+      ConfigError: the field is missing or of another type.
     """
     if name not in row:
         raise ConfigError(
@@ -87,8 +100,12 @@ class FileConfig(tfds.core.BuilderConfig):
 
 
 def file_config(path: str | os.PathLike[str]) -> FileConfig:
-    """The config of one file, named by the hash of its bytes: prepared data is found again if the
-    file moves, and never reused if it changes.
+    """The config of one file, named by the hash of its bytes.
+
+    Prepared data is so found again if the file moves, and never reused if it changes.
+
+    Args:
+      path: of the file.
     """
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -96,8 +113,9 @@ def file_config(path: str | os.PathLike[str]) -> FileConfig:
 
 
 class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """One split, "rows", in the file's order: `Builder(config=file_config(path))`. Raise VERSION
-    with any change of what `read` gives.
+    """One split, "rows", in the order of the file: `Builder(config=file_config(path))`.
+
+    A builder adds FIELDS and `read`. Raise VERSION with any change of what `read` returns.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -115,8 +133,10 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     @staticmethod
     def read(path: str) -> Iterable[Mapping[str, Any]]:
-        """The rows of the file, with FIELDS each; ConfigError names the file and the row of
-        anything malformed.
+        """The rows of the file, each with FIELDS.
+
+        Raises:
+          ConfigError: a row is malformed; the message names the file and the row.
         """
         raise NotImplementedError
 

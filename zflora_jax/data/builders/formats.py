@@ -26,13 +26,18 @@ _MARKER = re.compile(r"\s*(?:A:\s*)?")  # LLM-Adapters outputs start "\nA: "
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """All rows of the file as {instruction, input, output, answer}, every value a string.
+    """Read LLM-Adapters' rows, GSM8K's, or rows of your own.
 
-    LLM-Adapters rows (instruction, input, output, answer; `input` may be absent): leading
-    whitespace and an "A:" marker are cut from the output, and an empty output becomes
-    "The answer is {answer}.". Rows without `answer` (your own): the output as it is, stripped;
-    the answer is "", so there is nothing to compare a generated answer with.
-    GSM8K rows (question, answer ending "#### N"): see `gsm8k_row`.
+    LLM-Adapters (instruction, input, output, answer; `input` may be absent): leading whitespace and
+    an "A:" marker are cut from the output, and an empty output becomes "The answer is {answer}.".
+    Rows without `answer` (your own): the output is stripped, and the answer is "", so a generated
+    answer is compared with nothing. GSM8K (question, answer ending "#### N"): see `gsm8k_row`.
+
+    Args:
+      path: of a JSON or JSONL file.
+
+    Returns:
+      {instruction, input, output, answer} of each row, all strings.
 
     Raises:
       ConfigError: the file is not JSON, has no rows, or has a malformed row. A bad row is never
@@ -43,8 +48,16 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
 
 
 def gsm8k_row(question: str, answer: str, where: str) -> dict[str, str]:
-    """A GSM8K row: calculator annotations are cut, the last line becomes "The answer is N." and N
-    loses its thousands commas.
+    """Convert a GSM8K row: calculator annotations are cut, the last line becomes "The answer is
+    N.", and N loses its thousands commas.
+
+    Args:
+      question: the published question.
+      answer: the published answer, ending "#### N".
+      where: the position of the row, for messages.
+
+    Raises:
+      ConfigError: the answer does not end so.
     """
     rationale, mark, number = answer.rpartition("####")
     result = number.strip().replace(",", "")
@@ -141,7 +154,7 @@ class MawpsJson(FileBuilder):
 
 # --- summary_json ---------------------------------------------------------------------------------
 
-# Field -> what it is called in the instruction.
+# Field -> its name in the instruction.
 _TEXTS = {
     "dialogue": "dialogue",
     "article": "article",
@@ -242,7 +255,7 @@ class WozJson(FileBuilder):
 
 
 def _slots(state: list[Any], where: str) -> list[tuple[str, str]]:
-    """(slot, value) of what is informed, ("request", slot) of what is requested."""
+    """(slot, value) of what the user informs, ("request", slot) of what the user requests."""
     try:
         return [
             ("request" if act["act"] == "request" else name, value)

@@ -33,8 +33,14 @@ ALL = {"train": "train", "validation": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class Tfds:
-    """A dataset of TFDS. host: asked first whether there is a network. module: what registers it,
-    where TFDS itself does so only with tensorflow.
+    """A dataset of TFDS.
+
+    Attributes:
+      name: of the dataset.
+      host: probed first, to see whether there is a network.
+      convert: a row of the dataset -> a row of the task.
+      splits: split -> its name in the dataset.
+      module: registers the dataset, where TFDS itself does so only with tensorflow.
     """
 
     name: str
@@ -44,8 +50,10 @@ class Tfds:
     module: str = ""
 
     def open(self, split: str) -> Sequence[Fields]:
-        """The rows, downloaded and prepared under `cache_dir()` on first use; ConfigError if that
-        is not possible.
+        """Open a split, downloaded and prepared under `cache_dir()` on first use.
+
+        Raises:
+          ConfigError: it cannot be downloaded or prepared.
         """
         import tensorflow_datasets as tfds
 
@@ -71,7 +79,7 @@ class Tfds:
 
 
 def _require_network(host: str, name: str) -> None:
-    """TFDS itself would try for minutes."""
+    """ConfigError at once without a network; TFDS itself would try for minutes."""
     import requests
 
     try:
@@ -85,7 +93,15 @@ def _require_network(host: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset of the Hugging Face hub. `convert` may give several rows of one (a dialogue)."""
+    """A dataset of the Hugging Face hub.
+
+    Attributes:
+      name: of the repository.
+      convert: a row of the dataset -> a row of the task, or several (of a dialogue).
+      splits: split -> its name in the dataset.
+      config: of the dataset.
+      revision: of the repository.
+    """
 
     name: str
     convert: Callable[[Raw], Fields | list[Fields]]
@@ -94,6 +110,7 @@ class Hub:
     revision: str | None = None
 
     def open(self, split: str) -> Sequence[Fields]:
+        """Open a split; ConfigError where that is not possible."""
         try:
             import datasets
         except ImportError as error:
@@ -105,9 +122,8 @@ class Hub:
             rows = datasets.load_dataset(
                 self.name, self.config, split=self.splits[split], revision=self.revision
             )
-        except (
-            Exception
-        ) as error:  # its errors have no common class: no network, no such dataset, no access, ...
+        # Its errors (no network, no such dataset, no access, ...) have no common class.
+        except Exception as error:
             raise ConfigError(
                 f"the dataset {self.name!r} cannot be read from the Hugging Face hub:"
                 f" {type(error).__name__}: {error}"
@@ -140,7 +156,7 @@ class Converted(Sequence[Fields]):
 
 
 def text(value: Any) -> str:
-    """TFDS gives bytes, `datasets` gives str."""
+    """A field as str: TFDS gives bytes, `datasets` gives str."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -157,7 +173,7 @@ def _piqa(row: Raw) -> Fields:
 
 
 def _arc(row: Raw) -> Fields:
-    """The options are in the file's order, and the key is one of their labels."""
+    """A row of ARC: the options in the file's order; the key is one of their labels."""
     labels = [int(label) for label in row["choices"]["label"]]
     return wording.answer_choice(
         text(row["question"]),

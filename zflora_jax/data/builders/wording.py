@@ -1,5 +1,5 @@
-"""How rows become texts: LLM-Adapters' wording of multiple choice, and this project's of summaries
-and dialogues.
+"""The texts of rows: LLM-Adapters' wording of multiple choice, this project's of summaries and
+dialogues.
 
 A change here changes prepared rows: raise VERSION of the builders that use it.
 """
@@ -25,10 +25,13 @@ def choice(
     answer1/answer2", output "the correct answer is answer2".
 
     Args:
-      question: the first paragraph, e.g. "Please choose the correct answer to the question: ...".
-      word: answer, solution, ending or option.
-      texts: the options; gold: the index of the right one.
-      between, before_format: what separates the options, and what the answer format.
+      question: the first paragraph, such as "Please choose the correct answer to the question:
+        ...".
+      word: "answer", "solution", "ending" or "option".
+      texts: the options.
+      gold: the index of the right one.
+      between: separates the options.
+      before_format: separates the answer format.
     """
     listed = between.join(f"{word.title()}{i}: {text}" for i, text in enumerate(texts, start=1))
     allowed = "/".join(f"{word}{i}" for i in range(1, len(texts) + 1))
@@ -38,8 +41,11 @@ def choice(
 
 
 def boolq(question: str, answer: bool) -> Fields:
-    """`question` as published: lower case, without a question mark. LLM-Adapters leaves the passage
-    out.
+    """A BoolQ row, without the passage, as in LLM-Adapters.
+
+    Args:
+      question: as published: lower case, without a question mark.
+      answer: the right answer.
     """
     text = (
         f"Please answer the following question with true or false, question: {question}?\n\nAnswer"
@@ -49,13 +55,14 @@ def boolq(question: str, answer: bool) -> Fields:
 
 
 def answer_choice(question: str, texts: Sequence[str], gold: int) -> Fields:
-    """social_i_qa (the question after its context), ARC and openbookqa."""
+    """A row of social_i_qa (the question after its context), ARC or openbookqa."""
     return choice(
         f"Please choose the correct answer to the question: {question}", "answer", texts, gold
     )
 
 
 def piqa(goal: str, texts: Sequence[str], gold: int) -> Fields:
+    """A PIQA row."""
     return choice(
         f"Please choose the correct solution to the question: {goal}",
         "solution",
@@ -66,6 +73,7 @@ def piqa(goal: str, texts: Sequence[str], gold: int) -> Fields:
 
 
 def hellaswag(activity: str, context: str, texts: Sequence[str], gold: int) -> Fields:
+    """A HellaSwag row."""
     question = (
         f"Please choose the correct ending to complete the given sentence: {activity}: {context}"
     )
@@ -73,6 +81,7 @@ def hellaswag(activity: str, context: str, texts: Sequence[str], gold: int) -> F
 
 
 def winogrande(sentence: str, texts: Sequence[str], gold: int) -> Fields:
+    """A WinoGrande row."""
     question = (
         "Please choose the correct answer to fill in the blank to complete the given sentence:"
         f" {sentence}"
@@ -90,8 +99,12 @@ def _answered(instruction: str, answer: str) -> Fields:
 
 
 def summary(what: str, text: str, references: Sequence[str]) -> Fields:
-    """`what` is "dialogue" or "article". The first reference is the one to learn; there is no
-    single right answer.
+    """A row of a text and its summary; there is no single right answer.
+
+    Args:
+      what: "dialogue" or "article".
+      text: the text.
+      references: summaries; the first is the one to learn.
     """
     return {
         "instruction": f"Summarize the following {what}.",
@@ -102,8 +115,11 @@ def summary(what: str, text: str, references: Sequence[str]) -> Fields:
 
 
 def replies(turns: Sequence[str], unit: str) -> list[Fields]:
-    """One row per reply of the second speaker to what was said so far. `unit` names the dialogue:
-    its rows never lie on both sides of a hold-out.
+    """One row per reply of the second speaker, from the dialogue so far.
+
+    Args:
+      turns: the utterances, the first speaker's first.
+      unit: names the dialogue; its rows are always on the same side of a hold-out.
     """
     said = [f"Speaker {i % 2 + 1}: {' '.join(turn.split())}" for i, turn in enumerate(turns)]
     return [
@@ -120,8 +136,13 @@ def replies(turns: Sequence[str], unit: str) -> list[Fields]:
 
 
 def belief(turns: Sequence[tuple[str, str]], slots: Sequence[tuple[str, str]], unit: str) -> Fields:
-    """A WOZ row: the (system, user) turns so far, and the belief state as "area: east; food:
-    dontcare; request: phone", or "none".
+    """A WOZ row: from the turns so far to the belief state, "area: east; food: dontcare; request:
+    phone" or "none".
+
+    Args:
+      turns: (system, user) utterances.
+      slots: (slot, value) of the state.
+      unit: names the dialogue.
     """
     lines = [
         f"{who}: {' '.join(text.split())}"

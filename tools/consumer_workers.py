@@ -1,0 +1,83 @@
+"""Asks one consumer of exports in its own environment: a job (JSON) in, one line of JSON out.
+
+Command: PYTHON tools/consumer_workers.py {vllm,llama.cpp,lm_eval} JOB, as tools/check_consumers.py
+runs it. Needs nothing of this project.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+NEW_TOKENS = 48
+
+
+def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
+    """{"tokens"}: vLLM's greedy tokens after each of job["ids"]."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        job["export"],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        skip_tokenizer_init=True,
+        max_num_seqs=4,
+    )
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+    )
+    out = engine.generate(
+        [{"prompt_token_ids": ids} for ids in job["ids"]], sampling, use_tqdm=False
+    )
+    return {"tokens": [list(one.outputs[0].token_ids) for one in out]}
+
+
+def in_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
+    """{"tokens"}: llama.cpp's greedy tokens after each of job["ids"]."""
+    import llama_cpp
+
+    # 0: keys and values in float32.
+    model = llama_cpp.Llama(job["gguf"], n_ctx=512, n_threads=2, type_k=0, type_v=0, verbose=False)
+    tokens = []
+    for ids in job["ids"]:
+        model.reset()
+        found = []
+        for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+            found.append(int(token))
+            if len(found) == NEW_TOKENS:
+                break
+        tokens.append(found)
+    return {"tokens": tokens}
+
+
+def in_lm_eval(job: dict[str, Any]) -> dict[str, Any]:
+    """{"texts", "likelihoods", "accuracy"} of the local tasks in job["tasks"]."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    out = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": job["export"], "dtype": "float32", "device": "cpu"},
+        tasks=["zflora_choice", "zflora_text"],
+        task_manager=TaskManager(include_path=job["tasks"], include_defaults=False),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    samples = {
+        task: sorted(rows, key=lambda row: row["doc_id"]) for task, rows in out["samples"].items()
+    }
+    return {
+        "texts": [row["resps"][0][0] for row in samples["zflora_text"]],
+        "likelihoods": [
+            [float(option[0][0]) for option in row["resps"]] for row in samples["zflora_choice"]
+        ],
+        "accuracy": out["results"]["zflora_choice"]["acc,none"],
+    }
+
+
+WORKERS = {"vllm": in_vllm, "llama.cpp": in_llama_cpp, "lm_eval": in_lm_eval}
+
+if __name__ == "__main__":
+    print(json.dumps(WORKERS[sys.argv[1]](json.loads(sys.argv[2]))))

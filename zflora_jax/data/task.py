@@ -1,0 +1,187 @@
+"""What a task is: how its rows become examples, and how answers are read and scored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data import answers
+from zflora_jax.data.answers import PARSERS, Kind, Rule
+from zflora_jax.data.sources import Record, Source, Split, read_split
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its answer.
+
+    Attributes:
+      prompt: the user's text.
+      target: the completion to learn, without EOS.
+      answer: the right answer, which a parsed completion is compared with; "" if there is no single
+        right one.
+      input: more of the user's text, such as a document.
+      options: completions to compare by likelihood, each in the target's form ("the correct answer
+        is answer2"); the target is one of them.
+      references: texts to compare a completion with by ROUGE; the target is the first.
+      document: whether `input` is a long text that may be cut at its end.
+    """
+
+    prompt: str
+    target: str
+    answer: str
+    input: str = ""
+    options: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    document: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task. Subclasses say where its rows come from.
+
+    Attributes:
+      name: its key in `TASKS`.
+      group: "commonsense", "math", "summary" or "other".
+      kind: the form of its answers.
+    """
+
+    name: str
+    group: str
+    kind: Kind
+
+    def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
+        """Open the rows of a split.
+
+        Args:
+          split: "train", "validation" or "test".
+          data: data_dir is read.
+          folders: of all tasks, in lower case; files are not looked for in another task's folder.
+
+        Raises:
+          ConfigError: there is no such split, or its files cannot be read.
+        """
+        raise NotImplementedError
+
+    def example(self, record: Record) -> Example:
+        """The example of a row; ConfigError where the row does not fit the task."""
+        raise NotImplementedError
+
+    def rule(self, parser: str) -> Rule:
+        """How answers are read and scored: "legacy" is LLM-Adapters' way, "fixed" corrects
+        it; see `data.answers`.
+        """
+        require(parser in PARSERS, f"unknown parser {parser!r}: {nearest(parser, PARSERS)}.")
+        return self.kind.legacy if parser == "legacy" else self.kind.fixed
+
+    def parse_as(self, text: str, parser: str) -> str:
+        """Read the answer of a completion; "" if it gives none."""
+        return self.rule(parser).parse(text)
+
+    def score_as(self, prediction: str, answer: str, parser: str) -> bool:
+        """Whether an answer that the same parser has read is right."""
+        return self.rule(parser).score(prediction, answer)
+
+    def parse(self, text: str) -> str:
+        return self.parse_as(text, "fixed")
+
+    def score(self, prediction: str, answer: str) -> bool:
+        return self.score_as(prediction, answer, "fixed")
+
+    def gold(self, example: Example) -> str:
+        """A completion that states the right answer and that both parsers read."""
+        return self.kind.state(example.answer) if example.answer else example.target
+
+
+@dataclass(frozen=True)
+class Arithmetic(Task):
+    """Generated word problems; no question is in two splits. `data.data_dir`, if it is set, is the
+    directory that keeps them.
+    """
+
+    def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
+        from zflora_jax.data.builders import open_prepared
+        from zflora_jax.data.builders.arithmetic import Arithmetic as Builder
+
+        rows = open_prepared(Builder, split, data.data_dir)
+        return Split(rows, range(len(rows)), f"arithmetic, {split}")
+
+    def example(self, record: Record) -> Example:
+        return Example(
+            _text(record["question"]), _text(record["rationale"]), _text(record["answer"])
+        )
+
+
+@dataclass(frozen=True)
+class FileTask(Task):
+    """Rows of files, or of the public dataset of the same name.
+
+    Attributes:
+      source: where the rows come from.
+      document: whether the input of its examples is a text that may be cut.
+    """
+
+    source: Source
+    document: bool = False
+
+    def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
+        return read_split(self.name, self.source, split, data.data_dir, folders)
+
+    def example(self, record: Record) -> Example:
+        prompt, target, answer, extra = (
+            _text(record.get(name, "")) for name in ("instruction", "output", "answer", "input")
+        )
+        references = tuple(map(_text, record.get("references", ())))
+        require(
+            bool(answer or references) or self.kind is answers.ANY,
+            f"the answer is empty, and {self.name!r} is scored by it. Rows without an answer can be"
+            " trained on as task 'json'.",
+        )
+        return Example(
+            prompt,
+            target,
+            answer,
+            extra,
+            options_of(prompt, target, answer),
+            references,
+            self.document,
+        )
+
+
+_FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*\Z")
+
+
+def options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
+    """The completions that a question allows.
+
+    Args:
+      prompt: the question; its last line may be "Answer format: answer1/answer2".
+      target: the right completion.
+      answer: the right answer, which is a part of the target.
+
+    Returns:
+      The target with each allowed answer in place of the right one; empty if the prompt has no such
+      line or there is no answer.
+
+    Raises:
+      ConfigError: the right answer is not an allowed one, or the target does not state it.
+    """
+    found = _FORMAT.search(prompt)
+    if not found or not answer:
+        return ()
+    allowed = found.group(1).split("/")
+    require(
+        answer in allowed,
+        f"the answer is {answer!r}, which is not one of the options that the question lists,"
+        f" {', '.join(allowed)}.",
+    )
+    before, stated_answer, after = target.rpartition(answer)
+    require(bool(stated_answer), f"the output {target!r} does not state the answer {answer!r}.")
+    return tuple(f"{before}{option}{after}" for option in allowed)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,274 @@
+"""Examples to token ids: prompt and target together, documents cut to fit."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zflora_jax.core.fields import require
+from zflora_jax.core.run_config import DataConfig
+from zflora_jax.core.token_ids import check_ids
+from zflora_jax.data.mixture import Mixture
+from zflora_jax.data.prompts import encode, encode_prompt_texts, render
+from zflora_jax.data.tasks import Example
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1000  # examples per tokenizer call
+_BAR_FROM = 5000  # examples; fewer are tokenised in about a second
+
+
+class TokenizedExample(NamedTuple):
+    """One training sequence: an example, or several that are packed together.
+
+    Attributes:
+      tokens: [n] int32.
+      loss_mask: [n] bool, True where the token at that position is learned.
+      segments: [n] int32, the number of the example that a token belongs to, from 1.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    segments: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples, in the order of their source.
+
+    Attributes:
+      rows: the sequences.
+      kept: the source's index of each sequence; empty if they are packed.
+      dropped: number of examples that were too long.
+      pad_id: the token id that fills short rows of a batch.
+      truncated: number of documents that were cut to fit.
+      parts: number of sequences of each task of a mixture; `rows` holds one task after the other.
+      weights: how often a training step draws from each task; None: by number of sequences.
+    """
+
+    rows: tuple[TokenizedExample, ...]
+    kept: tuple[int, ...]
+    dropped: int
+    pad_id: int
+    truncated: int = 0
+    parts: tuple[int, ...] = ()
+    weights: tuple[float, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all sequences. A resumed run compares it, so that it never continues with
+        other data.
+        """
+        digest = hashlib.sha256(repr((self.parts, self.weights)).encode())
+        for row in self.rows:
+            digest.update(
+                len(row.tokens).to_bytes(8, "little") + b"".join(part.tobytes() for part in row)
+            )
+        return digest.hexdigest()
+
+
+def tokenize_examples(
+    examples: Sequence[Example], tokenizer: Any, data: DataConfig, vocab_size: int | None = None
+) -> Encoded:
+    """Tokenise examples, prompt and target.
+
+    A sequence longer than the longest of `data.bucket_lengths` is dropped. Its target is never cut,
+    because that would teach the model to stop in the middle, nor is a question; but the `input` of
+    an example with a `document` is cut at its end until the sequence fits. The numbers of dropped
+    and cut examples are logged.
+
+    Args:
+      examples: of one task, or a Mixture.
+      tokenizer: a Hugging Face tokenizer.
+      data: bucket_lengths, prompt_style, train_on_prompt and date are read.
+      vocab_size: rows of the model's embedding; None: token ids are not checked.
+
+    Raises:
+      ConfigError: there are no examples, all are too long, or a token id (or the padding's) has no
+        embedding.
+    """
+    require(
+        len(examples) > 0,
+        "the dataset is empty: there is nothing to tokenise. Check data.task and data.data_dir.",
+    )
+    limit, truncated = data.bucket_lengths[-1], 0
+    rows: list[TokenizedExample] = []
+    for start in _progress(range(0, len(examples), _CHUNK), len(examples)):
+        chunk = [examples[i] for i in range(start, min(start + _CHUNK, len(examples)))]
+        for example, row in zip(chunk, _encode(chunk, tokenizer, data), strict=True):
+            cut = _cut_to_fit(example, row, tokenizer, data)
+            rows.append(cut or row)
+            truncated += cut is not None
+    kept = tuple(i for i, row in enumerate(rows) if len(row.tokens) <= limit)
+    _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data)
+    pad_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
+    pad_id = int(pad_id or 0)
+    if vocab_size is not None:
+        found = np.unique(np.concatenate([rows[i].tokens for i in kept]))
+        check_ids(np.append(found, pad_id), vocab_size, "the tokenised data", tokenizer)
+    sizes, weights = [len(rows)], None
+    if isinstance(examples, Mixture):
+        sizes, weights = list(map(len, examples.parts)), examples.weights
+    ends = np.searchsorted(kept, np.cumsum(sizes))
+    parts = tuple(int(n) for n in np.diff(ends, prepend=0))
+    require(
+        weights is None or min(parts) > 0,
+        "a task of the mixture has no example left that fits data.bucket_lengths; add a length or"
+        " leave it out.",
+    )
+    fitting = tuple(rows[i] for i in kept)
+    return Encoded(fitting, kept, len(rows) - len(kept), pad_id, truncated, parts, weights)
+
+
+def _encode(
+    examples: Sequence[Example], tokenizer: Any, data: DataConfig
+) -> list[TokenizedExample]:
+    prompts = [render(tokenizer, data.prompt_style, e.prompt, e.input, data.date) for e in examples]
+    targets = [e.target for e in examples]
+    pairs = encode(tokenizer, data.prompt_style, prompts, targets, data.train_on_prompt)
+    return [
+        TokenizedExample(tokens, mask, np.ones(len(tokens), np.int32)) for tokens, mask in pairs
+    ]
+
+
+def _cut_to_fit(
+    example: Example, row: TokenizedExample, tokenizer: Any, data: DataConfig
+) -> TokenizedExample | None:
+    """The tokens of `example` with its document cut to fit; None if it fits, has no document, or
+    would have nothing left of it.
+    """
+    limit = data.bucket_lengths[-1]
+    if len(row.tokens) <= limit or not example.document:
+        return None
+    short = shorten(
+        example, tokenizer, limit, lambda e: len(_encode([e], tokenizer, data)[0].tokens)
+    )
+    return _encode([short], tokenizer, data)[0] if short.input.strip() else None
+
+
+def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: DataConfig) -> None:
+    """Log how many examples were dropped and cut; ConfigError if none is left."""
+    limit, longest = data.bucket_lengths[-1], max(lengths)
+    require(
+        kept > 0,
+        f"all {len(lengths)} examples are longer than the longest of"
+        f" data.bucket_lengths={list(data.bucket_lengths)}: they have {min(lengths)} to {longest}"
+        " tokens. Add a length, e.g."
+        f" data.bucket_lengths={[*data.bucket_lengths, -(-longest // 64) * 64]}.",
+    )
+    if kept < len(lengths):
+        log.warning(
+            "dropped %d of %d examples longer than %d tokens (the longest has %d); see"
+            " data.bucket_lengths",
+            len(lengths) - kept,
+            len(lengths),
+            limit,
+            longest,
+        )
+    if truncated:
+        log.warning(
+            "cut %d of %d documents so that they fit %d tokens with their prompt and target; see"
+            " data.bucket_lengths",
+            truncated,
+            len(lengths),
+            limit,
+        )
+
+
+def shorten(
+    example: Example, tokenizer: Any, limit: int, length: Callable[[Example], int]
+) -> Example:
+    """Cut the document of an example (its `input`) at its end.
+
+    Args:
+      example: the example.
+      tokenizer: counts and cuts the tokens of the document.
+      limit: the largest length that fits, in tokens.
+      length: the length of an example in tokens.
+
+    Returns:
+      The example, cut until its length is at most `limit` or nothing of the document is left.
+    """
+    while (excess := length(example) - limit) > 0 and example.input:
+        ids = tokenizer(example.input, add_special_tokens=False)["input_ids"]
+        # A cut may fall inside a character, which decodes to U+FFFD.
+        example = replace(
+            example,
+            input=tokenizer.decode(
+                ids[: max(0, len(ids) - excess)], skip_special_tokens=False
+            ).rstrip("\ufffd"),
+        )
+    return example
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: Any, prompt_style: str, date: str | None = None
+) -> list[list[int]]:
+    """Tokenise the prompts of examples: the same tokens as in training.
+
+    Args:
+      examples: the examples.
+      tokenizer: a Hugging Face tokenizer.
+      prompt_style: one of `prompts.STYLES`.
+      date: the day that a chat template is told, "2026-11-26"; None: today.
+
+    Returns:
+      The token ids of each prompt.
+    """
+    return encode_prompt_texts(
+        tokenizer, [render(tokenizer, prompt_style, e.prompt, e.input, date) for e in examples]
+    )
+
+
+def fit_documents(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    prompt_style: str,
+    limit: int,
+    date: str | None = None,
+) -> list[Example]:
+    """Cut documents at their end so that each prompt has at most `limit` tokens.
+
+    Args:
+      examples: the examples.
+      tokenizer: a Hugging Face tokenizer.
+      prompt_style: one of `prompts.STYLES`.
+      limit: tokens.
+      date: the day that a chat template is told; None: today.
+
+    Returns:
+      The examples; one that fits is the same object.
+    """
+
+    def length(example: Example) -> int:
+        return len(encode_prompts([example], tokenizer, prompt_style, date)[0])
+
+    return [
+        shorten(example, tokenizer, limit, length) if example.document else example
+        for example in examples
+    ]
+
+
+def _progress(chunks: range, total: int) -> Iterator[int]:
+    if total <= _BAR_FROM:
+        yield from chunks
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    # On stderr: commands print their results to stdout.
+    yield from track(
+        chunks,
+        description=f"tokenising {total} examples",
+        console=Console(stderr=True),
+        transient=True,
+    )
