@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,6 @@ RESULTS = ROOT / "results"
 def script(name: str) -> Callable[[dict[str, Any]], str]:
     """`page` of a script in this folder, imported when it is used: some need torch."""
     return lambda result: importlib.import_module(name).page(result)
-
-
-def consumers(result: dict[str, Any]) -> str:
-    sys.path.insert(0, str(ROOT / "tools"))
-    return importlib.import_module("check_consumers").page(result)
 
 
 def latency(result: dict[str, Any]) -> str:
@@ -53,7 +47,6 @@ def train(result: dict[str, Any]) -> str:
 
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "consumers": consumers,
     "decode_variants": script("decode_variants"),
     "generation_check": script("generation_check"),
     "latency": latency,

