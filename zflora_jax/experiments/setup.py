@@ -16,7 +16,7 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.packing import pack_sequences
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import tokenize_examples
+from zflora_jax.data.tokenization import Encoded, tokenize_examples
 from zflora_jax.evaluation.evals import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
 from zflora_jax.parallel.sharding import shard, state_shardings
