@@ -97,10 +97,10 @@ def decode_rows(found: Row) -> Iterator[Row]:
     # The base and transformers do not hang on the rank: every rank is another case of the same.
     same = [r for r in found["rows"] if all(r[k] == first[k] for k in ("batch", "prompt"))]
     floors = [1 / r["floor_share"] for r in same if r["label"] == "base"]
-    peers = [1 / r["tpot_ratio"] for r in same if r["label"] == "transformers"]
+    baselines = [1 / r["tpot_ratio"] for r in same if r["label"] == "transformers"]
     for what, limit, values in (
         ("the read-bandwidth floor", 1.2, floors),
-        ("transformers'", 0.36, peers),
+        ("transformers'", 0.36, baselines),
     ):
         spread = (
             f"median of {len(values)} cases, {min(values):.3f} to {max(values):.3f}"

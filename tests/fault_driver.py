@@ -17,7 +17,7 @@ import numpy as np
 
 
 def main(config: str, workdir: str, fault: str) -> int:
-    from zflora_jax.cli import commands, main
+    from zflora_jax.cli import main, train
     from zflora_jax.core import trees
     from zflora_jax.core.fields import from_dict
     from zflora_jax.core.run_config import RunConfig
@@ -73,10 +73,10 @@ def main(config: str, workdir: str, fault: str) -> int:
 
         pipeline.pad = crashing  # type: ignore[assignment]
 
-    def train(_: Any) -> None:
+    def faulty(_: Any) -> None:
         run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
 
-    commands.train = train
+    train.run = faulty
     return main.main(["train", "--config", "-", "--workdir", workdir])
 
 

@@ -157,7 +157,7 @@ def test_benchmarks_by_command_beside_transformers_and_peft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--model", "tiny", "--repeats", "2", "--out"]
-    shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--peers"]
+    shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--baselines"]
     assert main(["bench", "latency", *small, str(tmp_path / "latency"), *shape]) == 0
     labels = {row["label"] for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
     assert labels >= {
@@ -248,7 +248,7 @@ def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(tmp_path: P
         and "latency-3b" in (tmp_path / "gpu.md").read_text()
     )
     done = subprocess.run(
-        [*command, "--no-peers", "--budget", "1"], capture_output=True, text=True, timeout=100
+        [*command, "--no-baselines", "--budget", "1"], capture_output=True, text=True, timeout=100
     )
     assert (
         done.returncode != 0

@@ -208,7 +208,7 @@ def measure(
     prompts: Sequence[int] = (32,),
     new_tokens: int = 32,
     repeats: int = 7,
-    peers: bool = False,
+    baselines: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """The latency table: every rank at the first batch and prompt length, every batch and prompt
@@ -248,8 +248,8 @@ def measure(
     for rank, batch, prompt in cases:
         case: Row = {"rank": rank, "batch": batch, "prompt": prompt}
         ready = contenders(source, base, rank, methods, (batch, prompt, new_tokens))
-        if peers:
-            from zflora_jax.bench.peers import decode_contenders
+        if baselines:
+            from zflora_jax.bench.baselines import decode_contenders
 
             ready |= decode_contenders(config, dtype, rank, batch, prompt)
         turns = decode_turns(ready, new_tokens, repeats, meter)

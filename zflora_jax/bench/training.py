@@ -22,7 +22,7 @@ import numpy as np
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import count_params
-from zflora_jax.bench import peers, peft
+from zflora_jax.bench import baselines, peft
 from zflora_jax.bench.case import OPTIM, Case, peak_resident
 from zflora_jax.bench.timing import ratio, summary
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -74,7 +74,7 @@ def alone(case: Case, label: str, directory: str, steps: int = 3) -> tuple[float
     it fails.
     """
     module = "peft" if label == PEFT else "training"
-    device = peers.device() if label == PEFT else ""
+    device = baselines.device() if label == PEFT else ""
     job = {
         "case": dataclasses.asdict(case),
         "label": label,
@@ -186,7 +186,7 @@ def measure(
             labels = list(apart)
             steps = {
                 label: (
-                    peft.train_step(case, directory, peers.device())
+                    peft.train_step(case, directory, baselines.device())
                     if label == PEFT
                     else our_step(case, model, label)
                 )

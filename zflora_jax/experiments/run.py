@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 import zlib
@@ -30,13 +29,10 @@ from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import Encoded, pack_sequences, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation.evals import held_out_loss
-from zflora_jax.evaluation.export_gap import export_gap
-from zflora_jax.evaluation.gap_prompts import gap_prompts
 from zflora_jax.experiments.base import as_base, given_base
+from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS, TrainedRun
 from zflora_jax.experiments.run_report import REPORT_FILE, finished_report, loss_fields
 from zflora_jax.hf.load import load_model
-from zflora_jax.hf.peft import save_peft
-from zflora_jax.hf.save import save_hf
 from zflora_jax.parallel import distributed
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.mesh import mesh_if_there
@@ -449,45 +445,35 @@ def export_run(
     workdir: str | Path,
     out: str | Path,
     *,
-    format: str = "hf",
+    format: str = DEFAULT,
     dtype: str | None = None,
     checkpoint: int | str | None = None,
     eps_z: float | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Export what `workdir` has trained to `out`: format "hf", a fused Hugging Face directory, or
-    "peft", LoRA adapters. Returns what was written. dtype, eps_z: of "hf", as `save_hf` takes them.
+    """Export what `workdir` has trained.
 
-    For "hf" the report says how far the export's logits are from the fused model's in float32: max
-    and mean |dlogit|, and top-1 agreement, on the prompts of held-out rows or, where the data is
-    gone, on built-in texts ("gap_prompts" says which). mesh: as in `load_run`.
+    Args:
+      workdir: of the run.
+      out: a new directory, or an earlier export to replace.
+      format: a row of `EXPORTERS`: "hf", a fused Hugging Face directory, or "peft", LoRA adapters.
+      dtype, eps_z: of "hf", as `save_hf` takes them.
+      checkpoint, mesh: as `load_run` takes them.
+
+    Returns:
+      What was written. For "hf" also how far the export's logits are from the fused model's in
+      float32: max and mean |dlogit|, and top-1 agreement, on the prompts of held-out rows or, where
+      the data is gone, on built-in texts ("gap_prompts" says which).
     """
     local_path(out, "out")
-    require(format in ("hf", "peft"), f"format={format!r}: {nearest(format, ('hf', 'peft'))}.")
+    require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     count = jax.process_count()
     require(
         count == 1,
         f"{count} processes cannot export a run together: start one, with the devices that the"
         " model needs.",
     )
-    run, model, adapters, step = load_run(workdir, checkpoint, mesh=mesh)
-    if format == "peft":
-        return save_peft(out, model, run.adapter, adapters)
-    fused = fuse(model, run.adapter, adapters)
-    card = {
-        "task": run.data.task,
-        "steps": step,
-        "trainable parameters": count_params(model.config, run.adapter),
-    }
-    trained = (
-        json.loads(path.read_text(encoding="utf-8"))
-        if (path := Path(workdir) / REPORT_FILE).is_file()
-        else {}
-    )
-    if trained.get("steps") == step and (loss := trained.get(f"{run.eval.split}_loss")) is not None:
-        card[f"{run.eval.split} loss"] = loss
-    prompts, origin = gap_prompts(run, model)  # before anything is written
-    report = save_hf(
-        out, fused, dtype=dtype, base_fingerprint=fingerprint(model), card=card, eps_z=eps_z
-    )
-    return report | {"gap_prompts": origin} | export_gap(fused, out, prompts)
+    run = TrainedRun(Path(workdir), *load_run(workdir, checkpoint, mesh=mesh))
+    settings = {"dtype": dtype, "eps_z": eps_z}
+    exporter = EXPORTERS[format]
+    return exporter.write(out, run, **{name: settings[name] for name in exporter.settings})
