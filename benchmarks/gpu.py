@@ -63,7 +63,7 @@ def latency_part(
     return Part(name, seconds, run, latency.write)
 
 
-def parts(args: argparse.Namespace, with_peers: bool) -> list[Part]:
+def parts(args: argparse.Namespace, with_baselines: bool) -> list[Part]:
     """In order of what would be missed most."""
     small, middle, large = (
         ("tiny",) * 3 if args.tiny else ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b")
@@ -77,12 +77,12 @@ def parts(args: argparse.Namespace, with_peers: bool) -> list[Part]:
             150,
             args,
             methods=("lora", FUSED, "zflora-uniform"),
-            peers=with_peers,
+            baselines=with_baselines,
         ),
         Part(
             "train-1b",
             120,
-            lambda: training.measure([case], ("lora", FUSED), repeats=3, with_peft=with_peers),
+            lambda: training.measure([case], ("lora", FUSED), repeats=3, with_peft=with_baselines),
             training.write,
         ),
         latency_part("latency-7b", large, 100, args, methods=(FUSED,)),
@@ -197,7 +197,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--no-peers", dest="peers", action="store_false", help="leave transformers and PEFT out"
+        "--no-baselines",
+        dest="baselines",
+        action="store_false",
+        help="leave transformers and PEFT out",
     )
     parser.add_argument(
         "--tiny", action="store_true", help="tiny shapes, to try the script on any machine"
@@ -207,13 +210,13 @@ def main() -> None:
     started, out, env = time.perf_counter(), Path(args.out), environment()
     out.mkdir(parents=True, exist_ok=True)
     without: dict[str, str] = {}
-    if args.peers:
+    if args.baselines:
         try:
             peft.imports()
         except ConfigError as error:
-            args.peers, without["transformers and PEFT"] = False, str(error)
+            args.baselines, without["transformers and PEFT"] = False, str(error)
     found: dict[str, dict[str, Any]] = {}
-    for part in parts(args, args.peers):
+    for part in parts(args, args.baselines):
         left = args.budget - (time.perf_counter() - started)
         if not args.tiny and part.seconds > left:
             without[part.name] = (

@@ -157,7 +157,7 @@ def test_benchmarks_by_command_beside_transformers_and_peft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--model", "tiny", "--repeats", "2", "--out"]
-    shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--peers"]
+    shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--baselines"]
     assert main(["bench", "latency", *small, str(tmp_path / "latency"), *shape]) == 0
     labels = {row["label"] for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
     assert labels >= {

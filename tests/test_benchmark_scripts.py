@@ -111,7 +111,7 @@ def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(
     code, _, err = script("gpu.py", *given, "--tiny")
     assert code == 0, err
     assert_gpu_tables(tmp_path)
-    code, out, _ = script("gpu.py", *given, "--no-peers", "--budget", "1")
+    code, out, _ = script("gpu.py", *given, "--no-baselines", "--budget", "1")
     assert code == "nothing was measured" and "were left of the budget" in out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zflora_jax.cli.main import _parser, main
+from zflora_jax.cli.main import COMMANDS, _parser, main
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
@@ -64,6 +64,17 @@ def test_wrong_usage(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_former_name_of_an_option_is_taken():
+    parser = _parser("zflora")
+    for option in ("--baselines", "--peers"):
+        assert parser.parse_args(["bench", "latency", option]).baselines is True
+    assert parser.parse_args(["bench", "latency"]).baselines is False
+
+
+def test_a_command_is_named_after_its_module():
+    assert list(subcommands()) == [c.__name__.removeprefix("zflora_jax.cli.") for c in COMMANDS]
 
 
 # --- config files ---------------------------------------------------------------------------------
@@ -146,9 +157,11 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
         ("trian.steps=4", "unknown key 'trian.steps' of RunConfig: did you mean 'train'?"),
         ("train.steps", "--set 'train.steps': expected KEY=VALUE, e.g. train.steps=50."),
         ("=5", "unknown key '' of RunConfig"),
-        ("train.steps=", "steps='': expected int"),
-        ("train.steps=lots", "steps='lots': expected int, got str"),
-        ("train.dtype=float64", "dtype='float64': did you mean"),
+        ("train.steps=", "train.steps='': expected int"),
+        ("train.steps=lots", "train.steps='lots': expected int, got str"),
+        ("optim.learning_rate=inf", "optim.learning_rate=inf: expected a finite number."),
+        ("mesh.fsdp=all", "mesh.fsdp='all': expected int, got str."),
+        ("train.dtype=float64", "train.dtype='float64': did you mean"),
         ("train.dtype=float16", "Allowed: bfloat16, float32"),
         ("adapter.rank=0", "adapter.rank=0: must be at least 1"),
         (
@@ -163,7 +176,10 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
             "data.grad_accum_steps=3",
             "data.batch_size=2 is not a multiple of data.grad_accum_steps=3",
         ),
-        ("data.bucket_lengths=128", "lengths=128: expected a list of int, written as [128]."),
+        (
+            "data.bucket_lengths=128",
+            "data.bucket_lengths=128: expected a list of int, written as [128].",
+        ),
         (
             "data.bucket_lengths=128,64",
             "data.bucket_lengths=[128, 64]: expected increasing positive lengths",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zflora_jax.cli import commands
+from zflora_jax.cli import train
 from zflora_jax.cli.main import main
 from zflora_jax.parallel.distributed import Preempted
 
@@ -247,7 +247,7 @@ def test_a_stopped_run_ends_with_its_code_whatever_signal_comes_next(monkeypatch
     def stopped(_: object) -> None:
         raise Preempted("stopped by a signal after step 3")
 
-    monkeypatch.setattr(commands, "train", stopped)
+    monkeypatch.setattr(train, "run", stopped)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main(["train", "--workdir", "none"]) == 75

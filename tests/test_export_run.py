@@ -5,6 +5,7 @@ nothing that has to fail.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -12,6 +13,7 @@ from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.evaluation import gap_prompts
 from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.exporters import EXPORTERS, Exporter
 from zflora_jax.experiments.train import train
 
 
@@ -78,3 +80,24 @@ def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="format='gguf'"):
         export_run(workdir, tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_format_is_a_row_of_the_table(trained, tmp_path, monkeypatch, capsys):
+    """The command line offers it, and the function is called with the settings that it names."""
+    workdir, _ = trained
+
+    def write(out, run, **settings):
+        return {"steps written": run.step} | settings
+
+    monkeypatch.setitem(EXPORTERS, "steps", Exporter("the steps alone", write, ("dtype",)))
+    command = ["export", "--workdir", str(workdir), "--out", str(tmp_path / "o")]
+    assert main([*command, "--format", "steps", "--dtype", "float16"]) == 0
+    out = capsys.readouterr().out
+    assert re.search("steps written.*3", out) and "float16" in out and "eps_z" not in out
+    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+        export_run(workdir, tmp_path / "o", format="step")
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "steps: the steps alone" in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--format", "peft", "--eps", "0.5"]) == 2
+    assert "--eps goes with --format hf" in capsys.readouterr().err

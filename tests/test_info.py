@@ -15,7 +15,7 @@ from support.runs import small_run
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.cli import generate_command
+from zflora_jax.cli import generate
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -254,7 +254,7 @@ def test_typed_lines_end_with_the_input(monkeypatch):
         return answer
 
     monkeypatch.setattr("builtins.input", typed)
-    assert list(generate_command._typed()) == ["a", "b"]
+    assert list(generate._typed()) == ["a", "b"]
 
 
 def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, capsys):

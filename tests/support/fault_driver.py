@@ -21,7 +21,7 @@ import pytest
 
 
 def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> int:
-    from zflora_jax.cli import commands, main as cli
+    from zflora_jax.cli import main as cli, train
     from zflora_jax.core import trees
     from zflora_jax.core.fields import from_dict
     from zflora_jax.core.run_config import RunConfig
@@ -90,10 +90,10 @@ def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> in
 
         patch.setattr(pipeline, "pad", crashing)
 
-    def train(_: Any) -> None:
+    def faulty(_: Any) -> None:
         whole_run.train(from_dict(RunConfig, json.loads(config)), workdir, console=False)
 
-    patch.setattr(commands, "train", train)
+    patch.setattr(train, "run", faulty)
     return cli.main(["train", "--config", "-", "--workdir", workdir])
 
 

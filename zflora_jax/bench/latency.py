@@ -71,7 +71,7 @@ def measure(
     prompts: Sequence[int] = (32,),
     new_tokens: int = 32,
     repeats: int = 7,
-    peers: bool = False,
+    baselines: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure the latency table.
@@ -88,7 +88,7 @@ def measure(
       prompts: prompt lengths, in tokens.
       new_tokens: generated tokens, at least 2.
       repeats: turns.
-      peers: whether transformers and PEFT take part.
+      baselines: whether transformers and PEFT take part.
       say: called with a line after each measurement.
 
     Returns:
@@ -110,8 +110,8 @@ def measure(
     )
     for rank, batch, prompt in cases:
         ready = contenders(source, base, rank, methods, (batch, prompt, new_tokens))
-        if peers:
-            from zflora_jax.bench.peers import decode_contenders
+        if baselines:
+            from zflora_jax.bench.baselines import decode_contenders
 
             ready |= decode_contenders(config, dtype, rank, batch, prompt)
         turns = decode_turns(ready, new_tokens, repeats, meter)

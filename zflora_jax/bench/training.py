@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.adapters.methods import count_params
-from zflora_jax.bench import peers, peft
+from zflora_jax.bench import baselines, peft
 from zflora_jax.bench.case import Case
 from zflora_jax.bench.timing import ratio, summary
 from zflora_jax.bench.training_step import PEFT, alone, load, matmul_rate, our_step
@@ -124,7 +124,7 @@ def _turns(
     """(label -> (loss, seconds) of its first step, label -> milliseconds of a step per turn)."""
     steps = {
         label: (
-            peft.train_step(case, directory, peers.device())
+            peft.train_step(case, directory, baselines.device())
             if label == PEFT
             else our_step(case, model, label)
         )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.bench import peers
+from zflora_jax.bench import baselines
 from zflora_jax.bench.case import OPTIM, Case, peak_resident
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
@@ -77,7 +77,7 @@ def alone(case: Case, label: str, directory: str, steps: int = 3) -> tuple[float
       RuntimeError: the process failed; the message has the end of its output.
     """
     module = "peft" if label == PEFT else "training_step"
-    device = peers.device() if label == PEFT else ""
+    device = baselines.device() if label == PEFT else ""
     job = {
         "case": dataclasses.asdict(case),
         "label": label,

@@ -61,6 +61,7 @@ def check_types(config: Any) -> None:
         "OptimConfig": "optim.",
         "TrainConfig": "train.",
         "EvalConfig": "eval.",
+        "MeshConfig": "mesh.",
     }
     prefix = section.get(type(config).__name__, "")
     for f in dataclasses.fields(config):
@@ -200,12 +201,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def override(config: T, changes: dict[str, Any]) -> T:
-    """`config` with dotted changes applied, e.g. {"train.steps": "50"}. Strings are parsed as
-    Python literals where the field is not a string.
+def override(config: T, changes: dict[str, Any], name: str = "") -> T:
+    """`config` with dotted changes, e.g. {"train.steps": "50"}.
 
     All changes to one nested config are made together, so that fields which constrain each other
     can be changed in one call.
+
+    Args:
+      config: a dataclass; it stays as it is.
+      changes: value by dotted name. A string is parsed as a Python literal where the field is not a
+        string.
+      name: of `config` in a greater one, for messages.
+
+    Raises:
+      ConfigError: an unknown name, or a value that cannot be used.
     """
     nested: dict[str, dict[str, Any]] = {}
     flat: dict[str, Any] = {}
@@ -225,9 +234,10 @@ def override(config: T, changes: dict[str, Any]) -> T:
             )
             nested.setdefault(head, {})[rest] = value
         else:
-            flat[head] = _coerce(_parse(value, hints[head]), hints[head], key)
+            path = f"{name}.{key}" if name else key
+            flat[head] = _coerce(_parse(value, hints[head]), hints[head], path)
     for head, inner in nested.items():
-        flat[head] = override(flat.get(head, getattr(config, head)), inner)
+        flat[head] = override(flat.get(head, getattr(config, head)), inner, head)
     return dataclasses.replace(config, **flat)  # type: ignore[type-var]
 
 
@@ -247,6 +257,8 @@ def _parse(value: Any, hint: Any) -> Any:
         return None if value == "None" and type(None) in options else value
     if bool in options and value.lower() in ("true", "false"):  # as shells and JSON write them too
         return value.lower() == "true"
+    if float in options and value.strip().lstrip("+-").lower() in ("inf", "infinity", "nan"):
+        return float(value)  # no Python literals; _coerce refuses them as not finite
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -94,16 +94,16 @@ def allowed(hint: Any) -> str:
     """The values that a type hint admits, for a reader.
 
     >>> allowed(int | None), allowed(tuple[int, ...]), allowed(Literal["a", "b"])
-    ('int or None', 'list of int', 'a, b')
+    ('int | None', 'list of int', 'a | b')
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("None" if a is type(None) else allowed(a) for a in args)
+        return " | ".join("None" if a is type(None) else allowed(a) for a in args)
     if origin is Literal:
-        return ", ".join(map(str, args))
+        return " | ".join(map(str, args))
     if origin is tuple:
         return f"list of {allowed(args[0])}"
-    return {str: "text", bool: "True, False"}.get(hint, hint.__name__)
+    return {str: "text", bool: "True | False"}.get(hint, hint.__name__)
 
 
 def shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What `zflora generate` does: prompts from the command line, a file or a conversation."""
+"""`zflora generate`: prompts from the command line, a file or a conversation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zflora_jax.cli.commands import mesh_asked
+from zflora_jax.cli.inputs import changes, mesh_asked
+from zflora_jax.cli.options import CommandParser, add_mesh, add_source
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.textfile import decode, lines_of
 
@@ -18,8 +19,74 @@ if TYPE_CHECKING:
     from zflora_jax.core.model import Model
     from zflora_jax.inference.sampling import Sampler
 
+SUMMARY = (
+    "Answer prompts: one, those of a file, or a conversation on the terminal; text is shown as it"
+    " comes."
+)
 
-def generate(args: argparse.Namespace) -> None:
+
+def add_options(parser: CommandParser) -> None:
+    add_source(parser, "use")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="a PEFT LoRA directory to fuse into --model"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of --model (default: float32; a run has its own)",
+    )
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", metavar="TEXT", help="answer this")
+    prompts.add_argument(
+        "--file",
+        metavar="FILE",
+        help="answer every line of FILE, in batches; one JSON line each on stdout (- reads stdin)",
+    )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="continue the text as it is, without the tokenizer's chat template",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system's turn of a conversation")
+    _add_sampling_options(parser)
+    add_mesh(parser)
+
+
+def _add_sampling_options(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="at most so many tokens an answer (default: 256)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token each time (default), above 0 draws",
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the likeliest tokens that together have probability P",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="B",
+        help="lines of --file at one time (default: 16)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
     from zflora_jax.inference.sampling import Sampler
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.training.workdir import read_config
@@ -132,7 +199,7 @@ def _model_of(args: argparse.Namespace) -> Model:
     from zflora_jax.hf.peft import load_peft
     from zflora_jax.training.workdir import read_config
 
-    mesh = mesh_asked(args.set, read_config(args.workdir) if args.workdir else None)
+    mesh = mesh_asked(changes(args), read_config(args.workdir) if args.workdir else None)
     if args.workdir:
         return load_fused(args.workdir, args.checkpoint, mesh=mesh)[0]
     model = load_model(args.model, dtype=args.dtype or "float32", mesh=mesh)

@@ -13,7 +13,11 @@ from zflora_jax.bench.timing import Contender
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
 
-PEER, PEER_LORA, PEER_IDLE = "transformers", "transformers + PEFT lora", "transformers + PEFT idle"
+TRANSFORMERS, PEFT_LORA, PEFT_IDLE = (
+    "transformers",
+    "transformers + PEFT lora",
+    "transformers + PEFT idle",
+)
 
 
 def device() -> str:
@@ -92,13 +96,13 @@ def decode_contenders(
 
     def idle(count: int) -> Any:
         with lora.disable_adapter():
-            return found[PEER_LORA].generate(count)
+            return found[PEFT_LORA].generate(count)
 
-    found = {PEER: made(plain), PEER_LORA: made(lora)}
-    found[PEER_IDLE] = Contender(idle)
+    found = {TRANSFORMERS: made(plain), PEFT_LORA: made(lora)}
+    found[PEFT_IDLE] = Contender(idle)
     if plain.device.type == "cuda":
         found |= {
-            f"{PEER} compiled": made(plain, cache_implementation="static"),
-            f"{PEER_LORA} compiled": made(lora, cache_implementation="static"),
+            f"{TRANSFORMERS} compiled": made(plain, cache_implementation="static"),
+            f"{PEFT_LORA} compiled": made(lora, cache_implementation="static"),
         }
     return found

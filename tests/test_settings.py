@@ -1,0 +1,107 @@
+"""The list of settings: complete, explained, and the same in the help and in docs/settings.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from typing import Literal
+
+import pytest
+import settings_page
+
+from zflora_jax.cli.main import main
+from zflora_jax.cli.options import settings_help
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.fields import override, to_dict
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.settings import allowed, field_docs, sections
+
+SETTINGS = {s.name: s for section in sections() for s in section.settings}
+
+
+def leaves(config: dict, prefix: str = "") -> dict[str, object]:
+    found = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def test_every_field_of_a_run_is_listed_with_a_meaning():
+    assert sorted(SETTINGS) == sorted(leaves(to_dict(RunConfig())))
+    for name, setting in SETTINGS.items():
+        assert len(setting.meaning) >= 12 and setting.meaning.endswith("."), name
+        assert setting.allowed, name
+
+
+def test_defaults_are_written_as_set_takes_them():
+    run = RunConfig()
+    assert override(run, {name: s.default for name, s in SETTINGS.items()}) == run
+
+
+def test_the_methods_are_named():
+    for method in METHODS:
+        assert re.search(rf"\b{method}\b", SETTINGS["adapter.method"].meaning)
+
+
+def test_allowed_values():
+    assert allowed(float | None) == "float | None"
+    assert allowed(tuple[Literal["a", "b"], ...]) == "list of a | b"
+    assert (SETTINGS["train.remat"].allowed, SETTINGS["model"].allowed) == ("True | False", "text")
+
+
+def test_a_meaning_is_the_string_under_the_field():
+    @dataclasses.dataclass
+    class Config:
+        """Not this."""
+
+        first: int = 1
+        second: str = "a"
+        """Over two
+        lines."""
+
+        def __post_init__(self) -> None:
+            """Not this either."""
+
+    assert field_docs(Config) == {"second": "Over two lines."}
+
+
+def test_without_source_code_there_are_no_meanings():
+    made = dataclasses.make_dataclass("Made", [("first", int, 1)])
+    made.__module__ = types.__name__
+    assert field_docs(made) == {}
+
+
+# --- the help -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "begin"),
+    [
+        ("train", ""),
+        ("sweep", ""),
+        ("plan", ""),
+        ("quickstart", ""),
+        ("eval", ("data.", "eval.", "mesh.", "train.dtype", "train.matmul_precision")),
+        ("generate", "mesh."),
+        ("export", "mesh."),
+    ],
+)
+def test_help_lists_the_settings_that_a_command_takes(command, begin, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    for name, setting in SETTINGS.items():
+        line = f"    {name} ({setting.allowed}; default {setting.default})\n        "
+        assert (line + setting.meaning in text) == name.startswith(begin), name
+
+
+def test_the_help_fits_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, settings_help(("",)).splitlines())) <= 80
+
+
+def test_the_page_is_up_to_date():
+    """If not: python tools/settings_page.py"""
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page()

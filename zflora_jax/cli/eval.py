@@ -1,0 +1,153 @@
+"""`zflora eval`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zflora_jax.cli.inputs import changes, mesh_asked
+from zflora_jax.cli.options import CommandParser, add_settings, add_source
+from zflora_jax.cli.output import print_table
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from zflora_jax.core.model import Model
+    from zflora_jax.data.mixture import TrainedOn
+
+SUMMARY = (
+    "Score a run or a model on tasks: loss, generated answers, likelihoods, ROUGE; one record per"
+    " example is kept."
+)
+OF_MODEL = ("train.dtype", "train.matmul_precision")  # settings of --model alone
+
+
+def add_options(parser: CommandParser) -> None:
+    add_source(parser, "evaluate")
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help=(
+            "tasks, or groups of tasks (commonsense, math, summary), to evaluate (default: the"
+            " run's own)"
+        ),
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where the tasks' files are (the same as --set data.data_dir=DIR)",
+    )
+    parser.add_argument(
+        "--trained-on",
+        metavar="TASK",
+        help=(
+            "training data of the model, to mark test questions found in it (what a --workdir"
+            " trained on is looked at anyway)"
+        ),
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="examples per task (default: the run's eval.limit)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where to write results (default: WORKDIR/eval, or runs/eval with --model)",
+    )
+    add_settings(
+        parser,
+        ("data.", "eval.", "mesh.", *OF_MODEL),
+        "change settings of data, eval and mesh, and those of train that are listed below for a"
+        " --model, e.g. --set eval.num_beams=4 data.prompt_style=alpaca",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from zflora_jax.data.mixture import parse_mixture
+    from zflora_jax.data.tasks import GROUPS
+    from zflora_jax.evaluation.scorecard import check_tasks, evaluate_tasks, summary_page
+    from zflora_jax.parallel.compile_cache import compile_cache
+
+    base, config, meshed = _settings(args)
+    named = args.tasks.split(",") if args.tasks else parse_mixture(config.data.task)[0]
+    tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
+    check_tasks(config, tasks)
+    trained_on = _trained_on(args, base, config)
+    mesh = mesh_asked(meshed, base)
+    out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
+    with compile_cache(Path(args.workdir or out) / "compile_cache"):
+        model, label = _model(args, config, mesh)
+        summary = evaluate_tasks(config, model, tasks, out, label, trained_on=trained_on or None)
+    for result in summary["tasks"]:
+        print_table(result, f"{result['task']} ({result['split']})")
+    print(summary_page(summary))
+    print(
+        f"written to {out}: summary-{config.eval.split}-{label}.md, and for each task one line per"
+        f" example in <task>-{config.eval.split}-{label}.jsonl"
+    )
+
+
+def _settings(args: argparse.Namespace) -> tuple[RunConfig, RunConfig, dict[str, str]]:
+    """The run as it was trained, as it is evaluated, and the settings of the mesh."""
+    from zflora_jax.training.workdir import read_config
+
+    given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
+    asked: dict[str, Any] = changes(args) | {
+        key: value for key, value in given.items() if value is not None
+    }
+    meshed = {key: asked.pop(key) for key in list(asked) if key.startswith("mesh.")}
+    trained = [key for key in asked if not key.startswith(("eval.", "data."))]
+    if args.workdir and trained:
+        raise ConfigError(
+            f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated;"
+            " eval.*, data.* and mesh.* can."
+        )
+    base = read_config(args.workdir) if args.workdir else RunConfig(model=args.model)
+    return base, override(base, asked), meshed
+
+
+def _trained_on(args: argparse.Namespace, base: RunConfig, config: RunConfig) -> list[TrainedOn]:
+    """The training data that test questions are looked up in: of --trained-on and of the run."""
+    from zflora_jax.data.mixture import TrainedOn, source_splits
+
+    found = []
+    if args.trained_on:
+        elsewhere = TrainedOn(override(config, {"data.task": args.trained_on}).data, here=False)
+        source_splits(elsewhere.data)  # what is not there is said before anything slow
+        found.append(elsewhere)
+    if args.workdir:  # in its own data_dir, unless that has been moved
+        moved = (
+            config.data.data_dir
+            and base.data.data_dir
+            and not Path(base.data.data_dir).expanduser().exists()
+        )
+        own = TrainedOn(
+            dataclasses.replace(base.data, data_dir=config.data.data_dir) if moved else base.data
+        )
+        try:
+            source_splits(own.data)
+            found.append(own)
+        except ConfigError as error:
+            print(
+                "the run's training data is not there, so no test question is compared with it:"
+                f" {error}",
+                file=sys.stderr,
+            )
+    return found
+
+
+def _model(args: argparse.Namespace, config: RunConfig, mesh: Mesh | None) -> tuple[Model, str]:
+    """The model to score, and its label in the names of files."""
+    from zflora_jax.experiments.restore import load_fused
+    from zflora_jax.hf.load import load_model
+
+    if args.workdir:
+        return load_fused(args.workdir, args.checkpoint, mesh=mesh)
+    model = load_model(args.model, dtype=config.train.dtype, mesh=mesh)
+    if "train.matmul_precision" in changes(args):  # else the one that an export was trained with
+        model.config = model.config.replace(matmul_precision=config.train.matmul_precision)
+    return model, Path(args.model).name

@@ -1,0 +1,72 @@
+"""`zflora export`."""
+
+from __future__ import annotations
+
+import argparse
+
+from zflora_jax.cli.inputs import changes, mesh_asked
+from zflora_jax.cli.options import CommandParser, add_checkpoint, add_mesh, add_workdir
+from zflora_jax.cli.output import print_table
+from zflora_jax.core.fields import require
+from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS
+
+SUMMARY = (
+    "Write a trained run for other software: a fused Hugging Face directory, or a PEFT adapter"
+    " directory (LoRA)."
+)
+
+
+def add_options(parser: CommandParser) -> None:
+    add_workdir(parser, "the run to export")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="a new directory, or an earlier export to replace",
+    )
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--format",
+        choices=list(EXPORTERS),
+        default=DEFAULT,
+        help="; ".join(
+            f"{name}: {exporter.text}{' (default)' if name == DEFAULT else ''}"
+            for name, exporter in EXPORTERS.items()
+        ),
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the exported weights (default: as trained)",
+    )
+    parser.add_argument(
+        "--eps",
+        type=float,
+        metavar="E",
+        help=(
+            "scale of the residual state, a power of two in 2^-10..1 (default: chosen from the"
+            " weights for --dtype); 0.0625 for int8 consumers"
+        ),
+    )
+    add_mesh(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from zflora_jax.experiments.export import export_run
+    from zflora_jax.training.workdir import read_config
+
+    require(
+        args.eps is None or "eps_z" in EXPORTERS[args.format].settings,
+        "--eps goes with --format hf: LoRA adapters have no state to scale.",
+    )
+    mesh = mesh_asked(changes(args), read_config(args.workdir))
+    report = export_run(
+        args.workdir,
+        args.out,
+        format=args.format,
+        dtype=args.dtype,
+        checkpoint=args.checkpoint,
+        eps_z=args.eps,
+        mesh=mesh,
+    )
+    print_table(report, f"exported to {args.out}")

@@ -1,0 +1,106 @@
+"""Options that several commands take, and their help, which lists the settings for --set."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from typing import Any
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The options of a command. Its help ends with the settings that --set changes.
+
+    Attributes:
+      settings: how the dotted names of those settings may begin, e.g. ("eval.", "mesh."); "" is
+        the beginning of all.
+    """
+
+    settings: tuple[str, ...] = ()
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return f"{text}\n{settings_help(self.settings)}" if self.settings else text
+
+
+def settings_help(begin: tuple[str, ...]) -> str:
+    """All settings whose dotted name begins so: name, values, default and meaning, by section."""
+    from zflora_jax.core.settings import sections  # reads source code: only when help is asked for
+
+    width = max(shutil.get_terminal_size().columns - 2, 40)
+
+    def add(text: str, indent: int, hanging: int = 0) -> None:
+        first, rest = " " * indent, " " * (indent + hanging)
+        lines.append(
+            textwrap.fill(
+                text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+            )
+        )
+
+    lines = ["settings, changed by --set KEY=VALUE:"]
+    for section in sections():
+        listed = [s for s in section.settings if s.name.startswith(begin)]
+        if listed:
+            lines.append("")
+            add(f"{section.name}: {section.title}", indent=2)
+        for setting in listed:
+            add(f"{setting.name} ({setting.allowed}; default {setting.default})", 4, hanging=2)
+            add(setting.meaning, indent=8)
+    return "\n".join(lines) + "\n"
+
+
+def add_settings(
+    parser: CommandParser,
+    begin: tuple[str, ...] = ("",),
+    text: str = "change settings, e.g. --set train.steps=50 adapter.rank=16; all are listed below",
+    metavar: str = "KEY=VALUE",
+) -> None:
+    """--set. begin: as `CommandParser.settings`."""
+    parser.settings = begin
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar=metavar, help=text)
+
+
+def add_mesh(parser: CommandParser) -> None:
+    """--set, for what has been trained: only the mesh can be changed."""
+    text = (
+        "devices to divide the model over, e.g. --set mesh.fsdp=2 mesh.tensor=2 (default: as a run"
+        " was trained)"
+    )
+    add_settings(parser, ("mesh.",), text, metavar="mesh.AXIS=N")
+
+
+def add_config(parser: CommandParser, function: str = "get_config() -> RunConfig") -> None:
+    """--config FILE, which has to be given."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help=f"a Python file with {function}"
+    )
+
+
+def add_workdir(parser: CommandParser, text: str, **settings: Any) -> None:
+    """--workdir DIR, which has to be given unless it has a default."""
+    settings = settings or {"required": True}
+    parser.add_argument("--workdir", metavar="DIR", help=text, **settings)
+
+
+def add_checkpoint(parser: CommandParser, of: str = "") -> None:
+    """--checkpoint STEP."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="STEP",
+        help=f"{of}a number of steps, or best (default: the newest)",
+    )
+
+
+def add_source(parser: CommandParser, verb: str) -> None:
+    """Either --workdir, with --checkpoint, or --model."""
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--workdir", metavar="DIR", help=f"{verb} what this run has trained, fused")
+    either.add_argument(
+        "--model",
+        metavar="MODEL",
+        help=(
+            f"{verb} a model: a Hugging Face directory, an export, hub id, .gguf file or"
+            " smollm2-135m"
+        ),
+    )
+    add_checkpoint(parser, of="of a run: ")

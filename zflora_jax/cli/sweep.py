@@ -1,0 +1,90 @@
+"""`zflora sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zflora_jax.cli.inputs import changes, load_config
+from zflora_jax.cli.options import CommandParser, add_config, add_settings, add_workdir
+from zflora_jax.cli.output import print_table
+from zflora_jax.core.fields import ConfigError, nearest, override, require
+
+if TYPE_CHECKING:
+    from zflora_jax.experiments.compare import Comparison
+
+SUMMARY = (
+    "Run every combination of a grid of settings, or compare methods at their best rates. Finished"
+    " runs are not repeated."
+)
+
+
+def add_options(parser: CommandParser) -> None:
+    add_config(parser, "get_sweep() -> Grid or Comparison")
+    add_workdir(parser, "where the runs live, one directory each")
+    parser.add_argument(
+        "--out",
+        default="results",
+        metavar="DIR",
+        help="where the table and its JSON go (default: results)",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="NAME",
+        help=(
+            "of a config with several sweeps, the one of this name (several processes can share the"
+            " work)"
+        ),
+    )
+    add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from zflora_jax.experiments.compare import Comparison, compare_methods, overview
+    from zflora_jax.experiments.grid import FINISHED, Grid, run_grid
+    from zflora_jax.parallel.compile_cache import compile_cache
+
+    plans = load_config(args.config, "get_sweep")
+    plans = list(plans) if isinstance(plans, list | tuple) else [plans]
+    for plan in plans:
+        if not isinstance(plan, Comparison | Grid):
+            raise ConfigError(
+                f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a"
+                " zflora_jax.Grid or Comparison, or a list."
+            )
+    names = [plan.name for plan in plans]
+    if args.only is not None and args.only not in names:
+        raise ConfigError(
+            f"--only {args.only}: no sweep of {args.config} has that name."
+            f" {nearest(args.only, names)}."
+        )
+    with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
+        for plan in (plan for plan in plans if args.only in (None, plan.name)):
+            workdir = Path(args.workdir) / plan.name if len(plans) > 1 else Path(args.workdir)
+            if isinstance(plan, Grid):
+                rows = run_grid(
+                    override(plan.base, changes(args)),
+                    plan.settings,
+                    workdir,
+                    page=Path(args.out) / f"{plan.name}.md",
+                )
+                for row in rows:
+                    print_table(row, f"{plan.name}: {row['run']}")
+                require(
+                    any(row["status"] == FINISHED for row in rows),
+                    f"no run of {plan.name} has finished: {rows[0]['status']}",
+                )
+                continue
+            changed = _changed(plan, changes(args))
+            for row in compare_methods(changed, workdir, args.out)["rows"]:
+                print_table(row, f"{plan.name}: {row['method']}")
+    compared = [plan for plan in plans if isinstance(plan, Comparison)]
+    if len(compared) > 1 and (page := overview(compared, args.out)):
+        print(f"all of them in {page}")
+
+
+def _changed(plan: Comparison, settings: dict[str, str]) -> Comparison:
+    rates_from = _changed(plan.rates_from, settings) if plan.rates_from else None
+    return dataclasses.replace(plan, base=override(plan.base, settings), rates_from=rates_from)

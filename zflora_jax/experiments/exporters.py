@@ -1,0 +1,98 @@
+"""What a trained run can be exported as: a format is a row of `EXPORTERS`.
+
+The command line reads the table, so what needs jax is imported where a format is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zflora_jax.core.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from zflora_jax.core.model import Model
+    from zflora_jax.core.trees import Tree
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run whose weights have been loaded."""
+
+    workdir: Path
+    config: RunConfig
+    model: Model
+    """The base."""
+    adapters: Tree
+    step: int
+    """Training steps behind the adapters."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """An export format."""
+
+    text: str
+    """What it writes, for the help of the command line."""
+    write: Callable[..., dict[str, Any]]
+    """(out, run, **settings) -> report. settings: those of `export_run` that are listed below."""
+    settings: tuple[str, ...] = ()
+
+
+def write_fused(
+    out: str | Path, run: TrainedRun, *, dtype: str | None = None, eps_z: float | None = None
+) -> dict[str, Any]:
+    """The fused model as a Hugging Face directory, and how far its logits are from the fused
+    model's. Args and report: as in `export_run`.
+    """
+    from zflora_jax.adapters.fuse import fuse
+    from zflora_jax.core.model import fingerprint
+    from zflora_jax.evaluation.export_gap import export_gap
+    from zflora_jax.evaluation.gap_prompts import gap_prompts
+    from zflora_jax.hf.save import save_hf
+
+    fused = fuse(run.model, run.config.adapter, run.adapters)
+    prompts, origin = gap_prompts(run.config, run.model)  # before anything is written
+    report = save_hf(
+        out,
+        fused,
+        dtype=dtype,
+        base_fingerprint=fingerprint(run.model),
+        card=_card(run),
+        eps_z=eps_z,
+    )
+    return report | {"gap_prompts": origin} | export_gap(fused, out, prompts)
+
+
+def _card(run: TrainedRun) -> dict[str, Any]:
+    """The figures that the model card of an export gives."""
+    from zflora_jax.adapters.methods import count_params
+    from zflora_jax.experiments.run_report import read_report
+
+    config = run.config
+    card = {
+        "task": config.data.task,
+        "steps": run.step,
+        "trainable parameters": count_params(run.model.config, config.adapter),
+    }
+    report = read_report(run.workdir) or {}
+    loss = report.get(f"{config.eval.split}_loss")
+    if report.get("steps") == run.step and loss is not None:
+        card[f"{config.eval.split} loss"] = loss
+    return card
+
+
+def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
+    """LoRA adapters as a PEFT directory. Args and report: as in `export_run`."""
+    from zflora_jax.hf.peft import save_peft
+
+    return save_peft(out, run.model, run.config.adapter, run.adapters)
+
+
+DEFAULT = "hf"
+EXPORTERS = {
+    "hf": Exporter("the fused model", write_fused, settings=("dtype", "eps_z")),
+    "peft": Exporter("LoRA adapters beside their base", write_peft),
+}
