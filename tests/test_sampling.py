@@ -154,14 +154,18 @@ def test_frequencies_of_draws(sampler: Sampler) -> None:
 
 def test_top_k_of_one_is_greedy_and_tiny_top_p_too() -> None:
     model, prompts = untied(), [[5, 6, 7], [100]]
-    greedy = generate_tokens(model, prompts, max_new_tokens=12, stop=())
+    greedy = generate_tokens(model, prompts, max_new_tokens=12, stop_token_ids=())
     for sampler in (Sampler(1.5, top_k=1), Sampler(1.5, top_p=1e-6)):
         assert (
-            generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=sampler, seed=3)
+            generate_tokens(
+                model, prompts, max_new_tokens=12, stop_token_ids=(), sampler=sampler, seed=3
+            )
             == greedy
         )
     assert (
-        generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=Sampler(1.5), seed=3)
+        generate_tokens(
+            model, prompts, max_new_tokens=12, stop_token_ids=(), sampler=Sampler(1.5), seed=3
+        )
         != greedy
     )
 
@@ -174,7 +178,13 @@ def test_draws_depend_on_the_seed_and_the_prompt_s_place_alone() -> None:
 
     def run(prompts: list[list[int]], seed: int = 0, size: int = 16) -> list[list[int]]:
         return generate_tokens(
-            model, prompts, max_new_tokens=16, stop=(), sampler=sampler, seed=seed, batch_size=size
+            model,
+            prompts,
+            max_new_tokens=16,
+            stop_token_ids=(),
+            sampler=sampler,
+            seed=seed,
+            batch_size=size,
         )
 
     answers = run(prompts)

@@ -179,7 +179,7 @@ def write_tasks(folder: Path) -> None:
 def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
     from zflora_jax import generate_tokens, option_log_likelihoods
 
-    tokens = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS, stop=())
+    tokens = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS, stop_token_ids=())
     until_end = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS)
     read = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731
     starts = [read(text) for text, _ in CHOICES]
