@@ -24,6 +24,7 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
@@ -342,6 +343,25 @@ def test_keywords_are_fields_of_the_config_and_win_over_it() -> None:
 def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate_tokens(untied(), [[1]], **settings)
+
+
+# --- a damaged model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"sampler": Sampler(1.0)}, {"num_beams": 3}], ids=str)
+def test_logits_that_are_not_numbers_raise(settings: dict[str, Any]) -> None:
+    """One token's embedding is NaN: prompts without it are answered, those with it named."""
+    model = untied()
+    table = model.params["embed"]["embedding"].at[9].set(jnp.nan)
+    damaged = Model(model.config, model.params | {"embed": {"embedding": table}})
+    settings = {"max_new_tokens": 5, "stop_token_ids": ()} | settings
+    whole = generate_tokens(damaged, [[1, 2], [3]], batch_size=1, **settings)
+    assert [len(answer) for answer in whole] == [5, 5]
+    with pytest.raises(NonFiniteError, match="logits of prompt 1 are NaN or infinite"):
+        generate_tokens(damaged, [[1, 2], [3, 9, 4], [3]], **settings)
+    if "num_beams" not in settings:
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):
+            list(stream_tokens(damaged, [9], **settings))
 
 
 # --- one compiled call ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from .adapters.tasks import (
     stack_tasks as stack_tasks,
 )
 from .core.adapter_config import AdapterConfig as AdapterConfig
+from .core.errors import NonFiniteError as NonFiniteError
 from .core.fields import ConfigError as ConfigError
 from .core.model import Model as Model
 from .core.model_config import PRESETS as PRESETS, LlamaConfig as LlamaConfig, preset as preset
@@ -39,6 +40,5 @@ from .inference.text import generate as generate, stream as stream
 from .nn.kv_cache import KVCache as KVCache, init_cache as init_cache
 from .nn.llama import Llama as Llama, forward as forward, random_model as random_model
 from .nn.vocabulary import resize_vocab as resize_vocab
-from .training.trainer import NonFiniteError as NonFiniteError
 
 __version__: str

@@ -23,6 +23,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.cache_rows import reorder_rows, repeat_rows
 from zflora_jax.inference.model_call import empty_cache, next_logits
+from zflora_jax.inference.sampling import NON_FINITE
 from zflora_jax.nn.kv_cache import KVCache
 
 Array = jax.Array
@@ -94,7 +95,8 @@ class BeamProgram:
           max_new_tokens: N.
 
         Returns:
-          [B, N] int32: up to the stop token if there is one, then -1.
+          [B, N] int32: up to the stop token if there is one, then -1; all `sampling.NON_FINITE`
+          for a prompt with NaN among its logits.
         """
         prompt_length = tokens.shape[1]
 
@@ -110,8 +112,9 @@ class BeamProgram:
             return self._extend(s, logits, cache, prompt_length)
 
         state = self._prefill(variables, tokens, valid, max_new_tokens)
+        best = jax.lax.while_loop(going, one_token, state).finished
         # A filler has finished nothing: all -1.
-        return jax.lax.while_loop(going, one_token, state).finished.tokens[:, 0]
+        return jnp.where(best.scores[:, :1] == jnp.inf, NON_FINITE, best.tokens[:, 0])
 
     def _prefill(
         self, variables: Tree, tokens: Array, valid: Array, max_new_tokens: int
@@ -144,6 +147,8 @@ class BeamProgram:
         log_probs = (
             jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) + s.running.scores[:, :, None]
         )
+        # NaN beats all numbers, so that `search` sees it in the end.
+        log_probs = jnp.where(jnp.isnan(log_probs), jnp.inf, log_probs)
         # A beam has at most one candidate for each stop token, so that this many always hold
         # num_beams that do not end.
         candidates = self.num_beams * max(2, 1 + len(self.stop_token_ids))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree
-from zflora_jax.inference.batching import batches, check_prompts, pad_left, padded_length
+from zflora_jax.inference.batching import Batch, batches, check_prompts, pad_left, padded_length
 from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.generation_config import (
     GenerationConfig,
@@ -22,8 +23,8 @@ from zflora_jax.inference.generation_config import (
 )
 from zflora_jax.inference.model_call import packed
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.sampling import GREEDY
-from zflora_jax.inference.unfused import unfused_adapters
+from zflora_jax.inference.sampling import GREEDY, NON_FINITE
+from zflora_jax.inference.unfused import UnfusedAdapters, unfused_adapters
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
 
 Array = jax.Array
@@ -65,10 +66,10 @@ def generate_tokens(
     Raises:
       ConfigError: settings that do not go together; a prompt that is empty, does not fit the
         context, or holds ids that the model has no embedding for.
+      NonFiniteError: logits are NaN or infinite.
     """
-    config = generation_config(config, settings)
-    stop = _stop_token_ids(model, config)
-    _check_beams(model, config, len(stop), tasks)
+    config = generation_config(config, settings).stopping_at(model.config.eos_token_ids)
+    _check_beams(model, config, tasks)
     check_prompts(model, prompts, config.max_new_tokens)
     unfused = unfused_adapters(adapter, adapters, tasks, len(prompts))
     require_local(model.params, "generate")
@@ -76,15 +77,10 @@ def generate_tokens(
     unfused = unfused and unfused.placed(run)
     answers: list[list[int]] = [[] for _ in prompts]
     for batch in batches([len(prompt) for prompt in prompts], config.batch_size):
-        size = fill_rows(batch.size, run.params)
-        own = [prompts[i] for i in batch.rows]
-        tokens, valid = pad_left(own, size, padded_length(len(own[-1])))
-        variables = {"params": run.params}
-        if unfused:
-            variables |= unfused.variables(run, batch, size)
         ids = batch.rows if request_ids is None else [request_ids[i] for i in batch.rows]
-        out = _generate_batch(run, adapter, config, stop, variables, tokens, valid, ids)
+        out = _generate_batch(run, unfused, config, [prompts[i] for i in batch.rows], batch, ids)
         for i, row in zip(batch.rows, out, strict=False):  # the rest are fillers
+            _check_finite(row, i)
             answers[i] = [int(token) for token in row if token >= 0]
         if on_batch:
             on_batch(len(batch.rows))
@@ -93,21 +89,28 @@ def generate_tokens(
 
 def _generate_batch(
     run: Model,
-    adapter: AdapterConfig | None,
+    unfused: UnfusedAdapters | None,
     config: GenerationConfig,
-    stop: tuple[int, ...],
-    variables: Tree,
-    tokens: np.ndarray,
-    valid: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    batch: Batch,
     request_ids: Sequence[int],
 ) -> np.ndarray:
-    """Generated tokens [B, max_new_tokens] int32 of padded prompts [B, T], -1 after their end."""
+    """Generate for the prompts of one batch, the last of them the longest.
+
+    Returns:
+      Tokens [rows, max_new_tokens] int32, -1 after the end of a row; fillers after the prompts.
+    """
+    size = fill_rows(batch.size, run.params)
+    tokens, valid = pad_left(prompts, size, padded_length(len(prompts[-1])))
+    variables, adapter, stop = {"params": run.params}, None, config.stop_token_ids or ()
+    if unfused:
+        variables, adapter = variables | unfused.variables(run, batch, size), unfused.config
     if config.num_beams > 1:
         beams = BeamProgram(run.config, adapter, config.num_beams, stop)
         with mesh_in_use(run.params):
             return np.asarray(beams.search(variables, tokens, valid, config.max_new_tokens))
     program = DecodeProgram(run.config, adapter, config.sampler or GREEDY, stop)
-    keys = _row_keys(config.seed, request_ids, len(tokens))
+    keys = _row_keys(config.seed, request_ids, size)
     with mesh_in_use(run.params):
         return np.asarray(program.decode(variables, tokens, valid, keys, config.max_new_tokens))
 
@@ -129,15 +132,15 @@ def stream_tokens(
 
     Raises:
       ConfigError: as for `generate_tokens`, and for num_beams above 1.
+      NonFiniteError: as for `generate_tokens`.
     """
-    config = generation_config(config, settings)
+    config = generation_config(config, settings).stopping_at(model.config.eos_token_ids)
     require(config.num_beams == 1, "a beam search cannot be streamed: set num_beams=1.")
     check_prompts(model, [prompt], config.max_new_tokens)
     require_local(model.params, "generate")
     run = packed(model)
-    program = DecodeProgram(
-        run.config, None, config.sampler or GREEDY, _stop_token_ids(model, config)
-    )
+    stop = config.stop_token_ids or ()
+    program = DecodeProgram(run.config, None, config.sampler or GREEDY, stop)
     tokens, valid = pad_left([prompt], 1, padded_length(len(prompt)))
     keys, variables = _row_keys(config.seed, [0], 1), {"params": run.params}
     # A power of two, so that conversations that grow share their compiled steps.
@@ -145,23 +148,17 @@ def stream_tokens(
     with mesh_in_use(run.params):
         state = program.prefill(variables, tokens, valid, keys, room)
     for count in range(1, config.max_new_tokens + 1):
-        yield int(state.last[0])
+        token = int(state.last[0])
+        _check_finite([token], 0)
+        yield token
         if count == config.max_new_tokens or bool(state.done[0]):
             return
         with mesh_in_use(run.params):
             state = program.decode_until(variables, state, keys, np.int32(count + 1))
 
 
-def _stop_token_ids(model: Model, config: GenerationConfig) -> tuple[int, ...]:
-    if config.stop_token_ids is None:
-        return tuple(model.config.eos_token_ids)
-    return config.stop_token_ids
-
-
-def _check_beams(
-    model: Model, config: GenerationConfig, stops: int, tasks: Sequence[int] | None
-) -> None:
-    room = model.config.vocab_size - stops
+def _check_beams(model: Model, config: GenerationConfig, tasks: Sequence[int] | None) -> None:
+    room = model.config.vocab_size - len(config.stop_token_ids or ())
     require(
         config.num_beams == 1 or config.num_beams <= room,
         f"num_beams={config.num_beams}: must be at most {room}, the vocabulary's tokens that do not"
@@ -172,6 +169,14 @@ def _check_beams(
         "beam search does not mix tasks in a batch: give the prompts of each task apart, without"
         " tasks.",
     )
+
+
+def _check_finite(row: Sequence[int] | np.ndarray, prompt: int) -> None:
+    if NON_FINITE in row:
+        raise NonFiniteError(
+            f"the logits of prompt {prompt} are NaN or infinite: the model is damaged, was trained"
+            " with too high a learning rate, or needs float32 instead of a narrower dtype."
+        )
 
 
 def _row_keys(seed: int, request_ids: Sequence[int], rows: int) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from zflora_jax.core.fields import check_types, override, require
@@ -11,7 +12,10 @@ from zflora_jax.inference.sampling import Sampler
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How text is generated from a model.
+    """How text is generated from a model. These two are the same:
+
+        generate(model, texts, GenerationConfig(max_new_tokens=32, sampler=Sampler(0.7)))
+        generate(model, texts, max_new_tokens=32, sampler=Sampler(0.7))
 
     Attributes:
       max_new_tokens: most tokens that an answer may have, its stop token included.
@@ -50,6 +54,12 @@ class GenerationConfig:
             f"num_beams={self.num_beams} with a sampler of temperature {temperature}: beam search"
             " draws nothing. Leave the sampler out, or set num_beams=1.",
         )
+
+    def stopping_at(self, ids: Iterable[int]) -> GenerationConfig:
+        """This config, with `ids` for stop_token_ids where it leaves them to the model."""
+        if self.stop_token_ids is not None:
+            return self
+        return replace(self, stop_token_ids=tuple(ids))
 
 
 class GenerationSettings(TypedDict, total=False):

@@ -70,7 +70,9 @@ class DecodeProgram:
     def decode(
         self, variables: Tree, tokens: Array, valid: Array, keys: Array, max_new_tokens: int
     ) -> Array:
-        """Generated tokens [B, max_new_tokens] int32: up to a row's stop token, then -1."""
+        """Generated tokens [B, max_new_tokens] int32: up to a row's stop token, then -1; where the
+        logits are not finite, `sampling.NON_FINITE`.
+        """
         state = self.prefill(variables, tokens, valid, keys, max_new_tokens)
         return self.decode_until(variables, state, keys, max_new_tokens).out
 
@@ -100,7 +102,7 @@ class DecodeProgram:
             return (s.step < until) & ~jnp.all(s.done)
 
         def one_token(s: DecodeState) -> DecodeState:
-            fed = jnp.maximum(s.last, 0)[:, None]  # ended rows have -1
+            fed = jnp.maximum(s.last, 0)[:, None]  # negative: ended, or NON_FINITE
             logits, cache = next_logits(self.config, self.adapter, variables, fed, None, s.cache)
             token, done = self._choose(logits, keys, s.step, s.done)
             out = jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1)

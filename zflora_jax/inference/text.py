@@ -60,14 +60,8 @@ def _encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
     return encode_prompt_texts(_tokenizer(model), texts)
 
 
-def _with_stop(model: Model, config: GenerationConfig, chat: bool) -> GenerationConfig:
-    """`config` that names its stop tokens; where it leaves them to the model, these are the ids
-    that end an answer.
-    """
-    if config.stop_token_ids is not None:
-        return config
-    stop = stop_ids(model, "chat") if chat else model.config.eos_token_ids
-    return replace(config, stop_token_ids=tuple(stop))
+def _ends(model: Model, chat: bool) -> Sequence[int]:
+    return stop_ids(model, "chat") if chat else model.config.eos_token_ids
 
 
 def generate(
@@ -105,7 +99,7 @@ def generate(
         if chat
         else list(prompts)
     )
-    config = _with_stop(model, generation_config(config, settings), chat)
+    config = generation_config(config, settings).stopping_at(_ends(model, chat))
     answers = generate_tokens(model, _encoded(model, texts), config)
     return [answer_text(tokenizer, answer, config.stop_token_ids or ()) for answer in answers]
 
@@ -138,7 +132,7 @@ def stream(
     tokenizer = _tokenizer(model)
     chat = not isinstance(prompt, str)
     text = render_turns(tokenizer, prompt, date) if not isinstance(prompt, str) else prompt
-    config = _with_stop(model, generation_config(config, settings, LONG_ANSWER), chat)
+    config = generation_config(config, settings, LONG_ANSWER).stopping_at(_ends(model, chat))
     given: list[int] = []
     said = ""
     for token in stream_tokens(model, _encoded(model, [text])[0], config):

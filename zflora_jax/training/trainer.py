@@ -22,6 +22,7 @@ import optax
 
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.core.trees import Tree
@@ -34,12 +35,6 @@ from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
 Array = jax.Array
 # Tokens int32, loss_mask bool, segments int32, each [B, T]; see data.pipeline.
 Batch = Mapping[str, Any]
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, a gradient or an update was NaN or infinite, and no such state was saved; or a
-    held-out loss was, of a state that is a number itself and may be saved.
-    """
 
 
 def non_finite(what: str) -> NonFiniteError:
