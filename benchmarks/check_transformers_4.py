@@ -115,7 +115,9 @@ def compare(
     ours = np.concatenate(
         [np.asarray(forward(model, np.asarray([p], np.int32)))[0] for p in prompts]
     )
-    tokens = np.asarray(generate_tokens(model, prompts, max_new_tokens=NEW_TOKENS, stop=()))
+    tokens = np.asarray(
+        generate_tokens(model, prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=())
+    )
     scale = float(np.abs(ours).max())
 
     def gap(a: np.ndarray, b: np.ndarray) -> float:

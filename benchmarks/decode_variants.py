@@ -25,7 +25,7 @@ from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ra
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
-from zflora_jax.inference.beam import next_logits
+from zflora_jax.inference.model_call import next_logits
 from zflora_jax.inference.sampling import Sampler, greedy
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.ops import products

@@ -84,7 +84,12 @@ def main() -> None:
             )
             for beams in BEAMS:
                 ours = generate_tokens(
-                    model, prompts, max_new_tokens=new, stop=stop, num_beams=beams, batch_size=8
+                    model,
+                    prompts,
+                    max_new_tokens=new,
+                    stop_token_ids=stop,
+                    num_beams=beams,
+                    batch_size=8,
                 )
                 want = [theirs(stock, prompt, stop, beams, new) for prompt in prompts]
                 same = [a == b for a, b in zip(ours, want, strict=True)]

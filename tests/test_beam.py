@@ -4,6 +4,7 @@ token; stopping, fillers, batches, wrong input.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from support.models import tiny_model
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core.model import Model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.inference.beam import beam_decode
+from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.sampling import Sampler
 
@@ -86,7 +87,7 @@ def stock_beams(
 )
 def test_beams_equal_transformers(model: Model, stock: Any, num_beams: int, stop: str) -> None:
     """A batch and single prompts, so that an answer also does not depend on the rows beside it."""
-    settings: dict[str, Any] = {"max_new_tokens": NEW, "stop": STOPS[stop]}
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "stop_token_ids": STOPS[stop]}
     batch = generate_tokens(model, PROMPTS, num_beams=num_beams, **settings)
     assert batch == stock_beams(stock, PROMPTS, num_beams, STOPS[stop])
     single = generate_tokens(model, PROMPTS, num_beams=num_beams, batch_size=1, **settings)
@@ -103,7 +104,7 @@ def test_beams_equal_transformers(model: Model, stock: Any, num_beams: int, stop
 
 
 def test_answers_come_in_the_order_of_the_prompts_and_one_beam_is_greedy(model: Model) -> None:
-    settings: dict[str, Any] = {"max_new_tokens": NEW, "stop": STOPS["three"]}
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "stop_token_ids": STOPS["three"]}
     want = generate_tokens(model, PROMPTS, num_beams=4, **settings)
     counts: list[int] = []
     assert generate_tokens(
@@ -120,17 +121,19 @@ def test_answers_come_in_the_order_of_the_prompts_and_one_beam_is_greedy(model: 
 
 
 def test_fillers_yield_nothing_and_layers_may_be_stacked(model: Model) -> None:
-    """Without stop tokens one beam is greedy decoding also in beam_decode."""
+    """Without stop tokens one beam is greedy decoding also in a beam search."""
     tokens = np.asarray([[5, 6, 7, 8], [0] * 4, [0, 0, 100, 3]], np.int32)
     valid = np.asarray([[1] * 4, [0] * 4, [0, 0, 1, 1]], bool)
-    greedy = generate_tokens(model, [[5, 6, 7, 8], [100, 3]], max_new_tokens=6, stop=())
+    greedy = generate_tokens(model, [[5, 6, 7, 8], [100, 3]], max_new_tokens=6, stop_token_ids=())
     for form in (model, pack_for_decode(model)):
         out = np.asarray(
-            beam_decode(form.config, None, 1, 6, (), {"params": form.params}, tokens, valid)
+            BeamProgram(form.config, None, 1).search({"params": form.params}, tokens, valid, 6)
         )
         assert out.dtype == np.int32 and out[[0, 2]].tolist() == greedy and (out[1] == -1).all()
     stacked, flat = (
-        np.asarray(beam_decode(form.config, None, 3, 6, (), {"params": form.params}, tokens, valid))
+        np.asarray(
+            BeamProgram(form.config, None, 3).search({"params": form.params}, tokens, valid, 6)
+        )
         for form in (model, pack_for_decode(model))
     )
     assert (
@@ -144,8 +147,10 @@ def test_fillers_yield_nothing_and_layers_may_be_stacked(model: Model) -> None:
 
 def test_one_call_runs_each_prompt_once(model: Model) -> None:
     form, tokens = pack_for_decode(model), jnp.ones((3, 16), jnp.int32)
-    given = (form.config, None, 5, 8, (257,), {"params": form.params}, tokens, tokens > 0)
-    jaxpr = jax.make_jaxpr(beam_decode, static_argnums=(0, 1, 2, 3, 4))(*given)
+    program = BeamProgram(form.config, None, 5, (257,))
+    jaxpr = jax.make_jaxpr(partial(program.search, max_new_tokens=8))(
+        {"params": form.params}, tokens, tokens > 0
+    )
     assert len(jaxpr.jaxpr.eqns) == 1 and jaxpr.out_avals[0].shape == (3, 8)
     width = form.config.hidden_size
     assert (
@@ -167,7 +172,7 @@ def test_one_call_runs_each_prompt_once(model: Model) -> None:
             ),
         ),
         (
-            {"num_beams": 258, "stop": (1, 2)},
+            {"num_beams": 258, "stop_token_ids": (1, 2)},
             "num_beams=258: must be at most 257, the vocabulary's tokens that do not stop",
         ),
     ],

@@ -277,7 +277,7 @@ def test_greedy_tokens_are_the_same_for_any_batch_size_and_for_adapted_full_forw
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 256, n).tolist() for n in (3, 17, 8, 1, 30)]
     answers = [
-        generate_tokens(fused, prompts, max_new_tokens=10, batch_size=size, stop=())
+        generate_tokens(fused, prompts, max_new_tokens=10, batch_size=size, stop_token_ids=())
         for size in (1, 2, 5)
     ]
     assert answers[0] == answers[1] == answers[2]

@@ -4,9 +4,11 @@ wrong input; one compiled call.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,16 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.inference.decode import decode, generate_tokens, padded_length
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.batching import padded_length
+from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.generation_config import GenerationConfig, GenerationSettings
+from zflora_jax.inference.program import DecodeProgram
+from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.inference.text import generate
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import forward
@@ -148,10 +154,10 @@ def test_greedy_equals_transformers(method: str, tmp_path: Path) -> None:
     save_hf(tmp_path / "out", model)
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 256, n).tolist() for n in (9, 1, 23, 16)]
-    single = generate_tokens(model, prompts[:1], max_new_tokens=NEW, stop=())
+    single = generate_tokens(model, prompts[:1], max_new_tokens=NEW, stop_token_ids=())
     assert_varied(single, 15)
     assert single == stock_greedy(tmp_path / "out", prompts[:1])
-    batch = generate_tokens(model, prompts, max_new_tokens=NEW, stop=())
+    batch = generate_tokens(model, prompts, max_new_tokens=NEW, stop_token_ids=())
     assert_varied(batch, 15)
     assert batch == stock_greedy(tmp_path / "out", prompts)
     assert batch[0] == single[0]
@@ -177,7 +183,7 @@ def test_greedy_equals_transformers_on_a_real_model(method: str, tmp_path: Path)
             model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.01)
         )
     save_hf(tmp_path / "out", model)
-    ours = generate_tokens(model, prompts, max_new_tokens=NEW, stop=())
+    ours = generate_tokens(model, prompts, max_new_tokens=NEW, stop_token_ids=())
     assert_varied(ours, 10)
     assert ours == stock_greedy(tmp_path / "out", prompts)
 
@@ -187,7 +193,7 @@ def test_greedy_equals_transformers_on_a_real_model(method: str, tmp_path: Path)
 
 def test_each_row_stops_at_its_own_token() -> None:
     model, prompts = untied(), [[5, 6, 7], [100], [30, 31, 32, 33]]
-    free = generate_tokens(model, prompts, max_new_tokens=24, stop=())
+    free = generate_tokens(model, prompts, max_new_tokens=24, stop_token_ids=())
     assert [len(answer) for answer in free] == [24, 24, 24]
     stop = (free[0][4], free[1][9])  # several ids; any of them ends any row
     want = [
@@ -196,19 +202,23 @@ def test_each_row_stops_at_its_own_token() -> None:
     assert len({len(answer) for answer in want}) > 1 and max(map(len, want[:2])) < 24
     for size in (1, 2, 3):
         assert (
-            generate_tokens(model, prompts, max_new_tokens=24, batch_size=size, stop=stop) == want
+            generate_tokens(model, prompts, max_new_tokens=24, batch_size=size, stop_token_ids=stop)
+            == want
         )
-    assert generate_tokens(model, prompts, max_new_tokens=24, stop=list(reversed(stop))) == want
+    assert (
+        generate_tokens(model, prompts, max_new_tokens=24, stop_token_ids=list(reversed(stop)))
+        == want
+    )
 
 
 def test_the_config_s_eos_is_the_default_and_an_empty_stop_never_stops() -> None:
     model, prompts = untied(), [[5, 6, 7], [100]]
-    free = generate_tokens(model, prompts, max_new_tokens=20, stop=())
+    free = generate_tokens(model, prompts, max_new_tokens=20, stop_token_ids=())
     eos = free[0][3]
     ending = Model(model.config.replace(eos_token_ids=(257, eos)), model.params)
     got = generate_tokens(ending, prompts, max_new_tokens=20)
     assert got[0] == free[0][: free[0].index(eos) + 1] and len(got[0]) <= 4
-    assert generate_tokens(ending, prompts, max_new_tokens=20, stop=()) == free
+    assert generate_tokens(ending, prompts, max_new_tokens=20, stop_token_ids=()) == free
     endless = Model(model.config.replace(eos_token_ids=()), model.params)
     assert generate_tokens(endless, prompts, max_new_tokens=20) == free
 
@@ -230,27 +240,15 @@ def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
         np.asarray([[1] * 4, [0, 0, 1, 1], [0] * 4], bool),
     )
     keys = jax.random.split(jax.random.key(0), 3)
-    free = np.asarray(
-        decode(model.config, None, Sampler(), 20, (), {"params": model.params}, tokens, valid, keys)
-    )
+    given = {"params": model.params}, tokens, valid, keys, 20
+    free = np.asarray(DecodeProgram(model.config).decode(*given))
     assert (free[2] == -1).all() and (free[:2] >= 0).all(), (
         "a row of padding is a filler and yields nothing"
     )
     stop = (int(free[0, 3]), int(free[1, 6]))
     lengths = [next(i + 1 for i, t in enumerate(row) if t in stop) for row in free[:2]]
-    out = np.asarray(
-        decode(
-            model.config,
-            None,
-            CountingSampler(),
-            20,
-            stop,
-            {"params": model.params},
-            tokens,
-            valid,
-            keys,
-        )
-    )
+    counting = DecodeProgram(model.config, None, CountingSampler(), stop)
+    out = np.asarray(counting.decode(*given))
     jax.effects_barrier()
     assert len(CountingSampler.steps) == max(lengths) < 20
     for row, length, want in zip(out, lengths, free, strict=False):
@@ -318,8 +316,63 @@ def test_texts_need_a_list_and_a_tokenizer() -> None:
 
 def test_a_full_context_and_no_prompts_are_fine() -> None:
     model = tiny_model(max_position_embeddings=20)
-    assert [len(a) for a in generate_tokens(model, [[1] * 16], max_new_tokens=4, stop=())] == [4]
+    assert [
+        len(a) for a in generate_tokens(model, [[1] * 16], max_new_tokens=4, stop_token_ids=())
+    ] == [4]
     assert generate_tokens(model, [], max_new_tokens=4) == []
+
+
+# --- settings as one value ------------------------------------------------------------------------
+
+
+def test_keywords_are_fields_of_the_config_and_win_over_it() -> None:
+    fields = {f.name for f in dataclasses.fields(GenerationConfig)}
+    assert fields == GenerationSettings.__optional_keys__
+    model, prompts = untied(), [[5, 6, 7], [100]]
+    config = GenerationConfig(max_new_tokens=6, sampler=Sampler(2.0), seed=3, stop_token_ids=())
+    want = generate_tokens(
+        model, prompts, max_new_tokens=6, sampler=Sampler(2.0), seed=3, stop_token_ids=()
+    )
+    assert generate_tokens(model, prompts, config) == want
+    assert generate_tokens(model, prompts, config, max_new_tokens=4) == [row[:4] for row in want]
+    assert generate_tokens(model, prompts, config, seed=4) != want
+    assert list(stream_tokens(model, prompts[0], config)) == want[0]
+    greedy = generate_tokens(model, prompts, max_new_tokens=6, stop_token_ids=())
+    assert generate_tokens(model, prompts, config, sampler=None) == greedy != want
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_token": 3}, "unknown key 'max_new_token' .*did you mean 'max_new_tokens'"),
+        ({"stop_token_ids": 2}, r"stop_token_ids=2: expected a list of int, written as \[2\]"),
+        ({"seed": 1.5}, "seed=1.5: expected int, got float"),
+        ({"sampler": 0.7}, "sampler=0.7: expected a table of Sampler fields"),
+    ],
+    ids=["unknown", "no list", "no seed", "no sampler"],
+)
+def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate_tokens(untied(), [[1]], **settings)
+
+
+# --- a damaged model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"sampler": Sampler(1.0)}, {"num_beams": 3}], ids=str)
+def test_logits_that_are_not_numbers_raise(settings: dict[str, Any]) -> None:
+    """One token's embedding is NaN: prompts without it are answered, those with it named."""
+    model = untied()
+    table = model.params["embed"]["embedding"].at[9].set(jnp.nan)
+    damaged = Model(model.config, model.params | {"embed": {"embedding": table}})
+    settings = {"max_new_tokens": 5, "stop_token_ids": ()} | settings
+    whole = generate_tokens(damaged, [[1, 2], [3]], batch_size=1, **settings)
+    assert [len(answer) for answer in whole] == [5, 5]
+    with pytest.raises(NonFiniteError, match="logits of prompt 1 are NaN or infinite"):
+        generate_tokens(damaged, [[1, 2], [3, 9, 4], [3]], **settings)
+    if "num_beams" not in settings:
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):
+            list(stream_tokens(damaged, [9], **settings))
 
 
 # --- one compiled call ----------------------------------------------------------------------------
@@ -384,18 +437,10 @@ def loop_body(jaxpr: Any) -> tuple[Any, set[Any]]:
 def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> None:
     model = pack_for_decode(tiny_fused(method))
     tokens, keys = jnp.ones((2, 16), jnp.int32), jax.random.split(jax.random.key(0), 2)
-    given = (
-        model.config,
-        None,
-        Sampler(),
-        8,
-        (257,),
-        {"params": model.params},
-        tokens,
-        tokens > 0,
-        keys,
-    )
-    jaxpr = jax.make_jaxpr(decode, static_argnums=(0, 1, 2, 3, 4))(*given).jaxpr
+    program = DecodeProgram(model.config, None, GREEDY, (257,))
+    jaxpr = jax.make_jaxpr(partial(program.decode, max_new_tokens=8))(
+        {"params": model.params}, tokens, tokens > 0, keys
+    ).jaxpr
     assert len(jaxpr.eqns) == 1 and len(inner_jaxprs(jaxpr.eqns[0])) == 1, (
         "prefill and loop belong in one jit"
     )
@@ -445,7 +490,9 @@ def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
         )
     tokens, keys = jnp.ones((1, 16), jnp.int32), jax.random.split(jax.random.key(0), 1)
     text = (
-        decode.lower(model.config, adapter, Sampler(), 8, (), variables, tokens, tokens > 0, keys)
+        DecodeProgram.decode.lower(
+            DecodeProgram(model.config, adapter), variables, tokens, tokens > 0, keys, 8
+        )
         .compile()
         .as_text()
     )
@@ -483,7 +530,9 @@ def test_the_compiled_loop_copies_no_cache(
         )
     tokens, keys = jnp.ones((batch, 16), jnp.int32), jax.random.split(jax.random.key(0), batch)
     text = (
-        decode.lower(model.config, adapter, Sampler(), 8, (), variables, tokens, tokens > 0, keys)
+        DecodeProgram.decode.lower(
+            DecodeProgram(model.config, adapter), variables, tokens, tokens > 0, keys, 8
+        )
         .compile()
         .as_text()
     )
@@ -518,17 +567,9 @@ def test_greedy_is_the_argmax_of_whole_forwards(layout: str, batch: int, kv_head
     tokens = jax.random.randint(jax.random.key(3), (batch, 16), 0, 250)
     run = pack_for_decode(model) if layout == "packed" else model
     assert run.config.scan_layers == (layout == "stacked")
-    out = decode(
-        run.config,
-        None,
-        Sampler(),
-        6,
-        (),
-        {"params": run.params},
-        tokens,
-        tokens >= 0,
-        jax.random.split(jax.random.key(0), batch),
-    )
+    keys = jax.random.split(jax.random.key(0), batch)
+    program = DecodeProgram(run.config)
+    out = program.decode({"params": run.params}, tokens, tokens >= 0, keys, 6)
     whole = np.concatenate([tokens, out], axis=1)
     assert (
         np.array_equal(np.argmax(forward(model, whole), axis=-1)[:, 15:-1], out)
@@ -559,25 +600,18 @@ def test_how_a_prompt_is_computed_does_not_hang_on_how_many_tokens_follow(
     """1 token or 40 after 16: the same number of cache slots, hence the same prefill."""
     seen: list[int] = []
     monkeypatch.setattr(
-        "zflora_jax.inference.decode.init_cache",
+        "zflora_jax.inference.model_call.init_cache",
         lambda config, batch, slots, adapter: (
             seen.append(slots) or init_cache(config, batch, slots)
         ),
     )
     model = untied()
+    program = DecodeProgram(model.config)
     tokens, keys = jnp.ones((1, 16), jnp.int32), jax.random.split(jax.random.key(0), 1)
     for new in (1, 40, 60):
         jax.eval_shape(
-            lambda new=new: decode.__wrapped__(
-                model.config,
-                None,
-                Sampler(),
-                new,
-                (),
-                {"params": model.params},
-                tokens,
-                tokens > 0,
-                keys,
+            lambda new=new: DecodeProgram.decode.__wrapped__(
+                program, {"params": model.params}, tokens, tokens > 0, keys, new
             )
         )
     assert seen == [64, 64, 128]
@@ -586,7 +620,14 @@ def test_how_a_prompt_is_computed_does_not_hang_on_how_many_tokens_follow(
 def test_prompts_of_similar_length_share_one_compilation() -> None:
     model = tiny_model(seed=4, max_position_embeddings=500)  # a config that no other test decodes
     assert [padded_length(n) for n in (1, 16, 17, 8192, 8193)] == [16, 16, 32, 8192, 10240]
-    before = decode._cache_size()
+    before = DecodeProgram.decode._cache_size()
     for length in (3, 9, 16):
         generate_tokens(model, [[1] * length, [2]], max_new_tokens=4)
-    assert decode._cache_size() == before + 1
+    assert DecodeProgram.decode._cache_size() == before + 1
+    # An equal program, made anew, is the same one.
+    config = GenerationConfig(max_new_tokens=4, sampler=Sampler(), stop_token_ids=[257])
+    again = Model(model.config.replace(eos_token_ids=(257,)), model.params)
+    generate_tokens(again, [[1] * 5, [2]], config)
+    other = DecodeProgram.decode._cache_size()
+    generate_tokens(again, [[1] * 6, [2]], max_new_tokens=4, stop_token_ids=(257,))
+    assert DecodeProgram.decode._cache_size() == other

@@ -16,7 +16,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference import likelihood
-from zflora_jax.inference.likelihood import advance, option_log_likelihoods
+from zflora_jax.inference.likelihood import option_log_likelihoods, score_pieces
 from zflora_jax.nn.llama import forward
 
 Rows = tuple[list[list[int]], list[list[list[int]]]]
@@ -134,10 +134,10 @@ def test_a_start_that_all_prompts_share_is_fed_once(monkeypatch: pytest.MonkeyPa
     options = [[option[:10] for option in row] for row in options] + [[[1, 2], [3]]]
 
     def counted(*args: Any) -> Any:
-        fed.append(int(args[7].sum()))
-        return advance(*args)
+        fed.append(int(args[3].valid.sum()))
+        return score_pieces(*args)
 
-    monkeypatch.setattr(likelihood, "advance", counted)
+    monkeypatch.setattr(likelihood, "score_pieces", counted)
     got = option_log_likelihoods(model, prompts, options)
     assert_same(got, definition(model, prompts, options))
     assert fed[0] == 19, "all but the last token of the shortest prompt"
@@ -178,12 +178,12 @@ def test_bounds_of_memory_change_no_result(monkeypatch: pytest.MonkeyPatch) -> N
     want, sizes = definition(model, prompts, options), []
 
     def counted(*args: Any) -> Any:
-        sizes.append(len(args[5]))
-        return advance(*args)
+        sizes.append(len(args[3].parents))
+        return score_pieces(*args)
 
     monkeypatch.setattr(likelihood, "CACHE_BYTES", 1)
     monkeypatch.setattr(likelihood, "HEAD_POSITIONS", 1)
-    monkeypatch.setattr(likelihood, "advance", counted)
+    monkeypatch.setattr(likelihood, "score_pieces", counted)
     assert_same(option_log_likelihoods(model, prompts, options, batch_size=4), want)
     assert len(sizes) > 2 and max(sizes) == 4
 
@@ -208,12 +208,12 @@ def test_numpy_ids_and_no_prompts_are_fine() -> None:
 
 
 def test_prompts_of_similar_length_share_one_compilation() -> None:
-    model, before = model_of(max_position_embeddings=499), advance._cache_size()
+    model, before = model_of(max_position_embeddings=499), score_pieces._cache_size()
     for n in (2, 9, 11):
         option_log_likelihoods(
             model, [ids(n, n), ids(1, 1)], [[ids(4, 5) + [t] for t in (1, 2, 3)]] * 2
         )
-    assert advance._cache_size() == before + 1
+    assert score_pieces._cache_size() == before + 1
 
 
 # --- stock transformers ---------------------------------------------------------------------------

@@ -41,10 +41,12 @@ from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.inference.beam import beam_decode
-from zflora_jax.inference.decode import decode, generate_tokens, packed, stream_tokens
+from zflora_jax.inference.beam import BeamProgram
+from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.model_call import packed
+from zflora_jax.inference.program import DecodeProgram
+from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel import sharding
@@ -175,7 +177,7 @@ def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
         strict=True,
     ):
         np.testing.assert_allclose(have, want, rtol=2e-5)
-    settings = {"max_new_tokens": 6, "stop": [263]}
+    settings = {"max_new_tokens": 6, "stop_token_ids": [263]}
     drawn = settings | {"sampler": Sampler(0.8, top_p=0.9), "batch_size": 2}
     assert generate_tokens(fused, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
     assert generate_tokens(fused, PROMPTS, num_beams=2, **settings) == generate_tokens(
@@ -233,8 +235,10 @@ def test_no_program_holds_a_whole_kernel():
             "fuse": _fuse.lower(model.config, adapter, model.params, adapters),
             "unfuse": _unfuse.lower(model.config, adapter, fused.params),
             "swap": _swap.lower(fused.config, model.config, adapter, fused.params, adapters),
-            "decode": decode.lower(run.config, None, Sampler(), 8, (1,), *given, keys),
-            "beams": beam_decode.lower(run.config, None, 2, 8, (1,), *given),
+            "decode": DecodeProgram.decode.lower(
+                DecodeProgram(run.config, None, GREEDY, (1,)), *given, keys, 8
+            ),
+            "beams": BeamProgram.search.lower(BeamProgram(run.config, None, 2, (1,)), *given, 8),
         }
     for name, program in programs.items():
         text = program.compile().as_text()

@@ -25,8 +25,9 @@ from zflora_jax.experiments.base import as_base
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import MANIFEST
 from zflora_jax.hf.save import save_hf
-from zflora_jax.inference import decode, likelihood
-from zflora_jax.inference.beam import beam_decode
+from zflora_jax.inference.beam import BeamProgram
+from zflora_jax.inference.likelihood import PieceBatch, score_pieces
+from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.llama import _forward, forward
 from zflora_jax.training.trainer import eval_step, init_state, make_train_step
 from zflora_jax.training.workdir import adopt, claim
@@ -53,10 +54,9 @@ def programs(precision: str) -> dict[str, Any]:
     ready = pack_for_decode(fuse(model, ADAPTER, adapters))
     c, variables = ready.config, {"params": ready.params}
     assert c.matmul_precision == precision
-    keys, sampler = jax.random.split(jax.random.key(0), 2), decode.Sampler()
-    prefilled = jax.eval_shape(
-        lambda: decode.prefill(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys)
-    )
+    keys, program = jax.random.split(jax.random.key(0), 2), DecodeProgram(c)
+    given = variables, tokens, tokens > 0
+    prefilled = jax.eval_shape(lambda: program.prefill(*given, keys, 4))
     counts = jnp.zeros(2, jnp.int32)
     return {
         "train step": (
@@ -67,16 +67,14 @@ def programs(precision: str) -> dict[str, Any]:
         "held-out loss": eval_step.lower(
             model.config, ADAPTER, {"params": model.params, "adapters": adapters}, batch, 16
         ),
-        "decode": decode.decode.lower(c, None, sampler, 4, (), variables, tokens, tokens > 0, keys),
-        "prefill": decode.prefill.lower(
-            c, None, sampler, 4, (), variables, tokens, tokens > 0, keys
+        "decode": DecodeProgram.decode.lower(program, *given, keys, 4),
+        "prefill": DecodeProgram.prefill.lower(program, *given, keys, 4),
+        "decode until": DecodeProgram.decode_until.lower(
+            program, variables, prefilled, keys, np.int32(4)
         ),
-        "advance": decode.decode_until.lower(
-            c, None, sampler, (), variables, prefilled, keys, np.int32(4)
-        ),
-        "beams": beam_decode.lower(c, None, 2, 4, (), variables, tokens, tokens > 0),
-        "likelihood": likelihood.advance.lower(
-            c, 4, True, ready.params, None, counts, tokens, tokens > 0, counts, tokens
+        "beams": BeamProgram.search.lower(BeamProgram(c, None, 2), *given, 4),
+        "likelihood": score_pieces.lower(
+            c, ready.params, None, PieceBatch(counts, *given[1:], counts, tokens), 4, True
         ),
     }
 

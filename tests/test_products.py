@@ -16,10 +16,10 @@ from support.models import narrow_and_wide
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model
-from zflora_jax.inference.beam import next_logits
-from zflora_jax.inference.decode import decode, generate_tokens
+from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.model_call import next_logits
+from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.ops import products
 
@@ -119,8 +119,8 @@ def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(
     model = pack_for_decode(narrow_and_wide(**changes)[0])
     tokens, keys = jnp.ones((batch, 10), jnp.int32), jax.random.split(jax.random.key(0), batch)
     text = (
-        decode.lower(
-            model.config, None, Sampler(), 8, (), {"params": model.params}, tokens, tokens > 0, keys
+        DecodeProgram.decode.lower(
+            DecodeProgram(model.config), {"params": model.params}, tokens, tokens > 0, keys, 8
         )
         .compile()
         .as_text()
@@ -187,7 +187,8 @@ def test_beams_of_a_bfloat16_model_are_at_least_as_probable_as_greedy_answers() 
     narrow, wide = narrow_and_wide(tie_word_embeddings=False)
     prompts = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (9, 3, 14)]
     beams, greedy = (
-        generate_tokens(narrow, prompts, max_new_tokens=12, num_beams=n, stop=()) for n in (4, 1)
+        generate_tokens(narrow, prompts, max_new_tokens=12, num_beams=n, stop_token_ids=())
+        for n in (4, 1)
     )
     found = np.asarray(
         option_log_likelihoods(

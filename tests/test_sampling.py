@@ -14,7 +14,14 @@ from hypothesis import assume, given, settings, strategies as st
 from support.models import untied
 
 from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.inference.sampling import Sampler, greedy
+from zflora_jax.inference.sampling import (
+    NON_FINITE,
+    Sampler,
+    greedy,
+    greedy_reference,
+    nucleus,
+    nucleus_reference,
+)
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
@@ -22,10 +29,33 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     logits = draw.integers(-3, 4, (40, 50)).astype(np.float32)  # many ties
     logits[3], logits[4, :30] = -np.inf, -np.inf
     np.testing.assert_array_equal(greedy(jnp.asarray(logits)), logits.argmax(axis=-1))
-    logits[5, 7] = np.nan
-    assert int(greedy(jnp.asarray(logits))[5]) == 49, (
-        "a token of the vocabulary, whatever the logits"
-    )
+    logits[5, 7], logits[6] = np.nan, np.nan
+    tokens = np.asarray(greedy(jnp.asarray(logits)))
+    assert (np.flatnonzero(tokens == NON_FINITE) == [5, 6]).all(), "a NaN is never passed over"
+    np.testing.assert_array_equal(tokens, greedy_reference(jnp.asarray(logits)))
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_the_nucleus_by_bisection_equals_the_one_by_sorting(top_p: float) -> None:
+    logits = np.random.default_rng(2).normal(0, 3, (40, 50)).astype(np.float32)
+    logits[7, :30] = -np.inf
+    got, want = (np.asarray(f(jnp.asarray(logits), top_p)) for f in (nucleus, nucleus_reference))
+    np.testing.assert_array_equal(got, want)
+    counts = np.isfinite(got).sum(axis=1)
+    assert counts.min() >= 1 and counts.max() < 50
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Sampler(), Sampler(0.8), Sampler(0.8, 5), Sampler(0.8, None, 0.9), Sampler(0.8, 5, 0.9)],
+    ids=str,
+)
+def test_a_row_whose_logits_are_not_numbers_is_told_apart(sampler: Sampler) -> None:
+    logits = np.random.default_rng(0).normal(size=(5, 50)).astype(np.float32)
+    logits[1], logits[3, 20], logits[4, 20] = np.nan, np.nan, -np.nan
+    tokens = np.asarray(sampler(jnp.asarray(logits), jax.random.split(jax.random.key(0), 5)))
+    assert tokens.dtype == np.int32 and (tokens[[1, 3, 4]] == NON_FINITE).all()
+    assert (tokens[[0, 2]] >= 0).all()
 
 
 def test_a_vocabulary_is_cut_as_in_float64() -> None:
@@ -154,14 +184,18 @@ def test_frequencies_of_draws(sampler: Sampler) -> None:
 
 def test_top_k_of_one_is_greedy_and_tiny_top_p_too() -> None:
     model, prompts = untied(), [[5, 6, 7], [100]]
-    greedy = generate_tokens(model, prompts, max_new_tokens=12, stop=())
+    greedy = generate_tokens(model, prompts, max_new_tokens=12, stop_token_ids=())
     for sampler in (Sampler(1.5, top_k=1), Sampler(1.5, top_p=1e-6)):
         assert (
-            generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=sampler, seed=3)
+            generate_tokens(
+                model, prompts, max_new_tokens=12, stop_token_ids=(), sampler=sampler, seed=3
+            )
             == greedy
         )
     assert (
-        generate_tokens(model, prompts, max_new_tokens=12, stop=(), sampler=Sampler(1.5), seed=3)
+        generate_tokens(
+            model, prompts, max_new_tokens=12, stop_token_ids=(), sampler=Sampler(1.5), seed=3
+        )
         != greedy
     )
 
@@ -174,7 +208,13 @@ def test_draws_depend_on_the_seed_and_the_prompt_s_place_alone() -> None:
 
     def run(prompts: list[list[int]], seed: int = 0, size: int = 16) -> list[list[int]]:
         return generate_tokens(
-            model, prompts, max_new_tokens=16, stop=(), sampler=sampler, seed=seed, batch_size=size
+            model,
+            prompts,
+            max_new_tokens=16,
+            stop_token_ids=(),
+            sampler=sampler,
+            seed=seed,
+            batch_size=size,
         )
 
     answers = run(prompts)

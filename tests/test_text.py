@@ -12,8 +12,8 @@ from support.models import untied
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.prompts import render_turns
-from zflora_jax.inference import decode
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import Sampler
 from zflora_jax.inference.text import converse, generate, stream
 
@@ -44,15 +44,16 @@ def test_a_stream_ends_with_its_stop_token(talker):
     whole = generate_tokens(talker, [[5, 6, 7]], max_new_tokens=12)[0]
     stop = whole[5]
     want = whole[: whole.index(stop) + 1]
-    assert list(stream_tokens(talker, [5, 6, 7], max_new_tokens=12, stop=[stop])) == want
+    assert list(stream_tokens(talker, [5, 6, 7], max_new_tokens=12, stop_token_ids=[stop])) == want
 
 
 def test_a_stream_compiles_one_step(talker):
     list(stream_tokens(talker, [5, 6, 7], max_new_tokens=9))
-    compiled = decode.prefill._cache_size(), decode.decode_until._cache_size()
+    programs = DecodeProgram.prefill, DecodeProgram.decode_until
+    compiled = [program._cache_size() for program in programs]
     # As much room, and as long a prompt once padded.
     list(stream_tokens(talker, [8, 9, 10, 11], max_new_tokens=16))
-    assert (decode.prefill._cache_size(), decode.decode_until._cache_size()) == compiled
+    assert [program._cache_size() for program in programs] == compiled
 
 
 def test_a_stream_checks_its_prompt(talker):

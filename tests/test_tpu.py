@@ -9,7 +9,8 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.run_config import OptimConfig
-from zflora_jax.inference.decode import decode, packed
+from zflora_jax.inference.model_call import packed
+from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import Sampler
 from zflora_jax.training.trainer import init_state, make_train_step
 
@@ -47,19 +48,11 @@ def test_decoding_lowers(method):
     ready = packed(fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter))))
     tokens = jnp.ones((2, 16), jnp.int32)
 
+    generation = DecodeProgram(ready.config, None, Sampler(0.7, top_k=5, top_p=0.9), (257,))
+
     @jax.jit
     def run(params, tokens, valid, keys):
-        return decode(
-            ready.config,
-            None,
-            Sampler(0.7, top_k=5, top_p=0.9),
-            8,
-            (257,),
-            {"params": params},
-            tokens,
-            valid,
-            keys,
-        )
+        return generation.decode({"params": params}, tokens, valid, keys, 8)
 
     program = exported(
         run, ready.params, tokens, tokens > 0, jax.random.split(jax.random.key(0), 2)

@@ -120,7 +120,7 @@ def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
     """This project's tokens, texts and likelihoods."""
     from zflora_jax import generate_tokens, option_log_likelihoods
 
-    tokens = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS, stop=())
+    tokens = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS, stop_token_ids=())
     until_end = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS)
     read = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731
     starts = [read(text) for text, _ in CHOICES]

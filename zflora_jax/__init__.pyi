@@ -10,6 +10,7 @@ from .adapters.tasks import (
     stack_tasks as stack_tasks,
 )
 from .core.adapter_config import AdapterConfig as AdapterConfig
+from .core.errors import NonFiniteError as NonFiniteError
 from .core.fields import ConfigError as ConfigError
 from .core.model import Model as Model
 from .core.model_config import PRESETS as PRESETS, LlamaConfig as LlamaConfig, preset as preset
@@ -33,6 +34,7 @@ from .hf.load import load_model as load_model
 from .hf.peft import load_peft as load_peft, save_peft as save_peft
 from .hf.save import save_hf as save_hf
 from .inference.decode import generate_tokens as generate_tokens, stream_tokens as stream_tokens
+from .inference.generation_config import GenerationConfig as GenerationConfig
 from .inference.likelihood import option_log_likelihoods as option_log_likelihoods
 from .inference.sampling import Sampler as Sampler
 from .inference.serving import serve as serve
@@ -40,6 +42,5 @@ from .inference.text import generate as generate, stream as stream
 from .nn.kv_cache import KVCache as KVCache, init_cache as init_cache
 from .nn.llama import Llama as Llama, forward as forward, random_model as random_model
 from .nn.vocabulary import resize_vocab as resize_vocab
-from .training.trainer import NonFiniteError as NonFiniteError
 
 __version__: str

@@ -19,8 +19,8 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.inference.decode import decode
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.program import DecodeProgram
+from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.nn.llama import Llama
 from zflora_jax.parallel.mesh import mesh_in_use
 
@@ -67,11 +67,12 @@ def contender(
         jnp.ones(tokens.shape, bool),
         jax.random.split(jax.random.key(0), batch),
     )
+    program = DecodeProgram(config, adapter, sampler or GREEDY)
     options = dict(compiler_options or {})
     start = time.perf_counter()
     with mesh_in_use(model.params):
         compiled = {
-            n: decode.lower(config, adapter, sampler or Sampler(), n, (), *given).compile(options)
+            n: DecodeProgram.decode.lower(program, *given, n).compile(options)
             for n in (1, new_tokens)
         }
     extra = {"compile_s": time.perf_counter() - start}

@@ -103,7 +103,7 @@ def generation_records(
             [prompts[i] for i in rows],
             max_new_tokens=evaluation.max_new_tokens,
             batch_size=evaluation.batch_size,
-            stop=stop,
+            stop_token_ids=stop,
             num_beams=evaluation.num_beams,
         )
         return [

@@ -12,7 +12,7 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.restore import load_stock
-from zflora_jax.inference.decode import padded_length
+from zflora_jax.inference.batching import padded_length
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_of
 

@@ -4,15 +4,15 @@
 Those rules, with length_penalty=1 and early_stopping=False: a finished hypothesis counts its
 log-probability per generated token, its stop token included; a row ends when K have finished and
 its best running hypothesis, were it to end now, would not count more than the worst of them. As in
-`decode`, a row's result does not depend on the rows beside it.
+`program`, a row's result does not depend on the rows beside it.
 
-Legend: B batch, K beams, C candidates of a step, T prompt positions, N new tokens, V vocabulary.
+Letters: B batch, K beams, C candidates of a step, T prompt positions, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import flax.struct
 import jax
@@ -21,38 +21,21 @@ import jax.numpy as jnp
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
-from zflora_jax.nn.llama import Llama, hidden_states
-from zflora_jax.ops.products import at_config_precision, copy_bits
+from zflora_jax.inference.cache_rows import reorder_rows, repeat_rows
+from zflora_jax.inference.model_call import empty_cache, next_logits
+from zflora_jax.inference.sampling import NON_FINITE
+from zflora_jax.nn.kv_cache import KVCache
 
 Array = jax.Array
 
 
-def next_logits(
-    config: LlamaConfig,
-    adapter: AdapterConfig | None,
-    variables: Tree,
-    tokens: Array,
-    valid: Array | None,
-    cache: KVCache,
-) -> tuple[Array, KVCache]:
-    """Logits [B, V] float32 of the token that follows tokens [B, T] int32 (left-padded where
-    `valid` is False), and the updated cache.
-
-    variables: {"params": ...}, and with an adapter that is not fused {"adapters": ...}, or
-    {"row_adapters": ...} (see `llama.hidden_states`).
-    """
-    llama = Llama(config, adapter)
-    hidden, cache = hidden_states(llama, variables, tokens, valid, cache)
-    shared = {name: tree for name, tree in variables.items() if name != "row_adapters"}
-    logits: Any = llama.apply(shared, hidden[:, -1:], method="logits")
-    return logits[:, 0], cache
-
-
 @flax.struct.dataclass
 class Hypotheses:
-    """K continuations of each prompt, best first. tokens [B, K, N] int32, -1 where nothing is
-    written; scores [B, K] float32, -inf for none yet.
+    """K continuations of each prompt, best first.
+
+    Attributes:
+      tokens: [B, K, N] int32, -1 where nothing is written.
+      scores: [B, K] float32, -inf for none yet.
     """
 
     tokens: Array
@@ -66,9 +49,14 @@ class Hypotheses:
 
 @flax.struct.dataclass
 class BeamState:
-    """The loop's carry. running: hypotheses to extend, scored by their summed log-probabilities;
-    finished: by the same per token; improvable [B] bool: rows whose finished hypotheses may still
-    be beaten; step int32: tokens written so far; cache: of B*K rows, those of a prompt together.
+    """The loop's carry.
+
+    Attributes:
+      running: hypotheses to extend, scored by their summed log-probabilities.
+      finished: hypotheses that have ended, scored by the same per token.
+      improvable: [B] bool, rows whose finished hypotheses may still be beaten.
+      step: int32, how many tokens are written.
+      cache: of B * K rows, those of a prompt side by side.
     """
 
     running: Hypotheses
@@ -78,113 +66,122 @@ class BeamState:
     cache: KVCache
 
 
-def _pick(values: Array, places: Array) -> Array:
-    """values [B, X, ...], places [B, Y] -> [B, Y, ...]."""
-    return jnp.take_along_axis(
-        values, jnp.expand_dims(places, tuple(range(2, values.ndim))), axis=1
-    )
+@dataclass(frozen=True)
+class BeamProgram:
+    """How beams are searched. Equal programs share what is compiled.
 
-
-@jax.jit(static_argnums=(0, 1, 2, 3, 4))
-@at_config_precision
-def beam_decode(
-    config: LlamaConfig,
-    adapter: AdapterConfig | None,
-    num_beams: int,
-    max_new_tokens: int,
-    stop: tuple[int, ...],
-    variables: Tree,
-    tokens: Array,
-    valid: Array,
-) -> Array:
-    """Prompts [B, T] int32, left-padded, -> each one's best continuation [B, max_new_tokens] int32:
-    up to its stop token if it has one, then -1.
-
-    valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop:
-    token ids that end a hypothesis. The prompts are run once each, not once per beam. num_beams +
-    len(stop) must not exceed the vocabulary. With num_beams=1 this is not greedy decoding: after a
-    stop token the search goes on while a longer answer could count more.
+    Attributes:
+      config: of the model.
+      adapter: of adapters that run beside the base; None for a base, fused or packed tree.
+      num_beams: K. With 1 this is not greedy decoding: after a stop token the search goes on while
+        a longer answer could count more.
+      stop_token_ids: tokens that end a hypothesis. num_beams + len(stop_token_ids) must not exceed
+        the vocabulary.
     """
-    batch, length = tokens.shape
-    # Each beam has at most len(stop) candidates that end, so this many always hold num_beams that
-    # do not.
-    candidates = num_beams * max(2, 1 + len(stop))
 
-    def extend(s: BeamState, logits: Array, cache: KVCache) -> BeamState:
-        """The state one token later, from logits [B, K, V] of the running hypotheses and the cache
-        that they were computed with.
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+    num_beams: int
+    stop_token_ids: tuple[int, ...] = ()
+
+    @partial(jax.jit, static_argnames=("self", "max_new_tokens"))
+    def search(self, variables: Tree, tokens: Array, valid: Array, max_new_tokens: int) -> Array:
+        """The best continuation of each prompt. A prompt is run once, not once per beam.
+
+        Args:
+          variables: of the model (see `model_call.hidden`).
+          tokens: [B, T] int32, prompts padded on the left.
+          valid: [B, T] bool, False at padding. A row that is all padding (a filler) yields nothing.
+          max_new_tokens: N.
+
+        Returns:
+          [B, N] int32: up to the stop token if there is one, then -1; all `sampling.NON_FINITE`
+          for a prompt with NaN among its logits.
         """
+        prompt_length = tokens.shape[1]
+
+        def going(s: BeamState) -> Array:
+            return (s.step < max_new_tokens) & jnp.any(s.improvable)
+
+        def one_token(s: BeamState) -> BeamState:
+            last = jax.lax.dynamic_index_in_dim(s.running.tokens, s.step - 1, axis=2)
+            logits, cache = next_logits(
+                self.config, self.adapter, variables, last.reshape(-1, 1), None, s.cache
+            )
+            logits = logits.reshape(len(tokens), self.num_beams, -1)
+            return self._extend(s, logits, cache, prompt_length)
+
+        state = self._prefill(variables, tokens, valid, max_new_tokens)
+        best = jax.lax.while_loop(going, one_token, state).finished
+        # A filler has finished nothing: all -1.
+        return jnp.where(best.scores[:, :1] == jnp.inf, NON_FINITE, best.tokens[:, 0])
+
+    def _prefill(
+        self, variables: Tree, tokens: Array, valid: Array, max_new_tokens: int
+    ) -> BeamState:
+        """The state after the first token."""
+        batch, length = tokens.shape
+        cache = empty_cache(self.config, self.adapter, batch, length + max_new_tokens)
+        logits, cache = next_logits(self.config, self.adapter, variables, tokens, valid, cache)
+        none = Hypotheses(
+            jnp.full((batch, self.num_beams, max_new_tokens), -1, jnp.int32),
+            jnp.full((batch, self.num_beams), -jnp.inf, jnp.float32),
+        )
+        # The beams are equal so far: the first alone is extended.
+        first = Hypotheses(none.tokens, none.scores.at[:, 0].set(0.0))
+        step, cache = jnp.zeros((), jnp.int32), repeat_rows(cache, self.num_beams)
+        state = BeamState(first, none, jnp.any(valid, axis=1), step, cache)
+        logits = jnp.broadcast_to(logits[:, None], (batch, self.num_beams, logits.shape[-1]))
+        return self._extend(state, logits, cache, length)
+
+    def _extend(self, s: BeamState, logits: Array, cache: KVCache, prompt_length: int) -> BeamState:
+        """The state one token later.
+
+        Args:
+          s: the state.
+          logits: [B, K, V] of the running hypotheses.
+          cache: that these were computed with.
+          prompt_length: slots of the cache that the beams of a prompt share.
+        """
+        batch, _, max_new_tokens = s.running.tokens.shape
         log_probs = (
             jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) + s.running.scores[:, :, None]
         )
+        # NaN beats all numbers, so that `search` sees it in the end.
+        log_probs = jnp.where(jnp.isnan(log_probs), jnp.inf, log_probs)
+        # A beam has at most one candidate for each stop token, so that this many always hold
+        # num_beams that do not end.
+        candidates = self.num_beams * max(2, 1 + len(self.stop_token_ids))
         scores, places = jax.lax.top_k(log_probs.reshape(batch, -1), candidates)
         beams, drawn = places // logits.shape[-1], places % logits.shape[-1]
         written = jax.lax.dynamic_update_index_in_dim(
             _pick(s.running.tokens, beams), drawn, s.step, axis=2
         )
         step = s.step + 1
-        ends = jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) | (step == max_new_tokens)
+        stops = jnp.asarray(self.stop_token_ids, jnp.int32)
+        ends = jnp.isin(drawn, stops) | (step == max_new_tokens)
 
         # Only the best K candidates may finish; those below them are there to be run on.
         ending = jnp.where(
             ends & s.improvable[:, None], scores / step.astype(jnp.float32), -jnp.inf
         )
         pool = Hypotheses(
-            jnp.concatenate([s.finished.tokens, written[:, :num_beams]], axis=1),
-            jnp.concatenate([s.finished.scores, ending[:, :num_beams]], axis=1),
+            jnp.concatenate([s.finished.tokens, written[:, : self.num_beams]], axis=1),
+            jnp.concatenate([s.finished.scores, ending[:, : self.num_beams]], axis=1),
         )
-        finished, _ = pool.best(num_beams)
-        running, kept = Hypotheses(written, jnp.where(ends, -jnp.inf, scores)).best(num_beams)
+        finished, _ = pool.best(self.num_beams)
+        running, kept = Hypotheses(written, jnp.where(ends, -jnp.inf, scores)).best(self.num_beams)
         improvable = s.improvable & (
             running.scores[:, 0] / step.astype(jnp.float32) > finished.scores[:, -1]
         )
-        return BeamState(running, finished, improvable, step, follow(cache, _pick(beams, kept)))
+        first_rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * self.num_beams
+        rows = (first_rows + _pick(beams, kept)).reshape(-1)
+        cache = reorder_rows(cache, rows, prompt_length)
+        return BeamState(running, finished, improvable, step, cache)
 
-    def follow(cache: KVCache, beams: Array) -> KVCache:
-        """The cache reordered to the beams [B, K] that were run on. A row's beams share its prompt,
-        so only what lies after it moves.
-        """
-        rows = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_beams + beams).reshape(-1)
 
-        def moved(x: Array, slots: int) -> Array:
-            take = partial(jnp.take, axis=int(config.scan_layers), mode="clip")
-            after = copy_bits(take, (jax.lax.slice_in_dim(x, length, None, axis=slots),), (rows,))
-            return copy_bits(
-                lambda x, after: jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=slots),
-                (x, after),
-            )
-
-        return KVCache(cache.map_layers(moved), cache.valid, cache.index)
-
-    def going(s: BeamState) -> Array:
-        return (s.step < max_new_tokens) & jnp.any(s.improvable)
-
-    def one_token(s: BeamState) -> BeamState:
-        last = jax.lax.dynamic_index_in_dim(s.running.tokens, s.step - 1, axis=2)
-        logits, cache = next_logits(config, adapter, variables, last.reshape(-1, 1), None, s.cache)
-        return extend(s, logits.reshape(batch, num_beams, -1), cache)
-
-    logits, cache = next_logits(
-        config,
-        adapter,
-        variables,
-        tokens,
-        valid,
-        init_cache(config, batch, cache_slots(length + max_new_tokens), adapter),
+def _pick(values: Array, places: Array) -> Array:
+    """values [B, X, ...], places [B, Y] -> [B, Y, ...]."""
+    return jnp.take_along_axis(
+        values, jnp.expand_dims(places, tuple(range(2, values.ndim))), axis=1
     )
-    layers = jax.tree.map(
-        lambda x: jnp.repeat(x, num_beams, axis=int(config.scan_layers)), cache.layers
-    )
-    cache = KVCache(layers, jnp.repeat(cache.valid, num_beams, axis=0), cache.index)
-    none = Hypotheses(
-        jnp.full((batch, num_beams, max_new_tokens), -1, jnp.int32),
-        jnp.full((batch, num_beams), -jnp.inf, jnp.float32),
-    )
-    # The beams are equal so far: the first alone is extended.
-    empty = Hypotheses(none.tokens, none.scores.at[:, 0].set(0.0))
-    state = BeamState(empty, none, jnp.any(valid, axis=1), jnp.zeros((), jnp.int32), cache)
-    state = extend(
-        state, jnp.broadcast_to(logits[:, None], (batch, num_beams, logits.shape[-1])), cache
-    )
-    # A filler has finished nothing: all -1.
-    return jax.lax.while_loop(going, one_token, state).finished.tokens[:, 0]

@@ -1,385 +1,185 @@
-"""Generation: prefill and the token loop in one compiled function, for any Llama tree; batches with
-left padding.
-
-A row's result does not depend on the rows beside it: padding is never attended to and takes no
-position, and each row draws from its own random stream.
-"""
+"""Generation of token ids: batches of prompts, and one prompt token by token."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
-from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.adapters.tasks import rows_of
-from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree
-from zflora_jax.inference.beam import beam_decode, next_logits
-from zflora_jax.inference.sampling import Sampler
-from zflora_jax.nn.kv_cache import HEADS, ROWS, KVCache, cache_slots, init_cache
-from zflora_jax.ops.products import at_config_precision
-from zflora_jax.parallel.mesh import beside, fill_rows, mesh_in_use, require_local
+from zflora_jax.inference.batching import Batch, batches, check_prompts, pad_left, padded_length
+from zflora_jax.inference.beam import BeamProgram
+from zflora_jax.inference.generation_config import (
+    GenerationConfig,
+    GenerationSettings,
+    generation_config,
+)
+from zflora_jax.inference.model_call import packed
+from zflora_jax.inference.program import DecodeProgram
+from zflora_jax.inference.sampling import GREEDY, NON_FINITE
+from zflora_jax.inference.unfused import UnfusedAdapters, unfused_adapters
+from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
 
 Array = jax.Array
-# A prompt is padded to one of these: few compilations.
-PROMPT_LENGTHS = (
-    16,
-    32,
-    48,
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    768,
-    1024,
-    1536,
-    2048,
-    3072,
-    4096,
-    6144,
-    8192,
-)
-
-
-@flax.struct.dataclass
-class DecodeState:
-    """The loop's carry. out [B, N] int32, pad after a row's end; last [B] int32, the token to feed
-    next; done [B] bool; step int32: tokens written so far.
-    """
-
-    out: Array
-    last: Array
-    done: Array
-    step: Array
-    cache: KVCache
-
-
-@jax.jit(static_argnums=(0, 1, 2, 3, 4))
-def decode(
-    config: LlamaConfig,
-    adapter: AdapterConfig | None,
-    sampler: Sampler,
-    max_new_tokens: int,
-    stop: tuple[int, ...],
-    variables: Tree,
-    tokens: Array,
-    valid: Array,
-    keys: Array,
-) -> Array:
-    """Prompts [B, T] int32, left-padded, -> generated tokens [B, max_new_tokens] int32, ending with
-    the stop token where one was drawn, then -1.
-
-    valid [B, T] bool: False at padding; a row that is all padding (a filler) yields nothing. stop:
-    token ids that end a row. keys [B]: one random key per row.
-    """
-    state = prefill(config, adapter, sampler, max_new_tokens, stop, variables, tokens, valid, keys)
-    return decode_until(config, adapter, sampler, stop, variables, state, keys, max_new_tokens).out
-
-
-@jax.jit(static_argnums=(0, 1, 2, 3, 4))
-@at_config_precision
-def prefill(
-    config: LlamaConfig,
-    adapter: AdapterConfig | None,
-    sampler: Sampler,
-    max_new_tokens: int,
-    stop: tuple[int, ...],
-    variables: Tree,
-    tokens: Array,
-    valid: Array,
-    keys: Array,
-) -> DecodeState:
-    """The first part of `decode`: the state after the first token, with room for max_new_tokens."""
-    batch, length = tokens.shape
-    cache = init_cache(config, batch, cache_slots(length + max_new_tokens), adapter)
-    logits, cache = next_logits(config, adapter, variables, tokens, valid, cache)
-    first, done = _choose(
-        sampler, stop, logits, keys, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1)
-    )
-    out = jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first)
-    return DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)
-
-
-@jax.jit(static_argnums=(0, 1, 2, 3), donate_argnums=5)
-@at_config_precision
-def decode_until(
-    config: LlamaConfig,
-    adapter: AdapterConfig | None,
-    sampler: Sampler,
-    stop: tuple[int, ...],
-    variables: Tree,
-    state: DecodeState,
-    keys: Array,
-    until: ArrayLike,
-) -> DecodeState:
-    """The rest of `decode`: on to `until` tokens (int32), or to where all rows have ended. `state`
-    is donated.
-    """
-
-    def going(s: DecodeState) -> Array:
-        return (s.step < until) & ~jnp.all(s.done)
-
-    def one_token(s: DecodeState) -> DecodeState:
-        logits, cache = next_logits(
-            config, adapter, variables, jnp.maximum(s.last, 0)[:, None], None, s.cache
-        )
-        token, done = _choose(sampler, stop, logits, keys, s.step, s.done)
-        return DecodeState(
-            jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1),
-            token,
-            done,
-            s.step + 1,
-            cache,
-        )
-
-    def with_layers(s: DecodeState, layers: Any) -> DecodeState:
-        return replace(s, cache=replace(s.cache, layers=layers))
-
-    # Without axes of one XLA's CPU compiler updates the cache in place; with them, the loop would
-    # copy every array of it four times a token.
-    last = jax.lax.while_loop(
-        going, one_token, with_layers(state, state.cache.map_layers(lambda x, _: drop_single(x)))
-    )
-    return with_layers(
-        last,
-        jax.tree.map(
-            lambda x, whole: x.reshape(whole.shape), last.cache.layers, state.cache.layers
-        ),
-    )
-
-
-def drop_single(x: Array) -> Array:
-    """An array of a cache without its axes of rows and of heads where they have one."""
-    return jnp.squeeze(x, tuple(axis for axis in (ROWS, HEADS) if x.shape[axis] == 1))
-
-
-def _choose(
-    sampler: Sampler, stop: tuple[int, ...], logits: Array, keys: Array, step: Array, done: Array
-) -> tuple[Array, Array]:
-    """(the token that each row goes on with, -1 where it has ended; whether it has ended now)."""
-    drawn = sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
-    ended = done | jnp.isin(drawn, jnp.asarray(stop, jnp.int32)) if stop else done
-    return jnp.where(done, -1, drawn), ended
-
-
-_packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
-
-
-def packed(model: Model) -> Model:
-    """`model` packed for decode; kept as long as `model` lives, so that repeated calls do not pack
-    again.
-    """
-    if model not in _packed or _packed[model][0] is not model.params:
-        made = pack_for_decode(model)
-        if made is model:
-            return model
-        _packed[model] = model.params, made
-    return _packed[model][1]
-
-
-def padded_length(length: int) -> int:
-    """The smallest of PROMPT_LENGTHS that holds `length` (a multiple of 2048 beyond the last)."""
-    return next((n for n in PROMPT_LENGTHS if n >= length), -(-length // 2048) * 2048)
 
 
 def generate_tokens(
     model: Model,
     prompts: Sequence[Sequence[int]],
+    config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int,
-    sampler: Sampler | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    stop: Sequence[int] | None = None,
-    num_beams: int = 1,
-    on_batch: Callable[[int], None] | None = None,
     adapter: AdapterConfig | None = None,
     adapters: Tree | None = None,
     tasks: Sequence[int] | None = None,
-    numbers: Sequence[int] | None = None,
+    request_ids: Sequence[int] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+    **settings: Unpack[GenerationSettings],
 ) -> list[list[int]]:
-    """Token ids generated for each prompt, the stop token included where the model ended by itself.
+    """Generate token ids for each prompt.
 
-    stop: ids that end a row; None means the config's eos_token_ids. Prompts of similar length share
-    a batch; the answers come back in the order of `prompts` and do not depend on batch_size (up to
-    float rounding of the matrix products). on_batch(n) is called after each batch with its number
-    of prompts. num_beams: above 1, beam search (see `beam`), which draws nothing and so takes no
-    sampler of a temperature above 0; a batch then decodes batch_size * num_beams rows. adapter,
-    adapters: run with these beside the base instead of fused into it, which is slower. tasks: which
-    of several tasks each prompt is of; adapters are then those of all tasks, leaves [N, ...]
-    (`adapters.tasks.stack_tasks`), and a batch may mix them. numbers: of the prompts, on which what
-    is drawn for each hangs beside `seed`; None: from 0. Raises ValueError for an empty prompt or
-    one that does not fit the context.
+    Prompts of similar length share a batch; an answer does not depend on the prompts beside it (up
+    to float rounding of the matrix products).
+
+    Args:
+      model: base, fused or packed.
+      prompts: token ids of each prompt.
+      config: how to generate; None for the defaults of `GenerationConfig`.
+      adapter, adapters: config and tree of an adapter to run beside the base instead of fused into
+        it, which is slower.
+      tasks: index of the task that each prompt is of; `adapters` are then those of all tasks,
+        leaves [N, ...] (`stack_tasks`), and a batch may mix tasks.
+      request_ids: what is drawn for a prompt depends on the seed and on its id; None: 0, 1, ...
+      on_batch: called after each batch with its number of prompts.
+      settings: fields of `GenerationConfig`, in place of those of `config`.
+
+    Returns:
+      The ids generated for each prompt, in the order of `prompts`, the stop token included where
+      the model ended by itself.
+
+    Raises:
+      ConfigError: settings that do not go together; a prompt that is empty, does not fit the
+        context, or holds ids that the model has no embedding for.
+      NonFiniteError: logits are NaN or infinite.
     """
-    require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
-    sampler, stop = (
-        sampler or Sampler(),
-        tuple(model.config.eos_token_ids if stop is None else stop),
-    )
-    require(num_beams >= 1, f"num_beams={num_beams}: must be at least 1 (1 is no beam search).")
-    require(
-        num_beams == 1 or sampler.temperature == 0,
-        f"num_beams={num_beams} with a sampler of temperature {sampler.temperature}: beam search"
-        " draws nothing. Leave the sampler out, or set num_beams=1.",
-    )
-    room = model.config.vocab_size - len(stop)
-    require(
-        num_beams == 1 or num_beams <= room,
-        f"num_beams={num_beams}: must be at most {room}, the vocabulary's tokens that do not stop.",
-    )
-    check_prompts(model, prompts, max_new_tokens)
-    require(
-        (adapter is None) == (adapters is None),
-        "adapter and adapters go together: give both, or neither.",
-    )
-    require(
-        tasks is None or adapters is not None,
-        "tasks says whose adapters a prompt uses: give adapter and adapters too.",
-    )
-    require(
-        tasks is None or len(tasks) == len(prompts),
-        f"{len(prompts)} prompts and {0 if tasks is None else len(tasks)} tasks: give one for"
-        " each.",
-    )
-    require(
-        tasks is None or num_beams == 1,
-        "beam search does not mix tasks in a batch: give the prompts of each task apart, without"
-        " tasks.",
-    )
+    config = generation_config(config, settings).stopping_at(model.config.eos_token_ids)
+    _check_beams(model, config, tasks)
+    check_prompts(model, prompts, config.max_new_tokens)
+    unfused = unfused_adapters(adapter, adapters, tasks, len(prompts))
     require_local(model.params, "generate")
-    run, root = packed(model), jax.random.key(seed)
-    variables = {"params": run.params}
-    adapters = None if adapters is None else beside(run.params, adapters)
-    if adapters is not None and tasks is None:
-        variables["adapters"] = trees.unstack_layers(adapters, run.config.num_layers)
+    run = packed(model)
+    unfused = unfused and unfused.placed(run)
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        length = padded_length(len(prompts[rows[-1]]))
-        tokens = np.zeros(
-            (fill_rows(batch_size if len(order) > batch_size else len(rows), run.params), length),
-            np.int32,
-        )
-        valid = np.zeros(tokens.shape, bool)
-        for row, i in enumerate(rows):
-            tokens[row, length - len(prompts[i]) :], valid[row, length - len(prompts[i]) :] = (
-                prompts[i],
-                True,
-            )
-        if adapters is not None and tasks is not None:
-            own = rows_of(adapters, np.resize([tasks[i] for i in rows], len(tokens)))
-            variables["row_adapters"] = trees.unstack_layers(own, run.config.num_layers, axis=1)
-        if num_beams > 1:
-            with mesh_in_use(run.params):
-                out = np.asarray(
-                    beam_decode(
-                        run.config,
-                        adapter,
-                        num_beams,
-                        max_new_tokens,
-                        stop,
-                        variables,
-                        tokens,
-                        valid,
-                    )
-                )
-        else:
-            drawn_by = rows if numbers is None else [numbers[i] for i in rows]
-            indices = jnp.asarray(np.resize(np.asarray(drawn_by, np.uint32), len(tokens)))
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, indices)
-            with mesh_in_use(run.params):
-                out = np.asarray(
-                    decode(
-                        run.config,
-                        adapter,
-                        sampler,
-                        max_new_tokens,
-                        stop,
-                        variables,
-                        tokens,
-                        valid,
-                        keys,
-                    )
-                )
-        for row, i in enumerate(rows):
-            answers[i] = [int(t) for t in out[row] if t >= 0]
+    for batch in batches([len(prompt) for prompt in prompts], config.batch_size):
+        ids = batch.rows if request_ids is None else [request_ids[i] for i in batch.rows]
+        out = _generate_batch(run, unfused, config, [prompts[i] for i in batch.rows], batch, ids)
+        for i, row in zip(batch.rows, out, strict=False):  # the rest are fillers
+            _check_finite(row, i)
+            answers[i] = [int(token) for token in row if token >= 0]
         if on_batch:
-            on_batch(len(rows))
+            on_batch(len(batch.rows))
     return answers
 
 
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1.")
-    no_ids = any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts)
-    require(
-        not no_ids,
-        "prompts must be a list of prompts, each a list of token ids, e.g. [[1, 2], [3]];"
-        " `zf.generate` takes a list of texts.",
-    )
-    limit = model.config.max_position_embeddings
-    for i, prompt in enumerate(prompts):
-        require(
-            len(prompt) > 0,
-            f"prompt {i} is empty: generation needs at least one token (e.g. the BOS token).",
-        )
-        require(
-            len(prompt) + max_new_tokens <= limit,
-            f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that"
-            f" exceeds the model's context of {limit}. Shorten the prompt or lower max_new_tokens.",
-        )
-        check_ids(prompt, model.config.vocab_size, f"prompt {i}", model.tokenizer)
+def _generate_batch(
+    run: Model,
+    unfused: UnfusedAdapters | None,
+    config: GenerationConfig,
+    prompts: Sequence[Sequence[int]],
+    batch: Batch,
+    request_ids: Sequence[int],
+) -> np.ndarray:
+    """Generate for the prompts of one batch, the last of them the longest.
+
+    Returns:
+      Tokens [rows, max_new_tokens] int32, -1 after the end of a row; fillers after the prompts.
+    """
+    size = fill_rows(batch.size, run.params)
+    tokens, valid = pad_left(prompts, size, padded_length(len(prompts[-1])))
+    variables, adapter, stop = {"params": run.params}, None, config.stop_token_ids or ()
+    if unfused:
+        variables, adapter = variables | unfused.variables(run, batch, size), unfused.config
+    if config.num_beams > 1:
+        beams = BeamProgram(run.config, adapter, config.num_beams, stop)
+        with mesh_in_use(run.params):
+            return np.asarray(beams.search(variables, tokens, valid, config.max_new_tokens))
+    program = DecodeProgram(run.config, adapter, config.sampler or GREEDY, stop)
+    keys = _row_keys(config.seed, request_ids, size)
+    with mesh_in_use(run.params):
+        return np.asarray(program.decode(variables, tokens, valid, keys, config.max_new_tokens))
 
 
 def stream_tokens(
     model: Model,
     prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampler: Sampler | None = None,
-    seed: int = 0,
-    stop: Sequence[int] | None = None,
+    config: GenerationConfig | None = None,
+    **settings: Unpack[GenerationSettings],
 ) -> Iterator[int]:
-    """What generate_tokens(model, [prompt], ...) gives, token by token as they come: a compiled
-    step for each, called from here.
+    """Generate for one prompt, token by token: a compiled step for each, called from here.
+
+    Args:
+      model, config, settings: as for `generate_tokens`; batch_size does not matter.
+      prompt: token ids.
+
+    Yields:
+      What `generate_tokens(model, [prompt], config)` gives, as it comes.
+
+    Raises:
+      ConfigError: as for `generate_tokens`, and for num_beams above 1.
+      NonFiniteError: as for `generate_tokens`.
     """
-    check_prompts(model, [prompt], max_new_tokens)
-    sampler, stop = (
-        sampler or Sampler(),
-        tuple(model.config.eos_token_ids if stop is None else stop),
-    )
+    config = generation_config(config, settings).stopping_at(model.config.eos_token_ids)
+    require(config.num_beams == 1, "a beam search cannot be streamed: set num_beams=1.")
+    check_prompts(model, [prompt], config.max_new_tokens)
     require_local(model.params, "generate")
     run = packed(model)
-    length = padded_length(len(prompt))
-    tokens, valid = np.zeros((1, length), np.int32), np.arange(length)[None] >= length - len(prompt)
-    tokens[0, length - len(prompt) :] = prompt
-    keys = jax.random.fold_in(jax.random.key(seed), 0)[None]
-    variables = {"params": run.params}
+    stop = config.stop_token_ids or ()
+    program = DecodeProgram(run.config, None, config.sampler or GREEDY, stop)
+    tokens, valid = pad_left([prompt], 1, padded_length(len(prompt)))
+    keys, variables = _row_keys(config.seed, [0], 1), {"params": run.params}
     # A power of two, so that conversations that grow share their compiled steps.
-    room = 1 << (max_new_tokens - 1).bit_length()
+    room = 1 << (config.max_new_tokens - 1).bit_length()
     with mesh_in_use(run.params):
-        state = prefill(run.config, None, sampler, room, stop, variables, tokens, valid, keys)
-    for count in range(1, max_new_tokens + 1):
-        yield int(state.last[0])
-        if count == max_new_tokens or bool(state.done[0]):
+        state = program.prefill(variables, tokens, valid, keys, room)
+    for count in range(1, config.max_new_tokens + 1):
+        token = int(state.last[0])
+        _check_finite([token], 0)
+        yield token
+        if count == config.max_new_tokens or bool(state.done[0]):
             return
         with mesh_in_use(run.params):
-            state = decode_until(
-                run.config, None, sampler, stop, variables, state, keys, np.int32(count + 1)
-            )
+            state = program.decode_until(variables, state, keys, np.int32(count + 1))
+
+
+def _check_beams(model: Model, config: GenerationConfig, tasks: Sequence[int] | None) -> None:
+    room = model.config.vocab_size - len(config.stop_token_ids or ())
+    require(
+        config.num_beams == 1 or config.num_beams <= room,
+        f"num_beams={config.num_beams}: must be at most {room}, the vocabulary's tokens that do not"
+        " stop.",
+    )
+    require(
+        tasks is None or config.num_beams == 1,
+        "beam search does not mix tasks in a batch: give the prompts of each task apart, without"
+        " tasks.",
+    )
+
+
+def _check_finite(row: Sequence[int] | np.ndarray, prompt: int) -> None:
+    if NON_FINITE in row:
+        raise NonFiniteError(
+            f"the logits of prompt {prompt} are NaN or infinite: the model is damaged, was trained"
+            " with too high a learning rate, or needs float32 instead of a narrower dtype."
+        )
+
+
+def _row_keys(seed: int, request_ids: Sequence[int], rows: int) -> Array:
+    """A random key [rows] for each row; fillers repeat those of other rows."""
+    ids = jnp.asarray(np.resize(np.asarray(request_ids, np.uint32), rows))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)

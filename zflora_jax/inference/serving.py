@@ -7,15 +7,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Unpack
 
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree
-from zflora_jax.inference.decode import check_prompts, generate_tokens
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.batching import check_prompts
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.generation_config import (
+    GenerationConfig,
+    GenerationSettings,
+    generation_config,
+)
 
 Request = tuple[str, Sequence[int]]  # a task's name, and the token ids of a prompt
 
@@ -24,26 +29,35 @@ def serve(
     fused: Model,
     tasks: Mapping[str, Tree],
     requests: Iterable[Request],
+    config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int,
     window: int = 64,
-    batch_size: int = 16,
-    sampler: Sampler | None = None,
-    seed: int = 0,
-    stop: Sequence[int] | None = None,
+    **settings: Unpack[GenerationSettings],
 ) -> Iterator[tuple[int, list[int]]]:
-    """(number of the request from 0, the token ids generated) of every request, each as soon as its
-    batch is done.
+    """Answer requests of several tasks, each as soon as its batch is done.
 
-    fused: of any of the tasks' adapters (`fuse`); it is packed and kept, unless it is packed
-    already (on a mesh: has its layers apart): then its buffers are given to the first swap. tasks:
-    name -> adapters of the AdapterConfig that `fused` has (`adapters.tasks.pad_adapters` brings
-    smaller ones there). window: how many requests are read ahead. Of those that wait, the oldest
-    one's task is answered next, all of its requests together, so that no request waits for more
-    than a window; 1 is for a source whose next request comes after an answer. Answers do not depend
-    on the grouping. A task that is not there, or a prompt that does not fit, is a ConfigError that
-    names the request, once those before it are answered.
+    Of the requests that wait, the oldest one's task is answered next, all of its requests together,
+    so that no request waits for more than a window. Answers do not depend on the grouping.
+
+    Args:
+      fused: fused with the adapters of any of the tasks. It is packed and kept, unless it is packed
+        already (on a mesh: has its layers apart): then its buffers are given to the first swap.
+      tasks: name -> adapters of the AdapterConfig that `fused` has (`pad_adapters` brings smaller
+        ones there).
+      requests: (name of a task, token ids of a prompt).
+      config: how to generate; None for the defaults of `GenerationConfig`.
+      window: how many requests are read ahead; 1 is for a source whose next request comes after an
+        answer.
+      settings: fields of `GenerationConfig`, in place of those of `config`.
+
+    Yields:
+      (number of the request from 0, the token ids generated).
+
+    Raises:
+      ConfigError: a task that is not there, or a prompt that does not fit; it names the request,
+        once those before it are answered.
     """
+    config = generation_config(config, settings)
     require(window >= 1, f"window={window}: must be at least 1.")
     model, current, refused = pack_for_decode(fused), None, None
     numbered, waiting = enumerate(requests), deque[tuple[int, Request]]()
@@ -54,7 +68,7 @@ def serve(
                     request[0] in tasks,
                     f"it is of task {request[0]!r}; {nearest(request[0], tasks)}.",
                 )
-                check_prompts(model, [request[1]], max_new_tokens)
+                check_prompts(model, [request[1]], config.max_new_tokens)
             except ConfigError as error:
                 refused = ConfigError(f"request {number}: {error}")
                 break
@@ -68,15 +82,6 @@ def serve(
             model, current = swap(model, tasks[task]), task
         group = [(number, request[1]) for number, request in waiting if request[0] == task]
         waiting = deque(entry for entry in waiting if entry[1][0] != task)
-        prompts = [prompt for _, prompt in group]
-        numbers = [number for number, _ in group]
-        settings: Any = {
-            "max_new_tokens": max_new_tokens,
-            "sampler": sampler,
-            "seed": seed,
-            "batch_size": batch_size,
-            "stop": stop,
-        }
-        yield from zip(
-            numbers, generate_tokens(model, prompts, numbers=numbers, **settings), strict=True
-        )
+        prompts, numbers = [prompt for _, prompt in group], [number for number, _ in group]
+        answers = generate_tokens(model, prompts, config, request_ids=numbers)
+        yield from zip(numbers, answers, strict=True)

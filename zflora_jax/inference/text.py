@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.data.prompts import encode_prompt_texts, end_token, render, render_turns
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.generation_config import (
+    GenerationConfig,
+    GenerationSettings,
+    generation_config,
+)
 
 Turn = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
+LONG_ANSWER = 256  # max_new_tokens of streams and conversations, where nothing is given
+INCOMPLETE = "\ufffd"  # the replacement character: bytes of a character that is not whole yet
 
 
 def stop_ids(model: Model, prompt_style: str) -> list[int]:
@@ -50,25 +56,41 @@ def _tokenizer(model: Model) -> Any:
     return model.tokenizer
 
 
+def _encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    return encode_prompt_texts(_tokenizer(model), texts)
+
+
+def _ends(model: Model, chat: bool) -> Sequence[int]:
+    return stop_ids(model, "chat") if chat else model.config.eos_token_ids
+
+
 def generate(
     model: Model,
     prompts: Sequence[str],
+    config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int = 64,
-    sampler: Sampler | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    num_beams: int = 1,
     chat: bool = False,
     date: str | None = None,
+    **settings: Unpack[GenerationSettings],
 ) -> list[str]:
-    """Texts generated for text prompts, special tokens left out. Greedy unless a Sampler, or
-    num_beams above 1 for beam search, is given.
+    """Generate texts for text prompts. Greedy, unless `config` or `settings` say otherwise.
 
-    chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with
-    data.prompt_style="chat" does; without it a prompt is continued as it is. date: the day that the
-    template is told, "2026-11-26" (data.date of the run that trained the model); None for today.
-    Raises ConfigError for a model without a tokenizer, or chat without a chat template.
+    Args:
+      model: base, fused or packed, with a tokenizer.
+      prompts: texts.
+      config: how to generate; None for the defaults of `GenerationConfig`.
+      chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with
+        data.prompt_style="chat" does; without it a prompt is continued as it is.
+      date: the day that the template is told, "2026-11-26" (data.date of the run that trained the
+        model); None for today.
+      settings: fields of `GenerationConfig`, in place of those of `config`.
+
+    Returns:
+      The text generated for each prompt, without special tokens.
+
+    Raises:
+      ConfigError: a model without a tokenizer, chat without a chat template, or what
+        `generate_tokens` refuses.
     """
     tokenizer = _tokenizer(model)
     require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
@@ -77,54 +99,49 @@ def generate(
         if chat
         else list(prompts)
     )
-    stop = stop_ids(model, "chat") if chat else list(model.config.eos_token_ids)
-    answers = generate_tokens(
-        model,
-        encode_prompt_texts(tokenizer, texts),
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        seed=seed,
-        batch_size=batch_size,
-        num_beams=num_beams,
-        stop=stop,
-    )
-    return [answer_text(tokenizer, answer, stop) for answer in answers]
+    config = generation_config(config, settings).stopping_at(_ends(model, chat))
+    answers = generate_tokens(model, _encoded(model, texts), config)
+    return [answer_text(tokenizer, answer, config.stop_token_ids or ()) for answer in answers]
 
 
 def stream(
     model: Model,
     prompt: str | Sequence[Turn],
+    config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int = 256,
-    sampler: Sampler | None = None,
-    seed: int = 0,
     date: str | None = None,
+    **settings: Unpack[GenerationSettings],
 ) -> Iterator[str]:
-    """The answer to one prompt, piece by piece as it is generated; together the pieces are the text
-    that `generate` gives.
+    """Generate the answer to one prompt, piece by piece as it comes.
 
-    prompt: a text, continued as it is, or the turns of a conversation, rendered by the tokenizer's
-    chat template. A piece never ends within a character, so there may be fewer pieces than tokens.
-    date, and what is raised: as for `generate`.
+    Args:
+      model: base, fused or packed, with a tokenizer.
+      prompt: a text, continued as it is, or the turns of a conversation, rendered by the
+        tokenizer's chat template.
+      config: how to generate; None for the defaults of `GenerationConfig`, and max_new_tokens=256.
+      date: as for `generate`.
+      settings: fields of `GenerationConfig`, in place of those of `config`.
+
+    Yields:
+      Pieces that together are the text that `generate` gives. A piece never ends within a
+      character, so there may be fewer pieces than tokens.
+
+    Raises:
+      ConfigError: as for `generate`.
     """
     tokenizer = _tokenizer(model)
     chat = not isinstance(prompt, str)
     text = render_turns(tokenizer, prompt, date) if not isinstance(prompt, str) else prompt
-    [ids] = encode_prompt_texts(tokenizer, [text])
-    stop = stop_ids(model, "chat") if chat else list(model.config.eos_token_ids)
+    config = generation_config(config, settings, LONG_ANSWER).stopping_at(_ends(model, chat))
     given: list[int] = []
     said = ""
-    for token in stream_tokens(
-        model, ids, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, stop=stop
-    ):
+    for token in stream_tokens(model, _encoded(model, [text])[0], config):
         given.append(token)
-        whole = answer_text(tokenizer, given, stop)
-        if whole.startswith(said) and not whole.endswith(
-            "\ufffd"
-        ):  # the replacement character: bytes of a character that is not whole yet
+        whole = answer_text(tokenizer, given, config.stop_token_ids or ())
+        if whole.startswith(said) and not whole.endswith(INCOMPLETE):
             yield whole[len(said) :]
             said = whole
-    rest = answer_text(tokenizer, given, stop)[len(said) :]
+    rest = answer_text(tokenizer, given, config.stop_token_ids or ())[len(said) :]
     if rest:
         yield rest
 
@@ -133,20 +150,31 @@ def converse(
     model: Model,
     lines: Iterable[str],
     say: Callable[[str], None],
+    config: GenerationConfig | None = None,
     *,
     system: str | None = None,
-    max_new_tokens: int = 256,
-    sampler: Sampler | None = None,
-    seed: int = 0,
     date: str | None = None,
+    **settings: Unpack[GenerationSettings],
 ) -> None:
-    """A conversation: each of `lines` is a user's turn, its answer is said piece by piece, then
-    "\\n". "/reset" forgets the turns, "/quit" ends.
+    """Hold a conversation: each line is a user's turn; "/reset" forgets the turns, "/quit" ends.
 
-    Turns that no longer fit the model's context are left out, oldest first, and that is said.
-    KeyboardInterrupt ends an answer, not the conversation. date: as for `generate`.
+    KeyboardInterrupt ends an answer, not the conversation.
+
+    Args:
+      model: base, fused or packed, with a tokenizer that has a chat template.
+      lines: what the user says.
+      say: called with each piece of an answer, with a line feed after an answer, and with notes,
+        e.g. that the oldest turns no longer fit the context and are left out.
+      config: how to generate; None for the defaults of `GenerationConfig`, and max_new_tokens=256.
+      system: text of the system turn; None for no such turn.
+      date: as for `generate`.
+      settings: fields of `GenerationConfig`, in place of those of `config`.
+
+    Raises:
+      ConfigError: as for `generate`.
     """
-    tokenizer = _tokenizer(model)
+    _tokenizer(model)
+    config = generation_config(config, settings, LONG_ANSWER)
     opening = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
     for line in map(str.strip, lines):
@@ -155,46 +183,61 @@ def converse(
         if line == "/reset":
             turns = []
             say("(the conversation starts anew)\n")
-            continue
-        if not line:
-            continue
-        turns.append({"role": "user", "content": line})
-        room, kept = model.config.max_position_embeddings - max_new_tokens, turns
-        while (
-            too_long := len(
-                encode_prompt_texts(tokenizer, [render_turns(tokenizer, opening + kept, date)])[0]
-            )
-            > room
-        ):
-            if len(kept) == 1:
-                break
-            kept = kept[2:]
-        if too_long:
-            turns.pop()
+        elif line:
+            asked = [*turns, {"role": "user", "content": line}]
+            kept = _turns_that_fit(model, opening, asked, config.max_new_tokens, say, date)
+            if kept is None:
+                continue
+            seeded = replace(config, seed=config.seed + len(kept))
+            answer = _say_answer(model, opening + kept, say, seeded, date)
+            turns = [*kept, {"role": "assistant", "content": answer}]
+
+
+def _turns_that_fit(
+    model: Model,
+    opening: list[dict[str, str]],
+    turns: list[dict[str, str]],
+    max_new_tokens: int,
+    say: Callable[[str], None],
+    date: str | None,
+) -> list[dict[str, str]] | None:
+    """The newest of `turns` that fit the context beside `opening` and the answer; None where not
+    even the last does. What is left out is said.
+    """
+    limit = model.config.max_position_embeddings
+    room, kept = limit - max_new_tokens, turns
+
+    def too_long() -> bool:
+        text = render_turns(_tokenizer(model), opening + kept, date)
+        return len(_encoded(model, [text])[0]) > room
+
+    while too_long():
+        if len(kept) == 1:
             say(
                 f"(that is too long: {max_new_tokens} new tokens leave {max(room, 0)} of the"
-                f" context's {model.config.max_position_embeddings})\n"
+                f" context's {limit})\n"
             )
-            continue
-        left_out, turns = (len(turns) - len(kept)) // 2, kept
-        if left_out:
-            say(
-                f"(the context of {model.config.max_position_embeddings} tokens is full: the"
-                f" {left_out} oldest turns are left out)\n"
-            )
-        answer = ""
-        try:
-            for piece in stream(
-                model,
-                opening + turns,
-                max_new_tokens=max_new_tokens,
-                sampler=sampler,
-                seed=seed + len(turns),
-                date=date,
-            ):
-                answer += piece
-                say(piece)
-        except KeyboardInterrupt:
-            say(" (stopped)")
-        say("\n")
-        turns.append({"role": "assistant", "content": answer})
+            return None
+        kept = kept[2:]
+    if left_out := (len(turns) - len(kept)) // 2:
+        say(f"(the context of {limit} tokens is full: the {left_out} oldest turns are left out)\n")
+    return kept
+
+
+def _say_answer(
+    model: Model,
+    turns: list[dict[str, str]],
+    say: Callable[[str], None],
+    config: GenerationConfig,
+    date: str | None,
+) -> str:
+    """The answer to `turns`, said piece by piece; as much of it as was said before an interrupt."""
+    answer = ""
+    try:
+        for piece in stream(model, turns, config=config, date=date):
+            answer += piece
+            say(piece)
+    except KeyboardInterrupt:
+        say(" (stopped)")
+    say("\n")
+    return answer

@@ -20,6 +20,7 @@ import optax
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import OptimConfig, RunConfig
@@ -34,14 +35,6 @@ Array = jax.Array
 # Tokens int32, loss_mask bool, segments int32, each [B, T]; see data.pipeline.
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]  # float32 scalars by name
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, a gradient, an update or a held-out loss was NaN or infinite.
-
-    No state that holds such a number was saved. A state of which only the held-out loss is not
-    finite may have been.
-    """
 
 
 def non_finite(what: str) -> NonFiniteError:
