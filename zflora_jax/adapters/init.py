@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,33 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
         for i in range(config.num_layers)
         for name, shape in layer.items()
     }
+
+
+def check_collection(
+    config: LlamaConfig, adapter: AdapterConfig | None, given: Mapping[str, Any] | None
+) -> None:
+    """ValueError unless `given`, a model's `adapters` collection or None, is that of `adapter`."""
+    if adapter is None:
+        if given is None:
+            return
+        raise ValueError(
+            "an `adapters` collection was given to a Llama without an adapter: pass"
+            " Llama(config, adapter), or leave the collection out."
+        )
+    if given is None:
+        raise ValueError(
+            f"Llama has adapter method {adapter.method!r} but no `adapters` collection:"
+            " apply({'params': ..., 'adapters': ...}, tokens)."
+        )
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(given).items()}
+    expected = adapter_shapes(config, adapter)
+    if diff := trees.difference(expected, shapes):
+        raise ValueError(f"the adapters are not those of {adapter}:\n{diff}")
+    if wrong := [name for name in expected if shapes[name] != expected[name]]:
+        raise ValueError(
+            f"the adapters are not those of {adapter}: {wrong[0]} has shape {shapes[wrong[0]]},"
+            f" expected {expected[wrong[0]]}."
+        )
 
 
 def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:

@@ -130,7 +130,7 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]
     adapted = np.asarray(
         forward(trained.model, batch["tokens"], run.adapter, trained.adapters, batch["segments"])
     )
-    other = np.asarray(forward(fused, batch["tokens"], valid=batch["segments"]))
+    other = np.asarray(forward(fused, batch["tokens"], segment_ids=batch["segments"]))
     real = batch["segments"][..., None] > 0
     return {
         "max_abs_dlogit": float(np.max(np.abs(adapted - other), where=real, initial=0)),

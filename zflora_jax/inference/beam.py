@@ -11,7 +11,6 @@ Legend: B batch, K beams, C candidates of a step, T prompt positions, N new toke
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -22,8 +21,9 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
-from zflora_jax.nn.llama import Llama, hidden_states
-from zflora_jax.ops.products import at_config_precision, copy_bits
+from zflora_jax.nn.llama import Llama
+from zflora_jax.nn.row_adapters import hidden_states
+from zflora_jax.ops.products import at_config_precision
 
 Array = jax.Array
 
@@ -40,12 +40,11 @@ def next_logits(
     `valid` is False), and the updated cache.
 
     variables: {"params": ...}, and with an adapter that is not fused {"adapters": ...}, or
-    {"row_adapters": ...} (see `llama.hidden_states`).
+    {"row_adapters": ...} (see `row_adapters.hidden_states`).
     """
     llama = Llama(config, adapter)
     hidden, cache = hidden_states(llama, variables, tokens, valid, cache)
-    shared = {name: tree for name, tree in variables.items() if name != "row_adapters"}
-    logits: Any = llama.apply(shared, hidden[:, -1:], method="logits")
+    logits: Any = llama.apply(variables, hidden[:, -1:], method="logits")
     return logits[:, 0], cache
 
 
@@ -145,16 +144,7 @@ def beam_decode(
         so only what lies after it moves.
         """
         rows = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_beams + beams).reshape(-1)
-
-        def moved(x: Array, slots: int) -> Array:
-            take = partial(jnp.take, axis=int(config.scan_layers), mode="clip")
-            after = copy_bits(take, (jax.lax.slice_in_dim(x, length, None, axis=slots),), (rows,))
-            return copy_bits(
-                lambda x, after: jax.lax.dynamic_update_slice_in_dim(x, after, length, axis=slots),
-                (x, after),
-            )
-
-        return KVCache(cache.map_layers(moved), cache.valid, cache.index)
+        return cache.reorder_rows(rows, first=length)
 
     def going(s: BeamState) -> Array:
         return (s.step < max_new_tokens) & jnp.any(s.improvable)
@@ -172,10 +162,7 @@ def beam_decode(
         valid,
         init_cache(config, batch, cache_slots(length + max_new_tokens), adapter),
     )
-    layers = jax.tree.map(
-        lambda x: jnp.repeat(x, num_beams, axis=int(config.scan_layers)), cache.layers
-    )
-    cache = KVCache(layers, jnp.repeat(cache.valid, num_beams, axis=0), cache.index)
+    cache = cache.repeat_rows(num_beams)
     none = Hypotheses(
         jnp.full((batch, num_beams, max_new_tokens), -1, jnp.int32),
         jnp.full((batch, num_beams), -jnp.inf, jnp.float32),

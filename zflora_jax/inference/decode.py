@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import flax.struct
 import jax
@@ -29,7 +28,7 @@ from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.beam import beam_decode, next_logits
 from zflora_jax.inference.sampling import Sampler
-from zflora_jax.nn.kv_cache import HEADS, ROWS, KVCache, cache_slots, init_cache
+from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
 from zflora_jax.ops.products import at_config_precision
 from zflora_jax.parallel.mesh import beside, fill_rows, mesh_in_use, require_local
 
@@ -148,25 +147,10 @@ def decode_until(
             cache,
         )
 
-    def with_layers(s: DecodeState, layers: Any) -> DecodeState:
-        return replace(s, cache=replace(s.cache, layers=layers))
-
-    # Without axes of one XLA's CPU compiler updates the cache in place; with them, the loop would
-    # copy every array of it four times a token.
     last = jax.lax.while_loop(
-        going, one_token, with_layers(state, state.cache.map_layers(lambda x, _: drop_single(x)))
+        going, one_token, replace(state, cache=state.cache.without_single_axes())
     )
-    return with_layers(
-        last,
-        jax.tree.map(
-            lambda x, whole: x.reshape(whole.shape), last.cache.layers, state.cache.layers
-        ),
-    )
-
-
-def drop_single(x: Array) -> Array:
-    """An array of a cache without its axes of rows and of heads where they have one."""
-    return jnp.squeeze(x, tuple(axis for axis in (ROWS, HEADS) if x.shape[axis] == 1))
+    return replace(last, cache=last.cache.shaped_as(state.cache))
 
 
 def _choose(

@@ -29,7 +29,7 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.inference.decode import packed, padded_length
 from zflora_jax.nn.kv_cache import KVCache, init_cache
 from zflora_jax.nn.llama import Llama
-from zflora_jax.ops.products import at_config_precision, copy_bits
+from zflora_jax.ops.products import at_config_precision
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
 
 Array = jax.Array
@@ -172,23 +172,7 @@ def advance(
     llama, (batch, length) = Llama(config), tokens.shape
     cache = init_cache(config, batch, length) if keep and past is None else None
     if past is not None:
-
-        def continued(x: Array, slots: int) -> Array:
-            return copy_bits(
-                lambda x, rows: jnp.pad(
-                    x[rows],
-                    [(0, length if axis == slots % x.ndim else 0) for axis in range(x.ndim)],
-                ),
-                (x,),
-                (parents,),
-            )
-
-        layers = past.map_layers(continued)
-        cache = KVCache(
-            layers,
-            jnp.pad(past.valid[parents], ((0, 0), (0, length))),
-            jnp.asarray(past.valid.shape[1], jnp.int32),
-        )
+        cache = past.extend_rows(parents, length)
     out: Any = llama.apply({"params": params}, tokens, valid, cache, method="hidden")
     hidden, cache = out
 

@@ -5,23 +5,26 @@ fused model carries everything in x. The same layers serve both: RMSNorm takes i
 base channels, RoPE turns the base dims of a head, Dense adds the adapter's blocks to what the base
 kernel computes (docs/method.md; this project's reconstruction of zFLoRA).
 
-Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
-query heads of a key head, q their G*T queries, k head dim.
+Shapes in names: B batch, T positions, d residual width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.ops import products
-from zflora_jax.ops.products import Array, project, whole_vectors
+from zflora_jax.ops.products import Array, copy_bits, head_logits, project, whole_vectors
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.tiling import tile
+
+Stream = tuple[Array, Array | None]  # base channels, adapter channels
 
 
 class AdaptedModule(nn.Module):
@@ -149,3 +152,36 @@ def _normalise(
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up."""
     return nn.silu(save_for_backward(gate, "mlp")) * save_for_backward(up, "mlp")
+
+
+class Embed(AdaptedModule):
+    """Token embeddings [V, d], also the output head where it is tied."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        self.table = self.base_param(
+            "embedding",
+            nn.initializers.normal(0.02),
+            (self.config.vocab_size, self.config.hidden_size),
+        )
+
+    def __call__(self, tokens: Array) -> Array:
+        return copy_bits(partial(jnp.take, axis=0), (self.table,), (tokens,)).astype(
+            self.config.dtype
+        )
+
+    def attend(self, x: Array) -> Array:
+        return head_logits(x, self.table.astype(x.dtype), True)
+
+
+class Head(AdaptedModule):
+    """The output head [d, V] of a model whose embeddings are not tied to it."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        kernel = self.base_param("kernel", nn.initializers.normal(0.02), shape)
+        return head_logits(x, kernel.astype(x.dtype), False)

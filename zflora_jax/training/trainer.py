@@ -80,7 +80,7 @@ def batch_loss(
     """
     llama = Llama(config, adapter)
     hidden, _ = llama.apply(
-        variables, batch["tokens"], batch["segments"], method="hidden", rngs=rngs
+        variables, batch["tokens"], segment_ids=batch["segments"], method="hidden", rngs=rngs
     )  # type: ignore[misc]
     name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
     # Gathered once, ahead of the loop over chunks; the lookup has the divided table.
