@@ -114,7 +114,7 @@ def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(
         runs,
         "make_train_step",
-        lambda config, *rest: (seen.append(config.remat), real(config, *rest))[1],
+        lambda config, *rest: (seen.append(config.execution.remat), real(config, *rest))[1],
     )
     run = override(run, {"train.steps": 3, "train.remat": True})
     runs.train(run, tmp_path / "run", model=load_model(base_dir), console=False)

@@ -42,7 +42,7 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
         for k, blocks in block_shapes(config, adapter).items()
         for name, shape in blocks.items()
     }
-    if config.scan_layers:
+    if config.execution.scan_layers:
         return {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
     return {
         f"layers_{i}/{name}": shape
@@ -104,7 +104,7 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
             f" refuse it (vLLM's CPU build does); {advice}.",
             stacklevel=2,
         )
-    limit = widest_head() if config.dtype in ("bfloat16", "float16") else 0
+    limit = widest_head() if config.execution.dtype in ("bfloat16", "float16") else 0
     if config.rotary_dim <= limit < heads:
         warnings.warn(
             f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's"
@@ -136,4 +136,4 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
 
     stacked = adapter_shapes(config.replace(scan_layers=True), adapter)
     tree = trees.unflatten({name: draw(name, shape) for name, shape in stacked.items()})
-    return tree if config.scan_layers else trees.unstack_layers(tree, config.num_layers)
+    return tree if config.execution.scan_layers else trees.unstack_layers(tree, config.num_layers)

@@ -27,10 +27,10 @@ def pack_for_decode(model: Model) -> Model:
     sharding.RULES divide them (side by side, a part of one would lie where another's belongs): only
     layers that are stacked get a subtree each.
     """
-    if model.config.packed:
+    if model.config.execution.packed:
         return model
     if mesh_of(model.params) is not None:
-        if not model.config.scan_layers:
+        if not model.config.execution.scan_layers:
             return model
         with mesh_in_use(model.params):
             params = _unstack(model.config, model.params)

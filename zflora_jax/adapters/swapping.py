@@ -55,7 +55,7 @@ def _swap(
     config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
 ) -> Tree:
     flat = trees.flatten(params)
-    adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(
+    adapters = (trees.stack_layers if config.execution.scan_layers else trees.unstack_layers)(
         adapters, base.num_layers
     )
     pieces: dict[str, list[Piece]] = {}  # of each leaf: what is written, and where it begins
@@ -68,7 +68,7 @@ def _swap(
             at = f"{layer}/{group(kernel)}/{kernel}/kernel"
             flat[at] = with_block(flat[at], value, block_name, axis, shape[0][-1], shape[1][-1])
             continue
-        if config.packed:
+        if config.execution.packed:
             leaf_name, first = _place(config, kernel)
             found = _packed_pieces(
                 value, kernel_shapes(config)[kernel], first, region[1], region[-1]

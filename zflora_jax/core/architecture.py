@@ -80,7 +80,7 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (v, d), "final_norm/scale": (d,)}
     if not config.tie_word_embeddings:
         shapes["lm_head/kernel"] = (d, v)
-    if config.scan_layers:
+    if config.execution.scan_layers:
         shapes |= {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
     else:
         shapes |= {

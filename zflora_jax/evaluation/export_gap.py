@@ -38,7 +38,7 @@ def export_gap(
     """
     import jax.numpy as jnp
 
-    export = load_stock(Path(path), model.config.scan_layers, mesh_of(model.params))
+    export = load_stock(Path(path), model.config.execution.scan_layers, mesh_of(model.params))
     exact = Model(model.config.replace(dtype="float32"), model.params)
     worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0
     for row in prompts:

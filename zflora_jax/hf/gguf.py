@@ -103,11 +103,13 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -
             array = _half_split(
                 array, config.num_heads if "q_proj" in name else config.num_kv_heads
             )
-        return place.to_native(as_finite(array, config.dtype, tensor.name, str(path)))[part]
+        return place.to_native(as_finite(array, config.execution.dtype, tensor.name, str(path)))[
+            part
+        ]
 
     return Model(
         config,
-        unflatten(gather(table, read, config.dtype, sharding)),
+        unflatten(gather(table, read, config.execution.dtype, sharding)),
         tokenizer=build_tokenizer(path, reader, config),
     )
 

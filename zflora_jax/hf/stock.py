@@ -176,7 +176,7 @@ def module_of(place: Place) -> str:
 
 def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockForm:
     """The stock form to write `model` in; eps_z None: chosen from the weights for `dtype`."""
-    if model.config.packed:
+    if model.config.execution.packed:
         raise ConfigError(
             "a packed model is a layout for decode and cannot be exported; export the model it was"
             " packed from."

@@ -55,11 +55,11 @@ def option_log_likelihoods(
     prompts: token ids of each prompt. options: for each prompt its options, of any number, each a
     list of token ids of any length. log p(option | prompt) sums log_softmax(logits) over the
     option's tokens: no BOS or EOS is added, nothing is divided by a length. Float32 products are as
-    exact as config.matmul_precision says, as in training and decode. Prompts of similar length
-    share a batch; the results come back in the order of `prompts` and depend neither on batch_size
-    nor on the other prompts (up to float rounding). on_batch(n) is called after each batch with its
-    number of prompts. Raises ConfigError for an empty prompt or option, a prompt without options,
-    ids outside the vocabulary, or more tokens than the context holds.
+    exact as config.execution.matmul_precision says, as in training and decode. Prompts of similar
+    length share a batch; the results come back in the order of `prompts` and depend neither on
+    batch_size nor on the other prompts (up to float rounding). on_batch(n) is called after each
+    batch with its number of prompts. Raises ConfigError for an empty prompt or option, a prompt
+    without options, ids outside the vocabulary, or more tokens than the context holds.
     """
     _check(model, prompts, options, batch_size)
     require_local(model.params, "score options")

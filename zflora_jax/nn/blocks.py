@@ -35,7 +35,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         c, adapter = self.config, self.adapter
         self.extra = resolved(c, adapter).heads
-        if c.packed:
+        if c.execution.packed:
             width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
             self.qkv = Dense((c.hidden_size,), (width,), flat=True)
         self.q, self.k, self.v = (dense(c, adapter, name) for name in "qkv")
@@ -54,7 +54,7 @@ class Attention(nn.Module):
     def project(self, h: Stream) -> tuple[Array, Array, Array]:
         """Queries [B, T, H, k+e], keys and values [B, T, K, k+e]."""
         packed: Sequence[Array | None] = (None, None, None)
-        if self.config.packed:
+        if self.config.execution.packed:
             packed = split_heads(self.qkv(h[0])[0], self.config)
         q, k, v = (
             self._widened(*kernel(*h, base))
@@ -92,7 +92,7 @@ class MLP(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        if c.packed:
+        if c.execution.packed:
             self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,), flat=True)
         self.gate, self.up, self.down = (
             dense(c, self.adapter, name) for name in ("gate", "up", "down")
@@ -100,7 +100,7 @@ class MLP(nn.Module):
 
     def __call__(self, h: Stream) -> Stream:
         packed: Sequence[Array | None] = (None, None)
-        if self.config.packed:
+        if self.config.execution.packed:
             packed = jnp.split(self.gate_up(h[0])[0], 2, axis=-1)
         (gate, gate_z), (up, up_z) = self.gate(*h, packed[0]), self.up(*h, packed[1])
         units = None if gate_z is None or up_z is None else swiglu(gate_z, up_z)
@@ -137,7 +137,7 @@ def dense(config: LlamaConfig, adapter: AdapterConfig | None, kernel: str) -> De
     """The layer of a kernel, with the blocks that the adapter has for it."""
     axes_in, axes_out = kernel_shapes(config)[kernel]
     blocks = resolved(config, adapter).blocks.get(kernel, ())
-    return Dense(axes_in, axes_out, adapter, blocks, config.packed)
+    return Dense(axes_in, axes_out, adapter, blocks, config.execution.packed)
 
 
 def add(stream: Stream, update: Stream) -> Stream:

@@ -166,16 +166,21 @@ def init_cache(
       adapter: of adapters beside the model, whose head dims are counted in.
     """
     width = config.head_dim + (resolve_adapter(config, adapter).heads if adapter else 0)
-    head, stacked = (batch, config.num_kv_heads), (config.num_layers,) if config.scan_layers else ()
+    head, stacked = (
+        (batch, config.num_kv_heads),
+        (config.num_layers,) if config.execution.scan_layers else (),
+    )
 
     def empty(*shape: int) -> Array:
-        x = jnp.zeros((*stacked, *head, *shape), config.dtype)
+        x = jnp.zeros((*stacked, *head, *shape), config.execution.dtype)
         return divide(x, *(None for _ in stacked), "data", "tensor")
 
     def layer() -> LayerCache:
         return LayerCache(empty(width, slots), empty(slots, width))
 
-    layers = layer() if config.scan_layers else [layer() for _ in range(config.num_layers)]
+    layers = (
+        layer() if config.execution.scan_layers else [layer() for _ in range(config.num_layers)]
+    )
     return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 

@@ -168,7 +168,7 @@ class Embed(AdaptedModule):
 
     def __call__(self, tokens: Array) -> Array:
         return copy_bits(partial(jnp.take, axis=0), (self.table,), (tokens,)).astype(
-            self.config.dtype
+            self.config.execution.dtype
         )
 
     def attend(self, x: Array) -> Array:

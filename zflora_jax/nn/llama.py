@@ -47,15 +47,19 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c, adapter = self.config, self.adapter
-        if c.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
+        if (
+            c.execution.packed
+            and adapter is not None
+            and METHODS[adapter.method].in_place == "full"
+        ):
             raise ValueError(
                 "a packed model cannot have its kernels replaced (method 'full'): fuse first, then"
                 " pack."
             )
         self.embed = Embed(c)
-        policy = None if c.remat else REMAT_POLICY
-        block: Any = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
-        if c.scan_layers:
+        policy = None if c.execution.remat else REMAT_POLICY
+        block: Any = nn.remat(Block, prevent_cse=not c.execution.scan_layers, policy=policy)
+        if c.execution.scan_layers:
             self.layers = nn.scan(
                 block,
                 {"params": 0, "adapters": 0},
@@ -124,7 +128,7 @@ class Llama(nn.Module):
         return self.embed.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def _run_layers(self, carry: Stream, caches: Any, context: Context) -> tuple[Stream, Any]:
-        if self.config.scan_layers:
+        if self.config.execution.scan_layers:
             return self.layers(carry, caches, context)
         updated = []
         for i, layer in enumerate(self.layers):

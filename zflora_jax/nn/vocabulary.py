@@ -49,7 +49,8 @@ def resize_vocab(
     """
     config = model.config
     require(
-        not config.packed, "this model is packed for decode; resize the model it was packed from."
+        not config.execution.packed,
+        "this model is packed for decode; resize the model it was packed from.",
     )
     if isinstance(tokenizer_or_size, int | np.integer):
         size, tokenizer = int(tokenizer_or_size), model.tokenizer

@@ -29,11 +29,11 @@ def at_precision(name: str) -> AbstractContextManager[Any]:
 
 
 def at_config_precision(function: F) -> F:
-    """`function(config, ...)` with its float32 products at config.matmul_precision."""
+    """`function(config, ...)` with its float32 products at config.execution.matmul_precision."""
 
     @wraps(function)
     def traced(config: Any, *args: Any, **kwargs: Any) -> Any:
-        with at_precision(config.matmul_precision):
+        with at_precision(config.execution.matmul_precision):
             return function(config, *args, **kwargs)
 
     return cast(F, traced)

@@ -157,7 +157,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
 
         zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapters))
-        with at_precision(config.matmul_precision):
+        with at_precision(config.execution.matmul_precision):
             (loss, tokens, grads), _ = jax.lax.scan(add, zero, (micros, streams(state.step)))
         grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
         with jax.numpy_dtype_promotion(
