@@ -15,6 +15,7 @@ from zflora_jax.core.architecture import KERNELS, kernel_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
+from zflora_jax.ops.copies import write_divided
 
 Array = jax.Array
 
@@ -61,23 +62,9 @@ def pad_axis(leaf: Array, axis: int, width: int, value: float) -> Array:
 def with_block(
     wide: Array, value: Array, block: str, axis: int, base_in: int, base_out: int
 ) -> Array:
-    """A wide kernel with `value` where `block` belongs, chosen number by number: that is divided
-    over devices as the kernel is, whereas XLA gathers the whole of a divided kernel to write into a
-    part of it.
-    """
-    region, pads, inside = (
-        block_region(block, axis, base_in, base_out),
-        [(0, 0)] * wide.ndim,
-        jnp.ones((1,) * wide.ndim, bool),
-    )
-    for at, part in ((axis, region[1]), (-1, region[-1])):
-        start, stop, _ = part.indices(wide.shape[at])
-        pads[at] = start, wide.shape[at] - stop
-        place = jnp.arange(wide.shape[at]).reshape(
-            [-1 if i == wide.ndim + at else 1 for i in range(wide.ndim)]
-        )
-        inside = inside & (place >= start) & (place < stop)
-    return jnp.where(inside, jnp.pad(value.astype(wide.dtype), pads), wide)
+    """A wide kernel with `value` where `block` belongs."""
+    region = block_region(block, axis, base_in, base_out)
+    return write_divided(wide, value, {axis: region[1], -1: region[-1]})
 
 
 def block_region(block: str, axis: int, base_in: int, base_out: int) -> tuple[Any, ...]:

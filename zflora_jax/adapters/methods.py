@@ -17,7 +17,14 @@ import re
 from dataclasses import dataclass
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, count_base, kernel_shapes
+from zflora_jax.core.architecture import (
+    ATTENTION,
+    KERNELS,
+    MLP,
+    Stream,
+    count_base,
+    kernel_shapes,
+)
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model_config import LlamaConfig
 
@@ -77,8 +84,11 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
 
     A stream is widened only where its adapter channels can carry something: written by a targeted
     kernel and read by another. The residual state needs one of o, down and one of q, k, v, gate,
-    up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term). A
-    method whose targets leave no stream alive is refused with ConfigError.
+    up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term).
+
+    Raises:
+      ConfigError: a method whose targets leave no stream alive, a model that is widened already,
+        or targets of method "full".
     """
     row = METHODS[adapter.method]
     chosen = set(target_kernels(adapter.targets))
@@ -99,53 +109,44 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
         " adapter is fused into it. Use its base (`unfuse`), or method 'lora', 'ffa' or 'full'.",
     )
     values, scores = {"v", "o"} <= chosen, adapter.head_scores and {"q", "k"} <= chosen
-    alive = {
-        "residual": (
-            row.residual
-            and bool(chosen & {"o", "down"})
-            and bool(chosen & {"q", "k", "v", "gate", "up"})
-        ),
-        "heads": row.heads and (values or scores),
-        "mlp": row.mlp and {"gate", "up", "down"} <= chosen,
-    }
-    widths = {
-        "residual": adapter.rank if alive["residual"] else 0,
-        "heads": (
-            (
-                default_extra_head_dim(config.rotary_dim)
-                if adapter.extra_head_dim is None
-                else adapter.extra_head_dim
-            )
-            if alive["heads"]
-            else 0
-        ),
-        "mlp": (
-            (adapter.rank if adapter.extra_mlp_units is None else adapter.extra_mlp_units)
-            if alive["mlp"]
-            else 0
-        ),
-    }
+    heads = ({"v", "o"} if values else set()) | ({"q", "k"} if scores else set())
+    widths = _extra_widths(config, adapter, chosen, heads)
     require(
         any(widths.values()),
         f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen:"
         " the residual state needs o or down and one of q, k, v, gate, up; MLP units need gate, up"
         " and down; head dims need v and o, or q and k.",
     )
-    head_live = ({"v", "o"} if values else set()) | ({"q", "k"} if scores else set())
     blocks = {}
     for kernel, (reads, writes) in KERNELS.items():
         if kernel not in chosen:
             continue
-        r_in = widths[reads] if reads != "heads" or kernel in head_live else 0
-        r_out = widths[writes] if writes != "heads" or kernel in head_live else 0
-        names = tuple(
-            n
-            for n, present in (("forward", r_out), ("backward", r_in), ("cross", r_in and r_out))
-            if present
-        )
-        if names:
+        r_in = widths[reads] if reads != "heads" or kernel in heads else 0
+        r_out = widths[writes] if writes != "heads" or kernel in heads else 0
+        present = {"forward": r_out, "backward": r_in, "cross": r_in and r_out}
+        if names := tuple(name for name, width in present.items() if width):
             blocks[kernel] = names
-    return ResolvedAdapter(**widths, blocks=blocks)  # type: ignore[arg-type]
+    return ResolvedAdapter(**widths, blocks=blocks)
+
+
+def _extra_widths(
+    config: LlamaConfig, adapter: AdapterConfig, chosen: set[str], heads: set[str]
+) -> dict[Stream, int]:
+    """The channels that each stream gets from the kernels `chosen`, of which those of `heads` may
+    have wider heads.
+    """
+    row = METHODS[adapter.method]
+    widths: dict[Stream, int] = {"residual": 0, "heads": 0, "mlp": 0}
+    reads_residual = chosen & {"q", "k", "v", "gate", "up"}
+    if row.residual and chosen & {"o", "down"} and reads_residual:
+        widths["residual"] = adapter.rank
+    if row.heads and heads:
+        extra = adapter.extra_head_dim
+        widths["heads"] = default_extra_head_dim(config.rotary_dim) if extra is None else extra
+    if row.mlp and {"gate", "up", "down"} <= chosen:
+        units = adapter.extra_mlp_units
+        widths["mlp"] = adapter.rank if units is None else units
+    return widths
 
 
 def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:

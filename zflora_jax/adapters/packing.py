@@ -14,7 +14,7 @@ from zflora_jax.core.architecture import ATTENTION, MLP
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.products import whole_vectors
+from zflora_jax.ops.linear import whole_vectors
 from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 from zflora_jax.parallel.sharding import constrain
 
@@ -22,8 +22,8 @@ from zflora_jax.parallel.sharding import constrain
 def pack_for_decode(model: Model) -> Model:
     """`model` in the layout for decode: one subtree per layer, q|k|v in one kernel and gate|up in
     one, and all kernels of layers as [out, in]: qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d],
-    down [d, f], with zeros as inputs up to `products.whole_vectors`. For any Llama, fused or not.
-    The layout is what `products.packed_linear` reads. On a mesh the kernels stay apart, as
+    down [d, f], with zeros as inputs up to `ops.linear.whole_vectors`. For any Llama, fused or not.
+    The layout is what `ops.linear.packed_linear` reads. On a mesh the kernels stay apart, as
     sharding.RULES divide them (side by side, a part of one would lie where another's belongs): only
     layers that are stacked get a subtree each.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from zflora_jax.core.architecture import group, kernel_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.products import copy_bits
+from zflora_jax.ops.copies import write_pieces
 from zflora_jax.parallel.mesh import beside, mesh_in_use, several_devices
 from zflora_jax.parallel.sharding import constrain
 
@@ -84,24 +83,13 @@ def _swap(
             ]
         pieces.setdefault(f"{layer}/{leaf_name}", []).extend(found)
     written = {
-        name: _write(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()
+        name: write_pieces(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()
     }
     return (
         constrain(trees.unflatten(flat | written), fused=True)
         if several_devices()
         else trees.unflatten(flat | written)
     )
-
-
-def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
-    """`pieces` into `leaf`, each from its indices on."""
-
-    def update(leaf: Array, *pieces: Array) -> Array:
-        for piece, start in zip(pieces, starts, strict=True):
-            leaf = jax.lax.dynamic_update_slice(leaf, piece, start)
-        return leaf
-
-    return copy_bits(update, (leaf, *(piece.astype(leaf.dtype) for piece in pieces)))
 
 
 def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
@@ -120,8 +108,7 @@ def _packed_pieces(
     """A block, value [*in, *out], as pieces of a leaf [out, in] whose rows from `first` on are a
     kernel of `shape`; with where each begins.
 
-    One per head where heads are wider than the base's: XLA writes those in place, and copied the
-    leaf where the same was written through a view of its heads.
+    One per head where heads are wider than the base's (`ops.copies.write_pieces`).
     """
     inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes)
     flat = value.reshape(sum(count for _, count in inputs), -1).T

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from zflora_jax.core.fields import check_types, nearest, renamed, require, to_dict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Precision = Literal["default", "high", "highest"]  # of float32 products: products.at_precision
+Precision = Literal["default", "high", "highest"]  # of float32 products: ops.precision
 
 
 @dataclass(frozen=True)

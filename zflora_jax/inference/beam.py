@@ -23,7 +23,7 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
 from zflora_jax.nn.llama import Llama
 from zflora_jax.nn.row_adapters import hidden_states
-from zflora_jax.ops.products import at_config_precision
+from zflora_jax.ops.precision import at_config_precision
 
 Array = jax.Array
 

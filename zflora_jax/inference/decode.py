@@ -29,7 +29,7 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.inference.beam import beam_decode, next_logits
 from zflora_jax.inference.sampling import Sampler
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
-from zflora_jax.ops.products import at_config_precision
+from zflora_jax.ops.precision import at_config_precision
 from zflora_jax.parallel.mesh import beside, fill_rows, mesh_in_use, require_local
 
 Array = jax.Array

@@ -29,7 +29,7 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.inference.decode import packed, padded_length
 from zflora_jax.nn.kv_cache import KVCache, init_cache
 from zflora_jax.nn.llama import Llama
-from zflora_jax.ops.products import at_config_precision
+from zflora_jax.ops.precision import at_config_precision
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
 
 Array = jax.Array

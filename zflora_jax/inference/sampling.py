@@ -82,7 +82,7 @@ class Sampler:
 
 def greedy(logits: Array) -> Array:
     """logits [B, V] -> the first of the largest, int32 [B]. As two plain reductions: XLA's CPU
-    compiler makes a slow loop of argmax. Down columns, as `products.head_logits` computes them from
+    compiler makes a slow loop of argmax. Down columns, as `ops.head.head_logits` computes them from
     float32 on a CPU. The last token where a row has NaN.
     """
     columns = logits.T

@@ -21,7 +21,7 @@ from zflora_jax.nn.kv_cache import KVCache, LayerCache
 from zflora_jax.nn.layers import Dense, RMSNorm, Stream, swiglu
 from zflora_jax.nn.positions import Context
 from zflora_jax.ops.attention import attention
-from zflora_jax.ops.products import Array
+from zflora_jax.ops.linear import Array
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.rope import apply_rope
 

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.ops.products import Array, copy_bits
+from zflora_jax.ops.copies import copy_bits, write_slice
+from zflora_jax.ops.linear import Array
 from zflora_jax.parallel.sharding import divide
 
 KEY_SLOTS, VALUE_SLOTS, HEADS, ROWS = -1, -2, -3, -4  # the axes of a cache's arrays
@@ -75,8 +76,7 @@ class KVCache:
 
         def write(x: Array, update: Array, axis: int) -> Array:
             update = update.reshape(*x.shape[:-2], *update.shape[-2:])  # see `without_single_axes`
-            place = partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
-            return copy_bits(place, (x, update), (index,))
+            return write_slice(x, update, index, axis)
 
         layer = LayerCache(
             write(layer.keys, new.keys, KEY_SLOTS), write(layer.values, new.values, VALUE_SLOTS)
@@ -135,8 +135,7 @@ class KVCache:
 
         def moved(x: Array, slots: int) -> Array:
             after = copy_bits(take, (jax.lax.slice_in_dim(x, first, None, axis=slots),), (rows,))
-            place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=slots)
-            return copy_bits(place, (x, after))
+            return write_slice(x, after, first, slots)
 
         return replace(self, layers=self.map_layers(moved))
 

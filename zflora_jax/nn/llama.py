@@ -27,7 +27,7 @@ from zflora_jax.nn.kv_cache import KVCache
 from zflora_jax.nn.layers import Embed, Head, RMSNorm, Stream
 from zflora_jax.nn.positions import Context, attended
 from zflora_jax.nn.row_adapters import hidden_states
-from zflora_jax.ops.products import Array
+from zflora_jax.ops.linear import Array
 from zflora_jax.ops.remat import REMAT_POLICY
 from zflora_jax.ops.rope import rope_tables
 from zflora_jax.parallel.mesh import beside, mesh_in_use
@@ -46,20 +46,16 @@ class Llama(nn.Module):
     adapter: AdapterConfig | None = None
 
     def setup(self) -> None:
-        c, adapter = self.config, self.adapter
-        if (
-            c.execution.packed
-            and adapter is not None
-            and METHODS[adapter.method].in_place == "full"
-        ):
+        c, run, adapter = self.config, self.config.execution, self.adapter
+        if run.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
             raise ValueError(
                 "a packed model cannot have its kernels replaced (method 'full'): fuse first, then"
                 " pack."
             )
         self.embed = Embed(c)
-        policy = None if c.execution.remat else REMAT_POLICY
-        block: Any = nn.remat(Block, prevent_cse=not c.execution.scan_layers, policy=policy)
-        if c.execution.scan_layers:
+        policy = None if run.remat else REMAT_POLICY
+        block: Any = nn.remat(Block, prevent_cse=not run.scan_layers, policy=policy)
+        if run.scan_layers:
             self.layers = nn.scan(
                 block,
                 {"params": 0, "adapters": 0},

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from zflora_jax.core.fields import require
 from zflora_jax.nn.kv_cache import KVCache
-from zflora_jax.ops.products import Array
+from zflora_jax.ops.linear import Array
 
 
 @flax.struct.dataclass

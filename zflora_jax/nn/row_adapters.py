@@ -6,6 +6,7 @@ Letters: B batch, T positions, d residual width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from zflora_jax.core.fields import require
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.kv_cache import KVCache
-from zflora_jax.ops.products import Array
+from zflora_jax.ops.linear import Array
 
 
 def hidden_states(
@@ -38,8 +39,8 @@ def hidden_states(
     Raises:
       ConfigError: row_adapters of another number of rows than tokens.
     """
+    given = (tokens, padding_mask, cache, segment_ids)
     if "row_adapters" not in variables:
-        given = (tokens, padding_mask, cache, segment_ids)
         return llama.apply(variables, *given, method="hidden")  # type: ignore[return-value]
     params, row_adapters = variables["params"], variables["row_adapters"]
     count = len(jax.tree.leaves(row_adapters)[0])
@@ -53,30 +54,33 @@ def hidden_states(
         return llama.apply({"params": params, "adapters": adapters}, *given, method="hidden")
 
     if count == 1:
-        only = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), row_adapters)
-        return run(only, tokens, padding_mask, cache, segment_ids)
+        return run(jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), row_adapters), *given)
+    return _by_rows(run, row_adapters, *given)
 
-    def of_row(
-        adapters: Tree,
-        tokens: Array,
-        padding_mask: Array | None,
-        segment_ids: Array | None,
-        layers: Any,
-        valid: Array | None,
-    ) -> tuple[Array, Any, Array | None]:
+
+def _by_rows(
+    run: Callable[..., Any],
+    row_adapters: Tree,
+    tokens: Array,
+    padding_mask: Array | None,
+    cache: KVCache | None,
+    segment_ids: Array | None,
+) -> tuple[Array, KVCache | None]:
+    """run(adapters, tokens, padding_mask, cache, segment_ids) of each row, under vmap."""
+
+    def of_row(adapters: Tree, inputs: Any, layers: Any, valid: Array | None) -> Any:
         """A batch of one row; `layers` have no axis for it."""
-        one, mask, segments, slots = jax.tree.map(
-            lambda x: x[None], (tokens, padding_mask, segment_ids, valid)
-        )
-        past = None if cache is None or slots is None else KVCache(layers, slots, cache.index)
-        x, past = run(adapters, one, mask, past, segments)
+        tokens, padding_mask, segment_ids = jax.tree.map(lambda x: x[None], inputs)
+        past = None
+        if cache is not None and valid is not None:
+            past = KVCache(layers, valid[None], cache.index)
+        x, past = run(adapters, tokens, padding_mask, past, segment_ids)
         return (x[0], None, None) if past is None else (x[0], past.layers, past.valid[0])
 
-    axis = 0 if cache is None else cache.row_axis
-    past = (None, None) if cache is None else (cache.layers, cache.valid)
-    x, layers, valid = jax.vmap(of_row, in_axes=(0, 0, 0, 0, axis, 0), out_axes=(0, axis, 0))(
-        row_adapters, tokens, padding_mask, segment_ids, *past
+    inputs = tokens, padding_mask, segment_ids
+    if cache is None:
+        return jax.vmap(of_row)(row_adapters, inputs, None, None)[0], None
+    x, layers, valid = jax.vmap(of_row, (0, 0, cache.row_axis, 0), (0, cache.row_axis, 0))(
+        row_adapters, inputs, cache.layers, cache.valid
     )
-    if cache is None or valid is None:
-        return x, None
     return x, KVCache(layers, valid, cache.index + tokens.shape[1])

@@ -26,7 +26,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.llama import Llama
-from zflora_jax.ops.products import at_config_precision, at_precision
+from zflora_jax.ops.precision import at_config_precision, at_precision
 from zflora_jax.parallel.sharding import batch_shards, gather_fsdp
 from zflora_jax.training.loss import masked_cross_entropy
 from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
