@@ -158,12 +158,11 @@ def current_names(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     found = {names.get(name, name): value for name, value in values.items()}
     for path in [name for name in found if "." in name and name in names.values()]:
         outer, _, inner = path.partition(".")
-        value, nested = found.pop(path), found.get(outer, {})
-        found[outer] = (
-            {**nested, inner: value}
-            if isinstance(nested, Mapping)
-            else dataclasses.replace(nested, **{inner: value})
-        )
+        value, nested = {inner: found.pop(path)}, found.get(outer, {})
+        if isinstance(nested, Mapping):
+            found[outer] = {**nested, **value}
+        elif dataclasses.is_dataclass(nested) and not isinstance(nested, type):
+            found[outer] = dataclasses.replace(nested, **value)
     return found
 
 
