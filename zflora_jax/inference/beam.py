@@ -144,7 +144,7 @@ def beam_decode(
         so only what lies after it moves.
         """
         rows = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_beams + beams).reshape(-1)
-        return cache.reorder_rows(rows, first=length)
+        return cache.reorder_rows(rows, start=length)
 
     def going(s: BeamState) -> Array:
         return (s.step < max_new_tokens) & jnp.any(s.improvable)

@@ -150,7 +150,7 @@ def decode_until(
     last = jax.lax.while_loop(
         going, one_token, replace(state, cache=state.cache.without_single_axes())
     )
-    return replace(last, cache=last.cache.shaped_as(state.cache))
+    return replace(last, cache=last.cache.with_axes_of(state.cache))
 
 
 def _choose(

@@ -172,7 +172,7 @@ def advance(
     llama, (batch, length) = Llama(config), tokens.shape
     cache = init_cache(config, batch, length) if keep and past is None else None
     if past is not None:
-        cache = past.extend_rows(parents, length)
+        cache = past.continue_rows(parents, length)
     out: Any = llama.apply({"params": params}, tokens, valid, cache, method="hidden")
     hidden, cache = out
 

@@ -114,9 +114,9 @@ class KVCache:
 
         return replace(self, layers=self.map_layers(squeeze))
 
-    def shaped_as(self, other: KVCache) -> KVCache:
-        """The inverse of `without_single_axes`, which made this of `other`'s shapes."""
-        layers = jax.tree.map(lambda x, whole: x.reshape(whole.shape), self.layers, other.layers)
+    def with_axes_of(self, whole: KVCache) -> KVCache:
+        """The inverse of `without_single_axes`, which made this of `whole`."""
+        layers = jax.tree.map(lambda x, like: x.reshape(like.shape), self.layers, whole.layers)
         return replace(self, layers=layers)
 
     def repeat_rows(self, count: int) -> KVCache:
@@ -124,22 +124,22 @@ class KVCache:
         layers = self.map_layers(lambda x, _: jnp.repeat(x, count, axis=self.row_axis))
         return KVCache(layers, jnp.repeat(self.valid, count, axis=0), self.index)
 
-    def reorder_rows(self, rows: Array, first: int) -> KVCache:
-        """The slots from `first` on taken from row rows[i] for row i; those before stay.
+    def reorder_rows(self, rows: Array, start: int) -> KVCache:
+        """The slots from `start` on taken from row rows[i] for row i; those before stay.
 
         Args:
-          rows: [B] int32; a row and the one that it takes from agree before `first`.
-          first: the first slot that moves.
+          rows: [B] int32; a row and the one that it takes from agree before `start`.
+          start: the first slot that moves.
         """
         take = partial(jnp.take, axis=self.row_axis, mode="clip")
 
         def moved(x: Array, slots: int) -> Array:
-            after = copy_bits(take, (jax.lax.slice_in_dim(x, first, None, axis=slots),), (rows,))
-            return write_slice(x, after, first, slots)
+            after = copy_bits(take, (jax.lax.slice_in_dim(x, start, None, axis=slots),), (rows,))
+            return write_slice(x, after, start, slots)
 
         return replace(self, layers=self.map_layers(moved))
 
-    def extend_rows(self, rows: Array, slots: int) -> KVCache:
+    def continue_rows(self, rows: Array, slots: int) -> KVCache:
         """The rows `rows` [N] int32 of a full cache of apart layers, each with `slots` more."""
 
         def extended(x: Array, axis: int) -> Array:
