@@ -156,7 +156,7 @@ def current_names(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     twice = [old for old in values if old in names and names[old] in values]
     require(not twice, f"{', '.join(twice)}: given under the old name and the new one; give one.")
     found = {names.get(name, name): value for name, value in values.items()}
-    for path in [name for name in found if "." in name and name in names.values()]:
+    for path in [name for name in names.values() if "." in name and name in found]:
         outer, _, inner = path.partition(".")
         value, nested = {inner: found.pop(path)}, found.get(outer, {})
         if isinstance(nested, Mapping):
