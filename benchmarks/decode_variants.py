@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,9 @@ from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
 from zflora_jax.inference.model_call import next_logits
 from zflora_jax.inference.sampling import Sampler, greedy
+from zflora_jax.nn import layers
 from zflora_jax.nn.kv_cache import init_cache
-from zflora_jax.ops import products
+from zflora_jax.ops import head as output_head, linear
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
@@ -123,29 +125,29 @@ KERNELS = (
 LEFT, RIGHT, HALVES = "x [out, in]^T", "[out, in] from the right", "[out, in] in halves"
 PRODUCTS: dict[str, Callable[..., Any]] = {  # x [B, T, in] and a kernel -> [B, T, out]
     "x [in, out]": lambda x, w: x @ w,
-    LEFT: products.plain_product,
-    RIGHT: products.product_from_the_right,
-    HALVES: products.product_in_halves,
+    LEFT: linear.plain_product,
+    RIGHT: linear.product_from_the_right,
+    HALVES: linear.product_in_halves,
 }
 
 
 def unguarded_product(x: Any, kernel: Any, dtype: Any = None) -> Any:
-    """`products.bfloat16_product` without its barrier and its second row."""
-    return products.plain_product(x, kernel, jnp.float32).astype(dtype or x.dtype)
+    """`linear.bfloat16_product` without its barrier and its second row."""
+    return linear.plain_product(x, kernel, jnp.float32).astype(dtype or x.dtype)
 
 
 def with_products(product: Callable[..., Any], make: Callable[[], Contender]) -> Contender:
-    """What `make` compiles where `products.packed_linear`, that is all kernels of layers and the
+    """What `make` compiles where `linear.packed_linear`, that is all kernels of layers and the
     head, is `product`.
     """
-    kept = products.packed_linear
-    products.packed_linear = product
     jax.clear_caches()
-    try:
-        return make()
-    finally:
-        products.packed_linear = kept
-        jax.clear_caches()
+    with (
+        mock.patch.object(layers, "packed_linear", product),
+        mock.patch.object(output_head, "packed_linear", product),
+    ):
+        made = make()
+    jax.clear_caches()
+    return made
 
 
 def read_rates(batch: int, repeats: int) -> list[dict[str, Any]]:

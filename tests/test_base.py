@@ -107,7 +107,10 @@ def test_another_dtype_is_refused_with_both_and_the_fix(run, base_dir):
     mixed = Model(model.config.replace(dtype="bfloat16"), model.params, model.tokenizer)
     with pytest.raises(ConfigError, match=r"activations are bfloat16, and train\.dtype is float32"):
         as_base(run, mixed)
-    assert as_base(override(run, {"train.dtype": "bfloat16"}), narrow).config.dtype == "bfloat16"
+    assert (
+        as_base(override(run, {"train.dtype": "bfloat16"}), narrow).config.execution.dtype
+        == "bfloat16"
+    )
 
 
 def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
@@ -116,7 +119,7 @@ def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
     real = make_train_step
     monkeypatch.setattr(
         "zflora_jax.experiments.train.make_train_step",
-        lambda config, *rest: (seen.append(config.remat), real(config, *rest))[1],
+        lambda config, *rest: (seen.append(config.execution.remat), real(config, *rest))[1],
     )
     run = override(run, {"train.steps": 3, "train.remat": True})
     train(run, tmp_path / "run", model=load_model(base_dir), console=False)
@@ -152,7 +155,7 @@ def test_a_model_made_in_memory_is_warned_of(run, caplog):
 def test_a_model_of_a_gguf_file_may_be_handed_in_as_it_is_loaded():
     """Its tokenizer is built anew for the comparison, which takes no file for a changed one."""
     model, run = load_model("smollm2-135m"), RunConfig(train=TrainConfig(remat=True))
-    assert given_base(run, model).config.remat
+    assert given_base(run, model).config.execution.remat
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(ConfigError, match=r"tokenizer is not that of 'smollm2-135m'"):
         given_base(run, model)

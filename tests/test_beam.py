@@ -137,7 +137,7 @@ def test_fillers_yield_nothing_and_layers_may_be_stacked(model: Model) -> None:
         for form in (model, pack_for_decode(model))
     )
     assert (
-        model.config.scan_layers
+        model.config.execution.scan_layers
         and (stacked == flat).all()
         and (flat[[0, 2]] >= 0).all()
         and (flat[1] == -1).all()

@@ -94,7 +94,7 @@ def test_random_packed_has_the_shapes_of_a_packed_fused_model() -> None:
     )
     assert {leaf.dtype.name for leaf in jax.tree.leaves(found.params)} == {
         "bfloat16"
-    } and found.config.dtype == "bfloat16"
+    } and found.config.execution.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("real", always([False, True], lambda real: real))

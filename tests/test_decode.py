@@ -566,7 +566,7 @@ def test_greedy_is_the_argmax_of_whole_forwards(layout: str, batch: int, kv_head
     model = untied(num_kv_heads=kv_heads)
     tokens = jax.random.randint(jax.random.key(3), (batch, 16), 0, 250)
     run = pack_for_decode(model) if layout == "packed" else model
-    assert run.config.scan_layers == (layout == "stacked")
+    assert run.config.execution.scan_layers == (layout == "stacked")
     keys = jax.random.split(jax.random.key(0), batch)
     program = DecodeProgram(run.config)
     out = program.decode({"params": run.params}, tokens, tokens >= 0, keys, 6)

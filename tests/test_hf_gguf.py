@@ -42,7 +42,7 @@ def test_written_file_equals_transformers(changes: dict[str, Any], tmp_path: Pat
     )
     assert model.tokenizer("aé 1<eos>")["input_ids"] == byte_tokenizer()("aé 1<eos>")["input_ids"]
     apart = load_model(tmp_path / "x.gguf", "bfloat16", scan_layers=False)
-    assert apart.config.dtype == "bfloat16" and "layers_1" in apart.params
+    assert apart.config.execution.dtype == "bfloat16" and "layers_1" in apart.params
 
 
 def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:

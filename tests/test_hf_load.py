@@ -76,7 +76,7 @@ def test_shards_layers_and_dtypes(saved: Path, tmp_path: Path) -> None:
     half = load_model(tmp_path / "half", "bfloat16")
     assert {leaf.dtype.name for leaf in trees.flatten(half.params).values()} == {
         "bfloat16"
-    } and half.config.dtype == "bfloat16"
+    } and half.config.execution.dtype == "bfloat16"
     for name, leaf in trees.flatten(load_model(tmp_path / "half").params).items():
         assert np.array_equal(leaf, trees.flatten(half.params)[name].astype(jnp.float32))
         assert np.array_equal(

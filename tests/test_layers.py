@@ -18,10 +18,9 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import preset
 from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.ops import attention as attention_ops
-from zflora_jax.ops.attention import attention, query_blocks
-from zflora_jax.ops.products import head_logits, matmul
+from zflora_jax.ops.attention import attention, plain_attention as plain, query_blocks
+from zflora_jax.ops.head import head_logits
 from zflora_jax.ops.remat import REMAT_POLICY
-from zflora_jax.ops.rope import ROPE_ROWS, rope_tables
 from zflora_jax.parallel.devices import widest_cudnn_head, widest_head
 
 
@@ -40,14 +39,6 @@ def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8):
     mask[1, :, :, 2] = False
     mask[1, :, :, 0] &= T != S
     return q, keys, values, mask
-
-
-def plain(q, keys, values, mask, scale):
-    """The formula, head by head."""
-    group = q.shape[2] // keys.shape[1]
-    scores = jnp.einsum("bthk,bhks->bhts", q, jnp.repeat(keys, group, axis=1)) * scale
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    return jnp.einsum("bhts,bhsk->bthk", weights, jnp.repeat(values, group, axis=1))
 
 
 @pytest.mark.parametrize(("T", "S", "blocks"), [(12, 12, 1), (12, 12, 3), (5, 12, 1), (1, 12, 1)])
@@ -102,33 +93,6 @@ def test_blocks_do_not_change_a_model(monkeypatch, tokens):
     jax.clear_caches()
     np.testing.assert_allclose(forward(model, tokens[:, :8]), whole, atol=1e-5)
     jax.clear_caches()
-
-
-def test_matmul_and_logits_have_the_usual_gradients():
-    draw = np.random.default_rng(0)
-    for width_in, width_out in ((5, 9), (9, 5)):
-        x, w, dy = (
-            draw.standard_normal(s).astype(np.float32)
-            for s in ((2, 3, width_in), (width_in, width_out), (2, 3, width_out))
-        )
-        got, want = (
-            jax.grad(lambda x, w, f=f, dy=dy: jnp.sum(f(x, w) * dy), (0, 1))(x, w)
-            for f in (matmul, jnp.matmul)
-        )
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
-    x, table, dy = (
-        draw.standard_normal(s).astype(np.float32) for s in ((2, 3, 5), (11, 5), (2, 3, 11))
-    )
-    want = jax.grad(lambda x, t: jnp.sum((x @ t.T) * dy), (0, 1))(x, table)
-    for tied in (True, False):
-        of = jax.grad(
-            lambda x, t, tied=tied: jnp.sum(head_logits(x, t if tied else t.T, tied) * dy), (0, 1)
-        )
-        for a, b in zip(of(x, table), want, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
-        narrow = of(x.astype(jnp.bfloat16), table.astype(jnp.bfloat16))
-        assert {a.dtype for a in narrow} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("method", ["lora", "zflora-minimal", "zflora-uniform"])
@@ -323,21 +287,6 @@ def lowered(loss, names, arrays):
     return jax.export.export(
         jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"], disabled_checks=checks
     )(*arrays).mlir_module()
-
-
-@pytest.mark.parametrize("scaling", [False, True])
-def test_rotations_looked_up_and_computed_are_the_same(scaling: bool) -> None:
-    config = preset("llama-3.2-1b") if scaling else preset("smollm2-135m")
-    positions = jnp.asarray([[0, 1, 2, 257, 5000, ROPE_ROWS - 1]], jnp.int32)
-    looked_up, computed = (
-        rope_tables(config, positions, length) for length in (ROPE_ROWS, ROPE_ROWS + 1)
-    )
-    for one, other in zip(looked_up, computed, strict=True):
-        assert (
-            one.shape == other.shape == (1, 6, 1, config.rotary_dim // 2)
-            and one.dtype == other.dtype == jnp.float32
-        )
-        np.testing.assert_allclose(one, other, atol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

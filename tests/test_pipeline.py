@@ -25,7 +25,8 @@ from zflora_jax.data.tokenization import (
     fit_documents,
     tokenize_examples,
 )
-from zflora_jax.nn.llama import forward, segment_positions
+from zflora_jax.nn.llama import forward
+from zflora_jax.nn.positions import segment_positions
 from zflora_jax.training.trainer import eval_step
 
 
@@ -120,7 +121,7 @@ def test_packed_logits_do_not_see_other_segments():
     rows = random_rows(3, 12, seed=4)
     packed = pack_sequences(Encoded(rows, (0, 1, 2), 0, PAD, parts=(3,)), 40).rows[0]
     batch = pad([packed], (40,), PAD)
-    logits = np.asarray(forward(model, batch["tokens"], valid=batch["segments"]))[0]
+    logits = np.asarray(forward(model, batch["tokens"], segment_ids=batch["segments"]))[0]
     for segment in (1, 2, 3):
         own = packed.tokens[packed.segments == segment]
         found = logits[: len(packed.tokens)][packed.segments == segment]

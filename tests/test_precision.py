@@ -53,7 +53,7 @@ def programs(precision: str) -> dict[str, Any]:
     state = init_state(adapters, OptimConfig(), 20)
     ready = pack_for_decode(fuse(model, ADAPTER, adapters))
     c, variables = ready.config, {"params": ready.params}
-    assert c.matmul_precision == precision
+    assert c.execution.matmul_precision == precision
     keys, program = jax.random.split(jax.random.key(0), 2), DecodeProgram(c)
     given = variables, tokens, tokens > 0
     prefilled = jax.eval_shape(lambda: program.prefill(*given, keys, 4))
@@ -114,7 +114,7 @@ def test_what_must_be_exact_is_highest_whatever_the_setting(method, monkeypatch)
 def test_a_run_says_it_and_its_model_has_it(run, tmp_path):
     run = override(run, {"train.matmul_precision": "high"})
     model = as_base(run, load_model(run.model))
-    assert model.config.matmul_precision == "high"
+    assert model.config.execution.matmul_precision == "high"
     claim(tmp_path, run)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["matmul_precision"] == "high"
     # It changes rounding alone.
@@ -146,7 +146,7 @@ def test_an_export_is_evaluated_at_its_own_precision_unless_another_is_named(
     seen = []
 
     def evaluated(run: Any, model: Any, *_: Any, **__: Any) -> Any:
-        seen.append(model.config.matmul_precision)
+        seen.append(model.config.execution.matmul_precision)
         raise ConfigError("seen enough.")
 
     monkeypatch.setattr(scorecard, "evaluate_tasks", evaluated)

@@ -21,7 +21,7 @@ from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.model_call import next_logits
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.kv_cache import init_cache
-from zflora_jax.ops import products
+from zflora_jax.ops import copies, linear
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1), (2, 4)], ids=str)
@@ -36,16 +36,16 @@ def test_row_products_of_one_row_and_of_several(
     rng = np.random.default_rng(0)
     x, kernel = rng.integers(-4, 5, (*shape, 24)), rng.integers(-4, 5, (outputs, 24))
     given = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    for limit in (products.SMALL, 0):
-        monkeypatch.setattr(products, "SMALL", limit)
+    for limit in (linear.SMALL, 0):
+        monkeypatch.setattr(linear, "SMALL", limit)
         np.testing.assert_array_equal(
-            jax.jit(lambda x, w: products.packed_linear(x, w, jnp.float32))(*given), x @ kernel.T
+            jax.jit(lambda x, w: linear.packed_linear(x, w, jnp.float32))(*given), x @ kernel.T
         )
-        by_row = jax.vmap(lambda row: products.packed_linear(row[None], given[1], jnp.float32)[0])(
+        by_row = jax.vmap(lambda row: linear.packed_linear(row[None], given[1], jnp.float32)[0])(
             given[0]
         )
         np.testing.assert_array_equal(by_row, x @ kernel.T)
-    np.testing.assert_array_equal(products.plain_product(*given, jnp.float32), x @ kernel.T)
+    np.testing.assert_array_equal(linear.plain_product(*given, jnp.float32), x @ kernel.T)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -59,7 +59,7 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
     )
 
     def taken(table: Any, rows: Any) -> Any:
-        return products.copy_bits(lambda x, at: jnp.take(x, at, axis=0), (table,), (rows,))
+        return copies.copy_bits(lambda x, at: jnp.take(x, at, axis=0), (table,), (rows,))
 
     bits = {2: jnp.uint16, 4: jnp.uint32}[table.dtype.itemsize]
     want = jnp.take(table, rows, axis=0)
@@ -84,7 +84,7 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
     )
 
     def written(cache: Any, new: Any) -> Any:
-        return products.copy_bits(
+        return copies.copy_bits(
             lambda cache, new, at: jax.lax.dynamic_update_slice_in_dim(cache, new, at, axis=0),
             (cache, new),
             (jnp.int32(1),),
@@ -154,9 +154,9 @@ def test_bfloat16_products_are_added_up_in_float32_and_rounded_once(shape: tuple
         jnp.ones((*shape, 40), jnp.bfloat16),
         jnp.ones((6, 40), jnp.bfloat16).at[:, 0].set(256),
     )
-    got = products.packed_linear(x, kernel)
+    got = linear.packed_linear(x, kernel)
     assert got.dtype == jnp.bfloat16 and (got == jnp.bfloat16(256 + 39)).all()
-    assert (products.packed_linear(x, kernel, jnp.float32) == 256 + 39).all()
+    assert (linear.packed_linear(x, kernel, jnp.float32) == 256 + 39).all()
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -145,7 +145,7 @@ def test_a_mixed_batch_equals_one_by_one(base, adapter, tokens):
     tasks = [adapters_of(base, adapter, seed) for seed in (1, 2, 3)]
     stacked, order = stack_tasks(tasks), [2, 0, 1]
     valid = np.arange(tokens.shape[1])[None] >= np.asarray([0, 3, 5])[:, None]  # left padding
-    mixed = forward(base, tokens, adapter, row_adapters=rows_of(stacked, order), valid=valid)
+    mixed = forward(base, tokens, adapter, row_adapters=rows_of(stacked, order), padding_mask=valid)
     for row, task in enumerate(order):
         alone = forward(base, tokens[row : row + 1], adapter, tasks[task], valid[row : row + 1])
         assert_logits_close(

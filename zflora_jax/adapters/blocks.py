@@ -15,6 +15,7 @@ from zflora_jax.core.architecture import KERNELS, kernel_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
+from zflora_jax.ops.copies import write_divided
 
 Array = jax.Array
 
@@ -66,10 +67,7 @@ def pad_axis(leaf: Array, axis: int, width: int, value: float) -> Array:
 def with_block(
     wide: Array, value: Array, block: str, axis: int, base_in: int, base_out: int
 ) -> Array:
-    """Write a block into a wide kernel.
-
-    Each number is chosen separately, so the result is divided over devices as the kernel is; XLA
-    would gather a divided kernel to write into a part of it.
+    """Write a block into a wide kernel, which stays divided over devices as it is.
 
     Args:
       wide: the fused kernel.
@@ -79,19 +77,8 @@ def with_block(
       base_in: width of the base's input stream.
       base_out: width of the base's output stream.
     """
-    region, pads, inside = (
-        block_region(block, axis, base_in, base_out),
-        [(0, 0)] * wide.ndim,
-        jnp.ones((1,) * wide.ndim, bool),
-    )
-    for at, part in ((axis, region[1]), (-1, region[-1])):
-        start, stop, _ = part.indices(wide.shape[at])
-        pads[at] = start, wide.shape[at] - stop
-        place = jnp.arange(wide.shape[at]).reshape(
-            [-1 if i == wide.ndim + at else 1 for i in range(wide.ndim)]
-        )
-        inside = inside & (place >= start) & (place < stop)
-    return jnp.where(inside, jnp.pad(value.astype(wide.dtype), pads), wide)
+    region = block_region(block, axis, base_in, base_out)
+    return write_divided(wide, value, {axis: region[1], -1: region[-1]})
 
 
 def block_region(block: str, axis: int, base_in: int, base_out: int) -> tuple[Any, ...]:

@@ -62,7 +62,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
             f"this model is already fused ({model.adapter.method}); unfuse it, or use swap to"
             " change its adapter."
         )
-    if config.packed:
+    if config.execution.packed:
         raise ValueError("this model is packed for decode; fuse first, then pack.")
     with mesh_in_use(model.params):
         adapters = beside(model.params, adapters)
@@ -138,7 +138,7 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
       ValueError: the model is not fused, or its method merges by addition (lora, ffa, full).
     """
     adapter = require_widened(fused, "unfuse")
-    if fused.config.packed:
+    if fused.config.execution.packed:
         raise ValueError("cannot unfuse a packed model; unfuse the model it was packed from.")
     config = base_config(fused.config, adapter)
     with mesh_in_use(fused.params):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +45,40 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
         for k, blocks in block_shapes(config, adapter).items()
         for name, shape in blocks.items()
     }
-    if config.scan_layers:
+    if config.execution.scan_layers:
         return {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
     return {
         f"layers_{i}/{name}": shape
         for i in range(config.num_layers)
         for name, shape in layer.items()
     }
+
+
+def check_collection(
+    config: LlamaConfig, adapter: AdapterConfig | None, given: Mapping[str, Any] | None
+) -> None:
+    """ValueError unless `given`, a model's `adapters` collection or None, is that of `adapter`."""
+    if adapter is None:
+        if given is None:
+            return
+        raise ValueError(
+            "an `adapters` collection was given to a Llama without an adapter: pass"
+            " Llama(config, adapter), or leave the collection out."
+        )
+    if given is None:
+        raise ValueError(
+            f"Llama has adapter method {adapter.method!r} but no `adapters` collection:"
+            " apply({'params': ..., 'adapters': ...}, tokens)."
+        )
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(given).items()}
+    expected = adapter_shapes(config, adapter)
+    if diff := trees.difference(expected, shapes):
+        raise ValueError(f"the adapters are not those of {adapter}:\n{diff}")
+    if wrong := [name for name in expected if shapes[name] != expected[name]]:
+        raise ValueError(
+            f"the adapters are not those of {adapter}: {wrong[0]} has shape {shapes[wrong[0]]},"
+            f" expected {expected[wrong[0]]}."
+        )
 
 
 def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:
@@ -95,7 +124,7 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
 
     stacked = adapter_shapes(config.replace(scan_layers=True), adapter)
     tree = trees.unflatten({name: draw(name, shape) for name, shape in stacked.items()})
-    return tree if config.scan_layers else trees.unstack_layers(tree, config.num_layers)
+    return tree if config.execution.scan_layers else trees.unstack_layers(tree, config.num_layers)
 
 
 def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:
@@ -114,7 +143,7 @@ def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:
             f" refuse it (vLLM's CPU build does); {advice}.",
             stacklevel=3,
         )
-    limit = widest_head() if config.dtype in ("bfloat16", "float16") else 0
+    limit = widest_head() if config.execution.dtype in ("bfloat16", "float16") else 0
     if config.rotary_dim <= limit < heads:
         warnings.warn(
             f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's"

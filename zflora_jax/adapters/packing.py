@@ -14,7 +14,7 @@ from zflora_jax.core.architecture import ATTENTION, MLP
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.products import whole_vectors
+from zflora_jax.ops.linear import whole_vectors
 from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 from zflora_jax.parallel.sharding import constrain
 
@@ -24,17 +24,17 @@ def pack_for_decode(model: Model) -> Model:
 
     q|k|v are one kernel and gate|up another, and all kernels of layers are [out, in]: qkv [(H + 2K)
     k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to
-    `products.whole_vectors`; `products.packed_linear` reads them. On a mesh the kernels stay apart,
-    divided by `parallel.sharding.RULES` (side by side, a slice of one would lie where another's
-    belongs), and only stacked layers become subtrees.
+    `ops.linear.whole_vectors`; `ops.linear.packed_linear` reads them. On a mesh the kernels stay
+    apart, divided by `parallel.sharding.RULES` (side by side, a slice of one would lie where
+    another's belongs), and only stacked layers become subtrees.
 
     Args:
       model: a base or fused model; an already packed one is returned as it is.
     """
-    if model.config.packed:
+    if model.config.execution.packed:
         return model
     if mesh_of(model.params) is not None:
-        if not model.config.scan_layers:
+        if not model.config.execution.scan_layers:
             return model
         with mesh_in_use(model.params):
             params = _unstack(model.config, model.params)

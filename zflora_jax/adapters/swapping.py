@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from zflora_jax.core.architecture import group, kernel_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.products import copy_bits
+from zflora_jax.ops.copies import write_pieces
 from zflora_jax.parallel.mesh import beside, mesh_in_use, several_devices
 from zflora_jax.parallel.sharding import constrain
 
@@ -63,7 +62,7 @@ def _swap(
     config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
 ) -> Tree:
     flat = trees.flatten(params)
-    adapters = (trees.stack_layers if config.scan_layers else trees.unstack_layers)(
+    adapters = (trees.stack_layers if config.execution.scan_layers else trees.unstack_layers)(
         adapters, base.num_layers
     )
     pieces: dict[str, list[Piece]] = {}  # leaf -> pieces to write
@@ -76,7 +75,7 @@ def _swap(
             at = f"{layer}/{group(kernel)}/{kernel}/kernel"
             flat[at] = with_block(flat[at], value, block_name, axis, shape[0][-1], shape[1][-1])
             continue
-        if config.packed:
+        if config.execution.packed:
             leaf_name, first = _place(config, kernel)
             found = _packed_pieces(
                 value, kernel_shapes(config)[kernel], first, region[1], region[-1]
@@ -92,24 +91,13 @@ def _swap(
             ]
         pieces.setdefault(f"{layer}/{leaf_name}", []).extend(found)
     written = {
-        name: _write(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()
+        name: write_pieces(flat[name], *zip(*found, strict=True)) for name, found in pieces.items()
     }
     return (
         constrain(trees.unflatten(flat | written), fused=True)
         if several_devices()
         else trees.unflatten(flat | written)
     )
-
-
-def _write(leaf: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
-    """Write each of `pieces` into `leaf`, beginning at its start indices."""
-
-    def update(leaf: Array, *pieces: Array) -> Array:
-        for piece, start in zip(pieces, starts, strict=True):
-            leaf = jax.lax.dynamic_update_slice(leaf, piece, start)
-        return leaf
-
-    return copy_bits(update, (leaf, *(piece.astype(leaf.dtype) for piece in pieces)))
 
 
 def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
@@ -128,8 +116,7 @@ def _packed_pieces(
     """Cut a block [*in, *out] into pieces of a packed leaf [out, in], each with its start indices.
 
     `first` is the first row of the kernel in the leaf. Where heads are wider than the base's there
-    is one piece per head: XLA writes those in place, but copies the leaf if they are written
-    through a view of its heads.
+    is one piece per head (see `ops.copies.write_pieces`).
     """
     inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes)
     flat = value.reshape(sum(count for _, count in inputs), -1).T

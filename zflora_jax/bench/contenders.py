@@ -114,7 +114,7 @@ def read_bytes(variables: trees.Tree, config: LlamaConfig, batch: int, slots: in
         * config.num_kv_heads
         * config.head_dim
         * slots
-        * jnp.dtype(config.dtype).itemsize
+        * jnp.dtype(config.execution.dtype).itemsize
     )
     return int(weights + cache)
 
@@ -167,18 +167,18 @@ def contenders(
     beside = trees.unstack_layers(
         init_adapters(jax.random.key(1), Model(config, {}), lora), config.num_layers
     )
-    beside = jax.tree.map(lambda leaf: leaf.astype(config.dtype), beside)
+    beside = jax.tree.map(lambda leaf: leaf.astype(config.execution.dtype), beside)
     found = {BASE: contender(base, *shape), UNMERGED: contender(base, *shape, lora, beside)}
     for method in methods:
         adapter = AdapterConfig(method, rank=rank)
         if METHODS[method].in_place != "none":
             found[f"{method} merged"] = found[BASE]
             continue
-        found[method] = contender(_fused(source, adapter, base.config.dtype, 1.0), *shape)
+        found[method] = contender(_fused(source, adapter, base.config.execution.dtype, 1.0), *shape)
         if method == "zflora-minimal":
             zero = isinstance(source, Model)
             found[IDLE] = (
-                contender(_fused(source, adapter, base.config.dtype, 0.0), *shape)
+                contender(_fused(source, adapter, base.config.execution.dtype, 0.0), *shape)
                 if zero
                 else found[method]
             )

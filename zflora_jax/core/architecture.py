@@ -70,8 +70,6 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     on a leading axis L under "layers/", else they are "layers_0/" ... without it. d, k, f are the
     widths in `config`, so a fused config gives the fused shapes.
     """
-    from zflora_jax.core.architecture import group, kernel_shapes
-
     d, v = config.hidden_size, config.vocab_size
     layer: dict[str, tuple[int, ...]] = {"attn_norm/scale": (d,), "mlp_norm/scale": (d,)}
     layer |= {
@@ -80,7 +78,7 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (v, d), "final_norm/scale": (d,)}
     if not config.tie_word_embeddings:
         shapes["lm_head/kernel"] = (d, v)
-    if config.scan_layers:
+    if config.execution.scan_layers:
         shapes |= {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
     else:
         shapes |= {

@@ -130,7 +130,7 @@ def renamed(**names: str) -> Callable[[type[T]], type[T]]:
     keywords, files and the command line.
 
     Args:
-      names: old name = new name.
+      names: old name = new name; "nested.field" for a field of the dataclass in field `nested`.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -155,7 +155,15 @@ def current_names(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     names = getattr(cls, _RENAMED, {})
     twice = [old for old in values if old in names and names[old] in values]
     require(not twice, f"{', '.join(twice)}: given under the old name and the new one; give one.")
-    return {names.get(name, name): value for name, value in values.items()}
+    found = {names.get(name, name): value for name, value in values.items()}
+    for path in [name for name in names.values() if "." in name and name in found]:
+        outer, _, inner = path.partition(".")
+        value, nested = {inner: found.pop(path)}, found.get(outer, {})
+        if isinstance(nested, Mapping):
+            found[outer] = {**nested, **value}
+        elif dataclasses.is_dataclass(nested) and not isinstance(nested, type):
+            found[outer] = dataclasses.replace(nested, **value)
+    return found
 
 
 def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:

@@ -1,4 +1,4 @@
-"""What a model is, in numbers: its widths and numerics, and the shapes that are known by name."""
+"""What a model is, in numbers, how it is run, and the shapes that are known by name."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zflora_jax.core.fields import check_types, nearest, renamed, require
+from zflora_jax.core.fields import check_types, nearest, renamed, require, to_dict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Precision = Literal["default", "high", "highest"]  # of float32 products: products.at_precision
+Precision = Literal["default", "high", "highest"]  # of float32 products: ops.precision
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,45 @@ class RopeScaling:
         )
 
 
-@renamed(norm_dim="base_hidden_size", rope_dim="base_head_dim")
+@dataclass(frozen=True)
+class Execution:
+    """How a model is run; what it is does not depend on it.
+
+    Attributes:
+      dtype: of activations; kernels are cast to it where they are used.
+      scan_layers: one stacked block run by lax.scan (fast to compile), or one subtree per layer
+        (fast to decode).
+      packed: the layout for decode (`adapters.packing.pack_for_decode`).
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      matmul_precision: of float32 products, as TrainConfig's.
+    """
+
+    dtype: Dtype = "float32"
+    scan_layers: bool = True
+    packed: bool = False
+    remat: bool = False
+    matmul_precision: Precision = "default"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@renamed(
+    norm_dim="base_hidden_size",
+    rope_dim="base_head_dim",
+    **{f.name: f"execution.{f.name}" for f in dataclasses.fields(Execution)},
+)
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape and numerics of a Llama. A fused model is the same class with wider streams.
+    """Shape of a Llama, and how it is run. A fused model is the same class with wider streams.
 
     `base_hidden_size` and `base_head_dim` say how many leading channels of the residual stream and
     of a head belong to the base model: RMSNorm takes its mean over the first `base_hidden_size`
     channels, RoPE turns the first `base_head_dim` dims of a head, and attention divides by
     sqrt(base_head_dim). None means all of them (a base model).
+
+    The fields of `execution` are also taken by their own names: LlamaConfig(..., dtype="bfloat16"),
+    config.replace(scan_layers=False), and files in which they stand beside the others.
     """
 
     vocab_size: int
@@ -66,14 +96,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
     base_hidden_size: int | None = None
     base_head_dim: int | None = None
-    dtype: Dtype = "float32"  # of activations; kernels are cast to it where they are used
-    # One stacked block run by lax.scan (fast to compile) or one subtree per layer (fast to decode)
-    scan_layers: bool = True
-    packed: bool = False  # the layout for decode (see adapters.fuse.pack)
-    remat: bool = (
-        False  # recompute each block in the backward pass instead of keeping its activations
-    )
-    matmul_precision: Precision = "default"  # as TrainConfig's
+    execution: Execution = Execution()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -125,7 +148,13 @@ class LlamaConfig:
         return self.base_head_dim or self.head_dim
 
     def replace(self, **changes: Any) -> LlamaConfig:
+        """The same with other values of fields, those of `execution` included."""
         return dataclasses.replace(self, **changes)
+
+    def flat(self) -> dict[str, Any]:
+        """As files hold it, JSON-ready: the fields of `execution` beside the others."""
+        values = to_dict(self)
+        return values | values.pop("execution")
 
 
 _LLAMA3 = {

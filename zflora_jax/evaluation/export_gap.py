@@ -38,7 +38,7 @@ def export_gap(
     """
     import jax.numpy as jnp
 
-    export = load_stock(Path(path), model.config.scan_layers, mesh_of(model.params))
+    export = load_stock(Path(path), model.config.execution.scan_layers, mesh_of(model.params))
     exact = Model(model.config.replace(dtype="float32"), model.params)
     worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0
     for row in prompts:
@@ -48,8 +48,11 @@ def export_gap(
         tokens = (
             jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
         )
-        valid = jnp.arange(length)[None] < len(ids)
-        a, b = (np.asarray(forward(m, tokens, valid=valid))[:, : len(ids)] for m in (exact, export))
+        real = jnp.arange(length)[None] < len(ids)
+        a, b = (
+            np.asarray(forward(m, tokens, padding_mask=real))[:, : len(ids)]
+            for m in (exact, export)
+        )
         for what, found in (("model in memory", a), (f"export at {path}", b)):
             if not np.isfinite(found).all():
                 advice = (

@@ -99,7 +99,7 @@ def _evaluate(
     )
     examples = [mixture[i] for i in kept]
     result: dict[str, Any] = {"task": name, "split": evaluation.split, "rows": len(examples)}
-    result |= {key: getattr(model.config, key) for key in ("dtype", "matmul_precision")}
+    result |= {key: getattr(model.config.execution, key) for key in ("dtype", "matmul_precision")}
     records: list[Record] = [
         {"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target}
         for i, e in zip(kept, examples, strict=True)

@@ -51,18 +51,18 @@ def as_base(run: RunConfig, model: Model) -> Model:
             " on top of it could not be fused. Train on its base.",
         )
     require(
-        not model.config.packed,
+        not model.config.execution.packed,
         "the model is packed for decoding, and that form cannot be trained; give the one that it"
         " was packed from.",
     )
     require(
-        model.config.scan_layers,
+        model.config.execution.scan_layers,
         "the model has a tree per layer, and checkpoints are of stacked ones; load it without"
         " scan_layers=False.",
     )
     found: dict[str, set[str]] = {
         "params": {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)},
-        "activations": {model.config.dtype},
+        "activations": {model.config.execution.dtype},
     }
     for what, dtypes in found.items():
         require(

@@ -87,7 +87,7 @@ def memory_plan(
 def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
     """Bytes on each device, by purpose."""
     mesh = AbstractMesh((run.mesh.data, run.mesh.fsdp, run.mesh.tensor), AXES)
-    width = jnp.dtype(config.dtype).itemsize
+    width = jnp.dtype(config.execution.dtype).itemsize
     trainable = _local(adapter_shapes(config, run.adapter), mesh, 4)
     sizes = {
         "base": _local(param_shapes(config), mesh, width),
@@ -151,7 +151,7 @@ def _abstract(
     shape = (rows, run.data.bucket_lengths[-1])
     batch = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segments": jnp.int32}
     return (
-        tree(param_shapes(config), jnp.dtype(config.dtype)),
+        tree(param_shapes(config), jnp.dtype(config.execution.dtype)),
         tree(adapter_shapes(config, run.adapter), jnp.float32),
         {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch.items()},
     )
@@ -204,7 +204,7 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     """
     rows, length, tensor = _local_rows(run), run.data.bucket_lengths[-1], run.mesh.tensor
     parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
-    width = jnp.dtype(config.dtype).itemsize
+    width = jnp.dtype(config.execution.dtype).itemsize
     gathered = mesh.shape["fsdp"] > 1
     head = config.vocab_size * config.hidden_size * width // parts
     logits = 4 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // parts + (
@@ -215,7 +215,7 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     attention = 3 * rows * config.num_heads * length * length * 4 // tensor // query_blocks(length)
     mlp = 4 * rows * length * config.intermediate_size * width // tensor
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values()) * width // tensor
-    kept = rows * length * 16 * config.hidden_size * width if config.remat else 0
+    kept = rows * length * 16 * config.hidden_size * width if config.execution.remat else 0
     return max(logits, attention + mlp + kept + (layer if gathered else 0))
 
 

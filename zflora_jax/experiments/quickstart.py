@@ -134,9 +134,15 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]
     _, encoded = held_out(run, trained.model)
     batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.bucket_lengths)))
     adapted = np.asarray(
-        forward(trained.model, batch["tokens"], run.adapter, trained.adapters, batch["segments"])
+        forward(
+            trained.model,
+            batch["tokens"],
+            run.adapter,
+            trained.adapters,
+            segment_ids=batch["segments"],
+        )
     )
-    other = np.asarray(forward(fused, batch["tokens"], valid=batch["segments"]))
+    other = np.asarray(forward(fused, batch["tokens"], segment_ids=batch["segments"]))
     real = batch["segments"][..., None] > 0
     return {
         "max_abs_dlogit": float(np.max(np.abs(adapted - other), where=real, initial=0)),

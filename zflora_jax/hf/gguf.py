@@ -84,9 +84,9 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             array = _half_split(array, heads)
-        return place.to_native(as_finite(array, config.dtype, tensor.name, what))[slices]
+        return place.to_native(as_finite(array, config.execution.dtype, tensor.name, what))[slices]
 
-    params = unflatten(gather(table, read, config.dtype, sharding))
+    params = unflatten(gather(table, read, config.execution.dtype, sharding))
     return Model(config, params, tokenizer=gguf_tokenizer(file, config))
 
 

@@ -145,7 +145,7 @@ def hf_table(config: LlamaConfig) -> dict[str, Place]:
             shape, in_axes = shapes[native]
             leaf, row = (
                 (f"layers/{native}", layer)
-                if config.scan_layers
+                if config.execution.scan_layers
                 else (f"layers_{layer}/{native}", None)
             )
             table[f"model.layers.{layer}.{hf}"] = Place(leaf, row, shape, in_axes)

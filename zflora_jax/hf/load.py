@@ -249,7 +249,10 @@ def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Mo
     table = hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
-    form, dtype = StockForm(config, 1.0), np.float32 if config.base_head_dim else config.dtype
+    form, dtype = (
+        StockForm(config, 1.0),
+        np.float32 if config.base_head_dim else config.execution.dtype,
+    )
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
         x = place.to_native(
@@ -258,7 +261,7 @@ def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Mo
         )
         return form.inverse_heads(module_of(place), x)
 
-    return Model(config, unflatten(gather(table, read, config.dtype, sharding)))
+    return Model(config, unflatten(gather(table, read, config.execution.dtype, sharding)))
 
 
 def load_tokenizer(directory: Path) -> Any:

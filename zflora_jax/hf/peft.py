@@ -176,7 +176,9 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     import jax.numpy as jnp
 
     tree = trees.map_with_names(lambda _, leaf: jnp.asarray(leaf), trees.unflatten(leaves))
-    return adapter, tree if config.scan_layers else trees.unstack_layers(tree, config.num_layers)
+    return adapter, tree if config.execution.scan_layers else trees.unstack_layers(
+        tree, config.num_layers
+    )
 
 
 def _kernels(modules: Mapping[str, ModuleLora]) -> list[str]:

@@ -203,7 +203,7 @@ def _manifest(
             "intermediate_size": base.intermediate_size,
             "fingerprint": base_fingerprint,
         },
-        "native_config": to_dict(model.config),
+        "native_config": model.config.flat(),
         "padding": form.width - model.config.hidden_size,
         "eps_z": form.eps_z,
         "files": files,

@@ -191,7 +191,7 @@ def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockFor
     Raises:
       ConfigError: the model is packed, or eps_z cannot be used.
     """
-    if model.config.packed:
+    if model.config.execution.packed:
         raise ConfigError(
             "a packed model is a layout for decode and cannot be exported; export the model it was"
             " packed from."

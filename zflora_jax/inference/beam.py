@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.inference.cache_rows import reorder_rows, repeat_rows
 from zflora_jax.inference.model_call import empty_cache, next_logits
 from zflora_jax.inference.sampling import NON_FINITE
 from zflora_jax.nn.kv_cache import KVCache
@@ -129,7 +128,7 @@ class BeamProgram:
         )
         # The beams are equal so far: the first alone is extended.
         first = Hypotheses(none.tokens, none.scores.at[:, 0].set(0.0))
-        step, cache = jnp.zeros((), jnp.int32), repeat_rows(cache, self.num_beams)
+        step, cache = jnp.zeros((), jnp.int32), cache.repeat_rows(self.num_beams)
         state = BeamState(first, none, jnp.any(valid, axis=1), step, cache)
         logits = jnp.broadcast_to(logits[:, None], (batch, self.num_beams, logits.shape[-1]))
         return self._extend(state, logits, cache, length)
@@ -176,7 +175,7 @@ class BeamProgram:
         )
         first_rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * self.num_beams
         rows = (first_rows + _pick(beams, kept)).reshape(-1)
-        cache = reorder_rows(cache, rows, prompt_length)
+        cache = cache.reorder_rows(rows, prompt_length)
         return BeamState(running, finished, improvable, step, cache)
 
 

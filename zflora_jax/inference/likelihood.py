@@ -32,7 +32,6 @@ from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference import model_call
 from zflora_jax.inference.batching import batches, pad_left, padded_length
-from zflora_jax.inference.cache_rows import continue_rows
 from zflora_jax.nn.kv_cache import KVCache, init_cache
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
 
@@ -55,7 +54,7 @@ def option_log_likelihoods(
     """Sum of log p of each option's tokens after its prompt.
 
     log p(option | prompt) sums log_softmax(logits) over the option's tokens: no BOS or EOS is
-    added, nothing is divided by a length. Float32 products are as exact as config.matmul_precision
+    added, nothing is divided by a length. Float32 products are as exact as config.execution.matmul_precision
     says, as in training and decode.
 
     Args:
@@ -264,7 +263,7 @@ def score_pieces(
     variables, (rows, length) = {"params": params}, batch.tokens.shape
     cache = init_cache(config, rows, length) if keep and past is None else None
     if past is not None:
-        cache = continue_rows(past, batch.parents, length)
+        cache = past.continue_rows(batch.parents, length)
     hidden, cache = model_call.hidden(config, None, variables, batch.tokens, batch.valid, cache)
 
     def log_p(states: Array, wanted: Array) -> Array:

@@ -16,8 +16,9 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
-from zflora_jax.nn.llama import Llama, hidden_states
-from zflora_jax.ops.products import at_precision
+from zflora_jax.nn.llama import Llama
+from zflora_jax.nn.row_adapters import hidden_states
+from zflora_jax.ops.precision import at_precision
 
 Array = jax.Array
 
@@ -44,13 +45,13 @@ def hidden(
     valid: Array | None,
     cache: KVCache | None,
 ) -> tuple[Array, KVCache | None]:
-    """Run the layers, with float32 products at config.matmul_precision.
+    """Run the layers, with float32 products at config.execution.matmul_precision.
 
     Args:
       config: of the model.
       adapter: of adapters that are not fused; None without.
       variables: {"params": ...}, with an adapter also {"adapters": ...} or {"row_adapters": ...}
-        (see `llama.hidden_states`).
+        (see `row_adapters.hidden_states`).
       tokens: [B, T] int32, left-padded where `valid` is False.
       valid: [B, T] bool; None where all tokens are real.
       cache: what the tokens continue; None for nothing.
@@ -58,7 +59,7 @@ def hidden(
     Returns:
       (final hidden states [B, T, d] in the activation dtype, the updated cache or None).
     """
-    with at_precision(config.matmul_precision):
+    with at_precision(config.execution.matmul_precision):
         return hidden_states(Llama(config, adapter), variables, tokens, valid, cache)
 
 
@@ -66,9 +67,8 @@ def logits(
     config: LlamaConfig, adapter: AdapterConfig | None, variables: Tree, states: Array
 ) -> Array:
     """Logits [B, T, V] float32 of hidden states [B, T, d]; other arguments as for `hidden`."""
-    shared = {name: tree for name, tree in variables.items() if name != "row_adapters"}
-    with at_precision(config.matmul_precision):
-        found: Any = Llama(config, adapter).apply(shared, states, method="logits")
+    with at_precision(config.execution.matmul_precision):
+        found: Any = Llama(config, adapter).apply(variables, states, method="logits")
     return found
 
 

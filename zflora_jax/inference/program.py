@@ -17,7 +17,6 @@ from jax.typing import ArrayLike
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.inference.cache_rows import with_axes_of, without_single_axes
 from zflora_jax.inference.model_call import empty_cache, next_logits
 from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.nn.kv_cache import KVCache
@@ -108,9 +107,9 @@ class DecodeProgram:
             out = jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1)
             return DecodeState(out, token, done, s.step + 1, cache)
 
-        start = replace(state, cache=without_single_axes(state.cache))
+        start = replace(state, cache=state.cache.without_single_axes())
         end = jax.lax.while_loop(going, one_token, start)
-        return replace(end, cache=with_axes_of(end.cache, state.cache))
+        return replace(end, cache=end.cache.with_axes_of(state.cache))
 
     def _choose(self, logits: Array, keys: Array, step: Array, done: Array) -> tuple[Array, Array]:
         """(the token that each row goes on with, -1 where it has ended; whether it has ended

@@ -1,78 +1,190 @@
-"""The key/value cache of decode: its arrays, their axes, and how many slots they have.
+"""The key/value cache of decode: its arrays, their axes, and how many slots they have. Nothing else
+knows the layout.
 
-Letters: B batch, S cache slots, K key/value heads, k head dim, L layers; e the dims that an adapter
-adds to k.
+Letters: B batch, T new tokens, S cache slots, K key/value heads, k head dim, L layers; e the dims
+that an adapter adds to k.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.ops.products import Array
+from zflora_jax.ops.copies import copy_bits, write_slice
+from zflora_jax.ops.linear import Array
 from zflora_jax.parallel.sharding import divide
 
 KEY_SLOTS, VALUE_SLOTS, HEADS, ROWS = -1, -2, -3, -4  # the axes of a cache's arrays
 
 
 @flax.struct.dataclass
+class LayerCache:
+    """Keys [B, K, k+e, S] and values [B, K, S, k+e] of one layer, as attention's products read
+    them, in the activation dtype.
+    """
+
+    keys: Array
+    values: Array
+
+    def map(self, change: Callable[[Array, int], Array]) -> LayerCache:
+        """change(x, axis) for keys and values x; axis, negative, is that of the slots."""
+        return LayerCache(change(self.keys, KEY_SLOTS), change(self.values, VALUE_SLOTS))
+
+
+@flax.struct.dataclass
 class KVCache:
     """Keys and values of past positions.
 
-    layers: per layer a pair (keys [B, K, k+e, S], values [B, K, S, k+e]) in the activation dtype,
-    as attention's products read them; with scan_layers one pair stacked on a leading axis L. Inside
-    `decode.decode_until`'s loop axes B and K of one are missing. valid: [B, S] bool, the slots that
-    hold a real token (padding does not). index: int32, the slot that the next token goes to, the
-    same in all rows.
+    Attributes:
+      layers: a LayerCache per layer; with scan_layers one, stacked on a leading axis L.
+      valid: [B, S] bool, the slots that hold a real token (padding does not).
+      index: int32, the slot that the next token goes to, the same in all rows.
     """
 
     layers: Any
     valid: Array
     index: Array
 
+    @staticmethod
+    def update(
+        layer: LayerCache | None, k: Array, v: Array, index: Array | None
+    ) -> tuple[LayerCache, LayerCache | None]:
+        """Write the keys and values of new tokens into one layer's cache.
+
+        Args:
+          layer: of the cache, None without one.
+          k: keys [B, T, K, k+e] of the new tokens.
+          v: their values, of the same shape.
+          index: int32, the slot of the first of them; None without a cache.
+
+        Returns:
+          What attention reads: the T new positions without a cache, else all S slots; and the
+          updated layer.
+        """
+        new = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+        if layer is None or index is None:
+            return new, None
+
+        def write(x: Array, update: Array, axis: int) -> Array:
+            update = update.reshape(*x.shape[:-2], *update.shape[-2:])  # see `without_single_axes`
+            return write_slice(x, update, index, axis)
+
+        layer = LayerCache(
+            write(layer.keys, new.keys, KEY_SLOTS), write(layer.values, new.values, VALUE_SLOTS)
+        )
+        rows, heads = new.keys.shape[:2]
+        return layer.map(lambda x, _: x.reshape(rows, heads, *x.shape[-2:])), layer
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers are one LayerCache with a leading axis L."""
+        return isinstance(self.layers, LayerCache)
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of rows, B, in the arrays of `layers`."""
+        return int(self.stacked)
+
     def map_layers(self, change: Callable[[Array, int], Array]) -> Any:
         """`layers` with change(x, axis) for each of its arrays x; axis, negative, is that of the
         slots.
         """
+        if self.stacked:
+            return self.layers.map(change)
+        return [layer.map(change) for layer in self.layers]
 
-        def pair(keys: Array, values: Array) -> tuple[Array, Array]:
-            return change(keys, KEY_SLOTS), change(values, VALUE_SLOTS)
+    def without_single_axes(self) -> KVCache:
+        """The same without the axes B and K of size 1, for a loop's carry.
 
-        return (
-            pair(*self.layers)
-            if isinstance(self.layers, tuple)
-            else [pair(*layer) for layer in self.layers]
-        )
+        XLA's CPU compiler then updates the cache in place; with them it copies every array four
+        times a token (by the compiled text, test_the_compiled_loop_copies_no_cache).
+        """
+
+        def squeeze(x: Array, _: int) -> Array:
+            return jnp.squeeze(x, tuple(axis for axis in (ROWS, HEADS) if x.shape[axis] == 1))
+
+        return replace(self, layers=self.map_layers(squeeze))
+
+    def with_axes_of(self, whole: KVCache) -> KVCache:
+        """The inverse of `without_single_axes`, which made this of `whole`."""
+        layers = jax.tree.map(lambda x, like: x.reshape(like.shape), self.layers, whole.layers)
+        return replace(self, layers=layers)
+
+    def repeat_rows(self, count: int) -> KVCache:
+        """Each row `count` times, one after the other: [B * count, ...]."""
+        layers = self.map_layers(lambda x, _: jnp.repeat(x, count, axis=self.row_axis))
+        return KVCache(layers, jnp.repeat(self.valid, count, axis=0), self.index)
+
+    def reorder_rows(self, rows: Array, start: int) -> KVCache:
+        """The slots from `start` on taken from row rows[i] for row i; those before stay.
+
+        Args:
+          rows: [B] int32; a row and the one that it takes from agree before `start`.
+          start: the first slot that moves.
+        """
+        take = partial(jnp.take, axis=self.row_axis, mode="clip")
+
+        def moved(x: Array, slots: int) -> Array:
+            after = copy_bits(take, (jax.lax.slice_in_dim(x, start, None, axis=slots),), (rows,))
+            return write_slice(x, after, start, slots)
+
+        return replace(self, layers=self.map_layers(moved))
+
+    def continue_rows(self, rows: Array, slots: int) -> KVCache:
+        """The rows `rows` [N] int32 of a full cache of apart layers, each with `slots` more."""
+
+        def extended(x: Array, axis: int) -> Array:
+            pads = [(0, slots if at == axis % x.ndim else 0) for at in range(x.ndim)]
+            return copy_bits(lambda x, rows: jnp.pad(x[rows], pads), (x,), (rows,))
+
+        valid = jnp.pad(self.valid[rows], ((0, 0), (0, slots)))
+        index = jnp.asarray(self.valid.shape[1], jnp.int32)
+        return KVCache(self.map_layers(extended), valid, index)
 
 
 def init_cache(
     config: LlamaConfig, batch: int, slots: int, adapter: AdapterConfig | None = None
 ) -> KVCache:
-    """An empty cache of `slots` positions for `batch` rows; heads are as wide as the model's,
-    adapter dims included. On a mesh its rows are divided over data and its heads over tensor.
+    """An empty cache.
+
+    On a mesh its rows are divided over data and its heads over tensor.
+
+    Args:
+      config: of the model; heads are as wide as the model's.
+      batch: rows.
+      slots: positions that there is room for.
+      adapter: of adapters beside the model, whose head dims are counted in.
     """
     width = config.head_dim + (resolve_adapter(config, adapter).heads if adapter else 0)
-    head, stacked = (batch, config.num_kv_heads), (config.num_layers,) if config.scan_layers else ()
+    head, stacked = (
+        (batch, config.num_kv_heads),
+        (config.num_layers,) if config.execution.scan_layers else (),
+    )
 
     def empty(*shape: int) -> Array:
-        x = jnp.zeros((*stacked, *head, *shape), config.dtype)
+        x = jnp.zeros((*stacked, *head, *shape), config.execution.dtype)
         return divide(x, *(None for _ in stacked), "data", "tensor")
 
-    def pair() -> tuple[Array, Array]:
-        return empty(width, slots), empty(slots, width)
+    def layer() -> LayerCache:
+        return LayerCache(empty(width, slots), empty(slots, width))
 
-    layers = pair() if config.scan_layers else [pair() for _ in range(config.num_layers)]
+    layers = (
+        layer() if config.execution.scan_layers else [layer() for _ in range(config.num_layers)]
+    )
     return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 
 def cache_slots(tokens: int) -> int:
     """How many slots the cache for `tokens` positions gets: a multiple of 64, so that how a prompt
-    is computed does not hang on how many tokens follow.
+    is computed does not depend on how many tokens follow.
     """
     return -(-tokens // 64) * 64

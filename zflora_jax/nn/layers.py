@@ -5,8 +5,7 @@ fused model carries everything in x. The same layers serve both: RMSNorm takes i
 base channels, RoPE turns the base dims of a head, Dense adds the adapter's blocks to what the base
 kernel computes (docs/method.md; this project's reconstruction of zFLoRA).
 
-Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
-query heads of a key head, q their G*T queries, k head dim.
+Shapes in names: B batch, T positions, d residual width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.ops import products
-from zflora_jax.ops.products import Array, project, whole_vectors
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.ops.copies import take_rows
+from zflora_jax.ops.head import head_logits
+from zflora_jax.ops.linear import Array, packed_linear, project, whole_vectors
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.tiling import tile
+
+Stream = tuple[Array, Array | None]  # base channels, adapter channels
 
 
 class AdaptedModule(nn.Module):
@@ -49,11 +52,15 @@ class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel;
     low-rank factors are added to y.
 
-    x [B, T, *in_axes] and z [B, T, *in_axes with the extra width] or None -> (y [B, T, *out_axes],
-    y_z [B, T, *out_axes with the extra width] or None). y: x W where W is packed with other
-    kernels; None to compute it here. flat: W is stored as `products.packed_linear` reads it, [out,
-    in], both flattened, in filled up to whole vectors, as in packed models; adapter blocks are not.
     The inputs of lora_a drop out where `apply` is given a random stream "dropout".
+
+    Attributes:
+      in_axes: of the input, which the kernel sums over.
+      out_axes: of the output.
+      adapter: of the blocks; None without one.
+      blocks: their names.
+      flat: W is stored as `ops.linear.packed_linear` reads it, [out, in], both flattened; adapter
+        blocks are not.
     """
 
     in_axes: tuple[int, ...]
@@ -66,26 +73,18 @@ class Dense(AdaptedModule):
     def __call__(
         self, x: Array, z: Array | None = None, y: Array | None = None
     ) -> tuple[Array, Array | None]:
+        """The kernel's product and what the adapter adds.
+
+        Args:
+          x: [B, T, *in_axes].
+          z: [B, T, *in_axes with the extra width], or None.
+          y: x W where W is packed with other kernels; None to compute it here.
+
+        Returns:
+          y [B, T, *out_axes], and y_z [B, T, *out_axes with the extra width] or None.
+        """
         n, dtype = len(self.in_axes), x.dtype
-        if y is None and self.flat:
-            flat = x.reshape(*x.shape[:-n], -1)
-            kernel = self.base_param(
-                "kernel",
-                nn.initializers.normal(0.02),
-                (math.prod(self.out_axes), whole_vectors(flat.shape[-1])),
-            )
-            flat = jnp.pad(flat, ((0, 0), (0, 0), (0, kernel.shape[1] - flat.shape[-1])))
-            y = products.packed_linear(flat, kernel.astype(dtype)).reshape(
-                *x.shape[:-n], *self.out_axes
-            )
-        elif y is None:
-            kernel = self.base_param(
-                "kernel", nn.initializers.normal(0.02), self.in_axes + self.out_axes
-            )
-            # A frozen kernel has no gradient to arrange.
-            product = project if self.has_variable("adapters", "kernel") else jnp.tensordot
-            y = product(x, kernel.astype(dtype), n)
-        y_z: Array | None = None
+        y, y_z = self._product(x) if y is None else y, None
         if self.adapter is None or not self.blocks or self.is_initializing():
             return y, y_z
         block, scale = {name: self.block(name, dtype) for name in self.blocks}, self.adapter.scale
@@ -105,6 +104,20 @@ class Dense(AdaptedModule):
                 project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)
             ).reshape(y.shape)
         return y, y_z
+
+    def _product(self, x: Array) -> Array:
+        """x W: [B, T, *in_axes] -> [B, T, *out_axes]."""
+        n, init = len(self.in_axes), nn.initializers.normal(0.02)
+        if self.flat:
+            flat = x.reshape(*x.shape[:-n], -1)
+            shape = math.prod(self.out_axes), whole_vectors(flat.shape[-1])
+            kernel = self.base_param("kernel", init, shape)
+            y = packed_linear(flat, kernel.astype(x.dtype))
+            return y.reshape(*x.shape[:-n], *self.out_axes)
+        kernel = self.base_param("kernel", init, self.in_axes + self.out_axes)
+        # A frozen kernel has no gradient to arrange.
+        product = project if self.has_variable("adapters", "kernel") else jnp.tensordot
+        return product(x, kernel.astype(x.dtype), n)
 
     def _dropped(self, x: Array) -> Array:
         """`x` with the adapter's dropout, where a random stream "dropout" is given: in training."""
@@ -149,3 +162,34 @@ def _normalise(
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up."""
     return nn.silu(save_for_backward(gate, "mlp")) * save_for_backward(up, "mlp")
+
+
+class Embed(AdaptedModule):
+    """Token embeddings [V, d], also the output head where it is tied."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        self.table = self.base_param(
+            "embedding",
+            nn.initializers.normal(0.02),
+            (self.config.vocab_size, self.config.hidden_size),
+        )
+
+    def __call__(self, tokens: Array) -> Array:
+        return take_rows(self.table, tokens).astype(self.config.execution.dtype)
+
+    def attend(self, x: Array) -> Array:
+        return head_logits(x, self.table.astype(x.dtype), True)
+
+
+class Head(AdaptedModule):
+    """The output head [d, V] of a model whose embeddings are not tied to it."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        kernel = self.base_param("kernel", nn.initializers.normal(0.02), shape)
+        return head_logits(x, kernel.astype(x.dtype), False)

@@ -49,30 +49,10 @@ def resize_vocab(
     """
     config = model.config
     require(
-        not config.packed, "this model is packed for decode; resize the model it was packed from."
+        not config.execution.packed,
+        "this model is packed for decode; resize the model it was packed from.",
     )
-    if isinstance(tokenizer_or_size, int | np.integer):
-        size, tokenizer = int(tokenizer_or_size), model.tokenizer
-    else:
-        require(
-            hasattr(tokenizer_or_size, "get_vocab"),
-            "resize_vocab takes a tokenizer or a number of tokens.",
-        )
-        tokenizer = tokenizer_or_size
-        size = max(_size(tokenizer), config.vocab_size)
-    named = [
-        i
-        for i in (config.bos_token_id, config.pad_token_id, *config.eos_token_ids)
-        if i is not None
-    ]
-    used = max(
-        [_size(tokenizer) if tokenizer is not None else config.vocab_size, *(i + 1 for i in named)]
-    )
-    require(
-        size >= min(used, config.vocab_size),
-        f"resize_vocab to {size} would drop token ids in use: the largest is {used - 1}. Give"
-        f" {used} or more.",
-    )
+    size, tokenizer = _new_size(model, tokenizer_or_size)
     given = {"embed/embedding": (0, rows), "lm_head/kernel": (1, head_rows)}
     require(
         head_rows is None or not config.tie_word_embeddings,
@@ -86,6 +66,29 @@ def resize_vocab(
     return dataclasses.replace(
         model, config=wider, params=trees.unflatten(flat), tokenizer=tokenizer
     )
+
+
+def _new_size(model: Model, tokenizer_or_size: Any) -> tuple[int, Any]:
+    """How many tokens the vocabulary is to have, and the tokenizer of the model then."""
+    config = model.config
+    if isinstance(tokenizer_or_size, int | np.integer):
+        size, tokenizer = int(tokenizer_or_size), model.tokenizer
+    else:
+        require(
+            hasattr(tokenizer_or_size, "get_vocab"),
+            "resize_vocab takes a tokenizer or a number of tokens.",
+        )
+        tokenizer = tokenizer_or_size
+        size = max(_size(tokenizer), config.vocab_size)
+    special = (config.bos_token_id, config.pad_token_id, *config.eos_token_ids)
+    in_use = _size(tokenizer) if tokenizer is not None else config.vocab_size
+    used = max(in_use, *(i + 1 for i in special if i is not None), 0)
+    require(
+        size >= min(used, config.vocab_size),
+        f"resize_vocab to {size} would drop token ids in use: the largest is {used - 1}. Give"
+        f" {used} or more.",
+    )
+    return size, tokenizer
 
 
 def _resized(

@@ -1,4 +1,9 @@
-"""Grouped-query attention: a plain form in blocks of queries, and cuDNN's kernel."""
+"""Grouped-query attention: in blocks of queries with a backward pass of its own, by cuDNN's kernel
+where that applies. The plain operation is `plain_attention`.
+
+Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
+query heads of a key head, q their G*T queries, k head dim.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +13,40 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from zflora_jax.ops.products import Array
+from zflora_jax.ops.linear import Array
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.parallel.devices import widest_head
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
-    """Grouped-query attention: q [B, T, H, k], k [B, K, k, S], v [B, K, S, k], mask [B, 1, T, S]
-    bool (True = attend) -> [B, T, H, k]. Softmax in float32.
+    """Grouped-query attention, softmax in float32.
 
-    The queries of the G = H / K heads that share keys lie below each other, so that every product
-    is one plain matrix product per row and key head. Long sequences go through in blocks of
-    queries: T/n x S scores per head exist at one time, in both passes. On a GPU, cuDNN's kernel
-    where it applies.
+    Args:
+      q: [B, T, H, k].
+      k: [B, K, k, S].
+      v: [B, K, S, k].
+      mask: [B, 1, T, S] bool, True where a query attends to a slot.
+      scale: of the scores.
+
+    Returns:
+      [B, T, H, k], equal to `plain_attention`.
     """
+    q, k, v = (save_for_backward(x, "heads") for x in (q, k, v))
     if cudnn_applies(q, k.shape[-1]):
         return fused_attention(q, k, v, mask, scale)
+    # The queries of the G = H / K heads that share keys lie below each other, so that every product
+    # is one plain matrix product per row and key head.
     (B, T, H, dim), K = q.shape, k.shape[1]
     out = _attention(q.reshape(B, T, K, H // K, dim).transpose(0, 2, 3, 1, 4), k, v, mask, scale)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+
+
+def plain_attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+    """`attention` by its formula, head by head."""
+    group = q.shape[2] // k.shape[1]
+    scores = jnp.einsum("BTHk,BHkS->BHTS", q, jnp.repeat(k, group, axis=1)) * scale
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    return jnp.einsum("BHTS,BHSk->BTHk", weights, jnp.repeat(v, group, axis=1))
 
 
 def cudnn_applies(q: Array, slots: int) -> bool:
@@ -49,6 +69,7 @@ def fused_attention(
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
     """The same as `attention`, by `jax.nn.dot_product_attention`."""
+    # Needs no memory for T x S scores (docs/method.md); not timed on a GPU by this project.
     return jax.nn.dot_product_attention(
         q,
         k.transpose(0, 3, 1, 2),
@@ -63,6 +84,7 @@ def query_blocks(length: int) -> int:
     """Into how many equal blocks the queries of a sequence are cut: of at most 512 from 1025 tokens
     on, where the length has such a divisor.
     """
+    # T/n x S scores per head exist at one time (test_long_sequences_never_hold_all_scores).
     if length <= 1024:
         return 1
     return next(
@@ -99,7 +121,7 @@ def _attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array
     def attend(block: tuple[Array, Array]) -> Array:
         p = _probabilities(block[0], k, block[1], scale).astype(q.dtype)
         # In float32, as XLA's CPU compiler then reads bfloat16 values as they lie
-        # (`products.bfloat16_product`).
+        # (`linear.bfloat16_product`).
         out = jnp.einsum("BKqS,BKSk->BKqk", p, v, preferred_element_type=jnp.float32)
         return out.reshape(*block[0].shape[:-1], -1).astype(q.dtype)
 
@@ -124,7 +146,7 @@ def _attention_backward(
     """As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again
     instead of kept: T x S numbers per head and layer.
 
-    The products over queries have their narrow operand on the left; `products.matmul` says why.
+    The products over queries have their narrow operand on the left; `linear.matmul` says why.
     """
     q, k, v, mask, out = saved
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from zflora_jax.ops.products import Array
+from zflora_jax.ops.linear import Array
 
 # What the backward pass of a layer keeps, by name; the rest (norms, gates, softmax) it computes
 # again from these, which costs little: for a LoRA step of SmolLM2-135M two thirds of the memory

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.ops.products import Array
+from zflora_jax.ops.linear import Array
 
 # Of a table of rotations in a compiled program: at most 4 MB at head_dim 128, once for prefill and
 # once for the loop
@@ -35,24 +35,31 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Array, Array]:
-    """cos and sin [B, T, 1, k/2] float32 of int32 positions [B, T] below `length`. Angles are
-    float32 always: bfloat16 cannot tell position 257 from 256.
+    """The rotations of positions, as angles in float32: bfloat16 cannot tell position 257 from 256.
 
-    Up to ROPE_ROWS positions they are looked up in a constant: XLA's CPU compiler would compute
-    them again in every layer, twice.
+    Args:
+      config: of the model.
+      positions: [B, T] int32, below `length`.
+      length: how many positions there may be.
+
+    Returns:
+      cos and sin, [B, T, 1, k/2] float32, equal to `plain_rope_tables`.
     """
-    frequencies = rope_frequencies(config)
-    if length <= ROPE_ROWS:
-        table = np.arange(length, dtype=np.float32)[:, None, None] * frequencies
-        cos, sin = (
-            jnp.take(jnp.asarray(of(table)), positions, axis=0, mode="clip")
-            for of in (np.cos, np.sin)
-        )
-        return cos, sin
-    angles = (
-        positions[:, :, None, None].astype(jnp.float32)
-        * jnp.asarray(frequencies)[None, None, None, :]
+    if length > ROPE_ROWS:
+        return plain_rope_tables(config, positions)
+    # Looked up in a constant: XLA's CPU compiler would compute them again in every layer, twice (by
+    # the compiled text; test_rotations).
+    table = np.arange(length, dtype=np.float32)[:, None, None] * rope_frequencies(config)
+    cos, sin = (
+        jnp.take(jnp.asarray(of(table)), positions, axis=0, mode="clip") for of in (np.cos, np.sin)
     )
+    return cos, sin
+
+
+def plain_rope_tables(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
+    """`rope_tables` computed where they are used, for any length."""
+    frequencies = jnp.asarray(rope_frequencies(config))
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -26,7 +26,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import OptimConfig, RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.llama import Llama
-from zflora_jax.ops.products import at_config_precision, at_precision
+from zflora_jax.ops.precision import at_config_precision, at_precision
 from zflora_jax.parallel.sharding import batch_shards, gather_fsdp
 from zflora_jax.training.loss import masked_cross_entropy
 from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
@@ -99,7 +99,7 @@ def batch_loss(
     """
     llama = Llama(config, adapter)
     hidden, _ = llama.apply(
-        variables, batch["tokens"], batch["segments"], method="hidden", rngs=rngs
+        variables, batch["tokens"], segment_ids=batch["segments"], method="hidden", rngs=rngs
     )  # type: ignore[misc]
     name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
     # Gathered once, ahead of the loop over chunks; the lookup has the divided table.
@@ -156,7 +156,7 @@ def make_train_step(
     @jax.jit(donate_argnums=1, out_shardings=(state_sharding, None))
     def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rngs = _dropout_keys(seed, state.step, grad_accum_steps) if adapter.dropout else None
-        with at_precision(config.matmul_precision):
+        with at_precision(config.execution.matmul_precision):
             loss, tokens, grads = _accumulated(
                 loss_sum, params, state.adapters, batch, rngs, grad_accum_steps
             )

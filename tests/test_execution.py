@@ -1,0 +1,58 @@
+"""What a model is and how it is run are two things, and settings of both are read by one name."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+from conftest import tiny_model
+
+from zflora_jax.core.fields import ConfigError, from_dict, to_dict
+from zflora_jax.core.model_config import Execution, LlamaConfig, preset
+from zflora_jax.nn.kv_cache import init_cache
+from zflora_jax.nn.llama import Llama, forward
+
+CHANGES = {"dtype": "bfloat16", "scan_layers": False, "packed": True, "remat": True}
+
+
+def test_settings_of_execution_are_taken_by_their_own_names():
+    config = preset("tiny").replace(**CHANGES)
+    assert config.execution == Execution(**CHANGES)
+    assert config.replace(remat=False).execution == Execution(**CHANGES | {"remat": False})
+    assert config.replace(vocab_size=300).execution == config.execution
+    built = LlamaConfig(**{**vars(preset("tiny")), **CHANGES})
+    assert built == config and hash(built) == hash(config)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_files_hold_them_flat_or_apart(flat):
+    config = preset("tiny").replace(**CHANGES)
+    written = json.loads(json.dumps(config.flat() if flat else to_dict(config)))
+    assert ("dtype" in written) == flat == ("execution" not in written)
+    assert from_dict(LlamaConfig, written) == config
+    del written["rope_theta"]  # of a file from before the field
+    assert from_dict(LlamaConfig, written) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float64"}, r"dtype='float64': .*Allowed: bfloat16, float16, float32"),
+        ({"remat": 1}, r"remat=1: expected bool"),
+        ({"execution": 3}, r"execution=3: expected a table of Execution fields"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        preset("tiny").replace(**changes)
+    with pytest.raises(ConfigError, match=message):
+        from_dict(LlamaConfig, preset("tiny").flat() | changes)
+
+
+def test_segment_ids_stand_alone(tokens):
+    model = tiny_model()
+    segment_ids = jnp.ones(tokens.shape, jnp.int32)
+    with pytest.raises(ConfigError, match="give them or padding_mask, not both"):
+        forward(model, tokens, padding_mask=segment_ids > 0, segment_ids=segment_ids)
+    cache = init_cache(model.config, len(tokens), 64)
+    with pytest.raises(ConfigError, match="cannot be continued from a cache: give padding_mask"):
+        Llama(model.config).apply({"params": model.params}, tokens, None, cache, segment_ids)

@@ -1,0 +1,140 @@
+"""Every operation that is written for a compiler or a device equals the plain one beside it: its
+values and, where it is differentiated, its gradients.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zflora_jax.core.model_config import preset
+from zflora_jax.ops.attention import attention, plain_attention
+from zflora_jax.ops.copies import take_rows, write_divided, write_pieces, write_slice
+from zflora_jax.ops.head import head_logits, plain_logits
+from zflora_jax.ops.linear import matmul, packed_linear, plain_product, project, whole_vectors
+from zflora_jax.ops.rope import ROPE_ROWS, plain_rope_tables, rope_tables
+from zflora_jax.ops.tiling import plain_tile, tile
+
+Function = Callable[..., Any]
+
+
+def draw(*shapes: tuple[int, ...], dtype: Any = jnp.float32) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def assert_same(fast: Function, plain: Function, given: list[jax.Array], tolerance: float) -> None:
+    """Values, and the gradients of all that is given with a weight on each value."""
+    want = plain(*given)
+    np.testing.assert_allclose(jax.jit(fast)(*given), want, atol=tolerance)
+    (weights,) = draw(want.shape)
+
+    def gradients(f: Function) -> Any:
+        places = tuple(range(len(given)))
+        return jax.grad(lambda *given: jnp.sum(f(*given) * weights), places)(*given)
+
+    for got, expected in zip(gradients(fast), gradients(plain), strict=True):
+        np.testing.assert_allclose(got, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 12])
+def test_attention(queries: int) -> None:
+    slots = 12
+    mask = jnp.arange(slots)[None, :] <= slots - queries + jnp.arange(queries)[:, None]
+    mask = jnp.broadcast_to(mask, (2, 1, queries, slots)).at[1, :, :, 2].set(False)
+    given = draw((2, queries, 6, 8), (2, 2, 8, slots), (2, 2, slots, 8))
+    assert_same(
+        lambda q, k, v: attention(q, k, v, mask, 0.3),
+        lambda q, k, v: plain_attention(q, k, v, mask, 0.3),
+        given,
+        1e-5,
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1)], ids=str)
+@pytest.mark.parametrize("outputs", [10, 11])
+def test_packed_products(shape: tuple[int, int], outputs: int) -> None:
+    """Of 12 inputs, packed as 16."""
+    x, kernel = draw((*shape, 12), (outputs, 12))
+    packed = jnp.pad(kernel, ((0, 0), (0, whole_vectors(12) - 12)))
+    assert packed.shape == (outputs, 16)
+    np.testing.assert_allclose(
+        jax.jit(packed_linear)(x, packed), plain_product(x, kernel), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("widths", [(5, 9), (9, 5)], ids=str)
+def test_products_of_trained_kernels(widths: tuple[int, int]) -> None:
+    assert_same(matmul, jnp.matmul, draw((2, 3, widths[0]), widths), 1e-5)
+    x, block = draw((2, 3, 4, widths[0]), (4, widths[0], widths[1], 2))
+    assert_same(
+        lambda x, block: project(x, block, 2),
+        lambda x, block: jnp.tensordot(x, block, 2),
+        [x, block],
+        2e-5,
+    )
+
+
+@pytest.mark.parametrize("length", [1, 3], ids=["one token a row", "sequences"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_head(tied: bool, length: int) -> None:
+    given = draw((2, length, 8), (50, 8) if tied else (8, 50))
+    assert_same(
+        lambda x, kernel: head_logits(x, kernel, tied),
+        lambda x, kernel: plain_logits(x, kernel, tied),
+        given,
+        1e-5,
+    )
+    narrow = jax.grad(lambda x, kernel: jnp.sum(head_logits(x, kernel, tied)), (0, 1))(
+        *(x.astype(jnp.bfloat16) for x in given)
+    )
+    assert {x.dtype for x in narrow} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.2-1b"])
+def test_rotations(model: str) -> None:
+    """Looked up and computed; the former computes no angle in a program."""
+    config = preset(model)
+    positions = jnp.asarray([[0, 1, 2, 257, 5000, ROPE_ROWS - 1]], jnp.int32)
+    plain = plain_rope_tables(config, positions)
+    for length in (ROPE_ROWS, ROPE_ROWS + 1):
+        for got, want in zip(rope_tables(config, positions, length), plain, strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-7)
+    computed = [
+        "cos" in str(jax.make_jaxpr(lambda p, n=n: rope_tables(config, p, n))(positions))
+        for n in (ROPE_ROWS, ROPE_ROWS + 1)
+    ]
+    assert computed == [False, True]
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+def test_the_tiling_of_ffa(rank: int) -> None:
+    assert_same(lambda h: tile(h, 12), lambda h: plain_tile(h, 12), draw((2, 3, rank)), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_copies(dtype: Any) -> None:
+    """Bit for bit: rows taken, a slice at a number and at a traced one, pieces, a part of a divided
+    kernel.
+    """
+    x, update, rows = *draw((6, 5, 8), (6, 2, 8), dtype=dtype), jnp.asarray([4, 0, 4])
+    pieces, starts = [x[:2, :1, :3], x[:1, :2, :8]], [(1, 2, 4), (4, 3, 0)]
+    pairs = [
+        (jax.jit(take_rows)(x, rows), x[rows]),
+        (write_slice(x, update, 3, 1), x.at[:, 3:].set(update)),
+        (jax.jit(write_slice, static_argnums=3)(x, update, 1, -2), x.at[:, 1:3].set(update)),
+        (
+            jax.jit(lambda x, *pieces: write_pieces(x, pieces, starts))(x, *pieces),
+            x.at[1:3, 2:3, 4:7].set(pieces[0]).at[4:5, 3:5].set(pieces[1]),
+        ),
+        (
+            write_divided(x, x[:, :2, :3], {-2: slice(3, None), -1: slice(0, 3)}),
+            x.at[:, 3:, :3].set(x[:, :2, :3]),
+        ),
+    ]
+    for got, want in pairs:
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))

@@ -1,0 +1,135 @@
+"""Products with kernels and their gradients. The plain operations: `plain_product` for
+`packed_linear`, `jnp.tensordot` for `project`, `jnp.matmul` for `matmul`.
+
+Einsum legend: B batch, T positions, n tokens, i and j a kernel's axes, h halves of a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Array = jax.Array
+
+
+def whole_vectors(inputs: int) -> int:
+    """How many inputs a packed kernel of `inputs` has: a multiple of 8, the float32 of a 256-bit
+    vector.
+    """
+    # XLA's CPU compiler goes through the rest number by number: 588 inputs took 1.08 of the time of
+    # 576, 592 took 1.01 (results/decode_variants.md reads kernels of 12 and of 16 more inputs).
+    return -(-inputs // 8) * 8
+
+
+SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, for one row
+
+
+def packed_linear(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
+    """x [B, T, i] against the rows of a packed kernel, in the fastest form for the device.
+
+    Args:
+      x: inputs.
+      kernel: [j, i or more]; inputs that x lacks count as zero (`whole_vectors`).
+      dtype: of the result; None for that of the operands.
+
+    Returns:
+      [B, T, j], equal to `plain_product`.
+    """
+    if missing := kernel.shape[1] - x.shape[-1]:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)))
+    # On a CPU from the right: for several rows two thirds of the time that x kernel^T takes; one
+    # row takes a SMALL kernel in halves, for two cores (results/decode_variants.md).
+    halved = x.shape[:2] == (1, 1) and kernel.nbytes < SMALL and len(kernel) % 2 == 0
+    on_cpu = (
+        bfloat16_product
+        if x.dtype == jnp.bfloat16
+        else product_in_halves
+        if halved
+        else product_from_the_right
+    )
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=partial(on_cpu, dtype=dtype), default=partial(plain_product, dtype=dtype)
+    )
+
+
+def plain_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
+    """`packed_linear` as x kernel^T, for the device's library to arrange."""
+    return jnp.einsum("BTi,ji->BTj", x, kernel, preferred_element_type=dtype)
+
+
+def column_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
+    """x [B, T, i] against the columns of a kernel [i, j] -> [B, T, j] in `dtype` (None: of the
+    operands).
+    """
+    return jnp.einsum("BTi,ij->BTj", x, kernel, preferred_element_type=dtype)
+
+
+def product_from_the_right(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
+    """`packed_linear` as (kernel x^T)^T."""
+    return jnp.einsum("ji,BTi->jBT", kernel, x, preferred_element_type=dtype).transpose(1, 2, 0)
+
+
+def product_in_halves(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
+    """`packed_linear` from the right, of the upper and the lower half of the kernel as a batch of
+    two; j even.
+    """
+    halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
+    y = jnp.einsum("hji,hBTi->hjBT", halves, twice, preferred_element_type=dtype)
+    return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
+
+
+def bfloat16_product(
+    x: Array,
+    kernel: Array,
+    dtype: DTypeLike | None = None,
+    product: Callable[..., Array] = plain_product,
+) -> Array:
+    """`product` of bfloat16 numbers, added up in float32."""
+    # XLA's CPU compiler reads bfloat16 as it lies only for two rows or more and results in float32;
+    # else it converts whole kernels first, so one row gets a second, of zeros. The barrier keeps
+    # transposed copies of kernels out of a loop of tokens (results/decode_variants.md).
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    rows = jnp.pad(x, ((0, 1), (0, 0), (0, 0))) if x.shape[:2] == (1, 1) else x
+    return product(rows, kernel, jnp.float32)[: len(x)].astype(dtype or x.dtype)
+
+
+def project(x: Array, block: Array, axes: int = 1) -> Array:
+    """The last `axes` axes of x [B, T, ...] against the first of an adapter block -> [B, T, *the
+    block's other axes].
+    """
+    out = block.shape[axes:]
+    flat = matmul(x.reshape(*x.shape[:-axes], -1), block.reshape(math.prod(block.shape[:axes]), -1))
+    return flat.reshape(*x.shape[:-axes], *out)
+
+
+@jax.custom_vjp
+def matmul(x: Array, w: Array) -> Array:
+    """x [..., i] @ w [i, j], with a gradient of w whose compiled form transposes the narrower of
+    its two operands.
+    """
+    # XLA's CPU compiler transposes the left operand of a product over rows, fused with what makes
+    # it: with the wide gradient there, a LoRA step of SmolLM2-135M spent a third of its time so.
+    return x @ w
+
+
+def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ w, (x, w)
+
+
+def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    rows, d_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
+    dw = (
+        jnp.einsum("ni,nj->ij", rows, d_rows)
+        if w.shape[0] <= w.shape[1]
+        else jnp.einsum("nj,ni->ji", d_rows, rows).T
+    )
+    return dy @ w.T, dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)

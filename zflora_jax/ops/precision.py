@@ -1,0 +1,30 @@
+"""The precision that float32 products are traced at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import jax
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def at_precision(name: str) -> AbstractContextManager[Any]:
+    """Where float32 products are traced at the matmul precision `name`; at "default" as jax is
+    set.
+    """
+    return nullcontext() if name == "default" else jax.default_matmul_precision(name)
+
+
+def at_config_precision(function: F) -> F:
+    """`function(config, ...)` with its float32 products at config.execution.matmul_precision."""
+
+    @wraps(function)
+    def traced(config: Any, *args: Any, **kwargs: Any) -> Any:
+        with at_precision(config.execution.matmul_precision):
+            return function(config, *args, **kwargs)
+
+    return cast(F, traced)
