@@ -54,8 +54,8 @@ def option_log_likelihoods(
     """Sum of log p of each option's tokens after its prompt.
 
     log p(option | prompt) sums log_softmax(logits) over the option's tokens: no BOS or EOS is
-    added, nothing is divided by a length. Float32 products are as exact as config.execution.matmul_precision
-    says, as in training and decode.
+    added, nothing is divided by a length. Float32 products are as exact as
+    config.execution.matmul_precision says, as in training and decode.
 
     Args:
       model: base, fused or packed.
