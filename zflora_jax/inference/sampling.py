@@ -84,7 +84,8 @@ class Sampler:
           (logits over the temperature [B, n], -inf where nothing is drawn; the tokens [B, n] int32
           that they are of, None where n = V).
         """
-        logits = logits / self.temperature
+        # top_k takes some NaN for the least of all numbers: as infinity none is passed over.
+        logits = jnp.where(jnp.isnan(logits), jnp.inf, logits / self.temperature)
         top_p = self.top_p if self.top_p is not None and self.top_p < 1 else None
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits, tokens = jax.lax.top_k(logits, self.top_k)
