@@ -124,8 +124,8 @@ def main() -> int:
     columns = ["fault", "tries", "survived", "lost steps", "message", "commit"]
     shown = [{key: row[key] for key in columns} for row in rows]
     text = (
-        "# Faults\n\nWhat a training run must survive (tests/support/faults.py): the run that goes on ends"
-        " bit-equal to an uninterrupted one.\n\n"
+        "# Faults\n\nWhat a training run must survive (tests/support/faults.py): the run that goes"
+        " on ends bit-equal to an uninterrupted one.\n\n"
     )
     text += (
         markdown_table(shown, columns)
