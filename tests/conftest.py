@@ -132,6 +132,13 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return saved_base(tmp_path_factory.mktemp("base") / "model", byte_tokenizer())
 
 
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    from support.exports import saved_bases  # torch: only where it is needed
+
+    return saved_bases(tmp_path_factory.mktemp("bases"))
+
+
 @pytest.fixture
 def run(base_dir: str) -> RunConfig:
     return small_run(base_dir)
