@@ -15,15 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-FAST_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The older of XLA's ways to compile fused loops takes half the time to compile. A jaxlib that does
-# not know the flag would end the process.
-if version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_TO_COMPILE}".strip()
-
+# XLA's former way to compile fused loops takes half the time (jaxlib 0.10.2: a train step of the
+# tiny model 1.8 s of CPU time for 4.1). A jaxlib that does not know the flag would end the process.
+QUICK = "--xla_cpu_use_fusion_emitters=false"
+if version("jaxlib").startswith("0.10.") and QUICK not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +130,13 @@ def tokens() -> jax.Array:
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model directory with a byte tokenizer."""
     return saved_base(tmp_path_factory.mktemp("base") / "model", byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    from support.exports import saved_bases  # torch: only where it is needed
+
+    return saved_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 from support.byte_tokenizer import byte_tokenizer
 from support.faults import FAULTS, tries
 from support.lab import Lab, lab_run
@@ -69,6 +70,7 @@ def main() -> int:
         help="one fault; the rows of the others, if there are any, stay as they are",
     )
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # as the processes that it starts
     env, failed, file = environment(), 0, Path(args.out) / "faults.json"
     rows: list[dict[str, Any]] = []
     if args.only and file.is_file():
@@ -122,8 +124,8 @@ def main() -> int:
     columns = ["fault", "tries", "survived", "lost steps", "message", "commit"]
     shown = [{key: row[key] for key in columns} for row in rows]
     text = (
-        "# Faults\n\nWhat a training run must survive (tests/faults.py): the run that goes on ends"
-        " bit-equal to an uninterrupted one.\n\n"
+        "# Faults\n\nWhat a training run must survive (tests/support/faults.py): the run that goes"
+        " on ends bit-equal to an uninterrupted one.\n\n"
     )
     text += (
         markdown_table(shown, columns)

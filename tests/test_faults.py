@@ -1,5 +1,5 @@
 """Faults in a run, tried within the test's process; `make soak` tries them and others with
-processes of their own, many times. A real kill: test_run.py.
+processes of their own, many times. A real kill: test_run_killed.py.
 """
 
 import pytest

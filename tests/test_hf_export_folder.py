@@ -27,6 +27,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 
 # Widths that no server has kernels for are fine here.
+pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
 
 
 def test_only_our_own_exports_are_replaced(bases: dict[str, Model], tmp_path: Path) -> None:

@@ -20,13 +20,6 @@ from zflora_jax.data.tasks import (
     numbers,
 )
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    # Shared by the module's tests.
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
-
-
 # --- answers --------------------------------------------------------------------------------------
 
 

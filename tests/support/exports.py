@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
-import pytest
 
 from support.huggingface import LLAMA3, hf_model
 from support.models import perturb
@@ -33,15 +34,14 @@ def fused_model(base: Model, adapter: AdapterConfig) -> Model:
     return fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter), std=0.05))
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+def saved_bases(folder: Path) -> dict[str, Model]:
     """ "plain": untied, GQA; "llama3": tied, Llama-3 RoPE scaling, head_dim other than d/H."""
     models = {}
     for name, changes in {
         "plain": {},
         "llama3": {"rope": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
     }.items():
-        path = tmp_path_factory.mktemp("base") / name
+        path = folder / name
         hf_model(**changes).save_pretrained(path)
         models[name] = load_model(path)
     return models

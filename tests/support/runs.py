@@ -11,6 +11,7 @@ import pytest
 from support.models import tiny_model
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.experiments.train import Trained, train
 from zflora_jax.hf.save import save_hf
 
 TASK_DATA = DataConfig(bucket_lengths=(256, 512))
@@ -79,3 +80,7 @@ def real_data(relative: str = "") -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
     return path
+
+
+def quiet_train(run: RunConfig, workdir: Path) -> Trained:
+    return train(run, workdir, console=False)
