@@ -1,16 +1,19 @@
 """Accuracy of SmolLM2-135M on the paper's math and commonsense tasks at one budget of trainable
 parameters, method by method.
 
-Command: zflora sweep --config configs/accuracy_table.py --set data.data_dir=DIR --workdir
-runs/accuracy DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/)
-and gsm8k/ (train.jsonl, test.jsonl). About 6 to 9 minutes a method and table on one CPU core with
-Python 3.12 or newer (jax 0.12 multiplies bfloat16 with the processor's own instructions; older ones
-are several times slower); stopped, it goes on where it was, and --only lets several processes share
-the tables. Results: results/accuracy.md. Question: at LoRA r=16's number of trainable parameters,
-which adapter answers best? ffa has its own size (its rank would have to exceed the heads'), full
-trains everything. One seed, few steps and few rows: the held-out losses tell methods apart, the
-accuracies mostly do not. The last three sweeps ask how far seeds lie apart, and what brings
-zflora-minimal nearer to LoRA where it trails (GSM8K): its width in other places, the scale, LoRA+.
+  zflora sweep --config configs/accuracy_table.py --set data.data_dir=DIR --workdir runs/accuracy
+
+DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/) and gsm8k/
+(train.jsonl, test.jsonl). Results: results/accuracy.md. About 6 to 9 minutes per method and table
+on one CPU core with Python 3.12 or newer (jax 0.12 multiplies bfloat16 with the processor's own
+instructions; older versions are several times slower). A stopped sweep goes on where it was, and
+several processes share it; --only NAME runs one table.
+
+Question: at LoRA r=16's number of trainable parameters, which adapter answers best? ffa has its own
+size (its rank would have to exceed the heads'), full trains everything. One seed, few steps and few
+rows: the held-out losses tell methods apart, the accuracies mostly do not. The last sweeps ask how
+far seeds lie apart, and what brings zflora-minimal nearer to LoRA where it trails (GSM8K): its
+width in other places, the scale, LoRA+.
 """
 
 from dataclasses import replace

@@ -262,6 +262,7 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path)
     results are refused.
     """
     env = {"command": "c", "commit": None, "dirty": True, "device": "cpu", "cpu_count": 2}
+    env |= {"jax": "0.10.2", "date": "today"}
     case = {"rank": 16, "batch": 1, "prompt": 32}
     base = case | {
         "label": "base",
@@ -338,6 +339,11 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(tmp_path: Path)
         ours["reached"] == "no"
         and "vLLM's base took 80 to 130 ms, ours 120 to 120" in ours["why not"]
     )
+    page = (tmp_path / "speed.md").read_text()
+    assert (
+        page.count("Command: `c`") == 2 and "- latency.json: Command: `c`; commit unknown" in page
+    )
+    assert f"1. {slow['why not']}." in page and "| no | 1 |" in page
     assert any("train.json is missing" in line for line in found["missing"]) and any(
         "H100" in line for line in found["missing"]
     )

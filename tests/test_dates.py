@@ -23,8 +23,8 @@ from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import encode_prompts, tokenize_examples
 from zflora_jax.data.prompts import render
 from zflora_jax.data.tasks import Example
-from zflora_jax.evaluation import evals
-from zflora_jax.evaluation.scorecard import evaluate
+from zflora_jax.evaluation import records
+from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments import run as runs
 from zflora_jax.inference.text import generate
 from zflora_jax.parallel.distributed import Preempted, StopSignals
@@ -193,9 +193,9 @@ def test_evaluation_and_generation_see_the_prompts_of_training(
     )
 
     seen: list[str] = []
-    real = evals.encode_prompts
+    real = records.encode_prompts
     monkeypatch.setattr(
-        evals,
+        records,
         "encode_prompts",
         lambda *a: [seen.append(bytes(t for t in p if t < 256).decode()) or p for p in real(*a)],
     )

@@ -25,7 +25,7 @@ from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
-from zflora_jax.evaluation.scorecard import evaluate
+from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments import run as runs
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft

@@ -145,7 +145,8 @@ def train(args: argparse.Namespace) -> None:
 def eval(args: argparse.Namespace) -> None:
     from zflora_jax.data.mixture import TrainedOn, parse_mixture, source_splits
     from zflora_jax.data.tasks import GROUPS
-    from zflora_jax.evaluation.scorecard import check_tasks, evaluate_tasks, summary_page
+    from zflora_jax.evaluation.suite import check_tasks, evaluate_tasks
+    from zflora_jax.evaluation.summary import summary_page
     from zflora_jax.experiments.run import load_fused
     from zflora_jax.hf.load import load_model
     from zflora_jax.parallel.compile_cache import compile_cache
@@ -300,8 +301,10 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    from zflora_jax.experiments.compare import Comparison, compare_methods, overview
-    from zflora_jax.experiments.grid import FINISHED, Grid, run_grid
+    from zflora_jax.experiments.compare import compare_methods, overview
+    from zflora_jax.experiments.comparison import Comparison
+    from zflora_jax.experiments.grid import Grid, run_grid
+    from zflora_jax.experiments.store import FINISHED
     from zflora_jax.parallel.compile_cache import compile_cache
 
     plans = load_config(args.config, "get_sweep")

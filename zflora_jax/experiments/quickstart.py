@@ -16,7 +16,7 @@ from zflora_jax.core.fields import ConfigError, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.pipeline import eval_batches
-from zflora_jax.evaluation.scorecard import evaluate
+from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.run import Trained, export_run, held_out, load_base, train
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there

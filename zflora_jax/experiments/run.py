@@ -29,9 +29,9 @@ from zflora_jax.data.dates import today
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import Encoded, pack_sequences, tokenize_examples, train_batches
 from zflora_jax.data.tasks import Example
-from zflora_jax.evaluation.evals import held_out_loss
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.evaluation.gap_prompts import gap_prompts
+from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import as_base, given_base
 from zflora_jax.experiments.run_report import REPORT_FILE, finished_report, loss_fields
 from zflora_jax.hf.load import load_model

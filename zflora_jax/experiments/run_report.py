@@ -20,7 +20,7 @@ Report = dict[str, Any]
 
 
 def loss_fields(run: RunConfig, final: Mapping[str, float]) -> Report:
-    """The held-out loss of `evals.held_out_loss` under the names that the report has for it."""
+    """The held-out loss of `loss.held_out_loss` under the names that the report has for it."""
     return {f"{run.eval.split}_loss": final["loss"], f"{run.eval.split}_rows": int(final["rows"])}
 
 

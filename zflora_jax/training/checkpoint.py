@@ -28,30 +28,14 @@ import jax.numpy as jnp
 
 from zflora_jax.core.fields import ConfigError, require, to_dict
 from zflora_jax.core.run_config import RunConfig, from_file
-from zflora_jax.core.trees import checksum, fingerprint, flatten
+from zflora_jax.core.trees import checksum, fingerprint
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import write_json
+from zflora_jax.training.identity import FREE, ROUNDING, differences
 from zflora_jax.training.starts import first_day
 from zflora_jax.training.trainer import TrainState
 
 log = logging.getLogger(__name__)
-
-# Settings that change what is logged, kept or evaluated but no number of the training itself: a
-# resumed run may change them.
-FREE = (
-    "eval",
-    "mesh",
-    "train/log_every",
-    "train/eval_every",
-    "train/save_every",
-    "train/max_to_keep",
-    "train/keep_best",
-    "train/report_to",
-)
-
-# Settings that change rounding, memory or speed alone: a resumed run may change them too, which is
-# logged.
-ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/grad_accum_steps")
 
 
 def read_config(workdir: str | Path) -> RunConfig:
@@ -103,13 +87,7 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     run = dated(run, there.data.date)
     if run.adapter.init is None and run.adapter.method == there.adapter.method:
         run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
-    both = (_explicit(dated(there, run.data.date)), _explicit(run))
-    old, new = (flatten(to_dict(config)) for config in both)
-    changed = {
-        key: (old.get(key), new.get(key))
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    }
+    changed = differences(dated(there, run.data.date), run)
     finished = _finished_steps(workdir)
     if not finished:  # nothing was trained with the settings that are there
         return run, {key.replace("/", "."): values for key, values in changed.items()}
@@ -135,10 +113,6 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
         run = replace(run, train=replace(run.train, **train))
         run = replace(run, data=replace(run.data, grad_accum_steps=there.data.grad_accum_steps))
     return run, {key.replace("/", "."): values for key, values in changed.items()}
-
-
-def _explicit(run: RunConfig) -> RunConfig:
-    return replace(run, adapter=run.adapter.explicit())
 
 
 def _finished_steps(workdir: Path) -> int:
