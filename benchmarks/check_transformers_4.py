@@ -235,7 +235,7 @@ def main() -> None:
 
 
 def report(result: dict[str, Any]) -> str:
-    from zflora_jax.reporting.provenance import device_line
+    from zflora_jax.reporting.provenance import origin_line
     from zflora_jax.reporting.tables import markdown_table
 
     env, seen = result["environment"], result["versions"]
@@ -260,11 +260,7 @@ def report(result: dict[str, Any]) -> str:
             "",
             markdown_table(result["rows"], COLUMNS),
             "",
-            (
-                f"Command: `{env['command']}`; commit"
-                f" {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']},"
-                f" {device_line(env)}, Python {env['python']}, jax {env['jax']}."
-            ),
+            f"{origin_line(env)} Python {env['python']}.",
             "",
         ]
     )

@@ -25,7 +25,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.text import stop_ids
 from zflora_jax.reporting.files import atomic_write, write_json
-from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 TASKS = {"arc_easy": 32, "gsm8k": 96}  # new tokens
@@ -97,9 +97,8 @@ def main() -> None:
     shown = [{key: value for key, value in row.items() if key != "different"} for row in rows]
     text = (
         f"# Generated token ids against transformers {transformers.__version__}\n\n"
-        f"{__doc__.splitlines()[0]}\n\n{markdown_table(shown, list(shown[0]))}\n\nCommand:"
-        f" `{env['command']}`; commit {env['commit']}; device {env['device']}; jax {env['jax']};"
-        f" {env['date']}.\n"
+        f"{__doc__.splitlines()[0]}\n\n{markdown_table(shown, list(shown[0]))}\n\n"
+        f"{origin_line(env)}\n"
     )
     atomic_write("results/generation_check.md", text.encode())
 

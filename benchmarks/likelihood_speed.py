@@ -304,7 +304,7 @@ COLUMNS = {
 
 
 def report(result: dict[str, Any]) -> str:
-    from zflora_jax.reporting.provenance import device_line
+    from zflora_jax.reporting.provenance import origin_line
     from zflora_jax.reporting.tables import markdown_table
 
     env, versions = result["environment"], result["versions"]
@@ -362,14 +362,10 @@ def report(result: dict[str, Any]) -> str:
             ),
             "A CPU ratio says nothing about GPUs.",
             "",
+            origin_line(env),
             (
-                f"Command: `{env['command']}`; commit"
-                f" {env['commit']}{' with changes' if env['dirty'] else ''}, {env['date']},"
-                f" {device_line(env)}, Python {env['python']}, jax {env['jax']},"
-            ),
-            (
-                f"torch {versions['torch']}, transformers {versions['transformers']}; nothing is"
-                " drawn, so there is no seed."
+                f"Python {env['python']}, torch {versions['torch']}, transformers"
+                f" {versions['transformers']}; nothing is drawn, so there is no seed."
             ),
             "",
         ]

@@ -24,7 +24,7 @@ from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.planner import GIB, compiled, memory_plan
 from zflora_jax.reporting.files import atomic_write, write_json
-from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 MODELS = ("llama-3.2-1b", "llama-2-7b")
@@ -100,8 +100,7 @@ def main() -> None:
         " float32 copies of some bfloat16"
         f" arrays.\n\n{markdown_table(shown, list(shown[0]))}\n\nplanned / compiled: median"
         f" {statistics.median(ratios):.2f}, from {min(ratios):.2f} to"
-        f" {max(ratios):.2f}.\n\nCommand: `{env['command']}`; commit {env['commit']}; device"
-        f" {env['device']}; jax {env['jax']}; {env['date']}.\n"
+        f" {max(ratios):.2f}.\n\n{origin_line(env)}\n"
     )
     atomic_write("results/plan.md", text.encode())
 

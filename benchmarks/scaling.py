@@ -29,7 +29,7 @@ from zflora_jax.core.model_config import LlamaConfig, preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.planner import compiled_step
 from zflora_jax.reporting.files import atomic_write, write_json
-from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -230,7 +230,7 @@ With the rows a device fixed, what fsdp moves per device tends to a constant (ea
 the model twice, however many there are): tokens per second scale with the devices as long as that
 traffic hides behind the arithmetic of a device's own rows.
 
-Command: `{env["command"]}`; commit {env["commit"]}; jax {env["jax"]}; {env["date"]}.
+{origin_line(env)}
 """
     atomic_write("docs/scaling.md", page.encode())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.reporting.files import atomic_write, write_json
-from zflora_jax.reporting.provenance import device_line
+from zflora_jax.reporting.provenance import device_line, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 Row = dict[str, Any]
@@ -239,6 +239,25 @@ SOURCES = {
 }
 
 
+def page(rows: list[Row], missing: list[str], origins: list[str]) -> str:
+    """The table; below it why targets were missed, each cause once, and the commands."""
+    causes = list(dict.fromkeys(row["why not"] for row in rows if row.get("why not")))
+    shown = [
+        row | {"note": f"{causes.index(row['why not']) + 1}" if row.get("why not") else ""}
+        for row in rows
+    ]
+    blocks = [
+        "# Speed: targets and measurements",
+        "SmolLM2-135M in float32 unless said. Made by `python benchmarks/speed.py` from the JSON of"
+        " the benchmarks, whose pages have the rest.",
+        markdown_table(shown, ["what", "target", "measured", "reached", "note"]),
+        "\n".join(f"{number}. {cause}." for number, cause in enumerate(causes, 1)),
+        "\n\n".join(f"{line}." for line in missing),
+        "\n".join(["Measured by:", "", *origins]),
+    ]
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -250,9 +269,12 @@ def main() -> None:
             f"--results {folder} is no directory: give the one that the benchmarks wrote their"
             " JSON to"
         )
+    origins = []
     for name, read in SOURCES.items():
         if (file := folder / f"{name}.json").is_file():
-            rows += read(json.loads(file.read_text(encoding="utf-8")))
+            found = json.loads(file.read_text(encoding="utf-8"))
+            rows += read(found)
+            origins.append(f"- {file.name}: {origin_line(found['environment'])}")
         else:
             missing.append(f"{name}.json is missing")
     for one in rows:
@@ -267,25 +289,14 @@ def main() -> None:
     if (file := folder / "gpu/gpu.json").is_file():
         gpu = json.loads(file.read_text(encoding="utf-8"))
         env = gpu["environment"]
+        origins.append(f"- gpu/gpu.json: {origin_line(env)}")
         rows += [
             one | {"command": env["command"], "commit": commit_of(env), "device": env["device"]}
             for one in gpu["targets"]
         ]
     else:
         missing.append(f"the H100 rows are missing: {GPU}")
-    columns = ["what", "target", "measured", "reached", "why not", "command", "commit", "device"]
-    table = markdown_table(
-        [{column: one.get(column, "") for column in columns} for one in rows], columns
-    )
-    text = (
-        "# Speed: targets and measurements\n\nSmolLM2-135M in float32 unless said. Made by `python"
-        " benchmarks/speed.py` from the JSON of the "
-    )
-    text += "benchmarks, whose pages have the rest.\n\n"
-    atomic_write(
-        folder / "speed.md",
-        (text + table + "\n\n" + "".join(f"{line}.\n\n" for line in missing)).encode(),
-    )
+    atomic_write(folder / "speed.md", page(rows, missing, origins).encode())
     write_json(folder / "speed.json", {"rows": rows, "missing": missing})
 
 
