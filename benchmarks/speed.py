@@ -75,24 +75,20 @@ def row(
     return found | {"command": env["command"], "commit": commit_of(env), "device": device_line(env)}
 
 
-def decode_rows(found: Row) -> Iterator[Row]:
-    def at(label: str, **case: int) -> Row | None:
-        return next(
-            (
-                r
-                for r in found["rows"]
-                if r["label"] == label and all(r[k] == v for k, v in case.items())
-            ),
-            None,
-        )
+def at(found: Row, label: str, **case: int) -> Row | None:
+    """The row of `label` in that case."""
+    rows = (r for r in found["rows"] if r["label"] == label)
+    return next((r for r in rows if all(r[k] == v for k, v in case.items())), None)
 
+
+def base_rows(found: Row) -> Iterator[Row]:
     first = {key: found["rows"][0][key] for key in ("rank", "batch", "prompt")}
     require_same(
         "latency",
         found["settings"] | first,
         {"model": "smollm2-135m", "dtype": "float32", "batch": 1},
     )
-    assert at("base", **first) is not None
+    assert at(found, "base", **first) is not None
     where = f"batch {first['batch']}, prompt {first['prompt']}"
     # The base and transformers do not hang on the rank: every rank is another case of the same.
     same = [r for r in found["rows"] if all(r[k] == first[k] for k in ("batch", "prompt"))]
@@ -115,6 +111,9 @@ def decode_rows(found: Row) -> Iterator[Row]:
             limit,
             found,
         )
+
+
+def fused_rows(found: Row) -> Iterator[Row]:
     for fused in (r for r in found["rows"] if r["label"] == "zflora-minimal"):
         case = {key: fused[key] for key in ("rank", "batch", "prompt")}
         if case["rank"] > 64:
@@ -125,7 +124,9 @@ def decode_rows(found: Row) -> Iterator[Row]:
         )
         for measure in ("tpot", "ttft"):
             what = f"zflora-minimal fused, {name}: {measure.upper()} over the base's"
-            again = {label: at(label, **case) for label in ("lora merged", "zflora-minimal idle")}
+            again = {
+                label: at(found, label, **case) for label in ("lora merged", "zflora-minimal idle")
+            }
             seen = ", ".join(
                 f"{label} {other[f'{measure}_ratio']:.3f}"
                 for label, other in again.items()
@@ -142,7 +143,7 @@ def decode_rows(found: Row) -> Iterator[Row]:
                 limit,
                 found,
             ) | {"why not": why}
-        if beside := at("lora un-merged", **case):
+        if beside := at(found, "lora un-merged", **case):
             yield row(
                 f"lora un-merged, {name}: TPOT over the base's",
                 "reported",
@@ -150,6 +151,11 @@ def decode_rows(found: Row) -> Iterator[Row]:
                 float("inf"),
                 found,
             )
+
+
+def decode_rows(found: Row) -> Iterator[Row]:
+    yield from base_rows(found)
+    yield from fused_rows(found)
 
 
 def train_rows(found: Row) -> Iterator[Row]:

@@ -200,8 +200,7 @@ def run_grid(
     with compile_cache(workdir / "compile_cache"):
         if results:
             write()
-        alone = console and len(slots) == 1
-        for job, result in run_jobs(jobs, bases.of, slots=slots, failures=_FAILURES, console=alone):
+        for job, result in run_jobs(jobs, bases.of, slots, failures=_FAILURES, console=console):
             results[job.name] = result
             write()
     _draw(workdir, [name for name, _ in named])

@@ -53,8 +53,8 @@ _KEPT = (
 def run_jobs(
     jobs: Sequence[Job],
     base: Callable[[RunConfig, Devices], Model | None],
-    *,
     slots: Sequence[Devices] = (None,),
+    *,
     failures: tuple[type[Exception], ...] = (),
     console: bool = True,
 ) -> Iterator[tuple[Job, Result]]:
@@ -70,7 +70,7 @@ def run_jobs(
       slots: the devices of each job that runs at one time. One slot: in this thread, where signals
         are heard.
       failures: errors that are results too, but not recorded: such a job is tried again next time.
-      console: whether a job shows its progress.
+      console: whether a job that runs alone shows its progress.
 
     Raises:
       Preempted: a signal came; what trained is saved.
@@ -82,7 +82,7 @@ def run_jobs(
     def attempt(job: Job) -> tuple[Job, Result | None]:
         devices = free.get()
         try:
-            return job, _result(job, base, devices, console)
+            return job, _result(job, base, devices, console and len(slots) == 1)
         except BusyError:
             return job, None
         except failures as error:
