@@ -96,7 +96,7 @@ def main() -> None:
             " DIR COMMIT` makes one"
         )
     from zflora_jax.reporting.files import atomic_write, write_json
-    from zflora_jax.reporting.provenance import device_line, environment
+    from zflora_jax.reporting.provenance import environment, origin_line
     from zflora_jax.reporting.tables import markdown_table
 
     env = environment()
@@ -127,11 +127,7 @@ def main() -> None:
         " in turns (least and most in brackets).\n\n"
     )
     page += markdown_table(rows, list(rows[0]))
-    page += (
-        f"\n\nCommand: `{env['command']}`; commit"
-        f" {env['commit']}{' (with local changes)' if env['dirty'] else ''}; other {other}; "
-    )
-    page += f"device {device_line(env)}; jax {env['jax']}; {env['date']}.\n"
+    page += f"\n\n{origin_line(env)} The other commit: {other}.\n"
     atomic_write(f"{out}.md", page.encode())
     print(page)
 

@@ -1,16 +1,19 @@
 """Accuracy of SmolLM2-135M on the paper's math and commonsense tasks at one budget of trainable
 parameters, method by method.
 
-Command: zflora sweep --config configs/accuracy_table.py --set data.data_dir=DIR --workdir
-runs/accuracy DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/)
-and gsm8k/ (train.jsonl, test.jsonl). About 6 to 9 minutes a method and table on one CPU core with
-Python 3.12 or newer (jax 0.12 multiplies bfloat16 with the processor's own instructions; older ones
-are several times slower); stopped, it goes on where it was, and --only lets several processes share
-the tables. Results: results/accuracy.md. Question: at LoRA r=16's number of trainable parameters,
-which adapter answers best? ffa has its own size (its rank would have to exceed the heads'), full
-trains everything. One seed, few steps and few rows: the held-out losses tell methods apart, the
-accuracies mostly do not. The last three sweeps ask how far seeds lie apart, and what brings
-zflora-minimal nearer to LoRA where it trails (GSM8K): its width in other places, the scale, LoRA+.
+  zflora sweep --config configs/accuracy_table.py --set data.data_dir=DIR --workdir runs/accuracy
+
+DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/) and gsm8k/
+(train.jsonl, test.jsonl). Results: results/accuracy.md. About 6 to 9 minutes per method and table
+on one CPU core with Python 3.12 or newer (jax 0.12 multiplies bfloat16 with the processor's own
+instructions; older versions are several times slower). A stopped sweep goes on where it was, and
+several processes share it; --only NAME runs one table.
+
+Question: at LoRA r=16's number of trainable parameters, which adapter answers best? ffa has its own
+size (its rank would have to exceed the heads'), full trains everything. One seed, few steps and few
+rows: the held-out losses tell methods apart, the accuracies mostly do not. The last sweeps ask how
+far seeds lie apart, and what brings zflora-minimal nearer to LoRA where it trails (GSM8K): its
+width in other places, the scale, LoRA+.
 """
 
 from dataclasses import replace
@@ -83,117 +86,87 @@ READING = {
 }
 
 
+# LoRA starts as it did when these tables were made, not as PEFT starts it. The ranks are those that
+# `rank_for_budget` found nearest to LoRA's 4,884,480 parameters when it counted dead blocks too
+# (`methods.live_layers`); without them zflora-uniform could have rank 14, attention-only
+# zflora-minimal 110, and the state from the MLP alone 23.
+LORA = AdapterConfig("lora", rank=16, init="normal")
+MINIMAL = AdapterConfig("zflora-minimal", rank=21)
+METHODS = {
+    "lora": LORA,
+    "zflora-minimal": MINIMAL,
+    "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, extra_head_dim=4),
+    "ffba": AdapterConfig("ffba", rank=62, extra_head_dim=4),
+    "lora-attention": replace(LORA, rank=42, targets="attention"),
+    "zflora-minimal-attention": AdapterConfig("zflora-minimal", rank=106, targets="attention"),
+    "ffa": AdapterConfig("ffa", rank=16),
+    "full": AdapterConfig("full"),
+}
+FEWER_UNITS = {"minimal-mlp-rank-8": replace(MINIMAL, rank=24, extra_mlp_units=8)}
+LARGER_SCALE = {"minimal-scale-4": replace(MINIMAL, alpha=4.0 * MINIMAL.rank)}
+LEVERS = {
+    **FEWER_UNITS,
+    "minimal-mlp-rank-48": replace(MINIMAL, rank=13, extra_mlp_units=48),
+    "minimal-state-from-mlp": replace(MINIMAL, rank=22, targets="q|k|v|gate|up|down"),
+    **LARGER_SCALE,
+}
+PAIR = {"lora": LORA, "minimal": MINIMAL}
+
+BASE = RunConfig(
+    model=MODEL,
+    data=DataConfig(task="gsm8k", batch_size=1, bucket_lengths=(128, 256, 384, 512), packing=True),
+    optim=OptimConfig(schedule="cosine", warmup_steps=5),
+    train=TrainConfig(steps=80, dtype="bfloat16", save_every=None, log_every=10, max_to_keep=1),
+    eval=EvalConfig(limit=48, generate=False, likelihood=False),
+)
+NUMBERS = EvalConfig(
+    split="test", limit=64, batch_size=64, max_new_tokens=192, loss=False, clean_only=True
+)
+WORDS = replace(NUMBERS, limit=100, batch_size=50, max_new_tokens=32)
+CHOICES = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
+MATH = ("addsub", "aqua", "multiarith", "gsm8k", "singleeq", "svamp")
+
+
+def on(task: str) -> RunConfig:
+    return replace(BASE, data=replace(BASE.data, task=task))
+
+
+def at_one_rate(
+    name: str,
+    methods: dict[str, AdapterConfig],
+    base: RunConfig = BASE,
+    seeds: tuple[int, ...] = (0,),
+) -> Comparison:
+    """Losses alone, at the rate that GSM8K's table chose for LoRA and zflora-minimal."""
+    return Comparison(name, base, methods, (1e-3,), seeds, reading=READING[name])
+
+
 def get_sweep() -> list[Comparison]:
-    # LoRA starts as it did when these tables were made, not as PEFT starts it.
-    # The ranks that `rank_for_budget` found nearest to LoRA's 4,884,480 parameters when it counted
-    # dead blocks too (`methods.live_layers`); without them zflora-uniform could have rank 14,
-    # attention-only zflora-minimal 110, and the state from the MLP alone 23.
-    lora, minimal = (
-        AdapterConfig("lora", rank=16, init="normal"),
-        AdapterConfig("zflora-minimal", rank=21),
-    )
-    methods = {
-        "lora": lora,
-        "zflora-minimal": minimal,
-        "zflora-uniform": AdapterConfig("zflora-uniform", rank=13, extra_head_dim=4),
-        "ffba": AdapterConfig("ffba", rank=62, extra_head_dim=4),
-        "lora-attention": replace(lora, rank=42, targets="attention"),
-        "zflora-minimal-attention": AdapterConfig("zflora-minimal", rank=106, targets="attention"),
-        "ffa": AdapterConfig("ffa", rank=16),
-        "full": AdapterConfig("full"),
-    }
-    base = RunConfig(
-        model=MODEL,
-        data=DataConfig(
-            task="gsm8k", batch_size=1, bucket_lengths=(128, 256, 384, 512), packing=True
-        ),
-        optim=OptimConfig(schedule="cosine", warmup_steps=5),
-        train=TrainConfig(steps=80, dtype="bfloat16", save_every=None, log_every=10, max_to_keep=1),
-        eval=EvalConfig(limit=48, generate=False, likelihood=False),
-    )
-    numbers = EvalConfig(
-        split="test", limit=64, batch_size=64, max_new_tokens=192, loss=False, clean_only=True
-    )
-    words = replace(numbers, limit=100, batch_size=50, max_new_tokens=32)
     gsm8k = Comparison(
         "accuracy_gsm8k",
-        base,
-        methods,
+        BASE,
+        METHODS,
         (2e-4, 1e-3, 3e-3),
         (0,),
         pick_steps=15,
         tasks=("gsm8k", "svamp"),
-        scoring=numbers,
+        scoring=NUMBERS,
+        reading=READING["accuracy_gsm8k"],
     )
-    gsm8k = replace(gsm8k, reading=READING[gsm8k.name])
 
-    def another(name: str, data: str, tasks: tuple[str, ...], scoring: EvalConfig) -> Comparison:
-        own = replace(base, data=replace(base.data, task=data))
-        return replace(
-            gsm8k,
-            name=name,
-            base=own,
-            rates_from=gsm8k,
-            tasks=tasks,
-            scoring=scoring,
-            reading=READING[name],
-        )
-
-    choices = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
-
-    def levers(
-        name: str,
-        optim: OptimConfig,
-        seeds: tuple[int, ...],
-        data: str = "gsm8k",
-        **adapters: AdapterConfig,
+    def at_its_rates(
+        name: str, base: RunConfig, tasks: tuple[str, ...], scoring: EvalConfig
     ) -> Comparison:
-        labels = {label.replace("_", "-"): adapter for label, adapter in adapters.items()}
-        return Comparison(
-            name,
-            replace(base, optim=optim, data=replace(base.data, task=data)),
-            labels,
-            (1e-3,),
-            seeds,
-            reading=READING[name],
-        )
+        other = replace(gsm8k, name=name, base=base, reading=READING[name])
+        return replace(other, rates_from=gsm8k, tasks=tasks, scoring=scoring)
 
-    fewer_units, larger_scale = (
-        replace(minimal, rank=24, extra_mlp_units=8),
-        replace(minimal, alpha=4.0 * minimal.rank),
-    )
+    faster = replace(BASE, optim=replace(BASE.optim, loraplus_ratio=4.0))
     return [
         gsm8k,
-        another("accuracy_commonsense", "arc_easy+arc_challenge+openbookqa+boolq", choices, words),
-        another(
-            "accuracy_math",
-            "math_data",
-            ("addsub", "aqua", "multiarith", "gsm8k", "singleeq", "svamp"),
-            replace(numbers, limit=48),
-        ),
-        levers("accuracy_seeds", base.optim, (0, 1), lora=lora, minimal=minimal),
-        levers(
-            "accuracy_levers",
-            base.optim,
-            (0,),
-            minimal_mlp_rank_8=fewer_units,
-            minimal_mlp_rank_48=replace(minimal, rank=13, extra_mlp_units=48),
-            minimal_state_from_mlp=replace(minimal, rank=22, targets="q|k|v|gate|up|down"),
-            minimal_scale_4=larger_scale,
-        ),
-        levers(
-            "accuracy_levers_math",
-            base.optim,
-            (0,),
-            "math_data",
-            minimal_mlp_rank_8=fewer_units,
-            minimal_scale_4=larger_scale,
-        ),
-        levers(
-            "accuracy_loraplus",
-            replace(base.optim, loraplus_ratio=4.0),
-            (0,),
-            lora=lora,
-            minimal=minimal,
-        ),
+        at_its_rates("accuracy_commonsense", on("+".join(CHOICES)), CHOICES, WORDS),
+        at_its_rates("accuracy_math", on("math_data"), MATH, replace(NUMBERS, limit=48)),
+        at_one_rate("accuracy_seeds", PAIR, seeds=(0, 1)),
+        at_one_rate("accuracy_levers", LEVERS),
+        at_one_rate("accuracy_levers_math", FEWER_UNITS | LARGER_SCALE, on("math_data")),
+        at_one_rate("accuracy_loraplus", PAIR, faster),
     ]

@@ -1,11 +1,13 @@
 """GSM8K at one parameter budget: LoRA r=16 against the two zFLoRA methods, 200 steps, two seeds.
 
-Command: zflora sweep --config configs/gsm8k_budget.py --set data.data_dir=DIR --workdir
-runs/gsm8k_budget DIR holds GSM8K's train.jsonl and test.jsonl. About 5 to 8 minutes a run on 2 CPU
-cores, 16 runs. Result: results/gsm8k_budget.md. Question: does zflora-minimal reach LoRA's held-out
-loss at LoRA's number of parameters, and does it matter whether LoRA starts as PEFT's does (lora) or
-as this project's did before (lora-normal)? Rows longer than 192 tokens are left out to keep a step
-near 2 s.
+  zflora sweep --config configs/gsm8k_budget.py --set data.data_dir=DIR --workdir runs/gsm8k_budget
+
+DIR holds GSM8K's train.jsonl and test.jsonl. Result: results/gsm8k_budget.md. 16 runs, about 5 to 8
+minutes each on 2 CPU cores.
+
+Question: does zflora-minimal reach LoRA's held-out loss at LoRA's number of parameters, and does it
+matter whether LoRA starts as PEFT's does (lora) or as this project's did before (lora-normal)? Rows
+longer than 192 tokens are left out to keep a step near 2 s.
 """
 
 from zflora_jax.config import (

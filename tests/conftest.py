@@ -36,7 +36,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
-from support.runs import CONFIG, EVAL, TASK_DATA, choice, saved_base, small_run  # noqa: F401
+from support.runs import CONFIG, TASK_DATA, choice, saved_base, small_run
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.model import Model

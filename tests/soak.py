@@ -20,7 +20,7 @@ from support.lab import Lab, lab_run
 from support.runs import saved_base, small_run
 
 from zflora_jax.reporting.files import atomic_write, write_json
-from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 
@@ -127,11 +127,7 @@ def main() -> int:
         "# Faults\n\nWhat a training run must survive (tests/support/faults.py): the run that goes"
         " on ends bit-equal to an uninterrupted one.\n\n"
     )
-    text += (
-        markdown_table(shown, columns)
-        + f"\n\nCommand: `{env['command']}`; commit {env['commit']}; device {env['device']};"
-        f" {env['date']}.\n"
-    )
+    text += markdown_table(shown, columns) + f"\n\n{origin_line(env)}\n"
     atomic_write(f"{args.out}/faults.md", text.encode())
     return 1 if failed else 0
 

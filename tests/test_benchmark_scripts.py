@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from zflora_jax.bench import latency, timing, training
+from zflora_jax.bench import contenders, latency, timing, training, training_step
 from zflora_jax.bench.case import Case
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -86,7 +86,7 @@ def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(
     """
 
     def contender(model: Any, *shape: Any) -> timing.Contender:
-        size = latency.read_bytes({"params": model.params}, model.config, 1, 8)
+        size = contenders.read_bytes({"params": model.params}, model.config, 1, 8)
         return timing.Contender(lambda count: time.sleep(1e-3 * count), size, {"compile_s": 1.0})
 
     def trained(cases: list[Case], methods: Any, **settings: Any) -> Any:
@@ -99,11 +99,11 @@ def test_the_gpu_script_makes_its_tables_and_goes_on_after_a_failure(
             "failed": [],
             "rows": [
                 row | {"case": cases[0], "label": label, "peak_bytes": 2**30, **ratios}
-                for label in (*methods, training.PEFT)
+                for label in (*methods, training_step.PEFT)
             ],
         }
 
-    monkeypatch.setattr(latency, "contender", contender)
+    monkeypatch.setattr(contenders, "contender", contender)
     monkeypatch.setattr(latency, "bandwidth_meter", lambda: lambda: 1e10)
     monkeypatch.setattr(latency, "measure", failing_third(latency.measure))
     monkeypatch.setattr(training, "measure", trained)

@@ -4,21 +4,24 @@ shared between processes, tables written.
 
 import dataclasses
 import json
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
-from conftest import EVAL, choice
+from support.fake_train import FakeTrain
+from support.runs import EVAL, choice
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.data.tasks import load_examples
-from zflora_jax.experiments import compare as module
+from zflora_jax.experiments import compare, sweep
 from zflora_jax.experiments.compare import compare_methods, overview
 from zflora_jax.experiments.comparison import Comparison
+from zflora_jax.experiments.store import Scoring
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.trainer import NonFiniteError
-from zflora_jax.training.workdir import BusyError, locked
+from zflora_jax.training.workdir import locked
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 SCORING = dataclasses.replace(EVAL, generate=False, loss=False)
@@ -40,6 +43,22 @@ def base(model, arc, tmp_path):
         train=TrainConfig(steps=2, save_every=None, loss_chunk=128),
         eval=EvalConfig(limit=2),
     )
+
+
+@pytest.fixture
+def fake(model, monkeypatch):
+    """Runs are not trained; their losses are `fake.loss` of their settings."""
+    fake = FakeTrain()
+    monkeypatch.setattr(sweep, "train", fake)
+    monkeypatch.setattr(sweep, "fuse", lambda model, *_: model)
+    monkeypatch.setattr(compare, "load_base", lambda *_: model)
+    for module in (compare, sweep):
+        monkeypatch.setattr(
+            module,
+            "split_loss",
+            lambda run, *_: {"loss": fake.loss(run), "rows": 4.0, "tokens": 40.0},
+        )
+    return fake
 
 
 def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypatch):
@@ -76,13 +95,8 @@ def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypa
     page = (tmp_path / "out" / "small.md").read_text()
     assert "## likelihood_sum, percent" in page and "arc_easy (9)" in page
 
-    monkeypatch.setattr(
-        "zflora_jax.experiments.compare.train", lambda *_, **__: pytest.fail("trained again")
-    )
-    monkeypatch.setattr(
-        "zflora_jax.experiments.compare.evaluate_tasks",
-        lambda *_, **__: pytest.fail("scored again"),
-    )
+    monkeypatch.setattr(sweep, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(sweep, "evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
     again = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     assert again["rows"] == json.loads(json.dumps(result["rows"]))
     # The same files, the same numbers.
@@ -111,7 +125,7 @@ def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypa
         compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
 
 
-def test_a_comparison_takes_its_rates_from_another(base, tmp_path, monkeypatch):
+def test_a_comparison_takes_its_rates_from_another(base, tmp_path, fake):
     base = override(base, {"train.steps": 3})
     first = Comparison("first", base, LORA, (1e-3, 1e-2), (0,), pick_steps=2)
     longer = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=1))
@@ -120,28 +134,22 @@ def test_a_comparison_takes_its_rates_from_another(base, tmp_path, monkeypatch):
     (row,) = result["rows"]
     found = [json.loads(path.read_text()) for path in (tmp_path / "out" / "first").iterdir()]
     lowest = min(found, key=lambda record: record["result"]["validation_loss"])
-    assert row["learning rate"] == lowest["config"]["optim"]["learning_rate"] and [
-        run["seed"] for run in result["runs"]
-    ] == [1]
+    assert row["learning rate"] == lowest["config"]["optim"]["learning_rate"]
+    assert [run["seed"] for run in result["runs"]] == [1]
     assert "(as in first)" in (tmp_path / "out" / "second.md").read_text()
 
     picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
     assert picks == {"lora-lr0.001-steps2-seed0.json", "lora-lr0.01-steps2-seed0.json"}
-    trained: list[int] = []
-    original = module.train
-    monkeypatch.setattr(
-        module,
-        "train",
-        lambda run, *a, **k: (trained.append(run.train.steps), original(run, *a, **k))[1],
-    )
-    assert (
-        compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)[
-            "rows"
-        ][0]["learning rate"]
-        == row["learning rate"]
-    )
-    assert trained == [3]  # the choosing runs were there
+    assert (tmp_path / "runs" / "first" / "lora-lr0.001-steps2-seed0").is_dir()
+    fake.runs.clear()
+    again = compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
+    assert again["rows"][0]["learning rate"] == row["learning rate"]
+    assert [run.train.steps for run in fake.runs] == [3]  # the choosing runs were there
 
+
+def test_wrong_rates_from(base):
+    first = Comparison("first", base, LORA, (1e-3,), (0,))
+    second = Comparison("second", base, LORA, (1e-3,), (1,), rates_from=first)
     with pytest.raises(
         ConfigError,
         match="rates_from='first': it must be another comparison, over the same methods",
@@ -157,33 +165,25 @@ def test_a_comparison_takes_its_rates_from_another(base, tmp_path, monkeypatch):
             dataclasses.replace(second, base=override(second.base, {key: value}))
 
 
-def test_a_comparison_waits_for_a_run_that_another_process_trains(base, tmp_path, monkeypatch):
+def test_a_comparison_waits_for_a_run_that_another_process_trains(
+    base, tmp_path, monkeypatch, fake
+):
     plan = Comparison("busy", base, LORA, (1e-3,), (0,))
     folder = tmp_path / "runs" / "lora-lr0.001-seed0"
     folder.mkdir(parents=True)
-    original, refused = module.locked, []
+    waited = []
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
 
-        @contextmanager
-        def held(workdir):
-            try:
-                with original(workdir):
-                    yield
-            except BusyError as error:
-                refused.append(str(error))
-                stack.close()  # the other process ends
-                raise
+        def sleep(seconds):
+            waited.append(seconds)
+            assert not fake.runs
+            stack.close()  # the other process ends
 
-        monkeypatch.setattr(module, "locked", held)
-        monkeypatch.setattr(module, "_POLL", 0.01)
-        assert (
-            compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"][0][
-                "learning rate"
-            ]
-            == 1e-3
-        )
-    assert len(refused) == 1 and "is being trained by another process" in refused[0]
+        monkeypatch.setattr(sweep, "time", SimpleNamespace(sleep=sleep))
+        result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert result["rows"][0]["learning rate"] == 1e-3
+    assert waited == [sweep.POLL] and len(fake.runs) == 1
 
 
 @pytest.mark.parametrize(
@@ -214,20 +214,25 @@ def test_wrong_comparisons(changes, message):
         )
 
 
-def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(base, tmp_path, monkeypatch):
-    """The chosen run is one of the grid's: trained once, its record with scores serves both."""
+def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(base, tmp_path, fake):
+    """The chosen run is one of the grid's: its record with scores serves both."""
     scoring = dataclasses.replace(SCORING, limit=4)
     plan = Comparison("whole", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    monkeypatch.setattr(
-        "zflora_jax.experiments.compare.train", lambda *_, **__: pytest.fail("trained again")
+    fake.runs.clear()
+    again = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert again["rows"] == json.loads(json.dumps(result["rows"])) and not fake.runs
+    # Without tasks, too.
+    compare_methods(
+        dataclasses.replace(plan, tasks=(), scoring=None),
+        tmp_path / "runs",
+        tmp_path / "out",
+        console=False,
     )
-    assert compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)[
-        "rows"
-    ] == json.loads(json.dumps(result["rows"]))
+    assert not fake.runs
 
 
-def test_clean_means_clean_of_the_whole_training_file(base, tmp_path):
+def test_clean_means_clean_of_the_whole_training_file(base, model, tmp_path):
     """A test question that was held out of the training file is no clean one: the file's readers
     have seen it.
     """
@@ -244,12 +249,11 @@ def test_clean_means_clean_of_the_whole_training_file(base, tmp_path):
         }
     ]
     (tmp_path / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
-    plan = Comparison("held", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=SCORING)
-    for row in compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"]:
-        assert row["rows"] == {"arc_easy": 3}
+    scores = sweep.score(base, model, Scoring(("arc_easy",), SCORING), tmp_path / "e", False)
+    assert (scores["arc_easy"]["rows"], scores["arc_easy"]["clean_rows"]) == (4, 3)
 
 
-def test_a_table_shows_intervals_chance_and_answers_cut(base, tmp_path):
+def test_a_table_shows_intervals_chance_and_answers_cut(base, tmp_path, fake):
     scoring = dataclasses.replace(EVAL, loss=False, likelihood=False, max_new_tokens=3)
     plan = Comparison("shown", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
@@ -259,13 +263,13 @@ def test_a_table_shows_intervals_chance_and_answers_cut(base, tmp_path):
     low, high = row["intervals"]["accuracy"]["arc_easy"]
     assert low <= score <= high and low < high
     assert f"{score:.1f} [{low:.1f}, {high:.1f}]" in page and "Chance: arc_easy 33.3." in page
-    assert (
-        row["cut"]["arc_easy"] > 0
-        and f"limit of new tokens: base arc_easy {row['cut']['arc_easy']:g}" in page
-    )
+    assert row["cut"]["arc_easy"] > 0
+    assert f"limit of new tokens: base arc_easy {row['cut']['arc_easy']:g}" in page
+    assert "Runs made at commit c0ffee, device cpu, jax 0.10.2 (1)." in page
+    assert page.count("Command: `") == 1
 
 
-def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch):
+def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch, fake):
     """Rates borrowed, and the only run of its own fails."""
     first = Comparison("first", base, LORA, (1e-3,), (0,))
     compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
@@ -273,7 +277,7 @@ def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch):
     def diverges(*_, **__):
         raise NonFiniteError("loss is nan at step 2")
 
-    monkeypatch.setattr(module, "train", diverges)
+    monkeypatch.setattr(sweep, "train", diverges)
     second = Comparison(
         "second", override(base, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first
     )
@@ -281,18 +285,36 @@ def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch):
         "rows"
     ]
     assert row["test, seed 0"] is None and (tmp_path / "out" / "second.md").is_file()
+    record = json.loads((tmp_path / "out" / "second" / "lora-lr0.001-seed0.json").read_text())
+    assert record["result"] == {"failed": "loss is nan at step 2"}
 
 
-def test_a_rate_at_the_edge_of_its_grid_is_said(base, tmp_path, monkeypatch, caplog):
+def test_the_spread_of_seeds_stands_beside_their_mean(base, tmp_path, monkeypatch, fake):
+    """Two seeds with the scores that are given here."""
+    shares = {0: 0.25, 1: 0.75}
+
+    def scored(run, model, *_):
+        mean = shares[run.train.seed]
+        score = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+        return {"arc_easy": {"clean_rows": 8, "scores": {"clean": {"accuracy": score}}}}
+
+    for module in (compare, sweep):
+        monkeypatch.setattr(module, "score", scored)
+    plan = Comparison("seeds", base, LORA, (1e-3,), (0, 1), tasks=("arc_easy",), scoring=SCORING)
+    result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    untrained, row = result["rows"]
+    assert (untrained["mean"], row["mean"], row["spread"]) == (25, 50, 50)
+    assert row["intervals"]["accuracy"]["arc_easy"] == pytest.approx([40, 60])
+    page = (tmp_path / "out" / "seeds.md").read_text()
+    assert "| 50.0 [40.0, 60.0] | 50.0 ± 50.0 |" in page and "| 25.0 |" in page
+
+
+def test_a_rate_at_the_edge_of_its_grid_is_said(base, tmp_path, fake, caplog):
     """The best of 1e-3, 1e-2 and 1e-1 by losses that are given here, and one rate alone."""
     losses = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}
+    fake.loss = lambda run: losses[run.optim.learning_rate]
 
     def page(name: str, rates: tuple[float, ...]) -> str:
-        def recorded(plan, run, *_):
-            loss = losses[run.optim.learning_rate]
-            return {"validation_loss": loss, "test_loss": loss, "seconds": 1.0}
-
-        monkeypatch.setattr(module, "_run", recorded)
         compare_methods(Comparison(name, base, LORA, rates, (0,)), tmp_path, tmp_path / "out")
         return (tmp_path / "out" / f"{name}.md").read_text()
 

@@ -25,8 +25,8 @@ from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.prompts import render
 from zflora_jax.data.tasks import Example
 from zflora_jax.data.tokenization import encode_prompts, tokenize_examples
-from zflora_jax.evaluation import evals
-from zflora_jax.evaluation.scorecard import evaluate
+from zflora_jax.evaluation import records
+from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.experiments.train import Trained, train
@@ -197,9 +197,9 @@ def test_evaluation_and_generation_see_the_prompts_of_training(
     )
 
     seen: list[str] = []
-    real = evals.encode_prompts
+    real = records.encode_prompts
     monkeypatch.setattr(
-        evals,
+        records,
         "encode_prompts",
         lambda *a: [seen.append(bytes(t for t in p if t < 256).decode()) or p for p in real(*a)],
     )

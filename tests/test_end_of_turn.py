@@ -24,7 +24,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.data.prompts import encode, end_token
 from zflora_jax.data.tasks import Example
-from zflora_jax.evaluation.evals import generation_records
+from zflora_jax.evaluation.records import generation_records
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.experiments.train import train
@@ -136,7 +136,7 @@ def test_answers_do_not_keep_an_end_token_that_is_not_special(monkeypatch):
     assert generate(model, ["a", "b", "c"], chat=True) == [text, text, ""]
     monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter(answer))
     assert "".join(stream(model, [{"role": "user", "content": "a"}])) == text
-    monkeypatch.setattr("zflora_jax.evaluation.evals.generate_tokens", lambda *_, **__: [answer])
+    monkeypatch.setattr("zflora_jax.evaluation.records.generate_tokens", lambda *_, **__: [answer])
     [record] = generation_records(
         model, "arithmetic", [Example("a", "b", answer="1")], TASK_DATA, EVAL
     )

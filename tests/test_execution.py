@@ -4,7 +4,7 @@ import json
 
 import jax.numpy as jnp
 import pytest
-from conftest import tiny_model
+from support.models import tiny_model
 
 from zflora_jax.core.fields import ConfigError, from_dict, to_dict
 from zflora_jax.core.model_config import Execution, LlamaConfig, preset

@@ -14,14 +14,14 @@ from support.models import tiny_model
 from support.runs import EVAL
 
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.data.tasks import Example
-from zflora_jax.evaluation import evals, export_gap as gap_module
-from zflora_jax.evaluation.evals import likelihood_records
+from zflora_jax.evaluation import export_gap as gap_module, loss as loss_module, records
 from zflora_jax.evaluation.export_gap import export_gap
-from zflora_jax.experiments import compare, quickstart
+from zflora_jax.evaluation.records import likelihood_records
+from zflora_jax.experiments import quickstart
+from zflora_jax.experiments.rates import choose_rate
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.save import save_hf
@@ -93,7 +93,7 @@ def test_a_last_update_that_is_no_number_is_not_the_result(run, tmp_path, monkey
 
 
 def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evals, "eval_step", lambda *_: (np.float32("nan"), np.float32(1)))
+    monkeypatch.setattr(loss_module, "eval_step", lambda *_: (np.float32("nan"), np.float32(1)))
     saved = (
         r"after step 3 the held-out loss is nan.*the checkpoint of step 3 is saved: remove"
         r" .*checkpoints.3 to go on"
@@ -116,7 +116,7 @@ def test_the_metrics_hold_no_flag(run, tmp_path):
 def test_likelihoods_that_are_no_numbers_choose_no_option(model, arc, monkeypatch):
     rows = [Example("q", "a", "a", options=("a", "b")), Example("q", "b", "b", options=("a", "b"))]
     monkeypatch.setattr(
-        evals,
+        records,
         "option_log_likelihoods",
         lambda *_, **__: [np.asarray([-1.0, np.nan]), np.asarray([-1.0, -2.0])],
     )
@@ -132,26 +132,13 @@ def test_the_best_checkpoint_has_a_loss(tmp_path):
         assert checkpoints.best == 3
 
 
-def test_a_rate_whose_loss_is_no_number_is_not_picked(run, tmp_path, monkeypatch):
-    plan = compare.Comparison(
-        "plan", run, {"lora": AdapterConfig("lora", rank=4)}, (1e-1, 1e-3), (0,)
-    )
-    losses = {1e-1: float("nan"), 1e-3: 2.0}
-
-    def made(plan, run, *_):
-        return {
-            "validation_loss": losses[run.optim.learning_rate],
-            "test_loss": 2.0,
-            "seconds": 1.0,
-        }
-
-    monkeypatch.setattr(compare, "_run", made)
-    monkeypatch.setattr(compare, "_loss", lambda *_: {"loss": 3.0})
-    result = compare.compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    assert result["rows"][0]["learning rate"] == 1e-3
-    losses[1e-3] = float("inf")
-    with pytest.raises(ConfigError, match="diverged at every learning rate"):
-        compare.compare_methods(plan, tmp_path / "runs", tmp_path / "other", console=False)
+def test_a_rate_whose_loss_is_no_number_is_not_picked():
+    results = {1e-1: {"validation_loss": float("nan")}, 1e-3: {"validation_loss": 2.0}}
+    assert choose_rate("lora", results).rate == 1e-3
+    assert choose_rate("lora", results | {1e-2: {"failed": "the loss is nan"}}).rate == 1e-3
+    for lost in ({"validation_loss": float("inf")}, {"validation_loss": None}):
+        with pytest.raises(ConfigError, match="diverged at every learning rate"):
+            choose_rate("lora", results | {1e-3: lost})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,21 +11,26 @@ import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pandas
 import pytest
+from support.fake_train import FakeTrain, loss_of
 
 from zflora_jax.cli.main import main
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments import grid
+from zflora_jax.experiments import grid, sweep as sweep_module
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
 from zflora_jax.parallel import distributed
 from zflora_jax.parallel.distributed import Preempted
+from zflora_jax.training.trainer import NonFiniteError
+from zflora_jax.training.workdir import locked
 
 
 @pytest.fixture
@@ -43,106 +48,189 @@ def base(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
 GRID = {"adapter.method": ["lora", "zflora-minimal"], "adapter.rank": [2, 4]}
 
 
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
+    """Runs are not trained, and their base is not loaded."""
+    fake = FakeTrain()
+    monkeypatch.setattr(sweep_module, "train", fake)
+    monkeypatch.setattr(grid._Bases, "of", lambda *_: None)
+    return fake
+
+
 def numbers(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(row["run"], row["status"], row["params_trainable"], row["test_loss"]) for row in rows]
 
 
-def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, monkeypatch):
-    seen = []
+def test_runs_side_by_side_are_stopped_and_go_on_to_the_numbers_of_one_after_the_other(
+    base, tmp_path, monkeypatch
+):
+    """Real training. SIGTERM to a sweep of two threads: each run is saved after its step, and the
+    sweep goes on from there; a frame, a page and curves at the end, and nothing is run again.
+    """
+    changed = {"train.steps": 8, "train.log_every": 1}
+    base, two = override(base, changed), {"adapter.method": ["lora", "zflora-minimal"]}
+    original, begun, stdout = distributed.StopSignals.requested, [], sys.stdout
+
+    def slowly(self, step):
+        begun.append(step)
+        if step >= 3:
+            time.sleep(0.5)  # else the runs might be over before the signal comes
+        return original(self, step)
+
+    def signal_later():
+        while not [step for step in begun if step >= 3]:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(distributed.StopSignals, "requested", slowly)
+    threading.Thread(target=signal_later, daemon=True).start()
+    with pytest.raises(Preempted, match="saved"):
+        run_grid(base, two, tmp_path / "s", parallel=2, console=False)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and sys.stdout is stdout
+    assert list((tmp_path / "s").glob("*/checkpoints/*"))
+    assert not list((tmp_path / "s").glob(f"*/{RECORD}"))
+    monkeypatch.setattr(distributed.StopSignals, "requested", original)
 
     def extra(run, trained):
         return {"norm": float(sum(abs(leaf).sum() for leaf in jax.tree.leaves(trained.adapters)))}
 
-    frame = sweep(base, GRID, tmp_path / "s", extra=extra, parallel=1)
-    assert (
-        isinstance(frame, pandas.DataFrame)
-        and list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
-    )
-    assert (
-        list(frame["adapter.rank"]) == [2, 4, 2, 4]
-        and set(frame["status"]) == {"finished"}
-        and frame["run"].is_unique
-    )
-    assert (
-        frame["test_loss"].nunique() == 4
-        and (frame["norm"] > 0).all()
-        and (frame["seconds"] > 0).all()
-        and frame["device"].notna().all()
-    )
+    frame = sweep(base, two, tmp_path / "s", extra=extra, parallel=2)
+    assert isinstance(frame, pandas.DataFrame) and frame["run"].is_unique
+    assert list(frame["adapter.method"]) == ["lora", "zflora-minimal"]
+    assert set(frame["status"]) == {"finished"} and frame["test_loss"].nunique() == 2
+    assert (frame["norm"] > 0).all() and (frame["seconds"] > 0).all()
+    assert (tmp_path / "s" / "curves.png").is_file() and (tmp_path / "s" / "curves.svg").is_file()
+    assert sys.stdout is stdout
+    rows = frame.to_dict("records")
+    alone = run_grid(base, two, tmp_path / "alone", parallel=1, console=False)
+    assert numbers(rows) == numbers(alone)
+    monkeypatch.setattr(sweep_module, "train", lambda *_, **__: pytest.fail("trained again"))
+    again = run_grid(base, two, tmp_path / "s", parallel=1, console=False)
+    assert again == rows
+
+
+def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
+    frame = sweep(base, GRID, tmp_path / "s", extra=lambda *_: {"more": 3}, parallel=1)
+    assert list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
+    assert list(frame["adapter.rank"]) == [2, 4, 2, 4] and set(frame["more"]) == {3}
+    assert list(frame["test_loss"]) == [loss_of(run) for run in fake.runs]
+    assert frame["test_loss"].nunique() == 4 and frame["device"].notna().all()
     whole = json.loads((tmp_path / "s" / "rows.json").read_text())
     assert whole["rows"] == frame.to_dict("records")
     page = (tmp_path / "s" / "rows.md").read_text()
     assert "| adapter.method | adapter.rank |" in page and "4 of 4 runs" in page
-    assert (tmp_path / "s" / "curves.png").is_file() and (tmp_path / "s" / "curves.svg").is_file()
-    monkeypatch.setattr(
-        grid, "train", lambda run, *_, **__: seen.append(run) or pytest.fail("trained again")
-    )
+    assert "Runs made at commit c0ffee, device cpu, jax 0.10.2 (4)." in page
     again = run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
-    assert numbers(again) == numbers(frame.to_dict("records")) and not seen
+    assert again == frame.to_dict("records") and len(fake.runs) == 4
+    # Other settings that decide the numbers: another run.
+    run_grid(override(base, {"train.log_every": 7}), GRID, tmp_path / "s", console=False)
+    assert len(fake.runs) == 4
+    run_grid(override(base, {"train.steps": 9}), GRID, tmp_path / "s", console=False)
+    assert len(fake.runs) == 8
 
 
-def test_failures_are_rows(base, tmp_path):
+def test_failures_are_rows(base, tmp_path, monkeypatch):
     """Settings that cannot be used, and a loss that is no number, which is not tried again; the
     others run.
     """
-    rows = run_grid(
-        base,
-        [{"adapter.targets": "nothing"}, {"optim.learning_rate": 1e30}, {"adapter.rank": 3}],
-        tmp_path / "s",
-        parallel=1,
-        console=False,
-    )
-    assert [row["status"].partition(":")[0] for row in rows] == ["failed", "failed", "finished"]
-    assert (
-        "matches no kernel" in rows[0]["status"] and "not finite" in rows[1]["status"].lower()
-    ) or "nan" in rows[1]["status"].lower()
-    assert (tmp_path / "s" / rows[1]["run"] / RECORD).is_file() and not (
-        tmp_path / "s" / rows[0]["run"] / RECORD
-    ).exists()
+
+    def loss(run):
+        if run.optim.learning_rate == 1e30:
+            raise NonFiniteError("the loss is nan")
+        if run.adapter.rank == 5:
+            raise MemoryError
+        return 1.0
+
+    fake = FakeTrain(loss)
+    monkeypatch.setattr(sweep_module, "train", fake)
+    settings = [
+        {"adapter.targets": "nothing"},
+        {"optim.learning_rate": 1e30},
+        {"adapter.rank": 3},
+        {"adapter.rank": 5},
+        {"optim.warmup_steps": 99},
+    ]
+    rows = run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
+    names = [row["run"] for row in rows]
+    assert [row["status"].partition(":")[0] for row in rows] == [
+        "failed",
+        "failed",
+        "finished",
+        "failed",
+        "failed",
+    ]
+    for row, why in zip(
+        rows,
+        ("matches no kernel", "the loss is nan", "finished", "MemoryError", "warmup_steps=99"),
+        strict=True,
+    ):
+        assert why in row["status"]
+    recorded = [(tmp_path / "s" / name / RECORD).is_file() for name in names]
+    assert recorded == [False, True, True, False, False]
     assert "failed" in (tmp_path / "s" / "rows.md").read_text()
+    tried = len(fake.runs)
+    run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
+    assert [run.adapter.rank for run in fake.runs[tried:]] == [5]  # memory may suffice now
 
 
-def test_a_stopped_sweep_goes_on(base, tmp_path, monkeypatch):
-    original, calls = grid.train, []
+def test_a_loss_that_is_no_number_is_a_row_of_a_real_run(base, tmp_path):
+    [row] = run_grid(base, [{"optim.learning_rate": 1e30}], tmp_path / "s", console=False)
+    assert "failed" in row["status"] and "nan" in row["status"].lower()
 
+
+def test_a_stopped_sweep_goes_on(base, tmp_path, monkeypatch, fake):
     def stopped(run, *args, **settings):
-        calls.append(run)
-        if len(calls) == 2:
+        if len(fake.runs) == 1:
             raise Preempted("stopped by a signal")
-        return original(run, *args, **settings)
+        return fake(run, *args, **settings)
 
-    monkeypatch.setattr(grid, "train", stopped)
-    with pytest.raises(Preempted):
-        run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
-    assert (
-        len(json.loads((tmp_path / "s" / "rows.json").read_text())["rows"]) == 1 and len(calls) == 2
-    )
-    assert [
-        row["status"] for row in run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
-    ] == ["finished"] * 4
-    assert len(calls) == 5  # the first one was not run again
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_module, "train", stopped)
+        with pytest.raises(Preempted):
+            run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
+    assert len(json.loads((tmp_path / "s" / "rows.json").read_text())["rows"]) == 1
+    rows = run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
+    assert [row["status"] for row in rows] == ["finished"] * 4
+    assert len(fake.runs) == 4  # the first one was not run again
 
 
-def test_side_by_side_gives_the_numbers_of_one_after_the_other(base, tmp_path, monkeypatch):
-    used, original = set(), grid.train
+def test_each_run_at_one_time_has_its_own_devices(base, tmp_path, monkeypatch, fake):
+    together = threading.Barrier(4, timeout=60)
 
-    def seen(run, *args, devices, **settings):
-        used.add(devices[0])
-        return original(run, *args, devices=devices, **settings)
+    def waits(*args, **settings):
+        together.wait()  # four are in here at one time
+        return fake(*args, **settings)
 
-    monkeypatch.setattr(grid, "train", seen)
-    together = run_grid(base, GRID, tmp_path / "a", parallel=4, console=False)
-    assert len(used) == 4
-    assert numbers(together) == numbers(
-        run_grid(base, GRID, tmp_path / "b", parallel=1, console=False)
-    )
+    monkeypatch.setattr(sweep_module, "train", waits)
+    rows = run_grid(base, GRID, tmp_path / "a", parallel=4, console=False)
+    assert len({devices[0] for devices in fake.devices}) == 4
+    monkeypatch.setattr(sweep_module, "train", fake)
+    assert numbers(rows) == numbers(run_grid(base, GRID, tmp_path / "b", parallel=1, console=False))
 
 
-def test_an_error_that_is_a_fault_of_ours_is_not_a_row(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(grid, "train", lambda *_, **__: 1 // 0)
+def test_an_error_that_is_a_fault_of_ours_is_not_a_row(base, tmp_path, monkeypatch, fake):
+    monkeypatch.setattr(sweep_module, "train", lambda *_, **__: 1 // 0)
     for parallel in (1, 2):
         with pytest.raises(ZeroDivisionError):
             run_grid(base, GRID, tmp_path / "s", parallel=parallel, console=False)
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(base, tmp_path, monkeypatch, fake):
+    """The others run meanwhile; its record is then read, or it is run."""
+    names = [name for name, _ in combinations(base, GRID)]
+    folder = tmp_path / "s" / names[0]
+    folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder))
+
+        def sleep(seconds):
+            assert len(fake.runs) == 3, "waits where there is work"
+            stack.close()  # the other process ends
+
+        monkeypatch.setattr(sweep_module, "time", SimpleNamespace(sleep=sleep))
+        rows = run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
+    assert [row["run"] for row in rows] == names and len(fake.runs) == 4
+    assert fake.runs[-1].adapter.rank == rows[0]["adapter.rank"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +288,7 @@ def get_sweep():
 """
 
 
-def test_the_command_writes_a_page(base, tmp_path, capsys):
+def test_the_command_writes_a_page(base, tmp_path, capsys, fake):
     from zflora_jax.core.fields import to_dict
 
     (tmp_path / "s.py").write_text(CONFIG.format(base=json.dumps(to_dict(base))))
@@ -223,7 +311,10 @@ def test_the_command_writes_a_page(base, tmp_path, capsys):
     assert (tmp_path / "out" / "ranks.md").is_file()
 
 
-def test_a_model_that_is_not_there_is_a_row_and_numbers_of_numpy_are_numbers(base, tmp_path):
+def test_a_model_that_is_not_there_is_a_row_and_numbers_of_numpy_are_numbers(
+    base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep_module, "train", FakeTrain())
     settings = [
         {"model": str(tmp_path / "none")},
         {"adapter.rank": np.int64(3), "optim.learning_rate": np.float64(1e-3)},
@@ -231,43 +322,3 @@ def test_a_model_that_is_not_there_is_a_row_and_numbers_of_numpy_are_numbers(bas
     rows = run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
     assert [row["status"].partition(":")[0] for row in rows] == ["failed", "finished"]
     assert type(rows[1]["adapter.rank"]) is int
-
-
-def test_a_signal_stops_runs_side_by_side_and_they_go_on(base, tmp_path, monkeypatch):
-    """SIGTERM to a sweep of several threads: each run is saved after its step, and the sweep goes
-    on from there to the same numbers.
-    """
-    base = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=30))
-    original, begun = distributed.StopSignals.requested, []
-
-    def slowly(self, step):
-        begun.append(step)
-        if step >= 3:
-            time.sleep(0.5)  # else the runs might be over before the signal comes
-        return original(self, step)
-
-    monkeypatch.setattr(distributed.StopSignals, "requested", slowly)
-
-    def signal_later():
-        while not [step for step in begun if step >= 3]:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=signal_later, daemon=True).start()
-    with pytest.raises(Preempted, match="saved"):
-        run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert list((tmp_path / "s").glob("*/checkpoints/*")) and not list(
-        (tmp_path / "s").glob(f"*/{RECORD}")
-    )
-    monkeypatch.setattr(distributed.StopSignals, "requested", original)
-    rows = run_grid(base, GRID, tmp_path / "s", parallel=2, console=False)
-    assert numbers(rows) == numbers(
-        run_grid(base, GRID, tmp_path / "whole", parallel=2, console=False)
-    )
-
-
-def test_the_output_of_the_process_is_whole_after_runs_side_by_side(base, tmp_path, capsys):
-    before = sys.stdout
-    run_grid(base, GRID, tmp_path / "s", parallel=4, console=False)
-    assert sys.stdout is before

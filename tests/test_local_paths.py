@@ -13,7 +13,8 @@ from support.models import tiny_model
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.evaluation.scorecard import evaluate, evaluate_tasks
+from zflora_jax.evaluation.suite import evaluate_tasks
+from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.export import export_run

@@ -28,8 +28,8 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import MeshConfig, RunConfig, from_file
-from zflora_jax.experiments import compare, grid
 from zflora_jax.experiments.info import describe
+from zflora_jax.experiments.store import Job, read_result
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
@@ -165,24 +165,29 @@ def test_a_committed_record_is_one_of_the_former_start():
     config = json.loads(path.read_text())["config"]
     run = from_file(RunConfig, config)
     asked = {
-        init: to_dict(dataclasses.replace(run, adapter=AdapterConfig("lora", init=init)))
+        init: Job(
+            "a", dataclasses.replace(run, adapter=AdapterConfig("lora", init=init)), path, path
+        )
         for init in (None, "normal")
     }
-    assert compare._saved(path, asked["normal"])["validation_loss"] > 0
-    assert compare._saved(path, asked[None]) is None
+    assert read_result(asked["normal"])["validation_loss"] > 0
+    assert read_result(asked[None]) is None
     minimal = RESULTS / "gsm8k_budget" / "zflora-minimal-lr0.001-seed0.json"
     config = json.loads(minimal.read_text())["config"]
-    assert compare._saved(minimal, to_dict(from_file(RunConfig, config))) is not None
+    assert read_result(Job("a", from_file(RunConfig, config), minimal, minimal)) is not None
 
 
 def test_a_sweep_does_not_take_a_row_of_the_former_start(tmp_path):
-    run = RunConfig(adapter=AdapterConfig("lora", rank=3))
-    (tmp_path / "row.json").write_text(
+    run, path = RunConfig(adapter=AdapterConfig("lora", rank=3)), tmp_path / "row.json"
+    path.write_text(
         json.dumps({"config": without_start(to_dict(run)), "row": {"status": "finished"}})
     )
-    asked = {init: override(run, {"adapter.init": init}) for init in ("normal", "kaiming_uniform")}
-    assert grid._saved(tmp_path / "row.json", asked["normal"]) == {"status": "finished"}
-    assert grid._saved(tmp_path / "row.json", asked["kaiming_uniform"]) is None
+    asked = {
+        init: Job("a", override(run, {"adapter.init": init}), tmp_path, path)
+        for init in ("normal", "kaiming_uniform")
+    }
+    assert read_result(asked["normal"]) == {}
+    assert read_result(asked["kaiming_uniform"]) is None
 
 
 def test_a_run_of_the_former_start_is_resumed_without_saying_so(run, tmp_path):

@@ -34,7 +34,7 @@ from zflora_jax.core.run_config import (
     RunConfig,
     TrainConfig,
 )
-from zflora_jax.evaluation.evals import held_out_loss
+from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.restore import load_fused, load_run
 from zflora_jax.experiments.setup import held_out
@@ -305,7 +305,7 @@ def test_commands_use_the_mesh_of_the_run_or_the_one_given(trained, tmp_path, ca
     """
     used = []
     real = mesh_of
-    for module in ("inference.decode", "evaluation.evals", "adapters.fuse"):
+    for module in ("inference.decode", "evaluation.loss", "adapters.fuse"):
         monkeypatch.setattr(
             f"zflora_jax.{module}.mesh_in_use",
             lambda tree: used.append(real(tree)) or mesh_in_use(tree),

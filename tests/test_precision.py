@@ -20,7 +20,7 @@ from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import OptimConfig, RunConfig
-from zflora_jax.evaluation import scorecard
+from zflora_jax.evaluation import suite
 from zflora_jax.experiments.base import as_base
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import MANIFEST
@@ -149,7 +149,7 @@ def test_an_export_is_evaluated_at_its_own_precision_unless_another_is_named(
         seen.append(model.config.execution.matmul_precision)
         raise ConfigError("seen enough.")
 
-    monkeypatch.setattr(scorecard, "evaluate_tasks", evaluated)
-    monkeypatch.setattr(scorecard, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(suite, "evaluate_tasks", evaluated)
+    monkeypatch.setattr(suite, "check_tasks", lambda *_: None)
     assert main(["eval", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "e"), *given]) == 2
     assert seen == [used] and "seen enough" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.data.dates import dated
 from zflora_jax.data.pipeline import train_batches
-from zflora_jax.evaluation.scorecard import evaluate
+from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.restore import load_fused, load_run
 from zflora_jax.hf.load import load_model

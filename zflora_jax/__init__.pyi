@@ -22,7 +22,8 @@ from .core.run_config import (
     TrainConfig as TrainConfig,
 )
 from .evaluation.export_gap import export_gap as export_gap
-from .evaluation.scorecard import evaluate as evaluate, evaluate_tasks as evaluate_tasks
+from .evaluation.suite import evaluate_tasks as evaluate_tasks
+from .evaluation.task import evaluate as evaluate
 from .experiments.compare import compare_methods as compare_methods
 from .experiments.comparison import Comparison as Comparison
 from .experiments.export import export_run as export_run

@@ -69,7 +69,8 @@ def add_options(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from zflora_jax.data.mixture import parse_mixture
     from zflora_jax.data.tasks import GROUPS
-    from zflora_jax.evaluation.scorecard import check_tasks, evaluate_tasks, summary_page
+    from zflora_jax.evaluation.suite import check_tasks, evaluate_tasks
+    from zflora_jax.evaluation.summary import summary_page
     from zflora_jax.parallel.compile_cache import compile_cache
 
     base, config, meshed = _settings(args)

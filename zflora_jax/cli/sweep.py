@@ -13,7 +13,7 @@ from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import ConfigError, nearest, override, require
 
 if TYPE_CHECKING:
-    from zflora_jax.experiments.compare import Comparison
+    from zflora_jax.experiments.comparison import Comparison
 
 SUMMARY = (
     "Run every combination of a grid of settings, or compare methods at their best rates. Finished"
@@ -42,8 +42,10 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from zflora_jax.experiments.compare import Comparison, compare_methods, overview
-    from zflora_jax.experiments.grid import FINISHED, Grid, run_grid
+    from zflora_jax.experiments.compare import compare_methods, overview
+    from zflora_jax.experiments.comparison import Comparison
+    from zflora_jax.experiments.grid import Grid, run_grid
+    from zflora_jax.experiments.store import FINISHED
     from zflora_jax.parallel.compile_cache import compile_cache
 
     plans = load_config(args.config, "get_sweep")

@@ -53,28 +53,16 @@ def export_gap(
             np.asarray(forward(m, tokens, padding_mask=real))[:, : len(ids)]
             for m in (exact, export)
         )
-        for what, found in (("model in memory", a), (f"export at {path}", b)):
-            if not np.isfinite(found).all():
-                advice = (
-                    "export in float32 or bfloat16"
-                    if found is b
-                    else "the model itself is damaged, or trained with too high a learning rate"
-                )
-                raise CheckpointError(
-                    f"logits of the {what} are NaN or infinite, so the export is not to be used:"
-                    f" {advice}."
-                )
+        damaged = "the model itself is damaged, or trained with too high a learning rate"
+        _require_finite(a, "model in memory", damaged)
+        _require_finite(b, f"export at {path}", "export in float32 or bfloat16")
         gap = np.abs(a - b)
-        worst, total, scale = (
-            max(worst, float(gap.max())),
-            total + float(gap.sum(dtype=np.float64)),
-            max(scale, float(np.abs(a).max())),
-        )
-        same, logits, positions = (
-            same + int((a.argmax(-1) == b.argmax(-1)).sum()),
-            logits + gap.size,
-            positions + len(ids),
-        )
+        worst = max(worst, float(gap.max()))
+        total += float(gap.sum(dtype=np.float64))
+        scale = max(scale, float(np.abs(a).max()))
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        logits += gap.size
+        positions += len(ids)
     require(positions > 0, "export_gap needs at least one prompt.")
     return {
         "max_abs_dlogit": worst,
@@ -82,3 +70,10 @@ def export_gap(
         "logit_scale": scale,
         "top1_agreement": same / positions,
     }
+
+
+def _require_finite(logits: np.ndarray, what: str, advice: str) -> None:
+    if not np.isfinite(logits).all():
+        raise CheckpointError(
+            f"logits of the {what} are NaN or infinite, so the export is not to be used: {advice}."
+        )

@@ -1,30 +1,38 @@
-"""What a comparison of methods is to run, and what its choice of a learning rate is worth."""
+"""What a comparison of methods is to run: methods x learning rates x seeds over one base run."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import EvalConfig, RunConfig
+from zflora_jax.experiments.store import Job, Scoring
 
-Result = dict[str, Any]
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to run. name: of the result files. methods: label -> adapter. A seed sets both the
-    adapters' initial values and the data order.
+    """What `compare_methods` runs. A seed sets both the adapters' initial values and the data
+    order.
 
-    pick_steps: the learning rate is chosen by runs of that many steps (with the schedule of their
-    own length); None by whole runs. rates_from: a comparison whose choice of learning rates is
-    taken over; its choosing runs are made where they are not there yet. tasks, scoring: what the
-    chosen runs, and the base model, are scored on, and how; the score of a task is that of its
-    clean rows.
+    Attributes:
+      name: of the result files.
+      base: the settings that all runs share.
+      methods: label -> adapter.
+      learning_rates: those tried with each method.
+      seeds: of the runs at the chosen rate; the rate is chosen with the first.
+      pick_steps: the rate is chosen by runs of that many steps (with the schedule of their own
+        length); None: by whole runs.
+      rates_from: a comparison whose choice of learning rates is taken over; its choosing runs are
+        made where they are not there yet.
+      tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of
+        a task is that of its clean rows.
+      reading: what the tables show, in words, by whoever has read them; stands under them.
     """
 
     name: str
@@ -36,9 +44,7 @@ class Comparison:
     rates_from: Comparison | None = None
     tasks: tuple[str, ...] = ()
     scoring: EvalConfig | None = None
-    reading: str = (
-        ""  # what the tables show, in words, written by whoever has read them; stands under them
-    )
+    reading: str = ""
 
     def __post_init__(self) -> None:
         for field in ("methods", "learning_rates", "seeds"):
@@ -80,15 +86,54 @@ class Comparison:
             f" train.steps={whole}. Change the config file.",
         )
 
+    @property
+    def picker(self) -> Comparison:
+        """The comparison by whose runs the learning rates are chosen."""
+        return self.rates_from or self
 
-def untuned(rate: float, rates: Sequence[float]) -> str | None:
-    """Why the best of `rates` may not be the method's best; None where it lies between two others.
+    @property
+    def scored(self) -> Scoring | None:
+        return None if self.scoring is None else Scoring(self.tasks, self.scoring)
 
-    A rate that diverged counts as one that was tried: the best is then known to lie below it.
-    """
-    if len(set(rates)) == 1:
-        return "the only one tried, so it is not tuned"
-    if rate in (min(rates), max(rates)):
-        edge, beyond = ("lowest", "lower") if rate == min(rates) else ("highest", "higher")
-        return f"the {edge} one tried, so a {beyond} one may be better"
-    return None
+    def rate_jobs(self, label: str, workdir: Path, out: Path) -> dict[float, Job]:
+        """Rate -> the run that tells what it is worth. Without a test loss, unless it is whole."""
+        whole = self.base.train.steps
+        steps, seed = self.pick_steps or whole, self.seeds[0]
+        return {
+            rate: self._job(label, rate, seed, steps, workdir, out, None, steps == whole)
+            for rate in self.learning_rates
+        }
+
+    def seed_jobs(self, label: str, rate: float, workdir: Path, out: Path) -> dict[int, Job]:
+        """Seed -> the whole run at the chosen rate."""
+        steps = self.base.train.steps
+        return {
+            seed: self._job(label, rate, seed, steps, workdir, out, self.scored, True)
+            for seed in self.seeds
+        }
+
+    def _job(
+        self,
+        label: str,
+        rate: float,
+        seed: int,
+        steps: int,
+        workdir: Path,
+        out: Path,
+        scoring: Scoring | None,
+        test_loss: bool,
+    ) -> Job:
+        base = self.base
+        run = dataclasses.replace(
+            base,
+            # By name, so that no older run, of another start, is taken for this one.
+            adapter=self.methods[label].explicit(),
+            optim=dataclasses.replace(base.optim, learning_rate=rate),
+            train=dataclasses.replace(base.train, seed=seed, steps=steps),
+            data=dataclasses.replace(base.data, seed=seed),
+            eval=dataclasses.replace(base.eval, split="validation"),
+        )
+        shorter = "" if steps == base.train.steps else f"-steps{steps}"
+        name = f"{label}-lr{rate:g}{shorter}-seed{seed}"
+        record = out / self.name / f"{name}.json"
+        return Job(name, run, workdir / name, record, scoring, test_loss)

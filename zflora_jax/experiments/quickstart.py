@@ -17,7 +17,7 @@ from zflora_jax.core.fields import ConfigError, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.pipeline import eval_batches
-from zflora_jax.evaluation.scorecard import evaluate
+from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.setup import held_out

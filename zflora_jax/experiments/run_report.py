@@ -54,7 +54,7 @@ def new_report(
       setup: base and data of the run.
       workdir: where report.json goes.
       first: the step that this start went on from.
-      loss: the held-out loss after the last step, see `evals.held_out_loss`.
+      loss: the held-out loss after the last step, see `loss.held_out_loss`.
       env: of this process, see `provenance.environment`.
       timings: in seconds, and data_wait_share.
     """
@@ -90,7 +90,7 @@ def finished_report(
       workdir: of the run.
       seconds: of training, as the last checkpoint has them.
       env: of this process, for a run that recorded no start.
-      evaluate: gives the held-out loss, see `evals.held_out_loss`.
+      evaluate: gives the held-out loss, see `loss.held_out_loss`.
     """
     run, stored = setup.run, read_report(workdir)
     identity = {"steps": run.train.steps, **setup.fingerprints}

@@ -17,7 +17,7 @@ from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.packing import pack_sequences
 from zflora_jax.data.tasks import Example
 from zflora_jax.data.tokenization import Encoded, tokenize_examples
-from zflora_jax.evaluation.evals import held_out_loss
+from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
 from zflora_jax.parallel.sharding import shard, state_shardings
 from zflora_jax.training.trainer import TrainState, fresh_state
@@ -58,7 +58,7 @@ class Setup:
         return fresh(self.model.params)
 
     def held_out_loss(self, adapters: Tree) -> dict[str, float]:
-        """The loss of `adapters` on the evaluation rows; see `evals.held_out_loss`."""
+        """The loss of `adapters` on the evaluation rows; see `loss.held_out_loss`."""
         return held_out_loss(
             self.model,
             self.eval_set,

@@ -22,31 +22,13 @@ from typing import Any
 from zflora_jax.core.fields import ConfigError, require, to_dict
 from zflora_jax.core.run_config import RunConfig, from_file
 from zflora_jax.core.textfile import lines_of
-from zflora_jax.core.trees import flatten
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
+from zflora_jax.training.identity import FREE, ROUNDING, differences
 
 log = logging.getLogger(__name__)
 
 STARTS_FILE = "starts.jsonl"
-
-# Settings that change what is logged, kept or evaluated but no number of the training itself: a
-# resumed run may change them.
-FREE = (
-    "eval",
-    "mesh",
-    "train/log_every",
-    "train/eval_every",
-    "train/save_every",
-    "train/max_to_keep",
-    "train/keep_best",
-    "train/report_to",
-)
-
-# Settings that change rounding, memory or speed alone: a resumed run may change them too, which is
-# logged.
-ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/grad_accum_steps")
-
 
 Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was, what it is now)
 
@@ -107,7 +89,7 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     run = dated(run, there.data.date)
     if run.adapter.init is None and run.adapter.method == there.adapter.method:
         run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
-    changed = _differences(dated(there, run.data.date), run)
+    changed = differences(dated(there, run.data.date), run)
     finished = _finished_steps(workdir)
     if finished:
         _require_may_change(workdir, run, changed, finished)
@@ -115,19 +97,6 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
         run = _rounded_as(there, run)
         changed = {key: values for key, values in changed.items() if key not in ROUNDING}
     return run, {key.replace("/", "."): values for key, values in changed.items()}
-
-
-def _differences(there: RunConfig, run: RunConfig) -> Changes:
-    """Settings in which two runs differ, under names as "train/steps"."""
-    old, new = (
-        flatten(to_dict(replace(config, adapter=config.adapter.explicit())))
-        for config in (there, run)
-    )
-    return {
-        key: (old.get(key), new.get(key))
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    }
 
 
 def _require_may_change(workdir: Path, run: RunConfig, changed: Changes, finished: int) -> None:

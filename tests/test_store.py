@@ -1,0 +1,207 @@
+"""Records of sweeps: which run a record is of, by any age of its names; what is read of it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from zflora_jax.cli.inputs import load_config
+from zflora_jax.cli.main import main
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import override, to_dict
+from zflora_jax.core.model_config import preset
+from zflora_jax.core.run_config import EvalConfig, RunConfig
+from zflora_jax.experiments import compare, sweep
+from zflora_jax.experiments.compare import compare_methods
+from zflora_jax.experiments.store import Job, Scoring, read_result, write_record
+from zflora_jax.training.identity import same_numbers
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+RUN = RunConfig(
+    adapter=AdapterConfig("zflora-uniform", rank=4, extra_head_dim=4, extra_mlp_units=8)
+)
+OLD_NAMES = {
+    "adapter": {"extra_head_dim": "head_rank", "extra_mlp_units": "mlp_rank"},
+    "data": {"grad_accum_steps": "accumulate", "bucket_lengths": "lengths"},
+    "train": {"max_to_keep": "keep"},
+}
+
+
+def job(path: Path, run: RunConfig = RUN, scoring: Scoring | None = None) -> Job:
+    return Job("a", run, path.parent / "a", path, scoring)
+
+
+# --- the same run? --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("train.log_every", 3, True),
+        ("train.max_to_keep", 5, True),
+        ("mesh.data", 2, True),
+        ("data.data_dir", "elsewhere", True),
+        ("eval.limit", 7, False),
+        ("train.steps", 101, False),
+        ("train.seed", 1, False),
+        ("train.remat", True, False),
+        ("adapter.rank", 8, False),
+        ("data.packing", True, False),
+    ],
+)
+def test_the_settings_that_decide_the_numbers(key, value, same):
+    assert same_numbers(RUN, override(RUN, {key: value})) is same
+
+
+def test_the_directory_of_own_files_decides_the_numbers(tmp_path):
+    own = override(RUN, {"data.task": "json", "data.data_dir": str(tmp_path / "a")})
+    assert same_numbers(own, override(own, {"data.data_dir": f"{tmp_path}/./a"}))
+    assert not same_numbers(own, override(own, {"data.data_dir": str(tmp_path / "b")}))
+
+
+def test_a_start_left_to_the_method_is_its_own():
+    lora = RunConfig(adapter=AdapterConfig("lora"))
+    named = dataclasses.replace(lora, adapter=lora.adapter.explicit())
+    assert same_numbers(lora, named)
+    assert not same_numbers(lora, override(lora, {"adapter.init": "normal"}))
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def test_a_record_serves_its_run_and_no_other(tmp_path):
+    path = tmp_path / "r" / "a.json"
+    assert read_result(job(path)) is None
+    write_record(job(path), {"validation_loss": 1.5})
+    assert read_result(job(path)) == {"validation_loss": 1.5}
+    assert read_result(job(path, override(RUN, {"optim.learning_rate": 2e-3}))) is None
+    scoring = Scoring(("arc_easy",), EvalConfig(limit=3))
+    assert read_result(job(path, scoring=scoring)) is None
+    write_record(job(path, scoring=scoring), {"scores": {}})
+    # Scores that nobody asks for do no harm.
+    assert read_result(job(path, scoring=scoring)) == read_result(job(path)) == {"scores": {}}
+    for other in (Scoring(("boolq",), scoring.settings), Scoring(("arc_easy",), EvalConfig())):
+        assert read_result(job(path, scoring=other)) is None
+
+
+def by_old_names(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        group: {OLD_NAMES.get(group, {}).get(key, key): value for key, value in values.items()}
+        if isinstance(values, dict)
+        else values
+        for group, values in config.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["row", "result"])
+def test_records_of_earlier_versions_are_read(kind, tmp_path):
+    """A grid's row and a comparison's result, their settings by the names of then, and without
+    those that came later.
+    """
+    config = by_old_names(to_dict(RUN))
+    assert "lengths" in config["data"] and "head_rank" in config["adapter"]
+    del config["eval"]["num_beams"], config["mesh"]
+    numbers = {"test_loss": 1.5, "commit": "abc"}
+    saved = {"status": "finished", **numbers} if kind == "row" else numbers
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps({"config": config, kind: saved}))
+    assert read_result(job(path)) == numbers
+    for key, value in {
+        "data.grad_accum_steps": 2,
+        "data.bucket_lengths": [64],
+        "adapter.extra_mlp_units": 16,
+        "adapter.extra_head_dim": 8,
+        "eval.num_beams": 4,
+    }.items():
+        assert read_result(job(path, override(RUN, {key: value}))) is None
+    assert read_result(job(path, override(RUN, {"train.max_to_keep": 9}))) == numbers
+
+
+def test_a_failed_row_of_earlier_versions_is_a_failed_result(tmp_path):
+    path = tmp_path / "row.json"
+    row = {"status": "failed: the loss is nan"}
+    path.write_text(json.dumps({"config": to_dict(RUN), "row": row}))
+    assert read_result(job(path)) == {"failed": "the loss is nan"}
+
+
+def test_a_record_with_a_setting_that_is_gone_is_of_another_run(tmp_path):
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps({"config": to_dict(RUN) | {"gone": 1}, "result": {}}))
+    assert read_result(job(path)) is None
+
+
+# --- the committed ones ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Nothing is trained, scored or loaded; the base's losses are the committed ones."""
+
+    def use(name: str) -> dict[str, Any]:
+        committed = json.loads((RESULTS / f"{name}.json").read_text())
+        base = SimpleNamespace(config=preset("smollm2-135m"))
+        monkeypatch.setattr(sweep, "train", lambda run, *_, **__: pytest.fail(f"trains {run}"))
+        monkeypatch.setattr(compare, "score", lambda *_: pytest.fail("scores again"))
+        monkeypatch.setattr(compare, "load_base", lambda *_: base)
+        monkeypatch.setattr(
+            compare, "split_loss", lambda run, split, _: {"loss": committed["base"][split]}
+        )
+        return committed
+
+    return use
+
+
+def tables(page: Path) -> list[list[str]]:
+    """The cells of its tables, but for the number of trainable parameters, which counted blocks
+    that do nothing when these pages were written.
+    """
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row[:1] + row[2:] for row in cells]
+
+
+def same_rows(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> None:
+    for row, there in zip(rows, committed, strict=True):
+        wanted = {key: value for key, value in there.items() if key != "trainable"}
+        assert {key: row[key] for key in wanted} == wanted
+
+
+ACCURACY = [path.stem for path in sorted(RESULTS.glob("accuracy_*.json"))]
+
+
+@pytest.mark.parametrize("name", ACCURACY)
+def test_committed_records_give_the_committed_page(name, nothing_runs, tmp_path, capsys):
+    committed = nothing_runs(name)
+    for folder in RESULTS.glob("accuracy_*/"):
+        shutil.copytree(folder, tmp_path / folder.name)
+    config = str(ROOT / "configs" / "accuracy_table.py")
+    command = ["sweep", "--config", config, "--only", name, "--workdir", str(tmp_path / "w")]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["missing"] == []
+    same_rows(found["rows"], committed["rows"])
+    assert tables(tmp_path / f"{name}.md") == tables(RESULTS / f"{name}.md")
+
+
+def test_committed_records_of_the_budget_give_the_committed_numbers(nothing_runs, tmp_path):
+    """Of the methods whose runs are all there. The page may call LoRA's former start "lora"."""
+    committed = {row["method"]: row for row in nothing_runs("gsm8k_budget")["rows"]}
+    shutil.copytree(RESULTS / "gsm8k_budget", tmp_path / "gsm8k_budget")
+    plan = load_config(str(ROOT / "configs" / "gsm8k_budget.py"), "get_sweep")
+    whole = {label: adapter for label, adapter in plan.methods.items() if label != "lora"}
+    found = compare_methods(
+        dataclasses.replace(plan, methods=whole), tmp_path / "w", tmp_path, console=False
+    )
+    wanted = [
+        (committed.get(label) or committed["lora"]) | {"method": label}
+        for label in plan.methods
+        if label in whole
+    ]
+    same_rows(found["rows"], wanted)
+    page = (tmp_path / "gsm8k_budget.md").read_text()
+    assert all(f"{row['test, seed 1']:.4f}" in page for row in wanted)

@@ -1,0 +1,202 @@
+"""What a table of records scores: means with their 95% intervals, of one task, of several, and of a
+method over its seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from zflora_jax.core.fields import require
+from zflora_jax.evaluation.records import ROUGE, Record
+
+# Key of a record -> name of the score.
+SCORES = {
+    "correct": "accuracy",
+    "correct_legacy": "accuracy_legacy",
+    "correct_sum": "likelihood_sum",
+    "correct_norm": "likelihood_norm",
+    **{name: name for name in ROUGE},
+}
+_RESAMPLES = 2000
+_Z = 1.96  # standard deviations of a 95% interval
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over rows and the ends of its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def percent(self) -> str:
+        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def scores_of(records: Sequence[Record], seed: int = 0) -> dict[str, Score]:
+    """The scores that some of `records` have, each over those that have it.
+
+    Args:
+      records: of one task.
+      seed: of the bootstrap over rows.
+
+    Returns:
+      name of the score (see `SCORES`) -> share of rows (of ROUGE: mean F-measure) and interval.
+    """
+    columns = {key: _column(records, key) for key in SCORES}
+    return {SCORES[key]: bootstrap([found], seed) for key, found in columns.items() if len(found)}
+
+
+def group_scores(tables: Sequence[Sequence[Record]], seed: int = 0) -> dict[str, Score]:
+    """The mean over tasks, each counted the same, of every score that all of them have.
+
+    Args:
+      tables: the records of each task.
+      seed: of the bootstrap, which draws rows within each task.
+    """
+    columns = {key: [_column(table, key) for table in tables] for key in SCORES}
+    return {
+        SCORES[key]: bootstrap(some, seed)
+        for key, some in columns.items()
+        if some and all(map(len, some))
+    }
+
+
+def as_dicts(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
+    """`scores` as files hold them: name -> {"mean", "low", "high"}."""
+    return {name: dataclasses.asdict(score) for name, score in scores.items()}
+
+
+def _column(records: Sequence[Record], key: str) -> np.ndarray:
+    return np.asarray([float(record[key]) for record in records if key in record])
+
+
+def bootstrap(columns: Sequence[np.ndarray], seed: int) -> Score:
+    """The mean of the columns' means; its interval: the 2.5% and 97.5% quantiles over resampled
+    columns.
+
+    Where every row is 0, or every row 1, all resamples are equal and would claim certainty; then
+    the interval is Wilson's for that many rows.
+    """
+    draw = np.random.default_rng(seed)
+    means = np.zeros(_RESAMPLES)
+    for column in columns:
+        # A resample is a multinomial draw over the distinct values.
+        values, counts = np.unique(column, return_counts=True)
+        means += (
+            draw.multinomial(len(column), counts / len(column), _RESAMPLES)
+            @ values
+            / len(column)
+            / len(columns)
+        )
+    low, high = np.quantile(means, [0.025, 0.975])
+    first = columns[0][0]
+    if first in (0.0, 1.0) and all((column == first).all() for column in columns):
+        rows = sum(map(len, columns))
+        reach = _Z**2 / (rows + _Z**2)
+        low, high = (0.0, reach) if first == 0.0 else (1 - reach, 1.0)
+    return Score(float(np.mean([column.mean() for column in columns])), float(low), float(high))
+
+
+# --- a suite of tasks, over seeds -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SuiteScore:
+    """What a model scored on the clean rows of several tasks, or what a method did: the mean over
+    its models of several seeds.
+
+    Attributes:
+      headline: the score that the tasks' mean is taken of: accuracy where answers were generated.
+      table: score -> task -> value and interval, in percent.
+      rows: task -> clean rows.
+      mean: of the headline over the tasks, in percent.
+      spread: how far the seeds' means lie apart.
+      answers_cut: task -> answers that reached the limit of new tokens.
+      chance: task -> percent right by guessing.
+    """
+
+    headline: str
+    table: dict[str, dict[str, Score]]
+    rows: dict[str, int]
+    mean: float
+    spread: float
+    answers_cut: dict[str, float]
+    chance: dict[str, float]
+
+    @property
+    def headline_scores(self) -> dict[str, Score]:
+        return self.table[self.headline]
+
+    def fields(self) -> dict[str, Any]:
+        """As the JSON of a comparison holds it."""
+        return {
+            "scores": {task: score.mean for task, score in self.headline_scores.items()},
+            "all scores": {
+                kind: {task: score.mean for task, score in tasks.items()}
+                for kind, tasks in self.table.items()
+            },
+            "intervals": {
+                kind: {task: [score.low, score.high] for task, score in tasks.items()}
+                for kind, tasks in self.table.items()
+            },
+            "headline": self.headline,
+            "mean": self.mean,
+            "spread": self.spread,
+            "rows": self.rows,
+            "cut": self.answers_cut,
+            "chance": self.chance,
+        }
+
+
+def suite_score(seeds: Sequence[Mapping[str, Any]]) -> SuiteScore:
+    """The scores of one method.
+
+    Args:
+      seeds: per seed, task -> what its record keeps (`suite.kept_scores`). At least one.
+
+    Raises:
+      ConfigError: no task was scored at all.
+    """
+    first = seeds[0]
+    clean = [{task: found["scores"]["clean"] for task, found in one.items()} for one in seeds]
+    kinds = list(dict.fromkeys(kind for scores in clean[0].values() for kind in scores))
+    require(
+        bool(kinds),
+        "nothing was scored: no task has a clean row, or scoring switches off all that the tasks"
+        " have.",
+    )
+
+    def over_seeds(task: str, kind: str) -> Score:
+        return Score(
+            *(100 * mean(one[task][kind][end] for one in clean) for end in ("mean", "low", "high"))
+        )
+
+    table = {
+        kind: {task: over_seeds(task, kind) for task in first if kind in clean[0][task]}
+        for kind in kinds
+    }
+    head = "accuracy" if "accuracy" in kinds else kinds[0]
+    means = [100 * mean(one[task][head]["mean"] for task in table[head]) for one in clean]
+    return SuiteScore(
+        headline=head,
+        table=table,
+        rows={task: found["clean_rows"] for task, found in first.items()},
+        mean=mean(means),
+        spread=max(means) - min(means),
+        answers_cut={
+            task: mean(one[task]["answers_cut"] for one in seeds)
+            for task, found in first.items()
+            if "answers_cut" in found
+        },
+        chance={task: 100 * found["chance"] for task, found in first.items() if "chance" in found},
+    )

@@ -1,0 +1,180 @@
+"""Scores of a model on several tasks, their means by group, and the page of both; resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.core.fields import require, to_dict
+from zflora_jax.core.model import Model, fingerprint
+from zflora_jax.core.run_config import EvalConfig, RunConfig
+from zflora_jax.data.dates import dated
+from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
+from zflora_jax.data.tasks import GROUPS, get_task
+from zflora_jax.evaluation.contamination import questions
+from zflora_jax.evaluation.statistics import as_dicts, group_scores
+from zflora_jax.evaluation.summary import summary_page
+from zflora_jax.evaluation.task import Evaluated, Result, evaluate_task, remove
+from zflora_jax.reporting.files import atomic_write, local_path, write_json
+from zflora_jax.reporting.provenance import environment
+
+log = logging.getLogger(__name__)
+
+
+def check_tasks(run: RunConfig, tasks: Sequence[str]) -> None:
+    """Check that tasks exist and their files are there, to be said before anything slow.
+
+    Raises:
+      ConfigError: an unknown task, or files that are missing.
+    """
+    for task in tasks:
+        get_task(task)
+        load_mixture(dataclasses.replace(run.data, task=task), run.eval.split, 1)
+
+
+def evaluate_tasks(
+    run: RunConfig,
+    model: Model,
+    tasks: Sequence[str],
+    out: str | Path,
+    label: str,
+    *,
+    trained_on: Sequence[TrainedOn] | None = None,
+    replace: bool = False,
+    console: bool = True,
+) -> Result:
+    """`evaluate` on each of `tasks`, then <out>/summary-<split>-<label>.json and .md: a row per
+    task, and the mean over the tasks of each group.
+
+    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Preempted, it goes on where it was,
+    whichever task that is.
+
+    Args:
+      run: how they are scored, and where their files are.
+      model: base or fused.
+      tasks: their names.
+      out: the folder of the files.
+      label: of the model, in the files' names.
+      trained_on: where test questions are looked for, as `evaluate` does with rows; what a run of
+        this project trained on never includes the split that it held out for the task itself.
+      replace: whether a summary of that name may be replaced, whatever it is of.
+      console: whether progress is shown.
+
+    Returns:
+      what the summary's JSON holds.
+
+    Raises:
+      ConfigError: as `check_tasks`; or `out` holds a summary of that name of another model or of
+        other settings.
+    """
+    out, env, run = local_path(out, "out"), environment(), dated(run)
+    check_tasks(run, tasks)
+    path = out / f"summary-{run.eval.split}-{label}"
+    origin = _origin(run, model)
+    if not replace:
+        _refuse_other(Path(f"{path}.json"), origin)
+    seen = _seen_by_task(run, tasks, trained_on)
+    done = {}
+    for task in tasks:
+        one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
+        to = out / f"{task}-{run.eval.split}-{label}"
+        done[task] = evaluate_task(one, model, to, seen[task], console)
+    summary = {
+        "label": label,
+        "tasks": [evaluated.result for evaluated in done.values()],
+        "groups": _groups(run.eval, done, trained_on is not None),
+        "origin": origin,
+        "config": to_dict(run),
+        "environment": env,
+    }
+    write_json(f"{path}.json", summary)
+    atomic_write(f"{path}.md", summary_page(summary).encode())
+    for evaluated in done.values():
+        remove(evaluated.partials)
+    return summary
+
+
+def kept_scores(summary: Mapping[str, Any]) -> dict[str, Result]:
+    """What the record of a sweep's run keeps of a summary: task -> its rows and scores."""
+    kept = (
+        "rows",
+        "clean_rows",
+        "questions",
+        "contaminated",
+        "answers_cut",
+        "chance",
+        "scores",
+        "seconds",
+    )
+    return {r["task"]: {key: r[key] for key in kept if key in r} for r in summary["tasks"]}
+
+
+def _seen_by_task(
+    run: RunConfig, tasks: Sequence[str], trained_on: Sequence[TrainedOn] | None
+) -> dict[str, frozenset[str] | None]:
+    """Task -> the normalised questions that the model has seen; None where that is not known."""
+    if trained_on is None:
+        log.warning(
+            "no training data was named, so no test question is checked against any; see"
+            " --trained-on"
+        )
+        return dict.fromkeys(tasks)
+    sources = [
+        ((name, split) if given.here else None, questions(rows))
+        for given in trained_on
+        for name, split, rows in source_splits(given.data)
+    ]
+    return {
+        task: frozenset[str]().union(
+            *(found for own, found in sources if own != (task, run.eval.split))
+        )
+        for task in tasks
+    }
+
+
+def _groups(evaluation: EvalConfig, done: Mapping[str, Evaluated], checked: bool) -> Result:
+    """Group -> its tasks, and their mean scores on all and on clean rows."""
+    groups: Result = {}
+    for group, members in GROUPS.items():
+        present = [task for task in done if task in members]
+        if len(present) < 2:
+            continue
+        rows = {} if evaluation.clean_only else {"all": [done[task].records for task in present]}
+        if checked:
+            rows["clean"] = [done[task].clean_records() for task in present]
+        groups[group] = {"tasks": present} | {
+            kind: as_dicts(group_scores(tables, evaluation.seed)) for kind, tables in rows.items()
+        }
+    return groups
+
+
+def _origin(run: RunConfig, model: Model) -> Result:
+    """What a summary is of: the model, and the settings that decide its scores."""
+    return {
+        "model": fingerprint(model),
+        "data.prompt_style": run.data.prompt_style,
+        **{
+            f"eval.{key}": value
+            for key, value in to_dict(run.eval).items()
+            if key not in ("batch_size", "limit", "seed")
+        },
+    }
+
+
+def _refuse_other(path: Path, origin: Result) -> None:
+    if not path.is_file():
+        return
+    # Of settings that are younger than the file.
+    defaults = {f"eval.{key}": value for key, value in to_dict(EvalConfig()).items()}
+    there = defaults | json.loads(path.read_text(encoding="utf-8")).get("origin", {})
+    now = json.loads(json.dumps(origin))
+    other = [key for key, value in now.items() if there.get(key) != value]
+    require(
+        not other,
+        f"{path} holds scores of other settings ({', '.join(other)}); give another --out, or"
+        " move them away.",
+    )

@@ -1,0 +1,98 @@
+"""The page of a model's scores on tasks: its table, and what a reader has to know beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zflora_jax.evaluation.statistics import Score
+from zflora_jax.reporting.provenance import origin_line
+from zflora_jax.reporting.tables import markdown_table
+
+SCORE_LEGEND = (
+    "accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters'"
+    " rules; likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens'"
+    " log-probabilities, or by that sum over its characters. An option is a whole answer with its"
+    ' label ("the correct answer is answer2"): the options of a question are equally long, and'
+    " the two scores equal, but for boolq's true and false. Neither is lm-evaluation-harness' acc"
+    " or acc_norm, whose options are the texts of the answers. clean: rows whose question is not in"
+    " the training data."
+)
+
+
+def decoding(evaluation: Mapping[str, Any]) -> str:
+    """How answers are generated, in words, from the settings of EvalConfig."""
+    how = (
+        "greedy"
+        if evaluation["num_beams"] == 1
+        else f"beam search with {evaluation['num_beams']} beams"
+    )
+    return f"{how}, at most {evaluation['max_new_tokens']} new tokens"
+
+
+def summary_page(summary: Mapping[str, Any]) -> str:
+    """Markdown: a line per task and kind of rows (all, clean), then per group of tasks, each score
+    with its 95% interval.
+
+    Args:
+      summary: what `suite.evaluate_tasks` returns.
+    """
+    evaluation = summary["config"]["eval"]
+    lines = [
+        {"task": r["task"], "on": kind, "rows": r["rows"] if kind == "all" else r["clean_rows"]}
+        | {"loss": r.get("loss") if kind == next(iter(r["scores"])) else None}
+        | _cells(scores)
+        for r in summary["tasks"]
+        for kind, scores in r["scores"].items()
+    ]
+    lines += [
+        {"task": f"mean of {len(group['tasks'])} {name}", "on": kind} | _cells(group[kind])
+        for name, group in summary["groups"].items()
+        for kind in ("all", "clean")
+        if kind in group
+    ]
+    head = (
+        f"Split {evaluation['split']}; prompt style {summary['tasks'][0]['prompt_style']};"
+        f" {decoding(evaluation)}. Scores with their 95% interval (bootstrap over rows)."
+        f" {SCORE_LEGEND}"
+    )
+    table = markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line)))
+    last = f"{origin_line(summary['environment'])} Seed {evaluation['seed']}."
+    title = f"# {summary['label']}"
+    return "\n".join([title, "", head, "", table, "", *_remarks(summary["tasks"]), last, ""])
+
+
+def _cells(scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    return {name: str(Score(**values)) for name, values in scores.items()}
+
+
+def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Contamination, answers that were cut short, chance, and rows that a score is not over."""
+
+    def of(part: str, whole: str) -> dict[str, str]:
+        return {r["task"]: f"{r[part]} of {r[whole]}" for r in results if part in r}
+
+    marked = of("contaminated", "questions")
+    chance = {r["task"]: f"{r['chance']:.3f}" for r in results if "chance" in r}
+    shorter = [r for r in results if r.get("loss_rows", r["rows"]) != r["rows"]]
+    texts = {
+        "Test questions found in the training data": marked,
+        "Answers that reached the limit of new tokens": of("answers_cut", "rows"),
+        "Chance": chance,
+        "Rows with an answer, which accuracies are over": of("rows_with_answer", "rows"),
+        "Rows that the loss is over, the others being longer than data.bucket_lengths": {
+            r["task"]: f"{r['loss_rows']} of {r['rows']}" for r in shorter
+        },
+        "Documents cut to fit the prompt": {
+            r["task"]: f"{r['documents_cut']} of {r['rows']}"
+            for r in results
+            if r.get("documents_cut")
+        },
+    }
+    unchecked = [] if marked else ["No training data was named: contamination was not checked."]
+    lines = [
+        f"{text}: {', '.join(f'{task} {value}' for task, value in found.items())}."
+        for text, found in texts.items()
+        if found
+    ]
+    return [*unchecked, *lines, ""]

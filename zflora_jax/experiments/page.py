@@ -1,0 +1,222 @@
+"""The pages of sweeps: their tables, and what a reader has to know beside them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.core.fields import to_dict
+from zflora_jax.core.run_config import EvalConfig
+from zflora_jax.evaluation.statistics import SuiteScore
+from zflora_jax.evaluation.summary import SCORE_LEGEND, decoding
+from zflora_jax.experiments.comparison import BASE, Comparison
+from zflora_jax.experiments.store import ORIGIN, Result
+from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.provenance import origin_line
+from zflora_jax.reporting.tables import markdown_table
+
+# Fields of a method's row that the first table does not show: scores have tables of their own.
+_APART = (
+    "untuned",
+    "scores",
+    "all scores",
+    "intervals",
+    "headline",
+    "mean",
+    "spread",
+    "rows",
+    "cut",
+    "chance",
+)
+
+
+def write_page(path: Path, blocks: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Write a page and its numbers.
+
+    Args:
+      path: of the Markdown; the JSON has the same name.
+      blocks: paragraphs, tables and headings; empty ones are left out.
+      values: what the JSON holds.
+    """
+    write_json(path.with_suffix(".json"), values)
+    atomic_write(path, ("\n\n".join(filter(None, blocks)) + "\n").encode())
+
+
+def runs_made_at(results: Iterable[Result]) -> str:
+    """Where the runs behind a page were made, and how many in each place. Records of earlier
+    versions know the commit alone.
+    """
+
+    def place(result: Result) -> str:
+        changed = " with local changes" if result.get("dirty") else ""
+        known = [f"{key} {result[key]}" for key in ("device", "jax") if key in result]
+        return ", ".join([f"commit {result['commit']}{changed}", *known])
+
+    made = Counter(place(result) for result in results if "commit" in result)
+    return f"Runs made at {'; '.join(f'{how} ({n})' for how, n in made.items())}." if made else ""
+
+
+# --- grids ----------------------------------------------------------------------------------------
+
+
+def grid_page(name: str, rows: Sequence[Result], total: int, env: Mapping[str, Any]) -> list[str]:
+    """The blocks of a grid's page.
+
+    Args:
+      name: its title.
+      rows: of the runs so far.
+      total: number of runs.
+      env: of the process that writes it.
+    """
+    hidden = ("run", *ORIGIN, "data_wait_share")
+    shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+    columns = list(dict.fromkeys(key for row in shown for key in row))
+    done = f"{len(rows)} of {total} runs."
+    return [
+        f"# {name}",
+        markdown_table(shown, columns),
+        f"{done} {runs_made_at(rows)}".rstrip(),
+        origin_line(env),
+    ]
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+
+def comparison_page(plan: Comparison, found: Result, scores: Mapping[str, SuiteScore]) -> list[str]:
+    """The blocks of a comparison's page.
+
+    Args:
+      plan: what is compared.
+      found: what the comparison's JSON holds, so far.
+      scores: label of a method, or BASE -> its scores; empty without tasks.
+    """
+    trained = [row for row in found["rows"] if row["method"] != BASE]
+    missing = f"Not run yet: {', '.join(found['missing'])}." if found["missing"] else ""
+    # A run that chose the learning rate may be one that is chosen: it counts once.
+    runs = {(r["method"], r["learning_rate"], r["steps"], r["seed"]): r for r in found["runs"]}
+    resumed = (
+        f"Runs whose record is in {plan.name}/ are not made again; --out DIR elsewhere makes all of"
+        " them."
+    )
+    return [
+        f"# {plan.name}",
+        _setting(plan, found),
+        _loss_table(trained),
+        *_score_blocks(plan, trained, scores),
+        plan.reading,
+        missing,
+        runs_made_at(runs.values()),
+        f"{origin_line(found['environment'])} {resumed}",
+    ]
+
+
+def _setting(plan: Comparison, found: Result) -> str:
+    """What was trained, on what, and how the learning rates were chosen."""
+    run, base = plan.base, found["base"]
+    first = next((r for r in found["runs"] if "test_rows" in r), None)
+    packed, plural = "packed " * run.data.packing, "s" * (run.data.batch_size > 1)
+    loss_on = "prompt and completion" if run.data.train_on_prompt else "the completion only"
+    text = (
+        f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`;"
+        f" {run.model}, {run.train.dtype}, {run.train.steps} steps of {run.data.batch_size}"
+        f" {packed}row{plural}, prompt style {run.data.prompt_style}, loss on {loss_on}, examples"
+        f" up to {run.data.bucket_lengths[-1]} tokens"
+    )
+    untrained = f"Untrained: validation {base['validation']:.4f}, test {base['test']:.4f}"
+    if first:
+        text += (
+            f" ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones"
+            " left out)"
+        )
+        untrained += f" ({first['test_rows']} rows, {first['test_tokens']} target tokens)"
+    remarks = [
+        f"{row['method']}: the rate {row['learning rate']:g} is {row['untuned']}."
+        for row in found["rows"]
+        if row.get("untuned")
+    ]
+    return "\n".join([f"{text}.", f"{untrained}.", _chosen_by(plan), *remarks])
+
+
+def _chosen_by(plan: Comparison) -> str:
+    picker = plan.picker
+    how = f"by runs of {picker.pick_steps} steps" if picker.pick_steps else "by whole runs"
+    where = (
+        "validation"
+        if picker is plan
+        else f"the validation split of `{picker.base.data.task}` (as in {picker.name})"
+    )
+    return (
+        f"The learning rate is chosen on {where} with seed {picker.seeds[0]}, {how}; test columns"
+        " are at the chosen rate."
+    )
+
+
+def _loss_table(rows: Sequence[Result]) -> str:
+    shown = [
+        {
+            key: (
+                f"{value:.4f}"
+                if key.startswith(("validation", "test")) and value is not None
+                else value
+            )
+            for key, value in row.items()
+            if key not in _APART
+        }
+        for row in rows
+    ]
+    return markdown_table(shown, list(dict.fromkeys(key for row in shown for key in row)))
+
+
+def _score_blocks(
+    plan: Comparison, rows: Sequence[Result], scores: Mapping[str, SuiteScore]
+) -> list[str]:
+    """A table for each score, and what it is over."""
+    if plan.scoring is None:
+        return []
+    trainable = {BASE: 0} | {row["method"]: row["trainable"] for row in rows}
+    blocks = []
+    for kind in dict.fromkeys(kind for score in scores.values() for kind in score.table):
+        lines = [
+            {"method": label, "trainable": trainable[label]}
+            | _score_cells(plan, label, score, kind)
+            for label, score in scores.items()
+            if kind in score.table
+        ]
+        columns = list(dict.fromkeys(key for line in lines for key in line))
+        blocks += [f"## {kind}, percent", markdown_table(lines, columns)]
+    base = scores[BASE]
+    chance = ", ".join(f"{task} {value:.1f}" for task, value in base.chance.items())
+    cut = [
+        f"{label} {' '.join(f'{task} {n:g}' for task, n in score.answers_cut.items() if n)}"
+        for label, score in scores.items()
+        if any(score.answers_cut.values())
+    ]
+    return [
+        *blocks,
+        (
+            f"{_rows_scored(plan.scoring)}, their number in brackets;"
+            f" {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}"
+        ),
+        f"Chance: {chance}." if chance and set(base.chance) == set(base.rows) else "",
+        f"Answers that reached the limit of new tokens: {'; '.join(cut)}." if cut else "",
+        f"![{plan.name}]({plan.name}.png)",
+    ]
+
+
+def _score_cells(plan: Comparison, label: str, score: SuiteScore, kind: str) -> dict[str, str]:
+    values = score.table[kind]
+    cells = {f"{task} ({score.rows[task]})": value.percent() for task, value in values.items()}
+    several = len(plan.seeds) > 1 and label != BASE and kind == score.headline
+    spread = f" ± {score.spread:.1f}" if several else ""
+    return cells | {"mean": f"{statistics.mean(s.mean for s in values.values()):.1f}{spread}"}
+
+
+def _rows_scored(scoring: EvalConfig) -> str:
+    limit, whose = scoring.limit, "of each test set"
+    if scoring.clean_only:
+        return f"The first {limit} clean rows {whose}" if limit else f"All clean rows {whose}"
+    return f"Clean rows, out of {f'the first {limit}' if limit else 'all'} {whose}"

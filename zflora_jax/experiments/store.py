@@ -1,0 +1,112 @@
+"""Records of finished runs: one JSON file per run of a sweep, written once and not computed again
+while its settings stay the same.
+
+A record is {"config": the RunConfig, and "tasks" and "scoring" of a run that is scored; "result":
+the numbers, with commit, date and device}. The result of a run that diverged is {"failed": why}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
+from zflora_jax.core.run_config import EvalConfig, RunConfig, from_file
+from zflora_jax.reporting.files import write_json
+from zflora_jax.training.identity import same_numbers
+
+if TYPE_CHECKING:
+    from zflora_jax.experiments.train import Trained
+
+Result = dict[str, Any]
+# (settings, what was trained) -> what else is measured of a run.
+Extra = Callable[[RunConfig, "Trained"], Mapping[str, Any]]
+FINISHED = "finished"
+# Of `provenance.environment`, kept with every run: a sweep that goes on can change machines.
+ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The tasks that a run's model is scored on, and how."""
+
+    tasks: tuple[str, ...]
+    settings: EvalConfig
+
+    def __post_init__(self) -> None:
+        require(len(self.tasks) > 0, "scoring.tasks is empty: give at least one task.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+      name: of the run, unique in its sweep.
+      run: its settings.
+      workdir: where it trains.
+      record: the file of its result.
+      scoring: the tasks that its fused model is scored on; None for none.
+      test_loss: whether the loss on the test split is measured after training, beside the loss that
+        run.eval asks for.
+      extra: its values join the result.
+    """
+
+    name: str
+    run: RunConfig
+    workdir: Path
+    record: Path
+    scoring: Scoring | None = None
+    test_loss: bool = False
+    extra: Extra | None = None
+
+
+def write_record(job: Job, result: Result) -> None:
+    """Write the record of a finished run, whole or not at all."""
+    config = to_dict(job.run)
+    if job.scoring is not None:
+        config |= {"tasks": list(job.scoring.tasks), "scoring": to_dict(job.scoring.settings)}
+    write_json(job.record, {"config": config, "result": result})
+
+
+def read_result(job: Job) -> Result | None:
+    """The result of a job that has a record.
+
+    Settings are compared as `identity.same_numbers` does, after reading them by the names that they
+    had when the record was written; a setting that is younger than the record counts as what it was
+    then. A record with scores also serves where none are asked for.
+
+    Returns:
+      None where there is no record, or one of another run or of other scores.
+    """
+    if not job.record.is_file():
+        return None
+    saved = json.loads(job.record.read_text(encoding="utf-8"))
+    config, scoring = dict(saved["config"]), job.scoring
+    tasks, settings = tuple(config.pop("tasks", ())), config.pop("scoring", {})
+    try:
+        same = same_numbers(from_file(RunConfig, config), job.run) and (
+            scoring is None
+            or (tasks, from_dict(EvalConfig, settings)) == (scoring.tasks, scoring.settings)
+        )
+    except ConfigError:  # a setting that is gone
+        return None
+    if not same:
+        return None
+    return saved["result"] if "result" in saved else _of_a_row(saved["row"])
+
+
+def _of_a_row(row: Result) -> Result:
+    """The result in a record of an earlier version's grid: a row with its status."""
+    status = row["status"]
+    if status != FINISHED:
+        return {"failed": status.removeprefix("failed: ")}
+    return {key: value for key, value in row.items() if key != "status"}
+
+
+def status(result: Result) -> str:
+    """ "finished", or "failed: " and why."""
+    return f"failed: {result['failed']}" if "failed" in result else FINISHED
