@@ -34,8 +34,11 @@ def measure(dtype: str) -> dict[str, float]:
     import zflora_jax as zf
     from zflora_jax.adapters.init import init_adapters
     from zflora_jax.bench import decode_latency
-    from zflora_jax.core.run_config import OptimConfig
-    from zflora_jax.training.trainer import init_state, make_train_step
+
+    try:
+        from zflora_jax.training.trainer import init_state, make_train_step
+    except ModuleNotFoundError:  # an older checkout, which has its modules side by side
+        from zflora_jax.trainer import init_state, make_train_step  # type: ignore[no-redef]
 
     checkout = Path(os.environ["PYTHONPATH"])
     if not Path(zf.__file__).is_relative_to(checkout):
@@ -50,8 +53,8 @@ def measure(dtype: str) -> dict[str, float]:
     }
     for method in METHODS:
         adapter = zf.AdapterConfig(method, rank=16)
-        state = init_state(init_adapters(jax.random.key(0), model, adapter), OptimConfig(), 100)
-        step = make_train_step(model.config, adapter, OptimConfig(), 100)
+        state = init_state(init_adapters(jax.random.key(0), model, adapter), zf.OptimConfig(), 100)
+        step = make_train_step(model.config, adapter, zf.OptimConfig(), 100)
         seconds = []
         for _ in range(STEPS + 1):
             start = time.perf_counter()

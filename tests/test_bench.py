@@ -153,12 +153,10 @@ def test_latency_table(real: bool, tmp_path: Path) -> None:
     )
 
 
-def test_benchmarks_by_command_beside_transformers_and_peft(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = ["--model", "tiny", "--repeats", "2", "--out"]
+def test_latency_by_command_beside_transformers_and_peft(tmp_path: Path) -> None:
+    small = ["--model", "tiny", "--repeats", "2", "--out", str(tmp_path / "latency")]
     shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--baselines"]
-    assert main(["bench", "latency", *small, str(tmp_path / "latency"), *shape]) == 0
+    assert main(["bench", "latency", *small, *shape]) == 0
     labels = {row["label"] for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
     assert labels >= {
         "base",
@@ -166,36 +164,28 @@ def test_benchmarks_by_command_beside_transformers_and_peft(
         "transformers + PEFT lora",
         "transformers + PEFT idle",
     }
-    assert (
-        main(
-            [
-                "bench",
-                "train",
-                *small,
-                str(tmp_path / "train"),
-                "--batch",
-                "2",
-                "--length",
-                "16",
-                "--masked",
-                "0",
-                "0.5",
-            ]
-        )
-        == 0
-    )
+
+
+@pytest.mark.parametrize(
+    ("methods", "masked"),
+    [(["lora"], ["0.5"]), pytest.param(["lora", "ffba"], ["0", "0.5"], marks=pytest.mark.soak)],
+    ids=str,
+)
+def test_training_by_command_beside_peft(
+    methods: list[str], masked: list[str], tmp_path: Path
+) -> None:
+    """Each method and PEFT run once in a process of their own, which takes most of the time."""
+    small = ["--model", "tiny", "--repeats", "2", "--out", str(tmp_path / "train")]
+    case = ["--batch", "2", "--length", "16", "--masked", *masked, "--methods", *methods]
+    assert main(["bench", "train", *small, *case]) == 0
     rows: list[dict[str, Any]] = json.loads((tmp_path / "train.json").read_text())["rows"]
-    assert [row["label"] for row in rows] == ["lora", "zflora-minimal", "PEFT lora"] * 2
+    assert [row["label"] for row in rows] == [*methods, "PEFT lora"] * len(masked)
     assert all(row["step_ratio"] == 1.0 for row in rows if row["label"] == "PEFT lora")
-    assert all(
-        1e8 < row["peak_bytes"] < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        and row["first_step_s"] > 0
-        for row in rows
-    )
-    assert (
-        rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
-        and rows[0]["loss"] != rows[3]["loss"]
-    )
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert all(1e8 < row["peak_bytes"] < most and row["first_step_s"] > 0 for row in rows)
+    losses = [row["loss"] for row in rows if row["label"] in ("lora", "PEFT lora")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(masked) == 1 or losses[0] != losses[2]
     assert (tmp_path / "train.png").is_file() and "x PEFT" in (tmp_path / "train.md").read_text()
 
 

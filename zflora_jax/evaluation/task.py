@@ -132,7 +132,7 @@ def evaluate_task(
     require_local(model.params, "evaluate")
     rows = _rows(run, seen)
     result: Result = {"task": rows.task, "split": evaluation.split, "rows": len(rows.examples)}
-    result |= {key: getattr(model.config, key) for key in ("dtype", "matmul_precision")}
+    result |= {key: getattr(model.config.execution, key) for key in ("dtype", "matmul_precision")}
     result |= rows.fields()
     if evaluation.loss:
         result |= _loss_fields(run, model, rows.examples)
