@@ -22,7 +22,8 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.experiments.planner import GIB, compiled, memory_plan
+from zflora_jax.experiments.compiled_plan import compiled
+from zflora_jax.experiments.planner import GIB, memory_plan
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table

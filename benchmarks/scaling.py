@@ -27,7 +27,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.model_config import LlamaConfig, preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.experiments.planner import compiled_step
+from zflora_jax.experiments.compiled_plan import compiled_step
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.tables import markdown_table

@@ -16,7 +16,7 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.experiments import planner
+from zflora_jax.experiments import compiled_plan, planner
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.save import save_hf
@@ -75,7 +75,7 @@ def test_the_estimate_is_near_the_compiler_s(method, changes):
     run = small_run(method, **changes)
     estimate, compiled = (
         planner.memory_plan(run, SMALL)["bytes_per_device"],
-        planner.compiled(run, SMALL),
+        compiled_plan.compiled(run, SMALL),
     )
     # Which a full step does not read.
     stored = (
@@ -96,7 +96,7 @@ def test_full_under_fsdp_counts_the_gradient_of_its_head():
     run, wide = small_run("full", **{"mesh.fsdp": 4}), SMALL.replace(vocab_size=16384)
     estimate = planner.memory_plan(run, wide)["bytes_per_device"]
     # Which a full step does not read.
-    compiled = planner.compiled(run, wide)["total"] + estimate["base"]
+    compiled = compiled_plan.compiled(run, wide)["total"] + estimate["base"]
     assert estimate["total"] / 1.5 < compiled < estimate["total"] * 1.5, (estimate, compiled)
 
 
@@ -177,7 +177,7 @@ def test_wrong_plans(tmp_path):
     with pytest.raises(ConfigError, match="memory=0: must be positive"):
         planner.memory_plan(small_run(), SMALL, 0)
     with pytest.raises(ConfigError, match="needs 16 devices; there are 8"):
-        planner.compiled(
+        compiled_plan.compiled(
             dataclasses.replace(small_run(), mesh=MeshConfig(1, 8, 2)),
             SMALL.replace(num_heads=8, num_kv_heads=8),
         )

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
         devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
-    from zflora_jax.experiments.planner import compiled, lines_of, memory_plan
+    from zflora_jax.experiments.compiled_plan import compiled
+    from zflora_jax.experiments.planner import lines_of, memory_plan
     from zflora_jax.hf.load import model_config
     from zflora_jax.reporting.files import write_json
     from zflora_jax.reporting.provenance import environment

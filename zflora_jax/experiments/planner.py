@@ -3,8 +3,8 @@
 Everything is computed from shapes. Base, adapters, gradients and moments are counted from the
 sharding rules and are exact. Activations are the arrays that jax.vjp saves for the backward pass,
 by abstract evaluation. The working set is the memory that one layer or one chunk of logits needs
-besides, by the formula at `_working_set`. `compiled` asks the compiler instead. Below, `run` has
-the settings and `config` is the base's.
+besides, by the formula at `_working_set`. `compiled_plan` asks the compiler instead. Below, `run`
+has the settings and `config` is the base's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 
 from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import count_params
@@ -29,15 +29,8 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import numerics
 from zflora_jax.ops.attention import query_blocks
-from zflora_jax.parallel.sharding import (
-    AXES,
-    batch_sharding,
-    make_mesh,
-    shardings,
-    spec,
-    state_shardings,
-)
-from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
+from zflora_jax.parallel.sharding import AXES, spec, state_shardings
+from zflora_jax.training.trainer import batch_loss, init_state
 
 GIB = 2**30
 
@@ -64,7 +57,7 @@ def memory_plan(
         memory_gib is None or memory_gib > 0,
         f"memory={memory_gib}: must be positive, in GiB per device.",
     )
-    config = _shaped(run, config)
+    config = shaped_config(run, config)
     sizes, rows = bytes_per_device(run, config), run.data.batch_size
     result: dict[str, Any] = {
         "devices": run.mesh.data * run.mesh.fsdp * run.mesh.tensor,
@@ -102,7 +95,12 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
     return sizes | {"total": sum(sizes.values())}
 
 
-def _shaped(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
+def shaped_config(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
+    """The base's config as a run computes with it.
+
+    Raises:
+      ConfigError: the longest of data.bucket_lengths exceeds the model's context.
+    """
     longest, limit = run.data.bucket_lengths[-1], config.max_position_embeddings
     require(
         longest <= limit,
@@ -123,7 +121,7 @@ def _local(shapes: Mapping[str, tuple[int, ...]], mesh: Any, width: int) -> int:
 
 def _optimizer_state(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     """Bytes of one device's part of the optimizer's state, without its counters."""
-    _, adapters, _ = _abstract(run, config, 1)
+    _, adapters, _ = abstract_arguments(run, config, 1)
     state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
     where = state_shardings(state, mesh).opt_state
     leaves = zip(*map(jax.tree.leaves, (state.opt_state, where)), strict=True)
@@ -138,7 +136,7 @@ def _local_rows(run: RunConfig) -> int:
     return run.data.batch_size // run.data.grad_accum_steps // (run.mesh.data * run.mesh.fsdp)
 
 
-def _abstract(
+def abstract_arguments(
     run: RunConfig, config: LlamaConfig, rows: int
 ) -> tuple[trees.Tree, trees.Tree, dict[str, Any]]:
     """(params, adapters, batch) as ShapeDtypeStructs."""
@@ -167,7 +165,7 @@ def _activations(run: RunConfig, config: LlamaConfig) -> int:
         num_kv_heads=config.num_kv_heads // parts,
         intermediate_size=config.intermediate_size // parts,
     )
-    params, adapters, batch = _abstract(run, config, _local_rows(run))
+    params, adapters, batch = abstract_arguments(run, config, _local_rows(run))
 
     def kept(params: trees.Tree, adapters: trees.Tree, batch: Any) -> Any:
         def loss(adapters: trees.Tree) -> Any:
@@ -225,7 +223,7 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
     for text, settings in _candidates(run):
         try:
             changed = override(run, settings)
-            new = bytes_per_device(changed, _shaped(changed, config))["total"]
+            new = bytes_per_device(changed, shaped_config(changed, config))["total"]
         except ConfigError:  # a mesh that does not divide the model
             continue
         if new < 0.98 * total:
@@ -237,7 +235,7 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
         if len(found) == 3:
             break
     if len(found) > 1:
-        new = bytes_per_device(together, _shaped(together, config))["total"]
+        new = bytes_per_device(together, shaped_config(together, config))["total"]
         found.append(
             {
                 "change": "all of these that go together",
@@ -281,54 +279,6 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     shorter = [n for n in run.data.bucket_lengths if n <= run.data.bucket_lengths[-1] // 2]
     if shorter:
         yield "leave out the long examples", {"data.bucket_lengths": shorter}
-
-
-def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
-    """Compile the train step of a run for this process's devices, from shapes alone.
-
-    Raises:
-      ConfigError: there are too few devices.
-    """
-    config, mesh = _shaped(run, config), make_mesh(run.mesh)
-    params, adapters, batch = _abstract(run, config, run.data.batch_size)
-    state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
-    where = state_shardings(state, mesh)
-
-    def placed(tree: Any, at: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, at
-        )
-
-    rows = jax.tree.map(lambda leaf: NamedSharding(mesh, batch_sharding(mesh).spec), batch)
-    step: Any = make_train_step(
-        config,
-        run.adapter,
-        run.optim,
-        run.train.steps,
-        run.data.grad_accum_steps,
-        run.train.loss_chunk,
-        where,
-    )
-    with jax.set_mesh(mesh):
-        return step.lower(
-            placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)
-        ).compile()
-
-
-def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
-    """Bytes per device as the compiler plans them for `compiled_step`; no array is allocated.
-
-    Returns:
-      Bytes of the arguments (base, adapters, moments, batch), of outputs that do not share an
-      argument's memory, of temporaries, and their total.
-    """
-    found = compiled_step(run, config).memory_analysis()
-    sizes = {
-        "arguments": int(found.argument_size_in_bytes),
-        "outputs": int(found.output_size_in_bytes - found.alias_size_in_bytes),
-        "temporaries": int(found.temp_size_in_bytes),
-    }
-    return sizes | {"total": sum(sizes.values())}
 
 
 def lines_of(plan: Mapping[str, Any]) -> list[str]:

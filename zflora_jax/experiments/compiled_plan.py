@@ -1,0 +1,62 @@
+"""What XLA plans for the train step of a run, which is compiled and not run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments.planner import abstract_arguments, shaped_config
+from zflora_jax.parallel.sharding import batch_sharding, make_mesh, shardings, state_shardings
+from zflora_jax.training.trainer import init_state, make_train_step
+
+
+def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
+    """Compile the train step of a run for this process's devices, from shapes alone.
+
+    Raises:
+      ConfigError: there are too few devices.
+    """
+    config, mesh = shaped_config(run, config), make_mesh(run.mesh)
+    params, adapters, batch = abstract_arguments(run, config, run.data.batch_size)
+    state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
+    where = state_shardings(state, mesh)
+
+    def placed(tree: Any, at: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, at
+        )
+
+    rows = jax.tree.map(lambda leaf: NamedSharding(mesh, batch_sharding(mesh).spec), batch)
+    step: Any = make_train_step(
+        config,
+        run.adapter,
+        run.optim,
+        run.train.steps,
+        run.data.grad_accum_steps,
+        run.train.loss_chunk,
+        where,
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(
+            placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)
+        ).compile()
+
+
+def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
+    """Bytes per device as the compiler plans them for `compiled_step`; no array is allocated.
+
+    Returns:
+      Bytes of the arguments (base, adapters, moments, batch), of outputs that do not share an
+      argument's memory, of temporaries, and their total.
+    """
+    found = compiled_step(run, config).memory_analysis()
+    sizes = {
+        "arguments": int(found.argument_size_in_bytes),
+        "outputs": int(found.output_size_in_bytes - found.alias_size_in_bytes),
+        "temporaries": int(found.temp_size_in_bytes),
+    }
+    return sizes | {"total": sum(sizes.values())}
