@@ -181,7 +181,7 @@ def write(
     return text
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -206,7 +206,11 @@ def main() -> None:
         "--tiny", action="store_true", help="tiny shapes, to try the script on any machine"
     )
     parser.add_argument("--out", default="results/gpu", metavar="DIR")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     started, out, env = time.perf_counter(), Path(args.out), environment()
     out.mkdir(parents=True, exist_ok=True)
     without: dict[str, str] = {}

@@ -1,5 +1,4 @@
-"""Sharding: one mesh of three axes, and one table from parameter names to the axes of their
-dimensions.
+"""Sharding: one mesh of three axes, and one table from parameter names to axes of the mesh.
 
 data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the
 base is stored in slices: the compiler gathers a layer's kernels where they are used, one layer at a
@@ -64,8 +63,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
       config: the number of devices along data, fsdp and tensor.
-      devices: the first of them are used; None: all devices, with the number of idle ones in the
-        log.
+      devices: the first of them are used; None: all devices, and idle ones are logged.
 
     Raises:
       ConfigError: there are fewer devices.
