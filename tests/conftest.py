@@ -102,6 +102,12 @@ def programs_are_dropped():
 
 
 @pytest.fixture
+def own_data_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data is prepared anew for the test."""
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "tfds"))
+
+
+@pytest.fixture
 def optimised():
     """For models of real size, where slow programs cost more than their compilation."""
     jax.config.update("jax_disable_most_optimizations", False)
@@ -119,6 +125,11 @@ def own_programs():
     cache_module._use(None, 1.0)
     yield
     cache_module._use(shared, least)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer()
 
 
 @pytest.fixture

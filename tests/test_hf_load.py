@@ -19,8 +19,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import preset
-from zflora_jax.hf.keys import CheckpointError, hf_table
+from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.nn.llama import forward
 
@@ -148,20 +147,6 @@ def test_legacy_buffers_and_tied_heads(copy: Path, tmp_path: Path) -> None:
     edit_tensors(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.raises(CheckpointError, match="tie_word_embeddings to false"):
         load_model(tied)
-
-
-def test_table_covers_the_native_tree() -> None:
-    for scan in (True, False):
-        config = preset("tiny").replace(num_layers=3, tie_word_embeddings=False, scan_layers=scan)
-        assert {place.leaf for place in hf_table(config).values()} == set(param_shapes(config))
-
-
-def test_layouts_are_inverses() -> None:
-    for place in hf_table(preset("tiny").replace(head_dim=6)).values():
-        x = np.random.default_rng(0).normal(size=place.shape)
-        assert place.to_hf(x).shape == place.hf_shape and np.array_equal(
-            place.to_native(place.to_hf(x)), x
-        )
 
 
 # --- sources and hostile files --------------------------------------------------------------------

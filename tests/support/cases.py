@@ -1,13 +1,17 @@
-"""The adapters that contract tests are parametrised over."""
+"""The adapters that tests are parametrised over."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from support.grids import always
 from zflora_jax.adapters.methods import live_layers
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
+
+LORA = AdapterConfig("lora", rank=4)
 
 
 def adapter_cases() -> list[AdapterConfig]:
@@ -56,3 +60,13 @@ def case_id(adapter: AdapterConfig) -> str:
         str(adapter.extra_head_dim or ""),
     ]
     return "-".join(p for p in parts if p and p != "all")
+
+
+CASES = adapter_cases()
+BY_METHOD = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
+# Where every case is a long program to compile: of the targets, those that split kernels or leave
+# out a head's scores. `make soak` has the whole.
+few_cases = pytest.mark.parametrize(
+    "adapter", always(CASES, lambda a: a.targets not in ("attention", "mlp")), ids=case_id
+)
+every_method = pytest.mark.parametrize("adapter", BY_METHOD, ids=case_id)

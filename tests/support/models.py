@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig, preset
 from zflora_jax.nn.llama import random_model
@@ -63,3 +66,12 @@ def untied(**changes: object) -> Model:
     token it was given.
     """
     return tiny_model(seed=1, tie_word_embeddings=False, **changes)
+
+
+def tiny_fused(method: str) -> Model:
+    """The base, or fused with every adapter leaf perturbed."""
+    model = untied()
+    if method == "base":
+        return model
+    adapter = AdapterConfig(method, rank=6, alpha=9.0)
+    return fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))

@@ -1,0 +1,103 @@
+"""Every method trains its adapters alone: no base kernel moves or has its gradient formed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support.cases import every_method, few_cases
+from support.checks import assert_trees_equal
+from support.models import perturb, tiny_model
+
+from zflora_jax.adapters.init import adapter_shapes, init_adapters
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.run_config import OptimConfig
+from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
+
+
+@few_cases
+def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
+    model = tiny_model()
+    before = jax.tree.map(np.array, model.params)
+    state = init_state(
+        perturb(init_adapters(jax.random.key(1), model, adapter)), OptimConfig(warmup_steps=0), 3
+    )
+    start = jax.tree.map(np.array, state.adapters)
+    batch = {
+        "tokens": tokens,
+        "loss_mask": jnp.ones(tokens.shape, bool),
+        "segments": jnp.ones(tokens.shape, jnp.int32),
+    }
+    step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3, chunk=16)
+    state, metrics = step(model.params, state, batch)
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    assert_trees_equal(model.params, before)
+    for name, leaf in trees.flatten(state.adapters).items():
+        assert not np.array_equal(leaf, trees.flatten(start)[name]), f"{name} was not trained"
+    moments = {x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim}
+    assert moments <= set(adapter_shapes(model.config, adapter).values())
+
+
+@every_method
+def test_no_product_forms_a_base_gradient(adapter):
+    """The compiled step holds no matrix product whose result has the shape of a frozen base
+    kernel's gradient.
+    """
+    if adapter.method == "full":
+        return
+    if METHODS[adapter.method].heads:
+        # No block, flat or not, then has the shape of a kernel of tiny.
+        adapter = adapter.replace(extra_head_dim=64)
+    model = tiny_model(num_layers=1, scan_layers=False)
+    state = jax.eval_shape(
+        lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100)
+    )
+    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+    batch = {
+        "tokens": tokens,
+        "loss_mask": jax.ShapeDtypeStruct((2, 24), bool),
+        "segments": jax.ShapeDtypeStruct((2, 24), jnp.int32),
+    }
+    step = make_train_step(model.config, adapter, OptimConfig(), 100, chunk=16)
+    shapes: set[tuple[int, ...]] = set()
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                shapes.add(tuple(sorted(equation.outvars[0].aval.shape)))
+            for value in equation.params.values():
+                for inner in value if isinstance(value, list | tuple) else [value]:
+                    if hasattr(inner, "eqns"):
+                        walk(inner)
+                    elif hasattr(inner, "jaxpr"):
+                        walk(inner.jaxpr)
+
+    walk(jax.make_jaxpr(step)(model.params, state, batch).jaxpr)
+    assert shapes, "no products found: the walk is broken"
+    kernels = {
+        tuple(sorted(x.shape))
+        for name, x in trees.flatten(model.params).items()
+        if "kernel" in name
+    }
+    assert not shapes & kernels
+
+
+def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
+    """At step 0 the random blocks have no gradient yet (what reads them is zero) and the zero
+    blocks have one: training can start.
+    """
+    model, adapter = tiny_model(num_layers=3), AdapterConfig("zflora-minimal", rank=6)
+    adapters = init_adapters(jax.random.key(1), model, adapter)
+    batch = {
+        "tokens": tokens,
+        "loss_mask": jnp.ones(tokens.shape, bool),
+        "segments": jnp.ones(tokens.shape, jnp.int32),
+    }
+    grads = jax.grad(
+        lambda a: batch_loss(
+            model.config, adapter, {"params": model.params, "adapters": a}, batch, 16
+        )[0]
+    )(adapters)
+    for name, grad in trees.flatten(grads).items():
+        assert (np.abs(grad).max() > 0) == name.endswith("backward"), name

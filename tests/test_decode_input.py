@@ -1,0 +1,117 @@
+"""Decoding refuses prompts, texts and settings that it cannot use; keywords and the fields of a
+config say the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from support.byte_tokenizer import byte_tokenizer
+from support.models import tiny_model, untied
+
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.generation_config import GenerationConfig, GenerationSettings
+from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.text import generate
+
+# --- wrong input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([[1, 2], []], {}, r"prompt 1 is empty: .*at least one token"),
+        (
+            [[1] * 505],
+            {},
+            (
+                r"prompt 0 has 505 tokens; with max_new_tokens=8 that exceeds .*context of 512\."
+                r" Shorten the prompt or lower max_new_tokens"
+            ),
+        ),
+        ([[1], [2, 259]], {}, r"prompt 1 holds token ids outside 0\.\.258"),
+        ([[-1]], {}, r"prompt 0 holds token ids outside 0\.\.258"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ([[1]], {"batch_size": 0}, "batch_size=0: must be at least 1"),
+    ],
+    ids=["empty", "too long", "id too large", "id negative", "no tokens", "no batch"],
+)
+def test_prompts_that_cannot_be_decoded(
+    prompts: Any, settings: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate_tokens(tiny_model(), prompts, **{"max_new_tokens": 8, **settings})
+
+
+@pytest.mark.parametrize(
+    "prompt", ["What?", ["What?"], [1, 2, 3]], ids=["a string", "texts", "one list of ids"]
+)
+def test_one_prompt_is_not_a_list_of_prompts(prompt: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"each a list of token ids.*`zf.generate` takes a list of texts"
+    ):
+        generate_tokens(tiny_model(), prompt, max_new_tokens=8)
+
+
+def test_texts_need_a_list_and_a_tokenizer() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"no tokenizer; use generate_tokens"):
+        generate(model, ["hello"])
+    model.tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match=r"one string; pass a list"):
+        generate(model, "hello")
+    with pytest.raises(ValueError, match=r"prompt 1 is empty"):
+        generate(model, ["hello", ""], max_new_tokens=4)
+    plain, chat = (
+        generate(model, ["hello", "hi"], max_new_tokens=4, chat=chat) for chat in (False, True)
+    )
+    assert (
+        len(plain) == len(chat) == 2
+        and all(isinstance(text, str) for text in plain + chat)
+        and plain != chat
+    )
+
+
+def test_a_full_context_and_no_prompts_are_fine() -> None:
+    model = tiny_model(max_position_embeddings=20)
+    assert [
+        len(a) for a in generate_tokens(model, [[1] * 16], max_new_tokens=4, stop_token_ids=())
+    ] == [4]
+    assert generate_tokens(model, [], max_new_tokens=4) == []
+
+
+# --- settings as one value ------------------------------------------------------------------------
+
+
+def test_keywords_are_fields_of_the_config_and_win_over_it() -> None:
+    fields = {f.name for f in dataclasses.fields(GenerationConfig)}
+    assert fields == GenerationSettings.__optional_keys__
+    model, prompts = untied(), [[5, 6, 7], [100]]
+    config = GenerationConfig(max_new_tokens=6, sampler=Sampler(2.0), seed=3, stop_token_ids=())
+    want = generate_tokens(
+        model, prompts, max_new_tokens=6, sampler=Sampler(2.0), seed=3, stop_token_ids=()
+    )
+    assert generate_tokens(model, prompts, config) == want
+    assert generate_tokens(model, prompts, config, max_new_tokens=4) == [row[:4] for row in want]
+    assert generate_tokens(model, prompts, config, seed=4) != want
+    assert list(stream_tokens(model, prompts[0], config)) == want[0]
+    greedy = generate_tokens(model, prompts, max_new_tokens=6, stop_token_ids=())
+    assert generate_tokens(model, prompts, config, sampler=None) == greedy != want
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_token": 3}, "unknown key 'max_new_token' .*did you mean 'max_new_tokens'"),
+        ({"stop_token_ids": 2}, r"stop_token_ids=2: expected a list of int, written as \[2\]"),
+        ({"seed": 1.5}, "seed=1.5: expected int, got float"),
+        ({"sampler": 0.7}, "sampler=0.7: expected a table of Sampler fields"),
+    ],
+    ids=["unknown", "no list", "no seed", "no sampler"],
+)
+def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate_tokens(untied(), [[1]], **settings)

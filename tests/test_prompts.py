@@ -1,0 +1,112 @@
+"""Prompts follow the style of a run, and the loss mask covers the target alone."""
+
+import numpy as np
+import pytest
+from support.byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
+
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data import prompts
+from zflora_jax.data.tasks import Example
+from zflora_jax.data.tokenization import (
+    encode_prompts,
+    tokenize_examples,
+)
+
+
+def test_alpaca_text_byte_for_byte():
+    s = " " * 16
+    plain = (
+        "Below is an instruction that describes a task. Write a response that appropriately"
+        f" completes the request.  \n\n{s}### Instruction:\n{s}Add\n1 and 2.\n{s}\n{s}###"
+        f" Response:\n{s}"
+    )
+    with_input = (
+        "Below is an instruction that describes a task, paired with an input that provides further"
+        f" context. Write a response that appropriately completes the request. \n\n{s}###"
+        f" Instruction:\n{s}Add.\n{s}\n{s}### Input:\n{s}1 2\n{s}\n{s}### Response:\n{s}"
+    )
+    assert prompts.render(None, "alpaca", "Add\n1 and 2.") == plain
+    assert prompts.render(None, "alpaca", "Add.", "1 2") == with_input
+    # The evaluation scripts: one space less at the end of each header, and nothing on the lines
+    # between.
+    assert prompts.render(None, "alpaca-eval", "Add\n1 and 2.") == plain.replace(
+        "request.  ", "request. "
+    ).replace(f"\n{s}\n", "\n\n")
+    assert prompts.render(None, "alpaca-eval", "Add.", "1 2") == with_input.replace(
+        "request. ", "request."
+    ).replace(f"\n{s}\n", "\n\n")
+
+
+def test_chat_uses_the_tokenizers_template(tokenizer):
+    assert prompts.render(tokenizer, "chat", "Hi") == "[user]Hi<eos>\n[assistant]"
+    assert prompts.render(tokenizer, "chat", "Hi", "there") == "[user]Hi\n\nthere<eos>\n[assistant]"
+
+
+def test_wrong_styles_are_refused():
+    with pytest.raises(ConfigError, match=r"chat template.*alpaca"):
+        prompts.render(byte_tokenizer(chat_template=None), "chat", "Hi")
+    with pytest.raises(ConfigError, match="did you mean 'alpaca'"):
+        prompts.render(None, "alpacas", "Hi")
+
+
+def test_the_end_token_is_the_one_the_template_puts_after_an_answer():
+    template = (
+        "{% for m in messages %}<bos>{{ m['role'] + '\n' + m['content'] + ' <pad>\n' }}{% endfor %}"
+    )
+    # Here <pad> plays <|eot_id|>.
+    assert prompts.end_token(byte_tokenizer(chat_template=template), "chat") == PAD
+    assert prompts.end_token(byte_tokenizer(chat_template=template), "alpaca") == EOS
+    assert (
+        prompts.end_token(
+            byte_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
+            "chat",
+        )
+        == EOS
+    )
+    without_eos = byte_tokenizer(chat_template=None)
+    without_eos.eos_token = None
+    with pytest.raises(ConfigError, match="no EOS"):
+        prompts.end_token(without_eos, "alpaca")
+
+
+@pytest.mark.parametrize("style", ["chat", "alpaca", "alpaca-eval"])
+def test_the_loss_mask_covers_the_target_and_its_end_and_nothing_else(tokenizer, style):
+    examples = [Example("2 and 3?", "2 + 3 = 5.", "5"), Example("é?", "日本", "1", input="x")]
+    encoded = tokenize_examples(
+        examples, tokenizer, DataConfig(prompt_style=style, bucket_lengths=(512,))
+    )
+    on_prompt = tokenize_examples(
+        examples,
+        tokenizer,
+        DataConfig(prompt_style=style, bucket_lengths=(512,), train_on_prompt=True),
+    )
+    generation = encode_prompts(examples, tokenizer, style)
+    for example, (tokens, mask, _), (_, full_mask, _), prompt in zip(
+        examples, encoded.rows, on_prompt.rows, generation, strict=True
+    ):
+        assert tokens.dtype == np.int32 and mask.dtype == np.bool_
+        # Training conditions on exactly the tokens that generation starts from.
+        assert tokens[~mask].tolist() == prompt
+        assert tokens[mask].tolist() == [*example.target.encode(), EOS]
+        assert np.diff(mask.astype(int)).tolist().count(1) == 1 and mask[-1]
+        assert full_mask.all()
+
+
+@pytest.mark.parametrize("writes_bos", [True, False])
+def test_exactly_one_bos_if_the_tokenizer_adds_one(writes_bos):
+    template = (
+        "<bos>" if writes_bos else ""
+    ) + "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    example = [Example("q", "t", "1")]
+    for style in ("chat", "alpaca"):
+        tokens, mask, _ = tokenize_examples(
+            example,
+            byte_tokenizer(add_bos=True, chat_template=template),
+            DataConfig(prompt_style=style),
+        ).rows[0]
+        assert tokens.tolist().count(BOS) == 1 and tokens[0] == BOS and not mask[0]
+    tokens, *_ = tokenize_examples(
+        example, byte_tokenizer(chat_template=template), DataConfig(prompt_style="alpaca")
+    ).rows[0]
+    assert BOS not in tokens

@@ -1,0 +1,156 @@
+"""A mesh goes with some widths that it does not divide and refuses the others; devices that stay
+idle are named.
+"""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from support.checks import assert_trees_equal
+from support.meshes import MESH, PROMPTS, adapter_of, assert_divided, model_for_meshes
+from support.models import perturb, tiny_model
+
+from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import (
+    MeshConfig,
+    OptimConfig,
+)
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.likelihood import option_log_likelihoods
+from zflora_jax.parallel import sharding
+from zflora_jax.parallel.sharding import make_mesh, shard
+from zflora_jax.training.trainer import init_state, make_train_step
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_whole_along_it(caplog):
+    """Tokens 33 and 259 are real sizes' odd ends: 32001 with one token added. Everything else that
+    an axis does not divide stays refused.
+    """
+    sharding._warn.cache_clear()
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        assert sharding.spec("embed/embedding", (259, 64), mesh) == P(None, "fsdp")
+        assert sharding.spec("lm_head/kernel", (64, 259), mesh) == P("fsdp", None)
+        sharding.spec("lm_head/kernel", (64, 259), mesh)
+    assert (
+        caplog.text.count(
+            "mesh.tensor=2 does not divide the vocabulary of 259: every device along tensor holds"
+            " all rows of lm_head/kernel"
+        )
+        == 1
+    )
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=2 does not divide embed/embedding"):
+        sharding.spec("embed/embedding", (259, 63), mesh)
+    with pytest.raises(ConfigError, match=r"mesh.tensor=2 does not divide layers_0/mlp/up/kernel"):
+        sharding.spec("layers_0/mlp/up/kernel", (64, 33), mesh)
+
+
+def test_an_undivided_vocabulary_trains_scores_and_decodes_as_on_one_device():
+    model = tiny_model(num_heads=4, num_kv_heads=4, vocab_size=259, num_layers=1)
+    adapter = adapter_of("zflora-minimal")
+    # Steps donate the state.
+    adapters = jax.device_get(perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05))
+    tokens = np.random.default_rng(0).integers(0, 259, (4, 24)).astype(np.int32)
+    batch = {
+        "tokens": tokens,
+        "loss_mask": np.ones((4, 24), bool),
+        "segments": np.ones((4, 24), np.int32),
+    }
+    found = []
+    for mesh_config in (MeshConfig(), MeshConfig(fsdp=2, tensor=2)):
+        mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.fsdp * mesh_config.tensor])
+        state = init_state(adapters, OptimConfig(warmup_steps=0, eps=1e-3), 4)
+        where = sharding.state_shardings(state, mesh)
+        step = make_train_step(
+            model.config, adapter, OptimConfig(warmup_steps=0, eps=1e-3), 4, 1, 32, where
+        )
+        divided = dataclasses.replace(model, params=shard(model.params, mesh))
+        with jax.set_mesh(mesh):
+            rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+            state, metrics = step(divided.params, jax.device_put(state, where), rows)
+            state, metrics = step(divided.params, state, rows)
+        fused = fuse(divided, adapter, shard(adapters, mesh))
+        scores = option_log_likelihoods(fused, PROMPTS[:1], [[[4, 9], [7]]])[0]
+        found.append(
+            (
+                float(metrics["loss"]),
+                float(metrics["grad_norm"]),
+                scores,
+                generate_tokens(fused, PROMPTS, max_new_tokens=6),
+            )
+        )
+    (loss, norm, scores, tokens), (wanted_loss, wanted_norm, wanted, answers) = found
+    np.testing.assert_allclose(
+        [loss, norm, *scores], [wanted_loss, wanted_norm, *wanted], rtol=2e-5
+    )
+    assert tokens == answers
+
+
+def test_an_axis_that_does_not_divide_a_fused_width_goes_to_another(caplog):
+    sharding._warn.cache_clear()
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+
+    def fused(name, *shape):
+        return sharding.spec(name, shape, mesh, fused=True)
+
+    # Whole heads.
+    assert fused("layers/attn/q/kernel", 3, 67, 4, 32) == P(None, None, ("tensor", "fsdp"), None)
+    assert fused("layers/attn/q/kernel", 3, 67, 2, 32) == P(None, None, "tensor", "fsdp")
+    assert fused("layers/attn/o/kernel", 3, 4, 32, 67) == P(None, ("tensor", "fsdp"), None, None)
+    assert fused("layers/mlp/gate/kernel", 3, 67, 132) == P(None, None, ("tensor", "fsdp"))
+    assert fused("layers/mlp/gate/kernel", 3, 64, 131) == P(None, ("fsdp", "tensor"), None)
+    assert fused("embed/embedding", 264, 67) == P(("tensor", "fsdp"), None)
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        assert fused("layers/mlp/up/kernel", 3, 67, 130) == P(None, None, "tensor")
+    assert "mesh.fsdp=2 divides no dimension of mlp/up/kernel, shape (67, 130)" in caplog.text
+    assert (
+        "widens the stream of 67 by 1 more (rank, extra_head_dim or extra_mlp_units)" in caplog.text
+    )
+    with pytest.raises(ConfigError, match="does not divide"):
+        sharding.spec("layers/attn/q/kernel", (3, 67, 4, 32), mesh)
+
+
+def test_a_fused_model_of_an_odd_rank_is_divided_all_the_same():
+    model, adapter = (
+        model_for_meshes(num_layers=1),
+        AdapterConfig("zflora-minimal", rank=3, extra_mlp_units=4),
+    )
+    adapters = perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05)
+    mesh = make_mesh(MESH)
+    divided = dataclasses.replace(model, params=shard(model.params, mesh))
+    whole, fused = fuse(model, adapter, adapters), fuse(divided, adapter, adapters)
+    assert fused.config.hidden_size == 67
+    assert_divided(fused.params)
+    assert_trees_equal(fused.params, whole.params)
+    assert generate_tokens(fused, PROMPTS, max_new_tokens=6) == generate_tokens(
+        whole, PROMPTS, max_new_tokens=6
+    )
+    assert_trees_equal(unfuse(fused)[0].params, model.params)
+
+
+def test_devices_that_stay_idle_are_named_with_the_setting_that_uses_them(caplog):
+    sharding._warn.cache_clear()
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        make_mesh(MeshConfig(), jax.devices()[:1])  # as a sweep gives each run its part
+        make_mesh(MeshConfig(data=8))
+        assert not caplog.text
+        make_mesh(MeshConfig())
+        make_mesh(MeshConfig())
+    assert (
+        caplog.text.count(
+            "the mesh uses 1 of 8 devices, 7 stay idle: set mesh.data=8 or mesh.fsdp=8 to use them"
+        )
+        == 1
+    )
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        make_mesh(MeshConfig(data=3))
+    assert (
+        "3 of 8 devices, 5 stay idle: set mesh.data=6 or mesh.fsdp=2 to use most of them"
+        in caplog.text
+    )
