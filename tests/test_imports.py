@@ -10,6 +10,7 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -116,13 +117,42 @@ def test_what_needs_no_jax_does_not_import_it(module):
 # --- size and names -------------------------------------------------------------------------------
 
 
+FILE_LINES, FUNCTION_LINES = 350, 60
+
+
+def long_functions(path: Path) -> list[str]:
+    """The functions and methods of a file that take more than FUNCTION_LINES, decorators left out,
+    each with its line and length.
+    """
+    return [
+        f"{path}:{node.lineno}: {node.name} has {lines} lines, more than {FUNCTION_LINES}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES
+    ]
+
+
+def long_files(paths: Iterable[Path]) -> list[str]:
+    """The files of more than FILE_LINES, each with its first line too many and its length."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    return [
+        f"{path}:{FILE_LINES + 1}: {lines} lines, more than {FILE_LINES}"
+        for path, lines in lengths.items()
+        if lines > FILE_LINES
+    ]
+
+
 @pytest.mark.parametrize("module", ["__init__", *sorted(MODULES)])
 def test_files_are_short_and_say_what_they_are_for(module):
     path = MODULES.get(module, PACKAGE / "__init__.py")
-    text = path.read_text(encoding="utf-8")
-    code = [line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
-    assert len(code) <= 500, f"{len(code)} lines of code; split what no one reads in one sitting"
-    assert not code or ast.get_docstring(ast.parse(text)), "no docstring at the top"
+    assert not (found := long_files([path]) + long_functions(path)), "\n".join(found)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not tree.body or ast.get_docstring(tree), f"{path}:1: no docstring at the top"
+
+
+def test_test_files_are_short():
+    found = long_files(sorted(Path(__file__).parent.rglob("*.py")))
+    assert not found, "\n".join(found)
 
 
 def test_public_names_resolve_and_are_documented():
