@@ -3,6 +3,7 @@ whole.
 """
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -158,7 +159,8 @@ def test_adapters_that_lie_on_one_device_go_with_a_model_on_a_mesh():
 
 def test_latency_is_measured_on_the_mesh_of_a_model():
     _, _, (divided, _) = both("lora", num_layers=1)
-    assert decode_latency({"base": divided}, new_tokens=2, repeats=1)["base"]["tpot_ms"] > 0
+    found = decode_latency({"base": divided}, new_tokens=2, repeats=1)["base"]
+    assert found["ttft_ms"] > 0 and math.isfinite(found["tpot_ms"])  # a difference: small, noisy
 
 
 def test_no_program_holds_a_whole_kernel():

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from support.grids import pairwise
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
@@ -66,8 +67,10 @@ def training(
             yield jax.tree.map(np.asarray, state), float(metrics["loss"])
 
 
-@pytest.mark.parametrize("adapter", [AdapterConfig("zflora-minimal", rank=8), FULL])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "adapter"),
+    pairwise(list(OPTIMIZERS), [AdapterConfig("zflora-minimal", rank=8), FULL]),
+)
 def test_it_trains_resumes_and_shards(optimizer, adapter, tmp_path):
     whole = list(training(optimizer, adapter, MeshConfig()))
     losses = [loss for _, loss in whole]

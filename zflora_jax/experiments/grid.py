@@ -71,6 +71,9 @@ def sweep(
 ) -> DataFrame:
     """`run_grid` as a pandas DataFrame, a row per run.
 
+    Args:
+      base: as the other arguments, see `run_grid`.
+
     Raises:
       ConfigError: pandas is not installed; or as for `run_grid`.
     """

@@ -48,10 +48,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c, run, adapter = self.config, self.config.execution, self.adapter
         if run.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
-            raise ValueError(
-                "a packed model cannot have its kernels replaced (method 'full'): fuse first, then"
-                " pack."
-            )
+            raise ValueError("method 'full' cannot replace packed kernels: fuse first, then pack.")
         self.embed = Embed(c)
         policy = None if run.remat else REMAT_POLICY
         block: Any = nn.remat(Block, prevent_cse=not run.scan_layers, policy=policy)
@@ -134,8 +131,11 @@ class Llama(nn.Module):
 
 
 def random_model(config: LlamaConfig, key: Array) -> Model:
-    """A Model with random weights (normal, std 0.02), float32: for tests, latency (which does not
-    depend on values) and training from scratch.
+    """A Model for tests, latency (which does not depend on values) and training from scratch.
+
+    Args:
+      config: the shape.
+      key: a jax random key, of float32 kernels with standard deviation 0.02.
     """
     variables = jax.jit(Llama(config).init)(key, jnp.zeros((1, 1), jnp.int32))
     return Model(config, variables["params"])
