@@ -30,6 +30,7 @@ from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import atomic_write, local_path
 from zflora_jax.reporting.plots import grouped_bars
 from zflora_jax.reporting.provenance import environment
+from zflora_jax.reporting.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -198,11 +199,15 @@ def _draw(plan: Comparison, scores: Mapping[str, SuiteScore], out: Path) -> None
 
 
 def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
-    """The pages of several comparisons, those that are there, as one: <out>/<the first word of
-    their names>.md.
+    """Write one page that links the pages of several comparisons: <out>/<the first word of their
+    names>.md.
+
+    Args:
+      plans: the comparisons; those without a page are left out.
+      out: where the pages are.
 
     Returns:
-      its path; None if no page is there yet.
+      Its path; None if no page is there yet.
 
     Raises:
       ConfigError: a comparison's own page would have that name.
@@ -214,12 +219,21 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
         f"comparison {taken}: its page would be the overview's, {path.name}; give it a name of two"
         f" words, such as {taken}_first.",
     )
-    pages = [
-        page.read_text(encoding="utf-8")
-        for plan in plans
-        if (page := Path(out) / f"{plan.name}.md").is_file()
-    ]
-    if not pages:
+    there = [plan for plan in plans if (Path(out) / f"{plan.name}.md").is_file()]
+    if not there:
         return None
-    atomic_write(path, "\n".join(pages).encode())
+    rows = [
+        {
+            "comparison": f"[{plan.name}]({plan.name}.md)",
+            "trained on": plan.base.data.task,
+            "steps": plan.base.train.steps,
+            "seeds": len(plan.seeds),
+            "methods": len(plan.methods),
+            "tasks scored": ", ".join(plan.tasks) or None,
+        }
+        for plan in there
+    ]
+    lines = [f"# {path.stem.capitalize()}", "", markdown_table(rows, list(rows[0])), ""]
+    lines += [f"- {plan.name}: {plan.reading}" for plan in there if plan.reading]
+    atomic_write(path, ("\n".join(lines) + "\n").encode())
     return path
