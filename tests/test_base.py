@@ -28,9 +28,7 @@ def fused(model: Model, method: str) -> Model:
     return fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter)))
 
 
-@pytest.mark.parametrize(
-    "method", [name for name, row in METHODS.items() if row.in_place == "none"]
-)
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.widens])
 def test_a_fused_model_is_refused_by_name(run, base_dir, tmp_path, method):
     with pytest.raises(
         ConfigError, match=rf"has {method} fused in; an adapter on top of it could not be fused"

@@ -27,7 +27,7 @@ from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama, forward
 
-WIDENED = [a for a in CASES if METHODS[a.method].in_place == "none"]
+WIDENED = [a for a in CASES if METHODS[a.method].widens]
 
 
 def name_of(value: object) -> str:
@@ -102,7 +102,7 @@ def test_unfuse_returns_the_base_bit_for_bit(adapter, scan):
 
 
 @pytest.mark.parametrize(
-    "adapter", [a for a in BY_METHOD if METHODS[a.method].in_place != "none"], ids=case_id
+    "adapter", [a for a in BY_METHOD if not METHODS[a.method].widens], ids=case_id
 )
 def test_merged_methods_refuse_unfuse_and_swap(adapter):
     model = tiny_model()
@@ -141,7 +141,7 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter), std=1e-3)
     fused = fuse(model, adapter, adapters)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(fused.params))
-    if METHODS[adapter.method].in_place == "none":
+    if METHODS[adapter.method].widens:
         assert_trees_equal(unfuse(fused)[0].params, model.params)
     elif adapter.method == "lora":
         a, b, w = (

@@ -221,5 +221,6 @@ def test_card(bases: dict[str, Model], tmp_path: Path) -> None:
         "base_model: some-org/some-llama" in text
         and "| accuracy after | 0.7123 |" in text
         and "zflora-minimal" in text
+        and "reconstruction of zFLoRA (arXiv 2510.25784)" in text
     )
     assert str(tmp_path) not in text + (tmp_path / "out" / "zflora.json").read_text()

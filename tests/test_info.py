@@ -94,7 +94,7 @@ def test_an_export(method, tmp_path):
         "base fingerprint"
     ] == trees.fingerprint(model.params)
     assert facts["hidden_size"] == fused.config.hidden_size
-    widened = METHODS[method].in_place == "none"
+    widened = METHODS[method].widens
     assert f"MLP {model.config.intermediate_size} -> {fused.config.intermediate_size}" in facts[
         "widths"
     ] and (widened or "residual 64 -> 64" in facts["widths"])

@@ -97,9 +97,7 @@ def test_one_layer_can_be_dead_throughout():
     )
 
 
-TRAINED_CASES = [
-    a for a in adapter_cases() if METHODS[a.method].in_place == "none" or a.targets == "all"
-]
+TRAINED_CASES = [a for a in adapter_cases() if METHODS[a.method].widens or a.targets == "all"]
 
 
 @pytest.mark.parametrize("adapter", [a for a in TRAINED_CASES if a.method != "full"], ids=case_id)

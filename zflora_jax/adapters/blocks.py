@@ -105,7 +105,7 @@ def require_widened(fused: Model, verb: str) -> AdapterConfig:
     """The adapter of a fused model; ValueError unless it widens the model, as `verb` needs."""
     if fused.adapter is None:
         raise ValueError(f"cannot {verb}: this model is not fused (model.adapter is None).")
-    if METHODS[fused.adapter.method].in_place != "none":
+    if not METHODS[fused.adapter.method].widens:
         raise ValueError(
             f"cannot {verb}: method {fused.adapter.method!r} was merged into the base kernels by"
             " addition, which cannot be undone exactly; keep the base and the adapters."

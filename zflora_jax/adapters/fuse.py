@@ -77,18 +77,18 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
 
 
 def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
-    in_place = METHODS[adapter.method].in_place
-    if in_place == "full":
+    row = METHODS[adapter.method]
+    if row.in_place == "full":
         return jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
     flat, p = trees.flatten(adapters), resolve_adapter(config, adapter)
 
     def visit(kernel: str, name: str, leaf: Array) -> Array:
         names = p.blocks.get(kernel, ())
         blocks = {b: flat[name.removesuffix("kernel") + b] for b in names}
-        if in_place != "none":
+        if not row.widens:
             if not names:
                 return leaf
-            if in_place == "lora":
+            if row.in_place == "lora":
                 product = jnp.matmul(blocks["lora_a"], blocks["lora_b"], precision="highest")
             else:
                 product = tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))

@@ -38,7 +38,7 @@ def pad_adapters(
     both = f"adapters of {adapter.method} r={adapter.rank} as {to.method} r={to.rank}"
     for one in (adapter, to):
         require(
-            METHODS[one.method].in_place in ("none", "lora"),
+            METHODS[one.method].widens or METHODS[one.method].in_place == "lora",
             f"{both}: method {one.method!r} cannot be padded; its rank is part of its form.",
         )
     config = config.replace(scan_layers="layers" in adapters)

@@ -171,7 +171,7 @@ def contenders(
     found = {BASE: contender(base, *shape), UNMERGED: contender(base, *shape, lora, beside)}
     for method in methods:
         adapter = AdapterConfig(method, rank=rank)
-        if METHODS[method].in_place != "none":
+        if not METHODS[method].widens:
             found[f"{method} merged"] = found[BASE]
             continue
         found[method] = contender(_fused(source, adapter, base.config.execution.dtype, 1.0), *shape)

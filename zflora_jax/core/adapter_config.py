@@ -15,7 +15,7 @@ Start = Literal["kaiming_uniform", "normal"]  # what an adapter's random blocks 
 @dataclass(frozen=True)
 class Method:
     """One row of the table in docs/method.md: which streams are widened, or how a kernel is changed
-    in place; how its random blocks start.
+    in place; how its random blocks start; where it comes from.
     """
 
     residual: bool = False
@@ -23,14 +23,22 @@ class Method:
     mlp: bool = False
     in_place: Literal["none", "lora", "ffa", "full"] = "none"
     start: Start | None = "normal"  # None: nothing is random
+    source: str = ""  # the publication that a method that widens reconstructs; its exports name it
 
+    @property
+    def widens(self) -> bool:
+        """Whether it adds channels beside the base kernels, instead of changing them in place."""
+        return self.in_place == "none"
+
+
+_FLORA, _ZFLORA = "FLoRA (arXiv 2511.00050)", "zFLoRA (arXiv 2510.25784)"
 
 METHODS: dict[str, Method] = {
     "lora": Method(in_place="lora", start="kaiming_uniform"),
     "ffa": Method(in_place="ffa", start=None),
-    "ffba": Method(heads=True, mlp=True),
-    "zflora-minimal": Method(residual=True, mlp=True),
-    "zflora-uniform": Method(residual=True, heads=True, mlp=True),
+    "ffba": Method(heads=True, mlp=True, source=_FLORA),
+    "zflora-minimal": Method(residual=True, mlp=True, source=_ZFLORA),
+    "zflora-uniform": Method(residual=True, heads=True, mlp=True, source=_ZFLORA),
     "full": Method(in_place="full", start=None),
 }
 
@@ -41,8 +49,7 @@ class AdapterConfig:
     """An adapter: a method, its widths in channels, and the kernels that it may touch."""
 
     method: str
-    """lora, ffa, ffba, zflora-minimal, zflora-uniform, or full for full fine-tuning; docs/method.md
-    has the table."""
+    """A row of the table in docs/method.md; full is full fine-tuning."""
     rank: int = 16
     """r: the rank of lora and ffa, the width of the residual state of the zflora methods, and the
     divisor of the scale s = alpha / rank."""

@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.run_config import RunConfig
+
+TABLES = {"adapter.method": METHODS}  # settings whose values are the names of a table
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,12 @@ def _section(name: str, config: Any, prefix: str = "") -> Section:
     meanings = field_docs(type(config))
     listed = (f.name for f in dataclasses.fields(config) if not _is_config(getattr(config, f.name)))
     settings = tuple(
-        Setting(prefix + f, allowed(hints[f]), shown(getattr(config, f)), meanings.get(f, ""))
+        Setting(
+            prefix + f,
+            " | ".join(TABLES.get(prefix + f, ())) or allowed(hints[f]),
+            shown(getattr(config, f)),
+            meanings.get(f, ""),
+        )
         for f in listed
     )
     return Section(name, " ".join((type(config).__doc__ or "").split()), settings)

@@ -46,7 +46,7 @@ def as_base(run: RunConfig, model: Model) -> Model:
     """
     if model.adapter is not None:
         require(
-            METHODS[model.adapter.method].in_place != "none",
+            not METHODS[model.adapter.method].widens,
             f"model {model.source or run.model!r} has {model.adapter.method} fused in; an adapter"
             " on top of it could not be fused. Train on its base.",
         )

@@ -81,7 +81,7 @@ def _adapter(adapter: AdapterConfig, base: LlamaConfig) -> Facts:
         "scale": adapter.scale,
         "targets": adapter.targets,
     }
-    if METHODS[adapter.method].in_place == "none":
+    if METHODS[adapter.method].widens:
         fused = fused_config(base, adapter)
         widths = {"residual": "hidden_size", "head": "head_dim", "MLP": "intermediate_size"}
         facts["widths"] = ", ".join(

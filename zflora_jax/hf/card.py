@@ -73,8 +73,9 @@ A Llama fine-tuned with a {method} adapter by zflora_jax. The adapter is fused: 
  channels of the ordinary
 kernels, so this is a stock LlamaForCausalLM with slightly wider layers and needs no custom code.\
  zflora_jax can take the adapter out
-again (`load_model`, then `unfuse`), which gives back the base model bit for bit.
-The method is a reconstruction of zFLoRA (arXiv 2510.25784), not the paper's own code."""
+again (`load_model`, then `unfuse`), which gives back the base model bit for bit."""
+
+_SOURCE = "The method is a reconstruction of {source}, not the paper's own code."
 
 _MERGED = (
     "A Llama fine-tuned by zflora_jax (method {method}), merged into the base kernels: a stock"
@@ -86,8 +87,9 @@ def _description(model: Model) -> list[str]:
     if model.adapter is None:
         return ["A Llama saved by zflora_jax, unchanged but for its dtype."]
     method = model.adapter.method
-    text = _FUSED if METHODS[method].in_place == "none" else _MERGED
-    return [text.format(method=method)]
+    row = METHODS[method]
+    text = (_FUSED if row.widens else _MERGED).format(method=method)
+    return [text, _SOURCE.format(source=row.source)] if row.source else [text]
 
 
 def _adapter_rows(model: Model) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _read_form(
         raise CheckpointError(
             f"{directory / MANIFEST} is incomplete or damaged ({error!r})."
         ) from None
-    if adapter is not None and METHODS[adapter.method].in_place == "none":
+    if adapter is not None and METHODS[adapter.method].widens:
         base_config(native, adapter)  # raises where the widths are not this adapter's
     _check_config(str(directory), hf, form)
     return native, adapter, form

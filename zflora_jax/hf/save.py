@@ -185,7 +185,7 @@ def _write_side_file(folder: Path, model: Model, form: StockForm, dtype: str) ->
 def _manifest(
     model: Model, form: StockForm, dtype: str, base_fingerprint: str | None, files: list[str]
 ) -> dict[str, Any]:
-    widened = model.adapter is not None and METHODS[model.adapter.method].in_place == "none"
+    widened = model.adapter is not None and METHODS[model.adapter.method].widens
     base = base_config(model.config, model.adapter) if widened and model.adapter else model.config
     if base_fingerprint is None and (widened or model.adapter is None):
         shapes = param_shapes(base)  # of the base, in the corner of the wide leaves
