@@ -277,7 +277,7 @@ def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monk
     said = [str(w.message) for w in caught]
     assert len(said) == warns and all(
         "head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128 on this GPU" in s
-        and "'zflora-minimal', or extra_head_dim=0" in s
+        and "'zflora-minimal' leaves the heads as they are; so does extra_head_dim=0" in s
         for s in said
     )
 

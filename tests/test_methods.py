@@ -18,7 +18,7 @@ from zflora_jax.adapters.methods import (
     resolve_adapter,
     target_kernels,
 )
-from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import PRESETS, preset
@@ -27,6 +27,9 @@ F, FB, ALL = ("forward",), ("forward", "backward"), ("forward", "backward", "cro
 B = ("backward",)
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
 SMOL = preset("smollm2-135m")
+RANKED = [  # the methods whose counts depend on the rank
+    m for m, r in METHODS.items() if r.residual or r.mlp or r.in_place in ("lora", "ffa")
+]
 
 
 # docs/method.md: kernel -> blocks, "-" for none, in the order q k v o gate up down.
@@ -70,6 +73,10 @@ TABLE = {
 }
 
 
+def test_every_method_is_in_the_table():
+    assert {method for method, targets in TABLE if targets == "all"} == set(METHODS)
+
+
 @pytest.mark.parametrize(("method", "targets"), TABLE, ids=lambda v: v)
 def test_blocks_are_those_of_the_design(method, targets):
     blocks = resolve_adapter(TINY, AdapterConfig(method, rank=6, targets=targets)).blocks
@@ -78,31 +85,23 @@ def test_blocks_are_those_of_the_design(method, targets):
     }
 
 
-@pytest.mark.parametrize("method", ["ffba", "zflora-uniform"])
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.heads])
 def test_without_head_scores_v_and_o_alone_are_widened(method):
     full, values = (
         resolve_adapter(TINY, AdapterConfig(method, rank=6, head_scores=s)).blocks
         for s in (True, False)
     )
-    read = () if method == "ffba" else B
+    read = B if METHODS[method].residual else ()
     assert values.get("q", ()) == values.get("k", ()) == read
     assert {k: v for k, v in values.items() if k not in "qk"} == {
         k: v for k, v in full.items() if k not in "qk"
     }
 
 
-@pytest.mark.parametrize(
-    ("method", "widths"),
-    [
-        ("lora", (0, 0, 0)),
-        ("ffa", (0, 0, 0)),
-        ("full", (0, 0, 0)),
-        ("ffba", (0, 16, 6)),
-        ("zflora-minimal", (6, 0, 6)),
-        ("zflora-uniform", (6, 16, 6)),
-    ],
-)
-def test_widths_and_their_defaults(method, widths):
+@pytest.mark.parametrize("method", METHODS)
+def test_widths_and_their_defaults(method):
+    row = METHODS[method]
+    widths = (6 * row.residual, 16 * row.heads, 6 * row.mlp)
     p = resolve_adapter(TINY, AdapterConfig(method, rank=6))
     assert (p.residual, p.heads, p.mlp) == widths
     fused = fused_config(TINY, AdapterConfig(method, rank=6))
@@ -216,14 +215,15 @@ def test_targets_that_are_no_regex(targets):
     ],
 )
 def test_targets_that_leave_nothing_to_widen(method, changes):
-    with pytest.raises(
-        ConfigError,
-        match=(
-            f"leaves method '{method}' nothing to widen: the residual state needs o or down and"
-            " one of"
-        ),
-    ):
+    """The message names the streams that the method widens, and no other."""
+    with pytest.raises(ConfigError, match=f"leaves method '{method}' nothing to widen: ") as error:
         resolve_adapter(TINY, AdapterConfig(method, **changes))
+    row, message = METHODS[method], str(error.value)
+    assert [
+        "the residual state needs o or down and one of" in message,
+        "head dims need v and o, or q and k with head_scores, and extra_head_dim" in message,
+        "MLP units need gate, up and down, and extra_mlp_units" in message,
+    ] == [row.residual, row.heads, row.mlp]
 
 
 def test_full_takes_no_targets():
@@ -279,7 +279,7 @@ def test_base_counts_are_the_published_ones(name, count):
     assert count_base(preset(name)) == count
 
 
-@pytest.mark.parametrize("method", ["lora", "ffa", "ffba", "zflora-minimal", "zflora-uniform"])
+@pytest.mark.parametrize("method", RANKED)
 @pytest.mark.parametrize("name", PRESETS)
 def test_rank_for_budget_is_the_nearest_rank(name, method):
     """The budget of LoRA r=16: met within 3%, except where one rank is more than that or the head
@@ -330,18 +330,18 @@ def test_rank_for_budget_keeps_what_was_chosen():
         (AdapterConfig("full"), 1000, r"method 'full' has no rank"),
         (AdapterConfig("lora"), 10, r"method 'lora' needs at least 1,856 parameters"),
         (
+            AdapterConfig("lora"),
+            10**8,
+            r"method 'lora' reaches no more than [\d,]+ parameters here, whatever its rank",
+        ),
+        (
             AdapterConfig("ffba", targets="attention"),
             10**6,
-            r"method 'ffba' reaches no more than [\d,]+ parameters here, whatever its rank",
+            r"method 'ffba' has no rank here: no width depends on it; set extra_head_dim",
         ),
+        (AdapterConfig("ffba", extra_mlp_units=8), 10**4, r"method 'ffba' has no rank here"),
     ],
 )
 def test_budgets_that_cannot_be_met(adapter, budget, message):
     with pytest.raises(ConfigError, match=message):
         rank_for_budget(TINY, adapter, budget)
-
-
-# --- initial values -------------------------------------------------------------------------------
-
-
-# --- FFA's fixed factor ---------------------------------------------------------------------------

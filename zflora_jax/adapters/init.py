@@ -149,6 +149,7 @@ def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:
             f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's"
             f" attention takes heads up to {limit} on this GPU, so attention is computed by plain"
             " products, which take more time and memory for long sequences. Method"
-            " 'zflora-minimal', or extra_head_dim=0, leaves the heads as they are.",
+            " 'zflora-minimal' leaves the heads as they are; so does extra_head_dim=0 where the"
+            " method widens other streams too.",
             stacklevel=3,
         )

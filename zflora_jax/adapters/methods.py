@@ -1,8 +1,8 @@
 """Methods as integers: which streams are widened by how much, the blocks of each kernel, and
 counts.
 
-The six methods and their construction are this project's reconstruction of zFLoRA (arXiv
-2510.25784) and FLoRA (arXiv 2511.00050), whose method sections could not be obtained; see README.
+The methods and their construction are this project's reconstruction of zFLoRA (arXiv 2510.25784)
+and FLoRA (arXiv 2511.00050), whose method sections could not be obtained; see README.
 
 Letters: d residual width, H query heads, K key/value heads, k head dim, f MLP units; r, e, m the
 channels that an adapter adds to d, k, f.
@@ -21,6 +21,12 @@ from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model_config import LlamaConfig
 
 _STAGE = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}  # the order within a layer
+
+_NEEDS = {  # what a stream needs to be widened
+    "residual": "the residual state needs o or down and one of q, k, v, gate, up",
+    "heads": "head dims need v and o, or q and k with head_scores, and extra_head_dim above 0",
+    "mlp": "MLP units need gate, up and down, and extra_mlp_units above 0",
+}
 
 # Head sizes that the attention kernels of common servers are built for (docs/export.md).
 SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -123,11 +129,11 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
     if adapter.head_scores and {"q", "k"} <= chosen:
         widened |= {"q", "k"}
     widths = _extra_widths(config, adapter, chosen, heads=bool(widened))
+    needs = "; ".join(text for stream, text in _NEEDS.items() if getattr(row, stream))
     require(
         any(widths.values()),
         f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen:"
-        " the residual state needs o or down and one of q, k, v, gate, up; MLP units need gate, up"
-        " and down; head dims need v and o, or q and k.",
+        f" {needs}.",
     )
     blocks = {}
     for kernel, (reads, writes) in KERNELS.items():
@@ -309,7 +315,7 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
       `adapter` with that rank.
 
     Raises:
-      ConfigError: the method is "full", or no rank comes within a factor of 1.5 of the budget.
+      ConfigError: the method has no rank, or none comes within a factor of 1.5 of the budget.
     """
     require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
     require(
@@ -323,6 +329,10 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
         )
 
     low, high = 1, 2
+    require(
+        count_params(config, at(low)) != count_params(config, at(high)),
+        f"method {adapter.method!r} has no rank here: no width depends on it; set extra_head_dim.",
+    )
     while count_params(config, at(high)) < budget and high < config.hidden_size * 64:
         low, high = high, high * 2
     while high - low > 1:
