@@ -20,7 +20,7 @@ from support.huggingface import TOKENS, assert_close, hf_logits
 from zflora_jax.adapters.fuse import unfuse
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.evaluation.export_gap import export_gap
@@ -33,7 +33,8 @@ from zflora_jax.nn.llama import forward
 
 MERGED = {
     name: AdapterConfig(name, **({} if name == "full" else {"rank": 4}))
-    for name in ("lora", "ffa", "full")
+    for name, row in METHODS.items()
+    if not row.widens
 }
 # Widths that no server has kernels for are fine here.
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
@@ -74,6 +75,7 @@ def test_widened_exports(name: str, base: str, bases: dict[str, Model], tmp_path
         np.array_equal(x, y)
         for x, y in zip(jax.tree.leaves(adapters), jax.tree.leaves(unfuse(fused)[1]), strict=True)
     )
+    assert METHODS[WIDENED[name].method].source in (tmp_path / "out" / "README.md").read_text()
     manifest = json.loads((tmp_path / "out" / "zflora.json").read_text())
     assert (
         manifest["base"]["fingerprint"]

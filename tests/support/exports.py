@@ -10,12 +10,20 @@ from support.huggingface import LLAMA3, hf_model
 from support.models import perturb
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
 
 WIDENED = {
-    "ffba": AdapterConfig("ffba", rank=4, extra_head_dim=8, extra_mlp_units=6),
+    name: AdapterConfig(
+        name,
+        rank=4,
+        extra_head_dim=8 if row.heads else None,
+        extra_mlp_units=6 if row.mlp else None,
+    )
+    for name, row in METHODS.items()
+    if row.widens
+} | {
     "zflora-minimal": AdapterConfig(
         "zflora-minimal", rank=5, extra_mlp_units=6
     ),  # 48 + 5 is no multiple of 4 heads: padded to 56
