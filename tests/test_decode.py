@@ -77,7 +77,7 @@ def test_adapters_beside_the_base_that_cannot_be():
         generate_tokens(model, [[1]], max_new_tokens=2, adapter=lora)
     with pytest.raises(
         ValueError,
-        match=r"cannot have its kernels replaced \(method 'full'\): fuse first, then pack",
+        match=r"method 'full' cannot replace packed kernels: fuse first, then pack",
     ):
         generate_tokens(
             model,
