@@ -98,7 +98,7 @@ class OptimConfig:
     final_lr_fraction: float = 0.0
     """Learning rate of the last step over its peak."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay, of every optimizer."""
     b1: float = 0.9
     """Decay rate of Adam's first moment."""
     b2: float = 0.999
@@ -173,7 +173,8 @@ class TrainConfig:
     max_to_keep: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = False
-    """Also keep the checkpoint with the lowest validation loss."""
+    """Also keep the checkpoint with the lowest validation loss. Needs eval.split=validation and
+    train.eval_every a divisor of train.save_every."""
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, trackio, the rows of
     reporting.trackers.TRACKERS."""
