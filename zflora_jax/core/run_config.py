@@ -84,6 +84,11 @@ class DataConfig:
             " the day on which the run starts.",
         )
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a micro-batch."""
+        return self.batch_size // self.grad_accum_steps
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -304,10 +309,7 @@ class RunConfig:
             f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has"
             " no blocks of two kinds; leave it at 1.",
         )
-        parts, micro = (
-            self.mesh.data * self.mesh.fsdp,
-            self.data.batch_size // self.data.grad_accum_steps,
-        )
+        parts, micro = self.mesh.data * self.mesh.fsdp, self.data.micro_batch_size
         require(
             micro % parts == 0,
             f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} does not divide the {micro}"
