@@ -7,4 +7,4 @@ import sys
 from zflora_jax.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(["eval", *sys.argv[1:]], prog="eval.py"))
+    sys.exit(main(command="eval"))

@@ -7,4 +7,4 @@ import sys
 from zflora_jax.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]], prog="train.py"))
+    sys.exit(main(command="train"))

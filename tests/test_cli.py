@@ -14,9 +14,7 @@ from zflora_jax.cli.main import COMMANDS, _parser, main
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    return next(
-        a.choices for a in _parser("zflora")._actions if isinstance(a, argparse._SubParsersAction)
-    )
+    return next(a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
 
 
 # --- help -----------------------------------------------------------------------------------------
@@ -34,6 +32,13 @@ def test_help_is_complete(name, capsys):
     for action in parser._actions:
         assert action.help, f"{name} {action.option_strings} has no help"
         assert all(option in text for option in action.option_strings)
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_the_usage_of_a_script_is_what_works(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"], command=name)
+    assert capsys.readouterr().out.startswith(f"usage: {name}.py [-h] ")
 
 
 def test_help_lists_every_command(capsys):
@@ -67,7 +72,7 @@ def test_wrong_usage(argv, message, capsys):
 
 
 def test_the_former_name_of_an_option_is_taken():
-    parser = _parser("zflora")
+    parser = _parser()
     for option in ("--baselines", "--peers"):
         assert parser.parse_args(["bench", "latency", option]).baselines is True
     assert parser.parse_args(["bench", "latency"]).baselines is False
@@ -177,8 +182,8 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
             "data.batch_size=2 is not a multiple of data.grad_accum_steps=3",
         ),
         (
-            "data.bucket_lengths=128",
-            "data.bucket_lengths=128: expected a list of int, written as [128].",
+            "data.bucket_lengths=long",
+            "data.bucket_lengths='long': expected a list of int, written as [long].",
         ),
         (
             "data.bucket_lengths=128,64",

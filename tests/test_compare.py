@@ -15,7 +15,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.data.tasks import load_examples
-from zflora_jax.experiments import compare, sweep
+from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods, overview
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.store import Scoring
@@ -49,10 +49,10 @@ def base(model, arc, tmp_path):
 def fake(model, monkeypatch):
     """Runs are not trained; their losses are `fake.loss` of their settings."""
     fake = FakeTrain()
-    monkeypatch.setattr(sweep, "train", fake)
-    monkeypatch.setattr(sweep, "fuse", lambda model, *_: model)
+    monkeypatch.setattr(jobs, "train", fake)
+    monkeypatch.setattr(jobs, "fuse", lambda model, *_: model)
     monkeypatch.setattr(compare, "load_base", lambda *_: model)
-    for module in (compare, sweep):
+    for module in (compare, jobs):
         monkeypatch.setattr(
             module,
             "split_loss",
@@ -95,8 +95,8 @@ def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypa
     page = (tmp_path / "out" / "small.md").read_text()
     assert "## likelihood_sum, percent" in page and "arc_easy (9)" in page
 
-    monkeypatch.setattr(sweep, "train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(sweep, "evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(jobs, "evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
     again = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     assert again["rows"] == json.loads(json.dumps(result["rows"]))
     # The same files, the same numbers.
@@ -180,10 +180,10 @@ def test_a_comparison_waits_for_a_run_that_another_process_trains(
             assert not fake.runs
             stack.close()  # the other process ends
 
-        monkeypatch.setattr(sweep, "time", SimpleNamespace(sleep=sleep))
+        monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
         result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     assert result["rows"][0]["learning rate"] == 1e-3
-    assert waited == [sweep.POLL] and len(fake.runs) == 1
+    assert waited == [jobs.POLL] and len(fake.runs) == 1
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_clean_means_clean_of_the_whole_training_file(base, model, tmp_path):
         }
     ]
     (tmp_path / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
-    scores = sweep.score(base, model, Scoring(("arc_easy",), SCORING), tmp_path / "e", False)
+    scores = jobs.score(base, model, Scoring(("arc_easy",), SCORING), tmp_path / "e", False)
     assert (scores["arc_easy"]["rows"], scores["arc_easy"]["clean_rows"]) == (4, 3)
 
 
@@ -277,7 +277,7 @@ def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch, fake)
     def diverges(*_, **__):
         raise NonFiniteError("loss is nan at step 2")
 
-    monkeypatch.setattr(sweep, "train", diverges)
+    monkeypatch.setattr(jobs, "train", diverges)
     second = Comparison(
         "second", override(base, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first
     )
@@ -298,7 +298,7 @@ def test_the_spread_of_seeds_stands_beside_their_mean(base, tmp_path, monkeypatc
         score = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
         return {"arc_easy": {"clean_rows": 8, "scores": {"clean": {"accuracy": score}}}}
 
-    for module in (compare, sweep):
+    for module in (compare, jobs):
         monkeypatch.setattr(module, "score", scored)
     plan = Comparison("seeds", base, LORA, (1e-3,), (0, 1), tasks=("arc_easy",), scoring=SCORING)
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)

@@ -36,6 +36,7 @@ from zflora_jax.core.run_config import (
         ("data.bucket_lengths", "64,128", (64, 128)),
         ("data.bucket_lengths", "[64, 128]", (64, 128)),
         ("data.bucket_lengths", "(64,)", (64,)),
+        ("data.bucket_lengths", "64", (64,)),
         ("train.report_to", "wandb", ("wandb",)),
         ("train.report_to", "tensorboard, wandb", ("tensorboard", "wandb")),
         ("train.report_to", "[trackio]", ("trackio",)),
@@ -105,7 +106,8 @@ def test_a_whole_table_can_be_overridden_and_refined():
         ("adapter.rank", "(" * 5000, r"expected int"),
         ("adapter", "lora", r"adapter='lora': expected a table"),
         ("model.name", "x", r"'model\.name': 'model' has no fields of its own"),
-        ("data.bucket_lengths", "128", r"lengths=128: expected a list of int"),
+        ("data.bucket_lengths", 128, r"lengths=128: expected a list of int"),
+        ("data.bucket_lengths", "12.5", r"lengths\[0\]=12\.5: expected int"),
         (
             "data.prompt_style",
             "alpacca",
@@ -224,6 +226,7 @@ def test_override_raises_config_errors_only(changes):
 def test_nearest_lists_everything_allowed():
     assert nearest("rnk", ["rank", "alpha"]) == "did you mean 'rank'? Allowed: alpha, rank"
     assert nearest("zzz", ["rank", "alpha"]) == "Allowed: alpha, rank"
+    assert nearest("RNK", ["Rank", "alpha"]) == "did you mean 'Rank'? Allowed: Rank, alpha"
 
 
 OLD_NAMES = {

@@ -96,7 +96,7 @@ def test_commands_run(place, capsys):
         }[words[0]]
         argv = [word for word in argv if not word.startswith("train.steps=")]
         if line.startswith(PARSED_ONLY):
-            _parser("zflora").parse_args(argv)
+            _parser().parse_args(argv)
         else:
             assert main(argv) == 0, f"{line}\n{capsys.readouterr().err}"
 

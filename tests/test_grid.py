@@ -25,7 +25,7 @@ from support.fake_train import FakeTrain, loss_of
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments import grid, sweep as sweep_module
+from zflora_jax.experiments import grid, jobs
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
 from zflora_jax.parallel import distributed
 from zflora_jax.parallel.distributed import Preempted
@@ -52,7 +52,7 @@ GRID = {"adapter.method": ["lora", "zflora-minimal"], "adapter.rank": [2, 4]}
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
     """Runs are not trained, and their base is not loaded."""
     fake = FakeTrain()
-    monkeypatch.setattr(sweep_module, "train", fake)
+    monkeypatch.setattr(jobs, "train", fake)
     monkeypatch.setattr(grid._Bases, "of", lambda *_: None)
     return fake
 
@@ -104,7 +104,7 @@ def test_runs_side_by_side_are_stopped_and_go_on_to_the_numbers_of_one_after_the
     rows = frame.to_dict("records")
     alone = run_grid(base, two, tmp_path / "alone", parallel=1, console=False)
     assert numbers(rows) == numbers(alone)
-    monkeypatch.setattr(sweep_module, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: pytest.fail("trained again"))
     again = run_grid(base, two, tmp_path / "s", parallel=1, console=False)
     assert again == rows
 
@@ -142,7 +142,7 @@ def test_failures_are_rows(base, tmp_path, monkeypatch):
         return 1.0
 
     fake = FakeTrain(loss)
-    monkeypatch.setattr(sweep_module, "train", fake)
+    monkeypatch.setattr(jobs, "train", fake)
     settings = [
         {"adapter.targets": "nothing"},
         {"optim.learning_rate": 1e30},
@@ -185,7 +185,7 @@ def test_a_stopped_sweep_goes_on(base, tmp_path, monkeypatch, fake):
         return fake(run, *args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "train", stopped)
+        patch.setattr(jobs, "train", stopped)
         with pytest.raises(Preempted):
             run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
     assert len(json.loads((tmp_path / "s" / "rows.json").read_text())["rows"]) == 1
@@ -201,15 +201,15 @@ def test_each_run_at_one_time_has_its_own_devices(base, tmp_path, monkeypatch, f
         together.wait()  # four are in here at one time
         return fake(*args, **settings)
 
-    monkeypatch.setattr(sweep_module, "train", waits)
+    monkeypatch.setattr(jobs, "train", waits)
     rows = run_grid(base, GRID, tmp_path / "a", parallel=4, console=False)
     assert len({devices[0] for devices in fake.devices}) == 4
-    monkeypatch.setattr(sweep_module, "train", fake)
+    monkeypatch.setattr(jobs, "train", fake)
     assert numbers(rows) == numbers(run_grid(base, GRID, tmp_path / "b", parallel=1, console=False))
 
 
 def test_an_error_that_is_a_fault_of_ours_is_not_a_row(base, tmp_path, monkeypatch, fake):
-    monkeypatch.setattr(sweep_module, "train", lambda *_, **__: 1 // 0)
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: 1 // 0)
     for parallel in (1, 2):
         with pytest.raises(ZeroDivisionError):
             run_grid(base, GRID, tmp_path / "s", parallel=parallel, console=False)
@@ -227,7 +227,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(base, tmp_path, monkeyp
             assert len(fake.runs) == 3, "waits where there is work"
             stack.close()  # the other process ends
 
-        monkeypatch.setattr(sweep_module, "time", SimpleNamespace(sleep=sleep))
+        monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
         rows = run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
     assert [row["run"] for row in rows] == names and len(fake.runs) == 4
     assert fake.runs[-1].adapter.rank == rows[0]["adapter.rank"]
@@ -314,7 +314,7 @@ def test_the_command_writes_a_page(base, tmp_path, capsys, fake):
 def test_a_model_that_is_not_there_is_a_row_and_numbers_of_numpy_are_numbers(
     base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sweep_module, "train", FakeTrain())
+    monkeypatch.setattr(jobs, "train", FakeTrain())
     settings = [
         {"model": str(tmp_path / "none")},
         {"adapter.rank": np.int64(3), "optim.learning_rate": np.float64(1e-3)},

@@ -34,6 +34,12 @@ def records(workdir: Path, name: str) -> dict[int, float]:
     }
 
 
+def evaluations(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl that are evaluations, doubles included."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["split"] == "eval"]
+
+
 def files(workdir: Path) -> dict[str, bytes]:
     """What a run says of itself."""
     return {
@@ -149,6 +155,21 @@ def test_what_changes_the_numbers_is_refused_still(run, workdir):
         and "train.dtype" in str(error.value)
         and "remat" not in str(error.value)
     )
+
+
+@pytest.mark.parametrize("first", [3, 4], ids=["not saved otherwise", "saved and evaluated"])
+def test_a_stop_at_a_step_that_is_due_loses_no_evaluation(run, tmp_path, monkeypatch, first):
+    """The stop itself evaluates nothing. The evaluation follows before the next step, once."""
+    run = override(run, {"train.steps": 5, "train.eval_every": 1, "eval.split": "validation"})
+    quiet_train(run, tmp_path / "whole")
+    monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == first)
+    with pytest.raises(Preempted):
+        quiet_train(run, tmp_path / "run")
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")[: first - 1]
+    monkeypatch.setattr(StopSignals, "requested", lambda self, step: False)
+    quiet_train(run, tmp_path / "run")
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+    assert [r["step"] for r in evaluations(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
 # --- a finished run -------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ import settings_page
 from zflora_jax.cli.main import main
 from zflora_jax.cli.options import settings_help
 from zflora_jax.core.adapter_config import METHODS
-from zflora_jax.core.fields import override, to_dict
+from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.settings import allowed, field_docs, sections
+from zflora_jax.reporting.trackers import TRACKERS
+from zflora_jax.training.optim import OPTIMIZERS
 
 SETTINGS = {s.name: s for section in sections() for s in section.settings}
 
@@ -40,6 +42,22 @@ def test_defaults_are_written_as_set_takes_them():
 
 def test_the_methods_are_named():
     assert SETTINGS["adapter.method"].allowed.split(" | ") == list(METHODS)
+
+
+def test_the_trackers_and_the_optimizers_are_named():
+    for name, table in (("train.report_to", TRACKERS), ("optim.optimizer", OPTIMIZERS)):
+        for row in table:
+            assert re.search(rf"\b{row}\b", SETTINGS[name].meaning), f"{row}: name it in {name}"
+
+
+def test_a_wrong_value_in_python_is_named_with_its_section():
+    """As on the command line: `check_types` knows the section of every config class."""
+    run = RunConfig()
+    for section in (f.name for f in dataclasses.fields(run)):
+        config = getattr(run, section)
+        for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+            with pytest.raises(ConfigError, match=rf"^{section}\.{field.name}="):
+                dataclasses.replace(config, **{field.name: object()})
 
 
 def test_allowed_values():

@@ -15,7 +15,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override, to_dict
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import EvalConfig, RunConfig
-from zflora_jax.experiments import compare, sweep
+from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.store import Job, Scoring, read_result, write_record
 from zflora_jax.training.identity import same_numbers
@@ -145,7 +145,7 @@ def nothing_runs(monkeypatch):
     def use(name: str) -> dict[str, Any]:
         committed = json.loads((RESULTS / f"{name}.json").read_text())
         base = SimpleNamespace(config=preset("smollm2-135m"))
-        monkeypatch.setattr(sweep, "train", lambda run, *_, **__: pytest.fail(f"trains {run}"))
+        monkeypatch.setattr(jobs, "train", lambda run, *_, **__: pytest.fail(f"trains {run}"))
         monkeypatch.setattr(compare, "score", lambda *_: pytest.fail("scores again"))
         monkeypatch.setattr(compare, "load_base", lambda *_: base)
         monkeypatch.setattr(

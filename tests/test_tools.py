@@ -1,4 +1,4 @@
-"""tools/: a GGUF file from an export, by a script that stands in for llama.cpp's."""
+"""tools/: a GGUF file from an export, by a script that stands in for llama.cpp's; a tiny model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from gguf import GGUFReader, GGUFWriter
 from support.checks import assert_logits_close
 from support.huggingface import write_gguf
 from support.models import perturb, tiny_model
+from tiny_model import main as write_tiny_model
 from to_gguf import ConversionError, _filled, convert
 
 from zflora_jax import AdapterConfig, forward, fuse, init_adapters, load_model, save_hf
@@ -185,3 +186,9 @@ def test_bytes_of_bfloat16_are_filled_number_by_number():
 def test_a_multiple_that_is_none_is_refused(tmp_path, llama_cpp):
     with pytest.raises(ConversionError, match="256 for K-quants"):
         convert(exported(tmp_path, "zflora-minimal"), tmp_path / "a.gguf", llama_cpp, multiple=0)
+
+
+def test_the_tiny_model_of_contributing_fits_the_byte_tokenizer(tmp_path):
+    write_tiny_model(str(tmp_path / "tiny"))
+    model = load_model(str(tmp_path / "tiny"))
+    assert len(model.tokenizer) <= model.config.vocab_size < 1000

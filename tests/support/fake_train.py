@@ -10,7 +10,7 @@ from typing import Any
 
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.sweep import Trained
+from zflora_jax.experiments.jobs import Trained
 
 ENVIRONMENT = {
     "commit": "c0ffee",

@@ -32,7 +32,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.ops.tiling import tile
-from zflora_jax.parallel.mesh import beside, mesh_in_use
+from zflora_jax.parallel.mesh import mesh_in_use, place_like
 from zflora_jax.parallel.sharding import constrain
 
 
@@ -65,7 +65,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
     if config.execution.packed:
         raise ValueError("this model is packed for decode; fuse first, then pack.")
     with mesh_in_use(model.params):
-        adapters = beside(model.params, adapters)
+        adapters = place_like(model.params, adapters)
         check_adapters(adapters, config, adapter)
         params = _fuse(config, adapter, model.params, adapters)
     return Model(fused_config(config, adapter), params, model.tokenizer, model.source, adapter)

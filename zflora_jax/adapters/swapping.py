@@ -26,7 +26,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.ops.copies import write_pieces
-from zflora_jax.parallel.mesh import beside, mesh_in_use, several_devices
+from zflora_jax.parallel.mesh import mesh_in_use, place_like, several_devices
 from zflora_jax.parallel.sharding import constrain
 
 
@@ -51,7 +51,7 @@ def swap(fused: Model, adapters: Tree) -> Model:
     base = base_config(fused.config.replace(packed=False), adapter)
     given = base.replace(scan_layers="layers" in adapters)
     with mesh_in_use(fused.params):
-        adapters = beside(fused.params, adapters)
+        adapters = place_like(fused.params, adapters)
         check_adapters(adapters, given, adapter)
         params = _swap(fused.config, base, adapter, fused.params, adapters)
     return Model(fused.config, params, fused.tokenizer, fused.source, adapter)

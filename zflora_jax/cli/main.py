@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from zflora_jax.cli import bench, eval, export, generate, info, plan, plot, quickstart, sweep, train
 from zflora_jax.cli.options import CommandParser
@@ -19,19 +19,20 @@ COMMANDS = (train, eval, generate, info, plot, export, plan, sweep, bench, quick
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "zflora") -> int:
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     """Run a command.
 
     Args:
       argv: its words; None means those of the process.
-      prog: the name of the program, for the help.
+      command: the one that a script of its name runs (`train.py`); None means that `argv` begins
+        with the name of a command.
 
     Returns:
       The exit code: 0; 2 for input that cannot be used or files that cannot be written (the message
       says what to change); 3 for a non-finite loss; 75 for a training run that a signal stopped and
       that the same command resumes.
     """
-    args = _parser(prog).parse_args(argv)
+    args = _parser(command).parse_args(argv)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("zflora_jax")
@@ -73,14 +74,24 @@ def _ended_by(error: Exception) -> int:
     return code
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(alone: str | None = None) -> CommandParser:
+    """The parser of all commands, or of the one that a script runs alone."""
+    modules = {command.__name__.rpartition(".")[2]: command for command in COMMANDS}
+    if alone is not None:
+        script = CommandParser(prog=f"{alone}.py", description=modules[alone].SUMMARY)
+        return _filled(script, modules[alone])
     parser = CommandParser(
-        prog=prog, description="zFLoRA in JAX: train adapters, fuse them, decode, export."
+        prog="zflora", description="zFLoRA in JAX: train adapters, fuse them, decode, export."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+    for name, command in modules.items():
         sub = subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
-        command.add_options(sub)
-        sub.set_defaults(run=command.run)
+        _filled(sub, command)
+    return parser
+
+
+def _filled(parser: CommandParser, command: Any) -> CommandParser:
+    """`parser` with the options of the module `command`, and with what it runs."""
+    command.add_options(parser)
+    parser.set_defaults(run=command.run)
     return parser

@@ -32,8 +32,9 @@ def first_line(error: BaseException) -> str:
 def nearest(name: str, allowed: typing.Iterable[str]) -> str:
     """A sentence for error messages: the closest allowed name if there is one, and all of them."""
     names = sorted(allowed)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    whatever_case = {allowed_name.lower(): allowed_name for allowed_name in names}
+    close = difflib.get_close_matches(name.lower(), whatever_case, n=1, cutoff=0.5)
+    hint = f"did you mean {whatever_case[close[0]]!r}? " if close else ""
     return f"{hint}Allowed: {', '.join(names)}"
 
 
@@ -218,7 +219,7 @@ def override(config: T, changes: dict[str, Any], name: str = "") -> T:
     Args:
       config: a dataclass; it stays as it is.
       changes: value by dotted name. A string is parsed as a Python literal where the field is not a
-        string.
+        string; one number stands for a list of it.
       name: of `config` in a greater one, for messages.
 
     Raises:
@@ -268,6 +269,8 @@ def _parse(value: Any, hint: Any) -> Any:
     if float in options and value.strip().lstrip("+-").lower() in ("inf", "infinity", "nan"):
         return float(value)  # no Python literals; _coerce refuses them as not finite
     try:
-        return ast.literal_eval(value)
+        parsed = ast.literal_eval(value)
+        one_of_several = typing.get_origin(hint) is tuple and isinstance(parsed, int | float)
+        return (parsed,) if one_of_several else parsed
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value  # _coerce then says what was expected

@@ -84,6 +84,11 @@ class DataConfig:
             " the day on which the run starts.",
         )
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a micro-batch."""
+        return self.batch_size // self.grad_accum_steps
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -98,7 +103,7 @@ class OptimConfig:
     final_lr_fraction: float = 0.0
     """Learning rate of the last step over its peak."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay, of every optimizer."""
     b1: float = 0.9
     """Decay rate of Adam's first moment."""
     b2: float = 0.999
@@ -173,7 +178,8 @@ class TrainConfig:
     max_to_keep: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = False
-    """Also keep the checkpoint with the lowest validation loss."""
+    """Also keep the checkpoint with the lowest validation loss. Needs eval.split=validation and
+    train.eval_every a divisor of train.save_every."""
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, trackio, the rows of
     reporting.trackers.TRACKERS."""
@@ -303,10 +309,7 @@ class RunConfig:
             f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has"
             " no blocks of two kinds; leave it at 1.",
         )
-        parts, micro = (
-            self.mesh.data * self.mesh.fsdp,
-            self.data.batch_size // self.data.grad_accum_steps,
-        )
+        parts, micro = self.mesh.data * self.mesh.fsdp, self.data.micro_batch_size
         require(
             micro % parts == 0,
             f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} does not divide the {micro}"

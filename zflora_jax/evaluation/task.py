@@ -199,7 +199,7 @@ def _loss_fields(run: RunConfig, model: Model, examples: Sequence[Example]) -> R
         model,
         encoded,
         run.data,
-        batch_size=run.data.batch_size // run.data.grad_accum_steps,
+        batch_size=run.data.micro_batch_size,
         chunk=run.train.loss_chunk,
     )
     return {

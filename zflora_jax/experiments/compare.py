@@ -21,10 +21,10 @@ from zflora_jax.data.dates import dated
 from zflora_jax.evaluation.statistics import SuiteScore, suite_score
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.comparison import BASE, Comparison
+from zflora_jax.experiments.jobs import run_jobs, score, split_loss
 from zflora_jax.experiments.page import comparison_page, write_page
 from zflora_jax.experiments.rates import RateChoice, choose_rate
 from zflora_jax.experiments.store import ORIGIN, Job, Result, read_result, write_record
-from zflora_jax.experiments.sweep import run_jobs, score, split_loss
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import atomic_write, local_path

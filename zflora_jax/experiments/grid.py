@@ -21,9 +21,9 @@ from zflora_jax.core.fields import ConfigError, override, require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import as_base
+from zflora_jax.experiments.jobs import Devices, run_jobs
 from zflora_jax.experiments.page import grid_page, write_page
 from zflora_jax.experiments.store import Extra, Job, Result, status
-from zflora_jax.experiments.sweep import Devices, run_jobs
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache

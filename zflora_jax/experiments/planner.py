@@ -133,7 +133,7 @@ def _optimizer_state(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
 
 
 def _local_rows(run: RunConfig) -> int:
-    return run.data.batch_size // run.data.grad_accum_steps // (run.mesh.data * run.mesh.fsdp)
+    return run.data.micro_batch_size // (run.mesh.data * run.mesh.fsdp)
 
 
 def abstract_arguments(
@@ -249,7 +249,7 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
 
 def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (cost in words, settings) of possible changes, the cheapest first."""
-    micro, parts = run.data.batch_size // run.data.grad_accum_steps, run.mesh.data * run.mesh.fsdp
+    micro, parts = run.data.micro_batch_size, run.mesh.data * run.mesh.fsdp
     if micro % (2 * parts) == 0:
         same = "other numbers drop out" if run.adapter.dropout else "the same numbers"
         yield (

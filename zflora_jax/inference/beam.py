@@ -22,7 +22,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.model_call import empty_cache, next_logits
-from zflora_jax.inference.sampling import NON_FINITE
+from zflora_jax.inference.sampling import ENDED, NON_FINITE
 from zflora_jax.nn.kv_cache import KVCache
 
 Array = jax.Array
@@ -33,7 +33,7 @@ class Hypotheses:
     """K continuations of each prompt, best first.
 
     Attributes:
-      tokens: [B, K, N] int32, -1 where nothing is written.
+      tokens: [B, K, N] int32, ENDED where nothing is written.
       scores: [B, K] float32, -inf for none yet.
     """
 
@@ -94,7 +94,7 @@ class BeamProgram:
           max_new_tokens: N.
 
         Returns:
-          [B, N] int32: up to the stop token if there is one, then -1; all `sampling.NON_FINITE`
+          [B, N] int32: up to the stop token if there is one, then ENDED; all `sampling.NON_FINITE`
           for a prompt with NaN among its logits.
         """
         prompt_length = tokens.shape[1]
@@ -112,7 +112,7 @@ class BeamProgram:
 
         state = self._prefill(variables, tokens, valid, max_new_tokens)
         best = jax.lax.while_loop(going, one_token, state).finished
-        # A filler has finished nothing: all -1.
+        # A filler has finished nothing: all ENDED.
         return jnp.where(best.scores[:, :1] == jnp.inf, NON_FINITE, best.tokens[:, 0])
 
     def _prefill(
@@ -123,7 +123,7 @@ class BeamProgram:
         cache = empty_cache(self.config, self.adapter, batch, length + max_new_tokens)
         logits, cache = next_logits(self.config, self.adapter, variables, tokens, valid, cache)
         none = Hypotheses(
-            jnp.full((batch, self.num_beams, max_new_tokens), -1, jnp.int32),
+            jnp.full((batch, self.num_beams, max_new_tokens), ENDED, jnp.int32),
             jnp.full((batch, self.num_beams), -jnp.inf, jnp.float32),
         )
         # The beams are equal so far: the first alone is extended.

@@ -98,7 +98,7 @@ def _generate_batch(
     """Generate for the prompts of one batch, the last of them the longest.
 
     Returns:
-      Tokens [rows, max_new_tokens] int32, -1 after the end of a row; fillers after the prompts.
+      Tokens [rows, max_new_tokens] int32, ENDED after the end of a row; fillers after the prompts.
     """
     size = fill_rows(batch.size, run.params)
     tokens, valid = pad_left(prompts, size, padded_length(len(prompts[-1])))

@@ -18,7 +18,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.model_call import empty_cache, next_logits
-from zflora_jax.inference.sampling import GREEDY, Sampler
+from zflora_jax.inference.sampling import ENDED, GREEDY, Sampler
 from zflora_jax.nn.kv_cache import KVCache
 
 Array = jax.Array
@@ -29,7 +29,7 @@ class DecodeState:
     """The loop's carry.
 
     Attributes:
-      out: [B, N] int32, the tokens written so far; -1 after the end of a row.
+      out: [B, N] int32, the tokens written so far; `sampling.ENDED` after the end of a row.
       last: [B] int32, the token to feed next.
       done: [B] bool, whether the row has ended.
       step: int32, how many tokens are written.
@@ -69,8 +69,8 @@ class DecodeProgram:
     def decode(
         self, variables: Tree, tokens: Array, valid: Array, keys: Array, max_new_tokens: int
     ) -> Array:
-        """Generated tokens [B, max_new_tokens] int32: up to a row's stop token, then -1; where the
-        logits are not finite, `sampling.NON_FINITE`.
+        """Generated tokens [B, max_new_tokens] int32: up to a row's stop token, then
+        `sampling.ENDED`; where the logits are not finite, `sampling.NON_FINITE`.
         """
         state = self.prefill(variables, tokens, valid, keys, max_new_tokens)
         return self.decode_until(variables, state, keys, max_new_tokens).out
@@ -86,22 +86,22 @@ class DecodeProgram:
         cache = empty_cache(self.config, self.adapter, batch, length + max_new_tokens)
         logits, cache = next_logits(self.config, self.adapter, variables, tokens, valid, cache)
         first, done = self._choose(logits, keys, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1))
-        out = jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first)
+        out = jnp.full((batch, max_new_tokens), ENDED, jnp.int32).at[:, 0].set(first)
         return DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)
 
     @partial(jax.jit, static_argnames="self", donate_argnames="state")
     def decode_until(
         self, variables: Tree, state: DecodeState, keys: Array, until: ArrayLike
     ) -> DecodeState:
-        """The rest of `decode`: go on to `until` tokens (int32), or to where all rows have ended.
-        `state` is donated.
+        """The rest of `decode`: go on until `until` tokens are written (int32, at most the
+        prefill's max_new_tokens), or all rows have ended. `state` is donated.
         """
 
         def going(s: DecodeState) -> Array:
             return (s.step < until) & ~jnp.all(s.done)
 
         def one_token(s: DecodeState) -> DecodeState:
-            fed = jnp.maximum(s.last, 0)[:, None]  # negative: ended, or NON_FINITE
+            fed = jnp.maximum(s.last, 0)[:, None]  # negative: ENDED, or NON_FINITE
             logits, cache = next_logits(self.config, self.adapter, variables, fed, None, s.cache)
             token, done = self._choose(logits, keys, s.step, s.done)
             out = jax.lax.dynamic_update_index_in_dim(s.out, token, s.step, axis=1)
@@ -112,11 +112,11 @@ class DecodeProgram:
         return replace(end, cache=end.cache.with_axes_of(state.cache))
 
     def _choose(self, logits: Array, keys: Array, step: Array, done: Array) -> tuple[Array, Array]:
-        """(the token that each row goes on with, -1 where it has ended; whether it has ended
+        """(the token that each row goes on with, ENDED where it has ended; whether it has ended
         now).
         """
         drawn = self.sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
         ended = done
         if self.stop_token_ids:
             ended = done | jnp.isin(drawn, jnp.asarray(self.stop_token_ids, jnp.int32))
-        return jnp.where(done, -1, drawn), ended
+        return jnp.where(done, ENDED, drawn), ended

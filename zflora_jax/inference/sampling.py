@@ -15,6 +15,7 @@ import numpy as np
 from zflora_jax.core.fields import check_types, require
 
 Array = jax.Array
+ENDED = -1  # in place of a token: the row has ended before
 NON_FINITE = -2  # in place of a token: the logits of the row are no finite numbers
 
 

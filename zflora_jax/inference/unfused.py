@@ -14,7 +14,7 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.batching import Batch
-from zflora_jax.parallel.mesh import beside
+from zflora_jax.parallel.mesh import place_like
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class UnfusedAdapters:
 
     def placed(self, run: Model) -> UnfusedAdapters:
         """These adapters where the parameters of the packed model `run` lie, in its layout."""
-        tree = beside(run.params, self.tree)
+        tree = place_like(run.params, self.tree)
         if self.tasks is None:
             tree = trees.unstack_layers(tree, run.config.num_layers)
         return replace(self, tree=tree)

@@ -18,7 +18,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.nn.kv_cache import KVCache, LayerCache
-from zflora_jax.nn.layers import Dense, RMSNorm, Stream, swiglu
+from zflora_jax.nn.layers import Channels, Dense, RMSNorm, swiglu
 from zflora_jax.nn.positions import Context
 from zflora_jax.ops.attention import attention
 from zflora_jax.ops.linear import Array
@@ -42,8 +42,8 @@ class Attention(nn.Module):
         self.o = dense(c, adapter, "o")
 
     def __call__(
-        self, h: Stream, context: Context, cache: LayerCache | None
-    ) -> tuple[Stream, LayerCache | None]:
+        self, h: Channels, context: Context, cache: LayerCache | None
+    ) -> tuple[Channels, LayerCache | None]:
         q, k, v = self.project(h)
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         out = attention(q, past.keys, past.values, context.mask, self.config.rotary_dim**-0.5)
         return self.merge(out), cache
 
-    def project(self, h: Stream) -> tuple[Array, Array, Array]:
+    def project(self, h: Channels) -> tuple[Array, Array, Array]:
         """Queries [B, T, H, k+e], keys and values [B, T, K, k+e]."""
         packed: Sequence[Array | None] = (None, None, None)
         if self.config.execution.packed:
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         )
         return q, k, v
 
-    def merge(self, out: Array) -> Stream:
+    def merge(self, out: Array) -> Channels:
         """What the heads [B, T, H, k+e] write to the residual stream."""
         k = self.config.head_dim
         return self.o(out[..., :k], out[..., k:]) if self.extra else self.o(out)
@@ -98,7 +98,7 @@ class MLP(nn.Module):
             dense(c, self.adapter, name) for name in ("gate", "up", "down")
         )
 
-    def __call__(self, h: Stream) -> Stream:
+    def __call__(self, h: Channels) -> Channels:
         packed: Sequence[Array | None] = (None, None)
         if self.config.execution.packed:
             packed = jnp.split(self.gate_up(h[0])[0], 2, axis=-1)
@@ -121,8 +121,8 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(c, self.adapter), MLP(c, self.adapter)
 
     def __call__(
-        self, carry: Stream, cache: LayerCache | None, context: Context
-    ) -> tuple[Stream, LayerCache | None]:
+        self, carry: Channels, cache: LayerCache | None, context: Context
+    ) -> tuple[Channels, LayerCache | None]:
         update, cache = self.attn(self.attn_norm(*carry), context, cache)
         carry = jax.tree.map(lambda x: save_for_backward(x, "residual"), add(carry, update))
         return add(carry, self.mlp(self.mlp_norm(*carry))), cache
@@ -140,7 +140,7 @@ def dense(config: LlamaConfig, adapter: AdapterConfig | None, kernel: str) -> De
     return Dense(axes_in, axes_out, adapter, blocks, config.execution.packed)
 
 
-def add(stream: Stream, update: Stream) -> Stream:
+def add(stream: Channels, update: Channels) -> Channels:
     """Both parts of a stream; an update without adapter channels leaves them as they are."""
     (x, z), (dx, dz) = stream, update
     return (x + dx, z if z is None or dz is None else z + dz)

@@ -24,7 +24,7 @@ from zflora_jax.ops.linear import Array, packed_linear, project, whole_vectors
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.tiling import tile
 
-Stream = tuple[Array, Array | None]  # base channels, adapter channels
+Channels = tuple[Array, Array | None]  # (x, z) of a stream
 
 
 class AdaptedModule(nn.Module):

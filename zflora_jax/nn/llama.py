@@ -24,13 +24,13 @@ from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.blocks import Block, resolved
 from zflora_jax.nn.kv_cache import KVCache
-from zflora_jax.nn.layers import Embed, Head, RMSNorm, Stream
-from zflora_jax.nn.positions import Context, attended
+from zflora_jax.nn.layers import Channels, Embed, Head, RMSNorm
+from zflora_jax.nn.positions import Context, positions_and_mask
 from zflora_jax.nn.row_adapters import hidden_states
 from zflora_jax.ops.linear import Array
 from zflora_jax.ops.remat import REMAT_POLICY
 from zflora_jax.ops.rope import rope_tables
-from zflora_jax.parallel.mesh import beside, mesh_in_use
+from zflora_jax.parallel.mesh import has_values_here, mesh_in_use, place_like
 from zflora_jax.parallel.sharding import divide_embeddings
 
 
@@ -46,13 +46,13 @@ class Llama(nn.Module):
     adapter: AdapterConfig | None = None
 
     def setup(self) -> None:
-        c, run, adapter = self.config, self.config.execution, self.adapter
-        if run.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
+        c, execution, adapter = self.config, self.config.execution, self.adapter
+        if execution.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
             raise ValueError("method 'full' cannot replace packed kernels: fuse first, then pack.")
         self.embed = Embed(c)
-        policy = None if run.remat else REMAT_POLICY
-        block: Any = nn.remat(Block, prevent_cse=not run.scan_layers, policy=policy)
-        if run.scan_layers:
+        policy = None if execution.remat else REMAT_POLICY
+        block: Any = nn.remat(Block, prevent_cse=not execution.scan_layers, policy=policy)
+        if execution.scan_layers:
             self.layers = nn.scan(
                 block,
                 {"params": 0, "adapters": 0},
@@ -103,13 +103,13 @@ class Llama(nn.Module):
         """
         if not self.is_initializing():
             check_collection(self.config, self.adapter, self.variables.get("adapters"))
-        positions, mask, slots = attended(tokens.shape, padding_mask, segment_ids, cache)
+        positions, mask, slots = positions_and_mask(tokens.shape, padding_mask, segment_ids, cache)
         cos, sin = rope_tables(self.config, positions, slots.shape[1])
         context = Context(cos, sin, mask, None if cache is None else cache.index)
 
         x = divide_embeddings(self.embed(tokens), rows=cache is None)
         width = resolved(self.config, self.adapter).residual
-        carry: Stream = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
+        carry: Channels = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         carry, layers = self._run_layers(carry, None if cache is None else cache.layers, context)
         x, _ = self.final_norm(*carry)  # the state is dropped here: the head has no rows for it
         if cache is None:
@@ -120,7 +120,7 @@ class Llama(nn.Module):
         """Hidden states [B, T, d] -> logits [B, T, V] float32."""
         return self.embed.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
-    def _run_layers(self, carry: Stream, caches: Any, context: Context) -> tuple[Stream, Any]:
+    def _run_layers(self, carry: Channels, caches: Any, context: Context) -> tuple[Channels, Any]:
         if self.config.execution.scan_layers:
             return self.layers(carry, caches, context)
         updated = []
@@ -168,7 +168,7 @@ def forward(
       ConfigError: token ids that the embedding has no row for (not of traced tokens, whose values
         are not known yet).
     """
-    if getattr(tokens, "is_fully_addressable", not isinstance(tokens, jax.core.Tracer)):
+    if has_values_here(tokens):
         check_ids(tokens, model.config.vocab_size, "tokens", model.tokenizer)
     require(
         adapters is None or row_adapters is None,
@@ -176,7 +176,7 @@ def forward(
     )
     given = {"adapters": adapters, "row_adapters": row_adapters}
     variables = {
-        name: beside(model.params, tree) for name, tree in given.items() if tree is not None
+        name: place_like(model.params, tree) for name, tree in given.items() if tree is not None
     }
     variables["params"] = model.params
     with mesh_in_use(model.params), jax.default_matmul_precision("highest"):

@@ -31,7 +31,7 @@ class Context:
     index: Array | None
 
 
-def attended(
+def positions_and_mask(
     shape: tuple[int, ...],
     padding_mask: Array | None,
     segment_ids: Array | None,

@@ -66,7 +66,7 @@ def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
             yield
 
 
-def beside(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
+def place_like(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
     """Put adapters on the mesh of a model's parameters; on one device they stay where they are.
 
     Args:
@@ -81,6 +81,13 @@ def several_devices() -> bool:
     """Whether the mesh in use has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
+
+
+def has_values_here(array: Any) -> bool:
+    """Whether this process can read the values now: it cannot read those of a traced array, nor all
+    of an array that several processes share.
+    """
+    return getattr(array, "is_fully_addressable", not isinstance(array, jax.core.Tracer))
 
 
 def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",)) -> int:

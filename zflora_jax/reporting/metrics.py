@@ -58,11 +58,16 @@ class MetricWriter:
             if start_step > 0 and r["step"] <= start_step
         ]
         atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self._restored = {(r["step"], r["split"]) for r in kept}
         # Before the file is open: they may refuse.
         self._trackers = make_trackers(report_to, workdir, start_step, config or {})
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._progress = training_progress(total_steps, start_step) if console else None
         self._closed = False
+
+    def restored(self, step: int, split: str) -> bool:
+        """Whether the file had a record of `step` and `split` when it was opened."""
+        return (step, split) in self._restored
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Append one record.
@@ -105,8 +110,8 @@ class MetricWriter:
         self._show(lambda tracker: tracker.close())
 
     def _show(self, call: Callable[[Tracker], None]) -> None:
-        """`call` of every tracker. One that fails is left out from then on: a full disk or a lost
-        connection there must not end the training.
+        """Call every tracker. Drop one that raises: a full disk or a lost connection there must not
+        end the training.
         """
         for tracker in tuple(self._trackers):
             try:

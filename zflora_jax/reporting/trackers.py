@@ -45,7 +45,7 @@ class TensorBoard:
 
         self._events = SummaryWriter(
             str(workdir / TENSORBOARD_DIR),
-            # TensorBoard hides earlier events from this step on.
+            # TensorBoard hides events of this step and later that were written before.
             purge_step=start_step + 1 if start_step else 0,
             # File names count whole seconds: a quick restart would overwrite its predecessor's
             filename_suffix=f".{start_step}",

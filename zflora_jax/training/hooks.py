@@ -22,15 +22,15 @@ from zflora_jax.training.trainer import NonFiniteError, TrainState, non_finite
 
 
 def is_due(step: int, period: int | None, steps: int) -> bool:
-    """Whether something that happens every `period` steps, and after the last of `steps`, happens
-    after `step`. A period of None: after the last step alone.
+    """Whether `step` is a multiple of `period`, or the last of `steps`. With a period of None only
+    the last step is due.
     """
     return step == steps or (period is not None and step % period == 0)
 
 
 class RequireFinite(Hook):
-    """End the run at a loss, a gradient or adapters that are NaN or infinite. The first hook, so
-    that nothing is logged or saved of such a step.
+    """End the run when the loss, the gradient or the adapters are NaN or infinite. Put this hook
+    first, so that nothing of such a step is logged or saved.
 
     Raises:
       NonFiniteError: with the number of the step.
@@ -45,7 +45,7 @@ class RequireFinite(Hook):
 
 
 class LogMetrics(Hook):
-    """Log every train.log_every-th step, show progress, and measure where the time of the run goes.
+    """Log every train.log_every-th step, show progress, and measure where the run spends its time.
 
     Args:
       writer: None in processes that write nothing.
@@ -53,14 +53,15 @@ class LogMetrics(Hook):
       started: time.perf_counter() at the start of the run.
 
     Attributes:
-      timings: "first_step_seconds", from `started` until the metrics of the first step were there,
-        and "data_wait_share", the share of the time after it in which the device waited for
-        batches. None if there is no such step.
+      timings: "first_step_seconds", the time from `started` until the metrics of the first step
+        were there; "data_wait_share", the share of the time after the first step in which the
+        device waited for batches. A value is None until it can be measured.
     """
 
     def __init__(self, writer: MetricWriter | None, settings: TrainConfig, started: float) -> None:
         self._writer, self._settings, self._started = writer, settings, started
-        self._checksums: dict[int, int] = {}  # of batches whose metrics are to come, by step
+        # By step, of batches whose metrics are not there yet.
+        self._checksums: dict[int, int] = {}
         self._waited = self._trained = 0.0
         self.timings: dict[str, float | None] = {
             "first_step_seconds": None,
@@ -68,7 +69,7 @@ class LogMetrics(Hook):
         }
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
-        # For those who compare the data of two runs.
+        # Shows whether two runs have seen the same data.
         self._checksums[step] = zlib.crc32(batch["tokens"].tobytes())
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], timing: Timing) -> None:
@@ -103,7 +104,7 @@ class HeldOutLoss(Hook):
       last: the result of the last evaluation.
 
     Raises:
-      NonFiniteError: the loss is NaN or infinite; the message says if the state was saved.
+      NonFiniteError: the loss is NaN or infinite; the message says whether the state is saved.
     """
 
     def __init__(
@@ -137,15 +138,16 @@ class HeldOutLoss(Hook):
 class SaveCheckpoints(Hook):
     """Save the state every train.save_every steps, at the end, and before the run stops early.
 
-    It adds the checkpoint's folder to the results of a step, and saves the held-out "loss" with the
-    state if a hook before it measured one.
+    It saves the held-out loss with the state if an earlier hook put "loss" into the results of the
+    step, and puts the folder there as "checkpoint".
 
     Args:
       checkpoints: where to save.
       workdir: of the run.
       settings: of the run.
-      meta: what is saved beside each state.
-      began: time.perf_counter() at the start of the run, less the seconds of earlier processes.
+      meta: saved beside each state.
+      began: time.perf_counter() at the start of this process, minus the seconds that earlier
+        processes of the run trained.
     """
 
     def __init__(
@@ -175,7 +177,7 @@ class SaveCheckpoints(Hook):
 
 
 class StopOnSignal(Hook):
-    """End the run after the step in which SIGTERM or SIGINT came, to this process or another."""
+    """End the run after the step during which a process of the run received SIGTERM or SIGINT."""
 
     def __init__(self, signals: StopSignals) -> None:
         self._signals = signals

@@ -96,18 +96,18 @@ def fit(
         for hook in hooks:
             hook.on_batch(step, host_batch)
         batch = place(host_batch)
-        # Else the device was still busy with the step before.
+        # Count the wait only if the device had finished the previous step.
         if pending is None or pending[1]["loss"].is_ready():  # type: ignore[attr-defined]
             waited += time.perf_counter() - asked
         state, metrics = step_fn(params, state, batch)
         if pending is not None:
-            clock, waited = _report(hooks, *pending, clock, waited)
+            clock, waited = _report(hooks, *pending, clock, waited), 0.0
         pending = step, metrics
         # Not any(generator): with several processes every hook asks the others at every step.
         stopping = any([hook.should_stop(step) for hook in hooks]) and step < steps
         due = [hook for hook in hooks if hook.is_due(step)]
         if stopping or due:
-            clock, waited = _report(hooks, *pending, clock, waited)
+            clock, waited = _report(hooks, *pending, clock, waited), 0.0
             pending = None
         if stopping:  # before anything that takes time: who asked may not wait long
             for hook in hooks:
@@ -125,11 +125,13 @@ def fit(
 
 def _report(
     hooks: Sequence[Hook], step: int, arrays: Metrics, clock: float, waited: float
-) -> tuple[float, float]:
-    """Give the metrics of `step` to the hooks. Returns `clock` and `waited` for the next step."""
+) -> float:
+    """Give the metrics of `step` to the hooks. Returns the time at which they were there: `clock`
+    for the next step.
+    """
     metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
     now = time.perf_counter()
     timing = Timing(max(now - clock, 1e-9), waited)
     for hook in hooks:
         hook.on_metrics(step, metrics, timing)
-    return now, 0.0
+    return now

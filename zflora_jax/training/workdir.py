@@ -56,7 +56,7 @@ def read_config(workdir: str | Path) -> RunConfig:
             " another directory."
         ) from None
     run = from_file(RunConfig, values)
-    # A run that is older than the setting was told the day of its start.
+    # Before data.date existed, a chat template was told the day on which the run started.
     day = run.data.date or first_day(workdir)
     return dated(run, day) if day else run
 
@@ -64,18 +64,18 @@ def read_config(workdir: str | Path) -> RunConfig:
 def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     """Decide with which settings `run` starts or goes on in `workdir`.
 
-    Settings that `run` leaves open are taken from the run that is there, or decided now if there is
-    none: data.date (today for a new run) and adapter.init.
+    If `run` leaves data.date or adapter.init open (None), it takes the value of the run that is
+    there. A new run takes today's date.
 
-    A run that has saved no step yet may change in everything. A finished run keeps all settings
-    that its numbers were computed with.
+    As long as no step is saved, every setting may change. A finished run keeps all settings that
+    its numbers were computed with.
 
     Returns:
-      (the settings, which of them change with this start).
+      (the settings to use, those that differ from the run that is there).
 
     Raises:
-      ConfigError: `run` changes settings that the run there cannot go on with (all of them are
-        named), or asks for fewer steps than are finished.
+      ConfigError: `run` changes settings that must stay (the message names all of them), or asks
+        for fewer steps than are finished.
     """
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
@@ -100,11 +100,11 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
 
 
 def _require_may_change(workdir: Path, run: RunConfig, changed: Changes, finished: int) -> None:
-    """Refuse changes that a run of `finished` steps cannot go on with."""
+    """Refuse changes of settings that must stay once `finished` steps are done."""
     longer = ("train/steps",) if run.train.steps >= finished else ()
     refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
     if run.adapter.dropout and "data/grad_accum_steps" in changed:
-        refused.append("data/grad_accum_steps")  # what drops out is drawn for each micro-batch
+        refused.append("data/grad_accum_steps")  # dropout draws for each micro-batch
     if refused:
         rows = [
             f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
@@ -116,7 +116,7 @@ def _require_may_change(workdir: Path, run: RunConfig, changed: Changes, finishe
 
 
 def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
-    """`run` with those settings of `there` that change rounding (`ROUNDING`)."""
+    """`run` with the settings named in `ROUNDING` taken from `there`."""
     for key in ROUNDING:
         section, name = key.split("/")
         part = replace(getattr(run, section), **{name: getattr(getattr(there, section), name)})
@@ -131,8 +131,8 @@ def _finished_steps(workdir: Path) -> int:
 
 
 def change_notes(changed: Changes, run: RunConfig) -> list[str]:
-    """Sentences that say how the changed settings affect the numbers of a resumed run. Changes
-    without an effect get none.
+    """Say how each changed setting affects the numbers of a resumed run, a sentence each. A setting
+    that does not affect them gets no sentence.
     """
     notes = [
         f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change,"
@@ -160,7 +160,7 @@ def change_notes(changed: Changes, run: RunConfig) -> list[str]:
 
 
 def claim(workdir: str | Path, run: RunConfig) -> None:
-    """Make `workdir` the directory of `run`: check it (`adopt`), then write its config.json.
+    """Check that `run` may train in `workdir` (`adopt`), then write its config.json there.
 
     Raises:
       BusyError: another process is training there.
@@ -180,7 +180,8 @@ def claim(workdir: str | Path, run: RunConfig) -> None:
 
 
 def require_own(workdir: str | Path, run: RunConfig) -> None:
-    """Refuse a `workdir` that another process has claimed since `run` did. Called under its lock.
+    """Refuse a `workdir` that another process claimed after `run` did. Call it while holding the
+    lock.
 
     Raises:
       ConfigError: its config.json is of another run.
@@ -196,11 +197,11 @@ class BusyError(ConfigError):
     """Another process trains in this workdir."""
 
 
-# What file systems without locks answer: some network and FUSE mounts.
+# Errors of file systems that have no locks, such as some network and FUSE mounts.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-@functools.cache  # once for each workdir of a process
+@functools.cache  # warn once per workdir
 def _warn_unlocked(workdir: str, reason: str) -> None:
     log.warning(
         "The file system of %s has no locks (%s), so no other process can be kept out of it: see to"
@@ -212,9 +213,9 @@ def _warn_unlocked(workdir: str, reason: str) -> None:
 
 @contextmanager
 def locked(workdir: str | Path) -> Iterator[None]:
-    """Hold `workdir` for this process alone, by an advisory lock that ends with the process.
+    """Keep other processes out of `workdir`, by an advisory lock that ends with the process.
 
-    On a file system without locks nothing is held, and a warning says so.
+    On a file system without locks this only warns.
 
     Raises:
       BusyError: another process holds it.
@@ -234,8 +235,8 @@ def locked(workdir: str | Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Unlock explicitly: a forked child may still hold the file. Where that fails, there are
-            # no locks, or closing the file unlocks it.
+            # Unlock explicitly: a forked child may still have the file open. Ignore a failure: the
+            # file system has no locks, or closing the file unlocks it.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)
 
@@ -247,9 +248,9 @@ def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more:
     """Append a line to <workdir>/starts.jsonl.
 
     Args:
-      step: the finished steps that the start goes on from.
+      step: how many steps were finished at this start.
       env: of `provenance.environment`.
-      more: what else the line holds; entries that are empty are left out.
+      more: further entries of the line; empty ones are left out.
     """
     path = Path(workdir) / STARTS_FILE
     earlier = path.read_bytes() if path.is_file() else b""
@@ -258,7 +259,7 @@ def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more:
 
 
 def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
-    """The starts of a run in order, without damaged lines; an empty list if there is no file."""
+    """The starts of a run, in order. Damaged lines are left out; without a file there are none."""
     path, found = Path(workdir) / STARTS_FILE, list[dict[str, Any]]()
     if not path.is_file():
         return found
@@ -270,7 +271,7 @@ def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def first_day(workdir: str | Path) -> str | None:
-    """The local date of the first start ("2026-11-26"), None where it is not known."""
+    """The local date of the first start ("2026-11-26"), or None if it is not known."""
     with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
         # Recorded in UTC; transformers tells a chat template the local date.
         started = datetime.fromisoformat(read_starts(workdir)[0]["date"])

@@ -1,8 +1,8 @@
-"""The runs of a sweep: each trained once, measured and recorded; stopped ones go on; several
-processes share the work, and several devices too.
+"""Run a list of jobs: train each once, measure it and record the result. A stopped job goes on.
+Several processes may share the list, and several jobs may run at one time on devices of their own.
 
-`grid` (every combination of settings) and `compare` (methods at their best learning rates) are two
-ways to write down which runs these are.
+`grid` (every combination of settings) and `compare` (methods at their best learning rates) make
+such lists.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Devices = Sequence[jax.Device] | None
 POLL = 5.0  # seconds between looks at runs that other processes are training
-# What the record of a finished run keeps of its report.
+# What a record copies from the report of a run.
 _KEPT = (
     "params_trainable",
     "validation_loss",
@@ -59,22 +59,23 @@ def run_jobs(
     failures: tuple[type[Exception], ...] = (),
     console: bool = True,
 ) -> Iterator[tuple[Job, Result]]:
-    """The results of `jobs`, as they come.
+    """Yield (job, result) as results come.
 
-    A job with a record is not run again; what was stopped goes on; a job that another process is
-    training is left to it, and its record awaited while there is nothing else to do. A loss that is
-    no number is a result, recorded: {"failed": why}.
+    A job that has a record is not run again. A job that was stopped goes on. A job that another
+    process trains is left to that process; its record is read once no other job is left. A run that
+    diverges is recorded as {"failed": why}.
 
     Args:
       jobs: the runs, in the order in which they begin.
       base: (settings, devices) -> the base model, or None for one that the run loads itself.
-      slots: the devices of each job that runs at one time. One slot: in this thread, where signals
-        are heard.
-      failures: errors that are results too, but not recorded: such a job is tried again next time.
-      console: whether a job that runs alone shows its progress.
+      slots: for each job that may run at the same time, its devices. With one slot the jobs run in
+        this thread, which receives the signals if it is the main one.
+      failures: errors that become a result, {"failed": why}, but no record: the next call tries
+        such a job again.
+      console: show the progress of a job, if there is one slot.
 
     Raises:
-      Preempted: a signal came; what trained is saved.
+      Preempted: a signal came; the runs that were training are saved.
     """
     free: queue.SimpleQueue[Devices] = queue.SimpleQueue()
     for devices in slots:
@@ -107,7 +108,7 @@ def run_jobs(
 def _each(
     attempt: Callable[[Job], tuple[Job, Result | None]], jobs: Sequence[Job], workers: int
 ) -> Iterator[tuple[Job, Result | None]]:
-    """`attempt` at each job, in this thread unless there are several workers."""
+    """Yield `attempt(job)` for each job: in this thread, or with several `workers` in a pool."""
     if workers == 1:
         yield from map(attempt, jobs)
         return
@@ -115,8 +116,7 @@ def _each(
         try:
             for done in as_completed([pool.submit(attempt, job) for job in jobs]):
                 yield done.result()
-        # A signal, or an error that is no result: runs that train are saved or end, the others are
-        # not begun.
+        # A signal, or an error that is no result: begin no more jobs. Those that run stop or end.
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -128,7 +128,7 @@ def _result(
     devices: Devices,
     console: bool,
 ) -> Result:
-    """The recorded result of `job`, or that of its run, which is then recorded.
+    """Read the recorded result of `job`; if there is none, train the job and record its result.
 
     Raises:
       BusyError: another process is training it.
@@ -136,7 +136,7 @@ def _result(
     if (saved := read_result(job)) is not None:
         log.info("%s is there, made at commit %s: not run again", job.record, saved.get("commit"))
         return saved
-    if job.workdir.is_dir():  # said before anything slow
+    if job.workdir.is_dir():  # raise BusyError before anything slow
         with locked(job.workdir):
             pass
     try:
@@ -150,8 +150,9 @@ def _result(
 
 
 def _measured(job: Job, trained: Trained, console: bool) -> Result:
+    """What the record of `job` holds: parts of the report, and what the job asks for besides."""
     report = trained.report
-    run = dated(job.run, trained.date)  # scored with the prompts that it was trained with
+    run = dated(job.run, trained.date)  # score with the prompts of the training
     result: Result = {key: report[key] for key in _KEPT if key in report}
     if job.test_loss:
         test = split_loss(run, "test", trained.model, trained)
@@ -171,14 +172,14 @@ def _measured(job: Job, trained: Trained, console: bool) -> Result:
 def split_loss(
     run: RunConfig, split: str, model: Model, trained: Trained | None = None
 ) -> dict[str, float]:
-    """`held_out_loss` of the base on a split, or of the base with what `trained` put beside it."""
+    """Compute `held_out_loss` on a split: of the base, or with the adapters of `trained`."""
     _, encoded = held_out(run, model, split)
     loss = functools.partial(
         held_out_loss,
         model,
         encoded,
         run.data,
-        batch_size=run.data.batch_size // run.data.grad_accum_steps,
+        batch_size=run.data.micro_batch_size,
         chunk=run.train.loss_chunk,
     )
     return loss() if trained is None else loss(adapter=run.adapter, adapters=trained.adapters)
@@ -187,7 +188,7 @@ def split_loss(
 def score(
     run: RunConfig, model: Model, scoring: Scoring, out: Path, console: bool
 ) -> dict[str, Result]:
-    """Task -> rows and scores of `model`. Every example's record stays in `out`."""
+    """Score `model` on tasks: task -> rows and scores. The record of every example is in `out`."""
     summary = evaluate_tasks(
         dataclasses.replace(run, eval=scoring.settings),
         model,

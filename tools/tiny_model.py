@@ -1,0 +1,24 @@
+"""`python tools/tiny_model.py OUT` writes a tiny model directory, with random weights and a byte
+tokenizer, to try a change on: the model that the tests train.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent / "tests"
+
+
+def main(out: str) -> None:
+    sys.path.insert(0, str(TESTS))
+    from support.byte_tokenizer import byte_tokenizer
+    from support.runs import saved_base
+
+    print("written:", saved_base(Path(out), byte_tokenizer()))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tools/tiny_model.py OUT")
+    main(sys.argv[1])
