@@ -35,12 +35,11 @@ def measure(dtype: str) -> dict[str, float]:
     from zflora_jax.adapters.init import init_adapters
     from zflora_jax.bench import decode_latency
 
-    try:
-        from zflora_jax.training.trainer import init_state, make_train_step
-    except ModuleNotFoundError:  # an older checkout, which has its modules side by side
-        from zflora_jax.trainer import init_state, make_train_step  # type: ignore[no-redef]
-
     checkout = Path(os.environ["PYTHONPATH"])
+    if (checkout / "zflora_jax" / "trainer.py").is_file():  # an older one: no packages yet
+        from zflora_jax.trainer import init_state, make_train_step
+    else:
+        from zflora_jax.training.trainer import init_state, make_train_step
     if not Path(zf.__file__).is_relative_to(checkout):
         raise RuntimeError(f"measured would be {zf.__file__}, which is not in {checkout}")
     model, found = zf.load_model("smollm2-135m", dtype=dtype), {}
