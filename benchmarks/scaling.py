@@ -22,7 +22,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-from zflora_jax.adapters.init import adapter_shapes
+from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.model_config import LlamaConfig, preset
@@ -140,7 +140,7 @@ def formula(config: LlamaConfig, adapter: AdapterConfig, mesh: MeshConfig) -> in
     and backward), the table of tokens once, as the head; gradients of the adapters summed over the
     rows' devices; under tensor the residual stream, twice a layer in each pass.
     """
-    rows, width = mesh.data * mesh.fsdp, 4
+    rows, width = mesh.row_parts, 4
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values())
     head = config.vocab_size * config.hidden_size
     share = (mesh.fsdp - 1) / mesh.fsdp
@@ -155,15 +155,15 @@ def formula(config: LlamaConfig, adapter: AdapterConfig, mesh: MeshConfig) -> in
 
 def measure(name: str, mesh: MeshConfig) -> dict[str, Any]:
     adapter = AdapterConfig("zflora-minimal", rank=32)
-    devices = mesh.data * mesh.fsdp * mesh.tensor
-    data = DataConfig(batch_size=ROWS * mesh.data * mesh.fsdp, bucket_lengths=(LENGTH,))
+    devices = mesh.devices
+    data = DataConfig(batch_size=ROWS * mesh.row_parts, bucket_lengths=(LENGTH,))
     run = RunConfig(model=name, adapter=adapter, data=data, train=TrainConfig(), mesh=mesh)
     found = collectives(compiled_step(run, preset(name)).as_text())
     row = {
         "model": name,
         "mesh": f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}",
         "devices": devices,
-        "tokens per step": ROWS * LENGTH * mesh.data * mesh.fsdp,
+        "tokens per step": ROWS * LENGTH * mesh.row_parts,
     }
     row |= {f"{kind}, MB": round(found[kind] / 1e6, 1) for kind in KINDS if found[kind]}
     return row | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,14 +12,8 @@ from support.settings import RUNS
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, from_dict, nearest, override, to_dict
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling, preset
-from zflora_jax.core.run_config import (
-    DataConfig,
-    EvalConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    from_file,
-)
+from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.core.stored_config import from_file
 
 
 @pytest.mark.parametrize(
@@ -266,5 +261,17 @@ def test_model_settings_are_read_by_the_names_of_before():
 
 
 def test_an_old_and_a_new_name_together_are_refused():
-    with pytest.raises(ConfigError, match=r"mlp_rank: given under the old name and the new one"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mlp_rank is the name of before of extra_mlp_units, which is given too: give one",
+    ):
         AdapterConfig("zflora-minimal", mlp_rank=2, extra_mlp_units=2)
+
+
+def test_replace_takes_the_names_of_before():
+    adapter = AdapterConfig("zflora-uniform")
+    assert adapter.replace(mlp_rank=4) == adapter.replace(extra_mlp_units=4) != adapter
+    tiny = preset("tiny")
+    assert tiny.replace(rope_dim=8) == tiny.replace(base_head_dim=8) != tiny
+    with pytest.raises(ConfigError, match="keep is the name of before of max_to_keep"):
+        dataclasses.replace(TrainConfig(), keep=3)

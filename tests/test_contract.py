@@ -15,9 +15,10 @@ from support.checks import assert_logits_close, assert_trees_equal
 from support.grids import pairwise
 from support.models import perturb, tiny_model
 
+from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.methods import base_config, count_params, fused_config, resolve_adapter
+from zflora_jax.adapters.methods import base_config, fused_config, resolve_adapter
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
 from zflora_jax.core import trees

@@ -9,7 +9,8 @@ from support.cases import every_method, few_cases
 from support.checks import assert_trees_equal
 from support.models import perturb, tiny_model
 
-from zflora_jax.adapters.init import adapter_shapes, init_adapters
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.run_config import OptimConfig

@@ -53,6 +53,8 @@ def test_segment_ids_stand_alone(tokens):
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
     with pytest.raises(ConfigError, match="give them or padding_mask, not both"):
         forward(model, tokens, padding_mask=segment_ids > 0, segment_ids=segment_ids)
+    with pytest.raises(ConfigError, match=r"padding_mask must be bool.* go to segment_ids"):
+        forward(model, tokens, padding_mask=segment_ids)
     cache = init_cache(model.config, len(tokens), 64)
     with pytest.raises(ConfigError, match="cannot be continued from a cache: give padding_mask"):
         Llama(model.config).apply({"params": model.params}, tokens, None, cache, segment_ids)

@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 from support.checks import assert_trees_equal
 
+from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.methods import (
-    SERVED_HEAD_DIMS,
-    count_params,
-    live_layers,
-    resolve_adapter,
-)
+from zflora_jax.adapters.methods import SERVED_HEAD_DIMS, live_layers, resolve_adapter
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes

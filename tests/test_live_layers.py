@@ -12,8 +12,10 @@ import pytest
 from support.cases import adapter_cases, case_id, dead_slices
 from support.models import perturb, tiny_model
 
-from zflora_jax.adapters.init import adapter_shapes, init_adapters
-from zflora_jax.adapters.methods import count_params, live_layers, resolve_adapter
+from zflora_jax.adapters.counts import count_params
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.methods import live_layers, resolve_adapter
+from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.model_config import preset

@@ -24,7 +24,8 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.model import Model
-from zflora_jax.core.run_config import RunConfig, from_file
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.stored_config import from_file
 from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.store import Job, read_result
 from zflora_jax.experiments.train import train

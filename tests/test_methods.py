@@ -8,16 +8,14 @@ import math
 
 import pytest
 
-from zflora_jax.adapters.init import adapter_shapes
+from zflora_jax.adapters.counts import count_params, rank_for_budget
 from zflora_jax.adapters.methods import (
-    block_shapes,
-    count_params,
     default_extra_head_dim,
     fused_config,
-    rank_for_budget,
     resolve_adapter,
     target_kernels,
 )
+from zflora_jax.adapters.shapes import adapter_shapes, block_shapes
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.fields import ConfigError

@@ -17,7 +17,8 @@ from support.checks import assert_trees_equal
 from support.models import perturb
 from support.sharded import OPTIM, batch, sharded_model
 
-from zflora_jax.adapters.init import adapter_shapes, init_adapters
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes

@@ -1,7 +1,7 @@
 # The public names and where they live: the one list, read at run time and by type checkers.
+from .adapters.counts import count_params as count_params, rank_for_budget as rank_for_budget
 from .adapters.fuse import fuse as fuse, unfuse as unfuse
 from .adapters.init import init_adapters as init_adapters
-from .adapters.methods import count_params as count_params, rank_for_budget as rank_for_budget
 from .adapters.packing import pack as pack, pack_for_decode as pack_for_decode
 from .adapters.swapping import swap as swap
 from .adapters.tasks import (

@@ -9,8 +9,8 @@ from zflora_jax.core.run_config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    from_file,
 )
+from zflora_jax.core.stored_config import from_file
 
 __all__ = [
     "METHODS",

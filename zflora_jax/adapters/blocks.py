@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, kernel_shapes
@@ -22,15 +21,6 @@ Array = jax.Array
 
 # What is written into a kernel, and the indices where it begins.
 Piece = tuple[Array, tuple[int, ...]]
-
-
-def check_adapters(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
-    """ValueError unless the adapters have the leaves and shapes of the method and are finite."""
-    expected = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in adapter_shapes(config, adapter).items()
-    }
-    trees.check_like(adapters, trees.unflatten(expected), f"adapters of method {adapter.method!r}")
 
 
 def map_kernels(fn: Callable[[str, str, Any], Any], params: Tree) -> Tree:

@@ -16,7 +16,6 @@ import numpy as np
 from zflora_jax.adapters.blocks import (
     Array,
     block_region,
-    check_adapters,
     in_axis,
     map_kernels,
     pad_axis,
@@ -25,6 +24,7 @@ from zflora_jax.adapters.blocks import (
     with_block,
 )
 from zflora_jax.adapters.methods import ResolvedAdapter, base_config, fused_config, resolve_adapter
+from zflora_jax.adapters.shapes import check_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, kernel_shapes, param_shapes

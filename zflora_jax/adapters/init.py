@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,71 +12,17 @@ import numpy as np
 
 from zflora_jax.adapters.methods import (
     SERVED_HEAD_DIMS,
-    block_shapes,
     default_extra_head_dim,
     live_layers,
     resolve_adapter,
 )
+from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import group, kernel_shapes, param_shapes
+from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.parallel.devices import widest_head
-
-
-def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """The leaves of the `adapters` collection.
-
-    Args:
-      config: of the base.
-      adapter: of any method.
-
-    Returns:
-      Name -> shape, named and stacked as the base's parameters are ("layers/attn/q/forward": [L,
-      ...]). For method "full" these are the base's own parameters.
-    """
-    if METHODS[adapter.method].in_place == "full":
-        return param_shapes(config)
-    layer = {
-        f"{group(k)}/{k}/{name}": shape
-        for k, blocks in block_shapes(config, adapter).items()
-        for name, shape in blocks.items()
-    }
-    if config.execution.scan_layers:
-        return {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
-    return {
-        f"layers_{i}/{name}": shape
-        for i in range(config.num_layers)
-        for name, shape in layer.items()
-    }
-
-
-def check_collection(
-    config: LlamaConfig, adapter: AdapterConfig | None, given: Mapping[str, Any] | None
-) -> None:
-    """ValueError unless `given`, a model's `adapters` collection or None, is that of `adapter`."""
-    if adapter is None:
-        if given is None:
-            return
-        raise ValueError(
-            "an `adapters` collection was given to a Llama without an adapter: pass"
-            " Llama(config, adapter), or leave the collection out."
-        )
-    if given is None:
-        raise ValueError(
-            f"Llama has adapter method {adapter.method!r} but no `adapters` collection:"
-            " apply({'params': ..., 'adapters': ...}, tokens)."
-        )
-    shapes = {name: leaf.shape for name, leaf in trees.flatten(given).items()}
-    expected = adapter_shapes(config, adapter)
-    if diff := trees.difference(expected, shapes):
-        raise ValueError(f"the adapters are not those of {adapter}:\n{diff}")
-    if wrong := [name for name in expected if shapes[name] != expected[name]]:
-        raise ValueError(
-            f"the adapters are not those of {adapter}: {wrong[0]} has shape {shapes[wrong[0]]},"
-            f" expected {expected[wrong[0]]}."
-        )
 
 
 def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:

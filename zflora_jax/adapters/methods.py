@@ -11,12 +11,11 @@ channels that an adapter adds to d, k, f.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, count_base, kernel_shapes
+from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model_config import LlamaConfig
 
@@ -210,41 +209,6 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
     return base
 
 
-def block_shapes(
-    config: LlamaConfig, adapter: AdapterConfig
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of the blocks in one layer.
-
-    forward is [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z]; the z axes have the
-    same heads and, in place of the stream's width, its extra width. Low-rank factors are over
-    flattened axes: lora_a [in, r], lora_b [r, out], ffa_a [in, r].
-
-    Args:
-      config: of the base.
-      adapter: of any method.
-
-    Returns:
-      Kernel -> block name -> shape.
-    """
-    p = resolve_adapter(config, adapter)
-    extra = {"residual": p.residual, "heads": p.heads, "mlp": p.mlp}
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for kernel, names in p.blocks.items():
-        reads, writes = KERNELS[kernel]
-        axes_in, axes_out = kernel_shapes(config)[kernel]
-        z_in, z_out = axes_in[:-1] + (extra[reads],), axes_out[:-1] + (extra[writes],)
-        every = {
-            "lora_a": (math.prod(axes_in), adapter.rank),
-            "lora_b": (adapter.rank, math.prod(axes_out)),
-            "ffa_a": (math.prod(axes_in), adapter.rank),
-            "forward": axes_in + z_out,
-            "backward": z_in + axes_out,
-            "cross": z_in + z_out,
-        }
-        shapes[kernel] = {name: every[name] for name in names}
-    return shapes
-
-
 def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, range]]:
     """The layers where a block can change the model's output; in the others it is dead.
 
@@ -279,71 +243,3 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
     return {
         kernel: {block: live(kernel, block) for block in names} for kernel, names in blocks.items()
     }
-
-
-def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
-    """Count the trainable parameters of an adapter, without those of dead layers (see
-    `live_layers`).
-
-    Args:
-      config: of the base.
-      adapter: of any method.
-    """
-    if METHODS[adapter.method].in_place == "full":
-        return count_base(config)
-    live = live_layers(config, adapter)
-    shapes = block_shapes(config, adapter)
-    return sum(
-        len(layers) * math.prod(shapes[kernel][block])
-        for kernel, names in live.items()
-        for block, layers in names.items()
-    )
-
-
-def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
-    """Choose the rank whose parameter count is nearest to a budget.
-
-    Ranks that keep hidden_size + r and intermediate_size + m multiples of 8 (better 16), and
-    hidden_size + r a multiple of the heads, run and export best; the result is not rounded to them.
-
-    Args:
-      config: of the base.
-      adapter: the other settings; alpha / rank is kept, and a width that is None follows the rank.
-      budget: trainable parameters.
-
-    Returns:
-      `adapter` with that rank.
-
-    Raises:
-      ConfigError: the method has no rank, or none comes within a factor of 1.5 of the budget.
-    """
-    require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
-    require(
-        METHODS[adapter.method].in_place != "full",
-        "method 'full' has no rank: it trains every base parameter.",
-    )
-
-    def at(rank: int) -> AdapterConfig:
-        return adapter.replace(
-            rank=rank, alpha=None if adapter.alpha is None else adapter.scale * rank
-        )
-
-    low, high = 1, 2
-    require(
-        count_params(config, at(low)) != count_params(config, at(high)),
-        f"method {adapter.method!r} has no rank here: no width depends on it; set extra_head_dim.",
-    )
-    while count_params(config, at(high)) < budget and high < config.hidden_size * 64:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count_params(config, at(middle)) < budget else (low, middle)
-    best = min((at(low), at(high)), key=lambda a: abs(count_params(config, a) - budget))
-    found = count_params(config, best)
-    bound = "needs at least" if found > budget else "reaches no more than"
-    require(
-        budget / 1.5 <= found <= 1.5 * budget,
-        f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget"
-        f" of {budget:,} cannot be met. Change extra_mlp_units, extra_head_dim or targets.",
-    )
-    return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -38,17 +39,11 @@ def pack_for_decode(model: Model) -> Model:
             return model
         with mesh_in_use(model.params):
             params = _unstack(model.config, model.params)
-        return Model(
-            model.config.replace(scan_layers=False, remat=False),
-            params,
-            model.tokenizer,
-            model.source,
-            model.adapter,
-        )
-    config = model.config.replace(scan_layers=False, packed=True, remat=False)
-    return Model(
-        config, _pack(model.config, model.params), model.tokenizer, model.source, model.adapter
-    )
+        config = model.config.replace(scan_layers=False, remat=False)
+    else:
+        params = _pack(model.config, model.params)
+        config = model.config.replace(scan_layers=False, packed=True, remat=False)
+    return dataclasses.replace(model, config=config, params=params)
 
 
 @partial(jax.jit, static_argnums=0)

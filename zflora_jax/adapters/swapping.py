@@ -12,13 +12,13 @@ from zflora_jax.adapters.blocks import (
     Array,
     Piece,
     block_region,
-    check_adapters,
     in_axis,
     require_widened,
     stored_values,
     with_block,
 )
 from zflora_jax.adapters.methods import base_config
+from zflora_jax.adapters.shapes import check_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import group, kernel_shapes

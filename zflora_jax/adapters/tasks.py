@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.init import adapter_shapes
+from zflora_jax.adapters.shapes import adapter_shapes, check_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
@@ -43,11 +43,7 @@ def pad_adapters(
         )
     config = config.replace(scan_layers="layers" in adapters)
     flat, wanted = trees.flatten(adapters), adapter_shapes(config, to)
-    own = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in adapter_shapes(config, adapter).items()
-    }
-    trees.check_like(adapters, trees.unflatten(own), f"adapters of method {adapter.method!r}")
+    check_adapters(adapters, config, adapter)
     missing = flat.keys() - wanted.keys()
     lacking = sorted({f"{name.split('/')[-1]} of {name.split('/')[-2]}" for name in missing})
     require(

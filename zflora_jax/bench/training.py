@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.adapters.methods import count_params
+from zflora_jax.adapters.counts import count_params
 from zflora_jax.bench import baselines, peft
 from zflora_jax.bench.case import Case
 from zflora_jax.bench.timing import ratio, summary

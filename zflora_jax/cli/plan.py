@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:  # before anything touches a device
         import jax
 
-        devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+        devices = config.mesh.devices
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
     from zflora_jax.experiments.compiled_plan import compiled

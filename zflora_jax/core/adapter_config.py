@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zflora_jax.core.fields import check_types, nearest, renamed, require
+from zflora_jax.core.fields import check_types, current_names, nearest, renamed, require
 
 Start = Literal["kaiming_uniform", "normal"]  # what an adapter's random blocks are drawn from
 
@@ -133,4 +133,4 @@ class AdapterConfig:
         return self.replace(init=self.init or METHODS[self.method].start)
 
     def replace(self, **changes: Any) -> AdapterConfig:
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **current_names(type(self), changes))

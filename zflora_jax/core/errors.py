@@ -2,7 +2,7 @@
 
 
 class NonFiniteError(RuntimeError):
-    """Numbers are NaN or infinite that must not be: a loss, a gradient or an update in training, of
-    which no state was saved; a held-out loss, of a state that is a number itself and may be saved;
-    the logits of a model that generates.
+    """NaN or infinity where none may be: in a loss, gradient or update of training (that state is
+    not saved), in a held-out loss (the state itself is finite and may have been saved), or in the
+    logits of a model that generates.
     """

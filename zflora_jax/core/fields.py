@@ -155,7 +155,13 @@ def current_names(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` of fields of `cls`, each under the name that it has now (see `renamed`)."""
     names = getattr(cls, _RENAMED, {})
     twice = [old for old in values if old in names and names[old] in values]
-    require(not twice, f"{', '.join(twice)}: given under the old name and the new one; give one.")
+    require(
+        not twice,
+        "; ".join(
+            f"{old} is the name of before of {names[old]}, which is given too" for old in twice
+        )
+        + ": give one of them (dataclasses.replace gives every field: use the new name there).",
+    )
     found = {names.get(name, name): value for name, value in values.items()}
     for path in [name for name in names.values() if "." in name and name in found]:
         outer, _, inner = path.partition(".")

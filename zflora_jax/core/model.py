@@ -1,4 +1,4 @@
-"""Model: what the public functions pass around; the abstract shapes of its parameter tree."""
+"""Model: what the public functions pass around; its fingerprint; whether a run can use it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from zflora_jax.core.trees import Tree
 class Model:
     """A Llama: base, fused or packed alike.
 
-    config: LlamaConfig. params: the `params` collection, a nested dict of arrays (see
-    `param_shapes`). tokenizer: a transformers tokenizer, or None. source: where the weights came
-    from (a directory, file or hub id), or None. adapter: for a fused model, the AdapterConfig it
-    was fused from; None for a base model. Treat it as immutable once used: what is derived from it
-    (the packed form that decoding runs) is kept beside it.
+    Treat it as immutable once used: the packed form that decoding runs is kept beside it.
+
+    Attributes:
+      config: shape and execution.
+      params: the `params` collection, a nested dict of arrays (`core.architecture.param_shapes`).
+      tokenizer: a transformers tokenizer, or None.
+      source: where the weights came from (a directory, file or hub id), or None.
+      adapter: the AdapterConfig that a fused model was fused from; None for a base model.
     """
 
     config: LlamaConfig

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zflora_jax.core.fields import check_types, nearest, renamed, require, to_dict
+from zflora_jax.core.fields import check_types, current_names, nearest, renamed, require, to_dict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["default", "high", "highest"]  # of float32 products: ops.precision
@@ -149,12 +149,14 @@ class LlamaConfig:
 
     def replace(self, **changes: Any) -> LlamaConfig:
         """The same with other values of fields, those of `execution` included."""
-        return dataclasses.replace(self, **changes)
+        given = {"execution": self.execution} | changes
+        return dataclasses.replace(self, **current_names(type(self), given))
 
     def flat(self) -> dict[str, Any]:
         """As files hold it, JSON-ready: the fields of `execution` beside the others."""
         values = to_dict(self)
-        return values | values.pop("execution")
+        execution = values.pop("execution")
+        return values | execution
 
 
 _LLAMA3 = {

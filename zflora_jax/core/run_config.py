@@ -7,10 +7,10 @@ from __future__ import annotations
 import datetime
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import T, check_types, from_dict, renamed, require
+from zflora_jax.core.fields import check_types, renamed, require
 from zflora_jax.core.model_config import Precision
 
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]
@@ -228,6 +228,16 @@ class MeshConfig:
                 getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)}: must be at least 1."
             )
 
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh has."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def row_parts(self) -> int:
+        """Over how many parts the rows of a batch are divided."""
+        return self.data * self.fsdp
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -309,7 +319,7 @@ class RunConfig:
             f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has"
             " no blocks of two kinds; leave it at 1.",
         )
-        parts, micro = self.mesh.data * self.mesh.fsdp, self.data.micro_batch_size
+        parts, micro = self.mesh.row_parts, self.data.micro_batch_size
         require(
             micro % parts == 0,
             f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} does not divide the {micro}"
@@ -317,30 +327,3 @@ class RunConfig:
             f" data.grad_accum_steps={self.data.grad_accum_steps}); make the batch a multiple of"
             f" {parts}.",
         )
-
-
-# --- what files hold ------------------------------------------------------------------------------
-
-
-def from_file(cls: type[T], values: dict[str, Any], name: str = "") -> T:
-    """`from_dict` of what a run, a record or an export wrote down; a setting that is younger than
-    the file is what it was when the file was written.
-
-    LoRA's A was normal until `AdapterConfig.init` could say otherwise.
-
-    Args:
-      cls: a dataclass of this module. values: its fields as JSON has them. name: for messages.
-
-    Raises:
-      ConfigError: unknown keys, wrong types.
-    """
-
-    def adapter(values: Any) -> Any:
-        old = isinstance(values, dict) and values.get("method") == "lora" and "init" not in values
-        return values | {"init": "normal"} if old else values
-
-    if cls is AdapterConfig:
-        values = adapter(values)
-    elif cls is RunConfig and isinstance(values, dict) and "adapter" in values:
-        values = values | {"adapter": adapter(values["adapter"])}
-    return from_dict(cls, values, name)

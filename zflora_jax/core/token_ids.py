@@ -1,4 +1,7 @@
-"""Token ids against the embedding."""
+"""Token ids against the embedding: ids that it has no row for are refused.
+
+A lookup beyond the table gives NaN, which spreads from there through every logit and gradient.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def check_ids(ids: Any, vocab_size: int, what: str, tokenizer: Any = None) -> No
 
 
 def _named(outside: Sequence[int], tokenizer: Any) -> str:
-    known = 0 if tokenizer is None else _size(tokenizer)
+    known = 0 if tokenizer is None else rows_needed(tokenizer)
     if not outside or outside[0] < 0 or outside[-1] >= known:
         return ": is this the model's own tokenizer?"
     names = [f"{i} ({tokenizer.convert_ids_to_tokens(int(i))!r})" for i in outside[:5]]
@@ -42,6 +45,6 @@ def _named(outside: Sequence[int], tokenizer: Any) -> str:
     )
 
 
-def _size(tokenizer: Any) -> int:
+def rows_needed(tokenizer: Any) -> int:
     """How many rows an embedding for all of its ids needs."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 Tree = dict[str, Any]
 
@@ -217,7 +218,5 @@ def on_host(array: Any, row: int | None = None) -> np.ndarray:
         return array if row is None else np.asarray(array[row])
     array = jnp.copy(array) if row is None else array[row]
     if not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

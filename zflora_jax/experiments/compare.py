@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.adapters.methods import count_params
+from zflora_jax.adapters.counts import count_params
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig

@@ -68,7 +68,7 @@ def write_fused(
 
 def _card(run: TrainedRun) -> dict[str, Any]:
     """The figures that the model card of an export gives."""
-    from zflora_jax.adapters.methods import count_params
+    from zflora_jax.adapters.counts import count_params
     from zflora_jax.experiments.run_report import read_report
 
     config = run.config

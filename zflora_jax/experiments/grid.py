@@ -214,7 +214,7 @@ def _slots(
     base: RunConfig, named: Sequence[tuple[str, Mapping[str, Any]]], parallel: int | None
 ) -> list[Devices]:
     """The devices of each run that goes on at one time."""
-    size, count = base.mesh.data * base.mesh.fsdp * base.mesh.tensor, jax.device_count()
+    size, count = base.mesh.devices, jax.device_count()
     if any(key.startswith("mesh.") for _, changes in named for key in changes):
         size = count  # meshes that differ take turns
     slots: list[Devices] = [

@@ -11,12 +11,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.adapters.methods import count_params, fused_config
+from zflora_jax.adapters.counts import count_params
+from zflora_jax.adapters.methods import fused_config
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import ConfigError, from_dict
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.run_config import RunConfig, from_file
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.stored_config import from_file
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import WEIGHTS
 from zflora_jax.hf.peft_settings import CONFIG

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from zflora_jax.adapters.init import adapter_shapes
-from zflora_jax.adapters.methods import count_params
+from zflora_jax.adapters.counts import count_params
+from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import count_base, kernel_shapes, param_shapes
@@ -60,7 +60,7 @@ def memory_plan(
     config = shaped_config(run, config)
     sizes, rows = bytes_per_device(run, config), run.data.batch_size
     result: dict[str, Any] = {
-        "devices": run.mesh.data * run.mesh.fsdp * run.mesh.tensor,
+        "devices": run.mesh.devices,
         "params_base": count_base(config),
         "params_trainable": count_params(config, run.adapter),
         "steps": run.train.steps,
@@ -133,7 +133,7 @@ def _optimizer_state(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
 
 
 def _local_rows(run: RunConfig) -> int:
-    return run.data.micro_batch_size // (run.mesh.data * run.mesh.fsdp)
+    return run.data.micro_batch_size // run.mesh.row_parts
 
 
 def abstract_arguments(
@@ -249,7 +249,7 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
 
 def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (cost in words, settings) of possible changes, the cheapest first."""
-    micro, parts = run.data.micro_batch_size, run.mesh.data * run.mesh.fsdp
+    micro, parts = run.data.micro_batch_size, run.mesh.row_parts
     if micro % (2 * parts) == 0:
         same = "other numbers drop out" if run.adapter.dropout else "the same numbers"
         yield (

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
-from zflora_jax.core.run_config import EvalConfig, RunConfig, from_file
+from zflora_jax.core.run_config import EvalConfig, RunConfig
+from zflora_jax.core.stored_config import from_file
 from zflora_jax.reporting.files import write_json
 from zflora_jax.training.identity import same_numbers
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.adapters.init import adapter_shapes
 from zflora_jax.adapters.methods import resolve_adapter
+from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes

@@ -140,7 +140,9 @@ class KVCache:
         return replace(self, layers=self.map_layers(moved))
 
     def continue_rows(self, rows: Array, slots: int) -> KVCache:
-        """The rows `rows` [N] int32 of a full cache of apart layers, each with `slots` more."""
+        """Rows `rows` [N] int32 of a cache whose slots are all written, each with room for `slots`
+        more. The layers stand apart.
+        """
 
         def extended(x: Array, axis: int) -> Array:
             pads = [(0, slots if at == axis % x.ndim else 0) for at in range(x.ndim)]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from zflora_jax.adapters.init import check_collection
+from zflora_jax.adapters.shapes import check_collection
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model

@@ -50,8 +50,12 @@ def positions_and_mask(
       bool.
 
     Raises:
-      ConfigError: segment ids beside a padding mask or a cache.
+      ConfigError: a padding mask that is not bool; segment ids beside one, or beside a cache.
     """
+    require(
+        padding_mask is None or padding_mask.dtype == bool,
+        "padding_mask must be bool, True at real tokens; ids of packed rows go to segment_ids.",
+    )
     require(
         segment_ids is None or padding_mask is None,
         "segment_ids tell padding (0) too: give them or padding_mask, not both.",

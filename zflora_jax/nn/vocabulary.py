@@ -1,7 +1,4 @@
-"""Token ids against the embedding: ids that it has no row for are refused, and rows can be added.
-
-A lookup beyond the table gives NaN, which spreads from there through every logit and gradient.
-"""
+"""More rows for a model's embedding and head."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from jax.typing import ArrayLike
 from zflora_jax.core import trees
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
-from zflora_jax.core.token_ids import _size
+from zflora_jax.core.token_ids import rows_needed
 from zflora_jax.parallel.sharding import spec
 
 
@@ -79,9 +76,9 @@ def _new_size(model: Model, tokenizer_or_size: Any) -> tuple[int, Any]:
             "resize_vocab takes a tokenizer or a number of tokens.",
         )
         tokenizer = tokenizer_or_size
-        size = max(_size(tokenizer), config.vocab_size)
+        size = max(rows_needed(tokenizer), config.vocab_size)
     special = (config.bos_token_id, config.pad_token_id, *config.eos_token_ids)
-    in_use = _size(tokenizer) if tokenizer is not None else config.vocab_size
+    in_use = rows_needed(tokenizer) if tokenizer is not None else config.vocab_size
     used = max(in_use, *(i + 1 for i in special if i is not None), 0)
     require(
         size >= min(used, config.vocab_size),

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from zflora_jax.core.fields import ConfigError, first_line, require
 
@@ -148,8 +149,6 @@ def on_main(action: Callable[[], T]) -> T | None:
     except (ConfigError, OSError) as raised:
         error = raised
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         well = bool(multihost_utils.broadcast_one_to_all(np.int32(error is None)))
         require(well or is_main(), "process 0 cannot use the workdir; its message says why.")
     if error is not None:
@@ -161,8 +160,6 @@ def from_main(number: int) -> int:
     """Process 0's `number` (int32), in all processes; all of them must call this."""
     if jax.process_count() == 1:
         return number
-    from jax.experimental import multihost_utils
-
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
@@ -178,8 +175,6 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
-
     # No file of an earlier start can be taken for this one.
     nonce = from_main(secrets.randbelow(2**31))
     file = Path(workdir) / f".shared-{nonce:08x}"
@@ -257,8 +252,6 @@ class StopSignals:
         """
         if jax.process_count() == 1:
             return self._asked or (self._shared is not None and self._shared._asked)
-        from jax.experimental import multihost_utils
-
         # JAX counts calls: a signal that came before the first one asks for a stop at call 1,
         # whatever step a resumed run is at by then.
         first, self._next = self._next, step + 1

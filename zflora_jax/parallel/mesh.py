@@ -28,7 +28,7 @@ def mesh_if_there(config: MeshConfig) -> Mesh | None:
     Returns:
       The mesh; None for one device, and, with a line in the log, where there are fewer devices.
     """
-    need, have = config.data * config.fsdp * config.tensor, jax.device_count()
+    need, have = config.devices, jax.device_count()
     if 1 < need <= have:
         return make_mesh(config)
     if need > 1:

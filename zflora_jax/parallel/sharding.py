@@ -68,10 +68,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
       ConfigError: there are fewer devices.
     """
-    need, have = (
-        config.data * config.fsdp * config.tensor,
-        (jax.devices() if devices is None else list(devices)),
-    )
+    need, have = config.devices, jax.devices() if devices is None else list(devices)
     require(
         need <= len(have),
         f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs"
@@ -98,11 +95,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
+def in_layer(name: str) -> str:
+    """ "attn/q/kernel" of "layers/attn/q/kernel" or "layers_3/attn/q/kernel"."""
+    return re.sub(r"^layers(_\d+)?/", "", name)
+
+
 def axes_of(name: str) -> tuple[str | None, ...]:
     """The mesh axes of a leaf "layers/attn/q/kernel": ("fsdp", "tensor", None), stacked or not."""
-    bare = re.sub(r"^layers(_\d+)?/", "", name)
     try:
-        return trees.first_match(RULES, bare)
+        return trees.first_match(RULES, in_layer(name))
     except KeyError:
         raise ConfigError(
             f"no sharding rule covers the parameter {name!r}: add one to RULES in"
@@ -158,7 +159,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
         else:
             _warn(  # once for all layers
                 f"mesh.{axis}={count} divides no dimension of"
-                f" {re.sub('^layers(_[0-9]+)?/', '', name)}, shape {shape[first:]}: every device"
+                f" {in_layer(name)}, shape {shape[first:]}: every device"
                 f" along {axis} holds it whole. Train with an adapter that widens the stream of"
                 f" {shape[at]} by {-shape[at] % count} more (rank, extra_head_dim or"
                 " extra_mlp_units)."

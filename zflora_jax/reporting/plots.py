@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# What `training_curves` draws: the key of a record, its unit, whether the axis is logarithmic.
 IN_PANEL = 4  # of so many runs the names stand in the first panel; of more, below the figure
+# What `training_curves` draws: the key of a record, its unit, whether the axis is logarithmic.
 PANELS = (
     ("loss", "loss (nats per token)", False),
     ("learning_rate", "learning rate", False),

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.core.fields import ConfigError, require, to_dict
-from zflora_jax.core.run_config import RunConfig, from_file
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
