@@ -7,8 +7,9 @@ environment's, and the one of --python), and compares logits and greedy tokens, 
 project's own forward. Writes transformers_versions.json and .md to --out. Run once per release of
 either; it takes some minutes and 0.6 GB of temporary disk.
 
-    python -m venv /tmp/transformers-4 && /tmp/transformers-4/bin/pip install "transformers==4.57.1"
-    torch numpy python benchmarks/check_transformers_4.py --python /tmp/transformers-4/bin/python
+    python -m venv /tmp/transformers-4
+    /tmp/transformers-4/bin/pip install "transformers==4.57.1" torch numpy
+    python benchmarks/check_transformers_4.py --python /tmp/transformers-4/bin/python
 
 Both interpreters run this file with --measure, which imports numpy, torch and transformers alone.
 """
@@ -189,7 +190,14 @@ def parse_args() -> argparse.Namespace:
 
 def measure_all(python: str, rank: int, std: float) -> dict[str, Any]:
     """The rows of the table: the base and every method, under both releases."""
-    from zflora_jax import load_model, save_hf
+    from zflora_jax import (  # noqa: F401
+        forward,
+        fuse,
+        generate_tokens,
+        init_adapters,
+        load_model,
+        save_hf,
+    )
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.reporting.provenance import environment
     from zflora_jax.reporting.tables import markdown_table
