@@ -61,14 +61,33 @@ def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
     model = load_model(tmp_path / "x.gguf")
     assert model.config.rope_scaling == scaling and model.tokenizer is None
     assert_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
+    for kind, factor, error, words in (
+        (np.float32, 2, ConfigError, "rope_freqs"),
+        (np.int8, 1, CheckpointError, r"y\.gguf: rope_freqs\.weight cannot be dequantised"),
+    ):
+        wrong = (divisors * factor).astype(kind)
+        write_gguf(
+            tmp_path / "y.gguf",
+            reference,
+            tokenizer=False,
+            edit=lambda t, wrong=wrong: t.update({"rope_freqs.weight": wrong}),
+        )
+        with pytest.raises(error, match=words):
+            load_model(tmp_path / "y.gguf")
+
+
+def test_divisors_in_float16_are_read_by_their_kind(tmp_path: Path) -> None:
+    reference = hf_model()
+    divisors = np.ones(reference.config.head_dim // 2, np.float16)  # exact: no scaling
     write_gguf(
-        tmp_path / "y.gguf",
+        tmp_path / "x.gguf",
         reference,
         tokenizer=False,
-        edit=lambda t: t.update({"rope_freqs.weight": divisors.astype(np.float32) * 2}),
+        edit=lambda t: t.update({"rope_freqs.weight": divisors}),
     )
-    with pytest.raises(ConfigError, match="rope_freqs"):
-        load_model(tmp_path / "y.gguf")
+    model = load_model(tmp_path / "x.gguf")
+    assert model.config.rope_scaling is None
+    assert_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +262,9 @@ def test_damaged_files(tmp_path: Path) -> None:
             file.write_bytes(good[:position] + value.to_bytes(8, "little") + good[position + 8 :])
             with pytest.raises(CheckpointError, match=r"x\.gguf"):
                 load_model(file)
+    file.write_bytes(good[:4] + good[7:3:-1] + good[8:])  # the version's bytes turned round
+    with pytest.raises(CheckpointError, match=r"x\.gguf is a big-endian GGUF file"):
+        load_model(file)
     file.write_bytes(b"GGML" + good[4:])
     with pytest.raises(CheckpointError, match="magic"):
         load_model(file)

@@ -14,7 +14,6 @@ from zflora_jax.hf.gguf_config import ROPE_DIVISORS, gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.keys import (
-    CheckpointError,
     Place,
     Slices,
     as_finite,
@@ -65,22 +64,15 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -
     file, what = GGUFFile(path), str(path)
     tensors = {_hf_name(name): t for name, t in file.tensors.items() if name != ROPE_DIVISORS}
     config = gguf_config(file).replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
-    check_layer_count(tensors, r"model\.layers\.(\d+)\.", config.num_layers, what)
+    check_layer_count(tensors, config.num_layers, what)
     table = hf_table(config)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_tensors(table, shapes, what, config.num_layers)
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
         # A block of quantised numbers cannot be cut, so the tensor is read whole.
-        from gguf import dequantize
-
         tensor = tensors[name]
-        try:
-            array = dequantize(tensor.data, tensor.kind)
-        except Exception as error:
-            raise CheckpointError(
-                f"{path}: {tensor.name} cannot be dequantised: {error}."
-            ) from error
+        array = file.dequantised(tensor)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             array = _half_split(array, heads)

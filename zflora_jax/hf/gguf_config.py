@@ -28,7 +28,7 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
 
     Raises:
       ConfigError: the forward pass has no code for a feature of the model; it is named.
-      CheckpointError: a metadata key is missing or cannot be read.
+      CheckpointError: a metadata key is missing, or it or the RoPE divisors cannot be read.
     """
     _refuse(file)
     shape = file.tensors["token_embd.weight"].shape if "token_embd.weight" in file.tensors else (0,)
@@ -93,7 +93,7 @@ def _with_scaling(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
     if tensor is None:
         return config
     plain = rope_frequencies(config).astype(np.float64)
-    divisors = tensor.data.view(np.float32).astype(np.float64)
+    divisors = file.dequantised(tensor).astype(np.float64)
     found = (
         with_frequencies(config, plain / divisors, rtol=1e-4)
         if divisors.shape == plain.shape and divisors.all()

@@ -51,7 +51,7 @@ class GGUFFile:
       tensors: its tensors by name, in the order of the file.
 
     Raises:
-      CheckpointError: the file is truncated or damaged.
+      CheckpointError: the file is truncated or damaged, or its numbers are big-endian.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class GGUFFile:
         try:
             # A slice of a plain array is made ten times as fast as one of a memmap.
             data = np.memmap(path, mode="r").view(np.ndarray)
-            cursor, tensor_count, value_count = _header(data)
+            cursor, tensor_count, value_count = _header(data, path)
             self._values: dict[str, Any] = {}
             for _ in range(value_count):
                 key = cursor.string().decode()
@@ -67,6 +67,8 @@ class GGUFFile:
                     raise ValueError(f"the metadata key {key} occurs twice")
                 self._values[key] = _value(cursor, cursor.number("I"))
             self.tensors = _tensors(data, cursor, tensor_count, self.get("general.alignment"))
+        except CheckpointError:
+            raise
         except Exception as error:  # numpy, struct and the enum of kinds each raise their own
             raise CheckpointError(
                 f"{path} is not a readable GGUF file ({error}); it is truncated or damaged."
@@ -104,12 +106,27 @@ class GGUFFile:
             ) from None
         return value
 
+    def dequantised(self, tensor: Tensor) -> np.ndarray:
+        """The numbers of one of the file's tensors, float32.
+
+        Raises:
+          CheckpointError: there is no code for its kind.
+        """
+        from gguf import dequantize
+
+        try:
+            return dequantize(tensor.data, tensor.kind)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path}: {tensor.name} cannot be dequantised: {error}."
+            ) from error
+
 
 class _Cursor:
-    """Reads a file from front to back; ValueError at its end."""
+    """Reads a little-endian file from front to back; ValueError at its end."""
 
-    def __init__(self, data: np.ndarray, start: int, order: str) -> None:
-        self._view, self.at, self.order = data.data, start, order
+    def __init__(self, data: np.ndarray, start: int) -> None:
+        self._view, self.at = data.data, start
 
     def take(self, size: int) -> memoryview:
         end = self.at + size
@@ -120,25 +137,27 @@ class _Cursor:
         return found
 
     def number(self, code: str) -> Any:
-        return struct.unpack(self.order + code, self.take(struct.calcsize(self.order + code)))[0]
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def numbers(self, code: str, count: int) -> np.ndarray:
-        dtype = np.dtype(self.order + code)
+        dtype = np.dtype("<" + code)
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def string(self) -> bytes:
         return bytes(self.take(self.number("Q")))
 
 
-def _header(data: np.ndarray) -> tuple[_Cursor, int, int]:
+def _header(data: np.ndarray, path: Path) -> tuple[_Cursor, int, int]:
     """(a cursor behind the header, the number of tensors, the number of metadata keys)."""
     if data[:4].tobytes() != _MAGIC:
         raise ValueError("GGUF magic invalid")
-    cursor = _Cursor(data, 4, "<")
+    cursor = _Cursor(data, 4)
     version = cursor.number("I")
-    if version & 0xFFFF == 0:  # written on a big-endian machine
-        cursor = _Cursor(data, 4, ">")
-        version = cursor.number("I")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+        raise CheckpointError(
+            f"{path} is a big-endian GGUF file; only little-endian ones can be read. Convert the"
+            " model again without --bigendian, or the file with `gguf-convert-endian FILE little`."
+        )
     if version not in _VERSIONS:
         raise ValueError(f"version {version} of the format is not supported")
     return cursor, cursor.number("Q"), cursor.number("Q")
@@ -178,6 +197,6 @@ def _tensors(data: np.ndarray, cursor: _Cursor, count: int, alignment: Any) -> d
         if name in found:
             raise ValueError(f"the tensor {name} occurs twice")
         rows = quant_shape_to_byte_shape(shape, kind)
-        body = _Cursor(data, start + offset, cursor.order).numbers("B", math.prod(rows))
+        body = _Cursor(data, start + offset).numbers("B", math.prod(rows))
         found[name] = Tensor(name, shape, kind, body.reshape(rows))
     return found
