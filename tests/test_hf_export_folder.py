@@ -172,8 +172,9 @@ def test_without_the_side_file_arithmetic_takes_over(
     fused = fused_model(bases["plain"], WIDENED["zflora-uniform"])
     save_hf(tmp_path / "out", fused)
     shutil.rmtree(tmp_path / "out" / "zflora")
-    with pytest.warns(UserWarning, match="recovered by arithmetic"):
+    with pytest.warns(UserWarning, match="recovered by arithmetic") as warned:
         again = load_model(tmp_path / "out")
+    assert warned[0].filename == __file__
     for name, leaf in trees.flatten(again.params).items():
         np.testing.assert_allclose(leaf, trees.flatten(fused.params)[name], rtol=2e-7, atol=1e-9)
     assert_close(

@@ -29,9 +29,9 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     logits = draw.integers(-3, 4, (40, 50)).astype(np.float32)  # many ties
     logits[3], logits[4, :30] = -np.inf, -np.inf
     np.testing.assert_array_equal(greedy(jnp.asarray(logits)), logits.argmax(axis=-1))
-    logits[5, 7], logits[6] = np.nan, np.nan
+    logits[5, 7], logits[6], logits[7, 9], logits[8, 1:3] = np.nan, np.nan, np.inf, (np.inf, np.nan)
     tokens = np.asarray(greedy(jnp.asarray(logits)))
-    assert (np.flatnonzero(tokens == NON_FINITE) == [5, 6]).all(), "a NaN is never passed over"
+    assert np.flatnonzero(tokens == NON_FINITE).tolist() == [5, 6, 7, 8]  # none is passed over
     np.testing.assert_array_equal(tokens, greedy_reference(jnp.asarray(logits)))
 
 
@@ -51,10 +51,10 @@ def test_the_nucleus_by_bisection_equals_the_one_by_sorting(top_p: float) -> Non
     ids=str,
 )
 def test_a_row_whose_logits_are_not_numbers_is_told_apart(sampler: Sampler) -> None:
-    logits = np.random.default_rng(0).normal(size=(5, 50)).astype(np.float32)
-    logits[1], logits[3, 20], logits[4, 20] = np.nan, np.nan, -np.nan
-    tokens = np.asarray(sampler(jnp.asarray(logits), jax.random.split(jax.random.key(0), 5)))
-    assert tokens.dtype == np.int32 and (tokens[[1, 3, 4]] == NON_FINITE).all()
+    logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32)
+    logits[1], logits[3, 20], logits[4, 20], logits[5, 20] = np.nan, np.nan, -np.nan, np.inf
+    tokens = np.asarray(sampler(jnp.asarray(logits), jax.random.split(jax.random.key(0), 6)))
+    assert tokens.dtype == np.int32 and (tokens[[1, 3, 4, 5]] == NON_FINITE).all()
     assert (tokens[[0, 2]] >= 0).all()
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core.architecture import group, kernel_shapes
@@ -41,6 +43,8 @@ TOP_NAMES = {
 
 # Buffers that old files carry; transformers computes them from the config and never reads them.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")  # the start of a layer's tensors, with its index
 
 
 Slices = tuple[slice, ...]
@@ -182,19 +186,18 @@ def check_tensors(
         )
 
 
-def check_layer_count(names: Iterable[str], pattern: str, num_layers: int, what: str) -> None:
+def check_layer_count(names: Iterable[str], num_layers: int, what: str) -> None:
     """Check that a file has the layers that its config announces, before a table of them is built.
 
     Args:
-      names: of the tensors in the file.
-      pattern: regex whose first group is the index of a layer.
+      names: Hugging Face's, of the tensors in the file.
       num_layers: of the config.
       what: the file's name in messages.
 
     Raises:
       CheckpointError: the file has fewer layers.
     """
-    found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+    found = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     if num_layers > len(found):
         raise CheckpointError(
             f"{what}: its config says {num_layers} layers, its tensors belong to {len(found)}."
@@ -251,9 +254,6 @@ def gather(
     Returns:
       Leaf name -> jax array.
     """
-    import jax
-    import jax.numpy as jnp
-
     by_leaf: dict[str, list[tuple[str, Place]]] = {}
     for name, place in table.items():
         by_leaf.setdefault(place.leaf, []).append((name, place))

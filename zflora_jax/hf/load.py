@@ -31,7 +31,7 @@ from zflora_jax.hf.keys import (
     hf_table,
     slices_shape,
 )
-from zflora_jax.hf.restore import load_export
+from zflora_jax.hf.restore import MANIFEST, load_export
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.parallel.sharding import placement
@@ -128,9 +128,7 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
         return from_hf_config(read_json(_fetch(source, "config.json")))
     path, _ = locate(source)
     if path.is_dir():
-        return from_hf_config(
-            read_json(path / "config.json"), rope=not (path / "zflora.json").exists()
-        )
+        return from_hf_config(read_json(path / "config.json"), rope=not (path / MANIFEST).exists())
     return gguf_config(GGUFFile(path))
 
 
@@ -207,7 +205,7 @@ def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
 def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: Any) -> Model:
     hf, generation = read_json(directory / "config.json"), directory / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None
-    if (directory / "zflora.json").exists():
+    if (directory / MANIFEST).exists():
         model = load_export(directory, hf, dtype, scan_layers, sharding)
         # The stop tokens as stock software reads them, even if they were changed.
         stop = from_hf_config(hf, settings, rope=False).eos_token_ids
@@ -245,14 +243,12 @@ def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Mo
       CheckpointError: tensors are missing, unexpected, misshapen or not finite.
     """
     what = str(shards.directory)
-    check_layer_count(shards.shapes, r"model\.layers\.(\d+)\.", config.num_layers, what)
+    check_layer_count(shards.shapes, config.num_layers, what)
     table = hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
-    form, dtype = (
-        StockForm(config, 1.0),
-        np.float32 if config.base_head_dim else config.execution.dtype,
-    )
+    form = StockForm(config, 1.0)
+    dtype = np.float32 if config.base_head_dim else config.execution.dtype
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
         x = place.to_native(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.adapters.methods import resolve_adapter
@@ -173,8 +174,6 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
         )
     adapter = _adapter_config(settings, modules)
     leaves = _to_native(shards, config, adapter, modules)
-    import jax.numpy as jnp
-
     tree = trees.map_with_names(lambda _, leaf: jnp.asarray(leaf), trees.unflatten(leaves))
     return adapter, tree if config.execution.scan_layers else trees.unstack_layers(
         tree, config.num_layers

@@ -77,7 +77,7 @@ def load_export(
     native = native.replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
     form = StockForm(native, form.eps_z)
     shards = Shards(directory)
-    check_layer_count(shards.shapes, r"model\.layers\.(\d+)\.", native.num_layers, what)
+    check_layer_count(shards.shapes, native.num_layers, what)
     stock, table = hf_table(form.config), hf_table(native)
     check_tensors(stock, accept_tied_head(shards, form.config), what, native.num_layers)
     kept = {name for name, place in table.items() if form.restored(module_of(place))}
@@ -97,7 +97,7 @@ def load_export(
         warnings.warn(
             f"{directory} lacks {SIDE_FOLDER}/{SIDE_FILE}: norm gains and q kernels are recovered"
             " by arithmetic, equal to the base up to rounding.",
-            stacklevel=5,
+            stacklevel=4,
         )
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:

@@ -20,6 +20,15 @@ from zflora_jax.ops.rope import rope_frequencies
 NO_ROTATION = 1e30
 
 
+def longrope_powers(config: LlamaConfig) -> np.ndarray:
+    """theta^(2i/head_dim) [head_dim/2], computed in float32 as transformers does, as float64.
+
+    With longrope transformers' inverse frequencies are 1 / (factor * power).
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    return (np.float32(config.rope_theta) ** exponents).astype(np.float64)
+
+
 def turned_dims(rope: Mapping[str, Any]) -> int | None:
     """The number of head dims that RoPE rotates in an export of this project.
 
@@ -64,13 +73,9 @@ def with_turned_dims(config: LlamaConfig, rope: Mapping[str, Any], dims: int) ->
             f"config.json: {len(factors)} longrope factors for heads of {config.head_dim} dims;"
             " expected one for each pair."
         )
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    wanted = (
-        1 / (factors * (np.float32(config.rope_theta) ** exponents).astype(np.float64))[: dims // 2]
-    )
-    if (
-        found := with_frequencies(config.replace(base_head_dim=dims), wanted, rtol=1e-5)
-    ) is not None:
+    wanted = 1 / (factors * longrope_powers(config))[: dims // 2]
+    found = with_frequencies(config.replace(base_head_dim=dims), wanted, rtol=1e-5)
+    if found is not None:
         return found
     raise ConfigError(
         "config.json: its longrope factors mark an export of this project with widened heads that"

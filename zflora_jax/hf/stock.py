@@ -29,7 +29,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, as_finite, hf_table
-from zflora_jax.hf.rope import NO_ROTATION
+from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
 from zflora_jax.ops.rope import rope_frequencies
 
@@ -82,10 +82,7 @@ class StockForm:
         n = self.native
         if n.base_head_dim is None:
             return None
-        # transformers: inverse frequency = 1 / (factor * theta^(2i/(k+e))), in float32.
-        exponents = np.arange(0, n.head_dim, 2, dtype=np.float32) / np.float32(n.head_dim)
-        powers = (np.float32(n.rope_theta) ** exponents).astype(np.float64)
-        wanted = rope_frequencies(n).astype(np.float64)
+        powers, wanted = longrope_powers(n), rope_frequencies(n).astype(np.float64)
         factors = [
             *(1 / (wanted * powers[: len(wanted)])).tolist(),
             *[NO_ROTATION] * (len(powers) - len(wanted)),

@@ -74,13 +74,12 @@ class GenerationSettings(TypedDict, total=False):
 
 
 def generation_config(
-    config: GenerationConfig | None, settings: GenerationSettings, max_new_tokens: int = 64
+    config: GenerationConfig | None, settings: GenerationSettings
 ) -> GenerationConfig:
     """`config` with `settings` in place of its fields.
 
     Args:
       config: None for the defaults.
       settings: keywords of a caller; ConfigError for one that is no field.
-      max_new_tokens: where `config` is None, the default of the caller.
     """
-    return override(config or GenerationConfig(max_new_tokens=max_new_tokens), dict(settings))
+    return override(config or GenerationConfig(), dict(settings))

@@ -64,8 +64,8 @@ class Sampler:
           keys: [B] random keys.
 
         Returns:
-          Tokens [B] int32; NON_FINITE for a row that has NaN, or whose drawn token has no finite
-          logit.
+          Tokens [B] int32; NON_FINITE for a row that has NaN or +infinity, or whose drawn token
+          has no finite logit.
         """
         if self.temperature == 0:
             return greedy(logits)
@@ -108,19 +108,20 @@ def greedy(logits: Array) -> Array:
       logits: [B, V].
 
     Returns:
-      Tokens [B] int32; NON_FINITE for a row that has NaN, which nothing equals.
+      Tokens [B] int32; NON_FINITE for a row that has NaN or +infinity.
     """
     columns = logits.T
     token = jnp.arange(columns.shape[0], dtype=jnp.int32)[:, None]
-    largest = columns == jnp.max(columns, axis=0, keepdims=True)
-    first = jnp.min(jnp.where(largest, token, len(columns)), axis=0)
-    return jnp.where(first < len(columns), first, NON_FINITE)
+    top = jnp.max(columns, axis=0, keepdims=True)
+    first = jnp.min(jnp.where(columns == top, token, len(columns)), axis=0)
+    return jnp.where(top[0] < jnp.inf, first, NON_FINITE)  # the maximum with NaN is NaN
 
 
 def greedy_reference(logits: Array) -> Array:
     """`greedy` by its definition."""
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), NON_FINITE, token)
+    wrong = jnp.isnan(logits) | (logits == jnp.inf)
+    return jnp.where(jnp.any(wrong, axis=-1), NON_FINITE, token)
 
 
 def nucleus_of_sorted(logits: Array, top_p: float) -> Array:

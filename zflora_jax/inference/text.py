@@ -17,7 +17,8 @@ from zflora_jax.inference.generation_config import (
 )
 
 Turn = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
-LONG_ANSWER = 256  # max_new_tokens of streams and conversations, where nothing is given
+# Of streams and conversations, where nothing is given
+LONG_ANSWER = GenerationConfig(max_new_tokens=256)
 INCOMPLETE = "\ufffd"  # the replacement character: bytes of a character that is not whole yet
 
 
@@ -132,7 +133,7 @@ def stream(
     tokenizer = _tokenizer(model)
     chat = not isinstance(prompt, str)
     text = render_turns(tokenizer, prompt, date) if not isinstance(prompt, str) else prompt
-    config = generation_config(config, settings, LONG_ANSWER).stopping_at(_ends(model, chat))
+    config = generation_config(config or LONG_ANSWER, settings).stopping_at(_ends(model, chat))
     given: list[int] = []
     said = ""
     for token in stream_tokens(model, _encoded(model, [text])[0], config):
@@ -174,7 +175,7 @@ def converse(
       ConfigError: as for `generate`.
     """
     _tokenizer(model)
-    config = generation_config(config, settings, LONG_ANSWER)
+    config = generation_config(config or LONG_ANSWER, settings)
     opening = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
     for line in map(str.strip, lines):
