@@ -33,7 +33,7 @@ def measure(dtype: str) -> dict[str, float]:
 
     import zflora_jax as zf
     from zflora_jax.adapters.init import init_adapters
-    from zflora_jax.bench import decode_latency
+    from zflora_jax.bench.latency import decode_latency
 
     checkout = Path(os.environ["PYTHONPATH"])
     if (checkout / "zflora_jax" / "trainer.py").is_file():  # an older one: no packages yet

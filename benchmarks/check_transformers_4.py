@@ -261,12 +261,11 @@ max |dlogit|.
 
 
 def main() -> None:
-    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.files import write_result
 
     args = parse_args()
     result = measure_all(args.python, args.rank, args.std)
-    write_json(args.out / "transformers_versions.json", result)
-    atomic_write(args.out / "transformers_versions.md", page(result).encode())
+    write_result(args.out / "transformers_versions", result, page(result))
     print(page(result))
 
 

@@ -31,7 +31,7 @@ from zflora_jax.inference.sampling import Sampler, greedy
 from zflora_jax.nn import layers
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.ops import head as output_head, linear
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
@@ -303,8 +303,7 @@ def main() -> None:
         "settings": vars(args),
         "environment": env,
     }
-    write_json(f"{args.out}.json", result)
-    atomic_write(f"{args.out}.md", page(result).encode())
+    write_result(args.out, result, page(result))
 
 
 if __name__ == "__main__":

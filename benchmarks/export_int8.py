@@ -34,7 +34,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.state_scale import choose_eps_z, state_share
 from zflora_jax.nn.layers import Dense
 from zflora_jax.nn.llama import Llama
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 from zflora_jax.training.workdir import read_config
@@ -173,7 +173,7 @@ def main() -> None:
     env, run = environment(), read_config(args.workdir)
     fused, label = load_fused(args.workdir)
     base, _ = unfuse(fused)
-    _, encoded = held_out(run, fused)
+    encoded = held_out(run, fused)
     batch = next(iter(eval_batches(encoded, min(args.rows, len(encoded)), run.data.bucket_lengths)))
     result = {
         "rows": rows_of_the_table(fused, base, batch),
@@ -185,8 +185,7 @@ def main() -> None:
         "about": f"{run.model}, {run.adapter.method}, rank {run.adapter.rank}, {run.data.task},"
         f" seed {run.train.seed}",
     }
-    write_json(f"{args.out}.json", result)
-    atomic_write(f"{args.out}.md", page(result).encode())
+    write_result(args.out, result, page(result))
     print(page(result))
 
 

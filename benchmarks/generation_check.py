@@ -24,7 +24,7 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.text import stop_ids
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
@@ -112,8 +112,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "environment": environment(),
     }
-    write_json("results/generation_check.json", result)
-    atomic_write("results/generation_check.md", page(result).encode())
+    write_result("results/generation_check", result, page(result))
 
 
 if __name__ == "__main__":

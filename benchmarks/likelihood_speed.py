@@ -288,12 +288,11 @@ def token_counts(prompts: Prompts, options: Options) -> dict[str, int]:
 
 
 def main() -> None:
-    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.files import write_result
 
     args = parse_args()
     result = measure(args)
-    write_json(args.out / "likelihood_speed.json", result)
-    atomic_write(args.out / "likelihood_speed.md", page(result).encode())
+    write_result(args.out / "likelihood_speed", result, page(result))
     print(page(result))
 
 

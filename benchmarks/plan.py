@@ -24,7 +24,7 @@ from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.compiled_plan import compiled
 from zflora_jax.experiments.planner import GIB, memory_plan
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
@@ -109,8 +109,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     result = {"rows": measure(), "environment": environment()}
-    write_json("results/plan.json", result)
-    atomic_write("results/plan.md", page(result).encode())
+    write_result("results/plan", result, page(result))
 
 
 if __name__ == "__main__":

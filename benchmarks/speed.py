@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import device_line
 from zflora_jax.reporting.tables import markdown_table
 
@@ -296,8 +296,7 @@ def main() -> None:
             " JSON to"
         )
     result = collect(folder)
-    write_json(folder / "speed.json", result)
-    atomic_write(folder / "speed.md", page(result).encode())
+    write_result(folder / "speed", result, page(result))
 
 
 if __name__ == "__main__":

@@ -147,12 +147,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: give at least 1")
-    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.files import write_result
     from zflora_jax.reporting.provenance import environment
 
     result = {"environment": environment(), "turns": measure(args.repeats)}
-    write_json(f"{args.out}.json", result)
-    atomic_write(f"{args.out}.md", page(result).encode())
+    write_result(args.out, result, page(result))
     print(page(result))
 
 

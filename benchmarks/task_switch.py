@@ -29,11 +29,12 @@ from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
+from zflora_jax.bench.timing import turns
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
@@ -167,11 +168,10 @@ def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     for label in models.task:
         models.change(label)
     times: dict[str, list[float]] = {label: [] for label in models.task}
-    for turn in range(args.repeats):
-        for label in list(times)[:: 1 if turn % 2 == 0 else -1]:
-            start = time.perf_counter()
-            models.change(label)
-            times[label].append(1e3 * (time.perf_counter() - start))
+    for label in turns(list(times), args.repeats):
+        start = time.perf_counter()
+        models.change(label)
+        times[label].append(1e3 * (time.perf_counter() - start))
     compiled: Callable[[], int] = lambda: swapping._swap._cache_size()  # noqa: E731
     before, compilations = compiled(), dict.fromkeys(times, 0)
     for label in times:
@@ -263,8 +263,7 @@ def main() -> None:
     env = environment()
     rows = [row for dtype in ("float32", "bfloat16") for row in measure(dtype, args)]
     result = {"rows": rows, "settings": vars(args), "environment": env}
-    write_json(f"{args.out}.json", result)
-    atomic_write(f"{args.out}.md", page(result).encode())
+    write_result(args.out, result, page(result))
 
 
 if __name__ == "__main__":

@@ -243,6 +243,8 @@ def measure(
     shape: str, batch: int, jobs: dict[str, dict[str, Any]], folder: str, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A row per label: medians over starts, ratios to vLLM's base within a round."""
+    from zflora_jax.bench.timing import turns
+
     case = {
         "batch": batch,
         "prompt": args.prompt,
@@ -250,16 +252,15 @@ def measure(
         "repeats": args.repeats,
     }
     local = here(f"{folder}/base", batch, args.prompt, args.new_tokens)
-    turns: dict[str, list[dict[str, float]]] = {}
-    for turn in range(args.rounds):
-        for label in [*jobs, *local][:: 1 if turn % 2 == 0 else -1]:
-            found = (
-                times(local[label], args.new_tokens, args.repeats)
-                if label in local
-                else in_vllm(args.vllm_python, jobs[label] | case)
-            )
-            turns.setdefault(label, []).append(found)
-            print(shape, batch, label, found, flush=True)
+    rounds: dict[str, list[dict[str, float]]] = {}
+    for label in turns([*jobs, *local], args.rounds):
+        found = (
+            times(local[label], args.new_tokens, args.repeats)
+            if label in local
+            else in_vllm(args.vllm_python, jobs[label] | case)
+        )
+        rounds.setdefault(label, []).append(found)
+        print(shape, batch, label, found, flush=True)
     rows = []
     for label in [*jobs, *local]:
         row: dict[str, Any] = {
@@ -268,11 +269,11 @@ def measure(
             "": f"{label}" if label in local else f"vLLM, {label}",
         }
         for name in ("ttft_ms", "tpot_ms"):
-            values = [one[name] for one in turns[label]]
+            values = [one[name] for one in rounds[label]]
             row[name], row[f"{name}_all"] = statistics.median(values), values
             row[name.replace("_ms", "_ratio")] = statistics.median(
                 one[name] / base[name]
-                for one, base in zip(turns[label], turns["base"], strict=True)
+                for one, base in zip(rounds[label], rounds["base"], strict=True)
             )
         rows.append(row)
     return rows

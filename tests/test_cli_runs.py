@@ -72,9 +72,10 @@ def test_peft_export_of_another_method(refused, trained_dir, tmp_path):
     [
         (["--eps", "0.1"], "power of two"),
         (["--eps", "0.25", "--format", "peft"], "--eps goes with --format hf"),
+        (["--dtype", "float16", "--format", "peft"], "--dtype goes with --format hf"),
     ],
 )
-def test_scales_of_the_state_that_cannot_be_used(refused, trained_dir, tmp_path, extra, words):
+def test_settings_of_an_export_that_cannot_be_used(refused, trained_dir, tmp_path, extra, words):
     assert words in refused("export", "--workdir", trained_dir, "--out", tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
 

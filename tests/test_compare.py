@@ -12,6 +12,7 @@ from support.fake_train import FakeTrain
 from support.runs import EVAL, choice
 
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.data.tasks import load_examples
@@ -20,7 +21,6 @@ from zflora_jax.experiments.compare import compare_methods, overview
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.store import Scoring
 from zflora_jax.hf.save import save_hf
-from zflora_jax.training.trainer import NonFiniteError
 from zflora_jax.training.workdir import locked
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}

@@ -14,6 +14,7 @@ from support.models import tiny_model
 from support.runs import EVAL
 
 from zflora_jax.core import trees
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.data.tasks import Example
@@ -26,7 +27,6 @@ from zflora_jax.experiments.train import train
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
-from zflora_jax.training.trainer import NonFiniteError
 
 TOKENS = [[5, 6, 7, 8]]
 

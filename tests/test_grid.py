@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
@@ -23,13 +24,13 @@ import pytest
 from support.fake_train import FakeTrain, loss_of
 
 from zflora_jax.cli.main import main
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import grid, jobs
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
 from zflora_jax.parallel import distributed
 from zflora_jax.parallel.distributed import Preempted
-from zflora_jax.training.trainer import NonFiniteError
 from zflora_jax.training.workdir import locked
 
 
@@ -110,9 +111,11 @@ def test_runs_side_by_side_are_stopped_and_go_on_to_the_numbers_of_one_after_the
 
 
 def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
-    frame = sweep(base, GRID, tmp_path / "s", extra=lambda *_: {"more": 3}, parallel=1)
+    more = {"more": 3, "failed": 1, "cpu_count": 64}  # two of them are names of a record's own
+    frame = sweep(base, GRID, tmp_path / "s", extra=lambda *_: more, parallel=1)
     assert list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
-    assert list(frame["adapter.rank"]) == [2, 4, 2, 4] and set(frame["more"]) == {3}
+    assert list(frame["adapter.rank"]) == [2, 4, 2, 4] and set(frame["status"]) == {"finished"}
+    assert {name: set(frame[name]) for name in more} == {n: {v} for n, v in more.items()}
     assert list(frame["test_loss"]) == [loss_of(run) for run in fake.runs]
     assert frame["test_loss"].nunique() == 4 and frame["device"].notna().all()
     whole = json.loads((tmp_path / "s" / "rows.json").read_text())
@@ -129,10 +132,11 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
     assert len(fake.runs) == 8
 
 
-def test_failures_are_rows(base, tmp_path, monkeypatch):
+def test_failures_are_rows(base, tmp_path, monkeypatch, caplog):
     """Settings that cannot be used, and a loss that is no number, which is not tried again; the
-    others run.
+    others run. The log says how each run ended.
     """
+    caplog.set_level(logging.INFO, "zflora_jax")
 
     def loss(run):
         if run.optim.learning_rate == 1e30:
@@ -165,6 +169,7 @@ def test_failures_are_rows(base, tmp_path, monkeypatch):
         strict=True,
     ):
         assert why in row["status"]
+        assert f"{row['run']}: {row['status']}" in caplog.messages
     recorded = [(tmp_path / "s" / name / RECORD).is_file() for name in names]
     assert recorded == [False, True, True, False, False]
     assert "failed" in (tmp_path / "s" / "rows.md").read_text()

@@ -114,6 +114,14 @@ def test_what_needs_no_jax_does_not_import_it(module):
     assert run_python(f"import sys, {module}; print('jax' in sys.modules)").strip() == "False"
 
 
+@pytest.mark.parametrize("command", ["plan", "quickstart"])
+def test_a_mistyped_setting_is_refused_without_jax(command):
+    config = PACKAGE.parent / "configs" / "quickstart.py"
+    words = [command, "--config", str(config), "--set", "train.stesp=9"]
+    code = f"from zflora_jax.cli.main import main; import sys; print(main({words!r}))"
+    assert run_python(f"{code}; print('jax' in sys.modules)").split() == ["2", "False"]
+
+
 # --- size and names -------------------------------------------------------------------------------
 
 

@@ -31,11 +31,8 @@ TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
     [
         ("zflora-minimal", "all", {"q": [0], "k": [0], "v": [0], "down": [3]}),
         ("zflora-minimal", "attention", {"q": [0], "k": [0], "v": [0], "o": [3]}),
-        (
-            "zflora-minimal",
-            "mlp",
-            {"gate": [0], "up": [0], "down": [3]},
-        ),  # nothing writes before layer 0's down
+        # Nothing writes before layer 0's down.
+        ("zflora-minimal", "mlp", {"gate": [0], "up": [0], "down": [3]}),
         ("zflora-minimal", "q|down", {"q": [0], "down": [3]}),
         ("zflora-minimal", "q|o|down", {"q": [0], "o": [3], "down": [3]}),
         ("zflora-minimal", "o|up", {}),

@@ -13,6 +13,7 @@ from support.checks import assert_trees_equal
 from support.meshes import MESH, adapter_of, assert_divided, model_for_meshes
 
 from zflora_jax.cli.main import main
+from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import (
     DataConfig,
     EvalConfig,
@@ -66,10 +67,9 @@ def test_a_run_is_loaded_and_used_on_its_mesh(trained, tmp_path):
         "tensor": 2,
     }
     assert_trees_equal(adapters, wanted)
-    _, rows = held_out(run, alone)
+    rows, three = held_out(run, alone), override(run, {"data.batch_size": 3, "mesh.fsdp": 1})
     losses = [
-        held_out_loss(m, rows, run.data, adapter=run.adapter, adapters=a, batch_size=3)["loss"]
-        for m, a in ((base, adapters), (alone, wanted))
+        held_out_loss(three, m, rows, a)["loss"] for m, a in ((base, adapters), (alone, wanted))
     ]
     report = json.loads((trained / "report.json").read_text())
     np.testing.assert_allclose(

@@ -47,27 +47,13 @@ TABLE = {
     ("zflora-minimal", "attention"): [B, B, B, F, None, None, None],
     ("zflora-minimal", "mlp"): [None, None, None, None, ALL, ALL, ALL],
     ("zflora-minimal", "q|o"): [B, None, None, F, None, None, None],
-    ("zflora-minimal", "q|v|down"): [
-        B,
-        None,
-        B,
-        None,
-        None,
-        None,
-        F,
-    ],  # MLP units need gate and up too, so m = 0
+    # MLP units need gate and up too, so m = 0.
+    ("zflora-minimal", "q|v|down"): [B, None, B, None, None, None, F],
     ("zflora-uniform", "all"): [ALL] * 7,
     ("zflora-uniform", "attention"): [ALL] * 4 + [None] * 3,
     ("zflora-uniform", "mlp"): [None] * 4 + [ALL] * 3,
-    ("zflora-uniform", "q|v|o|gate"): [
-        B,
-        None,
-        ALL,
-        ALL,
-        B,
-        None,
-        None,
-    ],  # heads live through v and o alone; q has no k to score with
+    # Heads live through v and o alone; q has no k to score with.
+    ("zflora-uniform", "q|v|o|gate"): [B, None, ALL, ALL, B, None, None],
 }
 
 

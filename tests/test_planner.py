@@ -148,7 +148,7 @@ def test_what_does_not_fit_comes_with_the_cheapest_changes():
         and plan["changes"][-1]["fits"]
     )
     assert "data.grad_accum_steps" in plan["changes"][0]["settings"]
-    text = "\n".join(planner.lines_of(plan))
+    text = "\n".join(planner.plan_lines(plan))
     assert "does not fit" in text and "data.grad_accum_steps=2" in text
 
 

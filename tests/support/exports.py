@@ -24,9 +24,8 @@ WIDENED = {
     for name, row in METHODS.items()
     if row.widens
 } | {
-    "zflora-minimal": AdapterConfig(
-        "zflora-minimal", rank=5, extra_mlp_units=6
-    ),  # 48 + 5 is no multiple of 4 heads: padded to 56
+    # 48 + 5 is no multiple of 4 heads: padded to 56.
+    "zflora-minimal": AdapterConfig("zflora-minimal", rank=5, extra_mlp_units=6),
     "zflora-uniform": AdapterConfig("zflora-uniform", rank=8, extra_head_dim=4, extra_mlp_units=6),
     "zflora-uniform, values only": AdapterConfig(
         "zflora-uniform", rank=4, extra_head_dim=4, extra_mlp_units=6, head_scores=False

@@ -23,7 +23,8 @@ class Case:
     """One training set-up.
 
     Attributes:
-      model: a preset (random weights), or a source for `load_model`.
+      model: a source for `load_model`; of presets only smollm2-135m is loaded, the others get
+        random weights.
       dtype: of the base.
       rank: of the adapter.
       batch: sequences per step.

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.bench.baselines import decode_contenders
 from zflora_jax.bench.contenders import BASE, FUSED, UNMERGED, contender, contenders, random_packed
 from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ratio, summary
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.inference.model_call import packed
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.plots import bars, curves
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
@@ -111,8 +112,6 @@ def measure(
     for rank, batch, prompt in cases:
         ready = contenders(source, base, rank, methods, (batch, prompt, new_tokens))
         if baselines:
-            from zflora_jax.bench.baselines import decode_contenders
-
             ready |= decode_contenders(config, dtype, rank, batch, prompt)
         turns = decode_turns(ready, new_tokens, repeats, meter)
         for label in turns:
@@ -277,5 +276,4 @@ def write(result: Mapping[str, Any], out: str | Path, title: str) -> None:
         for row in by_rank:
             series.setdefault(row["label"], {})[row["rank"]] = row["tpot_ms"]
         curves(series, f"{out}-rank", title, x="rank", y="TPOT, ms")
-    write_json(f"{out}.json", result)  # no with_suffix: llama-3.2-1b has a dot of its own
-    atomic_write(f"{out}.md", page(result, title, pictures).encode())
+    write_result(out, result, page(result, title, pictures))

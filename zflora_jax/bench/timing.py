@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -27,6 +27,18 @@ class Contender:
     extra: dict[str, float] = field(default_factory=dict)
 
 
+def turns(labels: Sequence[str], repeats: int) -> Iterator[str]:
+    """Yield every label once per turn. Every other turn goes backwards, so that no label always
+    follows the same one.
+
+    Args:
+      labels: of what is compared.
+      repeats: turns.
+    """
+    for turn in range(repeats):
+        yield from labels[:: 1 if turn % 2 == 0 else -1]
+
+
 def decode_turns(
     contenders: Mapping[str, Contender],
     new_tokens: int,
@@ -36,8 +48,7 @@ def decode_turns(
     """Time contenders by turns, after one call of each that is not counted.
 
     A turn times for each contender a call that makes 1 token (TTFT: prefill and the first token)
-    and one that makes `new_tokens`; TPOT is their difference over new_tokens - 1. Every other turn
-    goes backwards, so that none always follows the same one.
+    and one that makes `new_tokens`; TPOT is their difference over new_tokens - 1.
 
     Args:
       contenders: by label.
@@ -54,16 +65,15 @@ def decode_turns(
     for contender in contenders.values():
         for count in (1, new_tokens):
             contender.generate(count)
-    for turn in range(repeats):
-        for label in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
-            size = contenders[label].read_bytes
-            if measure_bandwidth and size is not None:
-                found[label].setdefault("floor_ms", []).append(1e3 * size / measure_bandwidth())
-            first = _milliseconds(contenders[label], 1)
-            found[label]["ttft_ms"].append(first)
-            found[label]["tpot_ms"].append(
-                (_milliseconds(contenders[label], new_tokens) - first) / (new_tokens - 1)
-            )
+    for label in turns(list(contenders), repeats):
+        size = contenders[label].read_bytes
+        if measure_bandwidth and size is not None:
+            found[label].setdefault("floor_ms", []).append(1e3 * size / measure_bandwidth())
+        first = _milliseconds(contenders[label], 1)
+        found[label]["ttft_ms"].append(first)
+        found[label]["tpot_ms"].append(
+            (_milliseconds(contenders[label], new_tokens) - first) / (new_tokens - 1)
+        )
     return found
 
 

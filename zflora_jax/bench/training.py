@@ -17,7 +17,7 @@ import numpy as np
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.bench import baselines, peft
 from zflora_jax.bench.case import Case
-from zflora_jax.bench.timing import ratio, summary
+from zflora_jax.bench.timing import ratio, summary, turns
 from zflora_jax.bench.training_step import PEFT, alone, load, matmul_rate, our_step
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
@@ -25,7 +25,7 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.save import save_hf
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.plots import bars
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
@@ -139,11 +139,10 @@ def _turns(
     if not np.ptp(losses) <= tolerance * np.max(losses):  # NaN does not agree
         raise ValueError(f"the first losses differ: {dict(zip(labels, losses, strict=True))}")
     times: dict[str, list[float]] = {label: [] for label in labels}
-    for turn in range(repeats):
-        for label in labels[:: 1 if turn % 2 == 0 else -1]:
-            start = time.perf_counter()
-            steps[label]()
-            times[label].append(1e3 * (time.perf_counter() - start))
+    for label in turns(labels, repeats):
+        start = time.perf_counter()
+        steps[label]()
+        times[label].append(1e3 * (time.perf_counter() - start))
     del steps
     gc.collect()
     return first, times
@@ -244,11 +243,5 @@ def write(result: Mapping[str, Any], out: str | Path, title: str) -> None:
 
         values = {bar(r["label"], r["case"]): r["step_ratio"] for r in result["rows"]}
         bars(values, out, title, label="step time / PEFT's")
-    write_json(
-        f"{out}.json",
-        {
-            **result,
-            "rows": [row | {"case": dataclasses.asdict(row["case"])} for row in result["rows"]],
-        },
-    )
-    atomic_write(f"{out}.md", page(result, title).encode())
+    rows = [row | {"case": dataclasses.asdict(row["case"])} for row in result["rows"]]
+    write_result(out, {**result, "rows": rows}, page(result, title))

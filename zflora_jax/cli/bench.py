@@ -10,6 +10,10 @@ from zflora_jax.cli.options import CommandParser
 from zflora_jax.core.model_config import PRESETS, preset
 
 SUMMARY = "Measure on this machine what the project claims."
+_MODEL = {
+    "latency": "a preset's shape with random weights (see --real), or a model as for eval",
+    "train": "a model as for eval; presets other than smollm2-135m get random weights",
+}
 
 
 def add_options(parser: CommandParser) -> None:
@@ -42,7 +46,7 @@ def _add_shared_options(parser: CommandParser, name: str) -> None:
         "--model",
         default="smollm2-135m",
         metavar="MODEL",
-        help="a preset's shape with random weights, or a model as for eval",
+        help=_MODEL[name],
     )
     parser.add_argument(
         "--dtype",

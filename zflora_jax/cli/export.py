@@ -7,7 +7,6 @@ import argparse
 from zflora_jax.cli.inputs import changes, mesh_asked
 from zflora_jax.cli.options import CommandParser, add_checkpoint, add_mesh, add_workdir
 from zflora_jax.cli.output import print_table
-from zflora_jax.core.fields import require
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS
 
 SUMMARY = (
@@ -55,10 +54,6 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.experiments.export import export_run
     from zflora_jax.training.workdir import read_config
 
-    require(
-        args.eps is None or "eps_z" in EXPORTERS[args.format].settings,
-        "--eps goes with --format hf: LoRA adapters have no state to scale.",
-    )
     mesh = mesh_asked(changes(args), read_config(args.workdir))
     report = export_run(
         args.workdir,

@@ -137,7 +137,7 @@ def _generate(
     sampler: Sampler,
     date: str | None,
 ) -> None:
-    """style: "plain", or a prompt style. date: what a chat template is told, None for today."""
+    """Answer --file, --prompt or a conversation. date: what a template is told, None for today."""
     from zflora_jax.data.prompts import render
     from zflora_jax.inference.text import converse, generate as generate_texts, stream
 

@@ -55,13 +55,13 @@ def add_settings(
     text: str = "change settings, e.g. --set train.steps=50 adapter.rank=16; all are listed below",
     metavar: str = "KEY=VALUE",
 ) -> None:
-    """--set. begin: as `CommandParser.settings`."""
+    """Add --set KEY=VALUE, for the settings whose dotted names begin as `begin` says."""
     parser.settings = begin
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar=metavar, help=text)
 
 
 def add_mesh(parser: CommandParser) -> None:
-    """--set, for what has been trained: only the mesh can be changed."""
+    """Add --set for what has been trained, of which only the mesh can be changed."""
     text = (
         "devices to divide the model over, e.g. --set mesh.fsdp=2 mesh.tensor=2 (default: as a run"
         " was trained)"
@@ -70,20 +70,20 @@ def add_mesh(parser: CommandParser) -> None:
 
 
 def add_config(parser: CommandParser, function: str = "get_config() -> RunConfig") -> None:
-    """--config FILE, which has to be given."""
+    """Add --config FILE, which has to be given."""
     parser.add_argument(
         "--config", required=True, metavar="FILE", help=f"a Python file with {function}"
     )
 
 
 def add_workdir(parser: CommandParser, text: str, **settings: Any) -> None:
-    """--workdir DIR, which has to be given unless it has a default."""
+    """Add --workdir DIR, which has to be given unless it has a default."""
     settings = settings or {"required": True}
     parser.add_argument("--workdir", metavar="DIR", help=text, **settings)
 
 
 def add_checkpoint(parser: CommandParser, of: str = "") -> None:
-    """--checkpoint STEP."""
+    """Add --checkpoint STEP."""
     parser.add_argument(
         "--checkpoint",
         metavar="STEP",
@@ -92,7 +92,7 @@ def add_checkpoint(parser: CommandParser, of: str = "") -> None:
 
 
 def add_source(parser: CommandParser, verb: str) -> None:
-    """Either --workdir, with --checkpoint, or --model."""
+    """Add --workdir with --checkpoint, and --model, of which one has to be given."""
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("--workdir", metavar="DIR", help=f"{verb} what this run has trained, fused")
     either.add_argument(

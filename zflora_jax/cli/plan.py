@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
     from zflora_jax.experiments.compiled_plan import compiled
-    from zflora_jax.experiments.planner import lines_of, memory_plan
+    from zflora_jax.experiments.planner import memory_plan, plan_lines
     from zflora_jax.hf.load import model_config
     from zflora_jax.reporting.files import write_json
     from zflora_jax.reporting.provenance import environment
@@ -51,6 +51,6 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         plan["compiled"] = compiled(config, model)
     print_table(plan, f"{args.config}: {config.model}, {config.adapter.method}")
-    print("\n".join(["bytes per device", *lines_of(plan)]))
+    print("\n".join(["bytes per device", *plan_lines(plan)]))
     if args.out:
         write_json(args.out, plan | {"config": to_dict(config), "environment": environment()})

@@ -28,10 +28,10 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    config = run_config(args)  # a wrong setting is refused before jax is imported
     from zflora_jax.experiments.quickstart import quickstart
     from zflora_jax.parallel.compile_cache import compile_cache
 
-    config = run_config(args)
     with compile_cache(Path(args.workdir) / "compile_cache"):
         print_table(
             quickstart(config, args.workdir),

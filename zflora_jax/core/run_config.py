@@ -105,11 +105,11 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, of every optimizer."""
     b1: float = 0.9
-    """Decay rate of Adam's first moment."""
+    """Decay rate of the first moment; the momentum of sgd."""
     b2: float = 0.999
-    """Decay rate of Adam's second moment."""
+    """Decay rate of the second moment; of lion, that of its momentum."""
     eps: float = 1e-8
-    """Adam's epsilon."""
+    """Term that adamw adds to its denominator."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; None switches clipping off."""
     loraplus_ratio: float = 1.0
@@ -139,8 +139,8 @@ class OptimConfig:
         for name in ("b1", "b2"):
             require(
                 0 <= getattr(self, name) < 1,
-                f"optim.{name}={getattr(self, name)}: a decay rate of Adam's averages, so at least"
-                " 0 and below 1.",
+                f"optim.{name}={getattr(self, name)}: the decay rate of an average, so at least 0"
+                " and below 1.",
             )
         require(
             0 < self.loraplus_ratio < math.inf,
@@ -162,7 +162,7 @@ class TrainConfig:
     steps: int = 100
     """Optimizer steps."""
     seed: int = 0
-    """Seed of the adapter's initial values; the data order has data.seed."""
+    """Seed of the adapter's initial values and of dropout; the data order has data.seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base's weights and of activations."""
     remat: bool = False

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core.fields import require
@@ -36,8 +37,6 @@ def export_gap(
     Raises:
       CheckpointError: NaN or infinite logits on either side.
     """
-    import jax.numpy as jnp
-
     export = load_stock(Path(path), model.config.execution.scan_layers, mesh_of(model.params))
     exact = Model(model.config.replace(dtype="float32"), model.params)
     worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0

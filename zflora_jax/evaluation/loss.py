@@ -6,37 +6,28 @@ import math
 
 import jax
 
-from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.model import Model
-from zflora_jax.core.run_config import DataConfig
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.data.tokenization import Encoded
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 from zflora_jax.parallel.sharding import BATCH
-from zflora_jax.training.trainer import NonFiniteError, eval_step
+from zflora_jax.training.trainer import eval_step
 
 
 def held_out_loss(
-    model: Model,
-    encoded: Encoded,
-    data: DataConfig,
-    *,
-    adapter: AdapterConfig | None = None,
-    adapters: Tree | None = None,
-    batch_size: int = 8,
-    chunk: int = 256,
+    run: RunConfig, model: Model, encoded: Encoded, adapters: Tree | None = None
 ) -> dict[str, float]:
     """Mean cross-entropy per target token over all rows.
 
     Args:
+      run: its settings. The loss depends only on `adapter`, and on that only with `adapters`; the
+        rest says how much is computed at one time (micro-batch, bucket_lengths, loss_chunk).
       model: the base, or a fused model.
       encoded: the held-out rows.
-      data: its bucket_lengths are what batches are padded to.
-      adapter: the kind of `adapters`. None: the model alone.
-      adapters: the tree beside the base.
-      batch_size: rows at one time; the loss does not depend on it.
-      chunk: positions whose logits exist at one time.
+      adapters: the tree beside the base. None: the model alone.
 
     Returns:
       {"loss": nats per target token, "tokens": target tokens, "rows": rows}.
@@ -45,7 +36,9 @@ def held_out_loss(
       NonFiniteError: the loss is NaN or infinite.
     """
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
-    batches = eval_batches(encoded, fill_rows(batch_size, model.params, BATCH), data.bucket_lengths)
+    adapter, chunk = None if adapters is None else run.adapter, run.train.loss_chunk
+    rows = fill_rows(run.data.micro_batch_size, model.params, BATCH)
+    batches = eval_batches(encoded, rows, run.data.bucket_lengths)
     with mesh_in_use(model.params):
         sums = [eval_step(model.config, adapter, variables, batch, chunk) for batch in batches]
     losses, tokens = zip(*jax.device_get(sums), strict=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import DataConfig, EvalConfig
@@ -23,7 +24,6 @@ from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.text import answer_text, stop_ids
 from zflora_jax.reporting.files import atomic_write
-from zflora_jax.training.trainer import NonFiniteError
 
 log = logging.getLogger(__name__)
 

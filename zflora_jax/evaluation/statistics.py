@@ -110,6 +110,20 @@ def bootstrap(columns: Sequence[np.ndarray], seed: int) -> Score:
 # --- a suite of tasks, over seeds -----------------------------------------------------------------
 
 
+# The names of SuiteScore.fields().
+SCORE_FIELDS = (
+    "scores",
+    "all scores",
+    "intervals",
+    "headline",
+    "mean",
+    "spread",
+    "rows",
+    "cut",
+    "chance",
+)
+
+
 @dataclass(frozen=True)
 class SuiteScore:
     """What a model scored on the clean rows of several tasks, or what a method did: the mean over
@@ -139,23 +153,24 @@ class SuiteScore:
 
     def fields(self) -> dict[str, Any]:
         """As the JSON of a comparison holds it."""
-        return {
-            "scores": {task: score.mean for task, score in self.headline_scores.items()},
-            "all scores": {
+        values = (
+            {task: score.mean for task, score in self.headline_scores.items()},
+            {
                 kind: {task: score.mean for task, score in tasks.items()}
                 for kind, tasks in self.table.items()
             },
-            "intervals": {
+            {
                 kind: {task: [score.low, score.high] for task, score in tasks.items()}
                 for kind, tasks in self.table.items()
             },
-            "headline": self.headline,
-            "mean": self.mean,
-            "spread": self.spread,
-            "rows": self.rows,
-            "cut": self.answers_cut,
-            "chance": self.chance,
-        }
+            self.headline,
+            self.mean,
+            self.spread,
+            self.rows,
+            self.answers_cut,
+            self.chance,
+        )
+        return dict(zip(SCORE_FIELDS, values, strict=True))
 
 
 def suite_score(seeds: Sequence[Mapping[str, Any]]) -> SuiteScore:

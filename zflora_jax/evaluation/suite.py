@@ -19,7 +19,7 @@ from zflora_jax.evaluation.contamination import questions
 from zflora_jax.evaluation.statistics import as_dicts, group_scores
 from zflora_jax.evaluation.summary import summary_page
 from zflora_jax.evaluation.task import Evaluated, Result, evaluate_task, remove
-from zflora_jax.reporting.files import atomic_write, local_path, write_json
+from zflora_jax.reporting.files import local_path, write_result
 from zflora_jax.reporting.provenance import environment
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def evaluate_tasks(
     """`evaluate` on each of `tasks`, then <out>/summary-<split>-<label>.json and .md: a row per
     task, and the mean over the tasks of each group.
 
-    Task files are <out>/<task>-<split>-<label>.json and .jsonl. Preempted, it goes on where it was,
-    whichever task that is.
+    Task files are <out>/<task>-<split>-<label>.json and .jsonl. If it was stopped, the same call
+    goes on where it was, whichever task that is.
 
     Args:
       run: how they are scored, and where their files are.
@@ -91,8 +91,7 @@ def evaluate_tasks(
         "config": to_dict(run),
         "environment": env,
     }
-    write_json(f"{path}.json", summary)
-    atomic_write(f"{path}.md", summary_page(summary).encode())
+    write_result(path, summary, summary_page(summary))
     for evaluated in done.values():
         remove(evaluated.partials)
     return summary

@@ -195,13 +195,7 @@ def _rows(run: RunConfig, seen: frozenset[str] | None) -> _Rows:
 
 def _loss_fields(run: RunConfig, model: Model, examples: Sequence[Example]) -> Result:
     encoded = tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
-    loss = held_out_loss(
-        model,
-        encoded,
-        run.data,
-        batch_size=run.data.micro_batch_size,
-        chunk=run.train.loss_chunk,
-    )
+    loss = held_out_loss(run, model, encoded)
     return {
         "loss": loss["loss"],
         "loss_rows": int(loss["rows"]),

@@ -216,8 +216,8 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     taken = [plan.name for plan in plans if f"{plan.name}.md" == path.name]
     require(
         not taken,
-        f"comparison {taken}: its page would be the overview's, {path.name}; give it a name of two"
-        f" words, such as {taken}_first.",
+        f"comparison {path.stem!r}: its page would be the overview's, {path.name}; give it a name"
+        f" of two words, such as {path.stem}_first.",
     )
     there = [plan for plan in plans if (Path(out) / f"{plan.name}.md").is_file()]
     if not there:

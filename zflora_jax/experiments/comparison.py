@@ -69,10 +69,8 @@ class Comparison:
                 f"comparison.rates_from={other.name!r}: it must be another comparison, over the"
                 " same methods.",
             )
-            for key in (
-                "model",
-                "train.dtype",
-            ):  # its choosing runs are made on the base that is loaded for this one
+            # Its choosing runs are made on the base that is loaded for this one.
+            for key in ("model", "train.dtype"):
                 own, its = (operator.attrgetter(key)(plan.base) for plan in (self, other))
                 require(
                     own == its,

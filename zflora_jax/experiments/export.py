@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ def export_run(
       workdir: of the run.
       out: directory to write.
       format: a row of `EXPORTERS`: "hf", a fused Hugging Face directory, or "peft", LoRA adapters.
-      dtype: of the "hf" weights, as `save_hf` takes it.
+      dtype: of the "hf" weights, as `save_hf` takes it; None for that of the run.
       checkpoint: which one, as the step of `load_run`.
-      eps_z: scale of the residual state in "hf", as `save_hf` takes it.
+      eps_z: scale of the residual state in "hf", as `save_hf` takes it; None: as `save_hf` chooses.
       mesh: as in `load_run`.
 
     Returns:
@@ -41,10 +42,13 @@ def export_run(
       held-out rows, or on built-in texts if the data is gone ("gap_prompts" says which).
 
     Raises:
-      ConfigError: there is no such checkpoint, or it cannot be exported like this.
+      ConfigError: there is no such checkpoint, it cannot be exported like this, or a setting is
+        given that the format does not have.
     """
     local_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
+    exporter, given = EXPORTERS[format], {"dtype": dtype, "eps_z": eps_z}
+    _require_taken(format, given)
     count = jax.process_count()
     require(
         count == 1,
@@ -52,6 +56,14 @@ def export_run(
         " model needs.",
     )
     run = TrainedRun(Path(workdir), *load_run(workdir, checkpoint, mesh=mesh))
-    settings = {"dtype": dtype, "eps_z": eps_z}
-    exporter = EXPORTERS[format]
-    return exporter.write(out, run, **{name: settings[name] for name in exporter.settings})
+    return exporter.write(out, run, **{name: given[name] for name in exporter.settings})
+
+
+def _require_taken(format: str, given: Mapping[str, Any]) -> None:
+    """Refuse settings that `format` does not have."""
+    for name, option in (("dtype", "--dtype"), ("eps_z", "--eps")):
+        taken_by = [other for other, exporter in EXPORTERS.items() if name in exporter.settings]
+        require(
+            given[name] is None or format in taken_by,
+            f"{option} goes with --format {' or '.join(taken_by)}: {format} does not have it.",
+        )

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import as_base
 from zflora_jax.experiments.jobs import Devices, run_jobs
 from zflora_jax.experiments.page import grid_page, write_page
-from zflora_jax.experiments.store import Extra, Job, Result, status
+from zflora_jax.experiments.store import EXTRA, Extra, Job, Result, status
 from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
@@ -36,13 +37,23 @@ from zflora_jax.training.identity import settings as settings_of
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+log = logging.getLogger(__name__)
+
 Row = dict[str, Any]
 Settings = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 RECORD = "row.json"
 # Errors that are a row: settings or a model that cannot be used; XLA's, of memory too, are
 # JaxRuntimeErrors.
 _FAILURES = (ConfigError, CheckpointError, jax.errors.JaxRuntimeError, MemoryError)
-_NOT_IN_ROWS = ("failed", "train_rows", "train_rows_dropped", "train_documents_cut", "cpu_count")
+# What a result holds beside the columns of its row.
+_NOT_IN_ROWS = (
+    "failed",
+    "train_rows",
+    "train_rows_dropped",
+    "train_documents_cut",
+    "cpu_count",
+    EXTRA,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,14 +173,14 @@ def run_grid(
 
     Finished runs are not run again, nor those whose loss was no number; what was stopped goes on. A
     run under <workdir> that had other settings is refused. A signal stops what trains after its
-    step, saved. <workdir>/rows.json and rows.md are written after every run; <workdir>/curves at
-    the end. Compiled programs are shared through <workdir>/compile_cache.
+    step, saved. A run that another process trains is waited for. <workdir>/rows.json and rows.md
+    are written after every run, <workdir>/curves at the end; <workdir>/compile_cache is shared.
 
     Args:
       base: the settings that the runs share.
       grid: what changes, as `combinations` takes it.
       workdir: of the runs.
-      extra: (settings, what was trained) -> more columns of its row.
+      extra: (settings, what was trained) -> columns of its row, before others of the same names.
       parallel: how many run at one time, each on its own devices (as many as its mesh has); None:
         as many as fit on the devices there are.
       page: a second place of the page: this Markdown file, and its JSON.
@@ -178,10 +189,9 @@ def run_grid(
     Returns:
       a row per run, in the order of `combinations`: run (its name), the settings that the grid
       changes, status ("finished", or "failed: why"), params_trainable, the held-out loss
-      (validation_loss or test_loss, as eval.split says), steps, seconds, what `extra` adds, and
-      where it ran (commit, device, ...). Failed are settings or models that cannot be used, other
-      settings than the run in that place had, a loss that is not a number, and memory that does not
-      suffice.
+      (validation_loss or test_loss, as eval.split says), steps, seconds, where it ran (commit,
+      device, ...), and what `extra` returned. Failed are settings or models that cannot be used,
+      other settings than the run in that place had, a loss that is no number, and too much memory.
 
     Raises:
       ConfigError: as for `combinations`, or `parallel` is more than fits.
@@ -205,6 +215,7 @@ def run_grid(
             write()
         for job, result in run_jobs(jobs, bases.of, slots, failures=_FAILURES, console=console):
             results[job.name] = result
+            log.info("%s: %s", job.name, status(result))
             write()
     _draw(workdir, [name for name, _ in named])
     return rows()
@@ -240,6 +251,7 @@ def _jobs(
             run = override(base, changes)
         except ConfigError as error:
             refused[name] = {"failed": str(error)}
+            log.info("%s: %s", name, status(refused[name]))
             continue
         # No older run, of another start, is taken for it.
         run = dataclasses.replace(run, adapter=run.adapter.explicit())
@@ -249,7 +261,7 @@ def _jobs(
 
 def _row(name: str, changes: Mapping[str, Any], result: Result) -> Row:
     measured = {key: value for key, value in result.items() if key not in _NOT_IN_ROWS}
-    return {"run": name, **changes, "status": status(result), **measured}
+    return {"run": name, **changes, "status": status(result), **measured, **result.get(EXTRA, {})}
 
 
 def _draw(workdir: Path, names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from zflora_jax.hf.peft_settings import CONFIG
 from zflora_jax.hf.restore import MANIFEST, read_manifest
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.reporting.metrics import METRICS_FILE, read_metrics
-from zflora_jax.training.workdir import read_config
+from zflora_jax.training.workdir import read_config, saved_steps
 
 Facts = dict[str, Any]
 
@@ -76,23 +77,22 @@ def _shape(config: LlamaConfig) -> Facts:
     }
 
 
+def _settings(adapter: AdapterConfig) -> Facts:
+    return {name: getattr(adapter, name) for name in ("method", "rank", "scale", "targets")}
+
+
+def _widths(base: Mapping[str, Any], fused: LlamaConfig) -> str:
+    """The widths of the three streams, base -> fused. base: the fields of its config."""
+    fields = {"residual": "hidden_size", "head": "head_dim", "MLP": "intermediate_size"}
+    return ", ".join(
+        f"{name} {base[field]} -> {getattr(fused, field)}" for name, field in fields.items()
+    )
+
+
 def _adapter(adapter: AdapterConfig, base: LlamaConfig) -> Facts:
-    facts: Facts = {
-        "method": adapter.method,
-        "rank": adapter.rank,
-        "scale": adapter.scale,
-        "targets": adapter.targets,
-    }
-    if METHODS[adapter.method].widens:
-        fused = fused_config(base, adapter)
-        widths = {"residual": "hidden_size", "head": "head_dim", "MLP": "intermediate_size"}
-        facts["widths"] = ", ".join(
-            f"{name} {getattr(base, field)} -> {getattr(fused, field)}"
-            for name, field in widths.items()
-        )
-    else:
-        facts["widths"] = "as the base's"
-    return facts | {
+    widens = METHODS[adapter.method].widens
+    return _settings(adapter) | {
+        "widths": _widths(vars(base), fused_config(base, adapter)) if widens else "as the base's",
         "trainable parameters": count_params(base, adapter),
         "base parameters": count_base(base),
     }
@@ -113,20 +113,8 @@ def _export(directory: Path) -> Facts:
         "written by": f"zflora_jax {manifest['project_version']}",
     }
     if manifest["adapter"] is not None:
-        adapter, base = (
-            from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter"),
-            manifest["base"],
-        )
-        widths = {"residual": "hidden_size", "head": "head_dim", "MLP": "intermediate_size"}
-        facts |= {
-            "method": adapter.method,
-            "rank": adapter.rank,
-            "scale": adapter.scale,
-            "targets": adapter.targets,
-        }
-        facts["widths"] = ", ".join(
-            f"{name} {base[field]} -> {getattr(native, field)}" for name, field in widths.items()
-        )
+        adapter = from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
+        facts |= _settings(adapter) | {"widths": _widths(manifest["base"], native)}
     facts |= {"base": manifest["base"].get("name"), **manifest.get("figures", {})}
     facts |= {
         "base fingerprint": manifest["base"]["fingerprint"],
@@ -197,7 +185,7 @@ def _run(workdir: Path) -> Facts:
             "scale": run.adapter.scale,
             "widths": f"unknown: {error}",
         }
-    steps = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    steps = saved_steps(workdir)
     facts["steps"] = f"{steps[-1] if steps else 0} of {run.train.steps} saved"
     facts["checkpoints"] = ", ".join(map(str, steps)) or "none"
     if (workdir / METRICS_FILE).is_file():

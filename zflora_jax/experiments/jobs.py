@@ -8,7 +8,6 @@ such lists.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import queue
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import jax
 
 from zflora_jax.adapters.fuse import fuse
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
@@ -26,10 +26,18 @@ from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.suite import evaluate_tasks, kept_scores
 from zflora_jax.experiments.setup import held_out
-from zflora_jax.experiments.store import ORIGIN, Job, Result, Scoring, read_result, write_record
+from zflora_jax.experiments.store import (
+    EXTRA,
+    ORIGIN,
+    Job,
+    Result,
+    Scoring,
+    read_result,
+    write_record,
+)
 from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.distributed import StopSignals
-from zflora_jax.training.trainer import NonFiniteError
+from zflora_jax.reporting.provenance import commit_text
 from zflora_jax.training.workdir import BusyError, locked
 
 log = logging.getLogger(__name__)
@@ -134,7 +142,7 @@ def _result(
       BusyError: another process is training it.
     """
     if (saved := read_result(job)) is not None:
-        log.info("%s is there, made at commit %s: not run again", job.record, saved.get("commit"))
+        log.info("%s is there, made at commit %s: not run again", job.record, commit_text(saved))
         return saved
     if job.workdir.is_dir():  # raise BusyError before anything slow
         with locked(job.workdir):
@@ -164,25 +172,16 @@ def _measured(job: Job, trained: Trained, console: bool) -> Result:
     if job.scoring is not None:
         fused = fuse(trained.model, run.adapter, trained.adapters)
         result["scores"] = score(run, fused, job.scoring, job.workdir / "eval", console)
-    if job.extra is not None:
-        result |= job.extra(run, trained)
-    return result | {key: report["environment"][key] for key in ORIGIN}
+    result |= {key: report["environment"][key] for key in ORIGIN}
+    return result if job.extra is None else result | {EXTRA: dict(job.extra(run, trained))}
 
 
 def split_loss(
     run: RunConfig, split: str, model: Model, trained: Trained | None = None
 ) -> dict[str, float]:
     """Compute `held_out_loss` on a split: of the base, or with the adapters of `trained`."""
-    _, encoded = held_out(run, model, split)
-    loss = functools.partial(
-        held_out_loss,
-        model,
-        encoded,
-        run.data,
-        batch_size=run.data.micro_batch_size,
-        chunk=run.train.loss_chunk,
-    )
-    return loss() if trained is None else loss(adapter=run.adapter, adapters=trained.adapters)
+    adapters = None if trained is None else trained.adapters
+    return held_out_loss(run, model, held_out(run, model, split), adapters)
 
 
 def score(

@@ -10,27 +10,16 @@ from typing import Any
 
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import EvalConfig
-from zflora_jax.evaluation.statistics import SuiteScore
+from zflora_jax.evaluation.statistics import SCORE_FIELDS, SuiteScore
 from zflora_jax.evaluation.summary import SCORE_LEGEND, decoding
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.store import ORIGIN, Result
-from zflora_jax.reporting.files import atomic_write, write_json
-from zflora_jax.reporting.provenance import origin_line
+from zflora_jax.reporting.files import write_result
+from zflora_jax.reporting.provenance import commit_text, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 # Fields of a method's row that the first table does not show: scores have tables of their own.
-_APART = (
-    "untuned",
-    "scores",
-    "all scores",
-    "intervals",
-    "headline",
-    "mean",
-    "spread",
-    "rows",
-    "cut",
-    "chance",
-)
+_APART = ("untuned", *SCORE_FIELDS)
 
 
 def write_page(path: Path, blocks: Sequence[str], values: Mapping[str, Any]) -> None:
@@ -41,8 +30,7 @@ def write_page(path: Path, blocks: Sequence[str], values: Mapping[str, Any]) -> 
       blocks: paragraphs, tables and headings; empty ones are left out.
       values: what the JSON holds.
     """
-    write_json(path.with_suffix(".json"), values)
-    atomic_write(path, ("\n\n".join(filter(None, blocks)) + "\n").encode())
+    write_result(path.with_suffix(""), values, "\n\n".join(filter(None, blocks)) + "\n")
 
 
 def runs_made_at(results: Iterable[Result]) -> str:
@@ -51,9 +39,8 @@ def runs_made_at(results: Iterable[Result]) -> str:
     """
 
     def place(result: Result) -> str:
-        changed = " with local changes" if result.get("dirty") else ""
         known = [f"{key} {result[key]}" for key in ("device", "jax") if key in result]
-        return ", ".join([f"commit {result['commit']}{changed}", *known])
+        return ", ".join([f"commit {commit_text(result)}", *known])
 
     made = Counter(place(result) for result in results if "commit" in result)
     return f"Runs made at {'; '.join(f'{how} ({n})' for how, n in made.items())}." if made else ""

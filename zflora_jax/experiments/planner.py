@@ -46,9 +46,9 @@ def memory_plan(
       memory_gib: memory of one device, in GiB.
 
     Returns:
-      Counts; "bytes_per_device", name -> bytes with their sum as "total"; and with `memory_gib`
-      "fits"
-      and, if it does not fit, "changes": the three cheapest ones, each alone and all together.
+      Counts, and "bytes_per_device": purpose -> bytes, with their sum as "total". With `memory_gib`
+      also "fits" and, if it does not fit, "changes": the three cheapest ones, each alone, and all
+      together.
 
     Raises:
       ConfigError: the mesh does not divide the model.
@@ -85,9 +85,8 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
     sizes = {
         "base": _local(param_shapes(config), mesh, width),
         "adapters": trainable,
-        "gradients": (
-            trainable * (2 if run.data.grad_accum_steps > 1 else 1)
-        ),  # of this micro-batch, and the sum over them
+        # Of this micro-batch, and the sum over them.
+        "gradients": trainable * (2 if run.data.grad_accum_steps > 1 else 1),
         "optimizer": _optimizer_state(run, config, mesh),
         "activations": _activations(run, config),
         "working set": _working_set(run, config, mesh),
@@ -228,9 +227,8 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
             continue
         if new < 0.98 * total:
             found.append({"change": text, "settings": settings, "total": new, "fits": new <= limit})
-            with contextlib.suppress(
-                ConfigError
-            ):  # it does not go with the ones before it, as with too few rows for twice the devices
+            # It may not go with the ones before it, such as twice the devices for too few rows.
+            with contextlib.suppress(ConfigError):
                 together = override(together, settings)
         if len(found) == 3:
             break
@@ -281,7 +279,7 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "leave out the long examples", {"data.bucket_lengths": shorter}
 
 
-def lines_of(plan: Mapping[str, Any]) -> list[str]:
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """The plan of `memory_plan` in words, for a terminal."""
 
     def gib(size: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.bench import decode_latency
+from zflora_jax.bench.latency import decode_latency
 from zflora_jax.core.fields import ConfigError, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.textfile import lines_of
@@ -27,7 +27,7 @@ from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import atomic_write, local_path, write_json
 from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
-from zflora_jax.reporting.provenance import device_line, environment
+from zflora_jax.reporting.provenance import commit_text, device_line, environment
 from zflora_jax.reporting.tables import markdown_table
 from zflora_jax.training.workdir import adopt
 
@@ -131,7 +131,7 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]
     """Largest |dlogit| between the fused and the adapted model on held-out rows, and the largest
     |logit|.
     """
-    _, encoded = held_out(run, trained.model)
+    encoded = held_out(run, trained.model)
     batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.bucket_lengths)))
     adapted = np.asarray(
         forward(
@@ -202,8 +202,7 @@ def _page(report: dict[str, Any]) -> str:
         f" {report['export_max_abs_dlogit']:.2e}, top-1 agreement"
         f" {report['export_top1_agreement']:.4f}."
     )
-    commit = f"{env['commit']}{' (with local changes)' if env['dirty'] else ''}"
-    command = f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; "
+    command = f"Command: `{env['command']}`; commit {commit_text(env)}; device {device_line(env)}; "
     return "\n".join(
         [
             "# Quickstart",

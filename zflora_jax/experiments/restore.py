@@ -17,7 +17,7 @@ from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.parallel.sharding import state_shardings
 from zflora_jax.training.checkpoint import Checkpoints, require_same
 from zflora_jax.training.trainer import fresh_state
-from zflora_jax.training.workdir import read_config
+from zflora_jax.training.workdir import CHECKPOINTS, read_config
 
 
 def load_run(
@@ -39,7 +39,7 @@ def load_run(
     """
     run = read_config(workdir)
     require(
-        (Path(workdir) / "checkpoints").is_dir(),
+        (Path(workdir) / CHECKPOINTS).is_dir(),
         f"{workdir} has no checkpoint yet; train it first.",
     )
     mesh = mesh_if_there(run.mesh) if mesh is None else mesh

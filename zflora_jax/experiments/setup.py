@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.packing import pack_sequences
-from zflora_jax.data.tasks import Example
 from zflora_jax.data.tokenization import Encoded, tokenize_examples
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
@@ -59,15 +57,7 @@ class Setup:
 
     def held_out_loss(self, adapters: Tree) -> dict[str, float]:
         """The loss of `adapters` on the evaluation rows; see `loss.held_out_loss`."""
-        return held_out_loss(
-            self.model,
-            self.eval_set,
-            self.run.data,
-            adapter=self.run.adapter,
-            adapters=adapters,
-            batch_size=self.run.data.micro_batch_size,
-            chunk=self.run.train.loss_chunk,
-        )
+        return held_out_loss(self.run, self.model, self.eval_set, adapters)
 
 
 def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> Setup:
@@ -90,7 +80,7 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> 
     examples = len(train_set)
     if run.data.packing:
         train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
-    _, eval_set = held_out(run, model)
+    eval_set = held_out(run, model)
     fingerprints = {
         "base_fingerprint": fingerprint(model),
         "data_fingerprint": train_set.fingerprint(),
@@ -101,13 +91,11 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> 
     return Setup(run, mesh, model, train_set, examples, eval_set, fingerprints, seconds, where)
 
 
-def held_out(
-    run: RunConfig, model: Model, split: str | None = None
-) -> tuple[Sequence[Example], Encoded]:
-    """The evaluation examples of a run (at most eval.limit, in their order) and their tokens.
+def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:
+    """The evaluation rows of a run: at most eval.limit, in their order.
 
     split: None for eval.split.
     """
     require_fit(run, model)
     examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
-    return examples, tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
+    return tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)

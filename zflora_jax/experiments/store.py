@@ -26,6 +26,8 @@ Result = dict[str, Any]
 # (settings, what was trained) -> what else is measured of a run.
 Extra = Callable[[RunConfig, "Trained"], Mapping[str, Any]]
 FINISHED = "finished"
+# The place of those values in a result. Earlier records have them among the other values.
+EXTRA = "of extra"
 # Of `provenance.environment`, kept with every run: a sweep that goes on can change machines.
 ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")
 
@@ -53,7 +55,7 @@ class Job:
       scoring: the tasks that its fused model is scored on; None for none.
       test_loss: whether the loss on the test split is measured after training, beside the loss that
         run.eval asks for.
-      extra: its values join the result.
+      extra: what it returns is in the result, under `EXTRA`.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -111,18 +112,18 @@ def train(
         state, spent = _first_state(setup, checkpoints, workdir)
         if (first := int(state.step)) >= run.train.steps:
             log.info("%s is finished (%d steps): nothing to train", workdir, run.train.steps)
-            evaluate = lambda: setup.held_out_loss(state.adapters)  # noqa: E731
+            evaluate = functools.partial(setup.held_out_loss, state.adapters)
             report = finished_report(setup, workdir, spent, env, evaluate)
             return Trained(setup.model, state.adapters, report, run.data.date)
         writer = _open_logs(stack, run, workdir, console, first, env, changed)
         metrics = LogMetrics(writer, run.train, started)
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
         meta = {**setup.fingerprints, "data_seed": run.data.seed}
-        save = SaveCheckpoints(checkpoints, workdir, run.train, meta, started - spent)
+        save = SaveCheckpoints(checkpoints, run.train, meta, started - spent)
         # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
         measured = [loss, save] if run.train.keep_best else [save, loss]
         hooks = [RequireFinite(), metrics, *measured, StopOnSignal(signals)]
-        _evaluate_if_missed(loss, writer, state, workdir)
+        _evaluate_if_missed(loss, writer, state, checkpoints)
         state = _train_steps(setup, state, hooks)
     _require_finished(int(state.step), run, workdir)
     timings = {"seconds": spent + time.perf_counter() - started, **setup.seconds, **metrics.timings}
@@ -216,7 +217,7 @@ def _open_logs(
 
 
 def _evaluate_if_missed(
-    loss: HeldOutLoss, writer: MetricWriter | None, state: TrainState, workdir: Path
+    loss: HeldOutLoss, writer: MetricWriter | None, state: TrainState, checkpoints: Checkpoints
 ) -> None:
     """Evaluate a restored state that was due for it but has no record of it, since a signal ended
     the run at that step.
@@ -225,7 +226,7 @@ def _evaluate_if_missed(
     if step == 0 or not loss.is_due(step):
         return
     if distributed.from_main(writer is not None and not writer.restored(step, "eval")):
-        loss.on_state(step, state, {"checkpoint": workdir / "checkpoints" / str(step)})
+        loss.on_state(step, state, {"checkpoint": checkpoints.folder / str(step)})
 
 
 def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> TrainState:

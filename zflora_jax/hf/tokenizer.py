@@ -145,10 +145,8 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
             str(i): _fields(token) for i, token in tokenizer.added_tokens_decoder.items()
         },
         "clean_up_tokenization_spaces": False,
-        "model_input_names": [
-            "input_ids",
-            "attention_mask",
-        ],  # 4 would add token_type_ids, which a Llama does not take
+        # Version 4 would add token_type_ids, which a Llama does not take.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": tokenizer.model_max_length,
         "padding_side": tokenizer.padding_side,
         "truncation_side": tokenizer.truncation_side,

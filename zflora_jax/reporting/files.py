@@ -67,6 +67,18 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     )
 
 
+def write_result(out: str | os.PathLike[str], values: Mapping[str, Any], page: str) -> None:
+    """Write <out>.json, then <out>.md: the numbers of a result, and their page.
+
+    Args:
+      out: path without a suffix; a dot in its name ("llama-3.2-1b") begins none.
+      values: of the JSON, see `plain`.
+      page: in Markdown.
+    """
+    write_json(f"{os.fspath(out)}.json", values)
+    atomic_write(f"{os.fspath(out)}.md", page.encode())
+
+
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and never a
     mixture.

@@ -60,11 +60,20 @@ def origin_line(env: Mapping[str, Any]) -> str:
     Args:
       env: of `environment`.
     """
-    commit = f"{env['commit'] or 'unknown'}{' with local changes' if env['dirty'] else ''}"
     return (
-        f"Command: `{env['command']}`; commit {commit}; device {device_line(env)}; jax"
+        f"Command: `{env['command']}`; commit {commit_text(env)}; device {device_line(env)}; jax"
         f" {env['jax']}; {env['date']}."
     )
+
+
+def commit_text(env: Mapping[str, Any]) -> str:
+    """The commit, and whether the code had local changes; "unknown" if no commit was recorded.
+
+    Args:
+      env: of `environment`, or a result that kept its "commit" and "dirty".
+    """
+    changed = " with local changes" if env.get("dirty") else ""
+    return f"{env.get('commit') or 'unknown'}{changed}"
 
 
 def device_line(env: Mapping[str, Any]) -> str:

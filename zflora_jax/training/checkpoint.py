@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.trees import checksum, fingerprint
 from zflora_jax.training.trainer import TrainState
+from zflora_jax.training.workdir import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +37,20 @@ def _is_whole(state: TrainState, meta: dict[str, Any]) -> bool:
     return fingerprint({str(i): leaf for i, leaf in enumerate(leaves)}) == meta["state_fingerprint"]
 
 
-def require_same(saved: dict[str, Any], name: str, fingerprint: str, workdir: str | Path) -> None:
+def require_same(saved: dict[str, Any], name: str, found: str, workdir: str | Path) -> None:
     """Refuse a checkpoint of `workdir` that was trained on another "base" or other "data".
 
     Args:
       saved: what the checkpoint says beside its state.
       name: "base" or "data".
-      fingerprint: of what is here now.
+      found: the fingerprint of what is here now.
       workdir: for the message.
 
     Raises:
       ConfigError: the fingerprints differ.
     """
-    if saved[f"{name}_fingerprint"] != fingerprint:
-        there, here = saved[f"{name}_fingerprint"][:12], fingerprint[:12]
+    if saved[f"{name}_fingerprint"] != found:
+        there, here = saved[f"{name}_fingerprint"][:12], found[:12]
         raise ConfigError(
             f"{workdir} was trained on another {name}: fingerprint {there} there, {here} here."
             " Restore it, or use another --workdir."
@@ -115,8 +116,13 @@ class Checkpoints:
             cleanup_tmp_directories=create,
             **best,
         )
-        folder = (Path(workdir) / "checkpoints").absolute()
-        self._ocp, self._manager = ocp, ocp.CheckpointManager(folder, options=options)
+        self._ocp, self._folder = ocp, Path(workdir) / CHECKPOINTS
+        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+
+    @property
+    def folder(self) -> Path:
+        """Where they are: each has a folder of its own in it, named after its step."""
+        return self._folder
 
     @property
     def latest(self) -> int | None:

@@ -9,16 +9,16 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.run_config import TrainConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.metrics import MetricWriter
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.loop import Hook, Timing
-from zflora_jax.training.trainer import NonFiniteError, TrainState, non_finite
+from zflora_jax.training.trainer import TrainState, non_finite
 
 
 def is_due(step: int, period: int | None, steps: int) -> bool:
@@ -143,7 +143,6 @@ class SaveCheckpoints(Hook):
 
     Args:
       checkpoints: where to save.
-      workdir: of the run.
       settings: of the run.
       meta: saved beside each state.
       began: time.perf_counter() at the start of this process, minus the seconds that earlier
@@ -153,20 +152,19 @@ class SaveCheckpoints(Hook):
     def __init__(
         self,
         checkpoints: Checkpoints,
-        workdir: Path,
         settings: TrainConfig,
         meta: Mapping[str, Any],
         began: float,
     ) -> None:
-        self._checkpoints, self._folder = checkpoints, workdir / "checkpoints"
-        self._settings, self._meta, self._began = settings, meta, began
+        self._checkpoints, self._settings = checkpoints, settings
+        self._meta, self._began = meta, began
 
     def is_due(self, step: int) -> bool:
         return is_due(step, self._settings.save_every, self._settings.steps)
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
         self._save(step, state, results.get("loss"))
-        results["checkpoint"] = self._folder / str(step)
+        results["checkpoint"] = self._checkpoints.folder / str(step)
 
     def on_stop(self, step: int, state: TrainState) -> None:
         self._save(step, state, None)

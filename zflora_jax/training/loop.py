@@ -39,17 +39,17 @@ class Hook:
     """
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
-        """`batch` (numpy arrays [B, T], the rows of this process) is what `step` will see."""
+        """See the `batch` of `step` before it: numpy arrays [B, T], the rows of this process."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], timing: Timing) -> None:
-        """`metrics` of `step`, see `trainer.make_train_step`. Called once for every step."""
+        """See the `metrics` of `step` (`trainer.make_train_step`). Called once for every step."""
 
     def is_due(self, step: int) -> bool:
         """Whether this hook wants the state after `step`."""
         return False
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
-        """The state after `step`. The next step overwrites its buffers: nothing may keep them.
+        """Use the state after `step`. The next step overwrites its buffers: nothing may keep them.
 
         results: what the hooks before this one found out about the state, by name; a hook adds its
         own.
@@ -60,7 +60,7 @@ class Hook:
         return False
 
     def on_stop(self, step: int, state: TrainState) -> None:
-        """Training ends early, after `step`."""
+        """Prepare for training to end early, after `step`."""
 
 
 def fit(

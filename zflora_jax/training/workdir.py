@@ -30,6 +30,7 @@ from zflora_jax.training.identity import FREE, ROUNDING, differences
 log = logging.getLogger(__name__)
 
 STARTS_FILE = "starts.jsonl"
+CHECKPOINTS = "checkpoints"  # a folder per saved step in it, see `checkpoint`
 
 Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was, what it is now)
 
@@ -84,14 +85,14 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
             f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to."
             " Use another --workdir."
         )
-        require(not (workdir / "checkpoints").exists(), unclear)
+        require(not (workdir / CHECKPOINTS).exists(), unclear)
         return dated(run), {}
     there = read_config(workdir)
     run = dated(run, there.data.date)
     if run.adapter.init is None and run.adapter.method == there.adapter.method:
         run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
     changed = differences(dated(there, run.data.date), run)
-    finished = _finished_steps(workdir)
+    finished = max(saved_steps(workdir), default=0)
     if finished:
         _require_may_change(workdir, run, changed, finished)
     if finished and run.train.steps <= finished:  # nothing is left to train with other settings
@@ -125,10 +126,10 @@ def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
     return run
 
 
-def _finished_steps(workdir: Path) -> int:
-    folder = workdir / "checkpoints"
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return max(steps, default=0)
+def saved_steps(workdir: str | Path) -> list[int]:
+    """The numbers of the steps whose state is saved in `workdir`, in increasing order."""
+    folder = Path(workdir) / CHECKPOINTS
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def change_notes(changed: Changes, run: RunConfig) -> list[str]:

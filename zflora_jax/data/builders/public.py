@@ -259,9 +259,8 @@ PUBLIC: dict[str, Tfds | Hub] = {
         {"train": "train", "test": "test"},
         "tensorflow_datasets.text.gsm8k.gsm8k",
     ),
-    "social_i_qa": Hub(
-        "lighteval/siqa", _social_i_qa, TEST_IS_VALIDATION
-    ),  # allenai/social_i_qa without its script
+    # allenai/social_i_qa without its script.
+    "social_i_qa": Hub("lighteval/siqa", _social_i_qa, TEST_IS_VALIDATION),
     "cnn_dailymail": Hub(
         "abisee/cnn_dailymail", _summary("article", "article", "highlights"), ALL, config="3.0.0"
     ),
