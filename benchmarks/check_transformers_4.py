@@ -190,14 +190,7 @@ def parse_args() -> argparse.Namespace:
 
 def measure_all(python: str, rank: int, std: float) -> dict[str, Any]:
     """The rows of the table: the base and every method, under both releases."""
-    from zflora_jax import (  # noqa: F401
-        forward,
-        fuse,
-        generate_tokens,
-        init_adapters,
-        load_model,
-        save_hf,
-    )
+    from zflora_jax import load_model, save_hf
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.reporting.provenance import environment
     from zflora_jax.reporting.tables import markdown_table
