@@ -15,7 +15,7 @@ TEST := $(VENV)/.stamp-test
 help:
 	@echo "make quickstart   install, then train, fuse, check, decode and export SmolLM2-135M into runs/quickstart"
 	@echo "make test         install with the test tools, then run the tests"
-	@echo "make soak         install with the test tools, then the long tests: whole grids, and runs killed, stopped and damaged"
+	@echo "make soak         install with the test tools, then all tests with their long forms; then runs killed, stopped and damaged"
 	@echo "make docs         install with the test tools, then build the documentation into build/site"
 	@echo "make lint         ruff, mypy and the order of imports"
 	@echo "make clean        delete .venv and caches (runs/ and results/ stay)"
@@ -27,8 +27,7 @@ test: $(TEST)
 	$(PY) -m pytest
 
 soak: $(TEST)
-	ZFLORA_TEST_XLA=default $(PY) -m pytest -m soak
-	ZFLORA_TEST_XLA=default $(PY) -m pytest tests/test_contract.py tests/test_contract_training.py tests/test_resume.py
+	ZFLORA_TEST_XLA=default $(PY) -m pytest -m 'soak or not soak'
 	$(PY) tests/soak.py
 
 docs: $(TEST)

@@ -98,13 +98,7 @@ def main() -> int:
         for name, (attempt, count) in FAULTS.items():
             if args.only not in (None, name):
                 continue
-            outcomes = tries(
-                lab,
-                name,
-                attempt,
-                args.tries or count,
-                Path(folder) / name.replace(" ", "-").replace("/", "-"),
-            )
+            outcomes = tries(lab, name, attempt, args.tries or count, Path(folder) / "tries")
             bad = [outcome.message for outcome in outcomes if not outcome.survived]
             failed += len(bad)
             survived = sum(outcome.survived for outcome in outcomes)

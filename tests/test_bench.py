@@ -100,10 +100,9 @@ def test_random_packed_has_the_shapes_of_a_packed_fused_model() -> None:
 @pytest.mark.parametrize("real", always([False, True], lambda real: real))
 def test_latency_table(real: bool, tmp_path: Path) -> None:
     source = tiny_model() if real else preset("tiny")
-    methods = ["lora", "zflora-minimal", "zflora-uniform"] if real else ["lora", "zflora-minimal"]
     result = latency.measure(
         source,
-        methods=methods,
+        methods=["lora", "zflora-minimal", "zflora-uniform"],
         ranks=(4, 8),
         batches=(1, 2),
         prompts=(8,),
@@ -167,16 +166,19 @@ def test_latency_by_command_beside_transformers_and_peft(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("methods", "masked"),
-    [(["lora"], ["0.5"]), pytest.param(["lora", "ffba"], ["0", "0.5"], marks=pytest.mark.soak)],
+    ("given", "methods", "masked"),
+    [
+        (["--methods", "lora"], ["lora"], ["0.5"]),
+        pytest.param([], ["lora", "zflora-minimal"], ["0", "0.5"], marks=pytest.mark.soak),
+    ],
     ids=str,
 )
 def test_training_by_command_beside_peft(
-    methods: list[str], masked: list[str], tmp_path: Path
+    given: list[str], methods: list[str], masked: list[str], tmp_path: Path
 ) -> None:
     """Each method and PEFT run once in a process of their own, which takes most of the time."""
     small = ["--model", "tiny", "--repeats", "2", "--out", str(tmp_path / "train")]
-    case = ["--batch", "2", "--length", "16", "--masked", *masked, "--methods", *methods]
+    case = ["--batch", "2", "--length", "16", "--masked", *masked, *given]
     assert main(["bench", "train", *small, *case]) == 0
     rows: list[dict[str, Any]] = json.loads((tmp_path / "train.json").read_text())["rows"]
     assert [row["label"] for row in rows] == [*methods, "PEFT lora"] * len(masked)

@@ -4,7 +4,7 @@ refused with their place.
 
 import pytest
 import tensorflow_datasets as tfds
-from support.rows import load, write
+from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.builders.formats import (

@@ -9,25 +9,19 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from support.runs import quiet_train, saved_state
 
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.restore import load_run
-from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.training.checkpoint import Checkpoints, SaveError
 from zflora_jax.training.trainer import fresh_state
-
-
-def quiet_train(run: RunConfig, workdir: Path) -> Trained:
-    return train(run, workdir, console=False)
 
 
 def test_a_step_is_saved_before_it_is_evaluated(run, tmp_path, monkeypatch):
@@ -118,21 +112,13 @@ def test_a_checkpoint_whose_numbers_have_changed_is_refused(run, tmp_path):
         quiet_train(run, tmp_path)
     # As earlier versions saved it: a fingerprint taken on the host.
     meta.write_text(text)
-    leaves = trees.flatten(
-        {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(restored_state(tmp_path, run)))}
-    )
+    leaves = saved_state(run, tmp_path)
     earlier = {key: value for key, value in json.loads(text).items() if key != "state_checksum"}
     meta.write_text(json.dumps(earlier | {"state_fingerprint": trees.fingerprint(leaves)}))
     assert load_run(tmp_path)[3] == 8
     meta.write_text(json.dumps(earlier | {"state_fingerprint": trees.fingerprint(leaves)[::-1]}))
     with pytest.raises(ConfigError, match="its numbers are not those that were saved"):
         load_run(tmp_path)
-
-
-def restored_state(workdir, run):
-    model = load_base(run)
-    with Checkpoints(workdir, create=False) as checkpoints:
-        return checkpoints.restore(jax.eval_shape(lambda: fresh_state(run, model)))[0]
 
 
 def test_what_is_saved_is_the_state_of_its_step(run, tmp_path):
@@ -146,8 +132,8 @@ def test_what_is_saved_is_the_state_of_its_step(run, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         jax.block_until_ready(overwrite(state))
-    found = restored_state(tmp_path, run)
-    for have, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    found = saved_state(run, tmp_path)
+    for have, want in zip(found.values(), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(have, want)
 
 

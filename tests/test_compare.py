@@ -27,11 +27,6 @@ LORA = {"lora": AdapterConfig("lora", rank=2)}
 SCORING = dataclasses.replace(EVAL, generate=False, loss=False)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
-
-
 @pytest.fixture
 def base(model, arc, tmp_path):
     """A run of two steps on `arc`."""

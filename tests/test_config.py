@@ -141,7 +141,4 @@ def test_wrong_keys_and_types_are_refused_by_name(values, message):
         from_dict(RunConfig, values)
 
 
-# --- dotted overrides -----------------------------------------------------------------------------
-
-
 # --- fuzz -----------------------------------------------------------------------------------------

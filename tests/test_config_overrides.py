@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from support.settings import RUNS
+from support.settings import OLD_NAMES, RUNS
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, from_dict, nearest, override, to_dict
@@ -224,24 +224,17 @@ def test_nearest_lists_everything_allowed():
     assert nearest("RNK", ["Rank", "alpha"]) == "did you mean 'Rank'? Allowed: Rank, alpha"
 
 
-OLD_NAMES = {
-    "adapter.mlp_rank": "adapter.extra_mlp_units",
-    "adapter.head_rank": "adapter.extra_head_dim",
-    "data.accumulate": "data.grad_accum_steps",
-    "data.lengths": "data.bucket_lengths",
-    "train.keep": "train.max_to_keep",
-}
-
-
-@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
-def test_settings_are_read_by_the_names_of_before(old, new):
+@pytest.mark.parametrize(
+    ("section", "name", "former"),
+    [(section, *names) for section in OLD_NAMES for names in OLD_NAMES[section].items()],
+)
+def test_settings_are_read_by_the_names_of_before(section, name, former):
     """From the command line, from files and from keywords, so that old runs and configs go on."""
     run = RunConfig(adapter=AdapterConfig("zflora-uniform"))
-    value = {"data.bucket_lengths": (8, 16)}.get(new, 4)
-    changed = override(run, {new: value})
-    assert changed != run and override(run, {old: value}) == changed
+    value = {"bucket_lengths": (8, 16)}.get(name, 4)
+    changed = override(run, {f"{section}.{name}": value})
+    assert changed != run and override(run, {f"{section}.{former}": value}) == changed
 
-    (section, name), (_, former) = new.split("."), old.split(".")
     table = to_dict(changed)
     table[section][former] = table[section].pop(name)
     assert from_file(RunConfig, table) == changed

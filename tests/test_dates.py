@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_trees_equal
-from support.runs import saved_base, small_run
+from support.runs import quiet_train, saved_base, small_run
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
@@ -29,7 +29,6 @@ from zflora_jax.evaluation import records
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.restore import load_fused
-from zflora_jax.experiments.train import Trained, train
 from zflora_jax.inference.text import generate
 from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.training.workdir import adopt, read_config
@@ -80,10 +79,6 @@ def dated_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def run(dated_base: str) -> RunConfig:
     return override(small_run(dated_base), {"train.steps": 6, "data.bucket_lengths": [384, 448]})
-
-
-def quiet_train(run: RunConfig, workdir: Path) -> Trained:
-    return train(run, workdir, console=False)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:

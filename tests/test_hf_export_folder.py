@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import transformers
 from support.byte_tokenizer import byte_tokenizer
+from support.checks import assert_logits_close
 from support.exports import WIDENED, fused_model
-from support.huggingface import TOKENS, assert_close
+from support.huggingface import TOKENS
 
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model
@@ -177,7 +178,7 @@ def test_without_the_side_file_arithmetic_takes_over(
     assert warned[0].filename == __file__
     for name, leaf in trees.flatten(again.params).items():
         np.testing.assert_allclose(leaf, trees.flatten(fused.params)[name], rtol=2e-7, atol=1e-9)
-    assert_close(
+    assert_logits_close(
         forward(again, jnp.asarray(TOKENS)), np.asarray(forward(fused, jnp.asarray(TOKENS)))
     )
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import transformers
 from support.byte_tokenizer import byte_tokenizer
-from support.huggingface import LLAMA3, TOKENS, assert_close, hf_logits, hf_model, write_gguf
+from support.checks import assert_logits_close
+from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model, write_gguf
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import RopeScaling
@@ -27,7 +28,7 @@ def test_written_file_equals_transformers(changes: dict[str, Any], tmp_path: Pat
     reference = hf_model(**changes)
     write_gguf(tmp_path / "x.gguf", reference)
     model = load_model(tmp_path / "x.gguf")
-    assert_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
+    assert_logits_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
     assert model.config.tie_word_embeddings == bool(changes) and model.config.rms_norm_eps == 1e-5
     assert (model.config.bos_token_id, model.config.eos_token_ids, model.config.pad_token_id) == (
         256,
@@ -60,7 +61,7 @@ def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
     )
     model = load_model(tmp_path / "x.gguf")
     assert model.config.rope_scaling == scaling and model.tokenizer is None
-    assert_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
+    assert_logits_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
     for kind, factor, error, words in (
         (np.float32, 2, ConfigError, "rope_freqs"),
         (np.int8, 1, CheckpointError, r"y\.gguf: rope_freqs\.weight cannot be dequantised"),
@@ -87,7 +88,7 @@ def test_divisors_in_float16_are_read_by_their_kind(tmp_path: Path) -> None:
     )
     model = load_model(tmp_path / "x.gguf")
     assert model.config.rope_scaling is None
-    assert_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
+    assert_logits_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support.huggingface import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
+from support.checks import assert_logits_close
+from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model
 
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import param_shapes
@@ -55,7 +56,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     reference = hf_model(**GRID[name])
     reference.save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    assert_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
+    assert_logits_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
     assert {n: leaf.shape for n, leaf in trees.flatten(model.params).items()} == param_shapes(
         model.config
     )
@@ -69,7 +70,7 @@ def test_shards_layers_and_dtypes(saved: Path, tmp_path: Path) -> None:
     assert "layers_1" in many.params and trees.fingerprint(one.params) == trees.fingerprint(
         many.params
     )
-    assert_close(forward(many, jnp.asarray(TOKENS)), hf_logits(reference))
+    assert_logits_close(forward(many, jnp.asarray(TOKENS)), hf_logits(reference))
 
     reference.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     half = load_model(tmp_path / "half", "bfloat16")

@@ -15,7 +15,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from support.huggingface import TOKENS, assert_close, hf_logits, hf_model
+from support.checks import assert_logits_close
+from support.huggingface import TOKENS, hf_logits, hf_model
 from support.models import perturb
 
 from zflora_jax.adapters.fuse import fuse
@@ -52,7 +53,7 @@ def test_peft_computes_what_we_do(targets: str, base: Model, tmp_path: Path) -> 
     report = save_peft(tmp_path / "out", base, adapter, adapters)
     expected = adapted(base, adapter, adapters)
     theirs = peft.PeftModel.from_pretrained(hf_model(head_dim=16), tmp_path / "out").eval()
-    assert_close(hf_logits(theirs), expected)
+    assert_logits_close(hf_logits(theirs), expected)
     assert np.abs(expected - hf_logits(hf_model(head_dim=16))).max() > 0.05 * np.abs(expected).max()
     assert report["parameters"] == trees.size(adapters)
 
@@ -149,7 +150,7 @@ def test_we_read_what_peft_writes(settings: dict[str, Any], base: Model, tmp_pat
     theirs.save_pretrained(tmp_path / "out")
     adapter, adapters = load_peft(tmp_path / "out", base)
     assert adapter.method == "lora"
-    assert_close(adapted(base, adapter, adapters), hf_logits(theirs))
+    assert_logits_close(adapted(base, adapter, adapters), hf_logits(theirs))
 
 
 def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_path: Path) -> None:
@@ -246,5 +247,5 @@ def test_what_peft_has_trained_is_fused_and_decoded(base: Model, tmp_path: Path)
     adapter, adapters = load_peft(tmp_path / "out", base)
     fused = np.asarray(forward(fuse(base, adapter, adapters), jnp.asarray(TOKENS)))
     want = hf_logits(theirs)
-    assert_close(fused, want)
+    assert_logits_close(fused, want)
     assert np.abs(want - hf_logits(hf_model(head_dim=16))).max() > 0.05 * np.abs(want).max()

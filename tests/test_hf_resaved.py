@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.huggingface import LLAMA3, TOKENS, assert_close, hf_logits, hf_model
+from support.checks import assert_logits_close
+from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model
 from support.models import perturb
 
 from zflora_jax.adapters.fuse import fuse, unfuse
@@ -83,11 +84,11 @@ def test_it_loads_as_what_stock_software_computes(case, saved, tmp_path):
         and model.config.rope_scaling == fused.config.rope_scaling
     )
     want = hf_logits(stock(path / "again"))
-    assert_close(forward(model, jnp.asarray(TOKENS)), want)
-    assert_close(want, np.asarray(forward(fused, jnp.asarray(TOKENS))))
+    assert_logits_close(forward(model, jnp.asarray(TOKENS)), want)
+    assert_logits_close(want, np.asarray(forward(fused, jnp.asarray(TOKENS))))
     assert model_config(path / "again").base_head_dim == fused.config.base_head_dim
     save_hf(tmp_path / "out", model)  # and it can be exported like any model
-    assert_close(hf_logits(stock(tmp_path / "out")), want)
+    assert_logits_close(hf_logits(stock(tmp_path / "out")), want)
     again = load_model(tmp_path / "out")
     for name, leaf in trees.flatten(model.params).items():
         np.testing.assert_array_equal(trees.flatten(again.params)[name], leaf, err_msg=name)
@@ -133,7 +134,7 @@ def test_adapters_on_top_of_it(saved):
     merged = fuse(model, lora, adapters)
     assert merged.config == model.config
     tokens = jnp.asarray(TOKENS)
-    assert_close(forward(merged, tokens), np.asarray(forward(model, tokens, lora, adapters)))
+    assert_logits_close(forward(merged, tokens), np.asarray(forward(model, tokens, lora, adapters)))
     for method in ("zflora-minimal", "ffba"):
         with pytest.raises(ConfigError, match="widened already"):
             init_adapters(jax.random.key(0), model, AdapterConfig(method, rank=4))

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support.checks import assert_logits_close
 from support.exports import WIDENED, fused_model
-from support.huggingface import TOKENS, assert_close, hf_logits
+from support.huggingface import TOKENS, hf_logits
 
 from zflora_jax.adapters.fuse import unfuse
 from zflora_jax.adapters.packing import pack_for_decode
@@ -65,7 +66,7 @@ def test_widened_exports(name: str, base: str, bases: dict[str, Model], tmp_path
         np.abs(expected - stock_logits(Path(str(bases[base].source)))).max()
         > 0.1 * np.abs(expected).max()
     )
-    assert_close(stock_logits(tmp_path / "out"), expected)
+    assert_logits_close(stock_logits(tmp_path / "out"), expected)
 
     again = load_model(tmp_path / "out")
     assert same(again, fused) and again.config == fused.config and again.adapter == fused.adapter
@@ -98,7 +99,9 @@ def test_widened_exports(name: str, base: str, bases: dict[str, Model], tmp_path
 def test_merged_exports(name: str, bases: dict[str, Model], tmp_path: Path) -> None:
     fused = fused_model(bases["plain"], MERGED[name])
     save_hf(tmp_path / "out", fused, base_fingerprint="abc")
-    assert_close(stock_logits(tmp_path / "out"), np.asarray(forward(fused, jnp.asarray(TOKENS))))
+    assert_logits_close(
+        stock_logits(tmp_path / "out"), np.asarray(forward(fused, jnp.asarray(TOKENS)))
+    )
     again = load_model(tmp_path / "out", scan_layers=False)
     assert again.adapter == fused.adapter and trees.fingerprint(again.params) == trees.fingerprint(
         fused.params
@@ -129,7 +132,9 @@ def test_layers_apart_and_shards(bases: dict[str, Model], tmp_path: Path) -> Non
         index["metadata"]["total_parameters"] == report["parameters"]
         and len(set(index["weight_map"].values())) > 2
     )
-    assert_close(stock_logits(tmp_path / "out"), np.asarray(forward(fused, jnp.asarray(TOKENS))))
+    assert_logits_close(
+        stock_logits(tmp_path / "out"), np.asarray(forward(fused, jnp.asarray(TOKENS)))
+    )
     assert same(load_model(tmp_path / "out", scan_layers=False), fused)
 
 
@@ -159,7 +164,9 @@ def test_half_precision(dtype: str, bases: dict[str, Model], tmp_path: Path) -> 
     )
     assert same(unfuse(again)[0], Model(bases["plain"].config, base))
     expected = np.asarray(forward(fused, jnp.asarray(TOKENS)))
-    assert_close(stock_logits(tmp_path / "out"), expected, 0.1 if dtype == "bfloat16" else 0.02)
+    assert_logits_close(
+        stock_logits(tmp_path / "out"), expected, 0.1 if dtype == "bfloat16" else 0.02
+    )
     with jax.numpy_dtype_promotion("standard"):  # jax's own bfloat16 attention needs it
         gap = export_gap(fused, tmp_path / "out", TOKENS[:1])
     assert 0 < gap["max_abs_dlogit"] < 0.2 * gap["logit_scale"]
@@ -191,9 +198,6 @@ def test_refusals_leave_nothing_behind(bases: dict[str, Model], tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN"):
         save_hf(tmp_path / "out", fused)
     assert list(tmp_path.iterdir()) == []
-
-
-# --- the directory --------------------------------------------------------------------------------
 
 
 # --- what lies beside the tensors -----------------------------------------------------------------

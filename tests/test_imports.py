@@ -176,7 +176,6 @@ def test_public_names_resolve_and_are_documented():
             assert value.__module__.startswith("zflora_jax."), name
 
 
-# Public functions whose docstring has no "Args:" yet. Take names out, put none in.
 def test_public_functions_document_their_arguments():
     lacking = {
         name

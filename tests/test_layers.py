@@ -1,5 +1,5 @@
-"""Attention and its own backward pass equal the plain formula, cut into blocks or not; what a
-backward pass keeps; RoPE tables; tied logits.
+"""Attention in bfloat16, over long sequences and for cuDNN; what a backward pass keeps; RoPE
+tables; tied logits. That attention equals the plain formula: test_ops.py.
 """
 
 import warnings
@@ -10,7 +10,8 @@ import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import tiny_model
+from support.checks import compiled
+from support.models import attention_inputs, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
@@ -18,48 +19,14 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import preset
 from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.ops import attention as attention_ops
-from zflora_jax.ops.attention import attention, plain_attention as plain, query_blocks
+from zflora_jax.ops.attention import attention, query_blocks
 from zflora_jax.ops.head import head_logits
 from zflora_jax.ops.remat import REMAT_POLICY
 from zflora_jax.parallel.devices import widest_cudnn_head, widest_head
 
 
-def inputs(T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8):
-    """The second row has a key that nobody attends to and, with T = S, a first query that attends
-    to nothing.
-    """
-    draw = np.random.default_rng(0)
-    q, keys, values = (
-        draw.standard_normal(shape).astype(np.float32)
-        for shape in ((2, T, H, k), (2, K, k, S), (2, K, S, k))
-    )
-    mask = np.broadcast_to(
-        np.arange(S)[None, :] <= S - T + np.arange(T)[:, None], (2, 1, T, S)
-    ).copy()
-    mask[1, :, :, 2] = False
-    mask[1, :, :, 0] &= T != S
-    return q, keys, values, mask
-
-
-@pytest.mark.parametrize(("T", "S", "blocks"), [(12, 12, 1), (12, 12, 3), (5, 12, 1), (1, 12, 1)])
-def test_attention_and_its_gradients_equal_the_plain_formula(T, S, blocks, monkeypatch):
-    monkeypatch.setattr(attention_ops, "query_blocks", lambda _: blocks)
-    q, keys, values, mask = inputs(T, S)
-    weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
-
-    def loss(f):
-        return lambda q, k, v: jnp.sum(f(q, k, v, mask, 0.3) * weights)
-
-    np.testing.assert_allclose(
-        attention(q, keys, values, mask, 0.3), plain(q, keys, values, mask, 0.3), atol=2e-6
-    )
-    got, want = (jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (attention, plain))
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
 def test_gradients_in_bfloat16_are_those_of_float32_rounded():
-    q, keys, values, mask = inputs()
+    q, keys, values, mask = attention_inputs()
     weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
 
     def gradients(dtype):
@@ -82,7 +49,7 @@ def test_long_sequences_never_hold_all_scores():
     step = jax.jit(
         jax.grad(lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, 0.3)), (0, 1, 2))
     )
-    memory = step.lower(q, k, v, mask).compile().memory_analysis()
+    memory = compiled(step.lower(q, k, v, mask)).memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 8192 * 8192 * 4 / 2  # half of one copy of the scores
 
 
@@ -136,7 +103,7 @@ def test_what_cudnn_is_given_is_the_same_attention():
     """By the same function's plain implementation, since cuDNN needs a GPU; a query that attends to
     nothing is nobody's business there.
     """
-    q, keys, values, mask = inputs(T=12, S=16)
+    q, keys, values, mask = attention_inputs(T=12, S=16)
 
     def loss(f):
         return lambda *a: jnp.sum(jnp.sin(f(*a, mask, 0.3)))

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.models import attention_inputs
 
 from zflora_jax.core.model_config import preset
+from zflora_jax.ops import attention as attention_ops
 from zflora_jax.ops.attention import attention, plain_attention
 from zflora_jax.ops.copies import take_rows, write_divided, write_pieces, write_slice
 from zflora_jax.ops.head import head_logits, plain_logits
@@ -40,18 +42,25 @@ def assert_same(fast: Function, plain: Function, given: list[jax.Array], toleran
         np.testing.assert_allclose(got, expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("queries", [1, 5, 12])
-def test_attention(queries: int) -> None:
-    slots = 12
-    mask = jnp.arange(slots)[None, :] <= slots - queries + jnp.arange(queries)[:, None]
-    mask = jnp.broadcast_to(mask, (2, 1, queries, slots)).at[1, :, :, 2].set(False)
-    given = draw((2, queries, 6, 8), (2, 2, 8, slots), (2, 2, slots, 8))
-    assert_same(
-        lambda q, k, v: attention(q, k, v, mask, 0.3),
-        lambda q, k, v: plain_attention(q, k, v, mask, 0.3),
-        given,
-        1e-5,
+@pytest.mark.parametrize(("T", "S", "blocks"), [(12, 12, 1), (12, 12, 3), (5, 12, 1), (1, 12, 1)])
+def test_attention_and_its_gradients_equal_the_plain_formula(T, S, blocks, monkeypatch):
+    monkeypatch.setattr(attention_ops, "query_blocks", lambda _: blocks)
+    q, keys, values, mask = attention_inputs(T, S)
+    weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
+
+    def loss(f):
+        return lambda q, k, v: jnp.sum(f(q, k, v, mask, 0.3) * weights)
+
+    np.testing.assert_allclose(
+        attention(q, keys, values, mask, 0.3),
+        plain_attention(q, keys, values, mask, 0.3),
+        atol=2e-6,
     )
+    got, want = (
+        jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (attention, plain_attention)
+    )
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1)], ids=str)
@@ -102,6 +111,7 @@ def test_rotations(model: str) -> None:
     plain = plain_rope_tables(config, positions)
     for length in (ROPE_ROWS, ROPE_ROWS + 1):
         for got, want in zip(rope_tables(config, positions, length), plain, strict=True):
+            assert got.shape == (1, 6, 1, config.rotary_dim // 2) and got.dtype == jnp.float32
             np.testing.assert_allclose(got, want, atol=2e-7)
     computed = [
         "cos" in str(jax.make_jaxpr(lambda p, n=n: rope_tables(config, p, n))(positions))

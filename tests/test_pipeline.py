@@ -30,11 +30,6 @@ from zflora_jax.nn.positions import segment_positions
 from zflora_jax.training.trainer import eval_step
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
-
-
 def random_rows(count, longest, seed=0, vocab=200):
     """Rows of 2 to `longest` tokens whose loss is on a random part of them."""
     draw = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.checks import compiled
 from support.grids import pairwise
 from support.models import narrow_and_wide
 
@@ -118,13 +119,10 @@ def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(
     }
     model = pack_for_decode(narrow_and_wide(**changes)[0])
     tokens, keys = jnp.ones((batch, 10), jnp.int32), jax.random.split(jax.random.key(0), batch)
-    text = (
-        DecodeProgram.decode.lower(
-            DecodeProgram(model.config), {"params": model.params}, tokens, tokens > 0, keys, 8
-        )
-        .compile()
-        .as_text()
+    lowered = DecodeProgram.decode.lower(
+        DecodeProgram(model.config), {"params": model.params}, tokens, tokens > 0, keys, 8
     )
+    text = compiled(lowered).as_text()
     made = [
         block
         for block in text.split("\n}\n")

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import tensorflow_datasets as tfds
-from support.rows import load, write
+from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.builders import public

@@ -7,13 +7,6 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.tasks import PARSERS, SPLITS, TASKS, load_examples
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    # Shared by the module's tests.
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
-
-
 # train, validation, test; rows of a split without a file are held out of train
 ROWS = {
     "boolq": (9227, 200, 3270),

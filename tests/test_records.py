@@ -20,12 +20,6 @@ from zflora_jax.evaluation.task import evaluate
 from zflora_jax.inference.text import stop_ids
 from zflora_jax.nn.llama import forward
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
-
-
 # --- records --------------------------------------------------------------------------------------
 
 

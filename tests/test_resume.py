@@ -12,20 +12,15 @@ from pathlib import Path
 
 import pytest
 from support.checks import assert_trees_equal
+from support.runs import quiet_train
 
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import run_report
-from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.distributed import Preempted, StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import workdir as workdirs
 from zflora_jax.training.workdir import adopt, claim, locked, read_config, read_starts
-
-
-def quiet_train(run: RunConfig, workdir: Path) -> Trained:
-    return train(run, workdir, console=False)
 
 
 def records(workdir: Path, name: str) -> dict[int, float]:

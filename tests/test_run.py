@@ -113,6 +113,7 @@ def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
     as waiting.
     """
     report = quiet_train(run, tmp_path / "run").report
+    assert report == json.loads((tmp_path / "run" / "report.json").read_text())
     assert [
         entry.name.startswith("jit_train_step-")
         for entry in (tmp_path / "run" / "compile_cache").glob("jit_train_step*")

@@ -13,22 +13,11 @@ from pathlib import Path
 
 import jax
 from support.checks import assert_trees_equal
-from support.runs import quiet_train
+from support.runs import quiet_train, saved_state
 
-from zflora_jax.core import trees
 from zflora_jax.core.fields import override
-from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.base import load_base
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training.checkpoint import Checkpoints
-from zflora_jax.training.trainer import fresh_state
-
-
-def state_of(workdir: Path, run: RunConfig, model: Model) -> trees.Tree:
-    with Checkpoints(workdir, create=False) as checkpoints:
-        state, _ = checkpoints.restore(jax.eval_shape(lambda: fresh_state(run, model)))
-    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes]:
@@ -78,10 +67,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
         and starts[1]["step"] == resumed_from
         and starts[1]["jax"] == jax.__version__
     )
-    model = load_base(run)
-    assert_trees_equal(
-        state_of(tmp_path / "killed", run, model), state_of(tmp_path / "whole", run, model)
-    )
+    assert_trees_equal(*(saved_state(run, tmp_path / name) for name in ("killed", "whole")))
     losses = [
         [
             (r["step"], r["loss"])

@@ -17,11 +17,6 @@ from zflora_jax.evaluation.suite import evaluate_tasks
 from zflora_jax.evaluation.task import evaluate
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path_factory.getbasetemp() / "tfds"))
-
-
 def test_scores_have_bootstrap_intervals():
     draw = np.random.default_rng(0)
     records = [

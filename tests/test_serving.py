@@ -7,7 +7,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from support.checks import assert_logits_close, assert_trees_equal
+from support.checks import assert_logits_close, assert_trees_equal, compiled
 from support.grids import pairwise
 from support.models import perturb, untied
 
@@ -222,11 +222,8 @@ def test_a_swap_copies_no_kernel(base, method, packed):
     model = fuse(base, adapter, adapters)
     model = pack_for_decode(model) if packed else model
     narrow = base_config(model.config.replace(packed=False), adapter)
-    memory = (
-        swapping._swap.lower(model.config, narrow, adapter, model.params, adapters)
-        .compile()
-        .memory_analysis()
-    )
+    lowered = swapping._swap.lower(model.config, narrow, adapter, model.params, adapters)
+    memory = compiled(lowered).memory_analysis()
     kernels = [
         leaf.nbytes for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel")
     ]

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support.byte_tokenizer import byte_tokenizer
 from support.cases import adapter_cases, case_id
-from support.checks import assert_trees_equal
+from support.checks import assert_trees_equal, compiled
 from support.models import perturb
 from support.sharded import OPTIM, batch, sharded_model
 
@@ -77,7 +77,7 @@ def train_three(model, adapter, mesh_config, accumulate=1):
 
 
 @pytest.mark.parametrize("method", ["zflora-uniform", "lora"])
-def test_every_mesh_gives_the_numbers_of_one_device(method):
+def test_pairs_of_axes_give_the_numbers_of_one_device(method):
     """Pairwise meshes for zflora-uniform, which has every kind of block that widens; three for
     lora. `make soak`: every mesh of up to 8 devices, every method.
     """
@@ -118,7 +118,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
         model, AdapterConfig("zflora-minimal", rank=6), MeshConfig(fsdp=4)
     )
     with jax.set_mesh(mesh):
-        text = step.lower(*arguments).compile().as_text()
+        text = compiled(step.lower(*arguments)).as_text()
     gathered = [
         tuple(map(int, dims.split(",")))
         for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
@@ -141,12 +141,12 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
 )
 def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
     """Not in the loop over chunks, of which there are two. The same numbers:
-    `test_every_mesh_gives_the_numbers_of_one_device`.
+    `test_pairs_of_axes_give_the_numbers_of_one_device`.
     """
     model = sharded_model(tie_word_embeddings=tied)
     mesh, step, arguments = sharded_step(model, AdapterConfig(method, rank=6), MeshConfig(fsdp=4))
     with jax.set_mesh(mesh):
-        text = step.lower(*arguments).compile().as_text()
+        text = compiled(step.lower(*arguments)).as_text()
     found = []
     for computation in text.split("\n\n"):
         for shapes, kind in re.findall(
@@ -168,7 +168,7 @@ def test_no_device_holds_the_embeddings_of_the_whole_batch(mesh_config):
         model, AdapterConfig("zflora-minimal", rank=6), mesh_config
     )
     with jax.set_mesh(mesh):
-        text = step.lower(*arguments).compile().as_text()
+        text = compiled(step.lower(*arguments)).as_text()
     rows, length = arguments[2]["tokens"].shape
     shapes = set(re.findall(r"f32\[([\d,]+)\]", text))
     assert (

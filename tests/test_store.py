@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.settings import OLD_NAMES
 
 from zflora_jax.cli.inputs import load_config
 from zflora_jax.cli.main import main
@@ -25,11 +26,6 @@ RESULTS = ROOT / "results"
 RUN = RunConfig(
     adapter=AdapterConfig("zflora-uniform", rank=4, extra_head_dim=4, extra_mlp_units=8)
 )
-OLD_NAMES = {
-    "adapter": {"extra_head_dim": "head_rank", "extra_mlp_units": "mlp_rank"},
-    "data": {"grad_accum_steps": "accumulate", "bucket_lengths": "lengths"},
-    "train": {"max_to_keep": "keep"},
-}
 
 
 def job(path: Path, run: RunConfig = RUN, scoring: Scoring | None = None) -> Job:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.tasks import prompts_of, write
+from support.tasks import prompts_of, write_questions
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
@@ -32,7 +32,7 @@ def test_missing_files(tmp_path):
     fails(r"'json' reads files, but data.data_dir is not set. Set data.data_dir to", "json", None)
     fails(r"nowhere' does not exist", "gsm8k", tmp_path / "nowhere")
     fails(r"no train, validation or test file in .*grade-school-math", "gsm8k", tmp_path)
-    write(tmp_path / "test.json", ["a"])
+    write_questions(tmp_path / "test.json", ["a"])
     fails(
         r"no train file beside .*test.json. The validation split needs train.json\(l\) or"
         r" validation.json\(l\)",
@@ -46,7 +46,7 @@ def test_missing_files(tmp_path):
         tmp_path,
         "train",
     )
-    write(tmp_path / "train.json", ["a", "b"])
+    write_questions(tmp_path / "train.json", ["a", "b"])
     fails(
         r"train.json has 2 rows, too few different ones to hold out a validation split",
         "gsm8k",
@@ -54,7 +54,7 @@ def test_missing_files(tmp_path):
         "validation",
     )
     assert len(prompts_of("train", tmp_path)) == 2
-    write(tmp_path / "train.jsonl", ["a", "b"])
+    write_questions(tmp_path / "train.jsonl", ["a", "b"])
     fails(r"both train.json and train.jsonl", "gsm8k", tmp_path, "train")
 
 
@@ -82,7 +82,7 @@ def test_a_missing_folder_is_answered_with_what_was_tried_and_where_the_files_ar
         tmp_path,
         "train",
     )
-    write(tmp_path / "test.json", ["a"])
+    write_questions(tmp_path / "test.json", ["a"])
     # A file of that name, but not in a folder of the task's.
     fails(r"Tried: .*AddSub", "addsub", tmp_path)
     fails(r"test.json' is a file. Set data.data_dir to", "addsub", tmp_path / "test.json")
@@ -90,7 +90,7 @@ def test_a_missing_folder_is_answered_with_what_was_tried_and_where_the_files_ar
 
 def test_a_test_only_task_says_so(tmp_path):
     (tmp_path / "piqa").mkdir()
-    write(tmp_path / "piqa" / "test.json", ["a"])
+    write_questions(tmp_path / "piqa" / "test.json", ["a"])
     for split in ("train", "validation"):
         fails(
             r"no train file beside \S+test.json. .*LLM-Adapters.* has none for this task, only test"
@@ -108,7 +108,7 @@ def test_a_test_only_task_says_so(tmp_path):
 def test_the_folder_of_a_task_is_found(tmp_path, below):
     root = tmp_path / "aqua"
     (root / below).mkdir(parents=True)
-    write(root / below / "test.jsonl", ["q"], answer="B")
+    write_questions(root / below / "test.jsonl", ["q"], answer="B")
     # For below="", root is the folder itself, in another case.
     assert prompts_of("test", root, "aqua") == ["q"]
 
@@ -116,7 +116,7 @@ def test_the_folder_of_a_task_is_found(tmp_path, below):
 def test_gsm8k_as_published_comes_before_the_other_form(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "dataset" / "gsm8k").mkdir(parents=True)
-    write(tmp_path / "dataset" / "gsm8k" / "test.json", ["LLM-Adapters"])
+    write_questions(tmp_path / "dataset" / "gsm8k" / "test.json", ["LLM-Adapters"])
     assert prompts_of("test", tmp_path, "gsm8k") == ["LLM-Adapters"]
     (tmp_path / "gsm8k" / "test.jsonl").write_text(
         json.dumps({"question": "published", "answer": "#### 1"})
@@ -125,10 +125,10 @@ def test_gsm8k_as_published_comes_before_the_other_form(tmp_path):
 
 
 def test_named_folders_come_before_the_directory_itself(tmp_path):
-    write(tmp_path / "test.json", ["stray"])
+    write_questions(tmp_path / "test.json", ["stray"])
     assert prompts_of("test", tmp_path, "gsm8k") == ["stray"]  # in a directory of any other name
     (tmp_path / "gsm8k").mkdir()
-    write(tmp_path / "gsm8k" / "test.json", ["named"])
+    write_questions(tmp_path / "gsm8k" / "test.json", ["named"])
     assert (
         prompts_of("test", tmp_path, "gsm8k")
         == prompts_of("test", tmp_path / "gsm8k", "gsm8k")
@@ -141,7 +141,7 @@ def test_named_folders_come_before_the_directory_itself(tmp_path):
 def test_the_folder_of_another_task_is_not_read(tmp_path, folder):
     root = tmp_path / folder
     root.mkdir()
-    write(root / "test.json", ["another's"])
+    write_questions(root / "test.json", ["another's"])
     fails(
         rf"no train, validation or test file in .*Tried: \S+/{folder}/gsm8k, \S+, \S+,"
         r" \S+/llm_adapters/gsm8k\. .*unless",
@@ -149,14 +149,14 @@ def test_the_folder_of_another_task_is_not_read(tmp_path, folder):
         root,
     )
     assert prompts_of("test", root) == ["another's"]
-    write(root / "math_10k.json", ["a"])
+    write_questions(root / "math_10k.json", ["a"])
     fails(r"Tried: \S+/ft-training_set, ", "math_10k", root)
 
 
 def test_training_files_are_found_by_name_or_given(tmp_path):
     (tmp_path / "ft-training_set").mkdir()
     path = tmp_path / "ft-training_set" / "commonsense_15k.json"
-    write(path, [f"q{i}" for i in range(40)])
+    write_questions(path, [f"q{i}" for i in range(40)])
     for given in (tmp_path, path.parent, path):
         assert {split: len(prompts_of(split, given, "commonsense_15k")) for split in SPLITS} == {
             "train": 32,

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from support.tasks import prompts_of, write
+from support.tasks import prompts_of, write_questions
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
@@ -114,7 +114,7 @@ def test_arithmetic_data_can_be_kept_elsewhere(tmp_path):
 
 
 def test_examples_are_a_sequence(tmp_path):
-    write(tmp_path / "test.json", ["a", "b", "c"], input="more")
+    write_questions(tmp_path / "test.json", ["a", "b", "c"], input="more")
     examples = load_examples("json", "test", DataConfig(data_dir=str(tmp_path)))
     assert examples[0] == Example("a", "The answer is 0.", "0", "more")
     assert [e.prompt for e in examples] == ["a", "b", "c"]
@@ -133,7 +133,7 @@ def test_gsm8k_rows(tmp_path):
 
 def test_missing_splits_are_held_out_of_train(tmp_path):
     questions = [f"q{i}" for i in range(100)]
-    write(tmp_path / "train.jsonl", questions)
+    write_questions(tmp_path / "train.jsonl", questions)
     parts = {split: prompts_of(split, tmp_path) for split in SPLITS}
     assert {split: len(rows) for split, rows in parts.items()} == {
         "train": 80,
@@ -146,12 +146,12 @@ def test_missing_splits_are_held_out_of_train(tmp_path):
     # A file alone is a train file.
     assert parts == {split: prompts_of(split, tmp_path / "train.jsonl") for split in SPLITS}
 
-    write(tmp_path / "test.json", ["t0", "t1"])
+    write_questions(tmp_path / "test.json", ["t0", "t1"])
     assert prompts_of("test", tmp_path) == ["t0", "t1"]
     # A test file appearing does not move the validation rows.
     assert prompts_of("validation", tmp_path) == parts["validation"]
     assert sorted(prompts_of("train", tmp_path)) == sorted(parts["train"] + parts["test"])
-    write(tmp_path / "validation.json", ["v0"])
+    write_questions(tmp_path / "validation.json", ["v0"])
     assert prompts_of("validation", tmp_path) == ["v0"]
     assert sorted(prompts_of("train", tmp_path)) == sorted(questions)
 
@@ -179,7 +179,7 @@ def test_what_is_held_out_has_no_twin_in_train(tmp_path):
 
 
 def test_a_hold_out_has_a_bound_and_keeps_equal_questions_together(tmp_path):
-    write(tmp_path / "train.json", [f"q{i // 3}" for i in range(3 * 1000)])
+    write_questions(tmp_path / "train.json", [f"q{i // 3}" for i in range(3 * 1000)])
     parts = {split: prompts_of(split, tmp_path) for split in SPLITS}
     assert (
         HOLD_OUT <= len(parts["validation"]) < HOLD_OUT + 3
@@ -193,7 +193,7 @@ def test_a_hold_out_has_a_bound_and_keeps_equal_questions_together(tmp_path):
 
 
 def test_train_limit_takes_a_nested_sample_of_train_alone(tmp_path):
-    write(tmp_path / "train.json", [f"q{i}" for i in range(100)])
+    write_questions(tmp_path / "train.json", [f"q{i}" for i in range(100)])
     few, more = (
         prompts_of("train", tmp_path, train_limit=5),
         prompts_of("train", tmp_path, train_limit=20),
@@ -201,9 +201,6 @@ def test_train_limit_takes_a_nested_sample_of_train_alone(tmp_path):
     assert more[:5] == few and len(more) == 20
     assert len(prompts_of("test", tmp_path, train_limit=5)) == 10
     assert len(prompts_of("train", tmp_path, train_limit=10**6)) == 80
-
-
-# --- wrong settings -------------------------------------------------------------------------------
 
 
 # --- options --------------------------------------------------------------------------------------

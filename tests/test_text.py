@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import pytest
 from support.byte_tokenizer import byte_tokenizer
-from support.grids import pairwise
 from support.models import untied
 
 from zflora_jax.core.fields import ConfigError
@@ -18,6 +17,7 @@ from zflora_jax.inference.sampling import Sampler
 from zflora_jax.inference.text import converse, generate, stream
 
 PROMPT = "Once upon"
+SAMPLERS = [None, Sampler(0.9), Sampler(1.5, 20, 0.9)]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,11 @@ def talker() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("count", "sampler"), pairwise([13, 2, 1], [None, Sampler(0.9), Sampler(1.5, 20, 0.9)]), ids=str
+    ("count", "sampler"),
+    [(13, sampler) for sampler in SAMPLERS]
+    + [(1, None), (2, None)]
+    + [pytest.param(n, s, marks=pytest.mark.soak) for n in (1, 2) for s in SAMPLERS[1:]],
+    ids=str,
 )
 def test_streamed_tokens_are_those_of_a_batch_of_one(talker, sampler, count):
     for prompt in ([5, 6, 7], list(range(1, 40))):

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
-from support.checks import assert_trees_equal
+from support.checks import assert_trees_equal, compiled
 from support.models import tiny_model
 
 from zflora_jax.core import trees
@@ -270,5 +270,5 @@ def test_a_checksum_takes_no_room():
         jax.ShapeDtypeStruct((512,), jnp.int32),
     ]
     with jax.default_device(jax.devices()[0]):
-        memory = trees._checksum.lower(state).compile().memory_analysis()
+        memory = compiled(trees._checksum.lower(state)).memory_analysis()
     assert memory.temp_size_in_bytes < 2**16 < memory.argument_size_in_bytes

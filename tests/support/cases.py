@@ -59,6 +59,13 @@ def dead_slices(
     return found
 
 
+def is_few(adapter: AdapterConfig) -> bool:
+    """Where every case is a long program to compile: of the targets, those that split kernels or
+    leave out a head's scores. `make soak` has the whole.
+    """
+    return adapter.targets not in ("attention", "mlp")
+
+
 def case_id(adapter: AdapterConfig) -> str:
     parts = [
         adapter.method,
@@ -71,9 +78,5 @@ def case_id(adapter: AdapterConfig) -> str:
 
 CASES = adapter_cases()
 BY_METHOD = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
-# Where every case is a long program to compile: of the targets, those that split kernels or leave
-# out a head's scores. `make soak` has the whole.
-few_cases = pytest.mark.parametrize(
-    "adapter", always(CASES, lambda a: a.targets not in ("attention", "mlp")), ids=case_id
-)
+few_cases = pytest.mark.parametrize("adapter", always(CASES, is_few), ids=case_id)
 every_method = pytest.mark.parametrize("adapter", BY_METHOD, ids=case_id)

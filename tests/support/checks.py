@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import numpy as np
 
 from zflora_jax.core import trees
@@ -11,10 +14,11 @@ from zflora_jax.core import trees
 TOLERANCE = 1e-5
 
 
-def assert_logits_close(got: object, want: object) -> None:
+def assert_logits_close(got: object, want: object, share: float = TOLERANCE) -> None:
+    """max |dlogit| <= share * max |logit|: another share than TOLERANCE for files of fewer bits."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     gap, scale = np.abs(got - want).max(), np.abs(want).max()
-    assert gap <= TOLERANCE * scale, f"max |dlogit| {gap:.3g} exceeds {TOLERANCE} x {scale:.3g}"
+    assert gap <= share * scale, f"max |dlogit| {gap:.3g} exceeds {share} x {scale:.3g}"
 
 
 def assert_trees_equal(got: trees.Tree, want: trees.Tree) -> None:
@@ -22,3 +26,12 @@ def assert_trees_equal(got: trees.Tree, want: trees.Tree) -> None:
     assert got_flat.keys() == want_flat.keys()
     for name, leaf in want_flat.items():
         np.testing.assert_array_equal(np.asarray(got_flat[name]), np.asarray(leaf), err_msg=name)
+
+
+def compiled(lowered: Any) -> Any:
+    """The program that users run, to be read: with the fusion emitters that conftest.py turns off
+    for the time they take.
+    """
+    if "--xla_cpu_use_fusion_emitters=false" not in os.environ.get("XLA_FLAGS", ""):
+        return lowered.compile()
+    return lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": True})

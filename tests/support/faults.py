@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -269,9 +270,7 @@ LOCAL: dict[str, tuple[Fault, int]] = {
 """Name -> (one try within a process, how many `make test` makes)."""
 
 
-def tries(
-    lab: Lab, name: str, attempt: Fault, count: int, folder: Path, seed: int = 0
-) -> list[Outcome]:
+def tries(lab: Lab, name: str, attempt: Fault, count: int, folder: Path) -> list[Outcome]:
     """`count` tries of a fault, each with its own workdir and random draws."""
     outcomes = []
     for i in range(count):
@@ -280,9 +279,9 @@ def tries(
                 attempt(
                     lab,
                     folder / f"{re.sub(r'[^a-z]+', '-', name.lower())}-{i}",
-                    random.Random(f"{name}-{seed}-{i}"),
+                    random.Random(f"{name}-{i}"),
                 )
             )
-        except Exception as error:  # whatever it is, the sweep goes on, and the try has failed
-            outcomes.append(Outcome(False, 0, f"{type(error).__name__}: {error}"[:1000]))
+        except Exception:  # whatever it is, the sweep goes on, and the try has failed
+            outcomes.append(Outcome(False, 0, traceback.format_exc()[-1000:]))
     return outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ def always(values: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
 
 def pairwise(*axes: Sequence[Any]) -> list[Any]:
     """For parametrize: every combination of `axes`. Some run always, which together hold every pair
-    of values of two axes (of two axes: every value); the others run in `make soak` alone.
+    of values of two axes (of two axes: every value), and each value about as often as another; the
+    others run in `make soak` alone.
     """
     width = 1 if len(axes) == 2 else 2
 
@@ -25,9 +27,16 @@ def pairwise(*axes: Sequence[Any]) -> list[Any]:
 
     grid = list(itertools.product(*(range(len(axis)) for axis in axes)))
     missing, chosen = set().union(*map(parts, grid)), set()
+    used: Counter[tuple[int, int]] = Counter()
+
+    def worth(combination: tuple[int, ...]) -> tuple[int, int]:
+        new = len(missing & parts(combination))
+        return new, -sum(used[value] for value in enumerate(combination))
+
     while missing:
-        best = max(grid, key=lambda combination: len(missing & parts(combination)))
+        best = max(grid, key=worth)
         chosen.add(best)
+        used.update(enumerate(best))
         missing -= parts(best)
     return [
         pytest.param(

@@ -70,11 +70,6 @@ def hf_logits(model: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:
         return model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
 
-def assert_close(given: Any, expected: np.ndarray, share: float = 1e-5) -> None:
-    """The project's float32 tolerance: max |dlogit| <= 1e-5 x max |logit|."""
-    assert np.abs(np.asarray(given) - expected).max() <= share * np.abs(expected).max()
-
-
 def write_gguf(
     path: Path, model: Any, tokenizer: Any = True, edit: Any = None, **metadata: Any
 ) -> None:

@@ -18,17 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from support import fault_driver
+from support.runs import saved_state
 from zflora_jax.core import trees
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.base import load_base
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training.checkpoint import Checkpoints
-from zflora_jax.training.trainer import fresh_state
 
 TESTS = Path(__file__).parents[1]
 PATIENCE = 300  # seconds that any one process may take
@@ -118,10 +115,7 @@ class Lab:
 
     def state(self, workdir: Path) -> str:
         """A fingerprint of all that the newest checkpoint holds."""
-        model = load_base(self.run)
-        with Checkpoints(workdir, create=False) as checkpoints:
-            state, _ = checkpoints.restore(jax.eval_shape(lambda: fresh_state(self.run, model)))
-        return trees.fingerprint({str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))})
+        return trees.fingerprint(saved_state(self.run, workdir))
 
     @staticmethod
     def logged(workdir: Path) -> list[tuple[Any, ...]]:

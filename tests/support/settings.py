@@ -1,4 +1,4 @@
-"""Runs whose settings differ from the defaults."""
+"""Runs whose settings differ from the defaults, and the names that settings once had."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ RUNS = [
         train=TrainConfig(7, 1, "bfloat16", True, 3, 2, None, 4, 1),
     ),
 ]
+
+OLD_NAMES = {
+    "adapter": {"extra_head_dim": "head_rank", "extra_mlp_units": "mlp_rank"},
+    "data": {"grad_accum_steps": "accumulate", "bucket_lengths": "lengths"},
+    "train": {"max_to_keep": "keep"},
+}
+"""Section -> the name of a setting -> the one it had before."""
