@@ -16,10 +16,11 @@ import pytest
 from support.runs import quiet_train, saved_state
 
 from zflora_jax.core import trees
+from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.restore import load_run
-from zflora_jax.parallel.distributed import Preempted, StopSignals
+from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.training.checkpoint import Checkpoints, SaveError
 from zflora_jax.training.trainer import fresh_state
 

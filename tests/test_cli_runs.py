@@ -12,7 +12,7 @@ import pytest
 
 from zflora_jax.cli import train
 from zflora_jax.cli.main import main
-from zflora_jax.parallel.distributed import Preempted
+from zflora_jax.core.errors import Preempted
 
 
 @pytest.mark.parametrize("argv", [("eval",), ("export", "--out", "out")], ids=lambda v: v[0])

@@ -17,6 +17,7 @@ from support.checks import assert_trees_equal
 from support.runs import quiet_train, saved_base, small_run
 
 from zflora_jax.cli.main import main
+from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import DataConfig, RunConfig
@@ -30,7 +31,7 @@ from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.inference.text import generate
-from zflora_jax.parallel.distributed import Preempted, StopSignals
+from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.training.workdir import adopt, read_config
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from support.models import tiny_model
 from support.runs import EVAL
 
 from zflora_jax.core import trees
-from zflora_jax.core.errors import NonFiniteError
+from zflora_jax.core.errors import CheckpointError, NonFiniteError
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.data.tasks import Example
@@ -24,7 +24,6 @@ from zflora_jax.evaluation.records import likelihood_records
 from zflora_jax.experiments import quickstart
 from zflora_jax.experiments.rates import choose_rate
 from zflora_jax.experiments.train import train
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
 

@@ -19,9 +19,9 @@ from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, from_dict, override, to_dict
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import save_hf

@@ -24,13 +24,12 @@ import pytest
 from support.fake_train import FakeTrain, loss_of
 
 from zflora_jax.cli.main import main
-from zflora_jax.core.errors import NonFiniteError
+from zflora_jax.core.errors import NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import grid, jobs
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
 from zflora_jax.parallel import distributed
-from zflora_jax.parallel.distributed import Preempted
 from zflora_jax.training.workdir import locked
 
 

@@ -20,9 +20,9 @@ from support.exports import WIDENED, fused_model
 from support.huggingface import TOKENS
 
 from zflora_jax.core import trees
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
 from zflora_jax.evaluation.export_gap import export_gap
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward

@@ -15,9 +15,9 @@ from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model, write_gguf
 
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import RopeScaling
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward

@@ -18,9 +18,9 @@ from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model
 
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.nn.llama import forward
 

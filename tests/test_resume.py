@@ -14,9 +14,10 @@ import pytest
 from support.checks import assert_trees_equal
 from support.runs import quiet_train
 
+from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.experiments import run_report
-from zflora_jax.parallel.distributed import Preempted, StopSignals
+from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import workdir as workdirs

@@ -24,6 +24,7 @@ from support.runs import quiet_train, small_run
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.data.dates import dated
 from zflora_jax.data.pipeline import train_batches
@@ -34,7 +35,6 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
-from zflora_jax.parallel.distributed import Preempted
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.trainer import NonFiniteError, make_train_step

@@ -11,7 +11,7 @@ from typing import Any
 
 from zflora_jax.cli import bench, eval, export, generate, info, plan, plot, quickstart, sweep, train
 from zflora_jax.cli.options import CommandParser
-from zflora_jax.core.errors import NonFiniteError
+from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.reporting.files import local_path
 
@@ -57,21 +57,17 @@ def _ended_by(error: Exception) -> int:
     """Print an error of the input or of the run, and return its exit code. An error that is none of
     these is a bug: it is raised again, because its traceback is needed.
     """
-    if not isinstance(error, ConfigError | NonFiniteError | OSError):
-        from zflora_jax.hf.keys import CheckpointError
-        from zflora_jax.parallel.distributed import Preempted
-
-        if isinstance(error, Preempted):
-            if threading.current_thread() is threading.main_thread():
-                # The process ends now; another signal must not change its exit code.
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            print(error, file=sys.stderr)
-            return EXIT_STOPPED  # all processes stop together
-        if not isinstance(error, CheckpointError):
-            raise error
+    if isinstance(error, Preempted):
+        if threading.current_thread() is threading.main_thread():
+            # The process ends now; another signal must not change its exit code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(error, file=sys.stderr)
+        return EXIT_STOPPED  # all processes stop together
+    if not isinstance(error, ConfigError | CheckpointError | NonFiniteError | OSError):
+        raise error
     print(f"error: {error}", file=sys.stderr)
     code = EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
-    if "jax" in sys.modules:  # else this process has not joined others, and jax takes a second
+    if "zflora_jax.parallel.distributed" in sys.modules:  # others may wait for this process
         from zflora_jax.parallel.distributed import leave
 
         leave(code)

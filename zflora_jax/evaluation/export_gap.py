@@ -9,9 +9,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.inference.batching import padded_length
 from zflora_jax.nn.llama import forward

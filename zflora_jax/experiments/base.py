@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model, require_fit
 from zflora_jax.core.model_config import LlamaConfig
@@ -21,7 +22,6 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import HUB_IDS, load_model, load_tokenizer, locate, model_config
 from zflora_jax.hf.tokenizer import tokenizer_state
 from zflora_jax.inference.text import stop_as_trained

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, override, require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
@@ -25,7 +26,6 @@ from zflora_jax.experiments.base import as_base
 from zflora_jax.experiments.jobs import Devices, run_jobs
 from zflora_jax.experiments.page import grid_page, write_page
 from zflora_jax.experiments.store import EXTRA, Extra, Job, Result, status
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.reporting.files import local_path, plain

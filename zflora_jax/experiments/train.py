@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
@@ -257,7 +258,7 @@ def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> Trai
 def _require_finished(step: int, run: RunConfig, workdir: Path) -> None:
     """Say that a signal stopped the run after `step`. By then the last checkpoint is written."""
     if step < run.train.steps:
-        raise distributed.Preempted(
+        raise Preempted(
             f"stopped by a signal after step {step} of {run.train.steps}, which is saved in"
             f" {workdir}; the same command goes on from there."
         )

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.core.errors import CheckpointError
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import numpy as np
 
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import from_dict, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.gguf_reader import GGUFFile
-from zflora_jax.hf.keys import CheckpointError
 from zflora_jax.hf.rope import with_frequencies
 from zflora_jax.ops.rope import rope_frequencies
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.core.errors import CheckpointError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -18,15 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core.architecture import group, kernel_shapes
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import difference
-
-
-class CheckpointError(ValueError):
-    """A file or directory cannot be used; the message names it, the defect and, if there is one,
-    the fix.
-    """
-
 
 # One layer: native name -> Hugging Face name. PEFT uses the same module names.
 LAYER_NAMES = {

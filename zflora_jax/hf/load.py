@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import first_line, nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import PRESETS, LlamaConfig
@@ -21,7 +22,6 @@ from zflora_jax.hf.gguf import load_gguf
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.keys import (
-    CheckpointError,
     Place,
     Slices,
     as_finite,

@@ -20,11 +20,12 @@ from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.directory import whole_directory
-from zflora_jax.hf.keys import CheckpointError, as_finite
+from zflora_jax.hf.keys import as_finite
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.peft_settings import CONFIG, ModuleLora, module_name, read_settings
 from zflora_jax.hf.shards import Shards

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zflora_jax.core.architecture import KERNELS, group
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.hf.keys import LAYER_NAMES, CheckpointError
+from zflora_jax.hf.keys import LAYER_NAMES
 from zflora_jax.hf.shards import read_json
 
 CONFIG = "adapter_config.json"

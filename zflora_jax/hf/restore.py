@@ -12,6 +12,7 @@ import numpy as np
 
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import from_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -19,7 +20,6 @@ from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import (
-    CheckpointError,
     Place,
     Slices,
     as_finite,

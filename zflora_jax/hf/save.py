@@ -14,12 +14,13 @@ from zflora_jax.adapters.methods import base_config
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.card import base_name, model_card
 from zflora_jax.hf.directory import whole_directory
-from zflora_jax.hf.keys import CheckpointError, as_finite, hf_table
+from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.load import locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE

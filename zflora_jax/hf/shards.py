@@ -8,14 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import difference
-from zflora_jax.hf.keys import (
-    IGNORED,
-    TOP_NAMES,
-    CheckpointError,
-    Slices,
-)
+from zflora_jax.hf.keys import IGNORED, TOP_NAMES, Slices
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.hf.keys import CheckpointError
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.hf.load import TOKENIZER_FILES, load_tokenizer
 from zflora_jax.hf.shards import read_json
 from zflora_jax.reporting.files import write_json

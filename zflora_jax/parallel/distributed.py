@@ -38,10 +38,6 @@ ENVIRONMENT = {
 }
 
 
-class Preempted(RuntimeError):
-    """A signal ended the run after a step; its state is saved, and the same command resumes it."""
-
-
 def start(
     coordinator: str | None = None,
     num_processes: int | None = None,
