@@ -36,7 +36,10 @@ NEW = 64
 
 @pytest.mark.parametrize(
     "adapter",
-    always([a for a in CASES if a.method != "full"], is_few),
+    always(
+        [a for a in CASES if a.method != "full"],
+        lambda a: is_few(a) and (a.targets != "all" or a.extra_head_dim is None),
+    ),
     ids=case_id,
 )
 def test_adapters_beside_the_base_answer_as_fused(adapter):
@@ -112,9 +115,9 @@ def stock_greedy(path: Path, prompts: list[list[int]], new: int = NEW) -> list[l
     return out[:, width:].tolist()
 
 
-def assert_varied(answers: list[list[int]], least: int) -> None:
+def assert_varied(answers: list[list[int]], least: int, new: int = NEW) -> None:
     distinct = [len(set(answer)) for answer in answers]
-    assert all(len(answer) == NEW for answer in answers) and np.mean(distinct) >= least, (
+    assert all(len(answer) == new for answer in answers) and np.mean(distinct) >= least, (
         f"the model repeats itself ({distinct}): a weak comparison"
     )
 
@@ -138,7 +141,6 @@ def test_greedy_equals_transformers(method: str, tmp_path: Path) -> None:
 
 
 @needs_smollm2
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "method", always(["base", "zflora-minimal"], lambda method: method != "base")
 )
@@ -157,9 +159,9 @@ def test_greedy_equals_transformers_on_a_real_model(method: str, tmp_path: Path)
             model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.01)
         )
     save_hf(tmp_path / "out", model)
-    ours = generate_tokens(model, prompts, max_new_tokens=NEW, stop_token_ids=())
-    assert_varied(ours, 10)
-    assert ours == stock_greedy(tmp_path / "out", prompts)
+    ours = generate_tokens(model, prompts, max_new_tokens=24, stop_token_ids=())
+    assert_varied(ours, 10, 24)
+    assert ours == stock_greedy(tmp_path / "out", prompts, 24)
 
 
 # --- a row ends by itself -------------------------------------------------------------------------

@@ -39,9 +39,8 @@ def four(run: RunConfig) -> RunConfig:
 def launch(
     run: RunConfig, workdir: Path, processes: int, devices: int, given: str | None = None
 ) -> list[subprocess.Popen[str]]:
-    """`zflora train` in `processes` processes of `devices` CPU devices each, compiled as users'
-    are, not as in this one (conftest.py); given: the --workdir that they are given, if it is
-    another.
+    """`zflora train` in `processes` processes of `devices` CPU devices each; given: the --workdir
+    that they are given, if it is another.
     """
     config = workdir.parent / f"{workdir.name}.py"
     imports = (
@@ -53,7 +52,7 @@ def launch(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+    env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),

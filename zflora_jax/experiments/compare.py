@@ -83,8 +83,8 @@ def score_fields(score: SuiteScore | None) -> Result:
 def compare_methods(
     plan: Comparison, workdir: str | Path, out: str | Path, *, console: bool = True
 ) -> Result:
-    """Run a comparison and write its tables after each method: <out>/<name>.json, .md and, with
-    tasks, .png.
+    """Run a comparison and write its tables after each method, <out>/<name>.json and .md, and with
+    tasks a picture at the end, .png and .svg.
 
     Each finished run leaves a record <out>/<name>/<run>.json with its settings and commit, and is
     not run again while its record is there and its settings the same. Several processes may run the
@@ -123,14 +123,16 @@ def compare_methods(
         if plan.tasks:
             scores[BASE] = suite_score([_untrained(plan, model, workdir, out, console)])
             found["rows"].append({"method": BASE, "trainable": 0} | scores[BASE].fields())
-        for label in plan.methods:
-            method = _runs_of(plan, label, model, workdir, out, console)
-            found["rows"].append(method.row(plan))
-            found["missing"].remove(label)
-            found["runs"] += [*(method.tried if plan.picker is plan else []), *method.chosen]
-            if method.score:
-                scores[label] = method.score
-            write_page(out / f"{plan.name}.md", comparison_page(plan, found, scores), found)
+        try:
+            for label in plan.methods:
+                method = _runs_of(plan, label, model, workdir, out, console)
+                found["rows"].append(method.row(plan))
+                found["missing"].remove(label)
+                found["runs"] += [*(method.tried if plan.picker is plan else []), *method.chosen]
+                if method.score:
+                    scores[label] = method.score
+                write_page(out / f"{plan.name}.md", comparison_page(plan, found, scores), found)
+        finally:
             _draw(plan, scores, out)
     return found
 
