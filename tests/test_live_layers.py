@@ -9,7 +9,8 @@ import math
 import jax
 import numpy as np
 import pytest
-from support.cases import adapter_cases, case_id, dead_slices
+from support.cases import adapter_cases, case_id, dead_slices, is_few
+from support.grids import always
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.counts import count_params
@@ -99,7 +100,9 @@ def test_one_layer_can_be_dead_throughout():
 TRAINED_CASES = [a for a in adapter_cases() if METHODS[a.method].widens or a.targets == "all"]
 
 
-@pytest.mark.parametrize("adapter", [a for a in TRAINED_CASES if a.method != "full"], ids=case_id)
+@pytest.mark.parametrize(
+    "adapter", always([a for a in TRAINED_CASES if a.method != "full"], is_few), ids=case_id
+)
 def test_gradients_are_zero_where_a_block_is_dead_and_nowhere_else(adapter):
     model = tiny_model(num_layers=3)
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))

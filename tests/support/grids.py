@@ -12,7 +12,12 @@ import pytest
 
 def always(values: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
     """For parametrize: of `values`, those that are not `chosen` run in `make soak` alone."""
-    return [v if chosen(v) else pytest.param(v, marks=pytest.mark.soak) for v in values]
+    return [
+        v
+        if chosen(v)
+        else pytest.param(*(v if isinstance(v, tuple) else [v]), marks=pytest.mark.soak)
+        for v in values
+    ]
 
 
 def pairwise(*axes: Sequence[Any]) -> list[Any]:
