@@ -102,3 +102,15 @@ def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
     )(adapters)
     for name, grad in trees.flatten(grads).items():
         assert (np.abs(grad).max() > 0) == name.endswith("backward"), name
+
+
+def test_the_same_arguments_give_the_same_step():
+    config, adapter, optim = tiny_model().config, AdapterConfig("lora", rank=2), OptimConfig()
+    step = make_train_step(config, adapter, optim, 9, seed=1)
+    assert step is make_train_step(config, adapter, optim, 9, seed=2)
+    assert step is not make_train_step(config, adapter, optim, 8)
+    drops = adapter.replace(dropout=0.5)
+    assert make_train_step(config, drops, optim, 9) is make_train_step(config, drops, optim, 9)
+    assert make_train_step(config, drops, optim, 9, seed=1) is not make_train_step(
+        config, drops, optim, 9, seed=2
+    )

@@ -107,12 +107,11 @@ def test_what_a_notebook_uses_is_there(path):
     assert checked >= 3
 
 
-@pytest.mark.parametrize(
-    "path", always(NOTEBOOKS, lambda path: path.stem in ("01_finetune", "04_inside")), ids=stem
-)
+@pytest.mark.parametrize("path", always(NOTEBOOKS, lambda path: path.stem == "04_inside"), ids=stem)
 def test_the_cells_of_a_notebook_run(path, base_dir, tmp_path, monkeypatch, capsys):
     """Within this process, which has the package and its programs already; `make soak` runs all of
-    them, and in a kernel too. What the others call runs in test_grid.py and test_bench.py.
+    them, and in a kernel too. What the others call runs in test_docs.py, test_grid.py and
+    test_bench.py.
     """
     monkeypatch.chdir(tmp_path)
     names, pictures = {"__name__": "notebook"}, 0

@@ -6,9 +6,9 @@ base kernel is formed.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -127,7 +127,8 @@ def make_train_step(
     state_sharding: Any = None,
     seed: int = 0,
 ) -> StepFn:
-    """Compile one training step.
+    """Compile one training step. The same arguments give the same function, so that runs of one
+    process that differ in their data alone trace and compile it once.
 
     The losses and gradients of the micro-batches are summed, and divided by the number of tokens
     once: the result does not depend on `grad_accum_steps`, except for what dropout draws.
@@ -147,7 +148,28 @@ def make_train_step(
       float32 scalars: loss (mean per token), tokens, grad_norm (before clipping), learning_rate,
       and finite (1.0 if all numbers of the new adapters are, else 0.0).
     """
+    where, form = jax.tree.flatten(state_sharding)
+    used_seed = seed if adapter.dropout else 0
+    return _train_step(
+        config, adapter, optim, steps, grad_accum_steps, chunk, used_seed, form, tuple(where)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _train_step(
+    config: LlamaConfig,
+    adapter: AdapterConfig,
+    optim: OptimConfig,
+    steps: int,
+    grad_accum_steps: int,
+    chunk: int,
+    seed: int,
+    form: Any,
+    where: tuple[Any, ...],
+) -> StepFn:
+    """`make_train_step`; the state's sharding is given by its leaves and the form of its tree."""
     optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
+    state_sharding = jax.tree.unflatten(form, where)
 
     def loss_sum(adapters: Tree, params: Tree, micro: Batch, rngs: Any) -> tuple[Array, Array]:
         variables = {"params": params, "adapters": adapters}
@@ -182,7 +204,7 @@ def _dropout_keys(seed: int, step: Array, count: int) -> dict[str, Array]:
     """A random key for each of `count` micro-batches of `step`: {"dropout": key [count]}."""
     stream = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"dropout")))
     own = jax.random.fold_in(stream, step)
-    return {"dropout": jax.vmap(partial(jax.random.fold_in, own))(jnp.arange(count))}
+    return {"dropout": jax.vmap(functools.partial(jax.random.fold_in, own))(jnp.arange(count))}
 
 
 def _accumulated(
