@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -169,6 +170,7 @@ class LocalLab(Lab):
         run = override(self.run, {key.replace("__", "."): value for key, value in changes.items()})
         said, arguments = io.StringIO(), (json.dumps(dataclasses.asdict(run)), str(workdir))
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.getsignal(signal.SIGTERM)  # a stopped command ignores what comes after
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(said),
@@ -181,4 +183,5 @@ class LocalLab(Lab):
                 said.write(traceback.format_exc())
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+                signal.signal(signal.SIGTERM, handler)
         return code, said.getvalue()
