@@ -235,6 +235,8 @@ def test_settings_are_read_by_the_names_of_before(section, name, former):
     changed = override(run, {f"{section}.{name}": value})
     assert changed != run and override(run, {f"{section}.{former}": value}) == changed
 
+    with pytest.raises(ConfigError, match=f"{name} is given by another name too"):
+        override(run, {f"{section}.{former}": value, f"{section}.{name}": value})
     table = to_dict(changed)
     table[section][former] = table[section].pop(name)
     assert from_file(RunConfig, table) == changed

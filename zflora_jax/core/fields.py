@@ -229,7 +229,7 @@ def override(config: T, changes: dict[str, Any], name: str = "") -> T:
       name: of `config` in a greater one, for messages.
 
     Raises:
-      ConfigError: an unknown name, or a value that cannot be used.
+      ConfigError: an unknown name, a field given by two names, or a value that cannot be used.
     """
     nested: dict[str, dict[str, Any]] = {}
     flat: dict[str, Any] = {}
@@ -250,6 +250,9 @@ def override(config: T, changes: dict[str, Any], name: str = "") -> T:
             nested.setdefault(head, {})[rest] = value
         else:
             path = f"{name}.{key}" if name else key
+            require(
+                head not in flat, f"{path}: {head} is given by another name too: give one of them."
+            )
             flat[head] = _coerce(_parse(value, hints[head]), hints[head], path)
     for head, inner in nested.items():
         flat[head] = override(flat.get(head, getattr(config, head)), inner, head)
