@@ -97,8 +97,10 @@ def test_random_packed_has_the_shapes_of_a_packed_fused_model() -> None:
     } and found.config.execution.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("real", always([False, True], lambda real: real))
+@pytest.mark.soak
+@pytest.mark.parametrize("real", [False, True])
 def test_latency_table(real: bool, tmp_path: Path) -> None:
+    """The cheaper twin is the command's table, which the next test reads."""
     source = tiny_model() if real else preset("tiny")
     result = latency.measure(
         source,
@@ -152,13 +154,18 @@ def test_latency_by_command_beside_transformers_and_peft(tmp_path: Path) -> None
     small = ["--model", "tiny", "--repeats", "2", "--out", str(tmp_path / "latency")]
     shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--baselines"]
     assert main(["bench", "latency", *small, *shape]) == 0
-    labels = {row["label"] for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
-    assert labels >= {
+    rows = {r["label"]: r for r in json.loads((tmp_path / "latency.json").read_text())["rows"]}
+    assert rows.keys() >= {
         "base",
+        "zflora-minimal",
         "transformers",
         "transformers + PEFT lora",
         "transformers + PEFT idle",
     }
+    assert rows["base"]["bytes_ratio"] == 1 < rows["zflora-minimal"]["bytes_ratio"]
+    assert all(r["ttft_ms_min"] <= r["ttft_ms"] <= r["ttft_ms_max"] for r in rows.values())
+    assert "zflora-minimal" in (tmp_path / "latency.md").read_text()
+    assert (tmp_path / "latency-ratio.png").is_file()
 
 
 @pytest.mark.parametrize(
