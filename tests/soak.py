@@ -10,13 +10,15 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from support.byte_tokenizer import byte_tokenizer
 from support.faults import FAULTS, tries
-from support.lab import Lab, lab_run
+from support.lab import Lab, Outcome, lab_run
 from support.runs import saved_base, small_run
 
 from zflora_jax.reporting.files import atomic_write, write_json
@@ -66,6 +68,14 @@ def without_folders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def outcome_of(attempt: Callable[[], Outcome]) -> Outcome:
+    """Of one try. Whatever it raises, the others go on, and this one has failed."""
+    try:
+        return attempt()
+    except Exception:
+        return Outcome(False, 0, traceback.format_exc()[-1000:])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="results", help="where faults.json and faults.md go")
@@ -98,7 +108,8 @@ def main() -> int:
         for name, (attempt, count) in FAULTS.items():
             if args.only not in (None, name):
                 continue
-            outcomes = tries(lab, name, attempt, args.tries or count, Path(folder) / "tries")
+            attempts = tries(lab, name, attempt, args.tries or count, Path(folder) / "tries")
+            outcomes = [outcome_of(one) for one in attempts]
             bad = [outcome.message for outcome in outcomes if not outcome.survived]
             failed += len(bad)
             survived = sum(outcome.survived for outcome in outcomes)

@@ -20,5 +20,6 @@ def lab(base_dir, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", LOCAL)
 def test_faults_are_survived(name, lab, tmp_path):
-    for outcome in tries(lab, name, *LOCAL[name], tmp_path):
+    for attempt in tries(lab, name, *LOCAL[name], tmp_path):
+        outcome = attempt()
         assert outcome.survived and outcome.lost_steps == 0, outcome.message

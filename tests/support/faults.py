@@ -14,8 +14,7 @@ import re
 import shutil
 import signal
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,18 +269,10 @@ LOCAL: dict[str, tuple[Fault, int]] = {
 """Name -> (one try within a process, how many `make test` makes)."""
 
 
-def tries(lab: Lab, name: str, attempt: Fault, count: int, folder: Path) -> list[Outcome]:
-    """`count` tries of a fault, each with its own workdir and random draws."""
-    outcomes = []
+def tries(
+    lab: Lab, name: str, attempt: Fault, count: int, folder: Path
+) -> Iterator[Callable[[], Outcome]]:
+    """`count` tries of a fault, to be called, each with its own workdir and random draws."""
+    stem = re.sub(r"[^a-z]+", "-", name.lower())
     for i in range(count):
-        try:
-            outcomes.append(
-                attempt(
-                    lab,
-                    folder / f"{re.sub(r'[^a-z]+', '-', name.lower())}-{i}",
-                    random.Random(f"{name}-{i}"),
-                )
-            )
-        except Exception:  # whatever it is, the sweep goes on, and the try has failed
-            outcomes.append(Outcome(False, 0, traceback.format_exc()[-1000:]))
-    return outcomes
+        yield partial(attempt, lab, folder / f"{stem}-{i}", random.Random(f"{name}-{i}"))

@@ -9,9 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zflora_jax.adapters.methods import (
-    resolve_adapter,
-)
+from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, group, kernel_shapes, param_shapes
