@@ -2,6 +2,8 @@
 processes of their own, many times. A real kill: test_run_killed.py.
 """
 
+import signal
+
 import pytest
 from support.faults import LOCAL, tries
 from support.lab import LocalLab, lab_run
@@ -20,6 +22,8 @@ def lab(base_dir, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", LOCAL)
 def test_faults_are_survived(name, lab, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
     for attempt in tries(lab, name, *LOCAL[name], tmp_path):
         outcome = attempt()
         assert outcome.survived and outcome.lost_steps == 0, outcome.message
+    assert signal.getsignal(signal.SIGTERM) == handler, "left to the tests after this one"

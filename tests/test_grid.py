@@ -29,6 +29,7 @@ from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import grid, jobs
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
+from zflora_jax.experiments.store import EXTRA
 from zflora_jax.parallel import distributed
 from zflora_jax.training.workdir import locked
 
@@ -114,6 +115,7 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
     frame = sweep(base, GRID, tmp_path / "s", extra=lambda *_: more, parallel=1)
     assert list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
     assert list(frame["adapter.rank"]) == [2, 4, 2, 4] and set(frame["status"]) == {"finished"}
+    assert EXTRA not in frame.columns
     assert {name: set(frame[name]) for name in more} == {n: {v} for n, v in more.items()}
     assert list(frame["test_loss"]) == [loss_of(run) for run in fake.runs]
     assert frame["test_loss"].nunique() == 4 and frame["device"].notna().all()
