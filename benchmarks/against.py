@@ -97,7 +97,7 @@ def main() -> None:
             f"--other {args.other}: expected a checkout of this repository, as `git worktree add"
             " DIR COMMIT` makes one"
         )
-    from zflora_jax.reporting.files import atomic_write, write_json
+    from zflora_jax.reporting.files import write_result
     from zflora_jax.reporting.provenance import environment, origin_line
     from zflora_jax.reporting.tables import markdown_table
 
@@ -121,16 +121,14 @@ def main() -> None:
             {"what": name} | shown | {"this / other": round(middle["this"] / middle["other"], 3)}
         )
     out = Path("results") / f"against-{args.dtype}"
-    write_json(
-        f"{out}.json", {"rows": rows, "turns": turns, "other_commit": other, "environment": env}
-    )
     page = (
         f"# {args.dtype}: this commit against {other[:7]}\n\nMedians of {args.rounds} turns each,"
         " in turns (least and most in brackets).\n\n"
     )
     page += markdown_table(rows, list(rows[0]))
     page += f"\n\n{origin_line(env)} The other commit: {other}.\n"
-    atomic_write(f"{out}.md", page.encode())
+    result = {"rows": rows, "turns": turns, "other_commit": other, "environment": env}
+    write_result(out, result, page)
     print(page)
 
 
