@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-from collections import Counter
 from typing import Any
 
 import jax
@@ -28,111 +26,17 @@ from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.model_config import LlamaConfig, preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.compiled_plan import compiled_step
+from zflora_jax.parallel.program_text import COLLECTIVES, Program
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.tables import markdown_table
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-WIDTH = {
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "bf16": 2,
-    "f16": 2,
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "f64": 8,
-    "s64": 8,
-}
 ROWS, LENGTH = 2, 512  # a device
 MESHES = [MeshConfig(fsdp=n) for n in (2, 4, 8)] + [
     MeshConfig(data=8),
     MeshConfig(tensor=4),
     MeshConfig(fsdp=4, tensor=2),
 ]
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-_GROUPS = re.compile(
-    r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\](?:, device_ids=\(.*?\))?"
-    r" \{([^}]*)\})"
-)
-
-
-def collectives(text: str) -> Counter[str]:
-    """Kind -> bytes that one device sends in one run of the HLO module `text`: a ring's cost of
-    each collective, times its loops' trip counts.
-    """
-    bodies: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if match := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-            name = match[2]
-            entry = name if match[1] else entry
-            bodies[name] = []
-        elif name:
-            bodies[name].append(line)
-
-    def cost(computation: str) -> Counter[str]:
-        total: Counter[str] = Counter()
-        for line in bodies.get(computation, []):
-            if match := _COLLECTIVE.search(line):
-                total[match[2]] += _sent(match[2], match[1], line)
-            trips = (
-                int(found[1]) if (found := re.search(r"known_trip_count[^\d]*(\d+)", line)) else 1
-            )
-            called = re.findall(
-                r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)", line
-            )
-            called += (
-                re.findall(r"%([\w.-]+)", found[1])
-                if (found := re.search(r"branch_computations=\{([^}]*)\}", line))
-                else []
-            )
-            if " while(" in line or " conditional(" in line or " call(" in line:
-                for callee in called:
-                    total.update({kind: trips * size for kind, size in cost(callee).items()})
-        return total
-
-    return cost(entry)
-
-
-def _sent(kind: str, shapes: str, line: str) -> int:
-    size = sum(
-        math.prod(map(int, dims.split(","))) * WIDTH[dtype] if dims else WIDTH[dtype]
-        for dtype, dims in _ARRAY.findall(shapes)
-        if dtype in WIDTH
-    )
-    if kind == "collective-permute":
-        return size
-    members = _members(line)
-    if members <= 1:
-        return 0
-    share = (members - 1) / members
-    return int(
-        {
-            "all-gather": share,
-            "reduce-scatter": members - 1,
-            "all-reduce": 2 * share,
-            "all-to-all": share,
-        }[kind]
-        * size
-    )
-
-
-def _members(line: str) -> int:
-    """How many devices take part in a collective, by whichever way its line says so."""
-    found = _GROUPS.search(line)
-    if found is None:
-        raise ValueError(
-            "no replica groups that this script can read:"
-            f" {line[line.find('replica_groups') :][:120]}"
-        )
-    count, listed, mesh, axes = found.groups()
-    if count or listed:
-        return int(count) if count else len(listed.split(","))
-    sizes = dict(part.replace("'", "").split("=") for part in mesh.split(","))
-    return math.prod(int(sizes[axis.strip().strip("'")]) for axis in axes.split(","))
 
 
 def formula(config: LlamaConfig, adapter: AdapterConfig, mesh: MeshConfig) -> int:
@@ -158,14 +62,14 @@ def measure(name: str, mesh: MeshConfig) -> dict[str, Any]:
     devices = mesh.devices
     data = DataConfig(batch_size=ROWS * mesh.row_parts, bucket_lengths=(LENGTH,))
     run = RunConfig(model=name, adapter=adapter, data=data, train=TrainConfig(), mesh=mesh)
-    found = collectives(compiled_step(run, preset(name)).as_text())
+    found = Program(compiled_step(run, preset(name)).as_text()).collectives()
     row = {
         "model": name,
         "mesh": f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}",
         "devices": devices,
         "tokens per step": ROWS * LENGTH * mesh.row_parts,
     }
-    row |= {f"{kind}, MB": round(found[kind] / 1e6, 1) for kind in KINDS if found[kind]}
+    row |= {f"{kind}, MB": round(found[kind] / 1e6, 1) for kind in COLLECTIVES if kind in found}
     return row | {
         "sum, MB": round(sum(found.values()) / 1e6, 1),
         "formula, MB": round(formula(preset(name), adapter, mesh) / 1e6, 1),
@@ -176,7 +80,7 @@ def page(result: dict[str, Any]) -> str:
     env, rows = result["environment"], result["rows"]
     names = [
         *("model", "mesh", "devices", "tokens per step"),
-        *(f"{kind}, MB" for kind in KINDS),
+        *(f"{kind}, MB" for kind in COLLECTIVES),
         *("sum, MB", "formula, MB"),
     ]
     columns = [name for name in names if any(name in row for row in rows)]

@@ -87,7 +87,7 @@ def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
         fused.config
     )
     assert_logits_close(forward(fused, tokens), adapted)
-    assert_logits_close(forward(pack_for_decode(fused), tokens), adapted)
+    assert_logits_close(forward(pack_for_decode(fused, "tpu" if scan else "cpu"), tokens), adapted)
 
 
 @pytest.mark.parametrize(("adapter", "scan"), pairwise(WIDENED, [True, False]), ids=name_of)
@@ -127,8 +127,8 @@ def test_swap_equals_fusing_anew(adapter, packed, dtype):
     )
     want = fuse(model, adapter, second)
     fused = fuse(model, adapter, first)
-    got = swap(pack_for_decode(fused) if packed else fused, second)
-    assert_trees_equal(got.params, (pack_for_decode(want) if packed else want).params)
+    got = swap(pack_for_decode(fused, "gpu") if packed else fused, second)
+    assert_trees_equal(got.params, (pack_for_decode(want, "gpu") if packed else want).params)
 
 
 @every_method

@@ -20,6 +20,7 @@ from support.models import perturb, tiny_fused, tiny_model, untied
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.adapters.widths import MULTIPLES
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
@@ -107,23 +108,26 @@ def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> Non
     assert not whiles(body), "the layers of a packed model are unrolled"
 
 
-def test_packed_kernels_are_filled_up_with_zeros() -> None:
-    """Inputs to a multiple of 8; what is computed with them, and with an odd number of outputs, is
-    what the fused model computes.
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
+def test_packed_kernels_are_filled_up_with_zeros(kind: str) -> None:
+    """To the multiples of a kind of device; what is computed with them is what the fused model
+    computes.
     """
     model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5)
     fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
-    ready, width = pack_for_decode(fused), fused.config.hidden_size
+    ready, d, f = (
+        pack_for_decode(fused, kind),
+        fused.config.hidden_size,
+        fused.config.intermediate_size,
+    )
+    wide_d, wide_f = -(-d // MULTIPLES[kind].residual), -(-f // MULTIPLES[kind].mlp)
+    wide_d, wide_f = wide_d * MULTIPLES[kind].residual, wide_f * MULTIPLES[kind].mlp
     up, down = (
         np.asarray(ready.params["layers_0"]["mlp"][name]["kernel"]) for name in ("gate_up", "down")
     )
-    assert (
-        width % 8
-        and up.shape[1] == -(-width // 8) * 8
-        and not up[:, width:].any()
-        and up[:, width - 1].any()
-    )
-    assert width % 2 and down.shape[0] == width
+    assert up.shape == (2 * wide_f, wide_d) and down.shape == (wide_d, wide_f)
+    assert d < wide_d and not up[:, d:].any() and up[:, d - 1].any() and not down[d:].any()
+    assert f < wide_f and not up[f:wide_f].any() and not down[:, f:].any() and down[:, f - 1].any()
     for shape in ((1, 1), (1, 7), (3, 5)):
         tokens = np.random.default_rng(0).integers(0, 256, shape)
         assert_logits_close(forward(ready, tokens), forward(fused, tokens))

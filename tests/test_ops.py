@@ -16,8 +16,21 @@ from zflora_jax.ops import attention as attention_ops
 from zflora_jax.ops.attention import attention, plain_attention
 from zflora_jax.ops.copies import take_rows, write_divided, write_pieces, write_slice
 from zflora_jax.ops.head import head_logits, plain_logits
-from zflora_jax.ops.linear import matmul, packed_linear, plain_product, project, whole_vectors
-from zflora_jax.ops.rope import ROPE_ROWS, plain_rope_tables, rope_tables
+from zflora_jax.ops.linear import (
+    column_product,
+    matmul,
+    packed_linear,
+    plain_product,
+    product_of_eight_rows,
+    project,
+)
+from zflora_jax.ops.rope import (
+    ROPE_ROWS,
+    apply_rope,
+    paired_order,
+    plain_rope_tables,
+    rope_tables,
+)
 from zflora_jax.ops.tiling import plain_tile, tile
 
 Function = Callable[..., Any]
@@ -66,13 +79,12 @@ def test_attention_and_its_gradients_equal_the_plain_formula(T, S, blocks, monke
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1)], ids=str)
 @pytest.mark.parametrize("outputs", [10, 11])
 def test_packed_products(shape: tuple[int, int], outputs: int) -> None:
-    """Of 12 inputs, packed as 16."""
     x, kernel = draw((*shape, 12), (outputs, 12))
-    packed = jnp.pad(kernel, ((0, 0), (0, whole_vectors(12) - 12)))
-    assert packed.shape == (outputs, 16)
-    np.testing.assert_allclose(
-        jax.jit(packed_linear)(x, packed), plain_product(x, kernel), atol=1e-5
-    )
+    want = plain_product(x, kernel)
+    np.testing.assert_allclose(jax.jit(packed_linear)(x, kernel), want, atol=1e-5)
+    for product, given in ((plain_product, kernel), (column_product, kernel.T)):
+        got = product_of_eight_rows(x, given, product=product)
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("widths", [(5, 9), (9, 5)], ids=str)
@@ -120,6 +132,21 @@ def test_rotations(model: str) -> None:
     assert computed == [False, True]
 
 
+def test_a_paired_head_is_turned_whole() -> None:
+    """As its base dims alone are turned, the others not at all."""
+    base = preset("tiny")
+    wide = base.replace(head_dim=22, base_head_dim=16)
+    order = paired_order(16, 22)
+    assert sorted(order) == list(range(22)) and list(paired_order(16, 16)) == list(range(16))
+    positions, (x,) = jnp.asarray([[0, 3, 300]], jnp.int32), draw((1, 3, 2, 22))
+    want = apply_rope(x, *rope_tables(wide, positions, 512))
+    for length in (512, ROPE_ROWS + 1):
+        cos, sin = rope_tables(wide.replace(packed=True), positions, length)
+        got = apply_rope(x[..., order], cos, sin)[..., np.argsort(order)]
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        np.testing.assert_array_equal(got[..., 16:], x[..., 16:])
+
+
 @pytest.mark.parametrize("rank", [4, 5])
 def test_the_tiling_of_ffa(rank: int) -> None:
     assert_same(lambda h: tile(h, 12), lambda h: plain_tile(h, 12), draw((2, 3, rank)), 1e-5)
@@ -133,7 +160,8 @@ def test_copies(dtype: Any) -> None:
     x, update, rows = *draw((6, 5, 8), (6, 2, 8), dtype=dtype), jnp.asarray([4, 0, 4])
     pieces, starts = [x[:2, :1, :3], x[:1, :2, :8]], [(1, 2, 4), (4, 3, 0)]
     pairs = [
-        (jax.jit(take_rows)(x, rows), x[rows]),
+        (jax.jit(take_rows)(x[:, 0], rows), x[rows, 0]),
+        (take_rows(x[:, 0], rows, 10), jnp.pad(x[rows, 0], ((0, 0), (0, 2)))),
         (write_slice(x, update, 3, 1), x.at[:, 3:].set(update)),
         (jax.jit(write_slice, static_argnums=3)(x, update, 1, -2), x.at[:, 1:3].set(update)),
         (

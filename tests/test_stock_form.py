@@ -159,9 +159,16 @@ def test_a_joint_norm_changes_the_model_at_step_0(tied: bool) -> None:
     assert np.abs(np.asarray(forward(fused, tokens)) - want).max() <= TOLERANCE * np.abs(want).max()
 
     share = fused.config.norm_dim / fused.config.hidden_size
-    gains = trees.map_with_names(
-        lambda name, x: x * math.sqrt(share) if name.endswith("scale") else x, fused.params
-    )
+    state = fused.config.hidden_size - fused.config.norm_dim
+
+    def widened(name: str, x: jax.Array) -> jax.Array:
+        """The leaf of an ordinary model of this width, with its gains as stock form has them."""
+        if name.endswith("scale"):
+            return x * math.sqrt(share)
+        tables = {"embed/embedding": ((0, 0), (0, state)), "lm_head/kernel": ((0, state), (0, 0))}
+        return jnp.pad(x, tables[name]) if name in tables else x
+
+    gains = trees.map_with_names(widened, fused.params)
     joint = Model(
         fused.config.replace(base_hidden_size=None, rms_norm_eps=fused.config.rms_norm_eps * share),
         gains,

@@ -86,9 +86,31 @@ def block_region(block: str, axis: int, base_in: int, base_out: int) -> tuple[An
     return (..., rows, *[slice(None)] * (-axis - 2), columns)
 
 
-def stored_values(name: str, block: Array, adapter: AdapterConfig) -> Array:
-    """The values of a block as a fused kernel stores them: backward times the scale."""
-    return block * adapter.scale if name == "backward" else block
+# What packed kernels multiply the residual state by. Its square, 2^-48, is below the rounding of
+# float32, so RMSNorm may sum over all channels, as a base's does: compilers make one kernel of that
+# and two of a sum over a part. A power of two changes no product.
+STATE_SCALE = 2.0**-24
+
+
+def stored_values(
+    kernel: str, name: str, block: Array, adapter: AdapterConfig, packed: bool = False
+) -> Array:
+    """The values of a block as a fused kernel stores them: backward times the scale.
+
+    Args:
+      kernel: that the block belongs to.
+      name: of the block.
+      block: float32.
+      adapter: of the block.
+      packed: whether the kernel is packed for decode, see `STATE_SCALE`.
+    """
+    values = block * adapter.scale if name == "backward" else block
+    reads, writes = KERNELS[kernel]
+    if packed and reads == "residual" and name != "forward":
+        return values / STATE_SCALE
+    if packed and writes == "residual" and name != "backward":
+        return values * STATE_SCALE
+    return values
 
 
 def require_widened(fused: Model, verb: str) -> AdapterConfig:

@@ -97,11 +97,9 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
             )
         if kernel:
             return _widen_kernel(leaf, blocks, kernel, config, adapter, p)
-        if p.residual and name == "embed/embedding":
-            return pad_axis(leaf, -1, p.residual, 0)
-        if p.residual and name == "lm_head/kernel":
-            return pad_axis(leaf, -2, p.residual, 0)
-        return pad_axis(leaf, -1, p.residual, 1)  # norm gains
+        # The state starts at zero and is dropped before the head, which both keep the base's width.
+        is_gain = name.endswith("scale")
+        return pad_axis(leaf, -1, p.residual, 1) if is_gain else leaf
 
     return map_kernels(visit, params)
 
@@ -119,7 +117,12 @@ def _widen_kernel(
     wide = pad_axis(pad_axis(leaf, axis, getattr(p, reads), 0), -1, getattr(p, writes), 0)
     for name, block in blocks.items():
         wide = with_block(
-            wide, stored_values(name, block, adapter), name, axis, leaf.shape[axis], leaf.shape[-1]
+            wide,
+            stored_values(kernel, name, block, adapter),
+            name,
+            axis,
+            leaf.shape[axis],
+            leaf.shape[-1],
         )
     return wide
 

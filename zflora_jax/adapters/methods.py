@@ -118,7 +118,7 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
         names: tuple[str, ...] = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
         return ResolvedAdapter(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
     require(
-        config.base_hidden_size is None and config.base_head_dim is None,
+        not config.widened,
         f"method {adapter.method!r} widens a base model, and this one is widened already: an"
         " adapter is fused into it. Use its base (`unfuse`), or method 'lora', 'ffa' or 'full'.",
     )

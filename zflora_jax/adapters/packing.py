@@ -9,41 +9,74 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.blocks import Array, pad_axis
+from zflora_jax.adapters.blocks import STATE_SCALE, Array, map_kernels
+from zflora_jax.adapters.methods import base_config
+from zflora_jax.adapters.widths import multiples, this_kind
 from zflora_jax.core import trees
-from zflora_jax.core.architecture import ATTENTION, MLP
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, param_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.linear import whole_vectors
+from zflora_jax.ops.rope import paired_order
 from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 from zflora_jax.parallel.sharding import constrain
 
 
-def pack_for_decode(model: Model) -> Model:
+def pack_for_decode(model: Model, kind: str | None = None, *, alone: bool = True) -> Model:
     """Bring a Llama, fused or not, into the layout for decode.
 
     q|k|v are one kernel and gate|up another, and all kernels of layers are [out, in]: qkv [(H + 2K)
-    k, d], o [d, H k], gate_up [2f, d], down [d, f], with zeros as inputs up to
-    `ops.linear.whole_vectors`; `ops.linear.packed_linear` reads them. On a mesh the kernels stay
-    apart, divided by `parallel.sharding.RULES` (side by side, a slice of one would lie where
-    another's belongs), and only stacked layers become subtrees.
+    k, d], o [d, H k], gate_up [2f, d], down [d, f]; `ops.linear.packed_linear` reads them. A fused
+    model's residual and MLP streams are filled up with zero channels, which change no result, its
+    residual state is stored times `blocks.STATE_SCALE`, and the dims of its widened heads stand in
+    `ops.rope.paired_order` in q and k.
+
+    The kernels stay apart, and only stacked layers become subtrees, on a mesh (divided by
+    `parallel.sharding.RULES`; side by side, a slice of one would lie where another's belongs), and
+    of a fused model in float16, whose range is too small, or with adapters beside it.
 
     Args:
       model: a base or fused model; an already packed one is returned as it is.
+      kind: of devices that the widths are for (`adapters.widths`): "cpu", "gpu" or "tpu". None:
+        this process's.
+      alone: False where adapters are to run beside the model.
     """
     if model.config.execution.packed:
         return model
-    if mesh_of(model.params) is not None:
+    fused = model.config.widened or model.adapter is not None
+    narrow = model.config.execution.dtype == "float16"
+    if mesh_of(model.params) is not None or (fused and (narrow or not alone)):
         if not model.config.execution.scan_layers:
             return model
         with mesh_in_use(model.params):
             params = _unstack(model.config, model.params)
         config = model.config.replace(scan_layers=False, remat=False)
     else:
-        params = _pack(model.config, model.params)
-        config = model.config.replace(scan_layers=False, packed=True, remat=False)
+        config = packed_config(model.config, kind or this_kind(), model.adapter)
+        params = _pack(config, model.params)
     return dataclasses.replace(model, config=config, params=params)
+
+
+def packed_config(
+    config: LlamaConfig, kind: str, adapter: AdapterConfig | None = None
+) -> LlamaConfig:
+    """The config of a model that `pack_for_decode` packs.
+
+    Args:
+      config: of the model, base or fused.
+      kind: of devices, as there.
+      adapter: that the model was fused from; None for a base.
+    """
+    config = config.replace(scan_layers=False, packed=True, remat=False)
+    if adapter is None or not METHODS[adapter.method].widens:
+        return config
+    wanted, base = multiples(kind), base_config(config, adapter)
+    d, f = config.hidden_size, config.intermediate_size
+    return config.replace(
+        fill_residual=-d % wanted.residual if d > base.hidden_size else 0,
+        fill_mlp=-f % wanted.mlp if f > base.intermediate_size else 0,
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -53,7 +86,13 @@ def _unstack(config: LlamaConfig, params: Tree) -> Tree:
 
 @partial(jax.jit, static_argnums=0)
 def _pack(config: LlamaConfig, params: Tree) -> Tree:
-    tree = trees.unstack_layers(params, config.num_layers)
+    shapes = param_shapes(config.stored)
+    tree = map_kernels(
+        lambda kernel, name, leaf: _filled(
+            _scaled(config, kernel, leaf), shapes[name], float(name.endswith("scale"))
+        ),
+        trees.unstack_layers(params, config.num_layers),
+    )
     for i in range(config.num_layers):
         layer = tree[f"layers_{i}"]
 
@@ -63,13 +102,10 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
             """The kernels, whose first `axes` axes are their input's, below each other as [out,
             in].
             """
-            leaves = [layer[group_name][name]["kernel"] for name in kernels]
-            kernel = jnp.concatenate(
-                [leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves]
-            )
+            leaves = [_paired(config, name, layer[group_name][name]["kernel"]) for name in kernels]
             return {
-                "kernel": pad_axis(
-                    kernel, -1, whole_vectors(kernel.shape[-1]) - kernel.shape[-1], 0
+                "kernel": jnp.concatenate(
+                    [leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves]
                 )
             }
 
@@ -80,6 +116,36 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
             "mlp": {"gate_up": stacked("mlp", *MLP[:2]), "down": stacked("mlp", "down")},
         }
     return tree
+
+
+def _paired(config: LlamaConfig, kernel: str, leaf: Array) -> Array:
+    """A kernel of q or k with widened heads in `paired_order`, others as they are: a rotation of
+    whole heads takes no more operations than the base's.
+    """
+    if kernel not in ("q", "k") or config.base_head_dim is None:
+        return leaf
+    return leaf[..., paired_order(config.rotary_dim, config.head_dim)]
+
+
+def _scaled(config: LlamaConfig, kernel: str, leaf: Array) -> Array:
+    """A kernel of one layer with its residual state times `STATE_SCALE`; other leaves as they
+    are.
+    """
+    if not kernel or config.base_hidden_size is None:
+        return leaf
+    reads, writes = KERNELS[kernel]
+    axis, scale = (0, 1 / STATE_SCALE) if reads == "residual" else (-1, STATE_SCALE)
+    assert "residual" in (reads, writes)
+    shape = [1] * leaf.ndim
+    shape[axis] = -1
+    is_state = (jnp.arange(config.hidden_size) >= config.norm_dim).reshape(shape)
+    return leaf * jnp.where(is_state, scale, 1.0).astype(leaf.dtype)
+
+
+def _filled(leaf: Array, shape: tuple[int, ...], value: float) -> Array:
+    """`leaf` with `value` behind it along every axis, up to `shape`."""
+    pads = [(0, wide - width) for wide, width in zip(shape, leaf.shape, strict=True)]
+    return jnp.pad(leaf, pads, constant_values=value) if leaf.shape != shape else leaf
 
 
 pack = pack_for_decode  # its public name of before

@@ -26,6 +26,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.ops.copies import write_pieces
+from zflora_jax.ops.rope import paired_order
 from zflora_jax.parallel.mesh import mesh_in_use, place_like, several_devices
 from zflora_jax.parallel.sharding import constrain
 
@@ -48,7 +49,8 @@ def swap(fused: Model, adapters: Tree) -> Model:
       ValueError: as for `fuse`, and for a method that merges by addition.
     """
     adapter = require_widened(fused, "swap")
-    base = base_config(fused.config.replace(packed=False), adapter)
+    plain = fused.config.replace(packed=False, fill_residual=0, fill_mlp=0)
+    base = base_config(plain, adapter)
     given = base.replace(scan_layers="layers" in adapters)
     with mesh_in_use(fused.params):
         adapters = place_like(fused.params, adapters)
@@ -70,15 +72,16 @@ def _swap(
         layer, _, kernel, block_name = name.split("/")
         axis, shape = in_axis(base, kernel), kernel_shapes(base)[kernel]
         region = block_region(block_name, axis, shape[0][-1], shape[1][-1])
-        value = stored_values(block_name, block, adapter)
+        value = stored_values(kernel, block_name, block, adapter, config.execution.packed)
         if several_devices():
             at = f"{layer}/{group(kernel)}/{kernel}/kernel"
             flat[at] = with_block(flat[at], value, block_name, axis, shape[0][-1], shape[1][-1])
             continue
         if config.execution.packed:
             leaf_name, first = _place(config, kernel)
+            order = paired_order(config.rotary_dim, config.head_dim) if kernel in "qk" else None
             found = _packed_pieces(
-                value, kernel_shapes(config)[kernel], first, region[1], region[-1]
+                value, kernel_shapes(config)[kernel], first, region[1], region[-1], order
             )
         else:
             leaf_name = f"{group(kernel)}/{kernel}/kernel"
@@ -106,19 +109,25 @@ def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
     if kernel in heads:
         return "attn/qkv/kernel", heads[kernel] * config.head_dim
     if kernel in ("gate", "up"):
-        return "mlp/gate_up/kernel", 0 if kernel == "gate" else config.intermediate_size
+        return "mlp/gate_up/kernel", 0 if kernel == "gate" else config.stored.intermediate_size
     return f"{group(kernel)}/{kernel}/kernel", 0
 
 
 def _packed_pieces(
-    value: Array, shape: Any, first: int, reads: slice, writes: slice
+    value: Array,
+    shape: Any,
+    first: int,
+    reads: slice,
+    writes: slice,
+    order: np.ndarray | None,
 ) -> list[Piece]:
     """Cut a block [*in, *out] into pieces of a packed leaf [out, in], each with its start indices.
 
-    `first` is the first row of the kernel in the leaf. Where heads are wider than the base's there
-    is one piece per head (see `ops.copies.write_pieces`).
+    `first` is the first row of the kernel in the leaf; `order`, if given, is that of its heads'
+    dims there. Where heads are wider than the base's there are one or two pieces per head (see
+    `ops.copies.write_pieces`).
     """
-    inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes)
+    inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes, order)
     flat = value.reshape(sum(count for _, count in inputs), -1).T
     found: list[Piece] = []
     at_in = 0
@@ -133,12 +142,17 @@ def _packed_pieces(
     return found
 
 
-def _spans(axes: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
+def _spans(
+    axes: tuple[int, ...], part: slice, order: np.ndarray | None = None
+) -> list[tuple[int, int]]:
     """(start, count) of the pieces that slice `part` of the last of `axes` has in all of them
     flattened; a single one if it is contiguous.
+
+    order: the native index at each place of the last axis; None where they are the same.
     """
-    start, stop, _ = part.indices(axes[-1])
-    heads = int(np.prod(axes[:-1]))
-    if stop - start == axes[-1]:
-        return [(0, heads * axes[-1])]
-    return [(head * axes[-1] + start, stop - start) for head in range(heads)]
+    width, heads = axes[-1], int(np.prod(axes[:-1]))
+    places = np.argsort(np.arange(width) if order is None else order)
+    runs = np.split(places[part], np.flatnonzero(np.diff(places[part]) != 1) + 1)
+    if len(runs) == 1 and len(runs[0]) == width:
+        return [(0, heads * width)]
+    return [(head * width + int(run[0]), len(run)) for head in range(heads) for run in runs]

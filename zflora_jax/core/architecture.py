@@ -55,29 +55,32 @@ def count_base(config: LlamaConfig) -> int:
     layer = (
         sum(math.prod(i + o) for i, o in kernel_shapes(config).values()) + 2 * config.hidden_size
     )
-    return config.num_layers * layer + config.hidden_size * (
-        1 + config.vocab_size * (1 if config.tie_word_embeddings else 2)
-    )
+    tables = config.vocab_size * config.norm_dim * (1 if config.tie_word_embeddings else 2)
+    return config.num_layers * layer + config.hidden_size + tables
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every base parameter of an unpacked model, e.g. "layers/attn/q/kernel": (L,
     d, H, k).
 
-    embed/embedding [V, d], lm_head/kernel [d, V] (untied only), final_norm/scale [d]; per layer
+    embed/embedding [V, b], lm_head/kernel [b, V] (untied only), final_norm/scale [d]; per layer
     attn_norm/scale and mlp_norm/scale [d], attn/{q [d, H, k], k and v [d, K, k], o [H, k,
     d]}/kernel, mlp/{gate, up [d, f], down [f, d]}/kernel. With scan_layers the layers are stacked
     on a leading axis L under "layers/", else they are "layers_0/" ... without it. d, k, f are the
-    widths in `config`, so a fused config gives the fused shapes.
+    widths in `config`, so a fused config gives the fused shapes; b is the base's d, because the
+    adapter state starts at zero and the head does not read it.
     """
     d, v = config.hidden_size, config.vocab_size
     layer: dict[str, tuple[int, ...]] = {"attn_norm/scale": (d,), "mlp_norm/scale": (d,)}
     layer |= {
         f"{group(name)}/{name}/kernel": i + o for name, (i, o) in kernel_shapes(config).items()
     }
-    shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (v, d), "final_norm/scale": (d,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed/embedding": (v, config.norm_dim),
+        "final_norm/scale": (d,),
+    }
     if not config.tie_word_embeddings:
-        shapes["lm_head/kernel"] = (d, v)
+        shapes["lm_head/kernel"] = (config.norm_dim, v)
     if config.execution.scan_layers:
         shapes |= {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
     else:

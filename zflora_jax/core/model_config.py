@@ -47,6 +47,7 @@ class Execution:
       scan_layers: one stacked block run by lax.scan (fast to compile), or one subtree per layer
         (fast to decode).
       packed: the layout for decode (`adapters.packing.pack_for_decode`).
+      fill_residual, fill_mlp: zero channels that packed kernels have behind those of a stream.
       remat: recompute each block in the backward pass instead of keeping its activations.
       matmul_precision: of float32 products, as TrainConfig's.
     """
@@ -54,11 +55,15 @@ class Execution:
     dtype: Dtype = "float32"
     scan_layers: bool = True
     packed: bool = False
+    fill_residual: int = 0
+    fill_mlp: int = 0
     remat: bool = False
     matmul_precision: Precision = "default"
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in ("fill_residual", "fill_mlp"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must be at least 0.")
 
 
 @renamed(
@@ -146,6 +151,25 @@ class LlamaConfig:
     def rotary_dim(self) -> int:
         """Head dims of the base model, k."""
         return self.base_head_dim or self.head_dim
+
+    @property
+    def widened(self) -> bool:
+        """Whether the residual stream or the heads are wider than a base's."""
+        return self.base_hidden_size is not None or self.base_head_dim is not None
+
+    @property
+    def stored(self) -> LlamaConfig:
+        """The same with the widths that the kernels are stored at, zero channels included."""
+        d, f = self.execution.fill_residual, self.execution.fill_mlp
+        if d == f == 0:
+            return self
+        return self.replace(
+            hidden_size=self.hidden_size + d,
+            intermediate_size=self.intermediate_size + f,
+            base_hidden_size=self.norm_dim if d else self.base_hidden_size,
+            fill_residual=0,
+            fill_mlp=0,
+        )
 
     def replace(self, **changes: Any) -> LlamaConfig:
         """The same with other values of fields, those of `execution` included."""

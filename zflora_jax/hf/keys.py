@@ -123,13 +123,13 @@ class Place:
 
 def hf_table(config: LlamaConfig) -> dict[str, Place]:
     """Hugging Face name -> Place, for every parameter of an unpacked model of this config."""
-    d, v = config.hidden_size, config.vocab_size
+    d, b, v = config.hidden_size, config.norm_dim, config.vocab_size
     table = {
-        TOP_NAMES["embed/embedding"]: Place("embed/embedding", None, (v, d)),
+        TOP_NAMES["embed/embedding"]: Place("embed/embedding", None, (v, b)),
         TOP_NAMES["final_norm/scale"]: Place("final_norm/scale", None, (d,)),
     }
     if not config.tie_word_embeddings:
-        table[TOP_NAMES["lm_head/kernel"]] = Place("lm_head/kernel", None, (d, v), 1)
+        table[TOP_NAMES["lm_head/kernel"]] = Place("lm_head/kernel", None, (b, v), 1)
     shapes: dict[str, tuple[tuple[int, ...], int]] = {
         "attn_norm/scale": ((d,), 0),
         "mlp_norm/scale": ((d,), 0),

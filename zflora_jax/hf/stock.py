@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.core import trees
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -31,13 +32,14 @@ from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, as_finite, hf_table
 from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
-from zflora_jax.ops.rope import rope_frequencies
+from zflora_jax.ops.rope import paired_order, rope_frequencies
 
 _READS, _WRITES, _NORMS = (
     ("q", "k", "v", "gate", "up"),
     ("o", "down"),
     ("attn_norm", "mlp_norm", "final_norm"),
 )
+_TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with zeros
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,7 @@ class StockForm:
     @property
     def head_order(self) -> np.ndarray:
         """[k+e]: the native head dim at each stock position, base halves first in each half."""
-        k, wide = self.native.rotary_dim, self.native.head_dim
-        middle = k + (wide - k) // 2
-        return np.concatenate(
-            [
-                np.arange(0, k // 2),
-                np.arange(k, middle),
-                np.arange(k // 2, k),
-                np.arange(middle, wide),
-            ]
-        )
+        return paired_order(self.native.rotary_dim, self.native.head_dim)
 
     def restored(self, module: str) -> bool:
         """Whether stock form rounds this module's numbers, so that the native ones are stored
@@ -132,16 +125,26 @@ class StockForm:
                 x = x * np.float32(math.sqrt(n.head_dim / n.rotary_dim))
         if n.base_hidden_size is None or (axis := _residual_axis(module, x.ndim)) is None:
             return x
-        padding = [(0, self.width - n.hidden_size if i == axis else 0) for i in range(x.ndim)]
+        padding = [(0, self.width - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
         return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
 
     def inverse(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The inverse of `forward`; exact except where `restored` is true."""
+        """The inverse of `forward`; exact except where `restored` is true.
+
+        Raises:
+          CheckpointError: the embedding or the head has adapter channels that are not zero.
+        """
         n = self.native
         if n.base_hidden_size is not None and (axis := _residual_axis(module, x.ndim)) is not None:
-            x = np.take(x, np.arange(n.hidden_size), axis) / self._scale(
-                module, n.hidden_size, axis, x.ndim
-            )
+            width = n.norm_dim if module in _TABLES else n.hidden_size
+            x, rest = np.split(x, [width], axis)
+            if module in _TABLES and rest.any():
+                raise CheckpointError(
+                    f"{module}: its channels from {width} on belong to the adapter's state and"
+                    " must be zero; other software has changed them. Without zflora.json the"
+                    " directory loads as an ordinary model."
+                )
+            x = x / self._scale(module, width, axis, x.ndim)
         return self.inverse_heads(module, x)
 
     def inverse_heads(self, module: str, x: np.ndarray) -> np.ndarray:

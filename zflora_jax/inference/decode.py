@@ -73,7 +73,7 @@ def generate_tokens(
     check_prompts(model, prompts, config.max_new_tokens)
     unfused = unfused_adapters(adapter, adapters, tasks, len(prompts))
     require_local(model.params, "generate")
-    run = packed(model)
+    run = packed(model, alone=unfused is None)
     unfused = unfused and unfused.placed(run)
     answers: list[list[int]] = [[] for _ in prompts]
     for batch in batches([len(prompt) for prompt in prompts], config.batch_size):

@@ -25,10 +25,12 @@ Array = jax.Array
 _packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
 
 
-def packed(model: Model) -> Model:
+def packed(model: Model, *, alone: bool = True) -> Model:
     """`model` packed for decode; the result is kept as long as `model` lives, so that repeated
-    calls do not pack again.
+    calls do not pack again. alone: as for `pack_for_decode`.
     """
+    if not alone and (model.config.widened or model.adapter is not None):
+        return pack_for_decode(model, alone=False)
     if model not in _packed or _packed[model][0] is not model.params:
         made = pack_for_decode(model)
         if made is model:

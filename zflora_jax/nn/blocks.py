@@ -116,7 +116,7 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.attn_norm, self.mlp_norm = (
-            RMSNorm(c.hidden_size, c.norm_dim, c.rms_norm_eps) for _ in range(2)
+            RMSNorm(c.hidden_size, c.norm_dim, c.rms_norm_eps, c.execution.packed) for _ in range(2)
         )
         self.attn, self.mlp = Attention(c, self.adapter), MLP(c, self.adapter)
 

@@ -20,7 +20,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.ops.copies import take_rows
 from zflora_jax.ops.head import head_logits
-from zflora_jax.ops.linear import Array, packed_linear, project, whole_vectors
+from zflora_jax.ops.linear import Array, packed_linear, project
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.tiling import tile
 
@@ -110,7 +110,7 @@ class Dense(AdaptedModule):
         n, init = len(self.in_axes), nn.initializers.normal(0.02)
         if self.flat:
             flat = x.reshape(*x.shape[:-n], -1)
-            shape = math.prod(self.out_axes), whole_vectors(flat.shape[-1])
+            shape = math.prod(self.out_axes), flat.shape[-1]
             kernel = self.base_param("kernel", init, shape)
             y = packed_linear(flat, kernel.astype(x.dtype))
             return y.reshape(*x.shape[:-n], *self.out_axes)
@@ -129,13 +129,21 @@ class Dense(AdaptedModule):
 
 
 class RMSNorm(AdaptedModule):
-    """x / rms * gain, with the mean square over the first `norm_dim` channels; z is divided by the
-    same rms, gain 1. Computed in float32.
+    """x / rms * gain, with the mean square over the base's channels; z is divided by the same rms,
+    gain 1. Computed in float32.
+
+    Attributes:
+      dim: channels of x.
+      norm_dim: how many of them, the first, are the base's.
+      eps: added to the mean square.
+      tiny_state: x's other channels are so small (`adapters.packing.STATE_SCALE`) that they do not
+        count in a sum of squares over all.
     """
 
     dim: int
     norm_dim: int
     eps: float
+    tiny_state: bool = False
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> tuple[Array, Array | None]:
@@ -145,16 +153,17 @@ class RMSNorm(AdaptedModule):
             self.base_param("scale", nn.initializers.ones, (self.dim,)),
             self.norm_dim,
             self.eps,
+            self.tiny_state,
         )
 
 
 def _normalise(
-    x: Array, z: Array | None, gain: Array, norm_dim: int, eps: float
+    x: Array, z: Array | None, gain: Array, norm_dim: int, eps: float, tiny_state: bool
 ) -> tuple[Array, Array | None]:
     wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(
-        jnp.mean(jnp.square(wide[..., :norm_dim]), axis=-1, keepdims=True) + eps
-    )
+    counted = wide if tiny_state else wide[..., :norm_dim]
+    mean = jnp.sum(jnp.square(counted), axis=-1, keepdims=True) / norm_dim
+    inverse = jax.lax.rsqrt(mean + eps)
     y = (wide * inverse * gain.astype(jnp.float32)[None, None, :]).astype(x.dtype)
     return y, None if z is None else (z.astype(jnp.float32) * inverse).astype(z.dtype)
 
@@ -165,7 +174,9 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 class Embed(AdaptedModule):
-    """Token embeddings [V, d], also the output head where it is tied."""
+    """Token embeddings [V, b], also the output head where it is tied; b is the base's d. Further
+    channels of the stream, a fused adapter's state, start at zero.
+    """
 
     config: LlamaConfig
 
@@ -173,23 +184,24 @@ class Embed(AdaptedModule):
         self.table = self.base_param(
             "embedding",
             nn.initializers.normal(0.02),
-            (self.config.vocab_size, self.config.hidden_size),
+            (self.config.vocab_size, self.config.norm_dim),
         )
 
     def __call__(self, tokens: Array) -> Array:
-        return take_rows(self.table, tokens).astype(self.config.execution.dtype)
+        rows = take_rows(self.table, tokens, self.config.hidden_size)
+        return rows.astype(self.config.execution.dtype)
 
     def attend(self, x: Array) -> Array:
         return head_logits(x, self.table.astype(x.dtype), True)
 
 
 class Head(AdaptedModule):
-    """The output head [d, V] of a model whose embeddings are not tied to it."""
+    """The output head [b, V] of a model whose embeddings are not tied to it."""
 
     config: LlamaConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape = (self.config.hidden_size, self.config.vocab_size)
+        shape = (self.config.norm_dim, self.config.vocab_size)
         kernel = self.base_param("kernel", nn.initializers.normal(0.02), shape)
         return head_logits(x, kernel.astype(x.dtype), False)

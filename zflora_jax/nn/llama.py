@@ -46,9 +46,11 @@ class Llama(nn.Module):
     adapter: AdapterConfig | None = None
 
     def setup(self) -> None:
-        c, execution, adapter = self.config, self.config.execution, self.adapter
+        c, execution, adapter = self.config.stored, self.config.execution, self.adapter
         if execution.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
             raise ValueError("method 'full' cannot replace packed kernels: fuse first, then pack.")
+        if execution.packed and adapter is not None and (c.widened or execution.fill_mlp):
+            raise ValueError("adapters run beside a fused model as it was before it was packed.")
         self.embed = Embed(c)
         policy = None if execution.remat else REMAT_POLICY
         block: Any = nn.remat(Block, prevent_cse=not execution.scan_layers, policy=policy)
@@ -63,7 +65,7 @@ class Llama(nn.Module):
             )(c, adapter)
         else:
             self.layers = [block(c, adapter) for _ in range(c.num_layers)]
-        self.final_norm = RMSNorm(c.hidden_size, c.norm_dim, c.rms_norm_eps)
+        self.final_norm = RMSNorm(c.hidden_size, c.norm_dim, c.rms_norm_eps, execution.packed)
         if not c.tie_word_embeddings:
             self.lm_head = Head(c)
 
@@ -98,8 +100,8 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         segment_ids: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
-        """Final-norm hidden states [B, T, d] in the activation dtype, and the updated cache (None
-        without one). Arguments as for a call.
+        """Final-norm hidden states [B, T, d] of the base's width in the activation dtype, and the
+        updated cache (None without one). Arguments as for a call.
         """
         if not self.is_initializing():
             check_collection(self.config, self.adapter, self.variables.get("adapters"))
@@ -111,7 +113,8 @@ class Llama(nn.Module):
         width = resolved(self.config, self.adapter).residual
         carry: Channels = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         carry, layers = self._run_layers(carry, None if cache is None else cache.layers, context)
-        x, _ = self.final_norm(*carry)  # the state is dropped here: the head has no rows for it
+        x, _ = self.final_norm(*carry)
+        x = x[..., : self.config.norm_dim]  # the state is dropped: the head has no rows for it
         if cache is None:
             return x, None
         return x, KVCache(layers, slots, cache.index + tokens.shape[1])

@@ -17,15 +17,6 @@ from jax.typing import DTypeLike
 Array = jax.Array
 
 
-def whole_vectors(inputs: int) -> int:
-    """How many inputs a packed kernel of `inputs` has: a multiple of 8, the float32 of a 256-bit
-    vector.
-    """
-    # XLA's CPU compiler goes through the rest number by number: 588 inputs took 1.08 of the time of
-    # 576, 592 took 1.01 (results/decode_variants.md reads kernels of 12 and of 16 more inputs).
-    return -(-inputs // 8) * 8
-
-
 SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, for one row
 
 
@@ -34,14 +25,12 @@ def packed_linear(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Ar
 
     Args:
       x: inputs.
-      kernel: [j, i or more]; inputs that x lacks count as zero (`whole_vectors`).
+      kernel: [j, i].
       dtype: of the result; None for that of the operands.
 
     Returns:
       [B, T, j], equal to `plain_product`.
     """
-    if missing := kernel.shape[1] - x.shape[-1]:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)))
     # On a CPU from the right: for several rows two thirds of the time that x kernel^T takes; one
     # row takes a SMALL kernel in halves, for two cores (results/decode_variants.md).
     halved = x.shape[:2] == (1, 1) and kernel.nbytes < SMALL and len(kernel) % 2 == 0
@@ -53,7 +42,11 @@ def packed_linear(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Ar
         else product_from_the_right
     )
     return jax.lax.platform_dependent(
-        x, kernel, cpu=partial(on_cpu, dtype=dtype), default=partial(plain_product, dtype=dtype)
+        x,
+        kernel,
+        cpu=partial(on_cpu, dtype=dtype),
+        tpu=partial(product_of_eight_rows, dtype=dtype),
+        default=partial(plain_product, dtype=dtype),
     )
 
 
@@ -81,6 +74,22 @@ def product_in_halves(x: Array, kernel: Array, dtype: DTypeLike | None = None) -
     halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
     y = jnp.einsum("hji,hBTi->hjBT", halves, twice, preferred_element_type=dtype)
     return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
+
+
+def product_of_eight_rows(
+    x: Array,
+    kernel: Array,
+    dtype: DTypeLike | None = None,
+    product: Callable[..., Array] = plain_product,
+) -> Array:
+    """`product` of x with rows of zeros up to eight."""
+    # XLA's TPU compiler multiplies fewer rows on the vector unit, at four times the time that
+    # reading the kernel takes by its own estimate (results/accelerators.md).
+    rows = x.shape[0] * x.shape[1]
+    if rows >= 8:
+        return product(x, kernel, dtype)
+    flat = jnp.pad(x.reshape(1, rows, -1), ((0, 0), (0, 8 - rows), (0, 0)))
+    return product(flat, kernel, dtype)[0, :rows].reshape(*x.shape[:2], -1)
 
 
 def bfloat16_product(

@@ -34,6 +34,22 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     return ((1 - smooth) * freq / s.factor + smooth * freq).astype(np.float32)
 
 
+def paired_order(base: int, width: int) -> np.ndarray:
+    """The order of a widened head's dims in which RoPE can turn the whole head: [width] int, the
+    native dim at each place.
+
+    The base's pairs (i, i + base/2) become (i, i + width/2), the others are pairs of adapter dims,
+    which a frequency of 0 leaves as they are.
+
+    Args:
+      base: dims of the base, the first in native order.
+      width: of the head; base and width are even.
+    """
+    middle = base + (width - base) // 2
+    halves = ((0, base // 2), (base, middle), (base // 2, base), (middle, width))
+    return np.concatenate([np.arange(*half) for half in halves])
+
+
 def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Array, Array]:
     """The rotations of positions, as angles in float32: bfloat16 cannot tell position 257 from 256.
 
@@ -43,13 +59,14 @@ def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Arr
       length: how many positions there may be.
 
     Returns:
-      cos and sin, [B, T, 1, k/2] float32, equal to `plain_rope_tables`.
+      cos and sin, [B, T, 1, k/2] float32, equal to `plain_rope_tables`; of a packed model over all
+      dims of a head, which are in `paired_order` there.
     """
     if length > ROPE_ROWS:
         return plain_rope_tables(config, positions)
     # Looked up in a constant: XLA's CPU compiler would compute them again in every layer, twice (by
     # the compiled text; test_rotations).
-    table = np.arange(length, dtype=np.float32)[:, None, None] * rope_frequencies(config)
+    table = np.arange(length, dtype=np.float32)[:, None, None] * _frequencies(config)
     cos, sin = (
         jnp.take(jnp.asarray(of(table)), positions, axis=0, mode="clip") for of in (np.cos, np.sin)
     )
@@ -58,9 +75,16 @@ def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Arr
 
 def plain_rope_tables(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
     """`rope_tables` computed where they are used, for any length."""
-    frequencies = jnp.asarray(rope_frequencies(config))
+    frequencies = jnp.asarray(_frequencies(config))
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _frequencies(config: LlamaConfig) -> np.ndarray:
+    """`rope_frequencies`, of a packed model with 0 for the pairs of adapter dims."""
+    frequencies = rope_frequencies(config)
+    pairs = (config.head_dim if config.execution.packed else config.rotary_dim) // 2
+    return np.pad(frequencies, (0, pairs - len(frequencies)))
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

@@ -1,0 +1,73 @@
+"""Widths that a kind of device likes: packed models are filled up to them, adapters rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from zflora_jax.adapters.methods import fused_config, resolve_adapter
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.model_config import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """What the widths of the streams should be multiples of."""
+
+    residual: int
+    mlp: int
+
+
+# cpu: the float32 of a 256-bit vector; XLA goes through the rest number by number
+# (results/decode_variants.md). gpu: in every token XLA's GPU compiler copies a kernel whose inputs
+# it cannot divide into 16 sums, and has two more kernels a layer for other residual widths, from 8
+# rows on. tpu: tiles have 128 columns, filled or not (both: results/accelerators.md).
+MULTIPLES = {"cpu": Multiples(8, 8), "gpu": Multiples(32, 128), "tpu": Multiples(128, 128)}
+
+
+def multiples(kind: str) -> Multiples:
+    """The row of `MULTIPLES` for a kind of device.
+
+    Raises:
+      ConfigError: another kind.
+    """
+    require(kind in MULTIPLES, f"device kind {kind!r}: {nearest(kind, MULTIPLES)}.")
+    return MULTIPLES[kind]
+
+
+def this_kind() -> str:
+    """The kind of this process's devices; "cpu" for one that `MULTIPLES` does not know."""
+    backend = jax.default_backend()
+    return backend if backend in MULTIPLES else "cpu"
+
+
+def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> AdapterConfig:
+    """An adapter whose fused widths suit a kind of device; each is the next above the given one.
+
+    The scale alpha / rank stays as it is. Heads are left alone: their sizes are those that
+    attention kernels know.
+
+    Args:
+      config: of the base.
+      adapter: of any method; one that does not widen is returned as it is.
+      kind: "cpu", "gpu" or "tpu".
+
+    Returns:
+      The same adapter with another rank and extra_mlp_units.
+
+    Raises:
+      ConfigError: another kind of device.
+    """
+    wanted = multiples(kind)
+    if not METHODS[adapter.method].widens:
+        return adapter
+    widths, wide = resolve_adapter(config, adapter), fused_config(config, adapter)
+    changes: dict[str, int | float] = {}
+    if widths.mlp:
+        changes["extra_mlp_units"] = widths.mlp + -wide.intermediate_size % wanted.mlp
+    if widths.residual:
+        changes["rank"] = widths.residual + -wide.hidden_size % wanted.residual
+        changes["alpha"] = adapter.scale * changes["rank"]
+    return adapter.replace(**changes)

@@ -1,0 +1,229 @@
+"""What the text of a compiled program says: its operations, copies, cycles and collectives.
+
+The text is XLA's optimized HLO, `compiled.as_text()`. Loops count as often as they run, where the
+compiler knows it. Cycles are the TPU compiler's own estimates.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+# They move no numbers and run no kernel.
+_FREE = (
+    *("get-tuple-element", "constant", "bitcast", "tuple", "parameter", "after-all", "while"),
+    *("conditional", "call", "partition-id"),
+)
+_WIDTHS = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
+}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_GROUPS = re.compile(
+    r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\](?:, device_ids=\(.*?\))?"
+    r" \{([^}]*)\})"
+)
+_CALLED = re.compile(
+    r"(?:body|to_apply|calls|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)"
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of a computation.
+
+    Attributes:
+      name: its own.
+      code: what it is: "fusion", "copy", ...
+      shape: of its result, as text.
+      line: the whole of it.
+    """
+
+    name: str
+    code: str
+    shape: str
+    line: str
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest array of its result."""
+        return max((math.prod(dims) for _, dims in _arrays(self.shape)), default=0)
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate; 0 where it gives none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.line)
+        return int(found[1]) if found else 0
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it starts or ends a copy beside other work, or names the copy's result."""
+        return self.code.endswith(("-start", "-done")) or '"ConcatBitcast"' in self.line
+
+    @property
+    def updates(self) -> bool:
+        """Whether it writes into a part of an array in place."""
+        return "dynamic-update-slice" in self.line or "dynamic_update_slice" in self.line
+
+
+class Program:
+    """The computations of a compiled program.
+
+    Attributes:
+      computations: name -> its operations, in the order in which they run.
+      entry: the name of the first.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, list[Op]] = {}
+        self.entry = name = ""
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                name = header[2]
+                self.entry = name if header[1] else self.entry
+                self.computations[name] = []
+            elif line.startswith("}"):
+                name = ""
+            elif name and (found := _OP.match(line)):
+                self.computations[name].append(Op(found[1], found[3], found[2], line))
+
+    def loop(self, called: str) -> list[Op]:
+        """The body of the loop whose source path ends with `called`, "decode_until)/while".
+
+        Raises:
+          ValueError: there is no such loop.
+        """
+        for ops in self.computations.values():
+            for op in ops:
+                path = re.search(r'op_name="([^"]*)"', op.line)
+                if op.code == "while" and path and path[1].endswith(called):
+                    body = re.search(r"body=%?([\w.\-]+)", op.line)
+                    assert body is not None
+                    return self.computations[body[1]]
+        raise ValueError(f"the program has no loop {called!r}.")
+
+    def runs(self) -> Iterator[tuple[Op, int]]:
+        """Yield every operation that runs by itself (not inside a fusion), and how often."""
+        pending = [(self.entry, 1)]
+        while pending:
+            name, times = pending.pop()
+            for op in self.computations.get(name, []):
+                yield op, times
+                if op.code in ("while", "conditional", "call", "async-start"):
+                    trips = re.search(r"known_trip_count[^\d]*(\d+)", op.line)
+                    called = _CALLED.findall(op.line)
+                    if branches := re.search(r"branch_computations=\{([^}]*)\}", op.line):
+                        called += re.findall(r"%([\w.\-]+)", branches[1])
+                    inner = times * int(trips[1]) if trips else times
+                    pending += [(callee, inner) for callee in called]
+
+    def collectives(self) -> dict[str, int]:
+        """Kind -> bytes that one device sends in a run: a ring's cost of each collective."""
+        total: collections.Counter[str] = collections.Counter()
+        for op, times in self.runs():
+            kind = op.code.removesuffix("-start")
+            if kind in COLLECTIVES:
+                total[kind] += times * _sent(kind, op)
+        return dict(total)
+
+
+def kernels(ops: Collection[Op]) -> list[Op]:
+    """The operations that run a kernel or, on a TPU, a bundle of instructions of their own.
+
+    Free operations, and copies that the compiler starts ahead beside other work, are left out.
+    """
+    return [op for op in ops if op.code not in _FREE and not op.is_async]
+
+
+def async_bytes(ops: Collection[Op]) -> int:
+    """Bytes of the copies that run beside other work."""
+    return sum(_bytes(op.shape) for op in ops if op.code in ("copy-done", "slice-done"))
+
+
+def whole_copies(
+    ops: Collection[Op],
+    parameters: Collection[tuple[int, ...]],
+    caches: Collection[tuple[int, ...]],
+) -> list[Op]:
+    """The operations that write a whole kernel, table or cache anew.
+
+    Args:
+      ops: of a loop.
+      parameters: shapes of the kernels and tables. What writes as many elements as the smallest
+        has is a copy of one of them.
+      caches: shapes of the cache's arrays. What writes an array of these dimensions, in any order,
+        is a copy, unless it writes a part in place.
+    """
+    smallest = min(math.prod(shape) for shape in parameters)
+    like_caches = {_dims(shape) for shape in caches}
+    return [
+        op
+        for op in kernels(ops)
+        if not op.updates
+        and (
+            op.elements >= smallest
+            or any(_dims(shape) in like_caches for _, shape in _arrays(op.shape))
+        )
+    ]
+
+
+def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The dimensions in order of size, without those of 1."""
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, dimensions) of each array in a shape's text."""
+    return [
+        (dtype, tuple(map(int, dims.split(","))) if dims else ())
+        for dtype, dims in _ARRAY.findall(shape)
+        if dtype in _WIDTHS
+    ]
+
+
+def _bytes(shape: str) -> int:
+    return sum(math.prod(dims) * _WIDTHS[dtype] for dtype, dims in _arrays(shape))
+
+
+def _result_bytes(op: Op) -> int:
+    """Bytes of a collective's result; one that only starts names its operands before it."""
+    arrays = [array for array in _arrays(op.shape) if array[1]]
+    if op.code.endswith("-start") and not op.code.startswith("all-reduce"):
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(math.prod(dims) * _WIDTHS[dtype] for dtype, dims in arrays)
+
+
+def _sent(kind: str, op: Op) -> int:
+    """Bytes that each device sends in a ring of the collective's devices."""
+    size = _result_bytes(op)
+    if kind == "collective-permute":
+        return size
+    members = _members(op.line)
+    per_byte = {
+        "all-gather": (members - 1) / members,
+        "reduce-scatter": members - 1,
+        "all-reduce": 2 * (members - 1) / members,
+        "all-to-all": (members - 1) / members,
+    }
+    return int(per_byte[kind] * size)
+
+
+def _members(line: str) -> int:
+    """How many devices take part in a collective, by whichever way its line says so."""
+    found = _GROUPS.search(line)
+    if found is None:
+        raise ValueError(f"no replica groups: {line[line.find('replica_groups') :][:120]}")
+    count, listed, mesh, axes = found.groups()
+    if count or listed:
+        return int(count) if count else len(listed.split(","))
+    sizes = dict(part.replace("'", "").split("=") for part in mesh.split(","))
+    return math.prod(int(sizes[axis.strip().strip("'")]) for axis in axes.split(","))

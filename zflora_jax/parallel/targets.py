@@ -1,0 +1,176 @@
+"""Devices that are absent: their compilers run here and say what a program would need there.
+
+Nothing runs on them. What a compiler plans (memory, kernels, cycles) is an estimate, and pages that
+show it say "compiled for, not run". TPU compilers come with libtpu, NVIDIA's with jax's CUDA
+plugin; both work without a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from zflora_jax.core.fields import ConfigError, nearest, require
+
+GIB, TERA, GIGA = 2**30, 10**12, 10**9
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a vendor publishes of one device.
+
+    Attributes:
+      memory: bytes of its HBM.
+      flops: bfloat16 operations a second of its matrix units, dense.
+      bandwidth: bytes a second from its HBM.
+      link: bytes a second to its neighbours, all links together, one way.
+      clock: of its matrix units, in Hz; 0 where the compiler estimates no cycles.
+      topologies: shapes of one slice of TPUs, or numbers of GPUs in one machine.
+      source: where the figures are from.
+    """
+
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    clock: float
+    topologies: tuple[str, ...]
+    source: str
+
+
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+_TPU_PAGE = "cloud.google.com/tpu/docs/"
+
+CHIPS: dict[str, Chip] = {
+    "tpu:v5e": Chip(
+        *(16 * GIB, 197 * TERA, 819 * GIGA, 200 * GIGA, 1.5e9, _SQUARES, _TPU_PAGE + "v5e")
+    ),
+    "tpu:v5p": Chip(
+        *(95 * GIB, 459 * TERA, 2765 * GIGA, 600 * GIGA, 1.75e9, _CUBES, _TPU_PAGE + "v5p")
+    ),
+    "tpu:v6e": Chip(
+        *(32 * GIB, 918 * TERA, 1640 * GIGA, 400 * GIGA, 1.75e9, _SQUARES, _TPU_PAGE + "v6e")
+    ),
+    "cuda:h100": Chip(
+        *(80 * GIB, 989 * TERA, 3352 * GIGA, 450 * GIGA, 0.0, ("1", "2", "4", "8")),
+        "NVIDIA H100 datasheet (SXM)",
+    ),
+}
+
+# What jax asks of a compiler: the module that has it, and this package's extra that installs it.
+_COMPILERS = {"tpu": ("libtpu", "target-tpu"), "cuda": ("jax_cuda13_plugin", "target-cuda")}
+
+_H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices to compile for.
+
+    Attributes:
+      kind: a key of `CHIPS`.
+      topology: shape of a slice of TPUs, or number of GPUs.
+    """
+
+    kind: str
+    topology: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{self.topology}"
+
+    @property
+    def platform(self) -> str:
+        return self.kind.partition(":")[0]
+
+    @property
+    def chip(self) -> Chip:
+        """What is known of each device."""
+        return CHIPS[self.kind]
+
+    def devices(self, slices: int = 1) -> list[Any]:
+        """The devices, for a Mesh that programs are compiled on.
+
+        Args:
+          slices: how many slices of TPUs, joined by the data-centre network.
+
+        Raises:
+          ConfigError: the compiler is not installed, or several slices of GPUs.
+        """
+        module, extra = _COMPILERS[self.platform]
+        require(
+            importlib.util.find_spec(module) is not None,
+            f"target {self.name!r} needs the compiler of package {module!r}, which is not"
+            f" installed: pip install 'zflora-jax[{extra}]'. No device is needed.",
+        )
+        require(
+            slices == 1 or self.platform == "tpu",
+            f"target {self.name!r}: slices={slices}, but only TPUs come in several slices.",
+        )
+        return _devices(self.kind, self.topology, slices)
+
+
+def target(name: str) -> Target:
+    """The devices of a name: tpu:v5e:2x4, tpu:v5p:2x2x1, cuda:h100, cuda:h100:8.
+
+    Raises:
+      ConfigError: no such chip or topology; the message lists those that exist.
+    """
+    kind, _, topology = name.rpartition(":")
+    if name in CHIPS:
+        kind, topology = name, CHIPS[name].topologies[0]
+    exist = ", ".join(CHIPS)
+    require(
+        kind in CHIPS,
+        f"unknown target {name!r}: targets are {exist}, with a topology as in tpu:v5e:2x4"
+        f" ({nearest(kind or name, CHIPS)}).",
+    )
+    require(
+        topology in CHIPS[kind].topologies,
+        f"unknown topology {topology!r} of {kind}: choose from"
+        f" {', '.join(CHIPS[kind].topologies)}, e.g. {kind}:{CHIPS[kind].topologies[-1]}.",
+    )
+    return Target(kind, topology)
+
+
+@functools.cache
+def _devices(kind: str, topology: str, slices: int) -> list[Any]:
+    """The devices of a chip of `CHIPS` in a topology that it has."""
+    from jax.experimental import topologies
+
+    platform, _, chip = kind.partition(":")
+    given: dict[str, Any] = {}
+    if platform == "cuda":
+        # jax else looks for CUDA's libraries, which compiling alone does not need.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        name, given = chip, {"target_config": _H100, "topology": f"1x1x{topology}"}
+    else:
+        # Else libtpu asks the network where it is, and a second process cannot load it.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        name = f"{chip}:{topology}"
+        if slices > 1:
+            given["num_slices"] = slices
+        if topology == "1x1":  # a host has four by default
+            given["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return list(topologies.get_topology_desc(name, platform, **given).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise ConfigError(f"the compiler for {kind}:{topology} does not start: {error}") from None
