@@ -13,7 +13,8 @@ import numpy as np
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.adapters.packing import pack_for_decode, packed_config
+from zflora_jax.adapters.widths import this_kind
 from zflora_jax.bench.timing import Contender
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -94,7 +95,7 @@ def read_bytes(variables: trees.Tree, config: LlamaConfig, batch: int, slots: in
     """Bytes that one decode step has to read.
 
     Args:
-      variables: "params" and, if there are any, "adapters".
+      variables: "params" and, if there are any, "adapters", as arrays or ShapeDtypeStructs.
       config: of the model.
       batch: number of sequences.
       slots: positions of the cache that are read.
@@ -104,9 +105,9 @@ def read_bytes(variables: trees.Tree, config: LlamaConfig, batch: int, slots: in
       keys and values at `slots` positions.
     """
     table = variables["params"]["embed"]["embedding"]
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    weights = sum(_bytes(leaf) for leaf in jax.tree.leaves(variables))
     if not config.tie_word_embeddings:
-        weights -= table.nbytes
+        weights -= _bytes(table)
     cache = (
         2
         * batch
@@ -119,15 +120,22 @@ def read_bytes(variables: trees.Tree, config: LlamaConfig, batch: int, slots: in
     return int(weights + cache)
 
 
-def random_packed(config: LlamaConfig, dtype: str, seed: int = 0) -> Model:
+def _bytes(leaf: Any) -> int:
+    return int(leaf.size) * leaf.dtype.itemsize
+
+
+def random_packed(
+    config: LlamaConfig, dtype: str, adapter: AdapterConfig | None = None, seed: int = 0
+) -> Model:
     """Make a packed model with random weights, for which latency is the same as for trained ones.
 
     Args:
       config: the shape.
       dtype: in which the weights are drawn, so no float32 copy has to fit.
+      adapter: that `config` is fused from; None for a base.
       seed: of the weights.
     """
-    config = config.replace(packed=True, scan_layers=False, dtype=dtype)
+    config = packed_config(config.replace(dtype=dtype), this_kind(), adapter)
     shapes: Any = jax.eval_shape(
         Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
     )["params"]
@@ -187,7 +195,7 @@ def contenders(
 
 def _fused(source: Model | LlamaConfig, adapter: AdapterConfig, dtype: str, scale: float) -> Model:
     if isinstance(source, LlamaConfig):
-        return random_packed(fused_config(source, adapter), dtype)
+        return random_packed(fused_config(source, adapter), dtype, adapter)
     adapters = jax.tree.map(
         lambda leaf: scale * jnp.ones_like(leaf), init_adapters(jax.random.key(1), source, adapter)
     )

@@ -39,6 +39,11 @@ def add_options(parser: CommandParser) -> None:
         sub = kinds.add_parser(name, help=text, description=text)
         _add_shared_options(sub, name)
         add(sub)
+    text = (
+        "Kernels, copies, memory and estimated cycles of a token, compiled for devices that are"
+        " absent."
+    )
+    _add_compile_options(kinds.add_parser("compile", help=text, description=text))
 
 
 def _add_shared_options(parser: CommandParser, name: str) -> None:
@@ -129,15 +134,65 @@ def _add_train_options(parser: CommandParser) -> None:
     )
 
 
+def _add_compile_options(parser: CommandParser) -> None:
+    for option, default, metavar, text in (
+        ("--targets", ["tpu:v5e:1x1", "tpu:v6e:1x1", "cuda:h100"], "T", "devices to compile for"),
+        ("--models", ["llama-3.2-1b"], "M", "presets, whose shapes are compiled"),
+        ("--methods", None, "M", "methods to fuse; those that widen have a program of their own"),
+    ):
+        shown = " ".join(default) if default else "all"
+        parser.add_argument(
+            option,
+            nargs="+",
+            default=default,
+            metavar=metavar,
+            help=f"{text} (default: {shown})",
+        )
+    for option, numbers, metavar, text in (
+        ("--ranks", [8, 16, 32, 64, 128], "R", "of the adapters"),
+        ("--batches", [1, 8], "B", "rows"),
+    ):
+        shown = " ".join(map(str, numbers))
+        parser.add_argument(
+            option,
+            nargs="+",
+            type=int,
+            default=numbers,
+            metavar=metavar,
+            help=f"{text} (default: {shown})",
+        )
+    parser.add_argument(
+        "--layers", type=int, default=4, metavar="N", help="compiled; 0: all (default: 4)"
+    )
+    parser.add_argument(
+        "--out",
+        default="results/compile",
+        metavar="PATH",
+        help="PATH.json, .md and .png are written (default: results/compile)",
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     # Torch needs room on the same GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # times to compile are reported
-    {"latency": _latency, "train": _train}[args.kind](args)
+    {"latency": _latency, "train": _train, "compile": _compile}[args.kind](args)
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _compile(args: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # leaves a device that is there alone
+    from zflora_jax.bench import compiled
+    from zflora_jax.reporting.provenance import environment
+
+    settings = _given(args, "methods", "ranks", "batches", "layers")
+    rows = compiled.measure(args.targets, args.models, **settings)
+    compiled.write({"rows": rows, "environment": environment()}, args.out)
 
 
 def _train(args: argparse.Namespace) -> None:
