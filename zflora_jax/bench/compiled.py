@@ -138,7 +138,7 @@ def loop_row(case: DecodeCase, where: Target) -> TableRow:
     )
     matrices = [x.shape for x in jax.tree.leaves(variables["params"]) if len(x.shape) > 1]
     caches = [x.shape for x in jax.tree.leaves(cache.layers)]
-    row = {
+    row: TableRow = {
         "kernels": len(kernels(loop)),
         "copies": len(whole_copies(loop, matrices, caches)),
         "arguments": int(memory.argument_size_in_bytes),
@@ -222,8 +222,8 @@ def _said(row: TableRow) -> str:
     cycles = f"  {row['cycles'] / 1e6:.2f} M cycles" if "cycles" in row else ""
     return (
         f"{row['target']:<13} {row['model']:<13} batch {row['batch']:<2} {row['label'] + rank:<24}"
-        f" {row['kernels']:4} kernels, {row['copies']} copies, {row['temporaries'] / GIB:.3f} GiB of"
-        f" temporaries{cycles}"
+        f" {row['kernels']:4} kernels, {row['copies']} copies,"
+        f" {row['temporaries'] / GIB:.3f} GiB of temporaries{cycles}"
     )
 
 

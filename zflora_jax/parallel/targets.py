@@ -66,6 +66,15 @@ CHIPS: dict[str, Chip] = {
 # What jax asks of a compiler: the module that has it, and this package's extra that installs it.
 _COMPILERS = {"tpu": ("libtpu", "target-tpu"), "cuda": ("jax_cuda13_plugin", "target-cuda")}
 
+# libtpu else asks the network where it is, a second process cannot load it, and it warns of hosts
+# that it does not find.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # whichever is compiled for
+}
+
 _H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -162,9 +171,8 @@ def _devices(kind: str, topology: str, slices: int) -> list[Any]:
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         name, given = chip, {"target_config": _H100, "topology": f"1x1x{topology}"}
     else:
-        # Else libtpu asks the network where it is, and a second process cannot load it.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        for variable, value in _LIBTPU.items():
+            os.environ.setdefault(variable, value)
         name = f"{chip}:{topology}"
         if slices > 1:
             given["num_slices"] = slices

@@ -1,0 +1,62 @@
+"""The reader of compiled programs, on texts written by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from zflora_jax.parallel.program_text import Program, async_bytes, kernels, whole_copies
+
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%body (arg: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
+  %arg = (s32[], bf16[64,128]{1,0}) parameter(0)
+  %gte = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %copy-start.1 = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}, u32[]) copy-start(%gte)
+  %copy-done.1 = bf16[8,128]{1,0:S(1)} copy-done(%copy-start.1)
+  %fusion.1 = bf16[8,128]{1,0} fusion(%copy-done.1), kind=kLoop, calls=%inside, \
+backend_config={"estimated_cycles":"1200"}
+  %joined = bf16[8,128]{1,0} custom-call(%copy-done.1), custom_call_target="ConcatBitcast"
+  %copy.9 = bf16[128,64]{0,1} copy(%gte), backend_config={"estimated_cycles":"30"}
+  %pad.3 = f32[2,4]{1,0} pad(%fusion.1)
+  %written = f32[1,4,2]{2,1,0} fusion(%pad.3), calls=%inside, \
+metadata={op_name="jit(f)/dynamic_update_slice"}
+  %sum = bf16[64,128]{1,0} all-reduce(%gte), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %out = (s32[], bf16[64,128]{1,0}) tuple(%gte, %sum)
+}
+
+%inside (p: bf16[8,128]) -> bf16[8,128] {
+  ROOT %p = bf16[8,128]{1,0} parameter(0)
+}
+
+ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %while.1 = (s32[], bf16[64,128]{1,0}) while(%x), condition=%cond, body=%body, \
+metadata={op_name="jit(f)/jit(step)/while"}, backend_config={"known_trip_count":{"n":"5"}}
+  %gather = (bf16[64,32]{1,0}, bf16[64,128]{1,0}) all-gather-start(%x), \
+replica_groups=[2,4]<=[8], dimensions={1}
+  ROOT %done = bf16[64,128]{1,0} all-gather-done(%gather)
+}
+"""
+
+
+def test_the_kernels_of_a_loop() -> None:
+    loop = Program(TEXT).loop("jit(step)/while")
+    found = kernels(loop)
+    assert [op.name for op in found] == ["fusion.1", "copy.9", "pad.3", "written", "sum"]
+    assert sum(op.cycles for op in found) == 1230
+    assert async_bytes(loop) == 8 * 128 * 2
+    with pytest.raises(ValueError, match="no loop 'elsewhere'"):
+        Program(TEXT).loop("elsewhere")
+
+
+def test_copies_of_kernels_and_caches() -> None:
+    loop = Program(TEXT).loop("jit(step)/while")
+    names = [op.name for op in whole_copies(loop, [(64, 128), (99, 99)], [(4, 2)])]
+    assert names == ["copy.9", "pad.3", "sum"], "what is written in place is no copy"
+    assert [op.name for op in whole_copies(loop, [(99, 99)], [(5, 2)])] == []
+
+
+def test_collectives_count_as_often_as_their_loops_run() -> None:
+    size = 64 * 128 * 2
+    sent = {"all-reduce": 5 * int(2 * 3 / 4 * size), "all-gather": int(3 / 4 * size)}
+    assert Program(TEXT).collectives() == sent

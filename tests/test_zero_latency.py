@@ -1,0 +1,76 @@
+"""Zero latency as a property of compiled programs: a token of a fused model runs the kernels of a
+token of the base. Compiled for a TPU, not run; results/compile.md has GPUs and real sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from typing import Any
+
+import pytest
+from support.grids import always
+
+from zflora_jax.bench.compiled import DecodeCase, loop_row
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model_config import preset
+from zflora_jax.parallel.targets import target
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra target-tpu"
+)
+
+# Two layers with heads of 64 and grouped queries, as Llama-3.2-1B has them, and narrow streams.
+CONFIG = preset("llama-3.2-1b").replace(
+    num_layers=2,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_heads=8,
+    num_kv_heads=2,
+    vocab_size=4096,
+)
+
+
+@functools.cache
+def row(adapter: AdapterConfig | None, chip: str, batch: int) -> dict[str, Any]:
+    case = DecodeCase(CONFIG, adapter, batch, prompt=128, new_tokens=64)
+    return loop_row(case, target(f"tpu:{chip}:1x1"))
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "chip", "batch"),
+    always(
+        [
+            ("zflora-minimal", 32, "v5e", 1),
+            ("zflora-uniform", 128, "v5e", 1),
+            ("ffba", 16, "v5e", 1),
+            ("zflora-minimal", 8, "v5e", 8),
+            ("zflora-minimal", 128, "v6e", 1),
+            ("zflora-uniform", 16, "v6e", 8),
+        ],
+        lambda case: case[0] != "ffba" and case[2:] == ("v5e", 1),
+    ),
+)
+def test_a_fused_token_runs_the_kernels_of_the_base(
+    method: str, rank: int, chip: str, batch: int
+) -> None:
+    """At most 2% more operations, no larger temporaries, no copy of a kernel, table or cache."""
+    base, fused = row(None, chip, batch), row(AdapterConfig(method, rank=rank), chip, batch)
+    assert base["copies"] == fused["copies"] == 0
+    assert fused["kernels"] <= 1.02 * base["kernels"]
+    assert fused["temporaries"] <= base["temporaries"] + 2**20
+
+
+def test_lora_beside_the_base_does_not() -> None:
+    """So the count can tell: at least ten more kernels a layer."""
+    base, beside = row(None, "v5e", 1), row(AdapterConfig("lora", rank=32), "v5e", 1)
+    assert beside["kernels"] >= base["kernels"] + 10 * CONFIG.num_layers
+
+
+@pytest.mark.parametrize("batch", always([1, 4], lambda batch: batch == 1))
+def test_few_rows_are_multiplied_on_the_matrix_unit(batch: int) -> None:
+    """On the vector unit a token would take about four times as long as reading the weights."""
+    large = dataclasses.replace(CONFIG, vocab_size=65536)  # of a head of 64 MiB
+    found = loop_row(DecodeCase(large, None, batch, 128, 64), target("tpu:v5e:1x1"))
+    assert found["floor_share"] < 2
