@@ -28,7 +28,7 @@ from zflora_jax.core.fields import ConfigError, override, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import numerics
-from zflora_jax.ops.attention import query_blocks
+from zflora_jax.ops.attention_blocks import query_blocks
 from zflora_jax.parallel.sharding import AXES, spec, state_shardings
 from zflora_jax.training.trainer import batch_loss, init_state
 
