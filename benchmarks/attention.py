@@ -69,12 +69,13 @@ DEVICES: dict[str, dict[str, Any]] = {
 }
 ONE, DIVIDED = MeshConfig(), MeshConfig(fsdp=4, tensor=2)
 STEPS = [
-    *(("v5e", length, ONE, False) for length in LENGTHS),
-    ("v5e", 2048, ONE, True),
-    ("v5e", 2048, DIVIDED, False),
-    ("v6e", 4096, ONE, False),
-    *(("h100", length, ONE, False) for length in LENGTHS),
-    ("h100", 2048, ONE, True),
+    *(("v5e", length, ONE, False, True) for length in LENGTHS),
+    ("v5e", 2048, ONE, True, True),
+    ("v5e", 2048, DIVIDED, False, True),
+    ("v6e", 4096, ONE, False, True),
+    *(("h100", length, ONE, False, True) for length in LENGTHS),
+    ("h100", 2048, ONE, True, True),
+    ("h100", 2048, ONE, False, False),
 ]
 
 
@@ -105,7 +106,9 @@ def attention_row(name: str, length: int, width: int, *, blocks: bool) -> dict[s
         return out, back(out)
 
     with jax.set_mesh(mesh):
-        chosen, reason = attention_choice(arrays[0].shape, KV_HEADS, jnp.bfloat16)
+        chosen, reason = attention_choice(
+            arrays[0].shape, KV_HEADS, jnp.bfloat16, AttentionMask(arrays[3], arrays[3])
+        )
         found = [jax.jit(f).lower(*arrays).compile() for f in (forward, both)]
     return {
         "device": name,
@@ -119,14 +122,18 @@ def attention_row(name: str, length: int, width: int, *, blocks: bool) -> dict[s
     }
 
 
-def step_row(name: str, length: int, mesh: MeshConfig, remat: bool) -> dict[str, Any]:
+def step_row(
+    name: str, length: int, mesh: MeshConfig, remat: bool, packing: bool
+) -> dict[str, Any]:
     """What the compiler plans for a train step."""
     run = RunConfig(
         model="llama-3.2-1b",
         adapter=AdapterConfig("zflora-minimal", rank=32),
         train=TrainConfig(dtype="bfloat16", remat=remat),
         mesh=mesh,
-        data=DataConfig(batch_size=ROWS * mesh.data * mesh.fsdp, bucket_lengths=(length,)),
+        data=DataConfig(
+            batch_size=ROWS * mesh.data * mesh.fsdp, bucket_lengths=(length,), packing=packing
+        ),
     )
     config = replace(preset("llama-3.2-1b"), num_layers=2)
     found = compiled_step(run, config, absent_devices(name))
@@ -135,6 +142,7 @@ def step_row(name: str, length: int, mesh: MeshConfig, remat: bool) -> dict[str,
         "length": length,
         "mesh": {"fsdp": mesh.fsdp, "tensor": mesh.tensor},
         "remat": remat,
+        "packing": packing,
         "temporaries": found.memory_analysis().temp_size_in_bytes,
         "calls": custom_calls(found.as_text()),
     }
@@ -189,12 +197,21 @@ def page(result: dict[str, Any]) -> str:
         ],
     )
     steps = markdown_table(
-        ["compiled for", "T", "mesh", "all of a layer again", "temporaries, MiB", "custom calls"],
+        [
+            "compiled for",
+            "T",
+            "mesh",
+            "rows",
+            "all of a layer again",
+            "temporaries, MiB",
+            "custom calls",
+        ],
         [
             [
                 row["device"],
                 row["length"],
                 " x ".join(f"{axis}={n}" for axis, n in row["mesh"].items()),
+                "packed" if row["packing"] else "one sequence each",
                 "yes" if row["remat"] else "no",
                 mib(row["temporaries"]),
                 calls(row),
@@ -220,8 +237,8 @@ cuDNN itself asks for while it runs, which only a GPU tells.
 
 Llama-3.2-1B cut to 2 layers, zflora-minimal r=32, bfloat16, {ROWS} rows of T tokens for each
 device along fsdp; per device. The layers are one loop body: its text holds the forward kernel once,
-so the backward pass does not run it again, unless all of a layer is computed again
-(`train.remat=True`).
+so the backward pass does not run it again, unless all of a layer is computed again ("layer again",
+`train.remat=True`).
 
 {steps}
 

@@ -37,6 +37,7 @@ from zflora_jax.parallel.sharding import make_mesh
 H100, A100, V5E = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "TPU v5 lite"
 IDS = jnp.zeros((2, 256), jnp.int32)
 PACKED, CAUSAL = AttentionMask(IDS, IDS), AttentionMask()
+PADDED = AttentionMask(IDS == 0, IDS == 0)
 
 
 @pytest.fixture
@@ -72,6 +73,7 @@ def on(monkeypatch):
         (A100, (2, 64, 6, 112), "bfloat16", PACKED, "cudnn", ""),
         (A100, (2, 64, 6, 128), "bfloat16", PACKED, "blocks", "wider than 128"),
         (A100, (2, 64, 6, 128), "bfloat16", CAUSAL, "cudnn", ""),
+        (A100, (2, 64, 6, 128), "bfloat16", PADDED, "cudnn", ""),
         ("NVIDIA Unheard-of", (2, 64, 6, 64), "bfloat16", CAUSAL, "blocks", "wider than 0"),
     ],
 )
@@ -107,7 +109,7 @@ def test_what_a_mesh_does_not_divide_takes_blocks(mesh, rows, reason, on):
 
 
 def test_this_machine_has_blocks():
-    assert attention_choice((2, 256, 6, 64), 2, "bfloat16") == (
+    assert attention_choice((2, 256, 6, 64), 2, "bfloat16", CAUSAL) == (
         "blocks",
         "no flash kernel for cpu",
     )
@@ -140,7 +142,7 @@ def lowered(kind: str, policy: Any, mask: AttentionMask) -> Counter[str]:
     return Counter(re.findall(r"kernel_name = .(splash_mqa_[a-z]+)|@(__cudnn.fmha\w+)\(", text))
 
 
-@pytest.mark.parametrize("mask", [PACKED, CAUSAL], ids=["packed", "causal"])
+@pytest.mark.parametrize("mask", [PACKED, CAUSAL, PADDED], ids=["packed", "causal", "padded"])
 @pytest.mark.parametrize("kind", [V5E, H100])
 def test_kernels_are_called_for_by_name_and_run_forward_once(kind, mask, on):
     """A block of the model keeps what the backward kernels need: the forward kernel does not run

@@ -146,7 +146,9 @@ def abstract_arguments(
         )
 
     shape = (rows, run.data.bucket_lengths[-1])
-    batch = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segments": jnp.int32}
+    batch: dict[str, Any] = {"tokens": jnp.int32, "loss_mask": jnp.bool_}
+    if run.data.packing:
+        batch["segments"] = jnp.int32
     return (
         tree(param_shapes(config), jnp.dtype(config.execution.dtype)),
         tree(adapter_shapes(config, run.adapter), jnp.float32),

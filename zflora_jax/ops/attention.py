@@ -37,7 +37,7 @@ def attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -
       scale: of the scores.
 
     Returns:
-      [B, T, H, k], equal to `plain_attention`.
+      [B, T, H, k], equal to `plain_attention` but at padding, where it is any finite number.
     """
     q, k, v = (save_for_backward(x, "heads") for x in (q, k, v))
     kernel = attention_kernel(q.shape, k.shape[1], q.dtype, mask, scale)
@@ -73,7 +73,7 @@ def attention_kernel(
     shape: tuple[int, ...],
     kv_heads: int,
     dtype: Any,
-    mask: AttentionMask | None = None,
+    mask: AttentionMask,
     scale: float | None = None,
 ) -> str:
     """The name of the kernel that attention runs on the device in use (`devices.device_in_use`).
@@ -82,7 +82,7 @@ def attention_kernel(
       shape: (B, T, H, k) of the queries.
       kv_heads: K.
       dtype: of queries, keys and values.
-      mask: of the attention; None stands for that of training, packed rows.
+      mask: of the attention, of arrays or ShapeDtypeStructs; packed rows have int32 `queries`.
       scale: of the scores; None for k**-0.5.
 
     Returns:
@@ -95,7 +95,7 @@ def attention_choice(
     shape: tuple[int, ...],
     kv_heads: int,
     dtype: Any,
-    mask: AttentionMask | None = None,
+    mask: AttentionMask,
     scale: float | None = None,
 ) -> tuple[str, str]:
     """(`attention_kernel`, why it is no flash kernel: "" where it is one); arguments as there."""
@@ -106,7 +106,7 @@ def attention_choice(
         return "blocks", f"no flash kernel for {device.platform}"
     if length == 1:
         return "blocks", "one query a row: plain products read the cache as it lies"
-    if mask is not None and not mask.same_tokens:
+    if not mask.same_tokens:
         return "blocks", "queries follow a cache: their first slot is not known to the compiler"
     if several_devices():
         mesh = jax.sharding.get_abstract_mesh()
@@ -114,7 +114,7 @@ def attention_choice(
             return "blocks", f"the mesh does not divide {rows} rows"
         if kv_heads % mesh.shape["tensor"]:
             return "blocks", f"tensor={mesh.shape['tensor']} does not divide {kv_heads} key heads"
-    packed = mask is None or mask.queries is not None
+    packed = mask.queries is not None and mask.queries.dtype != bool
     if flash == "splash":
         refusal = splash_refuses(length, width, dtype)
     else:

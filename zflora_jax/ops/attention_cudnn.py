@@ -1,9 +1,10 @@
 """Attention by cuDNN's flash kernel for NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-cuDNN knows causal attention by a flag. Segments it would know by a dense bias of T x T, or by the
-offsets of its packed layout, which jax 0.10 keeps private, computes for equal numbers of query and
-key heads only, and gives sums of the softmax of T numbers per *possible* segment. So segments are
-said in channels that are added to the heads (`segment_channels`).
+cuDNN knows causal attention by a flag. Padding is moved behind the real tokens, where none of them
+sees it. The segments of packed rows cuDNN would know by a dense bias of T x T, or by the offsets of
+its packed layout, which jax 0.10 keeps private, computes for equal numbers of query and key heads
+only, and gives sums of the softmax of T numbers per *possible* segment. So they are said in
+channels that are added to the heads (`segment_channels`).
 
 Legend: B batch, T positions, H query heads, K key/value heads, k head dim.
 """
@@ -24,8 +25,8 @@ MAX_SEGMENT_BITS = 15
 
 
 def cudnn_refuses(length: int, width: int, dtype: Any, packed: bool, scale: float) -> str:
-    """Why the kernel does not take T = length, head dim k = width and this dtype, with segments if
-    `packed`; "" if it does.
+    """Why the kernel does not take T = length, head dim k = width and this dtype, with segments of
+    packed rows if `packed`; "" if it does.
     """
     dtype, widest = jnp.dtype(dtype), widest_head()
     total = width + (SEGMENT_CHANNELS if packed else 0)
@@ -51,7 +52,8 @@ def cudnn_attention(
     scale: float,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
-    """Causal attention of T tokens within their segments; see `attention.attention`.
+    """Causal attention of T tokens within their segments; see `attention.attention`. Padding
+    attends to padding and to what is real.
 
     Memory grows with T: no scores are kept (results/attention.md). Not timed on a GPU by this
     project.
@@ -65,7 +67,12 @@ def cudnn_attention(
       implementation: "xla" computes the same without cuDNN, for tests.
     """
     width, k, v = q.shape[3], k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
-    if segments is not None:
+    back = None
+    if segments is not None and segments.dtype == bool:
+        order = jnp.argsort(~segments, axis=1, stable=True)
+        back = jnp.argsort(order, axis=1)
+        q, k, v = (_reordered(x, order, back) for x in (q, k, v))
+    elif segments is not None:
         of_queries, of_keys = segment_channels(segments, scale, q.dtype)
         q, k = (_widened(x, more) for x, more in ((q, of_queries), (k, of_keys)))
         v = _widened(v, jnp.zeros_like(of_keys))
@@ -73,7 +80,7 @@ def cudnn_attention(
     out = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation=implementation
     )
-    return out[..., :width]
+    return out[..., :width] if back is None else _reordered(out, back, order)
 
 
 SEGMENT_CHANNELS = MAX_SEGMENT_BITS + 1
@@ -88,7 +95,7 @@ def segment_channels(segments: Array, scale: float, dtype: Any) -> tuple[Array, 
     have the product 15 - 2 n; one more channel takes off 15.
 
     Args:
-      segments: [B, T] int32 or bool; each run of equal ones is a segment.
+      segments: [B, T] int32; each run of equal ones is a segment.
       scale: of the scores.
       dtype: of the channels.
     """
@@ -101,6 +108,24 @@ def segment_channels(segments: Array, scale: float, dtype: Any) -> tuple[Array, 
     of_queries = jnp.concatenate([signs, one], axis=-1).astype(dtype)
     of_keys = jnp.concatenate([signs, -MAX_SEGMENT_BITS * one], axis=-1).astype(dtype)
     return of_queries, of_keys * jnp.asarray(_step(scale), dtype)
+
+
+@jax.custom_vjp
+def _reordered(x: Array, order: Array, back: Array) -> Array:
+    """Tokens of x [B, T, heads, k] in another order, [B, T] int32; `back` is its inverse."""
+    return jnp.take_along_axis(x, order[:, :, None, None], axis=1, mode="promise_in_bounds")
+
+
+def _reordered_forward(x: Array, order: Array, back: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _reordered(x, order, back), (order, back)
+
+
+def _reordered_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, None, None]:
+    order, back = saved
+    return _reordered(d, back, order), None, None  # a gather, where jax would add one by one
+
+
+_reordered.defvjp(_reordered_forward, _reordered_backward)
 
 
 def _step(scale: float) -> float:

@@ -17,7 +17,7 @@ class AttentionMask:
     """A query attends to the keys of its own segment, up to its own slot.
 
     Every query is a key too, so none attends to nothing: padding, whose segment is its own, attends
-    to padding.
+    to padding. What a kernel gives for padding may differ from that, but is finite.
 
     Attributes:
       queries: [B, T], the segment of each query: int32 of packed rows, bool (real or padding)
