@@ -187,13 +187,12 @@ def splash_here(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("rows", [4, 2])
-def test_every_device_runs_the_kernel_on_its_rows_and_heads(rows, splash_here):
+@pytest.mark.parametrize(("rows", "kind"), [(4, "packed"), (2, "causal")])
+def test_every_device_runs_the_kernel_on_its_rows_and_heads(rows, kind, splash_here):
     """Of a mesh data=2 x fsdp=2 x tensor=2; two rows are divided over data alone."""
-    *arrays, mask = attention_inputs("packed", 128, 128, H=4, K=2, k=8)
+    *arrays, mask = attention_inputs(kind, 128, 128, H=4, K=2, k=8)
     arrays = [np.concatenate([x] * (rows // 2)) for x in arrays]
-    ids = jnp.concatenate([mask.queries] * (rows // 2))
-    mask = AttentionMask(ids, ids)
+    mask = jax.tree.map(lambda x: jnp.concatenate([x] * (rows // 2)), mask)
     want = reference(arrays, mask, 0.125)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         got = value_and_gradients(lambda *a: attention(*a, mask, 0.125), arrays, jnp.float32)
