@@ -229,6 +229,9 @@ cuDNN itself asks for while it runs, which only a GPU tells.
 
 {alone}
 
+What each further token of a row adds to forward and backward, head 64. Equal numbers are linear
+growth; memory that grew with T x T would double them.
+
 {growth(result["rows"])}
 
 ## A train step
@@ -245,7 +248,7 @@ so the backward pass does not run it again, unless all of a layer is computed ag
 
 
 def growth(rows: list[dict[str, Any]]) -> str:
-    """How the temporaries of forward and backward grow with T, as sentences."""
+    """What each further token of a row costs forward and backward, as a table."""
     found = []
     for device, kernel in dict.fromkeys((row["device"], row["kernel"]) for row in rows):
         sizes = {
@@ -254,11 +257,10 @@ def growth(rows: list[dict[str, Any]]) -> str:
             if (row["device"], row["kernel"], row["width"]) == (device, kernel, 64)
         }
         if len(sizes) == len(LENGTHS):
-            times = " and ".join(f"{sizes[b] / sizes[a]:.2f} times" for a, b in pairwise(LENGTHS))
-            found.append(f"- {device}, {kernel}: {times}")
-    lengths = ", ".join(str(length) for length in LENGTHS)
-    return f"From each of T = {lengths} to the next, forward and backward take\n\n" + "\n".join(
-        found
+            steps = [(sizes[b] - sizes[a]) / (b - a) / 1024 for a, b in pairwise(LENGTHS)]
+            found.append([device, kernel, *(f"{step:,.1f}" for step in steps)])
+    return markdown_table(
+        ["compiled for", "kernel", *(f"T = {a} to {b}, KiB" for a, b in pairwise(LENGTHS))], found
     )
 
 
