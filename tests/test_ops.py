@@ -9,11 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import attention_inputs
 
 from zflora_jax.core.model_config import preset
-from zflora_jax.ops import attention as attention_ops
-from zflora_jax.ops.attention import attention, plain_attention
 from zflora_jax.ops.copies import take_rows, write_divided, write_pieces, write_slice
 from zflora_jax.ops.head import head_logits, plain_logits
 from zflora_jax.ops.linear import (
@@ -53,27 +50,6 @@ def assert_same(fast: Function, plain: Function, given: list[jax.Array], toleran
 
     for got, expected in zip(gradients(fast), gradients(plain), strict=True):
         np.testing.assert_allclose(got, expected, atol=tolerance)
-
-
-@pytest.mark.parametrize(("T", "S", "blocks"), [(12, 12, 1), (12, 12, 3), (5, 12, 1), (1, 12, 1)])
-def test_attention_and_its_gradients_equal_the_plain_formula(T, S, blocks, monkeypatch):
-    monkeypatch.setattr(attention_ops, "query_blocks", lambda _: blocks)
-    q, keys, values, mask = attention_inputs(T, S)
-    weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
-
-    def loss(f):
-        return lambda q, k, v: jnp.sum(f(q, k, v, mask, 0.3) * weights)
-
-    np.testing.assert_allclose(
-        attention(q, keys, values, mask, 0.3),
-        plain_attention(q, keys, values, mask, 0.3),
-        atol=2e-6,
-    )
-    got, want = (
-        jax.grad(loss(f), (0, 1, 2))(q, keys, values) for f in (attention, plain_attention)
-    )
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1)], ids=str)

@@ -1,5 +1,7 @@
 """The train step and decoding lower for TPUs, on a machine without one."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,7 +14,15 @@ from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.inference.model_call import packed
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import Sampler
+from zflora_jax.ops import attention
+from zflora_jax.parallel.devices import named_device
 from zflora_jax.training.trainer import init_state, make_train_step
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_tpu(monkeypatch):
+    """With its attention kernel."""
+    monkeypatch.setattr(attention, "device_in_use", partial(named_device, "tpu", "TPU v5 lite"))
 
 
 def exported(function, *arguments):
@@ -38,7 +48,8 @@ def test_the_train_step_lowers(method):
         state,
         batch,
     )
-    assert program.platforms == ("tpu",) and "bf16" in program.mlir_module()
+    text = program.mlir_module()
+    assert program.platforms == ("tpu",) and "bf16" in text and "splash_mqa_dkv" in text
 
 
 @pytest.mark.parametrize("method", ["zflora-minimal", "zflora-uniform"])
@@ -46,7 +57,7 @@ def test_decoding_lowers(method):
     model, adapter = tiny_model(dtype="bfloat16"), AdapterConfig(method, rank=8)
     model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     ready = packed(fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter))))
-    tokens = jnp.ones((2, 16), jnp.int32)
+    tokens = jnp.ones((2, 128), jnp.int32)
 
     generation = DecodeProgram(ready.config, None, Sampler(0.7, top_k=5, top_p=0.9), (257,))
 
@@ -58,3 +69,4 @@ def test_decoding_lowers(method):
         run, ready.params, tokens, tokens > 0, jax.random.split(jax.random.key(0), 2)
     )
     assert program.platforms == ("tpu",) and program.out_avals[0].shape == (2, 8)
+    assert program.mlir_module().count("splash_mqa_fwd") > 0

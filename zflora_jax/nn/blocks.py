@@ -47,7 +47,8 @@ class Attention(nn.Module):
         q, k, v = self.project(h)
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
-        past, cache = KVCache.update(cache, k, v, context.index)
+        alone = context.mask.same_tokens
+        past, cache = KVCache.update(cache, k, v, context.index, alone)
         out = attention(q, past.keys, past.values, context.mask, self.config.rotary_dim**-0.5)
         return self.merge(out), cache
 

@@ -48,15 +48,17 @@ class KVCache:
       layers: a LayerCache per layer; with scan_layers one, stacked on a leading axis L.
       valid: [B, S] bool, the slots that hold a real token (padding does not).
       index: int32, the slot that the next token goes to, the same in all rows.
+      empty: whether it is known, while a program is compiled, that nothing was written yet.
     """
 
     layers: Any
     valid: Array
     index: Array
+    empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @staticmethod
     def update(
-        layer: LayerCache | None, k: Array, v: Array, index: Array | None
+        layer: LayerCache | None, k: Array, v: Array, index: Array | None, alone: bool
     ) -> tuple[LayerCache, LayerCache | None]:
         """Write the keys and values of new tokens into one layer's cache.
 
@@ -65,9 +67,10 @@ class KVCache:
           k: keys [B, T, K, k+e] of the new tokens.
           v: their values, of the same shape.
           index: int32, the slot of the first of them; None without a cache.
+          alone: whether they attend to each other only.
 
         Returns:
-          What attention reads: the T new positions without a cache, else all S slots; and the
+          What attention reads: the T new positions if they are alone, else all S slots; and the
           updated layer.
         """
         new = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
@@ -81,6 +84,8 @@ class KVCache:
         layer = LayerCache(
             write(layer.keys, new.keys, KEY_SLOTS), write(layer.values, new.values, VALUE_SLOTS)
         )
+        if alone:
+            return new, layer
         rows, heads = new.keys.shape[:2]
         return layer.map(lambda x, _: x.reshape(rows, heads, *x.shape[-2:])), layer
 
@@ -182,7 +187,7 @@ def init_cache(
     layers = (
         layer() if config.execution.scan_layers else [layer() for _ in range(config.num_layers)]
     )
-    return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+    return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), empty=True)
 
 
 def cache_slots(tokens: int) -> int:

@@ -1,6 +1,6 @@
 """Which position each token has, and which slots it attends to.
 
-Letters: B batch, T query positions, S key slots, k base head dim.
+Letters: B batch, T tokens, S cache slots, k base head dim.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from zflora_jax.core.fields import require
 from zflora_jax.nn.kv_cache import KVCache
+from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.linear import Array
 
 
@@ -21,13 +22,13 @@ class Context:
     Attributes:
       cos: [B, T, 1, k/2] float32, of the rotary embedding.
       sin: as cos.
-      mask: [B, 1, T, S] bool, True where a token attends to a slot.
+      mask: what a token attends to.
       index: int32, the cache slot of the first token; None without a cache.
     """
 
     cos: Array
     sin: Array
-    mask: Array
+    mask: AttentionMask
     index: Array | None
 
 
@@ -36,7 +37,7 @@ def positions_and_mask(
     padding_mask: Array | None,
     segment_ids: Array | None,
     cache: KVCache | None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, AttentionMask, Array]:
     """Positions and attention mask of tokens [B, T].
 
     Args:
@@ -46,8 +47,8 @@ def positions_and_mask(
       cache: what comes before the tokens.
 
     Returns:
-      Positions [B, T] int32, mask [B, 1, T, S] bool, and which slots now hold a real token, [B, S]
-      bool.
+      Positions [B, T] int32, what each token attends to, and which slots now hold a real token,
+      [B, S] bool: the slots of the cache, without one the tokens.
 
     Raises:
       ConfigError: a padding mask that is not bool; segment ids beside one, or beside a cache.
@@ -65,18 +66,16 @@ def positions_and_mask(
         "packed rows (segment_ids) cannot be continued from a cache: give padding_mask.",
     )
     real = jnp.ones(shape, bool) if padding_mask is None else padding_mask
-    first, before, slots = jnp.zeros((), jnp.int32), jnp.zeros((shape[0], 1), jnp.int32), real
-    if cache is not None:
-        first = cache.index
-        before = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
-        slots = jax.lax.dynamic_update_slice_in_dim(cache.valid, real, first, axis=1)
-    causal = jnp.arange(slots.shape[1])[None, :] <= first + jnp.arange(shape[1])[:, None]
-    if segment_ids is None:
-        positions = before + jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-        return positions, causal[None, None, :, :] & slots[:, None, None, :], slots
-    # Equality alone: padding then attends to padding, and no row of the softmax is empty.
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return segment_positions(segment_ids), causal[None, None, :, :] & same, slots
+    if segment_ids is not None:
+        return segment_positions(segment_ids), AttentionMask(segment_ids, segment_ids), real
+    positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    if cache is None:
+        return positions, AttentionMask(padding_mask, padding_mask), real
+    slots = jax.lax.dynamic_update_slice_in_dim(cache.valid, real, cache.index, axis=1)
+    if cache.empty:  # attention reads the tokens, not the cache
+        return positions, AttentionMask(padding_mask, padding_mask), slots
+    before = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
+    return before + positions, AttentionMask(padding_mask, slots, cache.index), slots
 
 
 def segment_positions(segment_ids: Array) -> Array:

@@ -73,7 +73,7 @@ def _by_rows(
         tokens, padding_mask, segment_ids = jax.tree.map(lambda x: x[None], inputs)
         past = None
         if cache is not None and valid is not None:
-            past = KVCache(layers, valid[None], cache.index)
+            past = KVCache(layers, valid[None], cache.index, cache.empty)
         x, past = run(adapters, tokens, padding_mask, past, segment_ids)
         return (x[0], None, None) if past is None else (x[0], past.layers, past.valid[0])
 

@@ -1,191 +1,122 @@
-"""Grouped-query attention: in blocks of queries with a backward pass of its own, by cuDNN's kernel
-where that applies. The plain operation is `plain_attention`.
+"""Grouped-query attention, by the kernel that suits the device: splash attention on TPUs, cuDNN's
+on NVIDIA GPUs, plain products in blocks elsewhere and where those two do not apply.
+`attention_kernel` alone chooses. The plain operation is `plain_attention`.
 
-Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
-query heads of a key head, q their G*T queries, k head dim.
+Legend: B batch, T query positions, S key positions, H query heads, K key/value heads, k head dim.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from zflora_jax.ops.attention_blocks import block_attention
+from zflora_jax.ops.attention_cudnn import cudnn_attention, cudnn_refuses
+from zflora_jax.ops.attention_mask import AttentionMask
+from zflora_jax.ops.attention_splash import splash_attention, splash_refuses
 from zflora_jax.ops.linear import Array
 from zflora_jax.ops.remat import save_for_backward
-from zflora_jax.parallel.devices import widest_head
+from zflora_jax.parallel.devices import device_in_use
+from zflora_jax.parallel.mesh import batch_axes, several_devices
+
+FLASH: dict[str, Callable[..., Array]] = {"splash": splash_attention, "cudnn": cudnn_attention}
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+def attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
     """Grouped-query attention, softmax in float32.
 
     Args:
       q: [B, T, H, k].
       k: [B, K, k, S].
       v: [B, K, S, k].
-      mask: [B, 1, T, S] bool, True where a query attends to a slot.
+      mask: what attends to what.
       scale: of the scores.
 
     Returns:
-      [B, T, H, k], equal to `plain_attention`.
+      [B, T, H, k], equal to `plain_attention` but at padding, where it is any finite number.
     """
     q, k, v = (save_for_backward(x, "heads") for x in (q, k, v))
-    if cudnn_applies(q, k.shape[-1]):
-        return fused_attention(q, k, v, mask, scale)
-    # The queries of the G = H / K heads that share keys lie below each other, so that every product
-    # is one plain matrix product per row and key head.
-    (B, T, H, dim), K = q.shape, k.shape[1]
-    out = _attention(q.reshape(B, T, K, H // K, dim).transpose(0, 2, 3, 1, 4), k, v, mask, scale)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+    kernel = attention_kernel(q.shape, k.shape[1], q.dtype, mask, scale)
+    if kernel == "blocks":
+        return block_attention(q, k, v, mask, scale)
+
+    def run(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+        return FLASH[kernel](q, k, v, segments, scale)
+
+    if not several_devices():
+        return run(q, k, v, mask.queries)
+    # The compiler cannot divide a kernel that is not its own: every device runs it on its rows and
+    # heads.
+    rows = batch_axes(len(q))
+    heads = P(rows, "tensor")
+    return jax.shard_map(
+        run,
+        in_specs=(P(rows, None, "tensor"), heads, heads, P(rows)),
+        out_specs=P(rows, None, "tensor"),
+        check_vma=False,  # which a Pallas kernel does not state
+    )(q, k, v, mask.queries)
 
 
-def plain_attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+def plain_attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
     """`attention` by its formula, head by head."""
-    group = q.shape[2] // k.shape[1]
+    group, dense = q.shape[2] // k.shape[1], mask.dense(q.shape[1], k.shape[3])
     scores = jnp.einsum("BTHk,BHkS->BHTS", q, jnp.repeat(k, group, axis=1)) * scale
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    weights = jax.nn.softmax(jnp.where(dense, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.einsum("BHTS,BHSk->BTHk", weights, jnp.repeat(v, group, axis=1))
 
 
-def cudnn_applies(q: Array, slots: int) -> bool:
-    """Whether cuDNN's attention takes queries q [B, T, H, k] and `slots` keys, in both passes:
-    16-bit numbers, even lengths, k a multiple of 8 and not wider than `devices.widest_head`. One
-    query alone is left to the plain products, which read the cache as it lies.
+def attention_kernel(
+    shape: tuple[int, ...],
+    kv_heads: int,
+    dtype: Any,
+    mask: AttentionMask,
+    scale: float | None = None,
+) -> str:
+    """The name of the kernel that attention runs on the device in use (`devices.device_in_use`).
+
+    Args:
+      shape: (B, T, H, k) of the queries.
+      kv_heads: K.
+      dtype: of queries, keys and values.
+      mask: of the attention, of arrays or ShapeDtypeStructs; packed rows have int32 `queries`.
+      scale: of the scores; None for k**-0.5.
+
+    Returns:
+      "splash", "cudnn" or "blocks".
     """
-    even = q.shape[1] > 1 and q.shape[1] % 2 == 0 and slots % 2 == 0
-    if not even or q.shape[3] % 8 != 0 or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return False
-    return q.shape[3] <= widest_head()
+    return attention_choice(shape, kv_heads, dtype, mask, scale)[0]
 
 
-def fused_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array,
-    scale: float,
-    implementation: Literal["xla", "cudnn"] = "cudnn",
-) -> Array:
-    """The same as `attention`, by `jax.nn.dot_product_attention`."""
-    # Needs no memory for T x S scores (docs/method.md); not timed on a GPU by this project.
-    return jax.nn.dot_product_attention(
-        q,
-        k.transpose(0, 3, 1, 2),
-        v.transpose(0, 2, 1, 3),
-        mask=mask,
-        scale=scale,
-        implementation=implementation,
-    )
-
-
-def query_blocks(length: int) -> int:
-    """Into how many equal blocks the queries of a sequence are cut: of at most 512 from 1025 tokens
-    on, where the length has such a divisor.
-    """
-    # T/n x S scores per head exist at one time (test_long_sequences_never_hold_all_scores).
-    if length <= 1024:
-        return 1
-    return next(
-        (n for n in range(2, length // 128 + 1) if length % n == 0 and length // n <= 512), 1
-    )
-
-
-def _cut(x: Array, blocks: int, axis: int) -> Array:
-    """The blocks of `axis` on a new leading axis."""
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]), axis, 0)
-
-
-def _join(x: Array, axis: int) -> Array:
-    """The inverse of `_cut`."""
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _probabilities(q: Array, k: Array, mask: Array, scale: float) -> Array:
-    """[B, K, GT, S] float32 of q [B, K, G, T, k] and k [B, K, k, S]."""
-    flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
-    scores = jnp.einsum("BKqk,BKkS->BKqS", flat, k, preferred_element_type=jnp.float32) * scale
-    grouped = scores.reshape(*scores.shape[:2], -1, *mask.shape[2:])
-    return jax.nn.softmax(
-        jnp.where(mask[:, :, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape),
-        axis=-1,
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
-    """[B, K, G, T, k] of q of that shape."""
-
-    def attend(block: tuple[Array, Array]) -> Array:
-        p = _probabilities(block[0], k, block[1], scale).astype(q.dtype)
-        # In float32, as XLA's CPU compiler then reads bfloat16 values as they lie
-        # (`linear.bfloat16_product`).
-        out = jnp.einsum("BKqS,BKSk->BKqk", p, v, preferred_element_type=jnp.float32)
-        return out.reshape(*block[0].shape[:-1], -1).astype(q.dtype)
-
-    n = query_blocks(q.shape[3])
-    return (
-        attend((q, mask))
-        if n == 1
-        else _join(jax.lax.map(attend, (_cut(q, n, 3), _cut(mask, n, 2))), 3)
-    )
-
-
-def _attention_forward(
-    q: Array, k: Array, v: Array, mask: Array, scale: float
-) -> tuple[Array, tuple[Array, ...]]:
-    out = save_for_backward(_attention(q, k, v, mask, scale), "heads")
-    return out, (q, k, v, mask, out)
-
-
-def _attention_backward(
-    scale: float, saved: tuple[Array, ...], d_out: Array
-) -> tuple[Array, Array, Array, None]:
-    """As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again
-    instead of kept: T x S numbers per head and layer.
-
-    The products over queries have their narrow operand on the left; `linear.matmul` says why.
-    """
-    q, k, v, mask, out = saved
-
-    def block_gradients(
-        q: Array, mask: Array, out: Array, d_out: Array
-    ) -> tuple[Array, Array, Array]:
-        shape, p = q.shape, _probabilities(q, k, mask, scale)
-        q, out, d_out = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q, out, d_out))
-        d_v = jnp.einsum(
-            "BKqk,BKqS->BKkS", d_out, p.astype(q.dtype), preferred_element_type=jnp.float32
-        )
-        d_p = jnp.einsum("BKqk,BKSk->BKqS", d_out, v, preferred_element_type=jnp.float32)
-        mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-        d_scores = p * (d_p - mean) * scale
-        grouped = d_scores.reshape(*d_scores.shape[:2], -1, *mask.shape[2:])
-        # p is zero where nothing is attended to, but in a row that attends to nothing at all.
-        d_scores = jnp.where(mask[:, :, None], grouped, 0.0).reshape(d_scores.shape).astype(q.dtype)
-        d_k = jnp.einsum("BKqk,BKqS->BKkS", q, d_scores, preferred_element_type=jnp.float32)
-        return jnp.einsum("BKqS,BKkS->BKqk", d_scores, k).reshape(shape), d_k, d_v
-
-    n = query_blocks(q.shape[3])
-    if n == 1:
-        d_q, d_k, d_v = block_gradients(q, mask, out, d_out)
+def attention_choice(
+    shape: tuple[int, ...],
+    kv_heads: int,
+    dtype: Any,
+    mask: AttentionMask,
+    scale: float | None = None,
+) -> tuple[str, str]:
+    """(`attention_kernel`, why it is no flash kernel: "" where it is one); arguments as there."""
+    rows, length, _, width = shape
+    device = device_in_use()
+    flash = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform)
+    if flash is None:
+        return "blocks", f"no flash kernel for {device.platform}"
+    if length == 1:
+        return "blocks", "one query a row: plain products read the cache as it lies"
+    if not mask.same_tokens:
+        return "blocks", "queries follow a cache: their first slot is not known to the compiler"
+    if several_devices():
+        mesh = jax.sharding.get_abstract_mesh()
+        if batch_axes(rows) is None:
+            return "blocks", f"the mesh does not divide {rows} rows"
+        if kv_heads % mesh.shape["tensor"]:
+            return "blocks", f"tensor={mesh.shape['tensor']} does not divide {kv_heads} key heads"
+    packed = mask.queries is not None and mask.queries.dtype != bool
+    if flash == "splash":
+        refusal = splash_refuses(length, width, dtype)
     else:
-
-        def add(
-            total: tuple[Array, Array], block: tuple[Array, ...]
-        ) -> tuple[tuple[Array, Array], Array]:
-            d_q, d_k, d_v = block_gradients(*block)
-            return (total[0] + d_k, total[1] + d_v), d_q
-
-        zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32))
-        (d_k, d_v), d_q = jax.lax.scan(
-            add,
-            zero,
-            tuple(_cut(x, n, axis) for x, axis in ((q, 3), (mask, 2), (out, 3), (d_out, 3))),
-        )
-        d_q = _join(d_q, 3)
-    return d_q, d_k.astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype), None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
+        refusal = cudnn_refuses(length, width, dtype, packed, scale or width**-0.5)
+    return ("blocks", refusal) if refusal else (flash, "")

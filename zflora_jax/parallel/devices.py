@@ -1,19 +1,104 @@
-"""The widest attention head that cuDNN takes on the process's default device."""
+"""The device that a program is made for, and the widest attention head that cuDNN takes there."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import jax
 import jax.extend.backend
+
+# What jax calls a device -> its short name; the first that the device kind contains.
+TPUS = (
+    ("v6 lite", "v6e"),
+    ("v6e", "v6e"),
+    ("v5 lite", "v5e"),
+    ("v5e", "v5e"),
+    ("v5", "v5p"),
+    ("v4", "v4"),
+    ("v3", "v3"),
+    ("v2", "v2"),
+)
+
+# For GPUs with the compute capability, which an absent one does not tell itself.
+GPUS: tuple[tuple[str, str, tuple[int, int]], ...] = (
+    ("GH200", "gh200", (9, 0)),
+    ("H200", "h200", (9, 0)),
+    ("H100", "h100", (9, 0)),
+    ("B200", "b200", (10, 0)),
+    ("B300", "b300", (10, 3)),
+    ("L40", "l40", (8, 9)),
+    ("L4", "l4", (8, 9)),
+    ("A100", "a100", (8, 0)),
+    ("A10", "a10", (8, 6)),
+)
+ASSUMED_CUDNN = 91100  # of an absent GPU; jax 0.10 ships with a newer one
+
+
+@dataclass(frozen=True)
+class Device:
+    """What programs are made for.
+
+    Attributes:
+      platform: "tpu", "gpu" (NVIDIA's alone) or "cpu"; another as jax names it.
+      kind: as jax names it, "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
+      generation: its short name, "v5e" or "h100"; "" where none is known.
+      capability: a GPU's compute capability, (9, 0) for Hopper; None of others, and where an absent
+        GPU is not known.
+      here: whether this process has such a device.
+    """
+
+    platform: str
+    kind: str
+    generation: str = ""
+    capability: tuple[int, int] | None = None
+    here: bool = True
+
+
+def device_in_use() -> Device:
+    """The device of the mesh in use (`jax.set_mesh`), which may be absent (a program is compiled
+    for it, not run); else the default device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    wanted: Any = None if mesh.empty else mesh.abstract_device
+    backend = jax.extend.backend.get_backend()
+    here = _default_device(backend)
+    if wanted is not None and wanted.device_kind != here.device_kind:
+        return named_device(wanted.platform, wanted.device_kind)
+    platform, capability = here.platform, None
+    if platform == "gpu" and "cuda" in backend.platform_version:
+        capability = _capability(here.compute_capability)
+    elif platform == "gpu":
+        platform = "rocm"
+    named = named_device(platform, here.device_kind)
+    return Device(platform, here.device_kind, named.generation, capability)
+
+
+def named_device(platform: str, kind: str) -> Device:
+    """An absent device.
+
+    Args:
+      platform: "tpu" or "gpu", as jax names it.
+      kind: as jax names the device.
+    """
+    if platform == "tpu":
+        short = (short for part, short in TPUS if part in kind)
+        return Device(platform, kind, next(short, ""), here=False)
+    for part, short_name, capability in GPUS:
+        if part in kind:
+            return Device(platform, kind, short_name, capability, here=False)
+    return Device(platform, kind, here=False)
 
 
 def widest_head() -> int:
     """The widest head, in channels, that cuDNN's attention takes forward and backward on the
-    default device; 0 where there is no such kernel.
+    device in use; 0 where there is no such kernel.
     """
-    backend = jax.extend.backend.get_backend()
-    if "cuda" not in backend.platform_version:
+    device = device_in_use()
+    if device.capability is None:
         return 0
-    major, minor = (int(part) for part in backend.local_devices()[0].compute_capability.split("."))
-    return widest_cudnn_head((major, minor), _cudnn_version())
+    version = _cudnn_version() if device.here else ASSUMED_CUDNN
+    return widest_cudnn_head(device.capability, version)
 
 
 def widest_cudnn_head(capability: tuple[int, int], cudnn: int) -> int:
@@ -30,6 +115,58 @@ def widest_cudnn_head(capability: tuple[int, int], cudnn: int) -> int:
     if capability < (8, 0) or (capability == (10, 3) and cudnn < 91100):
         return 0
     return 256 if capability[0] == 9 and cudnn >= 90500 else 128
+
+
+def allow_absent_cudnn() -> None:
+    """Let jax trace cuDNN's attention for the absent GPU of the mesh in use: jax asks the library
+    and the first GPU of this process what they take, and has no public way to tell it. Where the
+    device in use is here, it still asks them.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as theirs
+
+    if device_in_use().here or hasattr(theirs.check_cudnn_version, "knows_absent"):
+        return
+    version, at_least, equal = (
+        theirs.check_cudnn_version,
+        theirs.check_compute_capability,
+        theirs.is_cuda_compute_capability_equal,
+    )
+
+    def absent() -> tuple[int, int] | None:
+        device = device_in_use()
+        return None if device.here else device.capability
+
+    def check_cudnn_version() -> int:
+        return ASSUMED_CUDNN if absent() else int(version())
+
+    def check_compute_capability(wanted: str) -> bool:
+        have = absent()
+        return have >= _capability(wanted) if have else bool(at_least(wanted))
+
+    def is_cuda_compute_capability_equal(wanted: str) -> bool:
+        have = absent()
+        return have == _capability(wanted) if have else bool(equal(wanted))
+
+    check_cudnn_version.knows_absent = True  # type: ignore[attr-defined]
+    for function in (
+        check_cudnn_version,
+        check_compute_capability,
+        is_cuda_compute_capability_equal,
+    ):
+        setattr(theirs, function.__name__, function)
+
+
+def _default_device(backend: Any) -> Any:
+    """jax's default device: as set, else the first of the backend."""
+    given: Any = getattr(jax.config, "jax_default_device", None)
+    if isinstance(given, str):
+        return jax.local_devices(backend=given)[0]
+    return given or backend.local_devices()[0]
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, minor = (int(part) for part in text.split("."))
+    return major, minor
 
 
 def _cudnn_version() -> int:

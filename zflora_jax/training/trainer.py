@@ -32,7 +32,8 @@ from zflora_jax.training.loss import masked_cross_entropy
 from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
 
 Array = jax.Array
-# Tokens int32, loss_mask bool, segments int32, each [B, T]; see data.pipeline.
+# Tokens int32, loss_mask bool, segments int32, each [B, T]; see data.pipeline. Without segments
+# each row is one sequence, padded on the right, where no real token sees it.
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]  # float32 scalars by name
 
@@ -99,7 +100,7 @@ def batch_loss(
     """
     llama = Llama(config, adapter)
     hidden, _ = llama.apply(
-        variables, batch["tokens"], segment_ids=batch["segments"], method="hidden", rngs=rngs
+        variables, batch["tokens"], segment_ids=batch.get("segments"), method="hidden", rngs=rngs
     )  # type: ignore[misc]
     name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
     # Gathered once, ahead of the loop over chunks; the lookup has the divided table.

@@ -1,0 +1,235 @@
+"""Attention equals the plain formula, values and gradients, by every kernel and for every mask: by
+blocks, by splash attention in Pallas' interpreter, and by what cuDNN is given. Which kernel is
+chosen where: test_attention_kernels.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.checks import compiled
+from support.grids import always, pairwise
+from support.models import attention_inputs, tiny_model
+
+from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.nn.kv_cache import init_cache
+from zflora_jax.nn.llama import Llama, forward
+from zflora_jax.ops import attention as attention_ops, attention_blocks
+from zflora_jax.ops.attention import attention, plain_attention
+from zflora_jax.ops.attention_blocks import query_blocks
+from zflora_jax.ops.attention_cudnn import GAP, cudnn_attention, segment_channels
+from zflora_jax.ops.attention_mask import AttentionMask
+from zflora_jax.ops.attention_splash import splash_attention
+from zflora_jax.parallel.devices import named_device
+from zflora_jax.parallel.sharding import make_mesh
+
+KINDS = ["causal", "left", "right", "filler", "packed"]
+WIDTHS = [(64, 136), (80, 200), (96, 128), (128, 256), (160, 130)]  # head dim, T
+
+
+def value_and_gradients(function: Any, arrays: Any, dtype: Any) -> list[np.ndarray]:
+    """Of q, k, v in `dtype`, with a weight on each value; as float64."""
+    q, k, v = (jnp.asarray(x, dtype) for x in arrays)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), dtype)
+
+    @jax.jit
+    def both(q, k, v, weights):
+        out, back = jax.vjp(function, q, k, v)
+        return out, *back(weights)
+
+    found = both(q, k, v, weights)
+    assert all(x.dtype == dtype for x in found)
+    return [np.asarray(x, np.float64) for x in found]
+
+
+def reference(arrays: Any, mask: AttentionMask, scale: float) -> list[np.ndarray]:
+    with jax.enable_x64(True):
+        return value_and_gradients(lambda *a: plain_attention(*a, mask, scale), arrays, jnp.float64)
+
+
+def distances(got: list[np.ndarray], want: list[np.ndarray]) -> list[float]:
+    """Of values and gradients, against the largest number of each."""
+    assert all(np.isfinite(x).all() for x in got)
+    return [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want, strict=True)]
+
+
+def as_near_as_plain(function: Any, arrays: Any, mask: AttentionMask, want: Any) -> None:
+    """In bfloat16: at most 2.5 times as far from float64 as the plain formula is."""
+    plain = value_and_gradients(lambda *a: plain_attention(*a, mask, 0.125), arrays, jnp.bfloat16)
+    found = distances(value_and_gradients(function, arrays, jnp.bfloat16), want)
+    for ours, theirs in zip(found, distances(plain, want), strict=True):
+        assert ours <= 2.5 * theirs
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "cache"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_blocks_equal_the_plain_formula(kind, blocks, monkeypatch):
+    monkeypatch.setattr(attention_blocks, "query_blocks", lambda _: blocks)
+    slots = 18 if kind == "cache" else 12
+    *arrays, mask = attention_inputs(kind, T=12, S=slots)
+    got = value_and_gradients(lambda *a: attention(*a, mask, 0.3), arrays, jnp.float32)
+    assert max(distances(got, reference(arrays, mask, 0.3))) < 2e-6
+
+
+def test_a_token_after_a_cache_equals_the_plain_formula():
+    *arrays, mask = attention_inputs("cache", T=1, S=12)
+    got = value_and_gradients(lambda *a: attention(*a, mask, 0.3), arrays, jnp.float32)
+    assert max(distances(got, reference(arrays, mask, 0.3))) < 2e-6
+
+
+def splash_of(mask: AttentionMask) -> Any:
+    """By its steps as plain operations, since the kernel itself needs a TPU."""
+    return lambda q, k, v: splash_attention(q, k, v, mask.queries, 0.125, interpret=True)
+
+
+@pytest.mark.parametrize(("kind", "width"), pairwise(KINDS, WIDTHS))
+def test_splash_equals_the_plain_formula(kind, width):
+    """Grouped heads, lengths that are no multiple of its blocks."""
+    k, length = width
+    *arrays, mask = attention_inputs(kind, length, length, H=4, K=2, k=k)
+    got = value_and_gradients(splash_of(mask), arrays, jnp.float32)
+    assert max(distances(got, reference(arrays, mask, 0.125))) < 4e-6
+
+
+@pytest.mark.parametrize("kind", always(KINDS, lambda kind: kind == "packed"))
+@pytest.mark.parametrize(("k", "length"), always(WIDTHS, lambda width: width[0] == 80))
+def test_splash_in_bfloat16_is_as_near_as_the_plain_formula(kind, k, length):
+    *arrays, mask = attention_inputs(kind, length, length, H=4, K=2, k=k)
+    as_near_as_plain(splash_of(mask), arrays, mask, reference(arrays, mask, 0.125))
+
+
+@pytest.mark.parametrize(("kind", "width"), pairwise(KINDS, WIDTHS))
+def test_what_cudnn_is_given_is_the_same_attention(kind, width):
+    """By the same function's plain implementation, since cuDNN needs a GPU. In float64, whose
+    softmax is float32's there; in float32 the channels of packed rows would cost three digits.
+    What padding gets is left open.
+    """
+    k, length = width
+    *arrays, mask = attention_inputs(kind, length, length, H=4, K=2, k=k)
+    real = jnp.ones((2, length), bool) if kind in ("causal", "packed") else mask.queries
+
+    def at_real(attend):
+        return lambda *a: jnp.where(real[..., None, None], attend(*a), 0)
+
+    cudnn = at_real(lambda *a: cudnn_attention(*a, mask.queries, 0.125, implementation="xla"))
+    plain = at_real(lambda *a: plain_attention(*a, mask, 0.125))
+    with jax.numpy_dtype_promotion("standard"):
+        with jax.enable_x64(True):
+            want, got = (value_and_gradients(f, arrays, jnp.float64) for f in (plain, cudnn))
+        assert max(distances(got, want)) < 2e-6
+        near, theirs = (
+            distances(value_and_gradients(f, arrays, jnp.bfloat16), want) for f in (cudnn, plain)
+        )
+    assert all(ours <= 2.5 * other for ours, other in zip(near, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [64**-0.5, 128**-0.5, 256**-0.5])
+def test_channels_of_segments_tell_all_segments_apart(scale, dtype):
+    """As many as there are tokens, exactly."""
+    ids = jnp.arange(3000, dtype=jnp.int32)[None]
+    queries, keys = (np.asarray(x[0], np.float64) for x in segment_channels(ids, scale, dtype))
+    products = queries[::7] @ keys.T * scale
+    same = np.arange(3000)[::7, None] == np.arange(3000)
+    assert (products[same] == 0).all() and (products[~same] <= -GAP).all()
+    assert np.isfinite(products).all()
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_rounded():
+    *arrays, mask = attention_inputs("left")
+    near, exact = (
+        value_and_gradients(lambda *a: attention(*a, mask, 0.3), arrays, dtype)
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    assert max(distances(near, exact)) < 0.03
+
+
+def test_long_sequences_never_hold_all_scores_nor_their_mask():
+    assert [query_blocks(n) for n in (1, 1024, 1536, 2048, 8192)] == [1, 1, 3, 4, 16]
+    assert query_blocks(1031) == 1  # a prime
+    shapes = ((1, 8192, 2, 8), (1, 1, 8, 8192), (1, 1, 8192, 8))
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    ids = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+
+    def loss(q, k, v, ids):
+        return jnp.sum(attention(q, k, v, AttentionMask(ids, ids), 0.3))
+
+    memory = compiled(jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v, ids)).memory_analysis()
+    scores = 2 * 8192 * 8192 * 4
+    assert memory.temp_size_in_bytes < scores / 2
+
+
+def test_blocks_do_not_change_a_model(monkeypatch, tokens):
+    model = tiny_model()
+    whole = forward(model, tokens[:, :8])
+    monkeypatch.setattr(attention_blocks, "query_blocks", lambda _: 4)
+    jax.clear_caches()
+    np.testing.assert_allclose(forward(model, tokens[:, :8]), whole, atol=1e-5)
+    jax.clear_caches()
+
+
+@pytest.fixture
+def splash_here(monkeypatch):
+    """As if this were a TPU whose kernel runs in the interpreter. Counts the calls."""
+    calls = []
+
+    def splash(*given: Any) -> Any:
+        calls.append(given[0].shape)
+        return splash_attention(*given, interpret=True)
+
+    monkeypatch.setitem(attention_ops.FLASH, "splash", splash)
+    monkeypatch.setattr(attention_ops, "device_in_use", partial(named_device, "tpu", "TPU v5e"))
+    return calls
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(4, "packed"), (2, "causal")])
+def test_every_device_runs_the_kernel_on_its_rows_and_heads(rows, kind, splash_here):
+    """Of a mesh data=2 x fsdp=2 x tensor=2; two rows are divided over data alone."""
+    *arrays, mask = attention_inputs(kind, 128, 128, H=4, K=2, k=8)
+    arrays = [np.concatenate([x] * (rows // 2)) for x in arrays]
+    mask = jax.tree.map(lambda x: jnp.concatenate([x] * (rows // 2)), mask)
+    want = reference(arrays, mask, 0.125)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        got = value_and_gradients(lambda *a: attention(*a, mask, 0.125), arrays, jnp.float32)
+    assert set(splash_here) == {(1, 128, 2, 8)}
+    assert max(distances(got, want)) < 4e-6
+
+
+def test_a_model_with_the_kernel_is_the_model_with_blocks(splash_here, monkeypatch):
+    """Training on packed rows, and a prefill of left-padded prompts into an empty cache. A token
+    after it takes the plain products.
+    """
+    model = tiny_model(num_layers=1)
+    llama, params = Llama(model.config), {"params": model.params}
+    tokens = jax.random.randint(jax.random.key(0), (2, 130), 0, model.config.vocab_size)
+    *_, packed = attention_inputs("packed", 130, 130)
+    *_, left = attention_inputs("left", 130, 130)
+
+    def loss(params):
+        logits = llama.apply(params, tokens, segment_ids=packed.queries)
+        return jnp.sum(jnp.where(packed.queries[..., None] > 0, jnp.sin(logits), 0.0))
+
+    def served():
+        cache = init_cache(model.config, 2, 136)
+        logits, cache = llama.apply(params, tokens, left.queries, cache)
+        more, _ = llama.apply(params, tokens[:, :1], None, cache)
+        return logits, more
+
+    trained = jax.jit(jax.grad(loss))(params)
+    assert {shape[:2] for shape in splash_here} == {(2, 130)}
+    splash_here.clear()
+    first, second = jax.jit(served)()
+    assert {shape[:2] for shape in splash_here} == {(2, 130)}
+    monkeypatch.undo()
+    jax.clear_caches()
+    plain_trained, (plain_first, plain_second) = jax.jit(jax.grad(loss))(params), jax.jit(served)()
+    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(plain_trained), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    for a, b in ((first, plain_first), (second[:, None], plain_second[:, None])):
+        real = left.queries if a.shape[1] == 130 else slice(None)
+        np.testing.assert_allclose(a[real], b[real], atol=1e-5 * float(jnp.abs(b).max()))

@@ -1,0 +1,280 @@
+"""Which attention kernel is chosen for a device, by its name in reports and in programs that are
+lowered for it; what is known of devices, here or absent. That the kernels are right:
+test_attention.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+from support.models import tiny_model
+
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.ops import attention as attention_ops
+from zflora_jax.ops.attention import attention, attention_choice, attention_kernel
+from zflora_jax.ops.attention_mask import AttentionMask
+from zflora_jax.ops.remat import REMAT_POLICY
+from zflora_jax.parallel import devices
+from zflora_jax.parallel.devices import (
+    device_in_use,
+    named_device,
+    widest_cudnn_head,
+    widest_head,
+)
+from zflora_jax.parallel.sharding import make_mesh
+
+H100, A100, V5E = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "TPU v5 lite"
+IDS = jnp.zeros((2, 256), jnp.int32)
+PACKED, CAUSAL = AttentionMask(IDS, IDS), AttentionMask()
+PADDED = AttentionMask(IDS == 0, IDS == 0)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on(kind): as if the mesh in use were of this absent device."""
+
+    def use(kind: str) -> None:
+        platform = "tpu" if kind.startswith("TPU") else "gpu"
+        for module in (attention_ops, devices):
+            monkeypatch.setattr(module, "device_in_use", partial(named_device, platform, kind))
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype", "mask", "kernel", "reason"),
+    [
+        (V5E, (2, 256, 6, 64), "bfloat16", PACKED, "splash", ""),
+        (V5E, (2, 256, 6, 80), "float32", CAUSAL, "splash", ""),
+        (V5E, (2, 256, 6, 64), "float16", CAUSAL, "blocks", "no float16"),
+        (V5E, (2, 100, 6, 64), "bfloat16", CAUSAL, "blocks", "less than one block of 128"),
+        (V5E, (2, 256, 6, 264), "bfloat16", CAUSAL, "blocks", "wider than 256"),
+        (V5E, (2, 1, 6, 64), "bfloat16", CAUSAL, "blocks", "one query a row"),
+        (H100, (2, 64, 6, 64), "bfloat16", PACKED, "cudnn", ""),
+        (H100, (2, 63, 6, 80), "float16", CAUSAL, "cudnn", ""),
+        (H100, (2, 64, 6, 160), "bfloat16", PACKED, "cudnn", ""),
+        (H100, (2, 64, 6, 248), "bfloat16", CAUSAL, "cudnn", ""),
+        (H100, (2, 64, 6, 248), "bfloat16", PACKED, "blocks", "248 channels and 16 for segments"),
+        (H100, (2, 64, 6, 64), "float32", CAUSAL, "blocks", "no float32"),
+        (H100, (2, 64, 6, 68), "bfloat16", CAUSAL, "blocks", "no multiple of 8"),
+        (H100, (2, 1, 6, 64), "bfloat16", CAUSAL, "blocks", "one query a row"),
+        (H100, (2, 40000, 6, 64), "bfloat16", PACKED, "blocks", "more segments"),
+        (A100, (2, 64, 6, 112), "bfloat16", PACKED, "cudnn", ""),
+        (A100, (2, 64, 6, 128), "bfloat16", PACKED, "blocks", "wider than 128"),
+        (A100, (2, 64, 6, 128), "bfloat16", CAUSAL, "cudnn", ""),
+        (A100, (2, 64, 6, 128), "bfloat16", PADDED, "cudnn", ""),
+        ("NVIDIA Unheard-of", (2, 64, 6, 64), "bfloat16", CAUSAL, "blocks", "wider than 0"),
+    ],
+)
+def test_the_kernel_of_a_device(kind, shape, dtype, mask, kernel, reason, on):
+    on(kind)
+    name, why = attention_choice(shape, 2, dtype, mask)
+    assert name == attention_kernel(shape, 2, dtype, mask) == kernel
+    assert reason in why and bool(why) == (kernel == "blocks")
+
+
+def test_queries_after_a_cache_take_blocks(on):
+    after = AttentionMask(None, jnp.ones((2, 300), bool), jnp.int32(44))
+    for kind in (V5E, H100):
+        on(kind)
+        name, why = attention_choice((2, 256, 6, 64), 2, "bfloat16", after)
+        assert name == "blocks" and "follow a cache" in why
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "reason"),
+    [
+        (MeshConfig(data=2, fsdp=2, tensor=2), 4, ""),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 2, ""),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 3, "does not divide 3 rows"),
+        (MeshConfig(tensor=4), 2, "tensor=4 does not divide 2 key heads"),
+    ],
+)
+def test_what_a_mesh_does_not_divide_takes_blocks(mesh, rows, reason, on):
+    on(V5E)
+    with jax.set_mesh(make_mesh(mesh)):
+        name, why = attention_choice((rows, 256, 4, 64), 2, "bfloat16", PACKED)
+    assert name == ("blocks" if reason else "splash") and reason in why
+
+
+def test_this_machine_has_blocks():
+    assert attention_choice((2, 256, 6, 64), 2, "bfloat16", CAUSAL) == (
+        "blocks",
+        "no flash kernel for cpu",
+    )
+    assert widest_head() == 0 and device_in_use().here
+
+
+def lowered(kind: str, policy: Any, mask: AttentionMask) -> Counter[str]:
+    """Kernels in the program of a loss and its gradients, lowered for the platform of `kind`."""
+    names = (
+        ["tpu_custom_call"]
+        if kind == V5E
+        else ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    )
+
+    def layer(q, k, v):
+        return jnp.sum(attention(q, k, v, mask, 0.125).astype(jnp.float32))
+
+    loss = jax.checkpoint(layer, policy=policy) if policy != "none" else layer
+    arrays = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16)
+        for s in ((2, 256, 4, 64), (2, 2, 64, 256), (2, 2, 256, 64))
+    ]
+    with jax.default_matmul_precision("highest"):  # which the TPU's compiler refuses in bfloat16
+        text = jax.export.export(
+            jax.jit(jax.value_and_grad(loss, (0, 1, 2))),
+            platforms=["tpu" if kind == V5E else "cuda"],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in names],
+        )(*arrays).mlir_module()
+    assert "256x256" not in text  # neither scores nor a mask
+    return Counter(re.findall(r"kernel_name = .(splash_mqa_[a-z]+)|@(__cudnn.fmha\w+)\(", text))
+
+
+@pytest.mark.parametrize("mask", [PACKED, CAUSAL, PADDED], ids=["packed", "causal", "padded"])
+@pytest.mark.parametrize("kind", [V5E, H100])
+def test_kernels_are_called_for_by_name_and_run_forward_once(kind, mask, on):
+    """A block of the model keeps what the backward kernels need: the forward kernel does not run
+    again, unless all is computed again.
+    """
+    on(kind)
+    forward, backward = (
+        (("splash_mqa_fwd", ""), [("splash_mqa_dkv", ""), ("splash_mqa_dq", "")])
+        if kind == V5E
+        else (("", "__cudnn$fmhaSoftmax"), [("", "__cudnn$fmhaSoftmaxBackward")])
+    )
+    once = Counter([forward, *backward])
+    assert lowered(kind, "none", mask) == once
+    assert lowered(kind, REMAT_POLICY, mask) == once
+    assert lowered(kind, None, mask) == once + Counter([forward])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs: pip install libtpu")
+def test_the_compiler_of_a_tpu_takes_the_kernel_for_a_mesh_that_is_absent(monkeypatch):
+    """Chosen by the mesh in use; memory grows with the length, not with its square."""
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    there = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    temporaries = []
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), there)):
+        device = device_in_use()
+        assert (device.platform, device.generation, device.here) == ("tpu", "v5e", False)
+        for length in (512, 1024, 2048):
+            shapes = ((2, length, 4, 80), (2, 2, 80, length), (2, 2, length, 80))
+            arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+            ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
+
+            def loss(q, k, v, ids):
+                out = attention(q, k, v, AttentionMask(ids, ids), 0.125)
+                return jnp.sum(out.astype(jnp.float32))
+
+            found = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, ids).compile()
+            assert found.as_text().count("tpu_custom_call") == 3
+            temporaries.append(found.memory_analysis().temp_size_in_bytes)
+    assert temporaries[2] - temporaries[1] < 2.5 * (temporaries[1] - temporaries[0])
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "generation", "capability"),
+    [
+        ("tpu", "TPU v5 lite", "v5e", None),
+        ("tpu", "TPU v5", "v5p", None),
+        ("tpu", "TPU v5p", "v5p", None),
+        ("tpu", "TPU v6 lite", "v6e", None),
+        ("tpu", "TPU v4", "v4", None),
+        ("tpu", "TPU of tomorrow", "", None),
+        ("gpu", "NVIDIA H100 80GB HBM3", "h100", (9, 0)),
+        ("gpu", "NVIDIA H200", "h200", (9, 0)),
+        ("gpu", "NVIDIA GH200 480GB", "gh200", (9, 0)),
+        ("gpu", "NVIDIA GB200", "b200", (10, 0)),
+        ("gpu", "NVIDIA A100-SXM4-40GB", "a100", (8, 0)),
+        ("gpu", "NVIDIA A10G", "a10", (8, 6)),
+        ("gpu", "NVIDIA L40S", "l40", (8, 9)),
+        ("gpu", "NVIDIA Unheard-of", "", None),
+    ],
+)
+def test_devices_are_known_by_their_kind(platform, kind, generation, capability):
+    device = named_device(platform, kind)
+    assert (device.generation, device.capability) == (generation, capability)
+    assert not device.here
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "widest"),
+    [
+        ((7, 5), 91800, 0),
+        ((8, 0), 91800, 128),
+        ((8, 9), 91800, 128),
+        ((9, 0), 90400, 128),
+        ((9, 0), 90500, 256),
+        ((9, 0), 91800, 256),
+        ((9, 0), 0, 128),  # a version that is not known
+        ((10, 0), 91000, 128),
+        ((10, 3), 91000, 0),
+        ((10, 3), 91100, 128),
+        ((12, 0), 91800, 128),
+    ],
+    ids=str,
+)
+def test_the_widest_head_of_a_gpu(capability, cudnn, widest, monkeypatch):
+    """Never wider than what jax itself lets through."""
+    from jax._src.cudnn import fused_attention_stablehlo as theirs
+
+    assert widest_cudnn_head(capability, cudnn) == widest
+
+    def at_least(wanted: str) -> bool:
+        return capability >= tuple(map(int, wanted.split(".")))
+
+    monkeypatch.setattr(theirs, "check_compute_capability", at_least)
+    monkeypatch.setattr(
+        theirs,
+        "is_cuda_compute_capability_equal",
+        lambda c: capability == tuple(map(int, c.split("."))),
+    )
+    for width in range(8, widest + 1, 8):
+        q = jax.ShapeDtypeStruct((1, 4, 2, width), jnp.bfloat16)
+        for training in (True, False):
+            theirs.check_is_flash_attention(
+                q, q, q, theirs.AttentionLayout.BTNH.value, cudnn, True, training
+            )
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype", "warns"),
+    [
+        (128, "bfloat16", True),
+        (256, "bfloat16", False),
+        (0, "bfloat16", False),
+        (128, "float32", False),
+    ],
+)
+def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monkeypatch):
+    """As heads of 128 + 32 are, on every GPU but Hopper's; where the kernel is there for neither,
+    nothing is lost.
+    """
+    monkeypatch.setattr("zflora_jax.adapters.init.widest_head", lambda: limit)
+    model = tiny_model(num_layers=1, head_dim=128, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        init_adapters(jax.random.key(0), model, AdapterConfig("zflora-minimal", rank=2))
+        assert not caught
+        init_adapters(jax.random.key(0), model, AdapterConfig("ffba", rank=2))
+    said = [str(w.message) for w in caught]
+    assert len(said) == warns and all(
+        "head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128 on this GPU" in s
+        and "'zflora-minimal' leaves the heads as they are; so does extra_head_dim=0" in s
+        for s in said
+    )

@@ -1,0 +1,136 @@
+"""Grouped-query attention by plain products, in blocks of queries, with a backward pass of its own:
+for every device, shape and mask. The flash kernels of TPUs and GPUs are in `attention_splash` and
+`attention_cudnn`.
+
+Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
+query heads of a key head, q their G*T queries, k head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zflora_jax.ops.attention_mask import AttentionMask
+from zflora_jax.ops.linear import Array
+from zflora_jax.ops.remat import save_for_backward
+
+
+def block_attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
+    """Attention of q [B, T, H, k], k [B, K, k, S] and v [B, K, S, k] -> [B, T, H, k]; see
+    `attention.attention`.
+    """
+    # The queries of the G = H / K heads that share keys lie below each other, so that every product
+    # is one plain matrix product per row and key head.
+    (B, T, H, dim), K = q.shape, k.shape[1]
+    out = _attention(q.reshape(B, T, K, H // K, dim).transpose(0, 2, 3, 1, 4), k, v, mask, scale)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+
+
+def query_blocks(length: int) -> int:
+    """Into how many equal blocks the queries of a sequence are cut: of at most 512 from 1025 tokens
+    on, where the length has such a divisor.
+    """
+    # T/n x S scores per head exist at one time (test_long_sequences_never_hold_all_scores).
+    if length <= 1024:
+        return 1
+    return next(
+        (n for n in range(2, length // 128 + 1) if length % n == 0 and length // n <= 512), 1
+    )
+
+
+def _cut(x: Array, blocks: int, axis: int) -> Array:
+    """The blocks of `axis` on a new leading axis."""
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(x: Array, axis: int) -> Array:
+    """The inverse of `_cut`."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _probabilities(q: Array, k: Array, mask: AttentionMask, scale: float) -> Array:
+    """[B, K, GT, S] float32 of q [B, K, G, T, k] and k [B, K, k, S]."""
+    dense = mask.dense(q.shape[3], k.shape[3])
+    flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    scores = jnp.einsum("BKqk,BKkS->BKqS", flat, k, preferred_element_type=jnp.float32) * scale
+    grouped = scores.reshape(*scores.shape[:2], -1, *dense.shape[2:])
+    masked = jnp.where(dense[:, :, None], grouped, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(masked.reshape(scores.shape), axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
+    """[B, K, G, T, k] of q of that shape."""
+
+    def attend(block: tuple[Array, AttentionMask]) -> Array:
+        p = _probabilities(block[0], k, replace(block[1], keys=mask.keys), scale).astype(q.dtype)
+        # In float32, as XLA's CPU compiler then reads bfloat16 values as they lie
+        # (`linear.bfloat16_product`).
+        out = jnp.einsum("BKqS,BKSk->BKqk", p, v, preferred_element_type=jnp.float32)
+        return out.reshape(*block[0].shape[:-1], -1).astype(q.dtype)
+
+    n = query_blocks(q.shape[3])
+    if n == 1:
+        return attend((q, mask))
+    return _join(jax.lax.map(attend, (_cut(q, n, 3), mask.query_blocks(n, q.shape[3]))), 3)
+
+
+def _attention_forward(
+    q: Array, k: Array, v: Array, mask: AttentionMask, scale: float
+) -> tuple[Array, tuple[Any, ...]]:
+    out = save_for_backward(_attention(q, k, v, mask, scale), "heads")
+    return out, (q, k, v, mask, out)
+
+
+def _attention_backward(
+    scale: float, saved: tuple[Any, ...], d_out: Array
+) -> tuple[Array, Array, Array, None]:
+    """As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again
+    instead of kept: T x S numbers per head and layer.
+
+    The products over queries have their narrow operand on the left; `linear.matmul` says why.
+    """
+    q, k, v, mask, out = saved
+
+    def block_gradients(
+        q: Array, block: AttentionMask, out: Array, d_out: Array
+    ) -> tuple[Array, Array, Array]:
+        shape = q.shape
+        p = _probabilities(q, k, replace(block, keys=mask.keys), scale)
+        q, out, d_out = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q, out, d_out))
+        d_v = jnp.einsum(
+            "BKqk,BKqS->BKkS", d_out, p.astype(q.dtype), preferred_element_type=jnp.float32
+        )
+        d_p = jnp.einsum("BKqk,BKSk->BKqS", d_out, v, preferred_element_type=jnp.float32)
+        mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+        # p is zero where nothing is attended to: no query attends to nothing at all.
+        d_scores = (p * (d_p - mean) * scale).astype(q.dtype)
+        d_k = jnp.einsum("BKqk,BKqS->BKkS", q, d_scores, preferred_element_type=jnp.float32)
+        return jnp.einsum("BKqS,BKkS->BKqk", d_scores, k).reshape(shape), d_k, d_v
+
+    n = query_blocks(q.shape[3])
+    if n == 1:
+        d_q, d_k, d_v = block_gradients(q, mask, out, d_out)
+    else:
+
+        def add(
+            total: tuple[Array, Array], block: tuple[Any, ...]
+        ) -> tuple[tuple[Array, Array], Array]:
+            d_q, d_k, d_v = block_gradients(*block)
+            return (total[0] + d_k, total[1] + d_v), d_q
+
+        zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32))
+        cut_q, cut_out, cut_d = (_cut(x, n, 3) for x in (q, out, d_out))
+        blocks = (cut_q, mask.query_blocks(n, q.shape[3]), cut_out, cut_d)
+        (d_k, d_v), d_q = jax.lax.scan(add, zero, blocks)
+        d_q = _join(d_q, 3)
+    return d_q, d_k.astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
