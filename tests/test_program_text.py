@@ -56,6 +56,54 @@ def test_copies_of_kernels_and_caches() -> None:
     assert [op.name for op in whole_copies(loop, [(99, 99)], [(5, 2)])] == []
 
 
+def test_loops_whose_count_the_compiler_does_not_state() -> None:
+    """From 0 below 8 in steps of 2, by the condition and the body."""
+    text = """
+%cond (c: (u32[], f32[8])) -> pred[] {
+  %c = (u32[], f32[8]{0}) parameter(0)
+  %n = u32[] get-tuple-element(%c), index=0
+  %limit = u32[] constant(8)
+  ROOT %less = pred[] compare(%n, %limit), direction=LT
+}
+
+%body (b: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %b = (u32[], f32[8]{0}) parameter(0)
+  %n.1 = u32[] get-tuple-element(%b), index=0
+  %x = f32[8]{0} get-tuple-element(%b), index=1
+  %two = u32[] constant(2)
+  %more = u32[] add(%n.1, %two)
+  %moved = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (u32[], f32[8]{0}) tuple(%more, %moved)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  %w = (u32[], f32[8]{0}) while(%x.1), condition=%cond, body=%body
+}
+"""
+    assert Program(text).collectives() == {"collective-permute": 4 * 8 * 4}
+
+
+def test_a_collective_that_is_spread_over_fusions_counts_once() -> None:
+    gather = "all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}"
+    text = f"""
+%part (p: f32[2]) -> f32[8] {{
+  ROOT %g = f32[8]{{0}} {gather}
+}}
+
+%rest (p: f32[2]) -> f32[8] {{
+  ROOT %g.1 = f32[8]{{0}} {gather}
+}}
+
+ENTRY %main (x: f32[2]) -> f32[8] {{
+  %f.1 = f32[8]{{0}} fusion(%x), calls=%part, metadata={{text="over
+}}}}, lines"}}
+  %f.2 = f32[8]{{0}} fusion(%x), calls=%rest
+}}
+"""
+    assert Program(text).collectives() == {"all-gather": 8 * 4 * 3 // 4}
+
+
 def test_collectives_count_as_often_as_their_loops_run() -> None:
     size = 64 * 128 * 2
     sent = {"all-reduce": 5 * int(2 * 3 / 4 * size), "all-gather": int(3 / 4 * size)}

@@ -59,7 +59,12 @@ def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
       Bytes of the arguments (base, adapters, moments, batch), of outputs that do not share an
       argument's memory, of temporaries, and their total.
     """
-    found = compiled_step(run, config).memory_analysis()
+    return planned_bytes(compiled_step(run, config))
+
+
+def planned_bytes(step: Any) -> dict[str, int]:
+    """Bytes per device of a compiled step, see `compiled`."""
+    found = step.memory_analysis()
     sizes = {
         "arguments": int(found.argument_size_in_bytes),
         "outputs": int(found.output_size_in_bytes - found.alias_size_in_bytes),

@@ -288,9 +288,10 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         return f"{size / GIB:.2f} GiB"
 
     lines = [f"{name:<12} {gib(size):>12}" for name, size in plan["bytes_per_device"].items()]
-    if "compiled" in plan:
+    compiled = plan.get("compiled", {})
+    if compiled and "target" not in compiled:
         lines += ["", "as the compiler of this machine plans it:"] + [
-            f"{name:<12} {gib(size):>12}" for name, size in plan["compiled"].items()
+            f"{name:<12} {gib(size):>12}" for name, size in compiled["bytes"].items()
         ]
     if "fits" in plan:
         lines += [

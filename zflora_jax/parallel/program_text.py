@@ -26,7 +26,8 @@ _WIDTHS = {
     **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
 }
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(")
+_OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\S.*)$")
+_CODE = re.compile(r" ([\w\-]+)\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\](?:, device_ids=\(.*?\))?"
@@ -91,10 +92,12 @@ class Program:
                 name = header[2]
                 self.entry = name if header[1] else self.entry
                 self.computations[name] = []
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":  # attributes of a kernel may go over several lines
                 name = ""
             elif name and (found := _OP.match(line)):
-                self.computations[name].append(Op(found[1], found[3], found[2], line))
+                shape = _first_shape(found[2])
+                if code := _CODE.match(found[2], len(shape)):
+                    self.computations[name].append(Op(found[1], code[1], shape, line))
 
     def loop(self, called: str) -> list[Op]:
         """The body of the loop whose source path ends with `called`, "decode_until)/while".
@@ -111,29 +114,71 @@ class Program:
                     return self.computations[body[1]]
         raise ValueError(f"the program has no loop {called!r}.")
 
-    def runs(self) -> Iterator[tuple[Op, int]]:
-        """Yield every operation that runs by itself (not inside a fusion), and how often."""
+    def runs(self, *, fused: bool = False) -> Iterator[tuple[Op, int]]:
+        """Yield every operation that runs, and how often.
+
+        Args:
+          fused: whether those inside fusions, which do not run by themselves, are among them.
+        """
+        enters = ("while", "conditional", "call", "async-start", *(["fusion"] if fused else []))
         pending = [(self.entry, 1)]
         while pending:
             name, times = pending.pop()
             for op in self.computations.get(name, []):
                 yield op, times
-                if op.code in ("while", "conditional", "call", "async-start"):
-                    trips = re.search(r"known_trip_count[^\d]*(\d+)", op.line)
+                if op.code in enters:
                     called = _CALLED.findall(op.line)
                     if branches := re.search(r"branch_computations=\{([^}]*)\}", op.line):
                         called += re.findall(r"%([\w.\-]+)", branches[1])
-                    inner = times * int(trips[1]) if trips else times
+                    inner = times * self._trips(op)
                     pending += [(callee, inner) for callee in called]
 
     def collectives(self) -> dict[str, int]:
-        """Kind -> bytes that one device sends in a run: a ring's cost of each collective."""
-        total: collections.Counter[str] = collections.Counter()
-        for op, times in self.runs():
+        """Kind -> bytes that one device sends in a run: a ring's cost of each collective.
+
+        A TPU's compiler spreads a collective over several fusions, which share its channel: it
+        counts once, as often as the least of them runs.
+        """
+        found: dict[tuple[str, str], int] = {}
+        for op, times in self.runs(fused=True):
             kind = op.code.removesuffix("-start")
             if kind in COLLECTIVES:
-                total[kind] += times * _sent(kind, op)
+                channel = re.search(r"channel_id=(\d+)", op.line)
+                key = kind, channel[1] if channel else op.name
+                sent = times * _sent(kind, op)
+                found[key] = min(found.get(key, sent), sent)
+        total: collections.Counter[str] = collections.Counter()
+        for (kind, _), sent in found.items():
+            total[kind] += sent
         return dict(total)
+
+    def _trips(self, op: Op) -> int:
+        """How often a loop's body runs: as the compiler says, else by what its condition compares
+        the count with; 1 of another operation, or where neither is known.
+        """
+        if op.code != "while":
+            return 1
+        if known := re.search(r"known_trip_count[^\d]*(\d+)", op.line):
+            return int(known[1])
+        condition, body = (
+            {o.name: o for o in self.computations.get(found[1], [])} if found else {}
+            for found in (
+                re.search(rf"{part}=%?([\w.\-]+)", op.line) for part in ("condition", "body")
+            )
+        )
+        limits = [n for o in condition.values() if (n := _constant(o)) is not None]
+        counters = [o for o in condition.values() if o.code == "get-tuple-element"]
+        if len(limits) != 1 or len(counters) != 1 or not body:
+            return 1
+        index = re.search(r"index=(\d+)", counters[0].line)
+        results = re.findall(r"%([\w.\-]+)", list(body.values())[-1].line.split(" tuple(")[-1])
+        count = body.get(results[int(index[1])]) if index and len(results) > int(index[1]) else None
+        steps = [
+            n
+            for name in re.findall(r"%([\w.\-]+)", count.line.split(" add(")[-1] if count else "")
+            if name in body and (n := _constant(body[name])) is not None
+        ]
+        return limits[0] // max(steps[0], 1) if steps else limits[0]
 
 
 def kernels(ops: Collection[Op]) -> list[Op]:
@@ -179,6 +224,24 @@ def whole_copies(
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The dimensions in order of size, without those of 1."""
     return tuple(sorted(n for n in shape if n > 1))
+
+
+def _constant(op: Op) -> int | None:
+    """The value of an integer constant, None of another operation."""
+    found = re.search(r" constant\((\d+)\)", op.line)
+    return int(found[1]) if found else None
+
+
+def _first_shape(text: str) -> str:
+    """The shape that `text` begins with: a word, or all up to the bracket that closes a tuple."""
+    if not text.startswith("("):
+        return text.split(" ", 1)[0]
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: at + 1]
+    return text
 
 
 def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,0 +1,98 @@
+"""`zflora plan --target`: a run's step compiled for devices that are absent."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from zflora_jax.cli.main import main
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import preset
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from zflora_jax.experiments import target_plan as module
+from zflora_jax.experiments.target_plan import roofline, target_lines, target_plan
+from zflora_jax.parallel.targets import target
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra target-tpu"
+)
+RUN = RunConfig(
+    model="tiny",
+    adapter=AdapterConfig("zflora-minimal", rank=8),
+    data=DataConfig(batch_size=8, bucket_lengths=(128,)),
+    train=TrainConfig(steps=100, dtype="bfloat16", loss_chunk=128),
+    mesh=MeshConfig(fsdp=4),
+)
+
+
+@needs_libtpu
+def test_the_plan_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the command line, with its JSON."""
+    main(
+        [
+            *("plan", "--config", "configs/quickstart.py", "--target", "tpu:v5e:2x2"),
+            *("--out", str(tmp_path / "plan.json"), "--set", "model=tiny", "mesh.fsdp=4"),
+            *("train.dtype=bfloat16", "data.bucket_lengths=128", "data.batch_size=8"),
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "compiled for tpu:v5e:2x2, not run" in said and "an estimate from published" in said
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    found = plan["compiled"]
+    assert plan["fits"] and plan["memory_bytes"] == 16 * 2**30
+    assert found["bytes"]["total"] == sum(
+        found["bytes"][part] for part in ("arguments", "outputs", "temporaries")
+    )
+    assert found["attention"] == {"kernel": "splash", "reason": ""}
+    assert found["kernels"] > 100 and sum(found["collectives"].values()) > 1000
+
+
+def test_too_few_devices() -> None:
+    with pytest.raises(ConfigError, match=r"needs 8 devices; target tpu:v5e:2x2 has 4"):
+        target_plan(replace(RUN, mesh=MeshConfig(fsdp=8)), preset("tiny"), target("tpu:v5e:2x2"))
+
+
+def test_what_does_not_fit_is_told_with_the_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's refusal gives the bytes; the formula's changes are scaled to them."""
+    monkeypatch.setattr(module.Target, "devices", lambda self, slices=1: [object()] * 8)
+    monkeypatch.setattr(
+        module, "compiled_facts", lambda *_: {"target": "tpu:v5e:2x4", "needs": 20 * 2**30}
+    )
+    plan = target_plan(RUN, preset("tiny"), target("tpu:v5e:2x4"))
+    assert not plan["fits"] and plan["memory_bytes"] == 16 * 2**30
+    assert 1 <= len(plan["changes"]) <= 4
+    assert all(2**30 < change["total"] < 20 * 2**30 for change in plan["changes"])
+    assert any("needs" in line and "20.00 GiB" in line for line in target_lines(plan))
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded", int(20.5 * 2**30)),
+        ("RESOURCE_EXHAUSTED: HLO temporaries (46.96G) exceeds available", int(46.96 * 2**30)),
+        ("INTERNAL: Used 20.50G of 15.75G hbm", None),
+        ("RESOURCE_EXHAUSTED: too many", None),
+    ],
+)
+def test_the_bytes_of_a_refused_program(message: str, needed: int | None) -> None:
+    assert module._needed(message) == needed
+
+
+def test_the_roofline() -> None:
+    """By hand: an adapter beside a base of one layer."""
+    config = preset("tiny").replace(num_layers=1)
+    run = replace(RUN, adapter=AdapterConfig("lora", rank=2))
+    layer, head = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96, 259 * 64
+    lora = 2 * (128 + 96 + 96 + 128 + 3 * 160)  # rank x (inputs + outputs)
+    found = roofline(run, config, target("tpu:v5e:2x2"), 4_000_000)
+    attention = 2 * 128 * 64 * 3.5
+    flops = 8 * 128 * (4 * (layer + head) + 6 * lora + attention) / 4
+    assert found["flops"] == pytest.approx(flops)
+    assert found["compute_s"] == pytest.approx(flops / 197e12)
+    assert found["link_s"] == pytest.approx(4e6 / 200e9)
+    assert found["step_s"] == max(found["compute_s"], found["hbm_s"], found["link_s"])
