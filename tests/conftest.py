@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from support.bucket import moto_server, new_bucket, use_store
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
 from support.runs import CONFIG, TASK_DATA, choice, saved_base, small_run
@@ -151,6 +153,20 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     from support.exports import saved_bases  # torch: only where it is needed
 
     return saved_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[str]:
+    """The address of an S3 server on loopback."""
+    with moto_server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(store: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an empty bucket there."""
+    use_store(monkeypatch, store)
+    return new_bucket()
 
 
 @pytest.fixture

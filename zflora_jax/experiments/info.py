@@ -19,6 +19,7 @@ from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import ConfigError, from_dict
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.storage import as_path
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import WEIGHTS
@@ -44,7 +45,7 @@ def describe(path: str | os.PathLike[str]) -> Facts:
     Raises:
       ConfigError: there is nothing of these kinds at the path; the message says what was found.
     """
-    source = Path(path).expanduser()
+    source = as_path(path).expanduser()
     if source.is_dir():
         if (source / MANIFEST).is_file():
             return _export(source)

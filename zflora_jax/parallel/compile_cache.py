@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from zflora_jax.core.storage import as_path, is_url
+
 KEPT_FROM_SECONDS = 0.2  # programs that compile faster are not cached
 
 
@@ -23,14 +25,15 @@ def compile_cache(directory: str | Path) -> Iterator[None]:
     warning and is compiled again.
 
     Args:
-      directory: of the cache.
+      directory: of the cache, or its URL.
     """
     config: Any = jax.config  # its values have no types
     if config.jax_compilation_cache_dir is not None:
         yield
         return
     least = config.jax_persistent_cache_min_compile_time_secs
-    _use(str(Path(directory).absolute()), min(least, KEPT_FROM_SECONDS))
+    folder = as_path(directory)
+    _use(str(folder if is_url(folder) else folder.absolute()), min(least, KEPT_FROM_SECONDS))
     try:
         yield
     finally:
