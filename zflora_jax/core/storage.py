@@ -56,7 +56,7 @@ def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
       name: of the path in messages, such as "workdir".
 
     Returns:
-      A pathlib.Path, or for a URL an etils.epath.Path, which has the same methods.
+      A pathlib.Path, or for a URL a `bucket_path.BucketPath`, which has the same methods.
 
     Raises:
       ConfigError: a URL of something else, its package is not installed, or its bucket cannot be
@@ -79,9 +79,9 @@ def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
         f"{name} {url}: expected {scheme}://BUCKET/FOLDER, a folder in a bucket.",
     )
     _connect(scheme, bucket, key)
-    from etils import epath
+    from zflora_jax.core.bucket_path import BucketPath  # etils takes a while
 
-    return cast(Path, epath.Path(url))
+    return cast(Path, BucketPath(url))
 
 
 @functools.cache
@@ -154,6 +154,11 @@ def file_system(path: str | os.PathLike[str]) -> Any:
 def put(path: Path, data: bytes) -> None:
     """Write one object of a bucket; a reader sees the old content or the new one."""
     file_system(path).pipe_file(os.fspath(path), data)
+
+
+def put_file(file: Path, path: Path) -> None:
+    """Upload a local file as one object."""
+    file_system(path).put_file(os.fspath(file), os.fspath(path))
 
 
 def objects(path: Path) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.storage import file_system, is_store_error, objects, put, remove
+from zflora_jax.core.storage import file_system, is_store_error, objects, put, put_file, remove
 
 MARKER = ".zflora-upload.json"
 
@@ -59,9 +59,8 @@ def upload(folder: Path, target: Path) -> None:
     _put_marker(target, {"complete": False, "files": files | old})
     for name in old:
         remove(target / name)
-    store = file_system(target)
     for name in names:
-        store.put_file(os.fspath(folder / name), os.fspath(target / name))
+        put_file(folder / name, target / name)
     _put_marker(target, {"complete": True, "files": files})
 
 

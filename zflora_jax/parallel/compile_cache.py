@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import as_path
 
 KEPT_FROM_SECONDS = 0.2  # programs that compile faster are not cached
 
@@ -32,8 +32,7 @@ def compile_cache(directory: str | Path) -> Iterator[None]:
         yield
         return
     least = config.jax_persistent_cache_min_compile_time_secs
-    folder = as_path(directory)
-    _use(str(folder if is_url(folder) else folder.absolute()), min(least, KEPT_FROM_SECONDS))
+    _use(str(as_path(directory).absolute()), min(least, KEPT_FROM_SECONDS))
     try:
         yield
     finally:

@@ -188,7 +188,7 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
         f"workdir {workdir} is not shared: of {jax.process_count()} processes,"
         f" {', '.join(map(str, blind))} did not see within {SHARED_WITHIN:g} s what process 0 wrote"
         " there. Give all processes one directory on a file system that all hosts mount (NFS,"
-        " Lustre, a mounted bucket).",
+        " Lustre), or one URL of a bucket (s3://, gs://).",
     )
 
 

@@ -6,7 +6,6 @@ Nothing can be appended to an object. What grows is kept here, and uploaded whol
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from zflora_jax.core.storage import as_path, file_system, is_url, put
+from zflora_jax.core.storage import as_path, is_url, put, put_file
 from zflora_jax.reporting.files import atomic_write
 
 UPLOAD_EVERY = 30.0  # seconds
@@ -114,7 +113,7 @@ class GrowingFolder:
             now = (file.stat().st_size, file.stat().st_mtime_ns)
             if self._uploaded.get(file) != now:
                 to = self._target / file.relative_to(self.path).as_posix()
-                file_system(to).put_file(os.fspath(file), os.fspath(to))
+                put_file(file, to)
                 self._uploaded[file] = now
 
     def close(self) -> None:
