@@ -20,8 +20,9 @@ from support.bucket import names
 from support.runs import quiet_train
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.storage import as_path, put
+from zflora_jax.core.storage import as_path, objects, put, remove
 from zflora_jax.reporting import growing
+from zflora_jax.reporting.files import atomic_write, plain
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
 from zflora_jax.training import bucket_lock
 from zflora_jax.training.checkpoint import Checkpoints, SaveError
@@ -38,6 +39,34 @@ def url(bucket: str) -> str:
 @pytest.fixture
 def each(each_bucket: str) -> str:
     return f"{each_bucket}/runs/a"
+
+
+# --- objects --------------------------------------------------------------------------------------
+
+
+def test_what_is_removed_and_listed_ends_at_a_folder(each):
+    for name in ("2/a", "2/b/c", "20/a", "2.json"):
+        put(as_path(each) / name, name.encode())
+    assert sorted(objects(as_path(each) / "2")) == ["a", "b/c"]
+    remove(as_path(each) / "2")
+    remove(as_path(each) / "2")  # there is nothing any more
+    assert sorted(objects(as_path(each))) == ["2.json", "20/a"]
+    remove(as_path(each) / "2.json")
+    assert sorted(objects(as_path(each))) == ["20/a"]
+
+
+def test_paths_of_objects_are_those_of_files(each):
+    atomic_write(f"{each}/folder/file.txt", "ä".encode())
+    file = as_path(Path(each)) / "folder" / "file.txt"  # a Path makes one slash of two
+    assert str(file) == str(file.resolve()) == str(file.absolute()) == f"{each}/folder/file.txt"
+    assert file.read_text(encoding="utf-8") == "ä" and file.read_bytes() == "ä".encode()
+    assert file.is_file() and file.parent.is_dir() and not (file.parent / "other").exists()
+    assert [path.name for path in file.parent.glob("*.txt")] == ["file.txt"]
+    assert plain({"where": file}) == {"where": str(file)}
+    with pytest.raises(FileNotFoundError):
+        (file.parent / "other").read_text()
+    file.unlink()
+    assert not file.exists() and not file.parent.is_dir()
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

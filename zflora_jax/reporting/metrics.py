@@ -122,9 +122,9 @@ class MetricWriter:
             self._file.sync()
             self._folder.sync()
         except Exception as error:
-            if not is_store_error(error):
+            if not isinstance(error, OSError) and not is_store_error(error):
                 raise
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise OSError(f"metrics could not be uploaded: {error}") from error
 
     @contextmanager
     def _warning(self) -> Iterator[None]:
@@ -132,7 +132,7 @@ class MetricWriter:
         try:
             yield
         except OSError as error:
-            log.warning("metrics could not be uploaded: %s", error)
+            log.warning("%s", error)
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
