@@ -100,8 +100,9 @@ def killed_at(run: RunConfig, url: str, point: dict[str, Any]) -> None:
 
 
 @pytest.mark.soak
-def test_a_run_in_a_bucket_is_the_run_on_disk(run, url, whole):
-    """Its twin is the run that is killed once, below."""
+def test_a_run_in_a_bucket_is_the_run_on_disk(run, each_bucket, whole):
+    """In both kinds of store. Its twin is the run that is killed once, below."""
+    url = f"{each_bucket}/runs/a"
     quiet_train(run, url)
     same_outcome(run, url, whole)
     assert saved_steps(url) == saved_steps(whole)
