@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from support.bucket import gcs_server, moto_server, new_bucket, use_store
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
 from support.runs import CONFIG, TASK_DATA, choice, saved_base, small_run
@@ -151,6 +153,34 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     from support.exports import saved_bases  # torch: only where it is needed
 
     return saved_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of an S3 server on loopback."""
+    with moto_server() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def gs() -> Iterator[str]:
+    """The address of an emulator of Google Cloud Storage on loopback."""
+    with gcs_server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket, s3://..."""
+    use_store(monkeypatch, "s3", s3)
+    return new_bucket("s3")
+
+
+@pytest.fixture(params=["s3", "gs"])
+def each_bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket, of each kind of store."""
+    use_store(monkeypatch, request.param, request.getfixturevalue(request.param))
+    return new_bucket(request.param)
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_a_lock_ends_although_a_child_has_its_file_open(tmp_path):
     """As a child that another thread is starting has, between fork and exec."""
     code = """
 import os, sys, time
-from zflora_jax.training.workdir import locked
+from zflora_jax.training.lock import locked
 with locked(sys.argv[1]):
     child = os.fork()
     if child == 0:

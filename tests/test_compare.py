@@ -21,7 +21,7 @@ from zflora_jax.experiments.compare import compare_methods, overview
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.store import Scoring
 from zflora_jax.hf.save import save_hf
-from zflora_jax.training.workdir import locked
+from zflora_jax.training.lock import locked
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 SCORING = dataclasses.replace(EVAL, generate=False, loss=False)

@@ -31,7 +31,7 @@ from zflora_jax.experiments import grid, jobs
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
 from zflora_jax.experiments.store import EXTRA
 from zflora_jax.parallel import distributed
-from zflora_jax.training.workdir import locked
+from zflora_jax.training.lock import locked
 
 
 @pytest.fixture

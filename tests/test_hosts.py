@@ -25,7 +25,7 @@ from zflora_jax.experiments.restore import load_run
 from zflora_jax.experiments.train import train
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training.workdir import locked
+from zflora_jax.training.lock import locked
 
 ROOT = Path(__file__).parent.parent
 

@@ -87,6 +87,9 @@ def test_no_heavy_library_is_imported_before_it_is_needed():
         "huggingface_hub",
         "matplotlib",
         "orbax",
+        "s3fs",
+        "gcsfs",
+        "botocore",
     }
     code = f"""
 import importlib, sys, zflora_jax

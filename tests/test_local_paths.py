@@ -1,5 +1,6 @@
-"""Where results may be written: local directories. A URL is refused at the start, not made into a
-directory called "gs:".
+"""Where results may be written: local directories, and object storage for what a run writes. Other
+URLs, and those of commands that write to directories only, are refused at the start, not made into
+a directory called "gs:".
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from support.models import tiny_model
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.storage import as_path
 from zflora_jax.evaluation.suite import evaluate_tasks
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.compare import compare_methods
@@ -25,7 +27,7 @@ from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.reporting.files import local_path
 
-URL = "gs://bucket/run"
+URL, OTHER = "gs://bucket/run", "hdfs://host:1/run"
 CONFIG = "from zflora_jax import RunConfig\ndef get_config():\n    return RunConfig()\n"
 
 
@@ -43,49 +45,61 @@ def empty(tmp_path, monkeypatch):
 def test_urls_are_refused(path):
     with pytest.raises(
         ConfigError,
-        match=r"workdir .* is a URL: object storage is not supported yet\. Give a directory",
+        match=r"workdir .* is a URL: this is not written to object storage\. Give a directory",
     ):
         local_path(path, "workdir")
+
+
+@pytest.mark.parametrize("path", [OTHER, "file:///tmp/x", Path(OTHER), "az://b/x", "s3n://b/x"])
+def test_urls_of_other_stores_are_refused(path):
+    with pytest.raises(ConfigError, match=r"is a URL of \w+: a directory, s3://bucket"):
+        as_path(path)
+
+
+@pytest.mark.parametrize("path", ["s3://bucket", "gs://bucket/", "s3:/bucket", "gs://"])
+def test_a_url_names_a_folder_in_a_bucket(path):
+    with pytest.raises(ConfigError, match=r"expected (s3|gs)://BUCKET/FOLDER"):
+        as_path(path)
 
 
 @pytest.mark.parametrize(
     "path", ["runs/a", "/tmp/a b", "C:/runs", "~/x", "a:b", "./gs://bucket", Path("runs")]
 )
 def test_local_paths_are_taken(path):
-    assert local_path(path, "workdir") == Path(path)
+    assert local_path(path, "workdir") == Path(path) == as_path(path)
 
 
 def test_every_function_that_writes(run):
     model, adapter = tiny_model(), AdapterConfig("lora", rank=4)
     plan = Comparison("plan", run, {"lora": adapter}, (1e-3,), (0,))
     calls = [
-        lambda: train(run, URL),
-        lambda: export_run("nowhere", URL),
+        lambda: train(run, OTHER),
+        lambda: export_run("nowhere", OTHER),
         lambda: run_grid(run, {"train.seed": [1]}, URL),
         lambda: compare_methods(plan, URL, "results"),
         lambda: compare_methods(plan, "runs", URL),
-        lambda: evaluate(run, model, out=URL),
-        lambda: evaluate_tasks(run, model, ["arithmetic"], URL, "label"),
+        lambda: evaluate(run, model, out=OTHER),
+        lambda: evaluate_tasks(run, model, ["arithmetic"], OTHER, "label"),
         lambda: quickstart(run, URL),
-        lambda: save_hf(URL, model),
-        lambda: save_peft(URL, model, adapter, {}),
+        lambda: save_hf(OTHER, model),
+        lambda: save_peft(OTHER, model, adapter, {}),
     ]
     for call in calls:
-        with pytest.raises(ConfigError, match="is a URL: object storage is not supported yet"):
+        with pytest.raises(ConfigError, match="is a URL"):
             call()
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        ["train", "--config", "CONFIG", "--workdir", URL],
-        ["train", "--resume", "--workdir", URL],
+        ["train", "--config", "CONFIG", "--workdir", OTHER],
+        ["train", "--resume", "--workdir", OTHER],
         ["sweep", "--config", "CONFIG", "--workdir", URL],
         ["sweep", "--config", "CONFIG", "--workdir", "runs", "--out", URL],
-        ["eval", "--model", "nowhere", "--out", URL],
-        ["export", "--workdir", "nowhere", "--out", URL],
-        ["plan", "--config", "CONFIG", "--out", URL],
-        ["plot", "runs", "--out", URL],
+        ["eval", "--model", "nowhere", "--out", OTHER],
+        ["export", "--workdir", "nowhere", "--out", OTHER],
+        ["plan", "--config", "CONFIG", "--out", OTHER],
+        ["plot", "runs", "--out", OTHER],
         ["quickstart", "--workdir", URL],
         ["bench", "latency", "--out", URL],
         ["bench", "train", "--out", URL],
@@ -96,4 +110,4 @@ def test_every_command_that_writes(command, tmp_path, capsys):
     assert (
         main([str(tmp_path / "config.py") if word == "CONFIG" else word for word in command]) == 2
     )
-    assert f"{URL} is a URL" in capsys.readouterr().err
+    assert f"{URL if URL in command else OTHER} is a URL" in capsys.readouterr().err

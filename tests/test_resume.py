@@ -20,8 +20,9 @@ from zflora_jax.experiments import run_report
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training import workdir as workdirs
-from zflora_jax.training.workdir import adopt, claim, locked, read_config, read_starts
+from zflora_jax.training import lock as locks, workdir as workdirs
+from zflora_jax.training.lock import locked
+from zflora_jax.training.workdir import adopt, claim, read_config, read_starts
 
 
 def records(workdir: Path, name: str) -> dict[int, float]:
@@ -242,7 +243,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog,
     def refuse(*_: object) -> None:
         raise OSError(code, "no locks here")
 
-    monkeypatch.setattr(workdirs.fcntl, "flock", refuse)
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
     with locked(tmp_path), locked(tmp_path):
         pass
     [record] = caplog.records
@@ -255,7 +256,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog,
 
 def test_a_run_without_locks_is_trained(run, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
-        workdirs.fcntl,
+        locks.fcntl,
         "flock",
         lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "Function not implemented")),
     )
@@ -265,7 +266,7 @@ def test_a_run_without_locks_is_trained(run, tmp_path, monkeypatch, caplog):
 
 def test_other_failures_of_a_lock_keep_their_message(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        workdirs.fcntl,
+        locks.fcntl,
         "flock",
         lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
     )

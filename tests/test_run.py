@@ -248,7 +248,7 @@ def test_two_processes_on_one_workdir(run, tmp_path):
 @contextmanager
 def locked_by_another_process(workdir: Path):
     program = (
-        "import sys, time; from zflora_jax.training.workdir import locked\nwith"
+        "import sys, time; from zflora_jax.training.lock import locked\nwith"
         " locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

@@ -27,6 +27,7 @@ from zflora_jax.core.model_config import LlamaConfig, preset
 from zflora_jax.inference.model_call import empty_cache
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.llama import Llama
+from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.program_text import Op, Program, async_bytes, kernels, whole_copies
 from zflora_jax.parallel.sharding import AXES
 from zflora_jax.parallel.targets import Target, target
@@ -104,7 +105,7 @@ class DecodeCase:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), given
         )
         program = DecodeProgram(self.packed(where), self.beside)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), no_compile_cache():
             return DecodeProgram.decode.lower(program, *placed, self.new_tokens).compile()
 
 

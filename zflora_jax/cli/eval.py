@@ -13,6 +13,7 @@ from zflora_jax.cli.options import CommandParser, add_settings, add_source
 from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.storage import as_path
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
     check_tasks(config, tasks)
     trained_on = _trained_on(args, base, config)
     mesh = mesh_asked(meshed, base)
-    out = Path(args.out or (Path(args.workdir) / "eval" if args.workdir else "runs/eval"))
-    with compile_cache(Path(args.workdir or out) / "compile_cache"):
+    out = as_path(args.out or (as_path(args.workdir) / "eval" if args.workdir else "runs/eval"))
+    with compile_cache(as_path(args.workdir or out) / "compile_cache"):
         model, label = _model(args, config, mesh)
         summary = evaluate_tasks(config, model, tasks, out, label, trained_on=trained_on or None)
     for result in summary["tasks"]:

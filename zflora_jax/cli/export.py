@@ -21,7 +21,7 @@ def add_options(parser: CommandParser) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="a new directory, or an earlier export to replace",
+        help="a new directory or s3:// or gs:// URL, or an earlier export to replace",
     )
     add_checkpoint(parser)
     parser.add_argument(

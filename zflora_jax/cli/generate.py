@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zflora_jax.cli.inputs import changes, mesh_asked
 from zflora_jax.cli.options import CommandParser, add_mesh, add_source
 from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.storage import as_path
 from zflora_jax.core.textfile import decode, lines_of
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         " --file.",
     )
     with (
-        compile_cache(Path(args.workdir) / "compile_cache")
+        compile_cache(as_path(args.workdir) / "compile_cache")
         if args.workdir
         else contextlib.nullcontext()
     ):

@@ -13,10 +13,12 @@ from zflora_jax.cli import bench, eval, export, generate, info, plan, plot, quic
 from zflora_jax.cli.options import CommandParser
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.storage import as_path, is_store_error
 from zflora_jax.reporting.files import local_path
 
 # Each is named after its module, which has SUMMARY, add_options(parser) and run(args).
 COMMANDS = (train, eval, generate, info, plot, export, plan, sweep, bench, quickstart)
+LOCAL_ONLY = (sweep, bench, quickstart)  # they write to directories, not to object storage
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     try:
         for name in ("workdir", "out"):
             if getattr(args, name, None) is not None:
-                local_path(getattr(args, name), f"--{name}")
+                args.as_path(getattr(args, name), f"--{name}")
         args.run(args)
     except Exception as error:
         return _ended_by(error)
@@ -63,7 +65,8 @@ def _ended_by(error: Exception) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(error, file=sys.stderr)
         return EXIT_STOPPED  # all processes stop together
-    if not isinstance(error, ConfigError | CheckpointError | NonFiniteError | OSError):
+    of_input = isinstance(error, ConfigError | CheckpointError | NonFiniteError | OSError)
+    if not of_input and not is_store_error(error):
         raise error
     print(f"error: {error}", file=sys.stderr)
     code = EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
@@ -93,5 +96,5 @@ def _parser(alone: str | None = None) -> CommandParser:
 def _filled(parser: CommandParser, command: Any) -> CommandParser:
     """`parser` with the options of the module `command`, and with what it runs."""
     command.add_options(parser)
-    parser.set_defaults(run=command.run)
+    parser.set_defaults(run=command.run, as_path=local_path if command in LOCAL_ONLY else as_path)
     return parser

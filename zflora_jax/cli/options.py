@@ -99,8 +99,8 @@ def add_source(parser: CommandParser, verb: str) -> None:
         "--model",
         metavar="MODEL",
         help=(
-            f"{verb} a model: a Hugging Face directory, an export, hub id, .gguf file or"
-            " smollm2-135m"
+            f"{verb} a model: a Hugging Face directory, an export (or its s3:// or gs:// URL), hub"
+            " id, .gguf file or smollm2-135m"
         ),
     )
     add_checkpoint(parser, of="of a run: ")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from zflora_jax.cli.inputs import damage_is_input
 from zflora_jax.cli.options import CommandParser
 from zflora_jax.core.fields import require
+from zflora_jax.core.storage import as_path, is_url
 
 SUMMARY = "Draw loss, learning rate, tokens/s and gradient norm of runs, several over each other."
 
@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.reporting.metrics import METRICS_FILE
     from zflora_jax.reporting.plots import training_curves
 
-    folders = [os.path.abspath(run) for run in args.runs]
+    folders = [run if is_url(run) else os.path.abspath(run) for run in args.runs]
     # What all have in common says nothing in a legend.
     shared = os.path.commonpath([os.path.dirname(folder) for folder in folders])
-    runs = {os.path.relpath(folder, shared): Path(folder) / METRICS_FILE for folder in folders}
+    runs = {os.path.relpath(folder, shared): as_path(folder) / METRICS_FILE for folder in folders}
     for path in runs.values():
         require(
             path.is_file(),
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         args.out is not None or len(runs) == 1,
         f"--out PATH says where a figure of {len(runs)} runs goes.",
     )
-    out = args.out or str(Path(args.runs[0]) / "curves")
+    out = args.out or str(as_path(args.runs[0]) / "curves")
     of = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs of {os.path.basename(shared)}"
     with damage_is_input():
         training_curves(runs, out, args.title or of)

@@ -18,7 +18,10 @@ def add_options(parser: CommandParser) -> None:
         metavar="FILE",
         help="a Python file with get_config() -> RunConfig, e.g. configs/quickstart.py",
     )
-    add_workdir(parser, "where the run lives: config, checkpoints, metrics, report")
+    add_workdir(
+        parser,
+        "directory, or s3:// or gs:// URL, of the run: config, checkpoints, metrics, report",
+    )
     parser.add_argument(
         "--resume",
         action="store_true",

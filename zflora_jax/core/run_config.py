@@ -293,7 +293,8 @@ class RunConfig:
     """Everything that decides a run's numbers, written beside its checkpoints as config.json."""
 
     model: str = "smollm2-135m"
-    """The base: a preset, a Hugging Face directory or hub id, an export, or a .gguf file."""
+    """The base: a preset, a hub id, or path or URL (s3://, gs://) of a Hugging Face directory, an
+    export or a .gguf file."""
     adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig("zflora-minimal"))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

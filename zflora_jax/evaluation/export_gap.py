@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
+from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.inference.batching import padded_length
 from zflora_jax.nn.llama import forward
@@ -37,7 +37,7 @@ def export_gap(
     Raises:
       CheckpointError: NaN or infinite logits on either side.
     """
-    export = load_stock(Path(path), model.config.execution.scan_layers, mesh_of(model.params))
+    export = load_stock(local_copy(path), model.config.execution.scan_layers, mesh_of(model.params))
     exact = Model(model.config.replace(dtype="float32"), model.params)
     worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0
     for row in prompts:

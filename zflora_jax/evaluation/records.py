@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,7 +24,7 @@ from zflora_jax.data.tokenization import encode_prompts, fit_documents
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.text import answer_text, stop_ids
-from zflora_jax.reporting.files import atomic_write
+from zflora_jax.reporting.growing import GrowingFile
 
 log = logging.getLogger(__name__)
 
@@ -240,35 +241,38 @@ def _in_batches(
     same model, prompts and `key` is not done again.
     """
     done: dict[int, Record] = {}
-    if partial is not None:
-        name = hashlib.sha256(
-            repr((fingerprint(model), [list(p) for p in prompts], key)).encode()
-        ).hexdigest()
-        done = _read_partial(partial, name)
-        if done:
-            log.info(
-                "%s holds %d of %d rows: going on from there", partial, len(done), len(prompts)
-            )
-            on_batch(len(done))
-        lines = [{"key": name}, *({"index": i} | record for i, record in done.items())]
-        atomic_write(
-            partial, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        )
-    left = sorted(
-        (i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i)
-    )
-    for start in range(0, len(left), size):
-        rows = left[start : start + size]
-        fresh = dict(zip(rows, work(rows), strict=True))
-        done |= fresh
+    with contextlib.ExitStack() as stack:
+        kept: GrowingFile | None = None
         if partial is not None:
-            with partial.open("a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"index": i} | record, ensure_ascii=False) + "\n"
-                    for i, record in fresh.items()
+            name = hashlib.sha256(
+                repr((fingerprint(model), [list(p) for p in prompts], key)).encode()
+            ).hexdigest()
+            done = _read_partial(partial, name)
+            if done:
+                log.info(
+                    "%s holds %d of %d rows: going on from there", partial, len(done), len(prompts)
                 )
-        on_batch(len(rows))
+                on_batch(len(done))
+            begin: list[Record] = [{"key": name}]
+            begin += [{"index": i} | record for i, record in done.items()]
+            kept = stack.enter_context(GrowingFile(partial, _json_lines(begin)))
+        left = sorted(
+            (i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i)
+        )
+        for start in range(0, len(left), size):
+            rows = left[start : start + size]
+            fresh = dict(zip(rows, work(rows), strict=True))
+            done |= fresh
+            if kept is not None:
+                kept.add(_json_lines([{"index": i} | record for i, record in fresh.items()]))
+                if kept.is_due():
+                    kept.sync()
+            on_batch(len(rows))
     return [done[i] for i in range(len(prompts))]
+
+
+def _json_lines(values: Sequence[Record]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def _read_partial(path: Path, name: str) -> dict[int, Record]:
@@ -278,7 +282,7 @@ def _read_partial(path: Path, name: str) -> dict[int, Record]:
     done: dict[int, Record] = {}
     if not path.is_file():
         return done
-    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8", errors="replace"))):
+    for number, line in enumerate(lines_of(path.read_bytes().decode("utf-8", errors="replace"))):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

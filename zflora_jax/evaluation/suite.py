@@ -12,6 +12,7 @@ from typing import Any
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import EvalConfig, RunConfig
+from zflora_jax.core.storage import as_path
 from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
 from zflora_jax.data.tasks import GROUPS, get_task
@@ -19,7 +20,7 @@ from zflora_jax.evaluation.contamination import questions
 from zflora_jax.evaluation.statistics import as_dicts, group_scores
 from zflora_jax.evaluation.summary import summary_page
 from zflora_jax.evaluation.task import Evaluated, Result, evaluate_task, remove
-from zflora_jax.reporting.files import local_path, write_result
+from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment
 
 log = logging.getLogger(__name__)
@@ -71,12 +72,12 @@ def evaluate_tasks(
       ConfigError: as `check_tasks`; or `out` holds a summary of that name of another model or of
         other settings.
     """
-    out, env, run = local_path(out, "out"), environment(), dated(run)
+    out, env, run = as_path(out, "out"), environment(), dated(run)
     check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
     origin = _origin(run, model)
     if not replace:
-        _refuse_other(Path(f"{path}.json"), origin)
+        _refuse_other(as_path(f"{path}.json"), origin)
     seen = _seen_by_task(run, tasks, trained_on)
     done = {}
     for task in tasks:

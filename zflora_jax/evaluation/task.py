@@ -15,6 +15,7 @@ from typing import Any
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, require_fit
 from zflora_jax.core.run_config import EvalConfig, RunConfig
+from zflora_jax.core.storage import as_path
 from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.tasks import Example
@@ -24,7 +25,7 @@ from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.records import Record, generation_records, likelihood_records
 from zflora_jax.evaluation.statistics import as_dicts, scores_of
 from zflora_jax.parallel.mesh import require_local
-from zflora_jax.reporting.files import atomic_write, local_path, write_json
+from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.progress import progress_bar
 from zflora_jax.reporting.provenance import environment
 
@@ -126,7 +127,7 @@ def evaluate_task(
     Args:
       seen: the normalised questions of the training data; None where none was named.
     """
-    out = None if out is None else local_path(out, "out")
+    out = None if out is None else as_path(out, "out")
     started, env, evaluation, run = time.perf_counter(), environment(), run.eval, dated(run)
     require_fit(run, model)
     require_local(model.params, "evaluate")
@@ -137,7 +138,7 @@ def evaluate_task(
     if evaluation.loss:
         result |= _loss_fields(run, model, rows.examples)
     partials = {
-        kind: None if out is None else Path(f"{out}.{kind}.partial.jsonl")
+        kind: None if out is None else as_path(f"{out}.{kind}.partial.jsonl")
         for kind in ("likelihood", "generation")
     }
     records = rows.records()

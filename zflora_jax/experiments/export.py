@@ -10,9 +10,9 @@ import jax
 from jax.sharding import Mesh
 
 from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.storage import as_path
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS, TrainedRun
 from zflora_jax.experiments.restore import load_run
-from zflora_jax.reporting.files import local_path
 
 
 def export_run(
@@ -45,7 +45,7 @@ def export_run(
       ConfigError: there is no such checkpoint, it cannot be exported like this, or a setting is
         given that the format does not have.
     """
-    local_path(out, "out")
+    as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     exporter, given = EXPORTERS[format], {"dtype": dtype, "eps_z": eps_z}
     _require_taken(format, given)
@@ -55,7 +55,7 @@ def export_run(
         f"{count} processes cannot export a run together: start one, with the devices that the"
         " model needs.",
     )
-    run = TrainedRun(Path(workdir), *load_run(workdir, checkpoint, mesh=mesh))
+    run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
     return exporter.write(out, run, **{name: given[name] for name in exporter.settings})
 
 

@@ -19,14 +19,16 @@ from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import ConfigError, from_dict
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.stored_config import from_file
+from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import WEIGHTS
 from zflora_jax.hf.peft_settings import CONFIG
 from zflora_jax.hf.restore import MANIFEST, read_manifest
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.reporting.metrics import METRICS_FILE, read_metrics
-from zflora_jax.training.workdir import read_config, saved_steps
+from zflora_jax.training.workdir import STARTS_FILE, read_config, saved_steps
 
 Facts = dict[str, Any]
 
@@ -44,7 +46,9 @@ def describe(path: str | os.PathLike[str]) -> Facts:
     Raises:
       ConfigError: there is nothing of these kinds at the path; the message says what was found.
     """
-    source = Path(path).expanduser()
+    source = as_path(path).expanduser()
+    if is_url(path) and not (source / STARTS_FILE).is_file():
+        source = local_copy(path)  # headers are read from files
     if source.is_dir():
         if (source / MANIFEST).is_file():
             return _export(source)

@@ -38,7 +38,7 @@ from zflora_jax.experiments.store import (
 from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.provenance import commit_text
-from zflora_jax.training.workdir import BusyError, locked
+from zflora_jax.training.lock import BusyError, locked
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.base import load_base
 from zflora_jax.parallel.mesh import mesh_if_there
@@ -39,7 +40,7 @@ def load_run(
     """
     run = read_config(workdir)
     require(
-        (Path(workdir) / CHECKPOINTS).is_dir(),
+        (as_path(workdir, "workdir") / CHECKPOINTS).is_dir(),
         f"{workdir} has no checkpoint yet; train it first.",
     )
     mesh = mesh_if_there(run.mesh) if mesh is None else mesh

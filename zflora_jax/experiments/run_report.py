@@ -15,6 +15,7 @@ from zflora_jax.adapters.counts import count_params
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.storage import as_path
 from zflora_jax.experiments.setup import Setup
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json
@@ -27,7 +28,7 @@ Report = dict[str, Any]
 def read_report(workdir: str | Path) -> Report | None:
     """The report of the run in `workdir`, None if it is missing or damaged."""
     try:
-        found = json.loads((Path(workdir) / REPORT_FILE).read_text(encoding="utf-8"))
+        found = json.loads((as_path(workdir) / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None

@@ -24,6 +24,7 @@ from zflora_jax.experiments.compiled_plan import compiled_step, planned_bytes
 from zflora_jax.experiments.planner import GIB, bytes_per_device, memory_plan, shaped_config
 from zflora_jax.ops.attention import attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
+from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.program_text import Program, kernels
 from zflora_jax.parallel.sharding import make_mesh
 from zflora_jax.parallel.targets import Target
@@ -72,7 +73,8 @@ def compiled_facts(run: RunConfig, config: LlamaConfig, where: Target) -> dict[s
     found: dict[str, Any] = {"target": where.name}
     devices = where.devices(getattr(run.mesh, "slices", 1))[: run.mesh.devices]
     try:
-        compiled = compiled_step(run, config, devices)
+        with no_compile_cache():
+            compiled = compiled_step(run, config, devices)
     except jax.errors.JaxRuntimeError as error:
         needs = _needed(str(error))
         if needs is None:

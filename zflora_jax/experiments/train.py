@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
@@ -18,6 +18,7 @@ from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.dates import today
 from zflora_jax.data.pipeline import train_batches
@@ -26,7 +27,6 @@ from zflora_jax.experiments.setup import Setup, prepare
 from zflora_jax.parallel import distributed
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.sharding import make_mesh, own_rows, put_rows
-from zflora_jax.reporting.files import local_path
 from zflora_jax.reporting.metrics import MetricWriter
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.trackers import require_trackers
@@ -38,6 +38,7 @@ from zflora_jax.training.hooks import (
     SaveCheckpoints,
     StopOnSignal,
 )
+from zflora_jax.training.lock import locked
 from zflora_jax.training.loop import Hook, fit
 from zflora_jax.training.optim import require_optimizer
 from zflora_jax.training.trainer import TrainState, make_train_step
@@ -46,7 +47,6 @@ from zflora_jax.training.workdir import (
     adopt,
     change_notes,
     claim,
-    locked,
     record_start,
     require_own,
 )
@@ -89,7 +89,7 @@ def train(
 
     Args:
       run: the settings.
-      workdir: directory of the run, shared by all its processes; None for runs/<task>-<method>.
+      workdir: directory or URL, shared by all processes; None for runs/<task>-<method>.
       model: the run's base if it is loaded already, see `base.given_base`.
       devices: of the mesh, None for all.
       resume: refuse a `workdir` without a run.
@@ -110,18 +110,18 @@ def train(
     for note in change_notes(changed, run):
         log.info("%s", note)
     with ExitStack() as stack:
-        signals, checkpoints = _open(stack, setup, workdir)
+        signals, checkpoints, held = _open(stack, setup, workdir)
         state, spent = _first_state(setup, checkpoints, workdir)
         if (first := int(state.step)) >= run.train.steps:
             log.info("%s is finished (%d steps): nothing to train", workdir, run.train.steps)
             evaluate = functools.partial(setup.held_out_loss, state.adapters)
             report = finished_report(setup, workdir, spent, env, evaluate)
             return Trained(setup.model, state.adapters, report, run.data.date)
-        writer = _open_logs(stack, run, workdir, console, first, env, changed)
+        writer = _open_logs(stack, run, workdir, console, first, env, changed, held)
         metrics = LogMetrics(writer, run.train, started)
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
         meta = {**setup.fingerprints, "data_seed": run.data.seed}
-        save = SaveCheckpoints(checkpoints, run.train, meta, started - spent)
+        save = SaveCheckpoints(checkpoints, run.train, meta, started - spent, writer)
         # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
         measured = [loss, save] if run.train.keep_best else [save, loss]
         hooks = [RequireFinite(), metrics, *measured, StopOnSignal(signals)]
@@ -142,7 +142,7 @@ def _admit(
     workdir = (
         Path("runs") / f"{run.data.task}-{run.adapter.method}"
         if workdir is None
-        else local_path(workdir, "workdir")
+        else as_path(workdir, "workdir")
     )
     require_trackers(run.train.report_to)
     require_optimizer(run.optim.optimizer)
@@ -164,19 +164,19 @@ def _same_day(run: RunConfig) -> RunConfig:
 
 def _open(
     stack: ExitStack, setup: Setup, workdir: Path
-) -> tuple[distributed.StopSignals, Checkpoints]:
-    """Take the workdir, until `stack` is closed."""
+) -> tuple[distributed.StopSignals, Checkpoints, Callable[[], None]]:
+    """Take the workdir, until `stack` is closed. The function raises if the lock was lost."""
     train = setup.run.train
     stack.enter_context(compile_cache(workdir / "compile_cache"))
     # Left after the checkpoints: until then the newest one may still be being written.
     signals = stack.enter_context(distributed.StopSignals())
-    distributed.on_main(lambda: stack.enter_context(locked(workdir)))
+    held = distributed.on_main(lambda: stack.enter_context(locked(workdir))) or (lambda: None)
     distributed.on_main(lambda: require_own(workdir, setup.run))
     checkpoints = stack.enter_context(
-        Checkpoints(workdir, train.max_to_keep, keep_best=train.keep_best)
+        Checkpoints(workdir, train.max_to_keep, keep_best=train.keep_best, before_commit=held)
     )
     stack.enter_context(jax.set_mesh(setup.mesh))
-    return signals, checkpoints
+    return signals, checkpoints, held
 
 
 def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[TrainState, float]:
@@ -201,6 +201,7 @@ def _open_logs(
     first: int,
     env: Report,
     changed: Changes,
+    held: Callable[[], None],
 ) -> MetricWriter | None:
     """Open metrics.jsonl and what train.report_to names until `stack` is closed, and record the
     start. None in processes that write nothing.
@@ -208,7 +209,7 @@ def _open_logs(
     shown = to_dict(run) | {"environment": env}
     writer = distributed.on_main(
         lambda: stack.enter_context(
-            MetricWriter(workdir, run.train.steps, console, first, run.train.report_to, shown)
+            MetricWriter(workdir, run.train.steps, console, first, run.train.report_to, shown, held)
         )
     )
     processes = jax.process_count()

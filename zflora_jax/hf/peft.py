@@ -24,13 +24,13 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.hf.directory import whole_directory
+from zflora_jax.hf.directory import export_target, local_copy, whole_directory
 from zflora_jax.hf.keys import as_finite
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.peft_settings import CONFIG, ModuleLora, module_name, read_settings
 from zflora_jax.hf.shards import Shards
 from zflora_jax.parallel.mesh import require_local
-from zflora_jax.reporting.files import local_path, write_json
+from zflora_jax.reporting.files import write_json
 
 WEIGHTS, WRITER = "adapter_model.safetensors", "zflora_jax"
 
@@ -62,7 +62,7 @@ def save_peft(
     """
     from safetensors.numpy import save_file
 
-    target = local_path(path, "export directory").expanduser().resolve()
+    target = export_target(path)
     if adapter.method != "lora":
         raise ConfigError(
             f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
@@ -144,7 +144,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     is folded into its B. Modules and layers that the directory does not adapt get zeros.
 
     Args:
-      path: the directory.
+      path: the directory, or its URL.
       model: the base that the adapters are for.
 
     Returns:
@@ -156,7 +156,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
       CheckpointError: a file cannot be read, or tensors are missing, unexpected, misshapen for this
         model or not finite.
     """
-    directory = Path(path).expanduser()
+    directory = local_copy(path).expanduser()
     if not directory.is_dir():
         raise CheckpointError(f"no PEFT directory at {directory}.")
     if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():

@@ -19,7 +19,7 @@ from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.card import base_name, model_card
-from zflora_jax.hf.directory import whole_directory
+from zflora_jax.hf.directory import export_target, whole_directory
 from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.load import locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
@@ -27,7 +27,7 @@ from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.stock import StockForm, module_of, native_tensors, stock_form, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.parallel.mesh import require_local
-from zflora_jax.reporting.files import local_path, write_json
+from zflora_jax.reporting.files import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -48,7 +48,7 @@ def save_hf(
     of this project with nothing added to it; any other is left alone and refused.
 
     Args:
-      path: the directory to write.
+      path: the directory to write, or its URL (s3://, gs://).
       model: not packed; its layers may be stacked or not.
       dtype: of the stored tensors, "float32", "bfloat16" or "float16"; None: the parameters' own.
         Arithmetic is in float32, and each tensor is cast once.
@@ -67,7 +67,7 @@ def save_hf(
       ConfigError: the model is packed, or dtype or eps_z cannot be used.
       CheckpointError: a value is not finite in `dtype`, or the directory must not be replaced.
     """
-    target = local_path(path, "export directory").expanduser().resolve()
+    target = export_target(path)
     dtype = dtype or str(trees.flatten(model.params)["embed/embedding"].dtype)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
@@ -84,14 +84,20 @@ def save_hf(
         if model.config.base_hidden_size is not None:
             report["eps_z"] = form.eps_z
         (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
-        files = sorted(
-            [*(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()), MANIFEST]
-        )
+        files = _files_and_manifest(staging)
         write_json(
             staging / MANIFEST,
             _manifest(model, form, dtype, base_fingerprint, files) | {"figures": dict(card or {})},
         )
-    return report | {"bytes": sum((target / name).stat().st_size for name in files), "files": files}
+        total = sum((staging / name).stat().st_size for name in files)
+    return report | {"bytes": total, "files": files}
+
+
+def _files_and_manifest(folder: Path) -> list[str]:
+    """The files in `folder`, and the manifest, which is written last."""
+    return sorted(
+        [*(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()), MANIFEST]
+    )
 
 
 def _widths(config: LlamaConfig) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from zflora_jax.core.storage import as_path
+
 KEPT_FROM_SECONDS = 0.2  # programs that compile faster are not cached
 
 
@@ -23,18 +25,29 @@ def compile_cache(directory: str | Path) -> Iterator[None]:
     warning and is compiled again.
 
     Args:
-      directory: of the cache.
+      directory: of the cache, or its URL.
     """
     config: Any = jax.config  # its values have no types
     if config.jax_compilation_cache_dir is not None:
         yield
         return
     least = config.jax_persistent_cache_min_compile_time_secs
-    _use(str(Path(directory).absolute()), min(least, KEPT_FROM_SECONDS))
+    _use(str(as_path(directory).absolute()), min(least, KEPT_FROM_SECONDS))
     try:
         yield
     finally:
         _use(None, least)
+
+
+@contextmanager
+def no_compile_cache() -> Iterator[None]:
+    """Compile without any cache: a program for an absent device cannot be read from one."""
+    was = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was)
 
 
 def _use(directory: str | None, least: float) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from zflora_jax.core.fields import ConfigError, first_line, require
+from zflora_jax.core.storage import as_path, is_url
 
 T = TypeVar("T")
 
@@ -173,7 +174,7 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
         return
     # No file of an earlier start can be taken for this one.
     nonce = from_main(secrets.randbelow(2**31))
-    file = Path(workdir) / f".shared-{nonce:08x}"
+    file = as_path(workdir, "workdir") / f".shared-{nonce:08x}"
     on_main(lambda: _write_nonce(file))
     try:
         sees = np.asarray(_appears(file, SHARED_WITHIN))
@@ -187,18 +188,19 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
         f"workdir {workdir} is not shared: of {jax.process_count()} processes,"
         f" {', '.join(map(str, blind))} did not see within {SHARED_WITHIN:g} s what process 0 wrote"
         " there. Give all processes one directory on a file system that all hosts mount (NFS,"
-        " Lustre, a mounted bucket).",
+        " Lustre), or one URL of a bucket (s3://, gs://).",
     )
 
 
 def _write_nonce(file: Path) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if not is_url(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(file.name, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"cannot write to workdir {file.parent}: {error.strerror}. Choose a directory that you"
-            " may write to."
+            f"cannot write to workdir {file.parent}: {error.strerror or error}. Choose a directory"
+            " that you may write to."
         ) from None
 
 

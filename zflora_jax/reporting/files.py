@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON among them."""
+"""Files and objects that are written whole or not at all, JSON among them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from zflora_jax.core.fields import require
-
-# gs://bucket/run, and gs:/bucket/run, which a Path makes of it; not a drive letter.
-_SCHEME = re.compile(r"[A-Za-z][\w+.-]+:/")
+from zflora_jax.core.storage import as_path, is_url, put
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Turn a path to be written into a Path. Call it before anything is created.
+    """Turn a path to be written into a Path where object storage cannot be used. Call it before
+    anything is created.
 
     Args:
       path: of a local file or directory.
@@ -27,11 +25,10 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
     Raises:
       ConfigError: it is a URL, which as a Path would become a directory called "gs:".
     """
-    scheme = _SCHEME.match(os.fspath(path))
     require(
-        scheme is None,
-        f"{name} {os.fspath(path)} is a URL: object storage is not supported yet. Give a directory"
-        " of a file system that is mounted here, and copy it afterwards.",
+        not is_url(path),
+        f"{name} {os.fspath(path)} is a URL: this is not written to object storage. Give a"
+        " directory of a file system that is mounted here, and copy it afterwards.",
     )
     return Path(path)
 
@@ -47,7 +44,7 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    if isinstance(value, Path):
+    if isinstance(value, PurePath):
         return str(value)
     if hasattr(value, "tolist"):  # numpy and jax: scalars and small arrays
         return plain(value.tolist())
@@ -84,10 +81,13 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     mixture.
 
     Args:
-      path: of the file; its directory is made.
+      path: of the file, whose directory is made; or URL of an object.
       data: the new content.
     """
-    path = Path(path)
+    path = as_path(path)
+    if is_url(path):
+        put(path, data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
+from zflora_jax.core.storage import as_path, is_store_error
 from zflora_jax.core.textfile import lines_of
-from zflora_jax.reporting.files import atomic_write, plain
+from zflora_jax.reporting.files import plain
+from zflora_jax.reporting.growing import GrowingFile, GrowingFolder
 from zflora_jax.reporting.progress import training_progress
-from zflora_jax.reporting.trackers import Tracker, make_trackers
+from zflora_jax.reporting.trackers import RUN_ID, Tracker, make_trackers
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class MetricWriter:
         dropped, since it is about to be computed again; 0 starts the files anew.
       report_to: rows of `trackers.TRACKERS`.
       config: the settings that trackers show beside the numbers.
+      before_upload: called before files of a bucket are replaced; what it raises keeps them.
 
     Raises:
       ConfigError: a tracker did not start.
@@ -48,20 +52,24 @@ class MetricWriter:
         start_step: int = 0,
         report_to: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
+        before_upload: Callable[[], None] = lambda: None,
     ) -> None:
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / METRICS_FILE
+        path = as_path(workdir, "workdir") / METRICS_FILE
         kept = [
             r
             for r in (_parse(path) if path.exists() else [])
             if start_step > 0 and r["step"] <= start_step
         ]
-        atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self._before_upload = before_upload
+        self._file = GrowingFile(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._restored = {(r["step"], r["split"]) for r in kept}
-        # Before the file is open: they may refuse.
-        self._trackers = make_trackers(report_to, workdir, start_step, config or {})
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._folder = GrowingFolder(workdir, (RUN_ID,))
+        try:  # they may refuse
+            self._trackers = make_trackers(report_to, self._folder.path, start_step, config or {})
+        except BaseException:
+            self._folder.close()
+            self._file.close()
+            raise
         self._progress = training_progress(total_steps, start_step) if console else None
         self._closed = False
 
@@ -84,8 +92,10 @@ class MetricWriter:
                 f"metric names {sorted(clash)} are taken by the record itself; rename them."
             )
         numbers = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
-        self._file.flush()
+        self._file.add(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
+        if self._file.is_due():
+            with self._warning():
+                self.sync()
         self._show(
             lambda tracker: tracker.write(
                 int(step), {f"{split}/{name}": value for name, value in numbers.items()}
@@ -99,6 +109,31 @@ class MetricWriter:
         if self._progress is not None:
             self._progress.update(step, loss, tokens_per_s)
 
+    def sync(self) -> None:
+        """Upload what has been written, if the run is in a bucket.
+
+        Raises:
+          OSError: it did not get there.
+        """
+        if not self._file.is_new():
+            return
+        try:
+            self._before_upload()
+            self._file.sync()
+            self._folder.sync()
+        except Exception as error:
+            if not isinstance(error, OSError) and not is_store_error(error):
+                raise
+            raise OSError(f"metrics could not be uploaded: {error}") from error
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """A failed upload is a warning: a later one brings the same lines."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s", error)
+
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
         if self._closed:
@@ -106,8 +141,11 @@ class MetricWriter:
         self._closed = True
         if self._progress is not None:
             self._progress.close()
-        self._file.close()
         self._show(lambda tracker: tracker.close())
+        with self._warning():
+            self.sync()
+        self._file.close()
+        self._folder.close()
 
     def _show(self, call: Callable[[Tracker], None]) -> None:
         """Call every tracker. Drop one that raises: a full disk or a lost connection there must not
@@ -138,7 +176,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, in file order. Of several with the same step and split the
     last one counts.
     """
-    latest = {(r["step"], r["split"]): r for r in _parse(Path(path))}
+    latest = {(r["step"], r["split"]): r for r in _parse(as_path(path))}
     return list(latest.values())
 
 
@@ -147,7 +185,7 @@ def _parse(path: Path) -> list[dict[str, Any]]:
     damage and raises.
     """
     records = []
-    lines = lines_of(path.read_text(encoding="utf-8", errors="replace"))
+    lines = lines_of(path.read_bytes().decode("utf-8", errors="replace"))
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zflora_jax.reporting.files import atomic_write, local_path
+from zflora_jax.core.storage import as_path
+from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def _figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
 def _save(figure: Figure, out: str | Path) -> None:
     import matplotlib
 
-    out = local_path(out, "figure")
+    out = as_path(out, "figure")
     # Text stays text, and the same figure the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zflora_jax"}):
         for kind, metadata in (("png", {}), ("svg", {"Date": None})):

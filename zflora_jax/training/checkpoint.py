@@ -1,16 +1,15 @@
 """Checkpoints of a run: adapters, optimizer, step and data position, each save verified by a
 checksum.
 
-Layout: checkpoints/<step>/ (orbax; one item "state", one item "meta"). The frozen base is not
-saved; its fingerprint is in "meta". Which settings may go on from a checkpoint is in `workdir`.
+Layout: checkpoints/<step>/, see `checkpoint_files`. The frozen base is not saved; its
+fingerprint is beside the state. Which settings may go on from a checkpoint is in `workdir`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import checksum, fingerprint
+from zflora_jax.training.checkpoint_files import CheckpointFiles, InBucket, OnDisk
 from zflora_jax.training.trainer import TrainState
 from zflora_jax.training.workdir import CHECKPOINTS
 
@@ -63,12 +64,6 @@ def _on_cpu(leaf: Any) -> bool:
     )
 
 
-# orbax numbers its saves by a counter of the process, and what a save starts reads "the current
-# one": two that begin together wait for each other's directories, or write before their own are
-# there.
-_SAVING = threading.Lock()
-
-
 class SaveError(OSError):
     """A checkpoint could not be written; the ones before it are whole."""
 
@@ -86,6 +81,7 @@ class Checkpoints:
       max_to_keep: how many of the newest checkpoints stay.
       keep_best: keep the checkpoint with the lowest `loss` too.
       create: make the directory, and clean up what killed processes left in it; False to read only.
+      before_commit: in a bucket, called before a checkpoint counts; what it raises prevents that.
     """
 
     def __init__(
@@ -95,29 +91,15 @@ class Checkpoints:
         *,
         keep_best: bool = False,
         create: bool = True,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
-
-        policies: list[Any] = [LatestN(max_to_keep)]
-        best: dict[str, Any] = {}
-        if keep_best:
-            by_loss = lambda metrics: metrics["loss"]  # noqa: E731
-            policies.append(
-                BestN(
-                    get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-                )
-            )
-            # Without best_fn orbax forgets the losses when the process ends.
-            best = {"best_fn": by_loss, "best_mode": "min"}
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies),
-            create=create,
-            cleanup_tmp_directories=create,
-            **best,
+        folder = as_path(workdir, "workdir") / CHECKPOINTS
+        self._folder = folder
+        self._files: CheckpointFiles = (
+            InBucket(folder, max_to_keep, keep_best, create, before_commit)
+            if is_url(folder)
+            else OnDisk(folder, max_to_keep, keep_best, create)
         )
-        self._ocp, self._folder = ocp, Path(workdir) / CHECKPOINTS
-        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
 
     @property
     def folder(self) -> Path:
@@ -127,18 +109,14 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The number of steps in the newest complete checkpoint, None if there is none."""
-        return self._manager.latest_step()
+        return max(self._files.steps(), default=None)
 
     @property
     def best(self) -> int | None:
         """The number of steps in the checkpoint with the lowest loss, None if none was saved with
         its loss.
         """
-        only_meta = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
-        losses = {
-            step: self._manager.restore(step, args=only_meta)["meta"].get("loss")
-            for step in self._manager.all_steps()
-        }
+        losses = {step: self._files.read_meta(step).get("loss") for step in self._files.steps()}
         scored = [
             (loss, step)
             for step, loss in losses.items()
@@ -168,26 +146,20 @@ class Checkpoints:
         # host before its save returns (replica_slices.transfer_arrays_to_host), but on a CPU that
         # is no copy.
         state = jax.tree.map(lambda leaf: jnp.copy(leaf) if _on_cpu(leaf) else leaf, state)
-        args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta)
-        )
         with self._writing():
-            self._manager.wait_until_finished()  # here, where no other run waits for it
-            with _SAVING:
-                self._manager.save(
-                    step, args=args, metrics=None if loss is None else {"loss": loss}
-                )
+            self._files.wait()  # here, where no other run waits for it
+            self._files.write(step, state, meta, loss)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise many types
+            remedy = "see to the store" if is_url(self._folder) else "free some space"
             raise SaveError(
-                f"a checkpoint could not be written to {self._manager.directory}"
-                f" ({type(error).__name__}: {str(error)[:200]}). The checkpoints before it are"
-                " whole: free some space, then run the same command again to go on from the"
-                " newest."
+                f"a checkpoint could not be written to {self._folder}"
+                f" ({type(error).__name__}: {str(error)[:300]}). The checkpoints before it are"
+                f" whole: {remedy}, then run the same command again to go on from the newest."
             ) from error
 
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
@@ -211,20 +183,17 @@ class Checkpoints:
             ),
             like,
         )
-        args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardRestore(abstract), meta=self._ocp.args.JsonRestore()
-        )
-        steps = sorted(self._manager.all_steps())
+        steps = self._files.steps()
         step = self.latest if step is None else step
         if step not in steps:
             raise ConfigError(
-                f"{self._manager.directory} has no checkpoint of step {step}; it has those of"
+                f"{self._folder} has no checkpoint of step {step}; it has those of"
                 f" {', '.join(map(str, steps)) or 'none'}."
             )
         try:
-            found = self._manager.restore(step, args=args)
+            state, meta = self._files.read(step, abstract)
             # Not every damaged byte makes a file unreadable.
-            if not _is_whole(found["state"], found["meta"]):
+            if not _is_whole(state, meta):
                 raise ValueError("its numbers are not those that were saved")
         # Orbax and tensorstore raise many types, with messages that name neither run nor remedy
         except Exception as error:
@@ -234,12 +203,12 @@ class Checkpoints:
                 if older
                 else "It is the only one: start the run anew in another --workdir."
             )
-            folder = Path(self._manager.directory) / str(step)
+            folder = self._folder / str(step)
             raise ConfigError(
                 f"checkpoint {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})."
                 f" {remedy}"
             ) from error
-        return found["state"], found["meta"]
+        return state, meta
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -247,10 +216,10 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             with self._writing():
-                self._manager.wait_until_finished()
+                self._files.wait()
         except SaveError as error:
             if kind is None:
                 raise
             log.error("%s", error)  # beside the error that is on its way
         finally:
-            self._manager.close()
+            self._files.close()

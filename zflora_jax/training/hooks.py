@@ -147,6 +147,7 @@ class SaveCheckpoints(Hook):
       meta: saved beside each state.
       began: time.perf_counter() at the start of this process, minus the seconds that earlier
         processes of the run trained.
+      writer: whose records of the steps so far have to be there before the checkpoint is.
     """
 
     def __init__(
@@ -155,9 +156,10 @@ class SaveCheckpoints(Hook):
         settings: TrainConfig,
         meta: Mapping[str, Any],
         began: float,
+        writer: MetricWriter | None = None,
     ) -> None:
         self._checkpoints, self._settings = checkpoints, settings
-        self._meta, self._began = meta, began
+        self._meta, self._began, self._writer = meta, began, writer
 
     def is_due(self, step: int) -> bool:
         return is_due(step, self._settings.save_every, self._settings.steps)
@@ -170,6 +172,8 @@ class SaveCheckpoints(Hook):
         self._save(step, state, None)
 
     def _save(self, step: int, state: TrainState, loss: float | None) -> None:
+        if self._writer is not None:
+            self._writer.sync()
         position = {"next_step": step, "seconds": time.perf_counter() - self._began}
         self._checkpoints.save(step, state, {**self._meta, **position}, loss)
 

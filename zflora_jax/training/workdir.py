@@ -7,13 +7,8 @@ it (`adopt`). The saved states are in checkpoints/, see `checkpoint`.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import functools
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -21,16 +16,17 @@ from typing import Any
 
 from zflora_jax.core.fields import ConfigError, require, to_dict
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
 from zflora_jax.training.identity import FREE, ROUNDING, differences
-
-log = logging.getLogger(__name__)
+from zflora_jax.training.lock import locked
 
 STARTS_FILE = "starts.jsonl"
 CHECKPOINTS = "checkpoints"  # a folder per saved step in it, see `checkpoint`
+COMMIT = "commit.json"  # in a bucket: makes the checkpoint of its folder count
 
 Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was, what it is now)
 
@@ -44,7 +40,7 @@ def read_config(workdir: str | Path) -> RunConfig:
     Raises:
       ConfigError: `workdir` holds no run, or its config.json is damaged.
     """
-    path = Path(workdir) / "config.json"
+    path = as_path(workdir, "workdir") / "config.json"
     if not path.is_file():
         raise ConfigError(
             f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run,"
@@ -79,7 +75,7 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
       ConfigError: `run` changes settings that must stay (the message names all of them), or asks
         for fewer steps than are finished.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir, "workdir")
     if not (workdir / "config.json").is_file():
         unclear = (
             f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to."
@@ -128,8 +124,16 @@ def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
 
 def saved_steps(workdir: str | Path) -> list[int]:
     """The numbers of the steps whose state is saved in `workdir`, in increasing order."""
-    folder = Path(workdir) / CHECKPOINTS
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    return committed_steps(as_path(workdir, "workdir") / CHECKPOINTS)
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """`saved_steps`, of the folder of the checkpoints."""
+    if is_url(folder):
+        found = [path.parent for path in folder.glob(f"*/{COMMIT}")]
+    else:
+        found = list(folder.glob("*"))
+    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def change_notes(changed: Changes, run: RunConfig) -> list[str]:
@@ -169,15 +173,16 @@ def claim(workdir: str | Path, run: RunConfig) -> None:
       ConfigError: the run there cannot go on with these settings, or `workdir` cannot be written.
     """
     adopt(workdir, run)
-    workdir = Path(workdir)
+    workdir = as_path(workdir, "workdir")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        if not is_url(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
         with locked(workdir):
             write_json(workdir / "config.json", to_dict(run))
     except OSError as error:
         raise ConfigError(
-            f"cannot write to workdir {workdir}: {error.strerror}. Choose a directory that you may"
-            " write to."
+            f"cannot write to workdir {workdir}: {error.strerror or error}. Choose a directory"
+            " that you may write to."
         ) from None
 
 
@@ -195,54 +200,6 @@ def require_own(workdir: str | Path, run: RunConfig) -> None:
     )
 
 
-class BusyError(ConfigError):
-    """Another process trains in this workdir."""
-
-
-# Errors of file systems that have no locks, such as some network and FUSE mounts.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-
-
-@functools.cache  # warn once per workdir
-def _warn_unlocked(workdir: str, reason: str) -> None:
-    log.warning(
-        "The file system of %s has no locks (%s), so no other process can be kept out of it: see to"
-        " it that only one trains there.",
-        workdir,
-        reason,
-    )
-
-
-@contextmanager
-def locked(workdir: str | Path) -> Iterator[None]:
-    """Keep other processes out of `workdir`, by an advisory lock that ends with the process.
-
-    On a file system without locks this only warns.
-
-    Raises:
-      BusyError: another process holds it.
-    """
-    with open(Path(workdir) / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"{workdir} is being trained by another process. Wait for it to end, or use another"
-                " --workdir."
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            _warn_unlocked(str(workdir), error.strerror)
-        try:
-            yield
-        finally:
-            # Unlock explicitly: a forked child may still have the file open. Ignore a failure: the
-            # file system has no locks, or closing the file unlocks it.
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)
-
-
 # --- starts.jsonl ---------------------------------------------------------------------------------
 
 
@@ -254,7 +211,7 @@ def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more:
       env: of `provenance.environment`.
       more: further entries of the line; empty ones are left out.
     """
-    path = Path(workdir) / STARTS_FILE
+    path = as_path(workdir) / STARTS_FILE
     earlier = path.read_bytes() if path.is_file() else b""
     line = {"step": step} | dict(env) | {name: value for name, value in more.items() if value}
     atomic_write(path, earlier + json.dumps(plain(line)).encode() + b"\n")
@@ -262,10 +219,10 @@ def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more:
 
 def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
     """The starts of a run, in order. Damaged lines are left out; without a file there are none."""
-    path, found = Path(workdir) / STARTS_FILE, list[dict[str, Any]]()
+    path, found = as_path(workdir) / STARTS_FILE, list[dict[str, Any]]()
     if not path.is_file():
         return found
-    for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
+    for line in lines_of(path.read_bytes().decode("utf-8", errors="replace")):
         with contextlib.suppress(ValueError):
             start = json.loads(line)
             found += [start] if isinstance(start, dict) else []

@@ -1,0 +1,122 @@
+"""Stores on loopback, in processes of their own: moto's S3 server and an emulator of Google Cloud
+Storage; and buckets in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+START_WITHIN = 60.0  # seconds
+
+
+def _require(*modules: str) -> None:
+    """Skip the test where one is missing. They are not imported: `use_store` comes first."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+
+
+@contextmanager
+def moto_server() -> Iterator[str]:
+    """The address of an S3 server with nothing in it; it ends with the context. The test is skipped
+    where moto or s3fs is missing.
+    """
+    _require("moto", "flask", "s3fs")
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            yield _address(process, log)
+        finally:
+            process.kill()
+            process.wait(timeout=30)
+
+
+def _address(process: subprocess.Popen[bytes], log: object) -> str:
+    """Which free port it took, as it says."""
+    deadline, said = time.monotonic() + START_WITHIN, ""
+    while process.poll() is None and time.monotonic() < deadline:
+        log.seek(0)  # type: ignore[attr-defined]
+        said = log.read().decode()  # type: ignore[attr-defined]
+        if found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", said):
+            return found[1]
+        time.sleep(0.05)
+    raise AssertionError(f"moto did not start: {said[-1000:]}")
+
+
+@contextmanager
+def gcs_server() -> Iterator[str]:
+    """As `moto_server`, of Google Cloud Storage."""
+    _require("gcp_storage_emulator", "gcsfs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, "--host=127.0.0.1", f"--port={port}"], stdout=log, stderr=log
+        )
+        try:
+            deadline = time.monotonic() + START_WITHIN
+            while process.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait(timeout=30)
+
+
+def use_store(patch: pytest.MonkeyPatch, scheme: str, address: str) -> None:
+    """Let this process, and those that it starts, speak to the store at `address` alone."""
+    settings = {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    }
+    if scheme == "gs":
+        settings = {
+            "STORAGE_EMULATOR_HOST": address,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it asks Google for credentials
+        }
+    for name, value in settings.items():
+        patch.setenv(name, value)
+
+
+def new_bucket(scheme: str) -> str:
+    """The URL of a new, empty bucket in the store."""
+    import fsspec
+
+    name = f"bucket-{secrets.token_hex(4)}"
+    fsspec.filesystem(scheme, skip_instance_cache=True).mkdir(name)
+    return f"{scheme}://{name}"
+
+
+def names(url: str) -> list[str]:
+    """The objects of the bucket of a URL, in order."""
+    import fsspec
+
+    scheme, _, rest = url.partition("://")
+    bucket = rest.partition("/")[0]
+    found = fsspec.filesystem(scheme).find(bucket)
+    return sorted(name.removeprefix(f"{bucket}/") for name in found)

@@ -1,0 +1,31 @@
+"""Paths in buckets: etils.epath's, with what it does not do well for objects."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import fsspec
+from etils.epath.gpath import PosixGPath
+
+
+class BucketPath(PosixGPath):  # type: ignore[misc]
+    """A URL with the methods of pathlib.Path.
+
+    An object is read by one request. epath asks for its size first, and fails if the object is
+    replaced in between.
+    """
+
+    def read_bytes(self) -> bytes:
+        url = os.fspath(self)
+        content: bytes = fsspec.filesystem(url.partition("://")[0]).cat_file(url)
+        return content
+
+    def read_text(self, encoding: str | None = None) -> str:
+        return self.read_bytes().decode(encoding or "utf-8")
+
+    def resolve(self, strict: bool = False) -> Any:
+        return self  # epath puts the current directory before it
+
+    def absolute(self) -> Any:
+        return self
