@@ -12,7 +12,6 @@ plain blocks, for packed rows; and of the train step of Llama-3.2-1B cut to 2 la
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections import Counter
@@ -170,13 +169,13 @@ def measure() -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The page of a result."""
 
-    def mib(size: int) -> str:
-        return f"{size / MIB:,.1f}"
+    def mib(size: int) -> float:
+        return round(size / MIB, 1)
 
     def calls(row: dict[str, Any]) -> str:
         return ", ".join(f"{n} x `{name}`" for name, n in row["calls"].items()) or "none"
 
-    alone = markdown_table(
+    alone = table(
         [
             "compiled for",
             "T",
@@ -194,7 +193,7 @@ def page(result: dict[str, Any]) -> str:
             for row in result["rows"]
         ],
     )
-    steps = markdown_table(
+    steps = table(
         [
             "compiled for",
             "T",
@@ -238,13 +237,17 @@ growth; memory that grew with T x T would double them.
 
 Llama-3.2-1B cut to 2 layers, zflora-minimal r=32, bfloat16, {ROWS} rows of T tokens for each
 device along fsdp; per device. The layers are one loop body: its text holds the forward kernel once,
-so the backward pass does not run it again, unless all of a layer is computed again ("layer again",
-`train.remat=True`).
+so the backward pass does not run it again, unless all of a layer is computed again
+(`train.remat=True`).
 
 {steps}
 
 {origin_line(result["environment"])}
 """
+
+
+def table(headings: list[str], cells: list[list[Any]]) -> str:
+    return markdown_table([dict(zip(headings, row, strict=True)) for row in cells], headings)
 
 
 def growth(rows: list[dict[str, Any]]) -> str:
@@ -258,8 +261,8 @@ def growth(rows: list[dict[str, Any]]) -> str:
         }
         if len(sizes) == len(LENGTHS):
             steps = [(sizes[b] - sizes[a]) / (b - a) / 1024 for a, b in pairwise(LENGTHS)]
-            found.append([device, kernel, *(f"{step:,.1f}" for step in steps)])
-    return markdown_table(
+            found.append([device, kernel, *(round(step, 1) for step in steps)])
+    return table(
         ["compiled for", "kernel", *(f"T = {a} to {b}, KiB" for a, b in pairwise(LENGTHS))], found
     )
 
@@ -270,7 +273,7 @@ def main() -> None:
     )
     parser.add_argument("--out", default="results/attention")
     args = parser.parse_args()
-    result = json.loads(json.dumps(measure()))
+    result = measure()
     write_result(args.out, result, page(result))
 
 

@@ -47,6 +47,7 @@ def train(result: dict[str, Any]) -> str:
 
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "attention": script("attention"),
     "decode_variants": script("decode_variants"),
     "generation_check": script("generation_check"),
     "latency": latency,

@@ -54,7 +54,7 @@ class Case:
           vocab_size: of the model.
 
         Returns:
-          tokens int32, loss_mask bool and segments int32, each [batch, length].
+          tokens int32 and loss_mask bool, each [batch, length].
         """
         tokens = (
             np.random.default_rng(0)
@@ -64,7 +64,7 @@ class Case:
         mask = np.broadcast_to(
             np.arange(self.length) >= max(1, round(self.masked * self.length)), tokens.shape
         )
-        return {"tokens": tokens, "loss_mask": mask, "segments": np.ones_like(tokens)}
+        return {"tokens": tokens, "loss_mask": mask}
 
 
 def peak_resident() -> float:
