@@ -1,4 +1,7 @@
-"""Records of generated answers and of option log-likelihoods: one per example, resumable."""
+"""Records of generated answers and of option log-likelihoods: one per example, resumable.
+
+Processes that share a model call these functions together; process 0 alone reads and writes files.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from zflora_jax.data.tokenization import encode_prompts, fit_documents
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.text import answer_text, stop_ids
+from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -244,16 +248,17 @@ def _in_batches(
         name = hashlib.sha256(
             repr((fingerprint(model), [list(p) for p in prompts], key)).encode()
         ).hexdigest()
-        done = _read_partial(partial, name)
+        rows = distributed.from_process_0(sorted(_read_partial(partial, name).items()))
+        done = {int(i): record for i, record in rows}
         if done:
             log.info(
                 "%s holds %d of %d rows: going on from there", partial, len(done), len(prompts)
             )
             on_batch(len(done))
         lines = [{"key": name}, *({"index": i} | record for i, record in done.items())]
-        atomic_write(
-            partial, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if distributed.is_main():
+            atomic_write(partial, text.encode())
     left = sorted(
         (i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i)
     )
@@ -261,7 +266,7 @@ def _in_batches(
         rows = left[start : start + size]
         fresh = dict(zip(rows, work(rows), strict=True))
         done |= fresh
-        if partial is not None:
+        if partial is not None and distributed.is_main():
             with partial.open("a", encoding="utf-8") as file:
                 file.writelines(
                     json.dumps({"index": i} | record, ensure_ascii=False) + "\n"

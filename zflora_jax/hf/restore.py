@@ -27,6 +27,7 @@ from zflora_jax.hf.keys import (
     check_tensors,
     gather,
     hf_table,
+    slices_shape,
 )
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
@@ -101,11 +102,11 @@ def load_export(
         )
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
-        # Stock form pads and reorders, so a block is cut from the whole tensor.
+        block, inner = place.block(slices)
         if side is not None and name in kept:
-            return place.to_native(as_finite(side.read(name), dtype, name, what))[slices]
-        x = stock[name].to_native(as_finite(shards.read(name), np.float32, name, what))
-        return form.inverse(module_of(place), x)[slices]
+            return _block(side, name, place, block, dtype)[inner]
+        x = _block(shards, name, stock[name], block)
+        return form.inverse(module_of(place), x, block)[inner]
 
     where = sharding and partial(sharding, fused=adapter is not None)
     return Model(native, unflatten(gather(table, read, dtype, where)), adapter=adapter)
@@ -141,12 +142,19 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
-        return form.inverse_heads(
-            module_of(place), place.to_native(as_finite(shards.read(name), np.float32, name, what))
-        )[slices]
+        block, inner = place.block(slices)
+        return form.inverse_heads(module_of(place), _block(shards, name, place, block))[inner]
 
     where = None if mesh is None else partial(placement, mesh, fused=True)
     return Model(config, unflatten(gather(table, read, np.float32, where)))
+
+
+def _block(
+    shards: Shards, name: str, place: Place, block: Slices, dtype: Any = np.float32
+) -> np.ndarray:
+    """A block of a tensor, which alone is read, in the layout of `place` (native or stock form)."""
+    x = as_finite(shards.read(name, place.hf_slices(block)), dtype, name, str(shards.directory))
+    return place.to_native(x, slices_shape(block))
 
 
 def _read_form(
