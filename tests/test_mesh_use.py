@@ -8,6 +8,7 @@ import re
 import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.checks import assert_logits_close, assert_trees_equal, compiled
@@ -25,6 +26,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import (
     MeshConfig,
 )
@@ -37,7 +39,8 @@ from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
-from zflora_jax.parallel.sharding import make_mesh
+from zflora_jax.parallel.sharding import make_mesh, shardings
+from zflora_jax.training.trainer import eval_step
 
 
 def assert_same(got, want, *, exact=True):
@@ -193,6 +196,26 @@ def test_no_program_holds_a_whole_kernel():
             "beams",
         ), name  # these gather blocks, and scores
         assert_no_whole_kernel(text, fused.config)
+
+
+def test_the_loss_of_layers_apart_gathers_no_kernel():
+    """They are in no scan, so XLA would gather those of all layers ahead of the first: a copy of
+    the model on every device.
+    """
+    config = preset("tiny").replace(
+        hidden_size=256, intermediate_size=1024, num_layers=4, num_kv_heads=4, scan_layers=False
+    )
+    mesh = make_mesh(MeshConfig(fsdp=2))
+    params = trees.unflatten(
+        {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in param_shapes(config).items()}
+    )
+    size, where = 4 * trees.size(params), shardings(params, mesh)
+    params = jax.tree.map(lambda x, at: x.update(sharding=at), params, where)
+    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    rows = {"tokens": tokens, "segments": tokens, "loss_mask": tokens.update(dtype=bool)}
+    with jax.set_mesh(mesh):
+        program = compiled(eval_step.lower(config, None, {"params": params}, rows, 128))
+    assert program.memory_analysis().temp_size_in_bytes < size / 4
 
 
 def test_several_processes_divide_a_model_over_all_their_devices(monkeypatch):

@@ -51,7 +51,7 @@ def evaluate_tasks(
     task, and the mean over the tasks of each group.
 
     Task files are <out>/<task>-<split>-<label>.json and .jsonl. If it was stopped, the same call
-    goes on where it was. Processes that share the model call this together; process 0 has the files.
+    goes on where it was. Processes that share the model call this together; process 0 writes.
 
     Args:
       run: how they are scored, and where their files are.
