@@ -14,6 +14,7 @@ from zflora_jax.data.pipeline import eval_batches, train_batches
 from zflora_jax.data.tasks import Example
 from zflora_jax.data.tokenization import (
     Encoded,
+    Share,
     TokenizedExample,
     tokenize_examples,
 )
@@ -53,6 +54,46 @@ def test_long_rows_are_dropped_counted_and_reported(tokenizer, caplog):
         ),
     ):
         tokenize_examples(examples[::2], tokenizer, DataConfig(bucket_lengths=(8,)))
+
+
+class Watched(list[Example]):
+    """Examples that note which of them were read."""
+
+    def __init__(self, examples):
+        super().__init__(examples)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_processes_share_the_work_and_get_all_rows(tokenizer):
+    """Each reads and tokenises a part; the rows, their order and the counts are those of one."""
+    examples = [Example("q", "t" * (7 * n % 60), str(n)) for n in range(9)]
+    examples[3] = Example("q", "t" * 300, "1")  # dropped
+    examples[7] = Example("q", "t", "1", "words " * 40, document=True)  # cut
+    data = DataConfig(bucket_lengths=(128,))
+    want, parts = tokenize_examples(examples, tokenizer, data), {}
+
+    class Sent(Exception):
+        pass
+
+    def first_time(own):
+        parts[len(parts)] = own
+        raise Sent
+
+    for index in range(4):
+        watched = Watched(examples)
+        with pytest.raises(Sent):
+            tokenize_examples(watched, tokenizer, data, share=Share(index, 4, first_time))
+        assert watched.read == list(Share(index, 4).of(9)), index
+    for index in range(4):
+        share = Share(index, 4, lambda own, index=index: [*parts.values()])
+        found = tokenize_examples(examples, tokenizer, data, share=share)
+        assert found.fingerprint() == want.fingerprint() and found.kept == want.kept
+        assert (found.dropped, found.truncated, found.parts) == (1, 1, want.parts)
+        assert {row.tokens.dtype for row in found.rows} == {np.dtype(np.int32)}
 
 
 def test_a_row_of_exactly_the_longest_length_stays(tokenizer):

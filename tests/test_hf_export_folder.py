@@ -83,7 +83,7 @@ def test_a_failed_replacement_keeps_the_old_export(
         raise OSError(28, "No space left on device")
 
     if moment == "write":
-        monkeypatch.setattr("safetensors.numpy.save_file", full)
+        monkeypatch.setattr("zflora_jax.hf.save.write_tensors", full)
     else:
         monkeypatch.setattr("os.rename", failing)
     with pytest.raises(OSError, match="No space left"):

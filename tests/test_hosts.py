@@ -5,29 +5,23 @@ all agree on; wrong start-ups say what to give.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.checks import assert_trees_equal
+from support.hosts import config_file, finish, spawn
 
-from zflora_jax.core import trees
-from zflora_jax.core.fields import ConfigError, override, to_dict
+from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.restore import load_run
-from zflora_jax.experiments.train import train
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.lock import locked
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -37,62 +31,18 @@ def four(run: RunConfig) -> RunConfig:
 
 
 def launch(
-    run: RunConfig, workdir: Path, processes: int, devices: int, given: str | None = None
+    run: RunConfig,
+    workdir: Path,
+    processes: int,
+    devices: int,
+    given: str | None = None,
 ) -> list[subprocess.Popen[str]]:
     """`zflora train` in `processes` processes of `devices` CPU devices each; given: the --workdir
     that they are given, if it is another.
     """
-    config = workdir.parent / f"{workdir.name}.py"
-    imports = (
-        "from zflora_jax.config import RunConfig\nfrom zflora_jax.core.fields import from_dict\n"
-    )
-    config.write_text(
-        f"{imports}def get_config():\n    return from_dict(RunConfig, {to_dict(run)!r})\n"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "zflora_jax.cli",
-        "train",
-        "--config",
-        str(config),
-        "--workdir",
-        given or str(workdir),
-    ]
-    several = [
-        [],
-        ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--process-id"],
-    ][processes > 1]
-    return [
-        subprocess.Popen(
-            [*command, *several, *([str(i)] if several else [])],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-
-
-def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [code] * len(processes), "\n---\n".join(
-        out[-3000:] for out in outputs
-    )
-    return outputs
+    config = config_file(run, workdir.parent / f"{workdir.name}.py")
+    argv = ["-m", "zflora_jax.cli", "train", "--config", config]
+    return spawn([*argv, "--workdir", given or str(workdir)], processes, devices, flags=True)
 
 
 def losses(workdir: Path) -> np.ndarray:
@@ -103,26 +53,6 @@ def losses(workdir: Path) -> np.ndarray:
             if r["split"] == "train"
         ]
     )
-
-
-def test_two_processes_give_the_numbers_of_one(four, tmp_path):
-    train(four, tmp_path / "one", console=False)
-    first, second = finish(launch(four, tmp_path / "two", 2, 2))
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
-    report = json.loads((tmp_path / "two" / "report.json").read_text())
-    assert report["processes"] == 2 and report["steps"] == 8
-    assert (
-        report["base_fingerprint"]
-        == json.loads((tmp_path / "one" / "report.json").read_text())["base_fingerprint"]
-    )
-    assert "trained in" in first and "trained in" not in second
-    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == len(
-        (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
-    )
-    _, _, one, _ = load_run(tmp_path / "one")
-    _, _, two, _ = load_run(tmp_path / "two")
-    for name, leaf in trees.flatten(one).items():
-        np.testing.assert_allclose(trees.flatten(two)[name], leaf, atol=2e-4, err_msg=name)
 
 
 @pytest.mark.soak

@@ -5,8 +5,10 @@ whole.
 import dataclasses
 import math
 import re
+import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.checks import assert_logits_close, assert_trees_equal, compiled
@@ -14,18 +16,20 @@ from support.grids import always
 from support.meshes import MESH, PROMPTS, assert_divided, both
 from support.models import perturb
 
+from zflora_jax.adapters import fuse as fuse_module
 from zflora_jax.adapters.fuse import _fuse, _unfuse, fuse, unfuse
+from zflora_jax.adapters.packing import split_layers
 from zflora_jax.adapters.swapping import _swap, swap
 from zflora_jax.bench.latency import decode_latency
+from zflora_jax.cli.inputs import mesh_asked
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import (
     MeshConfig,
 )
-from zflora_jax.experiments.export import export_run
-from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
@@ -34,7 +38,9 @@ from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
-from zflora_jax.parallel.sharding import make_mesh
+from zflora_jax.parallel.mesh import mesh_if_there
+from zflora_jax.parallel.sharding import make_mesh, shardings
+from zflora_jax.training.trainer import eval_step
 
 
 def assert_same(got, want, *, exact=True):
@@ -192,23 +198,70 @@ def test_no_program_holds_a_whole_kernel():
         assert_no_whole_kernel(text, fused.config)
 
 
-def test_a_model_of_several_processes_is_refused(monkeypatch):
-    """Before anything is computed: no process sees the whole."""
-    _, _, (divided, _) = both("lora")
-    monkeypatch.setattr(
-        type(jax.tree.leaves(divided.params)[0]), "is_fully_addressable", property(lambda _: False)
+def test_the_loss_of_layers_apart_gathers_no_kernel():
+    """They are in no scan, so XLA would gather those of all layers ahead of the first: a copy of
+    the model on every device.
+    """
+    config = preset("tiny").replace(
+        hidden_size=256, intermediate_size=1024, num_layers=4, num_kv_heads=4, scan_layers=False
     )
+    mesh = make_mesh(MeshConfig(fsdp=2))
+    params = trees.unflatten(
+        {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in param_shapes(config).items()}
+    )
+    size, where = 4 * trees.size(params), shardings(params, mesh)
+    params = jax.tree.map(lambda x, at: x.update(sharding=at), params, where)
+    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    rows = {"tokens": tokens, "segments": tokens, "loss_mask": tokens.update(dtype=bool)}
+    with jax.set_mesh(mesh):
+        program = compiled(eval_step.lower(config, None, {"params": params}, rows, 128))
+    assert program.memory_analysis().temp_size_in_bytes < size / 4
+
+
+def test_several_processes_divide_a_model_over_all_their_devices(monkeypatch):
+    """A model that each of them held whole would be loaded, and evaluated, by each alone."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for use in (
-        lambda: generate_tokens(divided, PROMPTS, max_new_tokens=2),
-        lambda: next(stream_tokens(divided, PROMPTS[0], max_new_tokens=2)),
-        lambda: option_log_likelihoods(divided, [[1]], [[[2]]]),
-        lambda: save_hf("never", divided),
-    ):
-        with pytest.raises(
-            ConfigError,
-            match=r"divided over 2 processes, which cannot .* together. Start one process",
-        ):
-            use()
-    with pytest.raises(ConfigError, match="2 processes cannot export a run together"):
-        export_run("nowhere", "never")
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=2 .* is 2 devices of 8 in 2 processes"):
+        mesh_if_there(MeshConfig(fsdp=2))
+    with pytest.raises(ConfigError, match=r"2 processes divide .* --set mesh.fsdp=8"):
+        mesh_asked({}, None)
+
+
+@pytest.mark.parametrize("method", ["zflora-uniform", "lora", "full"])
+def test_a_base_is_freed_leaf_by_leaf_as_it_is_fused(method, monkeypatch):
+    """The same numbers as with a base that stays, on one device and on a mesh."""
+    adapter, one, many = both(method)
+    for model, adapters in (one, many):
+        want = fuse(model, adapter, adapters)
+        leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(model.params)]
+        gone = []
+        monkeypatch.setattr(fuse_module, "_fuse", watched(leaves, gone))
+        found = fuse(model, adapter, adapters, donate=True)
+        monkeypatch.undo()
+        assert gone == list(range(len(leaves))) and not jax.tree.leaves(model.params)
+        assert_trees_equal(found.params, want.params)
+        for name, leaf in trees.flatten(found.params).items():
+            where = trees.flatten(want.params)[name].sharding
+            assert leaf.sharding.is_equivalent_to(where, leaf.ndim), name
+
+
+def watched(leaves, gone):
+    """`_fuse`, noting at each call how many of the base's leaves are no longer in memory."""
+
+    def fuse_leaf(*given):
+        gone.append(sum(leaf() is None for leaf in leaves))
+        return _fuse(*given)
+
+    return fuse_leaf
+
+
+def test_layers_are_split_leaf_by_leaf():
+    adapter, _, (model, adapters) = both("zflora-minimal")
+    fused = fuse(model, adapter, adapters)
+    want, answers = packed(fused), generate_tokens(fused, PROMPTS, max_new_tokens=4)
+    found = split_layers(fused)
+    assert not found.config.execution.scan_layers and packed(found) is found
+    assert_trees_equal(found.params, want.params)
+    assert_divided(found.params)
+    assert not jax.tree.leaves(fused.params) and split_layers(found) is found
+    assert generate_tokens(found, PROMPTS, max_new_tokens=4) == answers

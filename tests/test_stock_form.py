@@ -25,6 +25,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.hf import stock
+from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.load import load_model
 from zflora_jax.nn.layers import RMSNorm
 from zflora_jax.nn.llama import forward
@@ -59,13 +60,13 @@ def gaps(model: Model, tokens: np.ndarray, exponents: list[int]) -> tuple[dict[i
     want = np.asarray(forward(model, jnp.asarray(tokens)), np.float64)
     llama, found = None, {}
     for n in exponents:
-        config, tensors = stock.to_stock(
-            model, stock.stock_form(model, "float32", 2.0**-n), "float32"
-        )
+        form = stock.stock_form(model, "float32", 2.0**-n)
+        config, tensor = stock.to_stock(model, form, "float32")
+        tensors = {name: np.ascontiguousarray(tensor(name)) for name in hf_table(model.config)}
         # eps_z changes tensors alone.
         llama = llama or transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
         missing, unexpected = llama.load_state_dict(
-            {name: torch.from_numpy(x) for name, x in tensors}, strict=False
+            {name: torch.from_numpy(x) for name, x in tensors.items()}, strict=False
         )
         assert set(missing) <= {"lm_head.weight"} and not unexpected
         with torch.no_grad():

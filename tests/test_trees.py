@@ -272,3 +272,15 @@ def test_a_checksum_takes_no_room():
     with jax.default_device(jax.devices()[0]):
         memory = compiled(trees._checksum.lower(state)).memory_analysis()
     assert memory.temp_size_in_bytes < 2**16 < memory.argument_size_in_bytes
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_a_fingerprint_takes_a_large_table_in_pieces(kind, monkeypatch):
+    table = np.arange(77, dtype=np.float32).reshape(11, 7)
+    tree, corner = {"table": kind(table), "n": kind(np.float32(2))}, {"table": (9, 5), "n": ()}
+    want = trees.fingerprint(tree), trees.fingerprint(tree, corner)
+    monkeypatch.setattr(trees, "PIECE_BYTES", 70)  # two rows of 28 bytes
+    pieces = list(trees._pieces(tree["table"], 9))
+    np.testing.assert_array_equal(np.concatenate(pieces), table[:9])
+    assert [len(piece) for piece in pieces] == [2, 2, 2, 2, 1]
+    assert (trees.fingerprint(tree), trees.fingerprint(tree, corner)) == want

@@ -36,7 +36,7 @@ from zflora_jax.parallel.mesh import mesh_in_use, place_like
 from zflora_jax.parallel.sharding import constrain
 
 
-def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
+def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool = False) -> Model:
     """Build adapters into the kernels of a base model.
 
     Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never
@@ -48,6 +48,8 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
       model: the base, not packed.
       adapter: of the adapters.
       adapters: float32, of `init_adapters` or training.
+      donate: take each leaf out of `model.params` as it is fused, so that the two models are never
+        in memory together. `model` cannot be used afterwards.
 
     Returns:
       A Model with the wider config and plain parameters that computes what the adapted model
@@ -67,8 +69,27 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
     with mesh_in_use(model.params):
         adapters = place_like(model.params, adapters)
         check_adapters(adapters, config, adapter)
-        params = _fuse(config, adapter, model.params, adapters)
+        params = (
+            _fuse_by_leaf(config, adapter, model.params, adapters)
+            if donate
+            else _fuse(config, adapter, model.params, adapters)
+        )
     return Model(fused_config(config, adapter), params, model.tokenizer, model.source, adapter)
+
+
+def _fuse_by_leaf(
+    config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
+) -> Tree:
+    """`_fuse`, a program per leaf, which is taken out of `params`."""
+    full, blocks = METHODS[adapter.method].in_place == "full", trees.flatten(adapters)
+    fused = {}
+    for name, leaf in trees.taken(params):
+        beside = name if full else f"{name.rpartition('/')[0]}/"
+        own = {block: x for block, x in blocks.items() if block.startswith(beside)}
+        part = _fuse(config, adapter, trees.unflatten({name: leaf}), trees.unflatten(own))
+        (fused[name],) = jax.block_until_ready(jax.tree.leaves(part))
+        del leaf, part
+    return trees.unflatten(fused)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

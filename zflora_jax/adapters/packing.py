@@ -79,6 +79,24 @@ def packed_config(
     )
 
 
+def split_layers(model: Model) -> Model:
+    """Give each layer of a stacked model a subtree, which is the layout for decode on a mesh.
+
+    Each leaf is taken out of `model.params`, so that no two copies are in memory: `model` cannot be
+    used afterwards.
+    """
+    if not model.config.execution.scan_layers:
+        return model
+    split: Tree = {}
+    with mesh_in_use(model.params):
+        for name, leaf in trees.taken(model.params):
+            part = trees.flatten(_unstack(model.config, trees.unflatten({name: leaf})))
+            split |= jax.block_until_ready(part)
+            del leaf, part
+    config = model.config.replace(scan_layers=False)
+    return dataclasses.replace(model, config=config, params=trees.unflatten(split))
+
+
 @partial(jax.jit, static_argnums=0)
 def _unstack(config: LlamaConfig, params: Tree) -> Tree:
     return constrain(trees.unstack_layers(params, config.num_layers), fused=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zflora_jax.cli.inputs import changes, mesh_asked
-from zflora_jax.cli.options import CommandParser, add_settings, add_source
+from zflora_jax.cli.options import CommandParser, add_processes, add_settings, add_source, join
 from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
@@ -65,6 +65,7 @@ def add_options(parser: CommandParser) -> None:
         "change settings of data, eval and mesh, and those of train that are listed below for a"
         " --model, e.g. --set eval.num_beams=4 data.prompt_style=alpaca",
     )
+    add_processes(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,16 +75,19 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.evaluation.summary import summary_page
     from zflora_jax.parallel.compile_cache import compile_cache
 
+    main = join(args)
     base, config, meshed = _settings(args)
     named = args.tasks.split(",") if args.tasks else parse_mixture(config.data.task)[0]
     tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
     check_tasks(config, tasks)
     trained_on = _trained_on(args, base, config)
-    mesh = mesh_asked(meshed, base)
+    mesh = mesh_asked(meshed, base if args.workdir else None)
     out = as_path(args.out or (as_path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     with compile_cache(as_path(args.workdir or out) / "compile_cache"):
         model, label = _model(args, config, mesh)
         summary = evaluate_tasks(config, model, tasks, out, label, trained_on=trained_on or None)
+    if not main:
+        return
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")
     print(summary_page(summary))
@@ -148,8 +152,9 @@ def _model(args: argparse.Namespace, config: RunConfig, mesh: Mesh | None) -> tu
     from zflora_jax.hf.load import load_model
 
     if args.workdir:
-        return load_fused(args.workdir, args.checkpoint, mesh=mesh)
-    model = load_model(args.model, dtype=config.train.dtype, mesh=mesh)
+        return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)
+    # On a mesh as decoding needs it, so that there is no second copy.
+    model = load_model(args.model, config.train.dtype, scan_layers=mesh is None, mesh=mesh)
     if "train.matmul_precision" in changes(args):  # else the one that an export was trained with
         model.config = model.config.replace(matmul_precision=config.train.matmul_precision)
     return model, Path(args.model).name

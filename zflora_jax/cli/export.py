@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 
 from zflora_jax.cli.inputs import changes, mesh_asked
-from zflora_jax.cli.options import CommandParser, add_checkpoint, add_mesh, add_workdir
+from zflora_jax.cli.options import (
+    CommandParser,
+    add_checkpoint,
+    add_mesh,
+    add_processes,
+    add_workdir,
+    join,
+)
 from zflora_jax.cli.output import print_table
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS
 
@@ -48,12 +55,14 @@ def add_options(parser: CommandParser) -> None:
         ),
     )
     add_mesh(parser)
+    add_processes(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from zflora_jax.experiments.export import export_run
     from zflora_jax.training.workdir import read_config
 
+    main = join(args)
     mesh = mesh_asked(changes(args), read_config(args.workdir))
     report = export_run(
         args.workdir,
@@ -64,4 +73,5 @@ def run(args: argparse.Namespace) -> None:
         eps_z=args.eps,
         mesh=mesh,
     )
-    print_table(report, f"exported to {args.out}")
+    if main:
+        print_table(report, f"exported to {args.out}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zflora_jax.cli.inputs import changes, mesh_asked
-from zflora_jax.cli.options import CommandParser, add_mesh, add_source
+from zflora_jax.cli.options import CommandParser, add_mesh, add_processes, add_source, join
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.textfile import decode, lines_of
@@ -51,6 +51,7 @@ def add_options(parser: CommandParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="the system's turn of a conversation")
     _add_sampling_options(parser)
     add_mesh(parser)
+    add_processes(parser)
 
 
 def _add_sampling_options(parser: CommandParser) -> None:
@@ -88,8 +89,12 @@ def _add_sampling_options(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from jax import process_count
+
+    from zflora_jax.data.dates import today
     from zflora_jax.inference.sampling import Sampler
     from zflora_jax.parallel.compile_cache import compile_cache
+    from zflora_jax.parallel.distributed import from_process_0, on_main
     from zflora_jax.training.workdir import read_config
 
     require(
@@ -107,7 +112,9 @@ def run(args: argparse.Namespace) -> None:
         not (args.plain and args.prompt is None and args.file is None),
         "--plain continues a text: give it by --prompt or --file.",
     )
-    sampler, lines = Sampler(args.temperature, args.top_k, args.top_p), _lines(args.file)
+    main = join(args)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p)
+    lines = from_process_0(on_main(lambda: _lines(args.file)))  # which may be its stdin
     # Prompts of a run are written as it was trained.
     data = read_config(args.workdir).data if args.workdir else None
     style = "plain" if args.plain else data.prompt_style if data else "chat"
@@ -122,12 +129,17 @@ def run(args: argparse.Namespace) -> None:
         f"a run trained with data.prompt_style={style!r} holds no conversation: give --prompt or"
         " --file.",
     )
+    require(
+        not talks or process_count() == 1,
+        "several processes hold no conversation: give --prompt or --file.",
+    )
     with (
         compile_cache(as_path(args.workdir) / "compile_cache")
         if args.workdir
         else contextlib.nullcontext()
     ):
-        _generate(args, _model_of(args), style, lines, sampler, data.date if data else None)
+        day = from_process_0((data and data.date) or today())
+        _generate(args, _model_of(args), style, lines, sampler, day, main)
 
 
 def _generate(
@@ -136,9 +148,12 @@ def _generate(
     style: str,
     lines: list[str] | None,
     sampler: Sampler,
-    date: str | None,
+    date: str,
+    main: bool,
 ) -> None:
-    """Answer --file, --prompt or a conversation. date: what a template is told, None for today."""
+    """Answer --file (`lines`), --prompt or a conversation. date: what a template is told; main:
+    whether this process prints.
+    """
     from zflora_jax.data.prompts import render
     from zflora_jax.inference.text import converse, generate as generate_texts, stream
 
@@ -155,31 +170,21 @@ def _generate(
         require(
             args.system is None, "--system goes with --prompt or a conversation, not with --file."
         )
-        texts = generate_texts(
-            model,
-            [written(line) for line in lines],
-            chat=style == "chat",
-            batch_size=args.batch_size,
-            **settings,
-        )
-        for prompt, text in zip(lines, texts, strict=True):
+        prompts, chat = [written(line) for line in lines], style == "chat"
+        texts = generate_texts(model, prompts, chat=chat, batch_size=args.batch_size, **settings)
+        for prompt, text in zip(lines, texts, strict=True) if main else ():
             print(json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False))
         return
 
     def say(text: str) -> None:
-        print(text, end="", flush=True)
+        if main:
+            print(text, end="", flush=True)
 
     opening = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
-        for piece in stream(
-            model,
-            (
-                [*opening, {"role": "user", "content": args.prompt}]
-                if style == "chat"
-                else written(args.prompt)
-            ),
-            **settings,
-        ):
+        turns = [*opening, {"role": "user", "content": args.prompt}]
+        asked = turns if style == "chat" else written(args.prompt)
+        for piece in stream(model, asked, **settings):
             say(piece)
         say("\n")
         return
@@ -202,14 +207,15 @@ def _model_of(args: argparse.Namespace) -> Model:
 
     mesh = mesh_asked(changes(args), read_config(args.workdir) if args.workdir else None)
     if args.workdir:
-        return load_fused(args.workdir, args.checkpoint, mesh=mesh)[0]
-    model = load_model(args.model, dtype=args.dtype or "float32", mesh=mesh)
+        return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)[0]
+    # On a mesh as decoding needs it, so that there is no second copy.
+    model = load_model(args.model, args.dtype or "float32", scan_layers=mesh is None, mesh=mesh)
     if args.adapter:
         require(
             model.adapter is None,
             f"--model {args.model} has an adapter fused in already; give --adapter with its base.",
         )
-        return fuse(model, *load_peft(args.adapter, model))
+        return fuse(model, *load_peft(args.adapter, model), donate=True)
     return model
 
 

@@ -89,6 +89,8 @@ def run_config(args: argparse.Namespace) -> RunConfig:
 
 def mesh_asked(settings: dict[str, str], run: RunConfig | None) -> Mesh | None:
     """The mesh that settings `mesh.*` ask for, in place of the run's; None where none is asked."""
+    from jax import device_count, process_count
+
     from zflora_jax.parallel.sharding import make_mesh
 
     other = [key for key in settings if not key.startswith("mesh.")]
@@ -98,6 +100,11 @@ def mesh_asked(settings: dict[str, str], run: RunConfig | None) -> Mesh | None:
             "mesh.fsdp=2, the devices that the model is divided over."
         )
     if not settings:
+        if run is None and process_count() > 1:
+            raise ConfigError(
+                f"{process_count()} processes divide a model over a mesh of all their devices: set"
+                f" it, e.g. --set mesh.fsdp={device_count()}."
+            )
         return None
     asked = {key.removeprefix("mesh."): value for key, value in settings.items()}
     return make_mesh(override(run.mesh if run else MeshConfig(), asked, "mesh"))

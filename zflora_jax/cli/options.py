@@ -91,6 +91,47 @@ def add_checkpoint(parser: CommandParser, of: str = "") -> None:
     )
 
 
+def add_processes(parser: CommandParser) -> None:
+    """Add the options by which several processes find each other."""
+    processes = parser.add_argument_group(
+        "several processes (every one runs this command, with directories that they share)"
+    )
+    processes.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the others by SLURM, Open MPI, Kubernetes or Cloud TPU",
+    )
+    processes.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of process 0 (or ZFLORA_COORDINATOR)"
+    )
+    processes.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="how many there are (or ZFLORA_NUM_PROCESSES)",
+    )
+    processes.add_argument(
+        "--process-id",
+        type=int,
+        metavar="I",
+        help="which one this is, from 0 (or ZFLORA_PROCESS_ID)",
+    )
+
+
+def join(args: argparse.Namespace) -> bool:
+    """Join the processes that the options of `add_processes` name, before a device is touched.
+
+    Returns:
+      Whether this process prints what the command found.
+    """
+    from zflora_jax.parallel import distributed
+
+    distributed.start(
+        args.coordinator, args.num_processes, args.process_id, detect=args.distributed
+    )
+    return distributed.is_main()
+
+
 def add_source(parser: CommandParser, verb: str) -> None:
     """Add --workdir with --checkpoint, and --model, of which one has to be given."""
     either = parser.add_mutually_exclusive_group(required=True)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import check_types, renamed, require
+from zflora_jax.core.mesh_config import MeshConfig as MeshConfig
 from zflora_jax.core.model_config import Precision
 
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]
@@ -206,37 +207,6 @@ class TrainConfig:
             "train.keep_best=True needs the loss of every checkpoint: set train.eval_every to a"
             f" divisor of train.save_every (they are {each} and {saved}).",
         )
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """How many devices each axis of the mesh has. The numbers of a run do not depend on it, up to
-    float rounding.
-    """
-
-    data: int = 1
-    """Copies of the model, each with its own rows of the batch."""
-    fsdp: int = 1
-    """Devices that the rows of the batch and the weights are divided over."""
-    tensor: int = 1
-    """Devices that heads, MLP units and the vocabulary are divided over."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("data", "fsdp", "tensor"):
-            require(
-                getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)}: must be at least 1."
-            )
-
-    @property
-    def devices(self) -> int:
-        """How many devices the mesh has."""
-        return self.data * self.fsdp * self.tensor
-
-    @property
-    def row_parts(self) -> int:
-        """Over how many parts the rows of a batch are divided."""
-        return self.data * self.fsdp
 
 
 @dataclass(frozen=True)

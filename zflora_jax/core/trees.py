@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,18 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def taken(tree: Tree) -> Iterator[tuple[str, Any]]:
+    """(Name, leaf) of every leaf, in the order of `flatten`; each is taken out of `tree` as it is
+    given, so that its memory is free once the caller has dropped it.
+    """
+    for name in list(flatten(tree)):
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        yield name, node.pop(last)
 
 
 def map_with_names(fn: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Tree:
@@ -94,7 +106,7 @@ def _not_finite(flat: Mapping[str, Any]) -> str | None:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     }
     finite = dict(
-        zip(arrays, np.asarray(_finite(list(arrays.values()))) if arrays else (), strict=True)
+        zip(arrays, gathered(_finite(list(arrays.values()))) if arrays else (), strict=True)
     )
     finite |= {
         name: bool(np.isfinite(leaf).all())
@@ -150,7 +162,7 @@ def fingerprint(
     same. All processes that share arrays call it.
 
     corner: of each leaf only the first so many along each axis count. One leaf of one layer is on
-    the host at a time.
+    the host at a time, of larger tables PIECE_BYTES.
     """
     digests = {}
     for name, leaf in flatten(tree).items():
@@ -158,11 +170,37 @@ def fingerprint(
         cut = tuple(slice(size) for size in (leaf.shape if corner is None else corner[name]))
         for i in range(leaf.shape[0] if stacked else 1):
             part = re.sub(r"^layers/", f"layers_{i}/", name)
-            value = on_host(leaf, i if stacked else None)[cut[stacked:]]
-            digest = hashlib.sha256(f"{part} {value.shape} {value.dtype}".encode())
-            digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+            shape = tuple(size.stop for size in cut[stacked:])
+            digest = hashlib.sha256(f"{part} {shape} {leaf.dtype}".encode())
+            if stacked or leaf.ndim == 0:
+                digest.update(_bytes(on_host(leaf, i if stacked else None)[cut[stacked:]]))
+            else:
+                for rows in _pieces(leaf, shape[0]):
+                    digest.update(_bytes(rows[:, *cut[1:]]))
             digests[part] = digest.digest()
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+
+
+PIECE_BYTES = 1 << 26  # of a table of the vocabulary that are on the host at one time
+
+
+def _pieces(leaf: Any, rows: int) -> Iterator[np.ndarray]:
+    """The first `rows` rows of an array, in pieces of at most PIECE_BYTES."""
+    each = max(1, PIECE_BYTES * leaf.shape[0] // max(1, leaf.nbytes))
+    if each >= rows:
+        yield on_host(leaf)[:rows]
+        return
+    for start in range(0, rows, each):
+        size = min(each, rows - start)
+        yield (
+            leaf[start : start + size]
+            if isinstance(leaf, np.ndarray)
+            else gathered(jax.lax.dynamic_slice_in_dim(leaf, start, size))
+        )
+
+
+def _bytes(value: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(value).view(np.uint8).data
 
 
 def checksum(tree: Any) -> str:
@@ -176,7 +214,7 @@ def checksum(tree: Any) -> str:
     Args:
       tree: any pytree of arrays of at most 32 bits a number.
     """
-    low, high = np.asarray(_checksum(jax.tree.leaves(tree))).tolist()
+    low, high = gathered(_checksum(jax.tree.leaves(tree))).tolist()
     return f"{high:08x}{low:08x}"
 
 
@@ -216,7 +254,15 @@ def on_host(array: Any, row: int | None = None) -> np.ndarray:
     """
     if isinstance(array, np.ndarray):
         return array if row is None else np.asarray(array[row])
-    array = jnp.copy(array) if row is None else array[row]
-    if not array.is_fully_addressable:
+    return gathered(jnp.copy(array) if row is None else array[row])
+
+
+def gathered(array: Any) -> np.ndarray:
+    """`array` on the host. Where it is divided over processes, all of them call this, and all have
+    the whole of it then.
+    """
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

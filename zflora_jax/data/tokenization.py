@@ -74,8 +74,34 @@ class Encoded:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of the examples that one of several processes reads and tokenises.
+
+    Attributes:
+      index: the number of this process.
+      count: how many there are.
+      exchange: this process's bytes -> those of all processes, in their order.
+    """
+
+    index: int = 0
+    count: int = 1
+    exchange: Callable[[bytes], list[bytes]] = lambda own: [own]
+
+    def of(self, size: int) -> range:
+        """The indices of this process among `size`."""
+        return range(self.index * size // self.count, (self.index + 1) * size // self.count)
+
+
+ALONE = Share()
+
+
 def tokenize_examples(
-    examples: Sequence[Example], tokenizer: Any, data: DataConfig, vocab_size: int | None = None
+    examples: Sequence[Example],
+    tokenizer: Any,
+    data: DataConfig,
+    vocab_size: int | None = None,
+    share: Share = ALONE,
 ) -> Encoded:
     """Tokenise examples, prompt and target.
 
@@ -89,6 +115,8 @@ def tokenize_examples(
       tokenizer: a Hugging Face tokenizer.
       data: bucket_lengths, prompt_style, train_on_prompt and date are read.
       vocab_size: rows of the model's embedding; None: token ids are not checked.
+      share: the part of them that this process reads and tokenises. All processes call this
+        together, with the same examples, and all get the sequences of all.
 
     Raises:
       ConfigError: there are no examples, all are too long, or a token id (or the padding's) has no
@@ -98,14 +126,12 @@ def tokenize_examples(
         len(examples) > 0,
         "the dataset is empty: there is nothing to tokenise. Check data.task and data.data_dir.",
     )
-    limit, truncated = data.bucket_lengths[-1], 0
-    rows: list[TokenizedExample] = []
-    for start in _progress(range(0, len(examples), _CHUNK), len(examples)):
-        chunk = [examples[i] for i in range(start, min(start + _CHUNK, len(examples)))]
-        for example, row in zip(chunk, _encode(chunk, tokenizer, data), strict=True):
-            cut = _cut_to_fit(example, row, tokenizer, data)
-            rows.append(cut or row)
-            truncated += cut is not None
+    limit = data.bucket_lengths[-1]
+    rows, truncated = _tokenized(examples, share.of(len(examples)), tokenizer, data)
+    if share.count > 1:
+        parts = [_unpacked(part) for part in share.exchange(_packed(rows, truncated))]
+        rows = [row for part, _ in parts for row in part]
+        truncated = sum(count for _, count in parts)
     kept = tuple(i for i, row in enumerate(rows) if len(row.tokens) <= limit)
     _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data)
     pad_id = (
@@ -119,14 +145,48 @@ def tokenize_examples(
     if isinstance(examples, Mixture):
         sizes, weights = list(map(len, examples.parts)), examples.weights
     ends = np.searchsorted(kept, np.cumsum(sizes))
-    parts = tuple(int(n) for n in np.diff(ends, prepend=0))
+    of_tasks = tuple(int(n) for n in np.diff(ends, prepend=0))
     require(
-        weights is None or min(parts) > 0,
+        weights is None or min(of_tasks) > 0,
         "a task of the mixture has no example left that fits data.bucket_lengths; add a length or"
         " leave it out.",
     )
     fitting = tuple(rows[i] for i in kept)
-    return Encoded(fitting, kept, len(rows) - len(kept), pad_id, truncated, parts, weights)
+    return Encoded(fitting, kept, len(rows) - len(kept), pad_id, truncated, of_tasks, weights)
+
+
+def _tokenized(
+    examples: Sequence[Example], indices: range, tokenizer: Any, data: DataConfig
+) -> tuple[list[TokenizedExample], int]:
+    """(The sequences of the examples at `indices`, how many documents were cut.)"""
+    rows: list[TokenizedExample] = []
+    truncated = 0
+    for first in _progress(range(0, len(indices), _CHUNK), len(indices)):
+        chunk = [examples[i] for i in indices[first : first + _CHUNK]]
+        for example, row in zip(chunk, _encode(chunk, tokenizer, data), strict=True):
+            cut = _cut_to_fit(example, row, tokenizer, data)
+            rows.append(cut or row)
+            truncated += cut is not None
+    return rows, truncated
+
+
+def _packed(rows: Sequence[TokenizedExample], truncated: int) -> bytes:
+    """Rows of one example each, and a number, as bytes."""
+    lengths = np.asarray([truncated, len(rows), *(len(row.tokens) for row in rows)], np.int64)
+    tokens = b"".join(row.tokens.tobytes() for row in rows)
+    return lengths.tobytes() + tokens + b"".join(row.loss_mask.tobytes() for row in rows)
+
+
+def _unpacked(data: bytes) -> tuple[list[TokenizedExample], int]:
+    """The inverse of `_packed`."""
+    truncated, count = np.frombuffer(data, np.int64, 2).tolist()
+    lengths = np.frombuffer(data, np.int64, count, 16)
+    total, ends = int(lengths.sum()), np.cumsum(lengths)[:-1]
+    tokens = np.frombuffer(data, np.int32, total, 16 + 8 * count)
+    mask = np.frombuffer(data, np.bool_, total, 16 + 8 * count + 4 * total)
+    pairs = zip(np.split(tokens, ends), np.split(mask, ends), strict=True)
+    rows = [TokenizedExample(ids, learned, np.ones(len(ids), np.int32)) for ids, learned in pairs]
+    return rows[:count], truncated
 
 
 def _encode(

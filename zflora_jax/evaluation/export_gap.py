@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
+from zflora_jax.core.trees import gathered
 from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.inference.batching import padded_length
@@ -22,13 +23,19 @@ def export_gap(
     model: Model,
     path: str | os.PathLike[str],
     prompts: Sequence[str] | Sequence[Sequence[int]] | np.ndarray,
+    *,
+    donate: bool = False,
 ) -> dict[str, float]:
     """Logits of `model` in float32 against those of the export at `path`: the stored stock-form
     tensors, run in the dtype they are stored in (float16 exports: the rounded tensors, in float32).
 
+    Processes that share the model call this together, and all of them can read the export.
+
     Args:
       model: what was exported (not packed).
+      path: the export.
       prompts: texts for the model's tokenizer, or int tokens [B, T].
+      donate: empty `model.params` before the export is loaded; it cannot be used afterwards.
 
     Returns:
       {"max_abs_dlogit", "mean_abs_dlogit", "logit_scale": largest |logit|, "top1_agreement": share
@@ -37,38 +44,56 @@ def export_gap(
     Raises:
       CheckpointError: NaN or infinite logits on either side.
     """
-    export = load_stock(local_copy(path), model.config.execution.scan_layers, mesh_of(model.params))
+    rows = [model.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in prompts]
+    require(len(rows) > 0, "export_gap needs at least one prompt.")
+    require(min(map(len, rows)) > 0, "export_gap needs prompts of at least one token.")
+    mesh, stacked = mesh_of(model.params), model.config.execution.scan_layers
     exact = Model(model.config.replace(dtype="float32"), model.params)
-    worst, total, scale, same, logits, positions = 0.0, 0.0, 0.0, 0, 0, 0
-    for row in prompts:
-        ids = model.tokenizer(row)["input_ids"] if isinstance(row, str) else row
-        require(len(ids) > 0, "export_gap needs prompts of at least one token.")
-        length = padded_length(len(ids))  # few lengths, few compilations
-        tokens = (
-            jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
-        )
-        real = jnp.arange(length)[None] < len(ids)
-        a, b = (
-            np.asarray(forward(m, tokens, padding_mask=real))[:, : len(ids)]
-            for m in (exact, export)
-        )
-        damaged = "the model itself is damaged, or trained with too high a learning rate"
-        _require_finite(a, "model in memory", damaged)
-        _require_finite(b, f"export at {path}", "export in float32 or bfloat16")
-        gap = np.abs(a - b)
-        worst = max(worst, float(gap.max()))
-        total += float(gap.sum(dtype=np.float64))
-        scale = max(scale, float(np.abs(a).max()))
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
-        logits += gap.size
-        positions += len(ids)
-    require(positions > 0, "export_gap needs at least one prompt.")
+    damaged = "the model itself is damaged, or trained with too high a learning rate"
+    with tempfile.TemporaryFile() as file:  # as large as the vocabulary, for every token
+        for ids in rows:
+            np.save(file, _logits(exact, ids, "model in memory", damaged))
+        if donate:
+            model.params.clear()
+        file.seek(0)
+        export, gaps = load_stock(local_copy(path), stacked, mesh), []
+        for ids in rows:
+            advice = "export in float32 or bfloat16"
+            gaps.append(_gap(np.load(file), _logits(export, ids, f"export at {path}", advice)))
+    worst, total, scale, same, logits, positions = zip(*gaps, strict=True)
     return {
-        "max_abs_dlogit": worst,
-        "mean_abs_dlogit": total / logits,
-        "logit_scale": scale,
-        "top1_agreement": same / positions,
+        "max_abs_dlogit": max(worst),
+        "mean_abs_dlogit": sum(total) / sum(logits),
+        "logit_scale": max(scale),
+        "top1_agreement": sum(same) / sum(positions),
     }
+
+
+def _logits(model: Model, ids: Sequence[int], what: str, advice: str) -> np.ndarray:
+    """Logits [T, V] of a prompt of T tokens; CheckpointError where they are not finite."""
+    length = padded_length(len(ids))  # few lengths, few compilations
+    tokens = np.zeros((1, length), np.int32)
+    tokens[0, : len(ids)] = ids
+    found = forward(model, tokens, padding_mask=np.arange(length)[None] < len(ids))
+    logits = gathered(found)[0, : len(ids)]
+    _require_finite(logits, what, advice)
+    return logits
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, int, int, int]:
+    """Of |a - b| the largest and the sum, the largest |a|, how many tops agree of a prompt's
+    logits, and how many logits and positions it has.
+    """
+    gap = np.abs(a - b)
+    same = int((a.argmax(-1) == b.argmax(-1)).sum())
+    return (
+        float(gap.max()),
+        float(gap.sum(dtype=np.float64)),
+        float(np.abs(a).max()),
+        same,
+        gap.size,
+        len(a),
+    )
 
 
 def _require_finite(logits: np.ndarray, what: str, advice: str) -> None:

@@ -1,4 +1,7 @@
-"""Records of generated answers and of option log-likelihoods: one per example, resumable."""
+"""Records of generated answers and of option log-likelihoods: one per example, resumable.
+
+Processes that share a model call these functions together; process 0 alone reads and writes files.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from zflora_jax.data.tokenization import encode_prompts, fit_documents
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.text import answer_text, stop_ids
+from zflora_jax.parallel import distributed
 from zflora_jax.reporting.growing import GrowingFile
 
 log = logging.getLogger(__name__)
@@ -247,7 +251,8 @@ def _in_batches(
             name = hashlib.sha256(
                 repr((fingerprint(model), [list(p) for p in prompts], key)).encode()
             ).hexdigest()
-            done = _read_partial(partial, name)
+            found = distributed.from_process_0(sorted(_read_partial(partial, name).items()))
+            done = {int(i): record for i, record in found}
             if done:
                 log.info(
                     "%s holds %d of %d rows: going on from there", partial, len(done), len(prompts)
@@ -255,7 +260,8 @@ def _in_batches(
                 on_batch(len(done))
             begin: list[Record] = [{"key": name}]
             begin += [{"index": i} | record for i, record in done.items()]
-            kept = stack.enter_context(GrowingFile(partial, _json_lines(begin)))
+            if distributed.is_main():
+                kept = stack.enter_context(GrowingFile(partial, _json_lines(begin)))
         left = sorted(
             (i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i)
         )

@@ -13,13 +13,13 @@ from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
 from zflora_jax.data.tasks import GROUPS, get_task
 from zflora_jax.evaluation.contamination import questions
 from zflora_jax.evaluation.statistics import as_dicts, group_scores
 from zflora_jax.evaluation.summary import summary_page
-from zflora_jax.evaluation.task import Evaluated, Result, evaluate_task, remove
+from zflora_jax.evaluation.task import Evaluated, Result, evaluate_task, one_day, remove
+from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment
 
@@ -52,7 +52,7 @@ def evaluate_tasks(
     task, and the mean over the tasks of each group.
 
     Task files are <out>/<task>-<split>-<label>.json and .jsonl. If it was stopped, the same call
-    goes on where it was, whichever task that is.
+    goes on where it was. Processes that share the model call this together; process 0 writes.
 
     Args:
       run: how they are scored, and where their files are.
@@ -72,12 +72,12 @@ def evaluate_tasks(
       ConfigError: as `check_tasks`; or `out` holds a summary of that name of another model or of
         other settings.
     """
-    out, env, run = as_path(out, "out"), environment(), dated(run)
+    out, env, run = as_path(out, "out"), environment(), one_day(run)
     check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
     origin = _origin(run, model)
     if not replace:
-        _refuse_other(as_path(f"{path}.json"), origin)
+        distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin))
     seen = _seen_by_task(run, tasks, trained_on)
     done = {}
     for task in tasks:
@@ -92,7 +92,8 @@ def evaluate_tasks(
         "config": to_dict(run),
         "environment": env,
     }
-    write_result(path, summary, summary_page(summary))
+    if distributed.is_main():
+        write_result(path, summary, summary_page(summary))
     for evaluated in done.values():
         remove(evaluated.partials)
     return summary

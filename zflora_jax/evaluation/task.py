@@ -24,7 +24,7 @@ from zflora_jax.evaluation.contamination import contaminated, questions
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.records import Record, generation_records, likelihood_records
 from zflora_jax.evaluation.statistics import as_dicts, scores_of
-from zflora_jax.parallel.mesh import require_local
+from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.progress import progress_bar
 from zflora_jax.reporting.provenance import environment
@@ -119,6 +119,11 @@ class _Rows:
         }
 
 
+def one_day(run: RunConfig) -> RunConfig:
+    """`run` with the date that process 0 tells its chat template, today if it has none."""
+    return dated(run, distributed.from_process_0(dated(run).data.date))
+
+
 def evaluate_task(
     run: RunConfig, model: Model, out: str | Path | None, seen: frozenset[str] | None, console: bool
 ) -> Evaluated:
@@ -128,9 +133,8 @@ def evaluate_task(
       seen: the normalised questions of the training data; None where none was named.
     """
     out = None if out is None else as_path(out, "out")
-    started, env, evaluation, run = time.perf_counter(), environment(), run.eval, dated(run)
+    started, env, evaluation, run = time.perf_counter(), environment(), run.eval, one_day(run)
     require_fit(run, model)
-    require_local(model.params, "evaluate")
     rows = _rows(run, seen)
     result: Result = {"task": rows.task, "split": evaluation.split, "rows": len(rows.examples)}
     result |= {key: getattr(model.config.execution, key) for key in ("dtype", "matmul_precision")}
@@ -151,7 +155,7 @@ def evaluate_task(
         "scores": scores,
         "seconds": time.perf_counter() - started,
     }
-    if out is not None:
+    if out is not None and distributed.is_main():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write(f"{out}.jsonl", lines.encode())
         write_json(f"{out}.json", result | {"config": to_dict(run), "environment": env})
@@ -213,6 +217,7 @@ def _answers(
 ) -> list[list[Record]]:
     """The records of likelihoods and of generated answers, as far as `run.eval` asks for them."""
     found, count = [], len(rows.examples)
+    console = console and distributed.is_main()
     if run.eval.likelihood and all(example.options for example in rows.examples):
         with progress_bar(count, f"{rows.task}: likelihoods", console) as advance:
             found.append(
@@ -275,5 +280,5 @@ def _scores(
 
 def remove(files: Sequence[Path]) -> None:
     """Delete those of `files` that are there."""
-    for file in files:
+    for file in files if distributed.is_main() else ():
         file.unlink(missing_ok=True)

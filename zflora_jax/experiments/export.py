@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.storage import as_path
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS, TrainedRun
 from zflora_jax.experiments.restore import load_run
+from zflora_jax.parallel.distributed import require_shared
 
 
 def export_run(
@@ -26,6 +26,9 @@ def export_run(
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Export what a run has trained.
+
+    Processes that share the model call this together, with an `out` that all of them can read;
+    process 0 writes.
 
     Args:
       workdir: of the run.
@@ -49,12 +52,7 @@ def export_run(
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     exporter, given = EXPORTERS[format], {"dtype": dtype, "eps_z": eps_z}
     _require_taken(format, given)
-    count = jax.process_count()
-    require(
-        count == 1,
-        f"{count} processes cannot export a run together: start one, with the devices that the"
-        " model needs.",
-    )
+    require_shared(as_path(out, "out").expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
     return exporter.write(out, run, **{name: given[name] for name in exporter.settings})
 

@@ -24,7 +24,7 @@ class TrainedRun:
     workdir: Path
     config: RunConfig
     model: Model
-    """The base."""
+    """The base; an exporter may free its arrays."""
     adapters: Tree
     step: int
     """Training steps behind the adapters."""
@@ -45,25 +45,22 @@ def write_fused(
     out: str | Path, run: TrainedRun, *, dtype: str | None = None, eps_z: float | None = None
 ) -> dict[str, Any]:
     """The fused model as a Hugging Face directory, and how far its logits are from the fused
-    model's. Args and report: as in `export_run`.
+    model's. Args and report: as in `export_run`. The base of `run` cannot be used afterwards: of
+    base, fused model and export one is in memory at a time.
     """
     from zflora_jax.adapters.fuse import fuse
     from zflora_jax.core.model import fingerprint
     from zflora_jax.evaluation.export_gap import export_gap
     from zflora_jax.evaluation.gap_prompts import gap_prompts
     from zflora_jax.hf.save import save_hf
+    from zflora_jax.parallel.distributed import from_process_0, on_main
 
-    fused = fuse(run.model, run.config.adapter, run.adapters)
-    prompts, origin = gap_prompts(run.config, run.model)  # before anything is written
-    report = save_hf(
-        out,
-        fused,
-        dtype=dtype,
-        base_fingerprint=fingerprint(run.model),
-        card=_card(run),
-        eps_z=eps_z,
-    )
-    return report | {"gap_prompts": origin} | export_gap(fused, out, prompts)
+    # Before anything is written, and of process 0, since other hosts may lack the data.
+    prompts, origin = from_process_0(on_main(lambda: gap_prompts(run.config, run.model)))
+    base = fingerprint(run.model)
+    fused = fuse(run.model, run.config.adapter, run.adapters, donate=True)
+    report = save_hf(out, fused, dtype=dtype, base_fingerprint=base, card=_card(run), eps_z=eps_z)
+    return report | {"gap_prompts": origin} | export_gap(fused, out, prompts, donate=True)
 
 
 def _card(run: TrainedRun) -> dict[str, Any]:

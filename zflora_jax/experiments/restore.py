@@ -8,13 +8,14 @@ import jax
 from jax.sharding import Mesh
 
 from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.packing import split_layers
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.base import load_base
-from zflora_jax.parallel.mesh import mesh_if_there
+from zflora_jax.parallel.mesh import mesh_if_there, mesh_of
 from zflora_jax.parallel.sharding import state_shardings
 from zflora_jax.training.checkpoint import Checkpoints, require_same
 from zflora_jax.training.trainer import fresh_state
@@ -26,11 +27,14 @@ def load_run(
 ) -> tuple[RunConfig, Model, Tree, int]:
     """Load a checkpoint of a run.
 
+    Processes that share the model call this together; each reads what its devices hold.
+
     Args:
       workdir: of the run.
       step: number of the checkpoint, "best" (train.keep_best), or None for the newest.
       mesh: what base and adapters are divided over (`sharding.make_mesh`). None: the mesh of the
-        run if its devices are there, else one device.
+        run if its devices are there, else one device. Several processes always need a mesh of all
+        their devices.
 
     Returns:
       (config, base model, adapters, finished steps).
@@ -84,12 +88,24 @@ def _number(
 
 
 def load_fused(
-    workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None
+    workdir: str | Path,
+    step: int | str | None = None,
+    *,
+    mesh: Mesh | None = None,
+    decode: bool = False,
 ) -> tuple[Model, str]:
-    """Load a checkpoint of a run (see `load_run`), fused.
+    """Load a checkpoint of a run (see `load_run`), fused. No two copies of the base are in memory.
+
+    Args:
+      workdir, step, mesh: as for `load_run`.
+      decode: on a mesh, give the model the layout that decoding needs, which would be a second copy
+        beside stacked layers.
 
     Returns:
       (fused model, a label for result files, e.g. "step120").
     """
     run, model, adapters, number = load_run(workdir, step, mesh=mesh)
-    return fuse(model, run.adapter, adapters), f"step{number}"
+    fused = fuse(model, run.adapter, adapters, donate=True)
+    if decode and mesh_of(fused.params) is not None:
+        fused = split_layers(fused)
+    return fused, f"step{number}"

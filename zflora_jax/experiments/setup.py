@@ -14,9 +14,10 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.packing import pack_sequences
-from zflora_jax.data.tokenization import Encoded, tokenize_examples
+from zflora_jax.data.tokenization import Encoded, Share, tokenize_examples
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
+from zflora_jax.parallel.distributed import gather_bytes
 from zflora_jax.parallel.sharding import shard, state_shardings
 from zflora_jax.training.trainer import TrainState, fresh_state
 
@@ -74,8 +75,9 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> 
     """
     model = load_base(run, mesh) if model is None else given_base(run, model)
     loaded = time.perf_counter()
+    share = Share(jax.process_index(), jax.process_count(), gather_bytes)
     train_set = tokenize_examples(
-        load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size
+        load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size, share
     )
     examples = len(train_set)
     if run.data.packing:

@@ -116,6 +116,22 @@ class Place:
 
         return joined(self.in_axes, len(self.shape)), joined(0, self.in_axes)
 
+    def block(self, slices: Slices) -> tuple[Slices, Slices]:
+        """The smallest block of rows and columns in Hugging Face's layout that holds `slices`.
+
+        Returns:
+          (its native slices, which `hf_slices` takes; where `slices` lie in it).
+        """
+        outer = list(slices)
+        for start, stop in ((0, self.in_axes), (self.in_axes, len(self.shape))):
+            for axis in range(start + 1, stop) if self.in_axes else ():
+                outer[axis] = slice(0, self.shape[axis])
+        inner = tuple(
+            slice(cut.start - of.start, cut.stop - of.start)
+            for cut, of in zip(slices, outer, strict=True)
+        )
+        return tuple(outer), inner
+
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_native`; a view where the axes allow it."""
         return array.reshape(self.hf_shape[::-1]).T if self.in_axes else array

@@ -29,7 +29,7 @@ from zflora_jax.hf.keys import as_finite
 from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.peft_settings import CONFIG, ModuleLora, module_name, read_settings
 from zflora_jax.hf.shards import Shards
-from zflora_jax.parallel.mesh import require_local
+from zflora_jax.parallel.distributed import on_main
 from zflora_jax.reporting.files import write_json
 
 WEIGHTS, WRITER = "adapter_model.safetensors", "zflora_jax"
@@ -46,7 +46,7 @@ def save_peft(
 
     Args:
       path: the directory to write. An earlier export of this function is replaced; a directory with
-        any other file is refused.
+        any other file is refused. Of processes that share the adapters process 0 writes.
       model: the base that the adapters were trained on; its source (a preset's hub id) becomes
         base_model_name_or_path.
       adapter: of method "lora".
@@ -68,7 +68,6 @@ def save_peft(
             f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
             " adapter into the model and use save_hf."
         )
-    require_local(adapters, "export")
     config = model.config.replace(scan_layers="layers" in adapters, packed=False)
     expected = {
         name: np.empty(shape, np.void) for name, shape in adapter_shapes(config, adapter).items()
@@ -76,9 +75,13 @@ def save_peft(
     trees.check_like(adapters, trees.unflatten(expected), "adapters of method 'lora'")
     kernels = tuple(resolve_adapter(config, adapter).blocks)
     tensors = _to_peft(config, adapters, kernels)
-    with whole_directory(target, _own_files) as staging:
-        write_json(staging / CONFIG, _settings(model, adapter, kernels))
-        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "writer": WRITER})
+
+    def write() -> None:
+        with whole_directory(target, _own_files) as staging:
+            write_json(staging / CONFIG, _settings(model, adapter, kernels))
+            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "writer": WRITER})
+
+    on_main(write)
     return {
         "path": str(target),
         "parameters": sum(t.size for t in tensors.values()),

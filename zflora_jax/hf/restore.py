@@ -27,9 +27,10 @@ from zflora_jax.hf.keys import (
     check_tensors,
     gather,
     hf_table,
+    slices_shape,
 )
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
-from zflora_jax.hf.stock import StockForm, module_of
+from zflora_jax.hf.stock import TABLES, StockForm, module_of
 from zflora_jax.parallel.sharding import placement
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
@@ -101,11 +102,13 @@ def load_export(
         )
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
-        # Stock form pads and reorders, so a block is cut from the whole tensor.
+        block, inner = place.block(slices)
         if side is not None and name in kept:
-            return place.to_native(as_finite(side.read(name), dtype, name, what))[slices]
-        x = stock[name].to_native(as_finite(shards.read(name), np.float32, name, what))
-        return form.inverse(module_of(place), x)[slices]
+            return _block(side, name, place, block, dtype)[inner]
+        if module_of(place) in TABLES and native.base_hidden_size is not None:
+            _require_no_state(shards, name, stock[name], place, block)
+        x = _block(shards, name, stock[name], block)
+        return form.inverse(module_of(place), x, block)[inner]
 
     where = sharding and partial(sharding, fused=adapter is not None)
     return Model(native, unflatten(gather(table, read, dtype, where)), adapter=adapter)
@@ -141,12 +144,34 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
-        return form.inverse_heads(
-            module_of(place), place.to_native(as_finite(shards.read(name), np.float32, name, what))
-        )[slices]
+        block, inner = place.block(slices)
+        return form.inverse_heads(module_of(place), _block(shards, name, place, block))[inner]
 
     where = None if mesh is None else partial(placement, mesh, fused=True)
     return Model(config, unflatten(gather(table, read, np.float32, where)))
+
+
+def _block(
+    shards: Shards, name: str, place: Place, block: Slices, dtype: Any = np.float32
+) -> np.ndarray:
+    """A block of a tensor, which alone is read, in the layout of `place` (native or stock form)."""
+    x = as_finite(shards.read(name, place.hf_slices(block)), dtype, name, str(shards.directory))
+    return place.to_native(x, slices_shape(block))
+
+
+def _require_no_state(shards: Shards, name: str, stock: Place, place: Place, block: Slices) -> None:
+    """CheckpointError unless the channels of a table behind the base's are zero in `block`'s rows:
+    the adapter's state starts there at zero, and the head does not read it.
+    """
+    axis = 0 if place.in_axes else 1
+    behind = list(block)
+    behind[axis] = slice(place.shape[axis], stock.shape[axis])
+    if block[axis].start == 0 and _block(shards, name, stock, tuple(behind)).any():
+        raise CheckpointError(
+            f"{shards.directory}: {name} has channels from {place.shape[axis]} on that are not"
+            " zero. They are the adapter's state, which other software has changed. Without"
+            f" {MANIFEST} the directory loads as an ordinary model."
+        )
 
 
 def _read_form(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
-from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.architecture import count_base, param_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
@@ -24,9 +25,10 @@ from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.load import locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE
-from zflora_jax.hf.stock import StockForm, module_of, native_tensors, stock_form, to_stock
+from zflora_jax.hf.stock import StockForm, module_of, native_tensor, stock_form, to_stock
+from zflora_jax.hf.tensor_file import write_tensors
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
-from zflora_jax.parallel.mesh import require_local
+from zflora_jax.parallel.distributed import from_process_0, on_main
 from zflora_jax.reporting.files import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,7 +47,9 @@ def save_hf(
     """Write a base or fused model as a LlamaForCausalLM directory (transformers 4.57 and 5, vLLM).
 
     The directory appears whole or not at all. An existing one is replaced only if it is an export
-    of this project with nothing added to it; any other is left alone and refused.
+    of this project with nothing added to it; any other is left alone and refused. Processes that
+    share the model call this together: they gather one tensor of one layer at a time, and process 0
+    writes it.
 
     Args:
       path: the directory to write, or its URL (s3://, gs://).
@@ -54,7 +58,7 @@ def save_hf(
         Arithmetic is in float32, and each tensor is cast once.
       base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json. Where the
         method widens it is computed from the model; the methods lora, ffa and full need it given.
-      max_shard_bytes: size limit of a file, in bytes; one file's tensors are in memory at a time.
+      max_shard_bytes: size limit of a file, in bytes.
       card: figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
       eps_z: scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
         that disturbs the logits less than rounding to `dtype`, estimated from the weights. Software
@@ -71,33 +75,37 @@ def save_hf(
     dtype = dtype or str(trees.flatten(model.params)["embed/embedding"].dtype)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
-    require_local(model.params, "export")
     form = stock_form(model, dtype, eps_z)
-    with whole_directory(target, _own_files) as staging:
-        hf_config, tensors = to_stock(model, form, dtype)
-        parameters = _write_tensors(staging, form.config, tensors, dtype, max_shard_bytes)
+    report: dict[str, Any] = {"path": str(target), "dtype": dtype} | _sizes(form)
+    with contextlib.ExitStack() as stack:
+        # None in all processes but the one that writes; they help to gather the tensors.
+        staging = on_main(lambda: stack.enter_context(whole_directory(target, _own_files)))
+        hf_config, tensor = to_stock(model, form, dtype)
+        _write_tensors(staging, form.config, tensor, dtype, max_shard_bytes)
         _write_side_file(staging, model, form, dtype)
-        write_json(staging / "config.json", hf_config)
-        _write_companions(staging, model)
-        report = {"path": str(target), "dtype": dtype, "parameters": parameters}
-        report["widths"] = _widths(form.config)
-        if model.config.base_hidden_size is not None:
-            report["eps_z"] = form.eps_z
-        (staging / "README.md").write_text(model_card(model, report, card or {}), encoding="utf-8")
-        files = _files_and_manifest(staging)
-        write_json(
-            staging / MANIFEST,
-            _manifest(model, form, dtype, base_fingerprint, files) | {"figures": dict(card or {})},
-        )
-        total = sum((staging / name).stat().st_size for name in files)
-    return report | {"bytes": total, "files": files}
+        base = base_fingerprint or _base_fingerprint(model)
+        if staging is not None:
+            write_json(staging / "config.json", hf_config)
+            _write_companions(staging, model)
+            text = model_card(model, report, card or {})
+            (staging / "README.md").write_text(text, encoding="utf-8")
+            manifest = _manifest(model, form, dtype, base) | {"figures": dict(card or {})}
+            report |= _listed(staging, manifest)
+    return from_process_0(report)
 
 
-def _files_and_manifest(folder: Path) -> list[str]:
-    """The files in `folder`, and the manifest, which is written last."""
-    return sorted(
-        [*(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()), MANIFEST]
-    )
+def _listed(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest, last and with the list of files; return that list and their bytes."""
+    written = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    files = sorted([*written, MANIFEST])
+    write_json(folder / MANIFEST, {**manifest, "files": files})
+    return {"bytes": sum((folder / name).stat().st_size for name in files), "files": files}
+
+
+def _sizes(form: StockForm) -> dict[str, Any]:
+    """What a report says of the stored model."""
+    sizes = {"parameters": count_base(form.config), "widths": _widths(form.config)}
+    return sizes if form.native.base_hidden_size is None else sizes | {"eps_z": form.eps_z}
 
 
 def _widths(config: LlamaConfig) -> str:
@@ -135,19 +143,16 @@ def _own_files(directory: Path) -> set[str] | None:
 
 
 def _write_tensors(
-    folder: Path,
+    folder: Path | None,
     config: LlamaConfig,
-    tensors: Iterator[tuple[str, np.ndarray]],
+    tensor: Callable[[str], np.ndarray],
     dtype: str,
     limit: int,
-) -> int:
-    """Write model.safetensors, or shards with an index; return the number of parameters."""
-    from safetensors.numpy import save_file
-
+) -> None:
+    """Write model.safetensors, or shards with an index; nothing where `folder` is None."""
     itemsize = np.dtype(dtype).itemsize
-    sizes = {
-        name: int(np.prod(place.hf_shape)) * itemsize for name, place in hf_table(config).items()
-    }
+    shapes = {name: place.hf_shape for name, place in hf_table(config).items()}
+    sizes = {name: int(np.prod(shape)) * itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > limit:
@@ -156,10 +161,11 @@ def _write_tensors(
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
+        path = None if folder is None else folder / file
+        write_tensors(path, {n: shapes[n] for n in names}, dtype, tensor, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     total = sum(sizes.values())
-    if len(shards) > 1:
+    if len(shards) > 1 and folder is not None:
         write_json(
             folder / INDEX,
             {
@@ -167,36 +173,51 @@ def _write_tensors(
                 "weight_map": weight_map,
             },
         )
-    return total // itemsize
 
 
-def _write_side_file(folder: Path, model: Model, form: StockForm, dtype: str) -> None:
+def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: str) -> None:
     """Store the native numbers that stock form rounds, so that `load_model` restores them bit for
     bit: norm gains, and q where heads are widened.
     """
-    from safetensors.numpy import save_file
 
-    kept = {
-        name: np.ascontiguousarray(as_finite(place.to_hf(x), np.dtype(dtype), name, "the model"))
-        for name, place, x in native_tensors(model)
-        if form.restored(module_of(place))
-    }
-    if kept:
-        (folder / SIDE_FOLDER).mkdir()
-        save_file(kept, folder / SIDE_FOLDER / SIDE_FILE)
+    table = hf_table(model.config).items()
+    shapes = {name: place.hf_shape for name, place in table if form.restored(module_of(place))}
+    if not shapes:
+        return
+
+    def tensor(name: str) -> np.ndarray:
+        place, x = native_tensor(model, name)
+        return as_finite(place.to_hf(x), np.dtype(dtype), name, "the model")
+
+    path = None if folder is None else folder / SIDE_FOLDER / SIDE_FILE
+    if path is not None:
+        path.parent.mkdir()
+    write_tensors(path, shapes, dtype, tensor)
 
 
 # --- files beside the tensors ---------------------------------------------------------------------
 
 
+def _base_of(model: Model) -> LlamaConfig | None:
+    """The config of the base whose numbers the model holds unchanged; None where a merge by
+    addition has changed them.
+    """
+    if model.adapter is None:
+        return model.config
+    widened = METHODS[model.adapter.method].widens
+    return base_config(model.config, model.adapter) if widened else None
+
+
+def _base_fingerprint(model: Model) -> str | None:
+    """Of the base, in the corner of wide leaves. Processes that share the model call this."""
+    base = _base_of(model)
+    return None if base is None else trees.fingerprint(model.params, param_shapes(base))
+
+
 def _manifest(
-    model: Model, form: StockForm, dtype: str, base_fingerprint: str | None, files: list[str]
+    model: Model, form: StockForm, dtype: str, base_fingerprint: str | None
 ) -> dict[str, Any]:
-    widened = model.adapter is not None and METHODS[model.adapter.method].widens
-    base = base_config(model.config, model.adapter) if widened and model.adapter else model.config
-    if base_fingerprint is None and (widened or model.adapter is None):
-        shapes = param_shapes(base)  # of the base, in the corner of the wide leaves
-        base_fingerprint = trees.fingerprint(model.params, shapes)
+    base = _base_of(model) or model.config
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -213,7 +234,6 @@ def _manifest(
         "native_config": model.config.flat(),
         "padding": form.width - model.config.hidden_size,
         "eps_z": form.eps_z,
-        "files": files,
     }
 
 

@@ -171,6 +171,14 @@ class Shards:
             ) from error
 
 
+def _equal(shards: Shards, one: str, other: str) -> bool:
+    """Whether two tensors [rows, width] of one shape hold the same, a few rows at a time."""
+    rows, width = shards.shapes[one]
+    each = max(1, (1 << 24) // width)
+    pieces = ((slice(i, min(i + each, rows)), slice(0, width)) for i in range(0, rows, each))
+    return all(np.array_equal(shards.read(one, at), shards.read(other, at)) for at in pieces)
+
+
 def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of a directory without the redundant lm_head that some files of tied models hold.
 
@@ -184,9 +192,7 @@ def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int
         or embedding not in shards.shapes
     ):
         return shards.shapes
-    if shards.shapes[head] != shards.shapes[embedding] or not np.array_equal(
-        shards.read(head), shards.read(embedding)
-    ):
+    if shards.shapes[head] != shards.shapes[embedding] or not _equal(shards, head, embedding):
         raise CheckpointError(
             f"{shards.directory}: config.json ties the head to the embedding, but {head} differs"
             f" from {embedding}. Set tie_word_embeddings to false in config.json if the head is to"

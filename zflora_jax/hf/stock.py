@@ -17,19 +17,18 @@ Letters: d residual width, k head dim, r and e what an adapter adds to them, D p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from zflora_jax.core import trees
-from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
-from zflora_jax.hf.keys import Place, as_finite, hf_table
+from zflora_jax.hf.keys import Place, Slices, as_finite, hf_table
 from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
 from zflora_jax.ops.rope import paired_order, rope_frequencies
@@ -39,7 +38,7 @@ _READS, _WRITES, _NORMS = (
     ("o", "down"),
     ("attn_norm", "mlp_norm", "final_norm"),
 )
-_TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with zeros
+TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with zeros
 
 
 @dataclass(frozen=True)
@@ -128,23 +127,18 @@ class StockForm:
         padding = [(0, self.width - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
         return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
 
-    def inverse(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The inverse of `forward`; exact except where `restored` is true.
+    def inverse(self, module: str, x: np.ndarray, at: Slices) -> np.ndarray:
+        """The inverse of `forward` on a block of a leaf; exact except where `restored` is true.
 
-        Raises:
-          CheckpointError: the embedding or the head has adapter channels that are not zero.
+        Args:
+          module: its parent in the native tree.
+          x: the block, float32; of heads it holds all dims.
+          at: its slices, in the native leaf and in stock form alike: padding comes last.
         """
         n = self.native
         if n.base_hidden_size is not None and (axis := _residual_axis(module, x.ndim)) is not None:
-            width = n.norm_dim if module in _TABLES else n.hidden_size
-            x, rest = np.split(x, [width], axis)
-            if module in _TABLES and rest.any():
-                raise CheckpointError(
-                    f"{module}: its channels from {width} on belong to the adapter's state and"
-                    " must be zero; other software has changed them. Without zflora.json the"
-                    " directory loads as an ordinary model."
-                )
-            x = x / self._scale(module, width, axis, x.ndim)
+            scale = self._scale(module, n.hidden_size, axis, x.ndim)
+            x = x / np.take(scale, range(at[axis].start, at[axis].stop), axis)
         return self.inverse_heads(module, x)
 
     def inverse_heads(self, module: str, x: np.ndarray) -> np.ndarray:
@@ -201,17 +195,18 @@ def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockFor
     )
 
 
-def native_tensors(model: Model) -> Iterator[tuple[str, Place, np.ndarray]]:
-    """Yield (Hugging Face name, place, native leaf of one layer in float32), one at a time."""
-    leaves = trees.flatten(model.params)
-    for name, place in hf_table(model.config).items():
-        leaf = leaves[place.leaf]
-        yield name, place, trees.on_host(leaf, place.layer).astype(np.float32)
+def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
+    """The place of a Hugging Face tensor, and its native leaf of one layer in float32. Processes
+    that share the model's arrays call this together.
+    """
+    place = hf_table(model.config)[name]
+    leaf = trees.flatten(model.params)[place.leaf]
+    return place, trees.on_host(leaf, place.layer).astype(np.float32, copy=False)
 
 
 def to_stock(
     model: Model, form: StockForm, dtype: str
-) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]]]:
+) -> tuple[dict[str, Any], Callable[[str], np.ndarray]]:
     """Bring a model into stock form.
 
     Arithmetic is in float32 with one cast at the end; numbers that stock form does not change are
@@ -223,14 +218,14 @@ def to_stock(
       dtype: of the tensors.
 
     Returns:
-      (config.json as a dict, an iterator over (Hugging Face name, tensor)). The iterator raises
-      CheckpointError for a tensor that is not finite in `dtype`.
+      (config.json as a dict, a function from a Hugging Face name to the tensor). The function
+      raises CheckpointError for a tensor that is not finite in `dtype`.
     """
     table = hf_table(form.config)
 
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, place, x in native_tensors(model):
-            array = table[name].to_hf(form.forward(module_of(place), x))
-            yield name, np.ascontiguousarray(as_finite(array, np.dtype(dtype), name, "the model"))
+    def tensor(name: str) -> np.ndarray:
+        place, x = native_tensor(model, name)
+        array = table[name].to_hf(form.forward(module_of(place), x))
+        return as_finite(array, np.dtype(dtype), name, "the model")
 
-    return to_hf_config(form.config, dtype, form.rope), tensors()
+    return to_hf_config(form.config, dtype, form.rope), tensor

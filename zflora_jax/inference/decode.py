@@ -13,7 +13,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
-from zflora_jax.core.trees import Tree
+from zflora_jax.core.trees import Tree, gathered
 from zflora_jax.inference.batching import Batch, batches, check_prompts, pad_left, padded_length
 from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.generation_config import (
@@ -25,7 +25,7 @@ from zflora_jax.inference.model_call import packed
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import GREEDY, NON_FINITE
 from zflora_jax.inference.unfused import UnfusedAdapters, unfused_adapters
-from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
+from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 
 Array = jax.Array
 
@@ -45,7 +45,8 @@ def generate_tokens(
     """Generate token ids for each prompt.
 
     Prompts of similar length share a batch; an answer does not depend on the prompts beside it (up
-    to float rounding of the matrix products).
+    to float rounding of the matrix products). Processes that share a model call this together, with
+    the same arguments, and all get the answers.
 
     Args:
       model: base, fused or packed.
@@ -72,7 +73,6 @@ def generate_tokens(
     _check_beams(model, config, tasks)
     check_prompts(model, prompts, config.max_new_tokens)
     unfused = unfused_adapters(adapter, adapters, tasks, len(prompts))
-    require_local(model.params, "generate")
     run = packed(model, alone=unfused is None)
     unfused = unfused and unfused.placed(run)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -108,11 +108,11 @@ def _generate_batch(
     if config.num_beams > 1:
         beams = BeamProgram(run.config, adapter, config.num_beams, stop)
         with mesh_in_use(run.params):
-            return np.asarray(beams.search(variables, tokens, valid, config.max_new_tokens))
+            return gathered(beams.search(variables, tokens, valid, config.max_new_tokens))
     program = DecodeProgram(run.config, adapter, config.sampler or GREEDY, stop)
     keys = _row_keys(config.seed, request_ids, size)
     with mesh_in_use(run.params):
-        return np.asarray(program.decode(variables, tokens, valid, keys, config.max_new_tokens))
+        return gathered(program.decode(variables, tokens, valid, keys, config.max_new_tokens))
 
 
 def stream_tokens(
@@ -122,6 +122,8 @@ def stream_tokens(
     **settings: Unpack[GenerationSettings],
 ) -> Iterator[int]:
     """Generate for one prompt, token by token: a compiled step for each, called from here.
+
+    Processes that share the model each take all tokens.
 
     Args:
       model, config, settings: as for `generate_tokens`; batch_size does not matter.
@@ -137,7 +139,6 @@ def stream_tokens(
     config = generation_config(config, settings).stopping_at(model.config.eos_token_ids)
     require(config.num_beams == 1, "a beam search cannot be streamed: set num_beams=1.")
     check_prompts(model, [prompt], config.max_new_tokens)
-    require_local(model.params, "generate")
     run = packed(model)
     stop = config.stop_token_ids or ()
     program = DecodeProgram(run.config, None, config.sampler or GREEDY, stop)
@@ -148,10 +149,10 @@ def stream_tokens(
     with mesh_in_use(run.params):
         state = program.prefill(variables, tokens, valid, keys, room)
     for count in range(1, config.max_new_tokens + 1):
-        token = int(state.last[0])
+        token, done = int(gathered(state.last)[0]), bool(gathered(state.done)[0])
         _check_finite([token], 0)
         yield token
-        if count == config.max_new_tokens or bool(state.done[0]):
+        if count == config.max_new_tokens or done:
             return
         with mesh_in_use(run.params):
             state = program.decode_until(variables, state, keys, np.int32(count + 1))

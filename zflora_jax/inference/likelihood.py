@@ -29,11 +29,11 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.token_ids import check_ids
-from zflora_jax.core.trees import Tree
+from zflora_jax.core.trees import Tree, gathered
 from zflora_jax.inference import model_call
 from zflora_jax.inference.batching import batches, pad_left, padded_length
 from zflora_jax.nn.kv_cache import KVCache, init_cache
-from zflora_jax.parallel.mesh import fill_rows, mesh_in_use, require_local
+from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 
 Array = jax.Array
 # Keys and values that one call may copy for options; a batch's worth of options may always.
@@ -55,7 +55,8 @@ def option_log_likelihoods(
 
     log p(option | prompt) sums log_softmax(logits) over the option's tokens: no BOS or EOS is
     added, nothing is divided by a length. Float32 products are as exact as
-    config.execution.matmul_precision says, as in training and decode.
+    config.execution.matmul_precision says, as in training and decode. Processes that share a model
+    call this together, with the same arguments, and all get the scores.
 
     Args:
       model: base, fused or packed.
@@ -73,7 +74,6 @@ def option_log_likelihoods(
         or more tokens than the context holds.
     """
     _check(model, prompts, options, batch_size)
-    require_local(model.params, "score options")
     questions = [_question(prompt, row) for prompt, row in zip(prompts, options, strict=True)]
     run = model_call.packed(model)
     shared, start = _feed_shared_start(run, [question.prompt for question in questions])
@@ -234,7 +234,7 @@ def _feed(
     span = min(_bucket(scored), length - 1)
     with mesh_in_use(run.params):
         scores, cache = score_pieces(run.config, run.params, past, batch, span, keep)
-    return np.asarray(scores)[: len(pieces)], cache
+    return gathered(scores)[: len(pieces)], cache
 
 
 @partial(jax.jit, static_argnames=("config", "span", "keep"))

@@ -109,7 +109,9 @@ class Llama(nn.Module):
         cos, sin = rope_tables(self.config, positions, slots.shape[1])
         context = Context(cos, sin, mask, None if cache is None else cache.index)
 
-        x = divide_embeddings(self.embed(tokens), rows=cache is None)
+        # Outside a scan XLA would gather the kernels of all layers ahead of the first.
+        rows = cache is None and self.config.execution.scan_layers
+        x = divide_embeddings(self.embed(tokens), rows=rows)
         width = resolved(self.config, self.adapter).residual
         carry: Channels = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         carry, layers = self._run_layers(carry, None if cache is None else cache.layers, context)

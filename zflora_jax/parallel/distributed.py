@@ -9,6 +9,7 @@ and reports. A run that is asked to stop (SIGTERM, SIGINT) finishes its step, sa
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -19,17 +20,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, first_line, require
 from zflora_jax.core.storage import as_path, is_url
 
 T = TypeVar("T")
 
+PIECE = 1 << 23  # bytes of a process that are exchanged at one time
 SHARED_WITHIN = 10.0  # seconds that a new file may take to be seen by every process
 
 ENVIRONMENT = {
@@ -50,7 +53,7 @@ def start(
     does nothing.
 
     Each of the first three can come from the environment instead (see `ENVIRONMENT`); all or none
-    must be given.
+    must be given. A process that has joined already stays as it is.
 
     Args:
       coordinator: "host:port" of process 0, which all processes can reach.
@@ -63,6 +66,8 @@ def start(
       ConfigError: only some of the three are given, a value is impossible, or the runtime does not
         start.
     """
+    if jax.distributed.is_initialized():
+        return
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     values = {
         name: os.environ.get(ENVIRONMENT[name]) if value is None else value
@@ -135,7 +140,7 @@ def is_main() -> bool:
 def on_main(action: Callable[[], T]) -> T | None:
     """Run `action` on process 0.
 
-    If it raises ConfigError or OSError, all processes end, not only that one.
+    If it raises ConfigError, CheckpointError or OSError, all processes end, not only that one.
 
     Returns:
       Its result on process 0, None on the others.
@@ -143,11 +148,11 @@ def on_main(action: Callable[[], T]) -> T | None:
     result, error = None, None
     try:
         result = action() if is_main() else None
-    except (ConfigError, OSError) as raised:
+    except (ConfigError, CheckpointError, OSError) as raised:
         error = raised
     if jax.process_count() > 1:
         well = bool(multihost_utils.broadcast_one_to_all(np.int32(error is None)))
-        require(well or is_main(), "process 0 cannot use the workdir; its message says why.")
+        require(well or is_main(), "process 0 cannot go on; its message says why.")
     if error is not None:
         raise error
     return result
@@ -160,12 +165,40 @@ def from_main(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def require_shared(workdir: str | os.PathLike[str]) -> None:
-    """Check that all processes read what process 0 writes into `workdir`; one process alone needs
+def gather_bytes(own: bytes) -> list[bytes]:
+    """The bytes of every process, in the order of their numbers; all processes call this."""
+    if jax.process_count() == 1:
+        return [own]
+    sizes = np.ravel(multihost_utils.process_allgather(np.asarray(len(own), np.int32))).tolist()
+    parts: list[list[bytes]] = [[] for _ in sizes]
+    for start in range(0, max(sizes), PIECE):
+        width = min(PIECE, max(sizes) - start)
+        piece = np.frombuffer(own[start : start + width], np.uint8)
+        piece = np.pad(piece, (0, width - len(piece)))
+        for part, row in zip(parts, multihost_utils.process_allgather(piece), strict=True):
+            part.append(row.tobytes())
+    return [b"".join(part)[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def from_process_0(value: Any) -> Any:
+    """A JSON value of process 0, in all processes; all of them call this, and what the others give
+    does not count. One process gets its value as it is.
+    """
+    if jax.process_count() == 1:
+        return value
+    return json.loads(gather_bytes(json.dumps(value).encode() if is_main() else b"")[0])
+
+
+def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> None:
+    """Check that all processes read what process 0 writes into `folder`; one process alone needs
     no check.
 
     Without it, processes with a workdir of their own would wait for each other for ever at the
     first save.
+
+    Args:
+      folder: a directory.
+      name: what it is, in the message.
 
     Raises:
       ConfigError: in every process, if one of them does not see the file.
@@ -174,7 +207,7 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
         return
     # No file of an earlier start can be taken for this one.
     nonce = from_main(secrets.randbelow(2**31))
-    file = as_path(workdir, "workdir") / f".shared-{nonce:08x}"
+    file = as_path(folder, name) / f".shared-{nonce:08x}"
     on_main(lambda: _write_nonce(file))
     try:
         sees = np.asarray(_appears(file, SHARED_WITHIN))
@@ -185,7 +218,7 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
                 file.unlink()
     require(
         not blind,
-        f"workdir {workdir} is not shared: of {jax.process_count()} processes,"
+        f"{name} {folder} is not shared: of {jax.process_count()} processes,"
         f" {', '.join(map(str, blind))} did not see within {SHARED_WITHIN:g} s what process 0 wrote"
         " there. Give all processes one directory on a file system that all hosts mount (NFS,"
         " Lustre), or one URL of a bucket (s3://, gs://).",
@@ -199,8 +232,8 @@ def _write_nonce(file: Path) -> None:
         file.write_text(file.name, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"cannot write to workdir {file.parent}: {error.strerror or error}. Choose a directory"
-            " that you may write to."
+            f"cannot write to {file.parent}: {error.strerror or error}. Choose a directory that you"
+            " may write to."
         ) from None
 
 

@@ -6,15 +6,16 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.parallel.sharding import AXES, BATCH, make_mesh, shard
+from zflora_jax.parallel.slices import slice_groups
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +24,18 @@ def mesh_if_there(config: MeshConfig) -> Mesh | None:
     """The mesh that a run was trained on, if this process has enough devices.
 
     Args:
-      config: of the run.
+      config: of the run; here its devices may be in other slices.
 
     Returns:
       The mesh; None for one device, and, with a line in the log, where there are fewer devices.
+
+    Raises:
+      ConfigError: there are several processes, and the mesh does not use all of their devices.
     """
     need, have = config.devices, jax.device_count()
-    if 1 < need <= have:
-        return make_mesh(config)
+    if 1 < need <= have or jax.process_count() > 1:
+        there = len(slice_groups(jax.devices()[:need], config.slices)) == config.slices
+        return make_mesh(config if there else replace(config, slices=1))
     if need > 1:
         log.warning(
             "a run of %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d) is loaded onto one:"
@@ -108,15 +113,3 @@ def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",
     mesh = mesh_of(tree)
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
     return -(-rows // parts) * parts
-
-
-def require_local(tree: Mapping[str, Any], verb: str) -> None:
-    """ConfigError for arrays of several processes, none of which can `verb` alone."""
-    local = all(
-        leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
-    )
-    require(
-        local,
-        f"this model is divided over {jax.process_count()} processes, which cannot {verb} together."
-        " Start one process with as many devices as the model needs, and load it there.",
-    )

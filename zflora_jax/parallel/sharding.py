@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.parallel.slices import arrange
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +63,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Make the mesh of a run.
 
     Args:
-      config: the number of devices along data, fsdp and tensor.
+      config: the number of devices along data, fsdp and tensor, and the slices they are in.
       devices: the first of them are used; None: all devices, and idle ones are logged.
 
     Raises:
-      ConfigError: there are fewer devices.
+      ConfigError: there are fewer devices, or they are in other slices.
     """
     need, have = config.devices, jax.devices() if devices is None else list(devices)
     require(
@@ -88,11 +89,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"the mesh uses {need} of {len(have)} devices, {len(have) - need} stay idle"
             + (f": {advice}" if times > 1 else "")
         )
-    return Mesh(
-        np.asarray(have[:need]).reshape(config.data, config.fsdp, config.tensor),
-        AXES,
-        axis_types=(AxisType.Auto,) * 3,
-    )
+    return Mesh(arrange(config, have[:need]), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def in_layer(name: str) -> str:
@@ -223,7 +220,8 @@ def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.
     """
 
     def place(leaf: Any, where: NamedSharding) -> jax.Array:
-        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and leaf.sharding == where):
+        shared = isinstance(leaf, jax.Array) and leaf.sharding.device_set == where.device_set
+        if where.is_fully_addressable or shared:
             return jax.device_put(leaf, where)
         value = np.asarray(leaf)
         return jax.make_array_from_callback(value.shape, where, value.__getitem__)

@@ -1,0 +1,85 @@
+"""Commands in several processes on loopback, each with CPU devices of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from zflora_jax.core.fields import to_dict
+from zflora_jax.core.run_config import RunConfig
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def spawn(
+    arguments: list[str], processes: int, devices: int, *, flags: bool = False
+) -> list[subprocess.Popen[str]]:
+    """`python ARGUMENTS` in `processes` processes of `devices` CPU devices each, which find each
+    other by the environment, or with `flags` by --coordinator and its sisters.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    common = {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    # As conftest has it for this process: programs that compile fast, and are kept.
+    common |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    if kept := jax.config.jax_compilation_cache_dir:
+        least = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+        common |= {"JAX_COMPILATION_CACHE_DIR": str(kept), least: "0"}
+    given = {"coordinator": f"127.0.0.1:{port}", "num_processes": str(processes)}
+    started = []
+    for i in range(processes):
+        here = given | {"process_id": str(i)} if processes > 1 else {}
+        words = [w for name, x in here.items() for w in (f"--{name.replace('_', '-')}", x)]
+        named = {f"ZFLORA_{name.upper()}": value for name, value in here.items()}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *arguments, *(words if flags else [])],
+                env=os.environ | common | ({} if flags else named),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(processes: list[subprocess.Popen[str]], code: int = 0, seconds: int = 300) -> list[str]:
+    """The outputs of processes that end with `code`."""
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n---\n".join(
+        out[-3000:] for out in outputs
+    )
+    return outputs
+
+
+def config_file(run: RunConfig, path: Path) -> str:
+    """A file for --config that gives `run`."""
+    imports = (
+        "from zflora_jax.config import RunConfig\nfrom zflora_jax.core.fields import from_dict\n"
+    )
+    path.write_text(
+        f"{imports}def get_config():\n    return from_dict(RunConfig, {to_dict(run)!r})\n"
+    )
+    return str(path)
+
+
+def commands(
+    argvs: list[list[str]], folder: Path, processes: int, devices: int
+) -> list[subprocess.Popen[str]]:
+    """The commands one after the other in every process (`support.host_driver`); what process i
+    read goes to <folder>/read-i.json.
+    """
+    driver = ["-m", "support.host_driver", json.dumps(argvs), str(folder)]
+    return spawn(driver, processes, devices)

@@ -1,0 +1,128 @@
+"""Two processes on loopback train, evaluate, generate and export together: the numbers, answers and
+files of one process, and no process reads the whole of a tensor that is divided.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.hosts import commands, config_file, finish
+from support.runs import small_run
+
+from zflora_jax.cli.main import main
+from zflora_jax.core import trees
+from zflora_jax.core.fields import override
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.experiments.restore import load_run
+from zflora_jax.experiments.train import train
+from zflora_jax.reporting.metrics import read_metrics
+
+PROMPTS = "2+3=\nWhat is 12 plus 7?\n"
+
+
+@pytest.fixture
+def four(model_dir: Path) -> RunConfig:
+    """A run over four devices, of which two hold half of the model."""
+    mesh = {"mesh.fsdp": 2, "mesh.tensor": 2, "data.grad_accum_steps": 1}
+    short = {"train.steps": 3, "data.bucket_lengths": (320,), "data.train_limit": 16}
+    return override(small_run(str(model_dir)), mesh | short)
+
+
+def losses(workdir: Path) -> np.ndarray:
+    found = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"]
+    return np.asarray([[r["step"], r["loss"], r["tokens"]] for r in found])
+
+
+def uses(workdir: Path, out: Path) -> list[list[str]]:
+    """What is done with a trained run: its loss and answers, prompts, an export and its answers."""
+    (out / "prompts.txt").write_text(PROMPTS)
+    run, mesh = ["--workdir", str(workdir)], ["--set", "mesh.fsdp=2", "mesh.tensor=2"]
+    short = ["--max-new-tokens", "5"]
+    return [
+        ["eval", *run, "--out", str(out / "eval")],
+        ["generate", *run, "--file", str(out / "prompts.txt"), *short],
+        ["generate", *run, "--prompt", "2+3=", *short],
+        ["export", *run, "--out", str(out / "export")],
+        ["generate", "--model", str(out / "export"), "--prompt", "2+3=", *short, *mesh],
+    ]
+
+
+def said(output: str) -> list[str]:
+    """The answers that `generate` printed."""
+    parts = [part.split("\n", 1)[1] for part in output.split("--- ")[1:] if part[:8] == "generate"]
+    return ["\n".join(x for x in part.splitlines() if "Gloo" not in x) for part in parts]
+
+
+def test_two_processes_do_what_one_does(four, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    workdir = tmp_path / "two" / "run"
+    argv = ["train", "--config", config_file(four, tmp_path / "c.py"), "--workdir", str(workdir)]
+    first, second = finish(
+        commands([argv, *uses(workdir, tmp_path / "two")], tmp_path, 2, devices=2)
+    )
+    train(four, tmp_path / "one" / "run", console=False)
+    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "one" / "run"), rtol=2e-5)
+    report, wanted = (
+        json.loads((tmp_path / name / "run" / "report.json").read_text()) for name in ("two", "one")
+    )
+    assert report["processes"] == 2 and report["steps"] == 3
+    for key in ("base_fingerprint", "data_fingerprint", "train_rows"):
+        assert report[key] == wanted[key], key
+    assert "trained in" in first and "trained in" not in second
+    one, two = (trees.flatten(load_run(tmp_path / name / "run")[2]) for name in ("one", "two"))
+    for name, leaf in one.items():
+        np.testing.assert_allclose(two[name], leaf, atol=2e-4, err_msg=name)
+
+    # One process does the same with the run that two have trained.
+    capsys.readouterr()
+    printed = []
+    for argv in uses(workdir, tmp_path / "one"):
+        assert main(argv) == 0
+        printed.append(capsys.readouterr().out)
+    assert said(first) == [
+        printed[1].rstrip("\n"),
+        printed[2].rstrip("\n"),
+        printed[4].rstrip("\n"),
+    ]
+    assert said(second) == ["", "", ""]
+    assert_same_evaluation(tmp_path / "one" / "eval", tmp_path / "two" / "eval")
+    assert_same_files(tmp_path / "one" / "export", tmp_path / "two" / "export")
+    assert_halves(tmp_path)
+
+
+def assert_same_evaluation(one: Path, two: Path) -> None:
+    names = sorted(p.name for p in one.iterdir())
+    assert names == sorted(p.name for p in two.iterdir()) and len(names) == 4
+    [rows] = one.glob("arithmetic*.jsonl")
+    assert (two / rows.name).read_text() == rows.read_text()
+    [summary] = one.glob("summary-*.json")
+    here, there = (json.loads((folder / summary.name).read_text()) for folder in (one, two))
+    assert here["origin"] == there["origin"]
+    np.testing.assert_allclose(there["tasks"][0]["loss"], here["tasks"][0]["loss"], rtol=2e-5)
+
+
+def assert_same_files(one: Path, two: Path) -> None:
+    """Byte for byte."""
+    names = sorted(str(p.relative_to(one)) for p in one.rglob("*") if p.is_file())
+    assert names == sorted(str(p.relative_to(two)) for p in two.rglob("*") if p.is_file())
+    assert "model.safetensors" in names and "zflora/restore.safetensors" in names
+    for name in names:
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+
+
+def assert_halves(folder: Path) -> None:
+    """Each process has read half of every matrix, and what is too small to be divided whole: of the
+    base to train (and to evaluate, generate and export), and of the export.
+    """
+    for number in range(2):
+        reads = json.loads((folder / f"read-{number}.json").read_text())
+        assert [len(read) > 0 for read in reads] == [True] * 6
+        for command, read in enumerate(reads):
+            times = 1 if command != 4 else 2  # an export is read to be compared, after the base
+            for name, share in read.items():
+                whole = name.endswith(("norm.weight",)) or name == "model.embed_tokens.weight"
+                assert share <= (times if whole else times / 2), (command, name, share)

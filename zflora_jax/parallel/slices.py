@@ -1,0 +1,78 @@
+"""The devices of a mesh in order: those of a slice are neighbours along every axis but data.
+
+A slice is a group of devices with fast links among them (a TPU slice and its ICI); slices are
+connected by the data centre's network (DCN), which is slower.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from jax.experimental import mesh_utils
+
+from zflora_jax.core.fields import require
+from zflora_jax.core.run_config import MeshConfig
+
+log = logging.getLogger(__name__)
+
+
+def slice_groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
+    """The devices of each of `slices` slices: by the slice that a TPU names, or else by processes,
+    as many neighbours in each slice.
+
+    Returns:
+      The groups in order; fewer or more than `slices` where the devices are not in so many.
+    """
+    for attribute in ("slice_index", "process_index"):
+        found: dict[int, list[Any]] = {}
+        for device in devices:
+            found.setdefault(getattr(device, attribute, None) or 0, []).append(device)
+        groups = [found[index] for index in sorted(found)]
+        if len(groups) > 1:
+            break
+    each = len(groups) // slices
+    if attribute == "slice_index" or each * slices != len(groups):
+        return groups
+    return [list(chain(*groups[i : i + each])) for i in range(0, len(groups), each)]
+
+
+def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Arrange the devices of a mesh.
+
+    Args:
+      config: the axes.
+      devices: as many as the mesh has.
+
+    Returns:
+      Devices [data, fsdp, tensor]; slices one after the other along data.
+
+    Raises:
+      ConfigError: the devices are not in mesh.slices slices of one size.
+    """
+    shape = (config.data // config.slices, config.fsdp, config.tensor)
+    if config.slices == 1:
+        count = len({getattr(device, "slice_index", None) for device in devices})
+        if count > 1:
+            log.warning(
+                "the devices are in %d slices, and mesh.slices is 1: weights may be gathered over"
+                " the network between them. Set mesh.slices=%d, and mesh.data to a multiple of it",
+                *(count, count),
+            )
+        return np.asarray(devices).reshape(shape)
+    groups = slice_groups(devices, config.slices)
+    require(
+        len(groups) == config.slices and len({len(group) for group in groups}) == 1,
+        f"mesh.slices={config.slices}: the {len(devices)} devices of the mesh are in groups of"
+        f" {', '.join(str(len(group)) for group in groups)} (TPU slices, or else processes). Set"
+        " mesh.slices to their number, or to 1 where all links are equally fast, and mesh.data,"
+        " mesh.fsdp and mesh.tensor to use all devices.",
+    )
+    parts = [
+        mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True)
+        for group in groups
+    ]
+    return np.concatenate(parts)
