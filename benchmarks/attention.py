@@ -126,7 +126,7 @@ def step_row(
     run = RunConfig(
         model="llama-3.2-1b",
         adapter=AdapterConfig("zflora-minimal", rank=32),
-        train=TrainConfig(dtype="bfloat16", remat=remat),
+        train=TrainConfig(dtype="bfloat16", remat="block" if remat else "dots"),
         mesh=mesh,
         data=DataConfig(
             batch_size=ROWS * mesh.data * mesh.fsdp, bucket_lengths=(length,), packing=packing
@@ -238,7 +238,7 @@ growth; memory that grew with T x T would double them.
 Llama-3.2-1B cut to 2 layers, zflora-minimal r=32, bfloat16, {ROWS} rows of T tokens for each
 device along fsdp; per device. The layers are one loop body: its text holds the forward kernel once,
 so the backward pass does not run it again, unless all of a layer is computed again
-(`train.remat=True`).
+(`train.remat=block`).
 
 {steps}
 

@@ -33,9 +33,9 @@ FSDP = {"mesh.fsdp": 8}
 CASES: tuple[dict[str, Any], ...] = (
     FSDP,
     FSDP | {"adapter.method": "lora"},
-    FSDP | {"train.remat": True},
+    FSDP | {"train.remat": "block"},
     FSDP | {"train.dtype": "bfloat16"},
-    FSDP | {"train.dtype": "bfloat16", "train.remat": True},
+    FSDP | {"train.dtype": "bfloat16", "train.remat": "block"},
     FSDP | {"data.grad_accum_steps": 2},
     {"mesh.data": 8},
     {"mesh.fsdp": 4, "mesh.tensor": 2},

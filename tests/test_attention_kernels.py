@@ -24,7 +24,7 @@ from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.ops import attention as attention_ops
 from zflora_jax.ops.attention import attention, attention_choice, attention_kernel
 from zflora_jax.ops.attention_mask import AttentionMask
-from zflora_jax.ops.remat import REMAT_POLICY
+from zflora_jax.ops.remat import POLICIES
 from zflora_jax.parallel import devices
 from zflora_jax.parallel.devices import (
     device_in_use,
@@ -156,7 +156,7 @@ def test_kernels_are_called_for_by_name_and_run_forward_once(kind, mask, on):
     )
     once = Counter([forward, *backward])
     assert lowered(kind, "none", mask) == once
-    assert lowered(kind, REMAT_POLICY, mask) == once
+    assert lowered(kind, POLICIES["dots"], mask) == once
     assert lowered(kind, None, mask) == once + Counter([forward])
 
 

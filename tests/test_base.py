@@ -119,9 +119,9 @@ def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
         "zflora_jax.experiments.train.make_train_step",
         lambda config, *rest: (seen.append(config.execution.remat), real(config, *rest))[1],
     )
-    run = override(run, {"train.steps": 3, "train.remat": True})
+    run = override(run, {"train.steps": 3, "train.remat": "block"})
     train(run, tmp_path / "run", model=load_model(base_dir), console=False)
-    assert seen == [True]
+    assert seen == ["block"]
 
 
 def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, monkeypatch):
@@ -152,8 +152,8 @@ def test_a_model_made_in_memory_is_warned_of(run, caplog):
 
 def test_a_model_of_a_gguf_file_may_be_handed_in_as_it_is_loaded():
     """Its tokenizer is built anew for the comparison, which takes no file for a changed one."""
-    model, run = load_model("smollm2-135m"), RunConfig(train=TrainConfig(remat=True))
-    assert given_base(run, model).config.execution.remat
+    model, run = load_model("smollm2-135m"), RunConfig(train=TrainConfig(remat="block"))
+    assert given_base(run, model).config.execution.remat == "block"
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(ConfigError, match=r"tokenizer is not that of 'smollm2-135m'"):
         given_base(run, model)

@@ -99,7 +99,7 @@ def test_reading_a_config_needs_no_jax():
         ({"train": {"steps": "many"}}, r"train\.steps='many': expected int, got str"),
         ({"train": {"steps": 10.0}}, r"train\.steps=10\.0: expected int, got float"),
         ({"train": {"steps": True}}, r"train\.steps=True: expected int, got bool"),
-        ({"train": {"remat": 1}}, r"train\.remat=1: expected bool \(True or False\), got int"),
+        ({"data": {"packing": 1}}, r"data\.packing=1: expected bool \(True or False\), got int"),
         (
             {"optim": {"learning_rate": "1e-3"}},
             r"optim\.learning_rate='1e-3': expected float, got str",

@@ -11,13 +11,17 @@ from zflora_jax.core.model_config import Execution, LlamaConfig, preset
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama, forward
 
-CHANGES = {"dtype": "bfloat16", "scan_layers": False, "packed": True, "remat": True}
+CHANGES = {"dtype": "bfloat16", "scan_layers": False, "packed": True, "remat": "block"}
 
 
 def test_settings_of_execution_are_taken_by_their_own_names():
     config = preset("tiny").replace(**CHANGES)
     assert config.execution == Execution(**CHANGES)
-    assert config.replace(remat=False).execution == Execution(**CHANGES | {"remat": False})
+    assert config.replace(remat="none").execution == Execution(**CHANGES | {"remat": "none"})
+    assert (config.replace(remat=True), config.replace(remat=False)) == (
+        config,
+        config.replace(remat="dots"),
+    ), "as it was spelt before it had names"
     assert config.replace(vocab_size=300).execution == config.execution
     built = LlamaConfig(**{**vars(preset("tiny")), **CHANGES})
     assert built == config and hash(built) == hash(config)
@@ -37,7 +41,8 @@ def test_files_hold_them_flat_or_apart(flat):
     ("changes", "message"),
     [
         ({"dtype": "float64"}, r"dtype='float64': .*Allowed: bfloat16, float16, float32"),
-        ({"remat": 1}, r"remat=1: expected bool"),
+        ({"packed": 1}, r"packed=1: expected bool"),
+        ({"remat": 1}, r"remat=1: Allowed: block, dots, none, offload"),
         ({"execution": 3}, r"execution=3: expected a table of Execution fields"),
     ],
 )

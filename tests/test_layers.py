@@ -6,10 +6,11 @@ import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import tiny_model
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
+from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import preset
 from zflora_jax.nn.llama import Llama
@@ -101,3 +102,27 @@ def test_bfloat16_heads_round_no_logit_to_bfloat16(tied: bool, length: int) -> N
     assert (
         (narrow == narrow.max(1, keepdims=True)).sum(1) > 1
     ).mean() > 0.01  # so this test can fail
+
+
+@pytest.mark.parametrize("remat", ["none", "block", "offload"])
+def test_what_the_backward_pass_keeps_changes_no_gradient(remat):
+    """Every policy of `ops.remat` against the default."""
+    adapter = AdapterConfig("zflora-minimal", rank=4)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
+
+    def gradients(remat: str) -> trees.Tree:
+        model = tiny_model(remat=remat)
+        adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+
+        def loss(adapters: trees.Tree) -> jax.Array:
+            logits = Llama(model.config, adapter).apply(
+                {"params": model.params, "adapters": adapters}, tokens
+            )
+            return jnp.sum(jnp.tanh(logits))
+
+        return jax.jit(jax.grad(loss))(adapters)
+
+    for got, want in zip(
+        jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients("dots")), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)

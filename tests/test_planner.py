@@ -61,7 +61,7 @@ def test_what_is_stored_is_counted_exactly(method):
     [
         ("lora", {}),
         ("zflora-minimal", {}),
-        ("zflora-uniform", {"train.remat": True}),
+        ("zflora-uniform", {"train.remat": "block"}),
         ("zflora-minimal", {"data.grad_accum_steps": 2}),
         ("full", {}),
         ("zflora-minimal", {"mesh.fsdp": 4}),
@@ -153,7 +153,7 @@ def test_what_does_not_fit_comes_with_the_cheapest_changes():
 
 
 def test_changes_that_do_not_go_together_are_not_put_together():
-    run = small_run(**{"mesh.fsdp": 4, "train.remat": True})
+    run = small_run(**{"mesh.fsdp": 4, "train.remat": "block"})
     plan = planner.memory_plan(run, SMALL, 0.0001)
     assert not plan["fits"] and plan["changes"][-1]["change"] == "all of these that go together"
 

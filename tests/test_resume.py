@@ -74,7 +74,7 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
         quiet_train(run, tmp_path / "run")
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: False)
     caplog.set_level("INFO", logger="zflora_jax")
-    changes = {"train.remat": True, "train.loss_chunk": 64, "data.grad_accum_steps": 4}
+    changes = {"train.remat": "block", "train.loss_chunk": 64, "data.grad_accum_steps": 4}
     report = quiet_train(override(run, changes), tmp_path / "run").report
     assert report["resumed_from"] == 3 and report["test_loss"] == pytest.approx(
         whole.report["test_loss"], rel=2e-5
@@ -84,7 +84,7 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
         records(tmp_path / "whole", "loss"), rel=2e-5
     )
     for key, (old, new) in {
-        "train.remat": (False, True),
+        "train.remat": ("dots", "block"),
         "train.loss_chunk": (128, 64),
         "data.grad_accum_steps": (2, 4),
     }.items():
@@ -140,7 +140,7 @@ def test_what_changes_the_numbers_is_refused_still(run, workdir):
         run,
         {
             "optim.schedule": "constant",
-            "train.remat": True,
+            "train.remat": "block",
             "data.batch_size": 8,
             "train.dtype": "bfloat16",
         },
@@ -283,7 +283,7 @@ def test_with_dropout_the_micro_batches_stay(run, tmp_path):
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"data\.grad_accum_steps: 2 there, 4 now"):
         adopt(tmp_path, override(run, {"data.grad_accum_steps": 4}))
-    assert adopt(tmp_path, override(run, {"train.remat": True}))[0].train.remat
+    assert adopt(tmp_path, override(run, {"train.remat": True}))[0].train.remat == "block"
 
 
 def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):

@@ -207,7 +207,7 @@ def test_lora_run_exports_to_peft_and_back(run, base_dir, tmp_path):
 def test_bfloat16_run_trains_float32_adapters(run, tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes dtypes in bfloat16
         trained = quiet_train(
-            override(run, {"train.dtype": "bfloat16", "train.remat": True}), tmp_path
+            override(run, {"train.dtype": "bfloat16", "train.remat": "block"}), tmp_path
         )
         assert all(x.dtype == np.float32 for x in jax.tree.leaves(trained.adapters))
         assert all(

@@ -64,7 +64,7 @@ def test_a_wrong_value_in_python_is_named_with_its_section():
 def test_allowed_values():
     assert allowed(float | None) == "float | None"
     assert allowed(tuple[Literal["a", "b"], ...]) == "list of a | b"
-    assert (SETTINGS["train.remat"].allowed, SETTINGS["model"].allowed) == ("True | False", "text")
+    assert (SETTINGS["data.packing"].allowed, SETTINGS["model"].allowed) == ("True | False", "text")
 
 
 def test_a_meaning_is_the_string_under_the_field():

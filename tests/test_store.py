@@ -45,7 +45,7 @@ def job(path: Path, run: RunConfig = RUN, scoring: Scoring | None = None) -> Job
         ("eval.limit", 7, False),
         ("train.steps", 101, False),
         ("train.seed", 1, False),
-        ("train.remat", True, False),
+        ("train.remat", "block", False),
         ("adapter.rank", 8, False),
         ("data.packing", True, False),
     ],

@@ -51,7 +51,7 @@ def pack_for_decode(model: Model, kind: str | None = None, *, alone: bool = True
             return model
         with mesh_in_use(model.params):
             params = _unstack(model.config, model.params)
-        config = model.config.replace(scan_layers=False, remat=False)
+        config = model.config.replace(scan_layers=False)
     else:
         config = packed_config(model.config, kind or this_kind(), model.adapter)
         params = _pack(config, model.params)
@@ -68,7 +68,7 @@ def packed_config(
       kind: of devices, as there.
       adapter: that the model was fused from; None for a base.
     """
-    config = config.replace(scan_layers=False, packed=True, remat=False)
+    config = config.replace(scan_layers=False, packed=True)
     if adapter is None or not METHODS[adapter.method].widens:
         return config
     wanted, base = multiples(kind), base_config(config, adapter)

@@ -90,6 +90,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
                 errors.append(str(error))
         raise ConfigError(errors[-1])
     if origin is Literal:
+        value = _FORMER.get(hint, {}).get(str(value), value)
         require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
@@ -124,6 +125,19 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         f"{name}={value!r}: expected {wanted}, got {type(value).__name__}.",
     )
     return value
+
+
+_FORMER: dict[Any, dict[str, Any]] = {}  # a Literal -> its former values, as text
+
+
+def respelt(literal: Any, former: Mapping[Any, str]) -> None:
+    """Values of a Literal that had another spelling are still taken by it.
+
+    Args:
+      literal: the type.
+      former: old value -> new one.
+    """
+    _FORMER[literal] = {str(old): new for old, new in former.items()}
 
 
 def renamed(**names: str) -> Callable[[type[T]], type[T]]:

@@ -6,10 +6,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zflora_jax.core.fields import check_types, current_names, nearest, renamed, require, to_dict
+from zflora_jax.core.fields import (
+    check_types,
+    current_names,
+    nearest,
+    renamed,
+    require,
+    respelt,
+    to_dict,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["default", "high", "highest"]  # of float32 products: ops.precision
+Remat = Literal["none", "dots", "block", "offload"]  # what the backward pass keeps: ops.remat
+respelt(Remat, {False: "dots", True: "block"})
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Execution:
         (fast to decode).
       packed: the layout for decode (`adapters.packing.pack_for_decode`).
       fill_residual, fill_mlp: zero channels that packed kernels have behind those of a stream.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what the backward pass keeps of a block, see `ops.remat.POLICIES`.
       matmul_precision: of float32 products, as TrainConfig's.
     """
 
@@ -57,7 +67,7 @@ class Execution:
     packed: bool = False
     fill_residual: int = 0
     fill_mlp: int = 0
-    remat: bool = False
+    remat: Remat = "dots"
     matmul_precision: Precision = "default"
 
     def __post_init__(self) -> None:

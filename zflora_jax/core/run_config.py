@@ -12,7 +12,7 @@ from typing import Literal
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import check_types, renamed, require
 from zflora_jax.core.mesh_config import MeshConfig as MeshConfig
-from zflora_jax.core.model_config import Precision
+from zflora_jax.core.model_config import Precision, Remat
 
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]
 
@@ -166,8 +166,10 @@ class TrainConfig:
     """Seed of the adapter's initial values and of dropout; the data order has data.seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base's weights and of activations."""
-    remat: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    remat: Remat = "dots"
+    """What the backward pass keeps of a layer: none recomputes nothing, dots keeps the products and
+    recomputes what is cheap, block keeps the layer's input alone, offload keeps what dots does in
+    the host's memory. The later ones need less memory of the device and more time."""
     loss_chunk: int = 256
     """Positions whose logits exist at one time."""
     log_every: int = 10

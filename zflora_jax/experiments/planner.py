@@ -214,7 +214,9 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     attention = 3 * rows * config.num_heads * length * length * 4 // tensor // query_blocks(length)
     mlp = 4 * rows * length * config.intermediate_size * width // tensor
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values()) * width // tensor
-    kept = rows * length * 16 * config.hidden_size * width if config.execution.remat else 0
+    kept = (
+        rows * length * 16 * config.hidden_size * width if config.execution.remat == "block" else 0
+    )
     return max(logits, attention + mlp + kept + (layer if gathered else 0))
 
 
@@ -261,10 +263,10 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             "smaller chunks of logits: the same numbers, a little slower",
             {"train.loss_chunk": run.train.loss_chunk // 2},
         )
-    if not run.train.remat:
+    if run.train.remat not in ("block", "offload"):
         yield (
             "recompute activations: the same numbers, about a third more work",
-            {"train.remat": True},
+            {"train.remat": "block"},
         )
     if run.train.dtype == "float32":
         yield (

@@ -144,7 +144,7 @@ def roofline(
     tokens = run.data.batch_size * run.data.bucket_lengths[-1]
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values())
     head = config.vocab_size * config.norm_dim
-    passes = 2 + int(run.train.remat not in (False, "none"))
+    passes = 2 + int(run.train.remat == "block")
     base, trained = config.num_layers * layer + head, count_params(config, run.adapter)
     full = METHODS[run.adapter.method].in_place == "full"
     parameters = 2 * base * (passes + full) + (0 if full else 2 * trained * (passes + 1))

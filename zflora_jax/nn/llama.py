@@ -28,7 +28,7 @@ from zflora_jax.nn.layers import Channels, Embed, Head, RMSNorm
 from zflora_jax.nn.positions import Context, positions_and_mask
 from zflora_jax.nn.row_adapters import hidden_states
 from zflora_jax.ops.linear import Array
-from zflora_jax.ops.remat import REMAT_POLICY
+from zflora_jax.ops.remat import POLICIES
 from zflora_jax.ops.rope import rope_tables
 from zflora_jax.parallel.mesh import has_values_here, mesh_in_use, place_like
 from zflora_jax.parallel.sharding import divide_embeddings
@@ -52,7 +52,7 @@ class Llama(nn.Module):
         if execution.packed and adapter is not None and (c.widened or execution.fill_mlp):
             raise ValueError("adapters run beside a fused model as it was before it was packed.")
         self.embed = Embed(c)
-        policy = None if execution.remat else REMAT_POLICY
+        policy = POLICIES[execution.remat]
         block: Any = nn.remat(Block, prevent_cse=not execution.scan_layers, policy=policy)
         if execution.scan_layers:
             self.layers = nn.scan(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -13,12 +15,32 @@ from zflora_jax.ops.linear import Array
 SAVED_NAMES = ("residual", "heads", "mlp", "low rank")
 
 
-# cuDNN's attention gives what its backward pass needs without a name: that kernel's results are
-# kept too.
-REMAT_POLICY = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
-    lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),
+def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
+    """cuDNN's attention gives what its backward pass needs without a name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def _offloaded(primitive: Any, *given: Any, **params: Any) -> Any:
+    """Names go to the host's memory; a kernel's results stay."""
+    return _kernel_results(primitive) or _TO_HOST(primitive, *given, **params)
+
+
+_SAVE = jax.checkpoint_policies
+_TO_HOST: Any = _SAVE.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=list(SAVED_NAMES),
+    offload_src="device",
+    offload_dst="pinned_host",
 )
+# What the backward pass keeps of a block, by the name in the settings; None keeps its input alone.
+POLICIES: dict[str, Any] = {
+    "none": _SAVE.everything_saveable,
+    "dots": _SAVE.save_from_both_policies(
+        _SAVE.save_only_these_names(*SAVED_NAMES), _kernel_results
+    ),
+    "block": None,
+    "offload": _offloaded,
+}
 
 
 def save_for_backward(x: Array, name: str) -> Array:
