@@ -64,10 +64,40 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
     if not METHODS[adapter.method].widens:
         return adapter
     widths, wide = resolve_adapter(config, adapter), fused_config(config, adapter)
-    changes: dict[str, int | float] = {}
-    if widths.mlp:
-        changes["extra_mlp_units"] = widths.mlp + -wide.intermediate_size % wanted.mlp
-    if widths.residual:
-        changes["rank"] = widths.residual + -wide.hidden_size % wanted.residual
-        changes["alpha"] = adapter.scale * changes["rank"]
-    return adapter.replace(**changes)
+    residual = -wide.hidden_size % wanted.residual if widths.residual else 0
+    mlp = -wide.intermediate_size % wanted.mlp if widths.mlp else 0
+    if residual == mlp == 0:
+        return adapter
+    if widths.mlp:  # by its number: left alone, it would follow the rank
+        adapter = adapter.replace(extra_mlp_units=widths.mlp + mlp)
+    rank = widths.residual + residual if widths.residual else adapter.rank
+    return adapter.replace(rank=rank, alpha=adapter.scale * rank) if residual else adapter
+
+
+def width_advice(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, str]:
+    """What an adapter's widths cost on kinds of devices that fill them up.
+
+    Args:
+      config: of the base.
+      adapter: of any method.
+
+    Returns:
+      Kind of device -> a sentence with the better numbers; only kinds for which there are any.
+    """
+    found, wide = {}, fused_config(config, adapter)
+    for kind in MULTIPLES:
+        better = round_widths(config, adapter, kind)
+        if better == adapter:
+            continue
+        filled = fused_config(config, better)
+        changes = [
+            f"adapter.{name}={getattr(better, name):g}"
+            for name in ("rank", "alpha", "extra_mlp_units")
+            if getattr(better, name) != getattr(adapter, name)
+        ]
+        found[kind] = (
+            f"decode reads hidden {wide.hidden_size} as {filled.hidden_size} and MLP"
+            f" {wide.intermediate_size} as {filled.intermediate_size}, filled up with zeros;"
+            f" {' '.join(changes)} trains those channels at the same speed"
+        )
+    return found

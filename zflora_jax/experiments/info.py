@@ -14,6 +14,7 @@ from typing import Any
 
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.methods import fused_config
+from zflora_jax.adapters.widths import width_advice
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import ConfigError, from_dict
@@ -95,11 +96,13 @@ def _widths(base: Mapping[str, Any], fused: LlamaConfig) -> str:
 
 def _adapter(adapter: AdapterConfig, base: LlamaConfig) -> Facts:
     widens = METHODS[adapter.method].widens
-    return _settings(adapter) | {
+    facts = _settings(adapter) | {
         "widths": _widths(vars(base), fused_config(base, adapter)) if widens else "as the base's",
         "trainable parameters": count_params(base, adapter),
         "base parameters": count_base(base),
     }
+    advice = width_advice(base, adapter)
+    return facts | {f"on a {kind}": text for kind, text in advice.items()}
 
 
 def _model(source: str, kind: str) -> Facts:

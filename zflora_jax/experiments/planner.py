@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh
 
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.shapes import adapter_shapes
+from zflora_jax.adapters.widths import width_advice
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import count_base, kernel_shapes, param_shapes
@@ -46,7 +47,8 @@ def memory_plan(
       memory_gib: memory of one device, in GiB.
 
     Returns:
-      Counts, and "bytes_per_device": purpose -> bytes, with their sum as "total". With `memory_gib`
+      Counts, and "bytes_per_device": purpose -> bytes, with their sum as "total"; "widths", where
+      devices fill up the adapter's (`adapters.widths.width_advice`). With `memory_gib`
       also "fits" and, if it does not fit, "changes": the three cheapest ones, each alone, and all
       together.
 
@@ -69,6 +71,8 @@ def memory_plan(
         "tokens": rows * run.data.bucket_lengths[-1] * run.train.steps,
         "bytes_per_device": sizes,
     }
+    if advice := width_advice(config, run.adapter):
+        result["widths"] = advice
     if memory_gib is not None:
         limit = int(memory_gib * GIB)
         result |= {"memory_bytes": limit, "fits": sizes["total"] <= limit}
@@ -309,4 +313,5 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
                 f"  {how or '':<24} {gib(change['total']):>12} "
                 f" {'fits' if change['fits'] else 'not yet'}: {change['change']}"
             )
+    lines += [f"on a {kind}: {text}" for kind, text in plan.get("widths", {}).items()]
     return lines

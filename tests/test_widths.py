@@ -1,0 +1,49 @@
+"""Widths that devices like: rounding, and what a user is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from zflora_jax.adapters.methods import fused_config
+from zflora_jax.adapters.packing import packed_config
+from zflora_jax.adapters.widths import MULTIPLES, round_widths, width_advice
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import preset
+
+BASE = preset("llama-3.2-1b")
+
+
+@pytest.mark.parametrize("kind", MULTIPLES)
+@pytest.mark.parametrize("method", METHODS)
+def test_rounded_widths_need_no_filling(method: str, kind: str) -> None:
+    """Nor do they need rounding again; the scale and the heads stay."""
+    adapter = AdapterConfig(method, rank=20, alpha=30.0)
+    better = round_widths(BASE, adapter, kind)
+    if not METHODS[method].widens:
+        assert better is adapter
+        return
+    packed = packed_config(fused_config(BASE, better), kind, better)
+    assert packed.execution.fill_residual == packed.execution.fill_mlp == 0
+    assert round_widths(BASE, better, kind) == better
+    assert better.scale == adapter.scale
+    assert fused_config(BASE, better).head_dim == fused_config(BASE, adapter).head_dim
+    before = packed_config(fused_config(BASE, adapter), kind, adapter)
+    assert (packed.hidden_size, packed.intermediate_size) == (
+        before.stored.hidden_size,
+        before.stored.intermediate_size,
+    ), "the rounded adapter fills what would be zeros, and no more"
+
+
+def test_the_advice_names_the_numbers() -> None:
+    advice = width_advice(BASE, AdapterConfig("zflora-minimal", rank=32, alpha=64.0))
+    assert set(advice) == {"gpu", "tpu"}
+    assert "MLP 8224 as 8320" in advice["gpu"] and "adapter.extra_mlp_units=128" in advice["gpu"]
+    assert "adapter.rank=128 adapter.alpha=256 adapter.extra_mlp_units=128" in advice["tpu"]
+    assert width_advice(BASE, AdapterConfig("zflora-minimal", rank=128)) == {}
+    assert width_advice(BASE, AdapterConfig("lora", rank=5)) == {}
+
+
+def test_an_unknown_kind_of_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"device kind 'npu': .*Allowed: cpu, gpu, tpu"):
+        round_widths(BASE, AdapterConfig("zflora-minimal"), "npu")
