@@ -9,6 +9,7 @@ from .adapters.tasks import (
     rows_of as rows_of,
     stack_tasks as stack_tasks,
 )
+from .adapters.widths import round_widths as round_widths
 from .core.adapter_config import AdapterConfig as AdapterConfig
 from .core.errors import NonFiniteError as NonFiniteError
 from .core.fields import ConfigError as ConfigError
