@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.parallel import targets
+from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.targets import CHIPS, target
 
 needs_libtpu = pytest.mark.skipif(
@@ -85,7 +86,7 @@ def test_every_topology_that_is_named_exists(kind: str) -> None:
 def test_a_program_is_compiled_for_a_device_that_is_not_there() -> None:
     mesh = Mesh(np.asarray(target("tpu:v5e:1x1").devices()), ("x",))
     x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), no_compile_cache():
         compiled = jax.jit(lambda x: x @ x).lower(x).compile()
     assert compiled.memory_analysis().argument_size_in_bytes == 256 * 256 * 2
     assert "estimated_cycles" in compiled.as_text()

@@ -165,6 +165,8 @@ def _activations(run: RunConfig, config: LlamaConfig) -> int:
     pass.
     """
     parts = run.mesh.tensor
+    if config.execution.remat == "offload":  # what is kept for it lies in the host's memory
+        config = config.replace(remat="block")
     config = config.replace(
         num_heads=config.num_heads // parts,
         num_kv_heads=config.num_kv_heads // parts,

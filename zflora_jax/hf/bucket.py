@@ -151,7 +151,7 @@ def _facts(file: Path) -> dict[str, Any]:
 def _marker(target: Path) -> dict[str, Any]:
     """What the marker says; nothing where there is none."""
     try:
-        found = json.loads((target / MARKER).read_text())
+        found = json.loads((target / MARKER).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

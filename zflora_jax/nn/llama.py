@@ -109,14 +109,13 @@ class Llama(nn.Module):
         cos, sin = rope_tables(self.config, positions, slots.shape[1])
         context = Context(cos, sin, mask, None if cache is None else cache.index)
 
-        # Outside a scan XLA would gather the kernels of all layers ahead of the first.
-        rows = cache is None and self.config.execution.scan_layers
+        # Of a fused model outside a scan XLA would gather all kernels ahead of the first layer.
+        rows = cache is None and (self.config.execution.scan_layers or self.adapter is not None)
         x = divide_embeddings(self.embed(tokens), rows=rows)
         width = resolved(self.config, self.adapter).residual
         carry: Channels = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         carry, layers = self._run_layers(carry, None if cache is None else cache.layers, context)
-        x, _ = self.final_norm(*carry)
-        x = x[..., : self.config.norm_dim]  # the state is dropped: the head has no rows for it
+        x = self.final_norm(*carry)[0][..., : self.config.norm_dim]  # the head reads no state
         if cache is None:
             return x, None
         return x, KVCache(layers, slots, cache.index + tokens.shape[1])

@@ -188,7 +188,7 @@ class BucketLock:
     def _read(self, name: str) -> dict[str, Any]:
         """What a lock object says of its owner; nothing if it is gone or damaged."""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            found = json.loads((self._workdir / LOCKS / name).read_text())
+            found = json.loads((self._workdir / LOCKS / name).read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else {}
         return {}
 
@@ -213,7 +213,7 @@ def _this_process() -> dict[str, Any]:
 
 def _text(path: str) -> str | None:
     with contextlib.suppress(OSError):
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     return None
 
 

@@ -185,7 +185,9 @@ class InBucket:
         pass
 
     def _content(self, step: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self._folder / str(step) / COMMIT).read_text())
+        found: dict[str, Any] = json.loads(
+            (self._folder / str(step) / COMMIT).read_text(encoding="utf-8")
+        )
         return found
 
     def _spec(self, step: int, name: str) -> dict[str, Any]:
