@@ -2,8 +2,7 @@
 plan it. Nothing is run and no device is needed.
 
 Command: python benchmarks/attention.py
-(about 25 minutes on 2 CPU cores; no weights; needs libtpu, and for the H100 jax-cuda13-plugin,
-jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-nvvm of jax's version)
+(about 25 minutes on 2 CPU cores; no weights; needs the extras target-tpu and target-cuda)
 Writes results/attention.json and results/attention.md: temporaries and custom calls of attention
 alone, forward, and forward and backward, by the kernel that `ops.attention` chooses there and by
 plain blocks, for packed rows; and of the train step of Llama-3.2-1B cut to 2 layers.
@@ -12,21 +11,14 @@ plain blocks, for packed rows; and of the train step of Llama-3.2-1B cut to 2 la
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -37,6 +29,7 @@ from zflora_jax.ops.attention import attention, attention_choice
 from zflora_jax.ops.attention_blocks import block_attention
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.parallel.sharding import make_mesh
+from zflora_jax.parallel.targets import target
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
@@ -44,28 +37,7 @@ from zflora_jax.reporting.tables import markdown_table
 ROWS, HEADS, KV_HEADS = 2, 32, 8
 LENGTHS, WIDTHS = (2048, 4096, 8192), (80, 128, 160)  # 64 at all lengths
 MIB = 2**20
-H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 11 } runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-DEVICES: dict[str, dict[str, Any]] = {
-    "v5e": {"platform": "tpu", "topology_name": "v5e:2x4"},
-    "v6e": {"platform": "tpu", "topology_name": "v6e:2x4"},
-    "h100": {
-        "platform": "cuda",
-        "topology_name": "h100",
-        "target_config": H100,
-        "topology": "1x1x1",
-    },
-}
+DEVICES = {"v5e": "tpu:v5e:2x4", "v6e": "tpu:v6e:2x4", "h100": "cuda:h100"}
 ONE, DIVIDED = MeshConfig(), MeshConfig(fsdp=4, tensor=2)
 STEPS = [
     *(("h100", length, ONE, False, True) for length in LENGTHS),
@@ -77,7 +49,7 @@ STEPS = [
 
 
 def absent_devices(name: str) -> list[Any]:
-    return list(topologies.get_topology_desc(**DEVICES[name]).devices)
+    return target(DEVICES[name]).devices()
 
 
 def attention_row(name: str, length: int, width: int, *, blocks: bool) -> dict[str, Any]:
@@ -273,6 +245,7 @@ def main() -> None:
     )
     parser.add_argument("--out", default="results/attention")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     result = measure()
     write_result(args.out, result, page(result))
 

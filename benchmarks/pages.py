@@ -46,8 +46,21 @@ def train(result: dict[str, Any]) -> str:
     return page(result | {"rows": rows}, f"A training step: {case.model}, {case.dtype}")
 
 
+def compiled(name: str) -> Callable[[dict[str, Any]], str]:
+    """The page of `zflora bench compile --out results/<name>`."""
+
+    def page(result: dict[str, Any]) -> str:
+        from zflora_jax.bench.compiled import page
+
+        return page(result, [f"{name}-kernels.png"])
+
+    return page
+
+
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "accelerators": script("accelerators"),
     "attention": script("attention"),
+    "compile": compiled("compile"),
     "decode_variants": script("decode_variants"),
     "generation_check": script("generation_check"),
     "latency": latency,
@@ -58,6 +71,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "startup": script("startup"),
     "task_switch": script("task_switch"),
     "train": train,
+    "train-tpu-v5e-2x4": script("train_targets"),
     "transformers_versions": script("check_transformers_4"),
     "vllm_latency": script("vllm_latency"),
     "vllm_latency_1b": script("vllm_latency"),

@@ -84,7 +84,7 @@ _H100 = """gpu_device_info {
   cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
   registers_per_block_limit: 65536
 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 13 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 11 } runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
