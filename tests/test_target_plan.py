@@ -15,7 +15,10 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments import target_plan as module
+from zflora_jax.experiments.compiled_plan import compiled_step
 from zflora_jax.experiments.target_plan import roofline, target_lines, target_plan
+from zflora_jax.parallel.compile_cache import no_compile_cache
+from zflora_jax.parallel.program_text import Program
 from zflora_jax.parallel.targets import target
 
 needs_libtpu = pytest.mark.skipif(
@@ -96,3 +99,22 @@ def test_the_roofline() -> None:
     assert found["compute_s"] == pytest.approx(flops / 197e12)
     assert found["link_s"] == pytest.approx(4e6 / 200e9)
     assert found["step_s"] == max(found["compute_s"], found["hbm_s"], found["link_s"])
+
+
+@needs_libtpu
+def test_a_layer_sums_its_stream_four_times_under_tensor_parallelism() -> None:
+    """Twice in each pass, as Megatron-LM does: after attention and MLP forward, and for the inputs
+    of both backward, where the gradients of q, k, v and of gate, up are added first.
+    """
+    run = replace(RUN, mesh=MeshConfig(tensor=2), adapter=AdapterConfig("lora", rank=8))
+    devices = target("tpu:v5e:2x2").devices()
+    with no_compile_cache():
+        program = Program(compiled_step(run, preset("tiny"), devices).as_text())
+    rows, length, width = 8, 128, preset("tiny").hidden_size
+    sums = sum(
+        op.shape.count(f"bf16[{rows},{length},{width}]")
+        for op, times in program.runs()
+        if op.code.startswith("all-reduce") and not op.code.endswith("-done")
+        if times == preset("tiny").num_layers
+    )
+    assert sums == 4

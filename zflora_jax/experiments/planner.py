@@ -201,7 +201,7 @@ def _activations(run: RunConfig, config: LlamaConfig) -> int:
 
 
 def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
-    """Bytes of the largest of three: a chunk of logits and its backward pass, 4 C V float32 in
+    """Bytes of the largest of three: a chunk of logits and its backward pass, 3 C V float32 in
     compiled steps; one layer's backward pass, 3 B H T^2 float32 of attention (less if its queries
     are computed in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer,
     where fsdp gathers them. Method "full" sums the gradient of the gathered head over the chunks:
@@ -212,7 +212,7 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     width = jnp.dtype(config.execution.dtype).itemsize
     gathered = mesh.shape["fsdp"] > 1
     head = config.vocab_size * config.hidden_size * width // parts
-    logits = 4 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // parts + (
+    logits = 3 * min(run.train.loss_chunk, rows * length) * config.vocab_size * 4 // parts + (
         head if gathered else 0
     )
     if gathered and METHODS[run.adapter.method].in_place == "full":

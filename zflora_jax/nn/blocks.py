@@ -21,7 +21,7 @@ from zflora_jax.nn.kv_cache import KVCache, LayerCache
 from zflora_jax.nn.layers import Channels, Dense, RMSNorm, swiglu
 from zflora_jax.nn.positions import Context
 from zflora_jax.ops.attention import attention
-from zflora_jax.ops.linear import Array
+from zflora_jax.ops.linear import Array, beside
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.rope import apply_rope
 
@@ -57,8 +57,9 @@ class Attention(nn.Module):
         packed: Sequence[Array | None] = (None, None, None)
         if self.config.execution.packed:
             packed = split_heads(self.qkv(h[0])[0], self.config)
+        x = beside(h[0])
         q, k, v = (
-            self._widened(*kernel(*h, base))
+            self._widened(*kernel(*h, base, x))
             for kernel, base in zip((self.q, self.k, self.v), packed, strict=True)
         )
         return q, k, v
@@ -103,7 +104,8 @@ class MLP(nn.Module):
         packed: Sequence[Array | None] = (None, None)
         if self.config.execution.packed:
             packed = jnp.split(self.gate_up(h[0])[0], 2, axis=-1)
-        (gate, gate_z), (up, up_z) = self.gate(*h, packed[0]), self.up(*h, packed[1])
+        x = beside(h[0])
+        (gate, gate_z), (up, up_z) = self.gate(*h, packed[0], x), self.up(*h, packed[1], x)
         units = None if gate_z is None or up_z is None else swiglu(gate_z, up_z)
         return self.down(swiglu(gate, up), units)
 

@@ -71,7 +71,11 @@ class Dense(AdaptedModule):
 
     @nn.compact
     def __call__(
-        self, x: Array, z: Array | None = None, y: Array | None = None
+        self,
+        x: Array,
+        z: Array | None = None,
+        y: Array | None = None,
+        beside: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """The kernel's product and what the adapter adds.
 
@@ -79,6 +83,7 @@ class Dense(AdaptedModule):
           x: [B, T, *in_axes].
           z: [B, T, *in_axes with the extra width], or None.
           y: x W where W is packed with other kernels; None to compute it here.
+          beside: x for the adapter's products (`ops.linear.beside`); None: x itself.
 
         Returns:
           y [B, T, *out_axes], and y_z [B, T, *out_axes with the extra width] or None.
@@ -87,21 +92,23 @@ class Dense(AdaptedModule):
         y, y_z = self._product(x) if y is None else y, None
         if self.adapter is None or not self.blocks or self.is_initializing():
             return y, y_z
+        beside = x if beside is None else beside
         block, scale = {name: self.block(name, dtype) for name in self.blocks}, self.adapter.scale
         if "forward" in block:
-            y_z = project(x, block["forward"], n)
+            y_z = project(beside, block["forward"], n)
         if z is not None and "backward" in block:
             y = y + scale * project(z, block["backward"], n)
         if z is not None and y_z is not None and "cross" in block:
             y_z = y_z + project(z, block["cross"], n)
         if "lora_a" in block:
             low = save_for_backward(
-                project(self._dropped(x.reshape(*x.shape[:-n], -1)), block["lora_a"]), "low rank"
+                project(self._dropped(beside.reshape(*x.shape[:-n], -1)), block["lora_a"]),
+                "low rank",
             )
             y = y + scale * project(low, block["lora_b"]).reshape(y.shape)
         if "ffa_a" in block:
             y = y + scale * tile(
-                project(x.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)
+                project(beside.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)
             ).reshape(y.shape)
         return y, y_z
 

@@ -117,6 +117,21 @@ def project(x: Array, block: Array, axes: int = 1) -> Array:
 
 
 @jax.custom_vjp
+def beside(x: Array) -> Array:
+    """x, for the adapters' products of several kernels that read it.
+
+    Gradients of x are added up in the order of its uses. Those of the base's products are parts of
+    sums over tensor-parallel devices: side by side, XLA adds them before the devices do, once for
+    all kernels, as Megatron-LM does (arXiv 1909.08053); between them an adapter's, which is whole,
+    would keep them apart (results/accelerators.md).
+    """
+    return x
+
+
+beside.defvjp(lambda x: (x, None), lambda _, dx: (dx,))
+
+
+@jax.custom_vjp
 def matmul(x: Array, w: Array) -> Array:
     """x [..., i] @ w [i, j], with a gradient of w whose compiled form transposes the narrower of
     its two operands.
