@@ -125,7 +125,8 @@ def test_what_cudnn_is_given_is_the_same_attention(kind, width):
         near, theirs = (
             distances(value_and_gradients(f, arrays, jnp.bfloat16), want) for f in (cudnn, plain)
         )
-    assert all(ours <= 2.5 * other for ours, other in zip(near, theirs, strict=True))
+    # Of all arrays together: XLA's implementation rounds where cuDNN's does not.
+    assert max(near) <= 2.5 * max(theirs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -184,7 +184,7 @@ def test_the_compiler_of_a_tpu_takes_the_kernel_for_a_mesh_that_is_absent(monkey
             found = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, ids).compile()
             assert found.as_text().count("tpu_custom_call") == 3
             temporaries.append(found.memory_analysis().temp_size_in_bytes)
-    assert temporaries[2] - temporaries[1] < 2.5 * (temporaries[1] - temporaries[0])
+    assert temporaries[2] - temporaries[1] <= 2.5 * (temporaries[1] - temporaries[0])
 
 
 @pytest.mark.parametrize(
