@@ -192,7 +192,7 @@ def measure(
         )
     unknown = [m for m in methods if m not in FUSED]
     require(not unknown, f"methods {unknown} cannot be fused here; choose from {', '.join(FUSED)}.")
-    rows = list[TableRow]()
+    rows, found = list[TableRow](), dict[Any, TableRow]()
     for where in places:
         for model in models:
             config = preset(model)
@@ -202,7 +202,12 @@ def measure(
                     row = {"target": where.name, "model": model, "layers": config.num_layers}
                     row |= {"batch": batch, "label": label}
                     row |= {"rank": adapter.rank if adapter else None}
-                    rows.append(row | loop_row(DecodeCase(config, adapter, batch), where))
+                    case = DecodeCase(config, adapter, batch)
+                    # Ranks that are filled up to the same widths have the same program.
+                    program = where, case.packed(where), case.beside, batch
+                    if program not in found:
+                        found[program] = loop_row(case, where)
+                    rows.append(row | found[program])
                     say(_said(rows[-1]))
     return rows
 
