@@ -104,7 +104,9 @@ def main() -> None:
     decode, train = sorted(RESULTS.glob("compile*.json")), sorted(RESULTS.glob("train-*.json"))
 
     def rows(files: list[Path]) -> list[dict[str, Any]]:
-        return [row for file in files for row in json.loads(file.read_text("utf-8"))["rows"]]
+        return [
+            row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
+        ]
 
     result = {
         "decode": decode_rows(rows(decode)),
