@@ -204,7 +204,7 @@ def measure(
                     row |= {"rank": adapter.rank if adapter else None}
                     case = DecodeCase(config, adapter, batch)
                     # Ranks that are filled up to the same widths have the same program.
-                    program = where, case.packed(where), case.beside, batch
+                    program = where, case.packed(where).stored, case.beside, batch
                     if program not in found:
                         found[program] = loop_row(case, where)
                     rows.append(row | found[program])
