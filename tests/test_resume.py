@@ -89,7 +89,7 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
         "data.grad_accum_steps": (2, 4),
     }.items():
         assert (
-            f"{key}: {old} before, {new} from here on. Rounding, memory and speed may change"
+            f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change"
             in caplog.text
         )
         assert read_starts(tmp_path / "run")[-1]["changed"][key] == [old, new]
