@@ -58,7 +58,9 @@ def compiled(name: str) -> Callable[[dict[str, Any]], str]:
 
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "accelerators": script("accelerators"),
     "attention": script("attention"),
+    "compile": compiled("compile"),
     "decode_variants": script("decode_variants"),
     "generation_check": script("generation_check"),
     "latency": latency,
