@@ -66,6 +66,25 @@ def test_adapters_beside_the_base_answer_as_fused(adapter):
     assert beams == generate_tokens(fused, prompts, max_new_tokens=5, num_beams=3)
 
 
+@pytest.mark.parametrize("method", ["zflora-uniform", "ffba", "zflora-minimal"])
+def test_lora_beside_a_fused_model_answers_as_merged_into_it(method):
+    """Its kernels are not packed then: neither filled up, nor scaled, nor in another order."""
+    base, wide = untied(), AdapterConfig(method, rank=6, extra_mlp_units=5)
+    fused = fuse(base, wide, perturb(init_adapters(jax.random.key(1), base, wide)))
+    alone = Model(fused.config, fused.params)
+    lora = AdapterConfig("lora", rank=3)
+    adapters = perturb(init_adapters(jax.random.key(2), alone, lora))
+    prompts = [[1, 2, 3], [9, 8, 7, 6]]
+    want = generate_tokens(fuse(alone, lora, adapters), prompts, max_new_tokens=8)
+    assert want != generate_tokens(fused, prompts, max_new_tokens=8)
+    for model in (fused, alone):
+        got = generate_tokens(model, prompts, max_new_tokens=8, adapter=lora, adapters=adapters)
+        assert got == want
+    tokens, apart = np.asarray([[1, 2]], np.int32), trees.unstack_layers(adapters, 2)
+    with pytest.raises(ValueError, match="adapters run beside a fused model as it was before"):
+        forward(pack_for_decode(fused), tokens, lora, apart)
+
+
 def test_adapters_beside_the_base_that_cannot_be():
     model, lora, full = untied(), AdapterConfig("lora", rank=2), AdapterConfig("full")
     with pytest.raises(ConfigError, match="adapter and adapters go together"):

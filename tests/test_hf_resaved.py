@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 from support.checks import assert_logits_close
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model
 from support.models import perturb
@@ -21,6 +22,7 @@ from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import MeshConfig
@@ -106,6 +108,20 @@ def test_the_files_of_the_first_export_restore_it(case, saved, tmp_path):
         np.testing.assert_array_equal(trees.flatten(model.params)[name], leaf, err_msg=name)
     base = load_model(path / "base")
     assert trees.fingerprint(unfuse(model)[0].params) == trees.fingerprint(base.params)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids="-".join)
+def test_a_state_in_the_embedding_is_refused(case, saved, tmp_path):
+    """It starts at zero: a number there was put by other software, and would be dropped."""
+    fused, path = saved[case]
+    shutil.copytree(path / "export", tmp_path / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.embed_tokens.weight"
+    tensors[name][3, fused.config.norm_dim] = 0.5
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{name} has channels from .* that are not zero"):
+        load_model(tmp_path / "export")
 
 
 def test_on_a_mesh_in_bfloat16_and_layers_apart(saved):

@@ -138,6 +138,7 @@ def test_copies(dtype: Any) -> None:
     pairs = [
         (jax.jit(take_rows)(x[:, 0], rows), x[rows, 0]),
         (take_rows(x[:, 0], rows, 10), jnp.pad(x[rows, 0], ((0, 0), (0, 2)))),
+        (take_rows(x[:, 0], jnp.asarray([6, -1]), 10), jnp.full((2, 10), jnp.nan)),
         (write_slice(x, update, 3, 1), x.at[:, 3:].set(update)),
         (jax.jit(write_slice, static_argnums=3)(x, update, 1, -2), x.at[:, 1:3].set(update)),
         (

@@ -100,6 +100,16 @@ def test_full_under_fsdp_counts_the_gradient_of_its_head():
     assert estimate["total"] / 1.5 < compiled < estimate["total"] * 1.5, (estimate, compiled)
 
 
+def test_what_the_backward_pass_keeps_is_counted_by_its_policy():
+    kept = {
+        remat: planner.memory_plan(small_run(**{"train.remat": remat}), SMALL)["bytes_per_device"]
+        for remat in ("none", "dots", "block", "offload")
+    }
+    kept = {remat: sizes["activations"] for remat, sizes in kept.items()}
+    assert kept["none"] > kept["dots"] > 2 * kept["block"]
+    assert kept["offload"] == kept["block"], "what is offloaded lies in the host's memory"
+
+
 def test_meshes_divide_what_they_divide():
     whole = planner.bytes_per_device(small_run(), SMALL)
     fsdp = planner.bytes_per_device(small_run(**{"mesh.fsdp": 4}), SMALL)

@@ -70,7 +70,9 @@ def test_what_does_not_fit_is_told_with_the_changes(monkeypatch: pytest.MonkeyPa
     assert not plan["fits"] and plan["memory_bytes"] == 16 * 2**30
     assert 1 <= len(plan["changes"]) <= 4
     assert all(2**30 < change["total"] < 20 * 2**30 for change in plan["changes"])
-    assert any("needs" in line and "20.00 GiB" in line for line in target_lines(plan))
+    lines = target_lines(plan)
+    assert any("needs" in line and "20.00 GiB" in line for line in lines)
+    assert any("the mesh uses 4 of 8 devices" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Storage; and buckets in them.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 import secrets
 import socket
@@ -21,19 +20,9 @@ import pytest
 START_WITHIN = 60.0  # seconds
 
 
-def _require(*modules: str) -> None:
-    """Skip the test where one is missing. They are not imported: `use_store` comes first."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed")
-
-
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """The address of an S3 server with nothing in it; it ends with the context. The test is skipped
-    where moto or s3fs is missing.
-    """
-    _require("moto", "flask", "s3fs")
+    """The address of an S3 server with nothing in it; it ends with the context."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
@@ -62,7 +51,6 @@ def _address(process: subprocess.Popen[bytes], log: object) -> str:
 @contextmanager
 def gcs_server() -> Iterator[str]:
     """As `moto_server`, of Google Cloud Storage."""
-    _require("gcp_storage_emulator", "gcsfs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -106,9 +106,7 @@ def _unstack(config: LlamaConfig, params: Tree) -> Tree:
 def _pack(config: LlamaConfig, params: Tree) -> Tree:
     shapes = param_shapes(config.stored)
     tree = map_kernels(
-        lambda kernel, name, leaf: _filled(
-            _scaled(config, kernel, leaf), shapes[name], float(name.endswith("scale"))
-        ),
+        lambda kernel, name, leaf: _filled(_scaled(config, kernel, leaf), shapes[name]),
         trees.unstack_layers(params, config.num_layers),
     )
     for i in range(config.num_layers):
@@ -160,10 +158,10 @@ def _scaled(config: LlamaConfig, kernel: str, leaf: Array) -> Array:
     return leaf * jnp.where(is_state, scale, 1.0).astype(leaf.dtype)
 
 
-def _filled(leaf: Array, shape: tuple[int, ...], value: float) -> Array:
-    """`leaf` with `value` behind it along every axis, up to `shape`."""
+def _filled(leaf: Array, shape: tuple[int, ...]) -> Array:
+    """`leaf` with zeros behind it along every axis, up to `shape`."""
     pads = [(0, wide - width) for wide, width in zip(shape, leaf.shape, strict=True)]
-    return jnp.pad(leaf, pads, constant_values=value) if leaf.shape != shape else leaf
+    return jnp.pad(leaf, pads) if leaf.shape != shape else leaf
 
 
 pack = pack_for_decode  # its public name of before

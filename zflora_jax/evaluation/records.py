@@ -261,7 +261,8 @@ def _in_batches(
             begin: list[Record] = [{"key": name}]
             begin += [{"index": i} | record for i, record in done.items()]
             if distributed.is_main():
-                kept = stack.enter_context(GrowingFile(partial, _json_lines(begin)))
+                kept = GrowingFile(partial, _json_lines(begin))
+                stack.callback(kept.close)
         left = sorted(
             (i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i)
         )

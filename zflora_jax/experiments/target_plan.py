@@ -42,11 +42,12 @@ def target_plan(run: RunConfig, config: LlamaConfig, where: Target) -> dict[str,
 
     Returns:
       The plan of `memory_plan`, with "memory_bytes" and "fits" by the compiler, and under
-      "compiled": "target"; "bytes" per device as the compiler plans them; "kernels" of a step;
-      "attention", its kernel and why it is no flash kernel; "collectives", kind -> bytes that a
-      device sends in a step; "roofline". Of a program that the compiler refuses because it does
-      not fit there are only "target" and "needs", the bytes that it names. "changes", if it does
-      not fit, are by the formula of `memory_plan`, scaled to the compiler's total.
+      "compiled": "target" and how many "devices" it has; "bytes" per device as the compiler plans
+      them; "kernels" of a step; "attention", its kernel and why it is no flash kernel;
+      "collectives", kind -> bytes that a device sends in a step; "roofline". Of a program that the
+      compiler refuses because it does not fit there are only "target", "devices" and "needs", the
+      bytes that it names. "changes", if it does not fit, are by the formula of `memory_plan`,
+      scaled to the compiler's total.
 
     Raises:
       ConfigError: the target has fewer devices than the mesh, or its compiler is not installed.
@@ -58,7 +59,7 @@ def target_plan(run: RunConfig, config: LlamaConfig, where: Target) -> dict[str,
         f" {mesh.devices} devices; target {where.name} has {len(devices)}. Lower one of them, or"
         f" choose another topology: {', '.join(where.chip.topologies)}.",
     )
-    found = compiled_facts(run, config, where)
+    found = compiled_facts(run, config, where) | {"devices": len(devices)}
     memory, total = where.chip.memory, found.get("needs") or found["bytes"]["total"]
     fits = total <= memory and "needs" not in found
     scale = total / bytes_per_device(run, shaped_config(run, config))["total"]
@@ -173,6 +174,9 @@ def target_lines(plan: Mapping[str, Any]) -> list[str]:
     """What `target_plan` found, in words, for a terminal."""
     found = plan["compiled"]
     lines = ["", f"compiled for {found['target']}, not run; bytes per device"]
+    if plan["devices"] < found["devices"]:
+        idle = f"the mesh uses {plan['devices']} of {found['devices']} devices"
+        lines.insert(1, f"{idle}: mesh.fsdp, mesh.data or mesh.tensor can use the others")
     if "needs" in found:
         return [*lines, f"{'refused: needs':<24} {found['needs'] / GIB:>8.2f} GiB"]
     lines += [f"{name:<24} {size / GIB:>8.2f} GiB" for name, size in found["bytes"].items()]

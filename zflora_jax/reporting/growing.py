@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 from zflora_jax.core.storage import as_path, is_url, put, put_file
@@ -21,7 +20,7 @@ UPLOAD_EVERY = 30.0  # seconds
 
 
 class GrowingFile:
-    """A text file that is begun anew and then added to; a context manager.
+    """A text file that is begun anew and then added to.
 
     On disk, each addition is in the file when `add` returns. In a bucket, additions are there after
     `sync` or `close`.
@@ -67,17 +66,6 @@ class GrowingFile:
         """Close the file. It does not upload."""
         if self._file is not None:
             self._file.close()
-
-    def __enter__(self) -> GrowingFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class GrowingFolder:
