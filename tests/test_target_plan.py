@@ -101,6 +101,12 @@ def test_the_roofline() -> None:
     assert found["compute_s"] == pytest.approx(flops / 197e12)
     assert found["link_s"] == pytest.approx(4e6 / 200e9)
     assert found["step_s"] == max(found["compute_s"], found["hbm_s"], found["link_s"])
+    full = roofline(replace(RUN, adapter=AdapterConfig("full")), config, target("tpu:v5e:2x2"), 0)
+    assert full["flops"] == pytest.approx(8 * 128 * (6 * (layer + head) + attention) / 4)
+    block = replace(run, train=replace(run.train, remat="block"))
+    again = roofline(block, config, target("tpu:v5e:2x2"), 0)
+    more = 2 * (layer + head) + 2 * lora + 2 * 128 * 64
+    assert again["flops"] - found["flops"] == pytest.approx(8 * 128 * more / 4)
 
 
 @needs_libtpu
