@@ -23,7 +23,8 @@ from zflora_jax.core.fields import override
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.compiled_plan import compiled
-from zflora_jax.experiments.planner import GIB, memory_plan
+from zflora_jax.experiments.planner import memory_plan
+from zflora_jax.parallel.targets import GIB
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table

@@ -19,9 +19,9 @@ import jax
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.experiments.planner import GIB, bytes_per_device, shaped_config
+from zflora_jax.experiments.planner import bytes_per_device, shaped_config
 from zflora_jax.experiments.target_plan import compiled_facts
-from zflora_jax.parallel.targets import Target, target
+from zflora_jax.parallel.targets import GIB, Target, target
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
@@ -65,11 +65,12 @@ def measure(where: Target, model: str, method: str, remat: str) -> dict[str, Any
         found = compiled_facts(run, config, where)
     except jax.errors.JaxRuntimeError as error:
         return row | {"refused": str(error).splitlines()[0][:200]}
-    own = bytes_per_device(run, shaped_config(run, config))["total"]
+    flash = found["attention"]["kernel"] != "blocks"
+    own = bytes_per_device(run, shaped_config(run, config), flash=flash)["total"]
     row |= {"formula": own, "memory": where.chip.memory} | found
     total = found.get("needs") or found["bytes"]["total"]
     twice = run_of(model, method, remat, where, 2)
-    more = bytes_per_device(twice, shaped_config(twice, config))["total"] - own
+    more = bytes_per_device(twice, shaped_config(twice, config), flash=flash)["total"] - own
     row["rows_that_fit"] = max(0, 1 + int((where.chip.memory - total) // more))
     return row
 
@@ -110,7 +111,7 @@ v5p-8.
 
 - arguments, temporaries, total: bytes of a device as the compiler plans them. A TPU's compiler
   refuses a program that does not fit and names the bytes.
-- formula: `zflora plan` without a target.
+- formula: `zflora plan`'s own, with the attention kernel of the target.
 - rows that fit: on each device, from the compiled total and what the formula adds for a further
   row. An estimate.
 - sent: bytes that a device sends in a step, by the collectives of the compiled program.

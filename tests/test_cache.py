@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 
-from zflora_jax.parallel.compile_cache import compile_cache
+from zflora_jax.parallel.compile_cache import compile_cache, no_compile_cache
 
 pytestmark = pytest.mark.usefixtures("own_programs")
 
@@ -78,3 +78,19 @@ def test_a_directory_that_cannot_be_written_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with compile_cache(tmp_path / "file" / "cache"):
         np.testing.assert_allclose(program()(X)[0, 0], np.sin(1) + 3.25, rtol=1e-6)
+
+
+def test_without_a_cache_nothing_is_written_and_then_it_is_used_again(tmp_path, hits):
+    """Also where it was in use before: jax remembers."""
+
+    def kept() -> int:
+        return len(list(tmp_path.glob("jit*-cache")))
+
+    with compile_cache(tmp_path):
+        program()(X)
+        first = kept()
+        with no_compile_cache():
+            jax.jit(lambda x: jnp.cos(x) @ x)(X)
+        assert kept() == first and not hits
+        program()(X)
+    assert len(hits) == 1

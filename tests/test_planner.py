@@ -21,6 +21,7 @@ from zflora_jax.experiments import compiled_plan, planner
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import random_model
+from zflora_jax.parallel.targets import GIB
 from zflora_jax.training.trainer import init_state
 
 SMALL = preset("tiny").replace(num_kv_heads=4, vocab_size=264, num_layers=3)
@@ -110,6 +111,22 @@ def test_what_the_backward_pass_keeps_is_counted_by_its_policy():
     assert kept["offload"] == kept["block"], "what is offloaded lies in the host's memory"
 
 
+def test_a_flash_kernel_keeps_no_scores():
+    """Twice the tokens, twice the working set; with scores it would be more."""
+    config = SMALL.replace(max_position_embeddings=8192, vocab_size=64)
+    sizes = {
+        (length, flash): planner.bytes_per_device(
+            small_run(**{"data.bucket_lengths": [length], "train.loss_chunk": 16}),
+            config,
+            flash=flash,
+        )["working set"]
+        for length in (2048, 4096)
+        for flash in (False, True)
+    }
+    assert sizes[4096, True] == pytest.approx(2 * sizes[2048, True], rel=0.02)
+    assert sizes[2048, True] < sizes[2048, False] and sizes[4096, False] > sizes[4096, True]
+
+
 def test_meshes_divide_what_they_divide():
     whole = planner.bytes_per_device(small_run(), SMALL)
     fsdp = planner.bytes_per_device(small_run(**{"mesh.fsdp": 4}), SMALL)
@@ -143,8 +160,8 @@ def test_a_gathered_head_is_counted():
 def test_what_does_not_fit_comes_with_the_cheapest_changes():
     run = small_run()
     total = planner.memory_plan(run, SMALL)["bytes_per_device"]["total"]
-    assert planner.memory_plan(run, SMALL, total / planner.GIB)["fits"]
-    plan = planner.memory_plan(run, SMALL, 0.5 * total / planner.GIB)
+    assert planner.memory_plan(run, SMALL, total / GIB)["fits"]
+    plan = planner.memory_plan(run, SMALL, 0.5 * total / GIB)
     assert not plan["fits"] and 2 <= len(plan["changes"]) <= 4
     for change in plan["changes"][:-1]:
         changed = override(run, change["settings"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zflora_jax.parallel.program_text import Program, async_bytes, kernels, whole_copies
+from zflora_jax.parallel.program_text import Program, async_bytes, kernels
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -18,10 +18,16 @@ backend_config={"estimated_cycles":"1200"}
   %joined = bf16[8,128]{1,0} custom-call(%copy-done.1), custom_call_target="ConcatBitcast"
   %copy.9 = bf16[128,64]{0,1} copy(%gte), backend_config={"estimated_cycles":"30"}
   %pad.3 = f32[2,4]{1,0} pad(%fusion.1)
-  %written = f32[1,4,2]{2,1,0} fusion(%pad.3), calls=%inside, \
-metadata={op_name="jit(f)/dynamic_update_slice"}
+  %written = f32[1,4,2]{2,1,0} fusion(%pad.3), calls=%update
+  %again = f32[4,2]{1,0} copy(%dynamic-update-slice.7), metadata={op_name="f/dynamic_update_slice"}
+  %read = f32[4,2]{1,0} fusion(%dynamic-update-slice.7), calls=%inside
   %sum = bf16[64,128]{1,0} all-reduce(%gte), replica_groups={{0,1,2,3}}, to_apply=%add
   ROOT %out = (s32[], bf16[64,128]{1,0}) tuple(%gte, %sum)
+}
+
+%update (q: f32[2,4]) -> f32[1,4,2] {
+  %q = f32[2,4]{1,0} parameter(0)
+  ROOT %d = f32[1,4,2]{2,1,0} dynamic-update-slice(%q, %q)
 }
 
 %inside (p: bf16[8,128]) -> bf16[8,128] {
@@ -42,7 +48,8 @@ replica_groups=[2,4]<=[8], dimensions={1}
 def test_the_kernels_of_a_loop() -> None:
     loop = Program(TEXT).loop("jit(step)/while")
     found = kernels(loop)
-    assert [op.name for op in found] == ["fusion.1", "copy.9", "pad.3", "written", "sum"]
+    names = ["fusion.1", "copy.9", "pad.3", "written", "again", "read", "sum"]
+    assert [op.name for op in found] == names
     assert sum(op.cycles for op in found) == 1230
     assert async_bytes(loop) == 8 * 128 * 2
     with pytest.raises(ValueError, match="no loop 'elsewhere'"):
@@ -50,10 +57,41 @@ def test_the_kernels_of_a_loop() -> None:
 
 
 def test_copies_of_kernels_and_caches() -> None:
-    loop = Program(TEXT).loop("jit(step)/while")
-    names = [op.name for op in whole_copies(loop, [(64, 128), (99, 99)], [(4, 2)])]
-    assert names == ["copy.9", "pad.3", "sum"], "what is written in place is no copy"
-    assert [op.name for op in whole_copies(loop, [(99, 99)], [(5, 2)])] == []
+    program = Program(TEXT)
+    loop = program.loop("jit(step)/while")
+    names = [op.name for op in program.whole_copies(loop, [(64, 128), (99, 99)], [(4, 2)])]
+    assert names == ["copy.9", "pad.3", "again", "read", "sum"], "an update in place is no copy"
+    assert program.whole_copies(loop, [(99, 99)], [(5, 2)]) == []
+
+
+def test_what_crosses_slices_and_groups_of_all() -> None:
+    text = """HloModule jit_f, num_partitions=4
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %s = (f32[8]{0}, u32[], token[]) send(%x), frontend_attributes={transfer_type="ALL_REDUCE"}
+  %r = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+}
+"""
+    assert Program(text).collectives() == {"between slices": 32, "all-reduce": 48}
+
+
+def test_one_branch_runs() -> None:
+    text = """
+%short (p: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} copy(%p)
+}
+
+%long (p: f32[8]) -> f32[8] {
+  %b = f32[8]{0} copy(%p)
+  ROOT %c = f32[8]{0} copy(%b)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %y = f32[8]{0} conditional(%x), branch_computations={%short, %long}
+}
+"""
+    assert [op.name for op, _ in Program(text).runs()] == ["y", "b", "c"]
 
 
 def test_loops_whose_count_the_compiler_does_not_state() -> None:

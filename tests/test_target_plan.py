@@ -15,10 +15,11 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments import target_plan as module
-from zflora_jax.experiments.compiled_plan import compiled_step
+from zflora_jax.experiments.compiled_plan import compiled_step, step_attention
 from zflora_jax.experiments.target_plan import roofline, target_lines, target_plan
 from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.program_text import Program
+from zflora_jax.parallel.sharding import make_mesh
 from zflora_jax.parallel.targets import target
 
 needs_libtpu = pytest.mark.skipif(
@@ -47,7 +48,7 @@ def test_the_plan_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "compiled for tpu:v5e:2x2, not run" in said and "an estimate from published" in said
     plan = json.loads((tmp_path / "plan.json").read_text())
     found = plan["compiled"]
-    assert plan["fits"] and plan["memory_bytes"] == 16 * 2**30
+    assert plan["fits"] and plan["memory_bytes"] == 15.75 * 2**30
     assert found["bytes"]["total"] == sum(
         found["bytes"][part] for part in ("arguments", "outputs", "temporaries")
     )
@@ -63,11 +64,11 @@ def test_too_few_devices() -> None:
 def test_what_does_not_fit_is_told_with_the_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's refusal gives the bytes; the formula's changes are scaled to them."""
     monkeypatch.setattr(module.Target, "devices", lambda self, slices=1: [object()] * 8)
-    monkeypatch.setattr(
-        module, "compiled_facts", lambda *_: {"target": "tpu:v5e:2x4", "needs": 20 * 2**30}
-    )
+    facts = {"target": "tpu:v5e:2x4", "needs": 20 * 2**30}
+    facts["attention"] = {"kernel": "splash", "reason": ""}
+    monkeypatch.setattr(module, "compiled_facts", lambda *_: facts)
     plan = target_plan(RUN, preset("tiny"), target("tpu:v5e:2x4"))
-    assert not plan["fits"] and plan["memory_bytes"] == 16 * 2**30
+    assert not plan["fits"] and plan["memory_bytes"] == 15.75 * 2**30
     assert 1 <= len(plan["changes"]) <= 4
     assert all(2**30 < change["total"] < 20 * 2**30 for change in plan["changes"])
     lines = target_lines(plan)
@@ -107,6 +108,34 @@ def test_the_roofline() -> None:
     again = roofline(block, config, target("tpu:v5e:2x2"), 0)
     more = 2 * (layer + head) + 2 * lora + 2 * 128 * 64
     assert again["flops"] - found["flops"] == pytest.approx(8 * 128 * more / 4)
+
+
+@needs_libtpu
+def test_the_attention_that_is_told_is_that_of_the_program() -> None:
+    """Widened heads beyond what splash takes: the plan says blocks, and so does the program."""
+    config = preset("tiny").replace(head_dim=256, num_heads=2, num_kv_heads=1, num_layers=1)
+    for adapter, kernel in (
+        (AdapterConfig("ffba", rank=4, extra_head_dim=16), "blocks"),
+        (AdapterConfig("lora", rank=4), "splash"),
+    ):
+        run = replace(RUN, adapter=adapter, mesh=MeshConfig())
+        devices = target("tpu:v5e:1x1").devices()
+        kernel_told, reason = step_attention(run, config, make_mesh(run.mesh, devices))
+        assert (kernel_told, reason == "") == (kernel, kernel == "splash")
+        with no_compile_cache():
+            text = compiled_step(run, config, devices).as_text()
+        assert ("tpu_custom_call" in text) == (kernel == "splash")
+
+
+@needs_libtpu
+def test_slices_give_as_many_devices_each() -> None:
+    """A mesh of two slices that uses two of the four devices of each."""
+    run = replace(RUN, mesh=MeshConfig(data=2, fsdp=2, slices=2))
+    plan = target_plan(run, preset("tiny"), target("tpu:v5e:2x2"))
+    found = plan["compiled"]
+    assert (plan["devices"], found["devices"]) == (4, 8)
+    between = found["collectives"].pop("between slices")
+    assert between > 0 and found["roofline"]["link_bytes"] == sum(found["collectives"].values())
 
 
 @needs_libtpu

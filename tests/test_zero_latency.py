@@ -4,7 +4,6 @@ token of the base. Compiled for a TPU, not run; results/compile.md has GPUs and 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 from typing import Any
@@ -55,11 +54,14 @@ def row(adapter: AdapterConfig | None, chip: str, batch: int) -> dict[str, Any]:
 def test_a_fused_token_runs_the_kernels_of_the_base(
     method: str, rank: int, chip: str, batch: int
 ) -> None:
-    """At most 2% more operations, no larger temporaries, no copy of a kernel, table or cache."""
+    """At most 2% more operations, no larger temporaries, no copy of a kernel, table or cache, and
+    once a call no more of them than the base makes.
+    """
     base, fused = row(None, chip, batch), row(AdapterConfig(method, rank=rank), chip, batch)
     assert base["copies"] == fused["copies"] == 0
+    assert fused["call_copies"] <= base["call_copies"]
     assert fused["kernels"] <= 1.02 * base["kernels"]
-    assert fused["temporaries"] <= base["temporaries"] + 2**20
+    assert fused["temporaries"] <= base["temporaries"] + 2**20  # widths and tiles of activations
 
 
 def test_lora_beside_the_base_does_not() -> None:
@@ -68,9 +70,15 @@ def test_lora_beside_the_base_does_not() -> None:
     assert beside["kernels"] >= base["kernels"] + 10 * CONFIG.num_layers
 
 
-@pytest.mark.parametrize("batch", always([1, 4], lambda batch: batch == 1))
-def test_few_rows_are_multiplied_on_the_matrix_unit(batch: int) -> None:
+@pytest.mark.parametrize(
+    ("chip", "batch"),
+    always(
+        [("v5e", 1), ("v6e", 2), ("v5e", 4), ("v6e", 1)],
+        lambda case: case in (("v5e", 1), ("v6e", 2)),
+    ),
+)
+def test_few_rows_are_multiplied_on_the_matrix_unit(chip: str, batch: int) -> None:
     """On the vector unit a token would take about four times as long as reading the weights."""
-    large = dataclasses.replace(CONFIG, vocab_size=65536)  # of a head of 64 MiB
-    found = loop_row(DecodeCase(large, None, batch, 128, 64), target("tpu:v5e:1x1"))
-    assert found["floor_share"] < 2
+    real = preset("llama-3.2-1b").replace(num_layers=2)  # whose weights take most of a token
+    found = loop_row(DecodeCase(real, None, batch, 128, 64), target(f"tpu:{chip}:1x1"))
+    assert found["floor_share"] <= 1.5

@@ -28,16 +28,15 @@ from zflora_jax.inference.model_call import empty_cache
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.llama import Llama
 from zflora_jax.parallel.compile_cache import no_compile_cache
-from zflora_jax.parallel.program_text import Op, Program, async_bytes, kernels, whole_copies
+from zflora_jax.parallel.program_text import Program, async_bytes, kernels
 from zflora_jax.parallel.sharding import AXES
-from zflora_jax.parallel.targets import Target, target
+from zflora_jax.parallel.targets import GIB, Target, target
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.plots import grouped_bars
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
 
 TableRow = dict[str, Any]
-GIB = 2**30
 KINDS = {"cuda": "gpu", "tpu": "tpu"}  # of `adapters.widths`, by the platform of a target
 DTYPE = "bfloat16"
 
@@ -113,17 +112,14 @@ def _cast(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(DTYPE)), tree)
 
 
-def token_loop(compiled: Any) -> list[Op]:
-    """The operations of one token in a compiled `DecodeProgram.decode`."""
-    return Program(compiled.as_text()).loop("decode_until)/while")
-
-
 def loop_row(case: DecodeCase, where: Target) -> TableRow:
     """Compile a case and read its token loop.
 
     Returns:
       kernels: operations of a token that run a kernel (on a TPU, a bundle of instructions).
       copies: those of them that write a whole kernel, table or cache anew.
+      call_copies: the same of the rest of the program, which runs once a call: prefill, and the way
+        from it to the loop.
       arguments, temporaries: bytes, as the compiler plans them for the whole program.
       read_bytes: that a token has to read, at a half-filled cache.
       cycles, async_bytes: of a TPU, the compiler's estimate of a token, and bytes of the copies
@@ -132,16 +128,20 @@ def loop_row(case: DecodeCase, where: Target) -> TableRow:
         to read read_bytes.
     """
     compiled, variables = case.compile(where), case.variables(where)
-    loop, memory, chip = token_loop(compiled), compiled.memory_analysis(), where.chip
+    program, memory, chip = Program(compiled.as_text()), compiled.memory_analysis(), where.chip
+    loop = program.loop("decode_until)/while")
     config = case.packed(where)
     cache = jax.eval_shape(
         lambda: empty_cache(config, case.beside, case.batch, case.prompt + case.new_tokens)
     )
     matrices = [x.shape for x in jax.tree.leaves(variables["params"]) if len(x.shape) > 1]
+    in_loop = {op.name for op in loop}
+    rest = [op for op, _ in program.runs() if op.name not in in_loop]
     caches = [x.shape for x in jax.tree.leaves(cache.layers)]
     row: TableRow = {
         "kernels": len(kernels(loop)),
-        "copies": len(whole_copies(loop, matrices, caches)),
+        "copies": len(program.whole_copies(loop, matrices, caches)),
+        "call_copies": len(program.whole_copies(rest, matrices, caches)),
         "arguments": int(memory.argument_size_in_bytes),
         "temporaries": int(memory.temp_size_in_bytes),
         "read_bytes": read_bytes(variables, config, case.batch, case.prompt + case.new_tokens // 2),
@@ -257,7 +257,8 @@ def page(result: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "",
         "- kernels: operations in the token loop's body that run a kernel of their own (on a TPU a"
         " bundle of instructions); copies that a TPU starts ahead beside other work are left out.",
-        "- copies: those of them that write a whole kernel, table or cache anew.",
+        "- copies: those of them that write a whole kernel, table or cache anew; copies a call: the"
+        " same outside the loop, once for all tokens.",
         "- arguments: weights and inputs, with the zero channels that fill widths up"
         " (`adapters/widths.py`); temporaries: of the whole program.",
         "- cycles: the TPU compiler's estimate of a token. of floor: these cycles and the copies"
@@ -285,6 +286,7 @@ def _line(row: TableRow, rows: Sequence[TableRow]) -> dict[str, Any]:
         "kernels": row["kernels"],
         "more than base": row["kernels"] - base["kernels"],
         "copies": row["copies"],
+        "copies a call": row["call_copies"],
         "arguments, GiB": f"{row['arguments'] / GIB:.3f}",
         "x base": f"{row['arguments'] / base['arguments']:.3f}",
         "temporaries, GiB": f"{row['temporaries'] / GIB:.3f}",

@@ -168,8 +168,9 @@ class TrainConfig:
     """Data type of the base's weights and of activations."""
     remat: Remat = "dots"
     """What the backward pass keeps of a layer: none recomputes nothing, dots keeps the products and
-    recomputes what is cheap, block keeps the layer's input alone, offload keeps what dots does in
-    the host's memory. The later ones need less memory of the device and more time."""
+    recomputes what is cheap, block keeps the layer's input alone and computes the layer twice,
+    offload keeps what dots does, in the host's memory. Memory of the device: none needs most, then
+    dots, then offload and block."""
     loss_chunk: int = 256
     """Positions whose logits exist at one time."""
     log_every: int = 10

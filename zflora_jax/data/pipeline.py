@@ -5,7 +5,7 @@ The order is a function of (seed, step). Shapes below: B rows of a batch, T toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -77,6 +77,13 @@ def train_batches(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         )
     )
+
+
+def one_sequence_a_row(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of rows that were not packed, without its segments: a row is one sequence then,
+    padded on the right, and attention is causal alone, which flash kernels take best.
+    """
+    return {name: x for name, x in batch.items() if name != "segments"}
 
 
 def eval_batches(encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> Iterator[Batch]:

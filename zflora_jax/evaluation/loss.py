@@ -10,7 +10,7 @@ from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.data.pipeline import eval_batches
+from zflora_jax.data.pipeline import eval_batches, one_sequence_a_row
 from zflora_jax.data.tokenization import Encoded
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 from zflora_jax.parallel.sharding import BATCH
@@ -40,7 +40,10 @@ def held_out_loss(
     rows = fill_rows(run.data.micro_batch_size, model.params, BATCH)
     batches = eval_batches(encoded, rows, run.data.bucket_lengths)
     with mesh_in_use(model.params):
-        sums = [eval_step(model.config, adapter, variables, batch, chunk) for batch in batches]
+        sums = [
+            eval_step(model.config, adapter, variables, one_sequence_a_row(batch), chunk)
+            for batch in batches
+        ]
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     loss = float(sum(losses) / sum(tokens))
     if not math.isfinite(loss):

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.planner import abstract_arguments, shaped_config
+from zflora_jax.ops.attention import attention_choice
+from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.parallel.sharding import batch_sharding, make_mesh, shardings, state_shardings
 from zflora_jax.training.trainer import init_state, make_train_step
 
@@ -60,6 +64,28 @@ def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
       argument's memory, of temporaries, and their total.
     """
     return planned_bytes(compiled_step(run, config))
+
+
+def step_attention(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> tuple[str, str]:
+    """The attention kernel of a run's train step.
+
+    Args:
+      run: whose step it is.
+      config: of the base.
+      mesh: that the step is for; its devices may be absent.
+
+    Returns:
+      (the kernel's name, why it is no flash kernel, "" where it is one), see
+      `ops.attention.attention_choice`.
+    """
+    widths = shaped_config(run, config)
+    rows, length = run.data.micro_batch_size, run.data.bucket_lengths[-1]
+    ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32) if run.data.packing else None
+    head_dim = widths.head_dim + resolve_adapter(widths, run.adapter).heads
+    shape = (rows, length, widths.num_heads, head_dim)
+    dtype, scale = jnp.dtype(run.train.dtype), widths.rotary_dim**-0.5
+    with jax.set_mesh(mesh):
+        return attention_choice(shape, widths.num_kv_heads, dtype, AttentionMask(ids, ids), scale)
 
 
 def planned_bytes(step: Any) -> dict[str, int]:

@@ -31,13 +31,12 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import numerics
 from zflora_jax.ops.attention_blocks import query_blocks
 from zflora_jax.parallel.sharding import AXES, spec, state_shardings
+from zflora_jax.parallel.targets import GIB
 from zflora_jax.training.trainer import batch_loss, init_state
-
-GIB = 2**30
 
 
 def memory_plan(
-    run: RunConfig, config: LlamaConfig, memory_gib: float | None = None
+    run: RunConfig, config: LlamaConfig, memory_gib: float | None = None, *, flash: bool = False
 ) -> dict[str, Any]:
     """Plan the memory of a run, for the longest of data.bucket_lengths.
 
@@ -45,6 +44,7 @@ def memory_plan(
       run: the settings.
       config: the base's.
       memory_gib: memory of one device, in GiB.
+      flash: whether attention runs a flash kernel, which keeps no scores.
 
     Returns:
       Counts, and "bytes_per_device": purpose -> bytes, with their sum as "total"; "widths", where
@@ -60,7 +60,7 @@ def memory_plan(
         f"memory={memory_gib}: must be positive, in GiB per device.",
     )
     config = shaped_config(run, config)
-    sizes, rows = bytes_per_device(run, config), run.data.batch_size
+    sizes, rows = bytes_per_device(run, config, flash=flash), run.data.batch_size
     result: dict[str, Any] = {
         "devices": run.mesh.devices,
         "params_base": count_base(config),
@@ -77,12 +77,12 @@ def memory_plan(
         limit = int(memory_gib * GIB)
         result |= {"memory_bytes": limit, "fits": sizes["total"] <= limit}
         if not result["fits"]:
-            result["changes"] = _changes(run, config, limit)
+            result["changes"] = _changes(run, config, limit, flash)
     return result
 
 
-def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
-    """Bytes on each device, by purpose."""
+def bytes_per_device(run: RunConfig, config: LlamaConfig, *, flash: bool = False) -> dict[str, int]:
+    """Bytes on each device, by purpose. flash: as for `memory_plan`."""
     mesh = AbstractMesh((run.mesh.data, run.mesh.fsdp, run.mesh.tensor), AXES)
     width = jnp.dtype(config.execution.dtype).itemsize
     trainable = _local(adapter_shapes(config, run.adapter), mesh, 4)
@@ -93,7 +93,7 @@ def bytes_per_device(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
         "gradients": trainable * (2 if run.data.grad_accum_steps > 1 else 1),
         "optimizer": _optimizer_state(run, config, mesh),
         "activations": _activations(run, config),
-        "working set": _working_set(run, config, mesh),
+        "working set": _working_set(run, config, mesh, flash),
     }
     return sizes | {"total": sum(sizes.values())}
 
@@ -200,12 +200,12 @@ def _activations(run: RunConfig, config: LlamaConfig) -> int:
     )
 
 
-def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
+def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any, flash: bool) -> int:
     """Bytes of the largest of three: a chunk of logits and its backward pass, 3 C V float32 in
     compiled steps; one layer's backward pass, 3 B H T^2 float32 of attention (less if its queries
-    are computed in blocks) and 4 B T f of the MLP; with the head, or the kernels of one layer,
-    where fsdp gathers them. Method "full" sums the gradient of the gathered head over the chunks:
-    two more heads in float32.
+    are computed in blocks; of a flash kernel 12 B T H k) and 4 B T f of the MLP; with the head, or
+    the kernels of one layer, where fsdp gathers them. Method "full" sums the gradient of the
+    gathered head over the chunks: two more heads in float32.
     """
     rows, length, tensor = _local_rows(run), run.data.bucket_lengths[-1], run.mesh.tensor
     parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
@@ -218,6 +218,8 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     if gathered and METHODS[run.adapter.method].in_place == "full":
         logits += 2 * config.vocab_size * config.hidden_size * 4 // parts
     attention = 3 * rows * config.num_heads * length * length * 4 // tensor // query_blocks(length)
+    if flash:
+        attention = 12 * rows * length * config.num_heads * config.head_dim * width // tensor
     mlp = 4 * rows * length * config.intermediate_size * width // tensor
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values()) * width // tensor
     kept = (
@@ -226,13 +228,17 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     return max(logits, attention + mlp + kept + (layer if gathered else 0))
 
 
-def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, Any]]:
+def _changes(run: RunConfig, config: LlamaConfig, limit: int, flash: bool) -> list[dict[str, Any]]:
     """The three cheapest changes that reduce the memory, and all three together."""
-    total, found, together = bytes_per_device(run, config)["total"], list[dict[str, Any]](), run
+
+    def total_of(run: RunConfig) -> int:
+        return bytes_per_device(run, shaped_config(run, config), flash=flash)["total"]
+
+    total, found, together = total_of(run), list[dict[str, Any]](), run
     for text, settings in _candidates(run):
         try:
             changed = override(run, settings)
-            new = bytes_per_device(changed, shaped_config(changed, config))["total"]
+            new = total_of(changed)
         except ConfigError:  # a mesh that does not divide the model
             continue
         if new < 0.98 * total:
@@ -243,7 +249,7 @@ def _changes(run: RunConfig, config: LlamaConfig, limit: int) -> list[dict[str, 
         if len(found) == 3:
             break
     if len(found) > 1:
-        new = bytes_per_device(together, shaped_config(together, config))["total"]
+        new = total_of(together)
         found.append(
             {
                 "change": "all of these that go together",

@@ -16,6 +16,7 @@ from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
+from zflora_jax.experiments.compiled_plan import step_attention
 from zflora_jax.experiments.setup import Setup
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json
@@ -136,6 +137,7 @@ def _facts(setup: Setup) -> Report:
         "train_documents_cut": setup.train_set.truncated,
         "train_rows_packed": len(setup.train_set) if run.data.packing else None,
         "train_on_prompt": run.data.train_on_prompt,
+        "attention": step_attention(run, setup.model.config, setup.mesh)[0],
         **setup.fingerprints,
         "config": to_dict(run),
     }

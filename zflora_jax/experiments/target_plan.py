@@ -20,14 +20,13 @@ from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.compiled_plan import compiled_step, planned_bytes
-from zflora_jax.experiments.planner import GIB, bytes_per_device, memory_plan, shaped_config
-from zflora_jax.ops.attention import attention_choice
-from zflora_jax.ops.attention_mask import AttentionMask
+from zflora_jax.experiments.compiled_plan import compiled_step, planned_bytes, step_attention
+from zflora_jax.experiments.planner import bytes_per_device, memory_plan, shaped_config
 from zflora_jax.parallel.compile_cache import no_compile_cache
-from zflora_jax.parallel.program_text import Program, kernels
+from zflora_jax.parallel.program_text import BETWEEN_SLICES, Program, kernels
 from zflora_jax.parallel.sharding import make_mesh
-from zflora_jax.parallel.targets import Target
+from zflora_jax.parallel.slices import slice_groups
+from zflora_jax.parallel.targets import GIB, Target
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -45,25 +44,26 @@ def target_plan(run: RunConfig, config: LlamaConfig, where: Target) -> dict[str,
       "compiled": "target" and how many "devices" it has; "bytes" per device as the compiler plans
       them; "kernels" of a step; "attention", its kernel and why it is no flash kernel;
       "collectives", kind -> bytes that a device sends in a step; "roofline". Of a program that the
-      compiler refuses because it does not fit there are only "target", "devices" and "needs", the
-      bytes that it names. "changes", if it does not fit, are by the formula of `memory_plan`,
-      scaled to the compiler's total.
+      compiler refuses because it does not fit there are only "target", "devices", "attention" and
+      "needs", the bytes that it names. "changes", if it does not fit, are by the formula of
+      `memory_plan`, scaled to the compiler's total.
 
     Raises:
       ConfigError: the target has fewer devices than the mesh, or its compiler is not installed.
     """
-    devices, mesh = where.devices(getattr(run.mesh, "slices", 1)), run.mesh
+    devices, mesh = where.devices(run.mesh.slices), run.mesh
+    given = f"target {where.name} has" if mesh.slices == 1 else f"{mesh.slices} x {where.name} have"
     require(
         mesh.devices <= len(devices),
         f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} needs"
-        f" {mesh.devices} devices; target {where.name} has {len(devices)}. Lower one of them, or"
-        f" choose another topology: {', '.join(where.chip.topologies)}.",
+        f" {mesh.devices} devices; {given} {len(devices)}. Lower one of them, or choose another"
+        f" topology: {', '.join(where.chip.topologies)}.",
     )
     found = compiled_facts(run, config, where) | {"devices": len(devices)}
     memory, total = where.chip.memory, found.get("needs") or found["bytes"]["total"]
-    fits = total <= memory and "needs" not in found
-    scale = total / bytes_per_device(run, shaped_config(run, config))["total"]
-    plan = memory_plan(run, config, memory / scale / GIB)
+    fits, flash = total <= memory and "needs" not in found, found["attention"]["kernel"] != "blocks"
+    scale = total / bytes_per_device(run, shaped_config(run, config), flash=flash)["total"]
+    plan = memory_plan(run, config, memory / scale / GIB, flash=flash)
     for change in plan.get("changes", []):
         change["total"] = int(change["total"] * scale)
     return plan | {"memory_bytes": memory, "fits": fits, "compiled": found}
@@ -71,8 +71,14 @@ def target_plan(run: RunConfig, config: LlamaConfig, where: Target) -> dict[str,
 
 def compiled_facts(run: RunConfig, config: LlamaConfig, where: Target) -> dict[str, Any]:
     """What is under "compiled" in `target_plan`."""
-    found: dict[str, Any] = {"target": where.name}
-    devices = where.devices(getattr(run.mesh, "slices", 1))[: run.mesh.devices]
+    own = run.mesh.devices // run.mesh.slices
+    groups = slice_groups(where.devices(run.mesh.slices), run.mesh.slices)
+    devices = [device for group in groups for device in group[:own]]
+    kernel, reason = step_attention(run, config, make_mesh(run.mesh, devices))
+    found: dict[str, Any] = {
+        "target": where.name,
+        "attention": {"kernel": kernel, "reason": reason},
+    }
     try:
         with no_compile_cache():
             compiled = compiled_step(run, config, devices)
@@ -86,16 +92,16 @@ def compiled_facts(run: RunConfig, config: LlamaConfig, where: Target) -> dict[s
     return found | {
         "bytes": planned_bytes(compiled),
         "kernels": sum(times for op, times in program.runs() if kernels([op])),
-        "attention": _attention(run, config, devices),
         "collectives": sent,
-        "roofline": roofline(run, config, where, sum(sent.values())),
+        "roofline": roofline(run, config, where, sum(sent.values()) - sent.get(BETWEEN_SLICES, 0)),
     }
 
 
 def _needed(message: str) -> int | None:
     """The bytes that a TPU's compiler names where a program does not fit; None for another error.
 
-    "Used 20.11G of 15.75G hbm", or "HLO temporaries (46.96G) exceeds available HBM".
+    "Used 20.11G of 15.75G hbm", or "HLO temporaries (46.96G) exceeds available HBM", which counts
+    arguments and results too.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         return None
@@ -104,20 +110,6 @@ def _needed(message: str) -> int | None:
         return None
     number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
     return int(float(number) * _UNITS[unit])
-
-
-def _attention(run: RunConfig, config: LlamaConfig, devices: list[Any]) -> dict[str, str]:
-    """The kernel of the step's attention, and why it is no flash kernel ("" where it is one)."""
-    rows, length = run.data.micro_batch_size, run.data.bucket_lengths[-1]
-    widths = shaped_config(run, config)
-    ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32) if run.data.packing else None
-    mask = AttentionMask(ids, ids)
-    shape = (rows, length, widths.num_heads, widths.head_dim)
-    with jax.set_mesh(make_mesh(run.mesh, devices)):
-        kernel, reason = attention_choice(
-            shape, widths.num_kv_heads, jnp.dtype(run.train.dtype), mask
-        )
-    return {"kernel": kernel, "reason": reason}
 
 
 def roofline(
@@ -135,7 +127,8 @@ def roofline(
       run: the settings.
       config: the base's.
       where: the target.
-      link_bytes: that a device sends in a step.
+      link_bytes: that a device sends in a step within its slice. What crosses slices is left out:
+        the network between them has no published rate.
 
     Returns:
       "flops", "hbm_bytes", "link_bytes" per device; "compute_s", "hbm_s", "link_s" at the

@@ -21,7 +21,8 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.dates import today
-from zflora_jax.data.pipeline import train_batches
+from zflora_jax.data.pipeline import one_sequence_a_row, train_batches
+from zflora_jax.experiments.compiled_plan import step_attention
 from zflora_jax.experiments.run_report import Report, finished_report, new_report
 from zflora_jax.experiments.setup import Setup, prepare
 from zflora_jax.parallel import distributed
@@ -246,11 +247,12 @@ def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> Trai
         run.train.seed,
     )
     first, own = int(state.step), own_rows(rows, setup.mesh)
+    kernel, reason = step_attention(run, setup.model.config, setup.mesh)
+    if kernel == "blocks" and setup.mesh.devices.flat[0].platform in ("gpu", "tpu"):
+        log.warning("attention runs as plain products, not as a flash kernel: %s", reason)
 
     def place(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        if not run.data.packing:  # known while the step is compiled: attention is causal alone
-            batch = {name: x for name, x in batch.items() if name != "segments"}
-        return put_rows(batch, rows, setup.mesh)
+        return put_rows(batch if run.data.packing else one_sequence_a_row(batch), rows, setup.mesh)
 
     return fit(
         step_fn,

@@ -23,20 +23,21 @@ from zflora_jax.ops.precision import at_precision
 Array = jax.Array
 
 _packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
+_apart: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
 
 
 def packed(model: Model, *, alone: bool = True) -> Model:
     """`model` packed for decode; the result is kept as long as `model` lives, so that repeated
     calls do not pack again. alone: as for `pack_for_decode`.
     """
-    if not alone and (model.config.widened or model.adapter is not None):
-        return pack_for_decode(model, alone=False)
-    if model not in _packed or _packed[model][0] is not model.params:
-        made = pack_for_decode(model)
+    fused = model.config.widened or model.adapter is not None
+    kept = _apart if fused and not alone else _packed
+    if model not in kept or kept[model][0] is not model.params:
+        made = pack_for_decode(model, alone=alone)
         if made is model:
             return model
-        _packed[model] = model.params, made
-    return _packed[model][1]
+        kept[model] = model.params, made
+    return kept[model][1]
 
 
 def hidden(

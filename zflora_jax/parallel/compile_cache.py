@@ -43,11 +43,17 @@ def compile_cache(directory: str | Path) -> Iterator[None]:
 def no_compile_cache() -> Iterator[None]:
     """Compile without any cache: a program for an absent device cannot be read from one."""
     was = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
+    _enable(False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", was)
+        _enable(was)
+
+
+def _enable(cached: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", cached)
+    # jax else keeps to what it found at its first program.
+    compilation_cache.reset_cache()  # type: ignore[no-untyped-call]
 
 
 def _use(directory: str | None, least: float) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
+BETWEEN_SLICES = "between slices"
+
 # They move no numbers and run no kernel.
 _FREE = (
     *("get-tuple-element", "constant", "bitcast", "tuple", "parameter", "after-all", "while"),
@@ -70,11 +72,6 @@ class Op:
         """Whether it starts or ends a copy beside other work, or names the copy's result."""
         return self.code.endswith(("-start", "-done")) or '"ConcatBitcast"' in self.line
 
-    @property
-    def updates(self) -> bool:
-        """Whether it writes into a part of an array in place."""
-        return "dynamic-update-slice" in self.line or "dynamic_update_slice" in self.line
-
 
 class Program:
     """The computations of a compiled program.
@@ -82,9 +79,12 @@ class Program:
     Attributes:
       computations: name -> its operations, in the order in which they run.
       entry: the name of the first.
+      devices: that it runs on.
     """
 
     def __init__(self, text: str) -> None:
+        partitions = re.search(r"num_partitions=(\d+)", text[:10000])
+        self.devices = int(partitions[1]) if partitions else 1
         self.computations: dict[str, list[Op]] = {}
         self.entry = name = ""
         for line in text.splitlines():
@@ -120,37 +120,92 @@ class Program:
         Args:
           fused: whether those inside fusions, which do not run by themselves, are among them.
         """
-        enters = ("while", "conditional", "call", "async-start", *(["fusion"] if fused else []))
+        enters = ("while", "conditional", "call", *(["fusion", "async-start"] if fused else []))
         pending = [(self.entry, 1)]
         while pending:
             name, times = pending.pop()
             for op in self.computations.get(name, []):
                 yield op, times
-                if op.code in enters:
-                    called = _CALLED.findall(op.line)
-                    if branches := re.search(r"branch_computations=\{([^}]*)\}", op.line):
-                        called += re.findall(r"%([\w.\-]+)", branches[1])
-                    inner = times * self._trips(op)
-                    pending += [(callee, inner) for callee in called]
+                if op.code not in enters:
+                    continue
+                called = _CALLED.findall(op.line)
+                if branches := re.search(r"branch_computations=\{([^}]*)\}", op.line):
+                    called = re.findall(r"%([\w.\-]+)", branches[1])
+                if op.code == "conditional":  # one branch runs: the longest, whichever is taken
+                    called = [max(called, key=lambda name: len(self.computations.get(name, [])))]
+                inner = times * self._trips(op)
+                pending += [(callee, inner) for callee in called]
 
     def collectives(self) -> dict[str, int]:
         """Kind -> bytes that one device sends in a run: a ring's cost of each collective.
 
         A TPU's compiler spreads a collective over several fusions, which share its channel: it
-        counts once, as often as the least of them runs.
+        counts once, as often as the least of them runs. What crosses slices of TPUs is a transfer
+        by the host: `BETWEEN_SLICES`.
         """
         found: dict[tuple[str, str], int] = {}
         for op, times in self.runs(fused=True):
             kind = op.code.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if op.code == "send" and "transfer_type=" in op.line:
+                kind = BETWEEN_SLICES
+            if kind in (*COLLECTIVES, BETWEEN_SLICES):
                 channel = re.search(r"channel_id=(\d+)", op.line)
                 key = kind, channel[1] if channel else op.name
-                sent = times * _sent(kind, op)
+                sent = times * self._sent(kind, op)
                 found[key] = min(found.get(key, sent), sent)
         total: collections.Counter[str] = collections.Counter()
         for (kind, _), sent in found.items():
             total[kind] += sent
         return dict(total)
+
+    def whole_copies(
+        self,
+        ops: Collection[Op],
+        parameters: Collection[tuple[int, ...]],
+        caches: Collection[tuple[int, ...]],
+    ) -> list[Op]:
+        """The operations that write a whole kernel, table or cache anew.
+
+        Args:
+          ops: of this program.
+          parameters: shapes of the kernels and tables. What writes as many elements as the smallest
+            has is a copy of one of them.
+          caches: shapes of the cache's arrays. What writes an array of these dimensions, in any
+            order, is a copy, unless it updates a part in place.
+        """
+        smallest = min(math.prod(shape) for shape in parameters)
+        like_caches = {_dims(shape) for shape in caches}
+
+        def whole(op: Op) -> bool:
+            arrays = (_dims(shape) for _, shape in _arrays(op.shape))
+            return op.elements >= smallest or any(dims in like_caches for dims in arrays)
+
+        return [op for op in kernels(ops) if whole(op) and not self._updates(op)]
+
+    def _updates(self, op: Op) -> bool:
+        """Whether it writes into a part of the array that it gives, in place: an update, or a
+        fusion around one.
+        """
+        if op.code == "dynamic-update-slice":
+            return True
+        if op.code != "fusion":
+            return False
+        inside = (o for name in _CALLED.findall(op.line) for o in self.computations.get(name, []))
+        return any(o.code == "dynamic-update-slice" and o.elements == op.elements for o in inside)
+
+    def _sent(self, kind: str, op: Op) -> int:
+        """Bytes that each device sends in a ring of the collective's devices."""
+        size = _result_bytes(op)
+        if kind in ("collective-permute", BETWEEN_SLICES):
+            return size
+        members = _members(op.line, self.devices)
+        per_byte = {
+            "all-gather": (members - 1) / members,
+            "reduce-scatter": members - 1,
+            "all-reduce": 2 * (members - 1) / members,
+            "all-to-all": (members - 1) / members,
+        }
+        return int(per_byte[kind] * size)
 
     def _trips(self, op: Op) -> int:
         """How often a loop's body runs: as the compiler says, else by what its condition compares
@@ -194,33 +249,6 @@ def async_bytes(ops: Collection[Op]) -> int:
     return sum(_bytes(op.shape) for op in ops if op.code in ("copy-done", "slice-done"))
 
 
-def whole_copies(
-    ops: Collection[Op],
-    parameters: Collection[tuple[int, ...]],
-    caches: Collection[tuple[int, ...]],
-) -> list[Op]:
-    """The operations that write a whole kernel, table or cache anew.
-
-    Args:
-      ops: of a loop.
-      parameters: shapes of the kernels and tables. What writes as many elements as the smallest
-        has is a copy of one of them.
-      caches: shapes of the cache's arrays. What writes an array of these dimensions, in any order,
-        is a copy, unless it writes a part in place.
-    """
-    smallest = min(math.prod(shape) for shape in parameters)
-    like_caches = {_dims(shape) for shape in caches}
-    return [
-        op
-        for op in kernels(ops)
-        if not op.updates
-        and (
-            op.elements >= smallest
-            or any(_dims(shape) in like_caches for _, shape in _arrays(op.shape))
-        )
-    ]
-
-
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The dimensions in order of size, without those of 1."""
     return tuple(sorted(n for n in shape if n > 1))
@@ -260,28 +288,19 @@ def _bytes(shape: str) -> int:
 def _result_bytes(op: Op) -> int:
     """Bytes of a collective's result; one that only starts names its operands before it."""
     arrays = [array for array in _arrays(op.shape) if array[1]]
-    if op.code.endswith("-start") and not op.code.startswith("all-reduce"):
+    if op.code == "send":  # its operand, and a context without dimensions
+        arrays = arrays[:1]
+    elif op.code.endswith("-start") and not op.code.startswith("all-reduce"):
         arrays = arrays[len(arrays) // 2 :]
     return sum(math.prod(dims) * _WIDTHS[dtype] for dtype, dims in arrays)
 
 
-def _sent(kind: str, op: Op) -> int:
-    """Bytes that each device sends in a ring of the collective's devices."""
-    size = _result_bytes(op)
-    if kind == "collective-permute":
-        return size
-    members = _members(op.line)
-    per_byte = {
-        "all-gather": (members - 1) / members,
-        "reduce-scatter": members - 1,
-        "all-reduce": 2 * (members - 1) / members,
-        "all-to-all": (members - 1) / members,
-    }
-    return int(per_byte[kind] * size)
-
-
-def _members(line: str) -> int:
-    """How many devices take part in a collective, by whichever way its line says so."""
+def _members(line: str, devices: int) -> int:
+    """How many devices take part in a collective, by whichever way its line says so; `devices`
+    where it names no groups.
+    """
+    if "replica_groups={}" in line:
+        return devices
     found = _GROUPS.search(line)
     if found is None:
         raise ValueError(f"no replica groups: {line[line.find('replica_groups') :][:120]}")

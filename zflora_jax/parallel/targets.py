@@ -25,13 +25,14 @@ class Chip:
     """What a vendor publishes of one device.
 
     Attributes:
-      memory: bytes of its HBM.
+      memory: bytes of its HBM that a program can use, as its compiler says.
       flops: bfloat16 operations a second of its matrix units, dense.
       bandwidth: bytes a second from its HBM.
       link: bytes a second to its neighbours, all links together, one way.
       clock: of its matrix units, in Hz; 0 where the compiler estimates no cycles.
       topologies: shapes of one slice of TPUs, or numbers of GPUs in one machine.
-      source: where the figures are from.
+      source: where the rates are from.
+      compiler_config: what XLA is told of an absent GPU, a GpuTargetConfigProto.
     """
 
     memory: int
@@ -41,25 +42,41 @@ class Chip:
     clock: float
     topologies: tuple[str, ...]
     source: str
+    compiler_config: str = ""
 
 
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 _TPU_PAGE = "cloud.google.com/tpu/docs/"
 
+_H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 11 } runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
 CHIPS: dict[str, Chip] = {
     "tpu:v5e": Chip(
-        *(16 * GIB, 197 * TERA, 819 * GIGA, 200 * GIGA, 1.5e9, _SQUARES, _TPU_PAGE + "v5e")
+        *(int(15.75 * GIB), 197 * TERA, 819 * GIGA, 200 * GIGA, 1.5e9, _SQUARES, _TPU_PAGE + "v5e")
     ),
     "tpu:v5p": Chip(
-        *(95 * GIB, 459 * TERA, 2765 * GIGA, 600 * GIGA, 1.75e9, _CUBES, _TPU_PAGE + "v5p")
+        *(int(95.74 * GIB), 459 * TERA, 2765 * GIGA, 600 * GIGA, 1.75e9, _CUBES, _TPU_PAGE + "v5p")
     ),
     "tpu:v6e": Chip(
-        *(32 * GIB, 918 * TERA, 1640 * GIGA, 400 * GIGA, 1.75e9, _SQUARES, _TPU_PAGE + "v6e")
+        *(int(31.25 * GIB), 918 * TERA, 1640 * GIGA, 400 * GIGA, 1.75e9, _SQUARES),
+        _TPU_PAGE + "v6e",
     ),
     "cuda:h100": Chip(
-        *(80 * GIB, 989 * TERA, 3352 * GIGA, 450 * GIGA, 0.0, ("1", "2", "4", "8")),
+        *(84978434048, 989 * TERA, 3352 * GIGA, 450 * GIGA, 0.0, ("1", "2", "4", "8")),
         "NVIDIA H100 datasheet (SXM)",
+        _H100,
     ),
 }
 
@@ -74,19 +91,6 @@ _LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # whichever is compiled for
 }
-
-_H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 11 } runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,8 @@ def _devices(kind: str, topology: str, slices: int) -> list[Any]:
     if platform == "cuda":
         # jax else looks for CUDA's libraries, which compiling alone does not need.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-        name, given = chip, {"target_config": _H100, "topology": f"1x1x{topology}"}
+        name, config = chip, CHIPS[kind].compiler_config
+        given = {"target_config": config, "topology": f"1x1x{topology}"}
     else:
         for variable, value in _LIBTPU.items():
             os.environ.setdefault(variable, value)
