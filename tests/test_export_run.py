@@ -12,9 +12,11 @@ import pytest
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.evaluation import gap_prompts
+from zflora_jax.experiments import restore
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.exporters import EXPORTERS, Exporter
 from zflora_jax.experiments.train import train
+from zflora_jax.training.workdir import saved_steps
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,13 @@ def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, 
         p.name for p in (tmp_path / "without").iterdir()
     }
     assert "gap_prompts" in capsys.readouterr().out
+
+
+def test_processes_load_the_checkpoint_that_process_0_chose(trained, monkeypatch):
+    assert saved_steps(trained[0]) == [2, 3]
+    chosen = []
+    monkeypatch.setattr(restore, "from_process_0", lambda own: (chosen.append(own), 2)[1])
+    assert restore.load_run(trained[0])[3] == 2 and chosen == [3]
 
 
 def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):

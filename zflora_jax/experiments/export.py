@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from zflora_jax.core.fields import nearest, require
-from zflora_jax.core.storage import as_path
+from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS, TrainedRun
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel.distributed import require_shared
@@ -48,11 +48,12 @@ def export_run(
       ConfigError: there is no such checkpoint, it cannot be exported like this, or a setting is
         given that the format does not have.
     """
-    as_path(out, "out")
+    target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     exporter, given = EXPORTERS[format], {"dtype": dtype, "eps_z": eps_z}
     _require_taken(format, given)
-    require_shared(as_path(out, "out").expanduser().absolute().parent, "the directory of out,")
+    if not is_url(target):  # all hosts see a bucket
+        require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
     return exporter.write(out, run, **{name: given[name] for name in exporter.settings})
 

@@ -15,6 +15,7 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.base import load_base
+from zflora_jax.parallel.distributed import from_process_0
 from zflora_jax.parallel.mesh import mesh_if_there, mesh_of
 from zflora_jax.parallel.sharding import state_shardings
 from zflora_jax.training.checkpoint import Checkpoints, require_same
@@ -50,11 +51,8 @@ def load_run(
     mesh = mesh_if_there(run.mesh) if mesh is None else mesh
     model = load_base(run, mesh)
     with Checkpoints(workdir, create=False) as checkpoints:
-        require(
-            checkpoints.latest is not None,
-            f"{workdir} has no complete checkpoint yet; train it first.",
-        )
-        number = _number(run, workdir, checkpoints, step)
+        # Of process 0: where the run goes on meanwhile, each would find another newest one.
+        number = from_process_0(_number(run, workdir, checkpoints, step))
         like = jax.eval_shape(lambda: fresh_state(run, model))
         if mesh is not None:
             like = jax.tree.map(
@@ -67,8 +65,10 @@ def load_run(
 
 def _number(
     run: RunConfig, workdir: str | Path, checkpoints: Checkpoints, step: int | str | None
-) -> int | None:
-    """The number of the checkpoint that `step` names, None for the newest."""
+) -> int:
+    """The number of the checkpoint that `step` names."""
+    latest = checkpoints.latest
+    require(latest is not None, f"{workdir} has no complete checkpoint yet; train it first.")
     if step == "best":
         require(
             run.train.keep_best,
@@ -80,11 +80,9 @@ def _number(
             f"{workdir} has no checkpoint that was saved with its loss yet; name a step, or"
             " train on.",
         )
-    require(
-        step is None or str(step).isdigit(),
-        f"checkpoint {step!r}: expected a number of steps, or 'best'.",
-    )
-    return None if step is None else int(step)
+    step = latest if step is None else step
+    require(str(step).isdigit(), f"checkpoint {step!r}: expected a number of steps, or 'best'.")
+    return int(str(step))
 
 
 def load_fused(

@@ -6,24 +6,48 @@ Nothing can be appended to an object. What grows is kept here, and uploaded whol
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from zflora_jax.core.storage import as_path, is_url, put, put_file
+from zflora_jax.core.storage import as_path, is_store_error, is_url, put, put_file
 from zflora_jax.reporting.files import atomic_write
 
+log = logging.getLogger(__name__)
+
 UPLOAD_EVERY = 30.0  # seconds
+
+
+@contextmanager
+def uploading(what: str) -> Iterator[None]:
+    """Turn what a store raises into an OSError that names `what`."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_store_error(error):
+            raise
+        raise OSError(f"{what} could not be uploaded: {error}") from error
+
+
+@contextmanager
+def warning() -> Iterator[None]:
+    """Make a failed upload a warning: a later one brings the same lines."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s", error)
 
 
 class GrowingFile:
     """A text file that is begun anew and then added to.
 
     On disk, each addition is in the file when `add` returns. In a bucket, additions are there after
-    `sync` or `close`.
+    `sync`.
 
     Args:
       path: of the file, or URL of an object.
@@ -47,12 +71,8 @@ class GrowingFile:
             self._lines.append(text)
             self._new = True
 
-    def is_new(self) -> bool:
-        """Whether something was added that is not in the bucket yet."""
-        return self._new
-
     def is_due(self) -> bool:
-        """Whether that has been so for UPLOAD_EVERY seconds since the last upload."""
+        """Whether the last upload was UPLOAD_EVERY seconds ago and something was added since."""
         return self._new and time.monotonic() - self._synced >= UPLOAD_EVERY
 
     def sync(self) -> None:

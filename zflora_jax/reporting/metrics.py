@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from zflora_jax.core.storage import as_path, is_store_error
+from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.reporting.files import plain
-from zflora_jax.reporting.growing import GrowingFile, GrowingFolder
+from zflora_jax.reporting.growing import GrowingFile, GrowingFolder, uploading, warning
 from zflora_jax.reporting.progress import training_progress
 from zflora_jax.reporting.trackers import RUN_ID, Tracker, make_trackers
 
@@ -60,7 +59,7 @@ class MetricWriter:
             for r in (_parse(path) if path.exists() else [])
             if start_step > 0 and r["step"] <= start_step
         ]
-        self._before_upload = before_upload
+        self._before_upload, self._in_bucket = before_upload, is_url(path)
         self._file = GrowingFile(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._restored = {(r["step"], r["split"]) for r in kept}
         self._folder = GrowingFolder(workdir, (RUN_ID,))
@@ -94,7 +93,7 @@ class MetricWriter:
         numbers = {name: float(value) for name, value in values.items()}
         self._file.add(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
         if self._file.is_due():
-            with self._warning():
+            with warning():
                 self.sync()
         self._show(
             lambda tracker: tracker.write(
@@ -115,24 +114,12 @@ class MetricWriter:
         Raises:
           OSError: it did not get there.
         """
-        if not self._file.is_new():
+        if not self._in_bucket:
             return
-        try:
+        with uploading("metrics"):
             self._before_upload()
             self._file.sync()
-            self._folder.sync()
-        except Exception as error:
-            if not isinstance(error, OSError) and not is_store_error(error):
-                raise
-            raise OSError(f"metrics could not be uploaded: {error}") from error
-
-    @contextmanager
-    def _warning(self) -> Iterator[None]:
-        """A failed upload is a warning: a later one brings the same lines."""
-        try:
-            yield
-        except OSError as error:
-            log.warning("%s", error)
+            self._folder.sync()  # trackers write when they like, also when they are closed
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
@@ -142,7 +129,7 @@ class MetricWriter:
         if self._progress is not None:
             self._progress.close()
         self._show(lambda tracker: tracker.close())
-        with self._warning():
+        with warning():
             self.sync()
         self._file.close()
         self._folder.close()

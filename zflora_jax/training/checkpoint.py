@@ -7,10 +7,11 @@ fingerprint is beside the state. Which settings may go on from a checkpoint is i
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import checksum, fingerprint
-from zflora_jax.training.checkpoint_files import CheckpointFiles, InBucket, OnDisk
+from zflora_jax.training.checkpoint_files import CheckpointFiles, DamagedError, InBucket, OnDisk
 from zflora_jax.training.trainer import TrainState
 from zflora_jax.training.workdir import CHECKPOINTS
 
@@ -56,6 +57,14 @@ def require_same(saved: dict[str, Any], name: str, found: str, workdir: str | Pa
             f"{workdir} was trained on another {name}: fingerprint {there} there, {here} here."
             " Restore it, or use another --workdir."
         )
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of reading from a bucket says that an object is missing or damaged. Others
+    may be of the network: what they happened to must not be removed.
+    """
+    known = (DamagedError, FileNotFoundError, json.JSONDecodeError)
+    return isinstance(error, known) or str(error).startswith("NOT_FOUND")  # as tensorstore says it
 
 
 def _on_cpu(leaf: Any) -> bool:
@@ -116,7 +125,10 @@ class Checkpoints:
         """The number of steps in the checkpoint with the lowest loss, None if none was saved with
         its loss.
         """
-        losses = {step: self._files.read_meta(step).get("loss") for step in self._files.steps()}
+        losses = {}
+        for step in self._files.steps():
+            with contextlib.suppress(FileNotFoundError):  # a run that goes on has removed it
+                losses[step] = self._files.read_meta(step).get("loss")
         scored = [
             (loss, step)
             for step, loss in losses.items()
@@ -150,7 +162,7 @@ class Checkpoints:
             self._files.wait()  # here, where no other run waits for it
             self._files.write(step, state, meta, loss)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
@@ -174,7 +186,8 @@ class Checkpoints:
           (state, meta) as they were saved.
 
         Raises:
-          ConfigError: there is no such checkpoint, or it is damaged; the message says what to do.
+          ConfigError: there is no such checkpoint, it is damaged, or its store cannot be read; the
+            message says what to do.
         """
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
@@ -194,7 +207,7 @@ class Checkpoints:
             state, meta = self._files.read(step, abstract)
             # Not every damaged byte makes a file unreadable.
             if not _is_whole(state, meta):
-                raise ValueError("its numbers are not those that were saved")
+                raise DamagedError("its numbers are not those that were saved")
         # Orbax and tensorstore raise many types, with messages that name neither run nor remedy
         except Exception as error:
             older = [s for s in steps if s != step]
@@ -203,6 +216,12 @@ class Checkpoints:
                 if older
                 else "It is the only one: start the run anew in another --workdir."
             )
+            if is_url(self._folder) and not _is_damage(error):
+                remedy = (
+                    "If the store or the network failed, run the same command again: nothing is"
+                    " lost. If it stays so while the store can be reached:"
+                    f" {remedy[0].lower()}{remedy[1:]}"
+                )
             folder = self._folder / str(step)
             raise ConfigError(
                 f"checkpoint {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})."

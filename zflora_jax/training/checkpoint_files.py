@@ -11,18 +11,21 @@ one of the lowest loss.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
-from zflora_jax.core.storage import file_system, put, remove
+from zflora_jax.core.storage import file_system, is_store_error, put, remove
 from zflora_jax.training.workdir import COMMIT, committed_steps
+
+log = logging.getLogger(__name__)
 
 Meta = dict[str, Any]
 
@@ -30,6 +33,10 @@ Meta = dict[str, Any]
 # one": two that begin together wait for each other's directories, or write before their own are
 # there.
 _SAVING = threading.Lock()
+
+
+class DamagedError(ValueError):
+    """What is read is not what was saved."""
 
 
 class CheckpointFiles(Protocol):
@@ -121,20 +128,21 @@ class InBucket:
         create: bool,
         before_commit: Callable[[], None],
     ) -> None:
-        from jax.experimental.array_serialization.serialization import GlobalAsyncCheckpointManager
-
         self._folder, self._max_to_keep, self._keep_best = folder, max_to_keep, keep_best
-        self._before_commit = before_commit
-        self._manager = GlobalAsyncCheckpointManager(timeout_secs=1800)
+        self._before_commit, self._create = before_commit, create
+        self._manager = _manager()
         # step -> its loss, of all that count and the one that is being written
-        self._losses: dict[int, float | None] = {
-            step: self.read_meta(step).get("loss") for step in committed_steps(folder)
-        }
-        if create and jax.process_index() == 0:
-            self._clean_up()
+        self._losses: dict[int, float | None] = {}
+        if create:
+            self._losses = {
+                step: self.read_meta(step).get("loss") for step in committed_steps(folder)
+            }
+            if jax.process_index() == 0:
+                self._clean_up()
 
     def steps(self) -> list[int]:
-        return sorted(self._losses)
+        # Beside a reader the run may go on, and save and remove steps.
+        return sorted(self._losses) if self._create else committed_steps(self._folder)
 
     def write(self, step: int, state: Any, meta: Meta, loss: float | None) -> None:
         leaves = _named(state)
@@ -148,8 +156,7 @@ class InBucket:
         def commit() -> None:
             self._before_commit()
             put(self._folder / str(step) / COMMIT, content)
-            for old in dropped:
-                self._delete(old)
+            self._delete(dropped)
 
         # In a thread: a notebook runs an event loop in its own, and this runs another.
         with ThreadPoolExecutor(1) as thread:
@@ -161,13 +168,18 @@ class InBucket:
             ).result()
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except BaseException:
+            # At its next wait, that of a failed save waits half an hour for what nobody sends.
+            self._manager = _manager()
+            raise
 
     def read(self, step: int, like: Any) -> tuple[Any, Meta]:
         leaves, content = _named(like), self._content(step)
         shapes = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
         if content["state"] != shapes:
-            raise ValueError("its state has other names, shapes or dtypes")
+            raise DamagedError("its state has other names, shapes or dtypes")
         with ThreadPoolExecutor(1) as thread:
             arrays = thread.submit(
                 self._manager.deserialize,
@@ -205,9 +217,16 @@ class InBucket:
             keep.add(min(scored)[1])
         return [step for step in self.steps() if step not in keep]
 
-    def _delete(self, step: int) -> None:
-        remove(self._folder / str(step) / COMMIT)  # first: then the rest counts for nothing
-        remove(self._folder / str(step))
+    def _delete(self, steps: Sequence[int]) -> None:
+        """Remove steps. One that stays is removed later: the new step is there all the same."""
+        for folder in (self._folder / str(step) for step in steps):
+            try:
+                remove(folder / COMMIT)  # first: then the rest counts for nothing
+                remove(folder)
+            except Exception as error:
+                if not isinstance(error, OSError) and not is_store_error(error):
+                    raise
+                log.warning("the old checkpoint %s could not be removed: %s", folder, error)
 
     def _clean_up(self) -> None:
         """Remove the steps that killed processes left without a marker."""
@@ -219,6 +238,12 @@ class InBucket:
         for name in (path.rstrip("/").rpartition("/")[2] for path in there):
             if name.isdigit() and int(name) not in self._losses:
                 remove(self._folder / name)
+
+
+def _manager() -> Any:
+    from jax.experimental.array_serialization.serialization import GlobalAsyncCheckpointManager
+
+    return GlobalAsyncCheckpointManager(timeout_secs=1800)
 
 
 def _named(state: Any) -> dict[str, Any]:
