@@ -1,7 +1,7 @@
 """The headlines of what the compilers of absent TPUs and GPUs say, from the tables beside it.
 
 Command: python benchmarks/accelerators.py
-Reads results/compile*.json (`zflora bench compile`) and results/train-*.json
+Reads results/compile*.json (`zflora bench compile`) and results/train_targets.json
 (`python benchmarks/train_targets.py`); writes results/accelerators.json and .md. Seconds.
 """
 
@@ -101,7 +101,10 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    decode, train = sorted(RESULTS.glob("compile*.json")), sorted(RESULTS.glob("train-*.json"))
+    decode, train = (
+        sorted(RESULTS.glob("compile*.json")),
+        sorted(RESULTS.glob("train_targets*.json")),
+    )
 
     def rows(files: list[Path]) -> list[dict[str, Any]]:
         return [

@@ -71,7 +71,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "startup": script("startup"),
     "task_switch": script("task_switch"),
     "train": train,
-    "train-tpu-v5e-2x4": script("train_targets"),
+    "train_targets": script("train_targets"),
     "transformers_versions": script("check_transformers_4"),
     "vllm_latency": script("vllm_latency"),
     "vllm_latency_1b": script("vllm_latency"),

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -173,26 +168,3 @@ def test_only_sums_of_gradients_cross_slices(monkeypatch):
     )
     assert own <= sent <= own + 64, (sent, own)  # and a few scalars
     assert trees.size(model.params) > 10 * sent
-
-
-@pytest.mark.soak
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs: pip install libtpu")
-def test_only_sums_of_gradients_cross_tpu_slices():
-    """The train step compiled for two slices of v5e:2x4, in a process that may load libtpu."""
-    script = Path(__file__).parent / "support" / "two_slices.py"
-    tpu = {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | tpu | {"PYTHONPATH": f"{script.parents[2]}:{script.parents[1]}"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "ALL_REDUCE" in done.stdout

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
@@ -20,6 +24,7 @@ from zflora_jax.experiments.target_plan import roofline, target_lines, target_pl
 from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.program_text import Program
 from zflora_jax.parallel.sharding import make_mesh
+from zflora_jax.parallel.slices import slice_groups
 from zflora_jax.parallel.targets import target
 
 needs_libtpu = pytest.mark.skipif(
@@ -136,6 +141,43 @@ def test_slices_give_as_many_devices_each() -> None:
     assert (plan["devices"], found["devices"]) == (4, 8)
     between = found["collectives"].pop("between slices")
     assert between > 0 and found["roofline"]["link_bytes"] == sum(found["collectives"].values())
+
+
+@needs_libtpu
+def test_sums_of_gradients_alone_cross_slices_and_kernels_are_gathered_one_at_a_time() -> None:
+    """Scalars and masks are sent as tiles of 128."""
+    config = preset("tiny")
+    run = replace(RUN, mesh=MeshConfig(data=2, fsdp=2, slices=2))
+    groups = slice_groups(target("tpu:v5e:2x2").devices(2), 2)
+    with no_compile_cache():
+        text = compiled_step(run, config, [d for group in groups for d in group[:2]]).as_text()
+    assert set(re.findall(r'transfer_type="(\w+)"', text)) == {"ALL_REDUCE"}
+    program = Program(text)
+    adapters = sum(map(math.prod, adapter_shapes(config, run.adapter).values()))
+    assert program.collectives()["between slices"] <= 4 * adapters
+    kernels = [math.prod(a + b) for a, b in kernel_shapes(config).values()]
+    table = config.vocab_size * config.hidden_size
+    gathered = [op for op, _ in program.runs(fused=True) if op.code.startswith("all-gather")]
+    assert gathered and all(op.elements <= max(*kernels, table) for op in gathered)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2), MeshConfig(tensor=2)], ids=["fsdp", "tensor"])
+def test_collectives_grow_by_what_is_of_rank_r_alone(mesh: MeshConfig) -> None:
+    """From rank 8 to 32 by the adapters, gathered, and their gradients, summed, each in bfloat16;
+    under tensor also by one sum of B T r a kernel.
+    """
+    config, sent, own = preset("tiny"), [], []
+    for rank in (8, 32):
+        adapter = AdapterConfig("lora", rank=rank)
+        run = replace(RUN, mesh=mesh, adapter=adapter)
+        with no_compile_cache():
+            step = compiled_step(run, config, target("tpu:v5e:2x2").devices())
+        sent.append(sum(Program(step.as_text()).collectives().values()))
+        own.append(4 * sum(map(math.prod, adapter_shapes(config, adapter).values())))
+    products = 2 * 8 * 128 * (32 - 8) * config.num_layers * len(kernel_shapes(config))
+    grown = sent[1] - sent[0]
+    assert 0 < grown <= own[1] - own[0] + (products if mesh.tensor > 1 else 0), (sent, own)
 
 
 @needs_libtpu

@@ -126,6 +126,9 @@ def loop_row(case: DecodeCase, where: Target) -> TableRow:
         that it starts ahead, which the estimate leaves out.
       floor_share: of a TPU, those cycles, with the bytes at the published bandwidth, over the time
         to read read_bytes.
+      prefill_cycles, prefill_share: of a TPU, the same of what runs before and after the loop, over
+        the time to read the layers or, if that is longer, to multiply the prompts by them at the
+        published rate, and to read the head.
     """
     compiled, variables = case.compile(where), case.variables(where)
     program, memory, chip = Program(compiled.as_text()), compiled.memory_analysis(), where.chip
@@ -136,12 +139,13 @@ def loop_row(case: DecodeCase, where: Target) -> TableRow:
     )
     matrices = [x.shape for x in jax.tree.leaves(variables["params"]) if len(x.shape) > 1]
     in_loop = {op.name for op in loop}
-    rest = [op for op, _ in program.runs() if op.name not in in_loop]
+    rest = [(op, times) for op, times in program.runs() if op.name not in in_loop]
+    once = [op for op, _ in rest]
     caches = [x.shape for x in jax.tree.leaves(cache.layers)]
     row: TableRow = {
         "kernels": len(kernels(loop)),
         "copies": len(program.whole_copies(loop, matrices, caches)),
-        "call_copies": len(program.whole_copies(rest, matrices, caches)),
+        "call_copies": len(program.whole_copies(once, [], [*matrices, *caches])),
         "arguments": int(memory.argument_size_in_bytes),
         "temporaries": int(memory.temp_size_in_bytes),
         "read_bytes": read_bytes(variables, config, case.batch, case.prompt + case.new_tokens // 2),
@@ -152,6 +156,15 @@ def loop_row(case: DecodeCase, where: Target) -> TableRow:
         per_byte = chip.clock / chip.bandwidth
         spent = row["cycles"] + row["async_bytes"] * per_byte
         row["floor_share"] = spent / (row["read_bytes"] * per_byte)
+        row["prefill_cycles"] = sum(times * op.cycles for op, times in rest if kernels([op]))
+        layers = [x for name, x in variables["params"].items() if name.startswith("layers_")]
+        numbers = sum(x.size for x in jax.tree.leaves(layers))
+        operations = 2 * numbers * case.batch * case.prompt
+        head = read_bytes(variables, config, case.batch, 0) - 2 * numbers  # for the last position
+        least = max(2 * numbers / chip.bandwidth, operations / chip.flops) + head / chip.bandwidth
+        row["prefill_share"] = (row["prefill_cycles"] + async_bytes(once) * per_byte) / (
+            least * chip.clock
+        )
     return row
 
 
@@ -263,7 +276,9 @@ def page(result: Mapping[str, Any], pictures: Sequence[str]) -> str:
         " (`adapters/widths.py`); temporaries: of the whole program.",
         "- cycles: the TPU compiler's estimate of a token. of floor: these cycles and the copies"
         " started ahead, by their bytes, over the time to read weights and half-filled cache at"
-        " the published bandwidth. An estimate, no measurement.",
+        " the published bandwidth. prefill: the same of all that is not in the loop, over the time"
+        " to read the layers or to multiply the prompts by them, whichever is longer, and to read"
+        " the head. An estimate, no measurement.",
         "- A merge by addition (lora, ffa) has the base's program. An adapter that is enabled and"
         " idle has its method's.",
         "",
@@ -296,6 +311,8 @@ def _line(row: TableRow, rows: Sequence[TableRow]) -> dict[str, Any]:
             "cycles, M": f"{row['cycles'] / 1e6:.3f}",
             "started ahead, MB": f"{row['async_bytes'] / 1e6:.1f}",
             "of floor": f"{row['floor_share']:.2f}",
+            "prefill, M": f"{row['prefill_cycles'] / 1e6:.3f}",
+            "of its floor": f"{row['prefill_share']:.2f}",
         }
     return line
 

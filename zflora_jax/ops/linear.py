@@ -84,7 +84,7 @@ def product_of_eight_rows(
 ) -> Array:
     """`product` of x with rows of zeros up to eight."""
     # XLA's TPU compiler multiplies fewer rows on the vector unit, at four times the time that
-    # reading the kernel takes by its own estimate (results/accelerators.md).
+    # reading the kernel takes by its own estimate (results/target_variants.md).
     rows = x.shape[0] * x.shape[1]
     if rows >= 8:
         return product(x, kernel, dtype)
@@ -123,7 +123,7 @@ def beside(x: Array) -> Array:
     Gradients of x are added up in the order of its uses. Those of the base's products are parts of
     sums over tensor-parallel devices: side by side, XLA adds them before the devices do, once for
     all kernels, as Megatron-LM does (arXiv 1909.08053); between them an adapter's, which is whole,
-    would keep them apart (results/accelerators.md).
+    would keep them apart (results/target_variants.md).
     """
     return x
 

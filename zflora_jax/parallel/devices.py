@@ -8,30 +8,19 @@ from typing import Any
 import jax
 import jax.extend.backend
 
-# What jax calls a device -> its short name; the first that the device kind contains.
-TPUS = (
-    ("v6 lite", "v6e"),
-    ("v6e", "v6e"),
-    ("v5 lite", "v5e"),
-    ("v5e", "v5e"),
-    ("v5", "v5p"),
-    ("v4", "v4"),
-    ("v3", "v3"),
-    ("v2", "v2"),
-)
-
-# For GPUs with the compute capability, which an absent one does not tell itself.
-GPUS: tuple[tuple[str, str, tuple[int, int]], ...] = (
-    ("GH200", "gh200", (9, 0)),
-    ("H200", "h200", (9, 0)),
-    ("H100", "h100", (9, 0)),
-    ("B200", "b200", (10, 0)),
-    ("B300", "b300", (10, 3)),
-    ("L40", "l40", (8, 9)),
-    ("L4", "l4", (8, 9)),
-    ("A100", "a100", (8, 0)),
-    ("A10", "a10", (8, 6)),
-)
+# Part of what jax calls a GPU -> its compute capability, which an absent one does not tell itself.
+# The first part that its device kind contains counts.
+GPUS = {
+    "GH200": (9, 0),
+    "H200": (9, 0),
+    "H100": (9, 0),
+    "B200": (10, 0),
+    "B300": (10, 3),
+    "L40": (8, 9),
+    "L4": (8, 9),
+    "A100": (8, 0),
+    "A10": (8, 6),
+}
 ASSUMED_CUDNN = 91100  # of an absent GPU; jax 0.10 ships with a newer one
 
 
@@ -42,7 +31,6 @@ class Device:
     Attributes:
       platform: "tpu", "gpu" (NVIDIA's alone) or "cpu"; another as jax names it.
       kind: as jax names it, "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
-      generation: its short name, "v5e" or "h100"; "" where none is known.
       capability: a GPU's compute capability, (9, 0) for Hopper; None of others, and where an absent
         GPU is not known.
       here: whether this process has such a device.
@@ -50,7 +38,6 @@ class Device:
 
     platform: str
     kind: str
-    generation: str = ""
     capability: tuple[int, int] | None = None
     here: bool = True
 
@@ -70,8 +57,7 @@ def device_in_use() -> Device:
         capability = _capability(here.compute_capability)
     elif platform == "gpu":
         platform = "rocm"
-    named = named_device(platform, here.device_kind)
-    return Device(platform, here.device_kind, named.generation, capability)
+    return Device(platform, here.device_kind, capability)
 
 
 def named_device(platform: str, kind: str) -> Device:
@@ -81,13 +67,8 @@ def named_device(platform: str, kind: str) -> Device:
       platform: "tpu" or "gpu", as jax names it.
       kind: as jax names the device.
     """
-    if platform == "tpu":
-        short = (short for part, short in TPUS if part in kind)
-        return Device(platform, kind, next(short, ""), here=False)
-    for part, short_name, capability in GPUS:
-        if part in kind:
-            return Device(platform, kind, short_name, capability, here=False)
-    return Device(platform, kind, here=False)
+    known = (GPUS[part] for part in GPUS if platform == "gpu" and part in kind)
+    return Device(platform, kind, next(known, None), here=False)
 
 
 def widest_head() -> int:

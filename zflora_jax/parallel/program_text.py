@@ -169,11 +169,11 @@ class Program:
         Args:
           ops: of this program.
           parameters: shapes of the kernels and tables. What writes as many elements as the smallest
-            has is a copy of one of them.
-          caches: shapes of the cache's arrays. What writes an array of these dimensions, in any
-            order, is a copy, unless it updates a part in place.
+            has is a copy of one of them: for a loop, whose activations are smaller.
+          caches: shapes of the cache's arrays, or others. What writes an array of these dimensions,
+            in any order, is a copy, unless it updates a part in place.
         """
-        smallest = min(math.prod(shape) for shape in parameters)
+        smallest = min(map(math.prod, parameters), default=math.inf)
         like_caches = {_dims(shape) for shape in caches}
 
         def whole(op: Op) -> bool:
