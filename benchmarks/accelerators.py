@@ -28,22 +28,25 @@ def decode_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         base = next(r for r in own if r["label"] == BASE)
         lora = next(r for r in own if r["label"] == UNMERGED)
         fused = [r for r in own if r["label"] not in (BASE, UNMERGED)]
-        worst = max(fused, key=lambda r: r["kernels"])
-        heaviest = max(fused, key=lambda r: r["temporaries"] - base["temporaries"])
+        least, most = (f(r["kernels"] for r in fused) for f in (min, max))
+        more = max(r["temporaries"] for r in fused) - base["temporaries"]
+
+        def of_floor(key: str, some: list[dict[str, Any]]) -> float | None:
+            return max(r.get(key) or 0.0 for r in some) or None
+
         found.append(
             dict(zip(("target", "model", "layers", "batch"), case, strict=True))
             | {
                 "base kernels": base["kernels"],
-                "fused, at most": worst["kernels"],
+                "fused": f"{least} to {most}" if least < most else str(most),
                 "LoRA un-merged": lora["kernels"],
                 "programs": len(fused),
                 "copies": sum(r["copies"] for r in fused),
-                "temporaries above base, MiB": round(
-                    (heaviest["temporaries"] - base["temporaries"]) / 2**20, 1
-                ),
-                "base of floor": base.get("floor_share"),
-                "fused of floor, at most": max((r.get("floor_share") or 0.0) for r in fused)
-                or None,
+                "temporaries above base, MiB": round(more / 2**20, 1),
+                "base of floor": of_floor("floor_share", [base]),
+                "fused of floor": of_floor("floor_share", fused),
+                "prefill: base of floor": of_floor("prefill_share", [base]),
+                "prefill: fused of floor": of_floor("prefill_share", fused),
             }
         )
     return found
@@ -57,6 +60,7 @@ def train_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "total, GiB": round(row["bytes"]["total"] / GIB, 2),
             "formula / compiler": round(row["formula"] / row["bytes"]["total"], 2),
             "rows that fit": row["rows_that_fit"],
+            "compiled with": row.get("largest", {}).get("rows", "-"),
             "at least, ms": round(1e3 * row["roofline"]["step_s"]),
             "bound by": row["roofline"]["bound"],
         }
@@ -78,17 +82,20 @@ def page(result: dict[str, Any]) -> str:
         "",
         "## A token of decode",
         "",
-        "Kernels in the token loop: of the base, the most of any fused model (ffba, zflora-minimal,"
+        "Kernels in the token loop: of the base, of fused models (ffba, zflora-minimal,"
         " zflora-uniform at every rank that was compiled), and of LoRA beside the base. copies:"
-        " kernels, tables or caches that a fused token writes anew. of floor: the TPU compiler's"
-        " cycles and the bytes that it copies ahead, over the time to read weights and cache.",
+        " kernels, tables or caches that a fused token writes anew. temporaries: the most of any"
+        " fused model. of floor: the TPU compiler's cycles and the bytes that it copies ahead, over"
+        " the time to read weights and cache; of prefill, over the time to read or multiply the"
+        " layers and to read the head. The most of any fused model.",
         "",
         markdown_table(decode, list(decode[0])) if decode else "Not compiled yet.",
         "",
         "## A train step",
         "",
         "One row of 2048 tokens a device, bfloat16, rank 32, the base divided by fsdp. formula:"
-        " `zflora plan` without a target. at least: a roofline.",
+        " `zflora plan`'s own. rows that fit: an estimate; compiled with: rows that the compiler"
+        " was seen to fit. at least: a roofline.",
         "",
         markdown_table(result["train"], list(result["train"][0]))
         if result["train"]

@@ -69,6 +69,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scaling": script("scaling"),
     "speed": script("speed"),
     "startup": script("startup"),
+    "target_variants": script("target_variants"),
     "task_switch": script("task_switch"),
     "train": train,
     "train_targets": script("train_targets"),

@@ -19,14 +19,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.adapters.packing import packed_config
 from zflora_jax.adapters.shapes import adapter_shapes
-from zflora_jax.bench.contenders import BASE, FUSED, UNMERGED, read_bytes
+from zflora_jax.bench.contenders import BASE, FUSED, UNMERGED, packed_shapes, read_bytes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig, preset
 from zflora_jax.inference.model_call import empty_cache
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.nn.llama import Llama
 from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.program_text import Program, async_bytes, kernels
 from zflora_jax.parallel.sharding import AXES
@@ -74,13 +73,7 @@ class DecodeCase:
 
     def variables(self, where: Target) -> trees.Tree:
         """The model's parameters, and adapters beside it, as ShapeDtypeStructs in `DTYPE`."""
-        config, tokens = self.packed(where), jnp.zeros((1, 1), jnp.int32)
-
-        def made() -> Any:
-            return Llama(config).init(jax.random.key(0), tokens)["params"]
-
-        params: Any = jax.eval_shape(made)
-        found = {"params": _cast(params)}
+        found = {"params": _cast(packed_shapes(self.packed(where)))}
         if self.beside:
             shapes = adapter_shapes(self.config.replace(scan_layers=False), self.beside)
             leaves = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}

@@ -124,6 +124,13 @@ def _bytes(leaf: Any) -> int:
     return int(leaf.size) * leaf.dtype.itemsize
 
 
+def packed_shapes(config: LlamaConfig) -> trees.Tree:
+    """The parameters of a packed model as ShapeDtypeStructs, float32."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes: Any = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)
+    return shapes["params"]  # type: ignore[no-any-return]
+
+
 def random_packed(
     config: LlamaConfig, dtype: str, adapter: AdapterConfig | None = None, seed: int = 0
 ) -> Model:
@@ -136,9 +143,7 @@ def random_packed(
       seed: of the weights.
     """
     config = packed_config(config.replace(dtype=dtype), this_kind(), adapter)
-    shapes: Any = jax.eval_shape(
-        Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-    )["params"]
+    shapes = packed_shapes(config)
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
     return Model(
         config,
