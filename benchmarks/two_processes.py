@@ -7,7 +7,8 @@ weights, written in bfloat16 and computed with in float32. The processes are on 
 mesh.fsdp=2: one CPU device each, or one process with two. Memory is the peak of resident memory
 (VmHWM), programs and files included. With --rlimit the kernel also refuses each of two processes
 more private writable memory than the weights take (RLIMIT_DATA). That counts stacks and arenas
-which are not resident, about 1 GB more, so it needs a larger model: --layers 40.
+which are not resident, about 1 GB more, so it needs a larger model: --layers 40. glibc is told to
+give large blocks back as they are freed (MALLOC_MMAP_THRESHOLD_; else it keeps those below 32 MB).
 """
 
 from __future__ import annotations
@@ -63,29 +64,25 @@ def status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: this needs Linux")
 
 
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def worker(commands: list[list[str]], folder: Path, limit: int) -> int:
-    """Run `commands`, and write the peak and the seconds of each to a file in `folder`."""
+def worker(argv: list[str], folder: Path, limit: int) -> int:
+    """Run a command, and write its peak and seconds to a file in `folder`."""
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     from zflora_jax.cli.main import main
 
-    found = []
-    for argv in commands:
-        forget_peak()
-        start = time.perf_counter()
-        print(f"--- {argv[0]}", flush=True)
-        if code := main(argv):
-            return code
-        found.append(
-            {"command": argv[0], "peak": status("VmHWM"), "seconds": time.perf_counter() - start}
-        )
-        number = os.environ.get("ZFLORA_PROCESS_ID", "0")
-        (folder / f"peaks-{number}.json").write_text(json.dumps(found), encoding="utf-8")
+    start = time.perf_counter()
+    if code := main(argv):
+        return code
+    found = {"command": argv[0], "peak": status("VmHWM"), "seconds": time.perf_counter() - start}
+    (folder / peak_file(argv[0], os.environ.get("ZFLORA_PROCESS_ID", "0"))).write_text(
+        json.dumps(found), encoding="utf-8"
+    )
     return 0
+
+
+def peak_file(command: str, number: object) -> str:
+    """The name of the file with a process's peak."""
+    return f"peak-{command}-{number}.json"
 
 
 # --- the processes --------------------------------------------------------------------------------
@@ -137,9 +134,14 @@ def commands(folder: Path) -> list[list[str]]:
     ]
 
 
-def start(folder: Path, processes: int, limit: int, some: list[list[str]]) -> dict[str, Any]:
-    """Run commands in `processes` processes, of two devices together. Returns exit codes, the end
-    of what they said, and the peaks.
+def start(folder: Path, processes: int, limit: int, argv: list[str]) -> list[dict[str, Any]]:
+    """Run a command in `processes` processes, of two devices together.
+
+    Returns:
+      What each wrote to its peak file.
+
+    Raises:
+      RuntimeError: one of them failed; with the end of what it said.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -149,16 +151,17 @@ def start(folder: Path, processes: int, limit: int, some: list[list[str]]) -> di
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(2 // processes),
         "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",
         "ZFLORA_CACHE": str(folder.parent / "data"),
     }
     several = {
         "ZFLORA_COORDINATOR": f"127.0.0.1:{port}",
         "ZFLORA_NUM_PROCESSES": str(processes),
     }
-    argv = [sys.executable, __file__, "--worker", json.dumps(some), str(folder), str(limit)]
+    own = [sys.executable, __file__, "--worker", json.dumps(argv), str(folder), str(limit)]
     started = [
         subprocess.Popen(
-            argv,
+            own,
             env=env | (several | {"ZFLORA_PROCESS_ID": str(i)} if processes > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -167,14 +170,12 @@ def start(folder: Path, processes: int, limit: int, some: list[list[str]]) -> di
         for i in range(processes)
     ]
     said = [process.communicate()[0] for process in started]
-    peaks = [folder / f"peaks-{i}.json" for i in range(processes)]
-    return {
-        "codes": [process.returncode for process in started],
-        "said": [text[-6000:] for text in said],
-        "peaks": [
-            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [] for path in peaks
-        ],
-    }
+    if any(process.returncode for process in started):
+        raise RuntimeError("\n\n".join([" ".join(argv), *(text[-6000:] for text in said)]))
+    return [
+        json.loads((folder / peak_file(argv[0], i)).read_text(encoding="utf-8"))
+        for i in range(processes)
+    ]
 
 
 def measure(shape: dict[str, int], folder: Path, rlimit: bool) -> dict[str, Any]:
@@ -187,11 +188,11 @@ def measure(shape: dict[str, int], folder: Path, rlimit: bool) -> dict[str, Any]
         config = CONFIG.format(model=model, data=model)
         (folder / name / "config.py").write_text(config, encoding="utf-8")
         limit = size if rlimit and processes > 1 else 0
-        found[name] = start(folder / name, processes, limit, commands(folder / name))
-        print(name, json.dumps(found[name]["peaks"]), found[name]["codes"], flush=True)
-        if any(found[name]["codes"]):
-            raise RuntimeError("\n\n".join(found[name]["said"]))
-    worst = max(one["peak"] for process in found["two"]["peaks"] for one in process)
+        found[name] = []
+        for argv in commands(folder / name):
+            found[name].append(start(folder / name, processes, limit, argv))
+            print(name, json.dumps(found[name][-1]), flush=True)
+    worst = max(process["peak"] for command in found["two"] for process in command)
     if worst >= size:
         raise RuntimeError(f"a process needed {worst} bytes, the weights take {size}")
     return found | {"compared": compared(folder / "one", folder / "two")}
@@ -246,7 +247,6 @@ def page(result: dict[str, Any]) -> str:
     def gib(number: int) -> str:
         return f"{number / 2**30:.2f}"
 
-    first, second = result["two"]["peaks"]
     rows = [
         {
             "command": alone["command"],
@@ -256,7 +256,7 @@ def page(result: dict[str, Any]) -> str:
             "one process, s": f"{alone['seconds']:.0f}",
             "two processes, s": f"{zero['seconds']:.0f}",
         }
-        for alone, zero, other in zip(result["one"]["peaks"][0], first, second, strict=True)
+        for (alone,), (zero, other) in zip(result["one"], result["two"], strict=True)
     ]
     shape, same = result["shape"], result["compared"]
     limited = (
