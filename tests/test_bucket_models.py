@@ -33,6 +33,8 @@ from zflora_jax.hf.load import load_model, model_config
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.shards import Shards
+from zflora_jax.reporting import plots
+from zflora_jax.reporting.files import atomic_write
 
 
 @pytest.fixture
@@ -240,6 +242,27 @@ def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys):
     assert "run" in said("info", run) and "export" in said("info", export)
     said("plot", run)
     assert (as_path(run) / "curves.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "names", "title"),
+    [
+        ("{bucket}/all/b", ["a", "b"], "2 runs of all"),
+        ("{disk}/b", ["{bucket}/all/a", "{disk}/b"], "2 runs"),
+    ],
+)
+def test_runs_in_a_bucket_and_on_disk_are_drawn_together(
+    bucket, tmp_path, monkeypatch, other, names, title
+):
+    told = {"bucket": bucket, "disk": str(tmp_path)}
+    other, names = other.format(**told), [name.format(**told) for name in names]
+    drawn = []
+    monkeypatch.setattr(plots, "training_curves", lambda runs, *of: drawn.append((runs, of)))
+    for folder in (f"{bucket}/all/a/", other):
+        atomic_write(f"{folder}/metrics.jsonl", b"")
+    assert main(["plot", f"{bucket}/all/a/", other, "--out", "both"]) == 0
+    [(runs, of)] = drawn
+    assert list(runs) == names and of == ("both", title)
 
 
 # --- buckets that cannot be used ------------------------------------------------------------------
