@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import pytest
+from jax._src import monitoring
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -130,6 +131,21 @@ def own_programs():
     jax.clear_caches()
     yield
     cache_module._use(shared, least)
+
+
+@pytest.fixture
+def hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """How often a program was taken from a cache."""
+    counted: list[str] = []
+    monkeypatch.setattr(cache_module, "KEPT_FROM_SECONDS", 0.0)
+
+    def listen(event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            counted.append(event)
+
+    monitoring.register_event_listener(listen)
+    yield counted
+    monitoring.unregister_event_listener(listen)
 
 
 @pytest.fixture(scope="module")

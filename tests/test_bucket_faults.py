@@ -5,15 +5,18 @@ waits, and the message says what to do. The stores are servers on loopback.
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.storage import as_path, remove
+from zflora_jax.core.storage import as_path, put, remove
+from zflora_jax.evaluation.records import _in_batches
 from zflora_jax.experiments import export
-from zflora_jax.reporting import metrics
+from zflora_jax.reporting import growing, metrics
 from zflora_jax.reporting.metrics import MetricWriter
 from zflora_jax.training import checkpoint_files
 from zflora_jax.training.checkpoint import Checkpoints, SaveError
@@ -145,6 +148,35 @@ def test_what_trackers_write_when_they_are_closed_is_uploaded(url, monkeypatch):
         writer.write(1, "train", {"loss": 1.0})
         writer.sync()  # with this nothing new is in metrics.jsonl
     assert (as_path(url) / "events").read_text() == "last"
+
+
+# --- answers of an evaluation ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_answers_that_cannot_be_uploaded_end_an_evaluation_at_its_end(
+    url, model, monkeypatch, caplog, lasting
+):
+    partial, answered = as_path(url) / "x.partial.jsonl", []
+
+    def answer(rows: list[int]) -> list[dict[str, int]]:
+        monkeypatch.setattr(growing, "put", refuse if lasting or len(rows) == 2 else put)
+        answered.extend(rows)
+        return [{"output": row} for row in rows]
+
+    def refuse(*_: object) -> None:
+        raise EndpointConnectionError(endpoint_url="http://store")
+
+    monkeypatch.setattr(growing, "UPLOAD_EVERY", 0.0)
+    settings = (model, [[1], [2], [3]], "settings", 2, partial, lambda _: None)
+    said = "the answers so far could not be uploaded: Could not connect"
+    if lasting:
+        with pytest.raises(OSError, match=said):
+            _in_batches(answer, *settings)
+    else:
+        assert _in_batches(answer, *settings) == [{"output": row} for row in range(3)]
+        assert _in_batches(Mock(side_effect=AssertionError), *settings)[2] == {"output": 2}
+    assert said in caplog.text and answered == [0, 1, 2]
 
 
 # --- exports --------------------------------------------------------------------------------------

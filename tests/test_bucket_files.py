@@ -191,6 +191,39 @@ def test_a_silent_lock_is_taken_over_and_its_owner_finds_out(each, monkeypatch):
             held()
 
 
+def test_a_beat_that_comes_late_renews_no_lock_that_was_taken(each, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "STALE", 1.5)
+    monkeypatch.setattr(bucket_lock, "BEAT", 60.0)
+    monkeypatch.setattr(bucket_lock, "_has_ended", lambda facts: False)
+    monkeypatch.setattr(bucket_lock, "_is_here", lambda facts: False)
+    first, second, third = (bucket_lock.BucketLock(as_path(each)) for _ in range(3))
+
+    def there() -> set[str]:
+        return set(objects(as_path(each) / bucket_lock.LOCKS))
+
+    def late(path: Path, data: bytes) -> None:
+        monkeypatch.setattr(bucket_lock, "put", put)
+        second.take()
+        put(path, data)
+
+    first.take()
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket_lock, "BEAT", 0.0)
+        monkeypatch.setattr(bucket_lock, "put", late)
+        first._beat()
+    assert there() == {second._name}
+    second.require_held()
+    second.release()
+    first._lost = False  # it has not asked yet
+    put(first._object, b"{}")
+    with pytest.raises(OSError, match="was taken over"):  # though nobody holds it by now
+        first.require_held()
+    remove(first._object)
+    third.take()
+    assert there() == {third._name} and third._took_over == [first._name]
+    third.release()
+
+
 def test_what_lost_the_lock_saves_nothing(url):
     def lost() -> None:
         raise OSError("taken over")

@@ -5,8 +5,13 @@ used. The stores are servers on loopback.
 from __future__ import annotations
 
 import re
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -20,11 +25,16 @@ from zflora_jax.core import storage
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.storage import as_path, file_system, put, put_file
-from zflora_jax.hf import bucket as hf_bucket
+from zflora_jax.core.storage import as_path, file_system, put, put_file, remove
+from zflora_jax.experiments.info import describe
+from zflora_jax.hf import bucket as hf_bucket, save
+from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.load import load_model, model_config
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import save_hf
+from zflora_jax.hf.shards import Shards
+from zflora_jax.reporting import plots
+from zflora_jax.reporting.files import atomic_write
 
 
 @pytest.fixture
@@ -38,10 +48,27 @@ def files_at(url: str) -> set[str]:
     return {name.partition("export/")[2] for name in names(url)} - {hf_bucket.MARKER}
 
 
+def copies() -> list[Path]:
+    """What the cache holds, without locks; and nothing that is temporary."""
+    assert not list(hf_bucket.cache_dir().glob(".*"))
+    return [path for path in hf_bucket.cache_dir().glob("*/*") if path.name != hf_bucket.LOCK]
+
+
+@pytest.fixture
+def fetched(monkeypatch) -> list[str]:
+    """The names of the files that are downloaded whole."""
+    names, fetch = [], hf_bucket._Objects.fetch
+    monkeypatch.setattr(
+        hf_bucket._Objects, "fetch", lambda self, *to: (names.append(to[0]), fetch(self, *to))[1]
+    )
+    return names
+
+
 # --- exports --------------------------------------------------------------------------------------
 
 
-def test_an_export_in_a_bucket_is_the_export_on_disk(url, model, tmp_path, monkeypatch):
+def test_an_export_in_a_bucket_is_the_export_on_disk(url, model, tmp_path, monkeypatch, fetched):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # which may be too small
     reports = [save_hf(path, model) for path in (url, tmp_path / "export")]
     assert reports[0]["path"] == url
     assert {**reports[0], "path": ""} == {**reports[1], "path": ""}
@@ -52,10 +79,43 @@ def test_an_export_in_a_bucket_is_the_export_on_disk(url, model, tmp_path, monke
     loaded = load_model(url)
     assert_trees_equal(loaded.params, load_model(tmp_path / "export").params)
     assert loaded.source == url and model_config(url) == loaded.config
-    [copy] = hf_bucket.cache_dir().iterdir()
-    monkeypatch.setattr(hf_bucket, "_verify", None)  # nothing is downloaded again
+    [copy] = copies()
+    fetched.clear()
     load_model(url)
-    assert list(hf_bucket.cache_dir().iterdir()) == [copy]
+    assert fetched == [] and copies() == [copy]
+
+
+def test_the_newest_copy_of_an_export_is_kept(url, model, fetched):
+    other = tiny_model(num_layers=1)
+    for path, saved in ((url, other), (f"{url}-b", other), (url, model)):
+        save_hf(path, saved)
+        load_model(path)
+    assert len(copies()) == 2  # of two exports
+    remove(as_path(f"{url}-b"))
+    save_hf(f"{url}-b", model)
+    fetched.clear()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: local_copy(f"{url}-b"), range(4)):
+            assert (found / "config.json").is_file()
+    assert len(fetched) == len(set(fetched)) and len(copies()) == 2
+
+
+def test_all_processes_hear_of_an_upload_that_failed(url, model, monkeypatch):
+    heard = []
+
+    def on_main(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:
+            heard.append(str(error))
+            raise
+
+    monkeypatch.setattr(save, "on_main", on_main)
+    monkeypatch.setattr(hf_bucket, "put_file", Mock(side_effect=OSError("no route to the store")))
+    with pytest.raises(OSError, match="no route"):
+        save_hf(url, model)
+    assert heard == ["no route to the store"]
+    assert not hf_bucket.cache_dir().exists() or not copies()
 
 
 def test_an_upload_that_was_stopped_is_no_export(url, model, monkeypatch):
@@ -84,9 +144,29 @@ def test_an_export_replaces_what_an_export_wrote_and_nothing_else(url, model):
     report = save_hf(url, model)
     assert files_at(url) == set(report["files"])
     put(as_path(url) / "notes.txt", b"mine")
-    with pytest.raises(CheckpointError, match=r"did not write there: notes\.txt\. They are left"):
+    with pytest.raises(CheckpointError, match=r"did not write there: notes\.txt\. It is left"):
         save_hf(url, model)
     assert files_at(url) == {*report["files"], "notes.txt"}
+    with pytest.raises(CheckpointError, match=r"config\.json is a file; give a directory"):
+        save_hf(f"{url}/config.json", model)
+
+
+def test_an_export_replaces_no_other_kind_of_thing(url, model):
+    put(as_path(url) / "run/config.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"run exists and was not written by this project"):
+        save_hf(f"{url}/run", model)
+    adapter = AdapterConfig("lora", rank=4)
+    adapters = init_adapters(jax.random.key(0), model, adapter)
+    saves = {
+        "lora": lambda to: save_peft(to, model, adapter, adapters),
+        "full": lambda to: save_hf(to, model),
+    }
+    for name, write in saves.items():
+        write(f"{url}/{name}")
+    for name, other in (("lora", "full"), ("full", "lora")):
+        with pytest.raises(CheckpointError, match="exists and was not written by this project"):
+            saves[other](f"{url}/{name}")
+        saves[name](f"{url}/{name}")
 
 
 def test_a_damaged_object_is_refused(url, model):
@@ -97,13 +177,17 @@ def test_a_damaged_object_is_refused(url, model):
     put(weights, bytes(content))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged, or changed while"):
         load_model(url)
-    assert not list(hf_bucket.cache_dir().iterdir())
+    assert not copies()
 
 
 def test_a_directory_copied_there_by_other_software(url, model_dir):
     for file in (file for file in model_dir.rglob("*") if file.is_file()):
         put(as_path(url) / file.relative_to(model_dir).as_posix(), file.read_bytes())
+    put(as_path(url) / "original/params.json", b"{}")
+    put(as_path(url) / "zflora/old/restore.safetensors", b"")
     assert_trees_equal(load_model(url).params, load_model(model_dir).params)
+    [copy] = copies()
+    assert not (copy / "original").exists() and not (copy / "zflora").exists()
     with pytest.raises(CheckpointError, match=r"no model at .*/nothing: there are no objects"):
         load_model(f"{url}/nothing")
 
@@ -113,6 +197,26 @@ def test_a_peft_directory(url):
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
     assert save_peft(url, model, adapter, adapters)["path"] == url
     assert_trees_equal(load_peft(url, model)[1], adapters)
+
+
+def test_what_describes_a_model_reads_no_weights(url, model, tmp_path, fetched):
+    for to in (url, tmp_path / "export"):
+        save_hf(to, model, max_shard_bytes=20_000)
+    facts = describe(url)
+    assert facts == describe(tmp_path / "export") | {"path": url}
+    assert "config.json" in fetched and not [n for n in fetched if n.endswith(".safetensors")]
+    assert not copies()
+    with hf_bucket.headers(as_path(url)) as folder:
+        holes = Shards(folder)
+        assert not any(holes.read(name).any() for name in holes.shapes)
+    put(as_path(url) / "zflora.json", b"[]")
+    with pytest.raises(CheckpointError, match=r"zflora\.json is damaged"):
+        describe(url)
+
+
+def test_a_local_copy_of_what_is_on_disk_is_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_copy("~/export") == tmp_path / "export"
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -138,6 +242,27 @@ def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys):
     assert "run" in said("info", run) and "export" in said("info", export)
     said("plot", run)
     assert (as_path(run) / "curves.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "names", "title"),
+    [
+        ("{bucket}/all/b", ["a", "b"], "2 runs of all"),
+        ("{disk}/b", ["{bucket}/all/a", "{disk}/b"], "2 runs"),
+    ],
+)
+def test_runs_in_a_bucket_and_on_disk_are_drawn_together(
+    bucket, tmp_path, monkeypatch, other, names, title
+):
+    told = {"bucket": bucket, "disk": str(tmp_path)}
+    other, names = other.format(**told), [name.format(**told) for name in names]
+    drawn = []
+    monkeypatch.setattr(plots, "training_curves", lambda runs, *of: drawn.append((runs, of)))
+    for folder in (f"{bucket}/all/a/", other):
+        atomic_write(f"{folder}/metrics.jsonl", b"")
+    assert main(["plot", f"{bucket}/all/a/", other, "--out", "both"]) == 0
+    [(runs, of)] = drawn
+    assert list(runs) == names and of == ("both", title)
 
 
 # --- buckets that cannot be used ------------------------------------------------------------------

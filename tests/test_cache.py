@@ -6,26 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src import monitoring
 
 from zflora_jax.parallel.compile_cache import compile_cache, no_compile_cache
 
 pytestmark = pytest.mark.usefixtures("own_programs")
-
-
-@pytest.fixture
-def hits(monkeypatch):
-    """How often a program was taken from a cache."""
-    counted = []
-    monkeypatch.setattr("zflora_jax.parallel.compile_cache.KEPT_FROM_SECONDS", 0.0)
-
-    def listen(event: str, **_) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
-            counted.append(event)
-
-    monitoring.register_event_listener(listen)
-    yield counted
-    monitoring.unregister_event_listener(listen)
 
 
 def program():

@@ -63,7 +63,6 @@ def clock(monkeypatch):
     def set_day(year: int, month: int, day: int) -> str:
         Clock.day = datetime.date(year, month, day)
         monkeypatch.setattr(dates, "today", lambda: Clock.day.isoformat())
-        monkeypatch.setattr("zflora_jax.experiments.train.today", dates.today)
         return Clock.day.isoformat()
 
     return set_day

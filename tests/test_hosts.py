@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.checks import assert_trees_equal
@@ -18,6 +19,7 @@ from support.hosts import config_file, finish, spawn
 
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.evaluation.task import one_day
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.metrics import read_metrics
@@ -146,6 +148,42 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):
     signals = distributed.StopSignals()
     assert signals.requested(5) and asked == [1, 2, 3, 4, 5]
     assert not signals.requested(6) and asked[-1] == 6
+
+
+@pytest.fixture
+def both_say_the_same(monkeypatch):
+    """Process 0 of two; what it gathers from the other one is its own."""
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed.multihost_utils,
+        "process_allgather",
+        lambda own: np.stack([jnp.asarray(own)] * 2),  # with the integers that jax has
+    )
+
+
+def test_whatever_process_0_raises_reaches_the_others(both_say_the_same, monkeypatch):
+    told = []
+    real = distributed.from_process_0
+    monkeypatch.setattr(distributed, "from_process_0", lambda x: (told.append(x), real(x))[1])
+    with pytest.raises(ZeroDivisionError):
+        distributed.on_main(lambda: 1 / 0)
+    assert distributed.on_main(lambda: "done") == "done" and told == [False, True]
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "from_process_0", lambda _: False)
+    with pytest.raises(ConfigError, match="process 0 cannot go on; its message says why"):
+        distributed.on_main(lambda: pytest.fail("not process 0"))
+
+
+def test_sizes_above_two_gib_are_exchanged(both_say_the_same):
+    assert distributed._gather_size(5 << 30) == [5 << 30] * 2
+    assert distributed.gather_bytes(b"abc") == [b"abc"] * 2
+
+
+def test_all_processes_tell_their_templates_the_day_of_process_0(run, monkeypatch):
+    """Also where each has put today into the settings, some before and some after midnight."""
+    monkeypatch.setattr(distributed, "from_process_0", lambda _: "2026-11-25")
+    for own in (None, "2026-11-26"):
+        assert one_day(override(run, {"data.date": own})).data.date == "2026-11-25"
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,17 @@ def test_a_stopped_evaluation_goes_on_where_it_was(model, arc, tmp_path, monkeyp
     assert len(calls) == 3  # other settings: nothing of it counts
 
 
+def test_processes_go_on_from_what_process_0_has_read(model, tmp_path, monkeypatch):
+    there = [[i, {"output": i}] for i in range(2)]
+    distributed = records_module.distributed
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "from_process_0", lambda own: there if own is None else own)
+    monkeypatch.setattr(records_module, "_read_partial", lambda *_: pytest.fail("process 0 reads"))
+    path = tmp_path / "x.partial.jsonl"
+    found = records_module._in_batches(pytest.fail, model, [[1], [2]], "", 1, path, lambda _: None)
+    assert found == [{"output": 0}, {"output": 1}] and not path.exists()
+
+
 def test_a_model_is_fingerprinted_once_for_all_tasks(model, tmp_path, monkeypatch):
     taken, real = [], trees.fingerprint
     monkeypatch.setattr(trees, "fingerprint", lambda tree: taken.append(tree) or real(tree))

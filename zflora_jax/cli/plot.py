@@ -32,10 +32,13 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.reporting.metrics import METRICS_FILE
     from zflora_jax.reporting.plots import training_curves
 
-    folders = [run if is_url(run) else os.path.abspath(run) for run in args.runs]
-    # What all have in common says nothing in a legend.
-    shared = os.path.commonpath([os.path.dirname(folder) for folder in folders])
-    runs = {os.path.relpath(folder, shared): as_path(folder) / METRICS_FILE for folder in folders}
+    folders = [as_path(run if is_url(run) else os.path.abspath(run)) for run in args.runs]
+    paths = [os.path.join(*folder.parts) for folder in folders]  # of a URL /s3/BUCKET/...
+    # What all have in common says nothing in a legend, unless it is only the root.
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    within = shared != "/"
+    names = [os.path.relpath(path, shared) for path in paths] if within else map(str, folders)
+    runs = {name: f / METRICS_FILE for name, f in zip(names, folders, strict=True)}
     for path in runs.values():
         require(
             path.is_file(),
@@ -46,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
         f"--out PATH says where a figure of {len(runs)} runs goes.",
     )
     out = args.out or str(as_path(args.runs[0]) / "curves")
-    of = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs of {os.path.basename(shared)}"
+    several = f"{len(runs)} runs of {os.path.basename(shared)}" if within else f"{len(runs)} runs"
+    of = next(iter(runs)) if len(runs) == 1 else several
     with damage_is_input():
         training_curves(runs, out, args.title or of)
     print(f"written: {out}.png, {out}.svg")

@@ -28,7 +28,7 @@ from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.text import answer_text, stop_ids
 from zflora_jax.parallel import distributed
-from zflora_jax.reporting.growing import GrowingFile
+from zflora_jax.reporting.growing import GrowingFile, uploading, warning
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +251,8 @@ def _in_batches(
             name = hashlib.sha256(
                 repr((fingerprint(model), [list(p) for p in prompts], key)).encode()
             ).hexdigest()
-            found = distributed.from_process_0(sorted(_read_partial(partial, name).items()))
+            there = distributed.on_main(lambda: sorted(_read_partial(partial, name).items()))
+            found = distributed.from_process_0(there)
             done = {int(i): record for i, record in found}
             if done:
                 log.info(
@@ -260,8 +261,8 @@ def _in_batches(
                 on_batch(len(done))
             begin: list[Record] = [{"key": name}]
             begin += [{"index": i} | record for i, record in done.items()]
-            if distributed.is_main():
-                kept = GrowingFile(partial, _json_lines(begin))
+            kept = distributed.on_main(lambda: GrowingFile(partial, _json_lines(begin)))
+            if kept is not None:
                 stack.callback(kept.close)
         left = sorted(
             (i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i)
@@ -273,9 +274,18 @@ def _in_batches(
             if kept is not None:
                 kept.add(_json_lines([{"index": i} | record for i, record in fresh.items()]))
                 if kept.is_due():
-                    kept.sync()
+                    with warning():
+                        _upload(kept)
             on_batch(len(rows))
+        if partial is not None:
+            distributed.on_main(lambda: _upload(kept))
     return [done[i] for i in range(len(prompts))]
+
+
+def _upload(kept: GrowingFile | None) -> None:
+    assert kept is not None  # of process 0
+    with uploading("the answers so far"):
+        kept.sync()
 
 
 def _json_lines(values: Sequence[Record]) -> str:

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,9 @@ class _Rows:
 
 
 def one_day(run: RunConfig) -> RunConfig:
-    """`run` with the date that process 0 tells its chat template, today if it has none."""
-    return dated(run, distributed.from_process_0(dated(run).data.date))
+    """`run` with the date of process 0, today if it has none, for the chat templates of all."""
+    day = distributed.from_process_0(dated(run).data.date)
+    return replace(run, data=replace(run.data, date=day))
 
 
 def evaluate_task(

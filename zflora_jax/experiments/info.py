@@ -22,7 +22,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.stored_config import from_file
-from zflora_jax.hf.directory import local_copy
+from zflora_jax.hf.bucket import headers
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import WEIGHTS
 from zflora_jax.hf.peft_settings import CONFIG
@@ -48,8 +48,10 @@ def describe(path: str | os.PathLike[str]) -> Facts:
       ConfigError: there is nothing of these kinds at the path; the message says what was found.
     """
     source = as_path(path).expanduser()
-    if is_url(path) and not (source / STARTS_FILE).is_file():
-        source = local_copy(path)  # headers are read from files
+    in_bucket = is_url(path) and source.suffix != ".gguf"
+    if in_bucket and not (source / STARTS_FILE).is_file():
+        with headers(source) as copy:
+            return describe(copy) | {"path": str(source)}
     if source.is_dir():
         if (source / MANIFEST).is_file():
             return _export(source)

@@ -7,8 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -20,8 +19,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
-from zflora_jax.data.dates import today
 from zflora_jax.data.pipeline import one_sequence_a_row, train_batches
+from zflora_jax.evaluation.task import one_day
 from zflora_jax.experiments.compiled_plan import step_attention
 from zflora_jax.experiments.run_report import Report, finished_report, new_report
 from zflora_jax.experiments.setup import Setup, prepare
@@ -149,18 +148,12 @@ def _admit(
     require_optimizer(run.optim.optimizer)
     distributed.require_shared(workdir)
     run, changed = adopt(workdir, run)
-    run = _same_day(run)
+    run = one_day(run)
     require(
         not resume or (workdir / "config.json").is_file(),
         f"{workdir} holds no run to resume. Leave out --resume to start one there.",
     )
     return workdir, run, changed
-
-
-def _same_day(run: RunConfig) -> RunConfig:
-    """`run` with the date of process 0, which all processes tell their chat template."""
-    day = distributed.from_main(date.fromisoformat(run.data.date or today()).toordinal())
-    return replace(run, data=replace(run.data, date=date.fromordinal(day).isoformat()))
 
 
 def _open(
@@ -229,7 +222,7 @@ def _evaluate_if_missed(
     step = int(state.step)
     if step == 0 or not loss.is_due(step):
         return
-    if distributed.from_main(writer is not None and not writer.restored(step, "eval")):
+    if distributed.from_process_0(writer is not None and not writer.restored(step, "eval")):
         loss.on_state(step, state, {"checkpoint": checkpoints.folder / str(step)})
 
 

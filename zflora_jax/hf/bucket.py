@@ -9,13 +9,15 @@ sizes alone.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import fnmatch
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,10 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.storage import file_system, is_store_error, objects, put, put_file, remove
 
 MARKER = ".zflora-upload.json"
+LOCK = ".lock"  # beside the copy of a model
+MAX_HEADER = 100_000_008  # bytes; that safetensors reads
+# What loading a model reads.
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*")
 
 
 def cache_dir() -> Path:
@@ -30,19 +36,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ZFLORA_CACHE") or "~/.cache/zflora_jax").expanduser() / "models"
 
 
-def refuse_foreign_objects(target: Path) -> None:
-    """Check that an export may replace what is at a URL.
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary directory beside the copies: what /tmp holds may be smaller than a model."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=cache_dir()) as folder:
+        yield Path(folder)
 
-    Raises:
-      CheckpointError: there are objects that no export of this project wrote.
-    """
-    there = set(objects(target)) - {MARKER}
-    if foreign := sorted(there - set(_marker(target).get("files", ()))):
-        raise CheckpointError(
-            f"{target} holds objects that this project did not write there:"
-            f" {', '.join(foreign[:8])}. They are left as they are: choose another path, or move"
-            " them away."
-        )
+
+def listed(target: Path) -> set[str]:
+    """The files of an export at a URL by its marker, whole or not; none where nothing is."""
+    return set(_marker(target).get("files", ()))
 
 
 def upload(folder: Path, target: Path) -> None:
@@ -50,9 +54,8 @@ def upload(folder: Path, target: Path) -> None:
 
     Args:
       folder: whose files are uploaded.
-      target: the URL.
+      target: the URL; all objects there are replaced.
     """
-    refuse_foreign_objects(target)
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     files = {name: _facts(folder / name) for name in names}
     old = dict.fromkeys(set(objects(target)) - {MARKER, *files})  # listed until they are gone
@@ -64,12 +67,11 @@ def upload(folder: Path, target: Path) -> None:
     _put_marker(target, {"complete": True, "files": files})
 
 
-def download(source: Path, patterns: Sequence[str]) -> Path:
-    """Copy a model into the cache, unless it is there already.
+def download(source: Path) -> Path:
+    """Copy a model into the cache, unless it is there already. An older copy of it is removed.
 
     Args:
       source: URL of a directory, or of one file.
-      patterns: of the names that are needed from a directory.
 
     Returns:
       The local directory or file.
@@ -78,58 +80,137 @@ def download(source: Path, patterns: Sequence[str]) -> Path:
       CheckpointError: there is nothing, an upload was not finished, or a file is not what the
         marker says.
     """
-    try:
-        return _download(source, patterns)
-    except Exception as error:
-        if not is_store_error(error):
-            raise
-        raise CheckpointError(f"{source} could not be downloaded: {error}.") from error
+    with _failing_as_input(source):
+        there = _find(source)
+        folder = cache_dir() / f"{source.name}-{_digest(os.fspath(source))}"
+        copy = folder / there.version()
+        with _alone(folder):
+            if not copy.exists():
+                with scratch() as temporary:
+                    for name in there.files:
+                        there.fetch(name, temporary / "copy")
+                    _place(temporary / "copy", copy)
+                for old in set(folder.iterdir()) - {copy, folder / LOCK}:
+                    shutil.rmtree(old, ignore_errors=True)
+    return copy if there.root == source else copy / source.name
 
 
-def _download(source: Path, patterns: Sequence[str]) -> Path:
-    store = file_system(source)
-    single = not (there := objects(source)) and source.exists()
-    if single:
-        there = {source.name: store.info(os.fspath(source))}
-    wanted = {
-        name: facts
-        for name, facts in there.items()
-        if single or (name != MARKER and any(fnmatch.fnmatch(name, p) for p in patterns))
-    }
-    if not wanted:
+@contextlib.contextmanager
+def headers(source: Path) -> Iterator[Path]:
+    """Copy a model without its weights for a while: safetensors files with their headers, and holes
+    as large as the tensors behind them.
+
+    Args:
+      source: URL of a directory.
+
+    Yields:
+      A temporary directory.
+
+    Raises:
+      CheckpointError: as `download`.
+    """
+    with scratch() as folder:
+        with _failing_as_input(source):
+            there = _find(source)
+            for name in there.files:
+                if name.endswith(".safetensors"):
+                    there.fetch_header(name, folder)
+                else:
+                    there.fetch(name, folder)
+        yield folder
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """The files of a model: under the URL `root`, name -> what the store says of each, and what the
+    marker does.
+    """
+
+    root: Path
+    files: dict[str, dict[str, Any]]
+    marked: dict[str, dict[str, Any]]
+
+    def version(self) -> str:
+        """A name that changes with the files."""
+        tags = [
+            (name, facts["size"], str(facts.get("ETag") or facts.get("etag") or facts.get("mtime")))
+            for name, facts in sorted(self.files.items())
+        ]
+        return _digest(json.dumps(tags))
+
+    def fetch(self, name: str, folder: Path) -> None:
+        """Copy a file under `folder`, and verify it."""
+        url, to = self.root / name, folder / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        file_system(url).get_file(os.fspath(url), os.fspath(to))
+        _verify(to, self.files[name]["size"], self.marked.get(name), url)
+
+    def fetch_header(self, name: str, folder: Path) -> None:
+        """Write a safetensors file under `folder` whose tensors are a hole."""
+        url, to, size = os.fspath(self.root / name), folder / name, self.files[name]["size"]
+        store = file_system(url)
+        length = 8 + int.from_bytes(store.cat_file(url, start=0, end=8), "little")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(store.cat_file(url, start=0, end=min(length, size, MAX_HEADER)))
+        os.truncate(to, size)
+
+
+def _find(source: Path) -> _Objects:
+    root, there, marker = source, objects(source), {}
+    if there:
+        files = {name: facts for name, facts in there.items() if _is_of_model(name)}
+        marker = _marker(source)
+    else:
+        root = source.parent
+        single = source.exists()
+        files = {source.name: file_system(source).info(os.fspath(source))} if single else {}
+    if not files:
         raise CheckpointError(f"no model at {source}: there are no objects of a model.")
-    marker = {} if single else _marker(source)
     if marker and not marker.get("complete"):
         raise CheckpointError(
             f"{source} is not whole: its upload goes on, or was stopped. Export it again."
         )
-    version = [
-        (name, facts["size"], str(facts.get("ETag") or facts.get("etag") or facts.get("mtime")))
-        for name, facts in sorted(wanted.items())
-    ]
-    key = hashlib.sha256(json.dumps([os.fspath(source), version]).encode()).hexdigest()[:16]
-    target = cache_dir() / f"{source.name}-{key}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
-            copy = Path(temporary) / "copy"
-            for name, facts in wanted.items():
-                from_ = source if single else source / name
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                store.get_file(os.fspath(from_), os.fspath(copy / name))
-                _verify(copy / name, facts["size"], marker.get("files", {}).get(name), from_)
-            with contextlib.suppress(FileExistsError):  # another process was faster
-                _place(copy, target)
-    return target / source.name if single else target
+    return _Objects(root, files, marker.get("files", {}))
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether MODEL_FILES has a file. fnmatch's * takes any /, so their number decides too."""
+    return name != MARKER and any(
+        name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+        for pattern in MODEL_FILES
+    )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep the other processes that want a model waiting for the one that downloads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "wb") as file:
+        with contextlib.suppress(OSError):  # on a file system without locks each downloads it
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _place(copy: Path, target: Path) -> None:
     try:
         os.rename(copy, target)
     except OSError:
-        if not target.is_dir():
+        if not target.is_dir():  # another process was faster
             raise
-        shutil.rmtree(copy)
+
+
+@contextlib.contextmanager
+def _failing_as_input(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_store_error(error):
+            raise
+        raise CheckpointError(f"{source} could not be downloaded: {error}.") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _verify(file: Path, size: int, marked: dict[str, Any] | None, source: Path) -> None:

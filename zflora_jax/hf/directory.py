@@ -12,11 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.storage import as_path, is_url
-from zflora_jax.hf.bucket import download, refuse_foreign_objects, upload
-
-# What loading a model reads.
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*")
+from zflora_jax.core.storage import as_path, is_url, objects
+from zflora_jax.hf.bucket import MARKER, download, listed, scratch, upload
 
 
 def export_target(path: str | os.PathLike[str]) -> Path:
@@ -32,11 +29,13 @@ def local_copy(source: str | os.PathLike[str]) -> Path:
       CheckpointError: there is nothing at the URL, or an export that is not whole.
     """
     path = as_path(source, "model")
-    return download(path, MODEL_FILES) if is_url(path) else path
+    return download(path) if is_url(path) else path.expanduser()
 
 
 @contextlib.contextmanager
-def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) -> Iterator[Path]:
+def whole_directory(
+    target: Path, own_files: Callable[[Path], set[str] | None], sign: str
+) -> Iterator[Path]:
     """Write a directory in one step.
 
     The block writes into a temporary directory beside `target`. If it succeeds, that directory is
@@ -49,6 +48,8 @@ def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) 
         lists every file.
       own_files: directory -> the files that this project wrote there; None: it is not this
         project's.
+      sign: name of a file that exports of this kind alone have; at a URL, where an upload may have
+        been stopped, it tells by the marker's list what `own_files` tells by content.
 
     Yields:
       The temporary directory.
@@ -56,13 +57,13 @@ def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) 
     Raises:
       CheckpointError: `target` must not be replaced; nothing is written then.
     """
+    _refuse_foreign(target, own_files, sign)
     if is_url(target):
-        refuse_foreign_objects(target)
-        with tempfile.TemporaryDirectory(prefix="zflora-") as folder:
-            yield Path(folder)
-            upload(Path(folder), target)
+        with scratch() as folder:
+            yield folder
+            _refuse_foreign(target, own_files, sign)
+            upload(folder, target)
         return
-    _refuse_foreign(target, own_files)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
@@ -74,25 +75,27 @@ def whole_directory(target: Path, own_files: Callable[[Path], set[str] | None]) 
         ]:  # mkdtemp and safetensors leave them readable by the owner alone
             os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~mask)
             _fsync(entry)
-        _refuse_foreign(target, own_files)
+        _refuse_foreign(target, own_files, sign)
         _rename(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None]) -> None:
+def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None], sign: str) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a directory to write to.")
-    present = {
-        str(p.relative_to(target)) for p in target.rglob("*") if p.is_symlink() or not p.is_dir()
-    }
+    ours: set[str] | None
+    if is_url(target):
+        present, ours = set(objects(target)) - {MARKER}, listed(target)
+        ours = ours if sign in ours else None
+    else:
+        present, ours = _files(target), own_files(target)
     if not present:
         return
     advice = "It is left as it is: choose another path, or move it away."
-    ours = own_files(target)
     if ours is None:
         raise CheckpointError(f"{target} exists and was not written by this project. {advice}")
     if foreign := sorted(present - ours):
@@ -100,6 +103,11 @@ def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None]) 
             f"{target} holds files that this project did not write there: {', '.join(foreign[:8])}."
             f" {advice}"
         )
+
+
+def _files(directory: Path) -> set[str]:
+    found = (p for p in directory.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {str(p.relative_to(directory)) for p in found}
 
 
 def _rename(staging: Path, target: Path) -> None:

@@ -18,8 +18,9 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import PRESETS, LlamaConfig
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import unflatten
+from zflora_jax.hf.bucket import MODEL_FILES
 from zflora_jax.hf.config import from_hf_config
-from zflora_jax.hf.directory import MODEL_FILES, local_copy
+from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.gguf import load_gguf
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile

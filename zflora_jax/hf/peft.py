@@ -77,7 +77,7 @@ def save_peft(
     tensors = _to_peft(config, adapters, kernels)
 
     def write() -> None:
-        with whole_directory(target, _own_files) as staging:
+        with whole_directory(target, _own_files, CONFIG) as staging:
             write_json(staging / CONFIG, _settings(model, adapter, kernels))
             save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "writer": WRITER})
 
@@ -159,7 +159,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
       CheckpointError: a file cannot be read, or tensors are missing, unexpected, misshapen for this
         model or not finite.
     """
-    directory = local_copy(path).expanduser()
+    directory = local_copy(path)
     if not directory.is_dir():
         raise CheckpointError(f"no PEFT directory at {directory}.")
     if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():

@@ -79,23 +79,33 @@ def save_hf(
     report: dict[str, Any] = {"path": str(target), "dtype": dtype} | _sizes(form)
     with contextlib.ExitStack() as stack:
         # None in all processes but the one that writes; they help to gather the tensors.
-        staging = on_main(lambda: stack.enter_context(whole_directory(target, _own_files)))
+        whole = whole_directory(target, _own_files, MANIFEST)
+        staging = on_main(lambda: stack.enter_context(whole))
         hf_config, tensor = to_stock(model, form, dtype)
         _write_tensors(staging, form.config, tensor, dtype, max_shard_bytes)
         _write_side_file(staging, model, form, dtype)
         base = base_fingerprint or _base_fingerprint(model)
-        if staging is not None:
-            write_json(staging / "config.json", hf_config)
-            _write_companions(staging, model)
-            text = model_card(model, report, card or {})
-            (staging / "README.md").write_text(text, encoding="utf-8")
-            manifest = _manifest(model, form, dtype, base) | {"figures": dict(card or {})}
-            report |= _listed(staging, manifest)
+        manifest = _manifest(model, form, dtype, base) | {"figures": dict(card or {})}
+        report |= on_main(lambda: _finish(staging, model, hf_config, report, manifest)) or {}
+        on_main(stack.close)  # now it is in its place, or uploaded
     return from_process_0(report)
 
 
-def _listed(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest, last and with the list of files; return that list and their bytes."""
+def _finish(
+    folder: Path | None,
+    model: Model,
+    hf_config: Mapping[str, Any],
+    report: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write what is beside the tensors; last the manifest, with the list of files. Returns that
+    list, and their bytes.
+    """
+    assert folder is not None  # of process 0
+    write_json(folder / "config.json", hf_config)
+    text = model_card(model, report, manifest["figures"])
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    _write_companions(folder, model)
     written = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     files = sorted([*written, MANIFEST])
     write_json(folder / MANIFEST, {**manifest, "files": files})

@@ -26,7 +26,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, first_line, require
 from zflora_jax.core.storage import as_path, is_url
 
@@ -138,38 +137,31 @@ def is_main() -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Run `action` on process 0.
-
-    If it raises ConfigError, CheckpointError or OSError, all processes end, not only that one.
+    """Run `action` on process 0; the others wait for it.
 
     Returns:
       Its result on process 0, None on the others.
+
+    Raises:
+      Exception: on process 0 what `action` raises, on the others then a ConfigError.
     """
     result, error = None, None
     try:
         result = action() if is_main() else None
-    except (ConfigError, CheckpointError, OSError) as raised:
+    except Exception as raised:  # whatever it is, the others must not wait
         error = raised
-    if jax.process_count() > 1:
-        well = bool(multihost_utils.broadcast_one_to_all(np.int32(error is None)))
-        require(well or is_main(), "process 0 cannot go on; its message says why.")
+    well = from_process_0(error is None)
     if error is not None:
         raise error
+    require(well, "process 0 cannot go on; its message says why.")
     return result
-
-
-def from_main(number: int) -> int:
-    """Process 0's `number` (int32), in all processes; all of them must call this."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def gather_bytes(own: bytes) -> list[bytes]:
     """The bytes of every process, in the order of their numbers; all processes call this."""
     if jax.process_count() == 1:
         return [own]
-    sizes = np.ravel(multihost_utils.process_allgather(np.asarray(len(own), np.int32))).tolist()
+    sizes = _gather_size(len(own))
     parts: list[list[bytes]] = [[] for _ in sizes]
     for start in range(0, max(sizes), PIECE):
         width = min(PIECE, max(sizes) - start)
@@ -178,6 +170,12 @@ def gather_bytes(own: bytes) -> list[bytes]:
         for part, row in zip(parts, multihost_utils.process_allgather(piece), strict=True):
             part.append(row.tobytes())
     return [b"".join(part)[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def _gather_size(own: int) -> list[int]:
+    """The sizes of all processes. As bytes: jax's own integers have 32 bits."""
+    rows = multihost_utils.process_allgather(np.frombuffer(own.to_bytes(8, "little"), np.uint8))
+    return [int.from_bytes(row.tobytes(), "little") for row in rows]
 
 
 def from_process_0(value: Any) -> Any:
@@ -206,7 +204,7 @@ def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> Non
     if jax.process_count() == 1:
         return
     # No file of an earlier start can be taken for this one.
-    nonce = from_main(secrets.randbelow(2**31))
+    nonce = from_process_0(secrets.randbelow(2**31))
     file = as_path(folder, name) / f".shared-{nonce:08x}"
     on_main(lambda: _write_nonce(file))
     try:

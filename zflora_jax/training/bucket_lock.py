@@ -7,7 +7,9 @@ both succeed. No conditional write is needed, which not every S3-compatible stor
 
 The owner writes its object anew every BEAT seconds. An object is dead if its process has ended on
 this machine, or if it is older than STALE by the store's own clock. A process that was cut off for
-so long finds at its next save that its object was taken away (`require_held`).
+so long finds at its next save that its object was taken away (`require_held`). Whoever took it away
+names it in an object of its own, which outlives its release: a write that was on its way, and comes
+however late, renews nothing.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class BucketLock:
         self._name = secrets.token_hex(8)
         self._object = workdir / LOCKS / self._name
         self._took_over: list[str] = []
+        self._lost = False
         self._facts: dict[str, Any] = {"owner": self._name, **_this_process()}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -84,9 +87,7 @@ class BucketLock:
         Raises:
           OSError: one has.
         """
-        others = objects(self._workdir / LOCKS)
-        lost = others.pop(self._name, None) is None
-        if lost or any(self._name in self._read(other).get("took_over", ()) for other in others):
+        if self._is_lost():
             raise OSError(
                 f"{self._workdir} was taken over by another process: this one gave no sign of life"
                 f" for {STALE:g} s. It has saved nothing since then."
@@ -99,18 +100,30 @@ class BucketLock:
             self._thread.join()
         self._withdraw()
 
+    def _is_lost(self) -> bool:
+        """Whether another process has taken over, be it gone by now."""
+        if not self._lost:
+            others = objects(self._workdir / LOCKS)
+            self._lost = others.pop(self._name, None) is None or any(
+                self._name in self._read(other).get("took_over", ()) for other in others
+            )
+        return self._lost
+
     def _write(self, state: str) -> None:
         content = self._facts | {"state": state, "took_over": self._took_over}
         put(self._object, json.dumps(content).encode())
 
     def _withdraw(self) -> None:
         try:
-            remove(self._object)
+            if self._took_over:
+                self._write("released")
+            else:
+                remove(self._object)
         except Exception as error:
             if not isinstance(error, OSError) and not is_store_error(error):
                 raise
             log.warning(
-                "the lock %s could not be removed (%s); it counts for %g s more",
+                "the lock %s could not be released (%s); it counts for %g s more",
                 self._object,
                 error,
                 STALE,
@@ -119,15 +132,17 @@ class BucketLock:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
             try:
-                if self._name not in objects(self._workdir / LOCKS):
-                    return  # taken over: require_held says so
-                self._write("holds")
+                if not self._is_lost():
+                    self._write("holds")
+                if self._is_lost():  # or by one who came in between; require_held says so
+                    self._withdraw()
+                    return
             except Exception as error:  # the next beat may come through
                 log.warning("%s: the lock could not be renewed: %s", self._workdir, error)
 
     def _rival(self) -> tuple[str, float] | None:
-        """Name and age of another live object; dead ones are removed. Call it when the own object
-        has just been written.
+        """Name and age of another live object; the others are removed, and what they took over is
+        kept here. Call it when the own object has just been written.
         """
         now = modified(self._object)
         for name in sorted(objects(self._workdir / LOCKS)):
@@ -139,10 +154,13 @@ class BucketLock:
             except FileNotFoundError:
                 continue  # given up meanwhile
             facts = self._read(name)
-            if age <= STALE and not _has_ended(facts):
+            released = facts.get("state") == "released"
+            ended = released or _has_ended(facts)
+            if age <= STALE and not ended:
                 return name, age
-            log.info("%s: taking over from a process that has ended: %s", other, _who(facts))
-            self._took_over.append(name)
+            if not released:
+                log.info("%s: taking over from a process that has ended: %s", other, _who(facts))
+            self._took_over += [*facts.get("took_over", ()), *([] if ended else [name])]
             self._write("asks")  # before the removal: the other one has to find out
             remove(other)
         return None
