@@ -60,7 +60,7 @@ def compiled(name: str) -> Callable[[dict[str, Any]], str]:
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "accelerators": script("accelerators"),
     "attention": script("attention"),
-    "compile": compiled("compile"),
+    "compile_1b": compiled("compile_1b"),
     "decode_variants": script("decode_variants"),
     "generation_check": script("generation_check"),
     "latency": latency,

@@ -109,7 +109,8 @@ The formula, in bytes, with w = 4 for a float32 base and n = data x fsdp:
   stream after attention and MLP.
 
 Under tensor, about 1.8 times the formula is moved, which is the ratio of 7 sums per layer to 4: the
-backward pass appears to sum the gradients of q, k and v, and of gate and up, one by one.
+CPU's compiler sums the gradients of q, k and v, and of gate and up, one by one. Those of TPUs and
+GPUs add them before the devices do, so there the formula holds (results/target_variants.md).
 
 With fixed rows per device, the bytes that fsdp moves per device tend to a constant (each device
 gathers the model twice, on any number of devices). Tokens per second scale with the devices as long

@@ -147,7 +147,7 @@ is" has all of them.
 
 Llama-3.2-1B cut to 2 layers, bfloat16, zflora-uniform r = 32 fused and packed, prompts of 128
 tokens.
-kernels, copies, cycles and floor as in [compile](compile.md).
+kernels, copies, cycles and floor as in [compile_1b](compile_1b.md).
 
 {markdown_table(decode, list(decode[0]))}
 

@@ -1,5 +1,5 @@
 """Zero latency as a property of compiled programs: a token of a fused model runs the kernels of a
-token of the base. Compiled for a TPU, not run; results/compile.md has GPUs and real sizes.
+token of the base. Compiled for a TPU, not run; results/compile_1b.md has GPUs and real sizes.
 """
 
 from __future__ import annotations
