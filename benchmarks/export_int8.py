@@ -48,7 +48,7 @@ def rounded(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def int8_weights(model: Model) -> Model:
     """`model` with every matrix rounded, one scale per output channel."""
-    in_axes = {place.leaf: place.in_axes for place in hf_table(model.config).values()}
+    in_axes = {place.leaf: place.in_axes or 0 for place in hf_table(model.config).values()}
 
     def visit(name: str, x: jax.Array) -> jax.Array:
         if name.endswith("scale"):

@@ -27,7 +27,7 @@ from zflora_jax.bench import contenders, latency, peft, training, training_step
 from zflora_jax.bench.case import Case
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table

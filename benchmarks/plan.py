@@ -20,7 +20,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.compiled_plan import compiled
 from zflora_jax.experiments.planner import memory_plan

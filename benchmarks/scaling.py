@@ -23,7 +23,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import kernel_shapes
-from zflora_jax.core.model_config import LlamaConfig, preset
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.compiled_plan import compiled_step
 from zflora_jax.parallel.program_text import COLLECTIVES, Program

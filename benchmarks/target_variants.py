@@ -23,7 +23,7 @@ from zflora_jax.adapters import widths
 from zflora_jax.adapters.widths import Multiples
 from zflora_jax.bench.compiled import DecodeCase, loop_row
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.compiled_plan import compiled_step
 from zflora_jax.nn import blocks, layers

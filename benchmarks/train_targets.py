@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.planner import bytes_per_device, shaped_config
 from zflora_jax.experiments.target_plan import compiled_facts

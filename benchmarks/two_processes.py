@@ -97,7 +97,7 @@ def write_model(folder: Path, shape: dict[str, int]) -> int:
     from support.byte_tokenizer import byte_tokenizer
 
     from zflora_jax.core.architecture import count_base
-    from zflora_jax.core.model_config import preset
+    from zflora_jax.core.presets import preset
     from zflora_jax.hf.config import to_hf_config
     from zflora_jax.hf.keys import hf_table
     from zflora_jax.hf.tensor_file import write_tensors

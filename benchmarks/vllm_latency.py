@@ -113,7 +113,7 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
     import jax
 
     import zflora_jax as zf
-    from zflora_jax.core.model_config import preset
+    from zflora_jax.core.presets import preset
     from zflora_jax.hf.peft import save_peft
     from zflora_jax.nn.llama import random_model
 

@@ -22,7 +22,7 @@ from zflora_jax.bench import contenders, latency, timing, training, training_ste
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.nn.llama import random_model
 from zflora_jax.reporting.provenance import environment
 

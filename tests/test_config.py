@@ -14,7 +14,8 @@ from support.settings import RUNS
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, from_dict, to_dict
-from zflora_jax.core.model_config import PRESETS, LlamaConfig, preset
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.core.run_config import (
     RunConfig,
 )

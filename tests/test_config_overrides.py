@@ -11,7 +11,8 @@ from support.settings import OLD_NAMES, RUNS
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, from_dict, nearest, override, to_dict
-from zflora_jax.core.model_config import LlamaConfig, RopeScaling, preset
+from zflora_jax.core.model_config import LlamaConfig, RopeScaling
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.core.stored_config import from_file
 

@@ -8,7 +8,8 @@ import pytest
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, from_dict, override, to_dict
-from zflora_jax.core.model_config import LlamaConfig, preset
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import (
     OptimConfig,
     RunConfig,

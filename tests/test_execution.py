@@ -7,7 +7,8 @@ import pytest
 from support.models import tiny_model
 
 from zflora_jax.core.fields import ConfigError, from_dict, to_dict
-from zflora_jax.core.model_config import Execution, LlamaConfig, preset
+from zflora_jax.core.model_config import Execution, LlamaConfig
+from zflora_jax.core.presets import preset
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama, forward
 

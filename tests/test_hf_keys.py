@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from zflora_jax.core.architecture import param_shapes
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.hf.keys import hf_table
 
 

@@ -20,7 +20,7 @@ from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.core.trees import size
 from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.train import train

@@ -18,7 +18,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.ops.tiling import tile
 
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers

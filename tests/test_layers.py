@@ -12,7 +12,7 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.nn.llama import Llama
 from zflora_jax.ops.head import head_logits
 

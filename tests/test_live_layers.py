@@ -19,7 +19,7 @@ from zflora_jax.adapters.methods import live_layers, resolve_adapter
 from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 

@@ -19,7 +19,7 @@ from zflora_jax.adapters.shapes import adapter_shapes, block_shapes
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import PRESETS, preset
+from zflora_jax.core.presets import PRESETS, preset
 
 F, FB, ALL = ("forward",), ("forward", "backward"), ("forward", "backward", "cross")
 B = ("backward",)

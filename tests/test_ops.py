@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.ops.copies import take_rows, write_divided, write_pieces, write_slice
 from zflora_jax.ops.head import head_logits, plain_logits
 from zflora_jax.ops.linear import (

@@ -21,7 +21,7 @@ from support.models import needs_smollm2
 from zflora_jax.core import trees
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.hf.load import load_model, locate
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward

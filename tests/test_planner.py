@@ -15,7 +15,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments import compiled_plan, planner
 from zflora_jax.hf.load import model_config

@@ -23,7 +23,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import PRESETS, preset
+from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.core.run_config import (
     DataConfig,
     EvalConfig,

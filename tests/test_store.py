@@ -14,7 +14,7 @@ from zflora_jax.cli.inputs import load_config
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override, to_dict
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods

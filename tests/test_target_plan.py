@@ -16,7 +16,7 @@ from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments import target_plan as module
 from zflora_jax.experiments.compiled_plan import compiled_step, step_attention

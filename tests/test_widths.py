@@ -9,7 +9,7 @@ from zflora_jax.adapters.packing import packed_config
 from zflora_jax.adapters.widths import MULTIPLES, round_widths, width_advice
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 
 BASE = preset("llama-3.2-1b")
 

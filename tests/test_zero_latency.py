@@ -13,7 +13,7 @@ from support.grids import always
 
 from zflora_jax.bench.compiled import DecodeCase, loop_row
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model_config import preset
+from zflora_jax.core.presets import preset
 from zflora_jax.parallel.targets import target
 
 pytestmark = pytest.mark.skipif(

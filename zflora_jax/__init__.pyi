@@ -14,7 +14,8 @@ from .core.adapter_config import AdapterConfig as AdapterConfig
 from .core.errors import NonFiniteError as NonFiniteError
 from .core.fields import ConfigError as ConfigError
 from .core.model import Model as Model
-from .core.model_config import PRESETS as PRESETS, LlamaConfig as LlamaConfig, preset as preset
+from .core.model_config import LlamaConfig as LlamaConfig
+from .core.presets import PRESETS as PRESETS, preset as preset
 from .core.run_config import (
     DataConfig as DataConfig,
     EvalConfig as EvalConfig,

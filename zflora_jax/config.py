@@ -1,7 +1,8 @@
 """All settings under one name: what a config file imports. `zflora_jax.core` holds them."""
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig, Method
-from zflora_jax.core.model_config import PRESETS, LlamaConfig, RopeScaling, preset
+from zflora_jax.core.model_config import LlamaConfig, RopeScaling
+from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.core.run_config import (
     DataConfig,
     EvalConfig,

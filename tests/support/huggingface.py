@@ -1,4 +1,4 @@
-"""Reference implementation: small Llamas of transformers, and GGUF files of them."""
+"""Reference implementation: small models of transformers, and GGUF files of them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ NAMES = {
         "self_attn.o_proj": "attn_output",
     },
     **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+    **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
     **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
 }
 
 
-def hf_model(seed: int = 0, **changes: Any) -> Any:
-    """A small transformers Llama with random weights and random norm gains, large enough that
+def hf_model(seed: int = 0, family: str = "llama", **changes: Any) -> Any:
+    """A small model of transformers with random weights, biases and norm gains, large enough that
     attention is far from uniform.
     """
     rope = {"rope_theta": 500.0, **changes.pop("rope", {"rope_type": "default"})}
@@ -55,13 +56,14 @@ def hf_model(seed: int = 0, **changes: Any) -> Any:
         **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     }
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**(settings | changes), rope_parameters=rope)
-    ).eval()
+    config = transformers.AutoConfig.for_model(
+        family, **(settings | changes), rope_parameters=rope, attn_implementation="eager"
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            if "norm" in name or name.endswith("bias"):
+                parameter.copy_(float("norm" in name) + 0.3 * torch.randn_like(parameter))
     return model
 
 
@@ -73,11 +75,14 @@ def hf_logits(model: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:
 def write_gguf(
     path: Path, model: Any, tokenizer: Any = True, edit: Any = None, **metadata: Any
 ) -> None:
-    """A float32 GGUF of a transformers Llama, q and k interleaved as llama.cpp's converter does.
-    tokenizer: whether, or what writes it.
+    """A float32 GGUF of a model of transformers, q and k interleaved where llama.cpp's converter
+    does that. tokenizer: whether, or what writes it.
     """
     c = model.config
-    writer = gguf.GGUFWriter(str(path), metadata.pop("arch", "llama"))
+    writer = gguf.GGUFWriter(str(path), metadata.pop("arch", c.model_type))
+    interleaved = ("self_attn.q_proj", "self_attn.k_proj")
+    if c.model_type.startswith("qwen"):
+        interleaved = ()
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(metadata.pop("blocks", c.num_hidden_layers))
@@ -111,14 +116,14 @@ def write_gguf(
         array, parts = tensor.numpy(), name.split(".")
         if name.startswith("model.layers."):
             module = ".".join(parts[3:-1])
-            if module in ("self_attn.q_proj", "self_attn.k_proj"):
+            if module in interleaved:
                 heads = (
                     c.num_attention_heads if module == "self_attn.q_proj" else c.num_key_value_heads
                 )
                 array = (
                     array.reshape(heads, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
                 )
-            tensors[f"blk.{parts[2]}.{NAMES[module]}.weight"] = array
+            tensors[f"blk.{parts[2]}.{NAMES[module]}.{parts[-1]}"] = array
         elif name != "lm_head.weight" or not c.tie_word_embeddings:
             tensors[
                 {

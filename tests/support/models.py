@@ -15,7 +15,8 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import LlamaConfig, preset
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.presets import preset
 from zflora_jax.nn.llama import random_model
 from zflora_jax.ops.attention_mask import AttentionMask
 

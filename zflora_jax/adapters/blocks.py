@@ -27,15 +27,14 @@ def map_kernels(fn: Callable[[str, str, Any], Any], params: Tree) -> Tree:
     """Map over the leaves of a parameter tree.
 
     Args:
-      fn: (kernel, leaf name, leaf) -> new leaf; kernel is "" for norms, embedding and head.
+      fn: (kernel, leaf name, leaf) -> new leaf; kernel is "" for norms, biases, embedding and
+        head.
       params: the tree.
     """
 
     def visit(name: str, leaf: Any) -> Any:
-        parts = name.split("/")
-        return fn(
-            parts[-2] if parts[0].startswith("layers") and parts[-2] in KERNELS else "", name, leaf
-        )
+        module, parameter = name.split("/")[-2:]
+        return fn(module if module in KERNELS and parameter == "kernel" else "", name, leaf)
 
     return trees.map_with_names(visit, params)
 
@@ -93,7 +92,12 @@ STATE_SCALE = 2.0**-24
 
 
 def stored_values(
-    kernel: str, name: str, block: Array, adapter: AdapterConfig, packed: bool = False
+    kernel: str,
+    name: str,
+    block: Array,
+    adapter: AdapterConfig,
+    packed: bool = False,
+    qk_norm: bool = False,
 ) -> Array:
     """The values of a block as a fused kernel stores them: backward times the scale.
 
@@ -103,14 +107,16 @@ def stored_values(
       block: float32.
       adapter: of the block.
       packed: whether the kernel is packed for decode, see `STATE_SCALE`.
+      qk_norm: whether the heads of q and k are normed; their adapter dims are then scaled too.
     """
     values = block * adapter.scale if name == "backward" else block
+    if not packed:
+        return values
     reads, writes = KERNELS[kernel]
-    if packed and reads == "residual" and name != "forward":
-        return values / STATE_SCALE
-    if packed and writes == "residual" and name != "backward":
-        return values * STATE_SCALE
-    return values
+    if reads == "residual" and name != "forward":
+        values = values / STATE_SCALE
+    normed = writes == "residual" or (qk_norm and kernel in ("q", "k"))
+    return values * STATE_SCALE if normed and name != "backward" else values
 
 
 def require_widened(fused: Model, verb: str) -> AdapterConfig:

@@ -27,7 +27,7 @@ from zflora_jax.adapters.methods import ResolvedAdapter, base_config, fused_conf
 from zflora_jax.adapters.shapes import check_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import KERNELS, kernel_shapes, param_shapes
+from zflora_jax.core.architecture import KERNELS, QK_NORMS, kernel_shapes, param_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
@@ -118,9 +118,13 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
             )
         if kernel:
             return _widen_kernel(leaf, blocks, kernel, config, adapter, p)
+        module, parameter = name.split("/")[-2:]
+        if parameter == "bias":  # of heads, whose adapter dims have none
+            return pad_axis(leaf, -1, p.heads, 0)
+        if parameter == "scale":
+            return pad_axis(leaf, -1, p.heads if module in QK_NORMS else p.residual, 1)
         # The state starts at zero and is dropped before the head, which both keep the base's width.
-        is_gain = name.endswith("scale")
-        return pad_axis(leaf, -1, p.residual, 1) if is_gain else leaf
+        return leaf
 
     return map_kernels(visit, params)
 
@@ -180,7 +184,7 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
     )
     for name, leaf in flat.items():
         kernel = name.split("/")[-2]
-        for block in p.blocks.get(kernel, ()) if name.startswith("layers") else ():
+        for block in p.blocks.get(kernel, ()) if name.endswith("kernel") else ():
             axis = in_axis(config, kernel)
             value = leaf[block_region(block, axis, shapes[name][axis], shapes[name][-1])].astype(
                 jnp.float32

@@ -14,7 +14,7 @@ from zflora_jax.adapters.methods import base_config
 from zflora_jax.adapters.widths import multiples, this_kind
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, param_shapes
+from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, QK_NORMS, param_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
@@ -30,7 +30,7 @@ def pack_for_decode(model: Model, kind: str | None = None, *, alone: bool = True
     k, d], o [d, H k], gate_up [2f, d], down [d, f]; `ops.linear.packed_linear` reads them. A fused
     model's residual and MLP streams are filled up with zero channels, which change no result, its
     residual state is stored times `blocks.STATE_SCALE`, and the dims of its widened heads stand in
-    `ops.rope.paired_order` in q and k.
+    `ops.rope.paired_order` in q and k. A family's biases of q, k, v become one, too.
 
     The kernels stay apart, and only stacked layers become subtrees, on a mesh (divided by
     `parallel.sharding.RULES`; side by side, a slice of one would lie where another's belongs), and
@@ -106,7 +106,9 @@ def _unstack(config: LlamaConfig, params: Tree) -> Tree:
 def _pack(config: LlamaConfig, params: Tree) -> Tree:
     shapes = param_shapes(config.stored)
     tree = map_kernels(
-        lambda kernel, name, leaf: _filled(_scaled(config, kernel, leaf), shapes[name]),
+        lambda kernel, name, leaf: _filled(
+            _turned(config, name, _scaled(config, kernel, leaf)), shapes[name]
+        ),
         trees.unstack_layers(params, config.num_layers),
     )
     for i in range(config.num_layers):
@@ -118,28 +120,40 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
             """The kernels, whose first `axes` axes are their input's, below each other as [out,
             in].
             """
-            leaves = [_paired(config, name, layer[group_name][name]["kernel"]) for name in kernels]
-            return {
+            parts = [layer[group_name][name] for name in kernels]
+            leaves = [part["kernel"] for part in parts]
+            found = {
                 "kernel": jnp.concatenate(
                     [leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves]
                 )
             }
+            if "bias" in parts[0]:
+                found["bias"] = jnp.concatenate([part["bias"].reshape(-1) for part in parts])
+            return found
 
+        attention = {"qkv": stacked("attn", *ATTENTION[:3]), "o": stacked("attn", "o", axes=2)}
         tree[f"layers_{i}"] = {
             "attn_norm": layer["attn_norm"],
             "mlp_norm": layer["mlp_norm"],
-            "attn": {"qkv": stacked("attn", *ATTENTION[:3]), "o": stacked("attn", "o", axes=2)},
+            "attn": attention | {n: layer["attn"][n] for n in QK_NORMS if n in layer["attn"]},
             "mlp": {"gate_up": stacked("mlp", *MLP[:2]), "down": stacked("mlp", "down")},
         }
     return tree
 
 
-def _paired(config: LlamaConfig, kernel: str, leaf: Array) -> Array:
-    """A kernel of q or k with widened heads in `paired_order`, others as they are: a rotation of
-    whole heads takes no more operations than the base's.
+def _turned(config: LlamaConfig, name: str, leaf: Array) -> Array:
+    """What writes or norms the heads of q or k, with widened heads in `paired_order`, others as
+    they are: a rotation of whole heads takes no more operations than the base's. Where the heads
+    are normed, their adapter dims are as small as the residual state.
     """
-    if kernel not in ("q", "k") or config.base_head_dim is None:
+    module = name.split("/")[-2]
+    if module not in ("q", "k", *QK_NORMS) or config.base_head_dim is None:
         return leaf
+    if config.traits.qk_norm:
+        scale = 1 / STATE_SCALE if module in QK_NORMS else STATE_SCALE
+        is_state = jnp.arange(config.head_dim) >= config.rotary_dim
+        scales = jnp.where(is_state, scale, 1.0).astype(leaf.dtype)
+        leaf = leaf * scales.reshape((1,) * (leaf.ndim - 1) + scales.shape)
     return leaf[..., paired_order(config.rotary_dim, config.head_dim)]
 
 

@@ -72,7 +72,8 @@ def _swap(
         layer, _, kernel, block_name = name.split("/")
         axis, shape = in_axis(base, kernel), kernel_shapes(base)[kernel]
         region = block_region(block_name, axis, shape[0][-1], shape[1][-1])
-        value = stored_values(kernel, block_name, block, adapter, config.execution.packed)
+        packed, qk_norm = config.execution.packed, config.traits.qk_norm
+        value = stored_values(kernel, block_name, block, adapter, packed, qk_norm)
         if several_devices():
             at = f"{layer}/{group(kernel)}/{kernel}/kernel"
             flat[at] = with_block(flat[at], value, block_name, axis, shape[0][-1], shape[1][-1])

@@ -23,7 +23,8 @@ from zflora_jax.bench.contenders import BASE, FUSED, UNMERGED, packed_shapes, re
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
-from zflora_jax.core.model_config import LlamaConfig, preset
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.presets import preset
 from zflora_jax.inference.model_call import empty_cache
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.parallel.compile_cache import no_compile_cache

@@ -18,7 +18,7 @@ from zflora_jax.bench import baselines
 from zflora_jax.bench.case import OPTIM, Case, peak_resident
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import PRESETS, preset
+from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.hf.load import load_model
 from zflora_jax.nn.llama import random_model
 from zflora_jax.training.trainer import init_state, make_train_step

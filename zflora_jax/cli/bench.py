@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from zflora_jax.cli.options import CommandParser
-from zflora_jax.core.model_config import PRESETS, preset
+from zflora_jax.core.presets import PRESETS, preset
 
 SUMMARY = "Measure on this machine what the project claims."
 _MODEL = {

@@ -30,6 +30,9 @@ ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
 
 
+QK_NORMS = ("q_norm", "k_norm")
+
+
 def group(kernel: str) -> str:
     """The submodule of a block that holds the kernel: "attn" or "mlp"."""
     return "attn" if kernel in ATTENTION else "mlp"
@@ -50,13 +53,36 @@ def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple
     }
 
 
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """The parameters of one layer: name -> (shape, how many of its leading axes a kernel reads
+    from, 0 for a bias, None for a norm).
+
+    attn_norm/scale and mlp_norm/scale [d], attn/{q [d, H, k], k and v [d, K, k], o [H, k,
+    d]}/kernel, mlp/{gate, up [d, f], down [f, d]}/kernel; in families that have them
+    attn/{q, k, v}/bias, of the kernel's output, and attn/{q_norm, k_norm}/scale [k].
+    """
+    d, k = config.hidden_size, config.head_dim
+    shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
+        "attn_norm/scale": ((d,), None),
+        "mlp_norm/scale": ((d,), None),
+    }
+    for name, (reads, writes) in kernel_shapes(config).items():
+        shapes[f"{group(name)}/{name}/kernel"] = reads + writes, len(reads)
+        if has_bias(config, name):
+            shapes[f"attn/{name}/bias"] = writes, 0
+    if config.traits.qk_norm:
+        shapes |= {f"attn/{name}/scale": ((k,), None) for name in QK_NORMS}
+    return shapes
+
+
+def has_bias(config: LlamaConfig, kernel: str) -> bool:
+    """Whether a bias is added to the kernel's product."""
+    return config.traits.qkv_bias and kernel in ATTENTION[:3]
+
+
 def count_base(config: LlamaConfig) -> int:
     """Parameters of a model of shape `config` (tied embeddings counted once)."""
-    layer = (
-        sum(math.prod(i + o) for i, o in kernel_shapes(config).values()) + 2 * config.hidden_size
-    )
-    tables = config.vocab_size * config.norm_dim * (1 if config.tie_word_embeddings else 2)
-    return config.num_layers * layer + config.hidden_size + tables
+    return sum(map(math.prod, param_shapes(config).values()))
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -64,17 +90,13 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     d, H, k).
 
     embed/embedding [V, b], lm_head/kernel [b, V] (untied only), final_norm/scale [d]; per layer
-    attn_norm/scale and mlp_norm/scale [d], attn/{q [d, H, k], k and v [d, K, k], o [H, k,
-    d]}/kernel, mlp/{gate, up [d, f], down [f, d]}/kernel. With scan_layers the layers are stacked
-    on a leading axis L under "layers/", else they are "layers_0/" ... without it. d, k, f are the
-    widths in `config`, so a fused config gives the fused shapes; b is the base's d, because the
-    adapter state starts at zero and the head does not read it.
+    those of `layer_shapes`. With scan_layers the layers are stacked on a leading axis L under
+    "layers/", else they are "layers_0/" ... without it. d, k, f are the widths in `config`, so a
+    fused config gives the fused shapes; b is the base's d, because the adapter state starts at zero
+    and the head does not read it.
     """
     d, v = config.hidden_size, config.vocab_size
-    layer: dict[str, tuple[int, ...]] = {"attn_norm/scale": (d,), "mlp_norm/scale": (d,)}
-    layer |= {
-        f"{group(name)}/{name}/kernel": i + o for name, (i, o) in kernel_shapes(config).items()
-    }
+    layer = {name: shape for name, (shape, _) in layer_shapes(config).items()}
     shapes: dict[str, tuple[int, ...]] = {
         "embed/embedding": (v, config.norm_dim),
         "final_norm/scale": (d,),

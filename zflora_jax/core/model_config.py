@@ -1,4 +1,4 @@
-"""What a model is, in numbers, how it is run, and the shapes that are known by name."""
+"""What a model is, in numbers, and how it is run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from zflora_jax.core.families import FAMILIES, Family
 from zflora_jax.core.fields import (
     check_types,
     current_names,
@@ -83,7 +84,11 @@ class Execution:
 )
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama, and how it is run. A fused model is the same class with wider streams.
+    """Shape of a model of any of `core.families.FAMILIES`, and how it is run. A fused model is the
+    same class with wider streams.
+
+    Attention of every layer is limited to the last `sliding_window` positions, the token's own
+    included; None: not limited. The layers in `nope_layers` are without RoPE.
 
     `base_hidden_size` and `base_head_dim` say how many leading channels of the residual stream and
     of a head belong to the base model: RMSNorm takes its mean over the first `base_hidden_size`
@@ -111,6 +116,9 @@ class LlamaConfig:
     pad_token_id: int | None = None
     base_hidden_size: int | None = None
     base_head_dim: int | None = None
+    family: str = "llama"
+    sliding_window: int | None = None
+    nope_layers: tuple[int, ...] = ()
     execution: Execution = Execution()
 
     def __post_init__(self) -> None:
@@ -151,6 +159,26 @@ class LlamaConfig:
         )
         require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps}: must be positive.")
         require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be positive.")
+        self._check_family()
+
+    def _check_family(self) -> None:
+        name, window, layers = self.family, self.sliding_window, self.nope_layers
+        require(name in FAMILIES, f"family={name!r}: {nearest(name, FAMILIES)}.")
+        require(
+            window is None or (self.traits.window and window >= 1),
+            f"sliding_window={window}: must be at least 1, in a family that has windows"
+            f" ({', '.join(n for n in FAMILIES if FAMILIES[n].window)}), or None.",
+        )
+        require(
+            not layers or (self.traits.nope and min(layers) >= 0),
+            f"nope_layers={layers}: indices of layers, in a family that has layers without RoPE"
+            f" ({', '.join(n for n in FAMILIES if FAMILIES[n].nope)}).",
+        )
+
+    @property
+    def traits(self) -> Family:
+        """What sets its family apart."""
+        return FAMILIES[self.family]
 
     @property
     def norm_dim(self) -> int:
@@ -191,120 +219,3 @@ class LlamaConfig:
         values = to_dict(self)
         execution = values.pop("execution")
         return values | execution
-
-
-_LLAMA3 = {
-    "vocab_size": 128256,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 131072,
-    "bos_token_id": 128000,
-}
-_LLAMA32 = _LLAMA3 | {
-    "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
-    "tie_word_embeddings": True,
-    "eos_token_ids": (128001, 128008, 128009),
-}
-_ROWS: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": (
-        _LLAMA32
-        | {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_layers": 16,
-            "num_heads": 32,
-            "num_kv_heads": 8,
-            "head_dim": 64,
-        }
-    ),
-    "llama-3.2-3b": (
-        _LLAMA32
-        | {
-            "hidden_size": 3072,
-            "intermediate_size": 8192,
-            "num_layers": 28,
-            "num_heads": 24,
-            "num_kv_heads": 8,
-            "head_dim": 128,
-        }
-    ),
-    "llama-3.1-8b": (
-        _LLAMA3
-        | {
-            "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192),
-            "eos_token_ids": (128001, 128008, 128009),
-        }
-        | {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_layers": 32,
-            "num_heads": 32,
-            "num_kv_heads": 8,
-            "head_dim": 128,
-        }
-    ),
-    "llama-2-7b": (
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_layers": 32,
-            "num_heads": 32,
-            "num_kv_heads": 32,
-        }
-        | {
-            "head_dim": 128,
-            "max_position_embeddings": 4096,
-            "bos_token_id": 1,
-            "eos_token_ids": (2,),
-        }
-    ),
-    "smollm2-135m": (
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_layers": 30,
-            "num_heads": 9,
-            "num_kv_heads": 3,
-        }
-        | {
-            "head_dim": 64,
-            "max_position_embeddings": 8192,
-            "rope_theta": 100000.0,
-            "tie_word_embeddings": True,
-        }
-        | {"bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 2}
-    ),
-    "tiny": (
-        {
-            "vocab_size": 259,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_layers": 2,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 16,
-        }
-        | {
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-            "bos_token_id": 256,
-            "eos_token_ids": (257,),
-            "pad_token_id": 258,
-        }
-    ),
-}
-PRESETS: dict[str, LlamaConfig] = {name: LlamaConfig(**row) for name, row in _ROWS.items()}
-
-
-def preset(name: str) -> LlamaConfig:
-    """The LlamaConfig of a named model shape.
-
-    Args:
-      name: a key of `PRESETS`, e.g. "llama-3.2-1b".
-
-    Raises:
-      ConfigError: no such shape; the message names the nearest.
-    """
-    require(name in PRESETS, f"unknown model preset {name!r}: {nearest(name, PRESETS)}.")
-    return PRESETS[name]

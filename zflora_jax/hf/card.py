@@ -39,7 +39,8 @@ def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any])
     """
     base, adapter = base_name(model), model.adapter
     hub = [f"base_model: {base}"] if base and "/" in base else []
-    title = f"# {base or 'Llama'}{f', {adapter.method} adapter fused in' if adapter else ''}"
+    title = f"# {base or model.config.traits.title}"
+    title += f", {adapter.method} adapter fused in" if adapter else ""
     table = {
         "base": base or "not recorded",
         "parameters": f"{report['parameters']:,}",
@@ -69,26 +70,29 @@ These weights derive from the base model; its licence and terms apply to them.
 """
 
 _FUSED = """\
-A Llama fine-tuned with a {method} adapter by zflora_jax. The adapter is fused: it lives in extra\
+A {title} fine-tuned with a {method} adapter by zflora_jax. The adapter is fused: it lives in extra\
  channels of the ordinary
-kernels, so this is a stock LlamaForCausalLM with slightly wider layers and needs no custom code.\
+kernels, so this is a stock {stock} with slightly wider layers and needs no custom code.\
  zflora_jax can take the adapter out
 again (`load_model`, then `unfuse`), which gives back the base model bit for bit."""
 
 _SOURCE = "The method is a reconstruction of {source}, not the paper's own code."
 
 _MERGED = (
-    "A Llama fine-tuned by zflora_jax (method {method}), merged into the base kernels: a stock"
-    " LlamaForCausalLM of the base's shape."
+    "A {title} fine-tuned by zflora_jax (method {method}), merged into the base kernels: a stock"
+    " {stock} of the base's shape."
 )
 
 
 def _description(model: Model) -> list[str]:
+    family = model.config.traits
     if model.adapter is None:
-        return ["A Llama saved by zflora_jax, unchanged but for its dtype."]
+        return [f"A {family.title} saved by zflora_jax, unchanged but for its dtype."]
     method = model.adapter.method
     row = METHODS[method]
-    text = (_FUSED if row.widens else _MERGED).format(method=method)
+    text = (_FUSED if row.widens else _MERGED).format(
+        method=method, title=family.title, stock=family.architecture
+    )
     return [text, _SOURCE.format(source=row.source)] if row.source else [text]
 
 

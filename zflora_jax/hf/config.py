@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import ConfigError, from_dict, require
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.rope import turned_dims, with_turned_dims
@@ -14,14 +15,13 @@ from zflora_jax.hf.rope import turned_dims, with_turned_dims
 # Features that the forward pass has no code for: key -> the values that leave the features off. The
 # other keys of a config.json do not change the forward pass.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
+    "model_type": tuple(FAMILIES),
     "hidden_act": ("silu", "swish", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
     "partial_rotary_factor": (1, 1.0, None),
     "quantization_config": (None, {}),
-    "sliding_window": (None, False),
     "is_encoder_decoder": (False, None),
 }
 
@@ -41,13 +41,15 @@ def from_hf_config(
         in zflora.json.
 
     Returns:
-      The config; where a key is missing, the default of transformers' LlamaConfig.
+      The config; where a key is missing, the default of the family's config in transformers.
 
     Raises:
-      ConfigError: the forward pass has no code for a feature (biases, other activations and RoPE
-        types, quantised weights, custom modelling code, ...); it is named.
+      ConfigError: the forward pass has no code for a feature (other biases, activations and RoPE
+        types, windows in some layers only, quantised weights, custom modelling code, ...); it is
+        named.
     """
     _refuse(hf)
+    hf = FAMILIES[hf["model_type"]].defaults | dict(hf)
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     head_dim = hf.get("head_dim")
     if head_dim is None:
@@ -75,6 +77,9 @@ def from_hf_config(
         "bos_token_id": _token(hf, generation, "bos_token_id", 1),
         "eos_token_ids": _tokens(hf, generation),
         "pad_token_id": _token(hf, generation, "pad_token_id", None),
+        "family": hf["model_type"],
+        "sliding_window": _window(hf),
+        "nope_layers": _nope_layers(hf),
     }
     config = from_dict(LlamaConfig, values, "config.json")
     return config if turned is None else with_turned_dims(config, _rope_table(hf), turned)
@@ -82,22 +87,22 @@ def from_hf_config(
 
 def _refuse(hf: Mapping[str, Any]) -> None:
     """ConfigError that names what the forward pass has no code for."""
-    require("model_type" in hf, "config.json has no model_type; expected 'llama'.")
+    require("model_type" in hf, f"config.json has no model_type; expected {' or '.join(FAMILIES)}.")
     for key, allowed in _ONLY.items():
         require(
             hf.get(key, allowed[-1]) in allowed,
             f"config.json: {key}={hf.get(key)!r} is not supported; only"
             f" {' or '.join(map(repr, allowed))}.",
         )
-    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
+    stock = FAMILIES[hf["model_type"]].architecture
+    architectures = hf.get("architectures") or [stock]
     require(
-        "LlamaForCausalLM" in architectures,
-        f"config.json: architectures={architectures!r} is not supported; only"
-        " ['LlamaForCausalLM'].",
+        stock in architectures,
+        f"config.json: architectures={architectures!r} is not supported; only {[stock]}.",
     )
     require(
         "AutoModelForCausalLM" not in (hf.get("auto_map") or {}),
-        "config.json: auto_map names custom modelling code; only the stock Llama is supported.",
+        f"config.json: auto_map names custom modelling code; only the stock {stock} is supported.",
     )
     for key in (
         "vocab_size",
@@ -110,6 +115,47 @@ def _refuse(hf: Mapping[str, Any]) -> None:
             isinstance(hf.get(key), int),
             f"config.json: {key}={hf.get(key)!r}: expected a whole number.",
         )
+
+
+def _window(hf: Mapping[str, Any]) -> int | None:
+    """The sliding window of all layers, None without one."""
+    family, window, layers = hf["model_type"], hf.get("sliding_window"), hf["num_hidden_layers"]
+    kinds = hf.get("layer_types")
+    if not FAMILIES[family].window:
+        used = hf.get("use_sliding_window", bool(window))
+        require(
+            not (used and window),
+            f"config.json: sliding_window={window!r} is not supported for {family}; only None.",
+        )
+        return None
+    if family != "mistral":
+        used = hf.get("use_sliding_window", False) and window is not None
+        if kinds is None:
+            first = hf.get("max_window_layers", 28) if used else layers
+            kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        window = window if "sliding_attention" in kinds else None
+    require(
+        window is None or set(kinds or ()) <= {"sliding_attention"},
+        f"config.json: a sliding window of {window} in some layers only is not supported; it must"
+        " be in all of them or in none (layer_types, max_window_layers).",
+    )
+    return window or None
+
+
+def _nope_layers(hf: Mapping[str, Any]) -> list[int]:
+    """The layers without RoPE."""
+    if not FAMILIES[hf["model_type"]].nope:
+        return []
+    every, layers = hf.get("no_rope_layer_interval", 4), hf["num_hidden_layers"]
+    given = hf.get("no_rope_layers")
+    if given is None:
+        given = [int((i + 1) % every != 0) for i in range(layers)]
+    require(
+        isinstance(given, list) and len(given) >= layers,
+        f"config.json: no_rope_layers={given!r}: expected 1 (with RoPE) or 0 for each of the"
+        f" {layers} layers.",
+    )
+    return [i for i in range(layers) if not given[i]]
 
 
 def _token(
@@ -167,7 +213,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]
 def to_hf_config(
     config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Make the config.json of a stock LlamaForCausalLM, for transformers 4 and 5.
+    """Make the config.json of the family's stock class, for transformers 4 and 5.
 
     Args:
       config: of a model in stock form.
@@ -191,8 +237,8 @@ def to_hf_config(
             "original_max_position_embeddings": s.original_max_position_embeddings,
         }
     eos = config.eos_token_ids
-    return {
-        "architectures": ["LlamaForCausalLM"],
+    return _own_keys(config) | {
+        "architectures": [config.traits.architecture],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": config.bos_token_id,
@@ -205,7 +251,7 @@ def to_hf_config(
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_position_embeddings,
         "mlp_bias": False,
-        "model_type": "llama",
+        "model_type": config.family,
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
@@ -222,3 +268,22 @@ def to_hf_config(
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
+
+
+def _own_keys(config: LlamaConfig) -> dict[str, Any]:
+    """The keys that not every family has."""
+    window, layers = config.sliding_window, config.num_layers
+    found: dict[str, Any] = {}
+    if config.traits.window:
+        found["sliding_window"] = window
+    if config.traits.window and config.family != "mistral":
+        kind = "full_attention" if window is None else "sliding_attention"
+        found["use_sliding_window"] = window is not None
+        found["max_window_layers"] = layers if window is None else 0
+        found["layer_types"] = [kind] * layers
+    if config.traits.nope:
+        found["no_rope_layers"] = [int(i not in config.nope_layers) for i in range(layers)]
+        found["no_rope_layer_interval"] = 4
+        found["layer_types"] = ["full_attention"] * layers
+        found["use_sliding_window"] = False
+    return found

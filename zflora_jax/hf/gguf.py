@@ -1,4 +1,4 @@
-"""Llamas from GGUF files (llama.cpp), dequantised tensor by tensor. Needs no torch."""
+"""Models from GGUF files (llama.cpp), dequantised tensor by tensor. Needs no torch."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ _LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -43,7 +45,7 @@ _TOP = {
 
 
 def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -> Model:
-    """Load the Llama in a GGUF file.
+    """Load the model in a GGUF file.
 
     Args:
       path: the file.
@@ -57,7 +59,7 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -
       unknown kind).
 
     Raises:
-      ConfigError: the model is not a Llama that the forward pass has code for.
+      ConfigError: the forward pass has no code for the model.
       CheckpointError: the file is damaged, or its tensors are missing, unexpected, misshapen or not
         finite.
     """
@@ -73,7 +75,7 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -
         # A block of quantised numbers cannot be cut, so the tensor is read whole.
         tensor = tensors[name]
         array = file.dequantised(tensor)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if config.traits.gguf_pairs and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             array = _half_split(array, heads)
         return place.to_native(as_finite(array, config.execution.dtype, tensor.name, what))[slices]
@@ -85,9 +87,9 @@ def load_gguf(path: Path, dtype: str, scan_layers: bool, sharding: Any = None) -
 def _hf_name(name: str) -> str:
     if name in _TOP:
         return _TOP[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     return (
-        f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight"
+        f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
         if match and match[2] in _LAYER
         else name
     )

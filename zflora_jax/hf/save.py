@@ -44,7 +44,8 @@ def save_hf(
     card: Mapping[str, Any] | None = None,
     eps_z: float | None = None,
 ) -> dict[str, Any]:
-    """Write a base or fused model as a LlamaForCausalLM directory (transformers 4.57 and 5, vLLM).
+    """Write a base or fused model as a directory of its family's stock class (LlamaForCausalLM,
+    Qwen3ForCausalLM, ...; transformers 4.57 and 5, vLLM).
 
     The directory appears whole or not at all. An existing one is replaced only if it is an export
     of this project with nothing added to it; any other is left alone and refused. Processes that
@@ -115,7 +116,7 @@ def _finish(
 def _sizes(form: StockForm) -> dict[str, Any]:
     """What a report says of the stored model."""
     sizes = {"parameters": count_base(form.config), "widths": _widths(form.config)}
-    return sizes if form.native.base_hidden_size is None else sizes | {"eps_z": form.eps_z}
+    return sizes | {"eps_z": form.eps_z} if form.has_state else sizes
 
 
 def _widths(config: LlamaConfig) -> str:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from zflora_jax.core import trees
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
 
 CHOICES = tuple(2.0**-k for k in range(11))  # 1, 1/2, ... 2^-10
 # Rows that read the state are divided by eps_z; below this they leave the range of float16.
@@ -39,8 +40,7 @@ def choose_eps_z(model: Model, dtype: str) -> float:
 
     Returns:
       The largest power of two in 2^-10..1 whose effect on the logits, estimated by `state_share`
-      with a safety factor of 4, is below the rounding of `dtype`; 1 for a model without a residual
-      state.
+      with a safety factor of 4, is below the rounding of `dtype`; 1 for a model without a state.
     """
     share = state_share(model)
     fits = [eps for eps in CHOICES if _SAFETY * share * eps**2 / 2 <= _ERROR[dtype]]
@@ -55,19 +55,29 @@ def state_share(model: Model) -> float:
     and to the base channels x. For inputs without a preferred direction, the energies of the two
     are as the squared Frobenius norms of the columns, and a sum of contributions has at most the
     largest share of a single one. The embedding adds to x alone, so it only makes the share
-    smaller.
+    smaller. The same of the adapter dims of heads that are normed, from the q and k kernels.
     """
-    d = model.config.norm_dim
-    if d == model.config.hidden_size:
-        return 0.0
-    shares = [0.0]
+    config, shares = model.config, [0.0]
+    # kernel -> (channels of the base that it writes, axes of them)
+    writes = {"o": (config.norm_dim, 1), "down": (config.norm_dim, 1)}
+    if config.traits.qk_norm:
+        writes |= {"q": (config.rotary_dim, 2), "k": (config.rotary_dim, 2)}
     for name, leaf in trees.flatten(model.params).items():
-        if name.endswith(("o/kernel", "down/kernel")):
-            axes = tuple(range(name.startswith("layers/"), leaf.ndim - 1))
-            energy = _energy(leaf, axes)
-            state, base = jnp.sum(energy[..., d:], -1), jnp.sum(energy[..., :d], -1)
-            shares.append(float(jnp.max(jnp.where(state > 0, state / base, 0.0))))
+        module, parameter = name.split("/")[-2:]
+        base, axes = writes.get(module, (leaf.shape[-1], 1))
+        if parameter == "kernel" and base < leaf.shape[-1]:
+            energy = _energy(leaf, tuple(range(name.startswith("layers/"), leaf.ndim - axes)))
+            state, rest = jnp.sum(energy[..., base:], -1), jnp.sum(energy[..., :base], -1)
+            shares.append(float(jnp.max(jnp.where(state > 0, state / rest, 0.0))))
     return max(shares)
+
+
+def scales_state(config: LlamaConfig) -> bool:
+    """Whether stock form stores anything of a model times eps_z: a residual state, or adapter dims
+    of heads that are normed.
+    """
+    heads = config.traits.qk_norm and config.base_head_dim is not None
+    return heads or config.base_hidden_size is not None
 
 
 @partial(jax.jit, static_argnums=1)
@@ -83,7 +93,7 @@ def check_eps_z(model: Model, eps_z: float) -> float:
       `eps_z`.
 
     Raises:
-      ConfigError: it is not a power of two in 2^-10..1, or the model has no residual state.
+      ConfigError: it is not a power of two in 2^-10..1, or the model has no state.
     """
     require(
         eps_z in CHOICES,
@@ -92,8 +102,8 @@ def check_eps_z(model: Model, eps_z: float) -> float:
         " exact; leave it out to have it chosen from the weights.",
     )
     require(
-        model.config.base_hidden_size is not None,
-        f"eps_z={eps_z!r} scales the residual state of the zflora methods, and this model has none;"
-        " leave it out.",
+        scales_state(model.config),
+        f"eps_z={eps_z!r} scales the residual state of the zflora methods (and the adapter dims of"
+        " heads that are normed), and this model has none; leave it out.",
     )
     return eps_z

@@ -1,7 +1,7 @@
-"""From the native fused form to the stock form of Hugging Face's LlamaForCausalLM, and back.
+"""From the native fused form to the stock form of Hugging Face's classes, and back.
 
 A native fused model takes its RMSNorm over the base channels, rotates the base dims of a head and
-divides scores by sqrt(k). Stock Llama does all three over the full width. Stock form gets the same
+divides scores by sqrt(k). Stock classes do all three over the full width. Stock form gets the same
 function by changing numbers only:
 
 - residual d+r: padded with zero channels to a width D that the heads divide; the adapter state
@@ -10,6 +10,10 @@ function by changing numbers only:
 - heads k+e: base dims moved to the places that RoPE pairs up, [0, k/2) and [(k+e)/2, (k+e)/2 +
   k/2), in q and k alike; q times sqrt((k+e)/k); the wanted frequencies written as `longrope`
   factors, 1e30 (no rotation) for adapter pairs.
+- norms of heads (q_norm, k_norm): adapter dims of q and k stored times eps_z, their gains divided
+  by it; gains of k times sqrt(k/(k+e)), which for those of q and the scale of scores cancel. There
+  is one rms_norm_eps, the residual stream's; that of heads is off by less than itself, in sums of
+  squares that it is far below.
 
 Letters: d residual width, k head dim, r and e what an adapter adds to them, D padded width.
 """
@@ -24,13 +28,14 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.core import trees
+from zflora_jax.core.architecture import QK_NORMS
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, Slices, as_finite, hf_table
 from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
-from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
+from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z, scales_state
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
 _READS, _WRITES, _NORMS = (
@@ -38,6 +43,7 @@ _READS, _WRITES, _NORMS = (
     ("o", "down"),
     ("attn_norm", "mlp_norm", "final_norm"),
 )
+_TURNED = ("q", "k", "q_bias", "k_bias", *QK_NORMS)  # what has the order of heads' dims
 TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with zeros
 
 
@@ -45,11 +51,12 @@ TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with 
 class StockForm:
     """The stock form of a native model.
 
-    `module` in the methods is the parent of a leaf in the native tree: "q", "embed", ...
+    `module` in the methods is that of `module_of`: "q", "embed", ...
 
     Attributes:
       native: the native config.
-      eps_z: scale of the stored residual state, a power of two.
+      eps_z: scale of the stored residual state and of the adapter dims of normed heads, a power of
+        two.
     """
 
     native: LlamaConfig
@@ -106,22 +113,26 @@ class StockForm:
         """Whether stock form rounds this module's numbers, so that the native ones are stored
         beside the export.
         """
+        rounded = ("k_norm",) if self.native.traits.qk_norm else ("q", "q_bias")
         return (module in _NORMS and self.native.base_hidden_size is not None) or (
-            module == "q" and self.native.base_head_dim is not None
+            module in rounded and self.native.base_head_dim is not None
         )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether anything is stored times eps_z."""
+        return scales_state(self.native)
 
     def forward(self, module: str, x: np.ndarray) -> np.ndarray:
         """Bring a native leaf of one layer into stock form.
 
         Args:
-          module: its parent in the native tree.
+          module: its name by `module_of`.
           x: float32, in native layout.
         """
         n = self.native
-        if n.base_head_dim is not None and module in ("q", "k"):
-            x = x[..., self.head_order]
-            if module == "q":
-                x = x * np.float32(math.sqrt(n.head_dim / n.rotary_dim))
+        if n.base_head_dim is not None and module in _TURNED:
+            x = (x * self._head_scale(module))[..., self.head_order]
         if n.base_hidden_size is None or (axis := _residual_axis(module, x.ndim)) is None:
             return x
         padding = [(0, self.width - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
@@ -131,7 +142,7 @@ class StockForm:
         """The inverse of `forward` on a block of a leaf; exact except where `restored` is true.
 
         Args:
-          module: its parent in the native tree.
+          module: its name by `module_of`.
           x: the block, float32; of heads it holds all dims.
           at: its slices, in the native leaf and in stock form alike: padding comes last.
         """
@@ -143,12 +154,18 @@ class StockForm:
 
     def inverse_heads(self, module: str, x: np.ndarray) -> np.ndarray:
         """The part of `inverse` that concerns heads."""
-        n = self.native
-        if n.base_head_dim is None or module not in ("q", "k"):
+        if self.native.base_head_dim is None or module not in _TURNED:
             return x
-        if module == "q":
-            x = x / np.float32(math.sqrt(n.head_dim / n.rotary_dim))
-        return x[..., np.argsort(self.head_order)]
+        return x[..., np.argsort(self.head_order)] / self._head_scale(module)
+
+    def _head_scale(self, module: str) -> np.ndarray:
+        """The factors of a head's dims, [k+e] float32, in native order."""
+        n = self.native
+        scale, wider = np.ones(n.head_dim, np.float32), math.sqrt(n.head_dim / n.rotary_dim)
+        if not n.traits.qk_norm:
+            return scale * np.float32(wider if module.startswith("q") else 1)
+        scale[n.rotary_dim :] = 1 / self.eps_z if module in QK_NORMS else self.eps_z
+        return scale / np.float32(wider if module == "k_norm" else 1)
 
     def _scale(self, module: str, width: int, axis: int, ndim: int) -> np.ndarray:
         """The factors of a leaf's residual channels, shaped to broadcast along `axis`."""
@@ -170,8 +187,9 @@ def _residual_axis(module: str, ndim: int) -> int | None:
 
 
 def module_of(place: Place) -> str:
-    """The parent of a leaf in the native tree: "q", "embed", ..."""
-    return place.leaf.split("/")[-2]
+    """The parent of a leaf in the native tree: "q", "embed", ...; of a bias "q_bias"."""
+    module, parameter = place.leaf.split("/")[-2:]
+    return f"{module}_bias" if parameter == "bias" else module
 
 
 def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockForm:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from zflora_jax.adapters.methods import ResolvedAdapter, resolve_adapter
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.architecture import kernel_shapes
+from zflora_jax.core.architecture import has_bias, kernel_shapes
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.nn.kv_cache import KVCache, LayerCache
 from zflora_jax.nn.layers import Channels, Dense, RMSNorm, swiglu
@@ -37,16 +37,19 @@ class Attention(nn.Module):
         self.extra = resolved(c, adapter).heads
         if c.execution.packed:
             width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-            self.qkv = Dense((c.hidden_size,), (width,), flat=True)
+            self.qkv = Dense((c.hidden_size,), (width,), bias=has_bias(c, "q"), flat=True)
         self.q, self.k, self.v = (dense(c, adapter, name) for name in "qkv")
         self.o = dense(c, adapter, "o")
+        if c.traits.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(c.head_dim, c.rotary_dim, c.rms_norm_eps, c.execution.packed) for _ in "qk"
+            )
 
     def __call__(
-        self, h: Channels, context: Context, cache: LayerCache | None
+        self, h: Channels, context: Context, cache: LayerCache | None, turned: Array | None = None
     ) -> tuple[Channels, LayerCache | None]:
         q, k, v = self.project(h)
-        q = apply_rope(q, context.cos, context.sin)
-        k = apply_rope(k, context.cos, context.sin)
+        q, k = (apply_rope(x, context.cos, context.sin, turned) for x in (q, k))
         alone = context.mask.same_tokens
         past, cache = KVCache.update(cache, k, v, context.index, alone)
         out = attention(q, past.keys, past.values, context.mask, self.config.rotary_dim**-0.5)
@@ -59,10 +62,12 @@ class Attention(nn.Module):
             packed = split_heads(self.qkv(h[0])[0], self.config)
         x = beside(h[0])
         q, k, v = (
-            self._widened(*kernel(*h, base, x))
+            kernel(*h, base, x)
             for kernel, base in zip((self.q, self.k, self.v), packed, strict=True)
         )
-        return q, k, v
+        if self.config.traits.qk_norm:
+            q, k = self.q_norm(*q), self.k_norm(*k)
+        return self._widened(*q), self._widened(*k), self._widened(*v)
 
     def merge(self, out: Array) -> Channels:
         """What the heads [B, T, H, k+e] write to the residual stream."""
@@ -111,7 +116,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The carry is the residual stream."""
+    """One layer. The carry is the residual stream; `turned` says whether the layer has RoPE, None
+    of a model whose layers all do.
+    """
 
     config: LlamaConfig
     adapter: AdapterConfig | None
@@ -124,9 +131,13 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(c, self.adapter), MLP(c, self.adapter)
 
     def __call__(
-        self, carry: Channels, cache: LayerCache | None, context: Context
+        self,
+        carry: Channels,
+        cache: LayerCache | None,
+        turned: Array | None,
+        context: Context,
     ) -> tuple[Channels, LayerCache | None]:
-        update, cache = self.attn(self.attn_norm(*carry), context, cache)
+        update, cache = self.attn(self.attn_norm(*carry), context, cache, turned)
         carry = jax.tree.map(lambda x: save_for_backward(x, "residual"), add(carry, update))
         return add(carry, self.mlp(self.mlp_norm(*carry))), cache
 
@@ -140,7 +151,8 @@ def dense(config: LlamaConfig, adapter: AdapterConfig | None, kernel: str) -> De
     """The layer of a kernel, with the blocks that the adapter has for it."""
     axes_in, axes_out = kernel_shapes(config)[kernel]
     blocks = resolved(config, adapter).blocks.get(kernel, ())
-    return Dense(axes_in, axes_out, adapter, blocks, config.execution.packed)
+    bias = has_bias(config, kernel)
+    return Dense(axes_in, axes_out, adapter, blocks, bias, config.execution.packed)
 
 
 def add(stream: Channels, update: Channels) -> Channels:

@@ -59,6 +59,7 @@ class Dense(AdaptedModule):
       out_axes: of the output.
       adapter: of the blocks; None without one.
       blocks: their names.
+      bias: whether a bias is added to x W.
       flat: W is stored as `ops.linear.packed_linear` reads it, [out, in], both flattened; adapter
         blocks are not.
     """
@@ -67,6 +68,7 @@ class Dense(AdaptedModule):
     out_axes: tuple[int, ...]
     adapter: AdapterConfig | None = None
     blocks: tuple[str, ...] = ()
+    bias: bool = False
     flat: bool = False
 
     @nn.compact
@@ -113,18 +115,22 @@ class Dense(AdaptedModule):
         return y, y_z
 
     def _product(self, x: Array) -> Array:
-        """x W: [B, T, *in_axes] -> [B, T, *out_axes]."""
+        """x W and the bias: [B, T, *in_axes] -> [B, T, *out_axes]."""
         n, init = len(self.in_axes), nn.initializers.normal(0.02)
         if self.flat:
             flat = x.reshape(*x.shape[:-n], -1)
             shape = math.prod(self.out_axes), flat.shape[-1]
             kernel = self.base_param("kernel", init, shape)
-            y = packed_linear(flat, kernel.astype(x.dtype))
-            return y.reshape(*x.shape[:-n], *self.out_axes)
-        kernel = self.base_param("kernel", init, self.in_axes + self.out_axes)
-        # A frozen kernel has no gradient to arrange.
-        product = project if self.has_variable("adapters", "kernel") else jnp.tensordot
-        return product(x, kernel.astype(x.dtype), n)
+            y = packed_linear(flat, kernel.astype(x.dtype)).reshape(*x.shape[:-n], *self.out_axes)
+        else:
+            kernel = self.base_param("kernel", init, self.in_axes + self.out_axes)
+            # A frozen kernel has no gradient to arrange.
+            product = project if self.has_variable("adapters", "kernel") else jnp.tensordot
+            y = product(x, kernel.astype(x.dtype), n)
+        if not self.bias:
+            return y
+        bias = self.base_param("bias", nn.initializers.zeros, self.out_axes)
+        return y + bias.astype(y.dtype)[(None,) * (y.ndim - bias.ndim)]
 
     def _dropped(self, x: Array) -> Array:
         """`x` with the adapter's dropout, where a random stream "dropout" is given: in training."""
@@ -136,8 +142,8 @@ class Dense(AdaptedModule):
 
 
 class RMSNorm(AdaptedModule):
-    """x / rms * gain, with the mean square over the base's channels; z is divided by the same rms,
-    gain 1. Computed in float32.
+    """x / rms * gain over the last axis, with the mean square over the base's channels; z is
+    divided by the same rms, gain 1. Computed in float32. Of the residual stream, or of heads.
 
     Attributes:
       dim: channels of x.
@@ -171,7 +177,8 @@ def _normalise(
     counted = wide if tiny_state else wide[..., :norm_dim]
     mean = jnp.sum(jnp.square(counted), axis=-1, keepdims=True) / norm_dim
     inverse = jax.lax.rsqrt(mean + eps)
-    y = (wide * inverse * gain.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+    gain = gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)
+    y = (wide * inverse * gain).astype(x.dtype)
     return y, None if z is None else (z.astype(jnp.float32) * inverse).astype(z.dtype)
 
 

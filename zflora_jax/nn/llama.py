@@ -1,5 +1,5 @@
-"""The Llama forward: one for base, adapted, fused and packed trees, with or without a key/value
-cache.
+"""The forward of all families: one for base, adapted, fused and packed trees, with or without a
+key/value cache.
 
 Shapes in names: B batch, T tokens, S cache slots, d residual width, V vocabulary; r the channels
 that an adapter adds to d. Parameter names and shapes: `core.architecture.param_shapes`; adapters:
@@ -35,7 +35,7 @@ from zflora_jax.parallel.sharding import divide_embeddings
 
 
 class Llama(nn.Module):
-    """A Llama-style decoder.
+    """A Llama-style decoder, of any of `core.families.FAMILIES`.
 
     Attributes:
       config: shape and execution.
@@ -59,7 +59,7 @@ class Llama(nn.Module):
                 block,
                 {"params": 0, "adapters": 0},
                 split_rngs={"params": True, "dropout": True},  # each layer draws for itself
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast),
                 out_axes=0,
                 length=c.num_layers,
             )(c, adapter)
@@ -106,6 +106,7 @@ class Llama(nn.Module):
         if not self.is_initializing():
             check_collection(self.config, self.adapter, self.variables.get("adapters"))
         positions, mask, slots = positions_and_mask(tokens.shape, padding_mask, segment_ids, cache)
+        mask = mask.within(self.config.sliding_window, slots.shape[1])
         cos, sin = rope_tables(self.config, positions, slots.shape[1])
         context = Context(cos, sin, mask, None if cache is None else cache.index)
 
@@ -125,11 +126,14 @@ class Llama(nn.Module):
         return self.embed.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def _run_layers(self, carry: Channels, caches: Any, context: Context) -> tuple[Channels, Any]:
-        if self.config.execution.scan_layers:
-            return self.layers(carry, caches, context)
+        c = self.config
+        turned = jnp.asarray([i not in c.nope_layers for i in range(c.num_layers)])
+        if c.execution.scan_layers:
+            return self.layers(carry, caches, turned if c.nope_layers else None, context)
         updated = []
         for i, layer in enumerate(self.layers):
-            carry, cache = layer(carry, None if caches is None else caches[i], context)
+            here = turned[i] if i in c.nope_layers else None
+            carry, cache = layer(carry, None if caches is None else caches[i], here, context)
             updated.append(cache)
         return carry, updated
 

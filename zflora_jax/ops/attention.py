@@ -45,7 +45,7 @@ def attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -
         return block_attention(q, k, v, mask, scale)
 
     def run(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-        return FLASH[kernel](q, k, v, segments, scale)
+        return FLASH[kernel](q, k, v, segments, scale, mask.window)
 
     if not several_devices():
         return run(q, k, v, mask.queries)

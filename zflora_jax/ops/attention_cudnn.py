@@ -50,10 +50,11 @@ def cudnn_attention(
     v: Array,
     segments: Array | None,
     scale: float,
+    window: int | None = None,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
-    """Causal attention of T tokens within their segments; see `attention.attention`. Padding
-    attends to padding and to what is real.
+    """Causal attention of T tokens within their segments and a window; see `attention.attention`.
+    Padding attends to padding and to what is real.
 
     Memory grows with T: no scores are kept (results/attention.md). Not timed on a GPU by this
     project.
@@ -64,6 +65,7 @@ def cudnn_attention(
       v: [B, K, T, k].
       segments: [B, T] int32 or bool, see `AttentionMask.queries`; None: one.
       scale: of the scores.
+      window: see `AttentionMask.window`.
       implementation: "xla" computes the same without cuDNN, for tests.
     """
     width, k, v = q.shape[3], k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
@@ -77,8 +79,13 @@ def cudnn_attention(
         q, k = (_widened(x, more) for x, more in ((q, of_queries), (k, of_keys)))
         v = _widened(v, jnp.zeros_like(of_keys))
     allow_absent_cudnn()
+    before = None if window is None else (window - 1, 0)
     out = jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, implementation=implementation
+        *(q, k, v),
+        scale=scale,
+        is_causal=True,
+        local_window_size=before,
+        implementation=implementation,
     )
     return out[..., :width] if back is None else _reordered(out, back, order)
 

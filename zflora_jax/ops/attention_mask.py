@@ -6,6 +6,8 @@ Letters: B batch, T query positions, S key slots, n blocks of queries.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flax.struct
 import jax.numpy as jnp
 
@@ -14,7 +16,8 @@ from zflora_jax.ops.linear import Array
 
 @flax.struct.dataclass
 class AttentionMask:
-    """A query attends to the keys of its own segment, up to its own slot.
+    """A query attends to the keys of its own segment, up to its own slot, and no further back than
+    the window.
 
     Every query is a key too, so none attends to nothing: padding, whose segment is its own, attends
     to padding. What a kernel gives for padding may differ from that, but is finite.
@@ -25,11 +28,17 @@ class AttentionMask:
       keys: [B, S], of each key, in the same terms; None as in `queries`.
       first: int32, the slot of the first query; None means that queries and keys are of the same T
         tokens, which flash kernels need to know while a program is compiled.
+      window: how many slots a query attends to at most, its own the last; None: all.
     """
 
     queries: Array | None = None
     keys: Array | None = None
     first: Array | None = None
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def within(self, window: int | None, slots: int) -> AttentionMask:
+        """The same with a window, which limits nothing where it has room for all slots."""
+        return replace(self, window=None if window is None or window >= slots else window)
 
     @property
     def same_tokens(self) -> bool:
@@ -45,7 +54,10 @@ class AttentionMask:
         """
         first = jnp.zeros((), jnp.int32) if self.first is None else self.first
         at = first + jnp.arange(length, dtype=jnp.int32)
-        causal = jnp.arange(slots, dtype=jnp.int32)[None, :] <= at[:, None]
+        slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+        causal = slot <= at[:, None]
+        if self.window is not None:
+            causal &= slot > at[:, None] - self.window
         if self.queries is None and self.keys is None:
             return causal[None, None]
         queries, keys = (
@@ -62,4 +74,4 @@ class AttentionMask:
         queries = self.queries
         if queries is not None:
             queries = jnp.moveaxis(queries.reshape(len(queries), blocks, -1), 1, 0)
-        return AttentionMask(queries, None, first)
+        return AttentionMask(queries, None, first, self.window)

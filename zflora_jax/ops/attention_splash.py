@@ -34,9 +34,10 @@ def splash_attention(
     v: Array,
     segments: Array | None,
     scale: float,
+    window: int | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Causal attention of T tokens within their segments; see `attention.attention`.
+    """Causal attention of T tokens within their segments and a window; see `attention.attention`.
 
     Memory grows with T: no scores are kept (results/attention.md).
 
@@ -46,6 +47,7 @@ def splash_attention(
       v: [B, K, T, k].
       segments: [B, T] int32 or bool, see `AttentionMask.queries`; None: one.
       scale: of the scores.
+      window: see `AttentionMask.window`.
       interpret: run the kernel's steps as plain operations, for tests on a CPU.
     """
     (B, T, H, width), K = q.shape, k.shape[1]
@@ -56,7 +58,7 @@ def splash_attention(
     q, k, v = (jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0))) for x in given)
     if segments is not None:
         segments = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, more)))
-    out = _splash(q, k, v, segments, interpret)[..., :T, :]
+    out = _splash(q, k, v, segments, window, interpret)[..., :T, :]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, width)
 
 
@@ -65,21 +67,23 @@ def block_size(length: int) -> int:
     return next(size for size in (512, 384, 256, 128) if length % size == 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _splash(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _splash(
+    q: Array, k: Array, v: Array, segments: Array | None, window: int | None, interpret: bool
+) -> Array:
     """[B, K, G, T, k] of q of that shape and of k and v [B, K, T, k]."""
-    return _traced(q, lambda: _kernel(q, segments, interpret)(q, k, v))
+    return _traced(q, lambda: _kernel(q, segments, window, interpret)(q, k, v))
 
 
 def _splash_forward(
-    q: Array, k: Array, v: Array, segments: Array | None, interpret: bool
+    q: Array, k: Array, v: Array, segments: Array | None, window: int | None, interpret: bool
 ) -> tuple[Array, tuple[Any, Array]]:
-    out, back = _traced(q, lambda: jax.vjp(_kernel(q, segments, interpret), q, k, v))
+    out, back = _traced(q, lambda: jax.vjp(_kernel(q, segments, window, interpret), q, k, v))
     return out, (back, q)
 
 
 def _splash_backward(
-    interpret: bool, saved: tuple[Any, Array], d_out: Array
+    window: int | None, interpret: bool, saved: tuple[Any, Array], d_out: Array
 ) -> tuple[Array, Array, Array, None]:
     back, q = saved
     return (*_traced(q, lambda: back(d_out)), None)
@@ -100,7 +104,9 @@ def _traced(q: Array, function: Callable[[], Any]) -> Any:
             return function()
 
 
-def _kernel(q: Array, segments: Array | None, interpret: bool) -> Callable[..., Array]:
+def _kernel(
+    q: Array, segments: Array | None, window: int | None, interpret: bool
+) -> Callable[..., Array]:
     """The kernel over q [B, K, G, T, k], k and v [B, K, T, k]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
@@ -108,9 +114,13 @@ def _kernel(q: Array, segments: Array | None, interpret: bool) -> Callable[..., 
     )
 
     group, length = q.shape[2:4]
+    square = (length, length)
+    mask: Any = masks.CausalMask(square)
+    if window is not None:
+        mask = masks.LocalMask(square, (window - 1, 0), 0)
     size = block_size(length)
     kernel = splash.make_splash_mqa_single_device(
-        masks.MultiHeadMask([masks.CausalMask((length, length))] * group),
+        masks.MultiHeadMask([mask] * group),
         # Not the fused backward kernel, whose d_q takes a part for each block of keys.
         block_sizes=splash.BlockSizes(*(size, size, size), *(size, size, size), *(size, size)),
         residual_checkpoint_name="heads",  # its result and the sums of its softmax

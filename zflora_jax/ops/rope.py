@@ -87,10 +87,18 @@ def _frequencies(config: LlamaConfig) -> np.ndarray:
     return np.pad(frequencies, (0, pairs - len(frequencies)))
 
 
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+def apply_rope(x: Array, cos: Array, sin: Array, turned: Array | None = None) -> Array:
     """Turn the first k dims of heads x [B, T, heads, k or more]; pairs are (i, i + k/2). Dims
     beyond k carry no position and pass through.
+
+    Args:
+      x: heads.
+      cos: of `rope_tables`, as sin.
+      sin: as cos.
+      turned: bool, False where nothing is turned (a layer without RoPE); None: turned.
     """
+    if turned is not None:
+        cos, sin = jnp.where(turned, cos, 1.0), jnp.where(turned, sin, 0.0)
     half = cos.shape[-1]
     first, second, rest = (
         x[..., :half].astype(jnp.float32),

@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
     (r"attn/[qkv]/(kernel|forward)", ("fsdp", "tensor", None)),
+    (r"attn/[qkv]/bias", ("tensor", None)),
     (r"attn/[qkv]/(backward|cross)", (None, "tensor", None)),
     (r"attn/o/(kernel|backward)", ("tensor", None, "fsdp")),
     (r"attn/o/(forward|cross)", ("tensor", None, None)),

@@ -1,0 +1,237 @@
+"""Every family equals its stock class: logits, padding, cache; all methods fuse, pack, swap, unfuse
+and export on it; what a config.json asks for beyond that is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from support.checks import assert_logits_close, assert_trees_equal
+from support.huggingface import TOKENS, hf_logits, hf_model, write_gguf
+from support.models import perturb, tiny_model
+
+from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.adapters.swapping import swap
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.families import FAMILIES
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.presets import PRESETS, preset
+from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.hf.config import from_hf_config, to_hf_config
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.save import save_hf
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.nn.llama import forward
+from zflora_jax.parallel.sharding import make_mesh
+
+NEW = [name for name in FAMILIES if name != "llama"]
+NOPE = {"no_rope_layers": [1, 0]}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+# family -> settings of transformers that go through its branches. Tied or not, with as many key
+# heads as query heads or fewer, with a window or without, at odd widths.
+GRID: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": 5, "num_key_value_heads": 1}),
+    ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen2", {**WINDOW, "num_key_value_heads": 4}),
+    ("qwen3", {"head_dim": 20}),
+    ("qwen3", {**WINDOW, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("smollm3", NOPE),
+    ("smollm3", {**NOPE, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+]
+
+
+def tiny(family: str, **changes: Any) -> Any:
+    """A tiny model with all that sets the family apart."""
+    traits = FAMILIES[family]
+    return tiny_model(
+        family=family,
+        rms_norm_eps=1e-6,
+        sliding_window=5 if traits.window else None,
+        nope_layers=(1,) if traits.nope else (),
+        **changes,
+    )
+
+
+def stock(folder: Path) -> Any:
+    found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return found.eval()
+
+
+# --- parity ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), GRID, ids=[f"{f}-{i}" for i, (f, _) in enumerate(GRID)]
+)
+def test_logits_and_decoded_tokens_equal_transformers(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    reference = hf_model(family=family, **settings)
+    reference.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert model.config.family == family
+    assert_logits_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
+    real = np.ones(TOKENS.shape, bool)
+    real[0, :4] = False
+    mask = torch.tensor(real.astype(np.int64))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        padded = reference(
+            torch.tensor(TOKENS, dtype=torch.long), attention_mask=mask, position_ids=places
+        ).logits.numpy()
+    ours = np.asarray(forward(model, jnp.asarray(TOKENS), padding_mask=real))
+    assert_logits_close(ours[real], padded[real])
+    # With a cache, greedy, beyond the window.
+    prompt = torch.tensor(TOKENS[1:], dtype=torch.long)
+    wanted = reference.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=6,
+        eos_token_id=[],
+    )
+    [found] = generate_tokens(model, [TOKENS[1].tolist()], max_new_tokens=6, stop_token_ids=())
+    assert list(found) == wanted[0, TOKENS.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", NEW)
+def test_every_method_on_every_family(
+    family: str, method: str, tokens: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Adapted, fused, packed, swapped, exported to the stock class; the base comes back."""
+    model, adapter = tiny(family), AdapterConfig(method, rank=4)
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    adapted = np.asarray(forward(model, tokens, adapter, adapters))
+    fused = fuse(model, adapter, adapters)
+    assert_logits_close(forward(fused, tokens), adapted)
+    packed = pack_for_decode(fused, "tpu")
+    assert_logits_close(forward(packed, tokens), adapted)
+    save_hf(tmp_path / "x", fused, dtype="float32")
+    reopened = stock(tmp_path / "x")
+    assert type(reopened).__name__ == FAMILIES[family].architecture
+    assert_logits_close(hf_logits(reopened, np.asarray(tokens)), adapted)
+    if METHODS[method].widens:
+        for whole in (fused, load_model(tmp_path / "x")):
+            assert_trees_equal(unfuse(whole)[0].params, model.params)
+        other = jax.tree.map(lambda x: 0.5 * x, adapters)
+        wanted = forward(model, tokens, adapter, other)
+        assert_logits_close(forward(swap(packed, other), tokens), wanted)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_biases_and_head_norms_on_a_mesh(family: str, tokens: Any, tmp_path: Path) -> None:
+    model, adapter = tiny(family), AdapterConfig("zflora-uniform", rank=4)
+    save_hf(tmp_path / "base", model)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    divided = load_model(tmp_path / "base", mesh=mesh)
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    wanted = forward(model, tokens, adapter, adapters)
+    assert_logits_close(forward(divided, tokens, adapter, adapters), wanted)
+    assert_logits_close(forward(fuse(divided, adapter, adapters), tokens), wanted)
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    theirs = transformers.AutoConfig.for_model(family)
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    sizes = {key: getattr(theirs, key) for key in (*needed, "num_attention_heads")}
+    ours = from_hf_config({"model_type": family, **sizes})
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    eos = theirs.eos_token_id
+    assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    nope = getattr(theirs, "no_rope_layers", [1] * theirs.num_hidden_layers)
+    assert ours.nope_layers == tuple(i for i, turned in enumerate(nope) if not turned)
+    assert (ours.bos_token_id, ours.pad_token_id) == (theirs.bos_token_id, theirs.pad_token_id)
+    assert ours.eos_token_ids == (() if eos is None else (eos,))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_is_read_as_it_was_written(name: str) -> None:
+    written = json.loads(json.dumps(to_hf_config(preset(name), "float32")))
+    assert from_hf_config(written) == preset(name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model_type": "gemma3"}, r"model_type='gemma3' is not supported; only 'llama' or 'mistr"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, r"only \['Qwen3ForCausalLM'\]"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        (WINDOW | {"max_window_layers": 1}, "in some layers only is not supported"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "in some layers only"),
+        ({"model_type": "smollm3", **WINDOW}, "sliding_window=5 is not supported for smollm3"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "for each of the 2 layers"),
+        ({"model_type": "llama", "sliding_window": 5}, "sliding_window=5 is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_has_no_code_is_refused_by_name(settings: dict[str, Any], words: str) -> None:
+    plain = to_hf_config(preset("tiny").replace(family="qwen3"), "float32") | {"sliding_window": 5}
+    plain["use_sliding_window"] = settings.get("layer_types") is not None
+    if "layer_types" not in settings:
+        plain.pop("layer_types")
+    if settings.get("model_type") != "gemma3" and "architectures" not in settings:
+        plain.pop("architectures")
+    if settings.get("model_type", "qwen3") == "llama":
+        plain.pop("use_sliding_window")
+    with pytest.raises(ConfigError, match=words):
+        from_hf_config(plain | settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"family": "qwen"}, "family='qwen'.*qwen2"),
+        ({"sliding_window": 4}, "sliding_window=4.*mistral, qwen2, qwen3"),
+        ({"family": "mistral", "sliding_window": 0}, "at least 1"),
+        ({"nope_layers": (1,)}, "layers without RoPE.*smollm3"),
+    ],
+)
+def test_wrong_traits(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        preset("tiny").replace(**changes)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 20}),
+        ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+    ],
+)
+def test_gguf_files_of_other_families(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    reference = hf_model(family=family, **settings)
+    write_gguf(tmp_path / "x.gguf", reference)
+    model = load_model(tmp_path / "x.gguf")
+    assert isinstance(model.config, LlamaConfig) and model.config.family == family
+    assert_logits_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
