@@ -109,10 +109,16 @@ def test_logits_and_decoded_tokens_equal_transformers(
     assert list(found) == wanted[0, TOKENS.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m in ("lora", "zflora-uniform") else pytest.param(m, marks=pytest.mark.soak)
+        for m in METHODS
+    ],
+)
 @pytest.mark.parametrize("family", NEW)
 def test_every_method_on_every_family(
-    family: str, method: str, tokens: Any, tmp_path: Path, request: pytest.FixtureRequest
+    family: str, method: str, tokens: Any, tmp_path: Path
 ) -> None:
     """Adapted, fused, packed, swapped, exported to the stock class; the base comes back."""
     model, adapter = tiny(family), AdapterConfig(method, rank=4)

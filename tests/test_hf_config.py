@@ -132,7 +132,7 @@ def test_stop_tokens_come_from_generation_config() -> None:
     ("key", "value"),
     [
         *[
-            ("model_type", "mistral"),
+            ("model_type", "gemma"),
             ("attention_bias", True),
             ("mlp_bias", True),
             ("hidden_act", "gelu"),
