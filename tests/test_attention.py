@@ -84,7 +84,9 @@ def test_a_token_after_a_cache_equals_the_plain_formula():
 
 def splash_of(mask: AttentionMask) -> Any:
     """By its steps as plain operations, since the kernel itself needs a TPU."""
-    return lambda q, k, v: splash_attention(q, k, v, mask.queries, 0.125, interpret=True)
+    return lambda q, k, v: splash_attention(
+        q, k, v, mask.queries, 0.125, mask.window, interpret=True
+    )
 
 
 @pytest.mark.parametrize(("kind", "width"), pairwise(KINDS, WIDTHS))
@@ -103,6 +105,41 @@ def test_splash_in_bfloat16_is_as_near_as_the_plain_formula(kind, k, length):
     as_near_as_plain(splash_of(mask), arrays, mask, reference(arrays, mask, 0.125))
 
 
+def cudnn_of(mask: AttentionMask) -> Any:
+    """By the same function's plain implementation, since cuDNN needs a GPU."""
+    return lambda *a: cudnn_attention(*a, mask.queries, 0.125, mask.window, implementation="xla")
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "splash", "cudnn"])
+@pytest.mark.parametrize(("kind", "window"), [("left", 2), ("packed", 7), ("causal", 130)])
+def test_a_window_in_every_kernel(kind, window, kernel, monkeypatch):
+    """Values and gradients of the plain formula; beyond the window nothing is seen."""
+    monkeypatch.setattr(attention_blocks, "query_blocks", lambda _: 2)
+    *arrays, mask = attention_inputs(kind, 200, 200, H=4, K=2, k=64)
+    whole, mask = mask, mask.within(window, 200)
+    assert whole.within(200, 200).window is None, "it has room for all"
+    real = jnp.ones((2, 200), bool) if kind in ("causal", "packed") else mask.queries
+    attend = {
+        "blocks": lambda *a: attention(*a, mask, 0.125),
+        "splash": splash_of(mask),
+        "cudnn": cudnn_of(mask),
+    }[kernel]
+
+    def at_real(function):
+        return lambda *a: jnp.where(real[..., None, None], function(*a), 0)
+
+    def exact(mask):
+        with jax.enable_x64(True):
+            plain = at_real(lambda *a: plain_attention(*a, mask, 0.125))
+            return value_and_gradients(plain, arrays, jnp.float64)
+
+    with jax.numpy_dtype_promotion("standard"):
+        got = value_and_gradients(at_real(attend), arrays, jnp.float32)
+    # The channels of packed rows cost cuDNN three digits in float32.
+    limit = 4e-3 if (kernel, kind) == ("cudnn", "packed") else 4e-6
+    assert max(distances(got, exact(mask))) < limit < max(distances(got, exact(whole)))
+
+
 @pytest.mark.parametrize(("kind", "width"), pairwise(KINDS, WIDTHS))
 def test_what_cudnn_is_given_is_the_same_attention(kind, width):
     """By the same function's plain implementation, since cuDNN needs a GPU. In float64, whose
@@ -116,7 +153,7 @@ def test_what_cudnn_is_given_is_the_same_attention(kind, width):
     def at_real(attend):
         return lambda *a: jnp.where(real[..., None, None], attend(*a), 0)
 
-    cudnn = at_real(lambda *a: cudnn_attention(*a, mask.queries, 0.125, implementation="xla"))
+    cudnn = at_real(cudnn_of(mask))
     plain = at_real(lambda *a: plain_attention(*a, mask, 0.125))
     with jax.numpy_dtype_promotion("standard"):
         with jax.enable_x64(True):
