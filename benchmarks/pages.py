@@ -61,6 +61,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "accelerators": script("accelerators"),
     "attention": script("attention"),
     "compile_1b": compiled("compile_1b"),
+    "compile_3b": compiled("compile_3b"),
     "decode_variants": script("decode_variants"),
     "generation_check": script("generation_check"),
     "latency": latency,
