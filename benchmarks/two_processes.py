@@ -221,14 +221,16 @@ def compared(one: Path, two: Path) -> dict[str, Any]:
 
     a, b = np.asarray(losses(one)), np.asarray(losses(two))
     worst, equal, count = 0.0, 0, 0
-    with (
-        safe_open(one / "export" / "model.safetensors", "np", backend="pread") as first,
-        safe_open(two / "export" / "model.safetensors", "np", backend="pread") as second,
-    ):
-        for name in first.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-            x, y = first.get_tensor(name), second.get_tensor(name)
-            worst = max(worst, float(np.abs(x - y).max() / np.abs(x).max()))
-            equal, count = equal + int((x == y).sum()), count + x.size
+    files = sorted(path.name for path in (one / "export").glob("*.safetensors"))
+    for file in files:  # several above 5 GB
+        with (
+            safe_open(one / "export" / file, "np", backend="pread") as first,
+            safe_open(two / "export" / file, "np", backend="pread") as second,
+        ):
+            for name in first.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                x, y = first.get_tensor(name), second.get_tensor(name)
+                worst = max(worst, float(np.abs(x - y).max() / np.abs(x).max()))
+                equal, count = equal + int((x == y).sum()), count + x.size
     ours, theirs = task(one)["loss"], task(two)["loss"]
     return {
         "losses": [a.tolist(), b.tolist()],
