@@ -22,6 +22,7 @@ from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
+from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import ConfigError
@@ -30,9 +31,11 @@ from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.load import load_model
+from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.nn.llama import forward
+from zflora_jax.inference.likelihood import option_log_likelihoods
+from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.parallel.sharding import make_mesh
 
 NEW = [name for name in FAMILIES if name != "llama"]
@@ -140,7 +143,77 @@ def test_every_method_on_every_family(
         assert_logits_close(forward(swap(packed, other), tokens), wanted)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", NEW)
+def test_a_training_step_of_every_family(family: str, tokens: Any) -> None:
+    """Gradients of adapters are the same scanned and not, kept and computed again, and no leaf of
+    them is zero; packed rows are rows apart.
+    """
+    model, adapter = tiny(family), AdapterConfig("zflora-uniform", rank=4)
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    segments = jnp.asarray(np.repeat([[1, 2]], tokens.shape[1] // 2, 1).reshape(1, -1))
+    segments = jnp.broadcast_to(segments, (len(tokens), segments.shape[1]))
+    tokens = tokens[:, : segments.shape[1]]
+
+    def gradients(config: LlamaConfig, params: Any, adapters: Any) -> Any:
+        def loss(adapters: Any) -> Any:
+            variables = {"params": params, "adapters": adapters}
+            logits = Llama(config, adapter).apply(variables, tokens, segment_ids=segments)
+            return jnp.mean(jnp.square(logits))  # type: ignore[arg-type]
+
+        return jax.jit(jax.grad(loss))(adapters)
+
+    layers = model.config.num_layers
+    kept = gradients(model.config.replace(remat="none"), model.params, adapters)
+    apart = gradients(
+        model.config.replace(remat="block", scan_layers=False),
+        trees.unstack_layers(model.params, layers),
+        trees.unstack_layers(adapters, layers),
+    )
+    again = trees.flatten(trees.stack_layers(apart, layers))
+    for name, leaf in trees.flatten(kept).items():
+        scale = float(jnp.abs(leaf).max())
+        assert scale > 0, name
+        np.testing.assert_allclose(again[name], leaf, rtol=0, atol=1e-5 * scale, err_msg=name)
+    half = segments.shape[1] // 2
+    packed = forward(model, tokens, segment_ids=segments)
+    for part in (slice(0, half), slice(half, None)):
+        assert_logits_close(packed[:, part], forward(model, tokens[:, part]))
+
+
+def test_prompts_of_several_lengths_with_a_window() -> None:
+    """Padding takes no place in it, neither on the left nor between a start and what follows it."""
+    model = tiny_model(family="mistral", sliding_window=12)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 250, n).tolist() for n in (20, 33, 9)]
+    together = generate_tokens(model, prompts, max_new_tokens=9, stop_token_ids=())
+    for prompt, found in zip(prompts, together, strict=True):
+        [alone] = generate_tokens(model, [prompt], max_new_tokens=9, stop_token_ids=())
+        assert list(found) == list(alone)
+    options = [[rng.integers(0, 250, n).tolist() for n in (2, 7)] for _ in prompts]
+    scores = option_log_likelihoods(model, prompts, options)
+    for prompt, row, found in zip(prompts, options, scores, strict=True):
+        for option, score in zip(row, found, strict=True):
+            log_p = jax.nn.log_softmax(forward(model, jnp.asarray([prompt + option])))[0]
+            places = range(len(prompt) - 1, len(prompt) + len(option) - 1)
+            wanted = sum(float(log_p[at, token]) for at, token in zip(places, option, strict=True))
+            assert float(score) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("eps_z", [0.5, None])
+def test_what_an_export_of_normed_heads_costs_is_what_it_reports(
+    eps_z: float | None, tokens: Any, tmp_path: Path
+) -> None:
+    model, adapter = tiny("qwen3"), AdapterConfig("ffba", rank=4)
+    fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
+    save_hf(tmp_path / "x", fused, eps_z=eps_z)
+    ours = np.asarray(forward(load_stock(tmp_path / "x"), tokens))
+    theirs = hf_logits(stock(tmp_path / "x"), np.asarray(tokens))
+    assert_logits_close(ours, theirs, share=2e-5)  # all but rms_norm_eps
+    far = np.abs(theirs - np.asarray(forward(fused, tokens))).max() / np.abs(theirs).max()
+    assert far > 0.01 if eps_z else far < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
 def test_biases_and_head_norms_on_a_mesh(family: str, tokens: Any, tmp_path: Path) -> None:
     model, adapter = tiny(family), AdapterConfig("zflora-uniform", rank=4)
     save_hf(tmp_path / "base", model)
@@ -192,6 +265,7 @@ def test_a_config_is_read_as_it_was_written(name: str) -> None:
         ({"model_type": "smollm3", **WINDOW}, "sliding_window=5 is not supported for smollm3"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "for each of the 2 layers"),
         ({"model_type": "llama", "sliding_window": 5}, "sliding_window=5 is not supported"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "of at least 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
@@ -215,6 +289,7 @@ def test_what_has_no_code_is_refused_by_name(settings: dict[str, Any], words: st
         ({"sliding_window": 4}, "sliding_window=4.*mistral, qwen2, qwen3"),
         ({"family": "mistral", "sliding_window": 0}, "at least 1"),
         ({"nope_layers": (1,)}, "layers without RoPE.*smollm3"),
+        ({"family": "smollm3", "nope_layers": (2,)}, "indices below num_layers=2"),
     ],
 )
 def test_wrong_traits(changes: dict[str, Any], words: str) -> None:

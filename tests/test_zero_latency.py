@@ -13,6 +13,7 @@ from support.grids import always
 
 from zflora_jax.bench.compiled import DecodeCase, loop_row
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import preset
 from zflora_jax.parallel.targets import target
 
@@ -32,8 +33,10 @@ CONFIG = preset("llama-3.2-1b").replace(
 
 
 @functools.cache
-def row(adapter: AdapterConfig | None, chip: str, batch: int) -> dict[str, Any]:
-    case = DecodeCase(CONFIG, adapter, batch, prompt=128, new_tokens=64)
+def row(
+    adapter: AdapterConfig | None, chip: str, batch: int, config: LlamaConfig = CONFIG
+) -> dict[str, Any]:
+    case = DecodeCase(config, adapter, batch, prompt=128, new_tokens=64)
     return loop_row(case, target(f"tpu:{chip}:1x1"))
 
 
@@ -62,6 +65,18 @@ def test_a_fused_token_runs_the_kernels_of_the_base(
     assert fused["call_copies"] <= base["call_copies"]
     assert fused["kernels"] <= 1.02 * base["kernels"]
     assert fused["temporaries"] <= base["temporaries"] + 2**20  # widths and tiles of activations
+
+
+@pytest.mark.parametrize(
+    "family", always(["qwen3", "qwen2", "smollm3"], lambda name: name == "qwen3")
+)
+def test_a_fused_token_of_other_families(family: str) -> None:
+    """Biases, norms of heads and layers without RoPE add no kernel."""
+    config = CONFIG.replace(family=family, nope_layers=(1,) if family == "smollm3" else ())
+    adapter = AdapterConfig("zflora-uniform", rank=32)
+    base, fused = row(None, "v5e", 1, config), row(adapter, "v5e", 1, config)
+    assert base["copies"] == fused["copies"] == 0
+    assert fused["kernels"] <= 1.02 * base["kernels"]
 
 
 def test_lora_beside_the_base_does_not() -> None:

@@ -39,7 +39,9 @@ UNITS = {"ffn_gate": 0, "ffn_up": 0, "ffn_down": 1}
 
 
 class ConversionError(RuntimeError):
-    """llama.cpp's script failed; the message has the last lines of its output."""
+    """llama.cpp's script failed (the message has the last lines of its output), or llama.cpp could
+    not read the result.
+    """
 
 
 def convert(
@@ -85,6 +87,12 @@ def convert(
         config = json.loads((export / "config.json").read_text(encoding="utf-8"))
         rope, extra = config.get("rope_parameters") or {}, {}
         if rope.get("rope_type") == "longrope":
+            if config["model_type"] not in ("llama", "mistral"):
+                raise ConversionError(
+                    f"{export}: heads wider than the base's need RoPE factors, which llama.cpp does"
+                    f" not read for {config['model_type']}. Export a method that leaves the heads"
+                    " alone (zflora-minimal, lora, ffa, full)."
+                )
             extra = {
                 f"rope_factors_{kind}.weight": np.asarray(rope[f"{kind}_factor"], np.float32)
                 for kind in ("long", "short")
@@ -146,8 +154,10 @@ def rewrite(
     reader = GGUFReader(source)
     # The norms take their mean square over more channels.
     share = config["hidden_size"] / filled["hidden_size"]
-    changed = {} if filled == {name: config[name] for name in filled} else _changed(config, filled)
-    writer = GGUFWriter(target, arch=reader.fields["general.architecture"].contents())
+    architecture = reader.fields["general.architecture"].contents()
+    same = filled == {name: config[name] for name in filled}
+    changed = {} if same else _changed(architecture, config, filled)
+    writer = GGUFWriter(target, arch=architecture)
     for field in reader.fields.values():
         if (
             field.name.startswith("GGUF.")
@@ -179,7 +189,9 @@ def rewrite(
     writer.close()
 
 
-def _changed(config: dict[str, Any], filled: dict[str, int]) -> dict[str, tuple[Any, Any]]:
+def _changed(
+    architecture: str, config: dict[str, Any], filled: dict[str, int]
+) -> dict[str, tuple[Any, Any]]:
     """Metadata key -> (value, kind), for a file with the widths `filled`."""
     from gguf import GGUFValueType
 
@@ -192,10 +204,10 @@ def _changed(config: dict[str, Any], filled: dict[str, int]) -> dict[str, tuple[
         "attention.value_length": config["head_dim"],
     }
     changed: dict[str, tuple[Any, Any]] = {
-        f"llama.{key}": (value, GGUFValueType.UINT32) for key, value in whole.items()
+        f"{architecture}.{key}": (value, GGUFValueType.UINT32) for key, value in whole.items()
     }
     eps = (config["rms_norm_eps"] * share, GGUFValueType.FLOAT32)
-    return changed | {"llama.attention.layer_norm_rms_epsilon": eps}
+    return changed | {f"{architecture}.attention.layer_norm_rms_epsilon": eps}
 
 
 def _filled(

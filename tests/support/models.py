@@ -41,8 +41,8 @@ def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
 
 
 def tiny_model(seed: int = 0, **changes: object) -> Model:
-    """A tiny Model with kernels large enough that all of them matter, and norm gains that are not
-    1. Untied, its greedy output varies too.
+    """A tiny Model with kernels large enough that all of them matter, norm gains that are not 1 and
+    biases that are not 0. Untied, its greedy output varies too.
     """
     config = preset("tiny").replace(**changes)
     arrays = trees.map_with_names(lambda _, x: jnp.array(x), _tiny_params(config, seed))
@@ -54,7 +54,7 @@ def _tiny_params(config: LlamaConfig, seed: int) -> trees.Tree:
     rng = np.random.default_rng(seed)
 
     def scaled(name: str, x: np.ndarray) -> np.ndarray:
-        if name.endswith("scale"):
+        if name.endswith(("scale", "bias")):
             return x + (0.2 * rng.standard_normal(x.shape)).astype(x.dtype)
         return x * np.asarray(5.0 if "layers" in name else 20.0, x.dtype)
 

@@ -24,7 +24,7 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def pack_for_decode(model: Model, kind: str | None = None, *, alone: bool = True) -> Model:
-    """Bring a Llama, fused or not, into the layout for decode.
+    """Bring a model, fused or not, into the layout for decode.
 
     q|k|v are one kernel and gate|up another, and all kernels of layers are [out, in]: qkv [(H + 2K)
     k, d], o [d, H k], gate_up [2f, d], down [d, f]; `ops.linear.packed_linear` reads them. A fused

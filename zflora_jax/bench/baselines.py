@@ -26,26 +26,22 @@ def device() -> str:
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def random_llama(config: LlamaConfig, dtype: str) -> Any:
-    """transformers' LlamaForCausalLM with random weights, on `device()`.
+def random_stock(config: LlamaConfig, dtype: str) -> Any:
+    """The stock class of transformers with random weights, on `device()`.
 
     Args:
       config: its shape.
       dtype: of its weights.
     """
     torch, transformers, _ = imports()
-    settings = transformers.LlamaConfig(
-        **{
-            k: v
-            for k, v in to_hf_config(config, dtype).items()
-            if k not in ("architectures", "torch_dtype")
-        }
-    )
+    left_out = ("architectures", "torch_dtype", "model_type")
+    given = {k: v for k, v in to_hf_config(config, dtype).items() if k not in left_out}
+    settings = transformers.AutoConfig.for_model(config.family, **given)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(device()):
-            return transformers.LlamaForCausalLM(settings).eval()
+            return transformers.AutoModelForCausalLM.from_config(settings).eval()
     finally:
         torch.set_default_dtype(before)
 
@@ -92,7 +88,7 @@ def decode_contenders(
 
         return Contender(generate)
 
-    plain, lora = random_llama(config, dtype), with_lora(random_llama(config, dtype), rank)
+    plain, lora = random_stock(config, dtype), with_lora(random_stock(config, dtype), rank)
 
     def idle(count: int) -> Any:
         with lora.disable_adapter():

@@ -1,4 +1,4 @@
-"""Settings, trees, shapes, and what a Llama is made of: what every other package may build on.
+"""Settings, trees, shapes, and what a model is made of: what every other package may build on.
 
 Imports nothing else of the project; the settings import no jax.
 """

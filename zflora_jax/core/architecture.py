@@ -1,4 +1,4 @@
-"""The kernels of a Llama: their names, the streams they read and write, their shapes; parameters by
+"""The kernels of a model: their names, the streams they read and write, their shapes; parameters by
 name and by number.
 """
 

@@ -16,7 +16,7 @@ from zflora_jax.core.trees import Tree
 
 @dataclass(eq=False)
 class Model:
-    """A Llama: base, fused or packed alike.
+    """A model: base, fused or packed alike.
 
     Treat it as immutable once used: the packed form that decoding runs is kept beside it.
 

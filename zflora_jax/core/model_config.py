@@ -61,6 +61,8 @@ class Execution:
       fill_residual, fill_mlp: zero channels that packed kernels have behind those of a stream.
       remat: what the backward pass keeps of a block, see `ops.remat.POLICIES`.
       matmul_precision: of float32 products, as TrainConfig's.
+      joint_head_norms: norms of heads count all their dims, as stock classes do, for measuring what
+        that costs (`hf.restore.load_stock`).
     """
 
     dtype: Dtype = "float32"
@@ -70,6 +72,7 @@ class Execution:
     fill_mlp: int = 0
     remat: Remat = "dots"
     matmul_precision: Precision = "default"
+    joint_head_norms: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -170,9 +173,9 @@ class LlamaConfig:
             f" ({', '.join(n for n in FAMILIES if FAMILIES[n].window)}), or None.",
         )
         require(
-            not layers or (self.traits.nope and min(layers) >= 0),
-            f"nope_layers={layers}: indices of layers, in a family that has layers without RoPE"
-            f" ({', '.join(n for n in FAMILIES if FAMILIES[n].nope)}).",
+            not layers or (self.traits.nope and 0 <= min(layers) <= max(layers) < self.num_layers),
+            f"nope_layers={layers}: indices below num_layers={self.num_layers}, in a family that"
+            f" has layers without RoPE ({', '.join(n for n in FAMILIES if FAMILIES[n].nope)}).",
         )
 
     @property
@@ -212,6 +215,8 @@ class LlamaConfig:
     def replace(self, **changes: Any) -> LlamaConfig:
         """The same with other values of fields, those of `execution` included."""
         given = {"execution": self.execution} | changes
+        if "num_layers" in given and "nope_layers" not in given:
+            given["nope_layers"] = tuple(i for i in self.nope_layers if i < given["num_layers"])
         return dataclasses.replace(self, **current_names(type(self), given))
 
     def flat(self) -> dict[str, Any]:

@@ -73,7 +73,13 @@ def describe(path: str | os.PathLike[str]) -> Facts:
 
 
 def _shape(config: LlamaConfig) -> Facts:
+    more: Facts = {}
+    if config.sliding_window is not None:
+        more["sliding window"] = config.sliding_window
+    if config.nope_layers:
+        more["layers without RoPE"] = len(config.nope_layers)
     return {
+        "family": config.traits.title,
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -81,7 +87,7 @@ def _shape(config: LlamaConfig) -> Facts:
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "tied embeddings": str(config.tie_word_embeddings).lower(),
-    }
+    } | more
 
 
 def _settings(adapter: AdapterConfig) -> Facts:

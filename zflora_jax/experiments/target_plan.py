@@ -117,11 +117,11 @@ def roofline(
 ) -> dict[str, float | str]:
     """The least time of a step by published rates: an estimate, no measurement.
 
-    Operations: 2 a parameter and token in the forward pass, as many for the gradients of the
-    inputs and for a forward pass that is computed again, and as many for the gradients of what is
-    trained; attention 4 T d_heads / 2 a token and layer forward and 2.5 times that backward. Bytes
-    of HBM: kernels once in each pass, saved activations written and read, adapters, gradients and
-    moments read and written. Both are lower bounds.
+    Operations: 2 a parameter and token in the forward pass, as many for the gradients of the inputs
+    and for a forward pass that is computed again, and as many for the gradients of what is trained;
+    attention 4 S d_heads a token and layer forward, with S the mean number of keys that a token
+    sees, and 2.5 times that backward. Bytes of HBM: kernels once in each pass, saved activations
+    written and read, adapters, gradients and moments read and written. Both are lower bounds.
 
     Args:
       run: the settings.
@@ -143,7 +143,10 @@ def roofline(
     full = METHODS[run.adapter.method].in_place == "full"
     parameters = 2 * base * (passes + full) + (0 if full else 2 * trained * (passes + 1))
     width = config.num_heads * config.head_dim
-    attention = config.num_layers * 2 * run.data.bucket_lengths[-1] * width * (passes - 1 + 2.5)
+    length = run.data.bucket_lengths[-1]
+    window = min(config.sliding_window or length, length)
+    keys = window - window * (window - 1) / (2 * length)  # of a token, in the mean
+    attention = config.num_layers * 4 * keys * width * (passes - 1 + 2.5)
     sizes = bytes_per_device(run, config)
     kernel_bytes = base * jnp.dtype(run.train.dtype).itemsize / mesh.tensor
     found: dict[str, float | str] = {

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from zflora_jax.core.storage import file_system, is_store_error, objects, put, p
 
 MARKER = ".zflora-upload.json"
 LOCK = ".lock"  # beside the copy of a model
+KEPT = 24 * 3600.0  # seconds that an older copy stays, which another process may be reading
 MAX_HEADER = 100_000_008  # bytes; that safetensors reads
 # What loading a model reads.
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*")
@@ -91,7 +93,8 @@ def download(source: Path) -> Path:
                         there.fetch(name, temporary / "copy")
                     _place(temporary / "copy", copy)
                 for old in set(folder.iterdir()) - {copy, folder / LOCK}:
-                    shutil.rmtree(old, ignore_errors=True)
+                    if time.time() - old.stat().st_mtime > KEPT:  # else it may be being read
+                        shutil.rmtree(old, ignore_errors=True)
     return copy if there.root == source else copy / source.name
 
 

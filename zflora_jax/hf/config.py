@@ -131,15 +131,19 @@ def _window(hf: Mapping[str, Any]) -> int | None:
     if family != "mistral":
         used = hf.get("use_sliding_window", False) and window is not None
         if kinds is None:
-            first = hf.get("max_window_layers", 28) if used else layers
+            first = hf.get("max_window_layers", 28)
             kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-        window = window if "sliding_attention" in kinds else None
+        window = window if used and "sliding_attention" in kinds else None
     require(
         window is None or set(kinds or ()) <= {"sliding_attention"},
         f"config.json: a sliding window of {window} in some layers only is not supported; it must"
         " be in all of them or in none (layer_types, max_window_layers).",
     )
-    return window or None
+    require(
+        window is None or window >= 1,
+        f"config.json: sliding_window={window!r}: must be at least 1, or null.",
+    )
+    return window
 
 
 def _nope_layers(hf: Mapping[str, Any]) -> list[int]:
@@ -149,6 +153,10 @@ def _nope_layers(hf: Mapping[str, Any]) -> list[int]:
     every, layers = hf.get("no_rope_layer_interval", 4), hf["num_hidden_layers"]
     given = hf.get("no_rope_layers")
     if given is None:
+        require(
+            isinstance(every, int) and every >= 1,
+            f"config.json: no_rope_layer_interval={every!r}: expected a number of at least 1.",
+        )
         given = [int((i + 1) % every != 0) for i in range(layers)]
     require(
         isinstance(given, list) and len(given) >= layers,

@@ -96,8 +96,9 @@ def load_export(
         )
     elif kept:
         warnings.warn(
-            f"{directory} lacks {SIDE_FOLDER}/{SIDE_FILE}: norm gains and q kernels are recovered"
-            " by arithmetic, equal to the base up to rounding.",
+            f"{directory} lacks {SIDE_FOLDER}/{SIDE_FILE}:"
+            f" {', '.join(sorted({module_of(table[name]) for name in kept}))} are recovered by"
+            " arithmetic, equal to the base up to rounding.",
             stacklevel=4,
         )
 
@@ -117,9 +118,10 @@ def load_export(
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
     """Load an export as stock transformers computes it: norm and scale over the full widths.
 
-    For measuring the cost of stock form; use `load_model` to work with the model. One thing differs
+    For measuring the cost of stock form; use `load_model` to work with the model. Two things differ
     from transformers: this project's RoPE reads no longrope factors, so q and k of widened heads
-    are in native order (the factors are compared with config.json).
+    are in native order (the factors are compared with config.json); and norms of widened heads add
+    rms_norm_eps to a mean over the base's dims.
 
     Args:
       directory: the export.
@@ -139,13 +141,15 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
         base_head_dim=native.base_head_dim,
         dtype="bfloat16" if manifest["dtype"] == "bfloat16" else "float32",
         scan_layers=scan_layers,
+        joint_head_norms=True,
     )
     shards, table = Shards(directory), hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
         block, inner = place.block(slices)
-        return form.inverse_heads(module_of(place), _block(shards, name, place, block))[inner]
+        x = _block(shards, name, place, block)
+        return form.inverse_heads(module_of(place), x, state=False)[inner]
 
     where = None if mesh is None else partial(placement, mesh, fused=True)
     return Model(config, unflatten(gather(table, read, np.float32, where)))

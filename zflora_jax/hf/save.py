@@ -188,7 +188,7 @@ def _write_tensors(
 
 def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: str) -> None:
     """Store the native numbers that stock form rounds, so that `load_model` restores them bit for
-    bit: norm gains, and q where heads are widened.
+    bit: norm gains, and where heads are widened q and its bias, or k's norm.
     """
 
     table = hf_table(model.config).items()

@@ -132,7 +132,7 @@ class StockForm:
         """
         n = self.native
         if n.base_head_dim is not None and module in _TURNED:
-            x = (x * self._head_scale(module))[..., self.head_order]
+            x = (x * self._head_scale(module, self.eps_z))[..., self.head_order]
         if n.base_hidden_size is None or (axis := _residual_axis(module, x.ndim)) is None:
             return x
         padding = [(0, self.width - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
@@ -152,19 +152,20 @@ class StockForm:
             x = x / np.take(scale, range(at[axis].start, at[axis].stop), axis)
         return self.inverse_heads(module, x)
 
-    def inverse_heads(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The part of `inverse` that concerns heads."""
+    def inverse_heads(self, module: str, x: np.ndarray, *, state: bool = True) -> np.ndarray:
+        """The part of `inverse` that concerns heads. state: whether eps_z is undone."""
         if self.native.base_head_dim is None or module not in _TURNED:
             return x
-        return x[..., np.argsort(self.head_order)] / self._head_scale(module)
+        scale = self._head_scale(module, self.eps_z if state else 1.0)
+        return x[..., np.argsort(self.head_order)] / scale
 
-    def _head_scale(self, module: str) -> np.ndarray:
+    def _head_scale(self, module: str, eps_z: float) -> np.ndarray:
         """The factors of a head's dims, [k+e] float32, in native order."""
         n = self.native
         scale, wider = np.ones(n.head_dim, np.float32), math.sqrt(n.head_dim / n.rotary_dim)
         if not n.traits.qk_norm:
             return scale * np.float32(wider if module.startswith("q") else 1)
-        scale[n.rotary_dim :] = 1 / self.eps_z if module in QK_NORMS else self.eps_z
+        scale[n.rotary_dim :] = 1 / eps_z if module in QK_NORMS else eps_z
         return scale / np.float32(wider if module == "k_norm" else 1)
 
     def _scale(self, module: str, width: int, axis: int, ndim: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The token loop as one program: prefill and decode, compiled, for any Llama tree.
+"""The token loop as one program: prefill and decode, compiled, for any model's tree.
 
 A row's result does not depend on the rows beside it: padding is never attended to and takes no
 position, and each row draws from its own random stream.

@@ -1,4 +1,4 @@
-"""One layer of a Llama: attention and a gated MLP, each behind a norm and added to the residual
+"""One layer of a model: attention and a gated MLP, each behind a norm and added to the residual
 stream.
 
 Shapes in names: B batch, T query positions, S key positions, H query heads, K key/value heads, d
@@ -41,8 +41,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (dense(c, adapter, name) for name in "qkv")
         self.o = dense(c, adapter, "o")
         if c.traits.qk_norm:
+            joint = c.execution.packed or c.execution.joint_head_norms
             self.q_norm, self.k_norm = (
-                RMSNorm(c.head_dim, c.rotary_dim, c.rms_norm_eps, c.execution.packed) for _ in "qk"
+                RMSNorm(c.head_dim, c.rotary_dim, c.rms_norm_eps, joint) for _ in "qk"
             )
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Layers of a Llama whose streams may be widened.
+"""Layers of a model whose streams may be widened.
 
 A stream is a pair (x, z): base channels and adapter channels, z = None where there are none. A
 fused model carries everything in x. The same layers serve both: RMSNorm takes its mean over the

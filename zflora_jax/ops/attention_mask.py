@@ -28,7 +28,8 @@ class AttentionMask:
       keys: [B, S], of each key, in the same terms; None as in `queries`.
       first: int32, the slot of the first query; None means that queries and keys are of the same T
         tokens, which flash kernels need to know while a program is compiled.
-      window: how many slots a query attends to at most, its own the last; None: all.
+      window: how many tokens a query attends to at most, its own the last; None: all. Padding is
+        not counted where it lies between real tokens behind a cache.
     """
 
     queries: Array | None = None
@@ -55,15 +56,19 @@ class AttentionMask:
         first = jnp.zeros((), jnp.int32) if self.first is None else self.first
         at = first + jnp.arange(length, dtype=jnp.int32)
         slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
-        causal = slot <= at[:, None]
+        causal = (slot <= at[:, None])[None]
         if self.window is not None:
-            causal &= slot > at[:, None] - self.window
+            # Padding between real tokens takes no place in a window.
+            place = slot
+            if self.keys is not None and self.keys.dtype == bool:
+                place = jnp.cumsum(self.keys, axis=1, dtype=jnp.int32)
+            causal &= place[:, None, :] > jnp.take(place, at, axis=1)[:, :, None] - self.window
         if self.queries is None and self.keys is None:
-            return causal[None, None]
+            return causal[:, None]
         queries, keys = (
             jnp.ones((1, 1), bool) if x is None else x for x in (self.queries, self.keys)
         )
-        return causal[None, None] & (queries[:, None, :, None] == keys[:, None, None, :])
+        return causal[:, None] & (queries[:, None, :, None] == keys[:, None, None, :])
 
     def query_blocks(self, blocks: int, length: int) -> AttentionMask:
         """Of `blocks` equal blocks of the T = `length` queries, on a new leading axis n of

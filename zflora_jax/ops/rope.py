@@ -105,7 +105,7 @@ def apply_rope(x: Array, cos: Array, sin: Array, turned: Array | None = None) ->
         x[..., half : 2 * half].astype(jnp.float32),
         x[..., 2 * half :],
     )
-    turned = jnp.concatenate(
+    rotated = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated

@@ -58,15 +58,16 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     """The optimizer that `optim` describes, for a run of `steps` steps.
 
     It clips gradients by their global norm, lets the row of `OPTIMIZERS` choose a direction, adds
-    weight decay (norm gains have none), and scales by the learning rate; with LoRA+ the blocks that
-    write to the base's channels are scaled once more. It has state for the trainable tree alone.
+    weight decay (norm gains and biases have none), and scales by the learning rate; with LoRA+ the
+    blocks that write to the base's channels are scaled once more. It has state for the trainable
+    tree alone.
 
     Raises:
       ConfigError: optim.optimizer has no row.
     """
 
     def decayed(params: Any) -> Any:
-        return trees.map_with_names(lambda name, _: not name.endswith("/scale"), params)
+        return trees.map_with_names(lambda name, _: not name.endswith(("/scale", "/bias")), params)
 
     def writes_base(params: Any) -> Any:
         return trees.map_with_names(lambda name, _: name.endswith(("/lora_b", "/backward")), params)
