@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 from support.checks import assert_logits_close
-from support.huggingface import write_gguf
+from support.huggingface import TOKENS, hf_logits, hf_model, write_gguf
 from support.models import perturb, tiny_model
 from tiny_model import main as write_tiny_model
 from to_gguf import ConversionError, _filled, convert
@@ -192,3 +192,31 @@ def test_the_tiny_model_of_contributing_fits_the_byte_tokenizer(tmp_path):
     write_tiny_model(str(tmp_path / "tiny"))
     model = load_model(str(tmp_path / "tiny"))
     assert len(model.tokenizer) <= model.config.vocab_size < 1000
+
+
+# --- other families -------------------------------------------------------------------------------
+
+
+def test_widths_of_other_families_are_filled_by_their_own_names(tmp_path):
+    reference = hf_model(family="qwen2", tie_word_embeddings=True)
+    reference.save_pretrained(tmp_path / "export")
+    write_gguf(tmp_path / "source.gguf", reference)
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    script = SCRIPT.format(source=str(tmp_path / "source.gguf"))
+    (folder / "convert_hf_to_gguf.py").write_text(script)
+    save_hf(tmp_path / "again", load_model(tmp_path / "export"))  # which names the head_dim
+    convert(tmp_path / "again", tmp_path / "a.gguf", folder, multiple=32)
+    filled = load_model(tmp_path / "a.gguf")
+    assert (filled.config.hidden_size, filled.config.intermediate_size) == (64, 96)
+    assert_logits_close(forward(filled, TOKENS), hf_logits(reference))
+
+
+def test_wider_heads_that_llama_cpp_could_not_turn_are_refused(tmp_path, llama_cpp):
+    import jax
+
+    model, adapter = tiny_model(family="qwen3"), AdapterConfig("ffba", rank=4)
+    save_hf(tmp_path / "x", fuse(model, adapter, init_adapters(jax.random.key(0), model, adapter)))
+    with pytest.raises(ConversionError, match=r"does not read for qwen3.*zflora-minimal"):
+        convert(tmp_path / "x", tmp_path / "a.gguf", llama_cpp)
+    assert not (tmp_path / "a.gguf").exists()
