@@ -85,19 +85,28 @@ def test_an_export_in_a_bucket_is_the_export_on_disk(url, model, tmp_path, monke
     assert fetched == [] and copies() == [copy]
 
 
-def test_the_newest_copy_of_an_export_is_kept(url, model, fetched):
+def test_the_newest_copy_of_an_export_is_kept(url, model, fetched, monkeypatch):
+    """And an older one for a day: another process may be reading it."""
     other = tiny_model(num_layers=1)
+    for saved in (other, model):
+        save_hf(f"{url}-c", saved)
+        load_model(f"{url}-c")
+    assert len(copies()) == 2
+    monkeypatch.setattr(hf_bucket, "KEPT", -1.0)
+    save_hf(f"{url}-c", tiny_model(seed=3, num_layers=1))
+    load_model(f"{url}-c")
+    assert len(copies()) == 1
     for path, saved in ((url, other), (f"{url}-b", other), (url, model)):
         save_hf(path, saved)
         load_model(path)
-    assert len(copies()) == 2  # of two exports
+    assert len(copies()) == 3  # of three exports
     remove(as_path(f"{url}-b"))
     save_hf(f"{url}-b", model)
     fetched.clear()
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda _: local_copy(f"{url}-b"), range(4)):
             assert (found / "config.json").is_file()
-    assert len(fetched) == len(set(fetched)) and len(copies()) == 2
+    assert len(fetched) == len(set(fetched)) and len(copies()) == 3
 
 
 def test_all_processes_hear_of_an_upload_that_failed(url, model, monkeypatch):
