@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -31,6 +32,7 @@ from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens
@@ -197,6 +199,20 @@ def test_prompts_of_several_lengths_with_a_window() -> None:
             places = range(len(prompt) - 1, len(prompt) + len(option) - 1)
             wanted = sum(float(log_p[at, token]) for at, token in zip(places, option, strict=True))
             assert float(score) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_lora_goes_to_peft_and_back(family: str, tokens: Any, tmp_path: Path) -> None:
+    """Also beside kernels with biases and heads that are normed."""
+    model, adapter = tiny(family), AdapterConfig("lora", rank=4)
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    save_hf(tmp_path / "base", model)
+    save_peft(tmp_path / "lora", model, adapter, adapters)
+    theirs = peft.PeftModel.from_pretrained(stock(tmp_path / "base"), tmp_path / "lora").eval()
+    wanted = forward(model, tokens, adapter, adapters)
+    assert_logits_close(wanted, hf_logits(theirs, np.asarray(tokens)))
+    again, back = load_peft(tmp_path / "lora", model)
+    assert_logits_close(forward(model, tokens, again, back), wanted)
 
 
 @pytest.mark.parametrize("eps_z", [0.5, None])
