@@ -1,5 +1,6 @@
-"""`python tools/tiny_model.py OUT` writes a tiny model directory, with random weights and a byte
-tokenizer, to try a change on: the model that the tests train.
+"""`python tools/tiny_model.py OUT [FAMILY]` writes a tiny model directory, with random weights and
+a byte tokenizer, to try a change on: the model that the tests train. FAMILY: llama (default),
+mistral, qwen2, qwen3, smollm3.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from pathlib import Path
 TESTS = Path(__file__).parent.parent / "tests"
 
 
-def main(out: str) -> None:
+def main(out: str, family: str = "llama") -> None:
     sys.path.insert(0, str(TESTS))
     from support.byte_tokenizer import byte_tokenizer
     from support.runs import saved_base
 
-    print("written:", saved_base(Path(out), byte_tokenizer()))
+    print("written:", saved_base(Path(out), byte_tokenizer(), family))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tools/tiny_model.py OUT")
-    main(sys.argv[1])
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python tools/tiny_model.py OUT [FAMILY]")
+    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ import pytest
 from support.models import tiny_model
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.train import Trained, train
@@ -36,9 +37,10 @@ def get_config():
 """
 
 
-def saved_base(path: Path, tokenizer: object) -> str:
+def saved_base(path: Path, tokenizer: object, family: str = "llama") -> str:
     """A tiny model directory, written to `path`."""
-    model = tiny_model(num_layers=2, max_position_embeddings=512)
+    nope = (1,) if FAMILIES[family].nope else ()
+    model = tiny_model(family=family, nope_layers=nope, num_layers=2, max_position_embeddings=512)
     model.params = jax.tree.map(lambda x: x / 4, model.params)
     model.tokenizer = tokenizer
     save_hf(path, model)
