@@ -67,6 +67,20 @@ def test_peft_computes_what_we_do(targets: str, base: Model, tmp_path: Path) -> 
     assert trees.fingerprint(load_peft(tmp_path / "out", apart)[1]) == trees.fingerprint(adapters)
 
 
+def test_rslora_is_what_peft_computes(base: Model, tmp_path: Path) -> None:
+    adapter = AdapterConfig("lora", rank=4, alpha=6.0, use_rslora=True)
+    assert adapter.scale == 3.0
+    adapters = perturbed(base, adapter)
+    save_peft(tmp_path / "out", base, adapter, adapters)
+    theirs = peft.PeftModel.from_pretrained(hf_model(head_dim=16), tmp_path / "out").eval()
+    assert theirs.peft_config["default"].use_rslora
+    assert_logits_close(hf_logits(theirs), adapted(base, adapter, adapters))
+    again, _ = load_peft(tmp_path / "out", base)
+    assert again == adapter
+    with pytest.raises(ConfigError, match=r"give adapter\.alpha too"):
+        AdapterConfig("lora", use_rslora=True)
+
+
 def test_written_files(base: Model, tmp_path: Path) -> None:
     from safetensors import safe_open
     from safetensors.numpy import load_file, save_file

@@ -39,7 +39,8 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
 
     Args:
       config: of the base.
-      adapter: the other settings; alpha / rank is kept, and a width that is None follows the rank.
+      adapter: the other settings; alpha / rank is kept (with use_rslora alpha), and a width that is
+        None follows the rank.
       budget: trainable parameters.
 
     Returns:
@@ -55,9 +56,8 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
     )
 
     def at(rank: int) -> AdapterConfig:
-        return adapter.replace(
-            rank=rank, alpha=None if adapter.alpha is None else adapter.scale * rank
-        )
+        kept = adapter.alpha is None or adapter.use_rslora
+        return adapter.replace(rank=rank, alpha=adapter.alpha if kept else adapter.scale * rank)
 
     low, high = 1, 2
     require(

@@ -71,7 +71,10 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
     if widths.mlp:  # by its number: left alone, it would follow the rank
         adapter = adapter.replace(extra_mlp_units=widths.mlp + mlp)
     rank = widths.residual + residual if widths.residual else adapter.rank
-    return adapter.replace(rank=rank, alpha=adapter.scale * rank) if residual else adapter
+    if not residual:
+        return adapter
+    wider = adapter.replace(rank=rank)
+    return wider.replace(alpha=adapter.scale * wider.divisor)
 
 
 def width_advice(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, str]:

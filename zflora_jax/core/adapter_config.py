@@ -52,7 +52,7 @@ class AdapterConfig:
     """A row of the table in docs/method.md; full is full fine-tuning."""
     rank: int = 16
     """r: the rank of lora and ffa, the width of the residual state of the zflora methods, and the
-    divisor of the scale s = alpha / rank."""
+    divisor of the scale s = alpha / rank (see use_rslora)."""
     alpha: float | None = None
     """The numerator of the scale; None means 2 * rank, so s = 2."""
     targets: str = "all"
@@ -72,6 +72,9 @@ class AdapterConfig:
     dropout: float = 0.0
     """Share of the inputs of LoRA's A that a training step drops (PEFT's lora_dropout); the others
     are divided by 1 - dropout. Only for lora."""
+    use_rslora: bool = False
+    """Divide alpha by the square root of rank instead, so that the scale suits high ranks (rsLoRA,
+    arXiv 2312.03732). It needs an alpha."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -88,6 +91,11 @@ class AdapterConfig:
         require(
             self.alpha is None or 0 < self.alpha < math.inf,
             f"adapter.alpha={self.alpha}: must be positive, or None for 2 * rank.",
+        )
+        require(
+            not self.use_rslora or self.alpha is not None,
+            "adapter.use_rslora=True: give adapter.alpha too, e.g. 16; the scale is then alpha /"
+            " sqrt(rank).",
         )
         for name, widened, stream in (
             ("extra_mlp_units", row.mlp, "MLP"),
@@ -125,8 +133,13 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """s = alpha / rank."""
-        return 2.0 if self.alpha is None else self.alpha / self.rank
+        """s = alpha / rank, or with use_rslora alpha / sqrt(rank)."""
+        return 2.0 if self.alpha is None else self.alpha / self.divisor
+
+    @property
+    def divisor(self) -> float:
+        """What alpha is divided by."""
+        return math.sqrt(self.rank) if self.use_rslora else float(self.rank)
 
     def explicit(self) -> AdapterConfig:
         """The same with `init` by its name where it was left to the method."""

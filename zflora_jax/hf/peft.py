@@ -108,8 +108,8 @@ def _to_peft(
 
 def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) -> dict[str, Any]:
     """adapter_config.json."""
-    alpha = adapter.scale * adapter.rank
-    return {
+    alpha = adapter.scale * adapter.divisor
+    return ({"use_rslora": True} if adapter.use_rslora else {}) | {
         "base_model_name_or_path": HUB_IDS.get(model.source or "", model.source),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -204,8 +204,12 @@ def _adapter_config(
     scale, kernels = _scale(modules), _kernels(modules)
     named = {"all": set(KERNELS), "attention": set(ATTENTION), "mlp": set(MLP)}
     targets = next((name for name, of in named.items() if of == set(kernels)), "|".join(kernels))
-    dropout = settings.get("lora_dropout") or 0.0
-    return AdapterConfig("lora", rank=rank, alpha=scale * rank, targets=targets, dropout=dropout)
+    found = AdapterConfig(
+        *("lora", rank, 1.0, targets),
+        dropout=settings.get("lora_dropout") or 0.0,
+        use_rslora=bool(settings.get("use_rslora")),
+    )
+    return found.replace(alpha=scale * found.divisor)
 
 
 def _to_native(
