@@ -9,7 +9,19 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from zflora_jax.cli import bench, eval, export, generate, info, plan, plot, quickstart, sweep, train
+from zflora_jax.cli import (
+    bench,
+    data,
+    eval,
+    export,
+    generate,
+    info,
+    plan,
+    plot,
+    quickstart,
+    sweep,
+    train,
+)
 from zflora_jax.cli.options import CommandParser
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError
@@ -17,8 +29,8 @@ from zflora_jax.core.storage import as_path, is_store_error
 from zflora_jax.reporting.files import local_path
 
 # Each is named after its module, which has SUMMARY, add_options(parser) and run(args).
-COMMANDS = (train, eval, generate, info, plot, export, plan, sweep, bench, quickstart)
-LOCAL_ONLY = (sweep, bench, quickstart)  # they write to directories, not to object storage
+COMMANDS = (train, eval, generate, data, info, plot, export, plan, sweep, bench, quickstart)
+LOCAL_ONLY = (data, sweep, bench, quickstart)  # they write to directories, not to object storage
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import PRESETS
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import unflatten
-from zflora_jax.hf.bucket import MODEL_FILES
+from zflora_jax.hf.bucket import MODEL_FILES, headers
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.gguf import load_gguf
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.keys import (
     Place,
     Slices,
@@ -139,12 +141,39 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
         return PRESETS[source]
     path = as_path(source, "model").expanduser()
     if not path.exists() and re.fullmatch(_HUB_ID, source):
-        return from_hf_config(read_json(_fetch(source, "config.json")))
+        return from_hf_config(read_json(_fetch(source, ["config.json"]) / "config.json"))
     if not (is_url(source) and path.is_dir()):  # in a bucket, config.json alone is read
         path, _ = locate(source)
     if path.is_dir():
         return from_hf_config(read_json(path / "config.json"), rope=not (path / MANIFEST).exists())
     return gguf_config(GGUFFile(path))
+
+
+def model_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """Load the tokenizer of a model without its weights.
+
+    Args:
+      source: as for `load_model`.
+
+    Returns:
+      The tokenizer; None where the model has none.
+
+    Raises:
+      ConfigError, CheckpointError: as for `load_model`.
+    """
+    source = os.fspath(source)
+    path = as_path(source, "model").expanduser()
+    hub = HUB_IDS.get(source, source)
+    if not path.exists() and source not in PACKAGED and re.fullmatch(_HUB_ID, hub):
+        return load_tokenizer(_fetch(hub, TOKENIZER_FILES))
+    if is_url(source) and path.is_dir():
+        with headers(path) as copy:
+            return load_tokenizer(copy)
+    path, _ = locate(source)
+    if path.is_dir():
+        return load_tokenizer(path)
+    file = GGUFFile(path)
+    return gguf_tokenizer(file, gguf_config(file))
 
 
 def locate(source: str) -> tuple[Path, str]:
@@ -194,16 +223,13 @@ def locate(source: str) -> tuple[Path, str]:
     )
 
 
-def _fetch(hub_id: str, file: str | None = None, hint: str = "") -> Path:
-    """The local copy of one file of a hub repository, or of all files that a model needs."""
+def _fetch(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> Path:
+    """The local copy of a hub repository, of those of its files that are named (a model's)."""
     try:
-        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub import snapshot_download
 
-        if file is not None:
-            return Path(hf_hub_download(hub_id, file))
-        wanted = list(MODEL_FILES)
         return Path(
-            snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["original/*"])
+            snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=["original/*"])
         )
     # network, gating, misspelt names: one type per cause and per version of the library
     except Exception as error:

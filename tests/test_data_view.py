@@ -1,0 +1,86 @@
+"""`zflora data`: what is counted is what training gets; rows are shown with what is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.byte_tokenizer import byte_tokenizer
+from support.models import tiny_model
+
+from zflora_jax.cli.main import main
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig, RunConfig
+from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.packing import pack_sequences
+from zflora_jax.data.pipeline import train_batches
+from zflora_jax.data.tokenization import tokenize_examples
+from zflora_jax.experiments.data_view import data_view
+from zflora_jax.hf.load import model_tokenizer
+from zflora_jax.hf.save import save_hf
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model = tiny_model()
+    model.tokenizer = byte_tokenizer()
+    save_hf(folder, model)
+    return str(folder)
+
+
+def run_of(**data: object) -> RunConfig:
+    settings = {"bucket_lengths": (128, 192, 320), "train_limit": 24, "batch_size": 4, **data}
+    return RunConfig("tiny", AdapterConfig("lora"), DataConfig(**settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_is_counted_is_what_training_gets(packing: bool) -> None:
+    run, tokenizer = run_of(packing=packing), byte_tokenizer()
+    view = data_view(run, tokenizer)
+    apart = tokenize_examples(load_mixture(run.data, "train"), tokenizer, run.data)
+    whole = pack_sequences(apart, 320) if packing else apart
+    assert view.facts["sequences"] == len(apart) == sum(view.histogram.values())
+    assert view.facts["tokens"] == sum(len(row.tokens) for row in apart.rows)
+    assert view.facts.get("packed rows") == (len(whole) if packing else None)
+    assert view.facts["steps of an epoch"] == -(-len(whole) // 4)
+    # An epoch as the pipeline makes it.
+    steps = len(whole) // 4
+    batches = [
+        batch for batch, _ in zip(train_batches(whole, run.data), range(steps), strict=False)
+    ]
+    padding = np.mean([np.mean(batch["segments"] == 0) for batch in batches])
+    assert view.facts["padding, %"] == pytest.approx(100 * padding, abs=8)
+
+
+def test_rows_are_shown_with_what_is_trained() -> None:
+    tokenizer = byte_tokenizer()
+    run = run_of()
+    view = data_view(run, tokenizer, rows=2)
+    assert len(view.rows) == 2
+    example = load_mixture(run.data, "train")[0]
+    (context, first), (answer, second) = view.rows[0]
+    assert (first, second) == (False, True)
+    assert example.prompt in context and answer == f"{example.target}<eos>"
+    [(everything, trained)] = data_view(run_of(train_on_prompt=True), tokenizer, 1).rows[0]
+    assert trained and everything == context + answer
+    with pytest.raises(ConfigError, match="rows=-1"):
+        data_view(run, tokenizer, -1)
+
+
+def test_the_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.py"
+    made = f"RunConfig({base!r}, AdapterConfig('lora'), DataConfig(bucket_lengths=(320,)))"
+    config.write_text(f"from zflora_jax.config import *\n\ndef get_config():\n    return {made}\n")
+    words = ["data", "--config", str(config), "--rows", "1", "--out", str(tmp_path / "x")]
+    assert main([*words, "--set", "data.train_limit=8"]) == 0
+    said = capsys.readouterr().out
+    assert "row 1, trained tokens in [[ ]]:" in said and "[[" in said.split("row 1")[1]
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["histogram"] == {"1-320": 8} and found["config"]["data"]["train_limit"] == 8
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert main([*words, "--set", "data.task=gsm8k", f"data.data_dir={tmp_path}"]) == 2
+    assert model_tokenizer(base)("a b")["input_ids"] == byte_tokenizer()("a b")["input_ids"]
