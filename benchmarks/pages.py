@@ -75,6 +75,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train": train,
     "train_targets": script("train_targets"),
     "transformers_versions": script("check_transformers_4"),
+    "two_processes": script("two_processes"),
     "vllm_latency": script("vllm_latency"),
     "vllm_latency_1b": script("vllm_latency"),
 }
