@@ -1,7 +1,7 @@
 """Train steps of real sizes compiled for TPU slices and GPUs that are absent: memory, the largest
 batch that fits, collectives, a roofline.
 
-Command: python benchmarks/train_targets.py [--targets T ...] [--models M ...]
+Command: python benchmarks/train_targets.py [--targets T ...] [--models M ...] [--short]
 (one to two minutes a program on 2 CPU cores; no weights, nothing is run)
 Writes results/train_targets.json and .md. bfloat16, rank 32, rows of 2048 tokens, fsdp over all
 devices of the target, chunks of 256 logits.
@@ -45,18 +45,23 @@ def run_of(model: str, method: str, remat: Any, where: Target, rows: int) -> Run
     )
 
 
-def cases(targets: list[Target], models: list[str]) -> Iterator[tuple[Target, str, str, str]]:
-    """Every policy of the first model with zflora-minimal, two of the other models; LoRA by one."""
+def cases(
+    targets: list[Target], models: list[str], short: bool
+) -> Iterator[tuple[Target, str, str, str]]:
+    """Every policy of the first model with zflora-minimal (if not `short`), two of the other models;
+    LoRA by one.
+    """
     for where in targets:
         for model in models:
-            for remat in POLICIES if model == models[0] else ("dots", "block"):
+            every = model == models[0] and not short
+            for remat in POLICIES if every else ("dots", "block"):
                 yield where, model, "zflora-minimal", remat
             yield where, model, "lora", "dots"
 
 
-def measure(where: Target, model: str, method: str, remat: str) -> dict[str, Any]:
+def measure(where: Target, model: str, method: str, remat: str, short: bool) -> dict[str, Any]:
     """Compile one row a device, and estimate from it how many fit; of zflora-minimal with "dots"
-    that many are compiled too, or fewer until they fit.
+    that many are compiled too, or fewer until they fit (if not `short`).
     """
     row: dict[str, Any] = {"target": where.name, "model": model, "method": method, "remat": remat}
     config = preset(model)
@@ -75,7 +80,7 @@ def measure(where: Target, model: str, method: str, remat: str) -> dict[str, Any
     scale = (found.get("needs") or found["bytes"]["total"]) / formula(1)
     fit = bisect_right(range(1, 1025), where.chip.memory, key=lambda n: formula(n) * scale)
     row["rows_that_fit"] = fit
-    if (method, remat) == ("zflora-minimal", "dots") and fit > 1:
+    if (method, remat) == ("zflora-minimal", "dots") and fit > 1 and not short:
         rows, needs = fit, where.chip.memory + 1
         while rows > 1 and needs > where.chip.memory:
             more = compiled_facts(run_of(model, method, remat, where, rows), config, where)
@@ -142,13 +147,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--short", action="store_true", help="two policies, one row a device")
     parser.add_argument("--out", default="results/train_targets")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # leaves a device that is there alone
     rows = list[dict[str, Any]]()
     result = {"rows": rows, "environment": environment()}
-    for case in cases([target(name) for name in args.targets], args.models):
-        rows.append(measure(*case))
+    for case in cases([target(name) for name in args.targets], args.models, args.short):
+        rows.append(measure(*case, args.short))
         print({k: v for k, v in _line(rows[-1]).items()}, flush=True)
         write_result(Path(args.out), result, page(result))
 
