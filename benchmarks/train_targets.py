@@ -48,7 +48,7 @@ def run_of(model: str, method: str, remat: Any, where: Target, rows: int) -> Run
 def cases(
     targets: list[Target], models: list[str], short: bool
 ) -> Iterator[tuple[Target, str, str, str]]:
-    """Every policy of the first model with zflora-minimal (if not `short`), two of the other models;
+    """Every policy of the first model with zflora-minimal (if not `short`), two of the others;
     LoRA by one.
     """
     for where in targets:
