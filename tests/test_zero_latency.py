@@ -68,7 +68,7 @@ def test_a_fused_token_runs_the_kernels_of_the_base(
 
 
 @pytest.mark.parametrize(
-    "family", always(["qwen3", "qwen2", "smollm3"], lambda name: name == "qwen3")
+    "family", always(["qwen3", "qwen2", "smollm3"], lambda name: name == "qwen2")
 )
 def test_a_fused_token_of_other_families(family: str) -> None:
     """Biases, norms of heads and layers without RoPE add no kernel."""
@@ -89,7 +89,7 @@ def test_lora_beside_the_base_does_not() -> None:
     ("chip", "batch"),
     always(
         [("v5e", 1), ("v6e", 2), ("v5e", 4), ("v6e", 1)],
-        lambda case: case in (("v5e", 1), ("v6e", 2)),
+        lambda case: case == ("v5e", 1),
     ),
 )
 def test_few_rows_are_multiplied_on_the_matrix_unit(chip: str, batch: int) -> None:
