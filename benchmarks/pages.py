@@ -74,6 +74,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "task_switch": script("task_switch"),
     "train": train,
     "train_targets": script("train_targets"),
+    "train_targets_h100": script("train_targets"),
     "transformers_versions": script("check_transformers_4"),
     "two_processes": script("two_processes"),
     "vllm_latency": script("vllm_latency"),
