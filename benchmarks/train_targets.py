@@ -125,7 +125,7 @@ def page(result: dict[str, Any]) -> str:
 
 **Compiled for, not run.** bfloat16, rank {RANK}, one row of {LENGTH} tokens on each device, the
 base divided over all devices by fsdp, chunks of 256 logits. v5p:2x2x1 has 4 chips: it is sold as
-v5p-8.
+v5p-8. A run that was stopped has the rows that it had come to.
 
 - arguments, temporaries, total: bytes of a device as the compiler plans them. A TPU's compiler
   refuses a program that does not fit and names the bytes.

@@ -59,16 +59,18 @@ def test_what_is_counted_is_what_training_gets(packing: bool) -> None:
 def test_rows_are_shown_with_what_is_trained() -> None:
     tokenizer = byte_tokenizer()
     run = run_of()
-    view = data_view(run, tokenizer, rows=2)
+    view = data_view(run, tokenizer, 259, rows=2)
     assert len(view.rows) == 2
     example = load_mixture(run.data, "train")[0]
     (context, first), (answer, second) = view.rows[0]
     assert (first, second) == (False, True)
     assert example.prompt in context and answer == f"{example.target}<eos>"
-    [(everything, trained)] = data_view(run_of(train_on_prompt=True), tokenizer, 1).rows[0]
+    [(everything, trained)] = data_view(run_of(train_on_prompt=True), tokenizer, rows=1).rows[0]
     assert trained and everything == context + answer
     with pytest.raises(ConfigError, match="rows=-1"):
-        data_view(run, tokenizer, -1)
+        data_view(run, tokenizer, rows=-1)
+    with pytest.raises(ConfigError, match="258"):  # padding, as training refuses it
+        data_view(run, tokenizer, 258)
 
 
 def test_the_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

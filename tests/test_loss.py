@@ -268,19 +268,25 @@ def one_update(optim: OptimConfig, params: trees.Tree, grads: trees.Tree) -> tre
     return updates
 
 
-def test_weight_decay_skips_norm_gains():
+def test_weight_decay_skips_norm_gains_and_biases():
     params = {
         "final_norm": {"scale": jnp.ones(4)},
         "layers": {
             "attn_norm": {"scale": jnp.ones((2, 4))},
-            "attn": {"q": {"kernel": jnp.ones((2, 4, 3)), "forward": jnp.ones((2, 4, 3))}},
+            "attn": {
+                "q": {
+                    "kernel": jnp.ones((2, 4, 3)),
+                    "forward": jnp.ones((2, 4, 3)),
+                    "bias": jnp.ones((2, 3)),
+                }
+            },
         },
     }
     zero = jax.tree.map(jnp.zeros_like, params)
     optim = OptimConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
     for name, update in trees.flatten(one_update(optim, params, zero)).items():
         np.testing.assert_allclose(
-            update, 0.0 if name.endswith("scale") else -0.05, rtol=1e-6, err_msg=name
+            update, 0.0 if name.endswith(("scale", "bias")) else -0.05, rtol=1e-6, err_msg=name
         )
 
 

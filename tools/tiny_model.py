@@ -16,6 +16,10 @@ def main(out: str, family: str = "llama") -> None:
     from support.byte_tokenizer import byte_tokenizer
     from support.runs import saved_base
 
+    from zflora_jax.core.families import FAMILIES
+
+    if family not in FAMILIES:
+        sys.exit(f"no family {family!r}; choose from {', '.join(FAMILIES)}.")
     print("written:", saved_base(Path(out), byte_tokenizer(), family))
 
 

@@ -33,12 +33,13 @@ def run(args: argparse.Namespace) -> None:
 
     from zflora_jax.core.fields import to_dict
     from zflora_jax.experiments.data_view import data_view
-    from zflora_jax.hf.load import model_tokenizer
+    from zflora_jax.hf.load import model_config, model_tokenizer
     from zflora_jax.reporting.files import write_json
     from zflora_jax.reporting.plots import grouped_bars
 
     config = run_config(args)
-    view = data_view(config, model_tokenizer(config.model), args.rows)
+    vocab_size = model_config(config.model).vocab_size
+    view = data_view(config, model_tokenizer(config.model), vocab_size, args.rows)
     print_table(view.facts, f"{args.config}: training rows")
     print_table(view.histogram, "sequences by length in tokens")
     console = Console(soft_wrap=True, highlight=False, markup=False)

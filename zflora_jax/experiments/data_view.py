@@ -34,12 +34,15 @@ class DataView:
     rows: list[Spans]
 
 
-def data_view(run: RunConfig, tokenizer: Any, rows: int = 3) -> DataView:
+def data_view(
+    run: RunConfig, tokenizer: Any, vocab_size: int | None = None, rows: int = 3
+) -> DataView:
     """Read and tokenise the training rows of a run, as training does.
 
     Args:
       run: its settings; data is read.
       tokenizer: of the run's model.
+      vocab_size: rows of its embedding; None: token ids are not checked.
       rows: how many of them to show.
 
     Raises:
@@ -48,7 +51,7 @@ def data_view(run: RunConfig, tokenizer: Any, rows: int = 3) -> DataView:
     require(rows >= 0, f"rows={rows}: must be at least 0.")
     require(tokenizer is not None, f"model {run.model!r} has no tokenizer.")
     examples = load_mixture(run.data, "train")
-    apart = tokenize_examples(examples, tokenizer, run.data)
+    apart = tokenize_examples(examples, tokenizer, run.data, vocab_size)
     lengths = [len(row.tokens) for row in apart.rows]
     trained = sum(int(row.loss_mask.sum()) for row in apart.rows)
     facts: dict[str, Any] = {

@@ -45,7 +45,10 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
         f"{file.path}: {of('attention.head_count')}={heads!r} is not supported; expected one number"
         " for all layers.",
     )
-    head_dim, layers = file.get(of("attention.key_length"), hidden // heads), of("block_count")
+    head_dim, layers = (
+        file.get(of("attention.key_length"), hidden // heads),
+        _need(file, of("block_count")),
+    )
     for key in ("attention.value_length", "rope.dimension_count"):
         require(
             file.get(of(key), head_dim) == head_dim,
@@ -60,7 +63,7 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
         "vocab_size": shape[0],
         "hidden_size": hidden,
         "intermediate_size": _need(file, of("feed_forward_length")),
-        "num_layers": _need(file, layers),
+        "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": file.get(of("attention.head_count_kv"), heads),
         "head_dim": head_dim,
@@ -73,7 +76,7 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
         "family": family,
         # The file says nothing of them: llama.cpp knows every fourth layer to be without RoPE.
-        "nope_layers": tuple(range(3, _need(file, layers), 4)) if FAMILIES[family].nope else (),
+        "nope_layers": tuple(range(3, layers, 4)) if FAMILIES[family].nope else (),
     }
     return _with_scaling(file, from_dict(LlamaConfig, values, str(file.path)))
 

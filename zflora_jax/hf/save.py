@@ -25,6 +25,7 @@ from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.load import locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE
+from zflora_jax.hf.state_scale import scales_state
 from zflora_jax.hf.stock import StockForm, module_of, native_tensor, stock_form, to_stock
 from zflora_jax.hf.tensor_file import write_tensors
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
@@ -116,7 +117,7 @@ def _finish(
 def _sizes(form: StockForm) -> dict[str, Any]:
     """What a report says of the stored model."""
     sizes = {"parameters": count_base(form.config), "widths": _widths(form.config)}
-    return sizes | {"eps_z": form.eps_z} if form.has_state else sizes
+    return sizes | {"eps_z": form.eps_z} if scales_state(form.native) else sizes
 
 
 def _widths(config: LlamaConfig) -> str:

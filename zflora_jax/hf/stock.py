@@ -35,7 +35,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, Slices, as_finite, hf_table
 from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
-from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z, scales_state
+from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
 _READS, _WRITES, _NORMS = (
@@ -117,11 +117,6 @@ class StockForm:
         return (module in _NORMS and self.native.base_hidden_size is not None) or (
             module in rounded and self.native.base_head_dim is not None
         )
-
-    @property
-    def has_state(self) -> bool:
-        """Whether anything is stored times eps_z."""
-        return scales_state(self.native)
 
     def forward(self, module: str, x: np.ndarray) -> np.ndarray:
         """Bring a native leaf of one layer into stock form.
