@@ -47,6 +47,9 @@ def test_what_is_counted_is_what_training_gets(packing: bool) -> None:
     assert view.facts["tokens"] == sum(len(row.tokens) for row in apart.rows)
     assert view.facts.get("packed rows") == (len(whole) if packing else None)
     assert view.facts["steps of an epoch"] == -(-len(whole) // 4)
+    longest = view.facts["longest"]  # a bucket holds its own length
+    edge = data_view(run_of(packing=packing, bucket_lengths=(longest, 320)), tokenizer)
+    assert edge.histogram == {f"1-{longest}": len(apart), f"{longest + 1}-320": 0}
     # An epoch as the pipeline makes it.
     steps = len(whole) // 4
     batches = [

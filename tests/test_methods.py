@@ -305,6 +305,8 @@ def test_rank_for_budget_keeps_what_was_chosen():
     found = rank_for_budget(SMOL, start, 6_000_000)
     assert found == start.replace(rank=found.rank, alpha=1.5 * found.rank)
     assert abs(count_params(SMOL, found) - 6_000_000) <= 0.03 * 6_000_000
+    stable = start.replace(use_rslora=True)  # whose alpha is for all ranks
+    assert rank_for_budget(SMOL, stable, 6_000_000) == stable.replace(rank=found.rank)
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,22 @@ from zflora_jax.core.presets import preset
 BASE = preset("llama-3.2-1b")
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("kind", MULTIPLES)
 @pytest.mark.parametrize("method", METHODS)
-def test_rounded_widths_need_no_filling(method: str, kind: str) -> None:
+def test_rounded_widths_need_no_filling(method: str, kind: str, use_rslora: bool) -> None:
     """Nor do they need rounding again; the scale and the heads stay."""
-    adapter = AdapterConfig(method, rank=20, alpha=30.0)
+    adapter = AdapterConfig(method, rank=20, alpha=30.0, use_rslora=use_rslora)
     better = round_widths(BASE, adapter, kind)
     if not METHODS[method].widens:
         assert better is adapter
         return
     packed = packed_config(fused_config(BASE, better), kind, better)
     assert packed.execution.fill_residual == packed.execution.fill_mlp == 0
-    assert round_widths(BASE, better, kind) == better
-    assert better.scale == adapter.scale
+    again = round_widths(BASE, better, kind)
+    assert again.replace(alpha=better.alpha) == better
+    for found in (better, again):
+        assert found.scale == pytest.approx(adapter.scale, rel=1e-12)
     assert fused_config(BASE, better).head_dim == fused_config(BASE, adapter).head_dim
     before = packed_config(fused_config(BASE, adapter), kind, adapter)
     assert (packed.hidden_size, packed.intermediate_size) == (
