@@ -97,6 +97,5 @@ def test_few_rows_are_multiplied_on_the_matrix_unit(chip: str, batch: int) -> No
     real = preset("llama-3.2-1b").replace(num_layers=2)  # whose weights take most of a token
     found = loop_row(DecodeCase(real, None, batch, 128, 64), target(f"tpu:{chip}:1x1"))
     assert 1 <= found["floor_share"] <= 1.5
-    # Of a prompt, too: its 128 rows pass each kernel once, and the head reads one of them. Its floor
-    # is the time to read.
+    # Of a prompt, too: its 128 rows pass each kernel once, and the head reads one of them.
     assert 1.4 <= found["prefill_share"] <= 2
