@@ -5,13 +5,15 @@ Command: python benchmarks/target_variants.py
 (about 5 minutes on 2 CPU cores; no weights, nothing is run; needs the extras target-tpu and
 target-cuda)
 Writes results/target_variants.json and .md: the token loop of zflora-uniform, rank 32, fused and
-packed, of Llama-3.2-1B cut to 2 layers; and the bytes that a train step of it sends under tensor=8.
+packed, of Llama-3.2-1B cut to 2 layers, and ffba of Llama-2-7B, whose heads each have keys of their
+own; and the bytes that a train step of the 1B sends under tensor=8.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -23,11 +25,12 @@ from zflora_jax.adapters import widths
 from zflora_jax.adapters.widths import Multiples
 from zflora_jax.bench.compiled import DecodeCase, loop_row
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.compiled_plan import compiled_step
 from zflora_jax.nn import blocks, layers
-from zflora_jax.ops import copies, head, linear, rope
+from zflora_jax.ops import attention_blocks, copies, head, linear, rope
 from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.program_text import Program
 from zflora_jax.parallel.targets import target
@@ -37,11 +40,16 @@ from zflora_jax.reporting.tables import markdown_table
 
 CONFIG = preset("llama-3.2-1b").replace(num_layers=2)
 ADAPTER = AdapterConfig("zflora-uniform", rank=32)
+OWN_KEYS, WIDE_HEADS = preset("llama-2-7b").replace(num_layers=2), AdapterConfig("ffba", rank=32)
 TARGETS, BATCHES = ("cuda:h100", "tpu:v5e:1x1", "tpu:v6e:1x1"), (1, 8)
 
 
 def _plain_rows(x: Any, kernel: Any, dtype: Any = None, product: Any = None) -> Any:
     return (product or linear.plain_product)(x, kernel, dtype)
+
+
+def _plain_query(*given: Any, attend: Any) -> Any:
+    return attend(*given)
 
 
 def _rows_tested_first(table: Any, rows: Any, width: int | None = None) -> Any:
@@ -54,8 +62,9 @@ def _norm_of_a_part(*given: Any) -> Any:
 
 
 _NORMALISE = layers._normalise
+Variants = dict[str, list[tuple[Any, str, Any]]]
 # What is taken back -> (module, name, what stands there instead).
-DECODE: dict[str, list[tuple[Any, str, Any]]] = {
+DECODE: Variants = {
     "as it is": [],
     "widths not filled up": [
         (widths, "MULTIPLES", dict.fromkeys(widths.MULTIPLES, Multiples(1, 1)))
@@ -68,7 +77,11 @@ DECODE: dict[str, list[tuple[Any, str, Any]]] = {
         (head, "product_of_eight_rows", _plain_rows),
     ],
 }
-TRAIN: dict[str, list[tuple[Any, str, Any]]] = {
+QUERIES: Variants = {
+    "as it is": [],
+    "one query a key head as it is": [(attention_blocks, "one_query_as_eight", _plain_query)],
+}
+TRAIN: Variants = {
     "as it is": [],
     "gradients in the order of the kernels": [(blocks, "beside", lambda x: x)],
 }
@@ -85,18 +98,20 @@ def taken_back(parts: list[tuple[Any, str, Any]]) -> Iterator[None]:
     jax.clear_caches()
 
 
-def decode_rows() -> Iterator[dict[str, Any]]:
-    for name in TARGETS:
-        for batch in BATCHES:
-            base = loop_row(DecodeCase(CONFIG, None, batch), target(name))
-            for variant, parts in DECODE.items():
-                with taken_back(parts):
-                    row = loop_row(DecodeCase(CONFIG, ADAPTER, batch), target(name))
-                yield {"target": target(name).name, "batch": batch, "variant": variant} | {
-                    "base_kernels": base["kernels"],
-                    **{k: row.get(k) for k in ("kernels", "copies", "temporaries", "cycles")},
-                    "floor_share": row.get("floor_share"),
-                }
+def decode_rows(
+    config: LlamaConfig, adapter: AdapterConfig, variants: Variants, targets: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    shown = ("kernels", "copies", "temporaries", "cycles", "floor_share")
+    for name, batch in itertools.product(targets, BATCHES):
+        for variant, parts in variants.items():
+            with taken_back(parts):
+                base = loop_row(DecodeCase(config, None, batch), target(name))
+                row = loop_row(DecodeCase(config, adapter, batch), target(name))
+            yield {"target": target(name).name, "batch": batch, "variant": variant} | {
+                "base_kernels": base["kernels"],
+                "base_floor_share": base.get("floor_share"),
+                **{k: row.get(k) for k in shown},
+            }
 
 
 def train_rows() -> Iterator[dict[str, Any]]:
@@ -115,8 +130,8 @@ def train_rows() -> Iterator[dict[str, Any]]:
             yield {"target": name, "variant": variant, "sent": sent}
 
 
-def page(result: dict[str, Any]) -> str:
-    decode = [
+def _decode_table(rows: Sequence[dict[str, Any]]) -> str:
+    table = [
         {
             "target": row["target"],
             "batch": row["batch"],
@@ -127,9 +142,14 @@ def page(result: dict[str, Any]) -> str:
             "temporaries, MiB": f"{row['temporaries'] / 2**20:.1f}",
             "cycles, M": "-" if row["cycles"] is None else f"{row['cycles'] / 1e6:.2f}",
             "of floor": "-" if row["floor_share"] is None else f"{row['floor_share']:.2f}",
+            "the base's": "-" if row["floor_share"] is None else f"{row['base_floor_share']:.2f}",
         }
-        for row in result["decode"]
+        for row in rows
     ]
+    return markdown_table(table, list(table[0]))
+
+
+def page(result: dict[str, Any]) -> str:
     train = [
         {
             "target": row["target"],
@@ -149,7 +169,11 @@ Llama-3.2-1B cut to 2 layers, bfloat16, zflora-uniform r = 32 fused and packed, 
 tokens.
 kernels, copies, cycles and floor as in [compile_1b](compile_1b.md).
 
-{markdown_table(decode, list(decode[0]))}
+{_decode_table(result["decode"])}
+
+Llama-2-7B cut to 2 layers, ffba r = 32 (heads of 160), the same.
+
+{_decode_table(result["queries"])}
 
 ## A train step under tensor parallelism
 
@@ -168,8 +192,14 @@ def main() -> None:
     parser.add_argument("--out", default="results/target_variants")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # leaves a device that is there alone
-    result: dict[str, Any] = {"environment": environment(), "decode": [], "train": []}
-    for part, rows in (("decode", decode_rows()), ("train", train_rows())):
+    result: dict[str, Any] = {"environment": environment()}
+    parts = {
+        "decode": decode_rows(CONFIG, ADAPTER, DECODE, TARGETS),
+        "queries": decode_rows(OWN_KEYS, WIDE_HEADS, QUERIES, TARGETS[1:]),
+        "train": train_rows(),
+    }
+    for part, rows in parts.items():
+        result[part] = []
         for row in rows:
             result[part].append(row)
             print(row, flush=True)

@@ -21,7 +21,7 @@ from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.ops import attention as attention_ops, attention_blocks
 from zflora_jax.ops.attention import attention, plain_attention
-from zflora_jax.ops.attention_blocks import query_blocks
+from zflora_jax.ops.attention_blocks import one_query_as_eight, query_blocks
 from zflora_jax.ops.attention_cudnn import GAP, cudnn_attention, segment_channels
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.attention_splash import splash_attention
@@ -79,6 +79,20 @@ def test_blocks_equal_the_plain_formula(kind, blocks, monkeypatch):
 def test_a_token_after_a_cache_equals_the_plain_formula():
     *arrays, mask = attention_inputs("cache", T=1, S=12)
     got = value_and_gradients(lambda *a: attention(*a, mask, 0.3), arrays, jnp.float32)
+    assert max(distances(got, reference(arrays, mask, 0.3))) < 2e-6
+
+
+def test_the_one_query_of_a_head_as_eight():
+    """The form for TPUs: values and gradients of a token where each head has keys of its own."""
+    *arrays, mask = attention_inputs("cache", T=1, S=12, H=2, K=2)
+
+    def as_eight(q, k, v):
+        attend = partial(attention_blocks._attention, mask=mask, scale=0.3)
+        grouped = q.transpose(0, 2, 1, 3)[:, :, None]
+        out = one_query_as_eight(grouped, k, v, mask, lambda q, k, v, _: attend(q, k, v))
+        return out[:, :, 0].transpose(0, 2, 1, 3)
+
+    got = value_and_gradients(as_eight, arrays, jnp.float32)
     assert max(distances(got, reference(arrays, mask, 0.3))) < 2e-6
 
 
