@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data.encoding import encode_prompts
 from zflora_jax.data.tasks import load_examples
-from zflora_jax.data.tokenization import encode_prompts
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens

@@ -42,7 +42,7 @@ def get_config():
     return RunConfig(
         model={model!r},
         adapter=AdapterConfig("zflora-minimal", rank=8),
-        data=DataConfig("json", data_dir={data!r}, batch_size=2, bucket_lengths=(32,)),
+        data=DataConfig("rows", data_dir={data!r}, batch_size=2, bucket_lengths=(32,)),
         optim=OptimConfig(warmup_steps=0, learning_rate=1e-3, eps=1e-3),
         train=TrainConfig(steps=3, log_every=1, save_every=None, loss_chunk=128),
         eval=EvalConfig(limit=2, batch_size=2, max_new_tokens=8),

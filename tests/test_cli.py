@@ -226,8 +226,8 @@ def test_odd_head_rank(refused, config_file, tmp_path):
             "examples are longer than the longest of data.bucket_lengths=[16]",
         ),
         (["data.task=aritmetic"], "unknown task 'aritmetic': did you mean 'arithmetic'?"),
-        (["data.task=json"], "data.data_dir is not set"),
-        (["data.task=json", "data.data_dir=not-here"], "data.data_dir='not-here' does not exist"),
+        (["data.task=rows"], "data.data_dir is not set"),
+        (["data.task=rows", "data.data_dir=not-here"], "data.data_dir='not-here' does not exist"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -270,7 +270,7 @@ def test_targets_are_refused_and_the_workdir_stays_free(
 def test_empty_dataset(name, text, refused, config_file, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_text(text)
-    changes = ("data.task=json", f"data.data_dir={tmp_path / 'data'}")
+    changes = ("data.task=rows", f"data.data_dir={tmp_path / 'data'}")
     message = refused(
         "train", "--config", config_file, "--workdir", tmp_path / "w", "--set", *changes
     )

@@ -230,16 +230,16 @@ def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
     """
     rows = [{"instruction": f"Name {i}", "output": f"A: it is {i}"} for i in range(30)]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    own = ["--set", "data.task=json", f"data.data_dir={tmp_path}"]
+    own = ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]
     run = ["--config", config_file, "--workdir", str(tmp_path / "run")]
     assert main(["train", *run, *own]) == 0
     assert main(["eval", "--workdir", str(tmp_path / "run")]) == 0
     assert "test_loss" in capsys.readouterr().out
-    [result] = (tmp_path / "run" / "eval").glob("json-test-step2.json")
+    [result] = (tmp_path / "run" / "eval").glob("rows-test-step2.json")
     result = json.loads(result.read_text())
     assert np.isfinite(result["loss"]) and "accuracy" not in result
     record = json.loads(
-        (tmp_path / "run" / "eval" / "json-test-step2.jsonl").read_text("utf-8").split("\n")[0]
+        (tmp_path / "run" / "eval" / "rows-test-step2.jsonl").read_text("utf-8").split("\n")[0]
     )
     assert record["output"] is not None and record["answer"].startswith("A: it is ")
 

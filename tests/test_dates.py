@@ -22,10 +22,11 @@ from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import dates
+from zflora_jax.data.encoding import encode_prompts
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.prompts import render
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import encode_prompts, tokenize_examples
+from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.evaluation import records
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.base import load_base
@@ -290,7 +291,7 @@ def test_an_older_run_was_told_the_day_of_its_first_start(run, tmp_path, monkeyp
 
 def test_examples_cut_to_fit_are_cut_for_their_own_day(run, clock):
     """The length of a prompt depends on the day that it names."""
-    from zflora_jax.data.tokenization import fit_documents
+    from zflora_jax.data.encoding import fit_documents
 
     tokenizer = byte_tokenizer(chat_template="{{ strftime_now('%A') }}{{ messages[0]['content'] }}")
     example = Example("q", "t", "1", input="document " * 20, document=True)

@@ -14,17 +14,12 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data.encoding import encode_prompts, fit_documents
 from zflora_jax.data.mixture import load_mixture, parse_mixture
 from zflora_jax.data.packing import pack_sequences
 from zflora_jax.data.pipeline import eval_batches, pad, train_batches
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import (
-    Encoded,
-    TokenizedExample,
-    encode_prompts,
-    fit_documents,
-    tokenize_examples,
-)
+from zflora_jax.data.tokenization import Encoded, TokenizedExample, tokenize_examples
 from zflora_jax.nn.llama import forward
 from zflora_jax.nn.positions import segment_positions
 from zflora_jax.training.trainer import eval_step
@@ -141,8 +136,8 @@ def two_tasks(tmp_path):
     ("text", "parsed"),
     [
         ("gsm8k", (("gsm8k",), None)),
-        ("gsm8k + json", (("gsm8k", "json"), None)),
-        ("gsm8k*1+json*2.5", (("gsm8k", "json"), (1.0, 2.5))),
+        ("gsm8k + rows", (("gsm8k", "rows"), None)),
+        ("gsm8k*1+json*2.5", (("gsm8k", "rows"), (1.0, 2.5))),
     ],
 )
 def test_mixtures_parse(text, parsed):

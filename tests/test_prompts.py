@@ -7,11 +7,9 @@ from support.byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import prompts
+from zflora_jax.data.encoding import encode_prompts
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import (
-    encode_prompts,
-    tokenize_examples,
-)
+from zflora_jax.data.tokenization import tokenize_examples
 
 
 def test_alpaca_text_byte_for_byte():

@@ -111,9 +111,9 @@ def test_real_gsm8k():
 
 def test_real_llm_adapters():
     data = DataConfig(data_dir=str(real_data("llm_adapters/ft-training_set/math_data.json")))
-    sizes = {split: len(load_examples("json", split, data)) for split in SPLITS}
+    sizes = {split: len(load_examples("rows", split, data)) for split in SPLITS}
     # Rows held out whose question stands in train, written otherwise.
     assert sum(sizes.values()) == 3260 - 12
     assert not any(
-        e.target.startswith(("\n", "A:")) for e in load_examples("json", "validation", data)
+        e.target.startswith(("\n", "A:")) for e in load_examples("rows", "validation", data)
     )

@@ -142,7 +142,7 @@ def test_rouge_is_rouge_score_s_and_takes_the_best_reference(model, monkeypatch)
 
 def test_rows_without_an_answer_do_not_count(model):
     examples = [Example("Say hello.", "hello", ""), Example("1 + 1?", "The answer is 2.", "2")]
-    records = generation_records(model, "json", examples, TASK_DATA, EVAL)
+    records = generation_records(model, "rows", examples, TASK_DATA, EVAL)
     assert "correct" not in records[0] and scores_of(records)["accuracy"].mean == float(
         records[1]["correct"]
     )
@@ -163,7 +163,7 @@ def test_an_answer_that_did_not_stop_by_itself_is_cut(model, monkeypatch):
     outputs[3] = [[65, stop[0]], [65, 66], []]
     examples = [Example(f"{i}?", "x", "1") for i in range(3)]
     assert [
-        record["cut"] for record in generation_records(model, "json", examples, TASK_DATA, EVAL)
+        record["cut"] for record in generation_records(model, "rows", examples, TASK_DATA, EVAL)
     ] == [False, True, True]
 
 

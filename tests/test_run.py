@@ -227,7 +227,7 @@ def test_other_data_is_refused(run, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.json").write_text(json.dumps(rows))
     run = override(
-        run, {"data.task": "json", "data.data_dir": str(tmp_path / "data"), "train.steps": 4}
+        run, {"data.task": "rows", "data.data_dir": str(tmp_path / "data"), "train.steps": 4}
     )
     quiet_train(run, tmp_path / "run")
     rows[3]["output"] = "something else"

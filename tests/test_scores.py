@@ -134,7 +134,7 @@ def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewh
         for i in range(40)
     ]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    own = dataclasses.replace(TASK_DATA, task="json", data_dir=str(tmp_path))
+    own = dataclasses.replace(TASK_DATA, task="rows", data_dir=str(tmp_path))
     only = dataclasses.replace(EVAL, generate=False, loss=False)
 
     def clean(task, data, here):
@@ -151,13 +151,13 @@ def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewh
         )["tasks"]
         return result["clean_rows"]
 
-    assert (clean("json", own, True), clean("json", own, False)) == (4, 0)
+    assert (clean("rows", own, True), clean("rows", own, False)) == (4, 0)
     (tmp_path / "ARC-Easy").mkdir()
     (tmp_path / "ARC-Easy" / "test.json").write_text(
         json.dumps([row | {"instruction": row["instruction"].upper()} for row in rows[:4]])
     )
     # Of another task, every row of the file counts.
-    assert clean("json", dataclasses.replace(own, task="arc_easy"), True) == 0
+    assert clean("rows", dataclasses.replace(own, task="arc_easy"), True) == 0
     generated = dataclasses.replace(own, task="arithmetic", data_dir=str(tmp_path / "made"))
     assert (clean("arithmetic", generated, True), clean("arithmetic", generated, False)) == (4, 4)
 

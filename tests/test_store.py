@@ -55,7 +55,7 @@ def test_the_settings_that_decide_the_numbers(key, value, same):
 
 
 def test_the_directory_of_own_files_decides_the_numbers(tmp_path):
-    own = override(RUN, {"data.task": "json", "data.data_dir": str(tmp_path / "a")})
+    own = override(RUN, {"data.task": "rows", "data.data_dir": str(tmp_path / "a")})
     assert same_numbers(own, override(own, {"data.data_dir": f"{tmp_path}/./a"}))
     assert not same_numbers(own, override(own, {"data.data_dir": str(tmp_path / "b")}))
 

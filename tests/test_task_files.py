@@ -29,7 +29,7 @@ def fails(message, task, directory, split="test"):
 
 
 def test_missing_files(tmp_path):
-    fails(r"'json' reads files, but data.data_dir is not set. Set data.data_dir to", "json", None)
+    fails(r"'rows' reads files, but data.data_dir is not set. Set data.data_dir to", "rows", None)
     fails(r"nowhere' does not exist", "gsm8k", tmp_path / "nowhere")
     fails(r"no train, validation or test file in .*grade-school-math", "gsm8k", tmp_path)
     write_questions(tmp_path / "test.json", ["a"])

@@ -8,7 +8,7 @@ from support.tasks import prompts_of, write_questions
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data.sources import normalise
+from zflora_jax.data.splits import normalise
 from zflora_jax.data.tasks import (
     GROUPS,
     HOLD_OUT,
@@ -88,7 +88,7 @@ def test_score_number(prediction, answer, right):
     ],
 )
 def test_json_answers_are_numbers_or_words(completion, answer, right):
-    task = TASKS["json"]
+    task = TASKS["rows"]
     assert task.score(task.parse(completion), answer) is right
 
 
@@ -115,8 +115,8 @@ def test_arithmetic_data_can_be_kept_elsewhere(tmp_path):
 
 def test_examples_are_a_sequence(tmp_path):
     write_questions(tmp_path / "test.json", ["a", "b", "c"], input="more")
-    examples = load_examples("json", "test", DataConfig(data_dir=str(tmp_path)))
-    assert examples[0] == Example("a", "The answer is 0.", "0", "more")
+    examples = load_examples("rows", "test", DataConfig(data_dir=str(tmp_path)))
+    assert examples[0] == Example("a", "The answer is 0.", "0", "more", form="instruction")
     assert [e.prompt for e in examples] == ["a", "b", "c"]
     assert [e.prompt for e in examples[1:]] == ["b", "c"] and examples[-1].prompt == "c"
     with pytest.raises(IndexError):
@@ -170,8 +170,8 @@ def test_what_is_held_out_has_no_twin_in_train(tmp_path):
         for i in range(300)
     ]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    data = DataConfig(task="json", data_dir=str(tmp_path))
-    train, *held = (load_examples("json", split, data) for split in SPLITS)
+    data = DataConfig(task="rows", data_dir=str(tmp_path))
+    train, *held = (load_examples("rows", split, data) for split in SPLITS)
     plain = {normalise(train[i].prompt) for i in range(len(train))}
     for part in held:
         assert len(part) < 30 and not plain & {normalise(part[i].prompt) for i in range(len(part))}
@@ -250,10 +250,10 @@ def test_rows_without_an_answer_are_for_tasks_that_need_none(tmp_path):
     row = {"instruction": "Which?\n\nAnswer format: yes/no", "output": "yes"}
     (tmp_path / "train.json").write_text(json.dumps([row] * 9))
     data = DataConfig(data_dir=str(tmp_path))
-    own = load_examples("json", "train", data)[0]
+    own = load_examples("rows", "train", data)[0]
     assert (own.target, own.answer, own.options) == ("yes", "", ())
     with pytest.raises(
-        ConfigError, match=r"row \d: the answer is empty, and 'gsm8k' is scored by it.*task 'json'"
+        ConfigError, match=r"row \d: the answer is empty, and 'gsm8k' is scored by it.*task 'rows'"
     ):
         load_examples("gsm8k", "train", data)[0]
 

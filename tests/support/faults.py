@@ -230,7 +230,7 @@ def malformed_row(lab: Lab, workdir: Path, draw: random.Random) -> Outcome:
     )
     (folder / "train.json").write_text(json.dumps(rows))
     code, output = lab.once(
-        workdir, data__task="json", data__data_dir=str(folder), data__train_limit=None
+        workdir, data__task="rows", data__data_dir=str(folder), data__train_limit=None
     )
     told = output.strip().splitlines()[-1]
     return Outcome(

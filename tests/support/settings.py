@@ -22,7 +22,7 @@ RUNS = [
         adapter=AdapterConfig(
             "zflora-uniform", rank=18, extra_mlp_units=16, extra_head_dim=8, head_scores=False
         ),
-        data=DataConfig("json", "some/dir", "alpaca", 12, 3, (7, 9), True, 5, 4),
+        data=DataConfig("rows", "some/dir", "alpaca", 12, 3, (7, 9), True, 5, 4),
         optim=OptimConfig(1e-4, "linear", 0, 0.1, 0.01, 0.8, 0.9, 1e-6, None),
         train=TrainConfig(7, 1, "bfloat16", True, 3, 2, None, 4, 1),
     ),

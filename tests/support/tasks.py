@@ -30,5 +30,5 @@ def load(task, split, directory=None, **fields):
     return list(load_examples(task, split, data))
 
 
-def prompts_of(split, directory, task="json", **fields):
+def prompts_of(split, directory, task="rows", **fields):
     return [example.prompt for example in load(task, split, directory, **fields)]

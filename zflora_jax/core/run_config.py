@@ -14,7 +14,10 @@ from zflora_jax.core.fields import check_types, renamed, require
 from zflora_jax.core.mesh_config import MeshConfig as MeshConfig
 from zflora_jax.core.model_config import Precision, Remat
 
-PromptStyle = Literal["chat", "alpaca", "alpaca-eval"]
+PromptStyle = Literal["chat", "alpaca", "alpaca-eval", "plain"]
+RowFormat = Literal[
+    "messages", "conversations", "prompt-completion", "instruction", "question", "text"
+]
 
 
 def _is_date(text: str) -> bool:
@@ -33,10 +36,12 @@ class DataConfig:
     """A task, or a mixture of tasks: boolq+arc_easy takes all rows of both, boolq*1+arc_easy*3 one
     row of boolq to three of arc_easy."""
     data_dir: str | None = None
-    """Directory of files that a task reads (JSON and JSONL), or where generated data is kept."""
+    """Directory of files that a task reads, or where generated data is kept. Of task rows also a
+    file (JSON, JSONL, CSV or Parquet), or the name of a dataset: hub:OWNER/NAME, tfds:NAME."""
     prompt_style: PromptStyle = "chat"
     """Form of the prompts. chat: the tokenizer's chat template; alpaca: LLM-Adapters' prompt in the
-    whitespace of its training script; alpaca-eval: in that of its evaluation script."""
+    whitespace of its training script; alpaca-eval: in that of its evaluation script; plain: texts
+    as they are."""
     batch_size: int = 8
     """Examples per step; rows per step with packing."""
     grad_accum_steps: int = 1
@@ -54,6 +59,8 @@ class DataConfig:
     date: str | None = None
     """Day that a chat template is told, as YYYY-MM-DD; None means the day on which the run
     starts."""
+    row_format: RowFormat | None = None
+    """Form of the rows of task rows; None means that their columns say it."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data.joined import Joined
 from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples, open_split
 
 _PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
@@ -34,8 +34,7 @@ def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]
         " weights for all, 'boolq*1+arc_easy*3'.",
     )
     names = tuple(part["name"].strip() for part in parts if part)
-    for name in names:
-        get_task(name)
+    names = tuple(get_task(name).name for name in names)  # of today
     require(
         len(set(names)) == len(names),
         f"data.task={text!r} names a task twice; give it a weight instead.",
@@ -62,7 +61,7 @@ def _weight(written: str, text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Mixture(Sequence[Example]):
+class Mixture(Joined[Example]):
     """The examples of several tasks, one task after the other.
 
     Attributes:
@@ -74,23 +73,6 @@ class Mixture(Sequence[Example]):
     names: tuple[str, ...]
     parts: tuple[Sequence[Example], ...]
     weights: tuple[float, ...] | None = None
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index += len(self) if index < 0 else 0
-        for part in self.parts:
-            if 0 <= index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError("mixture index out of range")
 
 
 def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixture:

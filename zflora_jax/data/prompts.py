@@ -7,10 +7,12 @@ the model is trained on but never conditioned on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.data.dates import pin_date
@@ -33,7 +35,7 @@ _WHITESPACE = {
     "alpaca": ("  ", " ", _INDENT),
     "alpaca-eval": (" ", "", ""),
 }
-STYLES = ("chat", *_WHITESPACE)
+STYLES = ("chat", *_WHITESPACE, "plain")
 
 
 def _section(title: str, text: str) -> str:
@@ -48,7 +50,8 @@ def render(
     "chat" is the tokenizer's chat template with one user turn and the header of the answer; an
     input follows the instruction after an empty line. "alpaca" is LLM-Adapters' prompt in the
     whitespace of its training script. "alpaca-eval" is the same in the whitespace of its evaluation
-    scripts, which differs, so that a model meets a prompt that it was not trained on.
+    scripts, which differs, so that a model meets a prompt that it was not trained on. "plain" is
+    the instruction as it is, and the input after an empty line.
 
     Args:
       tokenizer: a Hugging Face tokenizer; only "chat" reads it.
@@ -73,15 +76,18 @@ def render(
         )
         header = _ALPACA_INPUT + with_input if input else _ALPACA + without
         return f"{header}\n\n" + f"\n{between}\n".join(sections)
-    return render_turns(
-        tokenizer,
-        [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}],
-        date,
-    )
+    text = f"{instruction}\n\n{input}" if input else instruction
+    if prompt_style == "plain":
+        return text
+    return render_turns(tokenizer, [{"role": "user", "content": text}], date)
 
 
 def render_turns(
-    tokenizer: Any, turns: Sequence[Mapping[str, str]], date: str | None = None
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    date: str | None = None,
+    tools: Sequence[Any] = (),
+    answered: bool = False,
 ) -> str:
     """Build the text that a model is given before it answers a conversation.
 
@@ -89,10 +95,58 @@ def render_turns(
       tokenizer: a Hugging Face tokenizer with a chat template.
       turns: {"role", "content"} of each turn.
       date: the date that the template is told; None: today.
+      tools: that the template is told.
+      answered: whether the turns end with an answer, so that the header of one does not follow.
 
     Raises:
-      ConfigError: the tokenizer has no chat template.
+      ConfigError: the tokenizer has no chat template, or it refuses the turns.
     """
+    return _applied(
+        tokenizer, turns, date, tools, tokenize=False, add_generation_prompt=not answered
+    )
+
+
+def marked_turns(
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    date: str | None = None,
+    tools: Sequence[Any] = (),
+) -> tuple[list[int], list[int]]:
+    """(Token ids of a conversation, 1 at each that the template marks as the assistant's, else 0.)
+    Arguments and errors as for `render_turns`.
+    """
+    require(
+        tokenizer.is_fast,
+        f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which tokens a chat"
+        " template marks. Save the model's tokenizer as tokenizer.json.",
+    )
+    found = _applied(
+        tokenizer,
+        turns,
+        date,
+        tools,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return found["input_ids"], found["assistant_masks"]
+
+
+def marks_answers(tokenizer: Any) -> bool:
+    """Whether the chat template has generation marks around what the assistant says."""
+    return bool(_GENERATION.search(tokenizer.chat_template or ""))
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _applied(
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    date: str | None,
+    tools: Sequence[Any],
+    **options: Any,
+) -> Any:
     require(
         bool(getattr(tokenizer, "chat_template", None)),
         "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an"
@@ -100,20 +154,30 @@ def render_turns(
         " they are (--plain, chat=False).",
     )
     template = None if date is None else pin_date(tokenizer.get_chat_template(), date)
-    return tokenizer.apply_chat_template(
-        [dict(turn) for turn in turns],
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    given = [dict(turn) for turn in turns]
+    try:
+        return tokenizer.apply_chat_template(
+            given, chat_template=template, tools=list(tools) or None, **options
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        advice = "give the turns as the template expects them, or use another template"
+        if any(turn["role"] == "system" for turn in turns):
+            advice += (
+                "; a template without a system role takes that text at the start of the first user"
+                " turn"
+            )
+        raise ConfigError(
+            f"the tokenizer's chat template refuses turns of"
+            f" {', '.join(str(turn['role']) for turn in turns)}: {error}. Fix: {advice}."
+        ) from error
 
 
 def end_token(tokenizer: Any, prompt_style: str) -> int:
     """The id of the token that ends a target, at which generation stops.
 
-    For the alpaca styles it is the tokenizer's EOS. For "chat" it is the added token, special or
-    not, that the template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...), which in
-    some models is not the EOS; without such a token or a template it is the EOS.
+    For "chat" it is the added token, special or not, that the template puts after an assistant turn
+    (`<|im_end|>`, `<|eot_id|>`, ...), which in some models is not the EOS; without such a token or
+    a template, and for the other styles, it is the tokenizer's EOS.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
@@ -154,11 +218,15 @@ def encode_prompt_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]
     """
     if not texts:
         return []
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return with_bos(tokenizer, tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+
+
+def with_bos(tokenizer: Any, rows: list[list[int]]) -> list[list[int]]:
+    """Token ids with exactly one BOS at the start, if the tokenizer starts texts with it."""
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("a")["input_ids"][0] != bos:
-        return ids
-    return [row if row[:1] == [bos] else [bos, *row] for row in ids]
+        return rows
+    return [row if row[:1] == [bos] else [bos, *row] for row in rows]
 
 
 def encode(
@@ -166,7 +234,6 @@ def encode(
     prompt_style: str,
     prompts: Sequence[str],
     targets: Sequence[str],
-    train_on_prompt: bool = False,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Tokenise (rendered prompt, target) pairs.
 
@@ -175,12 +242,11 @@ def encode(
       prompt_style: one of STYLES.
       prompts: of `render`.
       targets: one for each prompt.
-      train_on_prompt: whether the loss counts the prompt too.
 
     Returns:
       (tokens [n] int32, loss_mask [n] bool) per pair: the tokens of prompt and target and one
-      `end_token`, never cut. The mask is True at the target and its end token, or everywhere with
-      `train_on_prompt`. It is about the token at its own position; the loss shifts by one.
+      `end_token`, never cut. The mask is True at the target and its end token. It is about the
+      token at its own position; the loss shifts by one.
 
     Raises:
       ConfigError: there is not one target for each prompt.
@@ -193,9 +259,11 @@ def encode(
     if not prompts:
         return []
     end = end_token(tokenizer, prompt_style)
+    if prompt_style == "plain":  # texts may end as the sequences will
+        targets = [target.removesuffix(tokenizer.eos_token) for target in targets]
     target_ids = tokenizer(list(targets), add_special_tokens=False)["input_ids"]
     rows = []
     for prompt, target in zip(encode_prompt_texts(tokenizer, prompts), target_ids, strict=True):
         tokens = np.asarray([*prompt, *target, end], np.int32)
-        rows.append((tokens, (np.arange(len(tokens)) >= len(prompt)) | train_on_prompt))
+        rows.append((tokens, np.arange(len(tokens)) >= len(prompt)))
     return rows

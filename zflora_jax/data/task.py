@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
 from zflora_jax.data.answers import PARSERS, Kind, Rule
-from zflora_jax.data.sources import Record, Source, Split, read_split
+from zflora_jax.data.sources import Source
+from zflora_jax.data.splits import Record, Split, read_split
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Example:
         is answer2"); the target is one of them.
       references: texts to compare a completion with by ROUGE; the target is the first.
       document: whether `input` is a long text that may be cut at its end.
+      turns: of a conversation, as chat templates read them; prompt and target are then the user's
+        and the assistant's last ones.
+      tools: that a chat template is told, for such a conversation.
+      context: number of its first turns that are given and not learned.
+      plain: whether prompt and target are texts as they are, in no template.
+      form: of a row of one's own, a key of `builders.rows.FORMS`.
     """
 
     prompt: str
@@ -37,6 +45,11 @@ class Example:
     options: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     document: bool = False
+    turns: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Any, ...] = ()
+    context: int = 0
+    plain: bool = False
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,8 @@ class FileTask(Task):
     document: bool = False
 
     def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
-        return read_split(self.name, self.source, split, data.data_dir, folders)
+        form = data.row_format or ""
+        return read_split(self.name, self.source, split, data.data_dir, folders, form)
 
     def example(self, record: Record) -> Example:
         prompt, target, answer, extra = (
@@ -138,16 +152,32 @@ class FileTask(Task):
         require(
             bool(answer or references) or self.kind is answers.ANY,
             f"the answer is empty, and {self.name!r} is scored by it. Rows without an answer can be"
-            " trained on as task 'json'.",
+            " trained on as task 'rows'.",
         )
+        form = _text(record.get("form", ""))
+        if messages := _text(record.get("messages", "")):
+            turns, tools = json.loads(messages), json.loads(_text(record["tools"]) or "[]")
+            context = int(_text(record["context"]))
+            return Example(
+                prompt,
+                target,
+                "",
+                turns=tuple(turns),
+                tools=tuple(tools),
+                context=context,
+                form=form,
+            )
+        plain = form in ("text", "prompt-completion")
         return Example(
             prompt,
             target,
             answer,
             extra,
-            options_of(prompt, target, answer),
+            () if plain else options_of(prompt, target, answer),
             references,
             self.document,
+            plain=plain,
+            form=form,
         )
 
 

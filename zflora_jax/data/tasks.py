@@ -8,6 +8,7 @@ MultiWOZ, where the answer is the next reply). DialogSum, SAMSum and WOZ 2.0 are
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -15,16 +16,11 @@ from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
 from zflora_jax.data.answers import PARSERS, Kind, numbers, parse_number, same_number, stated
-from zflora_jax.data.sources import (
-    HOLD_OUT,
-    SPLITS,
-    TRAINING_SETS,
-    Format,
-    Source,
-    Split,
-    named,
-)
+from zflora_jax.data.sources import SPLITS, TRAINING_SETS, Format, Source, named
+from zflora_jax.data.splits import HOLD_OUT, Split
 from zflora_jax.data.task import Arithmetic, Example, FileTask, Task
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "GROUPS",
@@ -107,7 +103,7 @@ _WOZ = _GITHUB + "nmrksic/neural-belief-tracker"
 
 _ROWS: tuple[Task, ...] = (
     Arithmetic("arithmetic", "other", answers.NUMBER),
-    FileTask("json", "other", answers.ANY, Source("", anywhere=True)),
+    FileTask("rows", "other", answers.ANY, Source("", (named("rows"),), anywhere=True)),
     _commonsense("boolq", answers.TRUE_FALSE),
     _commonsense("piqa", answers.SOLUTIONS, test_only=True),
     _commonsense("social_i_qa", answers.ANSWERS, test_only=True),
@@ -139,6 +135,7 @@ _ROWS: tuple[Task, ...] = (
     _training("commonsense_170k"),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+RENAMED = {"json": "rows"}  # names of before
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "commonsense": (
@@ -158,6 +155,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 def get_task(name: str) -> Task:
     """The task of that name; ConfigError that suggests the nearest name where there is none."""
+    name = RENAMED.get(name, name)
     require(name in TASKS, f"unknown task {name!r}: {nearest(name, TASKS)}.")
     return TASKS[name]
 
@@ -174,8 +172,8 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
     Args:
       task_name: a key of `TASKS`.
       split: "train", "validation" or "test".
-      data_config: data_dir and train_limit are read. The latter keeps the first rows of the train
-        split; other splits are not limited.
+      data_config: data_dir, row_format and train_limit are read. The last keeps the first rows of
+        the train split; other splits are not limited.
 
     Returns:
       A sequence. Indexing raises ConfigError for a row that does not fit the task and names its
@@ -194,7 +192,11 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
         len(indices) > 0,
         f"task {task_name!r}: the {split} split is empty. Give a file with at least one row.",
     )
-    return _Examples(task, Split(rows, indices, origin))
+    examples = _Examples(task, Split(rows, indices, origin))
+    if isinstance(task, FileTask) and task.source.own:
+        form = examples[0].form
+        log.info("%s, %s: rows of the form %r (data.row_format)", origin, split, form)
+    return examples
 
 
 class _Examples(Sequence[Example]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy as np
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.core.token_ids import check_ids
+from zflora_jax.data.encoding import cut_to_fit, encode_examples
 from zflora_jax.data.mixture import Mixture
-from zflora_jax.data.prompts import encode, encode_prompt_texts, render
 from zflora_jax.data.tasks import Example
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Encoded:
       kept: the source's index of each sequence; empty if they are packed.
       dropped: number of examples that were too long.
       pad_id: the token id that fills short rows of a batch.
-      truncated: number of documents that were cut to fit.
+      truncated: number of documents and conversations that were cut to fit.
       parts: number of sequences of each task of a mixture; `rows` holds one task after the other.
       weights: how often a training step draws from each task; None: by number of sequences.
     """
@@ -107,8 +107,8 @@ def tokenize_examples(
 
     A sequence longer than the longest of `data.bucket_lengths` is dropped. Its target is never cut,
     because that would teach the model to stop in the middle, nor is a question; but the `input` of
-    an example with a `document` is cut at its end until the sequence fits. The numbers of dropped
-    and cut examples are logged.
+    an example with a `document` is cut at its end until the sequence fits, and a conversation
+    behind its last answer that fits. The numbers of dropped and cut examples are logged.
 
     Args:
       examples: of one task, or a Mixture.
@@ -163,9 +163,11 @@ def _tokenized(
     truncated = 0
     for first in _progress(range(0, len(indices), _CHUNK), len(indices)):
         chunk = [examples[i] for i in indices[first : first + _CHUNK]]
-        for example, row in zip(chunk, _encode(chunk, tokenizer, data), strict=True):
-            cut = _cut_to_fit(example, row, tokenizer, data)
-            rows.append(cut or row)
+        for example, whole in zip(chunk, encode_examples(chunk, tokenizer, data), strict=True):
+            cut = cut_to_fit(example, whole, tokenizer, data)
+            tokens, mask = cut or whole
+            segments = np.ones(len(tokens), np.int32)
+            rows.append(TokenizedExample(tokens, mask | data.train_on_prompt, segments))
             truncated += cut is not None
     return rows, truncated
 
@@ -189,32 +191,6 @@ def _unpacked(data: bytes) -> tuple[list[TokenizedExample], int]:
     return rows[:count], truncated
 
 
-def _encode(
-    examples: Sequence[Example], tokenizer: Any, data: DataConfig
-) -> list[TokenizedExample]:
-    prompts = [render(tokenizer, data.prompt_style, e.prompt, e.input, data.date) for e in examples]
-    targets = [e.target for e in examples]
-    pairs = encode(tokenizer, data.prompt_style, prompts, targets, data.train_on_prompt)
-    return [
-        TokenizedExample(tokens, mask, np.ones(len(tokens), np.int32)) for tokens, mask in pairs
-    ]
-
-
-def _cut_to_fit(
-    example: Example, row: TokenizedExample, tokenizer: Any, data: DataConfig
-) -> TokenizedExample | None:
-    """The tokens of `example` with its document cut to fit; None if it fits, has no document, or
-    would have nothing left of it.
-    """
-    limit = data.bucket_lengths[-1]
-    if len(row.tokens) <= limit or not example.document:
-        return None
-    short = shorten(
-        example, tokenizer, limit, lambda e: len(_encode([e], tokenizer, data)[0].tokens)
-    )
-    return _encode([short], tokenizer, data)[0] if short.input.strip() else None
-
-
 def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: DataConfig) -> None:
     """Log how many examples were dropped and cut; ConfigError if none is left."""
     limit, longest = data.bucket_lengths[-1], max(lengths)
@@ -236,86 +212,12 @@ def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: Dat
         )
     if truncated:
         log.warning(
-            "cut %d of %d documents so that they fit %d tokens with their prompt and target; see"
+            "cut %d of %d documents or conversations so that they fit %d tokens, answers whole; see"
             " data.bucket_lengths",
             truncated,
             len(lengths),
             limit,
         )
-
-
-def shorten(
-    example: Example, tokenizer: Any, limit: int, length: Callable[[Example], int]
-) -> Example:
-    """Cut the document of an example (its `input`) at its end.
-
-    Args:
-      example: the example.
-      tokenizer: counts and cuts the tokens of the document.
-      limit: the largest length that fits, in tokens.
-      length: the length of an example in tokens.
-
-    Returns:
-      The example, cut until its length is at most `limit` or nothing of the document is left.
-    """
-    while (excess := length(example) - limit) > 0 and example.input:
-        ids = tokenizer(example.input, add_special_tokens=False)["input_ids"]
-        # A cut may fall inside a character, which decodes to U+FFFD.
-        example = replace(
-            example,
-            input=tokenizer.decode(
-                ids[: max(0, len(ids) - excess)], skip_special_tokens=False
-            ).rstrip("\ufffd"),
-        )
-    return example
-
-
-def encode_prompts(
-    examples: Sequence[Example], tokenizer: Any, prompt_style: str, date: str | None = None
-) -> list[list[int]]:
-    """Tokenise the prompts of examples: the same tokens as in training.
-
-    Args:
-      examples: the examples.
-      tokenizer: a Hugging Face tokenizer.
-      prompt_style: one of `prompts.STYLES`.
-      date: the day that a chat template is told, "2026-11-26"; None: today.
-
-    Returns:
-      The token ids of each prompt.
-    """
-    return encode_prompt_texts(
-        tokenizer, [render(tokenizer, prompt_style, e.prompt, e.input, date) for e in examples]
-    )
-
-
-def fit_documents(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    prompt_style: str,
-    limit: int,
-    date: str | None = None,
-) -> list[Example]:
-    """Cut documents at their end so that each prompt has at most `limit` tokens.
-
-    Args:
-      examples: the examples.
-      tokenizer: a Hugging Face tokenizer.
-      prompt_style: one of `prompts.STYLES`.
-      limit: tokens.
-      date: the day that a chat template is told; None: today.
-
-    Returns:
-      The examples; one that fits is the same object.
-    """
-
-    def length(example: Example) -> int:
-        return len(encode_prompts([example], tokenizer, prompt_style, date)[0])
-
-    return [
-        shorten(example, tokenizer, limit, length) if example.document else example
-        for example in examples
-    ]
 
 
 def _progress(chunks: range, total: int) -> Iterator[int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zflora_jax.data.sources import normalise
+from zflora_jax.data.splits import normalise
 from zflora_jax.data.tasks import Example
 
 

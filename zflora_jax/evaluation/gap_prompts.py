@@ -7,9 +7,9 @@ import logging
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.data.encoding import encode_prompts, fit_documents
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.prompts import encode_prompt_texts
-from zflora_jax.data.tokenization import encode_prompts, fit_documents
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import DataConfig, EvalConfig
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.answers import PARSERS
+from zflora_jax.data.encoding import encode_prompts, fit_documents
 from zflora_jax.data.tasks import Example, Task, get_task
-from zflora_jax.data.tokenization import encode_prompts, fit_documents
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.text import answer_text, stop_ids

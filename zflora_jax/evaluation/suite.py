@@ -26,15 +26,19 @@ from zflora_jax.reporting.provenance import environment
 log = logging.getLogger(__name__)
 
 
-def check_tasks(run: RunConfig, tasks: Sequence[str]) -> None:
+def check_tasks(run: RunConfig, tasks: Sequence[str]) -> list[str]:
     """Check that tasks exist and their files are there, to be said before anything slow.
+
+    Returns:
+      Their names of today.
 
     Raises:
       ConfigError: an unknown task, or files that are missing.
     """
-    for task in tasks:
-        get_task(task)
+    names = [get_task(task).name for task in tasks]
+    for task in names:
         load_mixture(dataclasses.replace(run.data, task=task), run.eval.split, 1)
+    return names
 
 
 def evaluate_tasks(
@@ -73,7 +77,7 @@ def evaluate_tasks(
         other settings.
     """
     out, env, run = as_path(out, "out"), environment(), one_day(run)
-    check_tasks(run, tasks)
+    tasks = check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
     origin = _origin(run, model)
     if not replace:

@@ -54,12 +54,14 @@ def data_view(
     apart = tokenize_examples(examples, tokenizer, run.data, vocab_size)
     lengths = [len(row.tokens) for row in apart.rows]
     trained = sum(int(row.loss_mask.sum()) for row in apart.rows)
+    forms = dict.fromkeys(part[0].form for part in examples.parts)
     facts: dict[str, Any] = {
         "task": run.data.task,
+        "form of the rows": ", ".join(forms),
         "examples": len(examples),
         "sequences": len(apart),
         "dropped, too long": apart.dropped,
-        "documents cut": apart.truncated,
+        "documents and conversations cut": apart.truncated,
         "tokens": sum(lengths),
         "trained tokens": trained,
         "trained, %": round(100 * trained / sum(lengths), 1),

@@ -52,7 +52,7 @@ def same_numbers(there: RunConfig, run: RunConfig) -> bool:
     """Whether two runs have the same numbers, held-out losses among them, up to the rounding of
     another mesh.
 
-    Where the files of a known task lie does not matter; the directory of task "json" does, because
+    Where the files of a known task lie does not matter; the directory of task "rows" does, because
     it alone says which rows are read.
     """
     return not [key for key in differences(there, run) if not _is_no_number(key, there, run)]
@@ -60,7 +60,7 @@ def same_numbers(there: RunConfig, run: RunConfig) -> bool:
 
 def _is_no_number(key: str, there: RunConfig, run: RunConfig) -> bool:
     if key == "data/data_dir":
-        own_files = "json" in parse_mixture(run.data.task)[0]
+        own_files = "rows" in parse_mixture(run.data.task)[0]
         return not own_files or _resolved(there) == _resolved(run)
     return key.startswith(FREE) and not key.startswith("eval/")
 

@@ -26,17 +26,28 @@ def open_prepared(
 ) -> Sequence[Mapping[str, bytes]]:
     """Open the rows of one split, prepared on first use.
 
+    Args:
+      make: as for `prepared`, which says what else happens.
+      split: of the builder.
+      root: directory of prepared data; None: `cache_dir()`.
+
+    Returns:
+      Random access to the rows.
+    """
+    with _quiet():
+        return prepared(make, root).as_data_source(split)
+
+
+def prepared(make: Callable[..., Any], root: str | os.PathLike[str] | None = None) -> Any:
+    """A TFDS builder whose data is prepared.
+
     Two processes may prepare the same data at once: each writes into a directory of its own and
     renames it at the end. The second finds the name taken and reads what the first wrote; the rows
     are the same.
 
     Args:
       make: a TFDS builder class (or a partial of one), called with `data_dir` and `file_format`.
-      split: of the builder.
       root: directory of prepared data; None: `cache_dir()`.
-
-    Returns:
-      Random access to the rows.
 
     Raises:
       ConfigError: the directory cannot be written, or the builder refuses its source.
@@ -55,7 +66,7 @@ def open_prepared(
                         " Set the environment variable ZFLORA_CACHE (or data.data_dir of a"
                         " generated task) to a directory that can be written."
                     ) from error
-        return builder.as_data_source(split)
+        return builder
 
 
 # Stdout is the whole process's, and runs of a sweep may load side by side.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +14,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.textfile import decode, lines_of
 
 # One file is one dataset with one split; which file is train or test is the task's business
@@ -43,6 +45,58 @@ def json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, 
         raise ConfigError(
             f"{path}: no rows. Expected a JSON list of objects, or one JSON object per line."
         )
+
+
+def table_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read a JSON, JSONL, CSV or Parquet file, by its suffix.
+
+    Args:
+      path: of the file; text is in UTF-8.
+
+    Yields:
+      (position, row) of each row, as `json_rows`; in CSV all values are strings.
+
+    Raises:
+      ConfigError: as for `json_rows`; pyarrow, which reads Parquet, is not installed.
+    """
+    read = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(Path(path).suffix.lower())
+    if read is None:
+        yield from json_rows(path)
+        return
+    count = 0
+    for row in read(Path(path)):
+        count += 1
+        yield f"{path}, row {count}", row
+    require(count > 0, f"{path}: no rows.")
+
+
+def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # documents are longer than its 128 KiB
+    lines = io.StringIO(decode(path.read_bytes(), path), newline="")
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for number, row in enumerate(reader, start=1):
+            require(
+                None not in row and None not in row.values(),
+                f"{path}, row {number}: not as many cells as the header has columns"
+                f" ({', '.join(reader.fieldnames or ())}). Quote cells that hold commas.",
+            )
+            yield row
+    except csv.Error as error:
+        raise ConfigError(f"{path}, line {reader.line_num}: invalid CSV: {error}.") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{path}: Parquet is read with pyarrow: pip install pyarrow") from error
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{path}: invalid Parquet: {error}") from error
 
 
 def _parse(path: Path) -> Iterator[tuple[int, Any]]:
@@ -94,22 +148,27 @@ def field(row: Mapping[str, Any], name: str, where: str, expected: str, kind: ty
 
 @dataclasses.dataclass
 class FileConfig(tfds.core.BuilderConfig):
-    """A TFDS config that carries the source file; make it with `file_config`."""
+    """A TFDS config that carries the source file, and the form of its rows if it is named; make it
+    with `file_config`.
+    """
 
     path: str = ""
+    form: str = ""
 
 
-def file_config(path: str | os.PathLike[str]) -> FileConfig:
+def file_config(path: str | os.PathLike[str], form: str = "") -> FileConfig:
     """The config of one file, named by the hash of its bytes.
 
     Prepared data is so found again if the file moves, and never reused if it changes.
 
     Args:
       path: of the file.
+      form: of its rows (`builders.rows.FORMS`); "" for the builder's own, or a recognised one.
     """
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileConfig(name=f"sha256-{digest[:20]}", path=os.fspath(path))
+    name = "-".join(filter(None, ("sha256", digest[:20], form)))
+    return FileConfig(name=name, path=os.fspath(path), form=form)
 
 
 class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -140,6 +199,10 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         """
         raise NotImplementedError
 
+    def rows(self) -> Iterable[Mapping[str, Any]]:
+        """`read` of the file."""
+        return self.read(self.builder_config.path)
+
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
         features = {
@@ -156,7 +219,7 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     def _split_generators(
         self, dl_manager: object
     ) -> dict[str, Iterator[tuple[int, Mapping[str, Any]]]]:
-        return {SPLIT: self._generate_examples(list(self.read(self.builder_config.path)))}
+        return {SPLIT: self._generate_examples(list(self.rows()))}
 
     def _generate_examples(
         self, rows: list[Mapping[str, Any]]

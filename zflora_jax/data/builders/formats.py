@@ -44,7 +44,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
         skipped: the message names the file and the row, counted from 1 (in JSONL by line, blank
         lines included).
     """
-    return [_normalise(row, where) for where, row in json_rows(path)]
+    return [local_row(row, where) for where, row in json_rows(path)]
 
 
 def gsm8k_row(question: str, answer: str, where: str) -> dict[str, str]:
@@ -67,7 +67,9 @@ def gsm8k_row(question: str, answer: str, where: str) -> dict[str, str]:
     return {"instruction": question, "input": "", "output": output, "answer": result}
 
 
-def _normalise(row: Mapping[str, Any], where: str) -> dict[str, str]:
+def local_row(row: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Convert one row; see `read_rows`."""
+
     def text(name: str) -> str:
         return field(row, name, where, _LOCAL_FIELDS)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.data.builders import cache_dir, open_prepared, wording
+from zflora_jax.data.builders import cache_dir, open_prepared, prepared, wording
 from zflora_jax.data.builders.wording import Fields
 
 Raw = Mapping[str, Any]
@@ -37,7 +37,7 @@ class Tfds:
 
     Attributes:
       name: of the dataset.
-      host: probed first, to see whether there is a network.
+      host: probed first, to see whether there is a network; "": unknown.
       convert: a row of the dataset -> a row of the task.
       splits: split -> its name in the dataset.
       module: registers the dataset, where TFDS itself does so only with tensorflow.
@@ -49,13 +49,22 @@ class Tfds:
     splits: Mapping[str, str]
     module: str = ""
 
+    def names(self) -> list[str]:
+        """The names of its splits; prepared and refused as for `open`."""
+        return list(self._prepared(prepared).info.splits)
+
     def open(self, split: str) -> Sequence[Fields]:
         """Open a split, downloaded and prepared under `cache_dir()` on first use.
 
         Raises:
           ConfigError: it cannot be downloaded or prepared.
         """
+        rows = self._prepared(functools.partial(open_prepared, split=self.splits[split]))
+        return Converted(rows, self.convert)
+
+    def _prepared(self, how: Callable[..., Any]) -> Any:
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
         # TFDS reads its checksums through this backport, which it does not install; the standard
         # library's has the same interface.
@@ -63,15 +72,16 @@ class Tfds:
         if self.module:
             importlib.import_module(self.module)
         make = functools.partial(tfds.builder, self.name, try_gcs=False)
-        if not make(data_dir=cache_dir(), file_format="array_record").is_prepared():
-            _require_network(self.host, self.name)
         try:
-            return Converted(open_prepared(make, self.splits[split]), self.convert)
+            builder = make(data_dir=cache_dir(), file_format="array_record")
+            if self.host and not builder.is_prepared():
+                _require_network(self.host, self.name)
+            return how(make)
         except (
-            ConfigError,
             ImportError,
+            tfds.core.registered.DatasetNotFoundError,
             tfds.download.DownloadError,
-            tfds.download.NonMatchingChecksumError,
+            NonMatchingChecksumError,
         ) as error:
             raise ConfigError(
                 f"the TFDS dataset {self.name!r} cannot be prepared: {error}"
@@ -109,8 +119,19 @@ class Hub:
     config: str | None = None
     revision: str | None = None
 
+    def names(self) -> list[str]:
+        """The names of its splits; ConfigError where they cannot be had."""
+        return list(self._read("get_dataset_split_names", self.config))
+
     def open(self, split: str) -> Sequence[Fields]:
         """Open a split; ConfigError where that is not possible."""
+        options = {"split": self.splits[split], "revision": self.revision}
+        rows = self._read("load_dataset", self.config, **options)
+        if self.convert is not _dialogue:
+            return Converted(rows, self.convert)
+        return [reply for row in rows for reply in _dialogue(row)]
+
+    def _read(self, function: str, *given: Any, **options: Any) -> Any:
         try:
             import datasets
         except ImportError as error:
@@ -119,18 +140,13 @@ class Hub:
                 " install datasets"
             ) from error
         try:
-            rows = datasets.load_dataset(
-                self.name, self.config, split=self.splits[split], revision=self.revision
-            )
+            return getattr(datasets, function)(self.name, *given, **options)
         # Its errors (no network, no such dataset, no access, ...) have no common class.
         except Exception as error:
             raise ConfigError(
                 f"the dataset {self.name!r} cannot be read from the Hugging Face hub:"
                 f" {type(error).__name__}: {error}"
             ) from error
-        if self.convert is not _dialogue:
-            return Converted(rows, self.convert)
-        return [reply for row in rows for reply in _dialogue(row)]
 
 
 class Converted(Sequence[Fields]):

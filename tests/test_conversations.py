@@ -1,0 +1,310 @@
+"""Conversations: the tokens are the template's, the loss is on what the assistant says, and what
+cannot be read or learned is said. TRL's SFTTrainer makes the same tokens and mask of the same rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+
+import numpy as np
+import pytest
+from support.byte_tokenizer import BOS, EOS, byte_tokenizer
+from support.chat import CHATML, GEMMA, LLAMA, LONG, SHORT, THINKING, WITH_SYSTEM, turn, unmarked
+from support.tasks import load, write
+
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data.conversations import cut_at_a_turn, encode_conversations
+from zflora_jax.data.encoding import encode_prompts
+from zflora_jax.data.tokenization import tokenize_examples
+
+ROOM = DataConfig(bucket_lengths=(1024,))
+
+
+def rows_of(tmp_path, *rows, template=CHATML, data=ROOM, **tokenizer):
+    """(The tokenizer, its sequences of rows in a file, in their order.)"""
+    write(tmp_path / "test.jsonl", *rows)
+    examples = load("rows", "test", tmp_path)
+    tokenizer = byte_tokenizer(chat_template=template, **tokenizer)
+    return tokenizer, tokenize_examples(examples, tokenizer, data)
+
+
+def messages(*conversations):
+    return [{"messages": turns} for turns in conversations]
+
+
+def trained(tokenizer, row):
+    """The texts of the runs of tokens that are learned."""
+    changes = np.flatnonzero(np.diff(row.loss_mask.astype(int))) + 1
+    parts = np.split(np.arange(len(row.tokens)), changes)
+    return [tokenizer.decode(row.tokens[p]) for p in parts if row.loss_mask[p[0]]]
+
+
+# --- what is learned ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA, GEMMA], ids=["chatml", "llama", "gemma"])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_marks_and_prefixes_give_the_same(template, add_bos, tmp_path):
+    conversations = [SHORT, LONG] if template == GEMMA else [SHORT, LONG, WITH_SYSTEM]
+    rows = messages(*conversations)
+    tokenizer, marked = rows_of(tmp_path, *rows, template=template, add_bos=add_bos)
+    _, by_prefix = rows_of(tmp_path, *rows, template=unmarked(template), add_bos=add_bos)
+    assert unmarked(template) != template
+    for a, b, turns in zip(marked.rows, by_prefix.rows, conversations, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.loss_mask, b.loss_mask)
+        said = [t["content"] for t in turns if t["role"] == "assistant"]
+        end = "<eos>" if template == LLAMA else "<eos>\n"
+        assert trained(tokenizer, a) == [f"{text}{end}" for text in said]
+        assert (a.tokens == BOS).sum() == (add_bos or template == LLAMA) == (a.tokens[0] == BOS)
+
+
+def test_an_answer_that_is_written_in_another_way_when_more_follows(tmp_path):
+    """Only the last one has its block of thoughts, as the model will write it."""
+    tokenizer, encoded = rows_of(tmp_path, *messages(LONG), template=THINKING)
+    said = trained(tokenizer, encoded.rows[0])
+    assert said == ["It is 4.<eos>", "<think>\n\n</think>\n\n\u516d\u3002<eos>\n"]
+
+
+def test_the_prompt_of_an_answer_is_what_training_put_before_it(tmp_path):
+    for template in (CHATML, unmarked(CHATML), LLAMA):
+        write(tmp_path / "test.jsonl", *messages(WITH_SYSTEM, SHORT))
+        examples = load("rows", "test", tmp_path)
+        tokenizer = byte_tokenizer(chat_template=template)
+        encoded = tokenize_examples(examples, tokenizer, ROOM)
+        prompts = encode_prompts(examples, tokenizer, "chat")
+        for prompt, row in zip(prompts, encoded.rows, strict=True):
+            answer = np.flatnonzero(row.loss_mask)[-1]
+            start = np.flatnonzero(~row.loss_mask[:answer])[-1] + 1
+            assert prompt == row.tokens[:start].tolist()
+    assert examples[0].prompt == LONG[2]["content"] and examples[0].target == LONG[3]["content"]
+
+
+def test_turns_of_a_prompt_are_given_and_those_of_a_completion_are_learned(tmp_path):
+    row = {"prompt": LONG[:3], "completion": LONG[3:]}
+    for template in (CHATML, unmarked(CHATML)):
+        tokenizer, encoded = rows_of(tmp_path, row, template=template)
+        assert trained(tokenizer, encoded.rows[0]) == ["\u516d\u3002<eos>\n"]
+
+
+def test_texts_are_taken_as_they_are(tmp_path):
+    tokenizer, encoded = rows_of(tmp_path, {"prompt": "1 + 1 =", "completion": " 2"})
+    assert tokenizer.decode(encoded.rows[0].tokens) == "1 + 1 = 2<eos>"
+    assert trained(tokenizer, encoded.rows[0]) == [" 2<eos>"]
+    tokenizer, encoded = rows_of(tmp_path, {"text": "Once."}, {"text": "Ends<eos>"}, add_bos=True)
+    texts = [tokenizer.decode(row.tokens) for row in encoded.rows]
+    assert texts == ["<bos>Once.<eos>", "<bos>Ends<eos>"]
+    assert [trained(tokenizer, row) for row in encoded.rows] == [[t[5:]] for t in texts]
+    with pytest.raises(ConfigError, match="a text is no prompt"):
+        encode_prompts(load("rows", "test", tmp_path), tokenizer, "chat")
+
+
+def test_loss_on_all_of_a_conversation_where_asked(tmp_path):
+    data = DataConfig(bucket_lengths=(1024,), train_on_prompt=True)
+    _, encoded = rows_of(tmp_path, *messages(LONG), data=data)
+    assert encoded.rows[0].loss_mask.all()
+
+
+def test_what_a_template_is_told_beside_the_turns(tmp_path):
+    row = {"messages": SHORT, "tools": [{"name": "add"}]}
+    tokenizer, encoded = rows_of(tmp_path, row)
+    assert 'tools: [{"name": "add"}]' in tokenizer.decode(encoded.rows[0].tokens)
+
+
+# --- what does not fit ----------------------------------------------------------------------------
+
+
+def test_a_long_conversation_is_cut_behind_an_answer(tmp_path, caplog):
+    tokenizer, whole = rows_of(tmp_path, *messages(LONG, SHORT))
+    lengths = sorted(len(row.tokens) for row in whole.rows)
+    data = DataConfig(bucket_lengths=(lengths[1] - 1,))
+    _, cut = rows_of(tmp_path, *messages(LONG, SHORT), data=data)
+    assert (cut.truncated, cut.dropped, len(cut)) == (1, 0, 2)
+    assert "cut 1 of 2 documents or conversations" in caplog.text
+    shortened = cut.rows[0]
+    assert tokenizer.decode(shortened.tokens).endswith("assistant\nIt is 4.<eos>\n")
+    assert trained(tokenizer, shortened) == ["It is 4.<eos>\n"]
+    assert len(shortened.segments) == len(shortened.tokens)
+
+    first = np.flatnonzero(~whole.rows[0].loss_mask)  # up to the first answer's last token alone
+    assert cut_at_a_turn(whole.rows[0].tokens, whole.rows[0].loss_mask, int(first[0]) + 9) is None
+
+
+def test_the_first_answer_of_a_conversation_must_fit(tmp_path):
+    data = DataConfig(bucket_lengths=(80,))
+    long = [turn("user", "x" * 100), *LONG[1:]]
+    _, encoded = rows_of(tmp_path, *messages(long, SHORT), data=data)
+    assert (encoded.truncated, encoded.dropped, len(encoded)) == (0, 1, 1)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, r"row 1: 'messages' is empty.*Remove the row"),
+        ({"messages": "Hi"}, r"'messages' must be a list of turns.*got str 'Hi'"),
+        ({"messages": [turn("user", "Hi")]}, r"'messages' has no turn of the assistant"),
+        ({"messages": ["Hi"]}, r"'messages', turn 1: expected an object, got 'Hi'"),
+        ({"messages": [{"content": "Hi"}]}, r"turn 1 has no role: expected 'role' \(or 'from'\)"),
+        ({"messages": [turn("user", "Hi"), {"role": "assistant"}]}, r"turn 2 has no text"),
+        ({"messages": [turn("usr", "Hi")]}, r"turn 1: unknown role 'usr': did you mean 'user'\?"),
+        ({"conversations": [{"from": "gtp", "value": "a"}]}, r"'gtp': did you mean 'gpt'\?"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            r"turn 1 has content of type 'image_url'; the models here read text alone",
+        ),
+        ({"prompt": "a", "completion": " "}, r"the completion is empty"),
+        ({"prompt": "a"}, r"no field 'completion'"),
+        ({"prompt": SHORT[:1], "completion": []}, r"'completion' is empty"),
+        ({"prompt": SHORT[:1], "completion": "Hi!"}, r"field 'prompt' must be a string"),
+        ({"text": ""}, r"the text is empty"),
+        ({"chosen": "a", "rejected": "b"}, r"'chosen', 'rejected' are of no form that is known"),
+    ],
+)
+def test_malformed_rows(row, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load("rows", "train", write(tmp_path / "train.jsonl", row))
+
+
+DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split("-%}", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "message"),
+    [
+        (GEMMA, WITH_SYSTEM, r"that starts 'Be short.'.*System role not supported.*start of the"),
+        (GEMMA, [SHORT[0], *SHORT], r"refuses turns of user, user, assistant: .*must alternate"),
+        (DROPS_SYSTEM, WITH_SYSTEM, r"leaves out or changes turn 1 \(system: 'Be short.'\)"),
+        (unmarked(CHATML), SHORT[1:], r"begins with the assistant"),
+        (None, SHORT, r"needs a tokenizer with a chat template"),
+    ],
+)
+def test_what_a_template_cannot_write(template, turns, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        rows_of(tmp_path, *messages(turns), template=template)
+
+
+def test_an_answer_that_merges_with_the_template():
+    """As a token of two line breaks would: the model would never see what it is trained on."""
+
+    class Merging:
+        """The byte tokenizer with one token more, of two line breaks."""
+
+        def __init__(self):
+            self.bytes = byte_tokenizer(chat_template=unmarked(CHATML))
+
+        def __getattr__(self, name):
+            return getattr(self.bytes, name)
+
+        def __call__(self, text, **options):
+            found = self.bytes(text, **options)
+            if isinstance(text, str):
+                return found
+            joined = [self.merge(row) for row in found["input_ids"]]
+            return {"input_ids": joined}
+
+        @staticmethod
+        def merge(row):
+            out = []
+            for token in row:
+                if out and out[-1] == token == 10:
+                    out[-1] = 300
+                else:
+                    out.append(token)
+            return out
+
+        def decode(self, ids):
+            return self.bytes.decode([i for i in ids if i < 256])
+
+    (example,) = _examples([[turn("user", "Hi"), turn("assistant", "\nHo")]])
+    with pytest.raises(ConfigError, match=r"before turn 2 the tokens are not those.*Strip the"):
+        encode_conversations(Merging(), [example])
+    (stripped,) = _examples([SHORT])
+    assert encode_conversations(Merging(), [stripped])[0][1].any()
+
+
+def _examples(conversations):
+    from zflora_jax.data.tasks import Example
+
+    return [Example("", "", "", turns=tuple(turns)) for turns in conversations]
+
+
+def test_conversations_are_for_the_chat_template(tmp_path):
+    data = DataConfig(bucket_lengths=(1024,), prompt_style="alpaca")
+    with pytest.raises(ConfigError, match=r"data.prompt_style='alpaca' must be 'chat'"):
+        rows_of(tmp_path, *messages(SHORT), data=data)
+
+
+# --- TRL ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trl_rows(tmp_path_factory):
+    """trl_rows(rows, **settings) -> (tokens, whether each is learned) of TRL's SFTTrainer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trl = pytest.importorskip("trl", reason="needs trl, of the extra test")
+        import datasets
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 259, "hidden_size": 8, "intermediate_size": 8}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+
+    def prepare(rows, add_bos=False, **settings):
+        with warnings.catch_warnings(), contextlib.redirect_stderr(None):
+            warnings.simplefilter("ignore")
+            datasets.disable_progress_bars()
+            args = trl.SFTConfig(
+                output_dir=str(tmp_path_factory.mktemp("trl")),
+                max_length=None,
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                **settings,
+            )
+            trainer = trl.SFTTrainer(
+                LlamaForCausalLM(LlamaConfig(**shape)),
+                args,
+                train_dataset=datasets.Dataset.from_list(json.loads(json.dumps(rows))),
+                processing_class=byte_tokenizer(add_bos, CHATML),
+            )
+            found = list(trainer.train_dataset)
+        return [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in found]
+
+    return prepare
+
+
+SHAREGPT = [{"from": t["role"], "value": t["content"]} for t in LONG]
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (messages(SHORT, LONG, WITH_SYSTEM), {"assistant_only_loss": True}),
+        ([{"conversations": SHAREGPT}], {}),  # on all of it, as TRL has no other way
+        ([{"prompt": LONG[:3], "completion": LONG[3:]}], {}),
+        ([{"prompt": "1 + 1 =", "completion": " 2"}], {}),
+        ([{"text": "Once."}], {}),
+    ],
+    ids=["messages", "conversations", "turns", "prompt", "text"],
+)
+def test_trl_makes_the_same(rows, settings, add_bos, trl_rows, tmp_path):
+    """But for the BOS that a model is given before a conversation whose template writes none: TRL
+    leaves it out there, and `zflora generate` does not.
+    """
+    data = DataConfig(bucket_lengths=(1024,), train_on_prompt="conversations" in rows[0])
+    _, ours = rows_of(tmp_path, *rows, add_bos=add_bos, data=data)
+    found = {tuple(tokens): mask for tokens, mask in trl_rows(rows, add_bos, **settings)}
+    assert len(found) == len(ours) == len(rows)
+    for row in ours.rows:
+        skip = int(add_bos and "text" not in rows[0] and not isinstance(rows[0].get("prompt"), str))
+        mask = found[tuple(row.tokens[skip:].tolist())]
+        # Nothing predicts a first token.
+        assert mask[1:] == row.loss_mask[skip:].tolist()[1:]
+    assert EOS in ours.rows[0].tokens

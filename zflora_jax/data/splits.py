@@ -1,0 +1,208 @@
+"""The splits of a task: opened from its files or dataset, or held out of the train rows."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.data.joined import Joined
+from zflora_jax.data.sources import NAMED, SPLITS, Source, find_files, named, tables_of
+
+# rows, at most a tenth of the train file, that stand in for a validation or test file that is not
+# there
+HOLD_OUT = 200
+
+
+_OTHER = re.compile(r"[\W_]+")
+_MARKS = re.compile(r"[\s?.!,;:'\"]+")  # not operators: "7 - 3" and "7 + 3" are two questions
+Record = Mapping[str, Any]  # texts, as bytes or str, and lists of texts
+
+
+class Split(NamedTuple):
+    """The rows of a split.
+
+    Attributes:
+      rows: random access to all rows of the file or dataset.
+      indices: the rows of the split, in its order.
+      origin: what they were read from, for messages.
+    """
+
+    rows: Sequence[Record]
+    indices: Sequence[int]
+    origin: str
+
+
+def read_split(
+    task: str,
+    source: Source,
+    split: str,
+    data_dir: str | None,
+    folders: Collection[str] = (),
+    form: str = "",
+) -> Split:
+    """Open the rows of one split of a task.
+
+    A validation or test split without a file is held out of the train file: HOLD_OUT rows, at most
+    a tenth, which the train split then lacks. The choice is a fixed function of the question texts
+    alone. It depends neither on data.seed, so that two runs are judged alike, nor on the order of
+    the file, and equal questions (or rows of one dialogue) are always on the same side. The train
+    split comes in that pseudo-random order, so that `train_limit` takes a sample; a test or
+    validation file comes in its own order.
+
+    Args:
+      task: its name, for messages.
+      source: where its rows come from.
+      split: one of SPLITS.
+      data_dir: the user's folder or, of rows of one's own, the name of a dataset; None: the public
+        dataset.
+      folders: of all tasks, in lower case; files are not looked for in another task's folder.
+      form: of rows of one's own (`builders.rows.FORMS`); "": recognised.
+
+    Raises:
+      ConfigError: there is no such file (the message lists the paths that were tried), it is not a
+        file of the task, or it has too few rows to hold some out.
+    """
+    require(
+        source.own or not form,
+        f"data.row_format={form!r} is for rows of your own (data.task='rows'); those of task"
+        f" {task!r} have one form.",
+    )
+    if source.own and (data_dir or "").startswith(NAMED):
+        return _named(task, data_dir or "", split, form)
+    if data_dir is None and source.public:
+        return _public(task, source, split)
+    files = find_files(task, source, data_dir, folders)
+    if split != "train" and split in files:
+        rows = _open_file(*files[split], form)
+        return Split(rows, range(len(rows)), str(files[split][1]))
+    if "train" not in files:
+        found = ", ".join(str(path) for _, path in files.values())
+        wanted = " or ".join(
+            f"{source.formats[0].names[name][0]}.json(l)"
+            for name in dict.fromkeys(("train", split))
+        )
+        fix = f"The {split} split needs {wanted} there."
+        if source.test_only:
+            fix = (
+                f"{source.origin} has none for this task, only test rows: train on another one,"
+                " such as commonsense_170k, math_10k or gsm8k."
+            )
+        raise ConfigError(f"task {task!r}: no train file beside {found}. {fix}")
+    rows = _open_file(*files["train"], form)
+    held_out = [name for name in SPLITS[1:] if name not in files]
+    return _part(task, rows, held_out, split, str(files["train"][1]))
+
+
+def _open_file(builder: str, path: Path, form: str = "") -> Sequence[Record]:
+    """The rows of a file, or of all files of a folder."""
+    from zflora_jax.data.builders import open_prepared
+    from zflora_jax.data.builders.files import SPLIT, file_config
+    from zflora_jax.data.builders.formats import BUILDERS
+    from zflora_jax.data.builders.rows import Rows
+
+    if path.is_dir():
+        return Joined([_open_file(builder, file, form) for file in tables_of(path)])
+    make = Rows if builder == "rows" else BUILDERS[builder]
+    return open_prepared(functools.partial(make, config=file_config(path, form)), SPLIT)
+
+
+def _named(task: str, data_dir: str, split: str, form: str) -> Split:
+    """A split of a dataset that data.data_dir names."""
+    from zflora_jax.data.builders.named import named_dataset
+
+    dataset = named_dataset(data_dir)
+    names = named("rows", dataset.pattern).names
+    there = dataset.splits()
+    found = {key: name for key in SPLITS for name in names[key] if name in there}
+    require(
+        "train" in found or split in found,
+        f"{dataset} has the splits {', '.join(there)}: none is {names['train'][0]!r}. Name them by"
+        f" a pattern after @, such as {dataset}@{{}}_sft.",
+    )
+    rows = dataset.open(found.get(split, found["train"]), form)
+    if split != "train" and split in found:
+        return Split(rows, range(len(rows)), f"{dataset}, {found[split]}")
+    held_out = [name for name in SPLITS[1:] if name not in found]
+    return _part(task, rows, held_out, split, f"{dataset}, {found['train']}")
+
+
+def _public(task: str, source: Source, split: str) -> Split:
+    from zflora_jax.data.builders.public import PUBLIC
+
+    dataset = PUBLIC[task]
+    try:
+        rows = dataset.open(split if split in dataset.splits else "train")
+    except ConfigError as error:
+        fix = (
+            "Or read files: set data.data_dir (--data-dir) to the folder that holds"
+            f" {source.folder}/; they come from {source.origin}."
+        )
+        raise ConfigError(f"task {task!r}: data.data_dir is not set, and {error} {fix}") from error
+    if split != "train" and split in dataset.splits:
+        return Split(rows, range(len(rows)), f"{dataset.name}, {split}")
+    return _part(
+        task,
+        rows,
+        [name for name in SPLITS[1:] if name not in dataset.splits],
+        split,
+        f"{dataset.name}, train",
+    )
+
+
+def _part(
+    task: str, rows: Sequence[Record], held_out: Sequence[str], split: str, origin: str
+) -> Split:
+    """One split of a train file from which the splits `held_out` are taken; held-out rows that
+    equal a train row except for case and punctuation are left out.
+    """
+    keys = [_key(rows[i]) for i in range(len(rows))]
+    parts = _hold_out(keys, held_out)
+    if split != "train":
+        plain = [_MARKS.sub(" ", key.decode("utf-8", "replace").lower()).strip() for key in keys]
+        trained = {plain[i] for i in parts["train"]}
+        parts[split] = [i for i in parts[split] if plain[i] not in trained]
+    require(
+        len(parts[split]) > 0,
+        f"task {task!r}: {origin} has {len(rows)} rows, too few different ones to hold out a"
+        f" {split} split (a tenth of them). Put {split}.json or {split}.jsonl beside it.",
+    )
+    return Split(rows, parts[split], origin)
+
+
+def normalise(text: str) -> str:
+    """Lower-case a text and turn every run of other characters than letters and digits into one
+    space.
+
+    It errs on the side of equality: questions that differ only in operators or signs ("7 - 3", "7 *
+    3") become equal.
+    """
+    return _OTHER.sub(" ", text.lower()).strip()
+
+
+def _key(row: Record) -> bytes:
+    """The text that is kept on one side of a hold-out: the dialogue of a row, or the question."""
+    parts = [row["unit"]] if "unit" in row else [row["instruction"], row.get("input") or b""]
+    return b"\n".join(part if isinstance(part, bytes) else part.encode() for part in parts if part)
+
+
+def _hold_out(questions: Sequence[bytes], names: Sequence[str]) -> dict[str, list[int]]:
+    """The indices of "train" and of each split in `names`: rows sorted by a hash of the question,
+    cut so that equal questions stay together.
+    """
+    keys = [hashlib.sha256(b"zflora hold-out\n" + question).digest() for question in questions]
+    order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
+    size = min(HOLD_OUT, len(order) // 10)
+    parts: dict[str, list[int]] = {}
+    start = 0
+    for name in names:
+        stop = min(start + size, len(order))
+        while size and 0 < stop < len(order) and keys[order[stop]] == keys[order[stop - 1]]:
+            stop += 1
+        parts[name] = order[start:stop]
+        start = stop
+    return parts | {"train": order[start:]}
