@@ -19,6 +19,7 @@ from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.conversations import cut_at_a_turn, encode_conversations
 from zflora_jax.data.encoding import encode_prompts
 from zflora_jax.data.tokenization import tokenize_examples
+from zflora_jax.evaluation.contamination import question
 
 ROOM = DataConfig(bucket_lengths=(1024,))
 
@@ -112,6 +113,15 @@ def test_what_a_template_is_told_beside_the_turns(tmp_path):
     row = {"messages": SHORT, "tools": [{"name": "add"}]}
     tokenizer, encoded = rows_of(tmp_path, row)
     assert 'tools: [{"name": "add"}]' in tokenizer.decode(encoded.rows[0].tokens)
+
+
+def test_a_question_is_all_that_was_said_before_its_answer(tmp_path):
+    other = [turn("user", "What is 2 + 5?"), turn("assistant", "It is 7."), *LONG[2:]]
+    write(tmp_path / "test.jsonl", *messages(LONG, other), {"messages": LONG})
+    first, second, third = map(question, load("rows", "test", tmp_path))
+    assert first == third != second and "it is 4" in first
+    write(tmp_path / "test.jsonl", {"text": "Once."}, {"text": "Twice."})
+    assert [*map(question, load("rows", "test", tmp_path))] == ["once", "twice"]
 
 
 # --- what does not fit ----------------------------------------------------------------------------

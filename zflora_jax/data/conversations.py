@@ -76,8 +76,12 @@ def cut_at_a_turn(
 
 def answer_prompt(tokenizer: Any, example: Example, date: str | None = None) -> str:
     """The text that a model is given before the last answer of a conversation."""
-    last = max(i for i, turn in enumerate(example.turns) if turn["role"] == "assistant")
-    return render_turns(tokenizer, example.turns[:last], date, example.tools)
+    return render_turns(tokenizer, example.turns[: last_answer(example)], date, example.tools)
+
+
+def last_answer(example: Example) -> int:
+    """The index of the assistant's last turn."""
+    return max(i for i, turn in enumerate(example.turns) if turn["role"] == "assistant")
 
 
 def _require_all_turns(example: Example, text: str) -> None:

@@ -6,13 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from zflora_jax.data.conversations import last_answer
 from zflora_jax.data.splits import normalise
 from zflora_jax.data.tasks import Example
 
 
 def question(example: Example) -> str:
-    """What identifies a question: its prompt and input, normalised."""
-    return normalise(f"{example.prompt} {example.input}")
+    """What identifies a question, normalised: its prompt and input, or all that is said before the
+    last answer of a conversation; of a text, the text.
+    """
+    said = [turn["content"] for turn in example.turns]
+    asked = said[: last_answer(example)] if said else [example.prompt, example.input]
+    return normalise(" ".join(asked)) or normalise(example.target)
 
 
 def questions(examples: Iterable[Example]) -> frozenset[str]:

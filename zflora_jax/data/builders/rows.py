@@ -206,7 +206,7 @@ def _conversation(turns: list[Turn], row: Mapping[str, Any], context: int = 0) -
     return {
         "instruction": asked[-1] if asked else "",
         "output": turns[last]["content"],
-        "unit": asked[0] if asked else turns[0]["content"],
+        "unit": "\n".join(asked) or turns[0]["content"],
         "messages": json.dumps(turns, ensure_ascii=False),
         "tools": json.dumps(tools, ensure_ascii=False) if tools else "",
         "context": str(context),
