@@ -13,8 +13,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from support.chat import SHORT, turn
 from support.models import perturb
 from support.runs import choice
+from support.tasks import write
 
 import zflora_jax
 from zflora_jax.adapters.init import init_adapters
@@ -38,7 +40,7 @@ from zflora_jax.config import DataConfig, EvalConfig
 from configs.quickstart import get_config as full
 
 def get_config():
-    data = DataConfig(batch_size=2, bucket_lengths=(448,), train_limit=12)
+    data = DataConfig(full().data.task, batch_size=2, bucket_lengths=(448,), train_limit=12)
     run = dataclasses.replace(full(), model={model!r}, data=data)
     train = dataclasses.replace(run.train, steps=6, save_every=None)
     scored = EvalConfig(limit=2, batch_size=2, max_new_tokens=4)
@@ -67,6 +69,11 @@ def place(tmp_path, base_dir, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "tiny.py").write_text(CONFIG.format(model=base_dir))
+    (tmp_path / "chat.py").write_text(CONFIG.format(model=base_dir).replace("quickstart", "chat"))
+    write(
+        tmp_path / "CHATS" / "a.jsonl",
+        *({"messages": [turn("user", f"{i}"), SHORT[1]]} for i in range(30)),
+    )
     for folder, count in (("DATA/ARC-Easy", 30), ("MY_DATA", 12)):
         (tmp_path / folder).mkdir(parents=True)
         for split, first in (("train", 100), ("test", 0)):
@@ -79,6 +86,8 @@ def place(tmp_path, base_dir, monkeypatch):
     def here(text: str) -> str:
         return (
             text.replace("configs/quickstart.py", "tiny.py")
+            .replace("configs/chat.py", "chat.py")
+            .replace("model=MODEL", f"model={base_dir}")
             .replace("smollm2-135m", base_dir)
             .replace("lengths=(128,)", "lengths=(448,)")
         )

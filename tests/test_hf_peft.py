@@ -175,7 +175,6 @@ def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_pat
     for key, value in {
         **{
             "peft_type": "IA3",
-            "use_dora": True,
             "bias": "all",
             "modules_to_save": ["lm_head"],
             "fan_in_fan_out": True,

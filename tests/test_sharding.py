@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from support.byte_tokenizer import byte_tokenizer
-from support.cases import adapter_cases, case_id
+from support.cases import DORA, PISSA, adapter_cases, case_id
 from support.checks import assert_trees_equal, compiled
+from support.grids import always
 from support.models import perturb
 from support.sharded import OPTIM, batch, sharded_model
 
@@ -80,22 +81,33 @@ def test_pairs_of_axes_give_the_numbers_of_one_device():
     """With zflora-uniform, which has every kind of block that widens. `make soak`: every mesh of up
     to 8 devices, every method.
     """
-    compare_meshes("zflora-uniform", PAIRWISE)
+    compare_meshes(rank_6("zflora-uniform"), PAIRWISE)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "zflora-uniform"])
-def test_a_mesh_of_every_axis_gives_the_numbers_of_one_device(method):
-    compare_meshes(method, PAIRWISE[:1])
+def rank_6(method):
+    return AdapterConfig(method, rank=6, alpha=9.0)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    always(
+        [*(rank_6(m) for m in METHODS if m != "zflora-uniform"), DORA, PISSA],
+        lambda adapter: adapter not in (rank_6("lora"), PISSA),
+    ),
+    ids=case_id,
+)
+def test_a_mesh_of_every_axis_gives_the_numbers_of_one_device(adapter):
+    compare_meshes(adapter, PAIRWISE[:1])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("method", METHODS)
 def test_the_whole_grid_of_meshes_gives_the_numbers_of_one_device(method):
-    compare_meshes(method, MESHES)
+    compare_meshes(rank_6(method), MESHES)
 
 
-def compare_meshes(method, meshes):
-    model, adapter = sharded_model(), AdapterConfig(method, rank=6, alpha=9.0)
+def compare_meshes(adapter, meshes):
+    model = sharded_model()
     wanted, adapters = train_three(model, adapter, MeshConfig())
     assert wanted[2, 0] < wanted[0, 0]
     for mesh in meshes:

@@ -12,6 +12,10 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 
 LORA = AdapterConfig("lora", rank=4)
+# Of today's variants of LoRA each one once; ranks and scales differ between kernels.
+PATTERNS = {"rank_pattern": (("q|down", 4),), "alpha_pattern": (("v|up", 3.0),)}
+DORA = AdapterConfig("lora", rank=6, alpha=9.0, use_dora=True, **PATTERNS)
+PISSA = AdapterConfig("lora", rank=6, alpha=9.0, init="pissa", layers_to_transform=(1,), **PATTERNS)
 
 
 def changes_with(method: str, targets: str) -> bool:
@@ -40,6 +44,8 @@ def adapter_cases() -> list[AdapterConfig]:
     cases += [
         AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"),
         AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k"),
+        DORA,
+        PISSA,
     ]
     return cases
 
@@ -72,6 +78,8 @@ def case_id(adapter: AdapterConfig) -> str:
         adapter.targets.replace("|", ""),
         "" if adapter.head_scores else "values",
         str(adapter.extra_head_dim or ""),
+        "dora" if adapter.use_dora else "",
+        adapter.init or "",
     ]
     return "-".join(p for p in parts if p and p != "all")
 

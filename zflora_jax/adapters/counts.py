@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from zflora_jax.adapters.methods import live_layers
+from zflora_jax.adapters.methods import FROZEN, live_layers
 from zflora_jax.adapters.shapes import block_shapes
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
@@ -28,6 +28,7 @@ def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
         len(layers) * math.prod(shapes[kernel][block])
         for kernel, names in live.items()
         for block, layers in names.items()
+        if block not in FROZEN
     )
 
 

@@ -110,9 +110,8 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
             if not names:
                 return leaf
             if row.in_place == "lora":
-                product = jnp.matmul(blocks["lora_a"], blocks["lora_b"], precision="highest")
-            else:
-                product = tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
+                return _with_lora(leaf, blocks, adapter.scale_of(kernel), in_axis(config, kernel))
+            product = tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
             return (leaf.astype(jnp.float32) + adapter.scale * product.reshape(leaf.shape)).astype(
                 leaf.dtype
             )
@@ -127,6 +126,18 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
         return leaf
 
     return map_kernels(visit, params)
+
+
+def _with_lora(leaf: Array, blocks: dict[str, Array], scale: float, axis: int) -> Array:
+    """A kernel with its low-rank product, and the norms of DoRA; `axis`: see `in_axis`."""
+    delta = jnp.matmul(blocks["lora_a"], blocks["lora_b"], precision="highest")
+    if "start_a" in blocks:
+        delta = delta - jnp.matmul(blocks["start_a"], blocks["start_b"], precision="highest")
+    wide = leaf.astype(jnp.float32).reshape(delta.shape) + scale * delta
+    if "magnitude" in blocks:
+        norms = jnp.linalg.norm(wide, axis=-2, keepdims=True)
+        wide = wide * (blocks["magnitude"][..., None, :] / norms)
+    return wide.reshape(leaf.shape).astype(leaf.dtype)
 
 
 def _widen_kernel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ from zflora_jax.adapters.methods import (
 )
 from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import kernel_shapes
+from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
+from zflora_jax.core.architecture import group, kernel_shapes
+from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.parallel.devices import widest_head
@@ -30,9 +32,10 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     trained.
 
     forward and lora_a are random, as `AdapterConfig.init` says; backward, cross, lora_b, ffa_a and
-    q's forward are zero (k's is random). Blocks are zero in the layers where they are dead (see
-    `methods.live_layers`) and stay zero, because they get no gradient. The values depend on `key`
-    alone, not on whether layers are stacked.
+    q's forward are zero (k's is random); DoRA's magnitudes are the norms of the base's columns, and
+    factors that start as a part of the base are that part. Blocks are zero in the layers where they
+    are dead (see `methods.live_layers`) and stay zero, because they get no gradient. The values
+    depend on `key`, and those of the base on it, not on whether layers are stacked.
 
     Args:
       key: a jax random key.
@@ -52,8 +55,14 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
         live_layers(config, adapter),
     )
 
+    of_base = {} if METHODS[adapter.method].in_place != "lora" else _of_base(model, adapter)
+
     def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
         _, _, kernel, block = name.split("/")
+        dead = [layer for layer in range(config.num_layers) if layer not in live[kernel][block]]
+        if name in of_base:
+            part = of_base[name]
+            return part.at[np.asarray(dead)].set(0.0) if dead else part
         if block not in ("forward", "lora_a") or (kernel, block) == ("q", "forward"):
             return jnp.zeros(shape, jnp.float32)
         bound = 1 / math.sqrt(math.prod(shapes[kernel][0]))
@@ -63,12 +72,61 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
             drawn = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
         else:
             drawn = bound * jax.random.normal(own, shape, jnp.float32)
-        dead = [layer for layer in range(config.num_layers) if layer not in live[kernel][block]]
         return drawn.at[np.asarray(dead)].set(0.0) if dead else drawn
 
     stacked = adapter_shapes(config.replace(scan_layers=True), adapter)
     tree = trees.unflatten({name: draw(name, shape) for name, shape in stacked.items()})
     return tree if config.execution.scan_layers else trees.unstack_layers(tree, config.num_layers)
+
+
+def _of_base(model: Model, adapter: AdapterConfig) -> dict[str, jax.Array]:
+    """The leaves of LoRA that are made of the base's kernels, by their stacked names."""
+    config, found, flat = model.config, dict[str, jax.Array](), trees.flatten(model.params)
+    if not adapter.use_dora and adapter.init not in OF_BASE:
+        return found
+    for kernel in resolve_adapter(config, adapter).blocks:
+        own, name = f"{group(kernel)}/{kernel}", f"layers/{group(kernel)}/{kernel}"
+        apart = [f"layers_{i}/{own}/kernel" for i in range(config.num_layers)]
+        stacked = flat.get(f"{name}/kernel")
+        stacked = jnp.stack([flat[n] for n in apart]) if stacked is None else stacked
+        inputs = math.prod(kernel_shapes(config)[kernel][0])
+        base = stacked.reshape(config.num_layers, inputs, -1).astype(jnp.float32)
+        if adapter.use_dora:
+            found[f"{name}/magnitude"] = jnp.linalg.norm(base, axis=1)
+        if adapter.init in OF_BASE:
+            given = str(adapter.init), adapter.rank_of(kernel), adapter.scale_of(kernel)
+            a, b = jax.lax.map(partial(part_of_base, *given), base)
+            found |= {f"{name}/{start}_a": a for start in ("lora", "start")}
+            found |= {f"{name}/{start}_b": b for start in ("lora", "start")}
+    return found
+
+
+def part_of_base(
+    start: str, rank: int, scale: float, kernel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Factors of the part of a base kernel that LoRA starts as, s A B.
+
+    Args:
+      start: "pissa", the largest singular values (arXiv 2404.02948), or "olora", of the QR factors
+        of its transpose (arXiv 2406.01775), each as PEFT takes it.
+      rank: r, at most the smaller side of the kernel.
+      scale: s.
+      kernel: [in, out] float32.
+
+    Returns:
+      A [in, r] and B [r, out].
+    """
+    require(
+        rank <= min(kernel.shape),
+        f"adapter.init={start!r}: rank {rank} is above the smaller side of a kernel"
+        f" {kernel.shape}.",
+    )
+    if start == "olora":
+        q, r = jnp.linalg.qr(kernel.T)
+        return r[:rank].T, q[:, :rank].T
+    u, values, v = jnp.linalg.svd(kernel, full_matrices=False)
+    roots = jnp.sqrt(values[:rank] / scale)
+    return u[:, :rank] * roots[None], roots[:, None] * v[:rank]
 
 
 def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:

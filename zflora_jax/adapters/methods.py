@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model_config import LlamaConfig
@@ -26,6 +27,8 @@ _NEEDS = {  # what a stream needs to be widened
     "heads": "head dims need v and o, or q and k with head_scores, and extra_head_dim above 0",
     "mlp": "MLP units need gate, up and down, and extra_mlp_units above 0",
 }
+
+FROZEN = ("start_a", "start_b")  # blocks that are never trained: what is taken off the base
 
 # Head sizes that the attention kernels of common servers are built for (docs/export.md).
 SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -115,7 +118,7 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
         )
         return ResolvedAdapter()
     if row.in_place in ("lora", "ffa"):
-        names: tuple[str, ...] = ("lora_a", "lora_b") if row.in_place == "lora" else ("ffa_a",)
+        names = _lora_blocks(config, adapter, chosen) if row.in_place == "lora" else ("ffa_a",)
         return ResolvedAdapter(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
     require(
         not config.widened,
@@ -144,6 +147,26 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
         if names := tuple(name for name, width in present.items() if width):
             blocks[kernel] = names
     return ResolvedAdapter(**widths, blocks=blocks)
+
+
+def _lora_blocks(config: LlamaConfig, adapter: AdapterConfig, chosen: set[str]) -> tuple[str, ...]:
+    """The blocks of each kernel of method lora; checks the settings that only it has."""
+    wrong = [i for i in adapter.layers_to_transform or () if i >= config.num_layers]
+    require(
+        not wrong,
+        f"adapter.layers_to_transform has {wrong}: this model has the layers 0 to"
+        f" {config.num_layers - 1}.",
+    )
+    for pattern, _ in (*adapter.rank_pattern, *adapter.alpha_pattern):
+        require(
+            bool(chosen & set(target_kernels(pattern))),
+            f"adapter: pattern {pattern!r} matches no kernel that adapter.targets="
+            f"{adapter.targets!r} selects.",
+        )
+    names: tuple[str, ...] = ("lora_a", "lora_b")
+    if adapter.init in OF_BASE:
+        names += FROZEN
+    return (*names, "magnitude") if adapter.use_dora else names
 
 
 def _extra_widths(
@@ -209,19 +232,20 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
     return base
 
 
-def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, range]]:
+def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, Sequence[int]]]:
     """The layers where a block can change the model's output; in the others it is dead.
 
     The residual state is zero until a kernel writes it, so a block that reads it before is dead;
     likewise a block that writes it after the last reader. Head dims and MLP units are written and
-    read within their layer, so their blocks are always live.
+    read within their layer, so their blocks are always live. LoRA's are where
+    `layers_to_transform` has them.
 
     Args:
       config: of the base.
       adapter: of any method.
 
     Returns:
-      Kernel -> block name -> range of layers, for every block of `block_shapes`.
+      Kernel -> block name -> layers, for every block of `block_shapes`.
     """
     blocks = resolve_adapter(config, adapter).blocks
     readers = [
@@ -231,7 +255,9 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
         k for k, names in blocks.items() if KERNELS[k][1] == "residual" and "forward" in names
     ]
 
-    def live(kernel: str, block: str) -> range:
+    def live(kernel: str, block: str) -> Sequence[int]:
+        if adapter.layers_to_transform is not None:
+            return adapter.layers_to_transform
         reads, writes = KERNELS[kernel]
         first, end = 0, config.num_layers
         if reads == "residual" and block in ("backward", "cross"):

@@ -23,7 +23,9 @@ from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 from zflora_jax.parallel.sharding import constrain
 
 
-def pack_for_decode(model: Model, kind: str | None = None, *, alone: bool = True) -> Model:
+def pack_for_decode(
+    model: Model, kind: str | None = None, *, beside: AdapterConfig | None = None
+) -> Model:
     """Bring a model, fused or not, into the layout for decode.
 
     q|k|v are one kernel and gate|up another, and all kernels of layers are [out, in]: qkv [(H + 2K)
@@ -34,19 +36,20 @@ def pack_for_decode(model: Model, kind: str | None = None, *, alone: bool = True
 
     The kernels stay apart, and only stacked layers become subtrees, on a mesh (divided by
     `parallel.sharding.RULES`; side by side, a slice of one would lie where another's belongs), and
-    of a fused model in float16, whose range is too small, or with adapters beside it.
+    of a fused model in float16, whose range is too small, or with adapters beside it; or of any
+    with DoRA beside it, which reads the norms of single kernels.
 
     Args:
       model: a base or fused model; an already packed one is returned as it is.
       kind: of devices that the widths are for (`adapters.widths`): "cpu", "gpu" or "tpu". None:
         this process's.
-      alone: False where adapters are to run beside the model.
+      beside: the config of adapters that are to run beside the model.
     """
     if model.config.execution.packed:
         return model
     fused = model.config.widened or model.adapter is not None
     narrow = model.config.execution.dtype == "float16"
-    if mesh_of(model.params) is not None or (fused and (narrow or not alone)):
+    if mesh_of(model.params) is not None or (fused and narrow) or apart_for(model, beside):
         if not model.config.execution.scan_layers:
             return model
         with mesh_in_use(model.params):
@@ -56,6 +59,12 @@ def pack_for_decode(model: Model, kind: str | None = None, *, alone: bool = True
         config = packed_config(model.config, kind or this_kind(), model.adapter)
         params = _pack(config, model.params)
     return dataclasses.replace(model, config=config, params=params)
+
+
+def apart_for(model: Model, beside: AdapterConfig | None) -> bool:
+    """Whether adapters beside a model ask that its kernels stay apart; see `pack_for_decode`."""
+    fused = model.config.widened or model.adapter is not None
+    return beside is not None and (fused or beside.use_dora)
 
 
 def packed_config(

@@ -24,7 +24,8 @@ def block_shapes(
 
     forward is [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z]; the z axes have the
     same heads and, in place of the stream's width, its extra width. Low-rank factors are over
-    flattened axes: lora_a [in, r], lora_b [r, out], ffa_a [in, r].
+    flattened axes: lora_a and start_a [in, r], lora_b and start_b [r, out], ffa_a [in, r],
+    magnitude [out].
 
     Args:
       config: of the base.
@@ -40,9 +41,14 @@ def block_shapes(
         reads, writes = KERNELS[kernel]
         axes_in, axes_out = kernel_shapes(config)[kernel]
         z_in, z_out = axes_in[:-1] + (extra[reads],), axes_out[:-1] + (extra[writes],)
+        factor_a = (math.prod(axes_in), adapter.rank_of(kernel))
+        factor_b = (adapter.rank_of(kernel), math.prod(axes_out))
         every = {
-            "lora_a": (math.prod(axes_in), adapter.rank),
-            "lora_b": (adapter.rank, math.prod(axes_out)),
+            "lora_a": factor_a,
+            "lora_b": factor_b,
+            "start_a": factor_a,
+            "start_b": factor_b,
+            "magnitude": (math.prod(axes_out),),
             "ffa_a": (math.prod(axes_in), adapter.rank),
             "forward": axes_in + z_out,
             "backward": z_in + axes_out,

@@ -41,6 +41,10 @@ def pad_adapters(
             METHODS[one.method].widens or METHODS[one.method].in_place == "lora",
             f"{both}: method {one.method!r} cannot be padded; its rank is part of its form.",
         )
+        require(
+            not one.use_dora and not one.rank_pattern and not one.alpha_pattern,
+            f"{both}: adapters with use_dora, rank_pattern or alpha_pattern cannot be padded.",
+        )
     config = config.replace(scan_layers="layers" in adapters)
     flat, wanted = trees.flatten(adapters), adapter_shapes(config, to)
     check_adapters(adapters, config, adapter)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from zflora_jax.core.fields import check_types, current_names, nearest, renamed, require
 
-Start = Literal["kaiming_uniform", "normal"]  # what an adapter's random blocks are drawn from
+# What an adapter's random blocks are drawn from, or what part of the base LoRA starts as.
+Start = Literal["kaiming_uniform", "normal", "pissa", "olora"]
+OF_BASE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,24 @@ class AdapterConfig:
     init: Start | None = None
     """Distribution of the random blocks: kaiming_uniform, within +-1/sqrt(inputs), as PEFT starts
     LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others;
-    ffa and full draw nothing."""
+    ffa and full draw nothing. lora may also start as a part of the base: pissa (arXiv 2404.02948),
+    by singular values, or olora (2406.01775), by QR."""
     dropout: float = 0.0
     """Share of the inputs of LoRA's A that a training step drops (PEFT's lora_dropout); the others
     are divided by 1 - dropout. Only for lora."""
     use_rslora: bool = False
     """Divide alpha by the square root of rank instead, so that the scale suits high ranks (rsLoRA,
     arXiv 2312.03732). It needs an alpha."""
+    use_dora: bool = False
+    """Train the norm of every column of the adapted kernel, too (DoRA, arXiv 2402.09353). Only for
+    lora, of all layers."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Layers that have an adapter, from 0; None means all. Only for lora."""
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    """Other ranks for some kernels: pairs of a regex that matches whole kernel names and a rank, as
+    [["q|v", 8]]; the first that matches counts. Only for lora."""
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    """Other alphas for some kernels, in the same form. Only for lora."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -120,6 +134,7 @@ class AdapterConfig:
             f"adapter.init={self.init!r}: method {self.method!r} draws nothing at random (ffa"
             " starts at zero, full at the base); leave init unset.",
         )
+        self._check_lora(row.in_place == "lora")
         require(
             0 <= self.dropout < 1,
             f"adapter.dropout={self.dropout}: a share of inputs, so at least 0 and below 1 (0"
@@ -131,6 +146,45 @@ class AdapterConfig:
             f" A; method {self.method!r} has none, leave it at 0.",
         )
 
+    def _check_lora(self, lora: bool) -> None:
+        """The settings that only method lora has."""
+        layers = self.layers_to_transform
+        given = {
+            "use_dora": self.use_dora,
+            "layers_to_transform": layers is not None,
+            "rank_pattern": bool(self.rank_pattern),
+            "alpha_pattern": bool(self.alpha_pattern),
+            "init": self.init in OF_BASE,
+        }
+        for name, is_given in given.items():
+            require(
+                lora or not is_given,
+                f"adapter.{name}={getattr(self, name)!r}: only method 'lora' has it; method"
+                f" {self.method!r} does not.",
+            )
+        require(
+            layers is None or (len(layers) > 0 and min(layers) >= 0),
+            f"adapter.layers_to_transform={list(layers or ())}: give layers, from 0, e.g. [0, 1].",
+        )
+        require(
+            layers is None or not self.use_dora,
+            "adapter.use_dora=True is for all layers; leave layers_to_transform unset.",
+        )
+        for pattern, value in (*self.rank_pattern, *self.alpha_pattern):
+            require(
+                0 < value < math.inf,
+                f"adapter: {pattern!r} has rank or alpha {value}; it must be above 0.",
+            )
+
+    def rank_of(self, kernel: str) -> int:
+        """r of a kernel, by `rank_pattern`."""
+        return _first(self.rank_pattern, kernel, self.rank)
+
+    def scale_of(self, kernel: str) -> float:
+        """s of a kernel, by its rank and `alpha_pattern`."""
+        alpha = _first(self.alpha_pattern, kernel, self.alpha)
+        return 2.0 if alpha is None else alpha / self.divisor_of(self.rank_of(kernel))
+
     @property
     def scale(self) -> float:
         """s = alpha / rank, or with use_rslora alpha / sqrt(rank)."""
@@ -139,7 +193,11 @@ class AdapterConfig:
     @property
     def divisor(self) -> float:
         """What alpha is divided by."""
-        return math.sqrt(self.rank) if self.use_rslora else float(self.rank)
+        return self.divisor_of(self.rank)
+
+    def divisor_of(self, rank: int) -> float:
+        """What alpha is divided by at a rank."""
+        return math.sqrt(rank) if self.use_rslora else float(rank)
 
     def explicit(self) -> AdapterConfig:
         """The same with `init` by its name where it was left to the method."""
@@ -147,3 +205,8 @@ class AdapterConfig:
 
     def replace(self, **changes: Any) -> AdapterConfig:
         return dataclasses.replace(self, **current_names(type(self), changes))
+
+
+def _first(table: tuple[tuple[str, Any], ...], kernel: str, otherwise: Any) -> Any:
+    """The value of the first pattern that matches a kernel's whole name."""
+    return next((x for pattern, x in table if re.fullmatch(pattern, kernel)), otherwise)

@@ -94,15 +94,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
-        names = args[0] is str or typing.get_origin(args[0]) is Literal
-        if names and isinstance(value, str):  # names need no quotes: a,b or [a, b]
-            value = [part.strip(" '\"") for part in value.strip("[]() ").split(",") if part.strip()]
-        kind = "names" if names else args[0].__name__
-        require(
-            isinstance(value, list | tuple),
-            f"{name}={value!r}: expected a list of {kind}, written as [{value}].",
-        )
-        return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
+        return _coerce_tuple(value, args, name)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
@@ -125,6 +117,27 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         f"{name}={value!r}: expected {wanted}, got {type(value).__name__}.",
     )
     return value
+
+
+def _coerce_tuple(value: Any, args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    """`value` as a tuple of the types `args`, of which ... repeats the first."""
+    names = args[-1] is Ellipsis and (args[0] is str or typing.get_origin(args[0]) is Literal)
+    if names and isinstance(value, str):  # names need no quotes: a,b or [a, b]
+        value = [part.strip(" '\"") for part in value.strip("[]() ").split(",") if part.strip()]
+    if isinstance(value, dict):  # a table is the list of its pairs
+        value = list(value.items())
+    pairs = typing.get_origin(args[0]) is tuple
+    kind = "names" if names else "pairs" if pairs else args[0].__name__
+    form = "{'NAME': VALUE}" if pairs else f"[{value}]"
+    require(
+        isinstance(value, list | tuple),
+        f"{name}={value!r}: expected a list of {kind}, written as {form}.",
+    )
+    if args[-1] is not Ellipsis:
+        wanted = ", ".join(one.__name__ for one in args)
+        require(len(value) == len(args), f"{name}={value!r}: expected ({wanted}).")
+        return tuple(_coerce(v, a, name) for v, a in zip(value, args, strict=True))
+    return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
 
 
 _FORMER: dict[Any, dict[str, Any]] = {}  # a Literal -> its former values, as text

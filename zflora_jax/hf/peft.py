@@ -15,13 +15,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.methods import resolve_adapter
+from zflora_jax.adapters.methods import live_layers, resolve_adapter
 from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.adapter_config import OF_BASE, AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.directory import export_target, local_copy, whole_directory
@@ -35,14 +35,24 @@ from zflora_jax.reporting.files import write_json
 WEIGHTS, WRITER = "adapter_model.safetensors", "zflora_jax"
 
 
-def _tensor(module: str, factor: str) -> str:
-    return f"base_model.model.{module}.lora_{factor}.weight"
+def _tensor(module: str, leaf: str) -> str:
+    """PEFT's name of a leaf: lora_a, lora_b or magnitude."""
+    names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    return f"base_model.model.{module}.{names.get(leaf, 'lora_magnitude_vector')}"
+
+
+def _leaves(dora: bool) -> tuple[str, ...]:
+    """The leaves of a module that PEFT's files hold."""
+    return ("lora_a", "lora_b", "magnitude") if dora else ("lora_a", "lora_b")
 
 
 def save_peft(
     path: str | os.PathLike[str], model: Model, adapter: AdapterConfig, adapters: trees.Tree
 ) -> dict[str, Any]:
     """Write LoRA adapters as a PEFT directory that peft and vLLM load.
+
+    Factors that started as a part of the base (PiSSA, OLoRA) become plain LoRA of twice the rank,
+    which is what PEFT converts them to: the trained ones beside the negative start.
 
     Args:
       path: the directory to write. An earlier export of this function is replaced; a directory with
@@ -74,7 +84,7 @@ def save_peft(
     }
     trees.check_like(adapters, trees.unflatten(expected), "adapters of method 'lora'")
     kernels = tuple(resolve_adapter(config, adapter).blocks)
-    tensors = _to_peft(config, adapters, kernels)
+    tensors = _to_peft(config, adapter, adapters)
 
     def write() -> None:
         with whole_directory(target, _own_files, CONFIG) as staging:
@@ -86,40 +96,67 @@ def save_peft(
         "path": str(target),
         "parameters": sum(t.size for t in tensors.values()),
         "files": [CONFIG, WEIGHTS],
-        "rank": adapter.rank,
+        "rank": adapter.rank * _factors(adapter),
     }
 
 
+def _factors(adapter: AdapterConfig) -> int:
+    """How many pairs of factors PEFT's file holds side by side."""
+    return 2 if adapter.init in OF_BASE else 1
+
+
 def _to_peft(
-    config: LlamaConfig, adapters: trees.Tree, kernels: tuple[str, ...]
+    config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree
 ) -> dict[str, np.ndarray]:
     """The adapters under PEFT's names, transposed, float32."""
     layers = trees.unstack_layers(adapters, config.num_layers)
     tensors = {}
-    for layer in range(config.num_layers):
-        for kernel in kernels:
-            for factor in "AB":
-                leaf = layers[f"layers_{layer}"][group(kernel)][kernel][f"lora_{factor.lower()}"]
-                value = trees.on_host(leaf).astype(np.float32)
-                name = _tensor(module_name(layer, kernel), factor)
-                tensors[name] = np.ascontiguousarray(value.T)
+    for kernel, blocks in live_layers(config, adapter).items():
+        for layer in blocks["lora_a"]:
+            own = {
+                name: trees.on_host(leaf).astype(np.float32)
+                for name, leaf in layers[f"layers_{layer}"][group(kernel)][kernel].items()
+            }
+            if "start_a" in own:
+                own["lora_a"] = np.concatenate([own["lora_a"], own["start_a"]], axis=1)
+                own["lora_b"] = np.concatenate([own["lora_b"], -own["start_b"]])
+            for leaf in _leaves(adapter.use_dora):
+                name = _tensor(module_name(layer, kernel), leaf)
+                tensors[name] = np.ascontiguousarray(own[leaf].T)
     return tensors
 
 
 def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) -> dict[str, Any]:
     """adapter_config.json."""
-    alpha = adapter.scale * adapter.divisor
-    return ({"use_rslora": True} if adapter.use_rslora else {}) | {
+
+    def alpha(scale: float, rank: int) -> float:
+        found = scale * adapter.divisor_of(rank)
+        return int(found) if found == int(found) else found
+
+    times = _factors(adapter)
+    rank = times * adapter.rank
+    ranks = {f"{k}_proj": times * adapter.rank_of(k) for k in kernels}
+    alphas = {name: alpha(adapter.scale_of(name[:-5]), r) for name, r in ranks.items()}
+    whole = alpha(adapter.scale, rank)
+    layers = adapter.layers_to_transform
+    special = {
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "layers_to_transform": None if layers is None else list(layers),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != whole},
+    }
+    return {name: value for name, value in special.items() if value} | {
         "base_model_name_or_path": HUB_IDS.get(model.source or "", model.source),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": whole,
         "lora_dropout": adapter.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": adapter.rank,
+        "r": rank,
         "revision": None,
         "target_modules": sorted(f"{kernel}_proj" for kernel in kernels),
         "task_type": "CAUSAL_LM",
@@ -142,9 +179,10 @@ def _own_files(directory: Path) -> set[str] | None:
 def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig, trees.Tree]:
     """Read a PEFT LoRA directory as native adapters.
 
-    Ranks and scales that differ between modules (rank_pattern, alpha_pattern) become one
-    AdapterConfig: factors are padded with zeros to the largest rank, and where scales differ, each
-    is folded into its B. Modules and layers that the directory does not adapt get zeros.
+    Ranks, scales and layers that are the same for all modules of a kernel become those of the
+    AdapterConfig. Others (a rank_pattern or alpha_pattern of single layers) become one rank and one
+    scale: factors are padded with zeros to the largest rank, and where scales differ, each is
+    folded into its B; modules and layers that the directory does not adapt get zeros.
 
     Args:
       path: the directory, or its URL.
@@ -154,8 +192,8 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
       (The adapter's config, the adapters in float32, their layers stacked if the model's are.)
 
     Raises:
-      ConfigError: native LoRA cannot express a setting (DoRA, bias, modules_to_save, ...), or a
-        pattern matches no module.
+      ConfigError: native LoRA cannot express a setting (bias, modules_to_save, DoRA of some layers,
+        ...), or a pattern matches no module.
       CheckpointError: a file cannot be read, or tensors are missing, unexpected, misshapen for this
         model or not finite.
     """
@@ -170,15 +208,16 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     config = model.config
     settings, modules = read_settings(directory, config)
     shards = Shards(directory, [WEIGHTS])
-    expected = [_tensor(module, factor) for module in modules for factor in "AB"]
+    leaves = _leaves(bool(settings.get("use_dora")))
+    expected = [_tensor(module, leaf) for module in modules for leaf in leaves]
     if diff := trees.difference(expected, shards.shapes):
         raise CheckpointError(
             f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} announces for this"
             f" {config.num_layers}-layer model:\n{diff}"
         )
-    adapter = _adapter_config(settings, modules)
-    leaves = _to_native(shards, config, adapter, modules)
-    tree = trees.map_with_names(lambda _, leaf: jnp.asarray(leaf), trees.unflatten(leaves))
+    adapter = _adapter_config(directory, settings, modules, config.num_layers)
+    native = _to_native(shards, config, adapter, modules)
+    tree = trees.map_with_names(lambda _, leaf: jnp.asarray(leaf), trees.unflatten(native))
     return adapter, tree if config.execution.scan_layers else trees.unstack_layers(
         tree, config.num_layers
     )
@@ -197,19 +236,40 @@ def _scale(modules: Mapping[str, ModuleLora]) -> float:
 
 
 def _adapter_config(
-    settings: Mapping[str, Any], modules: Mapping[str, ModuleLora]
+    directory: Path, settings: Mapping[str, Any], modules: Mapping[str, ModuleLora], count: int
 ) -> AdapterConfig:
-    """One config for all modules, with the largest of their ranks."""
-    rank = max(module.rank for module in modules.values())
-    scale, kernels = _scale(modules), _kernels(modules)
+    """One config for all modules, with the largest of their ranks; `count` layers."""
+    rank, kernels = max(module.rank for module in modules.values()), _kernels(modules)
+    names = {k: {module_name(i, k): i for i in range(count)} for k in kernels}
+    of_kernel = {k: {n: i for n, i in names[k].items() if n in modules} for k in kernels}
+    adapted = {tuple(found.values()) for found in of_kernel.values()}
+    loras = {kernel: {modules[name] for name in of_kernel[kernel]} for kernel in kernels}
+    regular = len(adapted) == 1 and all(len(found) == 1 for found in loras.values())
+    dora = bool(settings.get("use_dora"))
+    require(
+        not dora or adapted == {tuple(range(count))},
+        f"{directory / CONFIG}: use_dora=True for some layers alone is not supported; merge the"
+        " adapter into its base with peft and load the result.",
+    )
     named = {"all": set(KERNELS), "attention": set(ATTENTION), "mlp": set(MLP)}
     targets = next((name for name, of in named.items() if of == set(kernels)), "|".join(kernels))
     found = AdapterConfig(
         *("lora", rank, 1.0, targets),
         dropout=settings.get("lora_dropout") or 0.0,
         use_rslora=bool(settings.get("use_rslora")),
+        use_dora=dora,
     )
-    return found.replace(alpha=scale * found.divisor)
+    if not regular:
+        return found.replace(alpha=_scale(modules) * found.divisor)
+    layers, own = adapted.pop(), {kernel: loras[kernel].pop() for kernel in kernels}
+    alphas = {k: lora.scale * found.divisor_of(lora.rank) for k, lora in own.items()}
+    alpha = next(alphas[k] for k, lora in own.items() if lora.rank == rank)
+    return found.replace(
+        alpha=alpha,
+        layers_to_transform=None if layers == tuple(range(count)) else layers,
+        rank_pattern=tuple((k, lora.rank) for k, lora in own.items() if lora.rank != rank),
+        alpha_pattern=tuple((k, a) for k, a in alphas.items() if a != alpha),
+    )
 
 
 def _to_native(
@@ -231,17 +291,18 @@ def _to_native(
                 continue
             rank, scale = modules[module]
             inputs, outputs = (math.prod(axes) for axes in kernel_shapes(config)[kernel])
-            for factor, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-                name = _tensor(module, factor)
+            ratio = np.float32(scale / adapter.scale_of(kernel))
+            shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank), "magnitude": (outputs,)}
+            for leaf_name in _leaves(adapter.use_dora):
+                name, shape = _tensor(module, leaf_name), shapes[leaf_name]
                 if shards.shapes[name] != shape:
                     raise CheckpointError(
                         f"{what}: {name} has shape {shards.shapes[name]}, expected {shape} for this"
                         f" model and {CONFIG}."
                     )
                 value = as_finite(shards.read(name), np.float32, name, what).T
-                leaf = leaves[f"layers/{group(kernel)}/{kernel}/lora_{factor.lower()}"]
-                if factor == "A":
-                    leaf[layer, :, :rank] = value
-                else:
-                    leaf[layer, :rank, :] = value * np.float32(scale / _scale(modules))
+                leaf = leaves[f"layers/{group(kernel)}/{kernel}/{leaf_name}"]
+                if leaf_name == "lora_b":
+                    value = value * ratio
+                leaf[layer][tuple(slice(0, n) for n in value.shape)] = value
     return leaves

@@ -21,7 +21,6 @@ CONFIG = "adapter_config.json"
 # Settings that native LoRA cannot express: key -> the values (besides absence) that do not change
 # the function.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
     "bias": ("none", None),
     "modules_to_save": (None, []),
     "fan_in_fan_out": (False, None),
@@ -53,6 +52,7 @@ _READ = (
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
     "init_lora_weights",
     "lora_dropout",
 )
@@ -110,7 +110,7 @@ def read_settings(
       (The settings as they are in the file, module name -> its LoRA for every targeted module.)
 
     Raises:
-      ConfigError: native LoRA cannot express a setting (DoRA, bias, modules_to_save, ...), or a
+      ConfigError: native LoRA cannot express a setting (bias, modules_to_save, ...), or a
         pattern matches no module.
       CheckpointError: the file cannot be read, or a value is of the wrong kind.
     """

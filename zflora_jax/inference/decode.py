@@ -73,7 +73,7 @@ def generate_tokens(
     _check_beams(model, config, tasks)
     check_prompts(model, prompts, config.max_new_tokens)
     unfused = unfused_adapters(adapter, adapters, tasks, len(prompts))
-    run = packed(model, alone=unfused is None)
+    run = packed(model, None if unfused is None else unfused.config)
     unfused = unfused and unfused.placed(run)
     answers: list[list[int]] = [[] for _ in prompts]
     for batch in batches([len(prompt) for prompt in prompts], config.batch_size):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.adapters.packing import apart_for, pack_for_decode
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -26,14 +26,13 @@ _packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyD
 _apart: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
 
 
-def packed(model: Model, *, alone: bool = True) -> Model:
+def packed(model: Model, beside: AdapterConfig | None = None) -> Model:
     """`model` packed for decode; the result is kept as long as `model` lives, so that repeated
-    calls do not pack again. alone: as for `pack_for_decode`.
+    calls do not pack again. beside: as for `pack_for_decode`.
     """
-    fused = model.config.widened or model.adapter is not None
-    kept = _apart if fused and not alone else _packed
+    kept = _apart if apart_for(model, beside) else _packed
     if model not in kept or kept[model][0] is not model.params:
-        made = pack_for_decode(model, alone=alone)
+        made = pack_for_decode(model, beside=beside)
         if made is model:
             return model
         kept[model] = model.params, made

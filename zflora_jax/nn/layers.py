@@ -11,14 +11,17 @@ Shapes in names: B batch, T positions, d residual width, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zflora_jax.adapters.methods import FROZEN
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.ops.copies import take_rows
+from zflora_jax.ops.dora import column_norms
 from zflora_jax.ops.head import head_logits
 from zflora_jax.ops.linear import Array, packed_linear, project
 from zflora_jax.ops.remat import save_for_backward
@@ -96,23 +99,40 @@ class Dense(AdaptedModule):
             return y, y_z
         beside = x if beside is None else beside
         block, scale = {name: self.block(name, dtype) for name in self.blocks}, self.adapter.scale
+        if "lora_a" in block:
+            return self._with_lora(x, beside, y, block), y_z
         if "forward" in block:
             y_z = project(beside, block["forward"], n)
         if z is not None and "backward" in block:
             y = y + scale * project(z, block["backward"], n)
         if z is not None and y_z is not None and "cross" in block:
             y_z = y_z + project(z, block["cross"], n)
-        if "lora_a" in block:
-            low = save_for_backward(
-                project(self._dropped(beside.reshape(*x.shape[:-n], -1)), block["lora_a"]),
-                "low rank",
-            )
-            y = y + scale * project(low, block["lora_b"]).reshape(y.shape)
         if "ffa_a" in block:
             y = y + scale * tile(
                 project(beside.reshape(*x.shape[:-n], -1), block["ffa_a"]), math.prod(self.out_axes)
             ).reshape(y.shape)
         return y, y_z
+
+    def _with_lora(self, x: Array, beside: Array, y: Array, block: dict[str, Array]) -> Array:
+        """y and the low-rank product; with DoRA both times the trained norm over the kernel's."""
+        assert self.adapter is not None
+        flat = beside.reshape(*x.shape[: -len(self.in_axes)], -1)
+        scale = self.adapter.scale_of(self.name or "")
+        low = save_for_backward(project(self._dropped(flat), block["lora_a"]), "low rank")
+        added = project(low, block["lora_b"])
+        if "start_a" in block:
+            start_a, start_b = (jax.lax.stop_gradient(block[name]) for name in FROZEN)
+            added = added - project(project(flat, start_a), start_b)
+        added = scale * added
+        if "magnitude" not in block:
+            return y + added.reshape(y.shape)
+        kernel: Any = self.get_variable("params", "kernel")
+        a, b, magnitude = (self.block(n, jnp.float32) for n in ("lora_a", "lora_b", "magnitude"))
+        norms = column_norms(kernel.reshape(flat.shape[-1], -1), a, b, scale)
+        ratio = magnitude / jax.lax.stop_gradient(norms)  # as the paper's section 4.3
+        own = (y - self._bias(y)).reshape(added.shape)
+        scaled = (own + added) * ratio.astype(y.dtype).reshape(1, 1, -1)
+        return scaled.reshape(y.shape) + self._bias(y)
 
     def _product(self, x: Array) -> Array:
         """x W and the bias: [B, T, *in_axes] -> [B, T, *out_axes]."""
@@ -129,8 +149,16 @@ class Dense(AdaptedModule):
             y = product(x, kernel.astype(x.dtype), n)
         if not self.bias:
             return y
-        bias = self.base_param("bias", nn.initializers.zeros, self.out_axes)
-        return y + bias.astype(y.dtype)[(None,) * (y.ndim - bias.ndim)]
+        self.base_param("bias", nn.initializers.zeros, self.out_axes)
+        return y + self._bias(y)
+
+    def _bias(self, y: Array) -> Any:
+        """The bias as y [B, T, *out_axes] adds it; 0 without one."""
+        if not self.bias:
+            return 0
+        own = "adapters" if self.has_variable("adapters", "bias") else "params"
+        bias: Any = self.get_variable(own, "bias")
+        return bias.astype(y.dtype)[(None,) * (y.ndim - bias.ndim)]
 
     def _dropped(self, x: Array) -> Array:
         """`x` with the adapter's dropout, where a random stream "dropout" is given: in training."""

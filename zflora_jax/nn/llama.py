@@ -49,6 +49,8 @@ class Llama(nn.Module):
         c, execution, adapter = self.config.stored, self.config.execution, self.adapter
         if execution.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
             raise ValueError("method 'full' cannot replace packed kernels: fuse first, then pack.")
+        if execution.packed and adapter is not None and adapter.use_dora:
+            raise ValueError("DoRA reads the norms of kernels, which packed ones have not apart.")
         if execution.packed and adapter is not None and (c.widened or execution.fill_mlp):
             raise ValueError("adapters run beside a fused model as it was before it was packed.")
         self.embed = Embed(c)

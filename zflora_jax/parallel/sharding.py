@@ -53,10 +53,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/down/forward", ("tensor", None)),
     (r"mlp/down/backward", (None, "fsdp")),
     (r"mlp/(gate|up|down)/cross", (None, None)),
-    (r"(attn/[qkv]|mlp/(gate|up))/(lora_a|ffa_a)", ("fsdp", None)),
-    (r"(attn/[qkv]|mlp/(gate|up))/lora_b", (None, "tensor")),
-    (r"(attn/o|mlp/down)/(lora_a|ffa_a)", ("tensor", None)),
-    (r"(attn/o|mlp/down)/lora_b", (None, "fsdp")),
+    (r"(attn/[qkv]|mlp/(gate|up))/(lora_a|start_a|ffa_a)", ("fsdp", None)),
+    (r"(attn/[qkv]|mlp/(gate|up))/(lora_b|start_b)", (None, "tensor")),
+    (r"(attn/[qkv]|mlp/(gate|up))/magnitude", ("tensor",)),
+    (r"(attn/o|mlp/down)/(lora_a|start_a|ffa_a)", ("tensor", None)),
+    (r"(attn/o|mlp/down)/(lora_b|start_b)", (None, "fsdp")),
+    (r"(attn/o|mlp/down)/magnitude", ("fsdp",)),
 )
 
 
@@ -339,9 +341,8 @@ def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
         return x
 
     def count(axis: str | tuple[str, ...] | None) -> int:
-        return math.prod(
-            mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ())
-        )
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return math.prod(mesh.shape[name] for name in names)
 
     fits = (
         axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False)

@@ -26,6 +26,9 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
 """optim.optimizer -> how gradients become a direction, to which `make_optimizer` adds the rest."""
 
 
+KEPT = ("/scale", "/bias", "/start_a", "/start_b")  # leaves that do not decay
+
+
 def require_optimizer(name: str) -> None:
     """Refuse an optimizer that has no row.
 
@@ -58,16 +61,16 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     """The optimizer that `optim` describes, for a run of `steps` steps.
 
     It clips gradients by their global norm, lets the row of `OPTIMIZERS` choose a direction, adds
-    weight decay (norm gains and biases have none), and scales by the learning rate; with LoRA+ the
-    blocks that write to the base's channels are scaled once more. It has state for the trainable
-    tree alone.
+    weight decay (norm gains, biases and what is frozen have none), and scales by the learning rate;
+    with LoRA+ the blocks that write to the base's channels are scaled once more. It has state for
+    the trainable tree alone.
 
     Raises:
       ConfigError: optim.optimizer has no row.
     """
 
     def decayed(params: Any) -> Any:
-        return trees.map_with_names(lambda name, _: not name.endswith(("/scale", "/bias")), params)
+        return trees.map_with_names(lambda name, _: not name.endswith(KEPT), params)
 
     def writes_base(params: Any) -> Any:
         return trees.map_with_names(lambda name, _: name.endswith(("/lora_b", "/backward")), params)

@@ -1,0 +1,248 @@
+"""Today's variants of LoRA (DoRA, PiSSA, OLoRA, ranks and alphas by kernel, some layers): values
+and gradients are those of the peft library, and its directories go both ways.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from support.cases import DORA, PISSA
+from support.checks import assert_logits_close
+from support.huggingface import TOKENS, hf_logits, hf_model
+from support.models import perturb, tiny_model
+
+from zflora_jax.adapters.counts import count_params
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.tasks import pad_adapters
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import OptimConfig
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import load_peft, save_peft
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.nn.llama import Llama, forward
+from zflora_jax.ops.dora import column_norms, plain_column_norms
+from zflora_jax.training.optim import make_optimizer
+
+WEIGHTS = np.random.default_rng(7).standard_normal(TOKENS.shape).astype(np.float32)
+LORA = AdapterConfig("lora", rank=4, alpha=6.0)
+VARIANTS = {
+    "dora": LORA.replace(use_dora=True),
+    "dora-rslora": LORA.replace(use_dora=True, use_rslora=True),
+    "patterns": LORA.replace(rank_pattern=(("q|k", 2),), alpha_pattern=(("v|down", 3.0),)),
+    "layers": LORA.replace(layers_to_transform=(1,)),
+    "dora-patterns": DORA,
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("base") / "model"
+    hf_model(head_dim=16).save_pretrained(path)
+    return load_model(path)
+
+
+def loss_gradients(base: Model, adapter: AdapterConfig, adapters: Any) -> dict[str, np.ndarray]:
+    """Of a weighted sum of all logits, in the adapters."""
+    llama = Llama(base.config, adapter)
+
+    def loss(tree: Any) -> jax.Array:
+        logits = llama.apply({"params": base.params, "adapters": tree}, jnp.asarray(TOKENS))
+        return jnp.sum(logits * WEIGHTS[..., None])  # type: ignore[operator]
+
+    with jax.default_matmul_precision("highest"):
+        found = trees.flatten(jax.jit(jax.grad(loss))(adapters))
+    return {name: np.asarray(x) for name, x in found.items()}
+
+
+def their_gradients(model: Any) -> dict[str, np.ndarray]:
+    logits = model(torch.tensor(TOKENS)).logits
+    (logits * torch.tensor(WEIGHTS)[..., None]).sum().backward()
+    return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@every_variant
+def test_peft_computes_what_we_do(name: str, base: Model, tmp_path: Path) -> None:
+    """Values and gradients, from a directory that we wrote, which is then read again."""
+    adapter = VARIANTS[name]
+    adapters = perturb(init_adapters(jax.random.key(0), base, adapter), std=0.05)
+    adapters = trees.map_with_names(
+        lambda n, x: x if not adapter.layers_to_transform else x.at[0].set(0.0), adapters
+    )
+    ours = np.asarray(forward(base, jnp.asarray(TOKENS), adapter, adapters))
+    save_peft(tmp_path / "out", base, adapter, adapters)
+    theirs = peft.PeftModel.from_pretrained(
+        hf_model(head_dim=16), tmp_path / "out", is_trainable=True
+    ).eval()
+    assert_logits_close(hf_logits(theirs), ours)
+    plain = adapter.replace(use_dora=False, rank_pattern=(), alpha_pattern=())
+    if plain != adapter:  # so that the setting is seen to matter
+        bare = {n: x for n, x in trees.flatten(adapters).items() if not n.endswith("magnitude")}
+        if not adapter.rank_pattern:
+            tree = trees.unflatten(bare)
+            other = np.asarray(forward(base, jnp.asarray(TOKENS), plain, tree))
+            assert np.abs(other - ours).max() > 1e-2 * np.abs(ours).max()
+
+    found, wanted = loss_gradients(base, adapter, adapters), their_gradients(theirs)
+    assert len(wanted) > 0
+    for key, gradient in wanted.items():
+        parts = key.split(".")
+        layer = int(parts[parts.index("layers") + 1])
+        kernel = next(part[:-5] for part in parts if part.endswith("_proj"))
+        leaf = next(
+            {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}[part]
+            for part in parts
+            if part.startswith("lora_")
+        )
+        (own,) = [x for n, x in found.items() if n.endswith(f"/{kernel}/{leaf}")]
+        scale = np.abs(own).max()
+        np.testing.assert_allclose(own[layer], gradient.T, atol=2e-5 * scale, rtol=0)
+
+    again, back = load_peft(tmp_path / "out", base)
+    assert_logits_close(np.asarray(forward(base, jnp.asarray(TOKENS), again, back)), ours)
+    assert count_params(base.config, again) == count_params(base.config, adapter)
+    for kernel in ("q", "v", "down"):
+        assert again.rank_of(kernel) == adapter.rank_of(kernel)
+        assert again.scale_of(kernel) == pytest.approx(adapter.scale_of(kernel))
+    assert again.layers_to_transform == adapter.layers_to_transform
+    assert (again.use_dora, again.use_rslora) == (adapter.use_dora, adapter.use_rslora)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_in_the_base_is_peft_s(init: Any, base: Model, tmp_path: Path) -> None:
+    """The same part of every kernel is trained, the model starts as the base, and its trained form
+    is plain LoRA of twice the rank, as PEFT converts its own.
+    """
+    adapter = LORA.replace(init=init, rank_pattern=(("q", 2),))
+    adapters = init_adapters(jax.random.key(0), base, adapter)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": init}
+    theirs = peft.get_peft_model(
+        hf_model(head_dim=16), peft.LoraConfig(**settings, rank_pattern={"q_proj": 2})
+    )
+    for name, value in theirs.state_dict().items():
+        if "lora_A" in name:
+            parts = name.split(".")
+            layer = int(parts[parts.index("layers") + 1])
+            kernel, group = parts[-4][:-5], "attn" if "self_attn" in parts else "mlp"
+            b = theirs.state_dict()[name.replace("lora_A", "lora_B")]
+            leaves = adapters["layers"][group][kernel]
+            for a_name, b_name in (("lora_a", "lora_b"), ("start_a", "start_b")):
+                ours = leaves[a_name][layer] @ leaves[b_name][layer]
+                np.testing.assert_allclose(ours, (b @ value).numpy().T, atol=2e-5)
+    before = np.asarray(forward(base, jnp.asarray(TOKENS)))
+    start = np.asarray(forward(base, jnp.asarray(TOKENS), adapter, adapters))
+    assert_logits_close(start, before)
+    assert_logits_close(hf_logits(theirs.eval()), start)
+
+    step = jax.random.normal
+    trained = trees.map_with_names(
+        lambda n, x: x if "start" in n else x + 0.05 * step(jax.random.key(1), x.shape), adapters
+    )
+    ours = np.asarray(forward(base, jnp.asarray(TOKENS), adapter, trained))
+    assert np.abs(ours - before).max() > 0.05 * np.abs(before).max()
+    report = save_peft(tmp_path / "out", base, adapter, trained)
+    assert report["rank"] == 8
+    plain = peft.PeftModel.from_pretrained(hf_model(head_dim=16), tmp_path / "out").eval()
+    assert_logits_close(hf_logits(plain), ours)
+    again, back = load_peft(tmp_path / "out", base)
+    assert (again.rank, again.init, again.rank_of("q")) == (8, None, 4)
+    assert_logits_close(np.asarray(forward(base, jnp.asarray(TOKENS), again, back)), ours)
+
+
+@pytest.mark.parametrize("adapter", [DORA, PISSA], ids=["dora", "pissa"])
+def test_what_is_frozen_stays(adapter: AdapterConfig, base: Model) -> None:
+    """No step, and no weight decay, moves the part of the base or the layers that are left out."""
+    adapters = init_adapters(jax.random.key(0), base, adapter)
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.1, weight_decay=0.1, warmup_steps=0), 9)
+    state, tree = optimizer.init(adapters), adapters
+    for _ in range(2):
+        found = loss_gradients(base, adapter, tree)
+        gradients = trees.unflatten({n: jnp.asarray(x) for n, x in found.items()})
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradients, state, tree)
+        tree = jax.tree.map(jnp.add, tree, updates)
+    first = trees.flatten(adapters)
+    for name, leaf in trees.flatten(tree).items():
+        still = np.array_equal(leaf, first[name])
+        assert still == ("start_" in name), name
+        if adapter.layers_to_transform:
+            np.testing.assert_array_equal(leaf[0], first[name][0])
+
+
+def test_column_norms() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((12, 7), (12, 3), (3, 7))
+    kernel, a, b = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    plain = plain_column_norms(kernel, a, b, 1.5)
+    np.testing.assert_allclose(column_norms(kernel, a, b, 1.5), plain, rtol=1e-6)
+    whole = np.asarray(kernel, np.float64) + 1.5 * np.asarray(a, np.float64) @ np.asarray(b)
+    np.testing.assert_allclose(plain, np.linalg.norm(whole, axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", [DORA, PISSA], ids=["dora", "pissa"])
+def test_decode_beside_the_base_is_decode_of_the_fused(adapter: AdapterConfig) -> None:
+    """Also of heads with biases, which DoRA's norms leave alone."""
+    model = tiny_model(family="qwen2")
+    adapters = perturb(init_adapters(jax.random.key(0), model, adapter), std=0.2)
+    prompt = [[3, 1, 4, 1, 5]]
+    fused = generate_tokens(fuse(model, adapter, adapters), prompt, max_new_tokens=12)
+    beside = generate_tokens(model, prompt, max_new_tokens=12, adapter=adapter, adapters=adapters)
+    assert fused == beside != generate_tokens(model, prompt, max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "ffba", "use_dora": True}, r"adapter.use_dora=True: only method 'lora' has it"),
+        (
+            {"method": "ffa", "layers_to_transform": (0,)},
+            r"layers_to_transform=\(0,\): only method",
+        ),
+        (
+            {"method": "zflora-minimal", "init": "pissa"},
+            r"adapter.init='pissa': only method 'lora'",
+        ),
+        ({"layers_to_transform": ()}, r"layers_to_transform=\[\]: give layers, from 0"),
+        ({"layers_to_transform": (0,), "use_dora": True}, r"use_dora=True is for all layers"),
+        ({"rank_pattern": {"q": 0}}, r"'q' has rank or alpha 0; it must be above 0"),
+        ({"rank_pattern": {"q": "x"}}, r"adapter.rank_pattern\[0\]='x': expected int"),
+        ({"rank_pattern": "q"}, r"'q': expected a list of pairs, written as {'NAME': VALUE}"),
+        ({"rank_pattern": [["q"]]}, r"adapter.rank_pattern\[0\]=\['q'\]: expected \(str, int\)"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AdapterConfig(**{"method": "lora", "alpha": 6.0} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_to_transform": (0, 2)}, r"has \[2\]: this model has the layers 0 to 1"),
+        ({"rank_pattern": {"down": 2}, "targets": "q|v"}, r"pattern 'down' matches no kernel"),
+        ({"alpha_pattern": {"q(": 2.0}}, r"'q\(' is not a valid regex"),
+        ({"init": "pissa", "rank": 64}, r"init='pissa': rank 64 is above the smaller side"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(changes: Any, message: str) -> None:
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=message):
+        init_adapters(jax.random.key(0), model, AdapterConfig("lora", **changes))
+
+
+def test_variants_are_not_padded_for_several_tasks() -> None:
+    model = tiny_model()
+    adapters = init_adapters(jax.random.key(0), model, DORA)
+    with pytest.raises(ConfigError, match=r"use_dora, rank_pattern or alpha_pattern cannot be"):
+        pad_adapters(model.config, DORA, adapters, DORA.replace(rank=8))
