@@ -106,3 +106,10 @@ def table(group: str, size: str) -> Comparison:
 
 def get_sweep() -> list[Comparison]:
     return [table(group, size) for group in TRAINED_ON for size in MODELS]
+
+
+def get_config() -> RunConfig:
+    """One run of `paper_math_1b`, for the commands that take a single one."""
+    plan = table("math", "1b")
+    optim = replace(plan.base.optim, learning_rate=3e-4)
+    return replace(plan.base, adapter=plan.methods["zflora-minimal"], optim=optim)

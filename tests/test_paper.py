@@ -1,0 +1,118 @@
+"""The paper's tables (configs/paper/tables.py): equal budgets, published settings, and a run of
+each of their shapes on a tiny model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.byte_tokenizer import byte_tokenizer
+from support.models import tiny_model
+
+from zflora_jax.adapters.counts import count_params
+from zflora_jax.cli.inputs import load_config
+from zflora_jax.cli.main import main
+from zflora_jax.core.fields import override
+from zflora_jax.core.presets import preset
+from zflora_jax.experiments.planner import memory_plan
+from zflora_jax.hf.save import save_hf
+
+CONFIG = str(Path(__file__).parent.parent / "configs" / "paper" / "tables.py")
+
+TINY = """
+from dataclasses import replace
+from zflora_jax.cli.inputs import load_config
+
+def get_sweep():
+    plans = load_config({config!r}, "get_sweep")
+    (plan,) = [plan for plan in plans if plan.name == "paper_math_1b"]
+    methods = {{name: plan.methods[name] for name in ("lora", "zflora-minimal")}}
+    base = replace(plan.base, optim=replace(plan.base.optim, warmup_steps=0))
+    plan = replace(plan, base=base, methods=methods, learning_rates=(3e-4,), pick_steps=2)
+    return replace(plan, scoring=replace(plan.scoring, max_new_tokens=2, limit=2))
+"""
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Any]:
+    return {plan.name: plan for plan in load_config(CONFIG, "get_sweep")}
+
+
+def test_every_table_is_there(plans: dict[str, Any]) -> None:
+    groups, sizes = ("commonsense", "math", "summary"), ("1b", "3b", "7b")
+    assert list(plans) == [f"paper_{group}_{size}" for group in groups for size in sizes]
+    assert [len(plan.tasks) for plan in plans.values()] == [8] * 3 + [6] * 3 + [4] * 3
+
+
+def test_methods_have_equal_budgets(plans: dict[str, Any]) -> None:
+    for plan in plans.values():
+        config = preset(plan.base.model)
+        counts = {name: count_params(config, a) for name, a in plan.methods.items()}
+        assert len(counts) == 5
+        assert all(abs(n / counts["lora"] - 1) < 0.025 for n in counts.values()), counts
+
+
+def test_the_settings_are_llm_adapters_own(plans: dict[str, Any]) -> None:
+    """By math_running_commands and finetune.py of its repository."""
+    plan = plans["paper_math_7b"]
+    lora, base = plan.methods["lora"], plan.base
+    assert (lora.rank, lora.alpha, lora.dropout) == (32, 64.0, 0.05)
+    assert lora.targets == "q|k|v|up|down"
+    assert (base.data.batch_size, base.optim.warmup_steps, base.optim.schedule) == (
+        16,
+        100,
+        "linear",
+    )
+    assert base.train.steps == 3 * 9919 // 16 and 3e-4 in plan.learning_rates
+    assert base.data.train_on_prompt and base.data.prompt_style == "alpaca"
+    assert (plan.scoring.num_beams, plan.scoring.prompt_style) == (4, "alpaca-eval")
+
+
+@pytest.mark.parametrize("name", ["paper_math_1b", "paper_summary_7b"])
+def test_the_plan_of_a_table(name: str, plans: dict[str, Any]) -> None:
+    """By the formula; results/paper_plan.md has the compilers'."""
+    plan = plans[name]
+    changes = {"mesh.fsdp": 8}
+    run = override(plan.base, changes)
+    for adapter in plan.methods.values():
+        found = memory_plan(override(run, {"adapter": adapter}), preset(run.model), 78.0)
+        assert found["fits"], (name, adapter.method)
+
+
+@pytest.mark.soak
+def test_a_table_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the files' names to the page, with few steps."""
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
+    model = tiny_model(max_position_embeddings=2048)
+    model.tokenizer = byte_tokenizer()
+    save_hf(tmp_path / "model", model)
+    folder = tmp_path / "DATA" / "llm_adapters"
+    answers = [(f"What is {i} + 1?", f"{i + 1}") for i in range(60)]
+    question = [{"instruction": q, "input": "", "output": a, "answer": a} for q, a in answers]
+    files = ["ft-training_set/math_10k.json"]
+    folders = ("AddSub", "AQuA", "MultiArith", "SingleEq", "SVAMP")
+    files += [f"dataset/{name}/test.json" for name in folders]
+    for number, name in enumerate(files):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = question if number == 0 else question[-2:]
+        if "AQuA" in name:
+            rows = [row | {"answer": "A"} for row in rows]
+        path.write_text(json.dumps(rows))
+    gsm8k = tmp_path / "DATA" / "gsm8k"
+    gsm8k.mkdir()
+    for split in ("train", "test"):
+        row = {"question": f"{split}?", "answer": "1\n#### 1"}
+        (gsm8k / f"{split}.jsonl").write_text(json.dumps(row))
+    small = ["train.steps=3", "optim.warmup_steps=0", "data.batch_size=2", "eval.limit=4"]
+    small += ["data.bucket_lengths=[384]", "train.dtype=float32", "train.save_every=None"]
+    config = tmp_path / "tiny.py"
+    config.write_text(TINY.format(config=CONFIG))
+    where = ["--workdir", str(tmp_path / "w"), "--out", str(tmp_path / "out")]
+    given = [f"model={tmp_path / 'model'}", f"data.data_dir={tmp_path / 'DATA'}", *small]
+    assert main(["sweep", "--config", str(config), *where, "--set", *given]) == 0
+    page = (tmp_path / "out" / "paper_math_1b.md").read_text()
+    assert "zflora-minimal" in page and "addsub" in page
