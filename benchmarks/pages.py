@@ -67,6 +67,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "generation_check": script("generation_check"),
     "latency": latency,
     "likelihood_speed": script("likelihood_speed"),
+    "paper_plan": script("paper"),
     "plan": script("plan"),
     "scaling": script("scaling"),
     "speed": script("speed"),

@@ -81,8 +81,8 @@ def _line(row: dict[str, Any], plans: dict[str, Comparison]) -> dict[str, Any]:
         "GiB": f"{row['needs'] / GIB:.1f}",
         "a step, s": f"{step:.2f}",
         "bound by": row["bound"],
-        "a run, h": f"{step * plan.base.train.steps / 3600:.1f}",
-        "the table, h": f"{step * steps_of(plan) / 3600:.0f}",
+        "a run, min": f"{step * plan.base.train.steps / 60:.0f}",
+        "the table, h": f"{step * steps_of(plan) / 3600:.1f}",
     }
 
 
