@@ -1,39 +1,36 @@
 """Conversations: the tokens are the template's, the loss is on what the assistant says, and what
-cannot be read or learned is said. TRL's SFTTrainer makes the same tokens and mask of the same rows.
+cannot be read or learned is said. That TRL makes the same: test_trl.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import warnings
-
 import numpy as np
 import pytest
-from support.byte_tokenizer import BOS, EOS, byte_tokenizer
-from support.chat import CHATML, GEMMA, LLAMA, LONG, SHORT, THINKING, WITH_SYSTEM, turn, unmarked
+from support.byte_tokenizer import BOS, byte_tokenizer
+from support.chat import (
+    CHANNELS,
+    CHATML,
+    GEMMA,
+    LLAMA,
+    LONG,
+    ROOM,
+    SHORT,
+    THINKING,
+    WITH_SYSTEM,
+    messages,
+    rows_of,
+    turn,
+    unmarked,
+)
 from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data import conversations
 from zflora_jax.data.conversations import cut_at_a_turn, encode_conversations
 from zflora_jax.data.encoding import encode_prompts
 from zflora_jax.data.tokenization import tokenize_examples
-from zflora_jax.evaluation.contamination import question
-
-ROOM = DataConfig(bucket_lengths=(1024,))
-
-
-def rows_of(tmp_path, *rows, template=CHATML, data=ROOM, **tokenizer):
-    """(The tokenizer, its sequences of rows in a file, in their order.)"""
-    write(tmp_path / "test.jsonl", *rows)
-    examples = load("rows", "test", tmp_path)
-    tokenizer = byte_tokenizer(chat_template=template, **tokenizer)
-    return tokenizer, tokenize_examples(examples, tokenizer, data)
-
-
-def messages(*conversations):
-    return [{"messages": turns} for turns in conversations]
+from zflora_jax.evaluation.contamination import contaminated, question, questions
 
 
 def trained(tokenizer, row):
@@ -99,7 +96,7 @@ def test_texts_are_taken_as_they_are(tmp_path):
     texts = [tokenizer.decode(row.tokens) for row in encoded.rows]
     assert texts == ["<bos>Once.<eos>", "<bos>Ends<eos>"]
     assert [trained(tokenizer, row) for row in encoded.rows] == [[t[5:]] for t in texts]
-    with pytest.raises(ConfigError, match="a text is no prompt"):
+    with pytest.raises(ConfigError, match="a row has no prompt"):
         encode_prompts(load("rows", "test", tmp_path), tokenizer, "chat")
 
 
@@ -113,6 +110,39 @@ def test_what_a_template_is_told_beside_the_turns(tmp_path):
     row = {"messages": SHORT, "tools": [{"name": "add"}]}
     tokenizer, encoded = rows_of(tmp_path, row)
     assert 'tools: [{"name": "add"}]' in tokenizer.decode(encoded.rows[0].tokens)
+    with pytest.raises(ConfigError, match=r"row 1: .* leaves out the tools"):
+        rows_of(tmp_path, row, template=LLAMA)
+    mood = CHATML.replace("Be kind.<eos>", "' + mood + '<eos>")
+    row = {"messages": SHORT, "chat_template_kwargs": {"mood": "Be merry."}}
+    for template in (mood, unmarked(mood)):
+        tokenizer, encoded = rows_of(tmp_path, row, template=template)
+        assert "Be merry." in tokenizer.decode(encoded.rows[0].tokens)
+
+
+def test_one_of_several_templates(tmp_path):
+    """With and without tools, as some models have them."""
+    both = {"default": CHATML, "tool_use": CHATML.replace("tools: ", "functions: ")}
+    for row, said in ((SHORT, False), (SHORT, True)):
+        tools = {"tools": [{"name": "add"}]} if said else {}
+        tokenizer, encoded = rows_of(tmp_path, {"messages": row, **tools}, template=both)
+        assert ("functions: " in tokenizer.decode(encoded.rows[0].tokens)) == said
+
+
+def test_answers_that_do_not_end_are_said(tmp_path, caplog):
+    conversations._warn.cache_clear()
+    endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    endless += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    rows_of(tmp_path, *messages(SHORT, LONG), template=endless)
+    assert caplog.text.count("ends with no token of its own") == 1
+
+
+def test_marks_behind_other_tokens_than_generation_starts_from_are_said(tmp_path, caplog):
+    conversations._warn.cache_clear()
+    rows_of(tmp_path, *messages(SHORT))
+    assert not caplog.records
+    late = CHATML.replace("assistant\n' -}}{%- endif", "assistant\n<think>' -}}{%- endif")
+    rows_of(tmp_path, *messages(SHORT), template=late)
+    assert "marked behind other tokens than generation starts from" in caplog.text
 
 
 def test_a_question_is_all_that_was_said_before_its_answer(tmp_path):
@@ -120,6 +150,10 @@ def test_a_question_is_all_that_was_said_before_its_answer(tmp_path):
     write(tmp_path / "test.jsonl", *messages(LONG, other), {"messages": LONG})
     first, second, third = map(question, load("rows", "test", tmp_path))
     assert first == third != second and "it is 4" in first
+    # Every answer of a conversation is trained; a system turn does not make another question.
+    seen = questions(load("rows", "test", tmp_path))
+    write(tmp_path / "test.jsonl", *messages(LONG[:2], [turn("system", "Be brief."), *LONG[:2]]))
+    assert contaminated(load("rows", "test", tmp_path), seen) == [True, True]
     write(tmp_path / "test.jsonl", {"text": "Once."}, {"text": "Twice."})
     assert [*map(question, load("rows", "test", tmp_path))] == ["once", "twice"]
 
@@ -171,7 +205,20 @@ def test_the_first_answer_of_a_conversation_must_fit(tmp_path):
         ({"prompt": "a", "completion": " "}, r"the completion is empty"),
         ({"prompt": "a"}, r"no field 'completion'"),
         ({"prompt": SHORT[:1], "completion": []}, r"'completion' is empty"),
-        ({"prompt": SHORT[:1], "completion": "Hi!"}, r"field 'prompt' must be a string"),
+        ({"prompt": SHORT[:1], "completion": "Hi!"}, r"'completion' must be a list of turns"),
+        ({"prompt": "a", "completion": SHORT[1:]}, r"field 'completion' must be a string"),
+        ({"messages": [SHORT[0], turn("assistant", " ")]}, r"turn 2 is an empty answer"),
+        ({"messages": [SHORT[0], {**SHORT[1], "weight": 0}]}, r"turn 2 has a weight other than 1"),
+        ({"messages": SHORT, "tools": "none"}, r"'tools' must be a list of JSON schemas"),
+        ({"messages": SHORT, "chat_template_kwargs": 3}, r"'chat_template_kwargs' must be an obj"),
+        (
+            {"messages": WITH_SYSTEM, "system_prompt": "Be long."},
+            r"a system turn and another text in a column",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            r"'function_call' is not read: give the call as a turn of the assistant",
+        ),
         ({"text": ""}, r"the text is empty"),
         ({"chosen": "a", "rejected": "b"}, r"'chosen', 'rejected' are of no form that is known"),
     ],
@@ -181,16 +228,29 @@ def test_malformed_rows(row, message, tmp_path):
         load("rows", "train", write(tmp_path / "train.jsonl", row))
 
 
+CALL = [
+    SHORT[0],
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]},
+    turn("tool", "4"),
+    SHORT[1],
+]
 DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split("-%}", 1)[1]
 
 
 @pytest.mark.parametrize(
     ("template", "turns", "message"),
     [
-        (GEMMA, WITH_SYSTEM, r"that starts 'Be short.'.*System role not supported.*start of the"),
+        (GEMMA, WITH_SYSTEM, r"row 1: .*System role not supported.*at the start of the first"),
         (GEMMA, [SHORT[0], *SHORT], r"refuses turns of user, user, assistant: .*must alternate"),
-        (DROPS_SYSTEM, WITH_SYSTEM, r"leaves out or changes turn 1 \(system: 'Be short.'\)"),
+        (DROPS_SYSTEM, WITH_SYSTEM, r"leaves out or changes turn 1 \(system\): 'Be short.'"),
         (unmarked(CHATML), SHORT[1:], r"begins with the assistant"),
+        (CHANNELS, LONG, r"where turn 2 ends cannot be told"),
+        (
+            THINKING,
+            [SHORT[0], turn("assistant", "see <eos> here"), *LONG[2:]],
+            r"where turn 2 ends cannot be told",
+        ),
+        (LLAMA, CALL, r"leaves out the tool calls of turn 2"),
         (None, SHORT, r"needs a tokenizer with a chat template"),
     ],
 )
@@ -232,7 +292,7 @@ def test_an_answer_that_merges_with_the_template():
             return self.bytes.decode([i for i in ids if i < 256])
 
     (example,) = _examples([[turn("user", "Hi"), turn("assistant", "\nHo")]])
-    with pytest.raises(ConfigError, match=r"before turn 2 the tokens are not those.*Strip the"):
+    with pytest.raises(ConfigError, match=r"before turn 2 the model is given other.*: strip it"):
         encode_conversations(Merging(), [example])
     (stripped,) = _examples([SHORT])
     assert encode_conversations(Merging(), [stripped])[0][1].any()
@@ -248,73 +308,3 @@ def test_conversations_are_for_the_chat_template(tmp_path):
     data = DataConfig(bucket_lengths=(1024,), prompt_style="alpaca")
     with pytest.raises(ConfigError, match=r"data.prompt_style='alpaca' must be 'chat'"):
         rows_of(tmp_path, *messages(SHORT), data=data)
-
-
-# --- TRL ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trl_rows(tmp_path_factory):
-    """trl_rows(rows, **settings) -> (tokens, whether each is learned) of TRL's SFTTrainer."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trl = pytest.importorskip("trl", reason="needs trl, of the extra test")
-        import datasets
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"vocab_size": 259, "hidden_size": 8, "intermediate_size": 8}
-    shape |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-
-    def prepare(rows, add_bos=False, **settings):
-        with warnings.catch_warnings(), contextlib.redirect_stderr(None):
-            warnings.simplefilter("ignore")
-            datasets.disable_progress_bars()
-            args = trl.SFTConfig(
-                output_dir=str(tmp_path_factory.mktemp("trl")),
-                max_length=None,
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                **settings,
-            )
-            trainer = trl.SFTTrainer(
-                LlamaForCausalLM(LlamaConfig(**shape)),
-                args,
-                train_dataset=datasets.Dataset.from_list(json.loads(json.dumps(rows))),
-                processing_class=byte_tokenizer(add_bos, CHATML),
-            )
-            found = list(trainer.train_dataset)
-        return [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in found]
-
-    return prepare
-
-
-SHAREGPT = [{"from": t["role"], "value": t["content"]} for t in LONG]
-
-
-@pytest.mark.parametrize("add_bos", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "settings"),
-    [
-        (messages(SHORT, LONG, WITH_SYSTEM), {"assistant_only_loss": True}),
-        ([{"conversations": SHAREGPT}], {}),  # on all of it, as TRL has no other way
-        ([{"prompt": LONG[:3], "completion": LONG[3:]}], {}),
-        ([{"prompt": "1 + 1 =", "completion": " 2"}], {}),
-        ([{"text": "Once."}], {}),
-    ],
-    ids=["messages", "conversations", "turns", "prompt", "text"],
-)
-def test_trl_makes_the_same(rows, settings, add_bos, trl_rows, tmp_path):
-    """But for the BOS that a model is given before a conversation whose template writes none: TRL
-    leaves it out there, and `zflora generate` does not.
-    """
-    data = DataConfig(bucket_lengths=(1024,), train_on_prompt="conversations" in rows[0])
-    _, ours = rows_of(tmp_path, *rows, add_bos=add_bos, data=data)
-    found = {tuple(tokens): mask for tokens, mask in trl_rows(rows, add_bos, **settings)}
-    assert len(found) == len(ours) == len(rows)
-    for row in ours.rows:
-        skip = int(add_bos and "text" not in rows[0] and not isinstance(rows[0].get("prompt"), str))
-        mask = found[tuple(row.tokens[skip:].tolist())]
-        # Nothing predicts a first token.
-        assert mask[1:] == row.loss_mask[skip:].tolist()[1:]
-    assert EOS in ours.rows[0].tokens

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 
 import pytest
+from support.byte_tokenizer import byte_tokenizer
 from support.chat import LONG, SHORT
 from support.tasks import load, write
 
@@ -13,6 +15,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.builders.named import NamedDataset, named_dataset
 from zflora_jax.data.tasks import get_task, load_examples
+from zflora_jax.data.tokenization import Share, tokenize_examples
 
 CHATS = [{"messages": LONG}, {"messages": SHORT}]
 
@@ -110,18 +113,99 @@ def test_a_folder_of_files_of_any_name(tmp_path):
     assert forms <= {"messages", "text"} and "messages" in forms
 
 
+def test_parts_of_splits_in_a_folder(tmp_path):
+    """As the hub lays them out; a file that is of no split is not left out in silence."""
+    for name, rows in (("train-00000-of-00002", 3), ("train-00001-of-00002", 4), ("test-1", 2)):
+        write(tmp_path / f"{name}.jsonl", *({"text": f"{name} {i}"} for i in range(rows)))
+    train, test = (load("rows", split, tmp_path) for split in ("train", "test"))
+    assert len(train) == 7 and [e.target for e in test] == ["test-1 0", "test-1 1"]
+    assert test[0].where.endswith("test-1.jsonl, row 1")
+    write(tmp_path / "more.jsonl", {"text": "Once."})
+    with pytest.raises(ConfigError, match=r"which are splits, and more.jsonl, which are of none"):
+        load("rows", "train", tmp_path)
+    (tmp_path / "more.jsonl").rename(tmp_path / "train.jsonl")
+    with pytest.raises(ConfigError, match=r"and train-00000-of-00002.jsonl, train-00001-of-00002"):
+        load("rows", "train", tmp_path)
+
+
+def test_dialogues_that_begin_alike_stay_together(tmp_path):
+    """Each in three lengths; the system's turn is a part of how they begin."""
+    rows = [
+        {"messages": [{"role": "system", "content": f"{i}"}, *LONG[: 2 * n]]}
+        for i in range(40)
+        for n in (1, 2)
+    ]
+    write(tmp_path / "train.jsonl", *rows)
+    train, test = (load("rows", split, tmp_path) for split in ("train", "test"))
+    begin = [{e.turns[0]["content"] for e in part} for part in (train, test)]
+    assert begin[1] and begin[0].isdisjoint(begin[1])
+    write(tmp_path / "train.jsonl", *[{"messages": SHORT}] * 40)
+    with pytest.raises(ConfigError, match=r"begin alike.*Put validation.json\(l\) and test"):
+        load("rows", "train", tmp_path)
+
+
+def test_nulls_are_nothing(tmp_path):
+    """As Arrow and CSV files have them in every column that another row fills."""
+    rows = [{"instruction": "a", "input": None, "output": "b"}]
+    rows += [{"instruction": "a", "input": "c", "output": "d"}]
+    as_parquet(tmp_path / "test.parquet", *rows)
+    assert [e.input for e in load("rows", "test", tmp_path)] == ["", "c"]
+    (tmp_path / "test.parquet").unlink()
+    as_csv(tmp_path / "test.csv", {"messages": "", "text": "Once."})
+    assert load("rows", "test", tmp_path)[0].form == "text"
+    (tmp_path / "test.csv").unlink()
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}]
+    others = [{"function": {"name": "f", "arguments": {"b": 2}}}]
+    turns = [
+        [SHORT[0], {"role": "assistant", "content": "", "tool_calls": c}] for c in (calls, others)
+    ]
+    as_parquet(tmp_path / "test.parquet", *({"messages": t} for t in turns))
+    found = [e.turns[1]["tool_calls"] for e in load("rows", "test", tmp_path)]
+    assert found == [calls, others]
+
+
+def test_a_list_as_text_is_a_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "[3, 1]", "completion": "[1, 3]"})
+    (example,) = load("rows", "train", path)
+    assert (example.prompt, example.target) == ("[3, 1]", "[1, 3]")
+
+
+def test_what_no_text_is(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "\\ud83d"}')
+    with pytest.raises(ConfigError, match=r"a.jsonl, row 2: output is no Unicode text"):
+        load("rows", "train", path)
+
+
+def test_what_one_process_refuses_all_refuse(tmp_path):
+    write(tmp_path / "test.jsonl", *CHATS, {"messages": [SHORT[1], *SHORT]})
+    examples, tokenizer = load("rows", "test", tmp_path), byte_tokenizer()
+    sent = []
+    for index in range(2):  # what each sends
+        share = Share(index, 2, lambda own: sent.append(own) or [own, own])
+        with contextlib.suppress(ConfigError):
+            tokenize_examples(examples, tokenizer, DataConfig(bucket_lengths=(999,)), None, share)
+    for index in range(2):
+        share = Share(index, 2, lambda own: sent)
+        with pytest.raises(ConfigError, match=r"test.jsonl, row 3: it begins with the assistant"):
+            tokenize_examples(examples, tokenizer, DataConfig(bucket_lengths=(999,)), None, share)
+
+
 def test_a_form_that_is_named(tmp_path):
     """A row of two forms; the form of the first row is that of all."""
     row = {"text": "Once.", "messages": SHORT}
     path = write(tmp_path / "a.jsonl", row, row)
     assert load("rows", "train", path)[0].form == "messages"
     assert [e.target for e in load("rows", "train", path, row_format="text")] == ["Once."] * 2
+    both = {"instruction": "a", "output": "b", "question": "c", "answer": "d #### 1"}
+    asked = load("rows", "train", write(tmp_path / "b.jsonl", both), row_format="question")
+    assert (asked[0].prompt, asked[0].answer) == ("c", "1")
     with pytest.raises(ConfigError, match=r"data.row_format='txt': did you mean 'text'"):
         DataConfig(row_format="txt")
     with pytest.raises(ConfigError, match=r"data.row_format='text' is for rows of your own"):
         load("gsm8k", "train", tmp_path, row_format="text")
     write(tmp_path / "a.jsonl", {"messages": SHORT}, {"text": "Once."})
-    with pytest.raises(ConfigError, match=r"row 2: no column 'messages', by which rows are of the"):
+    with pytest.raises(ConfigError, match=r"row 2: nothing in column 'messages', by which rows"):
         load("rows", "train", path)
 
 
@@ -146,6 +230,7 @@ def test_the_former_name_of_the_task():
 def test_names():
     assert named_dataset("hub:a/b") == NamedDataset("hub", "a/b")
     assert named_dataset("hub:a/b:c@{}_sft") == NamedDataset("hub", "a/b", "c", "{}_sft")
+    assert named_dataset("tfds:glue:cola") == NamedDataset("tfds", "glue", "cola")
     assert named_dataset("tfds:ag_news") == NamedDataset("tfds", "ag_news")
     for wrong in ("hub:", "hub:a/b@sft", "tfds:"):
         with pytest.raises(ConfigError, match=r"names no dataset. Expected hub:OWNER/NAME"):
@@ -175,6 +260,9 @@ def test_a_dataset_of_the_hub(hub):
     )
     assert (len(train), len(held_out)) == (36, 4)
     assert {e.prompt for e in train}.isdisjoint(e.prompt for e in held_out)
+    (folder / "train.jsonl").unlink()
+    assert turns_of(load_examples("rows", "test", DataConfig(data_dir=name))) == [LONG, SHORT]
+    write(folder / "train.jsonl", *rows)
     with pytest.raises(ConfigError, match=r"the splits train, test: none is 'train_sft'.*@{}_sft"):
         load_examples("rows", "train", DataConfig(data_dir=f"{name}@{{}}_sft"))
     with pytest.raises(ConfigError, match=r"'.*nowhere' cannot be read from the Hugging Face hub"):

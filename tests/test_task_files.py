@@ -48,7 +48,7 @@ def test_missing_files(tmp_path):
     )
     write_questions(tmp_path / "train.json", ["a", "b"])
     fails(
-        r"train.json has 2 rows, too few different ones to hold out a validation split",
+        r"train.json has 2 rows, too few different ones to hold out validation",
         "gsm8k",
         tmp_path,
         "validation",

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import re
 
+from support.byte_tokenizer import byte_tokenizer
+from support.tasks import load, write
+from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data.tokenization import tokenize_examples
+
 _MARKS = re.compile(r"\{%-? (end)?generation -?%\}")
 
 # As Qwen2.5 has it: a system turn of its own where none is given.
@@ -43,6 +48,14 @@ THINKING = (
 )
 
 
+# As gpt-oss has it: answers in the middle end with another token than the last one.
+CHANNELS = (
+    "{%- for m in messages -%}{{- '<start>' + m.role + ': ' + m.content -}}"
+    "{{- '<eos>' if loop.last and m.role == 'assistant' else '<pad>' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<start>assistant: ' -}}{%- endif -%}"
+)
+
+
 def unmarked(template: str) -> str:
     """A template without its generation marks."""
     return _MARKS.sub("", template)
@@ -60,3 +73,18 @@ LONG = [
     turn("assistant", "\u516d\u3002"),
 ]
 WITH_SYSTEM = [turn("system", "Be short."), *LONG]
+
+
+ROOM = DataConfig(bucket_lengths=(1024,))
+
+
+def rows_of(tmp_path, *rows, template=CHATML, data=ROOM, **tokenizer):
+    """(The tokenizer, its sequences of rows in a file, in their order.)"""
+    write(tmp_path / "test.jsonl", *rows)
+    examples = load("rows", "test", tmp_path)
+    tokenizer = byte_tokenizer(chat_template=template, **tokenizer)
+    return tokenizer, tokenize_examples(examples, tokenizer, data)
+
+
+def messages(*conversations):
+    return [{"messages": turns} for turns in conversations]

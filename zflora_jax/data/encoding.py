@@ -142,9 +142,9 @@ def encode_prompts(
         )
     prompts = encode_prompt_texts(tokenizer, texts)
     require(
-        all(prompts) and not any(e.form == "text" for e in examples),
-        "a text is no prompt, so no answer can be generated to it: rows of the form 'text' have a"
-        " loss alone (eval.generate=False).",
+        all(e.prompt or e.turns for e in examples),
+        "a row has no prompt (its form is 'text', or its prompt is empty), so no answer can be"
+        " generated to it; it has a loss alone (eval.generate=False).",
     )
     return prompts
 

@@ -7,7 +7,6 @@ the model is trained on but never conditioned on.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,6 +86,7 @@ def render_turns(
     turns: Sequence[Mapping[str, Any]],
     date: str | None = None,
     tools: Sequence[Any] = (),
+    settings: Mapping[str, Any] | None = None,
     answered: bool = False,
 ) -> str:
     """Build the text that a model is given before it answers a conversation.
@@ -96,14 +96,14 @@ def render_turns(
       turns: {"role", "content"} of each turn.
       date: the date that the template is told; None: today.
       tools: that the template is told.
+      settings: other arguments of the template.
       answered: whether the turns end with an answer, so that the header of one does not follow.
 
     Raises:
       ConfigError: the tokenizer has no chat template, or it refuses the turns.
     """
-    return _applied(
-        tokenizer, turns, date, tools, tokenize=False, add_generation_prompt=not answered
-    )
+    given = {"tokenize": False, "add_generation_prompt": not answered} | dict(settings or {})
+    return _applied(tokenizer, turns, date, tools, **given)
 
 
 def marked_turns(
@@ -111,6 +111,7 @@ def marked_turns(
     turns: Sequence[Mapping[str, Any]],
     date: str | None = None,
     tools: Sequence[Any] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
     """(Token ids of a conversation, 1 at each that the template marks as the assistant's, else 0.)
     Arguments and errors as for `render_turns`.
@@ -120,24 +121,25 @@ def marked_turns(
         f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which tokens a chat"
         " template marks. Save the model's tokenizer as tokenizer.json.",
     )
-    found = _applied(
-        tokenizer,
-        turns,
-        date,
-        tools,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+    given = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = _applied(tokenizer, turns, date, tools, **(given | dict(settings or {})))
     return found["input_ids"], found["assistant_masks"]
 
 
-def marks_answers(tokenizer: Any) -> bool:
-    """Whether the chat template has generation marks around what the assistant says."""
-    return bool(_GENERATION.search(tokenizer.chat_template or ""))
+def chat_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
+    """The chat template of a tokenizer; of several, the one for conversations with or without
+    tools.
 
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+    Raises:
+      ConfigError: it has none.
+    """
+    require(
+        bool(getattr(tokenizer, "chat_template", None)),
+        "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an"
+        " instruct model; or, to train, data.prompt_style='alpaca'; or, to generate, prompts as"
+        " they are (--plain, chat=False).",
+    )
+    return tokenizer.get_chat_template(tools=list(tools) or None)
 
 
 def _applied(
@@ -147,13 +149,8 @@ def _applied(
     tools: Sequence[Any],
     **options: Any,
 ) -> Any:
-    require(
-        bool(getattr(tokenizer, "chat_template", None)),
-        "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an"
-        " instruct model; or, to train, data.prompt_style='alpaca'; or, to generate, prompts as"
-        " they are (--plain, chat=False).",
-    )
-    template = None if date is None else pin_date(tokenizer.get_chat_template(), date)
+    template = chat_template(tokenizer, tools)
+    template = template if date is None else pin_date(template, date)
     given = [dict(turn) for turn in turns]
     try:
         return tokenizer.apply_chat_template(
@@ -167,7 +164,7 @@ def _applied(
                 " turn"
             )
         raise ConfigError(
-            f"the tokenizer's chat template refuses turns of"
+            "the tokenizer's chat template refuses turns of"
             f" {', '.join(str(turn['role']) for turn in turns)}: {error}. Fix: {advice}."
         ) from error
 
@@ -259,11 +256,34 @@ def encode(
     if not prompts:
         return []
     end = end_token(tokenizer, prompt_style)
-    if prompt_style == "plain":  # texts may end as the sequences will
-        targets = [target.removesuffix(tokenizer.eos_token) for target in targets]
+    if prompt_style == "plain":
+        return _encode_plain(tokenizer, prompts, targets, end)
     target_ids = tokenizer(list(targets), add_special_tokens=False)["input_ids"]
     rows = []
     for prompt, target in zip(encode_prompt_texts(tokenizer, prompts), target_ids, strict=True):
         tokens = np.asarray([*prompt, *target, end], np.int32)
         rows.append((tokens, np.arange(len(tokens)) >= len(prompt)))
     return rows
+
+
+def _encode_plain(
+    tokenizer: Any, prompts: Sequence[str], targets: Sequence[str], end: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`encode` of texts, each with its target as one text: a tokenizer may write a space before a
+    text of its own. What the target changes of the prompt's last tokens is learned, as TRL has it.
+    """
+    # Texts may end as the sequences will.
+    pairs = zip(prompts, targets, strict=True)
+    texts = [prompt + target.removesuffix(tokenizer.eos_token) for prompt, target in pairs]
+    rows = []
+    both = (encode_prompt_texts(tokenizer, x) for x in (prompts, texts))
+    for prompt, text in zip(*both, strict=True):
+        tokens = np.asarray([*text, end], np.int32)
+        rows.append((tokens, np.arange(len(tokens)) >= common_prefix(prompt, text)))
+    return rows
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common prefix of two lists of token ids."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)

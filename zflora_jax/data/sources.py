@@ -5,6 +5,7 @@ Splits without a file of their own are held out of the train file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ SPLITS = ("train", "validation", "test")
 TABLES = (".json", ".jsonl", ".csv", ".parquet")  # kinds of files of rows
 NAMED = ("hub:", "tfds:")  # what a data.data_dir begins with that names a dataset
 HOW = (
-    "hub:OWNER/NAME, hub:OWNER/NAME:CONFIG or tfds:NAME, and after it @ and a pattern where its"
-    " splits have other names than train, validation and test, such as @{}_sft"
+    "hub:OWNER/NAME or tfds:NAME, with :CONFIG where it has several, and after it @ and a pattern"
+    " where its splits have other names than train, validation and test, such as @{}_sft"
 )
 
 LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder dataset/"
@@ -98,7 +99,7 @@ class Source:
 
 def find_files(
     task: str, source: Source, data_dir: str | None, folders: Collection[str] = ()
-) -> dict[str, tuple[str, Path]]:
+) -> dict[str, tuple[str, tuple[Path, ...]]]:
     """Find the files of a task, in the first folder that has any.
 
     Args:
@@ -108,10 +109,11 @@ def find_files(
       folders: of all tasks, in lower case.
 
     Returns:
-      Split -> (builder, path) of each split that has a file.
+      Split -> (builder, paths) of each split that has a file; several where rows of one's own are
+      in parts ("train-00000-of-00002.parquet") or in files of other names.
 
     Raises:
-      ConfigError: there is no file, or two for one split.
+      ConfigError: there is no file, or two for one split, or one of one's own that is of no split.
     """
     where = (
         "a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l),"
@@ -137,15 +139,14 @@ def find_files(
     require(root.exists(), f"task {task!r}: data.data_dir={data_dir!r} does not exist. {fix}")
     if root.is_file():
         require(source.anywhere, f"task {task!r}: data.data_dir={data_dir!r} is a file. {fix}")
-        return {"train": (source.formats[0].builder, root)}
+        return {"train": (source.formats[0].builder, (root,))}
     tried = _folders(source, root, folders)
     for folder in tried:
-        if files := {
-            split: file for split in SPLITS if (file := _file(task, source, folder, split))
-        }:
-            return files
-    if source.own and any(tables_of(folder := path) for path in tried):
-        return {"train": ("rows", folder)}
+        found = {split: _file(task, source, folder, split) for split in SPLITS}
+        if files := {split: file for split, file in found.items() if file}:
+            return _with_all(task, folder, files) if source.own else files
+    if source.own and any(tables := tables_of(folder) for folder in tried):
+        return {"train": ("rows", tuple(tables))}
     listed = ", ".join(map(str, tried))
     raise ConfigError(
         f"task {task!r}: no train, validation or test file in data.data_dir={data_dir!r}. Tried:"
@@ -171,24 +172,44 @@ def _folders(source: Source, root: Path, folders: Collection[str]) -> list[Path]
     return [*below, root] if own or (source.anywhere and not anothers) else below
 
 
-def _file(task: str, source: Source, folder: Path, split: str) -> tuple[str, Path] | None:
+def _file(
+    task: str, source: Source, folder: Path, split: str
+) -> tuple[str, tuple[Path, ...]] | None:
     for form in source.formats:
-        candidates = [
-            folder / f"{name}{suffix}"
-            for name in form.names.get(split, ())
-            for suffix in (TABLES if source.own else TABLES[:2])
-        ]
+        names = form.names.get(split, ())
+        suffixes = TABLES if source.own else TABLES[:2]
+        candidates = [folder / f"{name}{suffix}" for name in names for suffix in suffixes]
         found = [path for path in candidates if path.is_file()]
         require(
             len(found) < 2,
             f"task {task!r}: both {' and '.join(path.name for path in found)} are in {folder}. Keep"
             " one of them.",
         )
+        parts = re.compile(rf"({'|'.join(map(re.escape, names))})[-_.]\d.*")
+        if source.own and not found:
+            found = [path for path in tables_of(folder) if parts.fullmatch(path.stem)]
         if found:
-            return form.builder, found[0]
+            return form.builder, tuple(found)
     return None
 
 
+def _with_all(
+    task: str, folder: Path, files: dict[str, tuple[str, tuple[Path, ...]]]
+) -> dict[str, tuple[str, tuple[Path, ...]]]:
+    """`files`, if they are all that the folder has; no row is left out in silence."""
+    named = {path for _, paths in files.values() for path in paths}
+    others = [path.name for path in tables_of(folder) if path not in named]
+    require(
+        not others,
+        f"task {task!r}: {folder} has {', '.join(sorted(path.name for path in named))}, which are"
+        f" splits, and {', '.join(others)}, which are of none. Name these as parts of a split"
+        " (train-1.jsonl; not beside a train.jsonl), or move them elsewhere.",
+    )
+    return files
+
+
 def tables_of(folder: Path) -> list[Path]:
-    """The files of rows in a folder, by name."""
+    """The files of rows in a folder, by name; none where it is no folder."""
+    if not folder.is_dir():
+        return []
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES)

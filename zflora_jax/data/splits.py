@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.data.joined import Joined
-from zflora_jax.data.sources import NAMED, SPLITS, Source, find_files, named, tables_of
+from zflora_jax.data.sources import NAMED, SPLITS, Source, find_files, named
 
 # rows, at most a tenth of the train file, that stand in for a validation or test file that is not
 # there
@@ -78,10 +78,10 @@ def read_split(
         return _public(task, source, split)
     files = find_files(task, source, data_dir, folders)
     if split != "train" and split in files:
-        rows = _open_file(*files[split], form)
-        return Split(rows, range(len(rows)), str(files[split][1]))
+        rows = _open_files(*files[split], form)
+        return Split(rows, range(len(rows)), _names(files[split][1]))
     if "train" not in files:
-        found = ", ".join(str(path) for _, path in files.values())
+        found = ", ".join(_names(paths) for _, paths in files.values())
         wanted = " or ".join(
             f"{source.formats[0].names[name][0]}.json(l)"
             for name in dict.fromkeys(("train", split))
@@ -93,22 +93,29 @@ def read_split(
                 " such as commonsense_170k, math_10k or gsm8k."
             )
         raise ConfigError(f"task {task!r}: no train file beside {found}. {fix}")
-    rows = _open_file(*files["train"], form)
+    rows = _open_files(*files["train"], form)
     held_out = [name for name in SPLITS[1:] if name not in files]
-    return _part(task, rows, held_out, split, str(files["train"][1]))
+    return _part(task, rows, held_out, split, _names(files["train"][1]))
 
 
-def _open_file(builder: str, path: Path, form: str = "") -> Sequence[Record]:
-    """The rows of a file, or of all files of a folder."""
+def _open_files(builder: str, paths: Sequence[Path], form: str = "") -> Sequence[Record]:
+    """The rows of files, one file after the other."""
     from zflora_jax.data.builders import open_prepared
     from zflora_jax.data.builders.files import SPLIT, file_config
     from zflora_jax.data.builders.formats import BUILDERS
     from zflora_jax.data.builders.rows import Rows
 
-    if path.is_dir():
-        return Joined([_open_file(builder, file, form) for file in tables_of(path)])
     make = Rows if builder == "rows" else BUILDERS[builder]
-    return open_prepared(functools.partial(make, config=file_config(path, form)), SPLIT)
+    parts = [
+        open_prepared(functools.partial(make, config=file_config(path, form)), SPLIT)
+        for path in paths
+    ]
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def _names(paths: Sequence[Path]) -> str:
+    """Files, for messages: one by its path, more by their folder."""
+    return str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {paths[0].parent}"
 
 
 def _named(task: str, data_dir: str, split: str, form: str) -> Split:
@@ -124,7 +131,7 @@ def _named(task: str, data_dir: str, split: str, form: str) -> Split:
         f"{dataset} has the splits {', '.join(there)}: none is {names['train'][0]!r}. Name them by"
         f" a pattern after @, such as {dataset}@{{}}_sft.",
     )
-    rows = dataset.open(found.get(split, found["train"]), form)
+    rows = dataset.open(found[split] if split in found else found["train"], form)
     if split != "train" and split in found:
         return Split(rows, range(len(rows)), f"{dataset}, {found[split]}")
     held_out = [name for name in SPLITS[1:] if name not in found]
@@ -166,10 +173,13 @@ def _part(
         plain = [_MARKS.sub(" ", key.decode("utf-8", "replace").lower()).strip() for key in keys]
         trained = {plain[i] for i in parts["train"]}
         parts[split] = [i for i in parts[split] if plain[i] not in trained]
+    files = [split] if split != "train" else held_out
     require(
         len(parts[split]) > 0,
-        f"task {task!r}: {origin} has {len(rows)} rows, too few different ones to hold out a"
-        f" {split} split (a tenth of them). Put {split}.json or {split}.jsonl beside it.",
+        f"task {task!r}: {origin} has {len(rows)} rows, too few different ones to hold out"
+        f" {' and '.join(files)} (a tenth of them each; rows with the same question, and dialogues"
+        f" that begin alike, stay together). Put {' and '.join(f'{f}.json(l)' for f in files)}"
+        " beside it.",
     )
     return Split(rows, parts[split], origin)
 

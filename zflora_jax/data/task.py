@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zflora_jax.core.fields import nearest, require
@@ -33,9 +33,11 @@ class Example:
       turns: of a conversation, as chat templates read them; prompt and target are then the user's
         and the assistant's last ones.
       tools: that a chat template is told, for such a conversation.
+      settings: other arguments of the template (chat_template_kwargs).
       context: number of its first turns that are given and not learned.
       plain: whether prompt and target are texts as they are, in no template.
       form: of a row of one's own, a key of `builders.rows.FORMS`.
+      where: the row's position, for messages.
     """
 
     prompt: str
@@ -47,9 +49,11 @@ class Example:
     document: bool = False
     turns: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Any, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
     context: int = 0
     plain: bool = False
     form: str = ""
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -156,15 +160,15 @@ class FileTask(Task):
         )
         form = _text(record.get("form", ""))
         if messages := _text(record.get("messages", "")):
-            turns, tools = json.loads(messages), json.loads(_text(record["tools"]) or "[]")
-            context = int(_text(record["context"]))
+            settings = json.loads(_text(record["settings"]) or "{}")
             return Example(
                 prompt,
                 target,
                 "",
-                turns=tuple(turns),
-                tools=tuple(tools),
-                context=context,
+                turns=tuple(json.loads(messages)),
+                tools=tuple(json.loads(_text(record["tools"]) or "[]")),
+                settings=tuple(settings.items()),
+                context=int(_text(record["context"])),
                 form=form,
             )
         plain = form in ("text", "prompt-completion")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 from zflora_jax.core.fields import ConfigError, nearest, require
@@ -194,7 +195,7 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
     )
     examples = _Examples(task, Split(rows, indices, origin))
     if isinstance(task, FileTask) and task.source.own:
-        form = examples[0].form
+        form = examples[0].form  # of the first; `zflora data` counts those of all files
         log.info("%s, %s: rows of the form %r (data.row_format)", origin, split, form)
     return examples
 
@@ -215,9 +216,8 @@ class _Examples(Sequence[Example]):
         if isinstance(index, slice):
             return _Examples(self._task, Split(rows, indices[index], origin))
         number = indices[index]
+        where = f"{origin}, row {number + 1}"
         try:
-            return self._task.example(rows[number])
+            return replace(self._task.example(rows[number]), where=where)
         except ConfigError as error:
-            raise ConfigError(
-                f"task {self._task.name!r}: {origin}, row {number + 1}: {error}"
-            ) from error
+            raise ConfigError(f"task {self._task.name!r}: {where}: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.core.token_ids import check_ids
 from zflora_jax.data.encoding import cut_to_fit, encode_examples
@@ -127,11 +127,10 @@ def tokenize_examples(
         "the dataset is empty: there is nothing to tokenise. Check data.task and data.data_dir.",
     )
     limit = data.bucket_lengths[-1]
-    rows, truncated = _tokenized(examples, share.of(len(examples)), tokenizer, data)
     if share.count > 1:
-        parts = [_unpacked(part) for part in share.exchange(_packed(rows, truncated))]
-        rows = [row for part, _ in parts for row in part]
-        truncated = sum(count for _, count in parts)
+        rows, truncated = _shared(examples, tokenizer, data, share)
+    else:
+        rows, truncated = _tokenized(examples, range(len(examples)), tokenizer, data)
     kept = tuple(i for i, row in enumerate(rows) if len(row.tokens) <= limit)
     _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data)
     pad_id = (
@@ -170,6 +169,25 @@ def _tokenized(
             rows.append(TokenizedExample(tokens, mask | data.train_on_prompt, segments))
             truncated += cut is not None
     return rows, truncated
+
+
+def _shared(
+    examples: Sequence[Example], tokenizer: Any, data: DataConfig, share: Share
+) -> tuple[list[TokenizedExample], int]:
+    """`_tokenized` of all examples, of which this process does its share. What one process refuses,
+    all refuse: none waits for it.
+    """
+    own = share.of(len(examples))
+    try:
+        sent = b"\0" + _packed(*_tokenized(examples, own, tokenizer, data))
+    except ConfigError as error:
+        sent = b"\1" + str(error).encode()
+    found = share.exchange(sent)
+    for part in found:
+        if part[:1] == b"\1":
+            raise ConfigError(part[1:].decode())
+    parts = [_unpacked(part[1:]) for part in found]
+    return [row for part, _ in parts for row in part], sum(count for _, count in parts)
 
 
 def _packed(rows: Sequence[TokenizedExample], truncated: int) -> bytes:

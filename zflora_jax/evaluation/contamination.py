@@ -12,17 +12,29 @@ from zflora_jax.data.tasks import Example
 
 
 def question(example: Example) -> str:
-    """What identifies a question, normalised: its prompt and input, or all that is said before the
-    last answer of a conversation; of a text, the text.
+    """What identifies a question, normalised: its prompt and input, or all that user, assistant and
+    tools say before the last answer of a conversation; of a text, the text.
     """
-    said = [turn["content"] for turn in example.turns]
-    asked = said[: last_answer(example)] if said else [example.prompt, example.input]
-    return normalise(" ".join(asked)) or normalise(example.target)
+    if example.turns:
+        return _asked(example, last_answer(example))
+    return normalise(f"{example.prompt} {example.input}") or normalise(example.target)
 
 
 def questions(examples: Iterable[Example]) -> frozenset[str]:
-    """What `contaminated` compares with: the normalised questions of the training examples."""
-    return frozenset(question(example) for example in examples)
+    """What `contaminated` compares with: the normalised questions of the training examples, of a
+    conversation those of all its answers.
+    """
+    found = set()
+    for example in examples:
+        answers = [i for i, turn in enumerate(example.turns) if turn["role"] == "assistant"]
+        found |= {_asked(example, i) for i in answers} or {question(example)}
+    return frozenset(found)
+
+
+def _asked(example: Example, answer: int) -> str:
+    """What is said before a turn, but for the system's part."""
+    turns = (turn for turn in example.turns[:answer] if turn["role"] != "system")
+    return normalise(" ".join(turn["content"] for turn in turns))
 
 
 def contaminated(test_examples: Iterable[Example], seen: frozenset[str]) -> list[bool]:

@@ -54,7 +54,7 @@ def data_view(
     apart = tokenize_examples(examples, tokenizer, run.data, vocab_size)
     lengths = [len(row.tokens) for row in apart.rows]
     trained = sum(int(row.loss_mask.sum()) for row in apart.rows)
-    forms = dict.fromkeys(part[0].form for part in examples.parts)
+    forms = dict.fromkeys(example.form for example in examples)
     facts: dict[str, Any] = {
         "task": run.data.task,
         "form of the rows": ", ".join(forms),

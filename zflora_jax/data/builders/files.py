@@ -81,7 +81,7 @@ def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 f"{path}, row {number}: not as many cells as the header has columns"
                 f" ({', '.join(reader.fieldnames or ())}). Quote cells that hold commas.",
             )
-            yield row
+            yield {name: cell for name, cell in row.items() if cell}
     except csv.Error as error:
         raise ConfigError(f"{path}, line {reader.line_num}: invalid CSV: {error}.") from error
 
@@ -94,9 +94,16 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise ConfigError(f"{path}: Parquet is read with pyarrow: pip install pyarrow") from error
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
+            yield from map(without_nulls, batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{path}: invalid Parquet: {error}") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of an Arrow table without the nulls that stand for what its objects do not have."""
+    if isinstance(value, dict):
+        return {name: without_nulls(x) for name, x in value.items() if x is not None}
+    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def _parse(path: Path) -> Iterator[tuple[int, Any]]:

@@ -16,6 +16,7 @@ from zflora_jax.data.builders.formats import local_row
 
 Row = dict[str, str]
 Turn = dict[str, Any]
+Raw = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 # ShareGPT's names, and those that its followers added
@@ -27,7 +28,8 @@ _SHAREGPT = {
     "function_response": "tool",
     "observation": "tool",
 }
-_MESSAGES = 'a list of turns, such as {"role": "user", "content": "Hello"}'
+_MESSAGES = 'a list of turns, such as {"role": "user", "content": "Hello"} (in CSV as JSON)'
+_SYSTEM = ("system", "system_prompt")  # columns of a system turn beside the turns
 
 
 class Form(NamedTuple):
@@ -39,50 +41,50 @@ class Form(NamedTuple):
     """
 
     column: str
-    read: Callable[[Mapping[str, Any], str], Row]
+    read: Callable[[Raw, str], Row]
 
 
-def _messages(row: Mapping[str, Any], where: str) -> Row:
-    return _conversation(turns_of(_listed(row["messages"]), where, "messages"), row)
+def _turns(column: str) -> Callable[[Raw, str], Row]:
+    def read(row: Raw, where: str) -> Row:
+        return _conversation(turns_of(listed(row[column]), where, column), row, where)
+
+    return read
 
 
-def _sharegpt(row: Mapping[str, Any], where: str) -> Row:
-    turns = turns_of(_listed(row["conversations"]), where, "conversations")
-    system = row.get("system")
-    if isinstance(system, str) and system.strip():
-        turns = [{"role": "system", "content": system}, *turns]
-    return _conversation(turns, row)
-
-
-def _completion(row: Mapping[str, Any], where: str) -> Row:
-    prompt, completion = (_listed(row.get(name)) for name in ("prompt", "completion"))
-    if isinstance(prompt, list) and isinstance(completion, list):
-        before = turns_of(prompt, where, "prompt", answered=False) if prompt else []
-        after = turns_of(completion, where, "completion")
-        return _conversation([*before, *after], row, len(before))
+def _completion(row: Raw, where: str) -> Row:
+    prompt, completion = (row.get(name) for name in ("prompt", "completion"))
+    before, after = listed(prompt), listed(completion)
+    # Texts, if both are: one may well be a list as text.
+    if isinstance(before, list) and (isinstance(after, list) or not isinstance(prompt, str)):
+        given = turns_of(before, where, "prompt", answered=False) if before else []
+        said = turns_of(after, where, "completion")
+        return _conversation([*given, *said], row, where, len(given))
     expected = "prompt and completion: two texts, or two lists of turns"
     texts = [field(row, name, where, expected) for name in ("prompt", "completion")]
     require(bool(texts[1].strip()), f"{where}: the completion is empty: there is nothing to learn.")
     return {"instruction": texts[0], "output": texts[1], "unit": texts[0] or texts[1]}
 
 
-def _text(row: Mapping[str, Any], where: str) -> Row:
+def _text(row: Raw, where: str) -> Row:
     text = field(row, "text", where, "text")
     require(bool(text.strip()), f"{where}: the text is empty: there is nothing to learn.")
     return {"output": text, "unit": text}
 
 
-def _local(row: Mapping[str, Any], where: str) -> Row:
-    found = local_row(row, where)
-    return found | {"unit": "\n".join(filter(None, (found["instruction"], found["input"])))}
+def _local(*columns: str) -> Callable[[Raw, str], Row]:
+    def read(row: Raw, where: str) -> Row:
+        found = local_row({name: x for name, x in row.items() if name in columns}, where)
+        return found | {"unit": "\n".join(filter(None, (found["instruction"], found["input"])))}
+
+    return read
 
 
 FORMS: dict[str, Form] = {
-    "messages": Form("messages", _messages),
-    "conversations": Form("conversations", _sharegpt),
+    "messages": Form("messages", _turns("messages")),
+    "conversations": Form("conversations", _turns("conversations")),
     "prompt-completion": Form("prompt", _completion),
-    "instruction": Form("instruction", _local),
-    "question": Form("question", _local),
+    "instruction": Form("instruction", _local("instruction", "input", "output", "answer")),
+    "question": Form("question", _local("question", "answer")),
     "text": Form("text", _text),
 }
 _KNOWN = (
@@ -91,7 +93,7 @@ _KNOWN = (
 )
 
 
-def form_of(row: Mapping[str, Any], where: str) -> str:
+def form_of(row: Raw, where: str) -> str:
     """The key in `FORMS` of a row, by its columns.
 
     Raises:
@@ -106,7 +108,7 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     )
 
 
-def read_form(rows: Iterable[tuple[str, Mapping[str, Any]]], form: str = "") -> Iterator[Row]:
+def read_form(rows: Iterable[tuple[str, Raw]], form: str = "") -> Iterator[Row]:
     """Rows of any form as texts.
 
     Args:
@@ -120,16 +122,22 @@ def read_form(rows: Iterable[tuple[str, Mapping[str, Any]]], form: str = "") -> 
       ConfigError: an unknown form, or a malformed row.
     """
     require(not form or form in FORMS, f"data.row_format={form!r}: {nearest(form, FORMS)}.")
-    for where, row in rows:
+    for where, given in rows:
+        row = {name: x for name, x in given.items() if x is not None}  # tables have every column
         form = form or form_of(row, where)
         column = FORMS[form].column
         require(
-            row.get(column) is not None,
-            f"{where}: no column {column!r}, by which rows are of the form {form!r}; the row has"
-            f" {', '.join(map(repr, row)) or 'none'}.",
+            column in row,
+            f"{where}: nothing in column {column!r}, by which rows are of the form {form!r}; the"
+            f" row has {', '.join(map(repr, row)) or 'nothing'}.",
         )
-        empty = dict.fromkeys(Rows.FIELDS, "")
-        yield empty | FORMS[form].read(row, where) | {"form": form}
+        found = dict.fromkeys(Rows.FIELDS, "") | FORMS[form].read(row, where) | {"form": form}
+        for name, text in found.items():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"{where}: {name} is no Unicode text: {error}.") from error
+        yield found
 
 
 def turns_of(value: Any, where: str, column: str, *, answered: bool = True) -> list[Turn]:
@@ -174,16 +182,30 @@ def _turn(value: Any, where: str) -> Turn:
         f"{where} has no role: expected 'role' (or 'from'), got {', '.join(map(repr, given))}.",
     )
     known = _SHAREGPT.get(role, role)
+    require(
+        role != "function_call",
+        f"{where}: role 'function_call' is not read: give the call as a turn of the assistant with"
+        " 'tool_calls'.",
+    )
     allowed = [*ROLES, *_SHAREGPT]
     require(known in ROLES, f"{where}: unknown role {role!r}: {nearest(role, allowed)}.")
+    require(
+        given.pop("weight", 1) == 1,
+        f"{where} has a weight other than 1, which is not read: put what is not to be learned into"
+        " 'prompt', and the rest into 'completion'.",
+    )
     content = given.pop("content", given.pop("value", None))
     if isinstance(content, list):
         content = _joined(content, where)
-    if content is None and known == "assistant" and given.get("tool_calls"):
-        content = ""
+    calls = known == "assistant" and bool(given.get("tool_calls"))
+    content = "" if content is None and calls else content
     require(
         isinstance(content, str),
         f"{where} has no text: expected a string in 'content' (or 'value'), got {content!r:.80}.",
+    )
+    require(
+        known != "assistant" or calls or bool(content.strip()),
+        f"{where} is an empty answer: the model would learn to say nothing. Remove it.",
     )
     return {"role": known, "content": content, **given}
 
@@ -199,37 +221,67 @@ def _joined(parts: list[Any], where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _conversation(turns: list[Turn], row: Mapping[str, Any], context: int = 0) -> Row:
-    tools = _listed(row.get("tools"))
+def _conversation(turns: list[Turn], row: Raw, where: str, context: int = 0) -> Row:
+    system = next((row[name] for name in _SYSTEM if row.get(name)), None)
+    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+        turns, context = [{"role": "system", "content": system}, *turns], context + bool(context)
+    elif system is not None and turns[0]["content"] != system:
+        raise ConfigError(f"{where}: a system turn and another text in a column: keep one of them.")
+    tools, settings = listed(row.get("tools")), listed(row.get("chat_template_kwargs"))
+    require(
+        tools in (None, "", []) or (isinstance(tools, list) and all(map(_is_table, tools))),
+        f"{where}: 'tools' must be a list of JSON schemas of functions; got {tools!r:.80}.",
+    )
+    settings = settings[0] if isinstance(settings, list) and settings else settings
+    require(
+        not settings or _is_table(settings),
+        f"{where}: 'chat_template_kwargs' must be an object, got {settings!r:.80}.",
+    )
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     asked = [turn["content"] for turn in turns[:last] if turn["role"] == "user"]
-    return {
-        "instruction": asked[-1] if asked else "",
-        "output": turns[last]["content"],
-        "unit": "\n".join(asked) or turns[0]["content"],
-        "messages": json.dumps(turns, ensure_ascii=False),
-        "tools": json.dumps(tools, ensure_ascii=False) if tools else "",
-        "context": str(context),
-    }
+    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    try:
+        return {
+            "instruction": asked[-1] if asked else "",
+            "output": turns[last]["content"],
+            # Dialogues that begin alike are kept on one side of a hold-out.
+            "unit": "\n".join(turn["content"] for turn in turns[: first + 1]),
+            "messages": json.dumps(turns, ensure_ascii=False),
+            "tools": json.dumps(tools, ensure_ascii=False) if tools else "",
+            "settings": json.dumps(settings, ensure_ascii=False) if settings else "",
+            "context": str(context),
+        }
+    except TypeError as error:  # a date of a Parquet file
+        raise ConfigError(f"{where}: a turn holds what JSON has no form for: {error}.") from error
 
 
-def _listed(value: Any) -> Any:
-    """A column of lists, which CSV files hold as JSON, and TFDS as a table of columns."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def listed(value: Any) -> Any:
+    """A column of lists of objects, which CSV files hold as JSON, and TFDS as a table of columns;
+    one object becomes a list of it, and other values stay as they are.
+    """
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
-            return json.loads(value)
+            found = json.loads(value)
         except json.JSONDecodeError:
             return value
-    if isinstance(value, Mapping):
-        columns = [list(column) for column in value.values()]
-        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+        objects = found if isinstance(found, list) else [found]
+        return objects if all(map(_is_table, objects)) else value
+    if _is_table(value):
+        if not value or not all(isinstance(column, list) for column in value.values()):
+            return [value]
+        rows = zip(*value.values(), strict=False)
+        return [dict(zip(value, cells, strict=True)) for cells in rows]
     return value
 
 
 class Rows(FileBuilder):
     """Rows of one's own, of any of `FORMS`."""
 
-    # messages and tools: JSON. context: turns that are given, not learned. form: of `FORMS`.
+    # messages, tools, settings (of the template): JSON. context: turns that are given, not learned.
     FIELDS = (
         "instruction",
         "input",
@@ -237,6 +289,7 @@ class Rows(FileBuilder):
         "answer",
         "messages",
         "tools",
+        "settings",
         "context",
         "form",
         "unit",
