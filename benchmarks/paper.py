@@ -81,7 +81,7 @@ def _line(row: dict[str, Any], plans: dict[str, Comparison]) -> dict[str, Any]:
         "GiB": f"{row['needs'] / GIB:.1f}",
         "a step, s": f"{step:.2f}",
         "bound by": row["bound"],
-        "a run, min": f"{step * plan.base.train.steps / 60:.0f}",
+        "a run, min": f"{step * plan.base.train.steps / 60:.1f}",
         "the table, h": f"{step * steps_of(plan) / 3600:.1f}",
     }
 

@@ -101,14 +101,29 @@ def measure(family: str, method: str, folder: Path, python: str) -> dict[str, An
     ours = generate_tokens(
         zf.load_model(str(folder)), prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=()
     )
+    stock = in_transformers(str(folder), prompts)
     job = {"model": str(folder), "prompts": prompts, "new_tokens": NEW_TOKENS}
     theirs = in_vllm(python, job)
-    row = {"family": family, "method": method, "head_dim": model.config.head_dim}
-    if isinstance(theirs, str):
-        return row | {"refused": theirs}
+    row: dict[str, Any] = {"family": family, "method": method, "head_dim": model.config.head_dim}
+    row |= {"stock": same(ours, stock), "distinct": len({t for answer in ours for t in answer})}
+    return row | ({"refused": theirs} if isinstance(theirs, str) else {"same": same(ours, theirs)})
+
+
+def same(ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """How many tokens are equal, as a text."""
     pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
-    distinct = len({token for answer in ours for token in answer})
-    return row | {"same": sum(a == b for a, b in pairs), "of": len(pairs), "distinct": distinct}
+    return f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
+
+
+def in_transformers(path: str, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of a model directory, by its stock class."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    found = [model.generate(torch.tensor([p]), pad_token_id=0, **options)[0] for p in prompts]
+    return [tokens[len(p) :].tolist() for tokens, p in zip(found, prompts, strict=True)]
 
 
 def page(result: dict[str, Any]) -> str:
@@ -120,8 +135,9 @@ def page(result: dict[str, Any]) -> str:
             "family": row["family"],
             "export of": row["method"],
             "head_dim": row["head_dim"],
-            "same tokens": row.get("refused") or f"{row['same']} of {row['of']}",
-            "different tokens among them": row.get("distinct", "-"),
+            "transformers: same tokens": row["stock"],
+            "vLLM: same tokens": row.get("same") or f"refused: {row['refused']}",
+            "different tokens among them": row["distinct"],
         }
         for row in result["rows"]
     ]

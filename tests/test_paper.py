@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.byte_tokenizer import byte_tokenizer
+from support.grids import always
 from support.models import tiny_model
 
 from zflora_jax.adapters.counts import count_params
@@ -17,6 +18,7 @@ from zflora_jax.cli.inputs import load_config
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import override
 from zflora_jax.core.presets import preset
+from zflora_jax.data.tasks import TASKS
 from zflora_jax.experiments.planner import memory_plan
 from zflora_jax.hf.save import save_hf
 
@@ -28,10 +30,9 @@ from zflora_jax.cli.inputs import load_config
 
 def get_sweep():
     plans = load_config({config!r}, "get_sweep")
-    (plan,) = [plan for plan in plans if plan.name == "paper_math_1b"]
-    methods = {{name: plan.methods[name] for name in ("lora", "zflora-minimal")}}
+    (plan,) = [plan for plan in plans if plan.name == {name!r}]
     base = replace(plan.base, optim=replace(plan.base.optim, warmup_steps=0))
-    plan = replace(plan, base=base, methods=methods, learning_rates=(3e-4,), pick_steps=2)
+    plan = replace(plan, base=base, learning_rates=(3e-4,), pick_steps=2)
     return replace(plan, scoring=replace(plan.scoring, max_new_tokens=2, limit=2))
 """
 
@@ -42,8 +43,7 @@ def plans() -> dict[str, Any]:
 
 
 def test_every_table_is_there(plans: dict[str, Any]) -> None:
-    groups, sizes = ("commonsense", "math", "summary"), ("1b", "3b", "7b")
-    assert list(plans) == [f"paper_{group}_{size}" for group in groups for size in sizes]
+    assert list(plans) == TABLES
     assert [len(plan.tasks) for plan in plans.values()] == [8] * 3 + [6] * 3 + [4] * 3
 
 
@@ -71,7 +71,10 @@ def test_the_settings_are_llm_adapters_own(plans: dict[str, Any]) -> None:
     assert (plan.scoring.num_beams, plan.scoring.prompt_style) == (4, "alpaca-eval")
 
 
-@pytest.mark.parametrize("name", ["paper_math_1b", "paper_summary_7b"])
+TABLES = [f"paper_{g}_{s}" for g in ("commonsense", "math", "summary") for s in ("1b", "3b", "7b")]
+
+
+@pytest.mark.parametrize("name", always(TABLES, lambda name: name == "paper_summary_7b"))
 def test_the_plan_of_a_table(name: str, plans: dict[str, Any]) -> None:
     """By the formula; results/paper_plan.md has the compilers'."""
     plan = plans[name]
@@ -83,36 +86,38 @@ def test_the_plan_of_a_table(name: str, plans: dict[str, Any]) -> None:
 
 
 @pytest.mark.soak
-def test_a_table_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the files' names to the page, with few steps."""
+@pytest.mark.filterwarnings("ignore:head_dim 16")
+@pytest.mark.parametrize("group", ["math", "commonsense"])
+def test_a_table_on_a_tiny_model(
+    group: str, plans: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All methods, from the files' names to the page, with few steps."""
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     model = tiny_model(max_position_embeddings=2048)
     model.tokenizer = byte_tokenizer()
     save_hf(tmp_path / "model", model)
-    folder = tmp_path / "DATA" / "llm_adapters"
+    plan = plans[f"paper_{group}_1b"]
     answers = [(f"What is {i} + 1?", f"{i + 1}") for i in range(60)]
-    question = [{"instruction": q, "input": "", "output": a, "answer": a} for q, a in answers]
-    files = ["ft-training_set/math_10k.json"]
-    folders = ("AddSub", "AQuA", "MultiArith", "SingleEq", "SVAMP")
-    files += [f"dataset/{name}/test.json" for name in folders]
-    for number, name in enumerate(files):
-        path = folder / name
+    rows = [{"instruction": q, "input": "", "output": a, "answer": a} for q, a in answers]
+    data = tmp_path / "DATA"
+    files = {data / "llm_adapters" / "ft-training_set" / f"{plan.base.data.task}.json": rows}
+    for name in plan.tasks:
+        folder = TASKS[name].source.folder  # type: ignore[attr-defined]
+        answer = "A" if name == "aqua" else "7"
+        found = [
+            row | {"instruction": f"{name} {i}?", "answer": answer}
+            for i, row in enumerate(rows[:2])
+        ]
+        files[data / "llm_adapters" / "dataset" / folder / "test.json"] = found
+    for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = question if number == 0 else question[-2:]
-        if "AQuA" in name:
-            rows = [row | {"answer": "A"} for row in rows]
-        path.write_text(json.dumps(rows))
-    gsm8k = tmp_path / "DATA" / "gsm8k"
-    gsm8k.mkdir()
-    for split in ("train", "test"):
-        row = {"question": f"{split}?", "answer": "1\n#### 1"}
-        (gsm8k / f"{split}.jsonl").write_text(json.dumps(row))
+        path.write_text(json.dumps(content))
     small = ["train.steps=3", "optim.warmup_steps=0", "data.batch_size=2", "eval.limit=4"]
     small += ["data.bucket_lengths=[384]", "train.dtype=float32", "train.save_every=None"]
     config = tmp_path / "tiny.py"
-    config.write_text(TINY.format(config=CONFIG))
+    config.write_text(TINY.format(config=CONFIG, name=plan.name))
     where = ["--workdir", str(tmp_path / "w"), "--out", str(tmp_path / "out")]
-    given = [f"model={tmp_path / 'model'}", f"data.data_dir={tmp_path / 'DATA'}", *small]
+    given = [f"model={tmp_path / 'model'}", f"data.data_dir={data}", *small]
     assert main(["sweep", "--config", str(config), *where, "--set", *given]) == 0
-    page = (tmp_path / "out" / "paper_math_1b.md").read_text()
-    assert "zflora-minimal" in page and "addsub" in page
+    page = (tmp_path / "out" / f"{plan.name}.md").read_text()
+    assert all(name in page for name in (*plan.methods, *plan.tasks))

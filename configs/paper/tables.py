@@ -72,7 +72,7 @@ def table(group: str, size: str) -> Comparison:
         model=MODELS[size],
         data=DataConfig(
             task=TRAINED_ON[group],
-            prompt_style="chat" if summary else "alpaca",
+            prompt_style="alpaca",  # which needs no chat template: the 7B has none
             batch_size=BATCH,
             bucket_lengths=LENGTHS[group],
             train_on_prompt=not summary,
@@ -88,7 +88,7 @@ def table(group: str, size: str) -> Comparison:
         batch_size=16,
         max_new_tokens=NEW_TOKENS[group],
         num_beams=1 if summary else 4,
-        prompt_style=None if summary else "alpaca-eval",
+        prompt_style="alpaca" if summary else "alpaca-eval",
         loss=False,
         likelihood=False,
     )

@@ -55,6 +55,10 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
         METHODS[adapter.method].in_place != "full",
         "method 'full' has no rank: it trains every base parameter.",
     )
+    require(
+        not adapter.rank_pattern and not adapter.alpha_pattern,
+        "a budget sets one rank for all kernels: leave adapter.rank_pattern and alpha_pattern out.",
+    )
 
     def at(rank: int) -> AdapterConfig:
         kept = adapter.alpha is None or adapter.use_rslora

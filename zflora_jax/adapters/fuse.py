@@ -130,13 +130,18 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
 
 def _with_lora(leaf: Array, blocks: dict[str, Array], scale: float, axis: int) -> Array:
     """A kernel with its low-rank product, and the norms of DoRA; `axis`: see `in_axis`."""
-    delta = jnp.matmul(blocks["lora_a"], blocks["lora_b"], precision="highest")
-    if "start_a" in blocks:
-        delta = delta - jnp.matmul(blocks["start_a"], blocks["start_b"], precision="highest")
+    product = partial(jnp.matmul, precision="highest")
+    a, b = blocks["lora_a"], blocks["lora_b"]
+    if "start_a" in blocks:  # A B - A0 B0
+        a0, b0 = blocks["start_a"], blocks["start_b"]
+        delta = product(a - a0, b) + product(a0, b - b0)
+    else:
+        delta = product(a, b)
     wide = leaf.astype(jnp.float32).reshape(delta.shape) + scale * delta
     if "magnitude" in blocks:
         norms = jnp.linalg.norm(wide, axis=-2, keepdims=True)
-        wide = wide * (blocks["magnitude"][..., None, :] / norms)
+        ratio = blocks["magnitude"][..., None, :] / norms
+        wide = wide * jnp.where(norms > 0, ratio, 1.0)
     return wide.reshape(leaf.shape).astype(leaf.dtype)
 
 

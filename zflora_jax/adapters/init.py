@@ -21,7 +21,6 @@ from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
 from zflora_jax.core.architecture import group, kernel_shapes
-from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.parallel.devices import widest_head
@@ -95,9 +94,12 @@ def _of_base(model: Model, adapter: AdapterConfig) -> dict[str, jax.Array]:
             found[f"{name}/magnitude"] = jnp.linalg.norm(base, axis=1)
         if adapter.init in OF_BASE:
             given = str(adapter.init), adapter.rank_of(kernel), adapter.scale_of(kernel)
-            a, b = jax.lax.map(partial(part_of_base, *given), base)
-            found |= {f"{name}/{start}_a": a for start in ("lora", "start")}
-            found |= {f"{name}/{start}_b": b for start in ("lora", "start")}
+            layers = np.asarray(live_layers(config, adapter)[kernel]["lora_a"])
+            parts = jax.lax.map(partial(part_of_base, *given), base[layers])
+            for factor, part in zip("ab", parts, strict=True):
+                whole = jnp.zeros((config.num_layers, *part.shape[1:])).at[layers].set(part)
+                # Arrays of their own: one of them is donated to every step.
+                found |= {f"{name}/{s}_{factor}": jnp.array(whole) for s in ("lora", "start")}
     return found
 
 
@@ -116,14 +118,9 @@ def part_of_base(
     Returns:
       A [in, r] and B [r, out].
     """
-    require(
-        rank <= min(kernel.shape),
-        f"adapter.init={start!r}: rank {rank} is above the smaller side of a kernel"
-        f" {kernel.shape}.",
-    )
     if start == "olora":
-        q, r = jnp.linalg.qr(kernel.T)
-        return r[:rank].T, q[:, :rank].T
+        q, _ = jnp.linalg.qr(kernel.T[:, :rank])  # the first columns of Q are those of these
+        return jnp.matmul(kernel, q, precision="highest"), q.T
     u, values, v = jnp.linalg.svd(kernel, full_matrices=False)
     roots = jnp.sqrt(values[:rank] / scale)
     return u[:, :rank] * roots[None], roots[:, None] * v[:rank]

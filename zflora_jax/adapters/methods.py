@@ -11,12 +11,13 @@ channels that an adapter adds to d, k, f.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
-from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP
+from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, kernel_shapes
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model_config import LlamaConfig
 
@@ -157,14 +158,23 @@ def _lora_blocks(config: LlamaConfig, adapter: AdapterConfig, chosen: set[str]) 
         f"adapter.layers_to_transform has {wrong}: this model has the layers 0 to"
         f" {config.num_layers - 1}.",
     )
-    for pattern, _ in (*adapter.rank_pattern, *adapter.alpha_pattern):
-        require(
-            bool(chosen & set(target_kernels(pattern))),
-            f"adapter: pattern {pattern!r} matches no kernel that adapter.targets="
-            f"{adapter.targets!r} selects.",
-        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(adapter, name):
+            require(
+                any(re.fullmatch(pattern, kernel) for kernel in chosen),
+                f"adapter.{name}: {pattern!r} matches none of the kernels"
+                f" {', '.join(k for k in KERNELS if k in chosen)}, which adapter.targets="
+                f"{adapter.targets!r} selects. Give a regex of whole names, such as 'q|v'.",
+            )
     names: tuple[str, ...] = ("lora_a", "lora_b")
     if adapter.init in OF_BASE:
+        for kernel in chosen:
+            side = min(math.prod(axes) for axes in kernel_shapes(config)[kernel])
+            require(
+                adapter.rank_of(kernel) <= side,
+                f"adapter.init={adapter.init!r}: rank {adapter.rank_of(kernel)} is above the"
+                f" smaller side of {kernel}, {side}.",
+            )
         names += FROZEN
     return (*names, "magnitude") if adapter.use_dora else names
 

@@ -8,7 +8,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zflora_jax.core.fields import check_types, current_names, nearest, renamed, require
+from zflora_jax.core.fields import (
+    ConfigError,
+    check_types,
+    current_names,
+    nearest,
+    renamed,
+    require,
+)
 
 # What an adapter's random blocks are drawn from, or what part of the base LoRA starts as.
 Start = Literal["kaiming_uniform", "normal", "pissa", "olora"]
@@ -167,14 +174,25 @@ class AdapterConfig:
             f"adapter.layers_to_transform={list(layers or ())}: give layers, from 0, e.g. [0, 1].",
         )
         require(
+            layers is None or len(set(layers)) == len(layers),
+            f"adapter.layers_to_transform={list(layers or ())} names a layer twice.",
+        )
+        require(
             layers is None or not self.use_dora,
             "adapter.use_dora=True is for all layers; leave layers_to_transform unset.",
         )
-        for pattern, value in (*self.rank_pattern, *self.alpha_pattern):
-            require(
-                0 < value < math.inf,
-                f"adapter: {pattern!r} has rank or alpha {value}; it must be above 0.",
-            )
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern, value in getattr(self, name):
+                require(
+                    0 < value < math.inf,
+                    f"adapter.{name}: {value} for {pattern!r} must be above 0.",
+                )
+                try:
+                    re.compile(pattern)
+                except (re.error, OverflowError, RecursionError) as error:
+                    raise ConfigError(
+                        f"adapter.{name}: {pattern!r} is not a valid regex ({error})."
+                    ) from None
 
     def rank_of(self, kernel: str) -> int:
         """r of a kernel, by `rank_pattern`."""

@@ -5,6 +5,7 @@ Only headers are read, no weights.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -91,7 +92,14 @@ def _shape(config: LlamaConfig) -> Facts:
 
 
 def _settings(adapter: AdapterConfig) -> Facts:
-    return {name: getattr(adapter, name) for name in ("method", "rank", "scale", "targets")}
+    """The settings that say most, and those that are not at their default."""
+    facts: Facts = {name: getattr(adapter, name) for name in ("method", "rank", "scale", "targets")}
+    usual = AdapterConfig(adapter.method)
+    changed = {f.name for f in dataclasses.fields(adapter)} - facts.keys() - {"alpha"}
+    for name in sorted(changed):
+        if (value := getattr(adapter, name)) != getattr(usual, name):
+            facts[name] = str(dict(value)) if name.endswith("_pattern") else str(value)
+    return facts
 
 
 def _widths(base: Mapping[str, Any], fused: LlamaConfig) -> str:
@@ -155,6 +163,7 @@ def _peft(directory: Path) -> Facts:
     plain: Facts = {
         "use_rslora": False,
         "use_dora": False,
+        "layers_to_transform": None,
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": None,

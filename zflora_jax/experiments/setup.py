@@ -56,6 +56,17 @@ class Setup:
         )
         return fresh(self.model.params)
 
+    def state_like(self) -> TrainState:
+        """ShapeDtypeStructs of the state, with where each leaf belongs; nothing is computed."""
+        shapes = jax.eval_shape(
+            lambda params: fresh_state(self.run, replace(self.model, params=params)),
+            self.model.params,
+        )
+        like = jax.ShapeDtypeStruct
+        return jax.tree.map(
+            lambda x, s: like(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
+        )
+
     def held_out_loss(self, adapters: Tree) -> dict[str, float]:
         """The loss of `adapters` on the evaluation rows; see `loss.held_out_loss`."""
         return held_out_loss(self.run, self.model, self.eval_set, adapters)

@@ -175,10 +175,9 @@ def _open(
 
 def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[TrainState, float]:
     """The newest saved state, or a fresh one, and the seconds that earlier processes trained."""
-    state = setup.fresh_state()
     if checkpoints.latest is None:
-        return state, 0.0
-    state, saved = checkpoints.restore(state)
+        return setup.fresh_state(), 0.0
+    state, saved = checkpoints.restore(setup.state_like())
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
     step, steps = int(state.step), setup.run.train.steps

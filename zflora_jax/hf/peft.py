@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def save_peft(
     """Write LoRA adapters as a PEFT directory that peft and vLLM load.
 
     Factors that started as a part of the base (PiSSA, OLoRA) become plain LoRA of twice the rank,
-    which is what PEFT converts them to: the trained ones beside the negative start.
+    [A - A0, A0] and [B; B - B0]: A B - A0 B0 in a form that readers may round to bfloat16.
 
     Args:
       path: the directory to write. An earlier export of this function is replaced; a directory with
@@ -73,6 +74,12 @@ def save_peft(
     from safetensors.numpy import save_file
 
     target = export_target(path)
+    if adapter.use_dora or adapter.rank_pattern or adapter.alpha_pattern:
+        warnings.warn(
+            "vLLM refuses PEFT directories with use_dora, and ignores rank_pattern and"
+            " alpha_pattern: for it, fuse the adapter and use save_hf.",
+            stacklevel=2,
+        )
     if adapter.method != "lora":
         raise ConfigError(
             f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
@@ -118,8 +125,9 @@ def _to_peft(
                 for name, leaf in layers[f"layers_{layer}"][group(kernel)][kernel].items()
             }
             if "start_a" in own:
-                own["lora_a"] = np.concatenate([own["lora_a"], own["start_a"]], axis=1)
-                own["lora_b"] = np.concatenate([own["lora_b"], -own["start_b"]])
+                a, b, a0, b0 = (own[n] for n in ("lora_a", "lora_b", "start_a", "start_b"))
+                own["lora_a"] = np.concatenate([a - a0, a0], axis=1)
+                own["lora_b"] = np.concatenate([b, b - b0])
             for leaf in _leaves(adapter.use_dora):
                 name = _tensor(module_name(layer, kernel), leaf)
                 tensors[name] = np.ascontiguousarray(own[leaf].T)
@@ -244,7 +252,9 @@ def _adapter_config(
     of_kernel = {k: {n: i for n, i in names[k].items() if n in modules} for k in kernels}
     adapted = {tuple(found.values()) for found in of_kernel.values()}
     loras = {kernel: {modules[name] for name in of_kernel[kernel]} for kernel in kernels}
-    regular = len(adapted) == 1 and all(len(found) == 1 for found in loras.values())
+    regular = len(adapted) == 1 and all(
+        len(found) == 1 and lora.scale > 0 for found in loras.values() for lora in found
+    )
     dora = bool(settings.get("use_dora"))
     require(
         not dora or adapted == {tuple(range(count))},

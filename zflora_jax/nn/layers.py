@@ -51,6 +51,12 @@ class AdaptedModule(nn.Module):
         return value.astype(dtype)
 
 
+def _low_rank(x: Array, a: Array, b: Array) -> Array:
+    """x A B of x [B, T, in] and float32 factors, in x's dtype."""
+    low = save_for_backward(project(x, a.astype(x.dtype)), "low rank")
+    return project(low, b.astype(x.dtype))
+
+
 class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, with the blocks that the adapter has for this kernel;
     low-rank factors are added to y.
@@ -117,22 +123,30 @@ class Dense(AdaptedModule):
         """y and the low-rank product; with DoRA both times the trained norm over the kernel's."""
         assert self.adapter is not None
         flat = beside.reshape(*x.shape[: -len(self.in_axes)], -1)
-        scale = self.adapter.scale_of(self.name or "")
-        low = save_for_backward(project(self._dropped(flat), block["lora_a"]), "low rank")
-        added = project(low, block["lora_b"])
+        dropped, scale = self._dropped(flat), self.adapter.scale_of(self.name or "")
+        a, b = (self.block(name, jnp.float32) for name in ("lora_a", "lora_b"))
         if "start_a" in block:
-            start_a, start_b = (jax.lax.stop_gradient(block[name]) for name in FROZEN)
-            added = added - project(project(flat, start_a), start_b)
+            # A B - A0 B0 of factors near to A0 and B0, whose products would cancel in bfloat16.
+            a0, b0 = (jax.lax.stop_gradient(self.block(name, jnp.float32)) for name in FROZEN)
+            added = _low_rank(dropped, a - a0, b) + _low_rank(dropped, a0, b - b0)
+            if dropped is not flat:  # what is taken off the base does not drop out
+                added = added + _low_rank(dropped - flat, a0, b0)
+            a, b = jnp.concatenate([a, a0], axis=1), jnp.concatenate([b, -b0])
+        else:
+            added = _low_rank(dropped, a, b)
         added = scale * added
         if "magnitude" not in block:
             return y + added.reshape(y.shape)
         kernel: Any = self.get_variable("params", "kernel")
-        a, b, magnitude = (self.block(n, jnp.float32) for n in ("lora_a", "lora_b", "magnitude"))
-        norms = column_norms(kernel.reshape(flat.shape[-1], -1), a, b, scale)
-        ratio = magnitude / jax.lax.stop_gradient(norms)  # as the paper's section 4.3
+        matrix = kernel.reshape(flat.shape[-1], -1)
         own = (y - self._bias(y)).reshape(added.shape)
-        scaled = (own + added) * ratio.astype(y.dtype).reshape(1, 1, -1)
-        return scaled.reshape(y.shape) + self._bias(y)
+        if dropped is not flat:
+            own = project(dropped, matrix.astype(y.dtype))
+        norms = jax.lax.stop_gradient(column_norms(matrix, a, b, scale))  # the paper's section 4.3
+        ratio = jnp.where(norms > 0, self.block("magnitude", jnp.float32) / norms, 1.0)
+        ratio = ratio.reshape(1, 1, -1)
+        more = (ratio - 1).astype(y.dtype) * own + ratio.astype(y.dtype) * added
+        return y + more.reshape(y.shape)
 
     def _product(self, x: Array) -> Array:
         """x W and the bias: [B, T, *in_axes] -> [B, T, *out_axes]."""
