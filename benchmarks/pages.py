@@ -77,6 +77,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train": train,
     "train_targets": script("train_targets"),
     "train_targets_h100": script("train_targets"),
+    "train_targets_v5p": script("train_targets"),
     "train_targets_v6e": script("train_targets"),
     "transformers_versions": script("check_transformers_4"),
     "two_processes": script("two_processes"),
