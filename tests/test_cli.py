@@ -113,7 +113,7 @@ def test_missing_config_file_names_the_nearest(refused, config_file, tmp_path):
             ),
             (
                 "line 3: unknown key 'rnk' of AdapterConfig: did you mean 'rank'? Allowed: alpha,"
-                " dropout, extra_head_dim"
+                " alpha_pattern, dropout, extra_head_dim"
             ),
         ),
         (

@@ -38,7 +38,9 @@ NEW = 64
     "adapter",
     always(
         [a for a in CASES if a.method != "full"],
-        lambda a: a.targets == "all" and a.extra_head_dim is None and a.method != "ffa",
+        lambda a: (
+            a.targets == "all" and a.extra_head_dim is None and a.method != "ffa" and a.init is None
+        ),
     ),
     ids=case_id,
 )

@@ -69,7 +69,7 @@ def is_few(adapter: AdapterConfig) -> bool:
     """Where every case is a long program to compile: of the targets, those that split kernels or
     leave out a head's scores. `make soak` has the whole.
     """
-    return adapter.targets not in ("attention", "mlp")
+    return adapter.targets not in ("attention", "mlp") and adapter.init is None
 
 
 def case_id(adapter: AdapterConfig) -> str:
