@@ -81,6 +81,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_targets_v6e": script("train_targets"),
     "transformers_versions": script("check_transformers_4"),
     "two_processes": script("two_processes"),
+    "vllm_families": script("vllm_families"),
     "vllm_latency": script("vllm_latency"),
     "vllm_latency_1b": script("vllm_latency"),
 }

@@ -53,9 +53,8 @@ def answer(job: dict[str, Any]) -> list[list[int]]:
         disable_log_stats=True,
     )
     count = job["new_tokens"]
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False
-    )
+    # Not min_tokens, which would forbid the end token.
+    sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     out = engine.generate(prompts, sampling, use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in out]
@@ -121,7 +120,8 @@ def in_transformers(path: str, prompts: list[list[int]]) -> list[list[int]]:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    model.generation_config.eos_token_id = None  # which min_new_tokens would forbid
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     found = [model.generate(torch.tensor([p]), pad_token_id=0, **options)[0] for p in prompts]
     return [tokens[len(p) :].tolist() for tokens, p in zip(found, prompts, strict=True)]
 
