@@ -31,6 +31,7 @@ def measure(family: str, method: str, folder: Path, python: str) -> dict[str, An
 
     import zflora_jax as zf
     from zflora_jax.core.presets import preset
+    from zflora_jax.inference.decode import generate_tokens
     from zflora_jax.nn.llama import random_model
 
     nope = (1,) if family == "smollm3" else ()
@@ -55,8 +56,6 @@ def measure(family: str, method: str, folder: Path, python: str) -> dict[str, An
     zf.save_hf(str(folder), model)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(4, 512, 20 + 3 * i).tolist() for i in range(PROMPTS)]
-    from zflora_jax.inference.decode import generate_tokens
-
     ours = generate_tokens(
         zf.load_model(str(folder)), prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=()
     )

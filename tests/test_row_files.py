@@ -29,7 +29,6 @@ def as_csv(path, *rows):
 
 
 def as_parquet(path, *rows):
-    pytest.importorskip("pyarrow", reason="needs pyarrow")
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
@@ -75,7 +74,6 @@ def test_csv(tmp_path):
 
 
 def test_a_file_that_is_no_parquet(tmp_path):
-    pytest.importorskip("pyarrow", reason="needs pyarrow")
     (tmp_path / "test.parquet").write_text("no")
     with pytest.raises(ConfigError, match=r"test.parquet: invalid Parquet"):
         load("rows", "test", tmp_path)
@@ -240,7 +238,8 @@ def test_names():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A folder that `datasets` opens as it opens one of the hub; its name for data.data_dir."""
-    datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra hub")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     folder = tmp_path / "named"

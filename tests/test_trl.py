@@ -19,8 +19,8 @@ def trl_rows(tmp_path_factory):
     """trl_rows(rows, **settings) -> (tokens, whether each is learned) of TRL's SFTTrainer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trl = pytest.importorskip("trl", reason="needs trl, of the extra test")
         import datasets
+        import trl
         from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"vocab_size": 259, "hidden_size": 8, "intermediate_size": 8}
@@ -83,7 +83,9 @@ def test_trl_makes_the_same(rows, settings, add_bos, trl_rows, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama3_training", "qwen2_5_training", "qwen3_training"])
 def test_trl_makes_the_same_of_its_own_templates(name, trl_rows, tmp_path):
-    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
     template = (folder / f"{name}.jinja").read_text()
     rows = messages(SHORT, LONG, WITH_SYSTEM)
     _, ours = rows_of(tmp_path, *rows, template=template)

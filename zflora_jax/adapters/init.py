@@ -33,8 +33,8 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     forward and lora_a are random, as `AdapterConfig.init` says; backward, cross, lora_b, ffa_a and
     q's forward are zero (k's is random); DoRA's magnitudes are the norms of the base's columns, and
     factors that start as a part of the base are that part. Blocks are zero in the layers where they
-    are dead (see `methods.live_layers`) and stay zero, because they get no gradient. The values
-    depend on `key`, and those of the base on it, not on whether layers are stacked.
+    are dead (see `methods.live_layers`) and stay zero, because they get no gradient. Random values
+    depend on `key` alone, not on whether layers are stacked.
 
     Args:
       key: a jax random key.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from zflora_jax.core.fields import ConfigError, require
-from zflora_jax.data.builders.public import Hub, Tfds
+from zflora_jax.data.builders.files import without_nulls
+from zflora_jax.data.builders.public import Converted, Hub, Tfds
 from zflora_jax.data.builders.rows import form_of, read_form
 from zflora_jax.data.sources import HOW
 
@@ -47,7 +48,13 @@ class NamedDataset:
         """
         raw: Any = self._source({split: split}).open(split)
         require(len(raw) > 0, f"{self}: the split {split!r} is empty.")
-        return _Rows(raw, form or form_of(raw[0], f"{self}, {split}, row 1"), f"{self}, {split}")
+        found = form or form_of(raw[0], f"{self}, {split}, row 1")
+
+        def read(index: int) -> Mapping[str, str]:
+            where = f"{self}, {split}, row {index + 1}"
+            return next(read_form([(where, without_nulls(raw[index]))], found))
+
+        return Converted(range(len(raw)), read)
 
     def _source(self, splits: Mapping[str, str]) -> Tfds | Hub:
         if self.kind == "tfds":
@@ -69,32 +76,12 @@ def named_dataset(data_dir: str) -> NamedDataset:
     return NamedDataset(found["kind"], found["name"], found["config"], found["pattern"] or "{}")
 
 
-class _Rows(Sequence[Mapping[str, str]]):
-    """Rows that are read when they are indexed."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], form: str, origin: str) -> None:
-        self._rows, self._form, self._origin = rows, form, origin
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Mapping[str, str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Mapping[str, str]]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        where = f"{self._origin}, row {int(index) + 1}"
-        return next(read_form([(where, self._rows[index])], self._form))
-
-
 def _plain(value: Any) -> Any:
-    """A row with str for bytes, lists for arrays, and nothing for nulls."""
+    """A row with str for bytes and lists for arrays."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, Mapping):
-        return {name: _plain(x) for name, x in value.items() if x is not None}
+        return {name: _plain(x) for name, x in value.items()}
     if hasattr(value, "tolist") and not isinstance(value, str):
         value = value.tolist()
     return [_plain(x) for x in value] if isinstance(value, list | tuple) else value

@@ -152,7 +152,7 @@ class Hub:
 class Converted(Sequence[Fields]):
     """Rows that are converted when they are indexed."""
 
-    def __init__(self, rows: Sequence[Raw], convert: Callable[[Raw], Any]) -> None:
+    def __init__(self, rows: Sequence[Any], convert: Callable[[Any], Any]) -> None:
         self._rows, self._convert = rows, convert
 
     def __len__(self) -> int:
