@@ -262,40 +262,21 @@ def test_what_a_template_cannot_write(template, turns, message, tmp_path):
 def test_an_answer_that_merges_with_the_template():
     """As a token of two line breaks would: the model would never see what it is trained on."""
 
-    class Merging:
-        """The byte tokenizer with one token more, of two line breaks."""
-
-        def __init__(self):
-            self.bytes = byte_tokenizer(chat_template=unmarked(CHATML))
-
-        def __getattr__(self, name):
-            return getattr(self.bytes, name)
-
-        def __call__(self, text, **options):
-            found = self.bytes(text, **options)
-            if isinstance(text, str):
-                return found
-            joined = [self.merge(row) for row in found["input_ids"]]
-            return {"input_ids": joined}
-
-        @staticmethod
-        def merge(row):
-            out = []
-            for token in row:
-                if out and out[-1] == token == 10:
-                    out[-1] = 300
-                else:
-                    out.append(token)
-            return out
-
-        def decode(self, ids):
-            return self.bytes.decode([i for i in ids if i < 256])
-
+    tokenizer = byte_tokenizer(chat_template=unmarked(CHATML), pair="\u010a\u010a")
     (example,) = _examples([[turn("user", "Hi"), turn("assistant", "\nHo")]])
     with pytest.raises(ConfigError, match=r"before turn 2 the model is given other.*: strip it"):
-        encode_conversations(Merging(), [example])
+        encode_conversations(tokenizer, [example])
     (stripped,) = _examples([SHORT])
-    assert encode_conversations(Merging(), [stripped])[0][1].any()
+    assert encode_conversations(tokenizer, [stripped])[0][1].any()
+
+
+def test_a_completion_that_merges_with_its_prompt(tmp_path):
+    """Is learned from the token on that both share, as TRL has it."""
+    path = write(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "cd"})
+    tokenizer = byte_tokenizer(pair="bc")
+    (row,) = tokenize_examples(load("rows", "train", path), tokenizer, ROOM).rows
+    assert tokenizer.convert_ids_to_tokens(row.tokens.tolist()) == ["a", "bc", "d", "<eos>"]
+    assert row.loss_mask.tolist() == [False, True, True, True]
 
 
 def _examples(conversations):

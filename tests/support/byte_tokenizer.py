@@ -11,15 +11,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(add_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE) -> Any:
+def byte_tokenizer(
+    add_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE, pair: str = ""
+) -> Any:
     """A PreTrainedTokenizerFast: ids 0-255 are bytes, 256 <bos>, 257 <eos>, 258 <pad>; `add_bos`
-    starts every text with <bos>.
+    starts every text with <bos>. pair: two characters that make one token, 256, when they meet;
+    the ids behind it are then one higher.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(
-        models.BPE(vocab={char: byte for byte, char in enumerate(_byte_chars())}, merges=[])
+        models.BPE(
+            vocab={c: i for i, c in enumerate([*_byte_chars(), *([pair] if pair else [])])},
+            merges=[tuple(pair)] if pair else [],
+        )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
