@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
+from support.chat import SHORT, turn
 from support.models import tiny_model
+from support.tasks import write
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -74,6 +76,14 @@ def test_rows_are_shown_with_what_is_trained() -> None:
         data_view(run, tokenizer, rows=-1)
     with pytest.raises(ConfigError, match="258"):  # padding, as training refuses it
         data_view(run, tokenizer, 258)
+
+
+def test_the_forms_of_all_rows_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", *({"messages": [turn("user", f"{i}"), SHORT[1]]} for i in range(9)))
+    write(tmp_path / "b.jsonl", *({"text": f"Once {i}."} for i in range(9)))
+    run = run_of(task="rows", data_dir=str(tmp_path), train_limit=None)
+    forms = data_view(run, byte_tokenizer()).facts["form of the rows"]
+    assert sorted(forms.split(", ")) == ["messages", "text"]
 
 
 def test_the_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import pytest
+from support.cases import DORA
 from support.models import perturb, tiny_model
 from support.runs import small_run
 
@@ -22,6 +23,7 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.presets import preset
 from zflora_jax.core.trees import size
+from zflora_jax.experiments import info as info_module
 from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.peft import save_peft
@@ -310,3 +312,12 @@ def test_metrics_that_are_damaged_or_not_there_yet_are_said(workdir, tmp_path, c
     for command in ("plot", "info"):
         assert main([command, str(tmp_path)]) == 2
         assert "line 1: not a metrics record" in capsys.readouterr().err
+
+
+def test_settings_of_an_adapter_that_are_not_usual_are_shown():
+    shown = info_module._settings(DORA)
+    assert (shown["use_dora"], shown["rank_pattern"]) == ("True", "{'q|down': 4}")
+    assert shown.keys() == {
+        *("method", "rank", "scale", "targets"),
+        *("use_dora", "rank_pattern", "alpha_pattern"),
+    }
