@@ -74,7 +74,7 @@ def test_reading_a_config_needs_no_jax():
             {"modle": "tiny"},
             (
                 r"unknown key 'modle': did you mean 'model'\? Allowed: adapter, data, eval, mesh,"
-                r" model, optim, train\."
+                r" model, optim, quantize, train\."
             ),
         ),
         (

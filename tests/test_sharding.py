@@ -36,7 +36,7 @@ from zflora_jax.core.run_config import (
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.save import save_hf
-from zflora_jax.parallel import sharding
+from zflora_jax.parallel import activations, sharding
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.trainer import init_state, make_train_step
@@ -310,11 +310,11 @@ def test_too_few_devices_are_said_before_a_model_is_looked_for(tmp_path):
 
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((4, 8))
-    assert sharding.batch_shards() == 1 and sharding.divide_rows(x) is x
+    assert sharding.batch_shards() == 1 and activations.divide_rows(x) is x
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         assert sharding.batch_shards() == 4
-        assert jax.jit(sharding.divide_rows)(x).sharding.spec == P(("data", "fsdp"))
+        assert jax.jit(activations.divide_rows)(x).sharding.spec == P(("data", "fsdp"))
 
 
 def test_a_process_puts_its_own_rows_where_they_belong(monkeypatch):

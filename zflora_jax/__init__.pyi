@@ -20,6 +20,7 @@ from .core.run_config import (
     DataConfig as DataConfig,
     EvalConfig as EvalConfig,
     OptimConfig as OptimConfig,
+    QuantizeConfig as QuantizeConfig,
     RunConfig as RunConfig,
     TrainConfig as TrainConfig,
 )
@@ -44,6 +45,10 @@ from .inference.serving import serve as serve
 from .inference.text import generate as generate, stream as stream
 from .nn.kv_cache import KVCache as KVCache, init_cache as init_cache
 from .nn.llama import Llama as Llama, forward as forward, random_model as random_model
+from .nn.quantize_model import (
+    dequantize_model as dequantize_model,
+    quantize_model as quantize_model,
+)
 from .nn.vocabulary import resize_vocab as resize_vocab
 
 __version__: str

@@ -8,6 +8,7 @@ from zflora_jax.core.run_config import (
     EvalConfig,
     MeshConfig,
     OptimConfig,
+    QuantizeConfig,
     RunConfig,
     TrainConfig,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "MeshConfig",
     "Method",
     "OptimConfig",
+    "QuantizeConfig",
     "RopeScaling",
     "RunConfig",
     "TrainConfig",

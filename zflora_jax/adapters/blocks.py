@@ -15,6 +15,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.ops.copies import write_divided
+from zflora_jax.ops.quantized import QuantizedArray, dequantize
+from zflora_jax.ops.quantized_blocks import cut, paste, quantize_block
 
 Array = jax.Array
 
@@ -85,6 +87,39 @@ def block_region(block: str, axis: int, base_in: int, base_out: int) -> tuple[An
     return (..., rows, *[slice(None)] * (-axis - 2), columns)
 
 
+def with_codes(
+    wide: QuantizedArray, value: Array, block: str, base_out: int, write: Callable[..., Array]
+) -> QuantizedArray:
+    """Quantise a block as a wide kernel is, and write it there.
+
+    Args:
+      wide: the fused kernel.
+      value: the block, float32.
+      block: "forward", "backward" or "cross".
+      base_out: width of the base's output stream.
+      write: as in `ops.quantized.paste`.
+    """
+    outputs = slice(0, base_out) if block == "backward" else slice(base_out, None)
+    codes = quantize_block(value, wide)
+    return paste(wide, codes, write, extra=block != "forward", outputs=outputs)
+
+
+def block_values(wide: Any, block: str, axis: int, base: tuple[int, ...]) -> Array:
+    """The numbers of a block of a wide kernel, float32.
+
+    Args:
+      wide: the fused kernel, float or quantised.
+      block: "forward", "backward" or "cross".
+      axis: of the kernel's input stream, see `in_axis`.
+      base: shape of the base's kernel.
+    """
+    region = block_region(block, axis, base[axis], base[-1])
+    if isinstance(wide, QuantizedArray):
+        return dequantize(cut(wide, extra=block != "forward", outputs=region[-1]))
+    found: Array = wide[region].astype(jnp.float32)
+    return found
+
+
 # What packed kernels multiply the residual state by. Its square, 2^-48, is below the rounding of
 # float32, so RMSNorm may sum over all channels, as a base's does: compilers make one kernel of that
 # and two of a sum over a part. A power of two changes no product.
@@ -110,13 +145,19 @@ def stored_values(
       qk_norm: whether the heads of q and k are normed; their adapter dims are then scaled too.
     """
     values = block * adapter.scale if name == "backward" else block
-    if not packed:
-        return values
-    reads, writes = KERNELS[kernel]
-    if reads == "residual" and name != "forward":
-        values = values / STATE_SCALE
-    normed = writes == "residual" or (qk_norm and kernel in ("q", "k"))
-    return values * STATE_SCALE if normed and name != "backward" else values
+    return values * packed_scale(kernel, name, qk_norm) if packed else values
+
+
+def packed_scale(kernel: str, name: str, qk_norm: bool) -> float:
+    """What packed kernels store a block times: `STATE_SCALE` where it writes what a norm follows.
+
+    Args:
+      kernel: that the block belongs to.
+      name: of the block.
+      qk_norm: whether the heads of q and k are normed.
+    """
+    normed = KERNELS[kernel][1] == "residual" or (qk_norm and kernel in ("q", "k"))
+    return STATE_SCALE if normed and name != "backward" else 1.0
 
 
 def require_widened(fused: Model, verb: str) -> AdapterConfig:

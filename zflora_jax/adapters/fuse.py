@@ -8,6 +8,7 @@ Llama with wider streams (docs/method.md; this project's reconstruction of zFLoR
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +16,27 @@ import numpy as np
 
 from zflora_jax.adapters.blocks import (
     Array,
-    block_region,
+    block_values,
     in_axis,
     map_kernels,
     pad_axis,
     require_widened,
     stored_values,
     with_block,
+    with_codes,
 )
 from zflora_jax.adapters.methods import ResolvedAdapter, base_config, fused_config, resolve_adapter
 from zflora_jax.adapters.shapes import check_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, QK_NORMS, kernel_shapes, param_shapes
+from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
+from zflora_jax.ops.copies import write_divided
+from zflora_jax.ops.quantized import QuantizedArray
+from zflora_jax.ops.quantized_blocks import cut, widen
 from zflora_jax.ops.tiling import tile
 from zflora_jax.parallel.mesh import mesh_in_use, place_like
 from zflora_jax.parallel.sharding import constrain
@@ -56,6 +62,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
       computes.
 
     Raises:
+      ConfigError: the method merges by addition, and the base is quantised.
       ValueError: leaves are missing, unexpected, misshapen or not finite.
     """
     config = model.config
@@ -66,6 +73,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
         )
     if config.execution.packed:
         raise ValueError("this model is packed for decode; fuse first, then pack.")
+    _refuse_merging(adapter, model.params)
     with mesh_in_use(model.params):
         adapters = place_like(model.params, adapters)
         check_adapters(adapters, config, adapter)
@@ -75,6 +83,19 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
             else _fuse(config, adapter, model.params, adapters)
         )
     return Model(fused_config(config, adapter), params, model.tokenizer, model.source, adapter)
+
+
+def _refuse_merging(adapter: AdapterConfig, params: Tree) -> None:
+    """ConfigError for a method that changes a base kernel's numbers, where those are codes."""
+    codes = [n for n, leaf in trees.flatten(params).items() if isinstance(leaf, QuantizedArray)]
+    require(
+        METHODS[adapter.method].widens or not codes,
+        f"method {adapter.method!r} is merged by addition, and {codes[:1]} of this base is stored"
+        " as codes, which would have to be computed anew, with an error as large as their own."
+        " Keep the adapters beside the base (generate(model, ..., adapter=, adapters=)), or"
+        " dequantise the base first (zf.dequantize_model); methods that widen are fused as they"
+        " are.",
+    )
 
 
 def _fuse_by_leaf(
@@ -87,7 +108,7 @@ def _fuse_by_leaf(
         beside = name if full else f"{name.rpartition('/')[0]}/"
         own = {block: x for block, x in blocks.items() if block.startswith(beside)}
         part = _fuse(config, adapter, trees.unflatten({name: leaf}), trees.unflatten(own))
-        (fused[name],) = jax.block_until_ready(jax.tree.leaves(part))
+        (fused[name],) = jax.block_until_ready(trees.flatten(part)).values()
         del leaf, part
     return trees.unflatten(fused)
 
@@ -103,7 +124,7 @@ def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: 
         return jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
     flat, p = trees.flatten(adapters), resolve_adapter(config, adapter)
 
-    def visit(kernel: str, name: str, leaf: Array) -> Array:
+    def visit(kernel: str, name: str, leaf: Any) -> Any:
         names = p.blocks.get(kernel, ())
         blocks = {b: flat[name.removesuffix("kernel") + b] for b in names}
         if not row.widens:
@@ -146,15 +167,21 @@ def _with_lora(leaf: Array, blocks: dict[str, Array], scale: float, axis: int) -
 
 
 def _widen_kernel(
-    leaf: Array,
+    leaf: Any,
     blocks: dict[str, Array],
     kernel: str,
     config: LlamaConfig,
     adapter: AdapterConfig,
     p: ResolvedAdapter,
-) -> Array:
+) -> Any:
     axis = in_axis(config, kernel)
     reads, writes = KERNELS[kernel]
+    if isinstance(leaf, QuantizedArray):
+        coded = widen(leaf, getattr(p, reads), getattr(p, writes))
+        for name, block in blocks.items():
+            values = stored_values(kernel, name, block, adapter)
+            coded = with_codes(coded, values, name, leaf.shape[-1], write_divided)
+        return coded
     wide = pad_axis(pad_axis(leaf, axis, getattr(p, reads), 0), -1, getattr(p, writes), 0)
     for name, block in blocks.items():
         wide = with_block(
@@ -190,6 +217,14 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
     return Model(config, params, fused.tokenizer, fused.source), adapters
 
 
+def _corner(leaf: Any, shape: tuple[int, ...]) -> Any:
+    """The base's part of a leaf, of this shape."""
+    if isinstance(leaf, QuantizedArray):
+        outputs = slice(0, shape[-1]) if leaf.writes else slice(None)
+        return cut(leaf, extra=False, outputs=outputs)
+    return leaf[tuple(slice(0, n) for n in shape)]
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[Tree, Tree]:
     p, flat, shapes, back = (
@@ -202,13 +237,11 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
         kernel = name.split("/")[-2]
         for block in p.blocks.get(kernel, ()) if name.endswith("kernel") else ():
             axis = in_axis(config, kernel)
-            value = leaf[block_region(block, axis, shapes[name][axis], shapes[name][-1])].astype(
-                jnp.float32
-            )
+            value = block_values(leaf, block, axis, shapes[name])
             back[name.removesuffix("kernel") + block] = (
                 value / adapter.scale if block == "backward" else value
             )
-    base = {name: leaf[tuple(slice(0, n) for n in shapes[name])] for name, leaf in flat.items()}
+    base = {name: _corner(leaf, shapes[name]) for name, leaf in flat.items()}
     return constrain(trees.unflatten(base), fused=True), constrain(
         trees.unflatten(back), fused=True
     )

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.blocks import STATE_SCALE, Array, map_kernels
+from zflora_jax.adapters.blocks import STATE_SCALE, map_kernels
 from zflora_jax.adapters.methods import base_config
+from zflora_jax.adapters.packing_quantized import (
+    filled_codes,
+    group_multiple,
+    joined,
+    packed_table,
+    side_by_side,
+)
 from zflora_jax.adapters.widths import multiples, this_kind
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -18,6 +27,8 @@ from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, QK_NORMS, para
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
+from zflora_jax.ops.quantized import QuantizedArray
+from zflora_jax.ops.quantized_blocks import scaled_outputs
 from zflora_jax.ops.rope import paired_order
 from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 from zflora_jax.parallel.sharding import constrain
@@ -36,8 +47,9 @@ def pack_for_decode(
 
     The kernels stay apart, and only stacked layers become subtrees, on a mesh (divided by
     `parallel.sharding.RULES`; side by side, a slice of one would lie where another's belongs), and
-    of a fused model in float16, whose range is too small, or with adapters beside it; or of any
-    with DoRA beside it, which reads the norms of single kernels.
+    of a fused model in float16, whose range is too small, or with adapters beside it; of any with
+    DoRA beside it, which reads the norms of single kernels; or where kernels that read the same
+    input are stored as codes of different kinds.
 
     Args:
       model: a base or fused model; an already packed one is returned as it is.
@@ -49,15 +61,17 @@ def pack_for_decode(
         return model
     fused = model.config.widened or model.adapter is not None
     narrow = model.config.execution.dtype == "float16"
-    if mesh_of(model.params) is not None or (fused and narrow) or apart_for(model, beside):
+    apart = apart_for(model, beside) or not side_by_side(model.params)
+    if mesh_of(model.params) is not None or (fused and narrow) or apart:
         if not model.config.execution.scan_layers:
             return model
         with mesh_in_use(model.params):
             params = _unstack(model.config, model.params)
         config = model.config.replace(scan_layers=False)
     else:
-        config = packed_config(model.config, kind or this_kind(), model.adapter)
-        params = _pack(config, model.params)
+        kind, whole = kind or this_kind(), group_multiple(model.params)
+        config = packed_config(model.config, kind, model.adapter, whole)
+        params = _pack(config, kind, model.params)
     return dataclasses.replace(model, config=config, params=params)
 
 
@@ -68,7 +82,7 @@ def apart_for(model: Model, beside: AdapterConfig | None) -> bool:
 
 
 def packed_config(
-    config: LlamaConfig, kind: str, adapter: AdapterConfig | None = None
+    config: LlamaConfig, kind: str, adapter: AdapterConfig | None = None, group: int = 1
 ) -> LlamaConfig:
     """The config of a model that `pack_for_decode` packs.
 
@@ -76,6 +90,7 @@ def packed_config(
       config: of the model, base or fused.
       kind: of devices, as there.
       adapter: that the model was fused from; None for a base.
+      group: inputs of a group of a quantised model, see `packing_quantized.group_multiple`.
     """
     config = config.replace(scan_layers=False, packed=True)
     if adapter is None or not METHODS[adapter.method].widens:
@@ -83,8 +98,8 @@ def packed_config(
     wanted, base = multiples(kind), base_config(config, adapter)
     d, f = config.hidden_size, config.intermediate_size
     return config.replace(
-        fill_residual=-d % wanted.residual if d > base.hidden_size else 0,
-        fill_mlp=-f % wanted.mlp if f > base.intermediate_size else 0,
+        fill_residual=-d % math.lcm(wanted.residual, group) if d > base.hidden_size else 0,
+        fill_mlp=-f % math.lcm(wanted.mlp, group) if f > base.intermediate_size else 0,
     )
 
 
@@ -111,28 +126,32 @@ def _unstack(config: LlamaConfig, params: Tree) -> Tree:
     return constrain(trees.unstack_layers(params, config.num_layers), fused=True)
 
 
-@partial(jax.jit, static_argnums=0)
-def _pack(config: LlamaConfig, params: Tree) -> Tree:
+@partial(jax.jit, static_argnums=(0, 1))
+def _pack(config: LlamaConfig, kind: str, params: Tree) -> Tree:
     shapes = param_shapes(config.stored)
     tree = map_kernels(
         lambda kernel, name, leaf: _filled(
-            _turned(config, name, _scaled(config, kernel, leaf)), shapes[name]
+            _turned(config, name, _scaled(config, kernel, name, leaf)), shapes[name]
         ),
         trees.unstack_layers(params, config.num_layers),
     )
+    for module in {"embed", "lm_head"} & tree.keys():
+        tree[module] = {n: packed_table(leaf, kind) for n, leaf in tree[module].items()}
     for i in range(config.num_layers):
         layer = tree[f"layers_{i}"]
 
         def stacked(
             group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer
-        ) -> dict[str, Array]:
+        ) -> dict[str, Any]:
             """The kernels, whose first `axes` axes are their input's, below each other as [out,
             in].
             """
             parts = [layer[group_name][name] for name in kernels]
             leaves = [part["kernel"] for part in parts]
             found = {
-                "kernel": jnp.concatenate(
+                "kernel": joined(leaves, kind)
+                if isinstance(leaves[0], QuantizedArray)
+                else jnp.concatenate(
                     [leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves]
                 )
             }
@@ -150,7 +169,7 @@ def _pack(config: LlamaConfig, params: Tree) -> Tree:
     return tree
 
 
-def _turned(config: LlamaConfig, name: str, leaf: Array) -> Array:
+def _turned(config: LlamaConfig, name: str, leaf: Any) -> Any:
     """What writes or norms the heads of q or k, with widened heads in `paired_order`, others as
     they are: a rotation of whole heads takes no more operations than the base's. Where the heads
     are normed, their adapter dims are as small as the residual state.
@@ -161,28 +180,29 @@ def _turned(config: LlamaConfig, name: str, leaf: Array) -> Array:
     if config.traits.qk_norm:
         scale = 1 / STATE_SCALE if module in QK_NORMS else STATE_SCALE
         is_state = jnp.arange(config.head_dim) >= config.rotary_dim
-        scales = jnp.where(is_state, scale, 1.0).astype(leaf.dtype)
-        leaf = leaf * scales.reshape((1,) * (leaf.ndim - 1) + scales.shape)
-    return leaf[..., paired_order(config.rotary_dim, config.head_dim)]
+        scales = jnp.where(is_state, scale, 1.0)
+        leaf = scaled_outputs(leaf, scales)
+    order = paired_order(config.rotary_dim, config.head_dim)
+    return jax.tree.map(lambda part: part[..., order], leaf)
 
 
-def _scaled(config: LlamaConfig, kernel: str, leaf: Array) -> Array:
-    """A kernel of one layer with its residual state times `STATE_SCALE`; other leaves as they
-    are.
+def _scaled(config: LlamaConfig, kernel: str, name: str, leaf: Any) -> Any:
+    """What writes the residual state with its columns times `STATE_SCALE`, and the norms before
+    what reads it, which undo that; other leaves of one layer as they are.
     """
-    if not kernel or config.base_hidden_size is None:
+    writes = bool(kernel) and KERNELS[kernel][1] == "residual"
+    norm = name.endswith(("attn_norm/scale", "mlp_norm/scale"))
+    if config.base_hidden_size is None or not (writes or norm):
         return leaf
-    reads, writes = KERNELS[kernel]
-    axis, scale = (0, 1 / STATE_SCALE) if reads == "residual" else (-1, STATE_SCALE)
-    assert "residual" in (reads, writes)
-    shape = [1] * leaf.ndim
-    shape[axis] = -1
-    is_state = (jnp.arange(config.hidden_size) >= config.norm_dim).reshape(shape)
-    return leaf * jnp.where(is_state, scale, 1.0).astype(leaf.dtype)
+    is_state = jnp.arange(config.hidden_size) >= config.norm_dim
+    scale = STATE_SCALE if writes else 1 / STATE_SCALE
+    return scaled_outputs(leaf, jnp.where(is_state, scale, 1.0))
 
 
-def _filled(leaf: Array, shape: tuple[int, ...]) -> Array:
+def _filled(leaf: Any, shape: tuple[int, ...]) -> Any:
     """`leaf` with zeros behind it along every axis, up to `shape`."""
+    if isinstance(leaf, QuantizedArray):
+        return filled_codes(leaf, shape)
     pads = [(0, wide - width) for wide, width in zip(shape, leaf.shape, strict=True)]
     return jnp.pad(leaf, pads) if leaf.shape != shape else leaf
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
-import numpy as np
 
 from zflora_jax.adapters.blocks import (
     Array,
     Piece,
     block_region,
     in_axis,
+    packed_scale,
     require_widened,
     stored_values,
     with_block,
+    with_codes,
 )
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.adapters.shapes import check_adapters
+from zflora_jax.adapters.swapping_packed import packed_pieces, place, write_codes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import group, kernel_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.copies import write_pieces
+from zflora_jax.ops.copies import write_divided, write_pieces
+from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.ops.rope import paired_order
 from zflora_jax.parallel.mesh import mesh_in_use, place_like, several_devices
 from zflora_jax.parallel.sharding import constrain
@@ -72,16 +75,34 @@ def _swap(
         layer, _, kernel, block_name = name.split("/")
         axis, shape = in_axis(base, kernel), kernel_shapes(base)[kernel]
         region = block_region(block_name, axis, shape[0][-1], shape[1][-1])
+        at = f"{layer}/{group(kernel)}/{kernel}/kernel"
+        if isinstance(flat.get(at), QuantizedArray) and not config.execution.packed:
+            values = stored_values(kernel, block_name, block, adapter)
+            write = write_divided if several_devices() else _write_here
+            flat[at] = with_codes(flat[at], values, block_name, shape[1][-1], write)
+            continue
         packed, qk_norm = config.execution.packed, config.traits.qk_norm
         value = stored_values(kernel, block_name, block, adapter, packed, qk_norm)
         if several_devices():
-            at = f"{layer}/{group(kernel)}/{kernel}/kernel"
             flat[at] = with_block(flat[at], value, block_name, axis, shape[0][-1], shape[1][-1])
             continue
         if config.execution.packed:
-            leaf_name, first = _place(config, kernel)
+            leaf_name, first = place(config, kernel)
             order = paired_order(config.rotary_dim, config.head_dim) if kernel in "qk" else None
-            found = _packed_pieces(
+            packed_leaf = f"{layer}/{leaf_name}"
+            if isinstance(flat[packed_leaf], QuantizedArray):
+                flat[packed_leaf] = write_codes(
+                    flat[packed_leaf],
+                    stored_values(kernel, block_name, block, adapter),
+                    kernel_shapes(config)[kernel],
+                    first,
+                    extra=block_name != "forward",
+                    writes=region[-1],
+                    order=order,
+                    scale=packed_scale(kernel, block_name, qk_norm),
+                )
+                continue
+            found = packed_pieces(
                 value, kernel_shapes(config)[kernel], first, region[1], region[-1], order
             )
         else:
@@ -104,56 +125,7 @@ def _swap(
     )
 
 
-def _place(config: LlamaConfig, kernel: str) -> tuple[str, int]:
-    """(The packed leaf that holds a kernel, the first of its rows there.)"""
-    heads = {"q": 0, "k": config.num_heads, "v": config.num_heads + config.num_kv_heads}
-    if kernel in heads:
-        return "attn/qkv/kernel", heads[kernel] * config.head_dim
-    if kernel in ("gate", "up"):
-        return "mlp/gate_up/kernel", 0 if kernel == "gate" else config.stored.intermediate_size
-    return f"{group(kernel)}/{kernel}/kernel", 0
-
-
-def _packed_pieces(
-    value: Array,
-    shape: Any,
-    first: int,
-    reads: slice,
-    writes: slice,
-    order: np.ndarray | None,
-) -> list[Piece]:
-    """Cut a block [*in, *out] into pieces of a packed leaf [out, in], each with its start indices.
-
-    `first` is the first row of the kernel in the leaf; `order`, if given, is that of its heads'
-    dims there. Where heads are wider than the base's there are one or two pieces per head (see
-    `ops.copies.write_pieces`).
-    """
-    inputs, outputs = _spans(shape[0], reads), _spans(shape[1], writes, order)
-    flat = value.reshape(sum(count for _, count in inputs), -1).T
-    found: list[Piece] = []
-    at_in = 0
-    for column, width in inputs:
-        at_out = 0
-        for row, height in outputs:
-            found.append(
-                (flat[at_out : at_out + height, at_in : at_in + width], (first + row, column))
-            )
-            at_out += height
-        at_in += width
-    return found
-
-
-def _spans(
-    axes: tuple[int, ...], part: slice, order: np.ndarray | None = None
-) -> list[tuple[int, int]]:
-    """(start, count) of the pieces that slice `part` of the last of `axes` has in all of them
-    flattened; a single one if it is contiguous.
-
-    order: the native index at each place of the last axis; None where they are the same.
-    """
-    width, heads = axes[-1], int(np.prod(axes[:-1]))
-    places = np.argsort(np.arange(width) if order is None else order)
-    runs = np.split(places[part], np.flatnonzero(np.diff(places[part]) != 1) + 1)
-    if len(runs) == 1 and len(runs[0]) == width:
-        return [(0, heads * width)]
-    return [(head * width + int(run[0]), len(run)) for head in range(heads) for run in runs]
+def _write_here(x: Array, value: Array, spans: Mapping[int, slice]) -> Array:
+    """`ops.copies.write_divided` on one device, in place."""
+    start = tuple((spans[axis].start or 0) if axis in spans else 0 for axis in range(-x.ndim, 0))
+    return write_pieces(x, [value], [start])

@@ -154,7 +154,13 @@ def _model(args: argparse.Namespace, config: RunConfig, mesh: Mesh | None) -> tu
     if args.workdir:
         return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)
     # On a mesh as decoding needs it, so that there is no second copy.
-    model = load_model(args.model, config.train.dtype, scan_layers=mesh is None, mesh=mesh)
+    model = load_model(
+        args.model,
+        config.train.dtype,
+        scan_layers=mesh is None,
+        mesh=mesh,
+        quantize=config.quantize,
+    )
     if "train.matmul_precision" in changes(args):  # else the one that an export was trained with
         model.config = model.config.replace(matmul_precision=config.train.matmul_precision)
     return model, Path(args.model).name

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zflora_jax.cli.inputs import changes, mesh_asked
 from zflora_jax.cli.options import CommandParser, add_mesh, add_processes, add_source, join
 from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.quantize_config import STORED
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.textfile import decode, lines_of
 
@@ -35,6 +36,12 @@ def add_options(parser: CommandParser) -> None:
         "--dtype",
         choices=["float32", "bfloat16"],
         help="of --model (default: float32; a run has its own)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=STORED,
+        help="how the kernels of --model are stored (default: keep, as it is, of a .gguf file;"
+        " else none, as numbers)",
     )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="answer this")
@@ -102,8 +109,8 @@ def run(args: argparse.Namespace) -> None:
         "--system is a turn of a conversation; leave --plain out, or put the text into the prompt.",
     )
     require(
-        not (args.workdir and (args.adapter or args.dtype)),
-        "--adapter and --dtype go with --model; a run has its own.",
+        not (args.workdir and (args.adapter or args.dtype or args.quantize)),
+        "--adapter, --dtype and --quantize go with --model; a run has its own.",
     )
     require(
         not (args.checkpoint and not args.workdir), "--checkpoint is of a run: give its --workdir."
@@ -203,13 +210,19 @@ def _model_of(args: argparse.Namespace) -> Model:
     from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft
+    from zflora_jax.nn.quantize_model import is_quantized, stored_text
     from zflora_jax.training.workdir import read_config
 
     mesh = mesh_asked(changes(args), read_config(args.workdir) if args.workdir else None)
     if args.workdir:
         return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)[0]
-    # On a mesh as decoding needs it, so that there is no second copy.
-    model = load_model(args.model, args.dtype or "float32", scan_layers=mesh is None, mesh=mesh)
+    # The file's own blocks where nothing is merged into them. On a mesh as decoding needs it, so
+    # that there is no second copy.
+    own = "keep" if args.model.endswith(".gguf") and not args.adapter else "none"
+    dtype, how = args.dtype or "float32", args.quantize or own
+    model = load_model(args.model, dtype, scan_layers=mesh is None, mesh=mesh, quantize=how)
+    if is_quantized(model):
+        print(f"base: {stored_text(model)} (--quantize none: as numbers)", file=sys.stderr)
     if args.adapter:
         require(
             model.adapter is None,

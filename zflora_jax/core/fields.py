@@ -63,6 +63,7 @@ def check_types(config: Any) -> None:
         "TrainConfig": "train.",
         "EvalConfig": "eval.",
         "MeshConfig": "mesh.",
+        "QuantizeConfig": "quantize.",
     }
     prefix = section.get(type(config).__name__, "")
     for f in dataclasses.fields(config):

@@ -13,6 +13,7 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import check_types, renamed, require
 from zflora_jax.core.mesh_config import MeshConfig as MeshConfig
 from zflora_jax.core.model_config import Precision, Remat
+from zflora_jax.core.quantize_config import QuantizeConfig as QuantizeConfig
 
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval", "plain"]
 RowFormat = Literal[
@@ -281,6 +282,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -299,6 +301,11 @@ class RunConfig:
             split or self.optim.loraplus_ratio == 1,
             f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has"
             " no blocks of two kinds; leave it at 1.",
+        )
+        require(
+            METHODS[self.adapter.method].in_place != "full" or not self.quantize.active,
+            "method 'full' trains the base's numbers, and quantize.* stores them as codes, which"
+            " have no gradient: leave quantize.* at none, or train an adapter.",
         )
         parts, micro = self.mesh.row_parts, self.data.micro_batch_size
         require(

@@ -42,6 +42,15 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     return tree
 
 
+def arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`flatten`, with the arrays of a leaf that has several (codes and scales) under its name."""
+    flat: dict[str, Any] = {}
+    for name, leaf in flatten(tree).items():
+        for path, part in jax.tree_util.tree_flatten_with_path(leaf)[0]:
+            flat["/".join((name, *(str(getattr(key, "name", key)) for key in path)))] = part
+    return flat
+
+
 def taken(tree: Tree) -> Iterator[tuple[str, Any]]:
     """(Name, leaf) of every leaf, in the order of `flatten`; each is taken out of `tree` as it is
     given, so that its memory is free once the caller has dropped it.
@@ -165,7 +174,7 @@ def fingerprint(
     the host at a time, of larger tables PIECE_BYTES.
     """
     digests = {}
-    for name, leaf in flatten(tree).items():
+    for name, leaf in arrays(tree).items():
         stacked = name.startswith("layers/")
         cut = tuple(slice(size) for size in (leaf.shape if corner is None else corner[name]))
         for i in range(leaf.shape[0] if stacked else 1):

@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from zflora_jax.adapters.methods import resolve_adapter
@@ -19,19 +18,23 @@ from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model, require_fit
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.trees import flatten
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.load import HUB_IDS, load_model, load_tokenizer, locate, model_config
 from zflora_jax.hf.tokenizer import tokenizer_state
 from zflora_jax.inference.text import stop_as_trained
+from zflora_jax.nn.quantize_model import is_quantized
+from zflora_jax.ops.quantized import QuantizedArray
 
 log = logging.getLogger(__name__)
 
 
 def load_base(run: RunConfig, mesh: Mesh | None = None) -> Model:
     """The base of `run` in its dtype, divided over `mesh` if one is given; see `as_base`."""
-    return as_base(run, load_model(run.model, dtype=run.train.dtype, mesh=mesh))
+    model = load_model(run.model, run.train.dtype, mesh=mesh, quantize=run.quantize)
+    return as_base(run, model)
 
 
 def as_base(run: RunConfig, model: Model) -> Model:
@@ -61,7 +64,11 @@ def as_base(run: RunConfig, model: Model) -> Model:
         " scan_layers=False.",
     )
     found: dict[str, set[str]] = {
-        "params": {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)},
+        "params": {
+            str(leaf.dtype)
+            for leaf in flatten(model.params).values()
+            if not isinstance(leaf, QuantizedArray)
+        },
         "activations": {model.config.execution.dtype},
     }
     for what, dtypes in found.items():
@@ -71,6 +78,11 @@ def as_base(run: RunConfig, model: Model) -> Model:
             f" {run.train.dtype}: load it with load_model(..., dtype={run.train.dtype!r}), or set"
             " train.dtype.",
         )
+    require(
+        run.quantize.active or not is_quantized(model),
+        "the model's kernels are stored as codes, and the run says quantize.kernels=none: set"
+        " quantize.* to what the model was quantised with, so that eval and export load the same.",
+    )
     # An adapter merged by addition left an ordinary base.
     model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
     # Targets that match nothing are refused here, before anything slow.

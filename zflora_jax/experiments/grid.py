@@ -274,15 +274,18 @@ class _Bases:
     """The base model that a device has: loaded once for all runs in a row that share it."""
 
     def __init__(self) -> None:
-        self._loaded: dict[Any, tuple[tuple[str, str], Model]] = {}
+        self._loaded: dict[Any, tuple[Any, Model]] = {}
 
     def of(self, run: RunConfig, devices: Devices) -> Model | None:
         """None where several devices share the base: then each run loads its slices."""
         if devices is None or len(devices) > 1:
             return None
-        [device], key = devices, (run.model, run.train.dtype)
+        [device], key = devices, (run.model, run.train.dtype, run.quantize)
         if self._loaded.get(device, (None,))[0] != key:
             self._loaded.pop(device, None)  # before the next one needs its memory
             with jax.default_device(device):
-                self._loaded[device] = key, load_model(run.model, dtype=run.train.dtype)
+                self._loaded[device] = (
+                    key,
+                    load_model(run.model, run.train.dtype, quantize=run.quantize),
+                )
         return as_base(run, self._loaded[device][1])

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec as P
 
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.shapes import adapter_shapes
@@ -29,8 +29,10 @@ from zflora_jax.core.fields import ConfigError, override, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import numerics
+from zflora_jax.nn.quantize_model import quantized_shapes
 from zflora_jax.ops.attention_blocks import query_blocks
-from zflora_jax.parallel.sharding import AXES, spec, state_shardings
+from zflora_jax.ops.quantized import bytes_of
+from zflora_jax.parallel.sharding import AXES, spec, specs, state_shardings
 from zflora_jax.parallel.targets import GIB
 from zflora_jax.training.trainer import batch_loss, init_state
 
@@ -84,10 +86,9 @@ def memory_plan(
 def bytes_per_device(run: RunConfig, config: LlamaConfig, *, flash: bool = False) -> dict[str, int]:
     """Bytes on each device, by purpose. flash: as for `memory_plan`."""
     mesh = AbstractMesh((run.mesh.data, run.mesh.fsdp, run.mesh.tensor), AXES)
-    width = jnp.dtype(config.execution.dtype).itemsize
     trainable = _local(adapter_shapes(config, run.adapter), mesh, 4)
     sizes = {
-        "base": _local(param_shapes(config), mesh, width),
+        "base": _local_base(run, config, mesh),
         "adapters": trainable,
         # Of this micro-batch, and the sum over them.
         "gradients": trainable * (2 if run.data.grad_accum_steps > 1 else 1),
@@ -122,6 +123,20 @@ def _local(shapes: Mapping[str, tuple[int, ...]], mesh: Any, width: int) -> int:
     return total
 
 
+def _local_base(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
+    """Bytes of one device's slices of the base, as it is stored."""
+    total, width = 0, jnp.dtype(config.execution.dtype).itemsize
+    if not run.quantize.active:
+        return _local(param_shapes(config), mesh, width)
+    for name, leaf in trees.flatten(abstract_arguments(run, config, 1)[0]).items():
+        parts = jax.tree.leaves(leaf)
+        at = jax.tree.leaves(specs(name, leaf, mesh), is_leaf=lambda x: isinstance(x, P))
+        for part, where in zip(parts, at, strict=True):
+            shared = math.prod(mesh.shape[axis] for axis in where if axis is not None)
+            total += bytes_of(part) // shared
+    return total
+
+
 def _optimizer_state(run: RunConfig, config: LlamaConfig, mesh: Any) -> int:
     """Bytes of one device's part of the optimizer's state, without its counters."""
     _, adapters, _ = abstract_arguments(run, config, 1)
@@ -153,8 +168,9 @@ def abstract_arguments(
     batch: dict[str, Any] = {"tokens": jnp.int32, "loss_mask": jnp.bool_}
     if run.data.packing:
         batch["segments"] = jnp.int32
+    base = tree(param_shapes(config), jnp.dtype(config.execution.dtype))
     return (
-        tree(param_shapes(config), jnp.dtype(config.execution.dtype)),
+        quantized_shapes(config, run.quantize, base),
         tree(adapter_shapes(config, run.adapter), jnp.float32),
         {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch.items()},
     )
@@ -204,8 +220,8 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any, flash: bool) ->
     """Bytes of the largest of three: a chunk of logits and its backward pass, 3 C V float32 in
     compiled steps; one layer's backward pass, 3 B H T^2 float32 of attention (less if its queries
     are computed in blocks; of a flash kernel 12 B T H k) and 4 B T f of the MLP; with the head, or
-    the kernels of one layer, where fsdp gathers them. Method "full" sums the gradient of the
-    gathered head over the chunks: two more heads in float32.
+    the kernels of one layer, where fsdp gathers them or they are dequantised. Method "full" sums
+    the gradient of the gathered head over the chunks: two more heads in float32.
     """
     rows, length, tensor = _local_rows(run), run.data.bucket_lengths[-1], run.mesh.tensor
     parts = tensor if config.vocab_size % tensor == 0 else 1  # of the vocabulary
@@ -225,7 +241,7 @@ def _working_set(run: RunConfig, config: LlamaConfig, mesh: Any, flash: bool) ->
     kept = (
         rows * length * 16 * config.hidden_size * width if config.execution.remat == "block" else 0
     )
-    return max(logits, attention + mlp + kept + (layer if gathered else 0))
+    return max(logits, attention + mlp + kept + (layer if gathered or run.quantize.active else 0))
 
 
 def _changes(run: RunConfig, config: LlamaConfig, limit: int, flash: bool) -> list[dict[str, Any]]:
@@ -285,6 +301,8 @@ def _candidates(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             "bfloat16: half the base and activations, rounded numbers",
             {"train.dtype": "bfloat16"},
         )
+    if not run.quantize.active and METHODS[run.adapter.method].in_place != "full":
+        yield "the base in 4 bits: rounded numbers", {"quantize.kernels": "nf4"}
     if METHODS[run.adapter.method].in_place == "full":
         yield "an adapter instead of all parameters", {"adapter.method": "zflora-minimal"}
     if micro % (2 * parts) == 0:

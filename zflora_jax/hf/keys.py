@@ -249,6 +249,7 @@ def gather(
     read: Callable[[str, Place, Slices], np.ndarray],
     dtype: Any,
     sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
+    whole_leaf: Callable[[str, list[tuple[str, Place]]], Any] | None = None,
 ) -> dict[str, Any]:
     """Assemble the native leaves of a model.
 
@@ -261,15 +262,21 @@ def gather(
       dtype: of the leaves.
       sharding: (leaf name, shape) -> sharding of a leaf; only the blocks that this process's
         devices hold are read then. None: whole, on the first device.
+      whole_leaf: (leaf name, its tensors) -> the leaf where it is not assembled from numbers, else
+        None.
 
     Returns:
-      Leaf name -> jax array.
+      Leaf name -> jax array, or what `whole_leaf` gave.
     """
     by_leaf: dict[str, list[tuple[str, Place]]] = {}
     for name, place in table.items():
         by_leaf.setdefault(place.leaf, []).append((name, place))
     leaves = {}
     for leaf, members in sorted(by_leaf.items()):
+        made = None if whole_leaf is None else whole_leaf(leaf, members)
+        if made is not None:
+            leaves[leaf] = made
+            continue
         stacked = members[0][1].layer is not None
         shape = (len(members),) * stacked + members[0][1].shape
         assemble = _assembler(

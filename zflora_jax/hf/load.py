@@ -18,6 +18,7 @@ from zflora_jax.core.fields import first_line, nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import PRESETS
+from zflora_jax.core.quantize_config import QuantizeConfig, quantize_config
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.bucket import MODEL_FILES, headers
@@ -37,9 +38,11 @@ from zflora_jax.hf.keys import (
     hf_table,
     slices_shape,
 )
+from zflora_jax.hf.quantized_leaves import QuantizedLeaves
 from zflora_jax.hf.restore import MANIFEST, load_export
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
+from zflora_jax.nn.quantize_model import quantize_model
 from zflora_jax.parallel.sharding import placement
 
 # Where the weights of the named models are published. Meta's are gated: the hub asks for a licence
@@ -81,6 +84,7 @@ def load_model(
     *,
     scan_layers: bool = True,
     mesh: Any = None,
+    quantize: QuantizeConfig | str | None = None,
 ) -> Model:
     """Load a base model, or an export of this project as the fused model it was made from.
 
@@ -96,6 +100,9 @@ def load_model(
       mesh: a jax Mesh (`parallel.sharding.make_mesh`). Parameters are divided over it by
         `parallel.sharding.RULES`; of safetensors files, each process reads only the slices that its
         devices hold. None: whole, on the first device.
+      quantize: what is stored as codes and scales (`ops.quantized`), each tensor quantised on its
+        own as it is read: a QuantizeConfig, or a kind for the layers' kernels; "keep": all blocks
+        of a .gguf file as they are. None: nothing.
 
     Returns:
       Model(config, params as `core.architecture.param_shapes` lists them, tokenizer or None,
@@ -113,11 +120,11 @@ def load_model(
         " too small to train in).",
     )
     path, origin = locate(source)
-    sharding = None if mesh is None else partial(placement, mesh)
+    how = quantize_config(quantize)
     if path.is_dir():
-        model = _from_directory(path, dtype, scan_layers, sharding)
+        model = _from_directory(path, dtype, scan_layers, mesh, how)
     elif path.suffix == ".gguf":
-        model = load_gguf(path, dtype, scan_layers, sharding)
+        model = load_gguf(path, dtype, scan_layers, mesh, how)
     else:
         raise CheckpointError(
             f"{path} is a file of an unknown kind; give a .gguf file, or the directory that holds"
@@ -245,11 +252,19 @@ def _fetch(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> P
         ) from error
 
 
-def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: Any) -> Model:
+def _from_directory(
+    directory: Path, dtype: str, scan_layers: bool, mesh: Any, how: QuantizeConfig
+) -> Model:
+    require(
+        "keep" not in (how.kernels, how.embedding, how.head),
+        f"quantize 'keep' keeps the blocks of a .gguf file, and {directory} is a Hugging Face"
+        " directory; choose a kind, such as int8 or nf4.",
+    )
     hf, generation = read_json(directory / "config.json"), directory / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None
     if (directory / MANIFEST).exists():
-        model = load_export(directory, hf, dtype, scan_layers, sharding)
+        model = load_export(directory, hf, dtype, scan_layers, mesh)
+        model = quantize_model(model, how) if how.active else model
         # The stop tokens as stock software reads them, even if they were changed.
         stop = from_hf_config(hf, settings, rope=False).eos_token_ids
         model.config = model.config.replace(eos_token_ids=stop)
@@ -264,20 +279,23 @@ def _from_directory(directory: Path, dtype: str, scan_layers: bool, sharding: An
                 stacklevel=3,
             )
         model = read_params(
-            Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers), sharding
+            Shards(directory), config.replace(dtype=dtype, scan_layers=scan_layers), mesh, how
         )
     model.tokenizer = load_tokenizer(directory)
     return model
 
 
-def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Model:
+def read_params(
+    shards: Shards, config: LlamaConfig, mesh: Any = None, how: QuantizeConfig | None = None
+) -> Model:
     """Read the tensors of a stock directory.
 
     Args:
       shards: the directory's tensors. Where RoPE rotates a part of a head (base_head_dim), q and k
         are in the order and scale of stock form.
       config: of the native model.
-      sharding: as for `gather`.
+      mesh: that the parameters are divided over; None: whole, on the first device.
+      how: what is stored as codes; None: nothing.
 
     Returns:
       The model, without a tokenizer.
@@ -300,7 +318,9 @@ def read_params(shards: Shards, config: LlamaConfig, sharding: Any = None) -> Mo
         )
         return form.inverse_heads(module_of(place), x)
 
-    return Model(config, unflatten(gather(table, read, config.execution.dtype, sharding)))
+    leaves = QuantizedLeaves(config, how or QuantizeConfig(), mesh, read)
+    sharding = None if mesh is None else partial(placement, mesh)
+    return Model(config, unflatten(gather(table, read, config.execution.dtype, sharding, leaves)))
 
 
 def load_tokenizer(directory: Path) -> Any:

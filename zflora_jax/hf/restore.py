@@ -55,7 +55,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def load_export(
-    directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers: bool, sharding: Any = None
+    directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers: bool, mesh: Any = None
 ) -> Model:
     """Load the native fused model that an export was made from.
 
@@ -67,7 +67,7 @@ def load_export(
       hf: its config.json.
       dtype: of the parameters.
       scan_layers: whether the layers are stacked.
-      sharding: (name, shape, fused=...) -> sharding of a leaf; None: whole, on the first device.
+      mesh: that the parameters are divided over; None: whole, on the first device.
 
     Raises:
       CheckpointError: zflora.json, config.json and the tensors do not belong together.
@@ -111,7 +111,7 @@ def load_export(
         x = _block(shards, name, stock[name], block)
         return form.inverse(module_of(place), x, block)[inner]
 
-    where = sharding and partial(sharding, fused=adapter is not None)
+    where = None if mesh is None else partial(placement, mesh, fused=adapter is not None)
     return Model(native, unflatten(gather(table, read, dtype, where)), adapter=adapter)
 
 

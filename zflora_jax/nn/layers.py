@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from zflora_jax.adapters.methods import FROZEN
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.ops.copies import take_rows
 from zflora_jax.ops.dora import column_norms
-from zflora_jax.ops.head import head_logits
-from zflora_jax.ops.linear import Array, packed_linear, project
+from zflora_jax.ops.kernels import frozen_product, output_logits, packed_product, table_rows
+from zflora_jax.ops.linear import Array, project
+from zflora_jax.ops.quantized import QuantizedArray, float_values
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.tiling import tile
 
@@ -35,10 +35,15 @@ class AdaptedModule(nn.Module):
 
     def base_param(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
-    ) -> Array:
-        """The base parameter, or what replaces it whole in the adapters (method "full")."""
+    ) -> Any:
+        """The base parameter, or what replaces it whole in the adapters (method "full"); a
+        `QuantizedArray` where the tree has one.
+        """
         if self.has_variable("adapters", name):
             return self.get_variable("adapters", name)
+        given: Any = self.get_variable("params", name)
+        if isinstance(given, QuantizedArray):
+            return given
         return self.param(name, init, shape, jnp.float32)
 
     def block(self, name: str, dtype: jnp.dtype) -> Array:
@@ -138,7 +143,7 @@ class Dense(AdaptedModule):
         if "magnitude" not in block:
             return y + added.reshape(y.shape)
         kernel: Any = self.get_variable("params", "kernel")
-        matrix = kernel.reshape(flat.shape[-1], -1)
+        matrix = float_values(kernel).reshape(flat.shape[-1], -1)
         own = (y - self._bias(y)).reshape(added.shape)
         if dropped is not flat:
             own = project(dropped, matrix.astype(y.dtype))
@@ -155,12 +160,13 @@ class Dense(AdaptedModule):
             flat = x.reshape(*x.shape[:-n], -1)
             shape = math.prod(self.out_axes), flat.shape[-1]
             kernel = self.base_param("kernel", init, shape)
-            y = packed_linear(flat, kernel.astype(x.dtype)).reshape(*x.shape[:-n], *self.out_axes)
+            y = packed_product(flat, kernel).reshape(*x.shape[:-n], *self.out_axes)
         else:
             kernel = self.base_param("kernel", init, self.in_axes + self.out_axes)
-            # A frozen kernel has no gradient to arrange.
-            product = project if self.has_variable("adapters", "kernel") else jnp.tensordot
-            y = product(x, kernel.astype(x.dtype), n)
+            if self.has_variable("adapters", "kernel"):
+                y = project(x, kernel.astype(x.dtype), n)
+            else:
+                y = frozen_product(x, kernel, n)
         if not self.bias:
             return y
         self.base_param("bias", nn.initializers.zeros, self.out_axes)
@@ -244,11 +250,11 @@ class Embed(AdaptedModule):
         )
 
     def __call__(self, tokens: Array) -> Array:
-        rows = take_rows(self.table, tokens, self.config.hidden_size)
-        return rows.astype(self.config.execution.dtype)
+        width, dtype = self.config.hidden_size, self.config.execution.dtype
+        return table_rows(self.table, tokens, width, dtype)
 
     def attend(self, x: Array) -> Array:
-        return head_logits(x, self.table.astype(x.dtype), True)
+        return output_logits(x, self.table, tied=True)
 
 
 class Head(AdaptedModule):
@@ -260,4 +266,4 @@ class Head(AdaptedModule):
     def __call__(self, x: Array) -> Array:
         shape = (self.config.norm_dim, self.config.vocab_size)
         kernel = self.base_param("kernel", nn.initializers.normal(0.02), shape)
-        return head_logits(x, kernel.astype(x.dtype), False)
+        return output_logits(x, kernel, tied=False)

@@ -7,7 +7,7 @@ make the backward pass keep the gathered kernels of all layers). tensor: heads, 
 vocabulary are divided, as in Megatron-LM (arXiv 1909.08053). Adapter blocks stay apart from their
 kernels in training, so an adapter's width need not be divisible by the mesh.
 
-Shapes: B rows of a batch, T tokens, d residual width.
+Shapes: B rows of a batch, T tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -167,6 +168,29 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
     return P(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
+def specs(name: str, leaf: Any, mesh: Any, *, fused: bool = False) -> Any:
+    """The PartitionSpec of each array of a leaf, in the leaf's own form: one, or those of codes and
+    of scales. A scale lies beside the numbers that it scales where its axis can be divided so.
+
+    Args:
+      name, mesh, fused: as in `spec`.
+      leaf: of arrays or ShapeDtypeStructs.
+    """
+    whole = spec(name, tuple(leaf.shape), mesh, fused=fused)
+
+    def of_part(part: Any) -> P:
+        if tuple(part.shape) == tuple(leaf.shape):
+            return whole
+        counts = [
+            math.prod(mesh.shape[axis] for axis in ((at,) if isinstance(at, str) else at or ()))
+            for at in whole
+        ]
+        sizes = zip(whole, part.shape, counts, strict=True)
+        return P(*(at if size % count == 0 else None for at, size, count in sizes))
+
+    return jax.tree.map(of_part, leaf)
+
+
 @functools.cache
 def _warn(text: str) -> None:
     """Warn in the log, once per process."""
@@ -189,8 +213,8 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> tr
       fused: as in `spec`.
     """
 
-    def place(name: str, leaf: Any) -> NamedSharding:
-        return placement(mesh, name, tuple(leaf.shape), fused=fused)
+    def place(name: str, leaf: Any) -> Any:
+        return jax.tree.map(partial(NamedSharding, mesh), specs(name, leaf, mesh, fused=fused))
 
     return trees.map_with_names(place, tree)
 
@@ -206,8 +230,8 @@ def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
     if mesh.empty:
         return dict(tree)
 
-    def place(name: str, leaf: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(leaf, spec(name, leaf.shape, mesh, fused=fused))
+    def place(name: str, leaf: Any) -> Any:
+        return jax.lax.with_sharding_constraint(leaf, specs(name, leaf, mesh, fused=fused))
 
     return trees.map_with_names(place, tree)
 
@@ -299,52 +323,9 @@ def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return leaf
-    axes = (None if axis == "fsdp" else axis for axis in spec(name, leaf.shape, mesh))
-    return jax.lax.with_sharding_constraint(leaf, P(*axes))
 
+    def gathered(part: jax.Array, at: P) -> jax.Array:
+        axes = (None if axis == "fsdp" else axis for axis in at)
+        return jax.lax.with_sharding_constraint(part, P(*axes))
 
-def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
-    """Divide embeddings as the layers compute them; without a mesh they stay as they are.
-
-    The rows are divided in a second step, an all-to-all along fsdp: asked for them in one step, XLA
-    replicates the embeddings of the whole batch on meshes of several axes.
-
-    Args:
-      x: [B, T, d], from a lookup in a table whose d is divided over fsdp.
-      rows: divide the rows over fsdp too, as in training, where each layer gathers its kernels.
-        Else d stays divided over fsdp: kernels stay in place and products are summed, which moves
-        less data for few tokens, as in decode.
-    """
-    x = divide(x, "data", None, "fsdp")
-    return divide_rows(x) if rows and x.shape[0] % batch_shards() == 0 else x
-
-
-def divide_rows(x: jax.Array) -> jax.Array:
-    """Divide x [B, ...] by rows over data and fsdp; without a mesh it stays as it is."""
-    return divide(x, BATCH)
-
-
-def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Divide the first dimensions of an array over axes of the mesh in use, where the axes divide
-    them.
-
-    Args:
-      x: an array in a compiled function.
-      axes: for each of the first dimensions one axis, several, or None; the dimensions that follow
-        are not divided.
-
-    Returns:
-      x; without a mesh it stays as it is.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-
-    def count(axis: str | tuple[str, ...] | None) -> int:
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        return math.prod(mesh.shape[name] for name in names)
-
-    fits = (
-        axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False)
-    )
-    return jax.lax.with_sharding_constraint(x, P(*fits))
+    return jax.tree.map(gathered, leaf, specs(name, leaf, mesh))

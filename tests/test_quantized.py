@@ -1,0 +1,170 @@
+"""Codes and scales: what they stand for, their products in every device's form, GGUF's bytes."""
+
+from dataclasses import replace
+from typing import get_args
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.quantize_config import QuantizeConfig, Stored, quantize_config
+from zflora_jax.hf.gguf_blocks import KEPT, from_blocks, to_blocks
+from zflora_jax.ops import quantized_linear as products
+from zflora_jax.ops.quantized import (
+    KINDS,
+    QuantizedArray,
+    bytes_of,
+    code_values,
+    dequantize,
+    pair,
+    quantize,
+    unpair,
+)
+from zflora_jax.ops.quantized_blocks import cut, paste, quantize_block, widen
+
+RNG = np.random.default_rng(0)
+
+
+def numbers(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def test_settings_name_the_kinds_that_there_are():
+    assert set(get_args(Stored)) == {"none", "keep", *KINDS}
+    assert quantize_config("keep").embedding == "keep"
+    assert quantize_config("nf4") == QuantizeConfig("nf4")
+    with pytest.raises(ConfigError, match=r"quantize.kernels='int3'.*Allowed: int4"):
+        quantize_config("int3")
+    with pytest.raises(ConfigError, match=r"quantize.group=48: 32, 64 or 128"):
+        QuantizeConfig("int4", group=48)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_ggufs_blocks_are_ggufs_byte_for_byte(kind):
+    rows, stored = numbers(6, 96), gguf.GGMLQuantizationType[kind.upper()]
+    rows[2, 32:64] = 0  # a block without a scale
+    rows[3, :32] = np.linspace(-1, 1, 32)  # halves between codes
+    data = gguf.quantize(rows, stored)
+    found = from_blocks(data, kind)
+    np.testing.assert_array_equal(to_blocks(found), data)
+    made = jax.jit(lambda x: quantize(x, kind, writes=0))(rows)
+    for part, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(np.asarray(part), wanted)
+    np.testing.assert_array_equal(np.asarray(dequantize(made)), gguf.dequantize(data, stored))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_other_kinds_are_qwixs(kind):
+    x, row = numbers(2, 64, 3, 5), KINDS[kind]
+    wanted = qwix.quantize(
+        jnp.asarray(x),
+        kind if row.table else row.codes,
+        channelwise_axes=[0, 2, 3],
+        tiled_axes={1: row.group} if row.group else {},
+        scale_dtype=jnp.float32,
+    )
+    found = quantize(jnp.asarray(x), kind, writes=2)
+    np.testing.assert_array_equal(np.asarray(found.codes), np.asarray(wanted.qvalue))
+    plain = replace(found, scales=wanted.scale)
+    np.testing.assert_allclose(
+        np.asarray(dequantize(plain)), np.asarray(qwix.dequantize(wanted)), rtol=1e-6
+    )
+
+
+def test_one_scale_for_all_inputs_goes_over_heads():
+    found = quantize(jnp.asarray(numbers(4, 8, 16)), "int8", reads=2)
+    assert found.scales.shape == (1, 1, 16)
+
+
+def packed(kind, group, width=96, extra=10):
+    """A kernel [5, width + extra] with an adapter's inputs, as decode reads it."""
+    base = quantize(jnp.asarray(numbers(width, 5)), kind, group=group)
+    wide = widen(base, extra, 0)
+    block = quantize_block(jnp.asarray(numbers(extra, 5)), wide)
+
+    def write(x, value, spans):
+        at = tuple(spans.get(axis, slice(None)) for axis in range(-x.ndim, 0))
+        return x.at[at].set(value.astype(x.dtype))
+
+    made = paste(wide, block, write, extra=True, outputs=slice(None))
+    back = cut(made, extra=True)
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(block), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    fill = -extra % group if group else 0
+    codes = jnp.pad(made.codes, ((0, fill), (0, 0)))
+    return replace(made, codes=codes, inner=width + extra + fill)
+
+
+FORMS = [("int8", 0), *((kind, 32) for kind in KINDS)]
+
+
+@pytest.mark.parametrize(("kind", "group"), FORMS)
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_products_of_every_device_equal_the_dequantised(kind, group, rows):
+    columns = packed(kind, group)
+    by_rows = replace(jax.tree.map(lambda part: part.T, columns), writes=0)
+    x = jnp.asarray(numbers(rows, columns.shape[0]))
+    wanted = np.asarray(x @ dequantize(columns))
+    close = {"rtol": 0, "atol": 1e-5 * np.abs(wanted).max()}
+    flat = [products.multiply_and_sum, products.eight_rows_product]
+    found = [product(x, by_rows) for product in flat[: 2 if not group else 1]]
+    found += [products.eight_rows_product(x, columns)] if group else []
+    if KINDS[kind].bits == 4:
+        both = pair(by_rows)
+        for one, other in zip(jax.tree.leaves(unpair(both)), jax.tree.leaves(by_rows), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        assert bytes_of(both.codes) == bytes_of(by_rows.codes)
+        found += [products.paired_product(x, both)] if KINDS[kind].table is None else []
+    for y in found:
+        np.testing.assert_allclose(np.asarray(y), wanted, **close)
+    if kind == "int8" and not group:  # 15 bits of the inputs: half a step of each, at most
+        step = np.abs(np.asarray(x)).max() / 127 / 254
+        bound = step * np.abs(np.asarray(dequantize(columns))).sum(axis=0).max()
+        found = products.int8_product(x, by_rows)
+        error = np.abs(np.asarray(found) - wanted).max()
+        assert 0 < error < bound
+    for w in (by_rows, columns):
+        y = products.quantized_linear(x[:, None], w)[:, 0]
+        np.testing.assert_allclose(np.asarray(y), wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_dequantised_kernel(kind):
+    """Of inputs alone; also where few rows take a device's form, which rounds."""
+    w, x = quantize(jnp.asarray(numbers(64, 3, 4)), kind, writes=2), jnp.asarray(numbers(2, 3, 64))
+    wanted = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.tensordot(x, dequantize(w), 1))))(x)
+    found = jax.grad(lambda x: jnp.sum(jnp.sin(products.quantized_tensordot(x, w))))(x)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-5)
+    table = quantize(jnp.asarray(numbers(7, 64)), kind, writes=0)
+    wanted = jax.grad(lambda x: jnp.sum(x @ dequantize(table).T))(x)
+    found = jax.grad(lambda x: jnp.sum(products.quantized_linear(x, table)))(x)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-5)
+
+
+def test_rows_of_a_table_are_the_dequantised_and_nan_where_there_is_none():
+    table = pair(quantize(jnp.asarray(numbers(7, 64)), "q4_1", writes=0))
+    rows = products.quantized_rows(table, jnp.asarray([[3, 6], [7, 0]]), 70, jnp.float32)
+    np.testing.assert_array_equal(np.asarray(rows[0, 1, :64]), np.asarray(dequantize(table))[6])
+    assert not rows[0, :, 64:].any() and jnp.isnan(rows[1, 0]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_groups_are_refused(kind):
+    with pytest.raises(ConfigError, match="groups of 48 inputs"):
+        quantize(jnp.zeros((96, 2)), kind, group=48)
+    if KINDS[kind].group:
+        with pytest.raises(ConfigError, match=r"do not divide an axis of 40 inputs"):
+            quantize(jnp.zeros((40, 2)), kind)
+
+
+def test_bytes_are_those_of_a_device():
+    """Two codes of 4 bits in one; scales of half a number."""
+    assert quantize(jnp.zeros((64, 10)), "q4_1").nbytes == 64 * 10 // 2 + 2 * 2 * 2 * 10
+    assert bytes_of(jax.ShapeDtypeStruct((3, 3), "bfloat16")) == 18
+    codes = code_values("nf4", jnp.arange(16).astype(jnp.uint4))
+    assert float(codes[0]) == -1 and float(codes[7]) == 0 and float(codes[15]) == 1
+    assert isinstance(quantize(jnp.zeros((64, 1)), "nf4"), QuantizedArray)

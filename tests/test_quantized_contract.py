@@ -1,0 +1,166 @@
+"""What must hold of a quantised base, for every kind of kernel and every method that widens."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.grids import always, pairwise
+from support.quantized import WIDENED, how, moved, quantized_tiny
+
+from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.adapters.swapping import swap
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model, fingerprint
+from zflora_jax.core.run_config import QuantizeConfig, RunConfig
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.nn.llama import forward
+from zflora_jax.nn.quantize_model import dequantize_model, is_quantized, quantize_model, stored_text
+from zflora_jax.ops.quantized import KINDS, QuantizedArray
+
+pytestmark = pytest.mark.filterwarnings("ignore:head_dim 32")  # a group that is not full
+TOKENS = np.random.default_rng(0).integers(0, 250, (2, 9)).astype(np.int32)
+KINDS_AND_METHODS = pairwise(list(KINDS), list(WIDENED))
+
+
+def assert_close(found, wanted, factor=1e-5):
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(
+        np.asarray(found), wanted, rtol=0, atol=factor * np.abs(wanted).max()
+    )
+
+
+def assert_same_bits(found, wanted):
+    """Names, forms and bits; scales of -0 and 0 apart."""
+    one, other = trees.arrays(found), trees.arrays(wanted)
+    assert one.keys() == other.keys()
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for name, part in one.items():
+        assert part.dtype == other[name].dtype, name
+        np.testing.assert_array_equal(np.asarray(part), np.asarray(other[name]), name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_model_computes_what_its_numbers_do(kind):
+    model = quantized_tiny(kind)
+    assert is_quantized(model) and f"{kind}: embedding" not in stored_text(model)
+    assert_close(forward(model, TOKENS), forward(dequantize_model(model), TOKENS), 1e-6)
+
+
+@pytest.mark.parametrize(("kind", "method"), KINDS_AND_METHODS)
+def test_fused_packed_and_swapped_equal_adapted_and_the_base_keeps_its_bits(kind, method):
+    """With the blocks that the fused model stores, which `unfuse` gives."""
+    model, adapter = quantized_tiny(kind), WIDENED[method]
+    fused = fuse(model, adapter, moved(model, adapter))
+    base, back = unfuse(fused)
+    assert_same_bits(base.params, model.params)
+    wanted = forward(model, TOKENS, adapter, back)
+    assert np.abs(np.asarray(wanted) - np.asarray(forward(model, TOKENS))).max() > 0.1
+    assert_close(forward(fused, TOKENS), wanted)
+    for device in ("cpu", "gpu", "tpu"):
+        packed = pack_for_decode(fused, device)
+        assert_close(forward(packed, TOKENS), wanted)
+        one = forward(packed, TOKENS[:1, :1])
+        # int8 with one scale rounds its inputs to 15 bits on a CPU.
+        assert_close(one, wanted[:1, :1], 2e-4 if kind == "int8" else 1e-5)
+        other = pack_for_decode(fuse(model, adapter, moved(model, adapter, seed=5)), device)
+        assert_same_bits(swap(other, moved(model, adapter)).params, packed.params)
+
+
+@pytest.mark.parametrize("kind", always(KINDS, lambda kind: kind in ("int8", "q4_1")))
+def test_a_thousand_swaps_leave_the_base_as_it_was(kind):
+    model, adapter = quantized_tiny(kind), WIDENED["zflora-uniform"]
+    tasks = [moved(model, adapter, seed) for seed in (1, 2)]
+    fused = fuse(model, adapter, tasks[0])
+    for i in range(1, 1001):
+        fused = swap(fused, tasks[i % 2])
+    assert_same_bits(fused.params, fuse(model, adapter, tasks[0]).params)
+    assert_same_bits(unfuse(fused)[0].params, model.params)
+    assert fingerprint(unfuse(fused)[0]) == fingerprint(model)
+
+
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if not row.widens])
+def test_merging_by_addition_is_refused_and_says_what_else_there_is(method):
+    model, adapter = quantized_tiny("int8"), AdapterConfig(method, rank=4)
+    if method == "full":
+        with pytest.raises(ConfigError, match=r"method 'full' trains the base's numbers"):
+            RunConfig(adapter=adapter, quantize=QuantizeConfig("nf4"))
+        return
+    adapters = moved(model, adapter)
+    with pytest.raises(ConfigError, match=r"beside the base .*dequantise the base first"):
+        fuse(model, adapter, adapters)
+    beside = generate_tokens(
+        model, [[3, 4, 5]], max_new_tokens=5, adapter=adapter, adapters=adapters
+    )
+    numbers = dequantize_model(model)
+    merged = fuse(numbers, adapter, adapters)
+    assert beside == generate_tokens(merged, [[3, 4, 5]], max_new_tokens=5)
+    assert_close(
+        forward(model, TOKENS, adapter, adapters), forward(numbers, TOKENS, adapter, adapters), 1e-6
+    )
+
+
+def test_layers_stacked_or_apart_are_the_same():
+    adapter, stacked = WIDENED["zflora-minimal"], quantized_tiny("q4_0")
+    config = stacked.config.replace(scan_layers=False)
+    apart = Model(config, trees.unstack_layers(stacked.params, config.num_layers))
+    assert fingerprint(apart) == fingerprint(stacked)
+    adapters = moved(stacked, adapter)
+    wanted = forward(fuse(stacked, adapter, adapters), TOKENS)
+    fused = fuse(apart, adapter, trees.unstack_layers(adapters, config.num_layers), donate=True)
+    assert_close(forward(fused, TOKENS), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_biases_and_head_norms_beside_codes(family):
+    model, adapter = quantized_tiny("q8_0", family=family), WIDENED["zflora-uniform"]
+    fused = fuse(model, adapter, moved(model, adapter))
+    wanted = forward(model, TOKENS, adapter, unfuse(fused)[1])
+    assert_close(forward(fused, TOKENS), wanted)
+    packed = pack_for_decode(fused)
+    assert_close(forward(packed, TOKENS), wanted)
+    assert_same_bits(swap(pack_for_decode(fused), moved(model, adapter)).params, packed.params)
+
+
+def test_an_untied_head_and_kinds_side_by_side():
+    """Kernels of one input stay apart for decode where they are of different kinds."""
+    from support.models import tiny_model
+
+    model = tiny_model(head_dim=32, tie_word_embeddings=False)
+    mixed = quantize_model(model, how("int4", head="int8"))
+    assert stored_text(mixed) == (
+        "float32: embedding; int4: o, k, q, v, down, gate, up; int8: lm_head"
+    ) or {"int4", "int8"} <= set(re.findall(r"int\d", stored_text(mixed)))
+    wanted = forward(dequantize_model(mixed), TOKENS)
+    for device in ("cpu", "gpu", "tpu"):
+        assert_close(forward(pack_for_decode(mixed, device), TOKENS), wanted)
+    flat = trees.flatten(mixed.params)
+    flat["layers/attn/q/kernel"] = trees.flatten(quantize_model(model, how("q8_0")).params)[
+        "layers/attn/q/kernel"
+    ]
+    two = type(mixed)(mixed.config, trees.unflatten(flat))
+    packed = pack_for_decode(two)
+    assert not packed.config.execution.packed
+    assert_close(forward(packed, TOKENS), forward(dequantize_model(two), TOKENS))
+
+
+def test_groups_follow_the_heads_and_odd_widths_are_refused():
+    from support.models import tiny_model
+
+    model = quantize_model(tiny_model(head_dim=32), QuantizeConfig("int4", group=64))
+    flat = trees.flatten(model.params)
+    assert flat["layers/attn/o/kernel"].group == 32 and flat["layers/mlp/gate/kernel"].group == 64
+    with pytest.raises(ConfigError, match=r"attn/o/kernel: its 16 inputs are no multiple of 32"):
+        quantize_model(tiny_model(), QuantizeConfig("nf4", group=32))
+    with pytest.raises(ConfigError, match="'keep' is of a GGUF file's codes"):
+        quantize_model(tiny_model(), "keep")
+    with pytest.raises(ConfigError, match="quantise the base, then fuse, then pack"):
+        quantize_model(pack_for_decode(tiny_model()), "int8")
+    assert all(
+        isinstance(leaf, QuantizedArray) == name.endswith("kernel") for name, leaf in flat.items()
+    )
+    assert jnp.dtype(flat["final_norm/scale"].dtype) == jnp.float32

@@ -1,0 +1,55 @@
+"""How the base's kernels are stored: as numbers, or as codes and scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from zflora_jax.core.fields import check_types, require
+
+# "none": as numbers of the run's dtype; "keep": as the codes that a GGUF file has; else a kind of
+# `ops.quantized.KINDS`.
+Stored = Literal["none", "keep", "int8", "int4", "nf4", "q8_0", "q4_0", "q4_1"]
+STORED: tuple[str, ...] = get_args(Stored)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How the base is stored. What is quantised is frozen: adapters train beside it."""
+
+    kernels: Stored = "none"
+    """Of the layers' kernels. none: numbers of train.dtype; int8: one scale for each output; int4,
+    nf4: 4 bits in groups of inputs; q8_0, q4_0, q4_1: the blocks of GGUF; keep: the blocks that a
+    GGUF file has, where they are of these three."""
+    group: int | None = None
+    """Inputs that share a scale: 32, 64 or 128, 0 for all (int8 alone). None means 64, and all for
+    int8; GGUF's blocks are of 32."""
+    embedding: Stored = "none"
+    """Of the embedding, which also is a tied output head."""
+    head: Stored = "none"
+    """Of an output head that is not tied."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.group in (None, 0, 32, 64, 128),
+            f"quantize.group={self.group}: 32, 64 or 128 inputs share a scale, or 0 for all.",
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is stored as codes."""
+        return {self.kernels, self.embedding, self.head} != {"none"}
+
+
+def quantize_config(given: QuantizeConfig | str | None) -> QuantizeConfig:
+    """The settings of a short form: "keep" keeps all codes of a file, another kind is that of the
+    kernels; None quantises nothing.
+    """
+    if given is None:
+        return QuantizeConfig()
+    if isinstance(given, QuantizeConfig):
+        return given
+    if given == "keep":
+        return QuantizeConfig("keep", embedding="keep", head="keep")
+    return QuantizeConfig(given)  # type: ignore[arg-type]

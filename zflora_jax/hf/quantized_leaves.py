@@ -1,0 +1,138 @@
+"""Leaves of codes and scales, assembled layer by layer from a file's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.quantize_config import QuantizeConfig
+from zflora_jax.hf.keys import Place, Slices, whole
+from zflora_jax.nn.quantize_model import group_of, kernel_axes, stored_as
+from zflora_jax.ops.quantized import QuantizedArray, quantize
+from zflora_jax.parallel.sharding import specs
+
+Members = list[tuple[str, Place]]  # Hugging Face names of a leaf's tensors
+
+
+@dataclass(frozen=True)
+class QuantizedLeaves:
+    """What a loader makes codes of instead of numbers: the `whole_leaf` of `keys.gather`.
+
+    Attributes:
+      config: of the model.
+      how: what is stored how.
+      mesh: that leaves are divided over; None: whole, on the first device.
+      read: as for `keys.gather`.
+      kind_in_file: the kind of a tensor's own blocks, None where they are of no kind that is kept.
+      blocks: those blocks in native layout.
+      left: collects the leaves that `how` asks to keep and that are read as numbers.
+    """
+
+    config: LlamaConfig
+    how: QuantizeConfig
+    mesh: Any
+    read: Callable[[str, Place, Slices], np.ndarray]
+    kind_in_file: Callable[[str, Place], str | None] = lambda *_: None
+    blocks: Callable[[str, Place], QuantizedArray] | None = None
+    left: list[str] = field(default_factory=list)
+
+    def __call__(self, leaf: str, members: Members) -> QuantizedArray | None:
+        """The leaf as codes, or None where it is to be numbers."""
+        kind = stored_as(leaf, self.how)
+        if kind == "none":
+            return None
+        if kind == "keep":
+            kinds = {self.kind_in_file(name, place) for name, place in members}
+            if len(kinds) > 1 or None in kinds or self.blocks is None:
+                self.left.append(leaf)
+                return None
+            return quantized_leaf(leaf, members, self.blocks, self.mesh)
+        axes = kernel_axes(self.config, leaf)
+        group = group_of(leaf, kind, self.how, members[0][1].shape[-axes["writes"] - 1])
+
+        def made(name: str, place: Place) -> QuantizedArray:
+            return _quantized(self.read(name, place, whole(place.shape)), kind, group=group, **axes)
+
+        return quantized_leaf(leaf, members, made, self.mesh)
+
+
+def quantized_leaf(
+    leaf: str, members: Members, made: Callable[[str, Place], QuantizedArray], mesh: Any
+) -> QuantizedArray:
+    """One leaf of a model. The numbers of one tensor are in memory at a time, and on the host the
+    codes of one leaf.
+
+    Args:
+      leaf: its name.
+      members: the tensors that make it up.
+      made: the codes of one of them, in native layout.
+      mesh: that the leaf is divided over; None: whole, on the first device. Every process reads the
+        whole of a tensor, because groups may go across its slices.
+    """
+    buffers: QuantizedArray | None = None
+    for name, place in members:
+        row = jax.tree.map(np.asarray, made(name, place))
+        if place.layer is None:
+            buffers = row
+            continue
+        if buffers is None:
+            buffers = jax.tree.map(lambda p: np.empty((len(members), *p.shape), p.dtype), row)
+        for stacked, part in zip(jax.tree.leaves(buffers), jax.tree.leaves(row), strict=True):
+            stacked[place.layer] = part
+    assert buffers is not None
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, buffers)
+
+    def divided(part: np.ndarray, at: Any) -> jax.Array:
+        where = jax.sharding.NamedSharding(mesh, at)
+        return jax.make_array_from_callback(part.shape, where, part.__getitem__)
+
+    return jax.tree.map(divided, buffers, specs(leaf, buffers, mesh))
+
+
+@partial(jax.jit, static_argnames=("kind", "reads", "writes", "group"))
+def _quantized(x: np.ndarray, kind: str, *, reads: int, writes: int, group: int) -> QuantizedArray:
+    """`quantize`, compiled once for each shape."""
+    return quantize(jnp.asarray(x), kind, reads=reads, writes=writes, group=group)
+
+
+def whole_groups(place: Place, group: int) -> bool:
+    """Whether no group of a tensor holds numbers of two heads."""
+    return place.in_axes is None or place.shape[place.in_axes - 1] % group == 0
+
+
+def native_blocks(blocks: QuantizedArray, place: Place) -> QuantizedArray:
+    """A tensor's codes and scales [out, in] in native layout.
+
+    Args:
+      blocks: with `writes` 0: groups run along the last axis.
+      place: of the tensor.
+
+    Returns:
+      The kernel [*in, *out], or a table as it is. `whole_groups` is true of the place.
+    """
+    reads = place.in_axes
+    if reads is None:
+        return blocks
+    inner = place.shape[reads - 1]  # the last of the input axes
+
+    def native(part: np.ndarray, each: int) -> np.ndarray:
+        inputs = (*place.shape[: reads - 1], inner // each)
+        return part.T.reshape(*inputs, *place.shape[reads:])
+
+    return replace(
+        blocks,
+        codes=native(blocks.codes, 1),
+        scales=native(blocks.scales, blocks.group),
+        mins=None if blocks.mins is None else native(blocks.mins, blocks.group),
+        reads=reads,
+        writes=len(place.shape) - reads,
+        base=inner,
+    )

@@ -1,0 +1,164 @@
+"""A model's kernels and tables as codes and scales, and as numbers again."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.architecture import KERNELS, kernel_shapes
+from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.quantize_config import QuantizeConfig, quantize_config
+from zflora_jax.ops.quantized import KINDS, QuantizedArray, check_kind, float_values, quantize
+from zflora_jax.parallel.mesh import mesh_in_use
+from zflora_jax.parallel.sharding import constrain
+
+
+def stored_as(name: str, how: QuantizeConfig) -> str:
+    """How a leaf is stored: "none", "keep" or a kind. Norms and biases are numbers always."""
+    module, parameter = name.split("/")[-2:]
+    if parameter == "embedding":
+        return how.embedding
+    if parameter != "kernel":
+        return "none"
+    return how.head if module == "lm_head" else how.kernels
+
+
+def kernel_axes(config: LlamaConfig, name: str) -> dict[str, int]:
+    """How many axes of a kernel or table, behind those of layers, are inputs ("reads") and outputs
+    ("writes"). A table's rows are looked up, and its inputs are those of a tied head.
+    """
+    module, parameter = name.split("/")[-2:]
+    if parameter == "embedding":
+        return {"reads": 1, "writes": 0}
+    if module not in KERNELS:
+        return {"reads": 1, "writes": 1}
+    reads, writes = kernel_shapes(config)[module]
+    return {"reads": len(reads), "writes": len(writes)}
+
+
+def group_of(name: str, kind: str, how: QuantizeConfig, width: int) -> int:
+    """The group size of a leaf: `how.group`, or the next smaller one that divides its inputs, as
+    for `o` where heads are smaller than a group. GGUF's kinds have their own.
+
+    Args:
+      name: of the leaf.
+      kind: of its codes.
+      how: of the model.
+      width: of the axis that groups run along.
+
+    Raises:
+      ConfigError: `how.group` is not one of the kind's, or none divides the axis.
+    """
+    group = check_kind(kind, None if kind.startswith("q") else how.group)
+    fits = [g for g in KINDS[kind].groups if g <= group and (width % g == 0 if g else not group)]
+    require(
+        bool(fits),
+        f"{name}: its {width} inputs are no multiple of 32, which groups of {kind} need; choose"
+        " int8 with quantize.group=0, or leave it as numbers.",
+    )
+    return max(fits)
+
+
+def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
+    """Quantise a model in memory; `hf.load.load_model` quantises tensor by tensor.
+
+    Args:
+      model: a base, not packed, on one device or a mesh, whose divided parts stay where they are.
+      how: what is stored how; a kind alone is that of the kernels.
+
+    Returns:
+      A Model whose chosen leaves are `ops.quantized.QuantizedArray`s; the others are `model`'s own.
+
+    Raises:
+      ConfigError: a packed or fused model, or groups that do not divide a kernel's inputs.
+    """
+    how = quantize_config(how)
+    widened = model.adapter is not None and METHODS[model.adapter.method].widens
+    require(
+        not model.config.execution.packed and not widened,
+        "a packed or fused model cannot be quantised: quantise the base, then fuse, then pack.",
+    )
+    require(
+        "keep" not in (how.kernels, how.embedding, how.head),
+        "'keep' is of a GGUF file's codes, and this model is in memory: load it with"
+        " load_model(FILE, quantize='keep'), or choose one of " + ", ".join(KINDS) + ".",
+    )
+    with mesh_in_use(model.params):
+        params = trees.map_with_names(partial(_quantized, model.config, how), model.params)
+    return dataclasses.replace(model, params=params)
+
+
+def _quantized(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
+    kind = stored_as(name, how)
+    if kind == "none" or isinstance(leaf, QuantizedArray):
+        return leaf
+    axes = kernel_axes(config, name)
+    group = group_of(name, kind, how, leaf.shape[-axes["writes"] - 1])
+    return _quantize(name, kind, leaf, group, **axes)
+
+
+@partial(jax.jit, static_argnames=("name", "kind", "group", "reads", "writes"))
+def _quantize(name: str, kind: str, leaf: Any, group: int, reads: int, writes: int) -> Any:
+    made = quantize(leaf, kind, reads=reads, writes=writes, group=group)
+    return trees.flatten(constrain({name: made}))[name]
+
+
+def quantized_shapes(config: LlamaConfig, how: QuantizeConfig, params: trees.Tree) -> trees.Tree:
+    """The ShapeDtypeStructs of a quantised tree.
+
+    Raises:
+      ConfigError: `how` keeps a file's blocks, whose kind only the file says.
+    """
+    require(
+        "keep" not in (how.kernels, how.embedding, how.head),
+        "quantize 'keep' takes what the file has, which a plan does not read: name the kind of its"
+        " blocks, such as quantize.kernels=q4_1.",
+    )
+    return jax.eval_shape(
+        lambda tree: trees.map_with_names(partial(_quantized, config, how), tree), params
+    )
+
+
+def dequantize_model(model: Model, dtype: str | None = None) -> Model:
+    """A model of numbers alone, which merging by addition and training of the base need.
+
+    Args:
+      model: with quantised leaves or without.
+      dtype: of the numbers; None: of the model's activations.
+    """
+    wanted = dtype or model.config.execution.dtype
+
+    def visit(name: str, leaf: Any) -> Any:
+        return _numbers(leaf, wanted) if isinstance(leaf, QuantizedArray) else leaf
+
+    with mesh_in_use(model.params):
+        params = trees.map_with_names(visit, model.params)
+    return dataclasses.replace(model, params=params)
+
+
+@partial(jax.jit, static_argnums=1)
+def _numbers(leaf: QuantizedArray, dtype: str) -> jax.Array:
+    return float_values(leaf).astype(dtype)
+
+
+def is_quantized(model: Model) -> bool:
+    """Whether any leaf of a model is stored as codes."""
+    return any(isinstance(leaf, QuantizedArray) for leaf in trees.flatten(model.params).values())
+
+
+def stored_text(model: Model) -> str:
+    """How the kernels and tables of a model are stored, in words."""
+    kinds: dict[str, list[str]] = {}
+    for name, leaf in trees.flatten(model.params).items():
+        module, parameter = name.split("/")[-2:]
+        if parameter in ("kernel", "embedding"):
+            names = kinds.setdefault(str(leaf.dtype), [])
+            names += [] if module in names else [module]
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())

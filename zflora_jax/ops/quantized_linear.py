@@ -1,0 +1,227 @@
+"""Products with quantised kernels and tables. The plain operation of each is the product with
+`ops.quantized.dequantize`.
+
+Einsum legend: B batch, T positions, n rows (tokens), i inputs, j outputs, G groups of inputs, g
+inputs of a group, p base's or adapter's inputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from zflora_jax.ops.linear import column_product, plain_product
+from zflora_jax.ops.quantized import KINDS, QuantizedArray, code_values, dequantize, unpair
+
+Array = jax.Array
+
+# Tokens up to which a product reads codes; for more a kernel is dequantised first. On CPUs, whose
+# sums over groups are slow, more than one is enough.
+FEW_ROWS, FEW_ON_CPU = 8, 1
+
+
+@jax.custom_vjp
+def quantized_tensordot(x: Array, w: QuantizedArray) -> Array:
+    """x [B, T, *inputs] against a kernel [*inputs, *outputs] -> [B, T, *outputs].
+
+    The kernel gets no gradient. The backward pass dequantises it anew: kept from the forward pass,
+    the numbers of all layers would be in memory together.
+    """
+    return jnp.tensordot(x, dequantize(w, x.dtype), w.reads)
+
+
+def _tensordot_forward(x: Array, w: QuantizedArray) -> tuple[Array, QuantizedArray]:
+    return quantized_tensordot(x, w), w
+
+
+def _tensordot_backward(w: QuantizedArray, dy: Array) -> tuple[Array, Any]:
+    kernel = dequantize(w, dy.dtype)
+    outputs = tuple(range(w.reads, w.ndim))
+    dx = jnp.tensordot(dy, kernel, (tuple(range(dy.ndim - w.writes, dy.ndim)), outputs))
+    return dx, jax.tree.map(_no_gradient, w)
+
+
+def _no_gradient(part: Array) -> Any:
+    if jnp.issubdtype(part.dtype, jnp.floating):
+        return jnp.zeros_like(part)
+    return np.zeros(part.shape, jax.dtypes.float0)
+
+
+quantized_tensordot.defvjp(_tensordot_forward, _tensordot_backward)
+
+
+def quantized_rows(table: QuantizedArray, rows: Array, width: int, dtype: DTypeLike) -> Array:
+    """Rows of a table [V, d] in `dtype`, zeros from d up to `width`; NaN for a row that does not
+    exist.
+    """
+    parts = jax.tree.map(lambda part: jnp.take(part, rows, axis=0, mode="clip"), table)
+    x = dequantize(parts)
+    x = jnp.pad(x, [(0, 0)] * rows.ndim + [(0, width - x.shape[-1])])
+    exist = (rows >= 0) & (rows < len(table.codes))
+    return jnp.where(exist[..., None], x, jnp.nan).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
+    """x [B, T, i] against a packed kernel or a head, in the form for the device.
+
+    Args:
+      x: inputs.
+      w: [j, i], or [i, j] with `writes` 1, as `adapters.packing_quantized` lays it out; it gets no
+        gradient.
+      dtype: of the result; None: x's.
+
+    Returns:
+      [B, T, j], equal to `plain_quantized_linear`; on a CPU up to the rounding of x to 15 bits
+      where the codes are int8 in one group.
+    """
+    dtype, x = x.dtype if dtype is None else dtype, _filled(x, w)
+    plain = partial(plain_quantized_linear, dtype=dtype)
+    count = x.shape[0] * x.shape[1]
+    if count > FEW_ROWS:
+        return plain(x, w)
+    by_rows = not w.writes
+    whole = not w.group and KINDS[w.kind].table is None and not w.paired
+
+    def flat(product: Any, x: Array, w: QuantizedArray) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        return product(rows, w).reshape(*x.shape[:2], -1).astype(dtype)
+
+    cpu = int8_product if whole else paired_product if w.paired else multiply_and_sum
+    on_cpu = by_rows and (whole or (count <= FEW_ON_CPU and KINDS[w.kind].table is None))
+    tpu = eight_rows_product if (whole or not by_rows) else None
+    return jax.lax.platform_dependent(
+        x,
+        w,
+        cpu=partial(flat, cpu) if on_cpu else plain,
+        tpu=partial(flat, tpu) if tpu else plain,
+        default=partial(flat, multiply_and_sum) if by_rows else plain,
+    )
+
+
+def _filled(x: Array, w: QuantizedArray) -> Array:
+    """x [B, T, i] with zeros behind the dims of each head, where groups have filled those up."""
+    width = w.shape[w.axis]
+    if x.shape[-1] == width:
+        return x
+    heads = width // w.inner
+    apart = x.reshape(*x.shape[:-1], heads, -1)
+    pads = ((0, 0), (0, 0), (0, 0), (0, w.inner - apart.shape[-1]))
+    return jnp.pad(apart, pads).reshape(*x.shape[:-1], width)
+
+
+def _linear_forward(
+    x: Array, w: QuantizedArray, dtype: DTypeLike | None
+) -> tuple[Array, tuple[QuantizedArray, Array]]:
+    return quantized_linear(x, w, dtype), (w, jnp.zeros(x.shape[-1], x.dtype))
+
+
+def _linear_backward(
+    dtype: DTypeLike | None, saved: tuple[QuantizedArray, Array], dy: Array
+) -> tuple[Array, Any]:
+    w, like = saved
+    dy = dy.astype(like.dtype)
+    product = plain_product if w.writes else column_product
+    dx = product(dy, dequantize(w, dy.dtype))
+    if dx.shape[-1] != len(like):  # without what `_filled` has added
+        heads = dx.shape[-1] // w.inner
+        dx = dx.reshape(*dx.shape[:-1], heads, -1)[..., : len(like) // heads]
+        dx = dx.reshape(*dx.shape[:-2], -1)
+    return dx, jax.tree.map(_no_gradient, w)
+
+
+quantized_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def plain_quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
+    """`quantized_linear` with the dequantised kernel."""
+    product = column_product if w.writes else plain_product
+    return product(x, dequantize(w, x.dtype), dtype)
+
+
+def _parts(x: Array, w: QuantizedArray) -> Array:
+    """x [n, i] as [n, p, i]: the base's inputs and zeros, and zeros and the adapter's."""
+    width = x.shape[-1]
+    if w.base == (w.inner or width):
+        return x[:, None]
+    is_base = (jnp.arange(width) % (w.inner or width) < w.base)[None]
+    zero = jnp.zeros_like(x)
+    return jnp.stack([jnp.where(is_base, x, zero), jnp.where(is_base, zero, x)], axis=1)
+
+
+def int8_product(x: Array, w: QuantizedArray) -> Array:
+    """x [n, i] against int8 codes [j, i] with one scale for the base's inputs of an output and one
+    for an adapter's -> [n, j] float32. x is rounded to 15 bits.
+    """
+    # XLA's CPU compiler multiplies int8 with int8 as it lies only for two rows or more, and
+    # converts whole kernels to multiply with float. So x goes as two rows of 8 bits, the second of
+    # which is what the first has rounded away (results/quantised.md).
+    parts = _parts(x, w).astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(parts), -1, keepdims=True), 1e-30) / 127
+    high = jnp.round(parts / scale)
+    low = jnp.round((parts / scale - high) * 254)
+    rows = jnp.stack([high, low]).astype(jnp.int8).reshape(-1, x.shape[-1])
+    rows, codes = jax.lax.optimization_barrier((rows, w.codes))
+    y = jnp.einsum("ni,ji->nj", rows, codes, preferred_element_type=jnp.int32)
+    y = y.astype(jnp.float32).reshape(2, *parts.shape[:2], -1)
+    y = (y[0] + y[1] / 254) * scale
+    return jnp.sum(y * w.scales.astype(jnp.float32).T[None], axis=1)
+
+
+def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
+    """x [n, i] against codes [j, i] -> [n, j] float32, one sum over the inputs of each output."""
+    # XLA's GPU compiler makes one kernel of it that reads the codes; as a product it writes the
+    # dequantised kernel to memory first (results/quantised.md).
+    x, w = x.astype(jnp.float32), unpair(w)
+    if not w.group:
+        return jnp.sum(x[:, None] * dequantize(w)[None], axis=-1)
+    groups = x.reshape(len(x), 1, -1, w.group)
+    values = code_values(w.kind, w.codes).reshape(len(w.codes), -1, w.group)
+    values = values * w.scales.astype(jnp.float32)[..., None]
+    if w.mins is not None:
+        values = values + w.mins.astype(jnp.float32)[..., None]
+    return jnp.sum(groups * values[None], axis=(-2, -1))
+
+
+def paired_product(x: Array, w: QuantizedArray) -> Array:
+    """x [n, i] against codes of 4 bits in pairs [j, i/2] -> [n, j] float32."""
+    # By arithmetic in float32: XLA's CPU compiler makes one kernel of it, and with operations on
+    # bits writes codes to memory first (results/quantised.md).
+    x = x.astype(jnp.float32).reshape(len(x), 1, -1, 2, w.group // 2)
+    low, high = x[..., 0, :], x[..., 1, :]
+    both = w.codes.astype(jnp.float32).reshape(len(w.codes), -1, w.group // 2)[None]
+    top = jnp.floor(both * (1 / 16))
+    scales = w.scales.astype(jnp.float32)[None, ..., None]
+    shift = scales * float(jnp.iinfo(KINDS[w.kind].codes).min)
+    if w.mins is not None:
+        shift = shift + w.mins.astype(jnp.float32)[None, ..., None]
+    terms = (low * both + (high - 16 * low) * top) * scales + (low + high) * shift
+    return jnp.sum(terms, axis=(-2, -1))
+
+
+def eight_rows_product(x: Array, w: QuantizedArray) -> Array:
+    """x [n, i] against codes, as a product of at least eight rows -> [n, j] float32."""
+    # XLA's TPU compiler multiplies fewer rows on the vector unit; it reads codes [G, g, j], scales
+    # on an axis of their own, inside the product (results/quantised.md).
+    parts = _parts(x, w) if not w.group else x[:, None]
+    rows = parts.reshape(-1, x.shape[-1])
+    rows = jnp.pad(rows, ((0, max(0, 8 - len(rows))), (0, 0)))
+    f32 = jnp.float32
+    if w.group:
+        codes = code_values(w.kind, w.codes).reshape(-1, w.group, w.codes.shape[-1])
+        kernel = codes * w.scales.astype(f32)[:, None]
+        if w.mins is not None:
+            kernel = kernel + w.mins.astype(f32)[:, None]
+        grouped = rows.reshape(len(rows), -1, w.group)
+        y = jnp.einsum("nGg,Ggj->nj", grouped, kernel.astype(x.dtype), preferred_element_type=f32)
+        return y[: len(x)]
+    into = "ni,ij->nj" if w.writes else "ni,ji->nj"
+    y = jnp.einsum(into, rows, w.codes.astype(x.dtype), preferred_element_type=f32)
+    y = y[: parts.shape[0] * parts.shape[1]].reshape(*parts.shape[:2], -1)
+    scales = w.scales.astype(f32) if w.writes else w.scales.astype(f32).T
+    return jnp.sum(y * scales[None], axis=1)
