@@ -86,8 +86,8 @@ def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):
         "zflora_jax.experiments.export.load_run",
         lambda *_: pytest.fail("a format is refused before anything is loaded"),
     )
-    with pytest.raises(ConfigError, match="format='gguf'"):
-        export_run(workdir, tmp_path / "out", format="gguf")
+    with pytest.raises(ConfigError, match="format='onnx'"):
+        export_run(workdir, tmp_path / "out", format="onnx")
     assert not (tmp_path / "out").exists()
 
 
@@ -110,3 +110,31 @@ def test_a_format_is_a_row_of_the_table(trained, tmp_path, monkeypatch, capsys):
     assert "steps: the steps alone" in " ".join(capsys.readouterr().out.split())
     assert main([*command, "--format", "peft", "--eps", "0.5"]) == 2
     assert "--eps goes with --format hf" in capsys.readouterr().err
+
+
+def test_a_gguf_file_of_a_run(trained, tmp_path, capsys):
+    workdir, _ = trained
+    out = tmp_path / "x.gguf"
+    command = ["export", "--workdir", str(workdir), "--out", str(out), "--format", "gguf"]
+    assert main([*command, "--quant", "f32"]) == 0
+    printed = capsys.readouterr().out
+    assert "filled with zeros" in printed and "fallback" in printed
+    report = export_run(workdir, out, format="gguf", quant="f32")
+    assert report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
+    assert export_run(workdir, out, format="gguf")["quant"] == "q8_0"
+
+
+def test_what_a_gguf_file_cannot_be_is_refused_before_the_run_is_loaded(
+    trained, tmp_path, monkeypatch
+):
+    workdir, _ = trained
+    monkeypatch.setattr("zflora_jax.experiments.export.load_run", lambda *_: pytest.fail("loaded"))
+    for out, settings, words in (
+        ("x.gguf", {"quant": "q5"}, "quant='q5'"),
+        ("x", {}, r"ends in \.gguf"),
+        ("x.gguf", {"dtype": "float32"}, "--dtype goes with --format hf"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            export_run(workdir, tmp_path / out, format="gguf", **settings)
+    with pytest.raises(ConfigError, match="--quant goes with --format gguf"):
+        export_run(workdir, tmp_path / "x", quant="q8_0")

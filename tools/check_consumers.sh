@@ -4,8 +4,7 @@
 #
 #   tools/check_consumers.sh [DIR]        DIR (default build/consumers) gets the environments and exports: 6 GB, 20 minutes on 2 cores
 #
-# Needs .venv (make test), python3.11, a C++ compiler and cmake (llama.cpp is compiled from its Python package's sources), and PyPI. What is there
-# already is used again. Any build of torch will do; where PyPI's brings CUDA, a CPU build installed into DIR/vllm and DIR/others first is smaller.
+# Needs .venv (make test), python3.11 and PyPI. What is there already is used again. Any build of torch will do; where PyPI's brings CUDA, a CPU build installed into DIR/vllm and DIR/others first is smaller.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-build/consumers}
@@ -30,16 +29,12 @@ PY
   touch "$dir/vllm/.done"
 fi
 
-# lm-evaluation-harness, and llama.cpp with the conversion script of the very sources that it is compiled from.
+# lm-evaluation-harness, and llama.cpp as xllamacpp's wheel has it.
 if [ ! -e "$dir/others/.done" ]; then
   "$python" -m venv "$dir/others"
   "$dir/others/bin/pip" install -q torch==2.13.0 torchvision==0.28.0
-  "$dir/others/bin/pip" install -q lm-eval==0.4.13 transformers==5.24.0 accelerate sentencepiece gguf
-  "$dir/others/bin/pip" download -q --no-deps --no-binary :all: -d "$dir/sources" llama-cpp-python==0.3.36
-  "$dir/others/bin/pip" install -q "$dir"/sources/llama_cpp_python-*.tar.gz
-  tar -xzf "$dir"/sources/llama_cpp_python-*.tar.gz -C "$dir/sources"
+  "$dir/others/bin/pip" install -q lm-eval==0.4.13 transformers==5.24.0 accelerate sentencepiece xllamacpp==2026.10.11549
   touch "$dir/others/.done"
 fi
 
-exec .venv/bin/python tools/check_consumers.py --vllm-python "$dir/vllm/bin/python" --python "$dir/others/bin/python" \
-  --llama-cpp "$(echo "$dir"/sources/llama_cpp_python-*/vendor/llama.cpp)" --dir "$dir"
+exec .venv/bin/python tools/check_consumers.py --vllm-python "$dir/vllm/bin/python" --python "$dir/others/bin/python" --dir "$dir"

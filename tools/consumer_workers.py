@@ -35,21 +35,13 @@ def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
-    """{"tokens"}: llama.cpp's greedy tokens after each of job["ids"]."""
-    import llama_cpp
+    """{"tokens"}: llama.cpp's greedy tokens after each of job["ids"]; with job["chunks"] "nll" too,
+    the mean negative log-likelihood of their tokens.
+    """
+    from llama_cpp_worker import greedy, score
 
-    # 0: keys and values in float32.
-    model = llama_cpp.Llama(job["gguf"], n_ctx=512, n_threads=2, type_k=0, type_v=0, verbose=False)
-    tokens = []
-    for ids in job["ids"]:
-        model.reset()
-        found = []
-        for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
-            found.append(int(token))
-            if len(found) == NEW_TOKENS:
-                break
-        tokens.append(found)
-    return {"tokens": tokens}
+    out: dict[str, Any] = {"tokens": greedy(job["gguf"], job["ids"], NEW_TOKENS)}
+    return out | {"nll": score(job["gguf"], job["chunks"])} if "chunks" in job else out
 
 
 def in_lm_eval(job: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from zflora_jax.cli.output import print_table
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS
 
 SUMMARY = (
-    "Write a trained run for other software: a fused Hugging Face directory, or a PEFT adapter"
-    " directory (LoRA)."
+    "Write a trained run for other software: a fused Hugging Face directory, a GGUF file, or a PEFT"
+    " adapter directory (LoRA)."
 )
 
 
@@ -27,8 +27,9 @@ def add_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        metavar="DIR",
-        help="a new directory or s3:// or gs:// URL, or an earlier export to replace",
+        metavar="PATH",
+        help="a new directory or s3:// or gs:// URL (gguf: a new .gguf file), or an earlier export"
+        " to replace",
     )
     add_checkpoint(parser)
     parser.add_argument(
@@ -44,6 +45,11 @@ def add_options(parser: CommandParser) -> None:
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="of the exported weights (default: as trained)",
+    )
+    parser.add_argument(
+        "--quant",
+        metavar="TYPE",
+        help="of the weights in a GGUF file: f32, f16, bf16, q8_0 (default), q4_0, q4_1, q4_k_m",
     )
     parser.add_argument(
         "--eps",
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         args.out,
         format=args.format,
         dtype=args.dtype,
+        quant=args.quant,
         checkpoint=args.checkpoint,
         eps_z=args.eps,
         mesh=mesh,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import gathered
 from zflora_jax.hf.directory import local_copy
+from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.inference.batching import padded_length
 from zflora_jax.nn.llama import forward
@@ -27,7 +30,8 @@ def export_gap(
     donate: bool = False,
 ) -> dict[str, float]:
     """Logits of `model` in float32 against those of the export at `path`: the stored stock-form
-    tensors, run in the dtype they are stored in (float16 exports: the rounded tensors, in float32).
+    tensors, run in the dtype they are stored in (float16 exports and GGUF files: the rounded
+    tensors, in float32).
 
     Processes that share the model call this together, and all of them can read the export.
 
@@ -56,7 +60,7 @@ def export_gap(
         if donate:
             model.params.clear()
         file.seek(0)
-        export, gaps = load_stock(local_copy(path), stacked, mesh), []
+        export, gaps = _load(local_copy(path), stacked, mesh), []
         for ids in rows:
             advice = "export in float32 or bfloat16"
             gaps.append(_gap(np.load(file), _logits(export, ids, f"export at {path}", advice)))
@@ -67,6 +71,12 @@ def export_gap(
         "logit_scale": max(scale),
         "top1_agreement": sum(same) / sum(positions),
     }
+
+
+def _load(path: Path, stacked: bool, mesh: Any) -> Model:
+    if path.suffix == ".gguf":
+        return load_model(path, scan_layers=stacked, mesh=mesh)
+    return load_stock(path, stacked, mesh)
 
 
 def _logits(model: Model, ids: Sequence[int], what: str, advice: str) -> np.ndarray:

@@ -21,6 +21,7 @@ def export_run(
     *,
     format: str = DEFAULT,
     dtype: str | None = None,
+    quant: str | None = None,
     checkpoint: int | str | None = None,
     eps_z: float | None = None,
     mesh: Mesh | None = None,
@@ -32,17 +33,20 @@ def export_run(
 
     Args:
       workdir: of the run.
-      out: directory to write.
-      format: a row of `EXPORTERS`: "hf", a fused Hugging Face directory, or "peft", LoRA adapters.
+      out: directory to write; of "gguf" a file.
+      format: a row of `EXPORTERS`: "hf", a fused Hugging Face directory; "gguf", the fused model as
+        a file for llama.cpp; "peft", LoRA adapters.
       dtype: of the "hf" weights, as `save_hf` takes it; None for that of the run.
+      quant: of the "gguf" weights, as `save_gguf` takes it; None: "q8_0".
       checkpoint: which one, as the step of `load_run`.
-      eps_z: scale of the residual state in "hf", as `save_hf` takes it; None: as `save_hf` chooses.
+      eps_z: scale of the residual state in "hf" and "gguf", as `save_hf` and `save_gguf` take it;
+        None: as they choose.
       mesh: as in `load_run`.
 
     Returns:
-      A report of what was written. For "hf" it says how far the export's logits are from those of
-      the fused model in float32: max and mean |dlogit|, and top-1 agreement, on the prompts of
-      held-out rows, or on built-in texts if the data is gone ("gap_prompts" says which).
+      A report of what was written. For "hf" and "gguf" it says how far the export's logits are from
+      those of the fused model in float32: max and mean |dlogit|, and top-1 agreement, on the
+      prompts of held-out rows, or on built-in texts if the data is gone ("gap_prompts" says which).
 
     Raises:
       ConfigError: there is no such checkpoint, it cannot be exported like this, or a setting is
@@ -50,17 +54,19 @@ def export_run(
     """
     target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
-    exporter, given = EXPORTERS[format], {"dtype": dtype, "eps_z": eps_z}
+    exporter, given = EXPORTERS[format], {"dtype": dtype, "quant": quant, "eps_z": eps_z}
     _require_taken(format, given)
+    settings = {name: value for name, value in given.items() if name in exporter.settings}
+    exporter.check(target, **settings)
     if not is_url(target):  # all hosts see a bucket
         require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
-    return exporter.write(out, run, **{name: given[name] for name in exporter.settings})
+    return exporter.write(out, run, **settings)
 
 
 def _require_taken(format: str, given: Mapping[str, Any]) -> None:
     """Refuse settings that `format` does not have."""
-    for name, option in (("dtype", "--dtype"), ("eps_z", "--eps")):
+    for name, option in (("dtype", "--dtype"), ("quant", "--quant"), ("eps_z", "--eps")):
         taken_by = [other for other, exporter in EXPORTERS.items() if name in exporter.settings]
         require(
             given[name] is None or format in taken_by,

@@ -39,6 +39,8 @@ class Exporter:
     write: Callable[..., dict[str, Any]]
     """(out, run, **settings) -> report. settings: those of `export_run` that are listed below."""
     settings: tuple[str, ...] = ()
+    check: Callable[..., None] = lambda out, **settings: None
+    """(out, **settings): raises for what cannot be written, before the run is loaded."""
 
 
 def write_fused(
@@ -48,18 +50,50 @@ def write_fused(
     model's. Args and report: as in `export_run`. The base of `run` cannot be used afterwards: of
     base, fused model and export one is in memory at a time.
     """
-    from zflora_jax.adapters.fuse import fuse
     from zflora_jax.core.model import fingerprint
+    from zflora_jax.hf.save import save_hf
+
+    base, card = fingerprint(run.model), _card(run)
+
+    def save(fused: Model) -> dict[str, Any]:
+        return save_hf(out, fused, dtype=dtype, base_fingerprint=base, card=card, eps_z=eps_z)
+
+    return _write_and_compare(out, run, save)
+
+
+def write_gguf(
+    out: str | Path, run: TrainedRun, *, quant: str | None = None, eps_z: float | None = None
+) -> dict[str, Any]:
+    """The fused model as a GGUF file, and how far its logits are from the fused model's. Args and
+    report: as in `export_run`. The base of `run` cannot be used afterwards.
+    """
+    from zflora_jax.hf.gguf_save import save_gguf
+
+    return _write_and_compare(
+        out, run, lambda fused: save_gguf(out, fused, quant or "q8_0", eps_z=eps_z)
+    )
+
+
+def check_gguf(out: Path, *, quant: str | None = None, eps_z: float | None = None) -> None:
+    """ConfigError or CheckpointError where `write_gguf` would raise it for `out` or `quant`."""
+    from zflora_jax.hf.gguf_save import check_target
+
+    check_target(out, quant or "q8_0")
+
+
+def _write_and_compare(
+    out: str | Path, run: TrainedRun, save: Callable[[Model], dict[str, Any]]
+) -> dict[str, Any]:
+    """Fuse, `save`, and measure the gap. The base's arrays are freed."""
+    from zflora_jax.adapters.fuse import fuse
     from zflora_jax.evaluation.export_gap import export_gap
     from zflora_jax.evaluation.gap_prompts import gap_prompts
-    from zflora_jax.hf.save import save_hf
     from zflora_jax.parallel.distributed import from_process_0, on_main
 
     # Before anything is written, and of process 0, since other hosts may lack the data.
     prompts, origin = from_process_0(on_main(lambda: gap_prompts(run.config, run.model)))
-    base = fingerprint(run.model)
     fused = fuse(run.model, run.config.adapter, run.adapters, donate=True)
-    report = save_hf(out, fused, dtype=dtype, base_fingerprint=base, card=_card(run), eps_z=eps_z)
+    report = save(fused)
     return report | {"gap_prompts": origin} | export_gap(fused, out, prompts, donate=True)
 
 
@@ -91,5 +125,8 @@ def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
 DEFAULT = "hf"
 EXPORTERS = {
     "hf": Exporter("the fused model", write_fused, settings=("dtype", "eps_z")),
+    "gguf": Exporter(
+        "the fused model as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
+    ),
     "peft": Exporter("LoRA adapters beside their base", write_peft),
 }

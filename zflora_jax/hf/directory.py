@@ -74,7 +74,7 @@ def whole_directory(
             staging,
         ]:  # mkdtemp and safetensors leave them readable by the owner alone
             os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~mask)
-            _fsync(entry)
+            fsync(entry)
         _refuse_foreign(target, own_files, sign)
         _rename(staging, target)
     except BaseException:
@@ -122,7 +122,7 @@ def _rename(staging: Path, target: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(staging, target)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def _umask() -> int:
@@ -131,7 +131,8 @@ def _umask() -> int:
     return mask
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -5,7 +5,6 @@ Needs no torch.
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.gguf_blocks import KEPT, SIZE, from_blocks
-from zflora_jax.hf.gguf_config import ROPE_DIVISORS, gguf_config
+from zflora_jax.hf.gguf_config import gguf_config
+from zflora_jax.hf.gguf_names import ROPE_DIVISORS, half_split, has_pairs, hf_name
 from zflora_jax.hf.gguf_reader import GGUFFile, Tensor
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.keys import (
@@ -32,29 +32,9 @@ from zflora_jax.hf.keys import (
     hf_table,
 )
 from zflora_jax.hf.quantized_leaves import QuantizedLeaves, native_blocks, whole_groups
+from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel.sharding import placement
-
-# GGUF name -> Hugging Face name.
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +63,7 @@ def load_gguf(
         finite.
     """
     file, what = GGUFFile(path), str(path)
-    named = {_hf_name(name): t for name, t in file.tensors.items() if name != ROPE_DIVISORS}
+    named = {hf_name(name): t for name, t in file.tensors.items() if name != ROPE_DIVISORS}
     config = gguf_config(file).replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
     check_layer_count(named, config.num_layers, what)
     table = hf_table(config)
@@ -116,14 +96,17 @@ class _Tensors:
         tensor = self.named[name]
         array = self.file.dequantised(tensor)
         if heads := self._heads(name):
-            array = _half_split(array, heads)
-        array = as_finite(array, self.config.execution.dtype, tensor.name, str(self.file.path))
-        return place.to_native(array)[slices]
+            array = half_split(array, heads)
+        # Wider heads have their q scaled, which is undone before the one cast.
+        dtype = np.float32 if self.config.base_head_dim else self.config.execution.dtype
+        array = place.to_native(as_finite(array, dtype, tensor.name, str(self.file.path)))
+        return StockForm(self.config, 1.0).inverse_heads(module_of(place), array)[slices]
 
     def kind(self, name: str, place: Place) -> str | None:
         """The kind of a tensor's blocks, None where they cannot be kept."""
         found = self.named[name].kind.name.lower()
-        return found if found in KEPT and whole_groups(place, SIZE) else None
+        scaled = self.config.base_head_dim is not None and module_of(place) in ("q", "k")
+        return found if found in KEPT and whole_groups(place, SIZE) and not scaled else None
 
     def blocks(self, name: str, place: Place) -> QuantizedArray:
         """The blocks as codes and scales."""
@@ -133,32 +116,12 @@ class _Tensors:
             if scales is not None:
                 as_finite(scales, np.float16, f"a scale of {tensor.name}", str(self.file.path))
         if heads := self._heads(name):
-            found = jax.tree.map(lambda part: _half_split(part, heads), found)
+            found = jax.tree.map(lambda part: half_split(part, heads), found)
         return native_blocks(found, place)
 
     def _heads(self, name: str) -> int:
         """How many heads' rows a tensor has in llama.cpp's order; 0 for none."""
-        if not self.config.traits.gguf_pairs:
+        if not has_pairs(self.file.get("general.architecture")):
             return 0
-        heads = {"q_proj.weight": self.config.num_heads, "k_proj.weight": self.config.num_kv_heads}
-        return next((count for end, count in heads.items() if name.endswith(end)), 0)
-
-
-def _hf_name(name: str) -> str:
-    if name in _TOP:
-        return _TOP[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    return (
-        f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-        if match and match[2] in _LAYER
-        else name
-    )
-
-
-def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Put the rows of q or k, [heads * k, in], from llama.cpp's order into Hugging Face's.
-
-    llama.cpp interleaves the two halves of each rotated head: rows 0, k/2, 1, k/2+1, ...
-    """
-    out, width = weight.shape
-    return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
+        return next((count for module, count in heads.items() if f".{module}." in name), 0)

@@ -11,11 +11,9 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import from_dict, require
 from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.hf.gguf_names import ROPE_DIVISORS
 from zflora_jax.hf.gguf_reader import GGUFFile
-from zflora_jax.hf.rope import with_frequencies
-from zflora_jax.ops.rope import rope_frequencies
-
-ROPE_DIVISORS = "rope_freqs.weight"  # Llama-3's RoPE scaling, as divisors of inverse frequencies
+from zflora_jax.hf.rope import longrope_powers, rotated_dims, with_frequencies
 
 # The token ids that llama.cpp assumes where the file of a sentencepiece vocabulary is silent
 # (src/llama-vocab.cpp).
@@ -35,7 +33,7 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
     family = gguf_family(file)
 
     def of(key: str) -> str:
-        return f"{FAMILIES[family].gguf}.{key}"
+        return f"{file.get('general.architecture')}.{key}"
 
     _refuse(file, of)
     shape = file.tensors["token_embd.weight"].shape if "token_embd.weight" in file.tensors else (0,)
@@ -82,8 +80,8 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
 
 
 def gguf_family(file: GGUFFile) -> str:
-    """The family of the model in a file; one of several with the same name in llama.cpp is "llama",
-    as a window is not in the file.
+    """The family of the model in a file. One of several with the same name in llama.cpp is "llama",
+    as a window is not in the file; a llama with biases of q, k and v is a Qwen2.
 
     Raises:
       ConfigError: the forward pass has no code for the architecture.
@@ -95,7 +93,8 @@ def gguf_family(file: GGUFFile) -> str:
         bool(known),
         f"{file.path}: architecture {architecture!r} is not supported; only {names}.",
     )
-    return known[0]
+    biases = {f"blk.0.attn_{kernel}.bias" for kernel in "qkv"}
+    return "qwen2" if architecture == "llama" and biases <= file.tensors.keys() else known[0]
 
 
 def _refuse(file: GGUFFile, of: Callable[[str], str]) -> None:
@@ -113,17 +112,20 @@ def _refuse(file: GGUFFile, of: Callable[[str], str]) -> None:
 
 
 def _with_scaling(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
-    """`config` with the RoPE scaling that the file's divisors of the frequencies stand for."""
+    """`config` with what the file's divisors of the frequencies stand for: Llama-3's RoPE scaling,
+    and in files of this project heads of which RoPE turns a part.
+    """
     tensor = file.tensors.get(ROPE_DIVISORS)
     if tensor is None:
         return config
-    plain = rope_frequencies(config).astype(np.float64)
     divisors = file.dequantised(tensor).astype(np.float64)
-    found = (
-        with_frequencies(config, plain / divisors, rtol=1e-4)
-        if divisors.shape == plain.shape and divisors.all()
-        else None
-    )
+    dims = rotated_dims(divisors)
+    if dims is not None:
+        config = config.replace(base_head_dim=dims)
+    found = None
+    if divisors.shape == (config.head_dim // 2,) and divisors.all():
+        wanted = 1 / (divisors * longrope_powers(config))
+        found = with_frequencies(config, wanted[: config.rotary_dim // 2], rtol=1e-4)
     require(
         found is not None,
         f"{file.path}: {ROPE_DIVISORS} is not Llama-3's RoPE scaling (low_freq_factor 1,"

@@ -106,6 +106,10 @@ class GGUFFile:
             ) from None
         return value
 
+    def below(self, prefix: str) -> dict[str, Any]:
+        """The metadata whose keys start with `prefix`, in the order of the file; as `get`."""
+        return {key: self.get(key) for key in self._values if key.startswith(prefix)}
+
     def dequantised(self, tensor: Tensor) -> np.ndarray:
         """The numbers of one of the file's tensors, float32.
 

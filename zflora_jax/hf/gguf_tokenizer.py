@@ -30,6 +30,9 @@ _STARTS_WITH_BOS = (
     "chameleon",
 )
 
+# Those that leave a piece unmerged if it is a token.
+_IGNORE_MERGES = tuple(name for name in _STARTS_WITH_BOS if name != "chameleon")
+
 # transformers' name -> GGUF's, below "tokenizer.ggml.".
 _KEYS = {
     "tokenizer_type": "model",
@@ -111,6 +114,8 @@ def _build(data: dict[str, Any], adds: dict[str, bool], config: LlamaConfig) -> 
         digits = pre_tokenizers.Digits(individual_digits=True)
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    if data.get("pre_tokenizer_type") in _IGNORE_MERGES and hasattr(backend.model, "ignore_merges"):
+        backend.model.ignore_merges = True
     special = {
         f"{name}_token": data["tokens"][data[f"{name}_token_id"]]
         for name in ("bos", "eos", "unk", "pad")

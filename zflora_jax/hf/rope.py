@@ -42,15 +42,27 @@ def turned_dims(rope: Mapping[str, Any]) -> int | None:
     short, long = (
         np.asarray(rope.get(f"{kind}_factor") or [], np.float64) for kind in ("short", "long")
     )
-    off = long >= NO_ROTATION / 10
+    same = np.array_equal(short, long) and rope.get("attention_factor", 1.0) == 1
+    return rotated_dims(long) if same else None
+
+
+def rotated_dims(divisors: np.ndarray) -> int | None:
+    """The number of head dims that RoPE rotates where its frequencies are divided by `divisors`.
+
+    Args:
+      divisors: float64, one for each pair of dims.
+
+    Returns:
+      k; None where no pair is switched off, or not the last ones.
+    """
+    off = divisors >= NO_ROTATION / 10
     ours = (
-        long.ndim == 1
-        and np.array_equal(short, long)
+        divisors.ndim == 1
         and off.any()
         and not off.all()
         and not np.diff(off.astype(int)).min() < 0
     )
-    return 2 * int((~off).sum()) if ours and rope.get("attention_factor", 1.0) == 1 else None
+    return 2 * int((~off).sum()) if ours else None
 
 
 def with_turned_dims(config: LlamaConfig, rope: Mapping[str, Any], dims: int) -> LlamaConfig:

@@ -129,8 +129,8 @@ def _widths(config: LlamaConfig) -> str:
     }
     odd = [name for name, width in inputs.items() if width % 32]
     advice = (
-        f"; {', '.join(odd)}: no multiple of 32, as GGUF's blocks want (tools/to_gguf.py fills"
-        " hidden and MLP)"
+        f"; {', '.join(odd)}: no multiple of 32, as GGUF's blocks want (zflora export --format"
+        " gguf fills them)"
         if odd
         else ""
     )
@@ -233,7 +233,7 @@ def _manifest(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "project_version": _project_version(),
+        "project_version": project_version(),
         "dtype": dtype,
         "adapter": None if model.adapter is None else to_dict(model.adapter),
         "base": {
@@ -249,7 +249,8 @@ def _manifest(
     }
 
 
-def _project_version() -> str:
+def project_version() -> str:
+    """The version of this project, as exports record it."""
     try:
         return importlib.metadata.version("zflora-jax")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed

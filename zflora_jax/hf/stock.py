@@ -57,21 +57,22 @@ class StockForm:
       native: the native config.
       eps_z: scale of the stored residual state and of the adapter dims of normed heads, a power of
         two.
+      multiple: the stored hidden size is a multiple of it. None: of the number of heads, as
+        transformers 5 refuses one that the heads do not divide.
     """
 
     native: LlamaConfig
     eps_z: float
+    multiple: int | None = None
 
     @property
     def width(self) -> int:
-        """D, the stored hidden size: transformers 5 refuses one that the heads do not divide. A
-        residual stream that is not widened is left alone.
-        """
-        n = self.native
+        """D, the stored hidden size. A residual stream that is not widened is left alone."""
+        n, multiple = self.native, self.multiple or self.native.num_heads
         return (
             n.hidden_size
             if n.base_hidden_size is None
-            else -(-n.hidden_size // n.num_heads) * n.num_heads
+            else -(-n.hidden_size // multiple) * multiple
         )
 
     @property
@@ -90,11 +91,7 @@ class StockForm:
         n = self.native
         if n.base_head_dim is None:
             return None
-        powers, wanted = longrope_powers(n), rope_frequencies(n).astype(np.float64)
-        factors = [
-            *(1 / (wanted * powers[: len(wanted)])).tolist(),
-            *[NO_ROTATION] * (len(powers) - len(wanted)),
-        ]
+        factors = self.rope_divisors.tolist()
         return {
             "rope_type": "longrope",
             "factor": 1.0,
@@ -103,6 +100,16 @@ class StockForm:
             "short_factor": factors,
             "long_factor": factors,
         }
+
+    @property
+    def rope_divisors(self) -> np.ndarray:
+        """[(k+e)/2] float64: what divides the plain inverse frequencies of a head of k+e dims, so
+        that they are those of the base.
+        """
+        powers, wanted = longrope_powers(self.native), rope_frequencies(self.native)
+        divisors = np.full(len(powers), NO_ROTATION)
+        divisors[: len(wanted)] = 1 / (wanted.astype(np.float64) * powers[: len(wanted)])
+        return divisors
 
     @property
     def head_order(self) -> np.ndarray:

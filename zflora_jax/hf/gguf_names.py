@@ -1,0 +1,79 @@
+"""Names of tensors in GGUF files, and llama.cpp's order of the rows of q and k."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from zflora_jax.core.families import FAMILIES
+
+ROPE_DIVISORS = "rope_freqs.weight"  # divisors of the inverse frequencies, one for each pair
+
+# GGUF name -> Hugging Face name.
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_TO_GGUF = {hf: name for name, hf in (_LAYER | _TOP).items()}
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a GGUF tensor; a name that has none stays as it is."""
+    if name in _TOP:
+        return _TOP[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    return (
+        f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
+        if match and match[2] in _LAYER
+        else name
+    )
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a Hugging Face tensor."""
+    if name in _TO_GGUF:
+        return _TO_GGUF[name]
+    layer, rest = name.removeprefix("model.layers.").split(".", 1)
+    module, parameter = rest.rsplit(".", 1)
+    return f"blk.{layer}.{_TO_GGUF[module]}.{parameter}"
+
+
+def tensor_kind(name: str) -> str:
+    """What a GGUF tensor is, whatever its layer: "attn_q", "token_embd", ..."""
+    return name.split(".")[-2]
+
+
+def has_pairs(architecture: str) -> bool:
+    """Whether llama.cpp stores the two halves of rotated heads of an architecture interleaved."""
+    return any(f.gguf_pairs for f in FAMILIES.values() if f.gguf == architecture)
+
+
+def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Put the rows of q or k, [heads * k, in], or their bias, from llama.cpp's order into Hugging
+    Face's.
+
+    llama.cpp interleaves the two halves of each rotated head: rows 0, k/2, 1, k/2+1, ...
+    """
+    pairs = rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `half_split`."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)

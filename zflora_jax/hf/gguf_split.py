@@ -1,0 +1,109 @@
+"""How a tokenizer cuts a text before it merges, as llama.cpp names it (tokenizer.ggml.pre)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zflora_jax.core.fields import ConfigError, require
+
+# Regular expressions of tokenizer.json by the name of the pre-tokenizer in llama.cpp that cuts as
+# they do. Llama 3's and Qwen2's differ in how many digits make a piece.
+_SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama3",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+}
+# (cut, whether a piece that is a token is left unmerged) -> llama.cpp's name.
+_NAMES: dict[tuple[str | None, bool], str] = {
+    ("gpt2", False): "gpt-2",
+    ("digits", False): "smollm",
+    ("llama3", True): "llama-bpe",
+    ("llama3", False): "smaug-bpe",
+    ("qwen2", False): "qwen2",
+}
+
+
+def pre_tokenizer_name(state: dict[str, Any]) -> str:
+    """llama.cpp's name of a byte-level pre-tokenizer.
+
+    Args:
+      state: tokenizer.json of a BPE without byte_fallback.
+
+    Raises:
+      ConfigError: none of llama.cpp's that this project knows cuts so, or the text is changed
+        before it is cut in a way that llama.cpp does not have.
+    """
+    if not state["model"]["merges"]:
+        return "gpt-2"  # bytes alone: cutting changes nothing
+    normalizer = state["normalizer"]
+    require(
+        normalizer is None or normalizer["type"] == "NFC",
+        f"the tokenizer normalises texts ({normalizer}), which a GGUF file cannot express. Set"
+        " model.tokenizer = None to write the file without one.",
+    )
+    cut, ignores = _cut(state["pre_tokenizer"]), bool(state["model"].get("ignore_merges"))
+    if (cut, ignores) in _NAMES:
+        return _NAMES[cut, ignores]
+    raise ConfigError(
+        f"the tokenizer's pre_tokenizer {state['pre_tokenizer']} (ignore_merges: {ignores}) is none"
+        f" that can be named in a GGUF file: {', '.join(_NAMES.values())}. Set model.tokenizer ="
+        " None to write the file without one."
+    )
+
+
+def prefix_space(state: dict[str, Any]) -> bool:
+    """Whether a tokenizer with byte_fallback puts a space before a text.
+
+    Args:
+      state: its tokenizer.json.
+
+    Raises:
+      ConfigError: it treats texts otherwise than sentencepiece does.
+    """
+    steps = [*_steps(state["normalizer"]), *_steps(state["pre_tokenizer"])]
+    prepends, replaces = False, False
+    for step in steps:
+        match step:
+            case {"type": "Prepend", "prepend": "\u2581"}:
+                prepends = True
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
+                replaces = True
+            case {"type": "Metaspace", "replacement": "\u2581"} if not step.get("split", True):
+                prepends, replaces = step.get("prepend_scheme", "always") != "never", True
+            case _:
+                replaces = False
+                break
+    require(
+        replaces,
+        f"the tokenizer cuts or changes texts by {steps}, which a sentencepiece vocabulary of a"
+        " GGUF file cannot express. Set model.tokenizer = None to write the file without one.",
+    )
+    return prepends
+
+
+def _cut(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """The name of a cut; None for one that is unknown."""
+    match _steps(pre_tokenizer):
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return "gpt2"
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            return "digits"
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return _SPLITS.get(pattern)
+    return None
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, one after the other."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for key in ("normalizers", "pretokenizers") for step in part.get(key, ())]
