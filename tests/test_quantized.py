@@ -112,7 +112,17 @@ def test_products_of_every_device_equal_the_dequantised(kind, group, rows):
     close = {"rtol": 0, "atol": 1e-5 * np.abs(wanted).max()}
     flat = [products.multiply_and_sum, products.eight_rows_product]
     found = [product(x, by_rows) for product in flat[: 2 if not group else 1]]
-    found += [products.eight_rows_product(x, columns)] if group else []
+    if group:
+        axes = -1, group, 5
+        grouped = replace(
+            columns,
+            codes=columns.codes.reshape(axes),
+            scales=columns.scales[:, None],
+            mins=None if columns.mins is None else columns.mins[:, None],
+            reads=2,
+        )
+        found += [products.eight_rows_product(x, grouped)]
+        found += [products.quantized_linear(x[:, None], grouped)[:, 0]]
     if KINDS[kind].bits == 4:
         both = pair(by_rows)
         for one, other in zip(jax.tree.leaves(unpair(both)), jax.tree.leaves(by_rows), strict=True):

@@ -70,7 +70,8 @@ def joined(parts: Sequence[QuantizedArray], kind: str) -> QuantizedArray:
       kind: "cpu", "gpu" or "tpu".
 
     Returns:
-      Codes [out, in], on CPUs those of 4 bits in pairs; in groups on a TPU [in, out].
+      Codes [out, in], on CPUs those of 4 bits in pairs; in groups on a TPU [groups, inputs of a
+      group, out], as XLA's TPU compiler reads them inside a product (results/quantised.md).
     """
     first = parts[0]
 
@@ -94,7 +95,14 @@ def joined(parts: Sequence[QuantizedArray], kind: str) -> QuantizedArray:
         inner=inner,
     )
     if by_columns:
-        return whole
+        axes = -1, first.group, whole.shape[-1]
+        return replace(
+            whole,
+            codes=whole.codes.reshape(axes),
+            scales=whole.scales[:, None],
+            mins=None if whole.mins is None else whole.mins[:, None],
+            reads=2,
+        )
     rows = replace(jax.tree.map(lambda part: part.T, whole), writes=0)
     return pair(rows) if kind == "cpu" and KINDS[rows.kind].bits == 4 else rows
 

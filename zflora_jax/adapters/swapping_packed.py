@@ -106,14 +106,19 @@ def write_codes(
     start, count = (leaf.base, codes.shape[block.reads - 1]) if extra else (0, leaf.base)
     reads = slice(start // halves, (start + count) // halves)
     stored = (pair(flat) if leaf.paired else flat).codes
-    group, total = group_span(leaf, extra).start or 0, leaf.scales.shape[leaf.axis]
+    group = group_span(leaf, extra).start or 0
+    total = leaf.inputs // leaf.group if leaf.group else leaf.scales.shape[leaf.axis]
     own = slice(group, group + block.scales.shape[block.reads - 1])
-    heads = leaf.shape[leaf.axis] // inner
+    heads = leaf.inputs // inner
 
     def written(part: Array, numbers: Array, inputs: tuple[int, ...], reads: slice) -> Array:
         found = packed_pieces(numbers.T, (inputs, axes[1]), first, reads, writes, order)
-        if leaf.writes:  # [in, out]
-            found = [(piece.T, at[::-1]) for piece, at in found]
+        if leaf.reads == 2:  # [groups, inputs of a group, out]
+            each = part.shape[1]
+            found = [
+                (piece.T.reshape(-1, each, len(piece)), (column // each, 0, row))
+                for piece, (row, column) in found
+            ]
         return write_pieces(part, *zip(*found, strict=True))
 
     by_group = (heads, total // heads) if leaf.group else (total,)

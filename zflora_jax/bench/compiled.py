@@ -16,17 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.adapters.packing import packed_config
+from zflora_jax.adapters.packing import pack_for_decode, packed_config
+from zflora_jax.adapters.packing_quantized import group_multiple
 from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.bench.contenders import BASE, FUSED, UNMERGED, packed_shapes, read_bytes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import preset
+from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.inference.model_call import empty_cache
 from zflora_jax.inference.program import DecodeProgram
+from zflora_jax.nn.quantize_model import quantized_shapes
 from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.program_text import Program, async_bytes, kernels
 from zflora_jax.parallel.sharding import AXES
@@ -51,6 +57,7 @@ class DecodeCase:
       batch: rows.
       prompt: tokens of each prompt.
       new_tokens: generated after it.
+      quantize: how the base is stored; None: as numbers.
 
     LoRA runs beside the base; the methods that widen are fused and packed.
     """
@@ -60,6 +67,7 @@ class DecodeCase:
     batch: int = 1
     prompt: int = 128
     new_tokens: int = 128
+    quantize: QuantizeConfig | None = None
 
     @property
     def beside(self) -> AdapterConfig | None:
@@ -70,11 +78,37 @@ class DecodeCase:
         """The config of the packed model for a target."""
         fused = None if self.beside else self.adapter
         config = fused_config(self.config, fused) if fused else self.config
-        return packed_config(config.replace(dtype=DTYPE), KINDS[where.platform], fused)
+        config, kind = config.replace(dtype=DTYPE), KINDS[where.platform]
+        return packed_config(config, kind, fused, group_multiple(self._base()))
+
+    def _base(self) -> trees.Tree:
+        """The base as ShapeDtypeStructs, stacked, as it is stored."""
+        config = self.config.replace(scan_layers=True)
+        shapes = param_shapes(config).items()
+        leaves = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPE)) for name, shape in shapes}
+        return quantized_shapes(config, self.quantize or QuantizeConfig(), trees.unflatten(leaves))
+
+    def _quantized(self, where: Target) -> trees.Tree:
+        """The packed parameters of a quantised base, fused with the adapter if that is fused."""
+        config = self.config.replace(scan_layers=True, dtype=DTYPE)
+        fused = None if self.beside else self.adapter
+        shapes = adapter_shapes(config, fused) if fused else {}
+        blocks = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+
+        def packed(base: trees.Tree, adapters: trees.Tree) -> trees.Tree:
+            model = Model(config, base)
+            model = fuse(model, fused, adapters) if fused else model
+            return pack_for_decode(model, KINDS[where.platform]).params
+
+        return jax.eval_shape(packed, self._base(), trees.unflatten(blocks))
 
     def variables(self, where: Target) -> trees.Tree:
         """The model's parameters, and adapters beside it, as ShapeDtypeStructs in `DTYPE`."""
-        found = {"params": _cast(packed_shapes(self.packed(where)))}
+        found = {
+            "params": self._quantized(where)
+            if self.quantize
+            else _cast(packed_shapes(self.packed(where)))
+        }
         if self.beside:
             shapes = adapter_shapes(self.config.replace(scan_layers=False), self.beside)
             leaves = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
@@ -131,7 +165,9 @@ def loop_row(case: DecodeCase, where: Target) -> TableRow:
     cache = jax.eval_shape(
         lambda: empty_cache(config, case.beside, case.batch, case.prompt + case.new_tokens)
     )
-    matrices = [x.shape for x in jax.tree.leaves(variables["params"]) if len(x.shape) > 1]
+    # Of codes the shape of the numbers: a kernel that is dequantised has it.
+    leaves = trees.flatten(variables["params"]).values()
+    matrices = [x.shape for x in leaves if len(x.shape) > 1]
     in_loop = {op.name for op in loop}
     rest = [(op, times) for op, times in program.runs() if op.name not in in_loop]
     once = [op for op, _ in rest]

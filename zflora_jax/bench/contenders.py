@@ -23,6 +23,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.nn.llama import Llama
+from zflora_jax.ops.quantized import bytes_of
 from zflora_jax.parallel.mesh import mesh_in_use
 
 BASE, UNMERGED, IDLE = "base", "lora un-merged", "zflora-minimal idle"
@@ -105,9 +106,9 @@ def read_bytes(variables: trees.Tree, config: LlamaConfig, batch: int, slots: in
       keys and values at `slots` positions.
     """
     table = variables["params"]["embed"]["embedding"]
-    weights = sum(_bytes(leaf) for leaf in jax.tree.leaves(variables))
+    weights = sum(bytes_of(leaf) for leaf in jax.tree.leaves(variables))
     if not config.tie_word_embeddings:
-        weights -= _bytes(table)
+        weights -= bytes_of(table)
     cache = (
         2
         * batch
@@ -118,10 +119,6 @@ def read_bytes(variables: trees.Tree, config: LlamaConfig, batch: int, slots: in
         * jnp.dtype(config.execution.dtype).itemsize
     )
     return int(weights + cache)
-
-
-def _bytes(leaf: Any) -> int:
-    return int(leaf.size) * leaf.dtype.itemsize
 
 
 def packed_shapes(config: LlamaConfig) -> trees.Tree:

@@ -132,6 +132,11 @@ class QuantizedArray:
         """The axis that groups run along, negative."""
         return -self.writes - 1
 
+    @property
+    def inputs(self) -> int:
+        """How many numbers an output sums."""
+        return math.prod(self.shape[self.ndim - self.writes - self.reads : self.ndim - self.writes])
+
 
 def bytes_of(leaf: Any) -> int:
     """The bytes of a leaf on a device: an array, a ShapeDtypeStruct or a `QuantizedArray`."""
@@ -186,8 +191,21 @@ def code_values(kind: str, codes: Array) -> Array:
     table = KINDS[kind].table
     if table is None:
         return codes.astype(jnp.float32)
-    # Chosen one by one: a lookup would not be part of the product on TPUs.
-    codes = codes.astype(jnp.int32)
+    return jax.lax.platform_dependent(
+        codes.astype(jnp.int32),
+        tpu=partial(_chosen, table),
+        default=partial(_looked_up, table),
+    )
+
+
+def _looked_up(table: tuple[float, ...], codes: Array) -> Array:
+    return jnp.take(jnp.asarray(table, jnp.float32), codes, mode="clip")
+
+
+def _chosen(table: tuple[float, ...], codes: Array) -> Array:
+    """`_looked_up` one by one: on a TPU a lookup is no part of the product that reads it, and on a
+    GPU this is none (results/quantised.md).
+    """
     values = jnp.full(codes.shape, table[0], jnp.float32)
     for code, value in enumerate(table[1:], 1):
         values = jnp.where(codes == code, jnp.float32(value), values)
@@ -216,14 +234,21 @@ def unpair(w: QuantizedArray) -> QuantizedArray:
     return replace(w, codes=codes.reshape(w.shape).astype(dtype), paired=False)
 
 
+def base_inputs(w: QuantizedArray) -> np.ndarray:
+    """Which inputs of an array are the base's, bool; a constant, as XLA's GPU compiler would make
+    a kernel of it in every token.
+    """
+    width = w.shape[w.axis]
+    return np.arange(width) % (w.inner or width) < w.base
+
+
 def spread(w: QuantizedArray, scales: Array) -> Array:
     """`scales` of groups as one for each code, float32; broadcasts against the codes."""
     scales, width, axis = scales.astype(jnp.float32), w.shape[w.axis], w.ndim + w.axis
     if scales.shape[axis] == 1:
         return scales
     if not w.group:  # the base's inputs, and an adapter's
-        is_base = jnp.arange(width) % (w.inner or width) < w.base
-        is_base = is_base.reshape([-1 if a == axis else 1 for a in range(w.ndim)])
+        is_base = base_inputs(w).reshape([-1 if a == axis else 1 for a in range(w.ndim)])
         first, second = jnp.split(scales, 2, axis=axis)
         return jnp.where(is_base, first, second)
     each, own = w.group, -(-w.base // w.group)

@@ -16,7 +16,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from zflora_jax.ops.linear import column_product, plain_product
-from zflora_jax.ops.quantized import KINDS, QuantizedArray, code_values, dequantize, unpair
+from zflora_jax.ops.quantized import (
+    KINDS,
+    QuantizedArray,
+    base_inputs,
+    code_values,
+    dequantize,
+    unpair,
+)
 
 Array = jax.Array
 
@@ -72,15 +79,14 @@ def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None
 
     Args:
       x: inputs.
-      w: [j, i], or [i, j] with `writes` 1, as `adapters.packing_quantized` lays it out; it gets no
-        gradient.
+      w: as `adapters.packing_quantized.joined` lays it out, or a head [i, j]; it gets no gradient.
       dtype: of the result; None: x's.
 
     Returns:
       [B, T, j], equal to `plain_quantized_linear`; on a CPU up to the rounding of x to 15 bits
       where the codes are int8 in one group.
     """
-    dtype, x = x.dtype if dtype is None else dtype, _filled(x, w)
+    dtype = x.dtype if dtype is None else dtype
     plain = partial(plain_quantized_linear, dtype=dtype)
     count = x.shape[0] * x.shape[1]
     if count > FEW_ROWS:
@@ -89,12 +95,12 @@ def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None
     whole = not w.group and KINDS[w.kind].table is None and not w.paired
 
     def flat(product: Any, x: Array, w: QuantizedArray) -> Array:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _filled(x, w).reshape(-1, w.inputs)
         return product(rows, w).reshape(*x.shape[:2], -1).astype(dtype)
 
     cpu = int8_product if whole else paired_product if w.paired else multiply_and_sum
     on_cpu = by_rows and (whole or (count <= FEW_ON_CPU and KINDS[w.kind].table is None))
-    tpu = eight_rows_product if (whole or not by_rows) else None
+    tpu = eight_rows_product if whole or w.reads == 2 else None
     return jax.lax.platform_dependent(
         x,
         w,
@@ -106,13 +112,12 @@ def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None
 
 def _filled(x: Array, w: QuantizedArray) -> Array:
     """x [B, T, i] with zeros behind the dims of each head, where groups have filled those up."""
-    width = w.shape[w.axis]
-    if x.shape[-1] == width:
+    if x.shape[-1] == w.inputs:
         return x
-    heads = width // w.inner
+    heads = w.inputs // w.inner
     apart = x.reshape(*x.shape[:-1], heads, -1)
     pads = ((0, 0), (0, 0), (0, 0), (0, w.inner - apart.shape[-1]))
-    return jnp.pad(apart, pads).reshape(*x.shape[:-1], width)
+    return jnp.pad(apart, pads).reshape(*x.shape[:-1], w.inputs)
 
 
 def _linear_forward(
@@ -125,13 +130,9 @@ def _linear_backward(
     dtype: DTypeLike | None, saved: tuple[QuantizedArray, Array], dy: Array
 ) -> tuple[Array, Any]:
     w, like = saved
-    dy = dy.astype(like.dtype)
-    product = plain_product if w.writes else column_product
-    dx = product(dy, dequantize(w, dy.dtype))
-    if dx.shape[-1] != len(like):  # without what `_filled` has added
-        heads = dx.shape[-1] // w.inner
-        dx = dx.reshape(*dx.shape[:-1], heads, -1)[..., : len(like) // heads]
-        dx = dx.reshape(*dx.shape[:-2], -1)
+    x = jax.ShapeDtypeStruct((*dy.shape[:-1], len(like)), like.dtype)
+    plain = partial(plain_quantized_linear, w=w, dtype=dtype)
+    (dx,) = jax.linear_transpose(plain, x)(dy)
     return dx, jax.tree.map(_no_gradient, w)
 
 
@@ -140,8 +141,11 @@ quantized_linear.defvjp(_linear_forward, _linear_backward)
 
 def plain_quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
     """`quantized_linear` with the dequantised kernel."""
-    product = column_product if w.writes else plain_product
-    return product(x, dequantize(w, x.dtype), dtype)
+    x, kernel = _filled(x, w), dequantize(w, x.dtype)
+    if w.reads == 2:
+        grouped = x.reshape(*x.shape[:-1], *kernel.shape[:2])
+        return jnp.einsum("BTGg,Ggj->BTj", grouped, kernel, preferred_element_type=dtype)
+    return (column_product if w.writes else plain_product)(x, kernel, dtype)
 
 
 def _parts(x: Array, w: QuantizedArray) -> Array:
@@ -149,7 +153,7 @@ def _parts(x: Array, w: QuantizedArray) -> Array:
     width = x.shape[-1]
     if w.base == (w.inner or width):
         return x[:, None]
-    is_base = (jnp.arange(width) % (w.inner or width) < w.base)[None]
+    is_base = base_inputs(w)[None]
     zero = jnp.zeros_like(x)
     return jnp.stack([jnp.where(is_base, x, zero), jnp.where(is_base, zero, x)], axis=1)
 
@@ -213,13 +217,7 @@ def eight_rows_product(x: Array, w: QuantizedArray) -> Array:
     rows = jnp.pad(rows, ((0, max(0, 8 - len(rows))), (0, 0)))
     f32 = jnp.float32
     if w.group:
-        codes = code_values(w.kind, w.codes).reshape(-1, w.group, w.codes.shape[-1])
-        kernel = codes * w.scales.astype(f32)[:, None]
-        if w.mins is not None:
-            kernel = kernel + w.mins.astype(f32)[:, None]
-        grouped = rows.reshape(len(rows), -1, w.group)
-        y = jnp.einsum("nGg,Ggj->nj", grouped, kernel.astype(x.dtype), preferred_element_type=f32)
-        return y[: len(x)]
+        return plain_quantized_linear(rows[:, None], w, f32)[: len(x), 0]
     into = "ni,ij->nj" if w.writes else "ni,ji->nj"
     y = jnp.einsum(into, rows, w.codes.astype(x.dtype), preferred_element_type=f32)
     y = y[: parts.shape[0] * parts.shape[1]].reshape(*parts.shape[:2], -1)

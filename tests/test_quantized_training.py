@@ -1,0 +1,188 @@
+"""Training on a quantised base: as on its numbers, on any mesh, killed and resumed; what a compiled
+step keeps of it; loading, generation and the plan.
+"""
+
+import dataclasses
+import json
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.checks import assert_trees_equal
+from support.grids import always
+from support.models import needs_smollm2, tiny_model
+from support.quantized import how, moved
+from support.runs import quiet_train, saved_state
+from support.sharded import OPTIM, batch
+from test_run_killed import train_in_subprocess
+
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.model import fingerprint
+from zflora_jax.core.presets import preset
+from zflora_jax.core.run_config import DataConfig, MeshConfig, QuantizeConfig, RunConfig
+from zflora_jax.experiments.base import load_base
+from zflora_jax.experiments.compiled_plan import compiled_step
+from zflora_jax.experiments.planner import bytes_per_device
+from zflora_jax.experiments.restore import load_fused
+from zflora_jax.hf.load import load_model
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.nn.llama import forward
+from zflora_jax.nn.quantize_model import dequantize_model, quantize_model
+from zflora_jax.ops.quantized import KINDS, bytes_of
+from zflora_jax.parallel import sharding
+from zflora_jax.reporting.metrics import read_metrics
+from zflora_jax.training.trainer import init_state, make_train_step
+
+ADAPTER = AdapterConfig("zflora-uniform", rank=6, alpha=9.0, extra_head_dim=32)
+
+
+def base(kind):
+    """Every dimension of it 8 divides, and 32 those of groups."""
+    wide = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 32, "vocab_size": 264}
+    model = tiny_model(**wide)
+    return quantize_model(model, how(kind, embedding=kind))
+
+
+def three_steps(model, mesh_config):
+    """Metrics of three steps on a mesh, and the trained adapters."""
+    adapters = init_adapters(jax.random.key(0), model, ADAPTER)
+    mesh, state = sharding.make_mesh(mesh_config), init_state(adapters, OPTIM, 10)
+    where = sharding.state_shardings(state, mesh)
+    step = make_train_step(model.config, ADAPTER, OPTIM, 10, 1, 32, where)
+    rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
+    params, state = sharding.shard(model.params, mesh), jax.device_put(state, where)
+    found = []
+    with jax.set_mesh(mesh):
+        for _ in range(3):
+            state, metrics = step(params, state, rows)
+            found.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+    return np.asarray(found), jax.device_get(state.adapters)
+
+
+@pytest.mark.parametrize("kind", always(KINDS, lambda kind: kind in ("int8", "q4_1")))
+def test_steps_are_those_on_the_numbers_on_any_mesh(kind):
+    model = base(kind)
+    wanted, adapters = three_steps(model, MeshConfig())
+    assert wanted[2, 0] < wanted[0, 0]
+    numbers, _ = three_steps(dequantize_model(model), MeshConfig())
+    np.testing.assert_allclose(wanted, numbers, rtol=2e-5)
+    metrics, found = three_steps(model, MeshConfig(2, 2, 2))
+    np.testing.assert_allclose(metrics, wanted, rtol=2e-5)
+    for name, leaf in trees.flatten(found).items():
+        np.testing.assert_allclose(leaf, trees.flatten(adapters)[name], atol=2e-5, err_msg=name)
+
+
+def test_fuse_and_decode_on_a_mesh_are_those_of_one_device():
+    model = base("int4")
+    adapters, prompts = moved(model, ADAPTER), [[5, 9, 77, 30], [8, 200, 31]]
+    fused = fuse(model, ADAPTER, adapters)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
+    divided = dataclasses.replace(model, params=sharding.shard(model.params, mesh))
+    both = fuse(divided, ADAPTER, adapters)
+    for name, part in trees.arrays(both.params).items():
+        np.testing.assert_array_equal(
+            np.asarray(part), np.asarray(trees.arrays(fused.params)[name]), name
+        )
+    codes = trees.arrays(divided.params)["layers/mlp/gate/kernel/codes"]
+    assert {s.data.size for s in codes.addressable_shards} == {codes.size // 4}
+    tokens = np.asarray([prompts[0]], np.int32)
+    wanted = np.asarray(forward(fused, tokens))
+    found = np.asarray(forward(both, tokens))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    made = generate_tokens(fused, prompts, max_new_tokens=6)
+    assert generate_tokens(both, prompts, max_new_tokens=6) == made
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
+    """As for a float base; and the run is loaded, fused, as it was trained."""
+    settings = {"train.steps": 40, "eval.limit": 2, "quantize.kernels": "int8"}
+    run = override(run, settings)
+    process = train_in_subprocess(run, tmp_path / "killed")
+    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and any(r["step"] >= 6 for r in read_metrics(metrics)):
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0].decode()[-2000:]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for name in ("whole", "killed"):
+        quiet_train(run, tmp_path / name)
+    assert json.loads((tmp_path / "killed" / "report.json").read_text())["resumed_from"] >= 2
+    killed, whole = (saved_state(run, tmp_path / name) for name in ("killed", "whole"))
+    assert_trees_equal(killed, whole)
+    fused, _ = load_fused(tmp_path / "whole")
+    assert str(trees.flatten(fused.params)["layers/attn/q/kernel"].dtype) == "int8"
+    with pytest.raises(ConfigError, match="quantize"):
+        quiet_train(override(run, {"quantize.kernels": "none"}), tmp_path / "whole")
+
+
+def test_a_directory_is_quantised_tensor_by_tensor_as_in_memory(base_dir):
+    """On one device and on a mesh; what cannot be kept is refused."""
+    wanted = quantize_model(load_model(base_dir), "int8")
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2))
+    for given in ({}, {"mesh": mesh}, {"scan_layers": False}):
+        found = load_model(base_dir, quantize="int8", **given)
+        assert fingerprint(found) == fingerprint(wanted)
+    run = RunConfig(model=base_dir, quantize=QuantizeConfig("int8"))
+    assert fingerprint(load_base(run)) == fingerprint(wanted)
+    with pytest.raises(ConfigError, match=r"keeps the blocks of a \.gguf file"):
+        load_model(base_dir, quantize="keep")
+
+
+@pytest.mark.parametrize("kind", always(["int8", "nf4"], lambda kind: kind == "nf4"))
+def test_a_compiled_step_keeps_no_dequantised_base(kind):
+    """With four layers more the temporaries grow by what the backward pass keeps, as beside a float
+    base; not by the layers' numbers. (On a CPU codes of 4 bits become codes of 8.)
+    """
+    wide = preset("tiny").replace(hidden_size=512, intermediate_size=2048, head_dim=128)
+
+    def temporaries(layers, **quantize):
+        run = RunConfig(
+            data=DataConfig(batch_size=1, bucket_lengths=(32,)), quantize=QuantizeConfig(**quantize)
+        )
+        step = compiled_step(run, wide.replace(num_layers=layers))
+        return step.memory_analysis().temp_size_in_bytes
+
+    layer = 4 * sum(
+        int(np.prod(shape[1:]))
+        for name, shape in jax.tree.map(np.shape, trees.flatten(tiny_shapes(wide))).items()
+        if name.startswith("layers/")
+    )
+    more = temporaries(8, kernels=kind) - temporaries(4, kernels=kind)
+    plain = temporaries(8) - temporaries(4)
+    assert more - plain < 1.2 * layer  # four layers' numbers would be 4 of it
+    run = RunConfig(quantize=QuantizeConfig(kind))
+    planned = bytes_per_device(run, wide)["base"]
+    held = quantize_model(tiny_model(**WIDE), QuantizeConfig(kind))
+    assert planned == sum(bytes_of(leaf) for leaf in trees.flatten(held.params).values())
+
+
+WIDE = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
+
+
+def tiny_shapes(config):
+    return tiny_model(**WIDE, num_layers=config.num_layers).params
+
+
+@needs_smollm2
+def test_a_files_own_blocks_are_kept_and_are_its_numbers():
+    kept, numbers = (load_model("smollm2-135m", quantize=q) for q in ("keep", None))
+    dequantised = dequantize_model(kept)
+    for name, leaf in trees.flatten(numbers.params).items():
+        np.testing.assert_array_equal(
+            np.asarray(leaf), np.asarray(trees.flatten(dequantised.params)[name]), name
+        )
+    held = sum(bytes_of(leaf) for leaf in trees.flatten(kept.params).values())
+    assert held < 1.3 * 93_000_000
+    ids = kept.tokenizer("The capital of France is")["input_ids"]
+    answer = generate_tokens(kept, [ids], max_new_tokens=4)
+    assert "Paris" in kept.tokenizer.decode(answer[0])
+    assert jnp.dtype(trees.flatten(kept.params)["final_norm/scale"].dtype) == jnp.float32
