@@ -35,7 +35,11 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def pack_for_decode(
-    model: Model, kind: str | None = None, *, beside: AdapterConfig | None = None
+    model: Model,
+    kind: str | None = None,
+    *,
+    beside: AdapterConfig | None = None,
+    donate: bool = False,
 ) -> Model:
     """Bring a model, fused or not, into the layout for decode.
 
@@ -56,6 +60,8 @@ def pack_for_decode(
       kind: of devices that the widths are for (`adapters.widths`): "cpu", "gpu" or "tpu". None:
         this process's.
       beside: the config of adapters that are to run beside the model.
+      donate: take each layer of a model that has a subtree for each out of `model.params` as it is
+        packed, so that no two copies are in memory. `model` cannot be used afterwards.
     """
     if model.config.execution.packed:
         return model
@@ -71,7 +77,7 @@ def pack_for_decode(
     else:
         kind, whole = kind or this_kind(), group_multiple(model.params)
         config = packed_config(model.config, kind, model.adapter, whole)
-        params = _pack(config, kind, model.params)
+        params = _pack(config, kind, model.params, donate)
     return dataclasses.replace(model, config=config, params=params)
 
 
@@ -126,47 +132,61 @@ def _unstack(config: LlamaConfig, params: Tree) -> Tree:
     return constrain(trees.unstack_layers(params, config.num_layers), fused=True)
 
 
+def _pack(config: LlamaConfig, kind: str, params: Tree, donate: bool) -> Tree:
+    """A whole model, each layer by the same compiled program."""
+    packed = {
+        module: {name: packed_table(leaf, kind) for name, leaf in part.items()}
+        for module, part in params.items()
+        if not module.startswith("layers")
+    }
+    if not donate:  # what is packed is a model of its own, whose arrays `swap` may donate
+        packed = jax.tree.map(jnp.copy, packed)
+    take = params.pop if donate else params.__getitem__
+    for i in range(config.num_layers):
+        layer = _row(params["layers"], i) if "layers" in params else take(f"layers_{i}")
+        packed[f"layers_{i}"] = jax.block_until_ready(_pack_layer(config, kind, layer))
+        del layer
+    scale = _filled(packed["final_norm"]["scale"], (config.stored.hidden_size,))
+    return packed | {"final_norm": {"scale": scale}}
+
+
+@jax.jit
+def _row(stacked: Tree, i: int) -> Tree:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stacked)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _pack(config: LlamaConfig, kind: str, params: Tree) -> Tree:
+def _pack_layer(config: LlamaConfig, kind: str, layer: Tree) -> Tree:
     shapes = param_shapes(config.stored)
-    tree = map_kernels(
+    layer = map_kernels(
         lambda kernel, name, leaf: _filled(
             _turned(config, name, _scaled(config, kernel, name, leaf)), shapes[name]
         ),
-        trees.unstack_layers(params, config.num_layers),
-    )
-    for module in {"embed", "lm_head"} & tree.keys():
-        tree[module] = {n: packed_table(leaf, kind) for n, leaf in tree[module].items()}
-    for i in range(config.num_layers):
-        layer = tree[f"layers_{i}"]
+        {"layers_0": layer},
+    )["layers_0"]
 
-        def stacked(
-            group_name: str, *kernels: str, axes: int = 1, layer: Tree = layer
-        ) -> dict[str, Any]:
-            """The kernels, whose first `axes` axes are their input's, below each other as [out,
-            in].
-            """
-            parts = [layer[group_name][name] for name in kernels]
-            leaves = [part["kernel"] for part in parts]
-            found = {
-                "kernel": joined(leaves, kind)
-                if isinstance(leaves[0], QuantizedArray)
-                else jnp.concatenate(
-                    [leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves]
-                )
-            }
-            if "bias" in parts[0]:
-                found["bias"] = jnp.concatenate([part["bias"].reshape(-1) for part in parts])
-            return found
-
-        attention = {"qkv": stacked("attn", *ATTENTION[:3]), "o": stacked("attn", "o", axes=2)}
-        tree[f"layers_{i}"] = {
-            "attn_norm": layer["attn_norm"],
-            "mlp_norm": layer["mlp_norm"],
-            "attn": attention | {n: layer["attn"][n] for n in QK_NORMS if n in layer["attn"]},
-            "mlp": {"gate_up": stacked("mlp", *MLP[:2]), "down": stacked("mlp", "down")},
+    def stacked(group_name: str, *kernels: str, axes: int = 1) -> dict[str, Any]:
+        """The kernels, whose first `axes` axes are their input's, below each other as [out, in]."""
+        parts = [layer[group_name][name] for name in kernels]
+        leaves = [part["kernel"] for part in parts]
+        found = {
+            "kernel": joined(leaves, kind)
+            if isinstance(leaves[0], QuantizedArray)
+            else jnp.concatenate(
+                [leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves]
+            )
         }
-    return tree
+        if "bias" in parts[0]:
+            found["bias"] = jnp.concatenate([part["bias"].reshape(-1) for part in parts])
+        return found
+
+    attention = {"qkv": stacked("attn", *ATTENTION[:3]), "o": stacked("attn", "o", axes=2)}
+    return {
+        "attn_norm": layer["attn_norm"],
+        "mlp_norm": layer["mlp_norm"],
+        "attn": attention | {n: layer["attn"][n] for n in QK_NORMS if n in layer["attn"]},
+        "mlp": {"gate_up": stacked("mlp", *MLP[:2]), "down": stacked("mlp", "down")},
+    }
 
 
 def _turned(config: LlamaConfig, name: str, leaf: Any) -> Any:

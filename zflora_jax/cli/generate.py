@@ -207,6 +207,7 @@ def _generate(
 def _model_of(args: argparse.Namespace) -> Model:
     """What --workdir or --model, with --adapter, name."""
     from zflora_jax.adapters.fuse import fuse
+    from zflora_jax.adapters.packing import pack_for_decode
     from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft
@@ -220,9 +221,12 @@ def _model_of(args: argparse.Namespace) -> Model:
     # that there is no second copy.
     own = "keep" if args.model.endswith(".gguf") and not args.adapter else "none"
     dtype, how = args.dtype or "float32", args.quantize or own
-    model = load_model(args.model, dtype, scan_layers=mesh is None, mesh=mesh, quantize=how)
+    apart = mesh is not None or how != "none"
+    model = load_model(args.model, dtype, scan_layers=not apart, mesh=mesh, quantize=how)
     if is_quantized(model):
         print(f"base: {stored_text(model)} (--quantize none: as numbers)", file=sys.stderr)
+        if not args.adapter:
+            return pack_for_decode(model, donate=True)
     if args.adapter:
         require(
             model.adapter is None,

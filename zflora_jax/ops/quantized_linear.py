@@ -7,6 +7,7 @@ inputs of a group, p base's or adapter's inputs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -88,9 +89,10 @@ def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None
     """
     dtype = x.dtype if dtype is None else dtype
     plain = partial(plain_quantized_linear, dtype=dtype)
+    in_turn = partial(product_in_turn, dtype=dtype)
     count = x.shape[0] * x.shape[1]
     if count > FEW_ROWS:
-        return plain(x, w)
+        return jax.lax.platform_dependent(x, w, cpu=in_turn, default=plain)
     by_rows = not w.writes
     whole = not w.group and KINDS[w.kind].table is None and not w.paired
 
@@ -98,13 +100,18 @@ def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None
         rows = _filled(x, w).reshape(-1, w.inputs)
         return product(rows, w).reshape(*x.shape[:2], -1).astype(dtype)
 
+    def from_codes(x: Array, w: QuantizedArray) -> Array:
+        # The barrier keeps XLA's CPU compiler from computing what codes stand for once, ahead of a
+        # loop of tokens.
+        return flat(cpu, *jax.lax.optimization_barrier((x, w)))
+
     cpu = int8_product if whole else paired_product if w.paired else multiply_and_sum
     on_cpu = by_rows and (whole or (count <= FEW_ON_CPU and KINDS[w.kind].table is None))
     tpu = eight_rows_product if whole or w.reads == 2 else None
     return jax.lax.platform_dependent(
         x,
         w,
-        cpu=partial(flat, cpu) if on_cpu else plain,
+        cpu=from_codes if on_cpu else in_turn,
         tpu=partial(flat, tpu) if tpu else plain,
         default=partial(flat, multiply_and_sum) if by_rows else plain,
     )
@@ -148,6 +155,15 @@ def plain_quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None 
     return (column_product if w.writes else plain_product)(x, kernel, dtype)
 
 
+def product_in_turn(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
+    """`plain_quantized_linear`, whose kernel XLA dequantises when x is there."""
+    # Its CPU compiler else dequantises the kernels of all layers ahead of the first product, and
+    # takes barriers away before it plans that. No number is above infinity.
+    never = x[(0,) * x.ndim] > jnp.asarray(jnp.inf, x.dtype)
+    codes = jnp.where(never, jnp.zeros_like(w.codes), w.codes)
+    return plain_quantized_linear(x, replace(w, codes=codes), dtype)
+
+
 def _parts(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] as [n, p, i]: the base's inputs and zeros, and zeros and the adapter's."""
     width = x.shape[-1]
@@ -170,8 +186,8 @@ def int8_product(x: Array, w: QuantizedArray) -> Array:
     high = jnp.round(parts / scale)
     low = jnp.round((parts / scale - high) * 254)
     rows = jnp.stack([high, low]).astype(jnp.int8).reshape(-1, x.shape[-1])
-    rows, codes = jax.lax.optimization_barrier((rows, w.codes))
-    y = jnp.einsum("ni,ji->nj", rows, codes, preferred_element_type=jnp.int32)
+    rows = jax.lax.optimization_barrier(rows)
+    y = jnp.einsum("ni,ji->nj", rows, w.codes, preferred_element_type=jnp.int32)
     y = y.astype(jnp.float32).reshape(2, *parts.shape[:2], -1)
     y = (y[0] + y[1] / 254) * scale
     return jnp.sum(y * w.scales.astype(jnp.float32).T[None], axis=1)
