@@ -236,6 +236,12 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(
             ["--vllm-python", "nowhere"],
             "--vllm-python nowhere: give the Python of an environment that has vLLM",
         ),
+        ("on_device.py", ["--rounds", "0"], "--rounds, --prompt: give at least 1"),
+        (
+            "on_device.py",
+            ["--python", "nowhere"],
+            "--python nowhere: give the Python of an environment that has xllamacpp",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -1,8 +1,9 @@
 """Runs a GGUF file in llama.cpp, as the package xllamacpp brings it.
 
-tools/consumer_workers.py calls it in an environment with xllamacpp and numpy. Linux on x86-64: the
-scores come from llama.cpp's C functions, whose large settings are passed by value as blocks of
-bytes.
+tools/consumer_workers.py calls it in an environment with xllamacpp and numpy, and
+benchmarks/on_device.py keeps it running: PYTHON tools/llama_cpp_worker.py JOB, see `serve`. Linux
+on x86-64: scores and times come from llama.cpp's C functions, whose large settings are passed by
+value as blocks of bytes.
 """
 
 from __future__ import annotations
@@ -75,11 +76,91 @@ def _library() -> Any:
         "llama_set_n_threads": (None, [pointer, i32, i32]),
         "llama_model_get_vocab": (pointer, [pointer]),
         "llama_vocab_n_tokens": (i32, [pointer]),
+        "llama_adapter_lora_init": (pointer, [pointer, ctypes.c_char_p]),
+        "llama_set_adapters_lora": (
+            i32,
+            [pointer, ctypes.POINTER(pointer), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float)],
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
+
+
+class Loaded:
+    """A model in llama.cpp, with a LoRA beside it or without, that decodes greedily by one thread.
+
+    Keys and values are float16, llama.cpp's default.
+    """
+
+    def __init__(self, file: str, lora: str | None, longest: int) -> None:
+        self.lib = lib = _library()
+        lib.llama_backend_init()
+        model = lib.llama_model_load_from_file(file.encode(), lib.llama_model_default_params())
+        if not model:
+            raise SystemExit(f"error: llama.cpp cannot load {file}")
+        settings = lib.llama_context_default_params()
+        for i in range(3):  # n_ctx, n_batch, n_ubatch
+            settings.numbers[i] = longest
+        self.context = lib.llama_init_from_model(model, settings)
+        lib.llama_set_n_threads(self.context, THREADS, THREADS)
+        self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        self.batch = lib.llama_batch_init(longest, 0, 1)
+        if lora is not None:
+            adapter = lib.llama_adapter_lora_init(model, lora.encode())
+            one, scale = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
+            if not adapter or lib.llama_set_adapters_lora(self.context, one, 1, scale):
+                raise SystemExit(f"error: llama.cpp cannot apply {lora} to {file}")
+
+    def next_token(self, tokens: list[int], start: int) -> int:
+        """The likeliest token after `tokens`, the first of which is at position `start`."""
+        import numpy as np
+
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, i + 1 == len(tokens)
+        if self.lib.llama_decode(self.context, batch):
+            raise SystemExit(f"error: llama.cpp cannot decode {len(tokens)} tokens")
+        logits = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (self.vocab,))
+        return int(logits.argmax())
+
+    def timed(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
+        """Greedy tokens and milliseconds: of the prompt and the first token (ttft), and of each of
+        the others (tpot, the mean), as wall time and as the process's CPU time.
+        """
+        from time import perf_counter, process_time
+
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        times = [(perf_counter(), process_time())]
+        found = [self.next_token(prompt, 0)]
+        times.append((perf_counter(), process_time()))
+        for i in range(new_tokens - 1):
+            found.append(self.next_token(found[-1:], len(prompt) + i))
+        times.append((perf_counter(), process_time()))
+        row: dict[str, Any] = {"tokens": found}
+        for clock, suffix in enumerate(("ms", "cpu_ms")):
+            start, first, last = (1e3 * at[clock] for at in times)
+            row[f"ttft_{suffix}"], row[f"tpot_{suffix}"] = (
+                first - start,
+                (last - first) / (new_tokens - 1),
+            )
+        return row
+
+
+def serve(job: dict[str, Any]) -> None:
+    """Load job["gguf"], with job["lora"] beside it, and answer each line of standard input, a JSON
+    object of "prompt" and "new_tokens", by a line of `Loaded.timed`.
+    """
+    import json
+    import sys
+
+    loaded = Loaded(job["gguf"], job["lora"], job["longest"])
+    print(json.dumps("loaded"), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(loaded.timed(**json.loads(line))), flush=True)
 
 
 def score(file: str, chunks: list[list[int]]) -> float:
@@ -112,3 +193,10 @@ def score(file: str, chunks: list[list[int]]) -> float:
         picked = rows[np.arange(len(rows)), chunk[1:]]
         total += float((np.log(np.exp(rows).sum(-1)) - picked).sum())
     return total / sum(len(chunk) - 1 for chunk in chunks)
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    serve(json.loads(sys.argv[1]))

@@ -49,7 +49,8 @@ def add_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--quant",
         metavar="TYPE",
-        help="of the weights in a GGUF file: f32, f16, bf16, q8_0 (default), q4_0, q4_1, q4_k_m",
+        help="of the weights in a GGUF file: f32, f16, bf16, q8_0 (default), q4_0, q4_1, q4_k_m;"
+        " keep: the base's own blocks, of a run with quantize.kernels=keep",
     )
     parser.add_argument(
         "--eps",

@@ -33,9 +33,10 @@ def export_run(
 
     Args:
       workdir: of the run.
-      out: directory to write; of "gguf" a file.
+      out: directory to write; of "gguf" and "gguf-lora" a file.
       format: a row of `EXPORTERS`: "hf", a fused Hugging Face directory; "gguf", the fused model as
-        a file for llama.cpp; "peft", LoRA adapters.
+        a file for llama.cpp; "gguf-lora", LoRA adapters as a file for llama.cpp; "peft", LoRA
+        adapters as a directory.
       dtype: of the "hf" weights, as `save_hf` takes it; None for that of the run.
       quant: of the "gguf" weights, as `save_gguf` takes it; None: "q8_0".
       checkpoint: which one, as the step of `load_run`.

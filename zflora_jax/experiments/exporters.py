@@ -67,8 +67,12 @@ def write_gguf(
     """The fused model as a GGUF file, and how far its logits are from the fused model's. Args and
     report: as in `export_run`. The base of `run` cannot be used afterwards.
     """
+    from zflora_jax.hf.gguf_keep import require_blocks
     from zflora_jax.hf.gguf_save import save_gguf
+    from zflora_jax.hf.gguf_types import KEEP
 
+    if quant == KEEP:
+        require_blocks(run.model)
     return _write_and_compare(
         out, run, lambda fused: save_gguf(out, fused, quant or "q8_0", eps_z=eps_z)
     )
@@ -122,11 +126,28 @@ def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
     return save_peft(out, run.model, run.config.adapter, run.adapters)
 
 
+def write_gguf_lora(out: str | Path, run: TrainedRun) -> dict[str, Any]:
+    """LoRA adapters as a GGUF file for llama.cpp. Args and report: as in `export_run`."""
+    from zflora_jax.hf.gguf_lora import save_gguf_lora
+
+    return save_gguf_lora(out, run.model, run.config.adapter, run.adapters)
+
+
+def check_gguf_lora(out: Path) -> None:
+    """ConfigError or CheckpointError where `write_gguf_lora` would raise it for `out`."""
+    from zflora_jax.hf.gguf_save import check_path
+
+    check_path(out)
+
+
 DEFAULT = "hf"
 EXPORTERS = {
     "hf": Exporter("the fused model", write_fused, settings=("dtype", "eps_z")),
     "gguf": Exporter(
         "the fused model as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
+    ),
+    "gguf-lora": Exporter(
+        "LoRA adapters as a file for llama.cpp (--lora)", write_gguf_lora, check=check_gguf_lora
     ),
     "peft": Exporter("LoRA adapters beside their base", write_peft),
 }

@@ -18,7 +18,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.gguf_blocks import KEPT, SIZE, from_blocks
-from zflora_jax.hf.gguf_config import gguf_config
+from zflora_jax.hf.gguf_config import factor_of_scores, gguf_config
 from zflora_jax.hf.gguf_names import ROPE_DIVISORS, half_split, has_pairs, hf_name
 from zflora_jax.hf.gguf_reader import GGUFFile, Tensor
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
@@ -100,13 +100,21 @@ class _Tensors:
         # Wider heads have their q scaled, which is undone before the one cast.
         dtype = np.float32 if self.config.base_head_dim else self.config.execution.dtype
         array = place.to_native(as_finite(array, dtype, tensor.name, str(self.file.path)))
-        return StockForm(self.config, 1.0).inverse_heads(module_of(place), array)[slices]
+        return self._stock.inverse_heads(module_of(place), array)[slices]
 
     def kind(self, name: str, place: Place) -> str | None:
         """The kind of a tensor's blocks, None where they cannot be kept."""
         found = self.named[name].kind.name.lower()
-        scaled = self.config.base_head_dim is not None and module_of(place) in ("q", "k")
+        scaled = self._turned(place) and not self._stock.scores_in_rope
         return found if found in KEPT and whole_groups(place, SIZE) and not scaled else None
+
+    @property
+    def _stock(self) -> StockForm:
+        return StockForm(self.config, 1.0, scores_in_rope=factor_of_scores(self.file) != 1)
+
+    def _turned(self, place: Place) -> bool:
+        """Whether a tensor has the dims of wider heads in the order of stock form."""
+        return self.config.base_head_dim is not None and module_of(place) in ("q", "k")
 
     def blocks(self, name: str, place: Place) -> QuantizedArray:
         """The blocks as codes and scales."""
@@ -117,6 +125,11 @@ class _Tensors:
                 as_finite(scales, np.float16, f"a scale of {tensor.name}", str(self.file.path))
         if heads := self._heads(name):
             found = jax.tree.map(lambda part: half_split(part, heads), found)
+        if self._turned(place):
+            native, dims = np.argsort(self._stock.head_order), self.config.head_dim
+            found = jax.tree.map(
+                lambda part: part.reshape(heads, dims, -1)[:, native].reshape(part.shape), found
+            )
         return native_blocks(found, place)
 
     def _heads(self, name: str) -> int:

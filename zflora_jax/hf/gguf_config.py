@@ -11,7 +11,7 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import from_dict, require
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.hf.gguf_names import ROPE_DIVISORS
+from zflora_jax.hf.gguf_names import ATTENTION_FACTOR, ROPE_DIVISORS
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.rope import longrope_powers, rotated_dims, with_frequencies
 
@@ -117,11 +117,13 @@ def _with_scaling(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
     """
     tensor = file.tensors.get(ROPE_DIVISORS)
     if tensor is None:
+        _check_factor(file, config)
         return config
     divisors = file.dequantised(tensor).astype(np.float64)
     dims = rotated_dims(divisors)
     if dims is not None:
         config = config.replace(base_head_dim=dims)
+    _check_factor(file, config)
     found = None
     if divisors.shape == (config.head_dim // 2,) and divisors.all():
         wanted = 1 / (divisors * longrope_powers(config))
@@ -132,6 +134,21 @@ def _with_scaling(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
         " high_freq_factor 4); no other is supported.",
     )
     return cast(LlamaConfig, found)
+
+
+def factor_of_scores(file: GGUFFile) -> float:
+    """What llama.cpp multiplies both q and k by as it rotates them."""
+    return float(file.get(f"{file.get('general.architecture')}.{ATTENTION_FACTOR}", 1.0))
+
+
+def _check_factor(file: GGUFFile, config: LlamaConfig) -> None:
+    """ConfigError for a factor of q and k that is not that of heads which this project widened."""
+    factor, wider = factor_of_scores(file), (config.head_dim / config.rotary_dim) ** 0.25
+    require(
+        factor == 1 or abs(factor - wider) < 1e-6,
+        f"{file.path}: {ATTENTION_FACTOR}={factor} is not supported; only {wider}, which is that of"
+        f" heads of {config.head_dim} dims of which RoPE turns {config.rotary_dim}.",
+    )
 
 
 def _need(file: GGUFFile, key: str) -> Any:

@@ -7,6 +7,7 @@ stock form, and the function stays the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,14 @@ from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.hf.gguf_names import ROPE_DIVISORS, gguf_name, has_pairs, interleave
-from zflora_jax.hf.keys import hf_table
+from zflora_jax.hf.gguf_names import (
+    ATTENTION_FACTOR,
+    ROPE_DIVISORS,
+    gguf_name,
+    has_pairs,
+    interleave,
+)
+from zflora_jax.hf.keys import Place, hf_table
 from zflora_jax.hf.state_scale import scales_state
 from zflora_jax.hf.stock import StockForm, module_of, native_tensor, stock_form
 
@@ -56,10 +63,11 @@ class GGUFForm:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """GGUF name -> shape of every tensor but the RoPE divisors, in llama.cpp's usual order."""
-        return {gguf_name(name): place.hf_shape for name, place in self._table.items()}
+        return {gguf_name(name): place.hf_shape for name, place in self.table.items()}
 
     @property
-    def _table(self) -> dict[str, Any]:
+    def table(self) -> dict[str, Place]:
+        """Hugging Face name -> place with the widths of the file, in the order of `shapes`."""
         table = hf_table(self.config)
         last = [name for name in table if not name.startswith(("model.layers", "model.embed"))]
         return {name: table[name] for name in (*(n for n in table if n not in last), *last)}
@@ -69,17 +77,31 @@ class GGUFForm:
         through them together.
         """
         filled = hf_table(self.stock.native)
-        for name, stored in self._table.items():
-            place, x = native_tensor(model, name)
-            wanted = filled[name].shape
-            if x.shape != wanted:
-                x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
-            array = stored.to_hf(self.stock.forward(module_of(place), x))
-            module = module_of(place)
-            if has_pairs(self.architecture) and module.removesuffix("_bias") in ("q", "k"):
-                heads = self.config.num_heads if module[0] == "q" else self.config.num_kv_heads
-                array = interleave(array, heads)
-            yield gguf_name(name), array
+        for name, stored in self.table.items():
+            yield gguf_name(name), self.tensor(model, name, stored, filled[name].shape)
+
+    def tensor(self, model: Model, name: str, stored: Place, wanted: tuple[int, ...]) -> Any:
+        """One tensor, see `tensors`.
+
+        Args:
+          model: the model.
+          name: Hugging Face's name of the tensor.
+          stored: its place, with the widths of the file.
+          wanted: its native shape with filled heads and MLP units.
+        """
+        place, x = native_tensor(model, name)
+        if x.shape != wanted:
+            x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
+        module = module_of(place)
+        return self.in_order(module, stored.to_hf(self.stock.forward(module, x)))
+
+    def in_order(self, module: str, rows: np.ndarray) -> np.ndarray:
+        """The rows of a tensor in llama.cpp's order. module: its name by `module_of`."""
+        if not has_pairs(self.architecture) or module.removesuffix("_bias") not in ("q", "k"):
+            return rows
+        return interleave(
+            rows, self.config.num_heads if module[0] == "q" else self.config.num_kv_heads
+        )
 
     @property
     def rope_divisors(self) -> dict[str, np.ndarray]:
@@ -117,6 +139,8 @@ class GGUFForm:
             "rope.freq_base": float(config.rope_theta),
             "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         }
+        if self.stock.scores_in_rope and self.stock.native.base_head_dim is not None:
+            values[ATTENTION_FACTOR] = math.sqrt(self.stock.wider)
         return {f"{self.architecture}.{key}": value for key, value in values.items()}
 
     def report(self) -> dict[str, Any]:

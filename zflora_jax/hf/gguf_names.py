@@ -8,6 +8,8 @@ import numpy as np
 
 from zflora_jax.core.families import FAMILIES
 
+# A metadata key: llama.cpp multiplies q and k by it when it rotates them, every dim of a head.
+ATTENTION_FACTOR = "rope.scaling.attn_factor"
 ROPE_DIVISORS = "rope_freqs.weight"  # divisors of the inverse frequencies, one for each pair
 
 # GGUF name -> Hugging Face name.

@@ -18,8 +18,9 @@ from zflora_jax.core.model import Model
 from zflora_jax.hf.card import base_name
 from zflora_jax.hf.directory import fsync
 from zflora_jax.hf.gguf_form import GGUFForm, gguf_form
+from zflora_jax.hf.gguf_keep import keep_form, plan_kept
 from zflora_jax.hf.gguf_reader import GGUFFile
-from zflora_jax.hf.gguf_types import QUANTS, Planned, Quant, plan_tensor, types_report
+from zflora_jax.hf.gguf_types import KEEP, QUANTS, TYPES, Planned, Quant, plan_tensor, types_report
 from zflora_jax.hf.gguf_vocabulary import check_tokenizer, tokenizer_metadata
 from zflora_jax.hf.save import project_version
 from zflora_jax.parallel.distributed import from_process_0, on_main
@@ -48,15 +49,20 @@ def save_gguf(
       model: of a family that llama.cpp has, not packed. Where it came from a .gguf file, that
         file's tokenizer is copied as it is.
       quant: "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1" or "q4_k_m": the type of the matrices.
-        Norms and biases are float32 in all of them.
+        Norms and biases are float32 in all of them. "keep": the blocks that the model has, byte
+        for byte, where it was loaded with `quantize="keep"` (or quantised as q8_0, q4_0 or q4_1),
+        and a fused adapter's beside them; matrices that it has as numbers get the type of the file
+        that it came from if that is F32, F16, BF16 or Q8_0, else Q8_0.
       eps_z: scale of the stored residual state, as `save_hf` takes it. None: chosen from the
         weights for the rounding of float32 ("f32"), float16 ("f16") or bfloat16.
 
     Returns:
       {"path", "quant", "types", "fallback", "widths", "filled with zeros", "tokenizer",
       "parameters", "bytes"}; "fallback" names the tensors whose rows are no multiple of their
-      type's block, and the types that they have instead. "eps_z" where there is a state to scale,
-      "context" where a sliding window limits it, "architecture" where it is not the family's own.
+      type's block, and the types that they have instead. "numbers, not blocks" of "keep" names the
+      matrices that the model does not have as blocks, and their types. "eps_z" where there is a
+      state to scale, "context" where a sliding window limits it, "architecture" where it is not the
+      family's own.
 
     Raises:
       ConfigError: a setting is wrong, or a GGUF file cannot hold the model or its tokenizer.
@@ -64,16 +70,14 @@ def save_gguf(
         cannot be written.
     """
     target = on_main(lambda: check_target(out, quant)) or Path(out)
-    row = QUANTS[quant]
-    form = gguf_form(model, row.dtype, eps_z)
+    form, tensors, own, file_type = _planned(model, quant, eps_z)
     tokenizer, origin = on_main(lambda: tokenizer_metadata(model)) or ({}, "")
-    tensors = _plan(form, row)
-    report = {"path": str(target), "quant": quant} | types_report(tensors) | form.report()
+    report = {"path": str(target), "quant": quant} | types_report(tensors) | own | form.report()
     report |= {"tokenizer": origin, "parameters": count_base(form.config)}
     with contextlib.ExitStack() as stack:
         # None in all processes but the one that writes; they help to gather the tensors.
-        temporary = on_main(lambda: stack.enter_context(_whole_file(target)))
-        metadata = _metadata(model, form, row) | tokenizer
+        temporary = on_main(lambda: stack.enter_context(whole_file(target)))
+        metadata = _metadata(model, form, file_type) | tokenizer
         _write(temporary, form, model, tensors, metadata)
         on_main(lambda: None if temporary is None else check_tokenizer(temporary, model))
         on_main(stack.close)  # now it is in its place
@@ -95,14 +99,31 @@ def check_target(out: str | os.PathLike[str], quant: str) -> Path:
       ConfigError: `out` is a URL or no *.gguf, or there is no such `quant`.
       CheckpointError: there is a file or directory that must not be replaced.
     """
+    require(quant in TYPES, f"quant={quant!r}: {nearest(quant, TYPES)}.")
+    return check_path(out)
+
+
+def check_path(out: str | os.PathLike[str]) -> Path:
+    """`check_target` of any GGUF file; args, result and errors are its."""
     target = local_path(out, "out").expanduser().absolute()
-    require(quant in QUANTS, f"quant={quant!r}: {nearest(quant, QUANTS)}.")
     require(
         target.suffix == ".gguf",
         f"out={os.fspath(out)!r}: the name of a GGUF file ends in .gguf.",
     )
     _refuse_foreign(target)
     return target
+
+
+def _planned(
+    model: Model, quant: str, eps_z: float | None
+) -> tuple[GGUFForm, list[Planned], dict[str, Any], str]:
+    """The form of the file, its tensors, what a quantisation alone reports, the file's type."""
+    if quant == KEEP:
+        kept = keep_form(model, eps_z)
+        return kept, *plan_kept(kept, model)
+    row = QUANTS[quant]
+    form = gguf_form(model, row.dtype, eps_z)
+    return form, _plan(form, row), {}, row.file_type
 
 
 def _plan(form: GGUFForm, quant: Quant) -> list[Planned]:
@@ -113,7 +134,7 @@ def _plan(form: GGUFForm, quant: Quant) -> list[Planned]:
     ]
 
 
-def _metadata(model: Model, form: GGUFForm, quant: Quant) -> dict[str, Any]:
+def _metadata(model: Model, form: GGUFForm, file_type: str) -> dict[str, Any]:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     adapter = None if model.adapter is None else model.adapter.method
@@ -121,7 +142,7 @@ def _metadata(model: Model, form: GGUFForm, quant: Quant) -> dict[str, Any]:
     return {
         "general.type": "model",
         "general.name": name if adapter is None else f"{name} {adapter}",
-        "general.file_type": int(LlamaFileType[quant.file_type]),
+        "general.file_type": int(LlamaFileType[file_type]),
         "general.quantization_version": GGML_QUANT_VERSION,
         MARK: project_version(),
         **({} if adapter is None else {"zflora.method": adapter}),
@@ -147,7 +168,7 @@ def _write(
         return
     writer = GGUFWriter(path, form.architecture)
     for key, value in metadata.items():
-        _add(writer, key, value)
+        add_value(writer, key, value)
     for tensor in tensors:
         shape = tensor.byte_shape
         size = int(np.prod(shape))
@@ -168,8 +189,14 @@ def _numbers(form: GGUFForm, model: Model) -> Iterator[tuple[str, np.ndarray]]:
     yield from form.rope_divisors.items()
 
 
-def _add(writer: Any, key: str, value: Any) -> None:
-    """Add a metadata key, of the kind that llama.cpp expects for a value like this."""
+def add_value(writer: Any, key: str, value: Any) -> None:
+    """Add a metadata key, of the kind that llama.cpp expects for a value like this.
+
+    Args:
+      writer: a `gguf.GGUFWriter`.
+      key: of the metadata.
+      value: bool, int, float, str or a list of one of them.
+    """
     from gguf import GGUFValueType
 
     kinds = {
@@ -189,9 +216,18 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _whole_file(target: Path) -> Iterator[Path]:
+def whole_file(target: Path) -> Iterator[Path]:
     """Write a file in one step: the block writes a temporary one beside `target`, which takes its
     place if the block succeeds, and is removed if not.
+
+    Args:
+      target: that `check_path` accepts.
+
+    Yields:
+      The temporary file's path.
+
+    Raises:
+      CheckpointError: the file must not be replaced or cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from zflora_jax.hf.gguf_blocks import to_blocks
 from zflora_jax.hf.gguf_kquants import quantize_q4_k, quantize_q6_k
 from zflora_jax.hf.gguf_names import tensor_kind
 from zflora_jax.hf.keys import as_finite
+from zflora_jax.ops.quantized import QuantizedArray
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ QUANTS = {
     ),
 }
 
+KEEP = "keep"  # no row: `gguf_keep` says which type each tensor has
+TYPES = (*QUANTS, KEEP)
+
 # The type of rows that are no multiple of a type's block: llama-quantize's choice. F16 has no
 # blocks.
 _FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"} | dict.fromkeys(
@@ -84,8 +89,9 @@ class Planned:
 
         return tuple(quant_shape_to_byte_shape(self.shape, self.kind))
 
-    def check(self, array: np.ndarray) -> None:
-        """Check that the numbers of the tensor are those that `encode` takes.
+    def check(self, array: np.ndarray | QuantizedArray) -> None:
+        """Check that the numbers of the tensor, or its codes and scales, are those that `encode`
+        takes.
 
         Raises:
           ValueError: they have another shape.
@@ -93,16 +99,24 @@ class Planned:
         """
         if array.shape != self.shape:
             raise ValueError(f"{self.name} is {array.shape}; announced: {self.shape}.")
+        if isinstance(array, QuantizedArray):
+            for scales in (array.scales, array.mins):
+                if scales is not None:
+                    as_finite(scales, np.float16, f"a scale of {self.name}", "the model")
+            return
         # The scales of blocks are float16. Numbers beyond it would be near its end even if scaled.
         range_of = {"F32": "float32", "BF16": "bfloat16"}.get(self.kind.name, "float16")
         as_finite(array, np.dtype(range_of), self.name, "the model")
 
-    def encode(self, array: np.ndarray) -> np.ndarray:
+    def encode(self, array: np.ndarray | QuantizedArray) -> np.ndarray:
         """The bytes of the tensor, uint8 `byte_shape`.
 
         Args:
-          array: its numbers, float32 in GGUF's layout, which `check` accepts.
+          array: its numbers, float32 in GGUF's layout, or codes [out, in] of this type with their
+            scales, which are written as they are; `check` accepts them.
         """
+        if isinstance(array, QuantizedArray):
+            return to_blocks(array)
         from gguf import quantize
 
         own = _OWN.get(self.kind.name)

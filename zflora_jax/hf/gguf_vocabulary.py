@@ -94,13 +94,7 @@ def _copied(model: Model) -> dict[str, Any] | None:
     """The keys of the file that the model came from; None where there is none, or the model has
     another tokenizer now.
     """
-    if model.source is None:
-        return None
-    try:
-        path = locate(model.source)[0]
-        file = GGUFFile(path) if path.suffix == ".gguf" else None
-    except CheckpointError:  # moved away, or the hub cannot be reached
-        return None
+    file = source_file(model)
     if file is None or file.get(f"{_KEY}tokens") is None:
         return None
     names = ("backend", "vocabulary", "special")
@@ -110,6 +104,17 @@ def _copied(model: Model) -> dict[str, Any] | None:
         if own is None or now is None or any(own[name] != now[name] for name in names):
             return None
     return file.below("tokenizer.")
+
+
+def source_file(model: Model) -> GGUFFile | None:
+    """The GGUF file that a model came from; None where there is none, or it is gone."""
+    if model.source is None:
+        return None
+    try:
+        path = locate(model.source)[0]
+        return GGUFFile(path) if path.suffix == ".gguf" else None
+    except CheckpointError:  # moved away, or the hub cannot be reached
+        return None
 
 
 def _with_template(values: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

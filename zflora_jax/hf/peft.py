@@ -36,7 +36,7 @@ from zflora_jax.reporting.files import write_json
 WEIGHTS, WRITER = "adapter_model.safetensors", "zflora_jax"
 
 
-def _tensor(module: str, leaf: str) -> str:
+def peft_name(module: str, leaf: str) -> str:
     """PEFT's name of a leaf: lora_a, lora_b or magnitude."""
     names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
     return f"base_model.model.{module}.{names.get(leaf, 'lora_magnitude_vector')}"
@@ -85,13 +85,8 @@ def save_peft(
             f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
             " adapter into the model and use save_hf."
         )
-    config = model.config.replace(scan_layers="layers" in adapters, packed=False)
-    expected = {
-        name: np.empty(shape, np.void) for name, shape in adapter_shapes(config, adapter).items()
-    }
-    trees.check_like(adapters, trees.unflatten(expected), "adapters of method 'lora'")
-    kernels = tuple(resolve_adapter(config, adapter).blocks)
-    tensors = _to_peft(config, adapter, adapters)
+    kernels = tuple(resolve_adapter(model.config, adapter).blocks)
+    tensors = peft_tensors(model.config, adapter, adapters)
 
     def write() -> None:
         with whole_directory(target, _own_files, CONFIG) as staging:
@@ -112,10 +107,24 @@ def _factors(adapter: AdapterConfig) -> int:
     return 2 if adapter.init in OF_BASE else 1
 
 
-def _to_peft(
+def peft_tensors(
     config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree
 ) -> dict[str, np.ndarray]:
-    """The adapters under PEFT's names, transposed, float32."""
+    """LoRA adapters under PEFT's names, transposed, float32.
+
+    Args:
+      config: of the base.
+      adapter: of method "lora".
+      adapters: as for `save_peft`.
+
+    Raises:
+      ValueError: adapters are missing, unexpected, misshapen or not finite.
+    """
+    config = config.replace(scan_layers="layers" in adapters, packed=False)
+    expected = {
+        name: np.empty(shape, np.void) for name, shape in adapter_shapes(config, adapter).items()
+    }
+    trees.check_like(adapters, trees.unflatten(expected), "adapters of method 'lora'")
     layers = trees.unstack_layers(adapters, config.num_layers)
     tensors = {}
     for kernel, blocks in live_layers(config, adapter).items():
@@ -129,7 +138,7 @@ def _to_peft(
                 own["lora_a"] = np.concatenate([a - a0, a0], axis=1)
                 own["lora_b"] = np.concatenate([b, b - b0])
             for leaf in _leaves(adapter.use_dora):
-                name = _tensor(module_name(layer, kernel), leaf)
+                name = peft_name(module_name(layer, kernel), leaf)
                 tensors[name] = np.ascontiguousarray(own[leaf].T)
     return tensors
 
@@ -217,7 +226,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     settings, modules = read_settings(directory, config)
     shards = Shards(directory, [WEIGHTS])
     leaves = _leaves(bool(settings.get("use_dora")))
-    expected = [_tensor(module, leaf) for module in modules for leaf in leaves]
+    expected = [peft_name(module, leaf) for module in modules for leaf in leaves]
     if diff := trees.difference(expected, shards.shapes):
         raise CheckpointError(
             f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} announces for this"
@@ -304,7 +313,7 @@ def _to_native(
             ratio = np.float32(scale / adapter.scale_of(kernel))
             shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank), "magnitude": (outputs,)}
             for leaf_name in _leaves(adapter.use_dora):
-                name, shape = _tensor(module, leaf_name), shapes[leaf_name]
+                name, shape = peft_name(module, leaf_name), shapes[leaf_name]
                 if shards.shapes[name] != shape:
                     raise CheckpointError(
                         f"{what}: {name} has shape {shards.shapes[name]}, expected {shape} for this"

@@ -9,6 +9,7 @@ with one int8 scale per channel or token then rounds the base's own numbers away
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.ops.quantized import float_values
 
 CHOICES = tuple(2.0**-k for k in range(11))  # 1, 1/2, ... 2^-10
 # Rows that read the state are divided by eps_z; below this they leave the range of float16.
@@ -81,9 +83,9 @@ def scales_state(config: LlamaConfig) -> bool:
 
 
 @partial(jax.jit, static_argnums=1)
-def _energy(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _energy(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
     """The sum of squares over `axes`, float32; compiled, so no float32 copy of the leaf is made."""
-    return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
+    return jnp.sum(jnp.square(float_values(leaf).astype(jnp.float32)), axis=axes)
 
 
 def check_eps_z(model: Model, eps_z: float) -> float:

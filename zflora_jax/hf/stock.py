@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from zflora_jax.core import trees
@@ -36,6 +37,7 @@ from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, Slices, as_finite, hf_table
 from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
+from zflora_jax.ops.quantized import float_values
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
 _READS, _WRITES, _NORMS = (
@@ -59,11 +61,19 @@ class StockForm:
         two.
       multiple: the stored hidden size is a multiple of it. None: of the number of heads, as
         transformers 5 refuses one that the heads do not divide.
+      scores_in_rope: the factor sqrt((k+e)/k) of scores is left out of q, because the file has its
+        root beside the RoPE settings, for q and k alike (GGUF).
     """
 
     native: LlamaConfig
     eps_z: float
     multiple: int | None = None
+    scores_in_rope: bool = False
+
+    @property
+    def wider(self) -> float:
+        """sqrt((k+e)/k), by which stock classes divide the scores too much."""
+        return math.sqrt(self.native.head_dim / self.native.rotary_dim)
 
     @property
     def width(self) -> int:
@@ -164,7 +174,7 @@ class StockForm:
     def _head_scale(self, module: str, eps_z: float) -> np.ndarray:
         """The factors of a head's dims, [k+e] float32, in native order."""
         n = self.native
-        scale, wider = np.ones(n.head_dim, np.float32), math.sqrt(n.head_dim / n.rotary_dim)
+        scale, wider = np.ones(n.head_dim, np.float32), 1.0 if self.scores_in_rope else self.wider
         if not n.traits.qk_norm:
             return scale * np.float32(wider if module.startswith("q") else 1)
         scale[n.rotary_dim :] = 1 / eps_z if module in QK_NORMS else eps_z
@@ -221,8 +231,16 @@ def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
     that share the model's arrays call this together.
     """
     place = hf_table(model.config)[name]
+    leaf = native_row(model, place)
+    return place, np.asarray(float_values(leaf)).astype(np.float32, copy=False)
+
+
+def native_row(model: Model, place: Place) -> Any:
+    """The native leaf of one layer on the host, a float or a quantised one; together, as for
+    `native_tensor`.
+    """
     leaf = trees.flatten(model.params)[place.leaf]
-    return place, trees.on_host(leaf, place.layer).astype(np.float32, copy=False)
+    return jax.tree.map(lambda part: trees.on_host(part, place.layer), leaf)
 
 
 def to_stock(

@@ -1,0 +1,282 @@
+"""The paper's second figure on this machine's CPU: latency in llama.cpp of the base, LoRA beside
+it, LoRA merged and fused zFLoRA, each in float and quantised files.
+
+Command: python benchmarks/on_device.py --python ENV/bin/python     (about 25 minutes on an idle
+core)
+ENV: an environment with `pip install xllamacpp numpy`. SmolLM2-135M (the packaged one), adapters of
+rank 16 moved by noise. Writes results/on_device.json, .md and -tpot.png, -ttft.png.
+
+Each contender is a process that stays alive and computes with one thread. Those of a type take
+turns: a turn is a prompt of 128 tokens (TTFT: the first token) and 64 greedy tokens (TPOT: the mean
+of those after the first). Ratios are to the base of the same type within a round. The base of q4_1
+is the packaged file's own blocks (quant "keep"), and so are the bases inside the fused models; LoRA
+is merged into numbers, which are rounded anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "tools" / "llama_cpp_worker.py"
+TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_1")
+BASE, BESIDE, MERGED = "base", "LoRA un-merged", "LoRA merged"
+FUSED = ("zflora-minimal", "zflora-uniform")
+LABELS = (BASE, BESIDE, MERGED, *FUSED)
+KINDS = ("ttft_ms", "tpot_ms", "ttft_cpu_ms", "tpot_cpu_ms")
+RANK = 16
+
+
+def models(kept: bool) -> Iterator[tuple[str, Any]]:
+    """(label, model) of every file, one after the other in memory; kept: with the packaged file's
+    blocks where a method leaves them alone.
+    """
+    import zflora_jax as zf
+
+    for label in (BASE, MERGED, *FUSED):
+        codes = "keep" if kept and label != MERGED else None
+        model = zf.load_model("smollm2-135m", quantize=codes)
+        if label == BASE:
+            yield label, model
+            continue
+        adapter = zf.AdapterConfig("lora" if label == MERGED else label, rank=RANK)
+        yield label, zf.fuse(model, adapter, moved(model, adapter), donate=True)
+
+
+def moved(model: Any, adapter: Any) -> Any:
+    """Adapters that differ from zero everywhere."""
+    import jax
+
+    import zflora_jax as zf
+
+    leaves, tree = jax.tree.flatten(zf.init_adapters(jax.random.key(1), model, adapter))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [x + 0.01 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return tree.unflatten(noisy)
+
+
+def write_files(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """label -> the worker's job; the files of one type, and the LoRA beside the base."""
+    import zflora_jax as zf
+    from zflora_jax.hf.gguf_lora import save_gguf_lora
+
+    jobs: dict[str, dict[str, Any]] = {}
+    for label, model in models(kept=kind == "q4_1"):
+        file = folder / f"{label.replace(' ', '-')}-{kind}.gguf"
+        quant = "keep" if kind == "q4_1" and label != MERGED else kind
+        zf.save_gguf(file, model, quant)
+        jobs[label] = {"gguf": str(file), "lora": None}
+        if label == BASE:
+            lora = folder / "lora.gguf"
+            adapter = zf.AdapterConfig("lora", rank=RANK)
+            save_gguf_lora(lora, model, adapter, moved(model, adapter))
+            jobs[BESIDE] = {"gguf": str(file), "lora": str(lora)}
+    return {label: jobs[label] for label in LABELS}
+
+
+def size(job: dict[str, Any]) -> int:
+    """The bytes of a contender's files."""
+    return sum(os.path.getsize(path) for path in job.values() if path is not None)
+
+
+class Worker:
+    """A process of tools/llama_cpp_worker.py that has loaded a job."""
+
+    def __init__(self, python: str, job: dict[str, Any], longest: int) -> None:
+        command = [python, str(WORKER), json.dumps(job | {"longest": longest})]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        with tempfile.TemporaryFile() as errors:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=env,
+            )
+            if not self._read():
+                self.close()
+                errors.seek(0)
+                words = errors.read().decode(errors="replace")[-2000:]
+                raise SystemExit(f"error: {python} cannot run {job}:\n{words}")
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def ask(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": new_tokens}) + "\n")
+        self.process.stdin.flush()
+        if not (line := self._read()):
+            raise SystemExit(f"error: a worker ended with {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.communicate()  # the end of its input ends it
+
+
+def prompt_ids(length: int) -> list[int]:
+    """The first tokens of a page of the documentation."""
+    from zflora_jax.hf.load import model_tokenizer
+
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    return model_tokenizer("smollm2-135m")(text[: 20 * length])["input_ids"][:length]
+
+
+def own_lora_tokens(prompt: list[int], new_tokens: int) -> list[int]:
+    """This project's greedy tokens with the LoRA beside the base, in float32."""
+    import zflora_jax as zf
+
+    model = zf.load_model("smollm2-135m")
+    adapter = zf.AdapterConfig("lora", rank=RANK)
+    [found] = zf.generate_tokens(
+        model,
+        [prompt],
+        max_new_tokens=new_tokens,
+        stop_token_ids=(),
+        adapter=adapter,
+        adapters=moved(model, adapter),
+    )
+    return [int(token) for token in found]
+
+
+def agreement(a: list[int], b: list[int]) -> int:
+    """How many tokens are the same before the first that differs."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def check_lora(tokens: dict[str, list[int]], want: list[int] | None) -> None:
+    """Stop where llama.cpp did not apply the LoRA, or not as this project does (`want`)."""
+    if tokens[BESIDE] == tokens[BASE]:
+        raise SystemExit("error: LoRA beside the base changes no token: it was not applied")
+    if want is not None and tokens[BESIDE] != want:
+        same = agreement(tokens[BESIDE], want)
+        raise SystemExit(f"error: of {len(want)} tokens of LoRA beside the base {same} are ours")
+
+
+def measure(kind: str, args: argparse.Namespace, prompt: list[int]) -> list[dict[str, Any]]:
+    """A row for each contender of a type."""
+    from zflora_jax.bench.timing import ratio, summary, turns
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        jobs = write_files(Path(folder), kind)
+        workers, tokens = {}, {}
+        for label, job in jobs.items():
+            workers[label] = Worker(args.python, job, len(prompt) + args.new_tokens)
+            stack.callback(workers[label].close)
+            tokens[label] = workers[label].ask(prompt, args.new_tokens)["tokens"]
+        check_lora(tokens, own_lora_tokens(prompt, args.new_tokens) if kind == "f32" else None)
+        found: dict[str, dict[str, list[float]]] = {
+            label: {name: [] for name in KINDS} for label in jobs
+        }
+        for label in turns(list(jobs), args.rounds):
+            row = workers[label].ask(prompt, args.new_tokens)
+            for name in KINDS:
+                found[label][name].append(row[name])
+        rows = []
+        for label, job in jobs.items():
+            row = {"type": kind, "": label, "bytes": size(job)}
+            for name in KINDS:
+                row |= summary(found[label][name], name)
+                row[f"{name}_all"] = found[label][name]
+                row[f"{name}_ratio"] = ratio(found[label][name], found[BASE][name])
+            rows.append(row)
+            print({key: value for key, value in row.items() if "_all" not in key}, flush=True)
+        return rows
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page of a result file's content."""
+    from zflora_jax.reporting.provenance import origin_line
+    from zflora_jax.reporting.tables import markdown_table
+
+    settings, bases = result["settings"], {}
+    shown = []
+    for row in result["rows"]:
+        base = bases.setdefault(row["type"], row)
+        cells = {"type": row["type"], "": row[""], "MB": f"{row['bytes'] / 1e6:.1f}"}
+        cells["x base"] = f"{row['bytes'] / base['bytes']:.3f}"
+        for name, title in (("ttft", "TTFT"), ("tpot", "TPOT")):
+            least, most = row[f"{name}_ms_min"], row[f"{name}_ms_max"]
+            cells[f"{title}, ms"] = f"{row[f'{name}_ms']:.1f} [{least:.1f}, {most:.1f}]"
+            cells[f"{title} x base"] = f"{row[f'{name}_ms_ratio']:.3f}"
+            cells[f"{title} x base, CPU time"] = f"{row[f'{name}_cpu_ms_ratio']:.3f}"
+        shown.append(cells)
+    return f"""# In llama.cpp, on a CPU
+
+SmolLM2-135M, adapters of rank {RANK} moved by noise, one thread; CPU figures, which say nothing
+about a phone's NPU or a GPU. Each contender is a process that stays alive; those of a type take
+turns. A turn is a prompt of {settings["prompt"]} tokens (TTFT: the first token) and
+{settings["new_tokens"]} greedy tokens (TPOT: the mean of those after the first). Medians of
+{settings["rounds"]} rounds [minimum, maximum]; ratios to the base of the same type within a round.
+"q4_1": the packaged file's own blocks, byte for byte, in the base and in the fused models; LoRA is
+merged into numbers, which are rounded anew.
+
+{markdown_table(shown, list(shown[0]))}
+
+![TPOT](on_device-tpot.png)
+![TTFT](on_device-ttft.png)
+
+{origin_line(result["environment"])}
+"""
+
+
+def draw(result: dict[str, Any], out: str) -> None:
+    from zflora_jax.reporting.plots import grouped_bars
+
+    for name in ("ttft", "tpot"):
+        values: dict[str, dict[str, float]] = {}
+        for row in result["rows"]:
+            values.setdefault(row[""], {})[row["type"]] = 100 * row[f"{name}_ms_ratio"]
+        title = f"{name.upper()} in llama.cpp on a CPU, one thread"
+        grouped_bars(values, f"{out}-{name}", title, "% of the base of the same type")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", metavar="FILE", help="one that has xllamacpp and numpy")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", default="results/on_device")
+    args = parser.parse_args()
+    if min(args.rounds, args.prompt, args.new_tokens - 1) < 1:
+        parser.error(
+            "--rounds, --prompt: give at least 1; --new-tokens: at least 2, for a time between"
+            " tokens"
+        )
+    if not args.python or not Path(args.python).is_file():
+        parser.error(
+            f"--python {args.python}: give the Python of an environment that has xllamacpp; the"
+            " docstring says how to make one"
+        )
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    from zflora_jax.reporting.files import write_result
+    from zflora_jax.reporting.provenance import environment
+
+    prompt = prompt_ids(args.prompt)
+    rows = [row for kind in args.types for row in measure(kind, args, prompt)]
+    settings = {key: value for key, value in vars(args).items() if key not in ("python", "out")}
+    result = {"rows": rows, "settings": settings, "environment": environment()}
+    write_result(args.out, result, page(result))
+    draw(result, args.out)
+
+
+if __name__ == "__main__":
+    main()

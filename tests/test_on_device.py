@@ -1,0 +1,60 @@
+"""benchmarks/on_device.py without llama.cpp: its page, its figures, and what it refuses to time."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "on_device.py"
+
+
+@pytest.fixture(scope="module")
+def on_device() -> Any:
+    spec = importlib.util.spec_from_file_location("on_device", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_a_row_for_each_file_over_the_base_of_its_type(
+    on_device: Any, tmp_path: Path
+) -> None:
+    from zflora_jax.reporting.provenance import environment
+
+    rows = []
+    for kind, scale in (("f32", 4.0), ("q4_1", 1.0)):
+        for i, label in enumerate(on_device.LABELS):
+            row = {"type": kind, "": label, "bytes": int(scale * (100 + i) * 1e6)}
+            for name in on_device.KINDS:
+                value = {"_min": 1.0, "_max": 3.0, "_ratio": 1 + i / 8, "": 2.0}
+                row |= {f"{name}{suffix}": x for suffix, x in value.items()}
+            rows.append(row)
+    settings = {"prompt": 128, "new_tokens": 64, "rounds": 3}
+    result = {"rows": rows, "settings": settings, "environment": environment()}
+    lines = on_device.page(result).splitlines()
+    [line] = [line for line in lines if line.startswith("| q4_1 | zflora-uniform")]
+    assert "104.0" in line and "1.040" in line and "1.500" in line and "2.0 [1.0, 3.0]" in line
+    on_device.draw(result, str(tmp_path / "x"))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"x-ttft.png", "x-tpot.png"}
+
+
+def test_a_lora_that_is_not_applied_is_not_timed(on_device: Any) -> None:
+    tokens = {on_device.BASE: [1, 2, 3], on_device.BESIDE: [1, 2, 3]}
+    with pytest.raises(SystemExit, match="changes no token"):
+        on_device.check_lora(tokens, None)
+    tokens[on_device.BESIDE] = [1, 4, 3]
+    on_device.check_lora(tokens, [1, 4, 3])
+    with pytest.raises(SystemExit, match="of 3 tokens of LoRA beside the base 2 are ours"):
+        on_device.check_lora(tokens, [1, 4, 5])
+
+
+def test_a_worker_that_cannot_start_says_why(on_device: Any, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho xllamacpp is not installed >&2; exit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(SystemExit, match=r"cannot run.*\n.*xllamacpp is not installed"):
+        on_device.Worker(str(python), {"gguf": "x.gguf", "lora": None}, 8)
