@@ -105,17 +105,18 @@ def write_model(folder: Path, shape: dict[str, int]) -> int:
     from zflora_jax.reporting.files import write_json
 
     config, rng = preset("tiny").replace(**shape), np.random.default_rng(0)
-    shapes = {name: place.hf_shape for name, place in hf_table(config).items()}
+    specs = {name: (place.hf_shape, "bfloat16") for name, place in hf_table(config).items()}
 
     def tensor(name: str) -> np.ndarray:
-        if len(shapes[name]) == 1:
-            return np.ones(shapes[name], ml_dtypes.bfloat16)
-        draw = rng.standard_normal(shapes[name], np.float32)
-        draw *= np.float32(1.5 * shapes[name][1] ** -0.5)
+        shape, _ = specs[name]
+        if len(shape) == 1:
+            return np.ones(shape, ml_dtypes.bfloat16)
+        draw = rng.standard_normal(shape, np.float32)
+        draw *= np.float32(1.5 * shape[1] ** -0.5)
         return draw.astype(ml_dtypes.bfloat16)
 
     folder.mkdir(parents=True)
-    write_tensors(folder / "model.safetensors", shapes, "bfloat16", tensor, {"format": "pt"})
+    write_tensors(folder / "model.safetensors", specs, tensor, {"format": "pt"})
     write_json(folder / "config.json", to_hf_config(config, "bfloat16", None))
     write_tokenizer(folder, byte_tokenizer())
     for split, numbers in (("train", range(8)), ("test", range(20, 22))):

@@ -70,6 +70,16 @@ def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, 
     assert "gap_prompts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("quant", ["int8", "w8a8"])
+def test_a_run_is_exported_with_quantised_kernels(trained, tmp_path, quant, capsys):
+    command = ["export", "--workdir", str(trained[0]), "--out", str(tmp_path / "x")]
+    assert main([*command, "--quant", quant]) == 0
+    assert "filled with zeros" in capsys.readouterr().out
+    report = export_run(trained[0], tmp_path / "x", quant=quant)
+    assert report["top1_agreement"] > 0.9 and report["quant"].startswith(quant)
+    assert report["max_abs_dlogit"] < 0.05 * report["logit_scale"]
+
+
 def test_processes_load_the_checkpoint_that_process_0_chose(trained, monkeypatch):
     assert saved_steps(trained[0]) == [2, 3]
     chosen = []
@@ -136,5 +146,5 @@ def test_what_a_gguf_file_cannot_be_is_refused_before_the_run_is_loaded(
     ):
         with pytest.raises(ConfigError, match=words):
             export_run(workdir, tmp_path / out, format="gguf", **settings)
-    with pytest.raises(ConfigError, match="--quant goes with --format gguf"):
+    with pytest.raises(ConfigError, match="go with --format gguf"):
         export_run(workdir, tmp_path / "x", quant="q8_0")

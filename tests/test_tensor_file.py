@@ -25,20 +25,21 @@ def test_the_bytes_are_those_of_safetensors(
     dtype: str, metadata: dict[str, str] | None, tmp_path: Path
 ) -> None:
     tensors, asked = numbers(dtype), []
+    specs = {name: (shape, dtype) for name, shape in SHAPES.items()}
 
     def tensor(name: str) -> np.ndarray:
         asked.append(name)
         return np.asfortranarray(tensors[name])  # as a transposed view is
 
-    write_tensors(tmp_path / "ours", SHAPES, dtype, tensor, metadata)
+    write_tensors(tmp_path / "ours", specs, tensor, metadata)
     save_file(tensors, tmp_path / "theirs", metadata=metadata)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert asked == sorted(SHAPES)
-    write_tensors(None, SHAPES, dtype, tensor, metadata)  # another process writes
+    write_tensors(None, specs, tensor, metadata)  # another process writes
     assert asked == 2 * sorted(SHAPES)
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((4, 1), np.float32), np.zeros(4, np.float16)])
 def test_a_tensor_that_was_not_announced_so_is_refused(wrong: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a is .* announced: \(4,\) float32"):
-        write_tensors(tmp_path / "file", {"a": (4,)}, "float32", lambda _: wrong)
+        write_tensors(tmp_path / "file", {"a": ((4,), "float32")}, lambda _: wrong)

@@ -1,7 +1,7 @@
 """Asks one consumer of exports in its own environment: a job (JSON) in, one line of JSON out.
 
-Command: PYTHON tools/consumer_workers.py {vllm,llama.cpp,lm_eval} JOB, as tools/check_consumers.py
-runs it. Needs nothing of this project.
+Command: PYTHON tools/consumer_workers.py {vllm,transformers,llama.cpp,lm_eval} JOB, as
+tools/check_consumers.py and tools/check_compressed.py run it. Needs nothing of this project.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ NEW_TOKENS = 48
 
 
 def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
-    """{"tokens"}: vLLM's greedy tokens after each of job["ids"]."""
+    """{"tokens"}: vLLM's greedy tokens after each of job["ids"], in job["dtype"] or float32."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         job["export"],
-        dtype="float32",
+        dtype=job.get("dtype", "float32"),
         enforce_eager=True,
         max_model_len=512,
         skip_tokenizer_init=True,
@@ -32,6 +32,21 @@ def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
         [{"prompt_token_ids": ids} for ids in job["ids"]], sampling, use_tqdm=False
     )
     return {"tokens": [list(one.outputs[0].token_ids) for one in out]}
+
+
+def in_transformers(job: dict[str, Any]) -> dict[str, Any]:
+    """{"tokens"}: transformers' greedy tokens after each of job["ids"], in float32."""
+    import torch
+    import transformers
+
+    loader = transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(job["export"], dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # which min_new_tokens would forbid
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    found = [model.generate(torch.tensor([ids]), **options)[0] for ids in job["ids"]]
+    return {
+        "tokens": [row[len(ids) :].tolist() for row, ids in zip(found, job["ids"], strict=True)]
+    }
 
 
 def in_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +84,12 @@ def in_lm_eval(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-WORKERS = {"vllm": in_vllm, "llama.cpp": in_llama_cpp, "lm_eval": in_lm_eval}
+WORKERS = {
+    "vllm": in_vllm,
+    "transformers": in_transformers,
+    "llama.cpp": in_llama_cpp,
+    "lm_eval": in_lm_eval,
+}
 
 if __name__ == "__main__":
     print(json.dumps(WORKERS[sys.argv[1]](json.loads(sys.argv[2]))))

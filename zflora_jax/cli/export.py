@@ -49,8 +49,10 @@ def add_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--quant",
         metavar="TYPE",
-        help="of the weights in a GGUF file: f32, f16, bf16, q8_0 (default), q4_0, q4_1, q4_k_m;"
-        " keep: the base's own blocks, of a run with quantize.kernels=keep",
+        help="gguf: type of the weights, f32, f16, bf16, q8_0 (default), q4_0, q4_1, q4_k_m, or"
+        " keep: the base's own blocks, of a run with quantize.kernels=keep; hf: kernels as codes"
+        " for vLLM and transformers (compressed-tensors), int8 (W8A16), w8a8, int4 (W4A16, groups"
+        " of 64), int4-g32, int4-g64 or int4-g128 (default: as numbers)",
     )
     parser.add_argument(
         "--eps",

@@ -38,7 +38,8 @@ def export_run(
         a file for llama.cpp; "gguf-lora", LoRA adapters as a file for llama.cpp; "peft", LoRA
         adapters as a directory.
       dtype: of the "hf" weights, as `save_hf` takes it; None for that of the run.
-      quant: of the "gguf" weights, as `save_gguf` takes it; None: "q8_0".
+      quant: of the "gguf" weights, as `save_gguf` takes it, None: "q8_0"; of the "hf" kernels, as
+        `save_hf` takes it, None: as numbers.
       checkpoint: which one, as the step of `load_run`.
       eps_z: scale of the residual state in "hf" and "gguf", as `save_hf` and `save_gguf` take it;
         None: as they choose.

@@ -44,7 +44,12 @@ class Exporter:
 
 
 def write_fused(
-    out: str | Path, run: TrainedRun, *, dtype: str | None = None, eps_z: float | None = None
+    out: str | Path,
+    run: TrainedRun,
+    *,
+    dtype: str | None = None,
+    quant: str | None = None,
+    eps_z: float | None = None,
 ) -> dict[str, Any]:
     """The fused model as a Hugging Face directory, and how far its logits are from the fused
     model's. Args and report: as in `export_run`. The base of `run` cannot be used afterwards: of
@@ -56,9 +61,20 @@ def write_fused(
     base, card = fingerprint(run.model), _card(run)
 
     def save(fused: Model) -> dict[str, Any]:
-        return save_hf(out, fused, dtype=dtype, base_fingerprint=base, card=card, eps_z=eps_z)
+        settings = {"dtype": dtype, "quant": quant, "eps_z": eps_z}
+        return save_hf(out, fused, base_fingerprint=base, card=card, **settings)  # type: ignore[arg-type]
 
     return _write_and_compare(out, run, save)
+
+
+def check_hf(
+    out: Path, *, dtype: str | None = None, quant: str | None = None, eps_z: float | None = None
+) -> None:
+    """ConfigError where `write_fused` would raise it for `quant`, or for `dtype` with it."""
+    from zflora_jax.hf.compressed_types import check_quant
+
+    if quant is not None:
+        check_quant(quant, dtype)
 
 
 def write_gguf(
@@ -142,7 +158,7 @@ def check_gguf_lora(out: Path) -> None:
 
 DEFAULT = "hf"
 EXPORTERS = {
-    "hf": Exporter("the fused model", write_fused, settings=("dtype", "eps_z")),
+    "hf": Exporter("the fused model", write_fused, ("dtype", "quant", "eps_z"), check_hf),
     "gguf": Exporter(
         "the fused model as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
     ),

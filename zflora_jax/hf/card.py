@@ -31,7 +31,7 @@ def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any])
 
     Args:
       model: the exported model.
-      report: "parameters" and "dtype" of the export.
+      report: "parameters" and "dtype" of the export; "quant" where its kernels are codes.
       rows: more lines of the table, such as {"accuracy after": 0.71}.
 
     Returns:
@@ -45,20 +45,24 @@ def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any])
         "base": base or "not recorded",
         "parameters": f"{report['parameters']:,}",
         "dtype": report["dtype"],
+        **({"kernels": report["quant"]} if "quant" in report else {}),
         **_adapter_rows(model),
         **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows.items()},
     }
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [zflora]"),
-        *(*hub, "---", "", title, "", *_description(model), ""),
+        *(*hub, "---", "", title, "", *_description(model, "quant" in report), ""),
         *("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in table.items())),
-        _USE,
+        _USE.format(needs=_NEEDS if "quant" in report else ""),
     ]
     return "\n".join(lines)
 
 
+_NEEDS = (
+    "The kernels are codes in the compressed-tensors format: `pip install compressed-tensors`.\n\n"
+)
 _USE = """
-```python
+{needs}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("<this directory>")
 tokenizer = AutoTokenizer.from_pretrained("<this directory>")
@@ -72,9 +76,10 @@ These weights derive from the base model; its licence and terms apply to them.
 _FUSED = """\
 A {title} fine-tuned with a {method} adapter by zflora_jax. The adapter is fused: it lives in extra\
  channels of the ordinary
-kernels, so this is a stock {stock} with slightly wider layers and needs no custom code.\
- zflora_jax can take the adapter out
-again (`load_model`, then `unfuse`), which gives back the base model bit for bit."""
+kernels, so this is a stock {stock} with slightly wider layers and needs no custom code."""
+_UNFUSED = """\
+zflora_jax can take the adapter out again (`load_model`, then `unfuse`), which gives back the base\
+ model bit for bit."""
 
 _SOURCE = "The method is a reconstruction of {source}, not the paper's own code."
 
@@ -84,15 +89,18 @@ _MERGED = (
 )
 
 
-def _description(model: Model) -> list[str]:
+def _description(model: Model, quantised: bool) -> list[str]:
     family = model.config.traits
     if model.adapter is None:
-        return [f"A {family.title} saved by zflora_jax, unchanged but for its dtype."]
+        change = "with quantised kernels" if quantised else "unchanged but for its dtype"
+        return [f"A {family.title} saved by zflora_jax, {change}."]
     method = model.adapter.method
     row = METHODS[method]
     text = (_FUSED if row.widens else _MERGED).format(
         method=method, title=family.title, stock=family.architecture
     )
+    if row.widens and not quantised:
+        text += f"\n{_UNFUSED}"
     return [text, _SOURCE.format(source=row.source)] if row.source else [text]
 
 

@@ -21,7 +21,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
     "partial_rotary_factor": (1, 1.0, None),
-    "quantization_config": (None, {}),
     "is_encoder_decoder": (False, None),
 }
 
@@ -88,6 +87,13 @@ def from_hf_config(
 def _refuse(hf: Mapping[str, Any]) -> None:
     """ConfigError that names what the forward pass has no code for."""
     require("model_type" in hf, f"config.json has no model_type; expected {' or '.join(FAMILIES)}.")
+    require(
+        not hf.get("quantization_config"),
+        f"config.json: quantization_config={str(hf.get('quantization_config'))[:60]}... is not"
+        " supported: the directory holds packed weights, which vLLM and transformers read. Load the"
+        " model that they were made of: a float export (zflora export without --quant), the run,"
+        " or the float checkpoint on the hub; load_model(..., quantize=) makes codes of it.",
+    )
     for key, allowed in _ONLY.items():
         require(
             hf.get(key, allowed[-1]) in allowed,

@@ -28,7 +28,7 @@ from zflora_jax.hf.gguf_types import Planned, Quant, plan_tensor
 from zflora_jax.hf.gguf_vocabulary import source_file
 from zflora_jax.hf.keys import Place, hf_table
 from zflora_jax.hf.state_scale import choose_eps_z
-from zflora_jax.hf.stock import module_of, native_row
+from zflora_jax.hf.stock import module_of, native_leaf
 from zflora_jax.ops.quantized import QuantizedArray
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class KeptForm(GGUFForm):
         scales [out, in / 32].
         """
         place = hf_table(model.config)[name]
-        leaf = native_row(model, place)
+        leaf = native_leaf(model, place)
         if not isinstance(leaf, QuantizedArray):
             return super().tensor(model, name, stored, wanted)
         module = module_of(place)

@@ -18,6 +18,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.trees import unflatten
+from zflora_jax.hf.compressed_read import CompressedShards
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import (
     Place,
@@ -116,7 +117,8 @@ def load_export(
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
-    """Load an export as stock transformers computes it: norm and scale over the full widths.
+    """Load an export as stock transformers computes it: norm and scale over the full widths; of
+    quantised kernels the numbers that their codes and scales stand for.
 
     For measuring the cost of stock form; use `load_model` to work with the model. Two things differ
     from transformers: this project's RoPE reads no longrope factors, so q and k of widened heads
@@ -136,14 +138,18 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
       CheckpointError: as for `load_export`.
     """
     manifest, what = read_manifest(directory), str(directory)
-    native, _, form = _read_form(directory, manifest, read_json(directory / "config.json"))
+    hf, quant = read_json(directory / "config.json"), manifest.get("quant")
+    if quant is not None:
+        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+    native, form = _read_stored(directory, manifest, hf)
     config = form.config.replace(
         base_head_dim=native.base_head_dim,
         dtype="bfloat16" if manifest["dtype"] == "bfloat16" else "float32",
         scan_layers=scan_layers,
         joint_head_norms=True,
     )
-    shards, table = Shards(directory), hf_table(config)
+    shards = Shards(directory) if quant is None else CompressedShards(directory, quant)
+    table = hf_table(config)
     check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
@@ -189,15 +195,31 @@ def _read_form(
             if manifest["adapter"] is None
             else from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
         )
-        form = StockForm(native, float(manifest["eps_z"]))
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{directory / MANIFEST} is incomplete or damaged ({error!r})."
-        ) from None
+        raise _damaged(directory, error) from None
     if adapter is not None and METHODS[adapter.method].widens:
         base_config(native, adapter)  # raises where the widths are not this adapter's
+    return native, adapter, _read_stored(directory, manifest, hf)[1]
+
+
+def _read_stored(
+    directory: Path, manifest: Mapping[str, Any], hf: Mapping[str, Any]
+) -> tuple[LlamaConfig, StockForm]:
+    """(native config with the widths that were filled, stock form) of an export, checked against
+    its config.json.
+    """
+    try:
+        key = "stored_config" if "stored_config" in manifest else "native_config"
+        native = from_dict(LlamaConfig, manifest[key], f"{MANIFEST}: {key}")
+        form = StockForm(native, float(manifest["eps_z"]), manifest.get("multiple"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(directory, error) from None
     _check_config(str(directory), hf, form)
-    return native, adapter, form
+    return native, form
+
+
+def _damaged(directory: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{directory / MANIFEST} is incomplete or damaged ({error!r}).")
 
 
 def _check_config(what: str, hf: Mapping[str, Any], form: StockForm) -> None:

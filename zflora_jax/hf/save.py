@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from zflora_jax.adapters.fuse import unfuse
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
@@ -20,6 +21,7 @@ from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.card import base_name, model_card
+from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
 from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.load import locate
@@ -27,8 +29,11 @@ from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERS
 from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.state_scale import scales_state
 from zflora_jax.hf.stock import StockForm, module_of, native_tensor, stock_form, to_stock
-from zflora_jax.hf.tensor_file import write_tensors
+from zflora_jax.hf.stored import Stored
+from zflora_jax.hf.tensor_file import tensor_bytes, write_tensors
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
+from zflora_jax.nn.quantize_model import is_quantized
+from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel.distributed import from_process_0, on_main
 from zflora_jax.reporting.files import write_json
 
@@ -44,6 +49,7 @@ def save_hf(
     max_shard_bytes: int = 5_000_000_000,
     card: Mapping[str, Any] | None = None,
     eps_z: float | None = None,
+    quant: str | None = None,
 ) -> dict[str, Any]:
     """Write a base or fused model as a directory of its family's stock class (LlamaForCausalLM,
     Qwen3ForCausalLM, ...; transformers 4.57 and 5, vLLM).
@@ -65,30 +71,33 @@ def save_hf(
       eps_z: scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
         that disturbs the logits less than rounding to `dtype`, estimated from the weights. Software
         that quantises to int8 by channel or token needs at least 2^-4.
+      quant: "int8", "w8a8", "int4", "int4-g32", "int4-g64" or "int4-g128" (see `compressed`):
+        kernels as codes, in a directory that `load_model` does not read. None: as numbers.
 
     Returns:
-      {"path", "dtype", "parameters", "widths", "bytes", "files"}; with a residual state "eps_z".
+      {"path", "dtype", "parameters", "widths", "bytes", "files"}; "eps_z" where there is a state to
+      scale; with `quant` also "quant", "filled with zeros" and what is told of groups and rows.
 
     Raises:
-      ConfigError: the model is packed, or dtype or eps_z cannot be used.
+      ConfigError: the model is packed, or dtype, eps_z or quant cannot be used.
       CheckpointError: a value is not finite in `dtype`, or the directory must not be replaced.
     """
     target = export_target(path)
-    dtype = dtype or str(trees.flatten(model.params)["embed/embedding"].dtype)
+    dtype = dtype or _own_dtype(model)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
-    form = stock_form(model, dtype, eps_z)
-    report: dict[str, Any] = {"path": str(target), "dtype": dtype} | _sizes(form)
+    stored = _stored(model, dtype, quant, eps_z)
+    report: dict[str, Any] = {"path": str(target), "dtype": dtype, **stored.report}
     with contextlib.ExitStack() as stack:
         # None in all processes but the one that writes; they help to gather the tensors.
         whole = whole_directory(target, _own_files, MANIFEST)
         staging = on_main(lambda: stack.enter_context(whole))
-        hf_config, tensor = to_stock(model, form, dtype)
-        _write_tensors(staging, form.config, tensor, dtype, max_shard_bytes)
-        _write_side_file(staging, model, form, dtype)
+        _write_tensors(staging, stored, max_shard_bytes)
+        if quant is None:
+            _write_side_file(staging, model, stored.form, dtype)
         base = base_fingerprint or _base_fingerprint(model)
-        manifest = _manifest(model, form, dtype, base) | {"figures": dict(card or {})}
-        report |= on_main(lambda: _finish(staging, model, hf_config, report, manifest)) or {}
+        manifest = _manifest(model, stored, dtype, base) | {"figures": dict(card or {})}
+        report |= on_main(lambda: _finish(staging, model, stored.config, report, manifest)) or {}
         on_main(stack.close)  # now it is in its place, or uploaded
     return from_process_0(report)
 
@@ -114,10 +123,22 @@ def _finish(
     return {"bytes": sum((folder / name).stat().st_size for name in files), "files": files}
 
 
-def _sizes(form: StockForm) -> dict[str, Any]:
-    """What a report says of the stored model."""
-    sizes = {"parameters": count_base(form.config), "widths": _widths(form.config)}
-    return sizes | {"eps_z": form.eps_z} if scales_state(form.native) else sizes
+def _own_dtype(model: Model) -> str:
+    """The dtype of the parameters; of a model whose table is codes that of its activations."""
+    table = trees.flatten(model.params)["embed/embedding"]
+    return model.config.execution.dtype if isinstance(table, QuantizedArray) else str(table.dtype)
+
+
+def _stored(model: Model, dtype: str, quant: str | None, eps_z: float | None) -> Stored:
+    """What the directory holds."""
+    if quant is not None:
+        return compressed(model, quant, dtype, eps_z)
+    form = stock_form(model, dtype, eps_z)
+    config, tensor = to_stock(model, form, dtype)
+    specs = {name: (place.hf_shape, dtype) for name, place in hf_table(form.config).items()}
+    report: dict[str, Any] = {"parameters": count_base(form.config), "widths": _widths(form.config)}
+    report |= {"eps_z": form.eps_z} if scales_state(form.native) else {}
+    return Stored(form, config, specs, tensor, report)
 
 
 def _widths(config: LlamaConfig) -> str:
@@ -154,17 +175,10 @@ def _own_files(directory: Path) -> set[str] | None:
 # --- tensors --------------------------------------------------------------------------------------
 
 
-def _write_tensors(
-    folder: Path | None,
-    config: LlamaConfig,
-    tensor: Callable[[str], np.ndarray],
-    dtype: str,
-    limit: int,
-) -> None:
+def _write_tensors(folder: Path | None, stored: Stored, limit: int) -> None:
     """Write model.safetensors, or shards with an index; nothing where `folder` is None."""
-    itemsize = np.dtype(dtype).itemsize
-    shapes = {name: place.hf_shape for name, place in hf_table(config).items()}
-    sizes = {name: int(np.prod(shape)) * itemsize for name, shape in shapes.items()}
+    specs = stored.specs
+    sizes = {name: tensor_bytes(spec) for name, spec in specs.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > limit:
@@ -174,14 +188,14 @@ def _write_tensors(
     for i, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         path = None if folder is None else folder / file
-        write_tensors(path, {n: shapes[n] for n in names}, dtype, tensor, {"format": "pt"})
+        write_tensors(path, {n: specs[n] for n in names}, stored.tensor, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
-    total = sum(sizes.values())
     if len(shards) > 1 and folder is not None:
+        count = count_base(stored.form.config)
         write_json(
             folder / INDEX,
             {
-                "metadata": {"total_parameters": total // itemsize, "total_size": total},
+                "metadata": {"total_parameters": count, "total_size": sum(sizes.values())},
                 "weight_map": weight_map,
             },
         )
@@ -193,8 +207,8 @@ def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: 
     """
 
     table = hf_table(model.config).items()
-    shapes = {name: place.hf_shape for name, place in table if form.restored(module_of(place))}
-    if not shapes:
+    specs = {n: (place.hf_shape, dtype) for n, place in table if form.restored(module_of(place))}
+    if not specs:
         return
 
     def tensor(name: str) -> np.ndarray:
@@ -204,7 +218,7 @@ def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: 
     path = None if folder is None else folder / SIDE_FOLDER / SIDE_FILE
     if path is not None:
         path.parent.mkdir()
-    write_tensors(path, shapes, dtype, tensor)
+    write_tensors(path, specs, tensor)
 
 
 # --- files beside the tensors ---------------------------------------------------------------------
@@ -223,13 +237,18 @@ def _base_of(model: Model) -> LlamaConfig | None:
 def _base_fingerprint(model: Model) -> str | None:
     """Of the base, in the corner of wide leaves. Processes that share the model call this."""
     base = _base_of(model)
-    return None if base is None else trees.fingerprint(model.params, param_shapes(base))
+    if base is None:
+        return None
+    if is_quantized(model):  # codes and scales have corners of several shapes
+        own = model if model.adapter is None else unfuse(model)[0]
+        return trees.fingerprint(own.params)
+    return trees.fingerprint(model.params, param_shapes(base))
 
 
 def _manifest(
-    model: Model, form: StockForm, dtype: str, base_fingerprint: str | None
+    model: Model, stored: Stored, dtype: str, base_fingerprint: str | None
 ) -> dict[str, Any]:
-    base = _base_of(model) or model.config
+    base, form = _base_of(model) or model.config, stored.form
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -246,6 +265,7 @@ def _manifest(
         "native_config": model.config.flat(),
         "padding": form.width - model.config.hidden_size,
         "eps_z": form.eps_z,
+        **stored.manifest,
     }
 
 

@@ -71,7 +71,12 @@ class Shards:
         a tensor is stored twice, or its dtype is not floating point.
     """
 
-    def __init__(self, directory: Path, files: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: list[str] | None = None,
+        dtypes: tuple[str, ...] = FLOATS,
+    ) -> None:
         self.directory = directory
         weight_map = self._weight_map() if files is None else None
         self._files: dict[str, tuple[Path, Any]] = {}
@@ -94,7 +99,7 @@ class Shards:
                 if IGNORED.fullmatch(name):
                     continue
                 header = handle.get_slice(name)
-                if header.get_dtype() not in FLOATS:
+                if header.get_dtype() not in dtypes:
                     raise CheckpointError(
                         f"{path}: {name} has dtype {header.get_dtype()}; expected"
                         f" {', '.join(FLOATS)}. Dequantise a quantised checkpoint first."

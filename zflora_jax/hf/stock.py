@@ -144,7 +144,7 @@ class StockForm:
         """
         n = self.native
         if n.base_head_dim is not None and module in _TURNED:
-            x = (x * self._head_scale(module, self.eps_z))[..., self.head_order]
+            x = (x * self.head_scale(module, self.eps_z))[..., self.head_order]
         if n.base_hidden_size is None or (axis := _residual_axis(module, x.ndim)) is None:
             return x
         padding = [(0, self.width - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
@@ -168,10 +168,10 @@ class StockForm:
         """The part of `inverse` that concerns heads. state: whether eps_z is undone."""
         if self.native.base_head_dim is None or module not in _TURNED:
             return x
-        scale = self._head_scale(module, self.eps_z if state else 1.0)
+        scale = self.head_scale(module, self.eps_z if state else 1.0)
         return x[..., np.argsort(self.head_order)] / scale
 
-    def _head_scale(self, module: str, eps_z: float) -> np.ndarray:
+    def head_scale(self, module: str, eps_z: float) -> np.ndarray:
         """The factors of a head's dims, [k+e] float32, in native order."""
         n = self.native
         scale, wider = np.ones(n.head_dim, np.float32), 1.0 if self.scores_in_rope else self.wider
@@ -231,13 +231,13 @@ def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
     that share the model's arrays call this together.
     """
     place = hf_table(model.config)[name]
-    leaf = native_row(model, place)
-    return place, np.asarray(float_values(leaf)).astype(np.float32, copy=False)
+    values = float_values(native_leaf(model, place))
+    return place, np.asarray(values).astype(np.float32, copy=False)
 
 
-def native_row(model: Model, place: Place) -> Any:
-    """The native leaf of one layer on the host, a float or a quantised one; together, as for
-    `native_tensor`.
+def native_leaf(model: Model, place: Place) -> Any:
+    """A native leaf of one layer on the host, as numbers or codes. Processes that share the model's
+    arrays call this together.
     """
     leaf = trees.flatten(model.params)[place.leaf]
     return jax.tree.map(lambda part: trees.on_host(part, place.layer), leaf)

