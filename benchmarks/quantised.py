@@ -190,7 +190,7 @@ def page(result: dict[str, Any]) -> str:
             | {{"adapted": "beside"}.get(n, n): f"{row[n]:.4f}" if n in row else "-" for n in names}
             for row in rows
         ]
-        lines += [markdown_table(table), ""]
+        lines += [markdown_table(table, list(table[0])), ""]
     if rows := result.get("decode"):
         lines += [
             "## Decode on this CPU",
@@ -214,7 +214,7 @@ def page(result: dict[str, Any]) -> str:
             }
             for row in rows
         ]
-        lines += [markdown_table(table), ""]
+        lines += [markdown_table(table, list(table[0])), ""]
     if rows := result.get("compiled"):
         lines += [*_compiled_page(rows), ""]
     return "\n".join([*lines, origin_line(result), ""])
@@ -254,12 +254,12 @@ def _compiled_page(rows: list[Row]) -> list[str]:
         " embedding and head are bfloat16 (502 MiB of what is read). copies: operations of a token"
         " that write a whole kernel anew, as a float copy of codes would be.",
         "",
-        markdown_table(loops),
+        markdown_table(loops, list(loops[0])),
         "",
         "A train step of Llama-2-7B, zflora-minimal r = 16, 4 x 512 tokens, remat block. A"
         " dequantised copy of the base would show as temporaries of 12.3 GiB more.",
         "",
-        markdown_table(steps),
+        markdown_table(steps, list(steps[0])),
     ]
 
 
