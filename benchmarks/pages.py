@@ -69,6 +69,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "likelihood_speed": script("likelihood_speed"),
     "paper_plan": script("paper"),
     "plan": script("plan"),
+    "quantised": script("quantised"),
     "scaling": script("scaling"),
     "speed": script("speed"),
     "startup": script("startup"),

@@ -140,7 +140,7 @@ def decode(repeats: int, new_tokens: int) -> Iterable[Row]:
         } | summary(here["tpot_ms"], "tpot_ms")
 
 
-def compiled() -> Iterable[Row]:
+def compiled(targets: list[str]) -> Iterable[Row]:
     """What compilers say of absent devices."""
     config = preset("llama-3.2-1b").replace(num_layers=2)
     methods = {
@@ -148,13 +148,13 @@ def compiled() -> Iterable[Row]:
         "zflora-minimal": zf.AdapterConfig("zflora-minimal", rank=32),
         "zflora-uniform": zf.AdapterConfig("zflora-uniform", rank=32),
     }
-    for name in TARGETS:
+    for name in targets:
         for kind in ("none", "int8", "int4", "nf4", "q4_1"):
             how = None if kind == "none" else QuantizeConfig(kind)
             for method, adapter in methods.items():
                 row = loop_row(DecodeCase(config, adapter, quantize=how), target(name))
                 yield {"target": name, "kind": kind, "method": method} | row
-    for name in TARGETS:
+    for name in targets:
         for kind in ("none", "int8", "nf4"):
             run = RunConfig(
                 model="llama-2-7b",
@@ -269,6 +269,9 @@ def main() -> None:
     )
     parts = ("quality", "decode", "compiled")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="of compiled"
+    )
     parser.add_argument("--steps", type=int, default=40, metavar="N", help="of training")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="turns of decode")
     parser.add_argument("--tokens", type=int, default=48, metavar="N", help="that decode makes")
@@ -279,7 +282,7 @@ def main() -> None:
     made = {
         "quality": lambda: quality(args.steps),
         "decode": lambda: decode(args.repeats, args.tokens),
-        "compiled": compiled,
+        "compiled": lambda: compiled(args.targets),
     }
     for part in args.parts:
         rows = []
