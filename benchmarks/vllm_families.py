@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from check_consumers import ask
+from check_consumers import ask, small_model
 from consumer_workers import NEW_TOKENS
 
 METHODS, PROMPTS = ("zflora-minimal", "zflora-uniform"), 4
@@ -25,34 +25,13 @@ METHODS, PROMPTS = ("zflora-minimal", "zflora-uniform"), 4
 
 def measure(family: str, method: str, folder: Path, python: str) -> dict[str, Any]:
     """Export one model, and compare its tokens in vLLM with those here."""
-    import jax
     import numpy as np
     from check_transformers_4 import fused
 
     import zflora_jax as zf
-    from zflora_jax.core.presets import preset
     from zflora_jax.inference.decode import generate_tokens
-    from zflora_jax.nn.llama import random_model
 
-    nope = (1,) if family == "smollm3" else ()
-    window = 16 if family == "mistral" else None
-    config = preset("tiny").replace(
-        family=family,
-        hidden_size=256,
-        intermediate_size=512,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        vocab_size=512,
-        nope_layers=nope,
-        sliding_window=window,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    model = random_model(config, jax.random.key(0))
-    # Large enough that attention is far from uniform and the likeliest token is a clear one.
-    model.params = jax.tree.map(lambda x: 3.0 * x if x.ndim > 2 else x, model.params)
-    model = fused(model, method, rank=16, std=0.05)
+    model = fused(small_model(family), method, rank=16, std=0.05)
     zf.save_hf(str(folder), model)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(4, 512, 20 + 3 * i).tolist() for i in range(PROMPTS)]

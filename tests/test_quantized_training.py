@@ -4,8 +4,6 @@ step keeps of it; loading, generation and the plan.
 
 import dataclasses
 import json
-import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +11,11 @@ import numpy as np
 import pytest
 from support.checks import assert_trees_equal
 from support.grids import always
+from support.killed import kill_while_training
 from support.models import needs_smollm2, tiny_model
 from support.quantized import how, moved
 from support.runs import quiet_train, saved_state
 from support.sharded import OPTIM, batch
-from test_run_killed import train_in_subprocess
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -37,7 +35,6 @@ from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import dequantize_model, quantize_model
 from zflora_jax.ops.quantized import KINDS, bytes_of
 from zflora_jax.parallel import sharding
-from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.trainer import init_state, make_train_step
 
 ADAPTER = AdapterConfig("zflora-uniform", rank=6, alpha=9.0, extra_head_dim=32)
@@ -104,15 +101,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     """As for a float base; and the run is loaded, fused, as it was trained."""
     settings = {"train.steps": 40, "eval.limit": 2, "quantize.kernels": "int8"}
     run = override(run, settings)
-    process = train_in_subprocess(run, tmp_path / "killed")
-    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and any(r["step"] >= 6 for r in read_metrics(metrics)):
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[0].decode()[-2000:]
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_while_training(run, tmp_path / "killed", after=6)
     for name in ("whole", "killed"):
         quiet_train(run, tmp_path / name)
     assert json.loads((tmp_path / "killed" / "report.json").read_text())["resumed_from"] >= 2

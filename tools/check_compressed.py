@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from check_consumers import PROMPTS, ask, version
+from check_consumers import PROMPTS, ask, small_model, version
 from check_transformers_4 import fused
 from consumer_workers import NEW_TOKENS
 from vllm_families import same
@@ -40,29 +40,14 @@ CASES = [
 
 def make(name: str) -> tuple[Any, list[list[int]], float]:
     """(A float base, prompts, how far adapters are moved)."""
-    import jax
     import numpy as np
 
     from zflora_jax import load_model
-    from zflora_jax.core.presets import preset
-    from zflora_jax.nn.llama import random_model
 
     if name != "tiny":
         model = load_model(name)
         return model, [model.tokenizer(text)["input_ids"] for text in PROMPTS], 0.01
-    config = preset("tiny").replace(
-        hidden_size=256,
-        intermediate_size=512,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        vocab_size=512,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    model, draw = random_model(config, jax.random.key(0)), np.random.default_rng(0)
-    # Large enough that attention is far from uniform and the likeliest token is a clear one.
-    model.params = jax.tree.map(lambda x: 3.0 * x if x.ndim > 2 else x, model.params)
+    model, draw = small_model("llama"), np.random.default_rng(0)
     return model, [draw.integers(4, 512, 20 + 3 * i).tolist() for i in range(4)], 0.02
 
 

@@ -116,6 +116,32 @@ def write_tasks(folder: Path) -> None:
         )
 
 
+def small_model(family: str) -> Any:
+    """A small model of a family with random weights, whose likeliest token is a clear one."""
+    import jax
+
+    from zflora_jax.core.presets import preset
+    from zflora_jax.nn.llama import random_model
+
+    config = preset("tiny").replace(
+        family=family,
+        hidden_size=256,
+        intermediate_size=512,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        vocab_size=512,
+        nope_layers=(1,) if family == "smollm3" else (),
+        sliding_window=16 if family == "mistral" else None,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    model = random_model(config, jax.random.key(0))
+    # So large that attention is far from uniform.
+    model.params = jax.tree.map(lambda x: 3.0 * x if x.ndim > 2 else x, model.params)
+    return model
+
+
 def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
     """This project's tokens, texts and likelihoods."""
     from zflora_jax import generate_tokens, option_log_likelihoods

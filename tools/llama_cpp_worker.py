@@ -113,19 +113,29 @@ class Loaded:
             if not adapter or lib.llama_set_adapters_lora(self.context, one, 1, scale):
                 raise SystemExit(f"error: llama.cpp cannot apply {lora} to {file}")
 
-    def next_token(self, tokens: list[int], start: int) -> int:
-        """The likeliest token after `tokens`, the first of which is at position `start`."""
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def logits(self, tokens: list[int], start: int, *, every: bool = False) -> Any:
+        """Logits [n, V] after the last of `tokens`, or after `every` one; the first of them is at
+        position `start`.
+        """
         import numpy as np
 
         batch = self.batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, i + 1 == len(tokens)
+            batch.seq_id[i][0], batch.logits[i] = 0, every or i + 1 == len(tokens)
         if self.lib.llama_decode(self.context, batch):
             raise SystemExit(f"error: llama.cpp cannot decode {len(tokens)} tokens")
-        logits = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (self.vocab,))
-        return int(logits.argmax())
+        shape = len(tokens) if every else 1, self.vocab
+        return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), shape)
+
+    def next_token(self, tokens: list[int], start: int) -> int:
+        """The likeliest token after `tokens`, the first of which is at position `start`."""
+        return int(self.logits(tokens, start)[0].argmax())
 
     def timed(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
         """Greedy tokens and milliseconds: of the prompt and the first token (ttft), and of each of
@@ -133,7 +143,7 @@ class Loaded:
         """
         from time import perf_counter, process_time
 
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        self.clear()
         times = [(perf_counter(), process_time())]
         found = [self.next_token(prompt, 0)]
         times.append((perf_counter(), process_time()))
@@ -167,27 +177,10 @@ def score(file: str, chunks: list[list[int]]) -> float:
     """The mean negative log-likelihood of the tokens of each chunk but its first, in nats."""
     import numpy as np
 
-    lib, longest = _library(), max(map(len, chunks))
-    lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(file.encode(), lib.llama_model_default_params())
-    if not model:
-        raise SystemExit(f"error: llama.cpp cannot load {file}")
-    settings = lib.llama_context_default_params()
-    for i in range(3):  # n_ctx, n_batch, n_ubatch
-        settings.numbers[i] = longest
-    context = lib.llama_init_from_model(model, settings)
-    lib.llama_set_n_threads(context, THREADS, THREADS)
-    size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    batch, total = lib.llama_batch_init(longest, 0, 1), 0.0
+    loaded, total = Loaded(file, None, max(map(len, chunks))), 0.0
     for chunk in chunks:
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        batch.n_tokens = len(chunk)
-        for i, token in enumerate(chunk):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
-            batch.seq_id[i][0] = 0
-        if lib.llama_decode(context, batch):
-            raise SystemExit(f"error: llama.cpp cannot decode {len(chunk)} tokens of {file}")
-        logits = np.ctypeslib.as_array(lib.llama_get_logits(context), (len(chunk), size))
+        loaded.clear()
+        logits = loaded.logits(chunk, 0, every=True)
         rows = logits[:-1].astype(np.float64)
         rows -= rows.max(-1, keepdims=True)
         picked = rows[np.arange(len(rows)), chunk[1:]]

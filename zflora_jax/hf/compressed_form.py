@@ -20,7 +20,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.hf.compressed_types import Quant, check_quant
 from zflora_jax.hf.state_scale import scales_state
-from zflora_jax.hf.stock import StockForm, stock_form
+from zflora_jax.hf.stock import StockForm, stock_form, widths_report
 from zflora_jax.nn.quantize_model import group_of
 from zflora_jax.ops.quantized import QuantizedArray
 
@@ -60,17 +60,7 @@ class CompressedForm:
     def report(self) -> dict[str, Any]:
         """The widths of the directory, what was filled, and how rows were scaled."""
         config, native = self.config, self.native
-        widths = {
-            "hidden": (native.hidden_size, config.hidden_size),
-            "head": (native.head_dim, config.head_dim),
-            "MLP": (native.intermediate_size, config.intermediate_size),
-        }
-        filled = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in widths.items() if a != b)
-        report: dict[str, Any] = {
-            "widths": f"hidden {config.hidden_size}, heads {config.num_heads} x {config.head_dim},"
-            f" MLP {config.intermediate_size}",
-            "filled with zeros": filled or "nothing",
-        }
+        report: dict[str, Any] = {**widths_report(native, config)}
         if self.quant.kind == "int4":
             sizes = sorted(set(self.groups.values()), reverse=True)
             of = {n: ", ".join(k for k in KERNELS if self.groups[k] == n) for n in sizes}

@@ -27,7 +27,7 @@ from zflora_jax.hf.gguf_names import (
 )
 from zflora_jax.hf.keys import Place, hf_table
 from zflora_jax.hf.state_scale import scales_state
-from zflora_jax.hf.stock import StockForm, module_of, native_tensor, stock_form
+from zflora_jax.hf.stock import StockForm, module_of, native_tensor, stock_form, widths_report
 
 _AS_LLAMA = ("qwen2",)  # families that llama.cpp's llama can hold
 BLOCK = 32  # numbers of a block; K-quants have super-blocks of 256 and fall back
@@ -146,17 +146,7 @@ class GGUFForm:
     def report(self) -> dict[str, Any]:
         """The widths of the file, what was filled, and what the file cannot say."""
         config, native = self.config, self.model_config
-        widths = {
-            "hidden": (native.hidden_size, config.hidden_size),
-            "head": (native.head_dim, config.head_dim),
-            "MLP": (native.intermediate_size, config.intermediate_size),
-        }
-        filled = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in widths.items() if a != b)
-        report: dict[str, Any] = {
-            "widths": f"hidden {config.hidden_size}, heads {config.num_heads} x {config.head_dim},"
-            f" MLP {config.intermediate_size}",
-            "filled with zeros": filled or "nothing",
-        }
+        report: dict[str, Any] = {**widths_report(native, config)}
         if self.architecture != config.traits.gguf:
             report["architecture"] = (
                 f"{self.architecture} with biases: llama.cpp's {config.traits.gguf} does not take"

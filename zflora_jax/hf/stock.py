@@ -226,6 +226,21 @@ def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockFor
     )
 
 
+def widths_report(native: LlamaConfig, stored: LlamaConfig) -> dict[str, str]:
+    """What a report says of the stored widths, and of what was filled with zeros up to them."""
+    widths = {
+        "hidden": (native.hidden_size, stored.hidden_size),
+        "head": (native.head_dim, stored.head_dim),
+        "MLP": (native.intermediate_size, stored.intermediate_size),
+    }
+    filled = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in widths.items() if a != b)
+    return {
+        "widths": f"hidden {stored.hidden_size}, heads {stored.num_heads} x {stored.head_dim},"
+        f" MLP {stored.intermediate_size}",
+        "filled with zeros": filled or "nothing",
+    }
+
+
 def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
     """The place of a Hugging Face tensor, and its native leaf of one layer in float32. Processes
     that share the model's arrays call this together.
