@@ -25,7 +25,8 @@ SUMMARY = (
     "Score a run or a model on tasks: loss, generated answers, likelihoods, ROUGE; one record per"
     " example is kept."
 )
-OF_MODEL = ("train.dtype", "train.matmul_precision")  # settings of --model alone
+# Settings of --model alone.
+OF_MODEL = ("train.dtype", "train.matmul_precision", "quantize.")
 
 
 def add_options(parser: CommandParser) -> None:
@@ -62,8 +63,8 @@ def add_options(parser: CommandParser) -> None:
     add_settings(
         parser,
         ("data.", "eval.", "mesh.", *OF_MODEL),
-        "change settings of data, eval and mesh, and those of train that are listed below for a"
-        " --model, e.g. --set eval.num_beams=4 data.prompt_style=alpaca",
+        "change settings of data, eval and mesh, and those of train and quantize that are listed"
+        " below for a --model, e.g. --set eval.num_beams=4 data.prompt_style=alpaca",
     )
     add_processes(parser)
 

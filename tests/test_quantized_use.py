@@ -1,0 +1,105 @@
+"""Quantised bases where users meet them: the command line, settings of runs and sweeps, the plan,
+damaged files.
+"""
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from support.quantized import quantized_tiny
+from test_gguf_keep import kept_file
+
+from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.cli.main import main
+from zflora_jax.core import trees
+from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.model import Model
+from zflora_jax.core.presets import preset
+from zflora_jax.core.run_config import QuantizeConfig, RunConfig
+from zflora_jax.experiments import grid, planner
+from zflora_jax.experiments.base import as_base
+from zflora_jax.hf import load
+from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.load import load_model
+from zflora_jax.nn.llama import forward
+from zflora_jax.nn.quantize_model import is_quantized, quantize_model
+
+
+@pytest.mark.parametrize("part", [0, 2])  # the scale of a block, its minimum
+def test_a_kept_scale_that_is_not_finite_is_named(part, tmp_path):
+    path = tmp_path / "base.gguf"
+    kept_file(path, "q4_1")
+    reader = gguf.GGUFReader(path, "r+")
+    tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight")
+    tensor.data.reshape(-1)[20 * 3 + part :][:2] = np.asarray([np.nan], np.float16).view(np.uint8)
+    tensor.data.flush()
+    with pytest.raises(CheckpointError, match=r"base\.gguf: a scale of blk\.1\.ffn_up\.weight"):
+        load_model(path, quantize="keep")
+    assert GGUFFile(path).tensors  # the file itself can be read
+
+
+def test_generate_runs_a_files_own_blocks_unless_it_is_told_not_to(tmp_path, capsys, monkeypatch):
+    from support.byte_tokenizer import byte_tokenizer
+
+    from zflora_jax.hf import gguf as reader
+
+    monkeypatch.setattr(reader, "gguf_tokenizer", lambda *_: byte_tokenizer())
+    path = tmp_path / "base.gguf"
+    kept_file(path, "q4_1")
+    given = ["generate", "--model", str(path), "--plain", "--prompt", "ab", "--max-new-tokens", "3"]
+    assert main(given) == 0
+    kept = capsys.readouterr()
+    assert "q4_1: " in kept.err and "q8_0: embed" in kept.err and "--quantize none" in kept.err
+    assert main([*given, "--quantize", "none"]) == 0
+    numbers = capsys.readouterr()
+    assert "q4_1" not in numbers.err and numbers.out == kept.out
+
+
+def test_eval_scores_a_model_stored_as_codes(base_dir, tmp_path, monkeypatch):
+    seen, plain = [], load.load_model
+
+    def noted(*given, **settings):
+        seen.append(plain(*given, **settings))
+        return seen[-1]
+
+    monkeypatch.setattr(load, "load_model", noted)
+    argv = ["eval", "--model", base_dir, "--tasks", "arithmetic", "--limit", "2", "--out"]
+    changed = ["--set", "quantize.kernels=int8", "eval.max_new_tokens=2"]
+    assert main([*argv, str(tmp_path / "out"), *changed]) == 0
+    assert is_quantized(seen[0])
+
+
+def test_a_base_in_memory_must_be_stored_as_the_run_says(run, base_dir):
+    model = quantize_model(load_model(base_dir), "int8")
+    with pytest.raises(ConfigError, match=r"the run says quantize.kernels=none: set quantize"):
+        as_base(run, model)
+    said = override(run, {"quantize.kernels": "int8"})
+    assert as_base(said, model).params is model.params
+
+
+def test_runs_of_a_sweep_share_a_base_that_is_stored_alike(run):
+    bases, here = grid._Bases(), [jax.devices()[0]]
+    numbers = bases.of(run, here)
+    codes = bases.of(override(run, {"quantize.kernels": "int8"}), here)
+    assert not is_quantized(numbers) and is_quantized(codes)
+
+
+def test_the_plan_counts_each_devices_part_of_the_codes():
+    config = preset("tiny").replace(num_heads=8, num_kv_heads=8, head_dim=32, vocab_size=264)
+    run = RunConfig(quantize=QuantizeConfig("int8"))
+    mesh = {"mesh.fsdp": 2, "mesh.tensor": 4}
+    whole, part = (planner.bytes_per_device(r, config)["base"] for r in (run, override(run, mesh)))
+    assert whole / 8 <= part <= whole / 7  # scales of one group are whole along fsdp
+
+
+def test_packing_takes_layers_out_of_a_model_that_is_given_away():
+    stacked = quantized_tiny("q4_1")
+    config = stacked.config.replace(scan_layers=False)
+    apart = Model(config, trees.unstack_layers(stacked.params, config.num_layers))
+    tokens = np.arange(9, dtype=np.int32)[None]
+    wanted = np.asarray(forward(pack_for_decode(apart), tokens))
+    assert "layers_0" in apart.params
+    packed = pack_for_decode(apart, donate=True)
+    assert not any(name.startswith("layers") for name in apart.params)
+    np.testing.assert_array_equal(np.asarray(forward(packed, tokens)), wanted)
