@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 import settings_page
 
+from zflora_jax.cli.eval import OF_MODEL
 from zflora_jax.cli.main import main
 from zflora_jax.cli.options import settings_help
 from zflora_jax.core.adapter_config import METHODS
@@ -99,7 +100,7 @@ def test_without_source_code_there_are_no_meanings():
         ("sweep", ""),
         ("plan", ""),
         ("quickstart", ""),
-        ("eval", ("data.", "eval.", "mesh.", "train.dtype", "train.matmul_precision")),
+        ("eval", ("data.", "eval.", "mesh.", *OF_MODEL)),
         ("generate", "mesh."),
         ("export", "mesh."),
     ],
