@@ -18,7 +18,7 @@ from support.models import tiny_model
 
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.bench import contenders, latency, timing, training, training_step
+from zflora_jax.bench import contenders, latency, peft, timing, training, training_step
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -212,6 +212,19 @@ def test_training_by_command_beside_peft(
     assert (tmp_path / "train.png").is_file() and "x PEFT" in (tmp_path / "train.md").read_text()
 
 
+def test_training_beside_a_quantised_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "alone", lambda *_: (1e8, 1.0))
+    small = ["--model", "tiny", "--repeats", "1", "--out", str(tmp_path / "train"), "--no-peft"]
+    case = ["--batch", "2", "--length", "16", "--masked", "0", "--quantize", "none", "int8"]
+    assert main(["bench", "train", *small, *case, "--methods", "zflora-minimal"]) == 0
+    rows: list[dict[str, Any]] = json.loads((tmp_path / "train.json").read_text())["rows"]
+    numbers, codes = (row["loss"] for row in rows)
+    assert [row["case"]["quantize"] for row in rows] == ["none", "int8"]
+    assert codes != numbers and codes == pytest.approx(numbers, rel=0.01)
+    page = (tmp_path / "train.md").read_text()
+    assert "| numbers |" in page and "| int8 |" in page
+
+
 def test_masks_leave_the_share_that_was_asked_for() -> None:
     for masked, wanted in ((0.0, 99), (0.5, 50), (0.8, 20)):
         mask = training.Case("tiny", length=100, batch=2, masked=masked).batch_arrays(50)[
@@ -240,6 +253,14 @@ def test_masks_leave_the_share_that_was_asked_for() -> None:
         (
             lambda: training.Case("tiny", masked=1.0),
             r"masked=1.0: a share of the positions, at least 0 and below 1",
+        ),
+        (
+            lambda: training.Case("tiny", quantize="keep"),
+            r"quantize=keep: Allowed: int4, int8",
+        ),
+        (
+            lambda: peft.quantization(training.Case("tiny", quantize="int4")),
+            r"bitsandbytes has no int4: compare int8, nf4",
         ),
         (
             lambda: training.measure([training.Case("tiny")], ["lorra"]),

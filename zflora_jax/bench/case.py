@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.quantize_config import STORED, Stored
 from zflora_jax.core.run_config import OptimConfig
 
 OPTIM = OptimConfig(schedule="constant", warmup_steps=0, learning_rate=1e-3)
@@ -30,6 +31,7 @@ class Case:
       batch: sequences per step.
       length: tokens per sequence.
       masked: share of positions, from the start, without loss.
+      quantize: how the base's kernels are stored, as `quantize.kernels` of a run.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Case:
     batch: int = 8
     length: int = 128
     masked: float = 0.0
+    quantize: Stored = "none"
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch", "length"):
@@ -45,6 +48,10 @@ class Case:
         require(
             0 <= self.masked < 1,
             f"masked={self.masked}: a share of the positions, at least 0 and below 1.",
+        )
+        kinds = [kind for kind in STORED if kind != "keep"]  # random models have no file
+        require(
+            self.quantize in kinds, f"quantize={self.quantize}: {nearest(self.quantize, kinds)}."
         )
 
     def batch_arrays(self, vocab_size: int) -> dict[str, np.ndarray]:

@@ -48,6 +48,38 @@ def with_lora(model: Any, rank: int) -> Any:
     )
 
 
+def quantization(case: Case) -> Any:
+    """transformers' settings that load a base with bitsandbytes, or None where it is of numbers.
+
+    Args:
+      case: quantize and dtype are read.
+
+    Raises:
+      ConfigError: bitsandbytes has no such kind, or is not installed.
+    """
+    if case.quantize == "none":
+        return None
+    torch, transformers, _ = imports()
+    settings: dict[str, dict[str, Any]] = {
+        "int8": {"load_in_8bit": True},
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": getattr(torch, case.dtype),
+        },
+    }
+    if case.quantize not in settings:
+        raise ConfigError(f"bitsandbytes has no {case.quantize}: compare {', '.join(settings)}.")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"PEFT's quantised bases need bitsandbytes ({error}); install with: pip install"
+            " bitsandbytes"
+        ) from None
+    return transformers.BitsAndBytesConfig(**settings[case.quantize])
+
+
 def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], float]:
     """A function that trains one step and returns its loss.
 
@@ -61,7 +93,7 @@ def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], f
     """
     torch, transformers, _ = imports()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, case.dtype)
+        directory, dtype=getattr(torch, case.dtype), quantization_config=quantization(case)
     )
     model = with_lora(model.to(device), case.rank).train()
     arrays = case.batch_arrays(model.config.vocab_size)

@@ -27,8 +27,8 @@ PEFT = "PEFT lora"
 
 
 def load(case: Case) -> Model:
-    """Load the base model of a case, in its dtype; a preset other than smollm2-135m has random
-    weights.
+    """Load the base model of a case as numbers of its dtype; a preset other than smollm2-135m has
+    random weights.
 
     Args:
       case: model and dtype are read.
@@ -44,7 +44,7 @@ def our_step(case: Case, model: Model, method: str) -> Callable[[], float]:
 
     Args:
       case: rank, batch and mask.
-      model: the base.
+      model: the base, stored as the case says.
       method: of `METHODS`.
     """
     adapter = AdapterConfig(method, rank=case.rank)
@@ -106,7 +106,9 @@ def main() -> None:
     case = Case(**job["case"])
     jax.devices()
     started = time.perf_counter()
-    run = our_step(case, load_model(job["directory"], dtype=case.dtype), job["label"])
+    how = None if case.quantize == "none" else case.quantize
+    base = load_model(job["directory"], dtype=case.dtype, quantize=how)
+    run = our_step(case, base, job["label"])
     run()
     first = time.perf_counter() - started
     for _ in range(job["steps"] - 1):

@@ -130,6 +130,14 @@ def _add_train_options(parser: CommandParser) -> None:
         help="of positions without loss: 0 0.5 0.8",
     )
     parser.add_argument(
+        "--quantize",
+        nargs="+",
+        default=["none"],
+        metavar="KIND",
+        help="how the base's kernels are stored: none, or as codes, e.g. int8 nf4, which PEFT has"
+        " of bitsandbytes (default: none)",
+    )
+    parser.add_argument(
         "--no-peft", dest="with_peft", action="store_false", help="measure ours alone"
     )
 
@@ -200,8 +208,9 @@ def _train(args: argparse.Namespace) -> None:
     from zflora_jax.reporting.provenance import environment
 
     cases = [
-        training.Case(args.model, args.dtype, args.rank, args.batch, args.length, masked)
+        training.Case(args.model, args.dtype, args.rank, args.batch, args.length, masked, kind)
         for masked in args.masked
+        for kind in args.quantize
     ]
     result = training.measure(cases, **_given(args, "methods", "repeats", "with_peft"))
     result |= {"environment": environment()}
