@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
+from support.grids import always
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import _fuse, fuse, unfuse
@@ -79,7 +80,9 @@ def programs(precision: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+@pytest.mark.parametrize(
+    "precision", always(["default", "high", "highest"], lambda name: name != "high")
+)
 def test_training_losses_decode_and_likelihoods_agree(precision):
     found = {name: precisions(lowered) for name, lowered in programs(precision).items()}
     assert found == {name: {precision.upper()} for name in found}

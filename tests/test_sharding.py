@@ -77,6 +77,7 @@ def train_three(model, adapter, mesh_config, accumulate=1):
     return np.asarray(metrics), jax.device_get(state.adapters)
 
 
+@pytest.mark.soak  # twin: the next one, whose meshes have every axis
 def test_pairs_of_axes_give_the_numbers_of_one_device():
     """With zflora-uniform, which has every kind of block that widens. `make soak`: every mesh of up
     to 8 devices, every method.
