@@ -134,7 +134,7 @@ def test_products_of_every_device_equal_the_dequantised(kind, group, rows):
     if kind == "int8" and not group:  # 15 bits of the inputs: half a step of each, at most
         step = np.abs(np.asarray(x)).max() / 127 / 254
         bound = step * np.abs(np.asarray(dequantize(columns))).sum(axis=0).max()
-        found = products.int8_product(x, by_rows)
+        found = products.int8_product(x, by_rows, products.adapter_codes(by_rows))
         error = np.abs(np.asarray(found) - wanted).max()
         assert 0 < error < bound
     for w in (by_rows, columns):

@@ -102,10 +102,11 @@ def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None
 
     def from_codes(x: Array, w: QuantizedArray) -> Array:
         # The barrier keeps XLA's CPU compiler from computing what codes stand for once, ahead of a
-        # loop of tokens.
+        # loop of tokens. Of an adapter's few inputs it may.
+        few = partial(int8_product, beside=adapter_codes(w)) if whole else None
+        cpu = few or (paired_product if w.paired else multiply_and_sum)
         return flat(cpu, *jax.lax.optimization_barrier((x, w)))
 
-    cpu = int8_product if whole else paired_product if w.paired else multiply_and_sum
     on_cpu = by_rows and (whole or (count <= FEW_ON_CPU and KINDS[w.kind].table is None))
     tpu = eight_rows_product if whole or w.reads == 2 else None
     return jax.lax.platform_dependent(
@@ -174,9 +175,20 @@ def _parts(x: Array, w: QuantizedArray) -> Array:
     return jnp.stack([jnp.where(is_base, x, zero), jnp.where(is_base, zero, x)], axis=1)
 
 
-def int8_product(x: Array, w: QuantizedArray) -> Array:
+def adapter_codes(w: QuantizedArray) -> Array | None:
+    """The codes of an adapter's inputs of a packed kernel [j, i], as float32 [j, those]; None
+    where there are none.
+    """
+    width = w.inner or w.shape[-1]
+    if w.base == width:
+        return None
+    codes = w.codes.reshape(len(w.codes), -1, width)[..., w.base :]
+    return codes.reshape(len(w.codes), -1).astype(jnp.float32)
+
+
+def int8_product(x: Array, w: QuantizedArray, beside: Array | None) -> Array:
     """x [n, i] against int8 codes [j, i] with one scale for the base's inputs of an output and one
-    for an adapter's -> [n, j] float32. x is rounded to 15 bits.
+    for an adapter's -> [n, j] float32. x is rounded to 15 bits. beside: `adapter_codes`.
     """
     # XLA's CPU compiler multiplies int8 with int8 as it lies only for two rows or more, and
     # converts whole kernels to multiply with float. So x goes as two rows of 8 bits, the second of
@@ -190,13 +202,11 @@ def int8_product(x: Array, w: QuantizedArray) -> Array:
     y = jnp.einsum("ni,ji->nj", rows, w.codes, preferred_element_type=jnp.int32)
     y = y.astype(jnp.float32).reshape(2, len(x), -1)
     y = (y[0] + y[1] / 254) * scale * scales[:, 0]
-    width = w.inner or x.shape[-1]
-    if w.base == width:
+    if beside is None:
         return y
     # The adapter's few inputs in float32: two more rows would take as long as the base's.
-    extra = x.reshape(len(x), -1, width)[..., w.base :].reshape(len(x), -1)
-    codes = w.codes.reshape(len(w.codes), -1, width)[..., w.base :].reshape(len(w.codes), -1)
-    return y + jnp.einsum("ni,ji->nj", extra, codes.astype(jnp.float32)) * scales[:, 1]
+    extra = x.reshape(len(x), -1, w.inner or x.shape[-1])[..., w.base :].reshape(len(x), -1)
+    return y + jnp.einsum("ni,ji->nj", extra, beside) * scales[:, 1]
 
 
 def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
