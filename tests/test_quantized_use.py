@@ -19,6 +19,9 @@ from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.experiments import grid, planner
 from zflora_jax.experiments.base import as_base
+from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.restore import load_fused
+from zflora_jax.experiments.train import train
 from zflora_jax.hf import load
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.load import load_model
@@ -76,6 +79,25 @@ def test_a_base_in_memory_must_be_stored_as_the_run_says(run, base_dir):
         as_base(run, model)
     said = override(run, {"quantize.kernels": "int8"})
     assert as_base(said, model).params is model.params
+    with pytest.raises(ConfigError, match=r"stored as numbers, and the run says quantize.kernels="):
+        as_base(said, load_model(base_dir))
+    with pytest.raises(ConfigError, match=r"embedding of the model is stored as numbers"):
+        as_base(override(said, {"quantize.embedding": "int8"}), model)
+
+
+def test_lora_beside_codes_is_merged_into_their_numbers_for_commands(run, tmp_path):
+    config = override(run, {"adapter.method": "lora", "quantize.kernels": "int8"})
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    trained = train(config, workdir, console=False)
+    fused, _ = load_fused(workdir)
+    assert not is_quantized(fused)
+    tokens = np.arange(9, dtype=np.int32)[None]
+    beside = np.asarray(forward(trained.model, tokens, config.adapter, trained.adapters))
+    np.testing.assert_allclose(np.asarray(forward(fused, tokens)), beside, atol=1e-4)
+    assert main(["export", "--workdir", str(workdir), "--out", str(out)]) == 0
+    np.testing.assert_allclose(np.asarray(forward(load_model(out), tokens)), beside, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"'lora' changes them: export the adapter alone"):
+        export_run(workdir, tmp_path / "x.gguf", format="gguf", quant="keep")
 
 
 def test_runs_of_a_sweep_share_a_base_that_is_stored_alike(run):

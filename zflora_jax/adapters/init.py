@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
 from zflora_jax.core.architecture import group, kernel_shapes
+from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.ops.quantized import QuantizedArray, float_values
 from zflora_jax.parallel.devices import widest_head
 
 
@@ -43,8 +45,18 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
 
     Returns:
       The tree in float32; for method "full" a float32 copy of the base's parameters.
+
+    Raises:
+      ConfigError: method "full" on a base of codes; or a value of `adapter` that this model does
+        not allow.
     """
     if METHODS[adapter.method].in_place == "full":
+        codes = [n for n, x in trees.flatten(model.params).items() if isinstance(x, QuantizedArray)]
+        require(
+            not codes,
+            f"method 'full' trains the base's numbers, and {codes[:1]} of this base is stored as"
+            " codes: dequantise it first (zf.dequantize_model), or choose another method.",
+        )
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), model.params)
     config = model.config
     _warn_of_wide_heads(config, adapter)
@@ -85,21 +97,37 @@ def _of_base(model: Model, adapter: AdapterConfig) -> dict[str, jax.Array]:
         return found
     for kernel in resolve_adapter(config, adapter).blocks:
         own, name = f"{group(kernel)}/{kernel}", f"layers/{group(kernel)}/{kernel}"
-        apart = [f"layers_{i}/{own}/kernel" for i in range(config.num_layers)]
         stacked = flat.get(f"{name}/kernel")
-        stacked = jnp.stack([flat[n] for n in apart]) if stacked is None else stacked
-        inputs = math.prod(kernel_shapes(config)[kernel][0])
-        base = stacked.reshape(config.num_layers, inputs, -1).astype(jnp.float32)
-        if adapter.use_dora:
-            found[f"{name}/magnitude"] = jnp.linalg.norm(base, axis=1)
-        if adapter.init in OF_BASE:
-            given = str(adapter.init), adapter.rank_of(kernel), adapter.scale_of(kernel)
-            layers = np.asarray(live_layers(config, adapter)[kernel]["lora_a"])
-            parts = jax.lax.map(partial(part_of_base, *given), base[layers])
-            for factor, part in zip("ab", parts, strict=True):
-                whole = jnp.zeros((config.num_layers, *part.shape[1:])).at[layers].set(part)
-                # Arrays of their own: one of them is donated to every step.
-                found |= {f"{name}/{s}_{factor}": jnp.array(whole) for s in ("lora", "start")}
+        if stacked is None:
+            apart = [flat[f"layers_{i}/{own}/kernel"] for i in range(config.num_layers)]
+            stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *apart)
+        made = _of_kernel(config, adapter, kernel, stacked)
+        found |= {f"{name}/{block}": leaf for block, leaf in made.items()}
+    return found
+
+
+def _of_kernel(
+    config: LlamaConfig, adapter: AdapterConfig, kernel: str, stacked: Any
+) -> dict[str, jax.Array]:
+    """`_of_base` of one kernel of all layers, float or quantised; a layer's numbers at a time."""
+    found, inputs = dict[str, jax.Array](), math.prod(kernel_shapes(config)[kernel][0])
+
+    def numbers(layer: Any) -> jax.Array:
+        return float_values(layer).reshape(inputs, -1).astype(jnp.float32)
+
+    if adapter.use_dora:
+        found["magnitude"] = jax.lax.map(
+            lambda layer: jnp.linalg.norm(numbers(layer), axis=0), stacked
+        )
+    if adapter.init in OF_BASE:
+        start = str(adapter.init), adapter.rank_of(kernel), adapter.scale_of(kernel)
+        layers = np.asarray(live_layers(config, adapter)[kernel]["lora_a"])
+        live = jax.tree.map(lambda part: part[layers], stacked)
+        parts = jax.lax.map(lambda layer: part_of_base(*start, numbers(layer)), live)
+        for factor, part in zip("ab", parts, strict=True):
+            whole = jnp.zeros((config.num_layers, *part.shape[1:])).at[layers].set(part)
+            # Arrays of their own: one of them is donated to every step.
+            found |= {f"{s}_{factor}": jnp.array(whole) for s in ("lora", "start")}
     return found
 
 

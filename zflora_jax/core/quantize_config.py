@@ -35,6 +35,21 @@ class QuantizeConfig:
             self.group in (None, 0, 32, 64, 128),
             f"quantize.group={self.group}: 32, 64 or 128 inputs share a scale, or 0 for all.",
         )
+        if self.group is None:
+            return
+        kinds = {name: getattr(self, name) for name in ("kernels", "embedding", "head")}
+        chosen = {name: kind for name, kind in kinds.items() if kind in ("int8", "int4", "nf4")}
+        require(
+            bool(chosen),
+            f"quantize.group={self.group} is for int8, int4 and nf4, and neither quantize.kernels,"
+            " quantize.embedding nor quantize.head is one of them: leave it out.",
+        )
+        few = [f"quantize.{name}={kind}" for name, kind in chosen.items() if kind != "int8"]
+        require(
+            self.group != 0 or not few,
+            f"quantize.group=0, one scale for all inputs, is for int8 alone, and {few[:1]} needs"
+            " groups of 32, 64 or 128; one group size serves all three settings.",
+        )
 
     @property
     def active(self) -> bool:

@@ -25,7 +25,7 @@ from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.load import HUB_IDS, load_model, load_tokenizer, locate, model_config
 from zflora_jax.hf.tokenizer import tokenizer_state
 from zflora_jax.inference.text import stop_as_trained
-from zflora_jax.nn.quantize_model import is_quantized
+from zflora_jax.nn.quantize_model import require_stored_as
 from zflora_jax.ops.quantized import QuantizedArray
 
 log = logging.getLogger(__name__)
@@ -78,11 +78,7 @@ def as_base(run: RunConfig, model: Model) -> Model:
             f" {run.train.dtype}: load it with load_model(..., dtype={run.train.dtype!r}), or set"
             " train.dtype.",
         )
-    require(
-        run.quantize.active or not is_quantized(model),
-        "the model's kernels are stored as codes, and the run says quantize.kernels=none: set"
-        " quantize.* to what the model was quantised with, so that eval and export load the same.",
-    )
+    require_stored_as(model, run.quantize)
     # An adapter merged by addition left an ordinary base.
     model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
     # Targets that match nothing are refused here, before anything slow.

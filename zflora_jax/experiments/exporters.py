@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -88,6 +90,12 @@ def write_gguf(
     from zflora_jax.hf.gguf_types import KEEP
 
     if quant == KEEP:
+        method = run.config.adapter.method
+        require(
+            METHODS[method].widens,
+            f"quant 'keep' writes the base's blocks, and {method!r} changes them: export the"
+            " adapter alone (format 'gguf-lora'), or choose another quant, such as 'q8_0'.",
+        )
         require_blocks(run.model)
     return _write_and_compare(
         out, run, lambda fused: save_gguf(out, fused, quant or "q8_0", eps_z=eps_z)
@@ -105,14 +113,14 @@ def _write_and_compare(
     out: str | Path, run: TrainedRun, save: Callable[[Model], dict[str, Any]]
 ) -> dict[str, Any]:
     """Fuse, `save`, and measure the gap. The base's arrays are freed."""
-    from zflora_jax.adapters.fuse import fuse
     from zflora_jax.evaluation.export_gap import export_gap
     from zflora_jax.evaluation.gap_prompts import gap_prompts
+    from zflora_jax.experiments.restore import fuse_trained
     from zflora_jax.parallel.distributed import from_process_0, on_main
 
     # Before anything is written, and of process 0, since other hosts may lack the data.
     prompts, origin = from_process_0(on_main(lambda: gap_prompts(run.config, run.model)))
-    fused = fuse(run.model, run.config.adapter, run.adapters, donate=True)
+    fused = fuse_trained(run.model, run.config.adapter, run.adapters)
     report = save(fused)
     return report | {"gap_prompts": origin} | export_gap(fused, out, prompts, donate=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
@@ -9,18 +10,22 @@ from jax.sharding import Mesh
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.packing import split_layers
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.base import load_base
+from zflora_jax.nn.quantize_model import dequantize_model, is_quantized
 from zflora_jax.parallel.distributed import from_process_0
 from zflora_jax.parallel.mesh import mesh_if_there, mesh_of
 from zflora_jax.parallel.sharding import state_shardings
 from zflora_jax.training.checkpoint import Checkpoints, require_same
 from zflora_jax.training.trainer import fresh_state
 from zflora_jax.training.workdir import CHECKPOINTS, read_config
+
+log = logging.getLogger(__name__)
 
 
 def load_run(
@@ -85,6 +90,21 @@ def _number(
     return int(str(step))
 
 
+def fuse_trained(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
+    """`fuse` of what a run has trained, with the base's arrays freed. Of a base of codes, a method
+    that merges by addition gets the numbers that they stand for: what it was trained beside.
+    """
+    if is_quantized(model) and not METHODS[adapter.method].widens:
+        log.warning(
+            "%s is added to the numbers that the base's codes stand for, so the model takes the"
+            " memory of %s numbers",
+            adapter.method,
+            model.config.execution.dtype,
+        )
+        model = dequantize_model(model)
+    return fuse(model, adapter, adapters, donate=True)
+
+
 def load_fused(
     workdir: str | Path,
     step: int | str | None = None,
@@ -103,7 +123,7 @@ def load_fused(
       (fused model, a label for result files, e.g. "step120").
     """
     run, model, adapters, number = load_run(workdir, step, mesh=mesh)
-    fused = fuse(model, run.adapter, adapters, donate=True)
+    fused = fuse_trained(model, run.adapter, adapters)
     if decode and mesh_of(fused.params) is not None:
         fused = split_layers(fused)
     return fused, f"step{number}"

@@ -14,7 +14,7 @@ import numpy as np
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.hf.keys import Place, Slices, whole
-from zflora_jax.nn.quantize_model import group_of, kernel_axes, stored_as
+from zflora_jax.nn.quantize_model import check_tables, group_of, kernel_axes, stored_as
 from zflora_jax.ops.quantized import QuantizedArray, quantize
 from zflora_jax.parallel.sharding import specs
 
@@ -42,6 +42,9 @@ class QuantizedLeaves:
     kind_in_file: Callable[[str, Place], str | None] = lambda *_: None
     blocks: Callable[[str, Place], QuantizedArray] | None = None
     left: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_tables(self.config, self.how)
 
     def __call__(self, leaf: str, members: Members) -> QuantizedArray | None:
         """The leaf as codes, or None where it is to be numbers."""

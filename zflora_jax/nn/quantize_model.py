@@ -66,6 +66,36 @@ def group_of(name: str, kind: str, how: QuantizeConfig, width: int) -> int:
     return max(fits)
 
 
+def check_tables(config: LlamaConfig, how: QuantizeConfig) -> None:
+    """ConfigError for a kind of a head that the model does not have."""
+    require(
+        not config.tie_word_embeddings or how.head in ("none", "keep"),
+        f"quantize.head={how.head}: this model's head is its embedding; set quantize.embedding.",
+    )
+
+
+def require_stored_as(model: Model, how: QuantizeConfig) -> None:
+    """ConfigError where a leaf of a model is stored otherwise than `how` says: what reads a run
+    later loads its base as `how` says.
+    """
+    for name, leaf in trees.flatten(model.params).items():
+        wanted, found = stored_as(name, how), "none"
+        if isinstance(leaf, QuantizedArray):
+            found = leaf.kind
+            if wanted not in ("none", "keep"):
+                group = group_of(name, wanted, how, leaf.shape[leaf.axis])
+                wanted += f" in groups of {group}"
+                found += f" in groups of {leaf.group}"
+        setting = {"embed": "embedding", "lm_head": "head"}.get(name.split("/")[-2], "kernels")
+        require(
+            wanted in ("keep", found),
+            f"{name} of the model is stored as {found.replace('none', 'numbers')}, and the run says"
+            f" quantize.{setting}={wanted}: set quantize.* to how the model was quantised, or load"
+            " it with load_model(..., quantize=run.quantize), so that eval and export load the"
+            " same.",
+        )
+
+
 def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
     """Quantise a model in memory; `hf.load.load_model` quantises tensor by tensor.
 
@@ -77,7 +107,8 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
       A Model whose chosen leaves are `ops.quantized.QuantizedArray`s; the others are `model`'s own.
 
     Raises:
-      ConfigError: a packed or fused model, or groups that do not divide a kernel's inputs.
+      ConfigError: a packed or fused model, one that is stored as other codes already, or groups
+        that do not divide a kernel's inputs.
     """
     how = quantize_config(how)
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
@@ -90,6 +121,7 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
         "'keep' is of a GGUF file's codes, and this model is in memory: load it with"
         " load_model(FILE, quantize='keep'), or choose one of " + ", ".join(KINDS) + ".",
     )
+    check_tables(model.config, how)
     with mesh_in_use(model.params):
         params = trees.map_with_names(partial(_quantized, model.config, how), model.params)
     return dataclasses.replace(model, params=params)
@@ -97,10 +129,18 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
 
 def _quantized(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
     kind = stored_as(name, how)
-    if kind == "none" or isinstance(leaf, QuantizedArray):
+    if kind == "none":
         return leaf
     axes = kernel_axes(config, name)
     group = group_of(name, kind, how, leaf.shape[-axes["writes"] - 1])
+    if isinstance(leaf, QuantizedArray):
+        require(
+            (leaf.kind, leaf.group) == (kind, group),
+            f"{name} is stored as {leaf.kind} in groups of {leaf.group} already, which {kind} in"
+            f" groups of {group} would round a second time: start from the model's numbers, or use"
+            " zf.dequantize_model first.",
+        )
+        return leaf
     return _quantize(name, kind, leaf, group, **axes)
 
 
@@ -121,6 +161,7 @@ def quantized_shapes(config: LlamaConfig, how: QuantizeConfig, params: trees.Tre
         "quantize 'keep' takes what the file has, which a plan does not read: name the kind of its"
         " blocks, such as quantize.kernels=q4_1.",
     )
+    check_tables(config, how)
     return jax.eval_shape(
         lambda tree: trees.map_with_names(partial(_quantized, config, how), tree), params
     )

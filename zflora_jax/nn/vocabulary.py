@@ -15,6 +15,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.token_ids import rows_needed
+from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel.sharding import spec
 
 
@@ -42,7 +43,8 @@ def resize_vocab(
       A new Model; `model` is left as it is.
 
     Raises:
-      ConfigError: a packed model, a size below the ids in use, or rows of the wrong shape.
+      ConfigError: a packed model, a table of codes, a size below the ids in use, or rows of the
+        wrong shape.
     """
     config = model.config
     require(
@@ -58,6 +60,12 @@ def resize_vocab(
     flat = trees.flatten(model.params)
     for name in set(given) & set(flat):
         axis, new = given[name]
+        require(
+            not isinstance(flat[name], QuantizedArray),
+            f"{name} is stored as {flat[name].dtype}: resize a model whose embedding and head are"
+            " numbers (load it with quantize.embedding=none and quantize.head=none, or use"
+            " zf.dequantize_model), and quantise them afterwards (zf.quantize_model).",
+        )
         flat[name] = _resized(name, flat[name], axis, size, config.norm_dim, new)
     wider = config.replace(vocab_size=size)
     return dataclasses.replace(
