@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
 from support.checks import assert_logits_close
-from support.models import tiny_model
-from support.quantized import WIDENED, how, moved
+from support.models import perturb, tiny_model
+from support.quantized import WIDENED, how, moved, quantized_tiny
 
 from zflora_jax import AdapterConfig, forward, fuse, load_model, quantize_model, save_hf
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
@@ -227,6 +229,17 @@ def test_eps_z_is_the_one_of_the_smallest_error(tmp_path: Path) -> None:
     save_hf(tmp_path / "x", fused, quant="int8")
     best = export_gap(fused, tmp_path / "x", TOKENS)["mean_abs_dlogit"]
     assert best < 1.5 * min(gaps.values()) and best < 0.1 * gaps[2.0**-10], (best, gaps)
+
+
+def test_eps_z_is_smaller_where_norms_bear_less(tmp_path: Path) -> None:
+    """Adapters that move much: the rows alone are stored best with 1/2, the norms want less."""
+    base, adapter = quantized_tiny("int8", family="qwen3"), WIDENED["zflora-uniform"]
+    start = init_adapters(jax.random.key(0), base, adapter)
+    fused, gaps = fuse(base, adapter, perturb(start, 1, std=0.02)), {}
+    for eps_z in (0.5, 0.25, 0.125):
+        save_hf(tmp_path / "x", fused, quant="int8", eps_z=eps_z)
+        gaps[eps_z] = export_gap(fused, tmp_path / "x", TOKENS)["mean_abs_dlogit"]
+    assert save_hf(tmp_path / "x", fused, quant="int8")["eps_z"] == min(gaps, key=gaps.__getitem__)
 
 
 def test_units_of_any_size_keep_their_digits(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
 from zflora_jax.hf.compressed_form import CompressedForm
 from zflora_jax.hf.keys import as_finite, hf_table
-from zflora_jax.hf.state_scale import CHOICES
+from zflora_jax.hf.state_scale import CHOICES, state_share
 from zflora_jax.hf.stock import module_of, native_leaf
 from zflora_jax.ops.quantized import QuantizedArray, dequantize, quantize
 from zflora_jax.ops.quantized_blocks import cut, quantize_block
@@ -126,7 +126,7 @@ def with_shared_scales(form: CompressedForm, model: Model, eps_z: float | None) 
     Args:
       form: of `compressed_form`.
       model: what is exported.
-      eps_z: what the user gave; None: the one that stores the rows with the smallest error.
+      eps_z: what the user gave; None: the one of the smallest `_Errors.effect`.
     """
     if form.quant.kind != "int8" or form.base == form.native:
         return form
@@ -149,7 +149,7 @@ def with_shared_scales(form: CompressedForm, model: Model, eps_z: float | None) 
         units.setdefault("v" if kernel == "o" else "up", []).append(best)
     chosen = form.stock.eps_z
     if eps_z is None and state.energy:
-        chosen = CHOICES[int(state.error.argmin())]
+        chosen = CHOICES[int(state.effect(state_share(model)).argmin())]
     stock = replace(form.stock, eps_z=chosen)
     return replace(form, stock=stock, units=units, figures=state.report(chosen))
 
@@ -162,6 +162,7 @@ class _Errors:
 
     def __init__(self, powers: tuple[float, ...]) -> None:
         self.powers, self.energy, self.count = powers, 0.0, 0
+        self.base_energy, self.base_count = 0.0, 0
         self.error, self.clipped = np.zeros(len(powers)), np.zeros(len(powers), int)
 
     def add(self, parts: Split) -> np.ndarray:
@@ -169,6 +170,9 @@ class _Errors:
         shared = parts.shared
         rows, scales = parts.rows[..., shared], parts.scales[0, 0][shared]
         self.energy, self.count = self.energy + float(np.sum(rows**2)), self.count + rows.size
+        numbers = parts.codes[..., shared] * scales
+        self.base_energy += float(np.sum(numbers**2))
+        self.base_count += numbers.size
         errors = np.zeros((len(self.powers), *rows.shape[:-1]))
         for i, power in enumerate(self.powers):
             codes = np.rint(rows / (power * scales))
@@ -177,6 +181,17 @@ class _Errors:
             errors[i] = np.sum((stored - rows) ** 2, axis=-1)
         self.error += errors.reshape(len(errors), -1).sum(axis=1)
         return errors
+
+    def effect(self, share: float) -> np.ndarray:
+        """An estimate of the relative error that each power, as eps_z, causes in what a layer
+        computes: the error of the rows times their inputs, over the base's numbers times theirs;
+        and by how much the state enlarges what a norm divides by.
+
+        Args:
+          share: of `state_share`, the energy of the rows' inputs over that of the base's.
+        """
+        rows, base = self.error / self.count, self.base_energy / self.base_count
+        return np.sqrt(share * rows / base) + share * np.square(self.powers) / 2
 
     def report(self, power: float) -> dict[str, Any]:
         """What is told of the rows where all are divided by `power`."""
