@@ -39,15 +39,15 @@ BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 
 
 def gguf_file(path: Path, model: Model, kinds: dict[str, str], rest: str) -> Path:
-    """`model` as the gguf package writes it: matrices quantised as `kinds` says of their tensor's
-    kind, the others as `rest`.
+    """`model` as the gguf package writes it: matrices quantised as `kinds` says of their name or
+    their tensor's kind, the others as `rest`.
     """
     form = gguf_form(model, "float32")
     writer = gguf.GGUFWriter(path, form.architecture)
     for key, value in form.metadata().items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     for name, array in (*form.tensors(model), *form.rope_divisors.items()):
-        found = "F32" if array.ndim == 1 else kinds.get(tensor_kind(name), rest)
+        found = kinds.get(name, kinds.get(tensor_kind(name), rest)) if array.ndim > 1 else "F32"
         kind = gguf.GGMLQuantizationType[found]
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
     for write in (

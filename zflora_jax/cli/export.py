@@ -61,7 +61,8 @@ def add_options(parser: CommandParser) -> None:
         metavar="E",
         help=(
             "scale of the residual state, a power of two in 2^-10..1 (default: chosen from the"
-            " weights for --dtype; litert: for --quant); 0.0625 for int8 consumers"
+            " weights for --dtype or --quant); 0.0625 for software that makes int8 of an export by"
+            " itself"
         ),
     )
     parser.add_argument(

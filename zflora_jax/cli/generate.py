@@ -40,8 +40,9 @@ def add_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=STORED,
-        help="how the kernels of --model are stored (default: keep, as it is, of a .gguf file;"
-        " else none, as numbers)",
+        help="how the kernels of --model are stored (default: keep, as they are, of a FILE.gguf"
+        " with blocks of Q8_0, Q4_0 or Q4_1; else none, as numbers, also of smollm2-135m; numbers"
+        " are faster on a CPU than what a .gguf file keeps)",
     )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="answer this")
@@ -209,7 +210,8 @@ def _model_of(args: argparse.Namespace) -> Model:
     from zflora_jax.adapters.fuse import fuse
     from zflora_jax.adapters.packing import pack_for_decode
     from zflora_jax.experiments.restore import load_fused
-    from zflora_jax.hf.load import load_model
+    from zflora_jax.hf.gguf import has_blocks
+    from zflora_jax.hf.load import load_model, locate
     from zflora_jax.hf.peft import load_peft
     from zflora_jax.nn.quantize_model import is_quantized, stored_text
     from zflora_jax.training.workdir import read_config
@@ -219,12 +221,14 @@ def _model_of(args: argparse.Namespace) -> Model:
         return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)[0]
     # The file's own blocks where nothing is merged into them. On a mesh as decoding needs it, so
     # that there is no second copy.
-    own = "keep" if args.model.endswith(".gguf") and not args.adapter else "none"
-    dtype, how = args.dtype or "float32", args.quantize or own
+    own = args.quantize is None and args.model.endswith(".gguf") and not args.adapter
+    keep = own and has_blocks(locate(args.model)[0])
+    dtype, how = args.dtype or "float32", args.quantize or ("keep" if keep else "none")
     apart = mesh is not None or how != "none"
     model = load_model(args.model, dtype, scan_layers=not apart, mesh=mesh, quantize=how)
     if is_quantized(model):
-        print(f"base: {stored_text(model)} (--quantize none: as numbers)", file=sys.stderr)
+        numbers = "as numbers" if how == "int8" else "as numbers, faster on a CPU"
+        print(f"base: {stored_text(model)} (--quantize none: {numbers})", file=sys.stderr)
         if not args.adapter:
             return pack_for_decode(model, donate=True)
     if args.adapter:

@@ -20,6 +20,7 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import ConfigError, from_dict
 from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.stored_config import from_file
@@ -139,10 +140,11 @@ def _export(directory: Path) -> Facts:
         adapter = from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
         facts |= _settings(adapter) | {"widths": _widths(manifest["base"], native)}
     facts |= {"base": manifest["base"].get("name"), **manifest.get("figures", {})}
-    facts |= {
-        "base fingerprint": manifest["base"]["fingerprint"],
-        "padding of hidden_size": manifest["padding"],
-    }
+    if codes := manifest["base"].get("codes_fingerprint"):
+        facts["fingerprint of the base's codes"] = codes
+    else:
+        facts["base fingerprint"] = manifest["base"]["fingerprint"]
+    facts["padding of hidden_size"] = manifest["padding"]
     return facts | _shape(native) | _weights(directory)
 
 
@@ -188,12 +190,21 @@ def _weights(directory: Path, files: list[str] | None = None) -> Facts:
     }
 
 
+def _stored(how: QuantizeConfig) -> str:
+    """How a run's base is stored, in words."""
+    if not how.active:
+        return "numbers"
+    text = f"kernels {how.kernels}, embedding {how.embedding}, head {how.head}"
+    return text if how.group is None else f"{text}, {how.group or 'all'} inputs a scale"
+
+
 def _run(workdir: Path) -> Facts:
     run: RunConfig = read_config(workdir)
     facts: Facts = {
         "kind": "run",
         "path": str(workdir),
         "base": run.model,
+        "base stored as": _stored(run.quantize),
         "task": run.data.task,
         "dtype": run.train.dtype,
         "seed": run.train.seed,

@@ -11,6 +11,7 @@ from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import HUB_IDS
+from zflora_jax.nn.quantize_model import is_quantized, stored_text
 
 
 def base_name(model: Model) -> str | None:
@@ -51,7 +52,7 @@ def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any])
     }
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [zflora]"),
-        *(*hub, "---", "", title, "", *_description(model, "quant" in report), ""),
+        *(*hub, "---", "", title, "", *_description(model, report), ""),
         *("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in table.items())),
         _USE.format(needs=_NEEDS if "quant" in report else ""),
     ]
@@ -81,6 +82,11 @@ _UNFUSED = """\
 zflora_jax can take the adapter out again (`load_model`, then `unfuse`), which gives back the base\
  model bit for bit."""
 
+_UNFUSED_CODES = """\
+The base was stored as codes ({stored}). zflora_jax can take the adapter out again (`load_model`,\
+ then `unfuse`), which gives
+back the numbers that these codes stand for, in {dtype}."""
+
 _SOURCE = "The method is a reconstruction of {source}, not the paper's own code."
 
 _MERGED = (
@@ -89,8 +95,8 @@ _MERGED = (
 )
 
 
-def _description(model: Model, quantised: bool) -> list[str]:
-    family = model.config.traits
+def _description(model: Model, report: Mapping[str, Any]) -> list[str]:
+    family, quantised = model.config.traits, "quant" in report
     if model.adapter is None:
         change = "with quantised kernels" if quantised else "unchanged but for its dtype"
         return [f"A {family.title} saved by zflora_jax, {change}."]
@@ -100,7 +106,8 @@ def _description(model: Model, quantised: bool) -> list[str]:
         method=method, title=family.title, stock=family.architecture
     )
     if row.widens and not quantised:
-        text += f"\n{_UNFUSED}"
+        codes = _UNFUSED_CODES.format(stored=stored_text(model), dtype=report["dtype"])
+        text += f"\n{codes if is_quantized(model) else _UNFUSED}"
     return [text, _SOURCE.format(source=row.source)] if row.source else [text]
 
 

@@ -65,7 +65,7 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
         "stored_config": form.stock.native.flat(),
         "multiple": form.stock.multiple,
     }
-    report = {"parameters": count_base(form.config), "quant": f"{quant}: {row.text}"}
+    report = {"parameters": count_base(form.config), "quant": f"{quant}: {form.text}"}
     report |= form.report()
     return Stored(form.stock, config, specs, tensor, report, manifest)
 

@@ -57,6 +57,13 @@ class CompressedForm:
         """The config with the widths of the directory."""
         return self.stock.config
 
+    @property
+    def text(self) -> str:
+        """What the kernels are stored as."""
+        sizes = map(str, sorted(set(self.groups.values()), reverse=True))
+        grouped = f"W4A16 in groups of {' and '.join(sizes)}"
+        return grouped if self.quant.kind == "int4" else self.quant.text
+
     def report(self) -> dict[str, Any]:
         """The widths of the directory, what was filled, and how rows were scaled."""
         config, native = self.config, self.native

@@ -50,8 +50,8 @@ def load_gguf(
         cast on its own.
       scan_layers: whether the layers are stacked on a leading axis.
       mesh: that the parameters are divided over; None: whole, on the first device.
-      how: what is stored as codes; None: nothing. What it asks to keep and the file has in blocks
-        of other kinds than `gguf_blocks.KEPT` becomes numbers, and the log says so.
+      how: what is stored as codes; None: nothing. What it asks to keep and cannot be kept, such as
+        blocks of other kinds than `gguf_blocks.KEPT`, becomes numbers, and the log says why.
 
     Returns:
       The model, with the tokenizer that the metadata describe (None with a warning if it is of an
@@ -71,16 +71,21 @@ def load_gguf(
     check_tensors(table, shapes, what, config.num_layers)
     tensors = _Tensors(file, named, config)
     leaves = QuantizedLeaves(
-        config, how or QuantizeConfig(), mesh, tensors.read, tensors.kind, tensors.blocks
+        config, how or QuantizeConfig(), mesh, tensors.read, tensors.in_file, tensors.blocks
     )
     sharding = None if mesh is None else partial(placement, mesh)
     params = unflatten(gather(table, tensors.read, dtype, sharding, leaves))
     if leaves.left:
         log.warning(
-            "%s: %s are not in blocks of %s, so they are read as %s numbers",
-            *(what, ", ".join(leaves.left), ", ".join(KEPT).upper(), dtype),
+            "%s: read as %s numbers, as blocks of %s alone are kept: %s",
+            *(what, dtype, ", ".join(KEPT).upper(), leaves.left_text),
         )
     return Model(config, params, tokenizer=gguf_tokenizer(file, config))
+
+
+def has_blocks(path: Path) -> bool:
+    """Whether a GGUF file has tensors of a kind that is kept as it is; only headers are read."""
+    return any(tensor.kind.name.lower() in KEPT for tensor in GGUFFile(path).tensors.values())
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,16 @@ class _Tensors:
         array = place.to_native(as_finite(array, dtype, tensor.name, str(self.file.path)))
         return self._stock.inverse_heads(module_of(place), array)[slices]
 
-    def kind(self, name: str, place: Place) -> str | None:
-        """The kind of a tensor's blocks, None where they cannot be kept."""
-        found = self.named[name].kind.name.lower()
-        scaled = self._turned(place) and not self._stock.scores_in_rope
-        return found if found in KEPT and whole_groups(place, SIZE) and not scaled else None
+    def in_file(self, name: str, place: Place) -> tuple[str, str | None]:
+        """The type of a tensor, and why its blocks cannot be kept; see `QuantizedLeaves`."""
+        kind = self.named[name].kind.name
+        if kind.lower() not in KEPT:
+            return kind, ""
+        if not whole_groups(place, SIZE):
+            return kind, f", whose blocks of {SIZE} go across heads of {self.config.head_dim}"
+        if self._turned(place) and not self._stock.scores_in_rope:
+            return kind, ", which holds a factor of the widened heads"
+        return kind, None
 
     @property
     def _stock(self) -> StockForm:

@@ -205,7 +205,7 @@ def plan_kept(form: KeptForm, model: Model) -> tuple[list[Planned], dict[str, An
     before = {} if file is None else {name: t.kind.name for name, t in file.tensors.items()}
     shapes = form.shapes | {name: x.shape for name, x in form.rope_divisors.items()}
     counts: Counter[str] = Counter()
-    tensors, anew = [], dict[str, str]()
+    tensors, anew = [], dict[str, tuple[set[str], set[str]]]()
     for name, shape in shapes.items():
         leaf = leaves.get(name)
         if isinstance(leaf, QuantizedArray):
@@ -219,7 +219,16 @@ def plan_kept(form: KeptForm, model: Model) -> tuple[list[Planned], dict[str, An
         planned = plan_tensor(name, shape, quant, layers=layers, tied=tied)
         tensors.append(planned)
         if len(shape) > 1:
-            anew[tensor_kind(name)] = planned.kind.name
-    text = ", ".join(f"{kind} as {found}" for kind, found in anew.items())
+            now, was = anew.setdefault(tensor_kind(name), (set(), set()))
+            now.add(planned.kind.name)
+            was |= {before[name]} if name in before else set()
+    text = ", ".join(_written_as(kind, *found) for kind, found in anew.items())
     [(most, _)] = counts.most_common(1)
     return tensors, {"numbers, not blocks": text or "none"}, f"MOSTLY_{most}"
+
+
+def _written_as(kind: str, now: set[str], was: set[str]) -> str:
+    """The types that matrices of a kind get, and those that they had where these are others."""
+    text = f"{kind} as {', '.join(sorted(now))}"
+    changed = was and was != now
+    return f"{text} ({', '.join(sorted(was))} in the base's file)" if changed else text

@@ -60,9 +60,9 @@ def save_gguf(
       {"path", "quant", "types", "fallback", "widths", "filled with zeros", "tokenizer",
       "parameters", "bytes"}; "fallback" names the tensors whose rows are no multiple of their
       type's block, and the types that they have instead. "numbers, not blocks" of "keep" names the
-      matrices that the model does not have as blocks, and their types. "eps_z" where there is a
-      state to scale, "context" where a sliding window limits it, "architecture" where it is not the
-      family's own.
+      matrices that the model does not have as blocks, their types, and those of the base's file
+      where they are others. "eps_z" where there is a state to scale, "context" where a sliding
+      window limits it, "architecture" where it is not the family's own.
 
     Raises:
       ConfigError: a setting is wrong, or a GGUF file cannot hold the model or its tokenizer.

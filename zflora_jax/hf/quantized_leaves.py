@@ -30,18 +30,28 @@ class QuantizedLeaves:
       how: what is stored how.
       mesh: that leaves are divided over; None: whole, on the first device.
       read: as for `keys.gather`.
-      kind_in_file: the kind of a tensor's own blocks, None where they are of no kind that is kept.
+      in_file: a tensor's own type, and why its blocks cannot be kept: None where they can, "" where
+        the type says it.
       blocks: those blocks in native layout.
-      left: collects the leaves that `how` asks to keep and that are read as numbers.
+      left: collects the leaves that `how` asks to keep and that are read as numbers, each with its
+        types in the file and the reason.
     """
 
     config: LlamaConfig
     how: QuantizeConfig
     mesh: Any
     read: Callable[[str, Place, Slices], np.ndarray]
-    kind_in_file: Callable[[str, Place], str | None] = lambda *_: None
+    in_file: Callable[[str, Place], tuple[str, str | None]] = lambda *_: ("numbers", "")
     blocks: Callable[[str, Place], QuantizedArray] | None = None
-    left: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def left_text(self) -> str:
+        """What was left, and why, by module."""
+        modules: dict[str, dict[str, None]] = {}
+        for leaf, reason in self.left.items():
+            modules.setdefault(reason, {})[leaf.split("/")[-2]] = None
+        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in modules.items())
 
     def __post_init__(self) -> None:
         check_tables(self.config, self.how)
@@ -52,9 +62,9 @@ class QuantizedLeaves:
         if kind == "none":
             return None
         if kind == "keep":
-            kinds = {self.kind_in_file(name, place) for name, place in members}
-            if len(kinds) > 1 or None in kinds or self.blocks is None:
-                self.left.append(leaf)
+            reason = self._why_not_kept(members)
+            if reason is not None or self.blocks is None:
+                self.left[leaf] = reason or ""
                 return None
             return quantized_leaf(leaf, members, self.blocks, self.mesh)
         axes = kernel_axes(self.config, leaf)
@@ -64,6 +74,16 @@ class QuantizedLeaves:
             return _quantized(self.read(name, place, whole(place.shape)), kind, group=group, **axes)
 
         return quantized_leaf(leaf, members, made, self.mesh)
+
+    def _why_not_kept(self, members: Members) -> str | None:
+        """The types of a leaf's tensors, and why their blocks are no leaf; None where they are."""
+        found = dict(self.in_file(name, place) for name, place in members)
+        reasons = {why for why in found.values() if why}
+        if set(found.values()) == {None}:
+            if len(found) == 1:
+                return None
+            reasons = {", each in some of the layers, which are one array"}
+        return ", ".join(sorted(found)) + "".join(sorted(reasons))
 
 
 def quantized_leaf(

@@ -66,6 +66,7 @@ def save_hf(
         Arithmetic is in float32, and each tensor is cast once.
       base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json. Where the
         method widens it is computed from the model; the methods lora, ffa and full need it given.
+        Of a base of codes that is exported as numbers it goes by the name codes_fingerprint.
       max_shard_bytes: size limit of a file, in bytes.
       card: figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
       eps_z: scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
@@ -249,6 +250,9 @@ def _manifest(
     model: Model, stored: Stored, dtype: str, base_fingerprint: str | None
 ) -> dict[str, Any]:
     base, form = _base_of(model) or model.config, stored.form
+    fingerprints = {"fingerprint": base_fingerprint}
+    if is_quantized(model) and "quant" not in stored.manifest:  # the base comes back as numbers
+        fingerprints = {"fingerprint": None, "codes_fingerprint": base_fingerprint}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -260,7 +264,7 @@ def _manifest(
             "hidden_size": base.hidden_size,
             "head_dim": base.head_dim,
             "intermediate_size": base.intermediate_size,
-            "fingerprint": base_fingerprint,
+            **fingerprints,
         },
         "native_config": model.config.flat(),
         "padding": form.width - model.config.hidden_size,

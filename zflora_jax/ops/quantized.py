@@ -124,7 +124,7 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """What its parts take on a device, where two codes of 4 bits share a byte."""
+        """What its parts take on a GPU or TPU; see `bytes_of`."""
         return sum(bytes_of(part) for part in jax.tree.leaves(self))
 
     @property
@@ -139,7 +139,12 @@ class QuantizedArray:
 
 
 def bytes_of(leaf: Any) -> int:
-    """The bytes of a leaf on a device: an array, a ShapeDtypeStruct or a `QuantizedArray`."""
+    """The bytes of a leaf on a GPU or TPU, where two codes of 4 bits share a byte. On a CPU each of
+    them takes a byte, unless they are in pairs, as those of packed models are (`pair`).
+
+    Args:
+      leaf: an array, a ShapeDtypeStruct or a `QuantizedArray`.
+    """
     if isinstance(leaf, QuantizedArray):
         return leaf.nbytes
     count = math.prod(leaf.shape)
