@@ -3,7 +3,8 @@
 Command: python benchmarks/quantised.py [--parts quality decode compiled]
 (about 45 minutes on 2 CPU cores with nothing else running; `compiled` needs the extras target-tpu
 and target-cuda)
-Writes results/quantised.json and .md; a part that is not named keeps its rows of before.
+Writes results/quantised.json and .md; a part that is not named keeps its rows of before, and parts
+may run side by side.
 quality: adapters of each method are trained beside SmolLM2-135M in float32 as the quickstart does;
 then the base is quantised, and the adapters run beside it, or are fused with it (their blocks as
 codes of the base's kind), or, of LoRA, are merged in float32 and the result is quantised, as other
@@ -60,13 +61,13 @@ TARGETS = ("cuda:h100", "tpu:v5e:1x1")
 Row = dict[str, Any]
 
 
-def run_of(adapter: zf.AdapterConfig, steps: int) -> RunConfig:
+def run_of(adapter: zf.AdapterConfig) -> RunConfig:
     """The quickstart's settings."""
     return RunConfig(
         adapter=adapter,
         data=DataConfig(batch_size=8, bucket_lengths=(96, 104, 128)),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=5),
-        train=TrainConfig(steps=steps),
+        train=TrainConfig(steps=60),
         eval=EvalConfig(limit=100, batch_size=25, max_new_tokens=56),
     )
 
@@ -94,15 +95,15 @@ def scores(run: RunConfig, model: zf.Model) -> Row:
     return {"loss": found["loss"], "accuracy": found["accuracy"]}
 
 
-def quality(steps: int) -> Iterable[Row]:
+def quality() -> Iterable[Row]:
     """Rows of the base, and of each method beside codes and in one with them."""
     base = zf.load_model("smollm2-135m")
     stored = {"float32": base} | {kind: zf.quantize_model(base, kind) for kind in KINDS}
     for kind, model in stored.items():
-        run = run_of(ADAPTERS["lora"], steps)
+        run = run_of(ADAPTERS["lora"])
         yield {"method": "base", "kind": kind} | scores(run, model)
     for method, adapter in ADAPTERS.items():
-        run = run_of(adapter, steps)
+        run = run_of(adapter)
         rows, adapters = held_out(run, base), trained(run, base)
         merged = zf.fuse(base, adapter, adapters)
         for kind, model in stored.items():
@@ -180,13 +181,17 @@ def compiled(targets: list[str]) -> Iterable[Row]:
 
 def page(result: dict[str, Any]) -> str:
     lines = ["# Quantised bases", ""]
+
+    def origin(part: str) -> str:
+        return origin_line(result["origins"][part])
+
     if rows := result.get("quality"):
         lines += [
             "## Quality",
             "",
-            f"Generated arithmetic, {result['rows']} held-out rows, SmolLM2-135M, adapters trained"
-            f" beside the float32 base for {result['steps']} steps. Loss: nats per target token;"
-            " its exponential is the perplexity. beside: the adapters in float32, the base as"
+            "Generated arithmetic, 100 held-out rows, SmolLM2-135M, adapters trained beside the"
+            " float32 base as the quickstart does (60 steps of 8 rows). Loss: nats per target"
+            " token; its exponential is the perplexity. beside: the adapters in float32, the base as"
             " stored. in one: of LoRA, added to the float32 base and the sum quantised anew; of the"
             " others, fused: their blocks are codes of the base's kind, and the base's codes are"
             " what they were. float32: nothing is quantised. The packaged model is itself Q4_1, so"
@@ -203,13 +208,13 @@ def page(result: dict[str, Any]) -> str:
             }
             for row in rows
         ]
-        lines += [markdown_table(table, list(table[0])), ""]
+        lines += [markdown_table(table, list(table[0])), "", origin("quality"), ""]
     if rows := result.get("decode"):
         lines += [
             "## Decode on this CPU",
             "",
-            f"SmolLM2-135M, float32 activations, batch 1, {result['tokens']} tokens after a prompt"
-            f" of 64, medians of {result['repeats']} turns. A CPU ratio says nothing about GPUs."
+            "SmolLM2-135M, float32 activations, batch 1, greedy tokens after a prompt of 64,"
+            " medians of turns. A CPU ratio says nothing about GPUs."
             " program: weights, cache and temporaries of prefill and decode, as XLA allocates them."
             " int8 and q8_0: the embedding, which is the head, too.",
             "",
@@ -227,10 +232,10 @@ def page(result: dict[str, Any]) -> str:
             }
             for row in rows
         ]
-        lines += [markdown_table(table, list(table[0])), ""]
+        lines += [markdown_table(table, list(table[0])), "", origin("decode"), ""]
     if rows := result.get("compiled"):
-        lines += [*_compiled_page(rows), ""]
-    return "\n".join([*lines, origin_line(result), ""])
+        lines += [*_compiled_page(rows), "", origin("compiled"), ""]
+    return "\n".join(lines)
 
 
 def _compiled_page(rows: list[Row]) -> list[str]:
@@ -285,15 +290,12 @@ def main() -> None:
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="of compiled"
     )
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of training")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="turns of decode")
     parser.add_argument("--tokens", type=int, default=48, metavar="N", help="that decode makes")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quantised")
     args = parser.parse_args()
-    there = args.out.with_suffix(".json")
-    result = json.loads(there.read_text(encoding="utf-8")) if there.exists() else {}
     made = {
-        "quality": lambda: quality(args.steps),
+        "quality": quality,
         "decode": lambda: decode(args.repeats, args.tokens),
         "compiled": lambda: compiled(args.targets),
     }
@@ -302,10 +304,13 @@ def main() -> None:
         for row in made[part]():
             print(row, flush=True)
             rows.append(row)
+        there = args.out.with_suffix(".json")
+        result = (
+            json.loads(there.read_text(encoding="utf-8")) if there.exists() else {"origins": {}}
+        )
         result[part] = rows
-    result |= {"steps": args.steps, "rows": 100, "repeats": args.repeats, "tokens": args.tokens}
-    result |= environment()
-    write_result(args.out, result, page(result))
+        result["origins"][part] = environment()
+        write_result(args.out, result, page(result))
 
 
 if __name__ == "__main__":
