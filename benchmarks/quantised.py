@@ -191,11 +191,11 @@ def page(result: dict[str, Any]) -> str:
             "",
             "Generated arithmetic, 100 held-out rows, SmolLM2-135M, adapters trained beside the"
             " float32 base as the quickstart does (60 steps of 8 rows). Loss: nats per target"
-            " token; its exponential is the perplexity. beside: the adapters in float32, the base as"
-            " stored. in one: of LoRA, added to the float32 base and the sum quantised anew; of the"
-            " others, fused: their blocks are codes of the base's kind, and the base's codes are"
-            " what they were. float32: nothing is quantised. The packaged model is itself Q4_1, so"
-            " other kinds round its numbers a second time.",
+            " token; its exponential is the perplexity. beside: the adapters in float32, the"
+            " base as stored. in one: of LoRA, added to the float32 base and the sum quantised"
+            " anew; of the others, fused: their blocks are codes of the base's kind, and the"
+            " base's codes are what they were. float32: nothing is quantised. The packaged model"
+            " is itself Q4_1, so other kinds round its numbers a second time.",
             "",
         ]
         table = [
