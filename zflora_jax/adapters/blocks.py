@@ -97,7 +97,7 @@ def with_codes(
       value: the block, float32.
       block: "forward", "backward" or "cross".
       base_out: width of the base's output stream.
-      write: as in `ops.quantized.paste`.
+      write: as in `ops.quantized_blocks.paste`.
     """
     outputs = slice(0, base_out) if block == "backward" else slice(base_out, None)
     codes = quantize_block(value, wide)

@@ -20,7 +20,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.hf.compressed_types import Quant, check_quant
 from zflora_jax.hf.state_scale import scales_state
-from zflora_jax.hf.stock import StockForm, stock_form, widths_report
+from zflora_jax.hf.stock import StockForm, round_up, stock_form, widths_report
 from zflora_jax.nn.quantize_model import group_of
 from zflora_jax.ops.quantized import QuantizedArray
 
@@ -98,17 +98,13 @@ def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -
     eps_z = stock_form(model, dtype, eps_z).eps_z
     residual = math.lcm(*(groups[k] or _WORD for k in KERNELS if KERNELS[k][0] == "residual"))
     native = config.replace(
-        intermediate_size=_up(config.intermediate_size, groups["down"] or _WORD)
+        intermediate_size=round_up(config.intermediate_size, groups["down"] or _WORD)
     )
     if config.base_head_dim is not None:
-        native = native.replace(head_dim=_up(config.head_dim, groups["o"] or 2))
+        native = native.replace(head_dim=round_up(config.head_dim, groups["o"] or 2))
     if config.family in _DIVIDED_BY_HEADS:
         residual = math.lcm(residual, config.num_heads)
     return CompressedForm(row, groups, config, base, StockForm(native, eps_z, residual))
-
-
-def _up(width: int, multiple: int) -> int:
-    return -(-width // multiple) * multiple
 
 
 def _groups(model: Model, quant: str, row: Quant, base: LlamaConfig) -> dict[str, int]:

@@ -27,7 +27,14 @@ from zflora_jax.hf.gguf_names import (
 )
 from zflora_jax.hf.keys import Place, hf_table
 from zflora_jax.hf.state_scale import scales_state
-from zflora_jax.hf.stock import StockForm, module_of, native_tensor, stock_form, widths_report
+from zflora_jax.hf.stock import (
+    StockForm,
+    module_of,
+    native_tensor,
+    round_up,
+    stock_form,
+    widths_report,
+)
 
 _AS_LLAMA = ("qwen2",)  # families that llama.cpp's llama can hold
 BLOCK = 32  # numbers of a block; K-quants have super-blocks of 256 and fall back
@@ -176,16 +183,12 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
     eps_z = stock_form(model, dtype, eps_z).eps_z
     config = model.config
     _require_readable(config)
-    native = config.replace(intermediate_size=_up(config.intermediate_size))
+    native = config.replace(intermediate_size=round_up(config.intermediate_size, BLOCK))
     if config.hidden_size % BLOCK and config.base_hidden_size is None:
         native = native.replace(base_hidden_size=config.hidden_size)  # which stock form fills
     if config.base_head_dim is not None:
-        native = native.replace(head_dim=_up(config.head_dim))
+        native = native.replace(head_dim=round_up(config.head_dim, BLOCK))
     return GGUFForm(config, StockForm(native, eps_z, BLOCK))
-
-
-def _up(width: int) -> int:
-    return -(-width // BLOCK) * BLOCK
 
 
 def _require_readable(config: LlamaConfig) -> None:

@@ -226,6 +226,11 @@ def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockFor
     )
 
 
+def round_up(width: int, multiple: int) -> int:
+    """The smallest multiple that is no less than a width."""
+    return -(-width // multiple) * multiple
+
+
 def widths_report(native: LlamaConfig, stored: LlamaConfig) -> dict[str, str]:
     """What a report says of the stored widths, and of what was filled with zeros up to them."""
     widths = {
