@@ -36,6 +36,7 @@ from .experiments.restore import load_run as load_run
 from .experiments.train import train as train
 from .hf.gguf_lora import save_gguf_lora as save_gguf_lora
 from .hf.gguf_save import save_gguf as save_gguf
+from .hf.litert_save import save_litert as save_litert
 from .hf.load import load_model as load_model
 from .hf.peft import load_peft as load_peft, save_peft as save_peft
 from .hf.save import save_hf as save_hf

@@ -17,8 +17,8 @@ from zflora_jax.cli.output import print_table
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS
 
 SUMMARY = (
-    "Write a trained run for other software: a fused Hugging Face directory, a GGUF file, or a PEFT"
-    " adapter directory (LoRA)."
+    "Write a trained run for other software: a fused Hugging Face directory, a GGUF or LiteRT file,"
+    " or a PEFT adapter directory (LoRA)."
 )
 
 
@@ -28,8 +28,8 @@ def add_options(parser: CommandParser) -> None:
         "--out",
         required=True,
         metavar="PATH",
-        help="a new directory or s3:// or gs:// URL (gguf: a new .gguf file), or an earlier export"
-        " to replace",
+        help="a new directory or s3:// or gs:// URL (gguf: a new .gguf file; litert: a new"
+        " .litertlm or .tflite file), or an earlier export to replace (not litert)",
     )
     add_checkpoint(parser)
     parser.add_argument(
@@ -52,7 +52,8 @@ def add_options(parser: CommandParser) -> None:
         help="gguf: type of the weights, f32, f16, bf16, q8_0 (default), q4_0, q4_1, q4_k_m, or"
         " keep: the base's own blocks, of a run with quantize.kernels=keep; hf: kernels as codes"
         " for vLLM and transformers (compressed-tensors), int8 (W8A16), w8a8, int4 (W4A16, groups"
-        " of 64), int4-g32, int4-g64 or int4-g128 (default: as numbers)",
+        " of 64), int4-g32, int4-g64 or int4-g128 (default: as numbers); litert: f32 or int8"
+        " (default)",
     )
     parser.add_argument(
         "--eps",
@@ -60,8 +61,14 @@ def add_options(parser: CommandParser) -> None:
         metavar="E",
         help=(
             "scale of the residual state, a power of two in 2^-10..1 (default: chosen from the"
-            " weights for --dtype); 0.0625 for int8 consumers"
+            " weights for --dtype; litert: for --quant); 0.0625 for int8 consumers"
         ),
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="litert: tokens of prompt and answer together (default 1024); a longer one is slower",
     )
     add_mesh(parser)
     add_processes(parser)
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
         quant=args.quant,
         checkpoint=args.checkpoint,
         eps_z=args.eps,
+        context=args.context,
         mesh=mesh,
     )
     if main:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import gathered
 from zflora_jax.hf.directory import local_copy
+from zflora_jax.hf.litert_run import LiteRTModel
+from zflora_jax.hf.litert_save import SUFFIXES
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.inference.batching import padded_length
@@ -31,7 +33,7 @@ def export_gap(
 ) -> dict[str, float]:
     """Logits of `model` in float32 against those of the export at `path`: the stored stock-form
     tensors, run in the dtype they are stored in (float16 exports and GGUF files: the rounded
-    tensors, in float32).
+    tensors, in float32). A LiteRT file is run by LiteRT itself, as far as its cache reaches.
 
     Processes that share the model call this together, and all of them can read the export.
 
@@ -56,38 +58,45 @@ def export_gap(
     damaged = "the model itself is damaged, or trained with too high a learning rate"
     with tempfile.TemporaryFile() as file:  # as large as the vocabulary, for every token
         for ids in rows:
-            np.save(file, _logits(exact, ids, "model in memory", damaged))
+            logits = _logits(exact, ids)
+            _require_finite(logits, "model in memory", damaged)
+            np.save(file, logits)
         if donate:
             model.params.clear()
         file.seek(0)
-        export, gaps = _load(local_copy(path), stacked, mesh), []
+        logits_of, gaps = _load(local_copy(path), stacked, mesh), []
         for ids in rows:
-            advice = "export in float32 or bfloat16"
-            gaps.append(_gap(np.load(file), _logits(export, ids, f"export at {path}", advice)))
-    worst, total, scale, same, logits, positions = zip(*gaps, strict=True)
+            found, exact_ones = logits_of(ids), np.load(file)
+            _require_finite(found, f"export at {path}", "export in float32 or bfloat16")
+            gaps.append(_gap(exact_ones[: len(found)], found))
+    worst, total, scale, same, sizes, positions = zip(*gaps, strict=True)
     return {
         "max_abs_dlogit": max(worst),
-        "mean_abs_dlogit": sum(total) / sum(logits),
+        "mean_abs_dlogit": sum(total) / sum(sizes),
         "logit_scale": max(scale),
         "top1_agreement": sum(same) / sum(positions),
     }
 
 
-def _load(path: Path, stacked: bool, mesh: Any) -> Model:
+def _load(path: Path, stacked: bool, mesh: Any) -> Callable[[Sequence[int]], np.ndarray]:
+    """A function from a prompt of T tokens to the export's logits [T, V]."""
+    if path.suffix in SUFFIXES:
+        file = LiteRTModel(path)
+        return lambda ids: file.logits(list(ids[: file.context]))
     if path.suffix == ".gguf":
-        return load_model(path, scan_layers=stacked, mesh=mesh)
-    return load_stock(path, stacked, mesh)
+        model = load_model(path, scan_layers=stacked, mesh=mesh)
+    else:
+        model = load_stock(path, stacked, mesh)
+    return lambda ids: _logits(model, ids)
 
 
-def _logits(model: Model, ids: Sequence[int], what: str, advice: str) -> np.ndarray:
-    """Logits [T, V] of a prompt of T tokens; CheckpointError where they are not finite."""
+def _logits(model: Model, ids: Sequence[int]) -> np.ndarray:
+    """Logits [T, V] of a prompt of T tokens."""
     length = padded_length(len(ids))  # few lengths, few compilations
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(ids)] = ids
     found = forward(model, tokens, padding_mask=np.arange(length)[None] < len(ids))
-    logits = gathered(found)[0, : len(ids)]
-    _require_finite(logits, what, advice)
-    return logits
+    return gathered(found)[0, : len(ids)]
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, int, int, int]:

@@ -24,6 +24,7 @@ def export_run(
     quant: str | None = None,
     checkpoint: int | str | None = None,
     eps_z: float | None = None,
+    context: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Export what a run has trained.
@@ -33,22 +34,26 @@ def export_run(
 
     Args:
       workdir: of the run.
-      out: directory to write; of "gguf" and "gguf-lora" a file.
+      out: directory to write; of "gguf", "gguf-lora" and "litert" a file.
       format: a row of `EXPORTERS`: "hf", a fused Hugging Face directory; "gguf", the fused model as
-        a file for llama.cpp; "gguf-lora", LoRA adapters as a file for llama.cpp; "peft", LoRA
-        adapters as a directory.
+        a file for llama.cpp; "gguf-lora", LoRA adapters as a file for llama.cpp; "litert", the
+        fused model as a file for LiteRT; "peft", LoRA adapters as a directory.
       dtype: of the "hf" weights, as `save_hf` takes it; None for that of the run.
-      quant: of the "gguf" weights, as `save_gguf` takes it, None: "q8_0"; of the "hf" kernels, as
-        `save_hf` takes it, None: as numbers.
+      quant: of the "gguf" weights, as `save_gguf` takes it, None: "q8_0"; of the "litert" weights,
+        as `save_litert` takes it, None: "int8"; of the "hf" kernels, as `save_hf` takes it, None:
+        as numbers.
       checkpoint: which one, as the step of `load_run`.
-      eps_z: scale of the residual state in "hf" and "gguf", as `save_hf` and `save_gguf` take it;
-        None: as they choose.
+      eps_z: scale of the residual state in "hf", "gguf" and "litert", as `save_hf`, `save_gguf`
+        and `save_litert` take it; None: as they choose.
+      context: tokens that the cache of a "litert" file holds, as `save_litert` takes it; None: its
+        default.
       mesh: as in `load_run`.
 
     Returns:
-      A report of what was written. For "hf" and "gguf" it says how far the export's logits are from
-      those of the fused model in float32: max and mean |dlogit|, and top-1 agreement, on the
-      prompts of held-out rows, or on built-in texts if the data is gone ("gap_prompts" says which).
+      A report of what was written. For "hf", "gguf" and "litert" it says how far the export's
+      logits are from those of the fused model in float32: max and mean |dlogit|, and top-1
+      agreement, on the prompts of held-out rows, or on built-in texts if the data is gone
+      ("gap_prompts" says which).
 
     Raises:
       ConfigError: there is no such checkpoint, it cannot be exported like this, or a setting is
@@ -57,6 +62,7 @@ def export_run(
     target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     exporter, given = EXPORTERS[format], {"dtype": dtype, "quant": quant, "eps_z": eps_z}
+    given["context"] = context
     _require_taken(format, given)
     settings = {name: value for name, value in given.items() if name in exporter.settings}
     exporter.check(target, **settings)
@@ -68,7 +74,8 @@ def export_run(
 
 def _require_taken(format: str, given: Mapping[str, Any]) -> None:
     """Refuse settings that `format` does not have."""
-    for name, option in (("dtype", "--dtype"), ("quant", "--quant"), ("eps_z", "--eps")):
+    options = {"dtype": "--dtype", "quant": "--quant", "eps_z": "--eps", "context": "--context"}
+    for name, option in options.items():
         taken_by = [other for other, exporter in EXPORTERS.items() if name in exporter.settings]
         require(
             given[name] is None or format in taken_by,

@@ -101,6 +101,38 @@ def check_gguf(out: Path, *, quant: str | None = None, eps_z: float | None = Non
     check_target(out, quant or "q8_0")
 
 
+def write_litert(
+    out: str | Path,
+    run: TrainedRun,
+    *,
+    quant: str | None = None,
+    eps_z: float | None = None,
+    context: int | None = None,
+) -> dict[str, Any]:
+    """The fused model as a LiteRT file, and how far its logits are from the fused model's. Args and
+    report: as in `export_run`. The base of `run` cannot be used afterwards.
+    """
+    from zflora_jax.hf.litert_save import save_litert
+
+    settings = {"context": context, "eps_z": eps_z}
+    return _write_and_compare(
+        out,
+        run,
+        lambda fused: save_litert(out, fused, quant or "int8", **settings),  # type: ignore[arg-type]
+    )
+
+
+def check_litert(
+    out: Path, *, quant: str | None = None, eps_z: float | None = None, context: int | None = None
+) -> None:
+    """ConfigError or CheckpointError where `write_litert` would raise it for `out`, `quant` or
+    `context`, or because packages are missing.
+    """
+    from zflora_jax.hf.litert_save import check_target
+
+    check_target(out, quant or "int8", context)
+
+
 def _write_and_compare(
     out: str | Path, run: TrainedRun, save: Callable[[Model], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -164,6 +196,12 @@ EXPORTERS = {
     ),
     "gguf-lora": Exporter(
         "LoRA adapters as a file for llama.cpp (--lora)", write_gguf_lora, check=check_gguf_lora
+    ),
+    "litert": Exporter(
+        "the fused model as a file for LiteRT and LiteRT-LM",
+        write_litert,
+        ("quant", "eps_z", "context"),
+        check_litert,
     ),
     "peft": Exporter("LoRA adapters beside their base", write_peft),
 }
