@@ -41,6 +41,10 @@ class LiteRTModel:
                 self._model = CompiledModel.from_buffer(_part(Path(path)), options=options)
             else:
                 self._model = CompiledModel.from_file(os.fspath(path), options=options)
+            self._make_buffers()
+            self.clear()
+
+    def _make_buffers(self) -> None:
         signatures = self._model.get_signature_list()
         [self._prefill] = [name for name in signatures if name.startswith("prefill")]
         self.piece = self._shapes(self._prefill)["tokens"][-1]
