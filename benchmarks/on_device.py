@@ -1,10 +1,11 @@
-"""The paper's second figure on this machine's CPU: latency in llama.cpp of the base, LoRA beside
-it, LoRA merged and fused zFLoRA, each in float and quantised files.
+"""The paper's second figure on this machine's CPU: latency in llama.cpp and LiteRT of the base,
+LoRA beside it (llama.cpp), LoRA merged and fused zFLoRA, each in float and quantised files.
 
-Command: python benchmarks/on_device.py --python ENV/bin/python     (about 25 minutes on an idle
-core)
-ENV: an environment with `pip install xllamacpp numpy`. SmolLM2-135M (the packaged one), adapters of
-rank 16 moved by noise. Writes results/on_device.json, .md and -tpot.png, -ttft.png.
+Command: python benchmarks/on_device.py --python ENV/bin/python --litert-python ENV2/bin/python
+(about 25 minutes on an idle core for llama.cpp, 20 for LiteRT; without one of the two options that
+runtime is left out). ENV: an environment with `pip install xllamacpp numpy`; ENV2: one with `pip
+install '.[litert]'`. SmolLM2-135M (the packaged one), adapters of rank 16 moved by noise. Writes
+results/on_device.json, .md and -tpot.png, -ttft.png.
 
 Each contender is a process that stays alive and computes with one thread. Those of a type take
 turns: a turn is a prompt of 128 tokens (TTFT: the first token) and 64 greedy tokens (TPOT: the mean
@@ -26,8 +27,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKER = ROOT / "tools" / "llama_cpp_worker.py"
+# The key of a worker's job -> its script.
+WORKERS = {
+    "gguf": ROOT / "tools" / "llama_cpp_worker.py",
+    "litert": ROOT / "tools" / "litert_worker.py",
+}
 TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_1")
+LITERT = {"litert f32": "f32", "litert int8": "int8"}  # type -> quant
 BASE, BESIDE, MERGED = "base", "LoRA un-merged", "LoRA merged"
 FUSED = ("zflora-minimal", "zflora-uniform")
 LABELS = (BASE, BESIDE, MERGED, *FUSED)
@@ -82,16 +88,29 @@ def write_files(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
     return {label: jobs[label] for label in LABELS}
 
 
+def write_litert(folder: Path, kind: str, python: str, longest: int) -> dict[str, dict[str, Any]]:
+    """label -> the worker's job; LiteRT's files of one type, none with LoRA beside the base."""
+    import zflora_jax as zf
+
+    jobs: dict[str, dict[str, Any]] = {}
+    for label, model in models(kept=False):
+        file = folder / f"{label.replace(' ', '-')}.tflite"
+        zf.save_litert(file, model, LITERT[kind], context=longest, python=python)
+        jobs[label] = {"litert": str(file)}
+    return jobs
+
+
 def size(job: dict[str, Any]) -> int:
     """The bytes of a contender's files."""
     return sum(os.path.getsize(path) for path in job.values() if path is not None)
 
 
 class Worker:
-    """A process of tools/llama_cpp_worker.py that has loaded a job."""
+    """A process of one of `WORKERS` that has loaded a job."""
 
     def __init__(self, python: str, job: dict[str, Any], longest: int) -> None:
-        command = [python, str(WORKER), json.dumps(job | {"longest": longest})]
+        [script] = [script for key, script in WORKERS.items() if key in job]
+        command = [python, str(script), json.dumps(job | {"longest": longest})]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
@@ -168,13 +187,21 @@ def measure(kind: str, args: argparse.Namespace, prompt: list[int]) -> list[dict
     from zflora_jax.bench.timing import ratio, summary, turns
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        jobs = write_files(Path(folder), kind)
+        longest = len(prompt) + args.new_tokens
+        if kind in LITERT:
+            python, jobs = (
+                args.litert_python,
+                write_litert(Path(folder), kind, args.litert_python, longest),
+            )
+        else:
+            python, jobs = args.python, write_files(Path(folder), kind)
         workers, tokens = {}, {}
         for label, job in jobs.items():
-            workers[label] = Worker(args.python, job, len(prompt) + args.new_tokens)
+            workers[label] = Worker(python, job, longest)
             stack.callback(workers[label].close)
             tokens[label] = workers[label].ask(prompt, args.new_tokens)["tokens"]
-        check_lora(tokens, own_lora_tokens(prompt, args.new_tokens) if kind == "f32" else None)
+        if BESIDE in tokens:
+            check_lora(tokens, own_lora_tokens(prompt, args.new_tokens) if kind == "f32" else None)
         found: dict[str, dict[str, list[float]]] = {
             label: {name: [] for name in KINDS} for label in jobs
         }
@@ -211,7 +238,7 @@ def page(result: dict[str, Any]) -> str:
             cells[f"{title} x base"] = f"{row[f'{name}_ms_ratio']:.3f}"
             cells[f"{title} x base, CPU time"] = f"{row[f'{name}_cpu_ms_ratio']:.3f}"
         shown.append(cells)
-    return f"""# In llama.cpp, on a CPU
+    return f"""# In llama.cpp and LiteRT, on a CPU
 
 SmolLM2-135M, adapters of rank {RANK} moved by noise, one thread; CPU figures, which say nothing
 about a phone's NPU or a GPU. Each contender is a process that stays alive; those of a type take
@@ -219,7 +246,8 @@ turns. A turn is a prompt of {settings["prompt"]} tokens (TTFT: the first token)
 {settings["new_tokens"]} greedy tokens (TPOT: the mean of those after the first). Medians of
 {settings["rounds"]} rounds [minimum, maximum]; ratios to the base of the same type within a round.
 "q4_1": the packaged file's own blocks, byte for byte, in the base and in the fused models; LoRA is
-merged into numbers, which are rounded anew.
+merged into numbers, which are rounded anew. "litert": files of `zflora export --format litert` in
+LiteRT's own runtime; its converter has no form for LoRA beside a base.
 
 {markdown_table(shown, list(shown[0]))}
 
@@ -237,7 +265,7 @@ def draw(result: dict[str, Any], out: str) -> None:
         values: dict[str, dict[str, float]] = {}
         for row in result["rows"]:
             values.setdefault(row[""], {})[row["type"]] = 100 * row[f"{name}_ms_ratio"]
-        title = f"{name.upper()} in llama.cpp on a CPU, one thread"
+        title = f"{name.upper()} on a CPU, one thread"
         grouped_bars(values, f"{out}-{name}", title, "% of the base of the same type")
 
 
@@ -246,7 +274,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", metavar="FILE", help="one that has xllamacpp and numpy")
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--litert-python", metavar="FILE", help="one that has the extra litert")
+    parser.add_argument(
+        "--types", nargs="+", choices=[*TYPES, *LITERT], help="default: of the runtimes given"
+    )
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
@@ -257,11 +288,21 @@ def parse_args() -> argparse.Namespace:
             "--rounds, --prompt: give at least 1; --new-tokens: at least 2, for a time between"
             " tokens"
         )
-    if not args.python or not Path(args.python).is_file():
-        parser.error(
-            f"--python {args.python}: give the Python of an environment that has xllamacpp; the"
-            " docstring says how to make one"
-        )
+    args.types = args.types or [
+        *(TYPES if args.python or not args.litert_python else ()),
+        *(LITERT if args.litert_python else ()),
+    ]
+    needed = {
+        "python": ("xllamacpp", set(args.types) - set(LITERT)),
+        "litert_python": ("the extra litert", set(args.types) & set(LITERT)),
+    }
+    for name, (package, kinds) in needed.items():
+        python = getattr(args, name)
+        if kinds and (not python or not Path(python).is_file()):
+            parser.error(
+                f"--{name.replace('_', '-')} {python}: give the Python of an environment that has"
+                f" {package}; the docstring says how to make one"
+            )
     return args
 
 
@@ -272,7 +313,9 @@ def main() -> None:
 
     prompt = prompt_ids(args.prompt)
     rows = [row for kind in args.types for row in measure(kind, args, prompt)]
-    settings = {key: value for key, value in vars(args).items() if key not in ("python", "out")}
+    settings = {
+        key: value for key, value in vars(args).items() if "python" not in key and key != "out"
+    }
     result = {"rows": rows, "settings": settings, "environment": environment()}
     write_result(args.out, result, page(result))
     draw(result, args.out)

@@ -242,6 +242,11 @@ def test_speed_targets_are_read_from_results_of_their_own_set_up(
             ["--python", "nowhere"],
             "--python nowhere: give the Python of an environment that has xllamacpp",
         ),
+        (
+            "on_device.py",
+            ["--litert-python", "nowhere"],
+            "--litert-python nowhere: give the Python of an environment that has the extra litert",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -1,4 +1,4 @@
-"""benchmarks/on_device.py without llama.cpp: its page, its figures, and what it refuses to time."""
+"""benchmarks/on_device.py without its runtimes: page, figures, and what it refuses to time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "on_device.py"
@@ -58,3 +59,40 @@ def test_a_worker_that_cannot_start_says_why(on_device: Any, tmp_path: Path) -> 
     python.chmod(0o755)
     with pytest.raises(SystemExit, match=r"cannot run.*\n.*xllamacpp is not installed"):
         on_device.Worker(str(python), {"gguf": "x.gguf", "lora": None}, 8)
+
+
+def test_the_types_are_those_of_the_runtimes_given(
+    on_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    given = {"--python": on_device.TYPES, "--litert-python": tuple(on_device.LITERT)}
+    for option, kinds in given.items():
+        monkeypatch.setattr(sys, "argv", ["on_device.py", option, sys.executable])
+        assert tuple(on_device.parse_args().types) == kinds
+    both = ["on_device.py", *(word for option in given for word in (option, sys.executable))]
+    monkeypatch.setattr(sys, "argv", both)
+    assert len(on_device.parse_args().types) == 7
+
+
+def test_a_turn_of_litert_is_timed_as_one_of_llama_cpp() -> None:
+    from litert_worker import timed
+
+    class Counting:
+        """A model whose likeliest token is the position."""
+
+        def clear(self) -> None:
+            self.seen: list[int] = []
+
+        def read(self, ids: list[int]) -> None:
+            self.seen += ids
+
+        def step(self, token: int, position: int) -> Any:
+            assert position == len(self.seen)
+            self.seen.append(token)
+            return np.arange(100) == position
+
+    model = Counting()
+    row = timed(model, [7, 8, 9], 4)
+    assert row["tokens"] == [2, 3, 4, 5] and model.seen == [7, 8, 9, 2, 3, 4]
+    assert all(row[name] >= 0 for name in ("ttft_ms", "tpot_ms", "ttft_cpu_ms", "tpot_cpu_ms"))

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from check_consumers import PROMPTS
 from consumer_workers import NEW_TOKENS
 from on_device import agreement, models
 
+ROOT = Path(__file__).resolve().parent.parent
 PIECES, LENGTH, CONTEXT = 16, 66, 128
 TYPES = ("f32", "int8")
 
