@@ -68,7 +68,8 @@ def add_options(parser: CommandParser) -> None:
         "--context",
         type=int,
         metavar="N",
-        help="litert: tokens of prompt and answer together (default 1024); a longer one is slower",
+        help="litert: tokens of prompt and answer together (default 1024), all of which"
+        " attention runs over for every token",
     )
     add_mesh(parser)
     add_processes(parser)
