@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ RESULTS = ROOT / "results"
 def script(name: str) -> Callable[[dict[str, Any]], str]:
     """`page` of a script in this folder, imported when it is used: some need torch."""
     return lambda result: importlib.import_module(name).page(result)
+
+
+def tool(name: str) -> Callable[[dict[str, Any]], str]:
+    """`script`, of one in tools/."""
+
+    def page(result: dict[str, Any]) -> str:
+        sys.path.append(str(ROOT / "tools"))
+        return script(name)(result)
+
+    return page
 
 
 def latency(result: dict[str, Any]) -> str:
@@ -68,6 +79,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "latency": latency,
     "likelihood_speed": script("likelihood_speed"),
     "paper_plan": script("paper"),
+    "litert": tool("check_litert"),
     "plan": script("plan"),
     "quantised": script("quantised"),
     "scaling": script("scaling"),

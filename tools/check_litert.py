@@ -122,6 +122,7 @@ def page(result: dict[str, Any]) -> str:
     return f"""# Files for LiteRT
 
 {text}
+
 {markdown_table(shown, list(shown[0]))}
 
 {versions}.
