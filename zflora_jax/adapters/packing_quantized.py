@@ -104,7 +104,16 @@ def joined(parts: Sequence[QuantizedArray], kind: str) -> QuantizedArray:
             reads=2,
         )
     rows = replace(jax.tree.map(lambda part: part.T, whole), writes=0)
-    return pair(rows) if kind == "cpu" and KINDS[rows.kind].bits == 4 else rows
+    return _for_cpu(rows) if kind == "cpu" else rows
+
+
+def _for_cpu(rows: QuantizedArray) -> QuantizedArray:
+    """Codes of 4 bits in pairs, and scales of float16 as float32: XLA's CPU compiler writes those
+    of all layers to memory as float32 in every token.
+    """
+    rows = pair(rows) if KINDS[rows.kind].bits == 4 else rows
+    mins = None if rows.mins is None else rows.mins.astype(jnp.float32)
+    return replace(rows, scales=rows.scales.astype(jnp.float32), mins=mins)
 
 
 def packed_table(leaf: Any, kind: str) -> Any:
@@ -113,4 +122,4 @@ def packed_table(leaf: Any, kind: str) -> Any:
         return leaf
     if leaf.writes:
         return joined([leaf], kind)
-    return pair(leaf) if kind == "cpu" and KINDS[leaf.kind].bits == 4 else leaf
+    return _for_cpu(leaf) if kind == "cpu" else leaf
