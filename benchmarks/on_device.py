@@ -312,13 +312,15 @@ def main() -> None:
     from zflora_jax.reporting.provenance import environment
 
     prompt = prompt_ids(args.prompt)
-    rows = [row for kind in args.types for row in measure(kind, args, prompt)]
     settings = {
         key: value for key, value in vars(args).items() if "python" not in key and key != "out"
     }
-    result = {"rows": rows, "settings": settings, "environment": environment()}
-    write_result(args.out, result, page(result))
-    draw(result, args.out)
+    rows: list[dict[str, Any]] = []
+    for kind in args.types:
+        rows += measure(kind, args, prompt)
+        result = {"rows": rows, "settings": settings, "environment": environment()}
+        write_result(args.out, result, page(result))  # a stopped run keeps what it has
+        draw(result, args.out)
 
 
 if __name__ == "__main__":
