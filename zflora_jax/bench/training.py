@@ -45,7 +45,7 @@ def measure(
     """Measure the training table.
 
     Args:
-      cases: training set-ups.
+      cases: set-ups.
       methods: of `METHODS`.
       repeats: turns.
       with_peft: whether PEFT's LoRA takes part.
@@ -54,19 +54,17 @@ def measure(
     Returns:
       {"matmul_flops", "repeats", "failed", "rows"}, a row per case and label: step_ms (median over
       turns, with _min and _max) and step_ratio to PEFT's within a turn; tokens_per_s; flops_share
-      of the measured matmul rate, at 4 N FLOPs per token (no gradient of a base kernel is formed),
-      6 N for method "full"; compile_s (first step less a later one); peak_bytes and first_step_s,
-      each of a process of its own; loss of the first step; trainable parameters.
+      of the matmul rate, at 4 N FLOPs per token (no gradient of a base kernel), 6 N for "full";
+      compile_s (first step less a later one); peak_bytes and first_step_s, each of a process of its
+      own; loss of the first step; trainable parameters.
 
     Raises:
       ConfigError: a value is out of range, or PEFT is not installed.
-      ValueError: the labels' first losses differ, so they do not do the same work.
+      ValueError: the first losses differ, so the labels do not do the same work.
     """
     unknown = [m for m in methods if m not in METHODS]
-    require(
-        len(methods) > 0 and not unknown,
-        f"methods={list(methods)}: choose from {', '.join(METHODS)}.",
-    )
+    known = f"methods={list(methods)}: choose from {', '.join(METHODS)}."
+    require(len(methods) > 0 and not unknown, known)
     require(repeats >= 1, f"repeats={repeats}: must be at least 1.")
     if with_peft:
         peft.imports()  # fails before anything slow where PEFT is not installed
@@ -87,14 +85,13 @@ def measure(
             labels = [*methods, *([PEFT] if with_peft else [])]
             apart, missing = _alone_each(case, labels, directory, say)
             failed += missing
-            if case.quantize != "none":
-                model = quantize_model(model, case.quantize)
-            first, times = _turns(case, model, directory, list(apart), repeats)
+            stored = model if case.quantize == "none" else quantize_model(model, case.quantize)
+            first, times = _turns(case, stored, directory, list(apart), repeats)
         for label in apart:
             rows.append(_row(case, label, model.config, (apart, first, times), rates[case.dtype]))
             step_ms, step_ratio = rows[-1]["step_ms"], rows[-1].get("step_ratio", float("nan"))
             say(f"{case}  {label}: {step_ms:.0f} ms, {step_ratio:.3f} x PEFT")
-        del model
+        del model, stored
     return {"matmul_flops": rates, "repeats": repeats, "failed": failed, "rows": rows}
 
 

@@ -73,9 +73,8 @@ def save_litert(
     """Write a base or fused model as a LiteRT file: the graph of its family's stock class, with a
     signature that reads a prompt, one that takes a single token, and a cache of keys and values.
 
-    The file appears whole or not at all, and no existing file is replaced. Beside it there has to
-    be room for the model in float32, twice. Processes that share the model call this together;
-    process 0 converts and writes.
+    The file appears whole or not at all, and replaces none. Beside it there has to be room for the
+    model in float32, twice. Processes that share the model call this together; process 0 writes.
 
     Args:
       out: the file to write. *.litertlm has the tokenizer and the chat template too, for LiteRT-LM;
@@ -89,8 +88,7 @@ def save_litert(
       python: of the environment that has litert-torch; None: this one.
 
     Returns:
-      {"path", "quant", "parameters", "widths", "context", "bytes"}; "eps_z" where there is a state
-      to scale.
+      {"path", "quant", "parameters", "widths", "context", "bytes"}; "eps_z" where there is a state.
 
     Raises:
       ConfigError: a setting is wrong, or the packages of the extra `litert` are missing.

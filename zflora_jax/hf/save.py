@@ -55,29 +55,28 @@ def save_hf(
     Qwen3ForCausalLM, ...; transformers 4.57 and 5, vLLM).
 
     The directory appears whole or not at all. An existing one is replaced only if it is an export
-    of this project with nothing added to it; any other is left alone and refused. Processes that
-    share the model call this together: they gather one tensor of one layer at a time, and process 0
-    writes it.
+    of this project with nothing added; any other is refused. Processes that share the model call
+    this together: they gather one tensor of one layer at a time, and process 0 writes it.
 
     Args:
       path: the directory to write, or its URL (s3://, gs://).
       model: not packed; its layers may be stacked or not.
       dtype: of the stored tensors, "float32", "bfloat16" or "float16"; None: the parameters' own.
-        Arithmetic is in float32, and each tensor is cast once.
+        Arithmetic is in float32, cast once.
       base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json. Where the
         method widens it is computed from the model; the methods lora, ffa and full need it given.
         Of a base of codes that is exported as numbers it goes by the name codes_fingerprint.
       max_shard_bytes: size limit of a file, in bytes.
       card: figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
       eps_z: scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
-        that disturbs the logits less than rounding to `dtype`, estimated from the weights. Software
-        that quantises to int8 by channel or token needs at least 2^-4.
+        that disturbs the logits less than rounding to `dtype`, estimated from the weights. What
+        quantises to int8 by channel or token needs at least 2^-4.
       quant: "int8", "w8a8", "int4", "int4-g32", "int4-g64" or "int4-g128" (see `compressed`):
         kernels as codes, in a directory that `load_model` does not read. None: as numbers.
 
     Returns:
-      {"path", "dtype", "parameters", "widths", "bytes", "files"}; "eps_z" where there is a state to
-      scale; with `quant` also "quant", "filled with zeros" and what is told of groups and rows.
+      {"path", "dtype", "parameters", "widths", "bytes", "files"}; "eps_z" where there is a state;
+      with `quant` also "quant", "filled with zeros" and what is told of groups and rows.
 
     Raises:
       ConfigError: the model is packed, or dtype, eps_z or quant cannot be used.
@@ -96,8 +95,8 @@ def save_hf(
         _write_tensors(staging, stored, max_shard_bytes)
         if quant is None:
             _write_side_file(staging, model, stored.form, dtype)
-        base = base_fingerprint or _base_fingerprint(model)
-        manifest = _manifest(model, stored, dtype, base) | {"figures": dict(card or {})}
+        manifest = _manifest(model, stored, dtype, base_fingerprint or _base_fingerprint(model))
+        manifest |= {"figures": dict(card or {})}
         report |= on_main(lambda: _finish(staging, model, stored.config, report, manifest)) or {}
         on_main(stack.close)  # now it is in its place, or uploaded
     return from_process_0(report)
