@@ -238,7 +238,14 @@ def page(result: dict[str, Any]) -> str:
             cells[f"{title} x base"] = f"{row[f'{name}_ms_ratio']:.3f}"
             cells[f"{title} x base, CPU time"] = f"{row[f'{name}_cpu_ms_ratio']:.3f}"
         shown.append(cells)
-    return f"""# In llama.cpp and LiteRT, on a CPU
+    runtimes, litert = "llama.cpp", ""
+    if any(kind in LITERT for kind in bases):
+        runtimes += " and LiteRT"
+        litert = (
+            '\n"litert": files of `zflora export --format litert` in LiteRT\'s own runtime; its'
+            " converter has\nno form for LoRA beside a base."
+        )
+    return f"""# In {runtimes}, on a CPU
 
 SmolLM2-135M, adapters of rank {RANK} moved by noise, one thread; CPU figures, which say nothing
 about a phone's NPU or a GPU. Each contender is a process that stays alive; those of a type take
@@ -246,8 +253,7 @@ turns. A turn is a prompt of {settings["prompt"]} tokens (TTFT: the first token)
 {settings["new_tokens"]} greedy tokens (TPOT: the mean of those after the first). Medians of
 {settings["rounds"]} rounds [minimum, maximum]; ratios to the base of the same type within a round.
 "q4_1": the packaged file's own blocks, byte for byte, in the base and in the fused models; LoRA is
-merged into numbers, which are rounded anew. "litert": files of `zflora export --format litert` in
-LiteRT's own runtime; its converter has no form for LoRA beside a base.
+merged into numbers, which are rounded anew.{litert}
 
 {markdown_table(shown, list(shown[0]))}
 

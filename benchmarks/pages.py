@@ -78,6 +78,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "generation_check": script("generation_check"),
     "latency": latency,
     "likelihood_speed": script("likelihood_speed"),
+    "on_device": script("on_device"),
     "paper_plan": script("paper"),
     "litert": tool("check_litert"),
     "plan": script("plan"),
