@@ -36,7 +36,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.ops.copies import write_divided
 from zflora_jax.ops.quantized import QuantizedArray
-from zflora_jax.ops.quantized_blocks import cut, widen
+from zflora_jax.ops.quantized_blocks import cut, quantized_names, widen
 from zflora_jax.ops.tiling import tile
 from zflora_jax.parallel.mesh import mesh_in_use, place_like
 from zflora_jax.parallel.sharding import constrain
@@ -87,7 +87,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
 
 def _refuse_merging(adapter: AdapterConfig, params: Tree) -> None:
     """ConfigError for a method that changes a base kernel's numbers, where those are codes."""
-    codes = [n for n, leaf in trees.flatten(params).items() if isinstance(leaf, QuantizedArray)]
+    codes = quantized_names(params)
     require(
         METHODS[adapter.method].widens or not codes,
         f"method {adapter.method!r} is merged by addition, and {codes[:1]} of this base is stored"

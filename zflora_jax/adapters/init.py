@@ -24,7 +24,8 @@ from zflora_jax.core.architecture import group, kernel_shapes
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.ops.quantized import QuantizedArray, float_values
+from zflora_jax.ops.quantized import float_values
+from zflora_jax.ops.quantized_blocks import quantized_names
 from zflora_jax.parallel.devices import widest_head
 
 
@@ -51,7 +52,7 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
         not allow.
     """
     if METHODS[adapter.method].in_place == "full":
-        codes = [n for n, x in trees.flatten(model.params).items() if isinstance(x, QuantizedArray)]
+        codes = quantized_names(model.params)
         require(
             not codes,
             f"method 'full' trains the base's numbers, and {codes[:1]} of this base is stored as"

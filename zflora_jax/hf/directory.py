@@ -125,6 +125,35 @@ def _rename(staging: Path, target: Path) -> None:
     fsync(target.parent)
 
 
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A temporary directory on the file system of a file that is to be written, gone with the
+    context.
+
+    Raises:
+      CheckpointError: there is no writing there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written: {error.strerror or error}. Choose a path that you may"
+            " write to."
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Give a file that is finished its final name, on the same file system."""
+    fsync(made)
+    os.replace(made, target)
+    fsync(target.parent)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.hf.card import base_name
-from zflora_jax.hf.directory import fsync
+from zflora_jax.hf.directory import folder_beside, put_in_place
 from zflora_jax.hf.gguf_form import GGUFForm, gguf_form
 from zflora_jax.hf.gguf_keep import keep_form, plan_kept
 from zflora_jax.hf.gguf_reader import GGUFFile
@@ -229,24 +228,10 @@ def whole_file(target: Path) -> Iterator[Path]:
     Raises:
       CheckpointError: the file must not be replaced or cannot be written.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written: {error.strerror or error}. Choose a path that you may"
-            " write to."
-        ) from error
-    temporary = folder / target.name
-    try:
-        yield temporary
-        fsync(temporary)
+    with folder_beside(target) as folder:
+        yield folder / target.name
         _refuse_foreign(target)
-        os.replace(temporary, target)
-        fsync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-        folder.rmdir()
+        put_in_place(folder / target.name, target)
 
 
 def _refuse_foreign(target: Path) -> None:

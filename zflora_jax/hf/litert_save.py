@@ -10,11 +10,8 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.hf.compressed_form import compressed_form
 from zflora_jax.hf.compressed_rows import with_shared_scales
-from zflora_jax.hf.directory import fsync
+from zflora_jax.hf.directory import folder_beside, put_in_place
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z, scales_state
 from zflora_jax.hf.stock import stock_form
@@ -108,7 +105,7 @@ def save_litert(
     elif eps_z is not None:
         check_eps_z(model, eps_z)
     with contextlib.ExitStack() as stack:
-        made = on_main(lambda: str(stack.enter_context(_folder_beside(target))))
+        made = on_main(lambda: str(stack.enter_context(folder_beside(target))))
         folder = Path(from_process_0(made))
         report = save_hf(folder / "hf", model, dtype="float32", eps_z=eps_z)
         on_main(lambda: _convert(folder, target, quant, context, python or sys.executable))
@@ -225,28 +222,9 @@ def _convert(folder: Path, target: Path, quant: str, context: int, python: str) 
         )
 
 
-@contextlib.contextmanager
-def _folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary directory on the target's file system, gone with the context."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written: {error.strerror or error}. Choose a path that you may"
-            " write to."
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _put(made: Path, target: Path) -> None:
-    fsync(made)
     _require_new(target)
-    os.replace(made, target)
-    fsync(target.parent)
+    put_in_place(made, target)
 
 
 def _require_new(target: Path) -> None:

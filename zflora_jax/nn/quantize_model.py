@@ -15,7 +15,14 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig, quantize_config
-from zflora_jax.ops.quantized import KINDS, QuantizedArray, check_kind, float_values, quantize
+from zflora_jax.ops.quantized import (
+    KINDS,
+    QuantizedArray,
+    check_kind,
+    float_values,
+    quantize,
+)
+from zflora_jax.ops.quantized_blocks import quantized_names
 from zflora_jax.parallel.mesh import mesh_in_use
 from zflora_jax.parallel.sharding import constrain
 
@@ -191,7 +198,7 @@ def _numbers(leaf: QuantizedArray, dtype: str) -> jax.Array:
 
 def is_quantized(model: Model) -> bool:
     """Whether any leaf of a model is stored as codes."""
-    return any(isinstance(leaf, QuantizedArray) for leaf in trees.flatten(model.params).values())
+    return bool(quantized_names(model.params))
 
 
 def stored_text(model: Model) -> str:

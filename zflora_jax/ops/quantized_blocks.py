@@ -11,7 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from zflora_jax.core import trees
 from zflora_jax.ops.quantized import Array, QuantizedArray, group_counts, quantize
+
+
+def quantized_names(params: trees.Tree) -> list[str]:
+    """The leaves of a tree that are stored as codes, by name."""
+    leaves = trees.flatten(params).items()
+    return [name for name, leaf in leaves if isinstance(leaf, QuantizedArray)]
 
 
 def widen(w: QuantizedArray, inputs: int, outputs: int) -> QuantizedArray:
