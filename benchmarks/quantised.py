@@ -15,6 +15,7 @@ of Llama-3.2-1B and train steps of Llama-2-7B, compiled for devices that are abs
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,13 +29,12 @@ from zflora_jax.bench.compiled import loop_row
 from zflora_jax.bench.contenders import contender
 from zflora_jax.bench.decode_case import DecodeCase
 from zflora_jax.bench.timing import decode_turns, ratio, summary
+from zflora_jax.cli.inputs import load_config
 from zflora_jax.core import trees
 from zflora_jax.core.presets import preset
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.run_config import (
     DataConfig,
-    EvalConfig,
-    OptimConfig,
     RunConfig,
     TrainConfig,
 )
@@ -62,14 +62,9 @@ Row = dict[str, Any]
 
 
 def run_of(adapter: zf.AdapterConfig) -> RunConfig:
-    """The quickstart's settings."""
-    return RunConfig(
-        adapter=adapter,
-        data=DataConfig(batch_size=8, bucket_lengths=(96, 104, 128)),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=5),
-        train=TrainConfig(steps=60),
-        eval=EvalConfig(limit=100, batch_size=25, max_new_tokens=56),
-    )
+    """The quickstart's run, with another adapter."""
+    run = load_config(str(ROOT / "configs" / "quickstart.py"), "get_config")
+    return dataclasses.replace(run, adapter=adapter)
 
 
 def trained(run: RunConfig, base: zf.Model) -> trees.Tree:

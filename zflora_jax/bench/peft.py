@@ -49,16 +49,14 @@ def with_lora(model: Any, rank: int) -> Any:
 
 
 def quantization(case: Case) -> Any:
-    """transformers' settings that load a base with bitsandbytes, or None where it is of numbers.
+    """transformers' settings that load a base with bitsandbytes.
 
     Args:
-      case: quantize and dtype are read.
+      case: quantize, a kind of codes, and dtype are read.
 
     Raises:
       ConfigError: bitsandbytes has no such kind, or is not installed.
     """
-    if case.quantize == "none":
-        return None
     torch, transformers, _ = imports()
     settings: dict[str, dict[str, Any]] = {
         "int8": {"load_in_8bit": True},
@@ -92,10 +90,15 @@ def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], f
       device: torch's.
     """
     torch, transformers, _ = imports()
+    # A quantised model is made on its device: transformers refuses to move it there.
+    placed: dict[str, Any] = {}
+    if case.quantize != "none":
+        placed = {"quantization_config": quantization(case), "device_map": {"": device}}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, case.dtype), quantization_config=quantization(case)
+        directory, dtype=getattr(torch, case.dtype), **placed
     )
-    model = with_lora(model.to(device), case.rank).train()
+    model = model if placed else model.to(device)
+    model = with_lora(model, case.rank).train()
     arrays = case.batch_arrays(model.config.vocab_size)
     tokens = torch.tensor(arrays["tokens"], dtype=torch.long, device=device)
     labels = tokens.masked_fill(torch.tensor(~arrays["loss_mask"], device=device), -100)
