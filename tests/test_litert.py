@@ -104,11 +104,20 @@ def test_the_job_of_the_conversion(quant: str, tmp_path: Path) -> None:
     report = save_litert(out, model, quant, context=64, python=python)
     job = json.loads(out.read_text())
     assert job["recipe"] == QUANTS[quant].recipe and job["context"] == job["prefill"] == 64
-    assert report["eps_z"] >= 2.0**-10 and report["bytes"] == out.stat().st_size
+    wanted = int8_eps_z(model) if quant == "int8" else choose_eps_z(model, "float32")
+    assert report["eps_z"] == wanted and report["bytes"] == out.stat().st_size
     assert "hidden 72" in report["widths"] and report["context"] == 64  # of 4 heads
     assert [path.name for path in out.parent.iterdir()] == ["x.litertlm"]
     with pytest.raises(CheckpointError, match="replaces nothing"):
         save_litert(out, model, quant, context=64, python=python)
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out" / "x.tflite"
+    python = stand_in(tmp_path, f"{COPY}\npathlib.Path({str(out)!r}).write_text('another')")
+    with pytest.raises(CheckpointError, match="replaces nothing"):
+        save_litert(out, with_tokenizer(tiny_model()), "f32", context=64, python=python)
+    assert out.read_text() == "another" and list(out.parent.iterdir()) == [out]
 
 
 def test_a_conversion_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.checks import compiled
 from support.grids import always
 from support.models import tiny_model
-from support.quantized import moved
+from support.quantized import moved, quantized_tiny
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.packing import pack_for_decode
@@ -24,6 +24,7 @@ from zflora_jax.core.presets import preset
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.quantize_model import quantize_model
+from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel.program_text import Program
 from zflora_jax.parallel.targets import target
 
@@ -65,6 +66,18 @@ def test_a_program_on_a_cpu_holds_the_numbers_of_one_kernel_at_most(kind, adapte
     loop = Program(step.as_text()).loop("decode_until)/while")
     whole = max(op.elements for op in loop if op.code == "fusion")
     assert whole <= numbers / 4 / 4
+
+
+def test_scales_are_packed_as_the_device_reads_them():
+    model = quantized_tiny("q4_1")
+    for device, dtype in (("cpu", jnp.float32), ("gpu", jnp.float16), ("tpu", jnp.float16)):
+        leaves = trees.flatten(pack_for_decode(model, device).params).values()
+        codes = [leaf for leaf in leaves if isinstance(leaf, QuantizedArray)]
+        assert (
+            {leaf.scales.dtype for leaf in codes}
+            == {leaf.mins.dtype for leaf in codes}
+            == {jnp.dtype(dtype)}
+        )
 
 
 def test_without_its_barrier_the_loop_reads_numbers(monkeypatch):
