@@ -45,7 +45,7 @@ from support.runs import CONFIG, TASK_DATA, choice, saved_base, small_run
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.model import Model
-from zflora_jax.core.run_config import DataConfig, RunConfig
+from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.hf.save import save_hf
 from zflora_jax.parallel import compile_cache as cache_module
 from zflora_jax.parallel.compile_cache import compile_cache
@@ -269,3 +269,36 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Any:
         return message
 
     return run
+
+
+@pytest.fixture
+def two_steps(model, arc, tmp_path):
+    """A run of two steps on `arc`."""
+    save_hf(tmp_path / "model", model)
+    return RunConfig(
+        model=str(tmp_path / "model"),
+        data=dataclasses.replace(arc, batch_size=2),
+        optim=OptimConfig(warmup_steps=1),
+        train=TrainConfig(steps=2, save_every=None, loss_chunk=128),
+        eval=EvalConfig(limit=2),
+    )
+
+
+@pytest.fixture
+def fake_train(model, monkeypatch):
+    """Runs are not trained; their losses are `fake_train.loss` of their settings."""
+    from support.fake_train import FakeTrain
+
+    from zflora_jax.experiments import compare, jobs
+
+    fake = FakeTrain()
+    monkeypatch.setattr(jobs, "train", fake)
+    monkeypatch.setattr(jobs, "fuse", lambda model, *_: model)
+    monkeypatch.setattr(compare, "load_base", lambda *_: model)
+    for module in (compare, jobs):
+        monkeypatch.setattr(
+            module,
+            "split_loss",
+            lambda run, *_: {"loss": fake.loss(run), "rows": 4.0, "tokens": 40.0},
+        )
+    return fake

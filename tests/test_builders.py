@@ -2,11 +2,15 @@
 refused with their place.
 """
 
+import re
+
 import pytest
 import tensorflow_datasets as tfds
 from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data.builders import steps
 from zflora_jax.data.builders.formats import (
     DialogueJson,
     HellaswagJson,
@@ -14,7 +18,7 @@ from zflora_jax.data.builders.formats import (
     SummaryJson,
     WozJson,
 )
-from zflora_jax.data.tasks import TASKS, Example
+from zflora_jax.data.tasks import TASKS, Example, load_examples
 
 pytestmark = pytest.mark.usefixtures("own_data_cache")
 
@@ -288,3 +292,33 @@ def test_the_builders_do_not_take_the_names_of_public_datasets():
         type(tfds.builder("hellaswag", try_gcs=False)).__module__
         == "tensorflow_datasets.text.hellaswag"
     )
+
+
+def test_problems_of_several_steps_are_worked_rightly():
+    """A row's steps give its answer, row i has 1 + i % LEVELS of them, and none occurs twice."""
+    rows = steps.generate({"train": 400, "test": 100})
+    assert [len(rows[split]) for split in ("train", "test")] == [400, 100]
+    for split in rows.values():
+        for i, row in enumerate(split):
+            *worked, last = re.findall(r"[^.]+\.", row["rationale"])
+            assert len(worked) == 1 + i % steps.LEVELS
+            have = int(re.search(r"has (\d+)", row["question"]).group(1))
+            for text in worked:
+                a, sign, b, result = re.fullmatch(
+                    r" ?(\d+) ([-+*/]) (\d+) = (\d+)\.", text
+                ).groups()
+                assert int(a) == have and f" {b} " in f"{row['question']} ".replace(".", " ")
+                have = {"+": have + int(b), "-": have - int(b), "*": have * int(b)}.get(
+                    sign, have // int(b)
+                )
+                assert have == int(result) and 2 <= have <= steps.LARGEST
+            assert last == f" The answer is {have}." and row["answer"] == str(have)
+    questions = [row["question"] for split in rows.values() for row in split]
+    assert len(set(questions)) == 500 and steps.generate({"train": 400, "test": 100}) == rows
+
+
+def test_problems_of_several_steps_are_a_task():
+    example = load_examples("arithmetic_steps", "test", DataConfig())[4]
+    task = TASKS["arithmetic_steps"]
+    assert task.score(task.parse(example.target), example.answer)
+    assert example.target.count("=") == 5

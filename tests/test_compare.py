@@ -8,59 +8,28 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
-from support.fake_train import FakeTrain
 from support.runs import EVAL, choice
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.run_config import EvalConfig, OptimConfig, RunConfig, TrainConfig
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.tasks import load_examples
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods, overview
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.store import Scoring
-from zflora_jax.hf.save import save_hf
 from zflora_jax.training.lock import locked
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 SCORING = dataclasses.replace(EVAL, generate=False, loss=False)
 
 
-@pytest.fixture
-def base(model, arc, tmp_path):
-    """A run of two steps on `arc`."""
-    save_hf(tmp_path / "model", model)
-    return RunConfig(
-        model=str(tmp_path / "model"),
-        data=dataclasses.replace(arc, batch_size=2),
-        optim=OptimConfig(warmup_steps=1),
-        train=TrainConfig(steps=2, save_every=None, loss_chunk=128),
-        eval=EvalConfig(limit=2),
-    )
-
-
-@pytest.fixture
-def fake(model, monkeypatch):
-    """Runs are not trained; their losses are `fake.loss` of their settings."""
-    fake = FakeTrain()
-    monkeypatch.setattr(jobs, "train", fake)
-    monkeypatch.setattr(jobs, "fuse", lambda model, *_: model)
-    monkeypatch.setattr(compare, "load_base", lambda *_: model)
-    for module in (compare, jobs):
-        monkeypatch.setattr(
-            module,
-            "split_loss",
-            lambda run, *_: {"loss": fake.loss(run), "rows": 4.0, "tokens": 40.0},
-        )
-    return fake
-
-
-def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypatch):
-    base = override(base, {"train.steps": 4, "data.packing": True})
+def test_a_comparison_scores_tasks_and_is_not_run_again(two_steps, tmp_path, monkeypatch):
+    two_steps = override(two_steps, {"train.steps": 4, "data.packing": True})
     plan = Comparison(
         "small",
-        base,
+        two_steps,
         {"minimal": AdapterConfig("zflora-minimal", rank=2)},
         (1e-3, 1e-2),
         (0, 1),
@@ -120,10 +89,10 @@ def test_a_comparison_scores_tasks_and_is_not_run_again(base, tmp_path, monkeypa
         compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
 
 
-def test_a_comparison_takes_its_rates_from_another(base, tmp_path, fake):
-    base = override(base, {"train.steps": 3})
-    first = Comparison("first", base, LORA, (1e-3, 1e-2), (0,), pick_steps=2)
-    longer = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=1))
+def test_a_comparison_takes_its_rates_from_another(two_steps, tmp_path, fake_train):
+    two_steps = override(two_steps, {"train.steps": 3})
+    first = Comparison("first", two_steps, LORA, (1e-3, 1e-2), (0,), pick_steps=2)
+    longer = dataclasses.replace(two_steps, data=dataclasses.replace(two_steps.data, batch_size=1))
     second = Comparison("second", longer, LORA, (5e-1,), (1,), pick_steps=2, rates_from=first)
     result = compare_methods(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)
     (row,) = result["rows"]
@@ -136,15 +105,15 @@ def test_a_comparison_takes_its_rates_from_another(base, tmp_path, fake):
     picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
     assert picks == {"lora-lr0.001-steps2-seed0.json", "lora-lr0.01-steps2-seed0.json"}
     assert (tmp_path / "runs" / "first" / "lora-lr0.001-steps2-seed0").is_dir()
-    fake.runs.clear()
+    fake_train.runs.clear()
     again = compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
     assert again["rows"][0]["learning rate"] == row["learning rate"]
-    assert [run.train.steps for run in fake.runs] == [3]  # the choosing runs were there
+    assert [run.train.steps for run in fake_train.runs] == [3]  # the choosing runs were there
 
 
-def test_wrong_rates_from(base):
-    first = Comparison("first", base, LORA, (1e-3,), (0,))
-    second = Comparison("second", base, LORA, (1e-3,), (1,), rates_from=first)
+def test_wrong_rates_from(two_steps):
+    first = Comparison("first", two_steps, LORA, (1e-3,), (0,))
+    second = Comparison("second", two_steps, LORA, (1e-3,), (1,), rates_from=first)
     with pytest.raises(
         ConfigError,
         match="rates_from='first': it must be another comparison, over the same methods",
@@ -161,9 +130,9 @@ def test_wrong_rates_from(base):
 
 
 def test_a_comparison_waits_for_a_run_that_another_process_trains(
-    base, tmp_path, monkeypatch, fake
+    two_steps, tmp_path, monkeypatch, fake_train
 ):
-    plan = Comparison("busy", base, LORA, (1e-3,), (0,))
+    plan = Comparison("busy", two_steps, LORA, (1e-3,), (0,))
     folder = tmp_path / "runs" / "lora-lr0.001-seed0"
     folder.mkdir(parents=True)
     waited = []
@@ -172,13 +141,13 @@ def test_a_comparison_waits_for_a_run_that_another_process_trains(
 
         def sleep(seconds):
             waited.append(seconds)
-            assert not fake.runs
+            assert not fake_train.runs
             stack.close()  # the other process ends
 
         monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
         result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     assert result["rows"][0]["learning rate"] == 1e-3
-    assert waited == [jobs.POLL] and len(fake.runs) == 1
+    assert waited == [jobs.POLL] and len(fake_train.runs) == 1
 
 
 @pytest.mark.parametrize(
@@ -209,14 +178,14 @@ def test_wrong_comparisons(changes, message):
         )
 
 
-def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(base, tmp_path, fake):
+def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(two_steps, tmp_path, fake_train):
     """The chosen run is one of the grid's: its record with scores serves both."""
     scoring = dataclasses.replace(SCORING, limit=4)
-    plan = Comparison("whole", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
+    plan = Comparison("whole", two_steps, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    fake.runs.clear()
+    fake_train.runs.clear()
     again = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    assert again["rows"] == json.loads(json.dumps(result["rows"])) and not fake.runs
+    assert again["rows"] == json.loads(json.dumps(result["rows"])) and not fake_train.runs
     # Without tasks, too.
     compare_methods(
         dataclasses.replace(plan, tasks=(), scoring=None),
@@ -224,16 +193,16 @@ def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(base, tmp_path, 
         tmp_path / "out",
         console=False,
     )
-    assert not fake.runs
+    assert not fake_train.runs
 
 
-def test_clean_means_clean_of_the_whole_training_file(base, model, tmp_path):
+def test_clean_means_clean_of_the_whole_training_file(two_steps, model, tmp_path):
     """A test question that was held out of the training file is no clean one: the file's readers
     have seen it.
     """
-    held_out = load_examples("arc_easy", "validation", base.data)[0]
+    held_out = load_examples("arc_easy", "validation", two_steps.data)[0]
     assert held_out.prompt not in {
-        example.prompt for example in load_examples("arc_easy", "train", base.data)
+        example.prompt for example in load_examples("arc_easy", "train", two_steps.data)
     }
     rows = [choice(i) for i in range(3)] + [
         {
@@ -244,13 +213,13 @@ def test_clean_means_clean_of_the_whole_training_file(base, model, tmp_path):
         }
     ]
     (tmp_path / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
-    scores = jobs.score(base, model, Scoring(("arc_easy",), SCORING), tmp_path / "e", False)
+    scores = jobs.score(two_steps, model, Scoring(("arc_easy",), SCORING), tmp_path / "e", False)
     assert (scores["arc_easy"]["rows"], scores["arc_easy"]["clean_rows"]) == (4, 3)
 
 
-def test_a_table_shows_intervals_chance_and_answers_cut(base, tmp_path, fake):
+def test_a_table_shows_intervals_chance_and_answers_cut(two_steps, tmp_path, fake_train):
     scoring = dataclasses.replace(EVAL, loss=False, likelihood=False, max_new_tokens=3)
-    plan = Comparison("shown", base, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
+    plan = Comparison("shown", two_steps, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=scoring)
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     page = (tmp_path / "out" / "shown.md").read_text()
     row = result["rows"][0]
@@ -264,9 +233,9 @@ def test_a_table_shows_intervals_chance_and_answers_cut(base, tmp_path, fake):
     assert page.count("Command: `") == 1
 
 
-def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch, fake):
+def test_a_method_that_diverges_leaves_a_page(two_steps, tmp_path, monkeypatch, fake_train):
     """Rates borrowed, and the only run of its own fails."""
-    first = Comparison("first", base, LORA, (1e-3,), (0,))
+    first = Comparison("first", two_steps, LORA, (1e-3,), (0,))
     compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
 
     def diverges(*_, **__):
@@ -274,7 +243,7 @@ def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch, fake)
 
     monkeypatch.setattr(jobs, "train", diverges)
     second = Comparison(
-        "second", override(base, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first
+        "second", override(two_steps, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first
     )
     (row,) = compare_methods(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)[
         "rows"
@@ -284,7 +253,7 @@ def test_a_method_that_diverges_leaves_a_page(base, tmp_path, monkeypatch, fake)
     assert record["result"] == {"failed": "loss is nan at step 2"}
 
 
-def test_the_spread_of_seeds_stands_beside_their_mean(base, tmp_path, monkeypatch, fake):
+def test_the_spread_of_seeds_stands_beside_their_mean(two_steps, tmp_path, monkeypatch, fake_train):
     """Two seeds with the scores that are given here."""
     shares = {0: 0.25, 1: 0.75}
 
@@ -295,7 +264,9 @@ def test_the_spread_of_seeds_stands_beside_their_mean(base, tmp_path, monkeypatc
 
     for module in (compare, jobs):
         monkeypatch.setattr(module, "score", scored)
-    plan = Comparison("seeds", base, LORA, (1e-3,), (0, 1), tasks=("arc_easy",), scoring=SCORING)
+    plan = Comparison(
+        "seeds", two_steps, LORA, (1e-3,), (0, 1), tasks=("arc_easy",), scoring=SCORING
+    )
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     untrained, row = result["rows"]
     assert (untrained["mean"], row["mean"], row["spread"]) == (25, 50, 50)
@@ -304,13 +275,13 @@ def test_the_spread_of_seeds_stands_beside_their_mean(base, tmp_path, monkeypatc
     assert "| 50.0 [40.0, 60.0] | 50.0 ± 50.0 |" in page and "| 25.0 |" in page
 
 
-def test_a_rate_at_the_edge_of_its_grid_is_said(base, tmp_path, fake, caplog):
+def test_a_rate_at_the_edge_of_its_grid_is_said(two_steps, tmp_path, fake_train, caplog):
     """The best of 1e-3, 1e-2 and 1e-1 by losses that are given here, and one rate alone."""
     losses = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}
-    fake.loss = lambda run: losses[run.optim.learning_rate]
+    fake_train.loss = lambda run: losses[run.optim.learning_rate]
 
     def page(name: str, rates: tuple[float, ...]) -> str:
-        compare_methods(Comparison(name, base, LORA, rates, (0,)), tmp_path, tmp_path / "out")
+        compare_methods(Comparison(name, two_steps, LORA, rates, (0,)), tmp_path, tmp_path / "out")
         return (tmp_path / "out" / f"{name}.md").read_text()
 
     assert "tried" not in page("between", (1e-3, 1e-2, 1e-1))
@@ -322,12 +293,14 @@ def test_a_rate_at_the_edge_of_its_grid_is_said(base, tmp_path, fake, caplog):
     assert any("learning rate 0.01, the lowest one tried" in r.getMessage() for r in caplog.records)
 
 
-def test_the_overview_is_no_comparison_s_own_page(base, tmp_path):
-    plans = [Comparison(name, base, LORA, (1e-3,), (0,)) for name in ("small_one", "small_two")]
+def test_the_overview_is_no_comparison_s_own_page(two_steps, tmp_path):
+    plans = [
+        Comparison(name, two_steps, LORA, (1e-3,), (0,)) for name in ("small_one", "small_two")
+    ]
     assert overview(plans, tmp_path) is None
     (tmp_path / "small_two.md").write_text("# two")
     assert overview(plans, tmp_path) == tmp_path / "small.md"
     page = (tmp_path / "small.md").read_text()
     assert "[small_two](small_two.md)" in page and "small_one" not in page
     with pytest.raises(ConfigError, match=r"its page would be the overview's, small.md"):
-        overview([Comparison("small", base, LORA, (1e-3,), (0,)), plans[0]], tmp_path)
+        overview([Comparison("small", two_steps, LORA, (1e-3,), (0,)), plans[0]], tmp_path)

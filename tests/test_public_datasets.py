@@ -12,6 +12,7 @@ from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.builders import public
+from zflora_jax.data.task import FileTask
 from zflora_jax.data.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("own_data_cache")
@@ -140,9 +141,8 @@ def test_random_rows_of_the_features_are_read(no_download):
 
 
 def test_every_public_task_names_its_source():
-    assert {
-        task.name for task in TASKS.values() if getattr(task, "source", None) and task.source.public
-    } == set(public.PUBLIC)
+    files = [task for task in TASKS.values() if isinstance(task, FileTask)]
+    assert {task.dataset for task in files if task.source.public} == set(public.PUBLIC)
 
 
 def test_without_network_the_message_says_so(monkeypatch):

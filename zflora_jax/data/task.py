@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -37,6 +38,7 @@ class Example:
       context: number of its first turns that are given and not learned.
       plain: whether prompt and target are texts as they are, in no template.
       form: of a row of one's own, a key of `builders.rows.FORMS`.
+      asked: what identifies the question, where `prompt` is another form of it.
       where: the row's position, for messages.
     """
 
@@ -53,6 +55,7 @@ class Example:
     context: int = 0
     plain: bool = False
     form: str = ""
+    asked: str = ""
     where: str = field(default="", compare=False)
 
 
@@ -114,17 +117,23 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Arithmetic(Task):
+class Generated(Task):
     """Generated word problems; no question is in two splits. `data.data_dir`, if it is set, is the
     directory that keeps them.
+
+    Attributes:
+      builder: the module of its builder in `data.builders`, and the class, "module:Class".
     """
+
+    builder: str
 
     def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
         from zflora_jax.data.builders import open_prepared
-        from zflora_jax.data.builders.arithmetic import Arithmetic as Builder
 
-        rows = open_prepared(Builder, split, data.data_dir)
-        return Split(rows, range(len(rows)), f"arithmetic, {split}")
+        module, _, name = self.builder.partition(":")
+        make = getattr(importlib.import_module(f"zflora_jax.data.builders.{module}"), name)
+        rows = open_prepared(make, split, data.data_dir)
+        return Split(rows, range(len(rows)), f"{self.name}, {split}")
 
     def example(self, record: Record) -> Example:
         return Example(
@@ -144,9 +153,14 @@ class FileTask(Task):
     source: Source
     document: bool = False
 
+    @property
+    def dataset(self) -> str:
+        """The name of its public dataset."""
+        return self.name
+
     def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
         form = data.row_format or ""
-        return read_split(self.name, self.source, split, data.data_dir, folders, form)
+        return read_split(self.dataset, self.source, split, data.data_dir, folders, form)
 
     def example(self, record: Record) -> Example:
         prompt, target, answer, extra = (

@@ -3,7 +3,8 @@
 `GROUPS` are the tasks of the paper. Its abstract counts 18 in three categories: the 8 commonsense
 and 6 math tasks are LLM-Adapters'. The abstract does not name the four of "summary-dialogue"; the
 four here are this project's choice: news (CNN/DailyMail, XSum) and dialogue (DailyDialog and
-MultiWOZ, where the answer is the next reply). DialogSum, SAMSum and WOZ 2.0 are in `TASKS` too.
+MultiWOZ, where the answer is the next reply). DialogSum, SAMSum and WOZ 2.0 are in `TASKS` too, and
+so are the multiple-choice tasks in cloze form (`data.cloze`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
 from zflora_jax.data.answers import PARSERS, Kind, numbers, parse_number, same_number, stated
+from zflora_jax.data.cloze import CLOZE, ClozeTask
 from zflora_jax.data.sources import SPLITS, TRAINING_SETS, Format, Source, named
 from zflora_jax.data.splits import HOLD_OUT, Split
-from zflora_jax.data.task import Arithmetic, Example, FileTask, Task
+from zflora_jax.data.task import Example, FileTask, Generated, Task
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def _summary(
     origin: str,
     kind: Kind = answers.TEXT,
     *,
+    folder: str = "",
     public: bool = True,
     document: bool = False,
 ) -> Task:
@@ -75,7 +78,7 @@ def _summary(
         name,
         "summary",
         kind,
-        Source(name, (format, named(format.builder)), origin=origin, public=public),
+        Source(folder or name, (format, named(format.builder)), origin=origin, public=public),
         document,
     )
 
@@ -97,13 +100,16 @@ _PUBLISHED_HELLASWAG = Format(
 _MAWPS_EQUATIONS = Format("mawps_json", {"train": ("trainset",)})
 _SUMMARIES, _DIALOGUES = named("summary_json"), named("dialogue_json")
 _DIALOGSUM = named("summary_json", "dialogsum.{}")
+# Trained on its 500 dev rows, where the 12,460 of train are too many or not there.
+_DEV = Format("summary_json", {"train": ("dialogsum.dev",), "test": ("dialogsum.test",)})
 _SAMSUM = "https://arxiv.org/src/1911.12237v2/anc/corpus.7z"
 _GITHUB = "https://github.com/"
 _GSM8K = Source("gsm8k", anywhere=True, origin=_GITHUB + "openai/grade-school-math", public=True)
 _WOZ = _GITHUB + "nmrksic/neural-belief-tracker"
 
 _ROWS: tuple[Task, ...] = (
-    Arithmetic("arithmetic", "other", answers.NUMBER),
+    Generated("arithmetic", "other", answers.NUMBER, "arithmetic:Arithmetic"),
+    Generated("arithmetic_steps", "other", answers.NUMBER, "steps:ArithmeticSteps"),
     FileTask("rows", "other", answers.ANY, Source("", (named("rows"),), anywhere=True)),
     _commonsense("boolq", answers.TRUE_FALSE),
     _commonsense("piqa", answers.SOLUTIONS, test_only=True),
@@ -124,6 +130,14 @@ _ROWS: tuple[Task, ...] = (
     _summary("xsum", _SUMMARIES, _GITHUB + "EdinburghNLP/XSum", document=True),
     _summary("samsum", _SUMMARIES, _SAMSUM, document=True),
     _summary("dialogsum", _DIALOGSUM, _GITHUB + "cylnlp/dialogsum", document=True),
+    _summary(
+        "dialogsum_dev",
+        _DEV,
+        _GITHUB + "cylnlp/dialogsum",
+        folder="dialogsum",
+        public=False,
+        document=True,
+    ),
     _summary("dailydialog", _DIALOGUES, "http://yanran.li/dailydialog"),
     _summary("multiwoz", _DIALOGUES, _GITHUB + "budzianowski/multiwoz"),
     _summary("woz", named("woz_json", "woz_{}_en"), _WOZ, answers.BELIEF, public=False),
@@ -135,7 +149,23 @@ _ROWS: tuple[Task, ...] = (
     _training("commonsense_15k"),
     _training("commonsense_170k"),
 )
-TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+_QUESTION = "Question: {}\nAnswer:"
+# Of a task in cloze form its prompt: lm-evaluation-harness' of the task with the same questions.
+_FORMS = {
+    "piqa": _QUESTION,
+    "social_i_qa": "Q: {}\nA:",
+    "hellaswag": "{}",
+    "winogrande": "{}",
+    "arc_easy": _QUESTION,
+    "arc_challenge": _QUESTION,
+    "openbookqa": "{}",
+}
+_IN_CLOZE_FORM = tuple(
+    ClozeTask(task.name + CLOZE, task.group, answers.TEXT, task.source, form=_FORMS[task.name])
+    for task in _ROWS
+    if isinstance(task, FileTask) and task.name in _FORMS
+)
+TASKS: dict[str, Task] = {task.name: task for task in (*_ROWS, *_IN_CLOZE_FORM)}
 RENAMED = {"json": "rows"}  # names of before
 
 GROUPS: dict[str, tuple[str, ...]] = {

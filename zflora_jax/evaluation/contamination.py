@@ -17,7 +17,8 @@ def question(example: Example) -> str:
     """
     if example.turns:
         return _asked(example, last_answer(example))
-    return normalise(f"{example.prompt} {example.input}") or normalise(example.target)
+    asked = example.asked or f"{example.prompt} {example.input}"
+    return normalise(asked) or normalise(example.target)
 
 
 def questions(examples: Iterable[Example]) -> frozenset[str]:

@@ -124,9 +124,9 @@ def likelihood_records(
 ) -> list[Record]:
     """Score every option of each example by its likelihood after the prompt.
 
-    Options are whole answers that differ in their label. Labels are equally long in all tasks but
-    boolq, so the two choices agree in all others. Neither is lm-evaluation-harness' acc or
-    acc_norm, whose options are the texts of the answers.
+    In a task's cloze form options are the texts of the answers, and the two choices are
+    lm-evaluation-harness' acc and acc_norm. In LLM-Adapters' form they are whole answers that
+    differ in their label; labels are equally long in all tasks but boolq, so the two choices agree.
 
     Args:
       model, data, evaluation, partial, on_batch: as for `generation_records`.
@@ -178,7 +178,7 @@ def likelihood_records(
 def _chosen(log_likelihoods: Sequence[float], example: Example) -> Record:
     """Whether the likeliest option is the target, by sums and by sums over characters."""
     sums, target = np.asarray(log_likelihoods), example.options.index(example.target)
-    lengths = [len(option) for option in example.options]
+    lengths = [len(option.lstrip()) for option in example.options]  # cloze form begins with a space
     return {
         "options": list(example.options),
         "correct_sum": bool(np.argmax(sums) == target),

@@ -130,7 +130,7 @@ class SuiteScore:
     its models of several seeds.
 
     Attributes:
-      headline: the score that the tasks' mean is taken of: accuracy where answers were generated.
+      headline: the score that the tasks' mean is taken of.
       table: score -> task -> value and interval, in percent.
       rows: task -> clean rows.
       mean: of the headline over the tasks, in percent.
@@ -173,14 +173,18 @@ class SuiteScore:
         return dict(zip(SCORE_FIELDS, values, strict=True))
 
 
-def suite_score(seeds: Sequence[Mapping[str, Any]]) -> SuiteScore:
+def suite_score(
+    seeds: Sequence[Mapping[str, Any]], measure: str = "", over: Sequence[str] = ()
+) -> SuiteScore:
     """The scores of one method.
 
     Args:
       seeds: per seed, task -> what its record keeps (`suite.kept_scores`). At least one.
+      measure: the headline; "": accuracy where answers were generated, else the first score.
+      over: the tasks that the mean is over; empty: all of them.
 
     Raises:
-      ConfigError: no task was scored at all.
+      ConfigError: no task was scored at all, or none has the measure.
     """
     first = seeds[0]
     clean = [{task: found["scores"]["clean"] for task, found in one.items()} for one in seeds]
@@ -200,8 +204,14 @@ def suite_score(seeds: Sequence[Mapping[str, Any]]) -> SuiteScore:
         kind: {task: over_seeds(task, kind) for task in first if kind in clean[0][task]}
         for kind in kinds
     }
-    head = "accuracy" if "accuracy" in kinds else kinds[0]
-    means = [100 * mean(one[task][head]["mean"] for task in table[head]) for one in clean]
+    head = measure or ("accuracy" if "accuracy" in kinds else kinds[0])
+    require(
+        head in table,
+        f"measure {head!r}: the tasks were scored by {', '.join(kinds)} alone. Choose one of them,"
+        " or switch on what it needs (eval.generate, eval.likelihood).",
+    )
+    counted = [task for task in table[head] if task in (over or table[head])]
+    means = [100 * mean(one[task][head]["mean"] for task in counted) for one in clean]
     return SuiteScore(
         headline=head,
         table=table,

@@ -13,9 +13,11 @@ from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.storage import as_path
+from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
 from zflora_jax.data.tasks import GROUPS, get_task
 from zflora_jax.evaluation.contamination import questions
+from zflora_jax.evaluation.records import Record
 from zflora_jax.evaluation.statistics import as_dicts, group_scores
 from zflora_jax.evaluation.summary import summary_page
 from zflora_jax.evaluation.task import Evaluated, Result, evaluate_task, one_day, remove
@@ -86,7 +88,7 @@ def evaluate_tasks(
     done = {}
     for task in tasks:
         one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
-        to = out / f"{task}-{run.eval.split}-{label}"
+        to = out / _stem(task, run.eval.split, label)
         done[task] = evaluate_task(one, model, to, seen[task], console)
     summary = {
         "label": label,
@@ -101,6 +103,17 @@ def evaluate_tasks(
     for evaluated in done.values():
         remove(evaluated.partials)
     return summary
+
+
+def _stem(task: str, split: str, label: str) -> str:
+    return f"{task}-{split}-{label}"
+
+
+def clean_records(out: str | Path, task: str, split: str, label: str) -> list[Record]:
+    """The records of clean rows that `evaluate_tasks` wrote into `out`, in the rows' order."""
+    text = (as_path(out, "out") / f"{_stem(task, split, label)}.jsonl").read_text(encoding="utf-8")
+    records = map(json.loads, lines_of(text))
+    return [record for record in records if not record.get("contaminated")]
 
 
 def kept_scores(summary: Mapping[str, Any]) -> dict[str, Result]:

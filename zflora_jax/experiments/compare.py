@@ -7,30 +7,41 @@ differences between methods.
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.data.dates import dated
+from zflora_jax.evaluation.paired import Difference
 from zflora_jax.evaluation.statistics import SuiteScore, suite_score
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.comparison import BASE, Comparison
+from zflora_jax.experiments.differences import (
+    ROWS,
+    UNTRAINED,
+    differences,
+    headline,
+    scores_by_seed,
+)
 from zflora_jax.experiments.jobs import run_jobs, score, split_loss
 from zflora_jax.experiments.page import comparison_page, write_page
-from zflora_jax.experiments.rates import RateChoice, choose_rate
+from zflora_jax.experiments.progress import Progress
+from zflora_jax.experiments.rates import RateChoice
 from zflora_jax.experiments.store import ORIGIN, Job, Result, read_result, write_record
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import atomic_write, local_path
-from zflora_jax.reporting.plots import grouped_bars
+from zflora_jax.reporting.plots import forest, grouped_bars
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.tables import markdown_table
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,12 +94,13 @@ def score_fields(score: SuiteScore | None) -> Result:
 def compare_methods(
     plan: Comparison, workdir: str | Path, out: str | Path, *, console: bool = True
 ) -> Result:
-    """Run a comparison and write its tables after each method, <out>/<name>.json and .md, and with
-    tasks a picture at the end, .png and .svg.
+    """Run a comparison and write its tables after each run, <out>/<name>.json and .md, and with
+    tasks pictures at the end, .png and .svg.
 
     Each finished run leaves a record <out>/<name>/<run>.json with its settings and commit, and is
     not run again while its record is there and its settings the same. Several processes may run the
-    same comparison; they share its runs.
+    same comparison; they share its runs: each takes the first that is not done, the methods in the
+    plan's order, of each the rates first and then the seeds.
 
     Args:
       plan: what to run.
@@ -98,7 +110,7 @@ def compare_methods(
 
     Returns:
       the JSON's contents: name, base (its losses), rows (one per method), missing, runs, tasks,
-      config, environment.
+      differences (to plan.reference), config, environment.
 
     Raises:
       ConfigError: a method diverged at every rate, or nothing could be scored.
@@ -112,55 +124,84 @@ def compare_methods(
                 split: split_loss(dated(plan.base), split, model)["loss"]
                 for split in ("validation", "test")
             },
-            "rows": [],
-            "missing": list(plan.methods),
-            "runs": [],
             "tasks": list(plan.tasks),
             "config": to_dict(plan.base),
             "environment": env,
         }
-        scores: dict[str, SuiteScore] = {}
-        if plan.tasks:
-            scores[BASE] = suite_score([_untrained(plan, model, workdir, out, console)])
-            found["rows"].append({"method": BASE, "trainable": 0} | scores[BASE].fields())
-        try:
-            for label in plan.methods:
-                method = _runs_of(plan, label, model, workdir, out, console)
-                found["rows"].append(method.row(plan))
-                found["missing"].remove(label)
-                found["runs"] += [*(method.tried if plan.picker is plan else []), *method.chosen]
-                if method.score:
-                    scores[label] = method.score
-                write_page(out / f"{plan.name}.md", comparison_page(plan, found, scores), found)
-        finally:
-            _draw(plan, scores, out)
-    return found
+        base = _untrained(plan, model, workdir, out, console) if plan.tasks else {}
+        state = Progress(plan, workdir, out)
+        while jobs := state.unfinished():
+            job, _ = next(run_jobs(jobs, lambda *_: model, console=console))
+            log.info("%s: %s is done; %s", plan.name, job.name, state.left())
+            _write_tables(plan, found, state, base, model, out)
+        return _write_tables(plan, found, state, base, model, out)
 
 
-def _runs_of(
-    plan: Comparison, label: str, model: Model, workdir: Path, out: Path, console: bool
-) -> MethodRuns:
-    """Run one method: its rate first, then every seed at that rate."""
-    picker = plan.picker
+def _write_tables(
+    plan: Comparison, found: Result, state: Progress, base: Result, model: Model, out: Path
+) -> Result:
+    """Write the page of what is done so far, its JSON and pictures; returns what the JSON holds."""
+    scores = {BASE: suite_score([base], plan.measure, plan.tasks)} if base else {}
+    rows = [{"method": BASE, "trainable": 0} | scores[BASE].fields()] if base else []
+    methods = [method for label in plan.methods if (method := _runs_of(state, label, model))]
+    rows += [method.row(plan) for method in methods]
+    scores |= {method.label: method.score for method in methods if method.score}
+    runs = [
+        run
+        for method in methods
+        for run in [*(method.tried if plan.picker is plan else []), *method.chosen]
+    ]
+    gaps = _differences(plan, methods, base, scores)
+    result = found | {
+        "rows": rows,
+        "missing": state.missing(),
+        "runs": runs,
+        "differences": {
+            label: {task: asdict(gap) for task, gap in of.items()} for label, of in gaps.items()
+        },
+    }
+    write_page(out / f"{plan.name}.md", comparison_page(plan, result, scores, gaps), result)
+    _draw(plan, scores, gaps, out)
+    return result
 
-    def run(jobs: Mapping[Any, Job]) -> dict[Any, Result]:
-        results = run_jobs(list(jobs.values()), lambda *_: model, console=console)
-        done = {job.name: result for job, result in results}
-        return {key: _entry(label, job, done[job.name]) for key, job in jobs.items()}
 
-    folder = workdir if picker is plan else workdir.parent / picker.name
-    tried = run(picker.rate_jobs(label, folder, out))
-    choice = choose_rate(label, tried)
-    chosen = list(run(plan.seed_jobs(label, choice.rate, workdir, out)).values())
+def _runs_of(state: Progress, label: str, model: Model) -> MethodRuns | None:
+    """What the runs of a method came to so far; None before its first whole run."""
+    plan, choice = state.plan, state.choice(label)
+    results = {job: state.result(job) for job in state.seed_jobs(label).values()}
+    chosen = [_entry(label, job, result) for job, result in results.items() if result]
+    if choice is None or not chosen:
+        return None
+    tried = {job: state.result(job) for job in state.rate_jobs(label).values()}
     scored = [result["scores"] for result in chosen if result.get("scores")]
     return MethodRuns(
         label,
         count_params(model.config, plan.methods[label]),
         choice,
-        list(tried.values()),
+        [_entry(label, job, result) for job, result in tried.items() if result],
         chosen,
-        suite_score(scored) if scored else None,
+        suite_score(scored, plan.measure, plan.tasks) if scored else None,
     )
+
+
+def _differences(
+    plan: Comparison,
+    methods: Sequence[MethodRuns],
+    base: Result,
+    scores: Mapping[str, SuiteScore],
+) -> dict[str, dict[str, Difference]]:
+    """Label of a method or BASE -> its differences to plan.reference; empty without one."""
+    runs = {method.label: scores_by_seed(method.chosen) for method in methods}
+    reference = runs.pop(plan.reference, None)
+    if not reference:
+        return {}
+    untrained = {UNTRAINED: base} if all(ROWS in of for of in base.values()) else {}
+    measure = scores[BASE].headline
+    found = {
+        label: differences(of, reference, plan.tasks, measure)
+        for label, of in ({BASE: untrained} | runs).items()
+    }
+    return {label: of for label, of in found.items() if of}
 
 
 def _entry(label: str, job: Job, result: Result) -> Result:
@@ -186,16 +227,31 @@ def _untrained(
     return saved["scores"]
 
 
-def _draw(plan: Comparison, scores: Mapping[str, SuiteScore], out: Path) -> None:
+def _draw(
+    plan: Comparison,
+    scores: Mapping[str, SuiteScore],
+    gaps: Mapping[str, Mapping[str, Difference]],
+    out: Path,
+) -> None:
     if not scores:
         return
+    measure = next(iter(scores.values())).headline
+    compared = {label: headline(of) for label, of in gaps.items() if label != BASE}
+    if compared:
+        forest(
+            {plan.name: {label: (d.mean, d.low, d.high) for label, d in compared.items()}},
+            out / plan.name,
+            f"{plan.name}: difference to {plan.reference}",
+            f"{measure}, points",
+            plan.margin,
+        )
+        return
     tables = {label: score.headline_scores for label, score in scores.items()}
-    headline = next(iter(scores.values())).headline
     grouped_bars(
         {label: {t: s.mean for t, s in table.items()} for label, table in tables.items()},
         out / plan.name,
         f"{plan.name}: {plan.base.model}",
-        f"{headline} (%), clean rows",
+        f"{measure} (%), clean rows",
         {label: {t: (s.low, s.high) for t, s in table.items()} for label, table in tables.items()},
     )
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import nearest, override, require
 from zflora_jax.core.run_config import EvalConfig, RunConfig
+from zflora_jax.evaluation.statistics import SCORES
 from zflora_jax.experiments.store import Job, Scoring
 
 BASE = "base"
@@ -32,6 +35,14 @@ class Comparison:
         made where they are not there yet.
       tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of
         a task is that of its clean rows.
+      transfer: further tasks that are scored, which no mean and no comparison counts.
+      measure: the score that methods are compared by, one of `statistics.SCORES`' names; "":
+        accuracy where answers are generated, else the first that there is.
+      reference: the method that differences are taken to, on the same rows and seeds; "": none.
+      margin: a method whose difference to the reference lies above -margin points with its whole
+        interval is called as good as it; fixed before the runs.
+      settings: label -> dotted settings of that method besides its adapter, such as
+        {"optim.loraplus_ratio": 16.0}.
       reading: what the tables show, in words, by whoever has read them; stands under them.
     """
 
@@ -44,13 +55,16 @@ class Comparison:
     rates_from: Comparison | None = None
     tasks: tuple[str, ...] = ()
     scoring: EvalConfig | None = None
+    transfer: tuple[str, ...] = ()
+    measure: str = ""
+    reference: str = ""
+    margin: float | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reading: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("methods", "learning_rates", "seeds"):
-            require(
-                len(getattr(self, field)) > 0, f"comparison.{field} is empty: give at least one."
-            )
+        for name in ("methods", "learning_rates", "seeds"):
+            require(len(getattr(self, name)) > 0, f"comparison.{name} is empty: give at least one.")
         require(
             BASE not in self.methods,
             f"comparison.methods: {BASE!r} is the untrained model's row; give the method another"
@@ -60,9 +74,25 @@ class Comparison:
             bool(self.tasks) == (self.scoring is not None),
             "comparison.tasks and comparison.scoring go together: give both, or neither.",
         )
+        labels = ("", *self.methods)
+        for label in (self.reference, *self.settings):
+            require(
+                label in labels,
+                f"comparison: {label!r} is no method of it: {nearest(label, self.methods)}.",
+            )
+        require(
+            self.measure in ("", *SCORES.values()),
+            f"comparison.measure={self.measure!r}: {nearest(self.measure, SCORES.values())}.",
+        )
+        require(
+            self.margin is None or (self.margin > 0 and bool(self.reference)),
+            f"comparison.margin={self.margin}: must be positive, and needs comparison.reference.",
+        )
         if (other := self.rates_from) is not None:
             same = all(
-                other.methods.get(label) == adapter for label, adapter in self.methods.items()
+                other.methods.get(label) == adapter
+                and other.settings.get(label, {}) == self.settings.get(label, {})
+                for label, adapter in self.methods.items()
             )
             require(
                 same and other.name != self.name,
@@ -91,7 +121,7 @@ class Comparison:
 
     @property
     def scored(self) -> Scoring | None:
-        return None if self.scoring is None else Scoring(self.tasks, self.scoring)
+        return None if self.scoring is None else Scoring(self.tasks + self.transfer, self.scoring)
 
     def rate_jobs(self, label: str, workdir: Path, out: Path) -> dict[float, Job]:
         """Rate -> the run that tells what it is worth. Without a test loss, unless it is whole."""
@@ -123,10 +153,9 @@ class Comparison:
     ) -> Job:
         base = self.base
         run = dataclasses.replace(
-            base,
+            override(base, {"optim.learning_rate": rate, **self.settings.get(label, {})}),
             # By name, so that no older run, of another start, is taken for this one.
             adapter=self.methods[label].explicit(),
-            optim=dataclasses.replace(base.optim, learning_rate=rate),
             train=dataclasses.replace(base.train, seed=seed, steps=steps),
             data=dataclasses.replace(base.data, seed=seed),
             eval=dataclasses.replace(base.eval, split="validation"),

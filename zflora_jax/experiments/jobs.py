@@ -24,7 +24,8 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evaluation.loss import held_out_loss
-from zflora_jax.evaluation.suite import evaluate_tasks, kept_scores
+from zflora_jax.evaluation.suite import clean_records, evaluate_tasks, kept_scores
+from zflora_jax.experiments.differences import ROWS, row_scores
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.store import (
     EXTRA,
@@ -43,6 +44,7 @@ from zflora_jax.training.lock import BusyError, locked
 log = logging.getLogger(__name__)
 
 Devices = Sequence[jax.Device] | None
+_CHOSEN = "chosen"  # label of the files of scores
 POLL = 5.0  # seconds between looks at runs that other processes are training
 # What a record copies from the report of a run.
 _KEPT = (
@@ -187,15 +189,20 @@ def split_loss(
 def score(
     run: RunConfig, model: Model, scoring: Scoring, out: Path, console: bool
 ) -> dict[str, Result]:
-    """Score `model` on tasks: task -> rows and scores. The record of every example is in `out`."""
+    """Score `model` on tasks: task -> rows, scores, and the scores of each row. The record of every
+    example is in `out`.
+    """
     summary = evaluate_tasks(
         dataclasses.replace(run, eval=scoring.settings),
         model,
         scoring.tasks,
         out,
-        "chosen",
+        _CHOSEN,
         trained_on=[TrainedOn(run.data)],
         replace=True,
         console=console,
     )
-    return kept_scores(summary)
+    return {
+        task: kept | {ROWS: row_scores(clean_records(out, task, scoring.settings.split, _CHOSEN))}
+        for task, kept in kept_scores(summary).items()
+    }

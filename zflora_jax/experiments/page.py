@@ -10,9 +10,11 @@ from typing import Any
 
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import EvalConfig
+from zflora_jax.evaluation.paired import Difference, non_inferior
 from zflora_jax.evaluation.statistics import SCORE_FIELDS, SuiteScore
 from zflora_jax.evaluation.summary import SCORE_LEGEND, decoding
 from zflora_jax.experiments.comparison import BASE, Comparison
+from zflora_jax.experiments.differences import corrected, headline
 from zflora_jax.experiments.store import ORIGIN, Result
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import commit_text, origin_line
@@ -73,13 +75,19 @@ def grid_page(name: str, rows: Sequence[Result], total: int, env: Mapping[str, A
 # --- comparisons ----------------------------------------------------------------------------------
 
 
-def comparison_page(plan: Comparison, found: Result, scores: Mapping[str, SuiteScore]) -> list[str]:
+def comparison_page(
+    plan: Comparison,
+    found: Result,
+    scores: Mapping[str, SuiteScore],
+    gaps: Mapping[str, Mapping[str, Difference]],
+) -> list[str]:
     """The blocks of a comparison's page.
 
     Args:
       plan: what is compared.
       found: what the comparison's JSON holds, so far.
       scores: label of a method, or BASE -> its scores; empty without tasks.
+      gaps: label of a method, or BASE -> its differences to the reference; empty without one.
     """
     trained = [row for row in found["rows"] if row["method"] != BASE]
     missing = f"Not run yet: {', '.join(found['missing'])}." if found["missing"] else ""
@@ -92,6 +100,7 @@ def comparison_page(plan: Comparison, found: Result, scores: Mapping[str, SuiteS
     return [
         f"# {plan.name}",
         _setting(plan, found),
+        *difference_blocks(plan, gaps, scores),
         _loss_table(trained),
         *_score_blocks(plan, trained, scores),
         plan.reading,
@@ -99,6 +108,47 @@ def comparison_page(plan: Comparison, found: Result, scores: Mapping[str, SuiteS
         runs_made_at(runs.values()),
         f"{origin_line(found['environment'])} {resumed}",
     ]
+
+
+def difference_blocks(
+    plan: Comparison,
+    gaps: Mapping[str, Mapping[str, Difference]],
+    scores: Mapping[str, SuiteScore],
+) -> list[str]:
+    """The table of differences to the reference, and how they were taken."""
+    if not gaps:
+        return []
+    p = corrected({label: of for label, of in gaps.items() if label != BASE})
+    rows = [
+        {"method": label}
+        | {task: str(gap) for task, gap in of.items()}
+        | {"p (Holm)": p.get(label), f"within {plan.margin}": _verdict(plan, label, of)}
+        for label, of in gaps.items()
+    ]
+    columns = [key for key in rows[0] if plan.margin is not None or not key.startswith("within")]
+    weak = [task for task in plan.tasks if gaps.get(BASE) and gaps[BASE][task].high >= 0]
+    note = (
+        f"{scores[BASE].headline} less that of {plan.reference}, in points of 100, on the same rows"
+        " and seeds, with 95% intervals: a paired bootstrap over seeds and rows; p of no"
+        " difference, corrected over the methods of this page (Holm)."
+    )
+    if plan.margin is not None:
+        note += (
+            f" A method is as good as {plan.reference} (yes) where its whole interval lies above"
+            f" -{plan.margin}, the margin that was fixed before the runs."
+        )
+    if weak:
+        note += (
+            f" {plan.reference} does not clearly beat the untrained model on {', '.join(weak)}:"
+            " they say nothing about methods."
+        )
+    return [f"## Difference to {plan.reference}", markdown_table(rows, columns), note]
+
+
+def _verdict(plan: Comparison, label: str, of: Mapping[str, Difference]) -> bool | None:
+    if plan.margin is None or label == BASE:
+        return None
+    return non_inferior(headline(of), plan.margin)
 
 
 def _setting(plan: Comparison, found: Result) -> str:
@@ -199,7 +249,8 @@ def _score_cells(plan: Comparison, label: str, score: SuiteScore, kind: str) -> 
     cells = {f"{task} ({score.rows[task]})": value.percent() for task, value in values.items()}
     several = len(plan.seeds) > 1 and label != BASE and kind == score.headline
     spread = f" ± {score.spread:.1f}" if several else ""
-    return cells | {"mean": f"{statistics.mean(s.mean for s in values.values()):.1f}{spread}"}
+    counted = [value.mean for task, value in values.items() if task in plan.tasks]
+    return cells | {"mean": f"{statistics.mean(counted):.1f}{spread}"}
 
 
 def _rows_scored(scoring: EvalConfig) -> str:

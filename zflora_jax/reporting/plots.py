@@ -189,6 +189,49 @@ def grouped_bars(
     _save(figure, out)
 
 
+def forest(
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    out: str | Path,
+    title: str,
+    label: str,
+    margin: float | None = None,
+) -> None:
+    """Draw differences as points with their intervals, a panel per group and a row per label; zero
+    is marked, and a margin below it is shaded.
+
+    Args:
+      groups: groups[group][label] = (mean, low, high).
+      out: path without a suffix.
+      title: of the figure.
+      label: of the axes.
+      margin: how far below zero a difference may lie.
+    """
+    from matplotlib.figure import Figure
+
+    if not any(groups.values()):
+        raise ValueError(f"no values to draw for {title!r}.")
+    heights = [max(len(rows), 1) for rows in groups.values()]
+    figure = Figure(figsize=(7.0, 1.4 + 0.75 * len(groups) + 0.3 * sum(heights)))
+    figure.set_layout_engine("constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)
+    for axes, (group, rows) in zip(panels[:, 0], groups.items(), strict=True):
+        for place, (mean, low, high) in enumerate(rows.values()):
+            reach = [[mean - low], [high - mean]]
+            axes.errorbar(mean, place, xerr=reach, fmt="o", color="C0", capsize=3, markersize=5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        if margin is not None:
+            axes.axvspan(-margin, 0, color="C2", alpha=0.12, linewidth=0)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        if len(groups) > 1:
+            axes.set_title(group, fontsize=9, loc="left")
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel(label)
+    _save(figure, out)
+
+
 def curves(
     series: Mapping[str, Mapping[float, float]], out: str | Path, title: str, *, x: str, y: str
 ) -> None:

@@ -1,0 +1,118 @@
+"""Multiple choice in cloze form: the question alone, the options' texts as its continuations."""
+
+import json
+
+import pytest
+
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import DataConfig, EvalConfig
+from zflora_jax.data.builders import wording
+from zflora_jax.data.cloze import as_cloze, listed_options
+from zflora_jax.data.encoding import encode_examples
+from zflora_jax.data.task import Example, options_of
+from zflora_jax.data.tasks import TASKS, load_examples
+from zflora_jax.evaluation.contamination import contaminated, questions
+from zflora_jax.evaluation.records import likelihood_records
+
+
+def example(row: dict) -> Example:
+    options = options_of(row["instruction"], row["output"], row["answer"])
+    return Example(row["instruction"], row["output"], row["answer"], options=options)
+
+
+ROWS = {
+    "arc": (
+        wording.answer_choice("Which is soft?", ["a rock", "fur: Answer1: yes", "ice"], 1),
+        "Question: {}\nAnswer:",
+        "Question: Which is soft?\nAnswer:",
+        (" a rock", " fur: Answer1: yes", " ice"),
+        1,
+    ),
+    "piqa": (
+        wording.piqa("ice box", ["add water\n\nto it", "add soda to it"], 0),
+        "Question: {}\nAnswer:",
+        "Question: ice box\nAnswer:",
+        (" add water\n\nto it", " add soda to it"),
+        0,
+    ),
+    "hellaswag": (
+        wording.hellaswag("High jump", "A boy runs. the boy", ["sits.", "jumps.", "a", "b"], 1),
+        "{}",
+        "High jump: A boy runs. the boy",
+        (" sits.", " jumps.", " a", " b"),
+        1,
+    ),
+    "winogrande": (
+        wording.winogrande("It did not fit in the oven as the _ was big.", ["cake", "oven"], 0),
+        "{}",
+        "It did not fit in the oven as the",
+        (" cake was big.", " oven was big."),
+        0,
+    ),
+    "a blank that is no option's": (
+        wording.answer_choice("The sun is a _ of light.", ["source", "sink"], 0),
+        "{}",
+        "The sun is a _ of light.",
+        (" source", " sink"),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_options_become_continuations(name):
+    row, form, prompt, options, gold = ROWS[name]
+    letters = example(row)
+    found = as_cloze(letters, form)
+    assert (found.prompt, found.options) == (prompt, options)
+    assert found.target == options[gold] and found.answer == options[gold].strip()
+    assert found.plain and found.asked == letters.prompt
+    # A model that saw one form has seen the other.
+    assert contaminated([found], questions([letters])) == [True]
+    assert contaminated([letters], questions([found])) == [True]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("Which is soft? Answer1: a", "this row is 'Which is soft"),
+        (
+            "Please choose the correct answer to the question: x\n\nAnswer1: a\n\nAnswer format:"
+            " answer1/answer2",
+            "this row lists no 'Answer2'",
+        ),
+    ],
+)
+def test_rows_in_other_words_are_refused(prompt, message):
+    with pytest.raises(ConfigError, match=message):
+        listed_options(prompt)
+
+
+def test_tasks_in_cloze_form_read_the_same_files(tmp_path, model):
+    folder = tmp_path / "ARC-Easy"
+    folder.mkdir()
+    rows = [
+        wording.answer_choice(f"What is {i}?", [f"{i}", f"{i + 1}", "no"], i % 3) for i in range(12)
+    ]
+    for split in ("train", "test"):
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+    data = DataConfig(data_dir=str(tmp_path))
+    letters = load_examples("arc_easy", "test", data)[3]
+    cloze = load_examples("arc_easy_cloze", "test", data)[3]
+    assert cloze.asked == letters.prompt and len(cloze.options) == len(letters.options)
+    assert TASKS["arc_easy_cloze"].score(TASKS["arc_easy_cloze"].parse(cloze.target), cloze.answer)
+    # In every style the prompt is the text as it is, and what is learned is the option.
+    ((ids, mask),) = encode_examples([cloze], model.tokenizer, data)
+    assert model.tokenizer.decode(ids[:-1]) == cloze.prompt + cloze.target
+    assert model.tokenizer.decode(ids[mask][:-1]) == cloze.target
+
+
+def test_likelihoods_are_divided_by_the_characters_of_the_option_alone(model):
+    """The space that separates an option from the prompt is no character of it."""
+    cloze = as_cloze(example(ROWS["arc"][0]), "{}")
+    settings = EvalConfig(batch_size=2, max_new_tokens=4)
+    (record,) = likelihood_records(model, [cloze], DataConfig(), settings)
+    sums = record["log_likelihoods"]
+    norms = [x / len(o.strip()) for x, o in zip(sums, cloze.options, strict=True)]
+    assert record["correct_norm"] == (max(norms) == norms[1])
+    assert record["correct_sum"] == (max(sums) == sums[1])

@@ -1,0 +1,116 @@
+"""Paired differences, Holm's correction, and what the pages of comparisons make of them."""
+
+import numpy as np
+import pytest
+
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.evaluation.paired import Difference, holm, non_inferior, paired_difference
+from zflora_jax.experiments.differences import (
+    ALL,
+    ROWS,
+    UNTRAINED,
+    corrected,
+    differences,
+    headline,
+    row_scores,
+    scores_by_seed,
+)
+
+
+def test_the_interval_of_one_seed_is_that_of_its_rows():
+    rng = np.random.default_rng(0)
+    gap = rng.choice([-1.0, 0.0, 1.0], size=(1, 400), p=[0.1, 0.7, 0.2])
+    found = paired_difference([gap], [np.zeros_like(gap)])
+    error = gap.std() / 20
+    assert found.mean == pytest.approx(gap.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert found.p < 0.01
+
+
+def test_seeds_that_differ_widen_the_interval():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(0.0, 0.1, (1, 400))
+    apart = rows + np.array([[-0.3], [0.0], [0.3]])
+    together, wide = (
+        paired_difference([gap], [np.zeros_like(gap)]) for gap in (np.repeat(rows, 3, 0), apart)
+    )
+    assert together.mean == pytest.approx(wide.mean)
+    # The seeds' standard error, 0.3 / sqrt(3), with the bootstrap's loss of variance made good.
+    assert wide.high - wide.low > 2 * 1.96 * 0.15 > 10 * (together.high - together.low)
+
+
+def test_intervals_cover_a_true_difference():
+    """200 draws of three seeds and 200 rows: both vary, and the interval holds the truth at least
+    95% of the time, less two standard errors of that share.
+    """
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        difficulty = rng.normal(0, 1, (1, 200))
+        right = [
+            (difficulty + rng.normal(0, 0.6, (3, 200)) + rng.normal(0, 0.1, (3, 1)) > 0.3)
+            for _ in range(2)
+        ]
+        found = paired_difference(*([a.astype(float)] for a in right), resamples=500)
+        held += found.low <= 0 <= found.high
+    assert held >= 200 * 0.95 - 2 * (200 * 0.95 * 0.05) ** 0.5
+
+
+def test_tasks_count_the_same():
+    few, many = np.full((2, 10), 0.5), np.full((2, 1000), 0.1)
+    found = paired_difference([few, many], [np.zeros_like(few), np.zeros_like(many)])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("method", "reference"),
+    [
+        ([np.zeros((2, 3))], [np.zeros((3, 3))]),
+        ([np.zeros((2, 0))], [np.zeros((2, 0))]),
+        ([], []),
+        ([np.zeros((2, 3)), np.zeros((3, 3))], [np.zeros((2, 3)), np.zeros((3, 3))]),
+    ],
+)
+def test_scores_that_are_no_pairs_are_refused(method, reference):
+    with pytest.raises(ConfigError, match=r"of equal shapes|of the same seeds"):
+        paired_difference(method, reference)
+
+
+def test_holm_is_the_published_procedure():
+    # Holm (1979): p times the number of those left, in order, never below one before.
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert list(found) == ["a", "b", "c", "d"] and holm({}) == {}
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_non_inferior_means_the_whole_interval():
+    assert non_inferior(Difference(-0.5, -1.9, 0.9, 0.5), 2.0)
+    assert not non_inferior(Difference(1.0, -2.1, 4.1, 0.5), 2.0)
+
+
+def run(values: dict[str, str]) -> dict:
+    return {task: {ROWS: {"accuracy": text}} for task, text in values.items()}
+
+
+def test_differences_are_of_common_seeds_and_of_the_mean_of_tasks():
+    lora = {0: run({"a": "1100", "b": "0000"}), 1: run({"a": "1000", "b": "1000"})}
+    other = {0: run({"a": "1111", "b": "0000"}), 2: run({"a": "0000", "b": "0000"})}
+    found = differences(other, lora, ("a", "b"), "accuracy")
+    assert {task: gap.mean for task, gap in found.items()} == {"a": 50.0, "b": 0.0, ALL: 25.0}
+    assert headline(found) is found[ALL]
+    base = differences({UNTRAINED: run({"a": "0000"})}, lora, ("a",), "accuracy")
+    assert base["a"].mean == -37.5 and headline(base) is base["a"]
+    assert differences({2: other[2]}, lora, ("a",), "accuracy") == {}
+    assert corrected({"other": found, "base": base})["base"] <= 1.0
+
+
+def test_records_keep_the_scores_of_their_rows():
+    records = [
+        {"correct": True, "correct_legacy": False, "rougeL": 0.123456},
+        {"correct": False, "correct_legacy": False, "rougeL": 0.5},
+        {"correct": True, "rougeL": 1.0},
+    ]
+    assert row_scores(records) == {"accuracy": "101", "rougeL": [0.1235, 0.5, 1.0]}
+    assert row_scores([]) == {}
+    runs = [{"seed": 0, "scores": run({"a": "1"})}, {"seed": 1, "scores": {"a": {}}}, {"seed": 2}]
+    assert list(scores_by_seed(runs)) == [0]

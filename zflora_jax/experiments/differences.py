@@ -1,0 +1,93 @@
+"""Differences of methods to a reference, from the scores of single rows that records keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from zflora_jax.evaluation.paired import Difference, holm, paired_difference
+from zflora_jax.evaluation.statistics import SCORES, Record
+from zflora_jax.experiments.store import Result
+
+ALL = "mean"  # of the tasks
+UNTRAINED = -1  # in place of a seed: the same scores beside those of any
+ROWS = "row scores"  # their place in a record
+# task -> what a record keeps of it; under ROWS score -> the value of each clean row
+Scored = Mapping[str, Mapping[str, Any]]
+
+
+def row_scores(records: Sequence[Record]) -> dict[str, Any]:
+    """Score -> its values over `records`, in their order: shares as a text of 0 and 1, other values
+    as numbers of four digits.
+
+    A score that not all rows have is left out.
+    """
+    found: dict[str, Any] = {}
+    for key, name in SCORES.items():
+        if records and all(key in record for record in records):
+            values = [record[key] for record in records]
+            found[name] = (
+                "".join("01"[value] for value in values)
+                if isinstance(values[0], bool)
+                else [round(value, 4) for value in values]
+            )
+    return found
+
+
+def _column(values: str | Sequence[float]) -> np.ndarray:
+    return 100 * np.asarray([float(value) for value in values])
+
+
+def differences(
+    method: Mapping[int, Scored],
+    reference: Mapping[int, Scored],
+    tasks: Sequence[str],
+    measure: str,
+) -> dict[str, Difference]:
+    """Differences of a method to a reference, in points of 100.
+
+    Args:
+      method: seed -> the scores of its run; of the untrained model UNTRAINED -> its scores.
+      reference: likewise. Seeds that only one of them has are left out.
+      tasks: that are compared.
+      measure: a name of `SCORES`.
+
+    Returns:
+      task -> difference, and `ALL` -> that of their mean where there are several; empty without a
+      common seed.
+    """
+    if UNTRAINED in method:
+        method = dict.fromkeys(reference, method[UNTRAINED])
+    seeds = sorted(method.keys() & reference.keys())
+    if not seeds:
+        return {}
+
+    def table(runs: Mapping[int, Scored], task: str) -> np.ndarray:
+        return np.stack([_column(runs[seed][task][ROWS][measure]) for seed in seeds])
+
+    pairs = {task: (table(method, task), table(reference, task)) for task in tasks}
+    found = {task: paired_difference([a], [b]) for task, (a, b) in pairs.items()}
+    if len(tasks) > 1:
+        found[ALL] = paired_difference(*zip(*pairs.values(), strict=True))
+    return found
+
+
+def headline(found: Mapping[str, Difference]) -> Difference:
+    """The one that a method is judged by: of the tasks' mean, or of the only task."""
+    return found[ALL] if ALL in found else next(iter(found.values()))
+
+
+def corrected(found: Mapping[str, Mapping[str, Difference]]) -> dict[str, float]:
+    """Label -> p of its headline difference, corrected over the labels (Holm)."""
+    return holm({label: headline(of).p for label, of in found.items()})
+
+
+def scores_by_seed(runs: Sequence[Result]) -> dict[int, Scored]:
+    """Seed -> the scores of its run, of the runs that keep those of single rows."""
+    return {
+        run["seed"]: run["scores"]
+        for run in runs
+        if run.get("scores") and all(ROWS in of for of in run["scores"].values())
+    }

@@ -1,0 +1,101 @@
+"""How far a comparison is: which of its runs have records, what is to be run next, what is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from zflora_jax.experiments.comparison import Comparison
+from zflora_jax.experiments.rates import RateChoice, choose_rate
+from zflora_jax.experiments.store import Job, Result, read_result
+
+
+class Progress:
+    """The runs of a comparison, as their records say; several processes may add to them.
+
+    Args:
+      plan: the comparison.
+      workdir: of its runs.
+      out: of its records.
+    """
+
+    def __init__(self, plan: Comparison, workdir: Path, out: Path) -> None:
+        self.plan, self._out = plan, out
+        self._workdir = workdir
+        self._picks = workdir if plan.picker is plan else workdir.parent / plan.picker.name
+        self._results: dict[Path, Result] = {}  # of finished jobs, by their record
+        self._choices: dict[str, RateChoice] = {}
+        self._start = time.monotonic(), self._steps()[0]
+
+    def result(self, job: Job) -> Result | None:
+        """The recorded result of a job, None where it has none; read once."""
+        key = job.record if job.scoring is None else job.record / "scored"
+        if key not in self._results and (found := read_result(job)) is not None:
+            self._results[key] = found
+        return self._results.get(key)
+
+    def rate_jobs(self, label: str) -> dict[float, Job]:
+        """Rate -> the run that tells what it is worth."""
+        return self.plan.picker.rate_jobs(label, self._picks, self._out)
+
+    def choice(self, label: str) -> RateChoice | None:
+        """The chosen rate of a method; None while a run that it needs is missing.
+
+        Raises:
+          ConfigError: the method diverged at every rate.
+        """
+        if label not in self._choices:
+            found = {rate: self.result(job) for rate, job in self.rate_jobs(label).items()}
+            done = {rate: result for rate, result in found.items() if result is not None}
+            if len(done) == len(found):
+                self._choices[label] = choose_rate(label, done)
+        return self._choices.get(label)
+
+    def seed_jobs(self, label: str) -> dict[int, Job]:
+        """Seed -> the whole run at the chosen rate; empty before the choice."""
+        choice = self.choice(label)
+        if choice is None:
+            return {}
+        return self.plan.seed_jobs(label, choice.rate, self._workdir, self._out)
+
+    def unfinished(self) -> list[Job]:
+        """The jobs that can be run now, the most wanted first."""
+        return [job for job in self._known() if self.result(job) is None]
+
+    def _known(self) -> Iterator[Job]:
+        for label in self.plan.methods:
+            yield from self.rate_jobs(label).values()
+            yield from self.seed_jobs(label).values()
+
+    def missing(self) -> list[str]:
+        """The methods that are not done, with their seeds where some are."""
+        found = []
+        for label in self.plan.methods:
+            jobs = self.seed_jobs(label)
+            seeds = [seed for seed, job in jobs.items() if self.result(job) is None]
+            if not jobs or len(seeds) == len(jobs):
+                found.append(label)
+            elif seeds:
+                found.append(f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})")
+        return found
+
+    def left(self) -> str:
+        """What is done, and about how long the rest takes at the speed since the start."""
+        (began, before), (done, total) = self._start, self._steps()
+        text = f"{done} of {total} steps of all runs"
+        if done in (total, before):
+            return text
+        seconds = (time.monotonic() - began) * (total - done) / (done - before)
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{text}, about {hours} h {minutes:02d} min left"
+
+    def _steps(self) -> tuple[int, int]:
+        """(Optimizer steps of the finished runs, of all runs.)"""
+        plan, picker = self.plan, self.plan.picker
+        done = {job.record: job.run.train.steps for job in self._known() if self.result(job)}
+        each = len(picker.learning_rates) * (picker.pick_steps or picker.base.train.steps)
+        whole = len(plan.seeds) * plan.base.train.steps
+        # A run that chose the rate, of full length, is one of the chosen ones.
+        twice = plan.base.train.steps if picker is plan and plan.pick_steps is None else 0
+        return sum(done.values()), len(plan.methods) * (each + whole - twice)
