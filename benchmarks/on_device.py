@@ -2,10 +2,11 @@
 LoRA beside it (llama.cpp), LoRA merged and fused zFLoRA, each in float and quantised files.
 
 Command: python benchmarks/on_device.py --python ENV/bin/python --litert-python ENV2/bin/python
-(about 25 minutes on an idle core for llama.cpp, 20 for LiteRT; without one of the two options that
-runtime is left out). ENV: an environment with `pip install xllamacpp numpy`; ENV2: one with `pip
-install '.[litert]'`. SmolLM2-135M (the packaged one), adapters of rank 16 moved by noise. Writes
-results/on_device.json, .md and -tpot.png, -ttft.png.
+(about 25 minutes on an idle core for llama.cpp, 20 for LiteRT). Without one of the two options that
+runtime is left out; types that are not measured keep the rows that are there, with their origin.
+ENV: an environment with `pip install xllamacpp numpy`; ENV2: one with `pip install '.[litert]'`.
+SmolLM2-135M (the packaged one), adapters of rank 16 moved by noise. Writes results/on_device.json,
+.md and -tpot.png, -ttft.png.
 
 Each contender is a process that stays alive and computes with one thread. Those of a type take
 turns: a turn is a prompt of 128 tokens (TTFT: the first token) and 64 greedy tokens (TPOT: the mean
@@ -227,6 +228,10 @@ def page(result: dict[str, Any]) -> str:
     from zflora_jax.reporting.tables import markdown_table
 
     settings, bases = result["settings"], {}
+    origins = "\n\n".join(
+        f"{', '.join(part['types'])}: {origin_line(part['environment'])}"
+        for part in result["parts"]
+    )
     shown = []
     for row in result["rows"]:
         base = bases.setdefault(row["type"], row)
@@ -260,7 +265,7 @@ merged into numbers, which are rounded anew.{litert}
 ![TPOT](on_device-tpot.png)
 ![TTFT](on_device-ttft.png)
 
-{origin_line(result["environment"])}
+{origins}
 """
 
 
@@ -319,14 +324,38 @@ def main() -> None:
 
     prompt = prompt_ids(args.prompt)
     settings = {
-        key: value for key, value in vars(args).items() if "python" not in key and key != "out"
+        key: value for key, value in vars(args).items() if key in ("prompt", "new_tokens", "rounds")
     }
     rows: list[dict[str, Any]] = []
+    before = kept(args, settings)
     for kind in args.types:
         rows += measure(kind, args, prompt)
-        result = {"rows": rows, "settings": settings, "environment": environment()}
+        done = [*dict.fromkeys(row["type"] for row in rows)]
+        parts = [*before["parts"], {"types": done, "environment": environment()}]
+        result = {"rows": in_order([*before["rows"], *rows]), "settings": settings, "parts": parts}
         write_result(args.out, result, page(result))  # a stopped run keeps what it has
         draw(result, args.out)
+
+
+def kept(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the result file holds of types that are not measured now, with the same settings."""
+    file = Path(f"{args.out}.json")
+    found: dict[str, Any] = {"rows": [], "parts": []}
+    if not file.is_file():
+        return found
+    there = json.loads(file.read_text(encoding="utf-8"))
+    if there["settings"] != settings:
+        return found
+    found["rows"] = [row for row in there["rows"] if row["type"] not in args.types]
+    for part in there["parts"]:
+        if types := [kind for kind in part["types"] if kind not in args.types]:
+            found["parts"].append(part | {"types": types})
+    return found
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    order = [*TYPES, *LITERT]
+    return sorted(rows, key=lambda row: order.index(row["type"]))
 
 
 if __name__ == "__main__":
