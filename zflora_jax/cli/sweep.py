@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,17 @@ def add_options(parser: CommandParser) -> None:
             " work)"
         ),
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help=(
+            "processes that share the runs, each on its own CPU cores (default: 1, on all); one of"
+            " one core each gets most done on a CPU"
+        ),
+    )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     add_settings(parser)
 
 
@@ -62,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
             f"--only {args.only}: no sweep of {args.config} has that name."
             f" {nearest(args.only, names)}."
         )
+    if args.workers != 1:
+        _share(args)
     with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
         for plan in (plan for plan in plans if args.only in (None, plan.name)):
             workdir = Path(args.workdir) / plan.name if len(plans) > 1 else Path(args.workdir)
@@ -71,8 +85,9 @@ def run(args: argparse.Namespace) -> None:
                     plan.settings,
                     workdir,
                     page=Path(args.out) / f"{plan.name}.md",
+                    console=not args.worker,
                 )
-                for row in rows:
+                for row in () if args.worker else rows:
                     print_table(row, f"{plan.name}: {row['run']}")
                 require(
                     any(row["status"] == FINISHED for row in rows),
@@ -80,11 +95,30 @@ def run(args: argparse.Namespace) -> None:
                 )
                 continue
             changed = _changed(plan, changes(args))
-            for row in compare_methods(changed, workdir, args.out)["rows"]:
+            found = compare_methods(changed, workdir, args.out, console=not args.worker)
+            for row in () if args.worker else found["rows"]:
                 print_table(row, f"{plan.name}: {row['method']}")
     compared = [plan for plan in plans if isinstance(plan, Comparison)]
     if len(compared) > 1 and (page := overview(compared, args.out)):
         print(f"all of them in {page}")
+
+
+def _share(args: argparse.Namespace) -> None:
+    """Let workers make the runs; the caller then finds them made and writes the tables.
+
+    Raises:
+      ConfigError: there are fewer cores than workers.
+      SystemExit: a worker failed, with its exit code; it has said why.
+    """
+    from zflora_jax.parallel.workers import run_pinned
+
+    command = [sys.executable, "-m", "zflora_jax.cli", "sweep", "--worker"]
+    for name in ("config", "workdir", "out", "only"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", getattr(args, name)]
+    command += ["--set", *args.set] if args.set else []
+    if any(codes := run_pinned(command, args.workers)):
+        raise SystemExit(max(codes, key=abs))
 
 
 def _changed(plan: Comparison, settings: dict[str, str]) -> Comparison:
