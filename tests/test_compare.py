@@ -16,8 +16,9 @@ from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.tasks import load_examples
 from zflora_jax.experiments import compare, jobs
-from zflora_jax.experiments.compare import compare_methods, overview
+from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
+from zflora_jax.experiments.overview import overview
 from zflora_jax.experiments.store import Scoring
 from zflora_jax.training.lock import locked
 

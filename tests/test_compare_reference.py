@@ -9,6 +9,7 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
+from zflora_jax.experiments.overview import overview
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 
@@ -29,7 +30,7 @@ def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, monke
         monkeypatch.setattr(module, "score", scored)
     methods = LORA | {"ffa": AdapterConfig("ffa", rank=2)}
     plan = Comparison(
-        "paired",
+        "paired_two",
         two_steps,
         methods,
         (1e-3,),
@@ -46,11 +47,14 @@ def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, monke
     gap = result["differences"]["ffa"]
     assert gap.keys() == {"arc_easy"} and gap["arc_easy"]["mean"] == 50.0
     assert result["differences"]["base"]["arc_easy"]["mean"] == -12.5
-    page = (tmp_path / "out" / "paired.md").read_text()
+    page = (tmp_path / "out" / "paired_two.md").read_text()
     assert "## Difference to lora" in page and "| ffa | +50.0 [" in page
     assert "lora does not clearly beat the untrained model on arc_easy" in page
     assert "openbookqa (4)" in page and "| 87.5 " in page  # of the transfer task, no mean of it
-    assert (tmp_path / "out" / "paired.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "out" / "paired_two.png").read_bytes()[:4] == b"\x89PNG"
+    summary = overview([plan], tmp_path / "out").read_text()
+    assert "| method | two |" in summary and "| ffa | +50.0 [" in summary
+    assert "![Differences](paired.png)" in summary
     decays = {run.adapter.method: run.optim.weight_decay for run in fake_train.runs}
     assert decays == {"lora": 0.0, "ffa": 0.1}
 

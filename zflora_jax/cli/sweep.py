@@ -54,9 +54,10 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from zflora_jax.experiments.compare import compare_methods, overview
+    from zflora_jax.experiments.compare import compare_methods
     from zflora_jax.experiments.comparison import Comparison
     from zflora_jax.experiments.grid import Grid, run_grid
+    from zflora_jax.experiments.overview import overview
     from zflora_jax.experiments.store import FINISHED
     from zflora_jax.parallel.compile_cache import compile_cache
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from zflora_jax.adapters.counts import count_params
-from zflora_jax.core.fields import require, to_dict
+from zflora_jax.core.fields import to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.data.dates import dated
@@ -36,10 +36,9 @@ from zflora_jax.experiments.rates import RateChoice
 from zflora_jax.experiments.store import ORIGIN, Job, Result, read_result, write_record
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.mesh import mesh_if_there
-from zflora_jax.reporting.files import atomic_write, local_path
+from zflora_jax.reporting.files import local_path
 from zflora_jax.reporting.plots import forest, grouped_bars
 from zflora_jax.reporting.provenance import environment
-from zflora_jax.reporting.tables import markdown_table
 
 log = logging.getLogger(__name__)
 
@@ -254,44 +253,3 @@ def _draw(
         f"{measure} (%), clean rows",
         {label: {t: (s.low, s.high) for t, s in table.items()} for label, table in tables.items()},
     )
-
-
-def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
-    """Write one page that links the pages of several comparisons: <out>/<the first word of their
-    names>.md.
-
-    Args:
-      plans: the comparisons; those without a page are left out.
-      out: where the pages are.
-
-    Returns:
-      Its path; None if no page is there yet.
-
-    Raises:
-      ConfigError: a comparison's own page would have that name.
-    """
-    path = Path(out) / f"{plans[0].name.partition('_')[0]}.md"
-    taken = [plan.name for plan in plans if f"{plan.name}.md" == path.name]
-    require(
-        not taken,
-        f"comparison {path.stem!r}: its page would be the overview's, {path.name}; give it a name"
-        f" of two words, such as {path.stem}_first.",
-    )
-    there = [plan for plan in plans if (Path(out) / f"{plan.name}.md").is_file()]
-    if not there:
-        return None
-    rows = [
-        {
-            "comparison": f"[{plan.name}]({plan.name}.md)",
-            "trained on": plan.base.data.task,
-            "steps": plan.base.train.steps,
-            "seeds": len(plan.seeds),
-            "methods": len(plan.methods),
-            "tasks scored": ", ".join(plan.tasks) or None,
-        }
-        for plan in there
-    ]
-    lines = [f"# {path.stem.capitalize()}", "", markdown_table(rows, list(rows[0])), ""]
-    lines += [f"- {plan.name}: {plan.reading}" for plan in there if plan.reading]
-    atomic_write(path, ("\n".join(lines) + "\n").encode())
-    return path
