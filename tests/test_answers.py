@@ -184,6 +184,11 @@ def test_the_table_has_rows_of_every_kind_and_the_rules_differ():
         (LETTER, "", "B", False, False),
         (BELIEF, "area: east", "area: east", True, True),
         (BELIEF, "area: east", "area: east; food: thai", False, False),
+        (BELIEF, "area: east", "area: east; request: phone", True, True),  # the joint goal
+        (BELIEF, "area: east; request: food", "area: east; request: phone", True, True),
+        (BELIEF, "none", "request: phone", True, True),
+        (BELIEF, "", "none", False, False),
+        (BELIEF, "request: phone", "area: east", False, False),
         (TEXT, "The  end.", "the end.", True, True),
         (TEXT, "The end", "the end.", False, False),
     ],

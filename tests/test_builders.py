@@ -133,7 +133,8 @@ def test_woz_asks_for_the_state_after_each_user_turn(tmp_path):
     assert task.score(
         task.parse("request: phone; Price Range: cheap; area: east"), examples[1].answer
     )
-    assert not task.score(task.parse("price range: cheap; area: east"), examples[1].answer)
+    assert task.score(task.parse("price range: cheap; area: east"), examples[1].answer)
+    assert not task.score(task.parse("price range: cheap; request: phone"), examples[1].answer)
 
 
 @pytest.mark.parametrize(
