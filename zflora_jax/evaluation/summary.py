@@ -15,8 +15,8 @@ SCORE_LEGEND = (
     " log-probabilities, or by that sum over its characters. In cloze form these are"
     " lm-evaluation-harness' acc and acc_norm. In LLM-Adapters' form an option is a whole answer"
     ' with its label ("the correct answer is answer2"): the options of a question are equally long,'
-    " and the two scores equal, but for boolq's true and false. clean: rows whose question is not in"
-    " the training data."
+    " and the two scores equal, but for boolq's true and false. clean: rows whose question is not"
+    " in the training data."
 )
 
 
