@@ -138,3 +138,35 @@ def test_the_names_of_many_runs_stand_below(tmp_path, figures, count):
     assert len({str(colour) for colour in drawn}) == count and drawn == [
         handle.get_color() for handle in legend.legend_handles
     ]
+
+
+def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
+    groups = {
+        "one": {"a": (1.0, -0.5, 2.0), "b": (-2.0, -3.0, -1.0)},
+        "two": {"a": (0.5, 0.0, 1.0)},
+    }
+    plots.forest(groups, tmp_path / "f", "differences", "points", margin=3.0)
+    assert _is_png(tmp_path / "f.png")
+    [figure] = figures
+    first, second = figure.axes
+    assert [t.get_text() for t in first.get_yticklabels()] == ["a", "b"]
+    assert [first.get_title(loc="left"), second.get_title(loc="left")] == ["one", "two"]
+    low, high = zip(*(c.get_segments()[0][:, 0] for c in first.collections), strict=True)
+    assert (low, high) == ((-0.5, -3.0), (2.0, -1.0))
+    assert second.get_xlabel() == "points"
+    for empty in ({}, {"one": {}}):
+        with pytest.raises(ValueError, match="no values to draw"):
+            plots.forest(empty, tmp_path / "g", "nothing", "points")
+
+
+def test_a_scatter_draws_named_points_in_every_panel(tmp_path, figures):
+    panels = {"cost": {"a": (1.0, 2.0), "b": (3.0, 4.0)}, "bytes": {"a": (5.0, 2.0)}}
+    plots.scatter(panels, tmp_path / "s", "cost and quality", "points")
+    assert _is_png(tmp_path / "s.png")
+    left, right = figures[0].axes
+    points = [(line.get_label(), *line.get_xydata()[0]) for line in left.lines]
+    assert points == [("a", 1.0, 2.0), ("b", 3.0, 4.0)]
+    assert (left.get_xlabel(), right.get_xlabel()) == ("cost", "bytes")
+    assert left.get_ylabel() == "points"
+    with pytest.raises(ValueError, match="no values to draw"):
+        plots.scatter({"cost": {}}, tmp_path / "t", "nothing", "points")

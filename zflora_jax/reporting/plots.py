@@ -232,6 +232,38 @@ def forest(
     _save(figure, out)
 
 
+def scatter(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], out: str | Path, title: str, y: str
+) -> None:
+    """Draw named points in panels side by side, which share their vertical axis.
+
+    Args:
+      panels: panels[label of the horizontal axis][name] = (x, y).
+      out: path without a suffix.
+      title: of the figure.
+      y: label of the vertical axis.
+    """
+    from matplotlib.figure import Figure
+
+    if not any(panels.values()):
+        raise ValueError(f"no values to draw for {title!r}.")
+    figure = Figure(figsize=(1.5 + 3.6 * len(panels), 4.2), layout="constrained")
+    figure.suptitle(title)
+    columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (x, points) in zip(columns, panels.items(), strict=True):
+        for colour, (name, (across, up)) in enumerate(points.items()):
+            marker = "os^Dv"[colour // 10 % 5]
+            axes.plot(across, up, marker, color=f"C{colour % 10}", label=name)
+        axes.set_xlabel(x)
+        axes.margins(x=0.15, y=0.15)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    columns[0].set_ylabel(y)
+    handles, labels = columns[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    _save(figure, out)
+
+
 def curves(
     series: Mapping[str, Mapping[float, float]], out: str | Path, title: str, *, x: str, y: str
 ) -> None:

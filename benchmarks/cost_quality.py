@@ -1,0 +1,202 @@
+"""Where each method stands: what it answers against what it costs at decode.
+
+Command: python benchmarks/cost_quality.py [--parts decode compiled]     (about 15 minutes on 2 idle
+CPU cores; `compiled` needs the CUDA plugin, see docs/scaling.md). SmolLM2-135M with the adapters of
+configs/accuracy.py, which must have been run: accuracy is read from results/accuracy_woz.json and
+accuracy_arithmetic.json. decode: TPOT over the base's on this CPU, float32, batch 1, medians of
+turns in one process. compiled: kernels and bytes of a token in bfloat16, compiled for an H100, not
+run. Without --parts both are made; a part that is left out is taken from the result that is there.
+Writes results/cost_quality.json, .md, .png and .svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "configs"))
+
+TABLES = ("accuracy_woz", "accuracy_arithmetic")
+MERGED = "all merged by addition"
+UNMERGED = "lora un-merged"
+PROMPT, NEW_TOKENS = 64, 64
+
+
+def adapters() -> dict[str, Any]:
+    """Label -> adapter of every method that costs something at decode: those that widen, fused, and
+    LoRA beside the base.
+    """
+    import accuracy
+
+    from zflora_jax.core.adapter_config import METHODS
+
+    widen = {k: a for k, a in accuracy.ALL.items() if METHODS[a.method].widens}
+    return {UNMERGED: accuracy.LORA} | widen
+
+
+def decode(repeats: int) -> dict[str, dict[str, float]]:
+    """Label -> TPOT on this CPU and its ratio to the base's."""
+    import jax
+
+    import zflora_jax as zf
+    from zflora_jax.adapters.packing import pack_for_decode
+    from zflora_jax.bench.contenders import contender
+    from zflora_jax.bench.timing import decode_turns, ratio, summary
+    from zflora_jax.core import trees
+
+    base, shape = zf.load_model("smollm2-135m"), (1, PROMPT, NEW_TOKENS)
+    packed = pack_for_decode(base)
+    ready = {MERGED: contender(packed, *shape)}
+    for label, adapter in adapters().items():
+        blocks = jax.tree.map(
+            lambda x: x + 0.01, zf.init_adapters(jax.random.key(0), base, adapter)
+        )
+        if label == UNMERGED:
+            beside = trees.unstack_layers(blocks, base.config.num_layers)
+            ready[label] = contender(packed, *shape, adapter, beside)
+        else:
+            ready[label] = contender(pack_for_decode(zf.fuse(base, adapter, blocks)), *shape)
+    found = decode_turns(ready, NEW_TOKENS, repeats)
+    first = found[MERGED]["tpot_ms"]
+    return {
+        label: summary(of["tpot_ms"], "tpot_ms") | {"tpot_ratio": ratio(of["tpot_ms"], first)}
+        for label, of in found.items()
+    }
+
+
+def compiled(layers: int) -> dict[str, dict[str, float]]:
+    """Label -> kernels and bytes of a token, as XLA's CUDA compiler plans them."""
+    from zflora_jax.bench.compiled import loop_row
+    from zflora_jax.bench.decode_case import DecodeCase
+    from zflora_jax.core.presets import preset
+    from zflora_jax.parallel.targets import target
+
+    config, where = preset("smollm2-135m"), target("h100")
+    config = config.replace(num_layers=layers) if layers else config
+    found = {}
+    for label, adapter in ({MERGED: None} | adapters()).items():
+        row = loop_row(DecodeCase(config, adapter, prompt=PROMPT, new_tokens=NEW_TOKENS), where)
+        found[label] = {name: row[name] for name in ("kernels", "read_bytes")}
+        print(label, found[label], flush=True)
+    return found
+
+
+def quality(folder: Path) -> dict[str, dict[str, float]]:
+    """Label -> mean difference to LoRA over the tables, in points, and of each table."""
+    from zflora_jax.evaluation.paired import Difference
+    from zflora_jax.experiments.differences import headline
+
+    tables = {}
+    for name in TABLES:
+        held = json.loads((folder / f"{name}.json").read_text())["differences"]
+        tables[name] = {
+            label: headline({task: Difference(**gap) for task, gap in of.items()}).mean
+            for label, of in held.items()
+        } | {"lora": 0.0}
+    labels = [label for label in tables[TABLES[0]] if all(label in of for of in tables.values())]
+    return {
+        label: {name: of[label] for name, of in tables.items()}
+        | {"mean": statistics.mean(of[label] for of in tables.values())}
+        for label in labels
+        if label != "base"
+    }
+
+
+def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each method: what it answers, and the costs of its program."""
+    cpu, h100 = result["decode"], result["compiled"]
+    found = []
+    for label, points in result["quality"].items():
+        programs = [label] if label in cpu else [MERGED]
+        programs = [MERGED, UNMERGED] if label == "lora" else programs
+        for program in programs:
+            apart = {MERGED: "lora merged", UNMERGED: UNMERGED}[program] if label == "lora" else ""
+            base = h100[MERGED]
+            found.append(
+                {
+                    "method": apart or label,
+                    "points": points["mean"],
+                    "kernels": h100[program]["kernels"] - base["kernels"],
+                    "bytes": h100[program]["read_bytes"] / base["read_bytes"],
+                    "tpot": cpu[program]["tpot_ratio"],
+                }
+            )
+    return found
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The page of a result file's content."""
+    from zflora_jax.reporting.provenance import origin_line
+    from zflora_jax.reporting.tables import markdown_table
+
+    columns = {
+        "method": "method",
+        "points": "less LoRA, points",
+        "kernels": f"kernels added, H100 ({result['layers'] or 'all'} layers)",
+        "bytes": "bytes / base, H100",
+        "tpot": "TPOT / base, this CPU",
+    }
+    origins = [
+        f"{part}: {origin_line(result['environments'][part])}" for part in ("decode", "compiled")
+    ]
+    head = f"""SmolLM2-135M, adapters of LoRA r=16's number of parameters. Points: the mean over
+{" and ".join(TABLES)} of a method's score less LoRA's. Kernels and bytes of
+a token, batch 1, bfloat16: compiled for an H100, not run. TPOT: measured on this CPU in float32,
+batch 1. A merge by addition has the base's program: lora, ffa, dora, rslora, loraplus, pissa."""
+    table = markdown_table(rows(result), columns)
+    picture = "![Quality against cost](cost_quality.png)"
+    title = "# Quality against cost at decode"
+    return "\n\n".join([title, head, table, picture, *origins]) + "\n"
+
+
+def draw(result: Mapping[str, Any], out: str) -> None:
+    from zflora_jax.reporting.plots import scatter
+
+    panels = {
+        "kernels": "kernels added per token (compiled for H100)",
+        "bytes": "bytes per token / base (compiled for H100)",
+        "tpot": "TPOT / base (measured, this CPU)",
+    }
+    points = {
+        title: {row["method"]: (row[key], row["points"]) for row in rows(result)}
+        for key, title in panels.items()
+    }
+    scatter(points, out, "What a method answers, and what it costs", "score less LoRA's, points")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=("decode", "compiled"))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=4, help="compiled; 0: all")
+    parser.add_argument("--accuracy", type=Path, default=Path("results"), metavar="DIR")
+    parser.add_argument("--out", default="results/cost_quality")
+    args = parser.parse_args()
+    from zflora_jax.reporting.files import write_result
+    from zflora_jax.reporting.provenance import environment
+
+    file = Path(f"{args.out}.json")
+    result = json.loads(file.read_text()) if args.parts and file.is_file() else {}
+    result.setdefault("environments", {})
+    for part in args.parts or ("decode", "compiled"):
+        result[part] = decode(args.repeats) if part == "decode" else compiled(args.layers)
+        result["environments"][part] = environment()
+        result["layers"] = args.layers if part == "compiled" else result.get("layers", args.layers)
+    missing = [part for part in ("decode", "compiled") if part not in result]
+    if missing:
+        parser.error(f"{file} has no {missing[0]} yet: run without --parts")
+    result["quality"] = quality(args.accuracy)
+    write_result(args.out, result, page(result))
+    draw(result, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Accuracy of SmolLM2-135M in the paper's three categories: zFLoRA against LoRA and its variants.
+
+  zflora sweep --config configs/accuracy.py --set data.data_dir=DIR --workdir runs/accuracy \
+      --workers 2
+
+DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/), woz/ and
+dialogsum/; generated problems are kept in it, too. Results: results/accuracy.md and a page for each
+table. --only NAME runs one table. A stopped sweep goes on where it was, several processes share it,
+and it says what is left. Python 3.12 or newer: jax 0.12 multiplies bfloat16 with the processor's
+own instructions.
+
+The questions, measures, margins and sizes were fixed before the runs: docs/experiments.md.
+"""
+
+from dataclasses import replace
+
+from zflora_jax.config import (
+    AdapterConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from zflora_jax.experiments.comparison import Comparison
+
+# At LoRA r=16's 4,884,480 parameters (`rank_for_budget`): all within 3% of it but ffa, whose rank
+# would have to exceed that of the heads.
+LORA = AdapterConfig("lora", rank=16)
+MINIMAL = AdapterConfig("zflora-minimal", rank=21)
+PAIR = {"lora": LORA, "zflora-minimal": MINIMAL}
+FAMILY = {
+    "zflora-uniform": AdapterConfig("zflora-uniform", rank=14, extra_head_dim=4),
+    "ffba": AdapterConfig("ffba", rank=62, extra_head_dim=4),
+    "ffa": AdapterConfig("ffa", rank=16),
+    "zflora-minimal-attention": replace(MINIMAL, rank=110, targets="attention"),
+    "lora-attention": replace(LORA, rank=42, targets="attention"),
+}
+DESCENDANTS = {
+    "dora": replace(LORA, rank=15, use_dora=True),
+    "rslora": replace(LORA, alpha=32.0, use_rslora=True),
+    "loraplus": LORA,
+    "pissa": replace(LORA, init="pissa"),
+}
+SETTINGS = {"loraplus": {"optim.loraplus_ratio": 16.0}}  # the ratio that its authors recommend
+
+BASE = RunConfig(
+    model="smollm2-135m",
+    data=DataConfig(batch_size=2, bucket_lengths=(128, 256, 384, 512), packing=True),
+    optim=OptimConfig(schedule="cosine", warmup_steps=10),
+    train=TrainConfig(steps=240, dtype="bfloat16", save_every=None, log_every=20, max_to_keep=1),
+    eval=EvalConfig(limit=200, generate=False, likelihood=False),
+)
+RATES = (5e-4, 1.5e-3, 4.5e-3)
+GENERATED = EvalConfig(
+    limit=500, batch_size=64, max_new_tokens=128, loss=False, likelihood=False, clean_only=True
+)
+CHOSEN = replace(GENERATED, generate=False, likelihood=True, batch_size=32)
+
+# What each table was seen to show, by whoever wrote this after the runs.
+READING: dict[str, str] = {}
+
+
+def table(
+    name: str,
+    task: str,
+    tasks: tuple[str, ...],
+    methods: dict[str, AdapterConfig] = PAIR,
+    *,
+    scoring: EvalConfig = GENERATED,
+    measure: str = "accuracy",
+    margin: float = 3.0,
+    transfer: tuple[str, ...] = (),
+    reference: str = "lora",
+) -> Comparison:
+    return Comparison(
+        name,
+        replace(BASE, data=replace(BASE.data, task=task)),
+        methods,
+        RATES,
+        (0, 1, 2),
+        pick_steps=60,
+        tasks=tasks,
+        scoring=scoring,
+        transfer=transfer,
+        measure=measure,
+        reference=reference,
+        margin=margin,
+        settings={label: of for label, of in SETTINGS.items() if label in methods},
+        reading=READING.get(name, ""),
+    )
+
+
+CLOZE = ("arc_easy_cloze", "arc_challenge_cloze", "openbookqa_cloze")
+UNSEEN = ("piqa_cloze", "social_i_qa_cloze", "hellaswag_cloze", "winogrande_cloze")
+ALL = PAIR | FAMILY | DESCENDANTS
+
+
+def get_sweep() -> list[Comparison]:
+    return [
+        table("accuracy_woz", "woz", ("woz",), ALL),
+        table("accuracy_arithmetic", "arithmetic_steps", ("arithmetic_steps",), ALL),
+        table(
+            "accuracy_commonsense",
+            "+".join(CLOZE),
+            CLOZE,
+            scoring=CHOSEN,
+            measure="likelihood_norm",
+            transfer=UNSEEN,
+        ),
+        table("accuracy_math", "math_data", ("addsub", "singleeq", "multiarith", "svamp")),
+        table(
+            "accuracy_dialogsum", "dialogsum_dev", ("dialogsum_dev",), measure="rougeL", margin=1.5
+        ),
+    ]
