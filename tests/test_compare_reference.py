@@ -97,3 +97,23 @@ def test_the_first_methods_are_finished_first_and_what_is_left_is_said(
 def test_wrong_references(changes, message):
     with pytest.raises(ConfigError, match=message):
         Comparison("x", RunConfig(), LORA, (1e-3,), (0,), **changes)
+
+
+def test_some_methods_of_a_comparison():
+    methods = LORA | {"ffa": AdapterConfig("ffa"), "ffba": AdapterConfig("ffba")}
+    plan = Comparison(
+        "x",
+        RunConfig(),
+        methods,
+        (1e-3,),
+        (0,),
+        reference="lora",
+        settings={"ffba": {"optim.weight_decay": 0.1}},
+    )
+    assert plan.only(None) is plan
+    some = plan.only(["ffa", "lora"])
+    assert list(some.methods) == ["lora", "ffa"] and not some.settings
+    with pytest.raises(ConfigError, match="no method 'ffaa'; did you mean 'ffa'"):
+        plan.only(["lora", "ffaa"])
+    with pytest.raises(ConfigError, match="'lora' is no method of it"):
+        plan.only(["ffa"])

@@ -40,6 +40,12 @@ def add_options(parser: CommandParser) -> None:
         ),
     )
     parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="of every comparison these methods alone; its page then says nothing of the others",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=1,
@@ -95,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
                     f"no run of {plan.name} has finished: {rows[0]['status']}",
                 )
                 continue
-            changed = _changed(plan, changes(args))
+            changed = _changed(plan.only(args.methods), changes(args))
             found = compare_methods(changed, workdir, args.out, console=not args.worker)
             for row in () if args.worker else found["rows"]:
                 print_table(row, f"{plan.name}: {row['method']}")
@@ -117,7 +123,9 @@ def _share(args: argparse.Namespace) -> None:
     for name in ("config", "workdir", "out", "only"):
         if getattr(args, name) is not None:
             command += [f"--{name}", getattr(args, name)]
-    command += ["--set", *args.set] if args.set else []
+    for name in ("methods", "set"):
+        if getattr(args, name):
+            command += [f"--{name}", *getattr(args, name)]
     if any(codes := run_pinned(command, args.workers)):
         raise SystemExit(max(codes, key=abs))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,23 @@ class Comparison:
             f"comparison.pick_steps={steps}: must be above optim.warmup_steps={warmup} and at most"
             f" train.steps={whole}. Change the config file.",
         )
+
+    def only(self, labels: Sequence[str] | None) -> Comparison:
+        """The same with some of its methods, in its order; None: all.
+
+        Raises:
+          ConfigError: a label is no method of it, or the reference is left out.
+        """
+        if labels is None:
+            return self
+        for label in labels:
+            require(
+                label in self.methods,
+                f"comparison {self.name!r}: no method {label!r}; {nearest(label, self.methods)}.",
+            )
+        kept = {label: of for label, of in self.methods.items() if label in labels}
+        settings = {label: of for label, of in self.settings.items() if label in kept}
+        return dataclasses.replace(self, methods=kept, settings=settings)
 
     @property
     def picker(self) -> Comparison:
