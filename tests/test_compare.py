@@ -151,6 +151,25 @@ def test_a_comparison_waits_for_a_run_that_another_process_trains(
     assert waited == [jobs.POLL] and len(fake_train.runs) == 1
 
 
+def test_a_base_that_another_process_scores_is_not_scored_again(
+    two_steps, tmp_path, monkeypatch, fake_train
+):
+    """The runs go on meanwhile, and the base's row comes when it is there."""
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=lambda _: stack.close()))
+    plan = Comparison(
+        "shared", two_steps, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=SCORING
+    )
+    folder = tmp_path / "runs" / "base"
+    folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder))
+        monkeypatch.setattr(compare, "score", lambda *a: (waited.append(a), jobs.score(*a))[1])
+        waited = []
+        result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert [row["method"] for row in result["rows"]] == ["base", "lora"]
+    assert len(waited) == 1 and len(fake_train.runs) == 2  # its rate, and the run with scores
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from zflora_jax.experiments.differences import (
     headline,
     scores_by_seed,
 )
-from zflora_jax.experiments.jobs import run_jobs, score, split_loss
+from zflora_jax.experiments.jobs import POLL, run_jobs, score, split_loss
 from zflora_jax.experiments.page import comparison_page, write_page
 from zflora_jax.experiments.progress import Progress
 from zflora_jax.experiments.rates import RateChoice
@@ -39,6 +40,7 @@ from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import local_path
 from zflora_jax.reporting.plots import forest, grouped_bars
 from zflora_jax.reporting.provenance import environment
+from zflora_jax.training.lock import BusyError, locked
 
 log = logging.getLogger(__name__)
 
@@ -127,12 +129,16 @@ def compare_methods(
             "config": to_dict(plan.base),
             "environment": env,
         }
-        base = _untrained(plan, model, workdir, out, console) if plan.tasks else {}
+        base = _untrained(plan, model, workdir, out, console)
         state = Progress(plan, workdir, out)
         while jobs := state.unfinished():
             job, _ = next(run_jobs(jobs, lambda *_: model, console=console))
             log.info("%s: %s is done; %s", plan.name, job.name, state.left())
+            base = base or _untrained(plan, model, workdir, out, console)
             _write_tables(plan, found, state, base, model, out)
+        while plan.tasks and not base:  # another process is scoring it
+            time.sleep(POLL)
+            base = _untrained(plan, model, workdir, out, console)
         return _write_tables(plan, found, state, base, model, out)
 
 
@@ -195,7 +201,7 @@ def _differences(
     if not reference:
         return {}
     untrained = {UNTRAINED: base} if all(ROWS in of for of in base.values()) else {}
-    measure = scores[BASE].headline
+    measure = next(iter(scores.values())).headline
     found = {
         label: differences(of, reference, plan.tasks, measure)
         for label, of in ({BASE: untrained} | runs).items()
@@ -212,18 +218,26 @@ def _entry(label: str, job: Job, result: Result) -> Result:
 def _untrained(
     plan: Comparison, model: Model, workdir: Path, out: Path, console: bool
 ) -> dict[str, Result]:
-    """The scores of the base model, recorded as those of a run are."""
+    """The scores of the base model, recorded as those of a run are; empty where there are no tasks,
+    or as long as another process computes them.
+    """
     base, scoring = plan.base, plan.scored
-    assert scoring is not None
+    if scoring is None:
+        return {}
     numerics = TrainConfig(dtype=base.train.dtype, matmul_precision=base.train.matmul_precision)
     run = RunConfig(model=base.model, data=base.data, train=numerics)
     job = Job(BASE, run, workdir / BASE, out / plan.name / f"{BASE}.json", scoring)
-    if (saved := read_result(job)) is None:
-        env = environment()
-        saved = {"scores": score(base, model, scoring, job.workdir, console)}
-        saved |= {key: env[key] for key in ORIGIN}
-        write_record(job, saved)
-    return saved["scores"]
+    if (saved := read_result(job)) is not None:
+        return saved["scores"]
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(job.workdir):
+            env = environment()
+            result = {"scores": score(base, model, scoring, job.workdir, console)}
+            write_record(job, result | {key: env[key] for key in ORIGIN})
+    except BusyError:
+        return {}
+    return result["scores"]
 
 
 def _draw(

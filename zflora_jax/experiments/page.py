@@ -128,7 +128,7 @@ def difference_blocks(
     columns = [key for key in rows[0] if plan.margin is not None or not key.startswith("within")]
     weak = [task for task in plan.tasks if gaps.get(BASE) and gaps[BASE][task].high >= 0]
     note = (
-        f"{scores[BASE].headline} less that of {plan.reference}, in points of 100, on the same rows"
+        f"{next(iter(scores.values())).headline} less that of {plan.reference}, in points of 100, on the same rows"
         " and seeds, with 95% intervals: a paired bootstrap over seeds and rows; p of no"
         " difference, corrected over the methods of this page (Holm)."
     )
@@ -212,7 +212,7 @@ def _score_blocks(
     plan: Comparison, rows: Sequence[Result], scores: Mapping[str, SuiteScore]
 ) -> list[str]:
     """A table for each score, and what it is over."""
-    if plan.scoring is None:
+    if plan.scoring is None or not scores:
         return []
     trainable = {BASE: 0} | {row["method"]: row["trainable"] for row in rows}
     blocks = []
@@ -225,8 +225,8 @@ def _score_blocks(
         ]
         columns = list(dict.fromkeys(key for line in lines for key in line))
         blocks += [f"## {kind}, percent", markdown_table(lines, columns)]
-    base = scores[BASE]
-    chance = ", ".join(f"{task} {value:.1f}" for task, value in base.chance.items())
+    first = next(iter(scores.values()))
+    chance = ", ".join(f"{task} {value:.1f}" for task, value in first.chance.items())
     cut = [
         f"{label} {' '.join(f'{task} {n:g}' for task, n in score.answers_cut.items() if n)}"
         for label, score in scores.items()
@@ -238,7 +238,7 @@ def _score_blocks(
             f"{_rows_scored(plan.scoring)}, their number in brackets;"
             f" {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}"
         ),
-        f"Chance: {chance}." if chance and set(base.chance) == set(base.rows) else "",
+        f"Chance: {chance}." if chance and set(first.chance) == set(first.rows) else "",
         f"Answers that reached the limit of new tokens: {'; '.join(cut)}." if cut else "",
         f"![{plan.name}]({plan.name}.png)",
     ]
