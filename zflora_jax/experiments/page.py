@@ -127,10 +127,11 @@ def difference_blocks(
     ]
     columns = [key for key in rows[0] if plan.margin is not None or not key.startswith("within")]
     weak = [task for task in plan.tasks if gaps.get(BASE) and gaps[BASE][task].high >= 0]
+    measure = next(iter(scores.values())).headline
     note = (
-        f"{next(iter(scores.values())).headline} less that of {plan.reference}, in points of 100, on the same rows"
-        " and seeds, with 95% intervals: a paired bootstrap over seeds and rows; p of no"
-        " difference, corrected over the methods of this page (Holm)."
+        f"{measure} less that of {plan.reference}, in points of 100, on the same rows and seeds,"
+        " with 95% intervals: a paired bootstrap over seeds and rows; p of no difference, corrected"
+        " over the methods of this page (Holm)."
     )
     if plan.margin is not None:
         note += (
