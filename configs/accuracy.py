@@ -53,9 +53,9 @@ BASE = RunConfig(
 )
 RATES = (5e-4, 1.5e-3, 4.5e-3)
 GENERATED = EvalConfig(
-    limit=500, batch_size=64, max_new_tokens=128, loss=False, likelihood=False, clean_only=True
+    limit=1000, batch_size=64, max_new_tokens=128, loss=False, likelihood=False, clean_only=True
 )
-CHOSEN = replace(GENERATED, generate=False, likelihood=True, batch_size=32)
+CHOSEN = replace(GENERATED, limit=500, generate=False, likelihood=True, batch_size=32)
 
 # What each table was seen to show, by whoever wrote this after the runs.
 READING: dict[str, str] = {}
