@@ -42,6 +42,12 @@ DESCENDANTS = {
     "loraplus": LORA,
     "pissa": replace(LORA, init="pissa"),
 }
+# Parts of zflora-minimal alone, each at the same number of parameters.
+PARTS = {
+    "zflora-minimal": MINIMAL,
+    "state-alone": replace(MINIMAL, rank=27, extra_mlp_units=0),
+    "units-alone": AdapterConfig("ffba", rank=94, extra_head_dim=0),
+}
 SETTINGS = {"loraplus": {"optim.loraplus_ratio": 16.0}}  # the ratio that its authors recommend
 
 BASE = RunConfig(
@@ -102,6 +108,13 @@ UNSEEN = ("piqa_cloze", "social_i_qa_cloze", "hellaswag_cloze", "winogrande_cloz
 ALL = PAIR | FAMILY | DESCENDANTS
 
 
+def at_rank(rank: int, minimal: int) -> Comparison:
+    """The pair at the budget of another rank of LoRA."""
+    pair = {"lora": replace(LORA, rank=rank), "zflora-minimal": replace(MINIMAL, rank=minimal)}
+    task = "arithmetic_steps"
+    return table(f"accuracy_rank{rank}", task, (task,), 256, pair)
+
+
 def get_sweep() -> list[Comparison]:
     return [
         table("accuracy_arithmetic", "arithmetic_steps", ("arithmetic_steps",), 256, ALL),
@@ -123,5 +136,15 @@ def get_sweep() -> list[Comparison]:
             512,
             measure="rougeL",
             margin=1.5,
+        ),
+        at_rank(4, 5),
+        at_rank(64, 81),
+        table(
+            "accuracy_design",
+            "arithmetic_steps",
+            ("arithmetic_steps",),
+            256,
+            PARTS,
+            reference="zflora-minimal",
         ),
     ]
