@@ -1,9 +1,12 @@
 """Comparisons with a reference: differences on the same rows and seeds, the order of the runs."""
 
+import dataclasses
+
 import pytest
 from support.runs import EVAL
 
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import compare, jobs
@@ -83,6 +86,21 @@ def test_the_first_methods_are_finished_first_and_what_is_left_is_said(
     messages = [r.getMessage() for r in caplog.records if "steps of all runs" in r.getMessage()]
     assert "2 of 24 steps of all runs, about 0 h 00 min left" in messages[0]
     assert messages[-1].endswith("24 of 24 steps of all runs")
+
+
+def test_a_signal_after_the_last_step_stops_the_sweep(two_steps, tmp_path, monkeypatch, fake_train):
+    """Before the run is scored and recorded: the same command does both."""
+    monkeypatch.setattr(
+        jobs, "train", lambda *a, **k: dataclasses.replace(fake_train(*a, **k), signalled=True)
+    )
+    plan = Comparison("stopped", two_steps, LORA, (1e-3, 1e-2), (0,))
+    with pytest.raises(
+        Preempted, match=r"after lora-lr0\.001-seed0 was trained, which is saved in"
+    ):
+        compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert len(fake_train.runs) == 1 and not list((tmp_path / "out").rglob("*.json"))
+    monkeypatch.setattr(jobs, "train", fake_train)
+    assert compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"]
 
 
 @pytest.mark.parametrize(

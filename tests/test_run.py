@@ -312,6 +312,8 @@ def test_signals_wait_until_the_last_checkpoint_is_written(run, tmp_path, monkey
         real(self, *error)
 
     monkeypatch.setattr(Checkpoints, "__exit__", signalled)
-    assert quiet_train(run, tmp_path).report["steps"] == 8
+    trained = quiet_train(run, tmp_path)
+    assert trained.report["steps"] == 8 and trained.signalled  # a sweep begins no other run
     monkeypatch.undo()
+    assert not quiet_train(run, tmp_path).signalled
     assert load_run(tmp_path)[3] == 8

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.core.errors import NonFiniteError
+from zflora_jax.core.errors import NonFiniteError, Preempted
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
@@ -152,6 +152,11 @@ def _result(
     try:
         model = base(job.run, devices)
         trained = train(job.run, job.workdir, model=model, devices=devices, console=console)
+        if trained.signalled:
+            raise Preempted(
+                f"stopped by a signal after {job.name} was trained, which is saved in"
+                f" {job.workdir}; the same command goes on from there."
+            )
         result = _measured(job, trained, console)
     except NonFiniteError as error:
         result = {"failed": str(error)}

@@ -63,12 +63,14 @@ class Trained:
       adapters: the trained tree beside it.
       report: as in <workdir>/report.json.
       date: the day that a chat template was told in training (data.date).
+      signalled: whether a signal came too late to stop a step, after the last one.
     """
 
     model: Model
     adapters: Tree
     report: Report
     date: str | None
+    signalled: bool = False
 
 
 def train(
@@ -116,7 +118,7 @@ def train(
             log.info("%s is finished (%d steps): nothing to train", workdir, run.train.steps)
             evaluate = functools.partial(setup.held_out_loss, state.adapters)
             report = finished_report(setup, workdir, spent, env, evaluate)
-            return Trained(setup.model, state.adapters, report, run.data.date)
+            return Trained(setup.model, state.adapters, report, run.data.date, signals.asked)
         writer = _open_logs(stack, run, workdir, console, first, env, changed, held)
         metrics = LogMetrics(writer, run.train, started)
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
@@ -130,7 +132,7 @@ def train(
     _require_finished(int(state.step), run, workdir)
     timings = {"seconds": spent + time.perf_counter() - started, **setup.seconds, **metrics.timings}
     report = new_report(setup, workdir, first, loss.last, env, timings)
-    return Trained(setup.model, state.adapters, report, run.data.date)
+    return Trained(setup.model, state.adapters, report, run.data.date, signals.asked)
 
 
 def _admit(

@@ -273,6 +273,11 @@ class StopSignals:
         self._shared: StopSignals | None = None
         self._before: dict[int, object] = {}
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process has had a signal."""
+        return self._asked or (self._shared is not None and self._shared._asked)
+
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`.
 
@@ -280,7 +285,7 @@ class StopSignals:
         the same step.
         """
         if jax.process_count() == 1:
-            return self._asked or (self._shared is not None and self._shared._asked)
+            return self.asked
         # JAX counts calls: a signal that came before the first one asks for a stop at call 1,
         # whatever step a resumed run is at by then.
         first, self._next = self._next, step + 1
