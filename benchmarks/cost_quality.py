@@ -180,22 +180,27 @@ def main() -> None:
     parser.add_argument("--accuracy", type=Path, default=Path("results"), metavar="DIR")
     parser.add_argument("--out", default="results/cost_quality")
     args = parser.parse_args()
-    from zflora_jax.reporting.files import write_result
+    from zflora_jax.reporting.files import write_json, write_result
     from zflora_jax.reporting.provenance import environment
 
-    file = Path(f"{args.out}.json")
-    result = json.loads(file.read_text()) if args.parts and file.is_file() else {}
-    result.setdefault("environments", {})
-    for part in args.parts or ("decode", "compiled"):
+    file, parts = Path(f"{args.out}.json"), ("decode", "compiled")
+    absent = [name for name in TABLES if not (args.accuracy / f"{name}.json").is_file()]
+    if absent:
+        parser.error(
+            f"{args.accuracy}/{absent[0]}.json is not there: run configs/accuracy.py first"
+        )
+    result = json.loads(file.read_text()) if file.is_file() else {"environments": {}}
+    result["quality"] = quality(args.accuracy)
+    for part in args.parts or parts:
         result[part] = decode(args.repeats) if part == "decode" else compiled(args.layers)
         result["environments"][part] = environment()
-        result["layers"] = args.layers if part == "compiled" else result.get("layers", args.layers)
-    missing = [part for part in ("decode", "compiled") if part not in result]
-    if missing:
-        parser.error(f"{file} has no {missing[0]} yet: run without --parts")
-    result["quality"] = quality(args.accuracy)
-    write_result(args.out, result, page(result))
-    draw(result, args.out)
+        if part == "compiled":
+            result["layers"] = args.layers
+        if all(name in result for name in parts):
+            write_result(args.out, result, page(result))
+            draw(result, args.out)
+        else:  # a run that is stopped later keeps it
+            write_json(file, result)
 
 
 if __name__ == "__main__":

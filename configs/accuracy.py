@@ -120,7 +120,7 @@ def get_sweep() -> list[Comparison]:
         table("accuracy_arithmetic", "arithmetic_steps", ("arithmetic_steps",), 256, ALL),
         table("accuracy_woz", "woz", ("woz",), 512, ALL),
         table(
-            "accuracy_commonsense",
+            "accuracy_cloze",
             "+".join(CLOZE),
             CLOZE,
             256,
@@ -128,7 +128,9 @@ def get_sweep() -> list[Comparison]:
             measure="likelihood_norm",
             transfer=UNSEEN,
         ),
-        table("accuracy_math", "math_data", ("addsub", "singleeq", "multiarith", "svamp"), 512),
+        table(
+            "accuracy_math_data", "math_data", ("addsub", "singleeq", "multiarith", "svamp"), 512
+        ),
         table(
             "accuracy_dialogsum",
             "dialogsum_dev",

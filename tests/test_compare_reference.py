@@ -6,60 +6,117 @@ import pytest
 from support.runs import EVAL
 
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.errors import Preempted
+from zflora_jax.core.errors import NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
+from zflora_jax.experiments.differences import ROWS
 from zflora_jax.experiments.overview import overview
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 
 
-def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, monkeypatch, fake_train):
-    """Two methods, two seeds, row by row: the difference, its verdict, and what says nothing."""
-    right = {("lora", 0): "1100", ("lora", 1): "1000", ("ffa", 0): "1110", ("ffa", 1): "1111"}
+RIGHT = {"lora": 20, "ffa": 30, "ffba": 5}  # of 40 rows, the first ones; the untrained model none
 
-    def scored(run, model, scoring, *_):
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Rows that methods answer rightly; one more with seed 1. Of openbookqa everyone has ten, and
+    of boolq, a transfer task, ten.
+    """
+
+    def score(run, model, scoring, *_):
         label = "base" if run.adapter.method == "zflora-minimal" else run.adapter.method
-        values = right.get((label, run.train.seed), "1000")
-        mean = values.count("1") / 4
-        score = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
-        kept = {"clean_rows": 4, "scores": {"clean": {"accuracy": score}}}
-        return {task: kept | {"row scores": {"accuracy": values}} for task in scoring.tasks}
+        right = RIGHT.get(label, -1) + run.train.seed
+        kept = {}
+        for task in scoring.tasks:
+            values = ("1" * max(right if task == "arc_easy" else 10, 0)).ljust(40, "0")
+            mean = values.count("1") / 40
+            scores = {"clean": {"accuracy": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}}}
+            kept[task] = {"clean_rows": 40, "scores": scores, ROWS: {"accuracy": values}}
+        return kept
 
     for module in (compare, jobs):
-        monkeypatch.setattr(module, "score", scored)
-    methods = LORA | {"ffa": AdapterConfig("ffa", rank=2)}
-    plan = Comparison(
-        "paired_two",
-        two_steps,
-        methods,
-        (1e-3,),
-        (0, 1),
-        tasks=("arc_easy",),
-        transfer=("openbookqa",),
-        scoring=EVAL,
-        measure="accuracy",
-        reference="lora",
-        margin=2.0,
-        settings={"ffa": {"optim.weight_decay": 0.1}},
-    )
+        monkeypatch.setattr(module, "score", score)
+
+
+def reference_plan(two_steps, **changes):
+    methods = LORA | {m: AdapterConfig(m, rank=2, **of) for m, of in (("ffa", {}), ("ffba", {}))}
+    given = {
+        "name": "paired_two",
+        "tasks": ("arc_easy", "openbookqa"),
+        "transfer": ("boolq",),
+        "scoring": EVAL,
+        "measure": "accuracy",
+        "reference": "lora",
+        "margin": 2.0,
+        "settings": {"ffa": {"optim.weight_decay": 0.1}},
+    } | changes
+    name = given.pop("name")
+    return Comparison(name, two_steps, methods, (1e-3,), (0, 1), **given)
+
+
+def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, scored, fake_train):
+    """The differences on the informative task, their verdicts, the overview, the settings."""
+    plan = reference_plan(two_steps)
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    gap = result["differences"]["ffa"]
-    assert gap.keys() == {"arc_easy"} and gap["arc_easy"]["mean"] == 50.0
-    assert result["differences"]["base"]["arc_easy"]["mean"] == -12.5
+    assert result["differences"]["ffa"].keys() == {"arc_easy"}  # openbookqa tells nothing
+    assert result["differences"]["ffa"]["arc_easy"]["mean"] == 25.0
+    assert result["differences"]["base"]["arc_easy"]["mean"] == -51.25
+    assert result["compared by"] == {"measure": "accuracy", "reference": "lora", "margin": 2.0}
     page = (tmp_path / "out" / "paired_two.md").read_text()
-    assert "## Difference to lora" in page and "| ffa | +50.0 [" in page
-    assert "lora does not clearly beat the untrained model on arc_easy" in page
-    assert "openbookqa (4)" in page and "| 87.5 " in page  # of the transfer task, no mean of it
+    [better] = [line for line in page.splitlines() if line.startswith("| ffa | +25.0 [")]
+    [worse] = [line for line in page.splitlines() if line.startswith("| ffba | -")]
+    assert better.endswith("| as good |") and worse.endswith("| worse |")
+    assert "lora does not clearly beat the untrained model on openbookqa" in page
+    assert "boolq (40)" in page and "Failed:" not in page
     assert (tmp_path / "out" / "paired_two.png").read_bytes()[:4] == b"\x89PNG"
-    summary = overview([plan], tmp_path / "out").read_text()
-    assert "| method | two |" in summary and "| ffa | +50.0 [" in summary
-    assert "![Differences](paired.png)" in summary
     decays = {run.adapter.method: run.optim.weight_decay for run in fake_train.runs}
-    assert decays == {"lora": 0.0, "ffa": 0.1}
+    assert decays == {"lora": 0.0, "ffa": 0.1, "ffba": 0.0}
+
+    summary = overview([plan], tmp_path / "out").read_text()
+    [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
+    assert "-37.5 [" in line and "*, worse" in line
+    assert "![Differences](paired.png)" in summary and "| ffa | +25.0 [" in summary
+
+
+def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, monkeypatch):
+    """A seed that diverges is named, and the method gets no verdict and no star."""
+    plan = reference_plan(two_steps, tasks=("arc_easy",), transfer=())
+    train = jobs.train
+
+    def diverges(run, *args, **kwargs):
+        if (run.adapter.method, run.train.seed) == ("ffba", 1):
+            raise NonFiniteError("the loss of step 1 is nan")
+        return train(run, *args, **kwargs)
+
+    monkeypatch.setattr(jobs, "train", diverges)
+    compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    page = (tmp_path / "out" / "paired_two.md").read_text()
+    assert "1 of 2 seeds" in page
+    assert "Failed: ffba, seed 1, learning rate 0.001: the loss of step 1 is nan" in page
+    summary = overview([plan], tmp_path / "out").read_text()
+    [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
+    assert "*" not in line and "1 of 2 seeds" in line
+
+
+def test_a_reference_alone_has_no_differences(two_steps, tmp_path, scored, fake_train):
+    plan = reference_plan(two_steps).only(["lora"])
+    compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert "## Differences" not in overview([plan], tmp_path / "out").read_text()
+
+
+def test_a_method_that_diverges_at_every_rate_does_not_stop_the_others(
+    two_steps, tmp_path, scored, fake_train
+):
+    plan = reference_plan(two_steps)
+    fake_train.loss = lambda run: float("nan") if run.adapter.method == "lora" else 1.0
+    with pytest.raises(ConfigError, match="method 'lora' diverged at every learning rate"):
+        compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert {run.adapter.method for run in fake_train.runs} == {"lora", "ffa", "ffba"}
+    assert "| ffba |" in (tmp_path / "out" / "paired_two.md").read_text()
 
 
 def test_the_first_methods_are_finished_first_and_what_is_left_is_said(
@@ -106,8 +163,15 @@ def test_a_signal_after_the_last_step_stops_the_sweep(two_steps, tmp_path, monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reference": "lor"}, "'lor' is no method of it: did you mean 'lora'"),
-        ({"settings": {"x": {}}}, "'x' is no method of it"),
+        ({"reference": "lor"}, "comparison.reference: 'lor' is no method of it: did you mean"),
+        ({"settings": {"x": {}}}, "comparison.settings: 'x' is no method of it"),
+        ({"settings": {"lora": {"train.steps": 9}}}, r"has \['train.steps'\]: a method may have"),
+        ({"settings": {"lora": {"optim.learning_rate": 1}}}, r"has \['optim.learning_rate'\]"),
+        ({"transfer": ("boolq",)}, r"transfer=\('boolq',\) needs comparison.tasks"),
+        (
+            {"tasks": ("boolq",), "scoring": EVAL, "transfer": ("boolq",)},
+            r"transfer has \['boolq'\], which comparison.tasks has too",
+        ),
         ({"measure": "acuracy"}, "comparison.measure='acuracy': did you mean 'accuracy'"),
         ({"margin": 2.0}, "margin=2.0: must be positive, and needs comparison.reference"),
     ],
@@ -125,6 +189,8 @@ def test_some_methods_of_a_comparison():
         methods,
         (1e-3,),
         (0,),
+        tasks=("boolq",),
+        scoring=EVAL,
         reference="lora",
         settings={"ffba": {"optim.weight_decay": 0.1}},
     )
@@ -133,5 +199,5 @@ def test_some_methods_of_a_comparison():
     assert list(some.methods) == ["lora", "ffa"] and not some.settings
     with pytest.raises(ConfigError, match="no method 'ffaa'; did you mean 'ffa'"):
         plan.only(["lora", "ffaa"])
-    with pytest.raises(ConfigError, match="'lora' is no method of it"):
+    with pytest.raises(ConfigError, match="its reference 'lora' is left out; name it too"):
         plan.only(["ffa"])

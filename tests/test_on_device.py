@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+LABELS = ("base", "LoRA un-merged", "LoRA merged", "zflora-minimal", "zflora-uniform")
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "on_device.py"
 
 
 @pytest.fixture(scope="module")
 def on_device() -> Any:
-    spec = importlib.util.spec_from_file_location("on_device", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        return importlib.import_module("on_device")
 
 
 def test_the_page_has_a_row_for_each_file_over_the_base_of_its_type(
@@ -28,14 +29,15 @@ def test_the_page_has_a_row_for_each_file_over_the_base_of_its_type(
 
     rows = []
     for kind, scale in (("f32", 4.0), ("q4_1", 1.0)):
-        for i, label in enumerate(on_device.LABELS):
+        for i, label in enumerate(LABELS):
             row = {"type": kind, "": label, "bytes": int(scale * (100 + i) * 1e6)}
             for name in on_device.KINDS:
                 value = {"_min": 1.0, "_max": 3.0, "_ratio": 1 + i / 8, "": 2.0}
                 row |= {f"{name}{suffix}": x for suffix, x in value.items()}
             rows.append(row)
     settings = {"prompt": 128, "new_tokens": 64, "rounds": 3}
-    result = {"rows": rows, "settings": settings, "environment": environment()}
+    parts = [{"types": ["f32"], "environment": environment()}]
+    result = {"rows": rows, "settings": settings, "parts": parts}
     lines = on_device.page(result).splitlines()
     [line] = [line for line in lines if line.startswith("| q4_1 | zflora-uniform")]
     assert "104.0" in line and "1.040" in line and "1.500" in line and "2.0 [1.0, 3.0]" in line
@@ -96,3 +98,23 @@ def test_a_turn_of_litert_is_timed_as_one_of_llama_cpp() -> None:
     row = timed(model, [7, 8, 9], 4)
     assert row["tokens"] == [2, 3, 4, 5] and model.seen == [7, 8, 9, 2, 3, 4]
     assert all(row[name] >= 0 for name in ("ttft_ms", "tpot_ms", "ttft_cpu_ms", "tpot_cpu_ms"))
+
+
+def test_types_that_are_not_measured_keep_their_rows(on_device: Any, tmp_path: Path) -> None:
+    settings = {"prompt": 128, "new_tokens": 64, "rounds": 3}
+    rows = [{"type": kind} for kind in ("f32", "q8_0", "litert f32")]
+    parts = [
+        {"types": ["f32", "q8_0"], "environment": "first"},
+        {"types": ["litert f32"], "environment": "second"},
+    ]
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"rows": rows, "settings": settings, "parts": parts}))
+    args = argparse.Namespace(out=str(tmp_path / "x"), types=["litert f32", "q8_0"])
+    assert on_device.kept(args, settings) == {
+        "rows": [{"type": "f32"}],
+        "parts": [{"types": ["f32"], "environment": "first"}],
+    }
+    with pytest.raises(SystemExit, match="Give the same settings, or another --out"):
+        on_device.kept(args, settings | {"rounds": 5})
+    args.types = ["f32", "q8_0", "litert f32"]
+    assert on_device.kept(args, settings | {"rounds": 5}) == {"rows": [], "parts": []}

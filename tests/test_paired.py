@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.evaluation.paired import Difference, holm, non_inferior, paired_difference
+from zflora_jax.evaluation.paired import Difference, holm, paired_difference, verdict
 from zflora_jax.experiments.differences import (
     ALL,
     ROWS,
     UNTRAINED,
-    corrected,
     differences,
     headline,
+    informative,
     row_scores,
     scores_by_seed,
 )
@@ -34,25 +34,29 @@ def test_seeds_that_differ_widen_the_interval():
     together, wide = (
         paired_difference([gap], [np.zeros_like(gap)]) for gap in (np.repeat(rows, 3, 0), apart)
     )
-    assert together.mean == pytest.approx(wide.mean)
-    # The seeds' standard error, 0.3 / sqrt(3), with the bootstrap's loss of variance made good.
-    assert wide.high - wide.low > 2 * 1.96 * 0.15 > 10 * (together.high - together.low)
+    assert together.mean == pytest.approx(wide.mean) and (together.seeds, wide.seeds) == (3, 3)
+    # Student's t of two degrees of freedom times 0.3 / sqrt(3).
+    assert wide.high - wide.low == pytest.approx(2 * 4.303 * 0.3 / 3**0.5, rel=0.1)
+    assert together.high - together.low == pytest.approx(2 * 1.96 * 0.1 / 20, rel=0.1)
 
 
-def test_intervals_cover_a_true_difference():
-    """200 draws of three seeds and 200 rows: both vary, and the interval holds the truth at least
-    95% of the time, less two standard errors of that share.
+@pytest.mark.parametrize(
+    ("of_seeds", "of_answers", "of_rows"), [(0.0, 0.3, 0.1), (0.02, 0.3, 0.2), (0.02, 0.0, 0.0)]
+)
+def test_intervals_cover_a_true_difference(of_seeds, of_answers, of_rows):
+    """200 draws of three seeds and 300 rows, by what varies: the interval holds the truth 95% of
+    the time, within three standard errors of that share.
     """
     rng, held = np.random.default_rng(0), 0
+
+    def scores():
+        parts = (of_seeds, (3, 1)), (of_answers, (3, 300)), (of_rows, (1, 300))
+        return sum(rng.normal(0, deviation, shape) for deviation, shape in parts)
+
     for _ in range(200):
-        difficulty = rng.normal(0, 1, (1, 200))
-        right = [
-            (difficulty + rng.normal(0, 0.6, (3, 200)) + rng.normal(0, 0.1, (3, 1)) > 0.3)
-            for _ in range(2)
-        ]
-        found = paired_difference(*([a.astype(float)] for a in right), resamples=500)
+        found = paired_difference([scores()], [scores()], resamples=1000)
         held += found.low <= 0 <= found.high
-    assert held >= 200 * 0.95 - 2 * (200 * 0.95 * 0.05) ** 0.5
+    assert abs(held / 200 - 0.95) < 3 * (0.95 * 0.05 / 200) ** 0.5
 
 
 def test_tasks_count_the_same():
@@ -83,9 +87,10 @@ def test_holm_is_the_published_procedure():
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
 
 
-def test_non_inferior_means_the_whole_interval():
-    assert non_inferior(Difference(-0.5, -1.9, 0.9, 0.5), 2.0)
-    assert not non_inferior(Difference(1.0, -2.1, 4.1, 0.5), 2.0)
+def test_a_verdict_is_about_the_whole_interval():
+    assert verdict(Difference(-0.5, -1.9, 0.9, 0.5), 2.0) == "as good"
+    assert verdict(Difference(1.0, -2.1, 4.1, 0.5), 2.0) == "undecided"
+    assert verdict(Difference(-4.0, -5.0, -2.1, 0.0), 2.0) == "worse"
 
 
 def run(values: dict[str, str]) -> dict:
@@ -100,8 +105,9 @@ def test_differences_are_of_common_seeds_and_of_the_mean_of_tasks():
     assert headline(found) is found[ALL]
     base = differences({UNTRAINED: run({"a": "0000"})}, lora, ("a",), "accuracy")
     assert base["a"].mean == -37.5 and headline(base) is base["a"]
+    assert informative(("a", "b"), None) == ["a", "b"]
+    assert informative(("a",), base) == ["a"] * (base["a"].high < 0)
     assert differences({2: other[2]}, lora, ("a",), "accuracy") == {}
-    assert corrected({"other": found, "base": base})["base"] <= 1.0
 
 
 def test_records_keep_the_scores_of_their_rows():

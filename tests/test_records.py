@@ -89,7 +89,7 @@ def test_the_legend_says_where_the_two_likelihood_scores_differ():
     assert unequal == [answers.TRUE_FALSE]
     legend = summary.SCORE_LEGEND
     assert "two scores equal, but for boolq's true and false" in legend
-    assert "Neither is lm-evaluation-harness' acc or acc_norm" in legend
+    assert "in cloze form what lm-evaluation-harness calls acc and acc_norm" in legend
 
 
 def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from check_consumers import PROMPTS
 from consumer_workers import NEW_TOKENS
-from on_device import agreement, models
+from on_device import agreement
+from on_device_files import models
 
 ROOT = Path(__file__).resolve().parent.parent
 PIECES, LENGTH, CONTEXT = 16, 66, 128

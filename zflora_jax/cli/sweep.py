@@ -81,10 +81,16 @@ def run(args: argparse.Namespace) -> None:
             f"--only {args.only}: no sweep of {args.config} has that name."
             f" {nearest(args.only, names)}."
         )
+    if args.methods and any(isinstance(plan, Grid) for plan in plans):
+        raise ConfigError(
+            f"--methods is for comparisons, and {args.config} has a grid. Leave it out."
+        )
+    chosen = [plan for plan in plans if args.only in (None, plan.name)]
+    some = [p.only(args.methods) if isinstance(p, Comparison) else p for p in chosen]
     if args.workers != 1:
         _share(args)
     with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
-        for plan in (plan for plan in plans if args.only in (None, plan.name)):
+        for plan in some:
             workdir = Path(args.workdir) / plan.name if len(plans) > 1 else Path(args.workdir)
             if isinstance(plan, Grid):
                 rows = run_grid(
@@ -101,11 +107,11 @@ def run(args: argparse.Namespace) -> None:
                     f"no run of {plan.name} has finished: {rows[0]['status']}",
                 )
                 continue
-            changed = _changed(plan.only(args.methods), changes(args))
+            changed = _changed(plan, changes(args))
             found = compare_methods(changed, workdir, args.out, console=not args.worker)
             for row in () if args.worker else found["rows"]:
                 print_table(row, f"{plan.name}: {row['method']}")
-    compared = [plan for plan in plans if isinstance(plan, Comparison)]
+    compared = [plan for plan in plans if isinstance(plan, Comparison) and not args.worker]
     if len(compared) > 1 and (page := overview(compared, args.out)):
         print(f"all of them in {page}")
 
@@ -117,8 +123,15 @@ def _share(args: argparse.Namespace) -> None:
       ConfigError: there are fewer cores than workers.
       SystemExit: a worker failed, with its exit code; it has said why.
     """
+    import jax
+
     from zflora_jax.parallel.workers import run_pinned
 
+    require(
+        jax.default_backend() == "cpu",
+        f"--workers={args.workers} divides the cores of a CPU, and this machine computes on"
+        f" {jax.default_backend()}; leave it out.",
+    )
     command = [sys.executable, "-m", "zflora_jax.cli", "sweep", "--worker"]
     for name in ("config", "workdir", "out", "only"):
         if getattr(args, name) is not None:

@@ -2,8 +2,10 @@
 
 A row in LLM-Adapters' words lists its options and asks for a label ("answer2"), which a small model
 answers by habit. In cloze form the model sees the question alone, and each option is scored by its
-likelihood as the continuation, as lm-evaluation-harness does (its tasks arc_easy, arc_challenge,
-openbookqa, piqa, social_iqa and hellaswag; the forms below are theirs).
+likelihood as the continuation, as lm-evaluation-harness does. The prompts of ARC, OpenBookQA, PIQA
+and Social IQa are those of its tasks. HellaSwag's text is as the rows have it, where the harness
+also tidies it, and of WinoGrande the whole end of the sentence is scored, where the harness scores
+what follows the blank alone.
 """
 
 from __future__ import annotations

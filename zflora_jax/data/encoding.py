@@ -11,7 +11,7 @@ import numpy as np
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.conversations import answer_prompt, cut_at_a_turn, encode_conversations
-from zflora_jax.data.prompts import encode, encode_prompt_texts, render
+from zflora_jax.data.prompts import common_prefix, encode, encode_prompt_texts, render
 from zflora_jax.data.tasks import Example
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -147,6 +147,29 @@ def encode_prompts(
         " generated to it; it has a loss alone (eval.generate=False).",
     )
     return prompts
+
+
+def encode_options(
+    example: Example, prompt: list[int], tokenizer: Any
+) -> tuple[list[int], list[list[int]]]:
+    """Tokenise the options of an example as training tokenises its target.
+
+    Args:
+      example: with options.
+      prompt: its token ids, of `encode_prompts`.
+      tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+      (The token ids that all options follow, those of each option after them.) Where the example is
+      plain, prompt and option are one text: what an option changes of the prompt's last tokens is
+      its own, so the first may be shorter than `prompt`.
+    """
+    if not example.plain:
+        ids = tokenizer(list(example.options), add_special_tokens=False)["input_ids"]
+        return prompt, ids
+    rows = encode_prompt_texts(tokenizer, [example.prompt + text for text in example.options])
+    start = min(common_prefix(prompt, row) for row in rows)
+    return prompt[:start], [row[start:] for row in rows]
 
 
 def fit_documents(

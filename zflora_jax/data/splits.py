@@ -82,9 +82,9 @@ def read_split(
         return Split(rows, range(len(rows)), _names(files[split][1]))
     if "train" not in files:
         found = ", ".join(_names(paths) for _, paths in files.values())
+        names = source.formats[0].names
         wanted = " or ".join(
-            f"{source.formats[0].names[name][0]}.json(l)"
-            for name in dict.fromkeys(("train", split))
+            f"{names[name][0]}.json(l)" for name in dict.fromkeys(("train", split)) if name in names
         )
         fix = f"The {split} split needs {wanted} there."
         if source.test_only:

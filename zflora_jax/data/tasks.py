@@ -150,7 +150,7 @@ _ROWS: tuple[Task, ...] = (
     _training("commonsense_170k"),
 )
 _QUESTION = "Question: {}\nAnswer:"
-# Of a task in cloze form its prompt: lm-evaluation-harness' of the task with the same questions.
+# Of a task in cloze form its prompt.
 _FORMS = {
     "piqa": _QUESTION,
     "social_i_qa": "Q: {}\nA:",

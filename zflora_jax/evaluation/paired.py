@@ -20,12 +20,14 @@ class Difference:
       mean: of the differences.
       low, high: the ends of its 95% interval.
       p: two-sided, of no difference.
+      seeds: how many it is over.
     """
 
     mean: float
     low: float
     high: float
     p: float
+    seeds: int = 1
 
     def __str__(self) -> str:
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
@@ -37,20 +39,22 @@ def paired_difference(
     seed: int = 0,
     resamples: int = 10_000,
 ) -> Difference:
-    """The mean difference of two methods, and how far seeds and rows can move it.
+    """The mean difference of two methods, and how far rows and seeds can move it.
 
-    The bootstrap draws seeds and rows, each with replacement and independently (Owen, "The
-    pigeonhole bootstrap", 2007, section 3): a run of one seed counts on all rows, a row in the runs
-    of all seeds. Runs of the same seed share their data order and are paired. The variance of the
-    seeds that a bootstrap of S seeds sees is (S - 1) / S of theirs, so that resamples' deviations
-    from their mean over rows are enlarged by its inverse root.
+    Rows are drawn with replacement, each with the runs of all seeds (a paired bootstrap). What
+    other seeds would change beyond that is added: the variance between seeds, less what the noise
+    of single answers explains of it (a two-way analysis of variance), with Student's t of one
+    degree of freedom less than there are seeds. Runs of the same seed share their data order and
+    are paired. In simulations of three seeds the intervals hold the true difference 92 to 98% of
+    the time, whichever of the two varies more (`tests/test_paired.py`); this project's
+    construction.
 
     Args:
       method: for each task the scores of its rows, [S seeds, R rows]; all tasks have the same seeds
-        and count the same.
+        and count the same. With one seed the interval is that of the rows alone.
       reference: likewise, of the same seeds and rows.
-      seed: of the bootstrap.
-      resamples: of the bootstrap.
+      seed: of the random numbers.
+      resamples: drawn.
 
     Raises:
       ConfigError: the shapes differ, or there is no row.
@@ -67,20 +71,33 @@ def paired_difference(
         f"all tasks must have the scores of the same seeds, got {[len(gap) for gap in gaps]}.",
     )
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
-    wider = np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
-    weights = 1 / seeds + (drawn - 1 / seeds) * wider  # of the seeds, [resamples, S]
     means = np.zeros(resamples)
     for gap in gaps:
         rows = gap.shape[1]
-        counts = rng.multinomial(rows, np.full(rows, 1 / rows), resamples)
-        means += np.sum(weights * (counts @ gap.T), axis=1) / rows / len(gaps)
+        drawn = rng.multinomial(rows, np.full(rows, 1 / rows), resamples)
+        means += drawn @ gap.mean(axis=0) / rows / len(gaps)
+    if seeds > 1:
+        spread = np.sqrt(_variance_of_seeds(gaps) / seeds)
+        means += spread * rng.standard_t(seeds - 1, resamples)
     low, high = np.quantile(means, [0.025, 0.975])
     tail = min(np.sum(means <= 0), np.sum(means >= 0)) + 1
     p = min(1.0, 2 * tail / (resamples + 1))
-    return Difference(
-        float(np.mean([gap.mean() for gap in gaps])), float(low), float(high), float(p)
-    )
+    mean = float(np.mean([gap.mean() for gap in gaps]))
+    return Difference(mean, float(low), float(high), float(p), seeds)
+
+
+def _variance_of_seeds(gaps: Sequence[np.ndarray]) -> float:
+    """The variance between seeds of the tasks' mean difference, without the share of it that
+    the noise of single answers makes. gaps: [S, R] of each task, S > 1.
+    """
+    between = np.mean([gap.mean(axis=1) for gap in gaps], axis=0).var(ddof=1)
+    noise = 0.0
+    for gap in gaps:
+        seeds, rows = gap.shape
+        left = gap - gap.mean(axis=0) - gap.mean(axis=1, keepdims=True) + gap.mean()
+        freedom = (seeds - 1) * max(rows - 1, 1)
+        noise += np.sum(left**2) / freedom / rows / len(gaps) ** 2
+    return max(0.0, float(between - noise))
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
@@ -93,6 +110,10 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p}
 
 
-def non_inferior(difference: Difference, margin: float) -> bool:
-    """Whether the whole 95% interval lies above -margin."""
-    return difference.low > -margin
+def verdict(difference: Difference, margin: float) -> str:
+    """ "as good" where the whole 95% interval lies above -margin (non-inferior), "worse" where it
+    lies below, else "undecided".
+    """
+    if difference.low > -margin:
+        return "as good"
+    return "worse" if difference.high < -margin else "undecided"

@@ -22,7 +22,7 @@ from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import DataConfig, EvalConfig
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.answers import PARSERS
-from zflora_jax.data.encoding import encode_prompts, fit_documents
+from zflora_jax.data.encoding import encode_options, encode_prompts, fit_documents
 from zflora_jax.data.tasks import Example, Task, get_task
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
@@ -124,8 +124,8 @@ def likelihood_records(
 ) -> list[Record]:
     """Score every option of each example by its likelihood after the prompt.
 
-    In a task's cloze form options are the texts of the answers, and the two choices are
-    lm-evaluation-harness' acc and acc_norm. In LLM-Adapters' form they are whole answers that
+    In a task's cloze form options are the texts of the answers, and the two choices are what
+    lm-evaluation-harness calls acc and acc_norm. In LLM-Adapters' form they are whole answers that
     differ in their label; labels are equally long in all tasks but boolq, so the two choices agree.
 
     Args:
@@ -145,11 +145,9 @@ def likelihood_records(
         "likelihood needs tasks whose examples have options.",
     )
     style = evaluation.prompt_style or data.prompt_style
-    prompts, _ = _prompts(model, examples, style, evaluation, data.date)
-    options = [
-        model.tokenizer(list(example.options), add_special_tokens=False)["input_ids"]
-        for example in examples
-    ]
+    begun, _ = _prompts(model, examples, style, evaluation, data.date)
+    pairs = zip(examples, begun, strict=True)
+    prompts, options = zip(*(encode_options(*p, model.tokenizer) for p in pairs), strict=True)
 
     def score(rows: list[int]) -> list[Record]:
         sums = option_log_likelihoods(

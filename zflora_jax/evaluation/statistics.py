@@ -210,6 +210,11 @@ def suite_score(
         f"measure {head!r}: the tasks were scored by {', '.join(kinds)} alone. Choose one of them,"
         " or switch on what it needs (eval.generate, eval.likelihood).",
     )
+    without = [task for task in over if task not in table[head]]
+    require(
+        not without,
+        f"measure {head!r}: {', '.join(without)} has no such score. Compare tasks of one kind.",
+    )
     counted = [task for task in table[head] if task in (over or table[head])]
     means = [100 * mean(one[task][head]["mean"] for task in counted) for one in clean]
     return SuiteScore(

@@ -12,11 +12,11 @@ from zflora_jax.reporting.tables import markdown_table
 SCORE_LEGEND = (
     "accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters'"
     " rules; likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens'"
-    " log-probabilities, or by that sum over its characters. In cloze form these are"
-    " lm-evaluation-harness' acc and acc_norm. In LLM-Adapters' form an option is a whole answer"
-    ' with its label ("the correct answer is answer2"): the options of a question are equally long,'
-    " and the two scores equal, but for boolq's true and false. clean: rows whose question is not"
-    " in the training data."
+    " log-probabilities, or by that sum over its characters; in cloze form what"
+    " lm-evaluation-harness calls acc and acc_norm. In LLM-Adapters' form an option is a whole"
+    ' answer with its label ("the correct answer is answer2"): the options of a question are'
+    " equally long, and the two scores equal, but for boolq's true and false. clean: rows whose"
+    " question is not in the training data."
 )
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from zflora_jax.adapters.counts import count_params
-from zflora_jax.core.fields import to_dict
+from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.data.dates import dated
@@ -28,6 +28,7 @@ from zflora_jax.experiments.differences import (
     UNTRAINED,
     differences,
     headline,
+    informative,
     scores_by_seed,
 )
 from zflora_jax.experiments.jobs import POLL, run_jobs, score, split_loss
@@ -139,7 +140,9 @@ def compare_methods(
         while plan.tasks and not base:  # another process is scoring it
             time.sleep(POLL)
             base = _untrained(plan, model, workdir, out, console)
-        return _write_tables(plan, found, state, base, model, out)
+        result = _write_tables(plan, found, state, base, model, out)
+    require(not state.failed, " ".join(state.failed.values()))
+    return result
 
 
 def _write_tables(
@@ -161,6 +164,11 @@ def _write_tables(
         "rows": rows,
         "missing": state.missing(),
         "runs": runs,
+        "compared by": {
+            "measure": plan.measure,
+            "reference": plan.reference,
+            "margin": plan.margin,
+        },
         "differences": {
             label: {task: asdict(gap) for task, gap in of.items()} for label, of in gaps.items()
         },
@@ -200,12 +208,11 @@ def _differences(
     reference = runs.pop(plan.reference, None)
     if not reference:
         return {}
-    untrained = {UNTRAINED: base} if all(ROWS in of for of in base.values()) else {}
-    measure = next(iter(scores.values())).headline
-    found = {
-        label: differences(of, reference, plan.tasks, measure)
-        for label, of in ({BASE: untrained} | runs).items()
-    }
+    measure, found = next(iter(scores.values())).headline, {}
+    if base and all(ROWS in of for of in base.values()):
+        found[BASE] = differences({UNTRAINED: base}, reference, plan.tasks, measure)
+    tasks = informative(plan.tasks, found.get(BASE))
+    found |= {label: differences(of, reference, tasks, measure) for label, of in runs.items()}
     return {label: of for label, of in found.items() if of}
 
 
@@ -232,6 +239,8 @@ def _untrained(
     job.workdir.mkdir(parents=True, exist_ok=True)
     try:
         with locked(job.workdir):
+            if (saved := read_result(job)) is not None:
+                return saved["scores"]
             env = environment()
             result = {"scores": score(base, model, scoring, job.workdir, console)}
             write_record(job, result | {key: env[key] for key in ORIGIN})
@@ -256,7 +265,7 @@ def _draw(
             out / plan.name,
             f"{plan.name}: difference to {plan.reference}",
             f"{measure}, points",
-            plan.margin,
+            {plan.name: plan.margin} if plan.margin else {},
         )
         return
     tables = {label: score.headline_scores for label, score in scores.items()}

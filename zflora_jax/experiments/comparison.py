@@ -16,6 +16,7 @@ from zflora_jax.evaluation.statistics import SCORES
 from zflora_jax.experiments.store import Job, Scoring
 
 BASE = "base"
+_RATE = "learning_rate"
 
 
 @dataclass(frozen=True)
@@ -74,45 +75,69 @@ class Comparison:
             bool(self.tasks) == (self.scoring is not None),
             "comparison.tasks and comparison.scoring go together: give both, or neither.",
         )
-        labels = ("", *self.methods)
-        for label in (self.reference, *self.settings):
-            require(
-                label in labels,
-                f"comparison: {label!r} is no method of it: {nearest(label, self.methods)}.",
-            )
-        require(
-            self.measure in ("", *SCORES.values()),
-            f"comparison.measure={self.measure!r}: {nearest(self.measure, SCORES.values())}.",
-        )
-        require(
-            self.margin is None or (self.margin > 0 and bool(self.reference)),
-            f"comparison.margin={self.margin}: must be positive, and needs comparison.reference.",
-        )
-        if (other := self.rates_from) is not None:
-            same = all(
-                other.methods.get(label) == adapter
-                and other.settings.get(label, {}) == self.settings.get(label, {})
-                for label, adapter in self.methods.items()
-            )
-            require(
-                same and other.name != self.name,
-                f"comparison.rates_from={other.name!r}: it must be another comparison, over the"
-                " same methods.",
-            )
-            # Its choosing runs are made on the base that is loaded for this one.
-            for key in ("model", "train.dtype"):
-                own, its = (operator.attrgetter(key)(plan.base) for plan in (self, other))
-                require(
-                    own == its,
-                    f"comparison.rates_from={other.name!r}: its {key} is {its!r}, and this one's"
-                    f" {own!r}; give one for both.",
-                )
+        self._check_reference()
+        self._check_rates_from()
         steps, warmup, whole = self.pick_steps, self.base.optim.warmup_steps, self.base.train.steps
         require(
             steps is None or warmup < steps <= whole,
             f"comparison.pick_steps={steps}: must be above optim.warmup_steps={warmup} and at most"
             f" train.steps={whole}. Change the config file.",
         )
+
+    def _check_reference(self) -> None:
+        """What methods are compared by, and the settings of their own."""
+        for name, labels in (("reference", [self.reference]), ("settings", self.settings)):
+            for label in labels:
+                require(
+                    label in ("", *self.methods),
+                    f"comparison.{name}: {label!r} is no method of it:"
+                    f" {nearest(label, self.methods)}.",
+                )
+        for label, changes in self.settings.items():
+            wrong = [k for k in changes if not k.startswith("optim.") or k == f"optim.{_RATE}"]
+            require(
+                not wrong,
+                f"comparison.settings[{label!r}] has {wrong}: a method may have optim.* of its own,"
+                f" but not optim.{_RATE}, which is chosen; all else is the base's.",
+            )
+        require(
+            self.measure in ("", *SCORES.values()),
+            f"comparison.measure={self.measure!r}: {nearest(self.measure, SCORES.values())}.",
+        )
+        for name in ("transfer", "measure", "reference"):
+            require(
+                bool(self.tasks) or not getattr(self, name),
+                f"comparison.{name}={getattr(self, name)!r} needs comparison.tasks and scoring.",
+            )
+        twice = sorted(set(self.tasks) & set(self.transfer))
+        require(not twice, f"comparison.transfer has {twice}, which comparison.tasks has too.")
+        require(
+            self.margin is None or (self.margin > 0 and bool(self.reference)),
+            f"comparison.margin={self.margin}: must be positive, and needs comparison.reference.",
+        )
+
+    def _check_rates_from(self) -> None:
+        """Another comparison's choice of rates holds for the same methods on the same base."""
+        if (other := self.rates_from) is None:
+            return
+        same = all(
+            other.methods.get(label) == adapter
+            and other.settings.get(label, {}) == self.settings.get(label, {})
+            for label, adapter in self.methods.items()
+        )
+        require(
+            same and other.name != self.name,
+            f"comparison.rates_from={other.name!r}: it must be another comparison, over the"
+            " same methods.",
+        )
+        # Its choosing runs are made on the base that is loaded for this one.
+        for key in ("model", "train.dtype"):
+            own, its = (operator.attrgetter(key)(plan.base) for plan in (self, other))
+            require(
+                own == its,
+                f"comparison.rates_from={other.name!r}: its {key} is {its!r}, and this one's"
+                f" {own!r}; give one for both.",
+            )
 
     def only(self, labels: Sequence[str] | None) -> Comparison:
         """The same with some of its methods, in its order; None: all.
@@ -127,6 +152,10 @@ class Comparison:
                 label in self.methods,
                 f"comparison {self.name!r}: no method {label!r}; {nearest(label, self.methods)}.",
             )
+        require(
+            self.reference in ("", *labels),
+            f"comparison {self.name!r}: its reference {self.reference!r} is left out; name it too.",
+        )
         kept = {label: of for label, of in self.methods.items() if label in labels}
         settings = {label: of for label, of in self.settings.items() if label in kept}
         return dataclasses.replace(self, methods=kept, settings=settings)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.evaluation.paired import Difference, holm, paired_difference
+from zflora_jax.evaluation.paired import Difference, paired_difference
 from zflora_jax.evaluation.statistics import SCORES, Record
 from zflora_jax.experiments.store import Result
 
@@ -61,7 +61,7 @@ def differences(
     if UNTRAINED in method:
         method = dict.fromkeys(reference, method[UNTRAINED])
     seeds = sorted(method.keys() & reference.keys())
-    if not seeds:
+    if not seeds or not tasks:
         return {}
 
     def table(runs: Mapping[int, Scored], task: str) -> np.ndarray:
@@ -74,14 +74,20 @@ def differences(
     return found
 
 
+def informative(tasks: Sequence[str], base: Mapping[str, Difference] | None) -> list[str]:
+    """The tasks on which the reference clearly beats the untrained model: the others say nothing
+    about methods.
+
+    Args:
+      tasks: all of them.
+      base: differences of the untrained model to the reference; None: not known yet, then all.
+    """
+    return [task for task in tasks if base is None or base[task].high < 0]
+
+
 def headline(found: Mapping[str, Difference]) -> Difference:
     """The one that a method is judged by: of the tasks' mean, or of the only task."""
     return found[ALL] if ALL in found else next(iter(found.values()))
-
-
-def corrected(found: Mapping[str, Mapping[str, Difference]]) -> dict[str, float]:
-    """Label -> p of its headline difference, corrected over the labels (Holm)."""
-    return holm({label: headline(of).p for label, of in found.items()})
 
 
 def scores_by_seed(runs: Sequence[Result]) -> dict[int, Scored]:

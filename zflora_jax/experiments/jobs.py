@@ -157,10 +157,20 @@ def _result(
                 f"stopped by a signal after {job.name} was trained, which is saved in"
                 f" {job.workdir}; the same command goes on from there."
             )
-        result = _measured(job, trained, console)
     except NonFiniteError as error:
-        result = {"failed": str(error)}
-    write_record(job, result)
+        result: Result = {"failed": str(error)}
+        write_record(job, result)
+        return result
+    folder = job.workdir / "eval"
+    folder.mkdir(exist_ok=True)
+    with locked(folder):  # the run itself is free again
+        if (saved := read_result(job)) is not None:
+            return saved
+        try:
+            result = _measured(job, trained, console)
+        except NonFiniteError as error:
+            result = {"failed": str(error)}
+        write_record(job, result)
     return result
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.core.fields import require
-from zflora_jax.evaluation.paired import Difference, holm, non_inferior
+from zflora_jax.evaluation.paired import Difference, holm
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.differences import headline
+from zflora_jax.experiments.page import verdict_legend, verdict_of
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.plots import forest
 from zflora_jax.reporting.tables import markdown_table
@@ -67,19 +68,23 @@ def _gaps(found: Mapping[str, Any]) -> Gaps:
 
 
 def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
+    there = [row["method"] for row in found.get("rows", ()) if row["method"] != BASE]
     return {
         "comparison": f"[{plan.name}]({plan.name}.md)",
         "trained on": plan.base.data.task,
         "steps": plan.base.train.steps,
         "seeds": len(plan.seeds),
-        "methods": len(plan.methods),
+        "methods": len(there) or len(plan.methods),
         "tasks scored": ", ".join(plan.tasks) or None,
+        "measure": found.get("compared by", {}).get("measure") or None,
+        "margin": found.get("compared by", {}).get("margin"),
         "not run yet": ", ".join(found.get("missing", ())) or None,
     }
 
 
 def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[str]:
     """The table of all differences, their legend and picture."""
+    gaps = [(plan, of) for plan, of in gaps if of.keys() - {BASE}]
     if not gaps:
         return []
     p = holm(
@@ -87,7 +92,7 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[st
             f"{plan.name} {label}": gap.p
             for plan, of in gaps
             for label, gap in of.items()
-            if label != BASE
+            if label != BASE and gap.seeds == len(plan.seeds)
         }
     )
     labels = list(dict.fromkeys(label for _, of in gaps for label in of))
@@ -100,33 +105,30 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[st
         }
         for label in labels
     ]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     drawn = {
-        _title(plan): {
-            label: (gap.mean, gap.low, gap.high) for label, gap in of.items() if label != BASE
-        }
+        _title(plan): {k: (gap.mean, gap.low, gap.high) for k, gap in of.items() if k != BASE}
         for plan, of in gaps
     }
-    margins = {plan.margin for plan, _ in gaps}
-    references = ", ".join(dict.fromkeys(plan.reference for plan, _ in gaps))
     forest(
         drawn,
         path.with_suffix(""),
-        f"Difference to {references}",
+        "Differences to the reference",
         "points of 100",
-        margins.pop() if len(margins) == 1 else None,
+        {_title(plan): plan.margin for plan, _ in gaps if plan.margin},
     )
+    references = ", ".join(dict.fromkeys(plan.reference for plan, _ in gaps))
+    legend = (
+        f"Scores less those of {references}, in points of 100, on the same rows and seeds, with 95%"
+        ' intervals over both. base: the untrained model. "*": a difference at the 5% level after'
+        f" Holm's correction over the {len(p)} comparisons of this table that are complete."
+    )
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     return [
         "## Differences",
         "",
         markdown_table(rows, columns),
         "",
-        (
-            'Points of 100, with 95% intervals over seeds and rows (paired bootstrap). "=": the'
-            " whole interval lies above the margin that was fixed before the runs, so the method is"
-            ' as good as the reference. "*": a difference at the 5% level after Holm\'s correction'
-            f" over the {len(p)} comparisons of this table. base: the untrained model."
-        ),
+        f"{legend} {verdict_legend('the reference', 'the margin of the comparison')}",
         "",
         f"![Differences]({path.stem}.png)",
         "",
@@ -134,9 +136,10 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[st
 
 
 def _title(plan: Comparison) -> str:
-    return plan.name.partition("_")[2]
+    """The name of a comparison without the word that all share."""
+    return plan.name.partition("_")[2] or plan.name
 
 
 def _cell(plan: Comparison, label: str, gap: Difference, p: float | None) -> str:
-    equal = label != BASE and plan.margin is not None and non_inferior(gap, plan.margin)
-    return f"{gap}{' =' if equal else ''}{' *' if p is not None and p < 0.05 else ''}"
+    verdict = verdict_of(plan, label, gap)
+    return f"{gap}{' *' if p is not None and p < 0.05 else ''}{f', {verdict}' if verdict else ''}"

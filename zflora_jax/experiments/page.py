@@ -10,11 +10,11 @@ from typing import Any
 
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import EvalConfig
-from zflora_jax.evaluation.paired import Difference, non_inferior
+from zflora_jax.evaluation.paired import Difference, verdict
 from zflora_jax.evaluation.statistics import SCORE_FIELDS, SuiteScore
 from zflora_jax.evaluation.summary import SCORE_LEGEND, decoding
 from zflora_jax.experiments.comparison import BASE, Comparison
-from zflora_jax.experiments.differences import corrected, headline
+from zflora_jax.experiments.differences import headline, informative
 from zflora_jax.experiments.store import ORIGIN, Result
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import commit_text, origin_line
@@ -91,6 +91,12 @@ def comparison_page(
     """
     trained = [row for row in found["rows"] if row["method"] != BASE]
     missing = f"Not run yet: {', '.join(found['missing'])}." if found["missing"] else ""
+    failed = [
+        f"{run['method']}, seed {run['seed']}, learning rate {run['learning_rate']:g}:"
+        f" {run['failed']}"
+        for run in found["runs"]
+        if "failed" in run
+    ]
     # A run that chose the learning rate may be one that is chosen: it counts once.
     runs = {(r["method"], r["learning_rate"], r["steps"], r["seed"]): r for r in found["runs"]}
     resumed = (
@@ -105,6 +111,7 @@ def comparison_page(
         *_score_blocks(plan, trained, scores),
         plan.reading,
         missing,
+        f"Failed: {'; '.join(failed)}" if failed else "",
         runs_made_at(runs.values()),
         f"{origin_line(found['environment'])} {resumed}",
     ]
@@ -118,38 +125,49 @@ def difference_blocks(
     """The table of differences to the reference, and how they were taken."""
     if not gaps:
         return []
-    p = corrected({label: of for label, of in gaps.items() if label != BASE})
     rows = [
         {"method": label}
         | {task: str(gap) for task, gap in of.items()}
-        | {"p (Holm)": p.get(label), f"within {plan.margin}": _verdict(plan, label, of)}
+        | {"p": headline(of).p if label != BASE else None}
+        | {"verdict": verdict_of(plan, label, headline(of))}
         for label, of in gaps.items()
     ]
-    columns = [key for key in rows[0] if plan.margin is not None or not key.startswith("within")]
-    weak = [task for task in plan.tasks if gaps.get(BASE) and gaps[BASE][task].high >= 0]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if plan.margin is None:
+        columns.remove("verdict")
+    weak = [t for t in plan.tasks if t not in informative(plan.tasks, gaps.get(BASE))]
     measure = next(iter(scores.values())).headline
     note = (
         f"{measure} less that of {plan.reference}, in points of 100, on the same rows and seeds,"
-        " with 95% intervals: a paired bootstrap over seeds and rows; p of no difference, corrected"
-        " over the methods of this page (Holm)."
+        " with 95% intervals over both (`zflora_jax.evaluation.paired`); p of no difference, not"
+        " corrected for the number of methods."
     )
     if plan.margin is not None:
-        note += (
-            f" A method is as good as {plan.reference} (yes) where its whole interval lies above"
-            f" -{plan.margin}, the margin that was fixed before the runs."
-        )
+        note += f" {verdict_legend(plan.reference, f'{plan.margin:g} points')}"
     if weak:
         note += (
             f" {plan.reference} does not clearly beat the untrained model on {', '.join(weak)}:"
-            " they say nothing about methods."
+            " they say nothing about methods, and are compared by none."
         )
     return [f"## Difference to {plan.reference}", markdown_table(rows, columns), note]
 
 
-def _verdict(plan: Comparison, label: str, of: Mapping[str, Difference]) -> bool | None:
+def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
+    """What a difference says by the margin, once all seeds are there; None of the base."""
     if plan.margin is None or label == BASE:
         return None
-    return non_inferior(headline(of), plan.margin)
+    if gap.seeds < len(plan.seeds):
+        return f"{gap.seeds} of {len(plan.seeds)} seeds"
+    return verdict(gap, plan.margin)
+
+
+def verdict_legend(reference: str, margin: str) -> str:
+    """What the verdicts mean, in words."""
+    return (
+        f"As good: the whole interval lies above -{margin}, a margin that was fixed before the"
+        f" runs. Worse: it lies below. Undecided: it reaches across, so these rows and seeds do not"
+        f" tell whether the method is as good as {reference}."
+    )
 
 
 def _setting(plan: Comparison, found: Result) -> str:
@@ -251,7 +269,7 @@ def _score_cells(plan: Comparison, label: str, score: SuiteScore, kind: str) -> 
     several = len(plan.seeds) > 1 and label != BASE and kind == score.headline
     spread = f" ± {score.spread:.1f}" if several else ""
     counted = [value.mean for task, value in values.items() if task in plan.tasks]
-    return cells | {"mean": f"{statistics.mean(counted):.1f}{spread}"}
+    return cells | ({"mean": f"{statistics.mean(counted):.1f}{spread}"} if counted else {})
 
 
 def _rows_scored(scoring: EvalConfig) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.rates import RateChoice, choose_rate
 from zflora_jax.experiments.store import Job, Result, read_result
@@ -26,6 +27,7 @@ class Progress:
         self._picks = workdir if plan.picker is plan else workdir.parent / plan.picker.name
         self._results: dict[Path, Result] = {}  # of finished jobs, by their record
         self._choices: dict[str, RateChoice] = {}
+        self.failed: dict[str, str] = {}  # methods without a rate, and why
         self._start = time.monotonic(), self._steps()[0]
 
     def result(self, job: Job) -> Result | None:
@@ -40,16 +42,17 @@ class Progress:
         return self.plan.picker.rate_jobs(label, self._picks, self._out)
 
     def choice(self, label: str) -> RateChoice | None:
-        """The chosen rate of a method; None while a run that it needs is missing.
-
-        Raises:
-          ConfigError: the method diverged at every rate.
+        """The chosen rate of a method; None while a run that it needs is missing, and where it
+        diverged at every rate, which `failed` then says.
         """
-        if label not in self._choices:
+        if label not in self._choices and label not in self.failed:
             found = {rate: self.result(job) for rate, job in self.rate_jobs(label).items()}
             done = {rate: result for rate, result in found.items() if result is not None}
             if len(done) == len(found):
-                self._choices[label] = choose_rate(label, done)
+                try:
+                    self._choices[label] = choose_rate(label, done)
+                except ConfigError as error:
+                    self.failed[label] = str(error)
         return self._choices.get(label)
 
     def seed_jobs(self, label: str) -> dict[int, Job]:
@@ -95,7 +98,8 @@ class Progress:
         plan, picker = self.plan, self.plan.picker
         done = {job.record: job.run.train.steps for job in self._known() if self.result(job)}
         each = len(picker.learning_rates) * (picker.pick_steps or picker.base.train.steps)
-        whole = len(plan.seeds) * plan.base.train.steps
+        whole_run = plan.base.train.steps
+        whole = len(plan.seeds) * whole_run
         # A run that chose the rate, of full length, is one of the chosen ones.
-        twice = plan.base.train.steps if picker is plan and plan.pick_steps is None else 0
+        twice = whole_run if picker is plan and (plan.pick_steps or whole_run) == whole_run else 0
         return sum(done.values()), len(plan.methods) * (each + whole - twice)

@@ -44,15 +44,15 @@ def run_pinned(command: Sequence[str], workers: int) -> list[int]:
     Raises:
       ConfigError: there are fewer cores than workers.
     """
-    processes = []
-    for cores in cores_of(workers):
-        process = subprocess.Popen(command)
-        if hasattr(os, "sched_setaffinity"):
-            # Before it has threads: they take over the affinity of the one that starts them.
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(process.pid, cores)
-        processes.append(process)
+    places = cores_of(workers)
+    processes: list[subprocess.Popen[bytes]] = []
     with _passed_on(processes):
+        for cores in places:
+            processes.append(subprocess.Popen(command))
+            if hasattr(os, "sched_setaffinity"):
+                # Before it has threads: they take over the affinity of the one that starts them.
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(processes[-1].pid, cores)
         return [process.wait() for process in processes]
 
 

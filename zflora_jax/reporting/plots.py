@@ -194,7 +194,7 @@ def forest(
     out: str | Path,
     title: str,
     label: str,
-    margin: float | None = None,
+    margins: Mapping[str, float] | None = None,
 ) -> None:
     """Draw differences as points with their intervals, a panel per group and a row per label; zero
     is marked, and a margin below it is shaded.
@@ -204,7 +204,7 @@ def forest(
       out: path without a suffix.
       title: of the figure.
       label: of the axes.
-      margin: how far below zero a difference may lie.
+      margins: group -> how far below zero a difference may lie.
     """
     from matplotlib.figure import Figure
 
@@ -220,8 +220,8 @@ def forest(
             reach = [[mean - low], [high - mean]]
             axes.errorbar(mean, place, xerr=reach, fmt="o", color="C0", capsize=3, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        if margin is not None:
-            axes.axvspan(-margin, 0, color="C2", alpha=0.12, linewidth=0)
+        if margins and group in margins:
+            axes.axvspan(-margins[group], 0, color="C2", alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
         if len(groups) > 1:
