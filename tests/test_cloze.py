@@ -8,11 +8,11 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig, EvalConfig
 from zflora_jax.data.builders import wording
 from zflora_jax.data.cloze import as_cloze, listed_options
-from zflora_jax.data.encoding import encode_examples
+from zflora_jax.data.encoding import encode_examples, encode_options
 from zflora_jax.data.task import Example, options_of
 from zflora_jax.data.tasks import TASKS, load_examples
 from zflora_jax.evaluation.contamination import contaminated, questions
-from zflora_jax.evaluation.records import likelihood_records
+from zflora_jax.evaluation.records import _chosen, likelihood_records
 
 
 def example(row: dict) -> Example:
@@ -107,12 +107,43 @@ def test_tasks_in_cloze_form_read_the_same_files(tmp_path, model):
     assert model.tokenizer.decode(ids[mask][:-1]) == cloze.target
 
 
-def test_likelihoods_are_divided_by_the_characters_of_the_option_alone(model):
+def test_likelihoods_are_divided_by_the_characters_of_the_option_alone():
     """The space that separates an option from the prompt is no character of it."""
+    cloze = as_cloze(example(ROWS["arc"][0]), "{}")  # " a rock", " fur: Answer1: yes", " ice"
+    assert [len(option) - 1 for option in cloze.options] == [6, 17, 3]
+    # Per character -1.0, -1.005 and -1.1; with the space -0.857, -0.949 and -0.825.
+    found = _chosen([-6.0, -17.085, -3.3], cloze)
+    assert not found["correct_norm"] and not found["correct_sum"]
+    assert _chosen([-6.0, -16.9, -3.3], cloze)["correct_norm"]  # -0.994; with the space it is last
+
+
+class PrefixSpace:
+    """A tokenizer that writes a space before a text of its own, as SentencePiece's do."""
+
+    bos_token_id = None
+
+    def __call__(self, texts, add_special_tokens=True):
+        rows = [[ord(c) for c in " " + text] for text in texts]
+        return {"input_ids": rows}
+
+
+def test_options_are_tokenised_as_training_tokenises_them():
+    """As one text with the prompt: no second space, and tokens that join both are the option's."""
+    cloze = as_cloze(example(ROWS["piqa"][0]), "{}")
+    prompt = [ord(c) for c in f" {cloze.prompt}"]
+    start, options = encode_options(cloze, prompt, PrefixSpace())
+    assert start == prompt
+    assert ["".join(map(chr, ids)) for ids in options] == list(cloze.options)
+    start, options = encode_options(cloze, [*prompt[:-1], 1000], PrefixSpace())  # joined with what
+    assert start == prompt[:-1] and options[0][0] == prompt[-1]  # follows
+    letters = example(ROWS["piqa"][0])
+    assert encode_options(letters, prompt, PrefixSpace())[1][0][0] == ord(" ")
+
+
+def test_likelihoods_of_cloze_examples_are_computed(model):
     cloze = as_cloze(example(ROWS["arc"][0]), "{}")
     settings = EvalConfig(batch_size=2, max_new_tokens=4)
     (record,) = likelihood_records(model, [cloze], DataConfig(), settings)
     sums = record["log_likelihoods"]
-    norms = [x / len(o.strip()) for x, o in zip(sums, cloze.options, strict=True)]
-    assert record["correct_norm"] == (max(norms) == norms[1])
+    assert len(sums) == 3 and max(sums) < 0
     assert record["correct_sum"] == (max(sums) == sums[1])

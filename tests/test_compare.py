@@ -151,6 +151,26 @@ def test_a_comparison_waits_for_a_run_that_another_process_trains(
     assert waited == [jobs.POLL] and len(fake_train.runs) == 1
 
 
+def test_a_run_that_another_process_scores_is_waited_for(
+    two_steps, tmp_path, monkeypatch, fake_train
+):
+    """Trained, so its lock is free, but not recorded yet: nobody else may score it meanwhile."""
+    plan = Comparison("scored", two_steps, LORA, (1e-3,), (0,))
+    folder = tmp_path / "runs" / "lora-lr0.001-seed0" / "eval"
+    folder.mkdir(parents=True)
+    record = tmp_path / "out" / "scored" / "lora-lr0.001-seed0.json"
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder))
+
+        def sleep(_):
+            assert not record.exists()
+            stack.close()
+
+        monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
+        compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert record.is_file()
+
+
 def test_a_base_that_another_process_scores_is_not_scored_again(
     two_steps, tmp_path, monkeypatch, fake_train
 ):

@@ -7,9 +7,11 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.evaluation.paired import Difference, holm, paired_difference, verdict
 from zflora_jax.experiments.differences import (
     ALL,
+    DIGEST,
     ROWS,
     UNTRAINED,
     differences,
+    digest,
     headline,
     informative,
     row_scores,
@@ -108,6 +110,19 @@ def test_differences_are_of_common_seeds_and_of_the_mean_of_tasks():
     assert informative(("a", "b"), None) == ["a", "b"]
     assert informative(("a",), base) == ["a"] * (base["a"].high < 0)
     assert differences({2: other[2]}, lora, ("a",), "accuracy") == {}
+
+
+def test_rows_are_compared_with_themselves_alone():
+    records = [
+        {"prompt": "Q", "input": "", "answer": "1"},
+        {"prompt": "R", "input": "", "answer": "2"},
+    ]
+    assert digest(records) == digest(list(records)) != digest(records[::-1])
+    one = {0: {"a": {ROWS: {"accuracy": "10"}, DIGEST: digest(records)}}}
+    other = {0: {"a": {ROWS: {"accuracy": "01"}, DIGEST: digest(records[:1])}}}
+    assert differences(one, one, ("a",), "accuracy")["a"].mean == 0
+    with pytest.raises(ConfigError, match="the records of a are of different rows"):
+        differences(one, other, ("a",), "accuracy")
 
 
 def test_records_keep_the_scores_of_their_rows():

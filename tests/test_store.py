@@ -167,6 +167,12 @@ def same_rows(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> No
         assert {key: row[key] for key in wanted} == wanted
 
 
+# Name of a table -> the config that makes it.
+TABLES = {
+    plan.name: f"{config}.py"
+    for config in ("accuracy_table", "accuracy")
+    for plan in load_config(str(ROOT / "configs" / f"{config}.py"), "get_sweep")
+}
 ACCURACY = [path.stem for path in sorted(RESULTS.glob("accuracy_*.json"))]
 
 
@@ -175,7 +181,7 @@ def test_committed_records_give_the_committed_page(name, nothing_runs, tmp_path,
     committed = nothing_runs(name)
     for folder in RESULTS.glob("accuracy_*/"):
         shutil.copytree(folder, tmp_path / folder.name)
-    config = str(ROOT / "configs" / "accuracy_table.py")
+    config = str(ROOT / "configs" / TABLES[name])
     command = ["sweep", "--config", config, "--only", name, "--workdir", str(tmp_path / "w")]
     assert main([*command, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / f"{name}.json").read_text())

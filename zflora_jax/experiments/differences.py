@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from zflora_jax.core.fields import require
 from zflora_jax.evaluation.paired import Difference, paired_difference
 from zflora_jax.evaluation.statistics import SCORES, Record
 from zflora_jax.experiments.store import Result
 
 ALL = "mean"  # of the tasks
 UNTRAINED = -1  # in place of a seed: the same scores beside those of any
-ROWS = "row scores"  # their place in a record
+ROWS, DIGEST = "row scores", "row digest"  # their places in a record
 # task -> what a record keeps of it; under ROWS score -> the value of each clean row
 Scored = Mapping[str, Mapping[str, Any]]
 
@@ -34,6 +36,21 @@ def row_scores(records: Sequence[Record]) -> dict[str, Any]:
                 else [round(value, 4) for value in values]
             )
     return found
+
+
+def digest(records: Sequence[Record]) -> str:
+    """Names the rows of `records`, so that rows are compared with themselves alone."""
+    asked = [(record["prompt"], record["input"], record["answer"]) for record in records]
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+
+
+def _require_same_rows(task: str, runs: Iterable[Scored]) -> None:
+    found = {run[task][DIGEST] for run in runs if DIGEST in run[task]}
+    require(
+        len(found) <= 1,
+        f"the records of {task} are of different rows: its data has changed since some were made."
+        " Move the older records away, and their runs are scored anew.",
+    )
 
 
 def _column(values: str | Sequence[float]) -> np.ndarray:
@@ -57,12 +74,18 @@ def differences(
     Returns:
       task -> difference, and `ALL` -> that of their mean where there are several; empty without a
       common seed.
+
+    Raises:
+      ConfigError: the records are of different rows.
     """
     if UNTRAINED in method:
         method = dict.fromkeys(reference, method[UNTRAINED])
     seeds = sorted(method.keys() & reference.keys())
     if not seeds or not tasks:
         return {}
+
+    for task in tasks:
+        _require_same_rows(task, [runs[seed] for runs in (method, reference) for seed in seeds])
 
     def table(runs: Mapping[int, Scored], task: str) -> np.ndarray:
         return np.stack([_column(runs[seed][task][ROWS][measure]) for seed in seeds])

@@ -25,7 +25,7 @@ from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.suite import clean_records, evaluate_tasks, kept_scores
-from zflora_jax.experiments.differences import ROWS, row_scores
+from zflora_jax.experiments.differences import DIGEST, ROWS, digest, row_scores
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.store import (
     EXTRA,
@@ -217,7 +217,8 @@ def score(
         replace=True,
         console=console,
     )
-    return {
-        task: kept | {ROWS: row_scores(clean_records(out, task, scoring.settings.split, _CHOSEN))}
-        for task, kept in kept_scores(summary).items()
-    }
+    kept = kept_scores(summary)
+    for task, of in kept.items():
+        records = clean_records(out, task, scoring.settings.split, _CHOSEN)
+        of |= {ROWS: row_scores(records), DIGEST: digest(records)}
+    return kept
