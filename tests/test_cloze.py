@@ -81,6 +81,11 @@ def test_options_become_continuations(name):
             " answer1/answer2",
             "this row lists no 'Answer2'",
         ),
+        (
+            "Please choose the correct answer to the question: x\n\nAnswer1: a Answer2:\n\nAnswer"
+            " format: answer1/answer2",
+            "an option of .* is empty",
+        ),
     ],
 )
 def test_rows_in_other_words_are_refused(prompt, message):

@@ -97,4 +97,5 @@ def listed_options(prompt: str) -> tuple[str, list[str]]:
         rest, found, text = rest.rpartition(f"{label}:")
         require(bool(found), f"{expected}; this row lists no {label!r}.")
         parts.append(text.strip())
+    require(all(parts), f"an option of {prompt[:80]!r} is empty, so it has no likelihood.")
     return rest.strip(), parts[::-1]
