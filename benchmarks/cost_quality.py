@@ -94,7 +94,7 @@ def quality(folder: Path) -> dict[str, dict[str, float]]:
 
     tables = {}
     for name in TABLES:
-        held = json.loads((folder / f"{name}.json").read_text())["differences"]
+        held = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["differences"]
         tables[name] = {
             label: headline({task: Difference(**gap) for task, gap in of.items()}).mean
             for label, of in held.items()
@@ -189,7 +189,9 @@ def main() -> None:
         parser.error(
             f"{args.accuracy}/{absent[0]}.json is not there: run configs/accuracy.py first"
         )
-    result = json.loads(file.read_text()) if file.is_file() else {"environments": {}}
+    result = (
+        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"environments": {}}
+    )
     result["quality"] = quality(args.accuracy)
     for part in args.parts or parts:
         result[part] = decode(args.repeats) if part == "decode" else compiled(args.layers)

@@ -30,6 +30,7 @@ def script(
 
     def run(name: str, *given: object) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / name), *map(str, given)])
+        monkeypatch.syspath_prepend(str(BENCHMARKS))  # as for a script that is run by itself
         capsys.readouterr()
         code: object = 0
         try:

@@ -42,7 +42,7 @@ def harness_prompt(task: str, question: str) -> str | None:
         return None
     file, field = TEMPLATES[task]
     path = Path(lm_eval.__file__).parent / "tasks" / f"{file}.yaml"
-    template = yaml.safe_load(path.read_text())["doc_to_text"]
+    template = yaml.safe_load(path.read_text(encoding="utf-8"))["doc_to_text"]
     if "{{" not in template:  # the name of a field
         return question
     # siqa's context and question are one text in these rows.
@@ -66,7 +66,7 @@ def harness_scores(
         for e in examples
     ]
     file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     metrics = [{"metric": m, "aggregation": "mean"} for m in ("acc", "acc_norm")]
     config = {
         "task": name,
