@@ -28,6 +28,13 @@ ROWS = {
         (" a rock", " fur: Answer1: yes", " ice"),
         1,
     ),
+    "a question with a label in it": (
+        wording.answer_choice("Answer1: was it? Is it Answer2: or", ["no", "yes"], 1),
+        "{}",
+        "Answer1: was it? Is it Answer2: or",
+        (" no", " yes"),
+        1,
+    ),
     "piqa": (
         wording.piqa("ice box", ["add water\n\nto it", "add soda to it"], 0),
         "Question: {}\nAnswer:",

@@ -4,8 +4,6 @@ shared between processes, tables written.
 
 import dataclasses
 import json
-from contextlib import ExitStack
-from types import SimpleNamespace
 
 import pytest
 from support.runs import EVAL, choice
@@ -20,7 +18,6 @@ from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.overview import overview
 from zflora_jax.experiments.store import Scoring
-from zflora_jax.training.lock import locked
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 SCORING = dataclasses.replace(EVAL, generate=False, loss=False)
@@ -128,66 +125,6 @@ def test_wrong_rates_from(two_steps):
             ConfigError, match=rf"rates_from='first': its {key} is .*, and this one's '{value}'"
         ):
             dataclasses.replace(second, base=override(second.base, {key: value}))
-
-
-def test_a_comparison_waits_for_a_run_that_another_process_trains(
-    two_steps, tmp_path, monkeypatch, fake_train
-):
-    plan = Comparison("busy", two_steps, LORA, (1e-3,), (0,))
-    folder = tmp_path / "runs" / "lora-lr0.001-seed0"
-    folder.mkdir(parents=True)
-    waited = []
-    with ExitStack() as stack:
-        stack.enter_context(locked(folder))
-
-        def sleep(seconds):
-            waited.append(seconds)
-            assert not fake_train.runs
-            stack.close()  # the other process ends
-
-        monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
-        result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    assert result["rows"][0]["learning rate"] == 1e-3
-    assert waited == [jobs.POLL] and len(fake_train.runs) == 1
-
-
-def test_a_run_that_another_process_scores_is_waited_for(
-    two_steps, tmp_path, monkeypatch, fake_train
-):
-    """Trained, so its lock is free, but not recorded yet: nobody else may score it meanwhile."""
-    plan = Comparison("scored", two_steps, LORA, (1e-3,), (0,))
-    folder = tmp_path / "runs" / "lora-lr0.001-seed0" / "eval"
-    folder.mkdir(parents=True)
-    record = tmp_path / "out" / "scored" / "lora-lr0.001-seed0.json"
-    with ExitStack() as stack:
-        stack.enter_context(locked(folder))
-
-        def sleep(_):
-            assert not record.exists()
-            stack.close()
-
-        monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
-        compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    assert record.is_file()
-
-
-def test_a_base_that_another_process_scores_is_not_scored_again(
-    two_steps, tmp_path, monkeypatch, fake_train
-):
-    """The runs go on meanwhile, and the base's row comes when it is there."""
-    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=lambda _: stack.close()))
-    plan = Comparison(
-        "shared", two_steps, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=SCORING
-    )
-    folder = tmp_path / "runs" / "base"
-    folder.mkdir(parents=True)
-    with ExitStack() as stack:
-        stack.enter_context(locked(folder))
-        monkeypatch.setattr(compare, "score", lambda *a: (waited.append(a), jobs.score(*a))[1])
-        waited = []
-        result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
-    assert [row["method"] for row in result["rows"]] == ["base", "lora"]
-    assert len(waited) == 1 and len(fake_train.runs) == 2  # its rate, and the run with scores
 
 
 @pytest.mark.parametrize(

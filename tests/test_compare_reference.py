@@ -9,10 +9,10 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.evaluation.statistics import ROWS
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
-from zflora_jax.experiments.differences import ROWS
 from zflora_jax.experiments.overview import overview
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
@@ -65,6 +65,8 @@ def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, score
     assert result["differences"]["ffa"].keys() == {"arc_easy"}  # openbookqa tells nothing
     assert result["differences"]["ffa"]["arc_easy"]["mean"] == 25.0
     assert result["differences"]["base"]["arc_easy"]["mean"] == -51.25
+    means = {row["method"]: row["mean"] for row in result["rows"]}
+    assert means["lora"] == (51.25 + 25) / 2  # not of boolq
     assert result["compared by"] == {"measure": "accuracy", "reference": "lora", "margin": 2.0}
     page = (tmp_path / "out" / "paired_two.md").read_text()
     [better] = [line for line in page.splitlines() if line.startswith("| ffa | +25.0 [")]
@@ -143,6 +145,15 @@ def test_the_first_methods_are_finished_first_and_what_is_left_is_said(
     messages = [r.getMessage() for r in caplog.records if "steps of all runs" in r.getMessage()]
     assert "2 of 24 steps of all runs, about 0 h 00 min left" in messages[0]
     assert messages[-1].endswith("24 of 24 steps of all runs")
+
+
+@pytest.mark.parametrize("pick_steps", [None, 4])
+def test_a_run_that_chose_the_rate_counts_once(two_steps, tmp_path, fake_train, caplog, pick_steps):
+    caplog.set_level("INFO")
+    base = override(two_steps, {"train.steps": 4})
+    plan = Comparison("once", base, LORA, (1e-3, 1e-2), (0, 1), pick_steps=pick_steps)
+    compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert "12 of 12 steps of all runs" in [r.getMessage() for r in caplog.records][-1]
 
 
 def test_a_signal_after_the_last_step_stops_the_sweep(two_steps, tmp_path, monkeypatch, fake_train):

@@ -44,6 +44,8 @@ def read_split(
     data_dir: str | None,
     folders: Collection[str] = (),
     form: str = "",
+    *,
+    dataset: str = "",
 ) -> Split:
     """Open the rows of one split of a task.
 
@@ -56,12 +58,12 @@ def read_split(
 
     Args:
       task: its name, for messages.
-      source: where its rows come from.
-      split: one of SPLITS.
+      source, split: where its rows come from, and one of SPLITS.
       data_dir: the user's folder or, of rows of one's own, the name of a dataset; None: the public
         dataset.
       folders: of all tasks, in lower case; files are not looked for in another task's folder.
       form: of rows of one's own (`builders.rows.FORMS`); "": recognised.
+      dataset: the name of the public dataset; "": that of the task.
 
     Raises:
       ConfigError: there is no such file (the message lists the paths that were tried), it is not a
@@ -75,18 +77,14 @@ def read_split(
     if source.own and (data_dir or "").startswith(NAMED):
         return _named(task, data_dir or "", split, form)
     if data_dir is None and source.public:
-        return _public(task, source, split)
+        return _public(task, dataset or task, source, split)
     files = find_files(task, source, data_dir, folders)
     if split != "train" and split in files:
         rows = _open_files(*files[split], form)
         return Split(rows, range(len(rows)), _names(files[split][1]))
     if "train" not in files:
         found = ", ".join(_names(paths) for _, paths in files.values())
-        names = source.formats[0].names
-        wanted = " or ".join(
-            f"{names[name][0]}.json(l)" for name in dict.fromkeys(("train", split)) if name in names
-        )
-        fix = f"The {split} split needs {wanted} there."
+        fix = f"The {split} split needs {_wanted(source, split)} there."
         if source.test_only:
             fix = (
                 f"{source.origin} has none for this task, only test rows: train on another one,"
@@ -96,6 +94,14 @@ def read_split(
     rows = _open_files(*files["train"], form)
     held_out = [name for name in SPLITS[1:] if name not in files]
     return _part(task, rows, held_out, split, _names(files["train"][1]))
+
+
+def _wanted(source: Source, split: str) -> str:
+    """The names of the files that a split can be read from, for messages."""
+    names = source.formats[0].names
+    return " or ".join(
+        f"{names[name][0]}.json(l)" for name in dict.fromkeys(("train", split)) if name in names
+    )
 
 
 def _open_files(builder: str, paths: Sequence[Path], form: str = "") -> Sequence[Record]:
@@ -138,10 +144,10 @@ def _named(task: str, data_dir: str, split: str, form: str) -> Split:
     return _part(task, rows, held_out, split, f"{dataset}, {found['train']}")
 
 
-def _public(task: str, source: Source, split: str) -> Split:
+def _public(task: str, name: str, source: Source, split: str) -> Split:
     from zflora_jax.data.builders.public import PUBLIC
 
-    dataset = PUBLIC[task]
+    dataset = PUBLIC[name]
     try:
         rows = dataset.open(split if split in dataset.splits else "train")
     except ConfigError as error:

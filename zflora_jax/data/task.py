@@ -160,7 +160,8 @@ class FileTask(Task):
 
     def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
         form = data.row_format or ""
-        return read_split(self.dataset, self.source, split, data.data_dir, folders, form)
+        found = self.source, split, data.data_dir, folders, form
+        return read_split(self.name, *found, dataset=self.dataset)
 
     def example(self, record: Record) -> Example:
         prompt, target, answer, extra = (

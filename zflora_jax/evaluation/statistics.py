@@ -5,6 +5,7 @@ method over its seeds.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -23,6 +24,8 @@ SCORES = {
     "correct_norm": "likelihood_norm",
     **{name: name for name in ROUGE},
 }
+# The places of what `rows_kept` returns.
+ROWS, DIGEST = "row scores", "row digest"
 _RESAMPLES = 2000
 _Z = 1.96  # standard deviations of a 95% interval
 
@@ -69,6 +72,35 @@ def group_scores(tables: Sequence[Sequence[Record]], seed: int = 0) -> dict[str,
         for key, some in columns.items()
         if some and all(map(len, some))
     }
+
+
+def row_scores(records: Sequence[Record]) -> dict[str, Any]:
+    """Score -> its values over `records`, in their order: shares as a text of 0 and 1, other values
+    as numbers of four digits.
+
+    A score that not all rows have is left out.
+    """
+    found: dict[str, Any] = {}
+    for key, name in SCORES.items():
+        if records and all(key in record for record in records):
+            values = [record[key] for record in records]
+            found[name] = (
+                "".join("01"[value] for value in values)
+                if isinstance(values[0], bool)
+                else [round(value, 4) for value in values]
+            )
+    return found
+
+
+def digest(records: Sequence[Record]) -> str:
+    """Names the rows of `records`, so that rows are compared with themselves alone."""
+    asked = [(record["prompt"], record["input"], record["answer"]) for record in records]
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+
+
+def rows_kept(records: Sequence[Record]) -> dict[str, Any]:
+    """What a comparison needs of a model's records: the scores of each row, and their digest."""
+    return {ROWS: row_scores(records), DIGEST: digest(records)}
 
 
 def as_dicts(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:

@@ -13,12 +13,10 @@ from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
 from zflora_jax.data.tasks import GROUPS, get_task
 from zflora_jax.evaluation.contamination import questions
-from zflora_jax.evaluation.records import Record
-from zflora_jax.evaluation.statistics import as_dicts, group_scores
+from zflora_jax.evaluation.statistics import DIGEST, ROWS, as_dicts, group_scores, rows_kept
 from zflora_jax.evaluation.summary import summary_page
 from zflora_jax.evaluation.task import Evaluated, Result, evaluate_task, one_day, remove
 from zflora_jax.parallel import distributed
@@ -88,11 +86,11 @@ def evaluate_tasks(
     done = {}
     for task in tasks:
         one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
-        to = out / _stem(task, run.eval.split, label)
+        to = out / f"{task}-{run.eval.split}-{label}"
         done[task] = evaluate_task(one, model, to, seen[task], console)
     summary = {
         "label": label,
-        "tasks": [evaluated.result for evaluated in done.values()],
+        "tasks": [_result(of, trained_on is not None) for of in done.values()],
         "groups": _groups(run.eval, done, trained_on is not None),
         "origin": origin,
         "config": to_dict(run),
@@ -105,15 +103,9 @@ def evaluate_tasks(
     return summary
 
 
-def _stem(task: str, split: str, label: str) -> str:
-    return f"{task}-{split}-{label}"
-
-
-def clean_records(out: str | Path, task: str, split: str, label: str) -> list[Record]:
-    """The records of clean rows that `evaluate_tasks` wrote into `out`, in the rows' order."""
-    text = (as_path(out, "out") / f"{_stem(task, split, label)}.jsonl").read_text(encoding="utf-8")
-    records = map(json.loads, lines_of(text))
-    return [record for record in records if not record.get("contaminated")]
+def _result(done: Evaluated, checked: bool) -> Result:
+    """The result of a task; where contamination was checked, with the scores of each clean row."""
+    return done.result | (rows_kept(done.clean_records()) if checked else {})
 
 
 def kept_scores(summary: Mapping[str, Any]) -> dict[str, Result]:
@@ -127,6 +119,8 @@ def kept_scores(summary: Mapping[str, Any]) -> dict[str, Result]:
         "chance",
         "scores",
         "seconds",
+        ROWS,
+        DIGEST,
     )
     return {r["task"]: {key: r[key] for key in kept if key in r} for r in summary["tasks"]}
 

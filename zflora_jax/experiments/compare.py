@@ -20,11 +20,10 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.data.dates import dated
 from zflora_jax.evaluation.paired import Difference
-from zflora_jax.evaluation.statistics import SuiteScore, suite_score
+from zflora_jax.evaluation.statistics import ROWS, SuiteScore, suite_score
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.differences import (
-    ROWS,
     UNTRAINED,
     differences,
     headline,

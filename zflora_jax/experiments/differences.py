@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,38 +9,13 @@ import numpy as np
 
 from zflora_jax.core.fields import require
 from zflora_jax.evaluation.paired import Difference, paired_difference
-from zflora_jax.evaluation.statistics import SCORES, Record
+from zflora_jax.evaluation.statistics import DIGEST, ROWS
 from zflora_jax.experiments.store import Result
 
 ALL = "mean"  # of the tasks
 UNTRAINED = -1  # in place of a seed: the same scores beside those of any
-ROWS, DIGEST = "row scores", "row digest"  # their places in a record
 # task -> what a record keeps of it; under ROWS score -> the value of each clean row
 Scored = Mapping[str, Mapping[str, Any]]
-
-
-def row_scores(records: Sequence[Record]) -> dict[str, Any]:
-    """Score -> its values over `records`, in their order: shares as a text of 0 and 1, other values
-    as numbers of four digits.
-
-    A score that not all rows have is left out.
-    """
-    found: dict[str, Any] = {}
-    for key, name in SCORES.items():
-        if records and all(key in record for record in records):
-            values = [record[key] for record in records]
-            found[name] = (
-                "".join("01"[value] for value in values)
-                if isinstance(values[0], bool)
-                else [round(value, 4) for value in values]
-            )
-    return found
-
-
-def digest(records: Sequence[Record]) -> str:
-    """Names the rows of `records`, so that rows are compared with themselves alone."""
-    asked = [(record["prompt"], record["input"], record["answer"]) for record in records]
-    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
 
 
 def _require_same_rows(task: str, runs: Iterable[Scored]) -> None:
@@ -69,7 +43,7 @@ def differences(
       method: seed -> the scores of its run; of the untrained model UNTRAINED -> its scores.
       reference: likewise. Seeds that only one of them has are left out.
       tasks: that are compared.
-      measure: a name of `SCORES`.
+      measure: a name of `statistics.SCORES`.
 
     Returns:
       task -> difference, and `ALL` -> that of their mean where there are several; empty without a

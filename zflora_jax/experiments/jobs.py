@@ -24,8 +24,7 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evaluation.loss import held_out_loss
-from zflora_jax.evaluation.suite import clean_records, evaluate_tasks, kept_scores
-from zflora_jax.experiments.differences import DIGEST, ROWS, digest, row_scores
+from zflora_jax.evaluation.suite import evaluate_tasks, kept_scores
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.store import (
     EXTRA,
@@ -44,7 +43,6 @@ from zflora_jax.training.lock import BusyError, locked
 log = logging.getLogger(__name__)
 
 Devices = Sequence[jax.Device] | None
-_CHOSEN = "chosen"  # label of the files of scores
 POLL = 5.0  # seconds between looks at runs that other processes are training
 # What a record copies from the report of a run.
 _KEPT = (
@@ -212,13 +210,9 @@ def score(
         model,
         scoring.tasks,
         out,
-        _CHOSEN,
+        "chosen",
         trained_on=[TrainedOn(run.data)],
         replace=True,
         console=console,
     )
-    kept = kept_scores(summary)
-    for task, of in kept.items():
-        records = clean_records(out, task, scoring.settings.split, _CHOSEN)
-        of |= {ROWS: row_scores(records), DIGEST: digest(records)}
-    return kept
+    return kept_scores(summary)

@@ -25,14 +25,15 @@ class Progress:
         self.plan, self._out = plan, out
         self._workdir = workdir
         self._picks = workdir if plan.picker is plan else workdir.parent / plan.picker.name
-        self._results: dict[Path, Result] = {}  # of finished jobs, by their record
+        # Of finished jobs, by their record and whether it has scores.
+        self._results: dict[tuple[Path, bool], Result] = {}
         self._choices: dict[str, RateChoice] = {}
         self.failed: dict[str, str] = {}  # methods without a rate, and why
         self._start = time.monotonic(), self._steps()[0]
 
     def result(self, job: Job) -> Result | None:
         """The recorded result of a job, None where it has none; read once."""
-        key = job.record if job.scoring is None else job.record / "scored"
+        key = job.record, job.scoring is not None
         if key not in self._results and (found := read_result(job)) is not None:
             self._results[key] = found
         return self._results.get(key)
