@@ -318,6 +318,15 @@ def test_problems_of_several_steps_are_worked_rightly():
     assert len(set(questions)) == 500 and steps.generate({"train": 400, "test": 100}) == rows
 
 
+def test_no_problem_is_drawn_twice(monkeypatch):
+    """Where the same ones come up: of two names and one thing, 2000 problems of a step."""
+    monkeypatch.setattr(steps, "NAMES", ("Ada", "Ben"))
+    monkeypatch.setattr(steps, "THINGS", ("beads",))
+    monkeypatch.setattr(steps, "LEVELS", 1)
+    rows = steps.generate({"train": 1500, "test": 500})
+    assert len({row["question"] for split in rows.values() for row in split}) == 2000
+
+
 def test_problems_of_several_steps_are_a_task():
     example = load_examples("arithmetic_steps", "test", DataConfig())[4]
     task = TASKS["arithmetic_steps"]
