@@ -45,8 +45,8 @@ def paired_difference(
     other seeds would change beyond that is added: the variance between seeds, less what the noise
     of single answers explains of it (a two-way analysis of variance), with Student's t of one
     degree of freedom less than there are seeds. Runs of the same seed share their data order and
-    are paired. In simulations of three seeds the intervals hold the true difference 92 to 98% of
-    the time, whichever of the two varies more (`tests/test_paired.py`); this project's
+    are paired. In simulations of three seeds the intervals hold the true difference 91 to 97% of
+    the time, whichever of the two varies more (`results/paired_intervals.md`); this project's
     construction.
 
     Args:
