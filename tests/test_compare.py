@@ -192,6 +192,7 @@ def test_clean_means_clean_of_the_whole_training_file(two_steps, model, tmp_path
     (tmp_path / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
     scores = jobs.score(two_steps, model, Scoring(("arc_easy",), SCORING), tmp_path / "e", False)
     assert (scores["arc_easy"]["rows"], scores["arc_easy"]["clean_rows"]) == (4, 3)
+    assert {len(of) for of in scores["arc_easy"]["row scores"].values()} == {3}
 
 
 def test_a_table_shows_intervals_chance_and_answers_cut(two_steps, tmp_path, fake_train):
