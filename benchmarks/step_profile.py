@@ -1,24 +1,32 @@
 """Where the time of a training step goes on a CPU, and what its form changes.
 
 Command: python benchmarks/step_profile.py     (about 5 minutes on 2 idle CPU cores)
-SmolLM2-135M, LoRA r=16, 1024 tokens a step, loss on the second half of every row; medians of steps
-that the forms take by turns. Products: the time that jax's profiler counts for XLA's operations of
-products (of one core; those of two cores at one time count twice). Two processes: the same step in
-two processes of one core each, tokens of both together. Writes results/step_profile.json and .md.
+SmolLM2-135M, LoRA r=16, 1024 tokens a step, loss on the second half of every row. Forms: medians of
+steps that they take by turns. Two processes: the first form in two processes of one core each,
+tokens of both together. Parts: what jax's profiler counts for every operation of one step of a
+process of one core, by the name that the operation has in the compiled program. Writes
+results/step_profile.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import glob
+import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zflora_jax.bench.case import Case
+    from zflora_jax.core.model import Model
 
 FORMS = {  # name -> dtype, rows, length, remat
     "bfloat16, 8 x 128": ("bfloat16", 8, 128, "dots"),
@@ -28,18 +36,32 @@ FORMS = {  # name -> dtype, rows, length, remat
 }
 FIRST = "bfloat16, 8 x 128"
 TOKENS = 1024
-PRODUCTS = ("ynn", "dot", "custom-call")
+# Parts of a step: the first whose pattern is found in an operation's name has it.
+PARTS = {
+    "head and loss": r"Llama\.logits|jvp\(\)/while",
+    "adapters": r"_with_lora",
+    "base kernels": r"\._product/dot_general",
+    "attention": r"/attn/",
+    "rest: norms, SiLU, conversions, optimizer": "",
+}
+CONTAINERS = ("while", "cond", "call", "Thunk")  # count what is in them once more
 
 
-def step_of(dtype: str, rows: int, length: int, remat: str) -> Callable[[], float]:
-    """A function that trains one step and returns its loss."""
+def loaded(dtype: str, rows: int, length: int, remat: str) -> tuple[Case, Model]:
     from zflora_jax.bench.case import Case
-    from zflora_jax.bench.training_step import load, our_step
+    from zflora_jax.bench.training_step import load
     from zflora_jax.core.model import Model
 
     case = Case("smollm2-135m", dtype=dtype, batch=rows, length=length, masked=0.5)
     model = load(case)
-    step = our_step(case, Model(model.config.replace(remat=remat), model.params), "lora")
+    return case, Model(model.config.replace(remat=remat), model.params)
+
+
+def step_of(*form: Any) -> Callable[[], float]:
+    """A function that trains one step and returns its loss."""
+    from zflora_jax.bench.training_step import our_step
+
+    step = our_step(*loaded(*form), "lora")
     step()  # compiles it
     return step
 
@@ -50,8 +72,8 @@ def seconds(step: Callable[[], float]) -> float:
     return time.perf_counter() - start
 
 
-def products(step: Callable[[], float]) -> float:
-    """Seconds of one step that go to products, by the profiler."""
+def events(step: Callable[[], Any]) -> collections.Counter[str]:
+    """Seconds of every operation of one step, by the profiler."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -59,19 +81,49 @@ def products(step: Callable[[], float]) -> float:
             step()
         [file] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         planes = jax.profiler.ProfileData.from_file(file).planes
-        events = [event for plane in planes for line in plane.lines for event in line.events]
-    return sum(e.duration_ns for e in events if e.name.startswith(PRODUCTS)) / 1e9
+        took: collections.Counter[str] = collections.Counter()
+        for event in (event for plane in planes for line in plane.lines for event in line.events):
+            took[event.name] += event.duration_ns / 1e9
+    return took
+
+
+def parts(*form: Any) -> dict[str, float]:
+    """Seconds of one step by `PARTS`, and of the whole."""
+    import jax
+
+    from zflora_jax.bench.training_step import training_of
+
+    case, model = loaded(*form)
+    step, state, batch = training_of(case, model, "lora")
+    compiled = step.lower(model.params, state, batch).compile()  # type: ignore[attr-defined]
+    written = re.findall(r"%([\w.\-]+) = .*?(?:op_name=\"([^\"]*)\"|$)", compiled.as_text(), re.M)
+    names = dict(written)
+    state, _ = jax.block_until_ready(compiled(model.params, state, batch))
+    started = time.perf_counter()
+    took = events(lambda: jax.block_until_ready(compiled(model.params, state, batch)))
+    whole = time.perf_counter() - started
+    summed = dict.fromkeys(PARTS, 0.0)
+    for name, value in took.items():
+        if name in names and not name.startswith(CONTAINERS):
+            summed[next(k for k, p in PARTS.items() if re.search(p, names[name]))] += value
+    return summed | {"whole": whole}
 
 
 def together(turns: int) -> float:
     """Tokens per second of two processes, each with the first form on a core of its own."""
-    processes = []
-    for core in sorted(os.sched_getaffinity(0))[:2]:
-        words = [sys.executable, os.path.abspath(__file__), "--one", "--turns", str(turns)]
-        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE))
-        os.sched_setaffinity(processes[-1].pid, {core})
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    processes = [on_core(core, "--one", "--turns", str(turns)) for core in cores]
     took = [float(process.communicate()[0].split()[-1]) for process in processes]
     return sum(TOKENS / value for value in took)
+
+
+def on_core(core: int, *words: str) -> subprocess.Popen[bytes]:
+    """This script with `words` in a process that has one core."""
+    process = subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), *words], stdout=subprocess.PIPE
+    )
+    os.sched_setaffinity(process.pid, {core})
+    return process
 
 
 def page(result: dict[str, Any]) -> str:
@@ -79,17 +131,27 @@ def page(result: dict[str, Any]) -> str:
     from zflora_jax.reporting.provenance import origin_line
     from zflora_jax.reporting.tables import markdown_table
 
-    rows, first = result["rows"], result["rows"][0]
+    rows, first, took = result["rows"], result["rows"][0], result["parts"]
     rates = ", ".join(f"{k} {v / 1e12:.2f}" for k, v in result["matmul_flops"].items())
+    shares = [
+        {"part": name, "seconds": value, "share": value / took["whole"]}
+        for name, value in took.items()
+    ]
     return f"""# Where a training step's time goes, on a CPU
 
 SmolLM2-135M, LoRA r=16 on all kernels, {TOKENS} tokens a step, loss on half of them; medians of
-{result["turns"]} turns. "products": seconds that jax's profiler counts for XLA's products, of
-all cores together. Two processes of one core each, with the form of the first row, train
-{result["together"]:.0f} tokens a second together, one process of two cores {first["tokens/s"]:.0f}.
-Square matrices of 2048 are multiplied at (TFLOP/s): {rates}.
+{result["turns"]} turns.
 
 {markdown_table(rows, list(first))}
+
+Two processes of one core each, with the form of the first row, train {result["together"]:.0f}
+tokens a second together, one process of two cores {first["tokens/s"]:.0f}. Square matrices of 2048
+are multiplied at (TFLOP/s, two cores): {rates}.
+
+Parts of one step of the first row's form in a process of one core, by jax's profiler; "base
+kernels" are the products with the frozen kernels, forward and backward.
+
+{markdown_table(shares, ["part", "seconds", "share"])}
 
 {origin_line(result["environment"])}
 """
@@ -101,6 +163,7 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="results/step_profile")
     args = parser.parse_args()
     if args.turns < 1:
@@ -108,6 +171,9 @@ def main() -> None:
     if args.one:
         step = step_of(*FORMS[FIRST])
         print(statistics.median(seconds(step) for _ in range(args.turns)))
+        return
+    if args.parts:
+        print(json.dumps(parts(*FORMS[FIRST])))
         return
     from zflora_jax.bench.timing import ratio, turns
     from zflora_jax.bench.training_step import matmul_rate
@@ -124,7 +190,6 @@ def main() -> None:
             "seconds": statistics.median(took[name]),
             "x first": ratio(took[name], took[FIRST]),
             "tokens/s": TOKENS / statistics.median(took[name]),
-            "products": products(steps[name]),
         }
         for name in FORMS
     ]
@@ -133,6 +198,7 @@ def main() -> None:
     result = {
         "rows": rows,
         "together": together(args.turns),
+        "parts": json.loads(on_core(min(os.sched_getaffinity(0)), "--parts").communicate()[0]),
         "matmul_flops": rates,
         "turns": args.turns,
         "environment": environment(),

@@ -21,7 +21,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.hf.load import load_model
 from zflora_jax.nn.llama import random_model
-from zflora_jax.training.trainer import init_state, make_train_step
+from zflora_jax.training.trainer import Batch, StepFn, TrainState, init_state, make_train_step
 
 PEFT = "PEFT lora"
 
@@ -39,8 +39,8 @@ def load(case: Case) -> Model:
     return Model(model.config, jax.tree.map(lambda leaf: leaf.astype(case.dtype), model.params))
 
 
-def our_step(case: Case, model: Model, method: str) -> Callable[[], float]:
-    """A function that trains one step and returns its loss.
+def training_of(case: Case, model: Model, method: str) -> tuple[StepFn, TrainState, Batch]:
+    """The jitted step of a case, its first state and the batch that it is measured on.
 
     Args:
       case: rank, batch and mask.
@@ -49,8 +49,19 @@ def our_step(case: Case, model: Model, method: str) -> Callable[[], float]:
     """
     adapter = AdapterConfig(method, rank=case.rank)
     state = init_state(init_adapters(jax.random.key(0), model, adapter), OPTIM, 1000)
-    step = make_train_step(model.config, adapter, OPTIM, 1000)
     batch = jax.device_put(case.batch_arrays(model.config.vocab_size))
+    return make_train_step(model.config, adapter, OPTIM, 1000), state, batch
+
+
+def our_step(case: Case, model: Model, method: str) -> Callable[[], float]:
+    """A function that trains one step and returns its loss.
+
+    Args:
+      case: rank, batch and mask.
+      model: the base, stored as the case says.
+      method: of `METHODS`.
+    """
+    step, state, batch = training_of(case, model, method)
 
     def run() -> float:
         nonlocal state
