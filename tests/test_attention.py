@@ -76,6 +76,39 @@ def test_blocks_equal_the_plain_formula(kind, blocks, monkeypatch):
     assert max(distances(got, reference(arrays, mask, 0.3))) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("kind", "window", "length", "blocks"),
+    [("causal", None, 256, 1), ("left", 130, 384, 2), ("packed", None, 512, 4)]
+    + [("right", None, 512, 1), ("packed", 200, 512, 1)],
+)
+def test_spans_equal_the_plain_formula(kind, window, length, blocks, monkeypatch):
+    """Of queries that need no key behind their end."""
+    monkeypatch.setattr(attention_blocks, "query_blocks", lambda _: blocks)
+    *arrays, mask = attention_inputs(kind, length, length)
+    mask = mask.within(window, length)
+    assert len(attention_blocks.spans(length, mask)) == length // 128
+    got = value_and_gradients(lambda *a: attention(*a, mask, 0.3), arrays, jnp.float32)
+    assert max(distances(got, reference(arrays, mask, 0.3))) < 2e-6
+    as_near_as_plain(
+        lambda *a: attention(*a, mask, 0.125), arrays, mask, reference(arrays, mask, 0.125)
+    )
+
+
+def test_spans_multiply_less():
+    """10 of the 16 squares of four spans, forward and backward; none where queries follow a cache,
+    or 128 does not divide them.
+    """
+    shapes = ((1, 512, 2, 64), (1, 1, 64, 512), (1, 1, 512, 64))
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    products = jax.jit(jax.grad(lambda *a: jnp.sum(attention(*a, AttentionMask(), 1.0)), (0, 1, 2)))
+    flops = compiled(products.lower(q, k, v)).cost_analysis()["flops"]
+    # Two products forward and four backward, as both passes share the scores in one program.
+    assert 0.625 < flops / (6 * 2 * 2 * 512 * 512 * 64) < 0.65
+    after_cache = AttentionMask(first=jnp.zeros((), jnp.int32))
+    assert attention_blocks.spans(512, after_cache) == [(0, 512)]
+    assert attention_blocks.spans(500, AttentionMask()) == [(0, 500)]
+
+
 def test_a_token_after_a_cache_equals_the_plain_formula():
     *arrays, mask = attention_inputs("cache", T=1, S=12)
     got = value_and_gradients(lambda *a: attention(*a, mask, 0.3), arrays, jnp.float32)

@@ -1,6 +1,6 @@
-"""Grouped-query attention by plain products, in blocks of queries, with a backward pass of its own:
-for every device, shape and mask. The flash kernels of TPUs and GPUs are in `attention_splash` and
-`attention_cudnn`.
+"""Grouped-query attention by plain products, in spans of queries that leave out the keys behind
+them, and those in blocks, with a backward pass of its own: for every device, shape and mask. The
+flash kernels of TPUs and GPUs are in `attention_splash` and `attention_cudnn`.
 
 Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
 query heads of a key head, q their G*T queries, k head dim.
@@ -62,6 +62,16 @@ def query_blocks(length: int) -> int:
     )
 
 
+def spans(length: int, mask: AttentionMask) -> list[tuple[int, int]]:
+    """First query and end of equal spans of the queries, each of which needs no key behind its end:
+    up to four of a multiple of 128 where queries and keys are of the same tokens, else one.
+    """
+    # Four spans multiply 10 of 16 squares. More than four make the program longer for little: eight
+    # multiply 36 of 64.
+    n = next((n for n in (4, 3, 2) if length % (128 * n) == 0), 1) if mask.same_tokens else 1
+    return [(i * length // n, (i + 1) * length // n) for i in range(n)]
+
+
 def _cut(x: Array, blocks: int, axis: int) -> Array:
     """The blocks of `axis` on a new leading axis."""
     return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]), axis, 0)
@@ -83,9 +93,24 @@ def _probabilities(q: Array, k: Array, mask: AttentionMask, scale: float) -> Arr
     return jax.nn.softmax(masked.reshape(scores.shape), axis=-1)
 
 
+def _span(
+    q: Array, k: Array, v: Array, mask: AttentionMask, start: int, end: int
+) -> tuple[Array, Array, Array, AttentionMask]:
+    """Queries [B, K, G, t, k] of a span, and the keys, values and mask that they need."""
+    if (start, end) == (0, q.shape[3]):
+        return q, k, v, mask
+    return q[:, :, :, start:end], k[..., :end], v[:, :, :end], mask.span(start, end)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
     """[B, K, G, T, k] of q of that shape."""
+    outs = [_attend(*_span(q, k, v, mask, *at), scale) for at in spans(q.shape[3], mask)]
+    return jnp.concatenate(outs, axis=3)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
+    """`_attention` of one span, block by block."""
 
     def attend(block: tuple[Array, AttentionMask]) -> Array:
         p = _probabilities(block[0], k, replace(block[1], keys=mask.keys), scale).astype(q.dtype)
@@ -110,12 +135,37 @@ def _attention_forward(
 def _attention_backward(
     scale: float, saved: tuple[Any, ...], d_out: Array
 ) -> tuple[Array, Array, Array, None]:
-    """As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again
+    q, k, v, mask, out = saved
+    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32)
+    d_qs = []
+    for start, end in spans(q.shape[3], mask):
+        own = slice(start, end)
+        d_q, *of_keys = _gradients(
+            *_span(q, k, v, mask, start, end), out[:, :, :, own], d_out[:, :, :, own], scale
+        )
+        d_k, d_v = (
+            x + jnp.pad(d, ((0, 0), (0, 0), (0, 0), (0, x.shape[3] - d.shape[3])))
+            for x, d in zip((d_k, d_v), of_keys, strict=True)
+        )
+        d_qs.append(d_q)
+    return (
+        jnp.concatenate(d_qs, axis=3),
+        d_k.astype(k.dtype),
+        d_v.swapaxes(2, 3).astype(v.dtype),
+        None,
+    )
+
+
+def _gradients(
+    q: Array, k: Array, v: Array, mask: AttentionMask, out: Array, d_out: Array, scale: float
+) -> tuple[Array, Array, Array]:
+    """Of one span: of q [B, K, G, t, k], and float32 of k [B, K, k, s] and v, as k [B, K, k, s].
+
+    As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again
     instead of kept: T x S numbers per head and layer.
 
     The products over queries have their narrow operand on the left; `linear.matmul` says why.
     """
-    q, k, v, mask, out = saved
 
     def block_gradients(
         q: Array, block: AttentionMask, out: Array, d_out: Array
@@ -135,21 +185,19 @@ def _attention_backward(
 
     n = query_blocks(q.shape[3])
     if n == 1:
-        d_q, d_k, d_v = block_gradients(q, mask, out, d_out)
-    else:
+        return block_gradients(q, mask, out, d_out)
 
-        def add(
-            total: tuple[Array, Array], block: tuple[Any, ...]
-        ) -> tuple[tuple[Array, Array], Array]:
-            d_q, d_k, d_v = block_gradients(*block)
-            return (total[0] + d_k, total[1] + d_v), d_q
+    def add(
+        total: tuple[Array, Array], block: tuple[Any, ...]
+    ) -> tuple[tuple[Array, Array], Array]:
+        d_q, d_k, d_v = block_gradients(*block)
+        return (total[0] + d_k, total[1] + d_v), d_q
 
-        zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32))
-        cut_q, cut_out, cut_d = (_cut(x, n, 3) for x in (q, out, d_out))
-        blocks = (cut_q, mask.query_blocks(n, q.shape[3]), cut_out, cut_d)
-        (d_k, d_v), d_q = jax.lax.scan(add, zero, blocks)
-        d_q = _join(d_q, 3)
-    return d_q, d_k.astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype), None
+    zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32))
+    cut_q, cut_out, cut_d = (_cut(x, n, 3) for x in (q, out, d_out))
+    blocks = (cut_q, mask.query_blocks(n, q.shape[3]), cut_out, cut_d)
+    (d_k, d_v), d_q = jax.lax.scan(add, zero, blocks)
+    return _join(d_q, 3), d_k, d_v
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

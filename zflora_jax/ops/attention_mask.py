@@ -70,6 +70,18 @@ class AttentionMask:
         )
         return causal[:, None] & (queries[:, None, :, None] == keys[:, None, None, :])
 
+    def span(self, start: int, end: int) -> AttentionMask:
+        """Of the queries from `start` to `end` and the keys up to `end`, where all are of the same
+        tokens.
+        """
+        queries, keys = self.queries, self.keys
+        return AttentionMask(
+            None if queries is None else queries[:, start:end],
+            None if keys is None else keys[:, :end],
+            jnp.full((), start, jnp.int32),
+            self.window,
+        )
+
     def query_blocks(self, blocks: int, length: int) -> AttentionMask:
         """Of `blocks` equal blocks of the T = `length` queries, on a new leading axis n of
         `queries` and `first`; `keys` are left out, as all blocks share them.
