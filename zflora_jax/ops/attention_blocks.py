@@ -50,9 +50,21 @@ def one_query_as_eight(
     return attend(jnp.pad(q, ((0, 0), (0, 0), (0, 7), (0, 0), (0, 0))), k, v, mask)[:, :, :1]
 
 
+def spans(length: int, mask: AttentionMask) -> list[tuple[int, int]]:
+    """First query and end of equal spans of the queries, each of which needs no key behind its end:
+    up to four of a multiple of 128, where queries and keys are of the same at most 1024 tokens,
+    else one.
+    """
+    # Four spans multiply 10 of 16 squares; eight, 36 of 64, in a longer program. Their scores may
+    # exist at one time (on TPUs they do), so long sequences are left to a loop over blocks.
+    several = mask.same_tokens and length <= 1024
+    n = next((n for n in (4, 3, 2) if length % (128 * n) == 0), 1) if several else 1
+    return [(i * length // n, (i + 1) * length // n) for i in range(n)]
+
+
 def query_blocks(length: int) -> int:
-    """Into how many equal blocks the queries of a sequence are cut: of at most 512 from 1025 tokens
-    on, where the length has such a divisor.
+    """Into how many equal blocks the queries of a span are cut: of at most 512 from 1025 tokens on,
+    where the length has such a divisor.
     """
     # T/n x S scores per head exist at one time (test_long_sequences_never_hold_all_scores).
     if length <= 1024:
@@ -60,16 +72,6 @@ def query_blocks(length: int) -> int:
     return next(
         (n for n in range(2, length // 128 + 1) if length % n == 0 and length // n <= 512), 1
     )
-
-
-def spans(length: int, mask: AttentionMask) -> list[tuple[int, int]]:
-    """First query and end of equal spans of the queries, each of which needs no key behind its end:
-    up to four of a multiple of 128 where queries and keys are of the same tokens, else one.
-    """
-    # Four spans multiply 10 of 16 squares. More than four make the program longer for little: eight
-    # multiply 36 of 64.
-    n = next((n for n in (4, 3, 2) if length % (128 * n) == 0), 1) if mask.same_tokens else 1
-    return [(i * length // n, (i + 1) * length // n) for i in range(n)]
 
 
 def _cut(x: Array, blocks: int, axis: int) -> Array:
