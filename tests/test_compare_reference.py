@@ -104,6 +104,24 @@ def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, 
     assert "*" not in line and "1 of 2 seeds" in line
 
 
+def test_more_seeds_of_some_methods(two_steps, tmp_path, scored, fake_train):
+    """A difference is over the seeds that both have, and waits for no others."""
+    more = {"lora": (2,), "ffba": (2,)}
+    plan = reference_plan(two_steps, tasks=("arc_easy",), transfer=(), more_seeds=more)
+    result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    seeds = {label: of["arc_easy"]["seeds"] for label, of in result["differences"].items()}
+    assert seeds == {"base": 3, "ffba": 3, "ffa": 2}
+    assert (
+        result["missing"] == []
+        and "of 3 seeds" not in (tmp_path / "out" / "paired_two.md").read_text()
+    )
+    assert "| 2 to 3 |" in overview([plan], tmp_path / "out").read_text()
+    assert plan.only(["lora", "ffa"]).more_seeds == {"lora": (2,)}
+    for wrong, said in (({"dora": (2,)}, "no method"), ({"lora": (1,)}, "given twice")):
+        with pytest.raises(ConfigError, match=said):
+            reference_plan(two_steps, more_seeds=wrong)
+
+
 def test_a_reference_alone_has_no_differences(two_steps, tmp_path, scored, fake_train):
     plan = reference_plan(two_steps).only(["lora"])
     compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)

@@ -30,6 +30,8 @@ class Comparison:
       methods: label -> adapter.
       learning_rates: those tried with each method.
       seeds: of the runs at the chosen rate; the rate is chosen with the first.
+      more_seeds: label -> further seeds of that method. A difference is over those that a method
+        and the reference share.
       pick_steps: the rate is chosen by runs of that many steps (with the schedule of their own
         length); None: by whole runs.
       rates_from: a comparison whose choice of learning rates is taken over; its choosing runs are
@@ -62,6 +64,7 @@ class Comparison:
     margin: float | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reading: str = ""
+    more_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("methods", "learning_rates", "seeds"):
@@ -86,13 +89,25 @@ class Comparison:
 
     def _check_reference(self) -> None:
         """What methods are compared by, and the settings of their own."""
-        for name, labels in (("reference", [self.reference]), ("settings", self.settings)):
+        of_methods = (
+            ("reference", [self.reference]),
+            ("settings", self.settings),
+            ("more_seeds", self.more_seeds),
+        )
+        for name, labels in of_methods:
             for label in labels:
                 require(
                     label in ("", *self.methods),
                     f"comparison.{name}: {label!r} is no method of it:"
                     f" {nearest(label, self.methods)}.",
                 )
+        for label in self.more_seeds:
+            seeds = self.seeds_of(label)
+            require(
+                len(set(seeds)) == len(seeds),
+                f"comparison.more_seeds[{label!r}]={self.more_seeds[label]}: a seed is given twice,"
+                f" in it or in comparison.seeds={self.seeds}.",
+            )
         for label, changes in self.settings.items():
             wrong = [k for k in changes if not k.startswith("optim.") or k == f"optim.{_RATE}"]
             require(
@@ -156,9 +171,24 @@ class Comparison:
             self.reference in ("", *labels),
             f"comparison {self.name!r}: its reference {self.reference!r} is left out; name it too.",
         )
-        kept = {label: of for label, of in self.methods.items() if label in labels}
-        settings = {label: of for label, of in self.settings.items() if label in kept}
-        return dataclasses.replace(self, methods=kept, settings=settings)
+
+        def kept(given: Mapping[str, Any]) -> dict[str, Any]:
+            return {label: of for label, of in given.items() if label in labels}
+
+        return dataclasses.replace(
+            self,
+            methods=kept(self.methods),
+            settings=kept(self.settings),
+            more_seeds=kept(self.more_seeds),
+        )
+
+    def seeds_of(self, label: str) -> tuple[int, ...]:
+        """The seeds of a method's runs at its chosen rate."""
+        return self.seeds + tuple(self.more_seeds.get(label, ()))
+
+    def compared_seeds(self, label: str) -> int:
+        """How many seeds a method's difference to the reference is over."""
+        return len(set(self.seeds_of(label)) & set(self.seeds_of(self.reference)))
 
     @property
     def picker(self) -> Comparison:
@@ -183,7 +213,7 @@ class Comparison:
         steps = self.base.train.steps
         return {
             seed: self._job(label, rate, seed, steps, workdir, out, self.scored, True)
-            for seed in self.seeds
+            for seed in self.seeds_of(label)
         }
 
     def _job(

@@ -73,13 +73,18 @@ def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
         "comparison": f"[{plan.name}]({plan.name}.md)",
         "trained on": plan.base.data.task,
         "steps": plan.base.train.steps,
-        "seeds": len(plan.seeds),
+        "seeds": _seeds(plan),
         "methods": len(there) or len(plan.methods),
         "tasks scored": ", ".join(plan.tasks) or None,
         "measure": found.get("compared by", {}).get("measure") or None,
         "margin": found.get("compared by", {}).get("margin"),
         "not run yet": ", ".join(found.get("missing", ())) or None,
     }
+
+
+def _seeds(plan: Comparison) -> str:
+    counts = [len(plan.seeds_of(label)) for label in plan.methods]
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[str]:
@@ -92,7 +97,7 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[st
             f"{plan.name} {label}": gap.p
             for plan, of in gaps
             for label, gap in of.items()
-            if label != BASE and gap.seeds == len(plan.seeds)
+            if label != BASE and gap.seeds == plan.compared_seeds(label)
         }
     )
     labels = list(dict.fromkeys(label for _, of in gaps for label in of))

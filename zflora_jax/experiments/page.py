@@ -156,8 +156,8 @@ def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
     """What a difference says by the margin, once all seeds are there; None of the base."""
     if plan.margin is None or label == BASE:
         return None
-    if gap.seeds < len(plan.seeds):
-        return f"{gap.seeds} of {len(plan.seeds)} seeds"
+    if gap.seeds < (wanted := plan.compared_seeds(label)):
+        return f"{gap.seeds} of {wanted} seeds"
     return verdict(gap, plan.margin)
 
 
@@ -266,7 +266,7 @@ def _score_blocks(
 def _score_cells(plan: Comparison, label: str, score: SuiteScore, kind: str) -> dict[str, str]:
     values = score.table[kind]
     cells = {f"{task} ({score.rows[task]})": value.percent() for task, value in values.items()}
-    several = len(plan.seeds) > 1 and label != BASE and kind == score.headline
+    several = label != BASE and len(plan.seeds_of(label)) > 1 and kind == score.headline
     spread = f" ± {score.spread:.1f}" if several else ""
     counted = [value.mean for task, value in values.items() if task in plan.tasks]
     return cells | ({"mean": f"{statistics.mean(counted):.1f}{spread}"} if counted else {})

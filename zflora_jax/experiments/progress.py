@@ -100,7 +100,7 @@ class Progress:
         done = {job.record: job.run.train.steps for job in self._known() if self.result(job)}
         each = len(picker.learning_rates) * (picker.pick_steps or picker.base.train.steps)
         whole_run = plan.base.train.steps
-        whole = len(plan.seeds) * whole_run
+        whole = sum(len(plan.seeds_of(label)) for label in plan.methods) * whole_run
         # A run that chose the rate, of full length, is one of the chosen ones.
         twice = whole_run if picker is plan and (plan.pick_steps or whole_run) == whole_run else 0
-        return sum(done.values()), len(plan.methods) * (each + whole - twice)
+        return sum(done.values()), whole + len(plan.methods) * (each - twice)
