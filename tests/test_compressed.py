@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from support.checks import assert_logits_close
+from support.grids import pairwise
 from support.models import perturb, tiny_model
 from support.quantized import WIDENED, how, moved, quantized_tiny
 
@@ -95,8 +96,9 @@ def test_packing_is_that_of_the_package(bits: int) -> None:
 # --- the base's codes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["base", *WIDENED])
-@pytest.mark.parametrize("quant", ["int8", "w8a8", "int4"])
+@pytest.mark.parametrize(
+    ("quant", "method"), pairwise(["int8", "w8a8", "int4"], ["base", *WIDENED])
+)
 def test_the_codes_and_scales_of_the_base_are_copied(
     quant: str, method: str, tmp_path: Path
 ) -> None:
@@ -146,8 +148,9 @@ def test_the_export_computes_what_the_model_does(quant: str, method: str, tmp_pa
     assert gap["top1_agreement"] > 0.95 and gap["max_abs_dlogit"] < 0.02 * gap["logit_scale"]
 
 
-@pytest.mark.parametrize("method", ["base", "lora", *WIDENED])
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("quant", "method"), pairwise(["int8", "int4"], ["base", "lora", *WIDENED])
+)
 def test_numbers_are_quantised_here(quant: str, method: str, tmp_path: Path) -> None:
     model, group = tiny_model(head_dim=32), 32 if quant == "int4" else 0
     adapter = WIDENED.get(method, AdapterConfig("lora", rank=4))

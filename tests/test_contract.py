@@ -159,8 +159,7 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
         assert np.all(np.abs(got - exact) <= 1.01 * half_ulp * np.abs(exact) + 1e-8)
 
 
-@every_method
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("adapter", "side"), pairwise(BY_METHOD, ["left", "right"]), ids=name_of)
 def test_prefill_and_decode_equal_full_forward(adapter, side):
     """Any batch and padding: each row alone without padding, the padded batch, and prefill + one
     token at a time agree.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close
+from support.grids import pairwise
 from support.models import needs_smollm2, tiny_model
 from support.quantized import WIDENED, moved, quantized_tiny
 from support.runs import small_run
@@ -135,9 +136,9 @@ def test_the_packaged_model_is_its_file(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", WIDENED)
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize(
+    ("kind", "method", "tied"), pairwise(["q8_0", "q4_0", "q4_1"], list(WIDENED), [True, False])
+)
 def test_an_adapters_blocks_stand_beside_the_bases(
     kind: str, method: str, tied: bool, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from support.grids import pairwise
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.quantize_config import QuantizeConfig, Stored, quantize_config
@@ -102,9 +103,9 @@ def packed(kind, group, width=96, extra=10):
 FORMS = [("int8", 0), *((kind, 32) for kind in KINDS)]
 
 
-@pytest.mark.parametrize(("kind", "group"), FORMS)
-@pytest.mark.parametrize("rows", [1, 3, 11])
-def test_products_of_every_device_equal_the_dequantised(kind, group, rows):
+@pytest.mark.parametrize(("form", "rows"), pairwise(FORMS, [1, 3, 11]))
+def test_products_of_every_device_equal_the_dequantised(form, rows):
+    kind, group = form
     columns = packed(kind, group)
     by_rows = replace(jax.tree.map(lambda part: part.T, columns), writes=0)
     x = jnp.asarray(numbers(rows, columns.shape[0]))

@@ -99,6 +99,7 @@ def test_fuse_and_decode_on_a_mesh_are_those_of_one_device():
     assert generate_tokens(both, prompts, max_new_tokens=6) == made
 
 
+@pytest.mark.soak  # test_run_killed.py kills the same loop on numbers
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     """As for a float base; and the run is loaded, fused, as it was trained."""
     settings = {"train.steps": 40, "eval.limit": 2, "quantize.kernels": "int8"}
