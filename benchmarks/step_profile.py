@@ -106,6 +106,8 @@ def parts(*form: Any) -> dict[str, float]:
     for name, value in took.items():
         if name in names and not name.startswith(CONTAINERS):
             summed[next(k for k, p in PARTS.items() if re.search(p, names[name]))] += value
+    if empty := [name for name, value in summed.items() if not value]:
+        sys.exit(f"no operation is called as {', '.join(empty)} should be: mend PARTS")
     return summed | {"whole": whole}
 
 
@@ -113,7 +115,7 @@ def together(turns: int) -> float:
     """Tokens per second of two processes, each with the first form on a core of its own."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     processes = [on_core(core, "--one", "--turns", str(turns)) for core in cores]
-    took = [float(process.communicate()[0].split()[-1]) for process in processes]
+    took = [float(answer(process)) for process in processes]
     return sum(TOKENS / value for value in took)
 
 
@@ -124,6 +126,14 @@ def on_core(core: int, *words: str) -> subprocess.Popen[bytes]:
     )
     os.sched_setaffinity(process.pid, {core})
     return process
+
+
+def answer(process: subprocess.Popen[bytes]) -> str:
+    """The last line that a process prints; ends with a message where it failed."""
+    printed = process.communicate()[0].decode()
+    if process.returncode:
+        sys.exit(f"a process of one core ended with {process.returncode}; what it said is above")
+    return printed.splitlines()[-1]
 
 
 def page(result: dict[str, Any]) -> str:
@@ -149,7 +159,8 @@ tokens a second together, one process of two cores {first["tokens/s"]:.0f}. Squa
 are multiplied at (TFLOP/s, two cores): {rates}.
 
 Parts of one step of the first row's form in a process of one core, by jax's profiler; "base
-kernels" are the products with the frozen kernels, forward and backward.
+kernels" are the products with the frozen kernels, forward and backward; "whole" is the step by the
+clock, with the profiler's own time.
 
 {markdown_table(shares, ["part", "seconds", "share"])}
 
@@ -175,6 +186,8 @@ def main() -> None:
     if args.parts:
         print(json.dumps(parts(*FORMS[FIRST])))
         return
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        parser.error("needs Linux and two cores, one for each of two processes")
     from zflora_jax.bench.timing import ratio, turns
     from zflora_jax.bench.training_step import matmul_rate
     from zflora_jax.reporting.files import write_result
@@ -198,7 +211,7 @@ def main() -> None:
     result = {
         "rows": rows,
         "together": together(args.turns),
-        "parts": json.loads(on_core(min(os.sched_getaffinity(0)), "--parts").communicate()[0]),
+        "parts": json.loads(answer(on_core(min(os.sched_getaffinity(0)), "--parts"))),
         "matmul_flops": rates,
         "turns": args.turns,
         "environment": environment(),

@@ -30,8 +30,6 @@ class Comparison:
       methods: label -> adapter.
       learning_rates: those tried with each method.
       seeds: of the runs at the chosen rate; the rate is chosen with the first.
-      more_seeds: label -> further seeds of that method. A difference is over those that a method
-        and the reference share.
       pick_steps: the rate is chosen by runs of that many steps (with the schedule of their own
         length); None: by whole runs.
       rates_from: a comparison whose choice of learning rates is taken over; its choosing runs are
@@ -46,6 +44,8 @@ class Comparison:
         interval is called as good as it; fixed before the runs.
       settings: label -> dotted settings of that method besides its adapter, such as
         {"optim.loraplus_ratio": 16.0}.
+      more_seeds: label -> further seeds of that method. A difference is over those that a method
+        and the reference share.
       reading: what the tables show, in words, by whoever has read them; stands under them.
     """
 
@@ -63,8 +63,8 @@ class Comparison:
     reference: str = ""
     margin: float | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    reading: str = ""
     more_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    reading: str = ""
 
     def __post_init__(self) -> None:
         for name in ("methods", "learning_rates", "seeds"):

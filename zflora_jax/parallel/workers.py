@@ -32,7 +32,7 @@ def run_pinned(command: Sequence[str], workers: int) -> list[int]:
     systems place them as they like), and wait for all of them. SIGTERM is passed on.
 
     A program of XLA's CPU backend takes as many threads as its process may use cores. Two processes
-    of one core each train 7% more tokens than one of two (`results/step_profile.md`).
+    of one core each train 6% more tokens than one of two (`results/step_profile.md`).
 
     Args:
       command: a program and its arguments.
