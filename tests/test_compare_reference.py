@@ -14,6 +14,7 @@ from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.overview import overview
+from zflora_jax.experiments.progress import Progress
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 
@@ -106,16 +107,17 @@ def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, 
 
 def test_more_seeds_of_some_methods(two_steps, tmp_path, scored, fake_train):
     """A difference is over the seeds that both have, and waits for no others."""
-    more = {"lora": (2,), "ffba": (2,)}
+    more = {"lora": (2,), "ffba": (2, 3)}
     plan = reference_plan(two_steps, tasks=("arc_easy",), transfer=(), more_seeds=more)
-    result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    result = compare_methods(plan, runs, out, console=False)
     seeds = {label: of["arc_easy"]["seeds"] for label, of in result["differences"].items()}
-    assert seeds == {"base": 3, "ffba": 3, "ffa": 2}
-    assert (
-        result["missing"] == []
-        and "of 3 seeds" not in (tmp_path / "out" / "paired_two.md").read_text()
-    )
-    assert "| 2 to 3 |" in overview([plan], tmp_path / "out").read_text()
+    assert seeds == {"base": 3, "ffba": 3, "ffa": 2} and result["missing"] == []
+    assert " seeds |" not in (out / "paired_two.md").read_text()  # all verdicts are there
+    summary = overview([plan], out).read_text()
+    [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
+    assert "| 2 to 4 |" in summary and "*, worse" in line
+    assert Progress(plan, runs, out).left() == "18 of 18 steps of all runs"
     assert plan.only(["lora", "ffa"]).more_seeds == {"lora": (2,)}
     for wrong, said in (({"dora": (2,)}, "no method"), ({"lora": (1,)}, "given twice")):
         with pytest.raises(ConfigError, match=said):
