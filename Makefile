@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+# --no-compile: half the time; Python compiles what is imported.
+INSTALL := $(PY) -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
 # A stamp is touched only after its install has succeeded, so a failed or stopped install is done again.
 CREATED := $(VENV)/.stamp-venv
