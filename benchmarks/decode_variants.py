@@ -27,10 +27,11 @@ from zflora_jax.core import trees
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
 from zflora_jax.inference.model_call import next_logits
-from zflora_jax.inference.sampling import Sampler, greedy
+from zflora_jax.inference.sampling import Sampler
 from zflora_jax.nn import layers
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.ops import head as output_head, linear
+from zflora_jax.ops.sampling import greedy
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table

@@ -2,7 +2,7 @@
 from .adapters.counts import count_params as count_params, rank_for_budget as rank_for_budget
 from .adapters.fuse import fuse as fuse, unfuse as unfuse
 from .adapters.init import init_adapters as init_adapters
-from .adapters.packing import pack as pack, pack_for_decode as pack_for_decode
+from .adapters.packing import pack_for_decode as pack_for_decode
 from .adapters.swapping import swap as swap
 from .adapters.tasks import (
     pad_adapters as pad_adapters,

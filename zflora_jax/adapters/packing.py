@@ -225,6 +225,3 @@ def _filled(leaf: Any, shape: tuple[int, ...]) -> Any:
         return filled_codes(leaf, shape)
     pads = [(0, wide - width) for wide, width in zip(shape, leaf.shape, strict=True)]
     return jnp.pad(leaf, pads) if leaf.shape != shape else leaf
-
-
-pack = pack_for_decode  # its public name of before

@@ -22,8 +22,8 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.model_call import empty_cache, next_logits
-from zflora_jax.inference.sampling import ENDED, NON_FINITE
 from zflora_jax.nn.kv_cache import KVCache
+from zflora_jax.ops.sampling import ENDED, NON_FINITE
 
 Array = jax.Array
 

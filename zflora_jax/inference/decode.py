@@ -23,8 +23,9 @@ from zflora_jax.inference.generation_config import (
 )
 from zflora_jax.inference.model_call import packed
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.sampling import GREEDY, NON_FINITE
+from zflora_jax.inference.sampling import GREEDY
 from zflora_jax.inference.unfused import UnfusedAdapters, unfused_adapters
+from zflora_jax.ops.sampling import NON_FINITE
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 
 Array = jax.Array

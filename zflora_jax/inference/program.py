@@ -18,8 +18,9 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.model_call import empty_cache, next_logits
-from zflora_jax.inference.sampling import ENDED, GREEDY, Sampler
+from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.nn.kv_cache import KVCache
+from zflora_jax.ops.sampling import ENDED
 
 Array = jax.Array
 
