@@ -23,7 +23,12 @@ CASES = ((0, 10, 30), (1, 10, 30), (2, 20, 35), (3, 20, 35), (2, 0, 0))
 
 
 def simulate(seeds: int, seed: float, row: float, answer: float, rows: int) -> dict[str, Any]:
-    """The mean width of intervals, and the share of them that hold the true difference, zero."""
+    """The median width of intervals, and the share of them that hold the true difference, zero.
+
+    Args:
+      seeds, rows: how many.
+      seed, row, answer: standard deviations, in points of 100.
+    """
     from zflora_jax.evaluation.paired import paired_difference, verdict
 
     rng = np.random.default_rng(0)
@@ -32,7 +37,7 @@ def simulate(seeds: int, seed: float, row: float, answer: float, rows: int) -> d
         parts = (seed, (seeds, 1)), (row, (1, rows)), (answer, (seeds, rows))
         return sum(rng.normal(0, deviation, shape) for deviation, shape in parts)
 
-    found = [paired_difference([scores()], [scores()], resamples=RESAMPLES) for _ in range(DRAWS)]
+    found = [paired_difference([scores()], [scores()], draw, RESAMPLES) for draw in range(DRAWS)]
     return {
         "seeds": seeds,
         "seed": seed,

@@ -3,9 +3,9 @@
 Command: python benchmarks/step_profile.py     (about 5 minutes on 2 idle CPU cores)
 SmolLM2-135M, LoRA r=16, 1024 tokens a step, loss on the second half of every row. Forms: medians of
 steps that they take by turns. Two processes: the first form in two processes of one core each,
-tokens of both together. Parts: what jax's profiler counts for every operation of one step of a
-process of one core, by the name that the operation has in the compiled program. Writes
-results/step_profile.json and .md.
+which begin their steps together; tokens of both. Parts: what jax's profiler counts for every
+operation of one step of a process of one core, by the name that the operation has in the compiled
+program, beside the median of steps without the profiler. Writes results/step_profile.json and .md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ CONTAINERS = ("while", "cond", "call", "Thunk")  # count what is in them once mo
 
 
 def loaded(dtype: str, rows: int, length: int, remat: str) -> tuple[Case, Model]:
+    """What a form trains on, and the model that it trains."""
     from zflora_jax.bench.case import Case
     from zflora_jax.bench.training_step import load
     from zflora_jax.core.model import Model
@@ -66,7 +68,8 @@ def step_of(*form: Any) -> Callable[[], float]:
     return step
 
 
-def seconds(step: Callable[[], float]) -> float:
+def seconds(step: Callable[[], Any]) -> float:
+    """Of one step."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
@@ -87,21 +90,24 @@ def events(step: Callable[[], Any]) -> collections.Counter[str]:
     return took
 
 
-def parts(*form: Any) -> dict[str, float]:
-    """Seconds of one step by `PARTS`, and of the whole."""
+def parts(turns: int, *form: Any) -> dict[str, float]:
+    """Seconds of one step by `PARTS`, and of a whole one, the median of `turns` unprofiled."""
     import jax
 
-    from zflora_jax.bench.training_step import training_of
+    from zflora_jax.bench.training_step import training_case
 
     case, model = loaded(*form)
-    step, state, batch = training_of(case, model, "lora")
+    step, state, batch = training_case(case, model, "lora")
     compiled = step.lower(model.params, state, batch).compile()  # type: ignore[attr-defined]
     written = re.findall(r"%([\w.\-]+) = .*?(?:op_name=\"([^\"]*)\"|$)", compiled.as_text(), re.M)
     names = dict(written)
     state, _ = jax.block_until_ready(compiled(model.params, state, batch))
-    started = time.perf_counter()
-    took = events(lambda: jax.block_until_ready(compiled(model.params, state, batch)))
-    whole = time.perf_counter() - started
+
+    def one() -> Any:
+        return jax.block_until_ready(compiled(model.params, state, batch))
+
+    whole = statistics.median(seconds(one) for _ in range(turns))
+    took = events(one)
     summed = dict.fromkeys(PARTS, 0.0)
     for name, value in took.items():
         if name in names and not name.startswith(CONTAINERS):
@@ -112,25 +118,34 @@ def parts(*form: Any) -> dict[str, float]:
 
 
 def together(turns: int) -> float:
-    """Tokens per second of two processes, each with the first form on a core of its own."""
+    """Tokens per second of two processes, each with the first form on a core of its own. Each says
+    that it is ready, and begins its steps when both are.
+    """
     cores = sorted(os.sched_getaffinity(0))[:2]
     processes = [on_core(core, "--one", "--turns", str(turns)) for core in cores]
-    took = [float(answer(process)) for process in processes]
-    return sum(TOKENS / value for value in took)
+    for process in processes:
+        process.stdout.readline()  # type: ignore[union-attr]
+    with ThreadPoolExecutor(len(processes)) as pool:
+        took = list(pool.map(answer, processes))
+    return sum(TOKENS / float(value) for value in took)
 
 
 def on_core(core: int, *words: str) -> subprocess.Popen[bytes]:
     """This script with `words` in a process that has one core."""
     process = subprocess.Popen(
-        [sys.executable, os.path.abspath(__file__), *words], stdout=subprocess.PIPE
+        [sys.executable, os.path.abspath(__file__), *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     os.sched_setaffinity(process.pid, {core})
     return process
 
 
 def answer(process: subprocess.Popen[bytes]) -> str:
-    """The last line that a process prints; ends with a message where it failed."""
-    printed = process.communicate()[0].decode()
+    """The last line that a process prints once it is told to go on; ends with a message where it
+    failed.
+    """
+    printed = process.communicate(b"\n")[0].decode()
     if process.returncode:
         sys.exit(f"a process of one core ended with {process.returncode}; what it said is above")
     return printed.splitlines()[-1]
@@ -159,8 +174,8 @@ tokens a second together, one process of two cores {first["tokens/s"]:.0f}. Squa
 are multiplied at (TFLOP/s, two cores): {rates}.
 
 Parts of one step of the first row's form in a process of one core, by jax's profiler; "base
-kernels" are the products with the frozen kernels, forward and backward; "whole" is the step by the
-clock, with the profiler's own time.
+kernels" are the products with the frozen kernels, forward and backward; "whole" is a step without
+the profiler.
 
 {markdown_table(shares, ["part", "seconds", "share"])}
 
@@ -181,10 +196,12 @@ def main() -> None:
         parser.error(f"--turns {args.turns}: give at least 1")
     if args.one:
         step = step_of(*FORMS[FIRST])
+        print("ready", flush=True)
+        sys.stdin.readline()
         print(statistics.median(seconds(step) for _ in range(args.turns)))
         return
     if args.parts:
-        print(json.dumps(parts(*FORMS[FIRST])))
+        print(json.dumps(parts(args.turns, *FORMS[FIRST])))
         return
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         parser.error("needs Linux and two cores, one for each of two processes")
@@ -206,12 +223,13 @@ def main() -> None:
         }
         for name in FORMS
     ]
+    cores = sorted(os.sched_getaffinity(0))
     rates = {dtype: matmul_rate(dtype) for dtype in ("float32", "bfloat16")}
     steps.clear()  # the two processes need the memory
     result = {
         "rows": rows,
         "together": together(args.turns),
-        "parts": json.loads(answer(on_core(min(os.sched_getaffinity(0)), "--parts"))),
+        "parts": json.loads(answer(on_core(cores[0], "--parts", "--turns", str(args.turns)))),
         "matmul_flops": rates,
         "turns": args.turns,
         "environment": environment(),

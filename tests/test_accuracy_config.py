@@ -38,7 +38,7 @@ def test_tables_are_those_of_the_page(accuracy):
         assert re.search(rf"\b{name}\b", page), name
     assert all(plan.margin == (1.5 if plan.measure == "rougeL" else 3.0) for plan in plans.values())
     assert all(len(plan.seeds) == 3 and len(plan.learning_rates) == 3 for plan in plans.values())
-    six = {name for name, plan in plans.items() if plan.compared_seeds("zflora-minimal") == 6}
+    six = {name for name, plan in plans.items() if plan.compared_seed_count("zflora-minimal") == 6}
     assert six == {"cloze", "arithmetic", "woz"}
     tokens = {
         plan.base.data.batch_size * plan.base.data.bucket_lengths[-1] for plan in plans.values()

@@ -231,7 +231,7 @@ def test_a_method_that_diverges_leaves_a_page(two_steps, tmp_path, monkeypatch, 
     assert record["result"] == {"failed": "loss is nan at step 2"}
 
 
-def test_the_spread_of_seeds_stands_beside_their_mean(two_steps, tmp_path, monkeypatch, fake_train):
+def test_the_seeds_deviation_stands_beside_their_mean(two_steps, tmp_path, monkeypatch, fake_train):
     """Two seeds with the scores that are given here."""
     shares = {0: 0.25, 1: 0.75}
 
@@ -247,10 +247,11 @@ def test_the_spread_of_seeds_stands_beside_their_mean(two_steps, tmp_path, monke
     )
     result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     untrained, row = result["rows"]
-    assert (untrained["mean"], row["mean"], row["spread"]) == (25, 50, 50)
+    assert (untrained["mean"], row["mean"]) == (25, 50)
+    assert row["std"] == pytest.approx(50 / 2**0.5)
     assert row["intervals"]["accuracy"]["arc_easy"] == pytest.approx([40, 60])
     page = (tmp_path / "out" / "seeds.md").read_text()
-    assert "| 50.0 [40.0, 60.0] | 50.0 ± 50.0 |" in page and "| 25.0 |" in page
+    assert "| 50.0 [40.0, 60.0] | 50.0 ± 35.4 |" in page and "| 25.0 |" in page
 
 
 def test_a_rate_at_the_edge_of_its_grid_is_said(two_steps, tmp_path, fake_train, caplog):

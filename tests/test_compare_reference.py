@@ -113,13 +113,24 @@ def test_more_seeds_of_some_methods(two_steps, tmp_path, scored, fake_train):
     result = compare_methods(plan, runs, out, console=False)
     seeds = {label: of["arc_easy"]["seeds"] for label, of in result["differences"].items()}
     assert seeds == {"base": 3, "ffba": 3, "ffa": 2} and result["missing"] == []
-    assert " seeds |" not in (out / "paired_two.md").read_text()  # all verdicts are there
+    page = (out / "paired_two.md").read_text()
+    assert "of 3 seeds" not in page and "of 2 seeds" not in page  # all verdicts are there
+    table = page.split("## Difference to lora")[1].split("\n\n")[1].splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|") for line in table}
+    at = [cell.strip() for cell in cells["method"]].index("seeds")
+    assert (cells["ffba"][at].strip(), cells["ffa"][at].strip()) == ("3", "2")
     summary = overview([plan], out).read_text()
     [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
-    assert "| 2 to 4 |" in summary and "*, worse" in line
+    assert "| 2 (lora 3, ffba 4) |" in summary and "*, worse" in line
     assert Progress(plan, runs, out).left() == "18 of 18 steps of all runs"
     assert plan.only(["lora", "ffa"]).more_seeds == {"lora": (2,)}
-    for wrong, said in (({"dora": (2,)}, "no method"), ({"lora": (1,)}, "given twice")):
+    listed = dataclasses.replace(plan, seeds=[0, 1])  # as a config file may give them
+    assert listed.seeds_of("ffba") == (0, 1, 2, 3)
+    for wrong, said in (
+        ({"dora": (2,)}, "no method"),
+        ({"lora": (1,)}, "given twice"),
+        ({"lora": 3}, "must be a tuple of seeds"),
+    ):
         with pytest.raises(ConfigError, match=said):
             reference_plan(two_steps, more_seeds=wrong)
 

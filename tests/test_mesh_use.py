@@ -78,7 +78,7 @@ def assert_no_whole_kernel(text, config):
 
 
 @pytest.mark.parametrize(
-    "method", always(METHODS, lambda m: m in ("lora", "zflora-minimal", "full"))
+    "method", always(METHODS, lambda m: m in ("lora", "zflora-uniform", "full"))
 )
 def test_a_model_on_a_mesh_computes_what_one_device_does(method):
     adapter, (model, adapters), (divided, beside) = both(method)

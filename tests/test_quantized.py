@@ -1,5 +1,6 @@
 """Codes and scales: what they stand for, their products in every device's form, GGUF's bytes."""
 
+import itertools
 from dataclasses import replace
 from typing import get_args
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-from support.grids import pairwise
+from support.grids import always
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.quantize_config import QuantizeConfig, Stored, quantize_config
@@ -103,7 +104,13 @@ def packed(kind, group, width=96, extra=10):
 FORMS = [("int8", 0), *((kind, 32) for kind in KINDS)]
 
 
-@pytest.mark.parametrize(("form", "rows"), pairwise(FORMS, [1, 3, 11]))
+@pytest.mark.parametrize(
+    ("form", "rows"),
+    always(
+        itertools.product(FORMS, [1, 3, 11]),
+        lambda case: case[1] in (1, (11, 3)[FORMS.index(case[0]) % 2]),
+    ),
+)
 def test_products_of_every_device_equal_the_dequantised(form, rows):
     kind, group = form
     columns = packed(kind, group)

@@ -39,7 +39,7 @@ def load(case: Case) -> Model:
     return Model(model.config, jax.tree.map(lambda leaf: leaf.astype(case.dtype), model.params))
 
 
-def training_of(case: Case, model: Model, method: str) -> tuple[StepFn, TrainState, Batch]:
+def training_case(case: Case, model: Model, method: str) -> tuple[StepFn, TrainState, Batch]:
     """The jitted step of a case, its first state and the batch that it is measured on.
 
     Args:
@@ -61,7 +61,7 @@ def our_step(case: Case, model: Model, method: str) -> Callable[[], float]:
       model: the base, stored as the case says.
       method: of `METHODS`.
     """
-    step, state, batch = training_of(case, model, method)
+    step, state, batch = training_case(case, model, method)
 
     def run() -> float:
         nonlocal state

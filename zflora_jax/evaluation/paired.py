@@ -78,12 +78,21 @@ def paired_difference(
         means += drawn @ gap.mean(axis=0) / rows / len(gaps)
     if seeds > 1:
         spread = np.sqrt(_variance_of_seeds(gaps) / seeds)
-        means += spread * rng.standard_t(seeds - 1, resamples)
+        means += spread * rng.permutation(_student(seeds - 1, resamples))
     low, high = np.quantile(means, [0.025, 0.975])
     tail = min(np.sum(means <= 0), np.sum(means >= 0)) + 1
     p = min(1.0, 2 * tail / (resamples + 1))
     mean = float(np.mean([gap.mean() for gap in gaps]))
     return Difference(mean, float(low), float(high), float(p), seeds)
+
+
+def _student(freedom: int, count: int) -> np.ndarray:
+    """`count` numbers [count] that lie as Student's t distribution does: its quantiles, evenly
+    apart. Drawn ones would move the ends of an interval by chance, 3% with 10,000 numbers.
+    """
+    from scipy.special import stdtrit
+
+    return stdtrit(freedom, (np.arange(count) + 0.5) / count)
 
 
 def _variance_of_seeds(gaps: Sequence[np.ndarray]) -> float:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -142,20 +142,6 @@ def bootstrap(columns: Sequence[np.ndarray], seed: int) -> Score:
 # --- a suite of tasks, over seeds -----------------------------------------------------------------
 
 
-# The names of SuiteScore.fields().
-SCORE_FIELDS = (
-    "scores",
-    "all scores",
-    "intervals",
-    "headline",
-    "mean",
-    "spread",
-    "rows",
-    "cut",
-    "chance",
-)
-
-
 @dataclass(frozen=True)
 class SuiteScore:
     """What a model scored on the clean rows of several tasks, or what a method did: the mean over
@@ -166,7 +152,7 @@ class SuiteScore:
       table: score -> task -> value and interval, in percent.
       rows: task -> clean rows.
       mean: of the headline over the tasks, in percent.
-      spread: how far the seeds' means lie apart.
+      std: the standard deviation of the seeds' means; 0 of one seed.
       answers_cut: task -> answers that reached the limit of new tokens.
       chance: task -> percent right by guessing.
     """
@@ -175,7 +161,7 @@ class SuiteScore:
     table: dict[str, dict[str, Score]]
     rows: dict[str, int]
     mean: float
-    spread: float
+    std: float
     answers_cut: dict[str, float]
     chance: dict[str, float]
 
@@ -185,24 +171,23 @@ class SuiteScore:
 
     def fields(self) -> dict[str, Any]:
         """As the JSON of a comparison holds it."""
-        values = (
-            {task: score.mean for task, score in self.headline_scores.items()},
-            {
+        return {
+            "scores": {task: score.mean for task, score in self.headline_scores.items()},
+            "all scores": {
                 kind: {task: score.mean for task, score in tasks.items()}
                 for kind, tasks in self.table.items()
             },
-            {
+            "intervals": {
                 kind: {task: [score.low, score.high] for task, score in tasks.items()}
                 for kind, tasks in self.table.items()
             },
-            self.headline,
-            self.mean,
-            self.spread,
-            self.rows,
-            self.answers_cut,
-            self.chance,
-        )
-        return dict(zip(SCORE_FIELDS, values, strict=True))
+            "headline": self.headline,
+            "mean": self.mean,
+            "std": self.std,
+            "rows": self.rows,
+            "cut": self.answers_cut,
+            "chance": self.chance,
+        }
 
 
 def suite_score(
@@ -254,7 +239,7 @@ def suite_score(
         table=table,
         rows={task: found["clean_rows"] for task, found in first.items()},
         mean=mean(means),
-        spread=max(means) - min(means),
+        std=stdev(means) if len(means) > 1 else 0.0,
         answers_cut={
             task: mean(one[task]["answers_cut"] for one in seeds)
             for task, found in first.items()

@@ -1,8 +1,8 @@
-"""Comparisons: methods at their best learning rates, over several seeds, scored on tasks.
+"""Compare methods at their best learning rates, over several seeds, by their scores on tasks.
 
 The learning rate of a method is chosen on the validation split with the first seed; every seed then
-runs at the chosen rate, and the tables report the test split, with the seeds' spread beside the
-differences between methods.
+runs at the chosen rate, and the tables report the test split, with the seeds' standard
+deviation beside the differences between methods.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class MethodRuns:
             row |= {f"validation, seed {r['seed']}": r.get("validation_loss") for r in self.chosen}
         row |= {f"test, seed {seed}": loss for seed, loss in losses.items()}
         if len(tests) > 1:
-            row |= {"test mean": statistics.mean(tests), "test spread": max(tests) - min(tests)}
+            row |= {"test mean": statistics.mean(tests), "test std": statistics.stdev(tests)}
         row["seconds"] = statistics.mean(seconds) if tests else None
         return row | score_fields(self.score)
 
@@ -95,8 +95,8 @@ def score_fields(score: SuiteScore | None) -> Result:
 def compare_methods(
     plan: Comparison, workdir: str | Path, out: str | Path, *, console: bool = True
 ) -> Result:
-    """Run a comparison and write its tables after each run, <out>/<name>.json and .md, and with
-    tasks pictures at the end, .png and .svg.
+    """Run a comparison and write its tables after each run, <out>/<name>.json and .md, with tasks
+    pictures too, .png and .svg.
 
     Each finished run leaves a record <out>/<name>/<run>.json with its settings and commit, and is
     not run again while its record is there and its settings the same. Several processes may run the

@@ -101,11 +101,16 @@ class Comparison:
                     f"comparison.{name}: {label!r} is no method of it:"
                     f" {nearest(label, self.methods)}.",
                 )
-        for label in self.more_seeds:
+        for label, further in self.more_seeds.items():
+            require(
+                isinstance(further, tuple | list),
+                f"comparison.more_seeds[{label!r}]={further!r}: must be a tuple of seeds, such as"
+                " (3, 4).",
+            )
             seeds = self.seeds_of(label)
             require(
                 len(set(seeds)) == len(seeds),
-                f"comparison.more_seeds[{label!r}]={self.more_seeds[label]}: a seed is given twice,"
+                f"comparison.more_seeds[{label!r}]={further}: a seed is given twice,"
                 f" in it or in comparison.seeds={self.seeds}.",
             )
         for label, changes in self.settings.items():
@@ -184,9 +189,9 @@ class Comparison:
 
     def seeds_of(self, label: str) -> tuple[int, ...]:
         """The seeds of a method's runs at its chosen rate."""
-        return self.seeds + tuple(self.more_seeds.get(label, ()))
+        return (*self.seeds, *self.more_seeds.get(label, ()))
 
-    def compared_seeds(self, label: str) -> int:
+    def compared_seed_count(self, label: str) -> int:
         """How many seeds a method's difference to the reference is over."""
         return len(set(self.seeds_of(label)) & set(self.seeds_of(self.reference)))
 

@@ -5,6 +5,7 @@ others, and what each comparison was seen to show.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,11 @@ def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seeds(plan: Comparison) -> str:
-    counts = [len(plan.seeds_of(label)) for label in plan.methods]
-    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    """How many seeds each method has, and which have others than most."""
+    counts = {label: len(plan.seeds_of(label)) for label in plan.methods}
+    usual = Counter(counts.values()).most_common(1)[0][0]
+    others = [f"{label} {count}" for label, count in counts.items() if count != usual]
+    return f"{usual} ({', '.join(others)})" if others else str(usual)
 
 
 def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[str]:
@@ -97,7 +101,7 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[st
             f"{plan.name} {label}": gap.p
             for plan, of in gaps
             for label, gap in of.items()
-            if label != BASE and gap.seeds == plan.compared_seeds(label)
+            if label != BASE and gap.seeds == plan.compared_seed_count(label)
         }
     )
     labels = list(dict.fromkeys(label for _, of in gaps for label in of))

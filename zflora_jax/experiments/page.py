@@ -11,7 +11,7 @@ from typing import Any
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import EvalConfig
 from zflora_jax.evaluation.paired import Difference, verdict
-from zflora_jax.evaluation.statistics import SCORE_FIELDS, SuiteScore
+from zflora_jax.evaluation.statistics import SuiteScore
 from zflora_jax.evaluation.summary import SCORE_LEGEND, decoding
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.differences import headline, informative
@@ -20,8 +20,19 @@ from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import commit_text, origin_line
 from zflora_jax.reporting.tables import markdown_table
 
-# Fields of a method's row that the first table does not show: scores have tables of their own.
-_APART = ("untuned", *SCORE_FIELDS)
+# Fields of a method's row that the table of losses does not show: scores have tables of their own.
+_APART = (
+    "untuned",
+    "scores",
+    "all scores",
+    "intervals",
+    "headline",
+    "mean",
+    "std",
+    "rows",
+    "cut",
+    "chance",
+)
 
 
 def write_page(path: Path, blocks: Sequence[str], values: Mapping[str, Any]) -> None:
@@ -128,6 +139,7 @@ def difference_blocks(
     rows = [
         {"method": label}
         | {task: str(gap) for task, gap in of.items()}
+        | {"seeds": headline(of).seeds if label != BASE else None}
         | {"p": headline(of).p if label != BASE else None}
         | {"verdict": verdict_of(plan, label, headline(of))}
         for label, of in gaps.items()
@@ -139,8 +151,10 @@ def difference_blocks(
     measure = next(iter(scores.values())).headline
     note = (
         f"{measure} less that of {plan.reference}, in points of 100, on the same rows and seeds,"
-        " with 95% intervals over both (`zflora_jax.evaluation.paired`); p of no difference, not"
-        " corrected for the number of methods."
+        " with 95% intervals over both (`zflora_jax.evaluation.paired`). seeds: those that a method"
+        f" shares with {plan.reference}, over which its difference is taken; means below are over"
+        " all seeds of a method, ± their standard deviation. p: of no difference, not corrected for"
+        " the number of methods."
     )
     if plan.margin is not None:
         note += f" {verdict_legend(plan.reference, f'{plan.margin:g} points')}"
@@ -156,7 +170,7 @@ def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
     """What a difference says by the margin, once all seeds are there; None of the base."""
     if plan.margin is None or label == BASE:
         return None
-    if gap.seeds < (wanted := plan.compared_seeds(label)):
+    if gap.seeds < (wanted := plan.compared_seed_count(label)):
         return f"{gap.seeds} of {wanted} seeds"
     return verdict(gap, plan.margin)
 
@@ -267,9 +281,9 @@ def _score_cells(plan: Comparison, label: str, score: SuiteScore, kind: str) -> 
     values = score.table[kind]
     cells = {f"{task} ({score.rows[task]})": value.percent() for task, value in values.items()}
     several = label != BASE and len(plan.seeds_of(label)) > 1 and kind == score.headline
-    spread = f" ± {score.spread:.1f}" if several else ""
+    std = f" ± {score.std:.1f}" if several else ""
     counted = [value.mean for task, value in values.items() if task in plan.tasks]
-    return cells | ({"mean": f"{statistics.mean(counted):.1f}{spread}"} if counted else {})
+    return cells | ({"mean": f"{statistics.mean(counted):.1f}{std}"} if counted else {})
 
 
 def _rows_scored(scoring: EvalConfig) -> str:
