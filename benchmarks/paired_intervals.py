@@ -1,7 +1,7 @@
 """How wide the intervals of paired differences are, and how often they hold the truth, by what
 varies: the figures behind the sizes in docs/experiments.md.
 
-Command: python benchmarks/paired_intervals.py     (about a minute)
+Command: python benchmarks/paired_intervals.py     (about 5 minutes)
 Two methods that are equally good, three and six seeds, normal scores: every seed moves a method,
 every row moves a method in all seeds, every answer varies by itself. Standard deviations in points
 of 100; an answer that is right 60% of the time has 49. Writes results/paired_intervals.json and

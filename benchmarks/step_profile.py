@@ -101,11 +101,12 @@ def parts(turns: int, *form: Any) -> dict[str, float]:
     compiled = step.lower(model.params, state, batch).compile()  # type: ignore[attr-defined]
     written = re.findall(r"%([\w.\-]+) = .*?(?:op_name=\"([^\"]*)\"|$)", compiled.as_text(), re.M)
     names = dict(written)
-    state, _ = jax.block_until_ready(compiled(model.params, state, batch))
 
-    def one() -> Any:
-        return jax.block_until_ready(compiled(model.params, state, batch))
+    def one() -> None:
+        nonlocal state  # the step takes its memory
+        state, _ = jax.block_until_ready(compiled(model.params, state, batch))
 
+    one()
     whole = statistics.median(seconds(one) for _ in range(turns))
     took = events(one)
     summed = dict.fromkeys(PARTS, 0.0)

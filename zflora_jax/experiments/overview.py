@@ -5,7 +5,6 @@ others, and what each comparison was seen to show.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,11 +83,9 @@ def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seeds(plan: Comparison) -> str:
-    """How many seeds each method has, and which have others than most."""
-    counts = {label: len(plan.seeds_of(label)) for label in plan.methods}
-    usual = Counter(counts.values()).most_common(1)[0][0]
-    others = [f"{label} {count}" for label, count in counts.items() if count != usual]
-    return f"{usual} ({', '.join(others)})" if others else str(usual)
+    """How many seeds every method has, and which have more."""
+    more = [f"{label} {len(plan.seeds_of(label))}" for label in plan.more_seeds]
+    return f"{len(plan.seeds)} ({', '.join(more)})" if more else str(len(plan.seeds))
 
 
 def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[str]:
