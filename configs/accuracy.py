@@ -9,7 +9,7 @@ table. --only NAME runs one table. A stopped sweep goes on where it was, several
 and it says what is left. Python 3.12 or newer: jax 0.12 multiplies bfloat16 with the processor's
 own instructions.
 
-The questions, measures, margins and sizes were fixed before the runs: docs/experiments.md.
+The questions, measures and margins were fixed before the runs: docs/experiments.md.
 """
 
 from dataclasses import replace
