@@ -95,8 +95,8 @@ def test_spans_equal_the_plain_formula(kind, window, length, blocks, monkeypatch
 
 
 def test_spans_multiply_less():
-    """10 of the 16 squares of four spans, forward and backward; none where queries follow a cache,
-    128 does not divide them, or all spans' scores would be many.
+    """10 of the 16 squares of four spans, forward and backward; one span where queries follow a
+    cache, none of 128 queries divides them, or all spans' scores would be many.
     """
     shapes = ((1, 512, 2, 64), (1, 1, 64, 512), (1, 1, 512, 64))
     q, k, v = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
@@ -106,7 +106,7 @@ def test_spans_multiply_less():
     assert 0.625 < flops / (6 * 2 * 2 * 512 * 512 * 64) < 0.65
     after_cache = AttentionMask(first=jnp.zeros((), jnp.int32))
     assert attention_blocks.spans(512, after_cache) == [(0, 512)]
-    for length in (500, 2048):
+    for length in (500, 640, 2048):
         assert attention_blocks.spans(length, AttentionMask()) == [(0, length)]
 
 

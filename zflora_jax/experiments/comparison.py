@@ -192,7 +192,7 @@ class Comparison:
         return (*self.seeds, *self.more_seeds.get(label, ()))
 
     def compared_seed_count(self, label: str) -> int:
-        """How many seeds a method's difference to the reference is over."""
+        """How many seeds a method shares with the reference, over which its difference is taken."""
         return len(set(self.seeds_of(label)) & set(self.seeds_of(self.reference)))
 
     @property

@@ -51,9 +51,16 @@ def one_query_as_eight(
 
 
 def spans(length: int, mask: AttentionMask) -> list[tuple[int, int]]:
-    """First query and end of equal spans of the queries, each of which needs no key behind its end:
-    up to four of a multiple of 128, where queries and keys are of the same at most 1024 tokens,
-    else one.
+    """Equal spans of the queries, each of which needs no key behind its end.
+
+    Args:
+      length: number of queries, T.
+      mask: what they see.
+
+    Returns:
+      (first query, end) of each: four spans, or three, or two, of a multiple of 128 queries each;
+      one where no such division exists, as for 640, where T is above 1024, or where keys are not of
+      the same tokens.
     """
     # Four spans multiply 10 of 16 squares; eight, 36 of 64, in a longer program. Their scores may
     # exist at one time (on TPUs they do), so long sequences are left to a loop over blocks.

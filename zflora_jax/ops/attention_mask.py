@@ -71,8 +71,8 @@ class AttentionMask:
         return causal[:, None] & (queries[:, None, :, None] == keys[:, None, None, :])
 
     def span(self, start: int, end: int) -> AttentionMask:
-        """Of the queries from `start` to `end` and the keys up to `end`, where all are of the same
-        tokens.
+        """The mask of the queries from `start` to `end` and the keys up to `end`; queries and keys
+        must be of the same tokens.
         """
         queries, keys = self.queries, self.keys
         return AttentionMask(
