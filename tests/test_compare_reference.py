@@ -83,6 +83,10 @@ def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, score
     [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
     assert "-37.5 [" in line and "*, worse" in line
     assert "![Differences](paired.png)" in summary and "| ffa | +25.0 [" in summary
+    lines = summary.split("## Scores")[1].splitlines()
+    [base] = [line for line in lines if line.startswith("| two | base | 0 | - |")]
+    [lora] = [line for line in lines if line.startswith("| two | lora |")]
+    assert "±" not in base and "| 38.1 ± 0.9 |" in lora and f"| {means['base']:.1f} |" in base
 
 
 def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, monkeypatch):

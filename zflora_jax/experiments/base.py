@@ -122,9 +122,9 @@ def given_base(run: RunConfig, model: Model) -> Model:
         require(
             not wrong, f"the model is not what {run.model!r} holds: {', '.join(wrong)}. {advice}"
         )
-        more = ", more than the embedding has rows: see zf.resize_vocab" * (
-            len(model.tokenizer) > model.config.vocab_size
-        )
+        more = ""
+        if len(model.tokenizer) > model.config.vocab_size:
+            more = ", more than the embedding has rows: see zf.resize_vocab"
         require(
             tokenizer == tokenizer_state(model.tokenizer),
             f"the model's tokenizer is not that of {run.model!r}: a chat template or tokens were"

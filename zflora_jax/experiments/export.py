@@ -61,8 +61,8 @@ def export_run(
     """
     target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
-    exporter, given = EXPORTERS[format], {"dtype": dtype, "quant": quant, "eps_z": eps_z}
-    given["context"] = context
+    exporter = EXPORTERS[format]
+    given = {"dtype": dtype, "quant": quant, "eps_z": eps_z, "context": context}
     _require_taken(format, given)
     settings = {name: value for name, value in given.items() if name in exporter.settings}
     exporter.check(target, **settings)

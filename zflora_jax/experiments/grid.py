@@ -118,11 +118,8 @@ def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, A
     known = [key.replace("/", ".") for key in settings_of(base)]
     wrong = sorted({key for changes in every for key in changes if key not in known})
     inner = [key for key in known if wrong and key.startswith(f"{wrong[0]}.")]
-    require(
-        not inner,
-        f"{(wrong or [''])[0]!r} is a group of settings, not one; give e.g."
-        f" {(inner or [''])[0]!r}.",
-    )
+    if inner:
+        raise ConfigError(f"{wrong[0]!r} is a group of settings, not one; give e.g. {inner[0]!r}.")
     if wrong:
         override(base, {wrong[0]: "0"})  # says what is near
     named = [(_name(changes), changes) for changes in every]
@@ -138,7 +135,8 @@ def _tables(grid: Settings) -> list[dict[str, Any]]:
             for key, values in grid.items()
             if isinstance(values, str) or not hasattr(values, "__len__") or len(values) == 0
         ]
-        require(not empty, f"grid[{(empty or [''])[0]!r}]: give a list of at least one value.")
+        if empty:
+            raise ConfigError(f"grid[{empty[0]!r}]: give a list of at least one value.")
         return [
             dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
         ]

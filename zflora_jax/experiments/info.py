@@ -24,6 +24,7 @@ from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.stored_config import from_file
+from zflora_jax.experiments.run_report import read_report
 from zflora_jax.hf.bucket import headers
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import WEIGHTS
@@ -170,8 +171,8 @@ def _peft(directory: Path) -> Facts:
         "alpha_pattern": {},
         "modules_to_save": None,
         "bias": "none",
+        "lora_dropout": 0.0,
     }
-    plain["lora_dropout"] = 0.0
     facts |= {
         key: json.dumps(settings[key])
         for key, usual in plain.items()
@@ -208,8 +209,8 @@ def _run(workdir: Path) -> Facts:
         "task": run.data.task,
         "dtype": run.train.dtype,
         "seed": run.train.seed,
+        "learning rate": run.optim.learning_rate,
     }
-    facts["learning rate"] = run.optim.learning_rate
     try:
         facts |= _adapter(run.adapter, model_config(run.model))
     except (ConfigError, ValueError) as error:
@@ -227,8 +228,7 @@ def _run(workdir: Path) -> Facts:
         for record in read_metrics(workdir / METRICS_FILE):  # the newest of each split stays
             if record.get("loss") is not None:
                 facts[f"{record['split']} loss"] = f"{record['loss']:.4f} at step {record['step']}"
-    if (workdir / "report.json").is_file():
-        report = read_json(workdir / "report.json")
+    if report := read_report(workdir):
         facts |= {
             name.replace("_", " "): report[name]
             for name in ("seconds", "base_fingerprint", "data_fingerprint")

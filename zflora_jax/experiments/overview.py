@@ -5,11 +5,13 @@ others, and what each comparison was seen to show.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zflora_jax.core.fields import require
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.evaluation.paired import Difference, holm
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.differences import headline
@@ -18,6 +20,11 @@ from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.plots import forest
 from zflora_jax.reporting.tables import markdown_table
 
+SCORES_LEGEND = (
+    "Score: the comparison's measure, the mean over its tasks and a method's seeds, ± the standard"
+    " deviation of seeds. Test loss: nats per target token, on held-out rows of the training task."
+    " Seconds: of a run's training."
+)
 # Label of a method -> its headline difference.
 Gaps = Mapping[str, Difference]
 
@@ -47,11 +54,19 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     if not there:
         return None
     found = {plan.name: _read(Path(out) / f"{plan.name}.json") for plan in there}
-    gaps = [(plan, of) for plan in there if (of := _gaps(found[plan.name]))]
-    lines = [f"# {path.stem.capitalize()}", "", *_differences(gaps, path)]
+    gaps = [(plan, _gaps(found[plan.name])) for plan in there]
+    gaps = [(plan, of) for plan, of in gaps if of.keys() - {BASE}]
+    lines = [f"# {path.stem.capitalize()}", ""]
+    if gaps:
+        lines += _differences(gaps, f"![Differences]({path.stem}.png)")
+        _draw(gaps, path)
     rows = [_row(plan, found[plan.name]) for plan in there]
     lines += ["## Comparisons", "", markdown_table(rows, list(rows[0])), ""]
     lines += [f"- {plan.name}: {plan.reading}" for plan in there if plan.reading]
+    scored = [row for plan in there for row in _scores(plan, found[plan.name])]
+    if scored:
+        columns = list(dict.fromkeys(key for row in scored for key in row))
+        lines += ["", "## Scores", "", markdown_table(scored, columns), "", SCORES_LEGEND]
     atomic_write(path, ("\n".join(lines).rstrip() + "\n").encode())
     return path
 
@@ -73,6 +88,7 @@ def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
         "comparison": f"[{plan.name}]({plan.name}.md)",
         "trained on": plan.base.data.task,
         "steps": plan.base.train.steps,
+        "tokens": _tokens(plan.base),
         "seeds": _seeds(plan),
         "methods": len(there) or len(plan.methods),
         "tasks scored": ", ".join(plan.tasks) or None,
@@ -82,17 +98,61 @@ def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _tokens(run: RunConfig) -> int | None:
+    """The tokens that a run trains on, prompts too: of packed rows, which are nearly full."""
+    data = run.data
+    step = data.bucket_lengths[-1] * data.batch_size
+    return step * run.train.steps if data.packing else None
+
+
 def _seeds(plan: Comparison) -> str:
     """How many seeds every method has, and which have more."""
     more = [f"{label} {len(plan.seeds_of(label))}" for label in plan.more_seeds]
     return f"{len(plan.seeds)} ({', '.join(more)})" if more else str(len(plan.seeds))
 
 
-def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[str]:
+def _scores(plan: Comparison, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for the untrained model and for every method."""
+    return [
+        {
+            "table": _title(plan),
+            "method": row["method"],
+            "parameters": row["trainable"],
+            "learning rate": row.get("learning rate"),
+            "score": f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["std"] else ""),
+            "test loss": found["base"]["test"] if row["method"] == BASE else _test_loss(row),
+            "seconds": row.get("seconds"),
+        }
+        for row in found.get("rows", ())
+        if row["scores"]
+    ]
+
+
+def _test_loss(row: Mapping[str, Any]) -> float | None:
+    """The mean over the seeds."""
+    losses = [
+        loss for key, loss in row.items() if key.startswith("test, seed") and loss is not None
+    ]
+    return statistics.mean(losses) if losses else None
+
+
+def _draw(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> None:
+    """The forest plot of all differences but the untrained model's."""
+    drawn = {
+        _title(plan): {k: (gap.mean, gap.low, gap.high) for k, gap in of.items() if k != BASE}
+        for plan, of in gaps
+    }
+    forest(
+        drawn,
+        path.with_suffix(""),
+        "Differences to the reference",
+        "points of 100",
+        {_title(plan): plan.margin for plan, _ in gaps if plan.margin},
+    )
+
+
+def _differences(gaps: Sequence[tuple[Comparison, Gaps]], picture: str) -> list[str]:
     """The table of all differences, their legend and picture."""
-    gaps = [(plan, of) for plan, of in gaps if of.keys() - {BASE}]
-    if not gaps:
-        return []
     p = holm(
         {
             f"{plan.name} {label}": gap.p
@@ -111,17 +171,6 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[st
         }
         for label in labels
     ]
-    drawn = {
-        _title(plan): {k: (gap.mean, gap.low, gap.high) for k, gap in of.items() if k != BASE}
-        for plan, of in gaps
-    }
-    forest(
-        drawn,
-        path.with_suffix(""),
-        "Differences to the reference",
-        "points of 100",
-        {_title(plan): plan.margin for plan, _ in gaps if plan.margin},
-    )
     references = ", ".join(dict.fromkeys(plan.reference for plan, _ in gaps))
     legend = (
         f"Scores less those of {references}, in points of 100, on the same rows and seeds, with 95%"
@@ -136,7 +185,7 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> list[st
         "",
         f"{legend} {verdict_legend('the reference', 'the margin of the comparison')}",
         "",
-        f"![Differences]({path.stem}.png)",
+        picture,
         "",
     ]
 

@@ -188,7 +188,8 @@ def _setting(plan: Comparison, found: Result) -> str:
     """What was trained, on what, and how the learning rates were chosen."""
     run, base = plan.base, found["base"]
     first = next((r for r in found["runs"] if "test_rows" in r), None)
-    packed, plural = "packed " * run.data.packing, "s" * (run.data.batch_size > 1)
+    packed = "packed " if run.data.packing else ""
+    plural = "s" if run.data.batch_size > 1 else ""
     loss_on = "prompt and completion" if run.data.train_on_prompt else "the completion only"
     text = (
         f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`;"

@@ -81,7 +81,8 @@ class Progress:
             if not jobs or len(seeds) == len(jobs):
                 found.append(label)
             elif seeds:
-                found.append(f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})")
+                noun = "seeds" if len(seeds) > 1 else "seed"
+                found.append(f"{label} ({noun} {', '.join(map(str, seeds))})")
         return found
 
     def left(self) -> str:
