@@ -27,7 +27,7 @@ from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import atomic_write, local_path, write_json
 from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
-from zflora_jax.reporting.provenance import commit_text, device_line, environment
+from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 from zflora_jax.training.workdir import adopt
 
@@ -176,7 +176,7 @@ def _samples_text(report: dict[str, Any]) -> str:
 
 
 def _page(report: dict[str, Any]) -> str:
-    env = report["environment"]
+    origin = origin_line(report["environment"])
     rows = [
         {
             "": "accuracy",
@@ -202,7 +202,6 @@ def _page(report: dict[str, Any]) -> str:
         f" {report['export_max_abs_dlogit']:.2e}, top-1 agreement"
         f" {report['export_top1_agreement']:.4f}."
     )
-    command = f"Command: `{env['command']}`; commit {commit_text(env)}; device {device_line(env)}; "
     return "\n".join(
         [
             "# Quickstart",
@@ -211,7 +210,7 @@ def _page(report: dict[str, Any]) -> str:
             "",
             facts,
             "",
-            f"{command}seed {report['config']['train']['seed']}; {report['seconds']:.0f} s.",
+            f"{origin} Seed {report['config']['train']['seed']}, {report['seconds']:.0f} s.",
             "",
         ]
         + ["![curves](curves.png)", "", "```", _samples_text(report).strip(), "```", ""]
