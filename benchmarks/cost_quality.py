@@ -1,11 +1,11 @@
 """Where each method stands: what it answers against what it costs at decode.
 
-Command: python benchmarks/cost_quality.py [--parts decode compiled]     (about 15 minutes on 2 idle
-CPU cores; `compiled` needs the CUDA plugin, see docs/scaling.md). SmolLM2-135M with the adapters of
-configs/accuracy.py, which must have been run: accuracy is read from results/accuracy_woz.json and
-accuracy_arithmetic.json. decode: TPOT over the base's on this CPU, float32, batch 1, medians of
-turns in one process. compiled: kernels and bytes of a token in bfloat16, compiled for an H100, not
-run. Without --parts both are made; a part that is left out is taken from the result that is there.
+Command: python benchmarks/cost_quality.py [--parts decode compiled]     (`compiled` needs the CUDA
+plugin, see docs/scaling.md). SmolLM2-135M with the adapters of configs/accuracy.py, whose table of
+arithmetic must be there: accuracy is read from results/accuracy_arithmetic.json. decode: TPOT over
+the base's on this CPU, float32, batch 1, medians of turns in one process. compiled: kernels and
+bytes of a token in bfloat16, compiled for an H100, not run. Without --parts both are made; a part
+that is left out is taken from the result that is there.
 Writes results/cost_quality.json, .md, .png and .svg.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "configs"))
 
-TABLES = ("accuracy_woz", "accuracy_arithmetic")
+TABLE = "accuracy_arithmetic"
 MERGED = "all merged by addition"
 UNMERGED = "lora un-merged"
 PROMPT, NEW_TOKENS = 64, 64
@@ -70,15 +69,14 @@ def decode(repeats: int) -> dict[str, dict[str, float]]:
     }
 
 
-def compiled(layers: int) -> dict[str, dict[str, float]]:
+def compiled() -> dict[str, dict[str, float]]:
     """Label -> kernels and bytes of a token, as XLA's CUDA compiler plans them."""
     from zflora_jax.bench.compiled import loop_row
     from zflora_jax.bench.decode_case import DecodeCase
     from zflora_jax.core.presets import preset
     from zflora_jax.parallel.targets import target
 
-    config, where = preset("smollm2-135m"), target("h100")
-    config = config.replace(num_layers=layers) if layers else config
+    config, where = preset("smollm2-135m"), target("cuda:h100")
     found = {}
     for label, adapter in ({MERGED: None} | adapters()).items():
         row = loop_row(DecodeCase(config, adapter, prompt=PROMPT, new_tokens=NEW_TOKENS), where)
@@ -87,25 +85,18 @@ def compiled(layers: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def quality(folder: Path) -> dict[str, dict[str, float]]:
-    """Label -> mean difference to LoRA over the tables, in points, and of each table."""
+def quality(folder: Path) -> dict[str, float]:
+    """Label -> difference to LoRA in points."""
     from zflora_jax.evaluation.paired import Difference
     from zflora_jax.experiments.differences import headline
 
-    tables = {}
-    for name in TABLES:
-        held = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["differences"]
-        tables[name] = {
-            label: headline({task: Difference(**gap) for task, gap in of.items()}).mean
-            for label, of in held.items()
-        } | {"lora": 0.0}
-    labels = [label for label in tables[TABLES[0]] if all(label in of for of in tables.values())]
-    return {
-        label: {name: of[label] for name, of in tables.items()}
-        | {"mean": statistics.mean(of[label] for of in tables.values())}
-        for label in labels
+    held = json.loads((folder / f"{TABLE}.json").read_text(encoding="utf-8"))["differences"]
+    found = {
+        label: headline({task: Difference(**gap) for task, gap in of.items()}).mean
+        for label, of in held.items()
         if label != "base"
     }
+    return {"lora": 0.0} | found
 
 
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -121,7 +112,7 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             found.append(
                 {
                     "method": apart or label,
-                    "points": points["mean"],
+                    "points": points,
                     "kernels": h100[program]["kernels"] - base["kernels"],
                     "bytes": h100[program]["read_bytes"] / base["read_bytes"],
                     "tpot": cpu[program]["tpot_ratio"],
@@ -138,17 +129,17 @@ def page(result: Mapping[str, Any]) -> str:
     columns = {
         "method": "method",
         "points": "less LoRA, points",
-        "kernels": f"kernels added, H100 ({result['layers'] or 'all'} layers)",
+        "kernels": "kernels added, H100",
         "bytes": "bytes / base, H100",
         "tpot": "TPOT / base, this CPU",
     }
     origins = [
         f"{part}: {origin_line(result['environments'][part])}" for part in ("decode", "compiled")
     ]
-    head = f"""SmolLM2-135M, adapters of LoRA r=16's number of parameters. Points: the mean over
-{" and ".join(TABLES)} of a method's score less LoRA's. Kernels and bytes of
-a token, batch 1, bfloat16: compiled for an H100, not run. TPOT: measured on this CPU in float32,
-batch 1. A merge by addition has the base's program: lora, ffa, dora, rslora, loraplus, pissa."""
+    head = f"""SmolLM2-135M, adapters of LoRA r=16's number of parameters. Points: a method's
+accuracy in [{TABLE}]({TABLE}.md) less LoRA's. Kernels and bytes of a token,
+batch 1, bfloat16: compiled for an H100, not run. TPOT: measured on this CPU in float32, batch 1. A
+merge by addition has the base's program: lora, ffa, dora, rslora, loraplus, pissa."""
     table = markdown_table(rows(result), columns)
     picture = "![Quality against cost](cost_quality.png)"
     title = "# Quality against cost at decode"
@@ -176,7 +167,6 @@ def main() -> None:
     )
     parser.add_argument("--parts", nargs="+", choices=("decode", "compiled"))
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--layers", type=int, default=4, help="compiled; 0: all")
     parser.add_argument("--accuracy", type=Path, default=Path("results"), metavar="DIR")
     parser.add_argument("--out", default="results/cost_quality")
     args = parser.parse_args()
@@ -184,20 +174,15 @@ def main() -> None:
     from zflora_jax.reporting.provenance import environment
 
     file, parts = Path(f"{args.out}.json"), ("decode", "compiled")
-    absent = [name for name in TABLES if not (args.accuracy / f"{name}.json").is_file()]
-    if absent:
-        parser.error(
-            f"{args.accuracy}/{absent[0]}.json is not there: run configs/accuracy.py first"
-        )
+    if not (args.accuracy / f"{TABLE}.json").is_file():
+        parser.error(f"{args.accuracy}/{TABLE}.json is not there: run configs/accuracy.py first")
     result = (
         json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"environments": {}}
     )
     result["quality"] = quality(args.accuracy)
     for part in args.parts or parts:
-        result[part] = decode(args.repeats) if part == "decode" else compiled(args.layers)
+        result[part] = decode(args.repeats) if part == "decode" else compiled()
         result["environments"][part] = environment()
-        if part == "compiled":
-            result["layers"] = args.layers
         if all(name in result for name in parts):
             write_result(args.out, result, page(result))
             draw(result, args.out)
