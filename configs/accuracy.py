@@ -96,7 +96,6 @@ def table(
         methods,
         RATES,
         SEEDS,
-        pick_steps=60,
         tasks=tasks,
         scoring=scoring,
         transfer=transfer,
