@@ -139,6 +139,19 @@ def test_more_seeds_of_some_methods(two_steps, tmp_path, scored, fake_train):
             reference_plan(two_steps, more_seeds=wrong)
 
 
+def test_tables_of_the_runs_that_are_there(two_steps, tmp_path, scored, fake_train):
+    plan, out = reference_plan(two_steps), tmp_path / "out"
+    compare_methods(plan, tmp_path / "runs", out, console=False)
+    trained = len(fake_train.runs)
+    (out / "paired_two" / "ffba-lr0.001-seed1.json").unlink()
+    (out / "paired_two" / "base.json").unlink()
+    result = compare_methods(plan, tmp_path / "runs", out, console=False, run=False)
+    assert result["missing"] == ["ffba (seed 1)"] and len(fake_train.runs) == trained
+    assert [row["method"] for row in result["rows"]] == ["lora", "ffa", "ffba"]
+    assert "Not run yet: ffba (seed 1)." in (out / "paired_two.md").read_text()
+    assert not (out / "paired_two" / "base.json").exists()
+
+
 def test_a_reference_alone_has_no_differences(two_steps, tmp_path, scored, fake_train):
     plan = reference_plan(two_steps).only(["lora"])
     compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)

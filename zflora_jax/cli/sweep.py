@@ -55,6 +55,11 @@ def add_options(parser: CommandParser) -> None:
             " one core each gets most done on a CPU"
         ),
     )
+    parser.add_argument(
+        "--tables",
+        action="store_true",
+        help="of comparisons: make no run, and write the tables of those that are there",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     add_settings(parser)
 
@@ -81,13 +86,14 @@ def run(args: argparse.Namespace) -> None:
             f"--only {args.only}: no sweep of {args.config} has that name."
             f" {nearest(args.only, names)}."
         )
-    if args.methods and any(isinstance(plan, Grid) for plan in plans):
+    given = [name for name in ("methods", "tables") if getattr(args, name)]
+    if given and any(isinstance(plan, Grid) for plan in plans):
         raise ConfigError(
-            f"--methods is for comparisons, and {args.config} has a grid. Leave it out."
+            f"--{given[0]} is for comparisons, and {args.config} has a grid. Leave it out."
         )
     chosen = [plan for plan in plans if args.only in (None, plan.name)]
     some = [p.only(args.methods) if isinstance(p, Comparison) else p for p in chosen]
-    if args.workers != 1:
+    if args.workers != 1 and not args.tables:
         _share(args)
     with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
         for plan in some:
@@ -107,8 +113,13 @@ def run(args: argparse.Namespace) -> None:
                     f"no run of {plan.name} has finished: {rows[0]['status']}",
                 )
                 continue
+            if args.tables and not any((Path(args.out) / plan.name).glob("*.json")):
+                print(f"{plan.name}: no run is there yet")
+                continue
             changed = _changed(plan, changes(args))
-            found = compare_methods(changed, workdir, args.out, console=not args.worker)
+            found = compare_methods(
+                changed, workdir, args.out, console=not args.worker, run=not args.tables
+            )
             for row in () if args.worker else found["rows"]:
                 print_table(row, f"{plan.name}: {row['method']}")
     compared = [plan for plan in plans if isinstance(plan, Comparison) and not args.worker]

@@ -93,7 +93,12 @@ def score_fields(score: SuiteScore | None) -> Result:
 
 
 def compare_methods(
-    plan: Comparison, workdir: str | Path, out: str | Path, *, console: bool = True
+    plan: Comparison,
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    console: bool = True,
+    run: bool = True,
 ) -> Result:
     """Run a comparison and write its tables after each run, <out>/<name>.json and .md, with tasks
     pictures too, .png and .svg.
@@ -108,6 +113,7 @@ def compare_methods(
       workdir: of the runs.
       out: of the records and pages.
       console: whether runs show their progress.
+      run: False makes no run, and writes the tables of those that are there.
 
     Returns:
       the JSON's contents: name, base (its losses), rows (one per method), missing, runs, tasks,
@@ -129,16 +135,16 @@ def compare_methods(
             "config": to_dict(plan.base),
             "environment": env,
         }
-        base = _untrained(plan, model, workdir, out, console)
+        base = _untrained(plan, model, workdir, out, console, run)
         state = Progress(plan, workdir, out)
-        while jobs := state.unfinished():
+        while run and (jobs := state.unfinished()):
             job, _ = next(run_jobs(jobs, lambda *_: model, console=console))
             log.info("%s: %s is done; %s", plan.name, job.name, state.left())
-            base = base or _untrained(plan, model, workdir, out, console)
+            base = base or _untrained(plan, model, workdir, out, console, run)
             _write_tables(plan, found, state, base, model, out)
-        while plan.tasks and not base:  # another process is scoring it
+        while run and plan.tasks and not base:  # another process is scoring it
             time.sleep(POLL)
-            base = _untrained(plan, model, workdir, out, console)
+            base = _untrained(plan, model, workdir, out, console, run)
         result = _write_tables(plan, found, state, base, model, out)
     require(not state.failed, " ".join(state.failed.values()))
     return result
@@ -222,19 +228,21 @@ def _entry(label: str, job: Job, result: Result) -> Result:
 
 
 def _untrained(
-    plan: Comparison, model: Model, workdir: Path, out: Path, console: bool
+    plan: Comparison, model: Model, workdir: Path, out: Path, console: bool, run: bool
 ) -> dict[str, Result]:
     """The scores of the base model, recorded as those of a run are; empty where there are no tasks,
-    or as long as another process computes them.
+    as long as another process computes them, and without a record if nothing may `run`.
     """
     base, scoring = plan.base, plan.scored
     if scoring is None:
         return {}
     numerics = TrainConfig(dtype=base.train.dtype, matmul_precision=base.train.matmul_precision)
-    run = RunConfig(model=base.model, data=base.data, train=numerics)
-    job = Job(BASE, run, workdir / BASE, out / plan.name / f"{BASE}.json", scoring)
+    untrained = RunConfig(model=base.model, data=base.data, train=numerics)
+    job = Job(BASE, untrained, workdir / BASE, out / plan.name / f"{BASE}.json", scoring)
     if (saved := read_result(job)) is not None:
         return saved["scores"]
+    if not run:
+        return {}
     job.workdir.mkdir(parents=True, exist_ok=True)
     try:
         with locked(job.workdir):
