@@ -62,11 +62,12 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
         _draw(gaps, path)
     rows = [_row(plan, found[plan.name]) for plan in there]
     lines += ["## Comparisons", "", markdown_table(rows, list(rows[0])), ""]
-    lines += [f"- {plan.name}: {plan.reading}" for plan in there if plan.reading]
+    if readings := [f"- {plan.name}: {plan.reading}" for plan in there if plan.reading]:
+        lines += [*readings, ""]
     scored = [row for plan in there for row in _scores(plan, found[plan.name])]
     if scored:
         columns = list(dict.fromkeys(key for row in scored for key in row))
-        lines += ["", "## Scores", "", markdown_table(scored, columns), "", SCORES_LEGEND]
+        lines += ["## Scores", "", markdown_table(scored, columns), "", SCORES_LEGEND]
     atomic_write(path, ("\n".join(lines).rstrip() + "\n").encode())
     return path
 
@@ -175,7 +176,7 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], picture: str) -> list[
     legend = (
         f"Scores less those of {references}, in points of 100, on the same rows and seeds, with 95%"
         ' intervals over both. base: the untrained model. "*": a difference at the 5% level after'
-        f" Holm's correction over the {len(p)} comparisons of this table that are complete."
+        f" Holm's correction over the comparisons of this table that are complete ({len(p)})."
     )
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [
@@ -183,7 +184,7 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], picture: str) -> list[
         "",
         markdown_table(rows, columns),
         "",
-        f"{legend} {verdict_legend('the reference', 'the margin of the comparison')}",
+        f"{legend} {verdict_legend('the reference', 'the margin that the table below gives')}",
         "",
         picture,
         "",

@@ -178,9 +178,9 @@ def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
 def verdict_legend(reference: str, margin: str) -> str:
     """What the verdicts mean, in words."""
     return (
-        f"As good: the whole interval lies above -{margin}, a margin that was fixed before the"
-        f" runs. Worse: it lies below. Undecided: it reaches across, so these rows and seeds do not"
-        f" tell whether the method is as good as {reference}."
+        f"As good: the whole interval lies above a loss of {margin}, fixed before the runs. Worse:"
+        " it lies below. Undecided: it reaches across, so these rows and seeds do not tell whether"
+        f" the method is as good as {reference}."
     )
 
 
