@@ -68,7 +68,18 @@ SEEDS = (0, 1, 2)
 MORE_SEEDS = dict.fromkeys(PAIR, (3, 4, 5))
 
 # What each table was seen to show, by whoever wrote this after the runs.
-READING: dict[str, str] = {}
+READING = {
+    "accuracy_arithmetic": (
+        "Both methods solve 42.2% of the problems, from 1.3% untrained; LoRA's held-out loss is a"
+        " little lower (0.081 for 0.084). Three seeds leave 4.8 points open to each side."
+    ),
+    "accuracy_cloze": (
+        "Both methods gain 11 points over the untrained model, on all three tasks, and differ by"
+        " 0.1, within 1.0 to each side; LoRA's held-out loss is a little lower (2.43 for 2.47)."
+        " On PIQA, Social IQa, HellaSwag and WinoGrande, which no row was trained on, both stay"
+        " within 2 points of the untrained model."
+    ),
+}
 
 
 def table(
