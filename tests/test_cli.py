@@ -139,14 +139,6 @@ def test_a_config_that_is_no_python_file(refused, tmp_path):
     )
 
 
-GRID = """from zflora_jax.config import RunConfig
-from zflora_jax.experiments.grid import Grid
-
-def get_sweep():
-    return Grid("g", RunConfig(), {"train.seed": [0, 1]})
-"""
-
-
 def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
     assert "has no function get_sweep()" in refused(
         "sweep", "--config", config_file, "--workdir", tmp_path / "w"
@@ -157,10 +149,6 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
     )
     several = ("sweep", "--config", "configs/accuracy.py", "--workdir", tmp_path / "w")
     assert "did you mean 'accuracy_woz'?" in refused(*several, "--only", "accuracy_wozs")
-    (tmp_path / "g.py").write_text(GRID)
-    assert "--tables is for comparisons" in refused(
-        "sweep", "--config", tmp_path / "g.py", "--workdir", tmp_path / "w", "--tables"
-    )
     assert not (tmp_path / "w").exists()
 
 

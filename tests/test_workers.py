@@ -99,3 +99,19 @@ def test_a_sweep_of_several_workers(base_dir, tmp_path, monkeypatch, capsys):
         main(words)
     assert stopped.value.code == 75
     assert small_run(base_dir).train.steps != 3
+
+
+GRID = """from zflora_jax.config import RunConfig
+from zflora_jax.experiments.grid import Grid
+
+def get_sweep():
+    return Grid("g", RunConfig(), {"train.seed": [0, 1]})
+"""
+
+
+def test_the_tables_of_a_grid_are_refused(refused, tmp_path):
+    (tmp_path / "g.py").write_text(GRID)
+    assert "--tables is for comparisons" in refused(
+        "sweep", "--config", tmp_path / "g.py", "--workdir", tmp_path / "w", "--tables"
+    )
+    assert not (tmp_path / "w").exists()

@@ -80,17 +80,7 @@ def run(args: argparse.Namespace) -> None:
                 f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a"
                 " zflora_jax.Grid or Comparison, or a list."
             )
-    names = [plan.name for plan in plans]
-    if args.only is not None and args.only not in names:
-        raise ConfigError(
-            f"--only {args.only}: no sweep of {args.config} has that name."
-            f" {nearest(args.only, names)}."
-        )
-    given = [name for name in ("methods", "tables") if getattr(args, name)]
-    if given and any(isinstance(plan, Grid) for plan in plans):
-        raise ConfigError(
-            f"--{given[0]} is for comparisons, and {args.config} has a grid. Leave it out."
-        )
+    _check(args, [plan.name for plan in plans], any(isinstance(plan, Grid) for plan in plans))
     chosen = [plan for plan in plans if args.only in (None, plan.name)]
     some = [p.only(args.methods) if isinstance(p, Comparison) else p for p in chosen]
     if args.workers != 1 and not args.tables:
@@ -125,6 +115,20 @@ def run(args: argparse.Namespace) -> None:
     compared = [plan for plan in plans if isinstance(plan, Comparison) and not args.worker]
     if len(compared) > 1 and (page := overview(compared, args.out)):
         print(f"all of them in {page}")
+
+
+def _check(args: argparse.Namespace, names: list[str], has_grid: bool) -> None:
+    """Options that the sweeps of a config, `names`, do not have."""
+    if args.only is not None and args.only not in names:
+        raise ConfigError(
+            f"--only {args.only}: no sweep of {args.config} has that name."
+            f" {nearest(args.only, names)}."
+        )
+    given = [name for name in ("methods", "tables") if getattr(args, name)]
+    if given and has_grid:
+        raise ConfigError(
+            f"--{given[0]} is for comparisons, and {args.config} has a grid. Leave it out."
+        )
 
 
 def _share(args: argparse.Namespace) -> None:
