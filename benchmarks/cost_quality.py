@@ -85,18 +85,18 @@ def compiled() -> dict[str, dict[str, float]]:
     return found
 
 
-def quality(folder: Path) -> dict[str, float]:
-    """Label -> difference to LoRA in points."""
+def quality(folder: Path) -> dict[str, list[float]]:
+    """Label -> difference to LoRA in points, and the ends of its interval."""
     from zflora_jax.evaluation.paired import Difference
     from zflora_jax.experiments.differences import headline
 
     held = json.loads((folder / f"{TABLE}.json").read_text(encoding="utf-8"))["differences"]
-    found = {
-        label: headline({task: Difference(**gap) for task, gap in of.items()}).mean
+    gaps = {
+        label: headline({task: Difference(**gap) for task, gap in of.items()})
         for label, of in held.items()
         if label != "base"
     }
-    return {"lora": 0.0} | found
+    return {"lora": [0.0] * 3} | {k: [gap.mean, gap.low, gap.high] for k, gap in gaps.items()}
 
 
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -112,7 +112,8 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             found.append(
                 {
                     "method": apart or label,
-                    "points": points,
+                    "points": points[0],
+                    "interval": points[1:],
                     "kernels": h100[program]["kernels"] - base["kernels"],
                     "bytes": h100[program]["read_bytes"] / base["read_bytes"],
                     "tpot": cpu[program]["tpot_ratio"],
@@ -155,7 +156,7 @@ def draw(result: Mapping[str, Any], out: str) -> None:
         "tpot": "TPOT / base (measured, this CPU)",
     }
     points = {
-        title: {row["method"]: (row[key], row["points"]) for row in rows(result)}
+        title: {row["method"]: (row[key], row["points"], *row["interval"]) for row in rows(result)}
         for key, title in panels.items()
     }
     scatter(points, out, "What a method answers, and what it costs", "score less LoRA's, points")

@@ -74,6 +74,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "compile_1b": compiled("compile_1b"),
     "compile_3b": compiled("compile_3b"),
     "compile_7b": compiled("compile_7b"),
+    "cost_quality": script("cost_quality"),
     "decode_variants": script("decode_variants"),
     "generation_check": script("generation_check"),
     "latency": latency,

@@ -238,7 +238,8 @@ def scatter(
     """Draw named points in panels side by side, which share their vertical axis.
 
     Args:
-      panels: panels[label of the horizontal axis][name] = (x, y).
+      panels: panels[label of the horizontal axis][name] = (x, y), or (x, y, low, high) with the
+        ends of its whiskers along the vertical axis.
       out: path without a suffix.
       title: of the figure.
       y: label of the vertical axis.
@@ -251,9 +252,11 @@ def scatter(
     figure.suptitle(title)
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (x, points) in zip(columns, panels.items(), strict=True):
-        for colour, (name, (across, up)) in enumerate(points.items()):
-            marker = "os^Dv"[colour // 10 % 5]
-            axes.plot(across, up, marker, color=f"C{colour % 10}", label=name)
+        for colour, (name, (across, up, *ends)) in enumerate(points.items()):
+            marker, shade = "os^Dv"[colour // 10 % 5], f"C{colour % 10}"
+            axes.plot(across, up, marker, color=shade, label=name)
+            if ends:
+                axes.vlines(across, *ends, color=shade)
         axes.set_xlabel(x)
         axes.margins(x=0.15, y=0.15)
         axes.grid(alpha=0.3)
