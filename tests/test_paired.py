@@ -35,7 +35,7 @@ def test_seeds_that_differ_widen_the_interval():
     )
     assert together.mean == pytest.approx(wide.mean) and (together.seeds, wide.seeds) == (3, 3)
     # Student's t of two degrees of freedom times 0.3 / sqrt(3).
-    assert wide.high - wide.low == pytest.approx(2 * 4.303 * 0.3 / 3**0.5, rel=0.1)
+    assert wide.high - wide.low == pytest.approx(2 * 4.303 * 0.3 / 3**0.5, rel=0.01)
     assert together.high - together.low == pytest.approx(2 * 1.96 * 0.1 / 20, rel=0.1)
 
 

@@ -160,7 +160,7 @@ def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
 
 
 def test_a_scatter_draws_named_points_in_every_panel(tmp_path, figures):
-    panels = {"cost": {"a": (1.0, 2.0), "b": (3.0, 4.0)}, "bytes": {"a": (5.0, 2.0)}}
+    panels = {"cost": {"a": (1.0, 2.0), "b": (3.0, 4.0)}, "bytes": {"a": (5.0, 2.0, 1.0, 4.0)}}
     plots.scatter(panels, tmp_path / "s", "cost and quality", "points")
     assert _is_png(tmp_path / "s.png")
     left, right = figures[0].axes
@@ -168,5 +168,8 @@ def test_a_scatter_draws_named_points_in_every_panel(tmp_path, figures):
     assert points == [("a", 1.0, 2.0), ("b", 3.0, 4.0)]
     assert (left.get_xlabel(), right.get_xlabel()) == ("cost", "bytes")
     assert left.get_ylabel() == "points"
+    assert not left.collections
+    [whisker] = right.collections
+    assert whisker.get_segments()[0].tolist() == [[5.0, 1.0], [5.0, 4.0]]
     with pytest.raises(ValueError, match="no values to draw"):
         plots.scatter({"cost": {}}, tmp_path / "t", "nothing", "points")

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support.runs import small_run
@@ -115,3 +117,24 @@ def test_the_tables_of_a_grid_are_refused(refused, tmp_path):
         "sweep", "--config", tmp_path / "g.py", "--workdir", tmp_path / "w", "--tables"
     )
     assert not (tmp_path / "w").exists()
+
+
+def test_tables_of_other_settings_are_not_written_over(refused, tmp_path):
+    """A page that is there stays as it is where no record has the settings that are given."""
+    results = Path(__file__).parent.parent / "results"
+    for name in ("accuracy_arithmetic", "accuracy_cloze"):
+        shutil.copytree(results / name, tmp_path / name)
+    (tmp_path / "accuracy_arithmetic.md").write_text("the page")
+    command = ["sweep", "--config", "configs/accuracy.py", "--tables", "--workdir", tmp_path / "w"]
+    command += ["--only", "accuracy_arithmetic", "--out", tmp_path]
+    assert "is of a whole run with these settings" in refused(*command, "--set", "train.steps=20")
+    assert "--workers=2 shares runs, and --tables makes none" in refused(*command, "--workers", "2")
+    assert (tmp_path / "accuracy_arithmetic.md").read_text() == "the page"
+
+
+def test_tables_without_a_run_are_left_out(capsys, tmp_path):
+    command = ["sweep", "--config", "configs/accuracy.py", "--tables", "--workdir"]
+    assert main([*command, str(tmp_path / "w"), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("no run with these settings is there") == 8
+    assert not list(tmp_path.glob("*.md"))

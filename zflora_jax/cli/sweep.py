@@ -65,7 +65,7 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from zflora_jax.experiments.compare import compare_methods
+    from zflora_jax.experiments.compare import compare_methods, has_runs
     from zflora_jax.experiments.comparison import Comparison
     from zflora_jax.experiments.grid import Grid, run_grid
     from zflora_jax.experiments.overview import overview
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args, [plan.name for plan in plans], any(isinstance(plan, Grid) for plan in plans))
     chosen = [plan for plan in plans if args.only in (None, plan.name)]
     some = [p.only(args.methods) if isinstance(p, Comparison) else p for p in chosen]
-    if args.workers != 1 and not args.tables:
+    if args.workers != 1:
         _share(args)
     with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
         for plan in some:
@@ -103,10 +103,10 @@ def run(args: argparse.Namespace) -> None:
                     f"no run of {plan.name} has finished: {rows[0]['status']}",
                 )
                 continue
-            if args.tables and not any((Path(args.out) / plan.name).glob("*.json")):
-                print(f"{plan.name}: no run is there yet")
-                continue
             changed = _changed(plan, changes(args))
+            if args.tables and len(some) > 1 and not has_runs(changed, workdir, args.out):
+                print(f"{plan.name}: no run with these settings is there; no table is written")
+                continue
             found = compare_methods(
                 changed, workdir, args.out, console=not args.worker, run=not args.tables
             )
@@ -124,6 +124,10 @@ def _check(args: argparse.Namespace, names: list[str], has_grid: bool) -> None:
             f"--only {args.only}: no sweep of {args.config} has that name."
             f" {nearest(args.only, names)}."
         )
+    require(
+        args.workers == 1 or not args.tables,
+        f"--workers={args.workers} shares runs, and --tables makes none; leave one of them out.",
+    )
     given = [name for name in ("methods", "tables") if getattr(args, name)]
     if given and has_grid:
         raise ConfigError(

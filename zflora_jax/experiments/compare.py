@@ -113,16 +113,19 @@ def compare_methods(
       workdir: of the runs.
       out: of the records and pages.
       console: whether runs show their progress.
-      run: False makes no run, and writes the tables of those that are there.
+      run: False makes no run, and writes the tables of those that are there (`has_runs`).
 
     Returns:
       the JSON's contents: name, base (its losses), rows (one per method), missing, runs, tasks,
       differences (to plan.reference), config, environment.
 
     Raises:
-      ConfigError: a method diverged at every rate, or nothing could be scored.
+      ConfigError: a method diverged at every rate, nothing could be scored, or no run is there and
+        none may be made.
     """
     workdir, out, env = local_path(workdir, "workdir"), local_path(out, "out"), environment()
+    if not run:
+        _require_runs(plan, workdir, out)
     with compile_cache(workdir / "compile_cache"):
         model = load_base(plan.base, mesh_if_there(plan.base.mesh))
         found: Result = {
@@ -148,6 +151,25 @@ def compare_methods(
         result = _write_tables(plan, found, state, base, model, out)
     require(not state.failed, " ".join(state.failed.values()))
     return result
+
+
+def has_runs(plan: Comparison, workdir: str | Path, out: str | Path) -> bool:
+    """Whether a comparison has a whole run, so that a table can be written without making one.
+
+    Args:
+      plan: the comparison.
+      workdir, out: as of `compare_methods`.
+    """
+    return Progress(plan, Path(workdir), Path(out)).begun()
+
+
+def _require_runs(plan: Comparison, workdir: Path, out: Path) -> None:
+    require(
+        has_runs(plan, workdir, out),
+        f"{plan.name}: no record in {out / plan.name} is of a whole run with these settings at a"
+        " chosen learning rate, so no table was written. Give the settings that the runs were made"
+        " with, or let them be made.",
+    )
 
 
 def _write_tables(

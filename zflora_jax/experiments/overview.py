@@ -120,7 +120,7 @@ def _scores(plan: Comparison, found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "method": row["method"],
             "parameters": row["trainable"],
             "learning rate": row.get("learning rate"),
-            "score": f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["std"] else ""),
+            "score": f"{row['mean']:.1f}" + (f" ± {std:.1f}" if (std := row.get("std")) else ""),
             "test loss": found["base"]["test"] if row["method"] == BASE else _test_loss(row),
             "seconds": row.get("seconds"),
         }

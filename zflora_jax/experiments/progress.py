@@ -63,6 +63,14 @@ class Progress:
             return {}
         return self.plan.seed_jobs(label, choice.rate, self._workdir, self._out)
 
+    def begun(self) -> bool:
+        """Whether some method has a whole run: then there is a table to write."""
+        return any(
+            self.result(job)
+            for label in self.plan.methods
+            for job in self.seed_jobs(label).values()
+        )
+
     def unfinished(self) -> list[Job]:
         """The jobs that can be run now, the most wanted first."""
         return [job for job in self._known() if self.result(job) is None]
