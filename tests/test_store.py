@@ -18,6 +18,7 @@ from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
+from zflora_jax.experiments.overview import overview
 from zflora_jax.experiments.store import Job, Scoring, read_result, write_record
 from zflora_jax.training.identity import same_numbers
 
@@ -184,6 +185,14 @@ def test_committed_records_give_the_committed_page(name, nothing_runs, tmp_path,
     assert all(label in page.split("Not run yet: ")[1] for label in found["missing"])
     same_rows(found["rows"], committed["rows"])
     assert tables(tmp_path / f"{name}.md") == tables(RESULTS / f"{name}.md")
+
+
+def test_the_committed_overview_is_that_of_the_committed_pages(tmp_path):
+    for name in ACCURACY:
+        for suffix in (".json", ".md"):
+            shutil.copy(RESULTS / f"{name}{suffix}", tmp_path)
+    plans = load_config(str(ROOT / "configs" / "accuracy.py"), "get_sweep")
+    assert tables(overview(plans, tmp_path)) == tables(RESULTS / "accuracy.md")
 
 
 def test_committed_records_of_the_budget_give_the_committed_numbers(nothing_runs, tmp_path):
