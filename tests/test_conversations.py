@@ -113,10 +113,11 @@ def test_what_a_template_is_told_beside_the_turns(tmp_path):
     with pytest.raises(ConfigError, match=r"row 1: .* leaves out the tools"):
         rows_of(tmp_path, row, template=LLAMA)
     mood = CHATML.replace("Be kind.<eos>", "' + mood + '<eos>")
-    row = {"messages": SHORT, "chat_template_kwargs": {"mood": "Be merry."}}
+    row = {"messages": SHORT, "chat_template_kwargs": {"mood": ["Be merry.", "Be brief."]}}
+    mood = mood.replace("' + mood + '", "' + mood | join(' ') + '")
     for template in (mood, unmarked(mood)):
         tokenizer, encoded = rows_of(tmp_path, row, template=template)
-        assert "Be merry." in tokenizer.decode(encoded.rows[0].tokens)
+        assert "Be merry. Be brief." in tokenizer.decode(encoded.rows[0].tokens)
 
 
 def test_one_of_several_templates(tmp_path):
@@ -172,6 +173,9 @@ def test_a_long_conversation_is_cut_behind_an_answer(tmp_path, caplog):
     assert tokenizer.decode(shortened.tokens).endswith("assistant\nIt is 4.<eos>\n")
     assert trained(tokenizer, shortened) == ["It is 4.<eos>\n"]
     assert len(shortened.segments) == len(shortened.tokens)
+    data = DataConfig(bucket_lengths=(len(shortened.tokens),))  # to the token
+    _, exact = rows_of(tmp_path, *messages(LONG), data=data)
+    assert exact.rows[0].tokens.tolist() == shortened.tokens.tolist()
 
     first = np.flatnonzero(~whole.rows[0].loss_mask)  # up to the first answer's last token alone
     assert cut_at_a_turn(whole.rows[0].tokens, whole.rows[0].loss_mask, int(first[0]) + 9) is None
@@ -211,6 +215,11 @@ def test_the_first_answer_of_a_conversation_must_fit(tmp_path):
         ({"messages": [SHORT[0], {**SHORT[1], "weight": 0}]}, r"turn 2 has a weight other than 1"),
         ({"messages": SHORT, "tools": "none"}, r"'tools' must be a list of JSON schemas"),
         ({"messages": SHORT, "chat_template_kwargs": 3}, r"'chat_template_kwargs' must be an obj"),
+        ({"messages": SHORT, "chat_template_kwargs": [{}]}, r"must be an object, got \[\{\}\]"),
+        ({"messages": SHORT, "system": 3}, r"a system column must be text; got 3"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, r"would leave out 'system'\. Put it"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, r"leave out 'history'"),
+        ({"question": "a", "answer": "#### 1", "context": "c"}, r"'question' would leave out 'con"),
         (
             {"messages": WITH_SYSTEM, "system_prompt": "Be long."},
             r"a system turn and another text in a column",

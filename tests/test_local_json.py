@@ -1,11 +1,12 @@
 """Local JSON files are read in both field sets; malformed ones are refused with their row."""
 
+import hashlib
 import json
 
 import pytest
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.data.builders import open_prepared
+from zflora_jax.data.builders import files, open_prepared
 from zflora_jax.data.builders.files import file_config
 from zflora_jax.data.builders.formats import LocalJson, read_rows
 
@@ -119,7 +120,9 @@ def test_malformed_files_are_refused_with_their_row(tmp_path, text, message):
         )
 
 
-def test_prepared_rows_follow_the_content_of_the_file(tmp_path):
+def test_prepared_rows_follow_the_content_of_the_file(tmp_path, monkeypatch):
+    """And the code that reads it: its updates may give other rows of the same file."""
+
     def read(path):
         source = open_prepared(
             lambda **kw: LocalJson(config=file_config(path), **kw), "rows", tmp_path / "cache"
@@ -137,3 +140,5 @@ def test_prepared_rows_follow_the_content_of_the_file(tmp_path):
     moved, still_two = read(tmp_path / "moved.json")
     assert (before, after, moved) == (b"4.0", b"5", b"4.0")
     assert (len(one), len(two), len(still_two)) == (1, 2, 2)
+    monkeypatch.setattr(files, "_code", lambda: hashlib.sha256(b"another"))
+    assert (read(path)[0], len(read(path)[1])) == (b"5", 3)

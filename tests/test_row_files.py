@@ -68,6 +68,9 @@ def test_csv(tmp_path):
     (tmp_path / "test.csv").write_text("text,more\na,b,c\n")
     with pytest.raises(ConfigError, match=r"test.csv, row 1: not as many cells as the header"):
         load("rows", "test", tmp_path)
+    (tmp_path / "test.csv").write_text("prompt,text,text\na,b,c\n")
+    with pytest.raises(ConfigError, match=r"test.csv: two columns are called 'text'"):
+        load("rows", "test", tmp_path)
     (tmp_path / "test.csv").write_text("text\n")
     with pytest.raises(ConfigError, match=r"test.csv: no rows"):
         load("rows", "test", tmp_path)
@@ -109,6 +112,18 @@ def test_a_folder_of_files_of_any_name(tmp_path):
     assert prompts < {f"{i} {j}" for i in range(6) for j in range(5)} | {""}
     forms = {e.form for e in train} | {e.form for e in test}
     assert forms <= {"messages", "text"} and "messages" in forms
+
+
+@pytest.mark.parametrize("name", ["Test", "test_sft", "my-test", "testing", "latest.dev"])
+def test_a_file_that_seems_to_be_for_evaluation_is_not_trained_on(name, tmp_path):
+    write(tmp_path / "my-train.jsonl", {"text": "Once."})
+    path = write(tmp_path / f"{name}.jsonl", {"text": "Twice."})
+    if path.name == "Test.jsonl" and (tmp_path / "test.jsonl").is_file():
+        pytest.skip("the file system does not tell capitals from small letters")
+    with pytest.raises(ConfigError, match=rf"{name}.jsonl may be meant for evaluation"):
+        load("rows", "train", tmp_path)
+    path.rename(tmp_path / "contest.jsonl")  # the word alone
+    assert {e.target for e in load("rows", "train", tmp_path)} <= {"Once.", "Twice."}
 
 
 def test_parts_of_splits_in_a_folder(tmp_path):

@@ -37,6 +37,13 @@ class Format:
     names: Mapping[str, tuple[str, ...]]
 
 
+_WORDS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "validate", "dev"),
+    "test": ("test",),
+}
+
+
 def named(builder: str, pattern: str = "{}") -> Format:
     """A format whose files are called `pattern` with the split in place of {}.
 
@@ -44,13 +51,8 @@ def named(builder: str, pattern: str = "{}") -> Format:
       builder: the key of the builder.
       pattern: "{}" stands for train, validation (or valid, val, validate, dev) or test.
     """
-    words = {
-        "train": ("train",),
-        "validation": ("validation", "valid", "val", "validate", "dev"),
-        "test": ("test",),
-    }
     return Format(
-        builder, {split: tuple(map(pattern.format, names)) for split, names in words.items()}
+        builder, {split: tuple(map(pattern.format, names)) for split, names in _WORDS.items()}
     )
 
 
@@ -113,7 +115,8 @@ def find_files(
       in parts ("train-00000-of-00002.parquet") or in files of other names.
 
     Raises:
-      ConfigError: there is no file, or two for one split, or one of one's own that is of no split.
+      ConfigError: there is no file, or two for one split, or one of one's own that is of no split,
+        or of which one its name only hints at.
     """
     where = (
         "a directory with train.json(l) and, if you have them, validation.json(l) and test.json(l),"
@@ -146,6 +149,7 @@ def find_files(
         if files := {split: file for split, file in found.items() if file}:
             return _with_all(task, folder, files) if source.own else files
     if source.own and any(tables := tables_of(folder) for folder in tried):
+        _require_no_split(task, tables)
         return {"train": ("rows", tuple(tables))}
     listed = ", ".join(map(str, tried))
     raise ConfigError(
@@ -206,6 +210,18 @@ def _with_all(
         " (train-1.jsonl; not beside a train.jsonl), or move them elsewhere.",
     )
     return files
+
+
+def _require_no_split(task: str, tables: list[Path]) -> None:
+    """Refuse files that would all be trained on, where a name says that one is for evaluation."""
+    held_out = {*_WORDS["validation"], *_WORDS["test"], "testing", "eval", "evaluation"}
+    found = [x.name for x in tables if held_out & set(re.findall("[a-z]+", x.stem.lower()))]
+    require(
+        not found,
+        f"task {task!r}: all files of {tables[0].parent} would be the train split, and"
+        f" {', '.join(found)} may be meant for evaluation. Name the files train, validation and"
+        " test, or give the file to train on itself.",
+    )
 
 
 def tables_of(folder: Path) -> list[Path]:

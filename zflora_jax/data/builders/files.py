@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -75,11 +76,14 @@ def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     lines = io.StringIO(decode(path.read_bytes(), path), newline="")
     reader = csv.DictReader(lines, strict=True)
     try:
+        names = reader.fieldnames or ()
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"{path}: two columns are called {', '.join(map(repr, twice))}.")
         for number, row in enumerate(reader, start=1):
             require(
                 None not in row and None not in row.values(),
                 f"{path}, row {number}: not as many cells as the header has columns"
-                f" ({', '.join(reader.fieldnames or ())}). Quote cells that hold commas.",
+                f" ({', '.join(names)}). Quote cells that hold commas.",
             )
             yield {name: cell for name, cell in row.items() if cell}
     except csv.Error as error:
@@ -153,6 +157,15 @@ def field(row: Mapping[str, Any], name: str, where: str, expected: str, kind: ty
     return row[name]
 
 
+@functools.cache
+def _code() -> hashlib._Hash:
+    """The hash of the builders' source."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest
+
+
 @dataclasses.dataclass
 class FileConfig(tfds.core.BuilderConfig):
     """A TFDS config that carries the source file, and the form of its rows if it is named; make it
@@ -164,16 +177,16 @@ class FileConfig(tfds.core.BuilderConfig):
 
 
 def file_config(path: str | os.PathLike[str], form: str = "") -> FileConfig:
-    """The config of one file, named by the hash of its bytes.
+    """The config of one file, named by the hash of its bytes and of the code that reads them.
 
-    Prepared data is so found again if the file moves, and never reused if it changes.
+    Prepared data is so found again if the file moves, and never reused if it or the code changes.
 
     Args:
       path: of the file.
       form: of its rows (`builders.rows.FORMS`); "" for the builder's own, or a recognised one.
     """
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, lambda: _code().copy()).hexdigest()
     name = "-".join(filter(None, ("sha256", digest[:20], form)))
     return FileConfig(name=name, path=os.fspath(path), form=form)
 
@@ -181,7 +194,7 @@ def file_config(path: str | os.PathLike[str], form: str = "") -> FileConfig:
 class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """One split, "rows", in the order of the file: `Builder(config=file_config(path))`.
 
-    A builder adds FIELDS and `read`. Raise VERSION with any change of what `read` returns.
+    A builder adds FIELDS and `read`.
     """
 
     VERSION = tfds.core.Version("1.0.0")

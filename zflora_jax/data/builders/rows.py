@@ -6,6 +6,7 @@ form is one more reader and a line of `FORMS`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ _SHAREGPT = {
 }
 _MESSAGES = 'a list of turns, such as {"role": "user", "content": "Hello"} (in CSV as JSON)'
 _SYSTEM = ("system", "system_prompt")  # columns of a system turn beside the turns
+_BESIDE = (*_SYSTEM, "history", "context")  # what a prompt may be in, besides its own column
 
 
 class Form(NamedTuple):
@@ -60,6 +62,7 @@ def _completion(row: Raw, where: str) -> Row:
         said = turns_of(after, where, "completion")
         return _conversation([*given, *said], row, where, len(given))
     expected = "prompt and completion: two texts, or two lists of turns"
+    _require_read(row, where, "prompt and completion")
     texts = [field(row, name, where, expected) for name in ("prompt", "completion")]
     require(bool(texts[1].strip()), f"{where}: the completion is empty: there is nothing to learn.")
     return {"instruction": texts[0], "output": texts[1], "unit": texts[0] or texts[1]}
@@ -73,10 +76,21 @@ def _text(row: Raw, where: str) -> Row:
 
 def _local(*columns: str) -> Callable[[Raw, str], Row]:
     def read(row: Raw, where: str) -> Row:
+        _require_read(row, where, f"the form {columns[0]!r}")
         found = local_row({name: x for name, x in row.items() if name in columns}, where)
         return found | {"unit": "\n".join(filter(None, (found["instruction"], found["input"])))}
 
     return read
+
+
+def _require_read(row: Raw, where: str, form: str) -> None:
+    """Refuse a row with a part of the prompt that its form does not read."""
+    more = [name for name in _BESIDE if row.get(name) and str(row[name]).strip()]
+    require(
+        not more,
+        f"{where}: {form} would leave out {', '.join(map(repr, more))}. Put it into the prompt (of"
+        " an instruction: 'input'), give the row as 'messages', or remove the column.",
+    )
 
 
 FORMS: dict[str, Form] = {
@@ -222,19 +236,19 @@ def _joined(parts: list[Any], where: str) -> str:
 
 
 def _conversation(turns: list[Turn], row: Raw, where: str, context: int = 0) -> Row:
-    system = next((row[name] for name in _SYSTEM if row.get(name)), None)
-    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+    system = next((row[name] for name in _SYSTEM if row.get(name)), "")
+    require(isinstance(system, str), f"{where}: a system column must be text; got {system!r:.80}.")
+    if system.strip() and turns[0]["role"] != "system":
         turns, context = [{"role": "system", "content": system}, *turns], context + bool(context)
-    elif system is not None and turns[0]["content"] != system:
+    elif system.strip() and turns[0]["content"] != system:
         raise ConfigError(f"{where}: a system turn and another text in a column: keep one of them.")
-    tools, settings = listed(row.get("tools")), listed(row.get("chat_template_kwargs"))
+    tools, settings = listed(row.get("tools")), _object(row.get("chat_template_kwargs"))
     require(
         tools in (None, "", []) or (isinstance(tools, list) and all(map(_is_table, tools))),
         f"{where}: 'tools' must be a list of JSON schemas of functions; got {tools!r:.80}.",
     )
-    settings = settings[0] if isinstance(settings, list) and settings else settings
     require(
-        not settings or _is_table(settings),
+        settings in (None, "") or _is_table(settings),
         f"{where}: 'chat_template_kwargs' must be an object, got {settings!r:.80}.",
     )
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
@@ -257,6 +271,13 @@ def _conversation(turns: list[Turn], row: Raw, where: str, context: int = 0) -> 
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping)
+
+
+def _object(value: Any) -> Any:
+    """A column of objects, which CSV files hold as JSON; other values stay as they are."""
+    with contextlib.suppress(json.JSONDecodeError):
+        return json.loads(value) if isinstance(value, str) else value
+    return value
 
 
 def listed(value: Any) -> Any:
