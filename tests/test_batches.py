@@ -56,6 +56,16 @@ def test_long_rows_are_dropped_counted_and_reported(tokenizer, caplog):
         tokenize_examples(examples[::2], tokenizer, DataConfig(bucket_lengths=(8,)))
 
 
+def test_processes_have_their_rows_of_one_shape():
+    """That of the longest row of all, or their programs differ."""
+    encoded, data = encoded_rows(10), DataConfig(batch_size=2, bucket_lengths=(2, 3, 4, 5, 6))
+    for whole, *parts in itertools.islice(
+        zip(*(train_batches(encoded, data, own=own) for own in (None, [0], [1])), strict=True), 10
+    ):
+        for key in whole:
+            np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), whole[key])
+
+
 class Watched(list[Example]):
     """Examples that note which of them were read."""
 

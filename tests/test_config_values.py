@@ -207,7 +207,8 @@ def test_impossible_adapters(method, changes, message):
             (f"train.{name}", 0, rf"train\.{name}=0: must be at least 1, or None for the end only")
             for name in ("eval_every", "save_every")
         ),
-        ("train.seed", -1, r"train\.seed=-1: must be at least 0"),
+        ("train.seed", -1, r"train\.seed=-1: must be from 0 to 2\*\*32 - 1"),
+        ("eval.seed", 2**32, r"eval\.seed=4294967296: must be from 0"),  # JAX folds it into 0
         ("eval.limit", 0, r"eval\.limit=0: must be at least 1, or None for all examples"),
         ("eval.batch_size", 0, r"eval\.batch_size=0: must be at least 1"),
         ("eval.max_new_tokens", 0, r"eval\.max_new_tokens=0: must be at least 1"),

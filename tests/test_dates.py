@@ -5,10 +5,8 @@ run), and the locale.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import datetime
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -33,7 +31,7 @@ from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.inference.text import generate
 from zflora_jax.parallel.distributed import StopSignals
-from zflora_jax.training.workdir import adopt, read_config
+from zflora_jax.training.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -264,29 +262,6 @@ def test_a_model_is_evaluated_today_and_that_is_recorded(run, tmp_path, clock):
     assert generate(model, ["Hi"], chat=True, max_new_tokens=2) == generate(
         model, ["Hi"], chat=True, max_new_tokens=2, date=day
     )
-
-
-def test_an_older_run_was_told_the_day_of_its_first_start(run, tmp_path, monkeypatch, clock):
-    """Its config.json lacks the setting."""
-    quiet_train(run, tmp_path / "run")
-    first = json.loads((tmp_path / "run" / "starts.jsonl").read_text().split("\n")[0])
-    shutil.copytree(tmp_path / "run", tmp_path / "older")
-    for name, starts in (
-        ("run", [first | {"date": "2026-01-31T12:00:00+00:00"}, first]),
-        ("older", []),
-    ):
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        del config["data"]["date"]
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-        (tmp_path / name / "starts.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in starts)
-        )
-    assert read_config(tmp_path / "run").data.date == "2026-01-31"
-    assert read_config(tmp_path / "older").data.date is None
-    moved = dataclasses.replace(run, data=dataclasses.replace(run.data, date="2026-01-31"))
-    assert adopt(tmp_path / "run", run)[0] == moved
-    clock(2026, 5, 6)
-    assert adopt(tmp_path / "older", run) == (dates.dated(run, "2026-05-06"), {})
 
 
 def test_examples_cut_to_fit_are_cut_for_their_own_day(run, clock):

@@ -17,6 +17,7 @@ import pytest
 from support.checks import assert_trees_equal
 from support.hosts import config_file, finish, spawn
 
+from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.evaluation.task import one_day
@@ -238,3 +239,13 @@ def test_a_run_without_the_flags_is_one_process(monkeypatch):
     distributed.start()
     distributed.start("localhost:1", 1, 0)
     assert distributed.is_main()
+
+
+def test_a_bug_in_one_process_does_not_keep_the_others_waiting(monkeypatch):
+    """Its traceback is there, and the process leaves at once."""
+    left = []
+    monkeypatch.setattr(distributed, "leave", lambda *given: left.append(given))
+    monkeypatch.setattr("zflora_jax.cli.eval.run", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        main(["eval", "--model", "m"])
+    assert left == [(1, error.value)]

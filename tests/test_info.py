@@ -246,6 +246,11 @@ def test_generate_says_what_is_wrong(argv, message, base_dir, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_only_a_run_has_checkpoints(base_dir, refused):
+    message = refused("eval", "--model", base_dir, "--tasks", "arithmetic", "--checkpoint", "8")
+    assert "--checkpoint is of a run: give its --workdir." in message
+
+
 def test_typed_lines_end_with_the_input(monkeypatch):
     answers: list[Any] = ["\ufeffa", KeyboardInterrupt(), "b", EOFError()]
 

@@ -140,6 +140,9 @@ ENTRY %main (x: f32[2]) -> f32[8] {{
 }}
 """
     assert Program(text).collectives() == {"all-gather": 8 * 4 * 3 // 4}
+    for dtype, size in (("s4", 4), ("u4", 4), ("f8e4m3b11fnuz", 8), ("bf16", 16), ("pred", 8)):
+        of_dtype = text.replace("f32[", f"{dtype}[")
+        assert Program(of_dtype).collectives() == {"all-gather": 8 * size // 8 * 3 // 4}, dtype
 
 
 def test_collectives_count_as_often_as_their_loops_run() -> None:

@@ -135,6 +135,20 @@ def test_another_length_says_what_becomes_of_the_learning_rate(
     assert words in note and "eval" not in note
 
 
+@pytest.mark.parametrize(("schedule", "refused"), [("cosine", True), ("constant", False)])
+def test_a_run_is_cut_short_only_at_a_constant_rate(run, tmp_path, monkeypatch, schedule, refused):
+    """Elsewhere the learning rate has not come down, as in a run of so many steps."""
+    run = override(run, {"optim.schedule": schedule})
+    workdirs.claim(tmp_path, adopt(tmp_path, run)[0])
+    monkeypatch.setattr(workdirs, "saved_steps", lambda workdir: [4])
+    shorter = override(run, {"train.steps": 4})
+    if refused:
+        with pytest.raises(ConfigError, match=r"train\.steps: 8 there, 4 now\n  \(4 steps are fin"):
+            adopt(tmp_path, shorter)
+    else:
+        assert adopt(tmp_path, shorter)[0].train.steps == 4
+
+
 def test_what_changes_the_numbers_is_refused_still(run, workdir):
     run = override(
         run,
@@ -332,14 +346,3 @@ def test_a_finished_run_keeps_what_its_numbers_were_computed_with(run, workdir):
     quiet_train(run, workdir)
     after = read_config(workdir)
     assert after == override(before, {"eval.limit": 3})
-
-
-def test_a_finished_run_of_before_the_date_was_kept_says_the_day_it_started(run, workdir):
-    report = json.loads((workdir / "report.json").read_text())
-    del report["config"]["data"]["date"]
-    (workdir / "report.json").write_text(json.dumps(report))
-    assert (
-        quiet_train(read_config(workdir), workdir).date
-        == read_config(workdir).data.date
-        is not None
-    )

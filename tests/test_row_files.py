@@ -13,6 +13,7 @@ from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data import tokenization
 from zflora_jax.data.builders.named import NamedDataset, named_dataset
 from zflora_jax.data.tasks import get_task, load_examples
 from zflora_jax.data.tokenization import Share, tokenize_examples
@@ -188,6 +189,19 @@ def test_what_no_text_is(tmp_path):
     path.write_text('{"text": "a"}\n{"text": "\\ud83d"}')
     with pytest.raises(ConfigError, match=r"a.jsonl, row 2: output is no Unicode text"):
         load("rows", "train", path)
+
+
+def test_what_fails_in_one_process_is_told_to_all(tmp_path, monkeypatch):
+    write(tmp_path / "test.jsonl", *CHATS)
+    examples, tokenizer, sent = load("rows", "test", tmp_path), byte_tokenizer(), []
+    monkeypatch.setattr(tokenization, "encode_examples", lambda *_: 1 / 0)
+    share = Share(0, 2, lambda own: sent.append(own) or [own, own])
+    with pytest.raises(ZeroDivisionError):
+        tokenize_examples(examples, tokenizer, DataConfig(bucket_lengths=(999,)), None, share)
+    share = Share(1, 2, lambda own: [*sent, own])
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        tokenize_examples(examples, tokenizer, DataConfig(bucket_lengths=(999,)), None, share)
 
 
 def test_what_one_process_refuses_all_refuse(tmp_path):

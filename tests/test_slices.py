@@ -55,6 +55,38 @@ def test_the_devices_of_a_slice_are_neighbours():
     assert ids(MeshConfig(data=4, fsdp=2, slices=4), by_process) == ids(two, by_process)
 
 
+def torus(*size):
+    """A TPU v5e of so many columns and rows; each host has 2 x 2 of them."""
+    hosts = [(x, y) for y in range(0, size[1], 2) for x in range(0, size[0], 2)]
+    coords = [(x + dx, y + dy, 0) for x, y in hosts for dy in (0, 1) for dx in (0, 1)]
+    kind = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite", core_on_chip=0)
+    return [
+        SimpleNamespace(**vars(kind), id=i, process_index=i // 4, slice_index=0, coords=found)
+        for i, found in enumerate(coords)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (4, 4, 1), (1, 16, 1), (2, 2, 4)])
+def test_devices_along_an_axis_are_linked(shape):
+    config = MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])
+    found = np.vectorize(lambda device: device.coords, otypes=[object])(
+        arrange(config, torus(4, 4))
+    )
+    assert {*found.flat} == {device.coords for device in torus(4, 4)}
+    for axis in (1, 2):  # data talks once a step
+        pairs = zip(found.flat, np.roll(found, -1, axis).flat, strict=True)
+        steps = [sum(min((b - a) % 4, (a - b) % 4) for a, b in zip(*x, strict=True)) for x in pairs]
+        assert {*steps} == {min(shape[axis] - 1, 1)}
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_devices_that_fill_no_box_stay_in_order(slices):
+    one = [device for device in torus(4, 4) if device.id < 6]
+    two = [SimpleNamespace(**vars(device) | {"slice_index": 1}) for device in one]
+    found = ids(MeshConfig(data=slices, fsdp=6, slices=slices), [one, one + two][slices - 1])
+    assert found == [[[i] for i in range(6)]] * slices
+
+
 @pytest.mark.parametrize(
     ("found", "groups"),
     [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zflora_jax.cli.inputs import changes, mesh_asked
 from zflora_jax.cli.options import CommandParser, add_processes, add_settings, add_source, join
 from zflora_jax.cli.output import print_table
-from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.fields import ConfigError, override, require
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 
@@ -155,6 +155,7 @@ def _model(args: argparse.Namespace, config: RunConfig, mesh: Mesh | None) -> tu
 
     if args.workdir:
         return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)
+    require(not args.checkpoint, "--checkpoint is of a run: give its --workdir.")
     # On a mesh as decoding needs it, so that there is no second copy.
     model = load_model(
         args.model,

@@ -79,14 +79,20 @@ def _ended_by(error: Exception) -> int:
         return EXIT_STOPPED  # all processes stop together
     of_input = isinstance(error, ConfigError | CheckpointError | NonFiniteError | OSError)
     if not of_input and not is_store_error(error):
+        _leave(1, error)
         raise error
     print(f"error: {error}", file=sys.stderr)
     code = EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_BAD_INPUT
-    if "zflora_jax.parallel.distributed" in sys.modules:  # others may wait for this process
+    _leave(code)
+    return code
+
+
+def _leave(code: int, error: Exception | None = None) -> None:
+    """End this process if others may wait for it, see `distributed.leave`."""
+    if "zflora_jax.parallel.distributed" in sys.modules:
         from zflora_jax.parallel.distributed import leave
 
-        leave(code)
-    return code
+        leave(code, error)
 
 
 def _parser(alone: str | None = None) -> CommandParser:

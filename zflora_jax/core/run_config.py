@@ -110,7 +110,7 @@ class OptimConfig:
     warmup_steps: int = 10
     """Steps in which the learning rate rises linearly to its peak; fewer than train.steps."""
     final_lr_fraction: float = 0.0
-    """Learning rate of the last step over its peak."""
+    """Learning rate that the decay ends in, after the last step, over its peak."""
     weight_decay: float = 0.0
     """Decoupled weight decay, of every optimizer."""
     b1: float = 0.9
@@ -205,7 +205,7 @@ class TrainConfig:
             require(
                 getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1."
             )
-        require(self.seed >= 0, f"train.seed={self.seed}: must be at least 0.")
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed}: must be from 0 to 2**32 - 1.")
         for name in ("eval_every", "save_every"):
             value = getattr(self, name)
             require(
@@ -266,7 +266,7 @@ class EvalConfig:
             f"eval.max_prompt_tokens={limit}: must be at least 1, or None for what the context"
             " holds.",
         )
-        require(self.seed >= 0, f"eval.seed={self.seed}: must be at least 0.")
+        require(0 <= self.seed < 2**32, f"eval.seed={self.seed}: must be from 0 to 2**32 - 1.")
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,9 @@ def _shared(
         sent = b"\0" + _packed(*_tokenized(examples, own, tokenizer, data))
     except ConfigError as error:
         sent = b"\1" + str(error).encode()
+    except Exception as error:  # a bug
+        share.exchange(b"\1" + repr(error).encode())
+        raise
     found = share.exchange(sent)
     for part in found:
         if part[:1] == b"\1":

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -247,11 +248,13 @@ def _appears(file: Path, seconds: float) -> bool:
         time.sleep(0.1)
 
 
-def leave(code: int) -> None:
+def leave(code: int, error: Exception | None = None) -> None:
     """End this process at once if it is one of several: the others are blocked in a collective, and
-    JAX ends them when it is gone.
+    JAX ends them when it is gone. The traceback of `error` is printed before.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
+        if error is not None:
+            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -21,16 +21,10 @@ _FREE = (
     *("get-tuple-element", "constant", "bitcast", "tuple", "parameter", "after-all", "while"),
     *("conditional", "call", "partition-id"),
 )
-_WIDTHS = {
-    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
-    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
-    **dict.fromkeys(("f32", "s32", "u32"), 4),
-    **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
-}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\S.*)$")
 _CODE = re.compile(r" ([\w\-]+)\(")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"((?:pred|bf\d|[sufc]\d)\w*)\[([\d,]*)\]")  # a token is none
 _GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\](?:, device_ids=\(.*?\))?"
     r" \{([^}]*)\})"
@@ -246,7 +240,7 @@ def kernels(ops: Collection[Op]) -> list[Op]:
 
 def async_bytes(ops: Collection[Op]) -> int:
     """Bytes of the copies that run beside other work."""
-    return sum(_bytes(op.shape) for op in ops if op.code in ("copy-done", "slice-done"))
+    return sum(_bytes(_arrays(op.shape)) for op in ops if op.code in ("copy-done", "slice-done"))
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -277,12 +271,13 @@ def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     return [
         (dtype, tuple(map(int, dims.split(","))) if dims else ())
         for dtype, dims in _ARRAY.findall(shape)
-        if dtype in _WIDTHS
     ]
 
 
-def _bytes(shape: str) -> int:
-    return sum(math.prod(dims) * _WIDTHS[dtype] for dtype, dims in _arrays(shape))
+def _bytes(arrays: list[tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of arrays: a dtype's bits are the first number of its name, f8e4m3fn and s4 alike."""
+    bits = {name: int((re.search(r"\d+", name) or "8")[0]) for name, _ in arrays}
+    return sum(math.prod(dims) * bits[name] for name, dims in arrays) // 8
 
 
 def _result_bytes(op: Op) -> int:
@@ -292,7 +287,7 @@ def _result_bytes(op: Op) -> int:
         arrays = arrays[:1]
     elif op.code.endswith("-start") and not op.code.startswith("all-reduce"):
         arrays = arrays[len(arrays) // 2 :]
-    return sum(math.prod(dims) * _WIDTHS[dtype] for dtype, dims in arrays)
+    return _bytes(arrays)
 
 
 def _members(line: str, devices: int) -> int:

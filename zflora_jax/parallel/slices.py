@@ -62,7 +62,7 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
                 " the network between them. Set mesh.slices=%d, and mesh.data to a multiple of it",
                 *(count, count),
             )
-        return np.asarray(devices).reshape(shape)
+        return _neighbours(shape, devices)
     groups = slice_groups(devices, config.slices)
     require(
         len(groups) == config.slices and len({len(group) for group in groups}) == 1,
@@ -71,8 +71,14 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
         " mesh.slices to their number, or to 1 where all links are equally fast, and mesh.data,"
         " mesh.fsdp and mesh.tensor to use all devices.",
     )
-    parts = [
-        mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True)
-        for group in groups
-    ]
-    return np.concatenate(parts)
+    return np.concatenate([_neighbours(shape, group) for group in groups])
+
+
+def _neighbours(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of `shape`, those along an axis linked to each other where the torus has such links;
+    as they are given where they fill no box of it.
+    """
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError):
+        return np.asarray(devices).reshape(shape)

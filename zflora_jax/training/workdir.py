@@ -10,7 +10,6 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,7 @@ def read_config(workdir: str | Path) -> RunConfig:
             f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in"
             " another directory."
         ) from None
-    run = from_file(RunConfig, values)
-    # Before data.date existed, a chat template was told the day on which the run started.
-    day = run.data.date or first_day(workdir)
-    return dated(run, day) if day else run
+    return from_file(RunConfig, values)
 
 
 def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
@@ -90,16 +86,20 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     changed = differences(dated(there, run.data.date), run)
     finished = max(saved_steps(workdir), default=0)
     if finished:
-        _require_may_change(workdir, run, changed, finished)
+        _require_may_change(workdir, there, run, changed, finished)
     if finished and run.train.steps <= finished:  # nothing is left to train with other settings
         run = _rounded_as(there, run)
         changed = {key: values for key, values in changed.items() if key not in ROUNDING}
     return run, {key.replace("/", "."): values for key, values in changed.items()}
 
 
-def _require_may_change(workdir: Path, run: RunConfig, changed: Changes, finished: int) -> None:
+def _require_may_change(
+    workdir: Path, there: RunConfig, run: RunConfig, changed: Changes, finished: int
+) -> None:
     """Refuse changes of settings that must stay once `finished` steps are done."""
-    longer = ("train/steps",) if run.train.steps >= finished else ()
+    # Fewer steps than asked for before: the learning rate did not decay to there.
+    least = finished if run.optim.schedule == "constant" else there.train.steps
+    longer = ("train/steps",) if run.train.steps >= least else ()
     refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
     if run.adapter.dropout and "data/grad_accum_steps" in changed:
         refused.append("data/grad_accum_steps")  # dropout draws for each micro-batch
@@ -227,12 +227,3 @@ def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
             start = json.loads(line)
             found += [start] if isinstance(start, dict) else []
     return found
-
-
-def first_day(workdir: str | Path) -> str | None:
-    """The local date of the first start ("2026-11-26"), or None if it is not known."""
-    with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
-        # Recorded in UTC; transformers tells a chat template the local date.
-        started = datetime.fromisoformat(read_starts(workdir)[0]["date"])
-        return started.astimezone().date().isoformat()
-    return None
