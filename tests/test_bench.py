@@ -226,7 +226,7 @@ def test_training_beside_a_quantised_base(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_masks_leave_the_share_that_was_asked_for() -> None:
-    for masked, wanted in ((0.0, 99), (0.5, 50), (0.8, 20)):
+    for masked, wanted in ((0.0, 99), (0.5, 50), (0.8, 20), (0.999, 1)):
         mask = training.Case("tiny", length=100, batch=2, masked=masked).batch_arrays(50)[
             "loss_mask"
         ]
@@ -249,6 +249,10 @@ def test_masks_leave_the_share_that_was_asked_for() -> None:
         (
             lambda: latency.measure(preset("tiny"), prompts=(500,)),
             r"prompts of 500 and 32 new tokens exceed the model's context of 512",
+        ),
+        (
+            lambda: training.Case("tiny", length=1),
+            r"length=1: must be at least 2",
         ),
         (
             lambda: training.Case("tiny", masked=1.0),

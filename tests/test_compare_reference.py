@@ -1,14 +1,17 @@
 """Comparisons with a reference: differences on the same rows and seeds, the order of the runs."""
 
 import dataclasses
+import json
+from dataclasses import asdict
 
 import pytest
 from support.runs import EVAL
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError, Preempted
-from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.evaluation.paired import Difference
 from zflora_jax.evaluation.statistics import ROWS
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
@@ -103,10 +106,42 @@ def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, 
     compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
     page = (tmp_path / "out" / "paired_two.md").read_text()
     assert "1 of 2 seeds" in page
+    scores = page.split("## accuracy, percent")[1]
+    deviations = {x.split("|")[1].strip(): "±" in x for x in scores.splitlines() if "| ff" in x}
+    assert deviations == {"ffa": True, "ffba": False}  # none is known of one seed
     assert "Failed: ffba, seed 1, learning rate 0.001: the loss of step 1 is nan" in page
     summary = overview([plan], tmp_path / "out").read_text()
     [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
     assert "*" not in line and "1 of 2 seeds" in line
+
+
+def test_the_overview_corrects_for_all_comparisons(two_steps, tmp_path):
+    """By Holm: the least of four p counts four times, the second three times. Steps and tokens are
+    those of the runs.
+    """
+    plans = [reference_plan(two_steps, name=f"paired_{name}") for name in ("two", "three")]
+    base = override(two_steps, {"train.steps": 7, "data.batch_size": 3, "data.packing": True})
+    for plan, p in zip(plans, (0.01, 0.03), strict=True):
+        gaps = {"ffa": Difference(5.0, 1.0, 9.0, p, 2), "ffba": Difference(0.0, -4.0, 4.0, 0.5, 2)}
+        found = {
+            "config": to_dict(base),
+            "differences": {label: {"arc_easy": asdict(gap)} for label, gap in gaps.items()},
+        }
+        (tmp_path / f"{plan.name}.json").write_text(json.dumps(found))
+        (tmp_path / f"{plan.name}.md").touch()
+    summary = overview(plans, tmp_path).read_text()
+    assert "| ffa | +5.0 [+1.0, +9.0] *, as good | +5.0 [+1.0, +9.0], as good |" in summary
+    assert "| ffba | +0.0 [-4.0, +4.0], undecided |" in summary and "(4)" in summary
+    tokens = f"{7 * 3 * two_steps.data.bucket_lengths[-1]:,}"
+    assert f"| [paired_two](paired_two.md) | arc_easy | 7 | {tokens} |" in summary
+
+
+def test_the_untrained_model_is_scored_as_its_runs_start(two_steps, tmp_path, scored, fake_train):
+    plan, runs, out = reference_plan(two_steps), tmp_path / "runs", tmp_path / "out"
+    compare_methods(plan.only(["lora"]), runs, out, console=False)
+    codes = dataclasses.replace(plan, base=override(plan.base, {"quantize.kernels": "int8"}))
+    found = [compare._untrained(p, None, runs, out, False, run=False) for p in (plan, codes)]
+    assert found[0] and not found[1]
 
 
 def test_more_seeds_of_some_methods(two_steps, tmp_path, scored, fake_train):
@@ -137,6 +172,8 @@ def test_more_seeds_of_some_methods(two_steps, tmp_path, scored, fake_train):
     ):
         with pytest.raises(ConfigError, match=said):
             reference_plan(two_steps, more_seeds=wrong)
+    with pytest.raises(ConfigError, match=r"comparison.seeds=\(0, 0\): a seed is given twice"):
+        dataclasses.replace(plan, seeds=(0, 0))
 
 
 def test_tables_of_the_runs_that_are_there(two_steps, tmp_path, scored, fake_train):

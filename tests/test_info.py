@@ -163,7 +163,7 @@ def test_plot_draws_one_run_into_it_and_several_where_it_is_told(workdir, tmp_pa
     (other / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes())
     assert main(["plot", str(workdir), str(other)]) == 2
     assert "--out PATH" in capsys.readouterr().err
-    assert main(["plot", str(workdir), str(other), "--out", str(tmp_path / "both")]) == 0
+    assert main(["plot", str(workdir), str(other), "--out", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.svg").is_file()
     assert main(["plot", str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err

@@ -73,9 +73,11 @@ def test_resume_refuses_a_damaged_file_and_keeps_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"step": 2', "{step: 2", 1))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="line 2: not a metrics record"):
+    with pytest.raises(ConfigError, match="line 2: not a metrics record"):
         MetricWriter(tmp_path, total_steps=9, console=False, start_step=3)
     assert path.read_bytes() == before
+    _run(tmp_path, 0, 1)  # a run from the start needs none of it
+    assert len(_lines(tmp_path)) == 1
 
 
 def test_read_metrics_lets_the_last_record_of_a_step_count(tmp_path):

@@ -157,6 +157,8 @@ def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
     for empty in ({}, {"one": {}}):
         with pytest.raises(ValueError, match="no values to draw"):
             plots.forest(empty, tmp_path / "g", "nothing", "points")
+    rounded = (83.33333333333333, 83.33333333333334, 83.33333333333334)  # of five 100 and a 0
+    plots.forest({"one": {"a": rounded}}, tmp_path / "h", "differences", "points")
 
 
 def test_a_scatter_draws_named_points_in_every_panel(tmp_path, figures):

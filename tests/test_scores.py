@@ -188,6 +188,9 @@ def test_a_summary_of_tasks(model, arc, tmp_path):
         ),
     ):
         evaluate_tasks(run, model, ["arc_easy"], tmp_path / "o", "tiny", console=False)
+    fewer = dataclasses.replace(other, eval=dataclasses.replace(other.eval, limit=2))
+    with pytest.raises(ConfigError, match=r"more rows than eval.limit=2 \(3 of arc_easy\)"):
+        evaluate_tasks(fewer, model, ["arc_easy"], tmp_path / "o", "tiny", console=False)
     with pytest.raises(ConfigError, match=r"piqa.*test\.json"):
         evaluate_tasks(run, model, ["arc_easy", "piqa"], tmp_path / "none", "tiny", console=False)
     assert not (tmp_path / "none").exists()  # said before the first task has run

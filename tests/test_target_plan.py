@@ -18,6 +18,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.presets import preset
+from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments import target_plan as module
 from zflora_jax.experiments.compiled_plan import compiled_step, step_attention
@@ -115,6 +116,9 @@ def test_the_roofline() -> None:
     again = roofline(block, config, target("tpu:v5e:2x2"), 0)
     more = 2 * (layer + head) + 2 * lora + 4 * keys * 64
     assert again["flops"] - found["flops"] == pytest.approx(8 * 128 * more / 4)
+    codes = replace(run, quantize=QuantizeConfig("int8"))
+    less = roofline(codes, config, target("tpu:v5e:2x2"), 0)["hbm_bytes"]
+    assert 0.5 < less / found["hbm_bytes"] < 1
     narrow = config.replace(family="mistral", sliding_window=5)
     fewer = roofline(run, narrow, target("tpu:v5e:2x2"), 0)
     seen = sum(min(at, 5) for at in range(1, 129)) / 128

@@ -44,7 +44,11 @@ class Case:
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch", "length"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
+            least = 2 if name == "length" else 1  # no token stands before the first
+            require(
+                getattr(self, name) >= least,
+                f"{name}={getattr(self, name)}: must be at least {least}.",
+            )
         require(
             0 <= self.masked < 1,
             f"masked={self.masked}: a share of the positions, at least 0 and below 1.",
@@ -68,9 +72,8 @@ class Case:
             .integers(0, vocab_size, (self.batch, self.length))
             .astype(np.int32)
         )
-        mask = np.broadcast_to(
-            np.arange(self.length) >= max(1, round(self.masked * self.length)), tokens.shape
-        )
+        first = min(max(1, round(self.masked * self.length)), self.length - 1)
+        mask = np.broadcast_to(np.arange(self.length) >= first, tokens.shape)
         return {"tokens": tokens, "loss_mask": mask}
 
 

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
         args.out is not None or len(runs) == 1,
         f"--out PATH says where a figure of {len(runs)} runs goes.",
     )
-    out = args.out or str(as_path(args.runs[0]) / "curves")
+    out = (args.out or str(as_path(args.runs[0]) / "curves")).removesuffix(".png")
+    out = out.removesuffix(".svg")
     several = f"{len(runs)} runs of {os.path.basename(shared)}" if within else f"{len(runs)} runs"
     of = next(iter(runs)) if len(runs) == 1 else several
     with damage_is_input():

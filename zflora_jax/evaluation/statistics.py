@@ -75,15 +75,12 @@ def group_scores(tables: Sequence[Sequence[Record]], seed: int = 0) -> dict[str,
 
 
 def row_scores(records: Sequence[Record]) -> dict[str, Any]:
-    """Score -> its values over `records`, in their order: shares as a text of 0 and 1, other values
-    as numbers of four digits.
-
-    A score that not all rows have is left out.
+    """Score -> its values over the `records` that have it, in their order: shares as a text of 0
+    and 1, other values as numbers of four digits. Which rows have a score is a matter of the rows.
     """
     found: dict[str, Any] = {}
     for key, name in SCORES.items():
-        if records and all(key in record for record in records):
-            values = [record[key] for record in records]
+        if values := [record[key] for record in records if key in record]:
             found[name] = (
                 "".join("01"[value] for value in values)
                 if isinstance(values[0], bool)
@@ -152,7 +149,7 @@ class SuiteScore:
       table: score -> task -> value and interval, in percent.
       rows: task -> clean rows.
       mean: of the headline over the tasks, in percent.
-      std: the standard deviation of the seeds' means; 0 of one seed.
+      std: the standard deviation of the seeds' means; None of one seed.
       answers_cut: task -> answers that reached the limit of new tokens.
       chance: task -> percent right by guessing.
     """
@@ -161,7 +158,7 @@ class SuiteScore:
     table: dict[str, dict[str, Score]]
     rows: dict[str, int]
     mean: float
-    std: float
+    std: float | None
     answers_cut: dict[str, float]
     chance: dict[str, float]
 
@@ -239,7 +236,7 @@ def suite_score(
         table=table,
         rows={task: found["clean_rows"] for task, found in first.items()},
         mean=mean(means),
-        std=stdev(means) if len(means) > 1 else 0.0,
+        std=stdev(means) if len(means) > 1 else None,
         answers_cut={
             task: mean(one[task]["answers_cut"] for one in seeds)
             for task, found in first.items()

@@ -73,15 +73,15 @@ def evaluate_tasks(
       what the summary's JSON holds.
 
     Raises:
-      ConfigError: as `check_tasks`; or `out` holds a summary of that name of another model or of
-        other settings.
+      ConfigError: as `check_tasks`; or `out` holds a summary of that name of another model, of
+        other settings, or of more rows of a task.
     """
     out, env, run = as_path(out, "out"), environment(), one_day(run)
     tasks = check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
     origin = _origin(run, model)
     if not replace:
-        distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin))
+        distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin, run, tasks))
     seen = _seen_by_task(run, tasks, trained_on)
     done = {}
     for task in tasks:
@@ -177,16 +177,25 @@ def _origin(run: RunConfig, model: Model) -> Result:
     }
 
 
-def _refuse_other(path: Path, origin: Result) -> None:
+def _refuse_other(path: Path, origin: Result, run: RunConfig, tasks: Sequence[str]) -> None:
+    """Keep a summary of another model or other settings, and rows that would not be scored anew."""
     if not path.is_file():
         return
+    found = json.loads(path.read_text(encoding="utf-8"))
     # Of settings that are younger than the file.
     defaults = {f"eval.{key}": value for key, value in to_dict(EvalConfig()).items()}
-    there = defaults | json.loads(path.read_text(encoding="utf-8")).get("origin", {})
+    there = defaults | found.get("origin", {})
     now = json.loads(json.dumps(origin))
     other = [key for key, value in now.items() if there.get(key) != value]
     require(
         not other,
         f"{path} holds scores of other settings ({', '.join(other)}); give another --out, or"
         " move them away.",
+    )
+    rows = {of["task"]: of["rows"] for of in found["tasks"] if of["task"] in tasks}
+    more = [f"{n} of {task}" for task, n in rows.items() if n > (run.eval.limit or n)]
+    require(
+        not more,
+        f"{path} holds scores of more rows than eval.limit={run.eval.limit} ({', '.join(more)});"
+        " give another --out, or move them away.",
     )

@@ -259,7 +259,7 @@ def _untrained(
     if scoring is None:
         return {}
     numerics = TrainConfig(dtype=base.train.dtype, matmul_precision=base.train.matmul_precision)
-    untrained = RunConfig(model=base.model, data=base.data, train=numerics)
+    untrained = RunConfig(model=base.model, data=base.data, train=numerics, quantize=base.quantize)
     job = Job(BASE, untrained, workdir / BASE, out / plan.name / f"{BASE}.json", scoring)
     if (saved := read_result(job)) is not None:
         return saved["scores"]

@@ -101,6 +101,10 @@ class Comparison:
                     f"comparison.{name}: {label!r} is no method of it:"
                     f" {nearest(label, self.methods)}.",
                 )
+        require(
+            len(set(self.seeds)) == len(self.seeds),
+            f"comparison.seeds={self.seeds}: a seed is given twice.",
+        )
         for label, further in self.more_seeds.items():
             require(
                 isinstance(further, tuple | list),

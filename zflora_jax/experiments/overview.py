@@ -12,6 +12,7 @@ from typing import Any
 
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.core.stored_config import from_file
 from zflora_jax.evaluation.paired import Difference, holm
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.differences import headline
@@ -85,11 +86,13 @@ def _gaps(found: Mapping[str, Any]) -> Gaps:
 
 def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
     there = [row["method"] for row in found.get("rows", ()) if row["method"] != BASE]
+    # The plan's own base, unless settings were changed for its runs.
+    base = from_file(RunConfig, found["config"]) if "config" in found else plan.base
     return {
         "comparison": f"[{plan.name}]({plan.name}.md)",
-        "trained on": plan.base.data.task,
-        "steps": plan.base.train.steps,
-        "tokens": _tokens(plan.base),
+        "trained on": base.data.task,
+        "steps": base.train.steps,
+        "tokens": _tokens(base),
         "seeds": _seeds(plan),
         "methods": len(there) or len(plan.methods),
         "tasks scored": ", ".join(plan.tasks) or None,
@@ -120,7 +123,8 @@ def _scores(plan: Comparison, found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "method": row["method"],
             "parameters": row["trainable"],
             "learning rate": row.get("learning rate"),
-            "score": f"{row['mean']:.1f}" + (f" ± {std:.1f}" if (std := row.get("std")) else ""),
+            "score": f"{row['mean']:.1f}"
+            + (f" ± {row['std']:.1f}" if row.get("std") is not None else ""),
             "test loss": found["base"]["test"] if row["method"] == BASE else _test_loss(row),
             "seconds": row.get("seconds"),
         }

@@ -239,7 +239,8 @@ def _loss_table(rows: Sequence[Result]) -> str:
         }
         for row in rows
     ]
-    return markdown_table(shown, list(dict.fromkeys(key for row in shown for key in row)))
+    columns = list(dict.fromkeys(key for row in shown for key in row))
+    return markdown_table(shown, columns) if shown else ""
 
 
 def _score_blocks(
@@ -252,8 +253,7 @@ def _score_blocks(
     blocks = []
     for kind in dict.fromkeys(kind for score in scores.values() for kind in score.table):
         lines = [
-            {"method": label, "trainable": trainable[label]}
-            | _score_cells(plan, label, score, kind)
+            {"method": label, "trainable": trainable[label]} | _score_cells(plan, score, kind)
             for label, score in scores.items()
             if kind in score.table
         ]
@@ -278,11 +278,10 @@ def _score_blocks(
     ]
 
 
-def _score_cells(plan: Comparison, label: str, score: SuiteScore, kind: str) -> dict[str, str]:
+def _score_cells(plan: Comparison, score: SuiteScore, kind: str) -> dict[str, str]:
     values = score.table[kind]
     cells = {f"{task} ({score.rows[task]})": value.percent() for task, value in values.items()}
-    several = label != BASE and len(plan.seeds_of(label)) > 1 and kind == score.headline
-    std = f" ± {score.std:.1f}" if several else ""
+    std = f" ± {score.std:.1f}" if kind == score.headline and score.std is not None else ""
     counted = [value.mean for task, value in values.items() if task in plan.tasks]
     return cells | ({"mean": f"{statistics.mean(counted):.1f}{std}"} if counted else {})
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.bench.latency import decode_latency
-from zflora_jax.core.fields import ConfigError, to_dict
+from zflora_jax.core.fields import ConfigError, require, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.pipeline import eval_batches
@@ -63,6 +63,13 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     base = load_base(run, mesh_if_there(run.mesh))
     timed("load the model")
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)
+    require(
+        {"accuracy", "loss"} <= before.keys(),
+        "quickstart reports accuracy and loss, and with these settings an evaluation of task"
+        f" {run.data.task!r} gives no {' and no '.join({'accuracy', 'loss'} - before.keys())}. Set"
+        " eval.generate and eval.loss, and choose a task with answers; or use train, eval and"
+        " export.",
+    )
     timed("evaluate the base")
     trained = train(run, workdir, model=base, console=console)
     timed("train")

@@ -12,16 +12,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from zflora_jax.adapters.counts import count_params
+from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.compiled_plan import compiled_step, planned_bytes, step_attention
-from zflora_jax.experiments.planner import bytes_per_device, memory_plan, shaped_config
+from zflora_jax.experiments.planner import (
+    abstract_arguments,
+    bytes_per_device,
+    memory_plan,
+    shaped_config,
+)
+from zflora_jax.ops.quantized import bytes_of
 from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.program_text import BETWEEN_SLICES, Program, kernels
 from zflora_jax.parallel.sharding import make_mesh
@@ -148,7 +154,10 @@ def roofline(
     keys = window - window * (window - 1) / (2 * length)  # of a token, in the mean
     attention = config.num_layers * 4 * keys * width * (passes - 1 + 2.5)
     sizes = bytes_per_device(run, config)
-    kernel_bytes = base * jnp.dtype(run.train.dtype).itemsize / mesh.tensor
+    read = trees.flatten(abstract_arguments(run, config, 1)[0])
+    if not config.tie_word_embeddings:
+        del read["embed/embedding"]  # of a token a row alone
+    kernel_bytes = sum(map(bytes_of, jax.tree.leaves(read))) / mesh.tensor
     found: dict[str, float | str] = {
         "flops": tokens * (parameters + attention) / mesh.devices,
         "hbm_bytes": passes * run.data.grad_accum_steps * kernel_bytes

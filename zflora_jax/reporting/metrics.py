@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.reporting.files import plain
@@ -54,11 +55,8 @@ class MetricWriter:
         before_upload: Callable[[], None] = lambda: None,
     ) -> None:
         path = as_path(workdir, "workdir") / METRICS_FILE
-        kept = [
-            r
-            for r in (_parse(path) if path.exists() else [])
-            if start_step > 0 and r["step"] <= start_step
-        ]
+        there = _parse(path) if start_step > 0 and path.exists() else []
+        kept = [r for r in there if r["step"] <= start_step]
         self._before_upload, self._in_bucket = before_upload, is_url(path)
         self._file = GrowingFile(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._restored = {(r["step"], r["split"]) for r in kept}
@@ -185,7 +183,7 @@ def _parse(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(
+            raise ConfigError(
                 f"{path}, line {number}: not a metrics record ({error}). Repair or delete the line."
             ) from error
         records.append(record)

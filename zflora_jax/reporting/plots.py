@@ -217,7 +217,7 @@ def forest(
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)
     for axes, (group, rows) in zip(panels[:, 0], groups.items(), strict=True):
         for place, (mean, low, high) in enumerate(rows.values()):
-            reach = [[mean - low], [high - mean]]
+            reach = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]  # rounding may pass it
             axes.errorbar(mean, place, xerr=reach, fmt="o", color="C0", capsize=3, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
         if margins and group in margins:
