@@ -17,6 +17,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.errors import CheckpointError, NonFiniteError
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation import export_gap as gap_module, loss as loss_module, records
 from zflora_jax.evaluation.export_gap import export_gap
@@ -138,6 +139,14 @@ def test_a_rate_whose_loss_is_no_number_is_not_picked():
     for lost in ({"validation_loss": float("inf")}, {"validation_loss": None}):
         with pytest.raises(ConfigError, match="diverged at every learning rate"):
             choose_rate("lora", results | {1e-3: lost})
+
+
+def test_quickstart_needs_what_it_reports():
+    """Said when the base is scored, before anything is trained."""
+    run = RunConfig()
+    quickstart._require_figures(run, {"accuracy": 0.1, "loss": 2.0, "rows": 3})
+    with pytest.raises(ConfigError, match=r"gives no accuracy. Set eval.generate and eval.loss"):
+        quickstart._require_figures(run, {"loss": 2.0})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

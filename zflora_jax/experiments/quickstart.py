@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +49,18 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
       console: whether progress and samples are printed.
 
     Returns:
-      The contents of <workdir>/quickstart.json: parameters, accuracy and held-out loss before and
-      after, the logits of fused against adapted, latency, the export's gaps, samples, seconds.
+      The contents of <workdir>/quickstart.json (its keys are in `report` below).
+
+    Raises:
+      ConfigError: no accuracy or loss to report, or fused logits that are not the adapted ones.
     """
-    workdir, started, env = local_path(workdir, "workdir"), time.perf_counter(), environment()
-    parts: dict[str, float] = {}
-
-    def timed(name: str) -> None:
-        parts[name] = time.perf_counter() - started - sum(parts.values())
-        if console:
-            print(f"  {name}: {parts[name]:.0f} s", flush=True)
-
+    workdir, env, parts = local_path(workdir, "workdir"), environment(), dict[str, float]()
+    timed, started = _timer(parts, console), time.perf_counter()
     run, _ = adopt(workdir, run)
     base = load_base(run, mesh_if_there(run.mesh))
     timed("load the model")
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)
-    require(
-        {"accuracy", "loss"} <= before.keys(),
-        "quickstart reports accuracy and loss, and with these settings an evaluation of task"
-        f" {run.data.task!r} gives no {' and no '.join({'accuracy', 'loss'} - before.keys())}. Set"
-        " eval.generate and eval.loss, and choose a task with answers; or use train, eval and"
-        " export.",
-    )
+    _require_figures(run, before)
     timed("evaluate the base")
     trained = train(run, workdir, model=base, console=console)
     timed("train")
@@ -106,6 +97,28 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         print(_samples_text(report))
     _require_equal(gap, run.train.dtype, workdir)
     return report
+
+
+def _timer(parts: dict[str, float], console: bool) -> Callable[[str], None]:
+    """What notes in `parts` the seconds since it was called before, under a name, and says them."""
+    started = time.perf_counter()
+
+    def timed(name: str) -> None:
+        parts[name] = time.perf_counter() - started - sum(parts.values())
+        if console:
+            print(f"  {name}: {parts[name]:.0f} s", flush=True)
+
+    return timed
+
+
+def _require_figures(run: RunConfig, found: Mapping[str, Any]) -> None:
+    require(
+        {"accuracy", "loss"} <= found.keys(),
+        "quickstart reports accuracy and loss, and with these settings an evaluation of task"
+        f" {run.data.task!r} gives no {' and no '.join({'accuracy', 'loss'} - found.keys())}. Set"
+        " eval.generate and eval.loss, and choose a task with answers; or use train, eval and"
+        " export.",
+    )
 
 
 def _figures(before: Any, after: Any, gap: Any, latency: Any) -> dict[str, Any]:
