@@ -85,6 +85,14 @@ def test_an_export_in_a_bucket_is_the_export_on_disk(url, model, tmp_path, monke
     assert fetched == [] and copies() == [copy]
 
 
+def test_what_is_copied_of_a_model():
+    """All that loading reads, and no other form of the weights."""
+    names = "zflora/restore.safetensors additional_chat_templates/rag.jinja config.json"
+    assert all(map(hf_bucket._is_of_model, names.split()))
+    others = "consolidated.safetensors original/consolidated.00.safetensors a/b.json x.bin"
+    assert not any(map(hf_bucket._is_of_model, others.split()))
+
+
 def test_the_newest_copy_of_an_export_is_kept(url, model, fetched, monkeypatch):
     """And an older one for a day: another process may be reading it."""
     other = tiny_model(num_layers=1)

@@ -62,6 +62,11 @@ def test_overrides_are_parsed_as_the_field_declares(key, text, value):
     assert changed == value and type(changed) is type(value)
 
 
+def test_one_number_stands_for_a_list_of_it_where_none_may_stand_too():
+    found = override(AdapterConfig("lora"), {"layers_to_transform": "1"})
+    assert found.layers_to_transform == (1,)
+
+
 def test_overrides_change_nothing_else_and_are_made_together():
     run = RunConfig()
     assert override(run, {}) == run

@@ -36,8 +36,14 @@ from zflora_jax.inference.text import generate
         ([[-1]], {}, r"prompt 0 holds token ids outside 0\.\.258"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         ([[1]], {"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ([[1, 2.5]], {}, r"prompt 0 must hold token ids, which are integers; got float64"),
+        ([["a"]], {}, r"prompt 0 must hold token ids"),
+        ([[[1], [2, 3]]], {}, r"prompt 0 holds lists"),
+        ([[1]], {"request_ids": [1, 2]}, r"request_ids=\[1, 2\]: must be 1 numbers"),
+        ([[1]], {"request_ids": [-1]}, r"request_ids=\[-1\]: must be 1 numbers from 0"),
+        ([[1]], {"stop_token_ids": [259]}, r"stop_token_ids holds token ids outside 0\.\.258"),
     ],
-    ids=["empty", "too long", "id too large", "id negative", "no tokens", "no batch"],
+    ids=lambda value: str(value)[:30],
 )
 def test_prompts_that_cannot_be_decoded(
     prompts: Any, settings: dict[str, int], message: str

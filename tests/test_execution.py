@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.models import tiny_model
 
@@ -52,6 +53,29 @@ def test_wrong_values_are_refused_by_name(changes, message):
         preset("tiny").replace(**changes)
     with pytest.raises(ConfigError, match=message):
         from_dict(LlamaConfig, preset("tiny").flat() | changes)
+
+
+def test_tokens_and_masks_have_one_shape(tokens):
+    """Also beside a cache, which would take a mask of one row for the first row alone."""
+    model, mask = tiny_model(), jnp.ones((1, tokens.shape[1]), bool)
+    cache = init_cache(model.config, len(tokens), 64)
+    for given in ({}, {"cache": cache}):
+        with pytest.raises(ConfigError, match=r"padding_mask must have the tokens' shape"):
+            Llama(model.config).apply({"params": model.params}, tokens, padding_mask=mask, **given)
+    for wrong in ([1, 2], np.zeros((2, 0), int)):
+        with pytest.raises(ConfigError, match=r"tokens of shape \(2.*must be \[B, T\]"):
+            forward(model, wrong)
+    assert forward(model, [[1, 2]]).shape == (1, 2, 259)
+
+
+def test_a_full_cache_is_not_written_over(tokens):
+    model = tiny_model()
+    _, cache = Llama(model.config).apply(
+        {"params": model.params}, tokens, cache=init_cache(model.config, len(tokens), 64)
+    )
+    longer = jnp.ones((len(tokens), 65 - tokens.shape[1]), jnp.int32)
+    with pytest.raises(ConfigError, match=r"a cache of 64 slots has no room for \d+ more tokens"):
+        Llama(model.config).apply({"params": model.params}, longer, cache=cache)
 
 
 def test_segment_ids_stand_alone(tokens):

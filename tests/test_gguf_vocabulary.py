@@ -17,7 +17,7 @@ from zflora_jax import load_model, save_gguf
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.hf.gguf_merges import merges_as_scores
 from zflora_jax.hf.gguf_reader import GGUFFile
-from zflora_jax.hf.gguf_split import _SPLITS, pre_tokenizer_name
+from zflora_jax.hf.gguf_split import _SPLITS, pre_tokenizer, pre_tokenizer_name
 
 LLAMA3, QWEN2 = _SPLITS
 TEXT = "xyz don't 12345  THE the\n\nend"
@@ -78,6 +78,25 @@ def test_byte_level_tokenizers_make_the_round(pre: str, tmp_path: Path) -> None:
     assert file.get("tokenizer.ggml.token_type")[-6:] == [3, 3, 3, 5, 5, 5]
     for text in (TEXT, "one <eos> two"):
         assert found.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+
+
+def test_a_cut_does_not_depend_on_what_transformers_knows(monkeypatch) -> None:
+    """Releases before 5.24 leave GPT-2's; an unknown name gives no tokenizer, not another's."""
+    for pre in ("llama-bpe", "qwen2", "smollm", "gpt-2"):
+        backend = merging("gpt-2")
+        backend.backend_tokenizer.pre_tokenizer = pre_tokenizer(pre)
+        assert backend(TEXT)["input_ids"] == merging(pre)(TEXT)["input_ids"]
+    with pytest.raises(ConfigError, match="pre-tokenizer 'viking' is not known"):
+        pre_tokenizer("viking")
+
+
+def test_a_file_with_an_unknown_cut_has_no_tokenizer(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "x.gguf", with_tokenizer(merging("gpt-2")), "f32")
+    data = (tmp_path / "x.gguf").read_bytes()
+    assert data.count(b"gpt-2") == 1
+    (tmp_path / "y.gguf").write_bytes(data.replace(b"gpt-2", b"vikin"))
+    with pytest.warns(UserWarning, match="pre-tokenizer 'vikin' is not known"):
+        assert load_model(tmp_path / "y.gguf").tokenizer is None
 
 
 def test_cuts_differ_in_what_they_merge() -> None:

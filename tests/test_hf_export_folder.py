@@ -23,7 +23,8 @@ from zflora_jax.core import trees
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
 from zflora_jax.evaluation.export_gap import export_gap
-from zflora_jax.hf.load import load_model
+from zflora_jax.hf.load import load_model, model_config
+from zflora_jax.hf.restore import SIDE_FILE, SIDE_FOLDER
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 
@@ -226,3 +227,26 @@ def test_card(bases: dict[str, Model], tmp_path: Path) -> None:
         and "reconstruction of zFLoRA (arXiv 2510.25784)" in text
     )
     assert str(tmp_path) not in text + (tmp_path / "out" / "zflora.json").read_text()
+
+
+def test_an_export_on_the_hub_is_the_export_on_disk(bases: Any, tmp_path: Path) -> None:
+    """In the hub's cache each file is a link into the blobs; one to elsewhere is refused."""
+    fused = fused_model(bases["plain"], WIDENED["zflora-uniform"])
+    save_hf(tmp_path / "export", fused)
+    home = tmp_path / "models--org--name"
+    (home / "blobs").mkdir(parents=True)
+    there = home / "snapshots" / "abc"
+    for i, file in enumerate(path for path in (tmp_path / "export").rglob("*") if path.is_file()):
+        link = there / file.relative_to(tmp_path / "export")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, home / "blobs" / str(i))
+        link.symlink_to(home / "blobs" / str(i))
+    loaded = load_model(there)
+    assert trees.fingerprint(loaded.params) == trees.fingerprint(fused.params)
+    assert model_config(there) == loaded.config  # of the model, not of its stock form
+    side = there / SIDE_FOLDER / SIDE_FILE
+    shutil.copy(side, tmp_path / "away")
+    side.unlink()
+    side.symlink_to(tmp_path / "away")
+    with pytest.raises(CheckpointError, match="is a link that leads out of"):
+        load_model(there)

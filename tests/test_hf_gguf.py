@@ -97,6 +97,8 @@ def test_divisors_in_float16_are_read_by_their_kind(tmp_path: Path) -> None:
         ({"arch": "gemma"}, "gemma.*only .llama., .qwen2., .qwen3., .smollm3."),
         ({"llama__expert_count": 8}, "expert_count"),
         ({"llama__rope__scaling__type": "yarn"}, "yarn"),
+        ({"llama__rope__scaling__factor": 4}, r"'linear' \(factor 4\)"),  # without a type
+        ({"llama__rope__scale_linear": 4}, r"'linear' \(factor 4\)"),  # as files of 2023 say it
         ({"blocks": 2**31}, "belong to 2"),
         (
             {"edit": lambda t: t.pop("blk.1.ffn_up.weight")},

@@ -203,6 +203,8 @@ def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_pat
     path.write_text(json.dumps(good | {"layers_to_transform": 0}))
     with pytest.raises(CheckpointError, match=r"unexpected .*layers\.1"):
         load_peft(tmp_path / "out", base)
+    path.write_text(json.dumps(good | {"layers_to_transform": []}))  # PEFT: all
+    load_peft(tmp_path / "out", base)
     path.write_text(json.dumps(good))
     (tmp_path / "out" / "adapter_model.safetensors").rename(tmp_path / "out" / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="safe_serialization"):

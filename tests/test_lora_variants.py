@@ -245,6 +245,10 @@ def test_a_column_of_zeros_stays_a_column_of_zeros() -> None:
         forward(fuse(model, adapter, adapters), tokens),
     ):
         assert_logits_close(found, forward(model, tokens))
+    slopes = jax.grad(lambda a: forward(model, tokens, adapter, a).sum())(adapters)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+    of_gate = np.asarray(slopes["layers"]["mlp"]["gate"]["magnitude"])
+    assert not of_gate[..., 3].any() and of_gate[..., :3].all()
 
 
 def test_a_step_donates_every_leaf_once(base: Model) -> None:

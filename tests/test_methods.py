@@ -309,6 +309,15 @@ def test_rank_for_budget_keeps_what_was_chosen():
     assert rank_for_budget(SMOL, stable, 6_000_000) == stable.replace(rank=found.rank)
 
 
+def test_rank_for_budget_of_a_start_that_bounds_the_rank():
+    """PiSSA's is at most the smaller side of a kernel, 192 here: a budget below that is met."""
+    budget = count_params(SMOL, AdapterConfig("lora", rank=150))
+    found = rank_for_budget(SMOL, AdapterConfig("lora", init="pissa"), budget)
+    assert (found.rank, found.init) == (150, "pissa")
+    with pytest.raises(ConfigError, match="is above the smaller side of"):
+        rank_for_budget(SMOL, AdapterConfig("lora", init="pissa"), 2 * budget)
+
+
 @pytest.mark.parametrize(
     ("adapter", "budget", "message"),
     [

@@ -225,6 +225,7 @@ def test_draws_depend_on_the_seed_and_the_prompt_s_place_alone() -> None:
     [
         ({"temperature": -0.5}, "temperature=-0.5: must be at least 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 1e-39}, "temperature=1e-39: must be at least 0"),  # logits over it
         ({"temperature": 1.0, "top_k": 0}, "top_k=0: must be at least 1"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0: must be within \(0, 1\]"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p=1.5: must be within \(0, 1\]"),

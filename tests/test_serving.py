@@ -22,6 +22,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
+from zflora_jax.inference import decode
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.sampling import Sampler
 from zflora_jax.inference.serving import serve
@@ -94,8 +95,13 @@ def test_padded_adapters_compute_the_same(base, small, wide, tokens):
             "method 'ffa' cannot be padded",
         ),
         (MINIMAL, AdapterConfig("full"), "method 'full' cannot be padded"),
+        (
+            AdapterConfig("lora", rank=4),
+            AdapterConfig("lora", rank=4, layers_to_transform=(0,)),
+            "the latter has lora_a of q, .* in fewer layers",
+        ),
     ],
-    ids=["narrower", "targets", "method", "ffa", "full"],
+    ids=["narrower", "targets", "method", "ffa", "full", "fewer layers"],
 )
 def test_what_cannot_be_padded_is_refused(base, given, to, message):
     with pytest.raises(ConfigError, match=message):
@@ -267,6 +273,17 @@ def test_requests_are_grouped_by_task_and_answered_as_alone(base, window, monkey
     # One after the other, the last two of a window together, all of a task together.
     assert len(swaps) == {1: 5, 3: 3, 64: 2}[window]
     assert answers[0][0] == 0  # the oldest first
+
+
+def test_an_answer_waits_for_its_batch_alone(base, monkeypatch):
+    ended: list[int] = []
+    run = decode._generate_batch
+    monkeypatch.setattr(decode, "_generate_batch", lambda *a: (ended.append(1), run(*a))[1])
+    tree, seen = adapters_of(base, MINIMAL, 1), []
+    requests = [("math", [1, 2 + i]) for i in range(5)]
+    for _ in serve(fuse(base, MINIMAL, tree), {"math": tree}, requests, batch_size=2):
+        seen.append(len(ended))
+    assert seen == [1, 1, 2, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,16 @@ def test_a_piece_never_ends_within_a_character(talker, monkeypatch):
     assert list(stream(talker, PROMPT)) == ["�"]  # cut there by max_new_tokens
 
 
+def test_a_stream_goes_on_where_bytes_change_what_is_before_them(talker, monkeypatch):
+    """As decoders that read bytes in runs do: what was said stays, and the rest is as it ends."""
+    texts = ["a", "a\n", "a��", "a��b", "a��b c"]
+    monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: range(5))
+    monkeypatch.setattr(
+        "zflora_jax.inference.text.answer_text", lambda _, given, __: texts[len(given) - 1]
+    )
+    assert list(stream(talker, PROMPT)) == ["a", "\n", "��b", " c"]
+
+
 def talk(model: Any, lines: list[str], **settings: Any) -> str:
     said: list[str] = []
     converse(model, lines, said.append, **settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zflora_jax.adapters.methods import fused_config
+from zflora_jax.adapters.methods import fused_config, resolve_adapter
 from zflora_jax.adapters.packing import packed_config
 from zflora_jax.adapters.widths import MULTIPLES, round_widths, width_advice
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -50,3 +50,21 @@ def test_the_advice_names_the_numbers() -> None:
 def test_an_unknown_kind_of_device_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"device kind 'npu': .*Allowed: cpu, gpu, tpu"):
         round_widths(BASE, AdapterConfig("zflora-minimal"), "npu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lora", "head_scores": False}, r"method 'lora' widens no heads"),
+        ({"targets": "attention", "extra_mlp_units": 8}, r"extra_mlp_units=8 changes nothing"),
+        (
+            {"method": "ffba", "targets": "mlp", "extra_head_dim": 4},
+            r"extra_head_dim=4 changes nothing with adapter.targets='mlp': head dims need v and o",
+        ),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_adapter(
+            preset("smollm2-135m"), AdapterConfig(**{"method": "zflora-minimal"} | changes)
+        )

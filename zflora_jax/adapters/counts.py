@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from zflora_jax.adapters.methods import FROZEN, live_layers
+from zflora_jax.adapters.methods import FROZEN, live_layers, resolve_adapter
 from zflora_jax.adapters.shapes import block_shapes
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
@@ -64,6 +64,8 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
         kept = adapter.alpha is None or adapter.use_rslora
         return adapter.replace(rank=rank, alpha=adapter.alpha if kept else adapter.scale * rank)
 
+    # Starts from the base limit the rank and change no count: only the rank that is found must fit.
+    start, adapter = adapter.init, adapter.replace(init=None)
     low, high = 1, 2
     require(
         count_params(config, at(low)) != count_params(config, at(high)),
@@ -83,4 +85,6 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
         f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget"
         f" of {budget:,} cannot be met. Change extra_mlp_units, extra_head_dim or targets.",
     )
+    best = best.replace(init=start)
+    resolve_adapter(config, best)
     return best

@@ -1,5 +1,5 @@
-"""Methods as integers: which streams are widened by how much, the blocks of each kernel, and
-counts.
+"""Methods as integers: which streams are widened by how much, the blocks of each kernel,
+and where they are live.
 
 The methods and their construction are this project's reconstruction of zFLoRA (arXiv 2510.25784)
 and FLoRA (arXiv 2511.00050), whose method sections could not be obtained; see README.
@@ -195,6 +195,13 @@ def _extra_widths(
     if row.mlp and {"gate", "up", "down"} <= chosen:
         units = adapter.extra_mlp_units
         widths["mlp"] = adapter.rank if units is None else units
+    for name, stream in (("extra_head_dim", "heads"), ("extra_mlp_units", "mlp")):
+        width = getattr(adapter, name)
+        require(
+            bool(widths[stream]) or not width,
+            f"adapter.{name}={width} changes nothing with adapter.targets={adapter.targets!r}:"
+            f" {_NEEDS[stream]}. Leave it unset, or choose other targets.",
+        )
     return widths
 
 

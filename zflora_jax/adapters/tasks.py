@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zflora_jax.adapters.methods import live_layers
 from zflora_jax.adapters.shapes import adapter_shapes, check_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -48,6 +49,30 @@ def pad_adapters(
     config = config.replace(scan_layers="layers" in adapters)
     flat, wanted = trees.flatten(adapters), adapter_shapes(config, to)
     check_adapters(adapters, config, adapter)
+    _require_room(config, adapter, flat, to, wanted)
+    ratio = np.float32(adapter.scale / to.scale)
+
+    def widen(name: str, shape: tuple[int, ...]) -> jax.Array:
+        if name not in flat:
+            return jnp.zeros(shape, jnp.float32)
+        leaf = jnp.pad(
+            flat[name],
+            [(0, want - have) for have, want in zip(flat[name].shape, shape, strict=True)],
+        )
+        return leaf * ratio if name.rpartition("/")[2] in SCALED and ratio != 1 else leaf
+
+    return trees.unflatten({name: widen(name, shape) for name, shape in wanted.items()})
+
+
+def _require_room(
+    config: LlamaConfig,
+    adapter: AdapterConfig,
+    flat: Mapping[str, jax.Array],
+    to: AdapterConfig,
+    wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Refuse a `to`, with blocks of the shapes `wanted`, that does not hold all of `adapter`'s."""
+    both = f"adapters of {adapter.method} r={adapter.rank} as {to.method} r={to.rank}"
     missing = flat.keys() - wanted.keys()
     lacking = sorted({f"{name.split('/')[-1]} of {name.split('/')[-2]}" for name in missing})
     require(
@@ -64,18 +89,18 @@ def pad_adapters(
         not narrow,
         f"{both}: {narrow[:1]} is wider than the latter; choose widths at least as large.",
     )
-    ratio = np.float32(adapter.scale / to.scale)
-
-    def widen(name: str, shape: tuple[int, ...]) -> jax.Array:
-        if name not in flat:
-            return jnp.zeros(shape, jnp.float32)
-        leaf = jnp.pad(
-            flat[name],
-            [(0, want - have) for have, want in zip(flat[name].shape, shape, strict=True)],
-        )
-        return leaf * ratio if name.rpartition("/")[2] in SCALED and ratio != 1 else leaf
-
-    return trees.unflatten({name: widen(name, shape) for name, shape in wanted.items()})
+    room = live_layers(config, to)
+    lost = [
+        f"{block} of {kernel}"
+        for kernel, blocks in live_layers(config, adapter).items()
+        for block, layers in blocks.items()
+        if not {*layers} <= {*room[kernel][block]}
+    ]
+    require(
+        not lost,
+        f"{both}: the latter has {', '.join(lost)} in fewer layers; choose layers_to_transform and"
+        " targets that have all of the former's.",
+    )
 
 
 def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:

@@ -70,10 +70,9 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
         return adapter
     if widths.mlp:  # by its number: left alone, it would follow the rank
         adapter = adapter.replace(extra_mlp_units=widths.mlp + mlp)
-    rank = widths.residual + residual if widths.residual else adapter.rank
     if not residual:
         return adapter
-    wider = adapter.replace(rank=rank)
+    wider = adapter.replace(rank=widths.residual + residual)
     return wider.replace(alpha=adapter.scale * wider.divisor)
 
 

@@ -74,7 +74,8 @@ class AdapterConfig:
     """e: even number of dims that are added to each head; None means up to the next head size that
     attention kernels of servers know. Only for methods that widen the heads."""
     head_scores: bool = True
-    """Widen q and k too, which adds a score term; False widens v and o alone."""
+    """Widen q and k too, which adds a score term; False widens v and o alone, and is only for
+    methods that widen heads."""
     init: Start | None = None
     """Distribution of the random blocks: kaiming_uniform, within +-1/sqrt(inputs), as PEFT starts
     LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others;
@@ -140,6 +141,10 @@ class AdapterConfig:
             self.init is None or row.start is not None,
             f"adapter.init={self.init!r}: method {self.method!r} draws nothing at random (ffa"
             " starts at zero, full at the base); leave init unset.",
+        )
+        require(
+            self.head_scores or row.heads,
+            f"adapter.head_scores=False: method {self.method!r} widens no heads; leave it unset.",
         )
         self._check_lora(row.in_place == "lora")
         require(

@@ -307,7 +307,7 @@ def _parse(value: Any, hint: Any) -> Any:
         return float(value)  # no Python literals; _coerce refuses them as not finite
     try:
         parsed = ast.literal_eval(value)
-        one_of_several = typing.get_origin(hint) is tuple and isinstance(parsed, int | float)
-        return (parsed,) if one_of_several else parsed
+        several = any(typing.get_origin(o) is tuple for o in options)
+        return (parsed,) if several and isinstance(parsed, int | float) else parsed
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value  # _coerce then says what was expected

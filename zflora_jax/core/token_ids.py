@@ -14,7 +14,8 @@ from zflora_jax.core.fields import ConfigError
 
 
 def check_ids(ids: Any, vocab_size: int, what: str, tokenizer: Any = None) -> None:
-    """ConfigError naming the ids of `ids` (any shape) outside 0..vocab_size - 1, with their text.
+    """ConfigError where `ids` (of any shape) are no integers, or naming those outside
+    0..vocab_size - 1, with their text.
 
     Args:
       ids: a sequence or array of token ids.
@@ -22,13 +23,25 @@ def check_ids(ids: Any, vocab_size: int, what: str, tokenizer: Any = None) -> No
       what: where they come from, for the message ("prompt 3").
       tokenizer: the model's, whose tokens the ids may be; None if there is none.
     """
-    values = np.asarray(ids)
+    values = _integers(ids, what)
     if values.size == 0 or (values.min() >= 0 and values.max() < vocab_size):
         return
     outside = np.unique(values[(values < 0) | (values >= vocab_size)]).tolist()
     raise ConfigError(
         f"{what} holds token ids outside 0..{vocab_size - 1}{_named(outside, tokenizer)}"
     )
+
+
+def _integers(ids: Any, what: str) -> np.ndarray:
+    try:
+        values = np.asarray(ids)
+    except ValueError:  # lists of several lengths
+        values = np.asarray(ids, object)
+    if values.size and not np.issubdtype(values.dtype, np.integer):
+        raise ConfigError(
+            f"{what} must hold token ids, which are integers; got {values.dtype} {ids!r:.60}."
+        )
+    return values
 
 
 def _named(outside: Sequence[int], tokenizer: Any) -> str:

@@ -30,7 +30,12 @@ LOCK = ".lock"  # beside the copy of a model
 KEPT = 24 * 3600.0  # seconds that an older copy stays, which another process may be reading
 MAX_HEADER = 100_000_008  # bytes; that safetensors reads
 # What loading a model reads.
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*")
+MODEL_FILES = (
+    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*"),
+    "additional_chat_templates/*.jinja",
+)
+# Other forms of the same weights (Meta's, Mistral's).
+OTHER_FILES = ("original/*", "consolidated*.safetensors")
 
 
 def cache_dir() -> Path:
@@ -178,10 +183,14 @@ def _find(source: Path) -> _Objects:
 
 def _is_of_model(name: str) -> bool:
     """Whether MODEL_FILES has a file. fnmatch's * takes any /, so their number decides too."""
-    return name != MARKER and any(
-        name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
-        for pattern in MODEL_FILES
-    )
+
+    def among(patterns: tuple[str, ...]) -> bool:
+        return any(
+            name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+            for pattern in patterns
+        )
+
+    return name != MARKER and among(MODEL_FILES) and not among(OTHER_FILES)
 
 
 @contextlib.contextmanager

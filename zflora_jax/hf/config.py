@@ -19,7 +19,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "pretraining_tp": (1, None),
     "partial_rotary_factor": (1, 1.0, None),
     "is_encoder_decoder": (False, None),
 }

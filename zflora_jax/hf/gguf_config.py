@@ -104,10 +104,13 @@ def _refuse(file: GGUFFile, of: Callable[[str], str]) -> None:
         not experts,
         f"{file.path}: {of('expert_count')}={experts}: mixtures of experts are not supported.",
     )
-    scaling = file.get(of("rope.scaling.type"), "none")
+    # llama.cpp's rules: a factor means linear scaling where no type is named, and none is 0 or 1.
+    factor = file.get(of("rope.scaling.factor"), file.get(of("rope.scale_linear"), 1))
+    scaling = file.get(of("rope.scaling.type"), "none" if factor in (0, 1) else "linear")
     require(
         scaling == "none",
-        f"{file.path}: RoPE scaling {scaling!r} is not supported; only Llama-3's.",
+        f"{file.path}: RoPE scaling {scaling!r} (factor {factor:g}) is not supported; only"
+        " Llama-3's.",
     )
 
 

@@ -6,8 +6,25 @@ from typing import Any
 
 from zflora_jax.core.fields import ConfigError, require
 
-# Regular expressions of tokenizer.json by the name of the pre-tokenizer in llama.cpp that cuts as
-# they do. Llama 3's and Qwen2's differ in how many digits make a piece.
+# Names of pre-tokenizers in llama.cpp (src/llama-vocab.cpp) -> the cut that they make. "digits":
+# every digit apart, then as GPT-2 does.
+CUTS = {
+    **dict.fromkeys(("gpt-2", "default", "phi-2", "mpt", "olmo"), "gpt2"),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+        "digits",
+    ),
+    **dict.fromkeys(
+        (
+            *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
+            *("lfm2", "jina-v5-nano", "dbrx", "smaug-bpe"),
+        ),
+        "llama3",
+    ),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), "qwen2"),
+}
+# Regular expressions of tokenizer.json -> the cut. Llama 3's and Qwen2's differ in how many digits
+# make a piece.
 _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama3",
@@ -22,6 +39,26 @@ _NAMES: dict[tuple[str | None, bool], str] = {
     ("llama3", False): "smaug-bpe",
     ("qwen2", False): "qwen2",
 }
+
+
+def pre_tokenizer(name: str) -> Any:
+    """The pre-tokenizer (of the package tokenizers) that cuts as llama.cpp's of that name.
+
+    Raises:
+      ConfigError: the name is none of `CUTS`.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    require(name in CUTS, f"pre-tokenizer {name!r} is not known; known are {', '.join(CUTS)}.")
+    if (cut := CUTS[name]) == "gpt2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if cut == "digits":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pattern = next(pattern for pattern, made in _SPLITS.items() if made == cut)
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, bytes_])
 
 
 def pre_tokenizer_name(state: dict[str, Any]) -> str:

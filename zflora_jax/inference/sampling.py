@@ -38,8 +38,8 @@ class Sampler:
     def __post_init__(self) -> None:
         check_types(self)
         require(
-            self.temperature >= 0,
-            f"temperature={self.temperature}: must be at least 0 (0 is greedy).",
+            self.temperature == 0 or self.temperature >= 1e-6,  # float32 logits over it stay finite
+            f"temperature={self.temperature}: must be at least 0 (0 is greedy), and 1e-6 above 0.",
         )
         require(
             self.top_k is None or self.top_k >= 1,

@@ -15,7 +15,7 @@ from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.batching import check_prompts
-from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.decode import answered, checked
 from zflora_jax.inference.generation_config import (
     GenerationConfig,
     GenerationSettings,
@@ -57,7 +57,7 @@ def serve(
       ConfigError: a task that is not there, or a prompt that does not fit; it names the request,
         once those before it are answered.
     """
-    config = generation_config(config, settings)
+    config = checked(fused, generation_config(config, settings))
     require(window >= 1, f"window={window}: must be at least 1.")
     model, current, refused = pack_for_decode(fused), None, None
     numbered, waiting = enumerate(requests), deque[tuple[int, Request]]()
@@ -83,5 +83,5 @@ def serve(
         group = [(number, request[1]) for number, request in waiting if request[0] == task]
         waiting = deque(entry for entry in waiting if entry[1][0] != task)
         prompts, numbers = [prompt for _, prompt in group], [number for number, _ in group]
-        answers = generate_tokens(model, prompts, config, request_ids=numbers)
-        yield from zip(numbers, answers, strict=True)
+        for rows, answers in answered(model, prompts, config, numbers):
+            yield from sorted(zip([numbers[i] for i in rows], answers, strict=True))

@@ -46,7 +46,9 @@ def answer_text(tokenizer: Any, answer: Sequence[int], stop: Sequence[int]) -> s
     end of turn that is an added token but not special would be left in by its tokenizer.
     """
     ended = len(answer) > 0 and answer[-1] in stop
-    return tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
+    given = answer[:-1] if ended else answer
+    # Old releases of transformers take spaces out of it otherwise.
+    return tokenizer.decode(given, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _tokenizer(model: Model) -> Any:
@@ -125,7 +127,8 @@ def stream(
 
     Yields:
       Pieces that together are the text that `generate` gives. A piece never ends within a
-      character, so there may be fewer pieces than tokens.
+      character, so there may be fewer pieces than tokens. Where a model writes bytes that are no
+      text, a later one may change how those before it are read; what was yielded stays.
 
     Raises:
       ConfigError: as for `generate`.
@@ -139,12 +142,18 @@ def stream(
     for token in stream_tokens(model, _encoded(model, [text])[0], config):
         given.append(token)
         whole = answer_text(tokenizer, given, config.stop_token_ids or ())
-        if whole.startswith(said) and not whole.endswith(INCOMPLETE):
-            yield whole[len(said) :]
+        if not whole.endswith(INCOMPLETE):
+            yield _behind(said, whole)
             said = whole
-    rest = answer_text(tokenizer, given, config.stop_token_ids or ())[len(said) :]
-    if rest:
+    whole = answer_text(tokenizer, given, config.stop_token_ids or ())
+    if rest := _behind(said, whole):
         yield rest
+
+
+def _behind(said: str, whole: str) -> str:
+    """`whole` from where it goes on, or otherwise, than `said`."""
+    same = (i for i, (a, b) in enumerate(zip(said, whole, strict=False)) if a != b)
+    return whole[next(same, len(said)) :]
 
 
 def converse(

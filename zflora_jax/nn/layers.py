@@ -148,7 +148,9 @@ class Dense(AdaptedModule):
         if dropped is not flat:
             own = project(dropped, matrix.astype(y.dtype))
         norms = jax.lax.stop_gradient(column_norms(matrix, a, b, scale))  # the paper's section 4.3
-        ratio = jnp.where(norms > 0, self.block("magnitude", jnp.float32) / norms, 1.0)
+        some = norms > 0  # in the divisor too: of 0 / 0 the gradient is NaN though it is not chosen
+        magnitude = self.block("magnitude", jnp.float32)
+        ratio = jnp.where(some, magnitude / jnp.where(some, norms, 1.0), 1.0)
         ratio = ratio.reshape(1, 1, -1)
         more = (ratio - 1).astype(y.dtype) * own + ratio.astype(y.dtype) * added
         return y + more.reshape(y.shape)
@@ -197,7 +199,7 @@ class RMSNorm(AdaptedModule):
       dim: channels of x.
       norm_dim: how many of them, the first, are the base's.
       eps: added to the mean square.
-      tiny_state: x's other channels are so small (`adapters.packing.STATE_SCALE`) that they do not
+      tiny_state: x's other channels are so small (`adapters.blocks.STATE_SCALE`) that they do not
         count in a sum of squares over all.
     """
 

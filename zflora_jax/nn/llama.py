@@ -3,7 +3,7 @@ key/value cache.
 
 Shapes in names: B batch, T tokens, S cache slots, d residual width, V vocabulary; r the channels
 that an adapter adds to d. Parameter names and shapes: `core.architecture.param_shapes`; adapters:
-`adapters.init.adapter_shapes`.
+`adapters.shapes.adapter_shapes`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from zflora_jax.adapters.shapes import check_collection
@@ -175,9 +176,14 @@ def forward(
       row_adapters: of each row, leaves [B, ...] (`adapters.tasks.rows_of`).
 
     Raises:
-      ConfigError: token ids that the embedding has no row for (not of traced tokens, whose values
-        are not known yet).
+      ConfigError: tokens of another shape, or ids that the embedding has no row for (not of traced
+        tokens, whose values are not known yet).
     """
+    tokens = tokens if hasattr(tokens, "shape") else np.asarray(tokens)
+    require(
+        len(tokens.shape) == 2 and tokens.shape[1] > 0,
+        f"tokens of shape {tokens.shape}: must be [B, T], at least one in each row.",
+    )
     if has_values_here(tokens):
         check_ids(tokens, model.config.vocab_size, "tokens", model.tokenizer)
     require(

@@ -13,6 +13,7 @@ from zflora_jax.core.fields import require
 from zflora_jax.nn.kv_cache import KVCache
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.linear import Array
+from zflora_jax.parallel.mesh import has_values_here
 
 
 @flax.struct.dataclass
@@ -51,8 +52,15 @@ def positions_and_mask(
       [B, S] bool: the slots of the cache, without one the tokens.
 
     Raises:
-      ConfigError: a padding mask that is not bool; segment ids beside one, or beside a cache.
+      ConfigError: a padding mask that is not bool, or one or segment ids of another shape; segment
+        ids beside a mask, or beside a cache; more tokens than the cache has slots for (not where
+        its index is traced: then the last slots would be written over).
     """
+    for name, given in (("padding_mask", padding_mask), ("segment_ids", segment_ids)):
+        require(
+            given is None or given.shape == shape,
+            f"{name} must have the tokens' shape {shape}; got {getattr(given, 'shape', None)}.",
+        )
     require(
         padding_mask is None or padding_mask.dtype == bool,
         "padding_mask must be bool, True at real tokens; ids of packed rows go to segment_ids.",
@@ -71,6 +79,11 @@ def positions_and_mask(
     positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
     if cache is None:
         return positions, AttentionMask(padding_mask, padding_mask), real
+    room = cache.valid.shape[1]
+    require(
+        not has_values_here(cache.index) or int(cache.index) + shape[1] <= room,
+        f"a cache of {room} slots has no room for {shape[1]} more tokens: make a larger one.",
+    )
     slots = jax.lax.dynamic_update_slice_in_dim(cache.valid, real, cache.index, axis=1)
     if cache.empty:  # attention reads the tokens, not the cache
         return positions, AttentionMask(padding_mask, padding_mask), slots

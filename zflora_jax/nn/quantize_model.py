@@ -180,7 +180,14 @@ def dequantize_model(model: Model, dtype: str | None = None) -> Model:
     Args:
       model: with quantised leaves or without.
       dtype: of the numbers; None: of the model's activations.
+
+    Raises:
+      ConfigError: a packed model, whose codes are laid out for decode.
     """
+    require(
+        not model.config.execution.packed,
+        "a packed model cannot be dequantised: take the model that was packed.",
+    )
     wanted = dtype or model.config.execution.dtype
 
     def visit(name: str, leaf: Any) -> Any:

@@ -99,9 +99,7 @@ def _new_size(model: Model, tokenizer_or_size: Any) -> tuple[int, Any]:
 def _resized(
     name: str, leaf: jax.Array, axis: int, size: int, width: int, rows: ArrayLike | None
 ) -> jax.Array:
-    """A leaf with `size` tokens along `axis`. width: the residual channels of `rows`; a fused
-    model's further channels are zero, as in the rows that are there.
-    """
+    """A leaf with `size` tokens along `axis`. width: the residual channels of `rows`."""
     count = size - leaf.shape[axis]
     if rows is not None:
         rows = np.asarray(rows, np.float32)
@@ -110,7 +108,7 @@ def _resized(
             f"{name}: rows of shape {rows.shape}; expected ({max(count, 0)}, {width}), one row for"
             " each new token.",
         )
-        rows = np.pad(rows, ((0, 0), (0, leaf.shape[1 - axis] - width)))
+        require(bool(np.isfinite(rows).all()), f"{name}: rows hold NaN or infinite values.")
 
     def resize(leaf: jax.Array) -> jax.Array:
         if count <= 0:

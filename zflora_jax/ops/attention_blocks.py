@@ -73,7 +73,7 @@ def query_blocks(length: int) -> int:
     """Into how many equal blocks the queries of a span are cut: of at most 512 from 1025 tokens on,
     where the length has such a divisor.
     """
-    # T/n x S scores per head exist at one time (test_long_sequences_never_hold_all_scores).
+    # T/n x S scores per head exist at one time (see tests/test_attention.py).
     if length <= 1024:
         return 1
     return next(

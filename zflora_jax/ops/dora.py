@@ -29,7 +29,8 @@ def column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
     cross = jnp.einsum("ir,ij->rj", a, w, precision="highest")
     own = jnp.einsum("ir,is->rs", a, a, precision="highest")
     beside = 2 * scale * cross + scale**2 * jnp.einsum("rs,sj->rj", own, b, precision="highest")
-    return jnp.sqrt(jnp.sum(w * w, axis=0) + jnp.sum(beside * b, axis=0))
+    square = jnp.sum(w * w, axis=0) + jnp.sum(beside * b, axis=0)
+    return jnp.sqrt(jnp.maximum(square, 0))  # what cancels may end below 0
 
 
 def plain_column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:

@@ -105,7 +105,7 @@ def has_values_here(array: Any) -> bool:
     """Whether this process can read the values now: it cannot read those of a traced array, nor all
     of an array that several processes share.
     """
-    return getattr(array, "is_fully_addressable", not isinstance(array, jax.core.Tracer))
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
 def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",)) -> int:
