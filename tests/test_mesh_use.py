@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from support.checks import assert_logits_close, assert_trees_equal, compiled
 from support.grids import always
 from support.meshes import MESH, PROMPTS, assert_divided, both
-from support.models import perturb
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters import fuse as fuse_module
 from zflora_jax.adapters.fuse import _fuse, _unfuse, fuse, unfuse
@@ -146,6 +147,16 @@ def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
         serve(whole, tasks, requests, **settings)
     )
     assert generate_tokens(apart, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
+
+
+def test_a_mesh_of_other_axes_changes_nothing():
+    """One of the caller's own, in which a model of one device is used."""
+    model, prompt = tiny_model(), [[1, 2, 3]]
+    wanted = forward(model, prompt), generate_tokens(model, prompt, max_new_tokens=3)
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))):
+        found = forward(model, prompt), generate_tokens(model, prompt, max_new_tokens=3)
+    assert_logits_close(found[0], wanted[0])
+    assert found[1] == wanted[1]
 
 
 def test_adapters_that_lie_on_one_device_go_with_a_model_on_a_mesh():

@@ -1,4 +1,4 @@
-"""The pages of results/ are those that the writers make of their JSON files: nobody edited one."""
+"""The pages that benchmarks/pages.py lists are those that the writers make of their JSON files."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import math
 import jax
 from jax.sharding import PartitionSpec as P
 
-from zflora_jax.parallel.sharding import BATCH, batch_shards
+from zflora_jax.parallel.sharding import BATCH, batch_shards, own_mesh
 
 
 def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
@@ -46,8 +46,7 @@ def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     Returns:
       x; without a mesh it stays as it is.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if (mesh := own_mesh()) is None:
         return x
 
     def count(axis: str | tuple[str, ...] | None) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.parallel.sharding import AXES, BATCH, make_mesh, shard
+from zflora_jax.parallel.sharding import AXES, BATCH, make_mesh, own_mesh, shard
 from zflora_jax.parallel.slices import slice_groups
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ def batch_axes(rows: int) -> tuple[str, ...] | None:
     """The axes of the mesh in use that divide a batch of `rows`: data and fsdp, as in training,
     else data alone, as in decode; None where neither does, or the mesh has other axes.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if set(mesh.axis_names) != set(AXES):
+    if (mesh := own_mesh()) is None:
         return None
     for axes in (BATCH, BATCH[:1]):
         if rows % math.prod(mesh.shape[axis] for axis in axes) == 0:

@@ -219,6 +219,14 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> tr
     return trees.map_with_names(place, tree)
 
 
+def own_mesh() -> Any:
+    """The mesh in use (`jax.set_mesh`) if it has the axes of `make_mesh`; None without one, and in
+    a mesh of other axes, which says nothing about this project's arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(mesh.axis_names) == set(AXES) else None
+
+
 def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
     """Divide a tree over the mesh in use, in a compiled function; without a mesh it stays as it is.
 
@@ -226,8 +234,7 @@ def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
       tree: parameters or adapters.
       fused: as in `spec`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if (mesh := own_mesh()) is None:
         return dict(tree)
 
     def place(name: str, leaf: Any) -> Any:
@@ -311,8 +318,8 @@ def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str
 
 def batch_shards() -> int:
     """The number of parts that the mesh in use divides a batch's rows into; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+    mesh = own_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
@@ -320,8 +327,7 @@ def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
 
     For leaves that a loop reads in every iteration: XLA would gather them in each of them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if (mesh := own_mesh()) is None:
         return leaf
 
     def gathered(part: jax.Array, at: P) -> jax.Array:
