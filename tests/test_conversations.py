@@ -220,6 +220,7 @@ def test_the_first_answer_of_a_conversation_must_fit(tmp_path):
         ({"prompt": "a", "completion": "b", "system": "c"}, r"would leave out 'system'\. Put it"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, r"leave out 'history'"),
         ({"question": "a", "answer": "#### 1", "context": "c"}, r"'question' would leave out 'con"),
+        ({"text": "a", "system": "b"}, r"'text' would leave out 'system'"),
         (
             {"messages": WITH_SYSTEM, "system_prompt": "Be long."},
             r"a system turn and another text in a column",

@@ -111,7 +111,13 @@ def test_the_setting():
 
 
 def test_slices_that_nobody_asked_for_are_named(caplog):
-    arrange(MeshConfig(data=8), devices(8, lambda i: i // 4))
+    two = [
+        SimpleNamespace(**vars(device) | {"id": 4 * i + device.id, "slice_index": i})
+        for i in range(2)
+        for device in torus(2, 2)
+    ]
+    # fsdp stays within a slice.
+    assert ids(MeshConfig(data=2, fsdp=4), two) == [[[0], [1], [2], [3]], [[4], [5], [6], [7]]]
     assert "the devices are in 2 slices, and mesh.slices is 1" in caplog.text
 
 

@@ -7,9 +7,17 @@ from typing import Any
 from zflora_jax.core.fields import ConfigError, require
 
 # Names of pre-tokenizers in llama.cpp (src/llama-vocab.cpp) -> the cut that they make. "digits":
-# every digit apart, then as GPT-2 does.
+# every digit apart, then as GPT-2 does. "default", which files without a name have too, is GPT-2's
+# as in transformers; llama.cpp also takes punctuation and long numbers apart, and warns.
 CUTS = {
-    **dict.fromkeys(("gpt-2", "default", "phi-2", "mpt", "olmo"), "gpt2"),
+    **dict.fromkeys(
+        (
+            *("gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "trillion", "mellum", "a.x-4.0"),
+            *("gigachat", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "modern-bert"),
+            "granite-docling",
+        ),
+        "gpt2",
+    ),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
         "digits",
@@ -21,7 +29,13 @@ CUTS = {
         ),
         "llama3",
     ),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), "qwen2"),
+    **dict.fromkeys(
+        (
+            *("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan"),
+            "solar-open",
+        ),
+        "qwen2",
+    ),
 }
 # Regular expressions of tokenizer.json -> the cut. Llama 3's and Qwen2's differ in how many digits
 # make a piece.

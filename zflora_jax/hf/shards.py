@@ -43,8 +43,9 @@ def inside(directory: Path, name: str) -> Path:
         place.
     """
     path, root = directory / name, directory.resolve()
-    above = (root, *root.parents)
-    home = next((x.parent.parent for x in above if x.parent.name == "snapshots"), root)
+    # The hub's models--OWNER--NAME/snapshots/REVISION, or the folder zflora/ in it.
+    found = (x.parent.parent for x in (root, root.parent) if x.parent.name == "snapshots")
+    home = next(found, root)
     if Path(name).name != name or "\\" in name:
         raise CheckpointError(
             f"{directory}: {name!r} is not a plain file name; shards must lie in the model"

@@ -72,13 +72,7 @@ def generate_tokens(
       NonFiniteError: logits are NaN or infinite.
     """
     config = checked(model, generation_config(config, settings))
-    _check_beams(model, config, tasks)
-    require(
-        request_ids is None
-        or (len(request_ids) == len(prompts) and all(0 <= i < 2**32 for i in request_ids)),
-        f"request_ids={request_ids!r:.60}: must be {len(prompts)} numbers from 0 to 2**32 - 1, one"
-        " for each prompt.",
-    )
+    _check_requests(len(prompts), config, request_ids, tasks)
     check_prompts(model, prompts, config.max_new_tokens)
     unfused = unfused_adapters(adapter, adapters, tasks, len(prompts))
     run = packed(model, None if unfused is None else unfused.config)
@@ -184,24 +178,38 @@ def stream_tokens(
 
 
 def checked(model: Model, config: GenerationConfig) -> GenerationConfig:
-    """`config` with the model's stop tokens where it names none; those that it names must exist."""
+    """`config` with the model's stop tokens where it names none; those that it names must exist.
+    And no more beams than tokens that do not stop.
+    """
     if config.stop_token_ids:
         stop = "stop_token_ids"
         check_ids(config.stop_token_ids, model.config.vocab_size, stop, model.tokenizer)
-    return config.stopping_at(model.config.eos_token_ids)
-
-
-def _check_beams(model: Model, config: GenerationConfig, tasks: Sequence[int] | None) -> None:
+    config = config.stopping_at(model.config.eos_token_ids)
     room = model.config.vocab_size - len(config.stop_token_ids or ())
     require(
         config.num_beams == 1 or config.num_beams <= room,
         f"num_beams={config.num_beams}: must be at most {room}, the vocabulary's tokens that do not"
         " stop.",
     )
+    return config
+
+
+def _check_requests(
+    count: int,
+    config: GenerationConfig,
+    request_ids: Sequence[int] | None,
+    tasks: Sequence[int] | None,
+) -> None:
     require(
         tasks is None or config.num_beams == 1,
         "beam search does not mix tasks in a batch: give the prompts of each task apart, without"
         " tasks.",
+    )
+    require(
+        request_ids is None
+        or (len(request_ids) == count and all(0 <= i < 2**32 for i in request_ids)),
+        f"request_ids={request_ids!r:.60}: must be {count} numbers from 0 to 2**32 - 1, one"
+        " for each prompt.",
     )
 
 

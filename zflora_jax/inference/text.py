@@ -26,7 +26,7 @@ def stop_ids(model: Model, prompt_style: str) -> list[int]:
     """The ids that end an answer: a chat template's end of turn is not always the model's EOS, so
     either does.
     """
-    return sorted({*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
+    return _drawn(model, {*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
 
 
 def stop_as_trained(model: Model, prompt_style: str) -> Model:
@@ -64,7 +64,12 @@ def _encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _ends(model: Model, chat: bool) -> Sequence[int]:
-    return stop_ids(model, "chat") if chat else model.config.eos_token_ids
+    return stop_ids(model, "chat") if chat else _drawn(model, model.config.eos_token_ids)
+
+
+def _drawn(model: Model, ids: Iterable[int]) -> list[int]:
+    """Those of `ids` that the model can give: it may have no row for a tokenizer's last ones."""
+    return sorted(i for i in ids if i < model.config.vocab_size)
 
 
 def generate(

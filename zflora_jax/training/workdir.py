@@ -69,7 +69,7 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
 
     Raises:
       ConfigError: `run` changes settings that must stay (the message names all of them), or asks
-        for fewer steps than are finished.
+        for fewer steps than are finished, or at a rate that falls than the run there.
     """
     workdir = as_path(workdir, "workdir")
     if not (workdir / "config.json").is_file():
@@ -108,7 +108,12 @@ def _require_may_change(
             f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
             for key in refused
         ]
-        rows += [f"  ({finished} steps are finished there)"] if "train/steps" in refused else []
+        if "train/steps" in refused:
+            shorter = f"; at fewer than {there.train.steps} the learning rate has not come down"
+            rows.append(
+                f"  ({finished} steps are finished there"
+                f"{shorter if run.train.steps >= finished else ''})"
+            )
         advice = "Use another --workdir, or the same settings to resume it."
         raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
 

@@ -69,6 +69,7 @@ def _completion(row: Raw, where: str) -> Row:
 
 
 def _text(row: Raw, where: str) -> Row:
+    _require_read(row, where, "the form 'text'")
     text = field(row, "text", where, "text")
     require(bool(text.strip()), f"{where}: the text is empty: there is nothing to learn.")
     return {"output": text, "unit": text}
@@ -85,7 +86,7 @@ def _local(*columns: str) -> Callable[[Raw, str], Row]:
 
 def _require_read(row: Raw, where: str, form: str) -> None:
     """Refuse a row with a part of the prompt that its form does not read."""
-    more = [name for name in _BESIDE if row.get(name) and str(row[name]).strip()]
+    more = [name for name in _BESIDE if (x := _object(row.get(name))) and str(x).strip()]
     require(
         not more,
         f"{where}: {form} would leave out {', '.join(map(repr, more))}. Put it into the prompt (of"
