@@ -115,16 +115,14 @@ def test_a_folder_of_files_of_any_name(tmp_path):
     assert forms <= {"messages", "text"} and "messages" in forms
 
 
-@pytest.mark.parametrize("name", ["Test", "test_sft", "my-test", "testing", "latest.dev"])
+@pytest.mark.parametrize("name", ["TEST-1", "test_sft", "my-test", "testing", "latest.dev"])
 def test_a_file_that_seems_to_be_for_evaluation_is_not_trained_on(name, tmp_path):
     write(tmp_path / "my-train.jsonl", {"text": "Once."})
     path = write(tmp_path / f"{name}.jsonl", {"text": "Twice."})
-    if path.name == "Test.jsonl" and (tmp_path / "test.jsonl").is_file():
-        pytest.skip("the file system does not tell capitals from small letters")
     with pytest.raises(ConfigError, match=rf"{name}.jsonl may be meant for evaluation"):
         load("rows", "train", tmp_path)
     path.rename(tmp_path / "contest.jsonl")  # the word alone
-    assert {e.target for e in load("rows", "train", tmp_path)} <= {"Once.", "Twice."}
+    assert sorted(e.target for e in load("rows", "train", tmp_path)) == ["Once.", "Twice."]
 
 
 def test_parts_of_splits_in_a_folder(tmp_path):

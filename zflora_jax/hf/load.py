@@ -138,8 +138,8 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
     """Read the LlamaConfig of a model without its weights.
 
     Args:
-      source: as for `load_model`. A preset needs no file; of a hub id only
-        config.json is fetched, and of an export its manifest.
+      source: as for `load_model`. A preset needs no file; of a hub id only config.json is fetched,
+        and of an export its manifest.
 
     Raises:
       ConfigError, CheckpointError: as for `load_model`.

@@ -82,13 +82,10 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens
     limit = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         require(
-            np.ndim(prompt[0]) == 0 if len(prompt) else True,
-            f"prompt {i} holds lists; it must be a list of token ids.",
-        )
-        require(
             len(prompt) > 0,
             f"prompt {i} is empty: generation needs at least one token (e.g. the BOS token).",
         )
+        require(np.ndim(prompt[0]) == 0, f"prompt {i} holds lists; it must be a list of token ids.")
         require(
             len(prompt) + max_new_tokens <= limit,
             f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that"
