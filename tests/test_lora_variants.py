@@ -193,6 +193,9 @@ def test_column_norms() -> None:
     kernel, a, b = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
     plain = plain_column_norms(kernel, a, b, 1.5)
     np.testing.assert_allclose(column_norms(kernel, a, b, 1.5), plain, rtol=1e-6)
+    # W = -s A B: squares that cancel, to a little above or below 0.
+    gone = column_norms(-1.5 * jnp.matmul(a, b, precision="highest"), a, b, 1.5)
+    np.testing.assert_allclose(gone, 0.0, atol=2e-3 * float(plain.max()))
     whole = np.asarray(kernel, np.float64) + 1.5 * np.asarray(a, np.float64) @ np.asarray(b)
     np.testing.assert_allclose(plain, np.linalg.norm(whole, axis=0), rtol=1e-6)
 

@@ -11,6 +11,7 @@ from support.grids import always
 from support.models import untied
 
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
 from zflora_jax.data.prompts import render_turns
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.program import DecodeProgram
@@ -67,6 +68,15 @@ def test_a_stream_checks_its_prompt(talker):
         next(stream_tokens(talker, [1] * 120, max_new_tokens=9))
     with pytest.raises(ConfigError, match="prompt 0 is empty"):
         next(stream_tokens(talker, [], max_new_tokens=9))
+
+
+def test_a_stop_token_that_the_model_cannot_give_stops_nothing(talker):
+    """A tokenizer may end with tokens that the embedding has no row for."""
+    config = talker.config.replace(eos_token_ids=(*talker.config.eos_token_ids, 300))
+    more = Model(config, talker.params, talker.tokenizer)
+    assert generate(more, [PROMPT], max_new_tokens=8) == generate(
+        talker, [PROMPT], max_new_tokens=8
+    )
 
 
 @pytest.mark.parametrize("chat", [False, True])

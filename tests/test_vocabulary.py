@@ -209,6 +209,8 @@ def test_sizes_and_rows_that_cannot_be_used(model):
         resize_vocab(model, 261, rows=np.ones((1, 64)))
     with pytest.raises(ConfigError, match="head is its embedding"):
         resize_vocab(model, 261, head_rows=np.ones((2, 64)))
+    with pytest.raises(ConfigError, match="rows hold NaN or infinite values"):
+        resize_vocab(model, 261, rows=np.full((2, 64), np.nan))
     with pytest.raises(ConfigError, match="a tokenizer or a number"):
         resize_vocab(model, "300")
     larger = resize_vocab(model, 320)
