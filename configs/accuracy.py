@@ -44,7 +44,6 @@ DESCENDANTS = {
 }
 # Parts of zflora-minimal alone, each at the same number of parameters.
 PARTS = {
-    "zflora-minimal": MINIMAL,
     "state-alone": replace(MINIMAL, rank=27, extra_mlp_units=0),
     "units-alone": AdapterConfig("ffba", rank=94, extra_head_dim=0),
 }
@@ -84,6 +83,11 @@ READING = {
         " On PIQA, Social IQa, HellaSwag and WinoGrande, which no row was trained on, both stay"
         " within 2 points of the untrained model."
     ),
+    "accuracy_math_data": (
+        "Both methods learn word problems, from 3.2% of the 457 questions that are not in the"
+        " training data to 24.1% (LoRA) and 26.0%, with held-out losses of 0.433 and 0.435. So few"
+        " questions leave a loss of 4.5 points open."
+    ),
 }
 
 
@@ -98,7 +102,6 @@ def table(
     measure: str = "accuracy",
     margin: float = 3.0,
     transfer: tuple[str, ...] = (),
-    reference: str = "lora",
     primary: bool = False,
 ) -> Comparison:
     """A table; a step is 1024 tokens, in packed rows of `longest`, which costs least where it is
@@ -116,7 +119,7 @@ def table(
         scoring=scoring,
         transfer=transfer,
         measure=measure,
-        reference=reference,
+        reference="lora",
         margin=margin,
         settings={label: of for label, of in SETTINGS.items() if label in methods},
         reading=READING.get(name, ""),
@@ -126,7 +129,7 @@ def table(
 
 CLOZE = ("arc_easy_cloze", "arc_challenge_cloze", "openbookqa_cloze")
 UNSEEN = ("piqa_cloze", "social_i_qa_cloze", "hellaswag_cloze", "winogrande_cloze")
-ALL = PAIR | FAMILY | DESCENDANTS
+ALL = PAIR | DESCENDANTS | FAMILY | PARTS
 
 
 def at_rank(rank: int, minimal: int) -> Comparison:
@@ -146,7 +149,7 @@ def get_sweep() -> list[Comparison]:
             ALL,
             primary=True,
         ),
-        table("accuracy_woz", "woz", ("woz",), 512, ALL, primary=True),
+        table("accuracy_woz", "woz", ("woz",), 512, primary=True),
         table(
             "accuracy_cloze",
             "+".join(CLOZE),
@@ -170,12 +173,4 @@ def get_sweep() -> list[Comparison]:
         ),
         at_rank(4, 5),
         at_rank(64, 81),
-        table(
-            "accuracy_design",
-            "arithmetic_steps",
-            ("arithmetic_steps",),
-            256,
-            PARTS,
-            reference="zflora-minimal",
-        ),
     ]

@@ -262,7 +262,7 @@ def _score_blocks(
     first = next(iter(scores.values()))
     chance = ", ".join(f"{task} {value:.1f}" for task, value in first.chance.items())
     cut = [
-        f"{label} {' '.join(f'{task} {n:g}' for task, n in score.answers_cut.items() if n)}"
+        f"{label}: {', '.join(f'{task} {n:.4g}' for task, n in score.answers_cut.items() if n)}"
         for label, score in scores.items()
         if any(score.answers_cut.values())
     ]
@@ -273,7 +273,9 @@ def _score_blocks(
             f" {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}"
         ),
         f"Chance: {chance}." if chance and set(first.chance) == set(first.rows) else "",
-        f"Answers that reached the limit of new tokens: {'; '.join(cut)}." if cut else "",
+        f"Answers that reached the limit of new tokens, mean of seeds: {'; '.join(cut)}."
+        if cut
+        else "",
         f"![{plan.name}]({plan.name}.png)",
     ]
 
