@@ -1,11 +1,12 @@
-"""Weak scaling on paper: bytes that the compiled train step moves between devices, per device and
+"""Traffic between devices: bytes that the compiled train step moves between devices, per device and
 step, against the size of the mesh.
 
 Command: python benchmarks/scaling.py
 (about 10 minutes on 2 CPU cores; no weights, nothing is run)
 Writes results/scaling.json and docs/scaling.md: for the shapes of Llama-3.2-1B and Llama-2-7B, 2
-rows of 512 tokens a device, float32, zflora-minimal r=32, the collectives of the HLO that XLA
-compiles for virtual CPU devices, counted with their loops' trip counts, beside a formula.
+rows of 512 tokens for each device along data x fsdp, float32, zflora-minimal r=32, the collectives
+of the HLO that XLA compiles for virtual CPU devices, counted with their loops' trip counts, beside
+a formula.
 """
 
 from __future__ import annotations
@@ -85,17 +86,17 @@ def page(result: dict[str, Any]) -> str:
         *("sum, MB", "formula, MB"),
     ]
     columns = [name for name in names if any(name in row for row in rows)]
-    return f"""# Weak scaling on paper
+    return f"""# Traffic between devices
 
 Bytes that the compiled train step moves between devices, per device and step, for several meshes.
 
-Shapes of the models named, no weights, zflora-minimal r=32, float32, {ROWS} rows of {LENGTH} tokens
-per device, chunks of 256 logits. mesh: data x fsdp x tensor. The bytes are counted in the HLO that
-XLA compiles for virtual CPU devices. A ring of n devices sends (n-1)/n of the result of an
-all-gather, n-1 times the result of a reduce-scatter, and 2 (n-1)/n of the size of an all-reduce.
-All of it is in float32, since the CPU compiler widens bfloat16 kernels before it gathers them; a
-bfloat16 base halves everything except the gradients. Other compilers may choose other collectives,
-and overlap them with computation.
+Shapes of the models named, no weights, zflora-minimal r=32, float32, {ROWS} rows of
+{LENGTH} tokens for each device along data x fsdp, chunks of 256 logits. mesh: data x fsdp x
+tensor. The bytes are counted in the HLO that XLA compiles for virtual CPU devices. A ring of n
+devices sends (n-1)/n of the result of an all-gather, n-1 times the result of a reduce-scatter, and
+2 (n-1)/n of the size of an all-reduce. All of it is in float32, since the CPU compiler widens
+bfloat16 kernels before it gathers them; a bfloat16 base halves everything except the gradients.
+Other compilers may choose other collectives, and overlap them with computation.
 
 {markdown_table(rows, columns)}
 

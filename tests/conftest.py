@@ -293,7 +293,7 @@ def fake_train(model, monkeypatch):
 
     fake = FakeTrain()
     monkeypatch.setattr(jobs, "train", fake)
-    monkeypatch.setattr(jobs, "fuse", lambda model, *_: model)
+    monkeypatch.setattr(jobs, "fuse_trained", lambda model, *_, **__: model)
     monkeypatch.setattr(compare, "load_base", lambda *_: model)
     for module in (compare, jobs):
         monkeypatch.setattr(

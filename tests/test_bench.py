@@ -223,6 +223,12 @@ def test_training_beside_a_quantised_base(tmp_path: Path, monkeypatch: pytest.Mo
     assert codes != numbers and codes == pytest.approx(numbers, rel=0.01)
     page = (tmp_path / "train.md").read_text()
     assert "| numbers |" in page and "| int8 |" in page
+    # PEFT may be there for some kinds alone.
+    found = json.loads((tmp_path / "train.json").read_text())
+    found["rows"] = [row | {"case": training.Case(**row["case"])} for row in found["rows"]]
+    found["rows"][0]["step_ratio"] = 1.1
+    training.write(found, tmp_path / "one", "one ratio")
+    assert (tmp_path / "one.png").is_file() and "1.100" in (tmp_path / "one.md").read_text()
 
 
 def test_masks_leave_the_share_that_was_asked_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -9,10 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.tasks import write
 
 from zflora_jax.cli import train
+from zflora_jax.cli.eval import _trained_on
 from zflora_jax.cli.main import main
 from zflora_jax.core.errors import Preempted
+from zflora_jax.core.fields import override
+from zflora_jax.core.run_config import DataConfig, RunConfig
+from zflora_jax.data import mixture
+from zflora_jax.experiments.run_report import read_report
+from zflora_jax.inference import text
 
 
 @pytest.mark.parametrize("argv", [("eval",), ("export", "--out", "out")], ids=lambda v: v[0])
@@ -217,6 +225,8 @@ def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
     # Also the rows that this project would hold out of the file.
     assert main([*argv, "--trained-on", "arc_easy"]) == 0
     assert "likelihood_sum_clean" in capsys.readouterr().out
+    # A limit of training rows is the run's, not that of the file.
+    assert main([*argv, "data.train_limit=5", "--trained-on", "arc_easy"]) == 0
     result = json.loads((tmp_path / "e" / "arc_easy-test-model.json").read_text())
     assert (result["rows"], result["clean_rows"]) == (32, 2)
     assert "| arc_easy | clean | 2 |" in (tmp_path / "e" / "summary-test-model.md").read_text()
@@ -233,6 +243,7 @@ def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
     own = ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]
     run = ["--config", config_file, "--workdir", str(tmp_path / "run")]
     assert main(["train", *run, *own]) == 0
+    assert not read_report(tmp_path / "run")["plain_texts"]
     assert main(["eval", "--workdir", str(tmp_path / "run")]) == 0
     assert "test_loss" in capsys.readouterr().out
     [result] = (tmp_path / "run" / "eval").glob("rows-test-step2.json")
@@ -269,3 +280,33 @@ def test_resume_needs_a_run_and_train_needs_a_config(refused, tmp_path):
         "train", "--config", "configs/quickstart.py", "--resume", "--workdir", tmp_path / "a"
     )
     assert not (tmp_path / "a").exists()
+
+
+def test_a_run_on_a_named_dataset_is_compared_with_that(monkeypatch):
+    """Also where the tasks lie in a folder."""
+    looked = []
+    monkeypatch.setattr(mixture, "source_splits", looked.append)
+    base = RunConfig(data=DataConfig("rows", data_dir="hub:owner/name"))
+    config = override(base, {"data.data_dir": "elsewhere"})
+    args = argparse.Namespace(trained_on=None, workdir="runs/a")
+    (found,) = _trained_on(args, base, config)
+    assert found.data.data_dir == "hub:owner/name" and looked == [found.data]
+
+
+def test_a_run_on_texts_is_asked_with_texts(config_file, refused, tmp_path, monkeypatch):
+    """No chat template goes around a prompt where none was in training."""
+    write(tmp_path / "train.jsonl", *({"prompt": f"{i}: ", "completion": "x"} for i in range(30)))
+    run = tmp_path / "run"
+    own = ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]
+    assert main(["train", "--config", config_file, "--workdir", str(run), *own]) == 0
+    assert read_report(run)["plain_texts"]
+    asked = []
+    monkeypatch.setattr(
+        text, "generate", lambda model, prompts, **given: asked.append(given["chat"]) or prompts
+    )
+    asks = ("generate", "--workdir", str(run), "--max-new-tokens", "2")
+    assert "this run was trained on plain texts" in refused(*asks, "--system", "a", "--prompt", "b")
+    assert "trained on plain texts holds no conversation" in refused(*asks)
+    (tmp_path / "asked.txt").write_text("7: ")
+    assert main([*asks, "--file", str(tmp_path / "asked.txt")]) == 0
+    assert asked == [False]

@@ -5,9 +5,11 @@ shared between processes, tables written.
 import dataclasses
 import json
 
+import jax
 import pytest
 from support.runs import EVAL, choice
 
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import ConfigError, override
@@ -17,7 +19,10 @@ from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.overview import overview
-from zflora_jax.experiments.store import Scoring
+from zflora_jax.experiments.store import Job, Scoring
+from zflora_jax.experiments.train import Trained
+from zflora_jax.nn.quantize_model import is_quantized, quantize_model
+from zflora_jax.reporting.provenance import environment
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
 SCORING = dataclasses.replace(EVAL, generate=False, loss=False)
@@ -206,7 +211,8 @@ def test_a_table_shows_intervals_chance_and_answers_cut(two_steps, tmp_path, fak
     assert low <= score <= high and low < high
     assert f"{score:.1f} [{low:.1f}, {high:.1f}]" in page and "Chance: arc_easy 33.3." in page
     assert row["cut"]["arc_easy"] > 0
-    assert f"limit of new tokens: base arc_easy {row['cut']['arc_easy']:g}" in page
+    cut = f"base: arc_easy {row['cut']['arc_easy']:g}"
+    assert f"limit of new tokens, mean of seeds: {cut}" in page
     assert "Runs made at commit c0ffee, device cpu, jax 0.10.2 (1)." in page
     assert page.count("Command: `") == 1
 
@@ -283,3 +289,16 @@ def test_the_overview_is_no_comparison_s_own_page(two_steps, tmp_path):
     assert "[small_two](small_two.md)" in page and "small_one" not in page
     with pytest.raises(ConfigError, match=r"its page would be the overview's, small.md"):
         overview([Comparison("small", two_steps, LORA, (1e-3,), (0,)), plans[0]], tmp_path)
+
+
+def test_lora_on_a_base_of_codes_is_scored(two_steps, model, tmp_path, monkeypatch):
+    """It is merged into the numbers that the codes stand for, and the base is kept for others."""
+    run = override(two_steps, {"quantize.kernels": "int8"})
+    coded = quantize_model(model, run.quantize)
+    adapters = init_adapters(jax.random.key(0), coded, LORA["lora"])
+    trained = Trained(coded, adapters, {"environment": environment()}, None, False)
+    run = dataclasses.replace(run, adapter=LORA["lora"])
+    job = Job("lora", run, tmp_path, tmp_path / "r.json", Scoring(("arc_easy",), SCORING))
+    assert jobs._measured(job, trained, False)["scores"]["arc_easy"]["rows"] > 0
+    assert is_quantized(coded)
+    jax.block_until_ready(coded.params)

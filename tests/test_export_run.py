@@ -61,7 +61,7 @@ def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog, 
         and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
     )
     assert (
-        "the export is compared on built-in texts, as the run's held-out rows cannot be read"
+        "the export is compared on built-in texts, as the run's held-out rows give no prompts"
         in caplog.text
     )
     assert {p.name for p in (tmp_path / "with").iterdir()} == {

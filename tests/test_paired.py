@@ -69,7 +69,18 @@ def test_intervals_cover_a_true_difference(of_seeds, of_answers, of_rows):
 def test_tasks_count_the_same():
     few, many = np.full((2, 10), 0.5), np.full((2, 1000), 0.1)
     found = paired_difference([few, many], [np.zeros_like(few), np.zeros_like(many)])
-    assert (found.mean, found.low, found.high) == pytest.approx((0.3, 0.3, 0.3))
+    unseen = (3 / 10 + 3 / 1000) / 2
+    assert (found.mean, found.low, found.high) == pytest.approx((0.3, 0.3 - unseen, 0.3 + unseen))
+
+
+def test_few_rows_are_not_certainty():
+    """One method right and the other wrong, on every row; or both wrong."""
+    for rows, p in ((1, 1.0), (5, 1 / 16), (20, 2 / 10_001), (200, 2 / 10_001)):
+        right, wrong = np.full((3, rows), 100.0), np.zeros((3, rows))
+        found = paired_difference([right], [wrong], best=100.0)
+        assert found.p == pytest.approx(p) and found.low == max(0.0, 100 - 300 / rows)
+        same = paired_difference([wrong], [wrong], best=100.0)
+        assert same.p == 1 and (verdict(same, 3.0) == "as good") == (rows > 100)
 
 
 @pytest.mark.parametrize(

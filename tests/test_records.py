@@ -232,3 +232,20 @@ def test_a_model_is_fingerprinted_once_for_all_tasks(model, tmp_path, monkeypatc
         lambda rows: [{} for _ in rows], one, [[1], [2]], "a", 2, tmp_path / "a", lambda _: None
     )
     assert len(taken) == 2
+
+
+def test_prompts_that_do_not_fit_are_said_before_the_first_answer(model, monkeypatch):
+    """Batches of the longest prompts come last, so all answers would be lost."""
+    monkeypatch.setattr(records_module, "generate_tokens", None)  # nothing is generated
+    context = model.config.max_position_embeddings
+    rows = [
+        Example("a", "b", "b", where="f, row 1"),
+        Example("a" * context, "b", "b", where="f, row 2"),
+    ]
+    with pytest.raises(
+        ConfigError, match=r"^f, row 2: the prompt has \d+ tokens; with eval.max_new"
+    ):
+        generation_records(model, "rows", rows, TASK_DATA, EVAL)
+    long = dataclasses.replace(EVAL, max_new_tokens=context)
+    with pytest.raises(ConfigError, match=r"^eval.max_new_tokens=\d+ leaves no room for a prompt"):
+        generation_records(model, "rows", rows[:1], TASK_DATA, long)

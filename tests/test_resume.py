@@ -16,7 +16,6 @@ from support.runs import quiet_train
 
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.experiments import run_report
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
@@ -223,7 +222,7 @@ def test_changed_evaluation_settings_change_the_loss_alone(run, workdir, monkeyp
 @pytest.mark.parametrize("damage", ["missing", "torn", "of fewer steps"])
 def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
     run = override(run, {"optim.schedule": "constant"})
-    path = workdir / run_report.REPORT_FILE
+    path = workdir / workdirs.REPORT_FILE
     before = json.loads(path.read_text())
     (
         path.unlink()

@@ -15,6 +15,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import tokenization
 from zflora_jax.data.builders.named import NamedDataset, named_dataset
+from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.tasks import get_task, load_examples
 from zflora_jax.data.tokenization import Share, tokenize_examples
 
@@ -228,7 +229,7 @@ def test_a_form_that_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"data.row_format='txt': did you mean 'text'"):
         DataConfig(row_format="txt")
     with pytest.raises(ConfigError, match=r"data.row_format='text' is for rows of your own"):
-        load("gsm8k", "train", tmp_path, row_format="text")
+        load_mixture(DataConfig("gsm8k", data_dir=str(tmp_path), row_format="text"), "train")
     write(tmp_path / "a.jsonl", {"messages": SHORT}, {"text": "Once."})
     with pytest.raises(ConfigError, match=r"row 2: nothing in column 'messages', by which rows"):
         load("rows", "train", path)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from support.runs import EVAL, TASK_DATA, choice
+from support.tasks import write_questions
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import RunConfig
@@ -244,3 +245,33 @@ def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
             trained_on=load_examples("arc_easy", "test", arc),
             console=False,
         )
+
+
+def test_the_rows_held_out_of_a_cloze_form_are_those_of_its_task(model, tmp_path):
+    """Trained on one form, scored on the other: the rows that were held out are clean."""
+    (tmp_path / "ARC-Easy").mkdir()
+    asks = "Please choose the correct answer to the question: "
+    rows = [choice(i) | {"instruction": asks + choice(i)["instruction"]} for i in range(40)]
+    (tmp_path / "ARC-Easy" / "train.json").write_text(json.dumps(rows))
+    data = dataclasses.replace(TASK_DATA, task="arc_easy", data_dir=str(tmp_path))
+    only = dataclasses.replace(EVAL, generate=False, loss=False, limit=4)
+    run = RunConfig(model="tiny", data=data, eval=only)
+    given = [TrainedOn(dataclasses.replace(data, task="arc_easy_cloze"))]
+    where = {"trained_on": given, "console": False}
+    (result,) = evaluate_tasks(run, model, ["arc_easy"], tmp_path / "o", "tiny", **where)["tasks"]
+    assert result["clean_rows"] == result["rows"] == 4
+
+
+def test_rows_of_another_folder_do_not_replace_an_evaluation(model, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        write_questions(tmp_path / name / "test.jsonl", [f"{name} {i}?" for i in range(3)])
+        data = dataclasses.replace(TASK_DATA, task="rows", data_dir=str(tmp_path / name))
+        only = dataclasses.replace(EVAL, generate=False, likelihood=False)
+        runs.append(RunConfig(model="tiny", data=data, eval=only))
+    out = tmp_path / "out"
+    evaluate_tasks(runs[0], model, ["rows"], out, "tiny", console=False)
+    evaluate_tasks(runs[0], model, ["rows"], out, "tiny", console=False)
+    with pytest.raises(ConfigError, match=r"other settings \(data.data_dir\); give another --out"):
+        evaluate_tasks(runs[1], model, ["rows"], out, "tiny", console=False)
+    assert '"prompt": "a 0?' in (out / "rows-test-tiny.jsonl").read_text()

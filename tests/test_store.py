@@ -19,7 +19,7 @@ from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.overview import overview
-from zflora_jax.experiments.store import Job, Scoring, read_result, write_record
+from zflora_jax.experiments.store import EXTRA, Job, Scoring, read_result, write_record
 from zflora_jax.training.identity import same_numbers
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +84,15 @@ def test_a_record_serves_its_run_and_no_other(tmp_path):
     assert read_result(job(path, scoring=scoring)) == read_result(job(path)) == {"scores": {}}
     for other in (Scoring(("boolq",), scoring.settings), Scoring(("arc_easy",), EvalConfig())):
         assert read_result(job(path, scoring=other)) is None
+
+
+def test_a_record_without_the_numbers_that_are_asked_for_is_not_enough(tmp_path):
+    path = tmp_path / "a.json"
+    write_record(job(path), {"validation_loss": 1.5})
+    asked = dataclasses.replace(job(path), extra=lambda run, trained: {"mine": 1})
+    assert read_result(job(path)) and read_result(asked) is None
+    write_record(job(path), {"validation_loss": 1.5, EXTRA: {"mine": 1}})
+    assert read_result(asked) == {"validation_loss": 1.5, EXTRA: {"mine": 1}}
 
 
 def by_old_names(config: dict[str, Any]) -> dict[str, Any]:

@@ -240,13 +240,13 @@ def write(result: Mapping[str, Any], out: str | Path, title: str) -> None:
       out: path without a suffix.
       title: of the page and the picture.
     """
-    if "step_ratio" in result["rows"][0]:
-
-        def bar(label: str, case: Case) -> str:
-            stored = "" if case.quantize == "none" else f", {case.quantize}"
-            return f"{label}, {case.batch} x {case.length}, {case.masked:.0%} masked{stored}"
-
-        values = {bar(r["label"], r["case"]): r["step_ratio"] for r in result["rows"]}
-        bars(values, out, title, label="step time / PEFT's")
     rows = [row | {"case": dataclasses.asdict(row["case"])} for row in result["rows"]]
     write_result(out, {**result, "rows": rows}, page(result, title))
+
+    def bar(label: str, case: Case) -> str:
+        stored = "" if case.quantize == "none" else f", {case.quantize}"
+        return f"{label}, {case.batch} x {case.length}, {case.masked:.0%} masked{stored}"
+
+    compared = [row for row in result["rows"] if "step_ratio" in row]
+    if values := {bar(r["label"], r["case"]): r["step_ratio"] for r in compared}:
+        bars(values, out, title, label="step time / PEFT's")

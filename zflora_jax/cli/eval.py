@@ -121,16 +121,19 @@ def _settings(args: argparse.Namespace) -> tuple[RunConfig, RunConfig, dict[str,
 def _trained_on(args: argparse.Namespace, base: RunConfig, config: RunConfig) -> list[TrainedOn]:
     """The training data that test questions are looked up in: of --trained-on and of the run."""
     from zflora_jax.data.mixture import TrainedOn, source_splits
+    from zflora_jax.data.sources import NAMED
 
     found = []
-    if args.trained_on:
-        elsewhere = TrainedOn(override(config, {"data.task": args.trained_on}).data, here=False)
+    if args.trained_on:  # all rows of it
+        of = override(config, {"data.task": args.trained_on, "data.train_limit": None})
+        elsewhere = TrainedOn(of.data, here=False)
         source_splits(elsewhere.data)  # what is not there is said before anything slow
         found.append(elsewhere)
     if args.workdir:  # in its own data_dir, unless that has been moved
         moved = (
             config.data.data_dir
             and base.data.data_dir
+            and not base.data.data_dir.startswith(NAMED)
             and not Path(base.data.data_dir).expanduser().exists()
         )
         own = TrainedOn(

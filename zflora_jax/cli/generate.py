@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     from jax import process_count
 
     from zflora_jax.data.dates import today
+    from zflora_jax.experiments.run_report import read_report
     from zflora_jax.inference.sampling import Sampler
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.parallel.distributed import from_process_0, on_main
@@ -125,17 +126,16 @@ def run(args: argparse.Namespace) -> None:
     lines = from_process_0(on_main(lambda: _lines(args.file)))  # which may be its stdin
     # Prompts of a run are written as it was trained.
     data = read_config(args.workdir).data if args.workdir else None
-    style = "plain" if args.plain else data.prompt_style if data else "chat"
+    texts = args.plain or (args.workdir and (read_report(args.workdir) or {}).get("plain_texts"))
+    style = "plain" if texts else data.prompt_style if data else "chat"
     require(
         style == "chat" or args.system is None,
-        "--system is a turn of a conversation; this run was trained with"
-        f" data.prompt_style={style!r}.",
+        f"--system is a turn of a conversation; this run was trained on {_of_style(style)}.",
     )
     talks = args.prompt is None and lines is None
     require(
         not talks or style == "chat",
-        f"a run trained with data.prompt_style={style!r} holds no conversation: give --prompt or"
-        " --file.",
+        f"a run trained on {_of_style(style)} holds no conversation: give --prompt or --file.",
     )
     require(
         not talks or process_count() == 1,
@@ -148,6 +148,10 @@ def run(args: argparse.Namespace) -> None:
     ):
         day = from_process_0((data and data.date) or today())
         _generate(args, _model_of(args), style, lines, sampler, day, main)
+
+
+def _of_style(style: str) -> str:
+    return "plain texts" if style == "plain" else f"prompts of data.prompt_style={style!r}"
 
 
 def _generate(

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from zflora_jax.cli.inputs import changes, load_config
 from zflora_jax.cli.options import CommandParser, add_config, add_settings, add_workdir
@@ -15,6 +15,7 @@ from zflora_jax.core.fields import ConfigError, nearest, override, require
 
 if TYPE_CHECKING:
     from zflora_jax.experiments.comparison import Comparison
+    from zflora_jax.experiments.grid import Grid
 
 SUMMARY = (
     "Run every combination of a grid of settings, or compare methods at their best rates. Finished"
@@ -65,11 +66,9 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from zflora_jax.experiments.compare import compare_methods, has_runs
     from zflora_jax.experiments.comparison import Comparison
-    from zflora_jax.experiments.grid import Grid, run_grid
-    from zflora_jax.experiments.overview import overview
-    from zflora_jax.experiments.store import FINISHED
+    from zflora_jax.experiments.grid import Grid
+    from zflora_jax.experiments.overview import overview, page_name
     from zflora_jax.parallel.compile_cache import compile_cache
 
     plans = load_config(args.config, "get_sweep")
@@ -80,45 +79,71 @@ def run(args: argparse.Namespace) -> None:
                 f"get_sweep() of {args.config} returns {type(plan).__name__}; it must return a"
                 " zflora_jax.Grid or Comparison, or a list."
             )
-    _check(args, [plan.name for plan in plans], any(isinstance(plan, Grid) for plan in plans))
+    compared = [plan for plan in plans if isinstance(plan, Comparison)]
+    _check(args, [plan.name for plan in plans], len(compared) < len(plans))
+    if len(compared) > 1:
+        page_name([plan.name for plan in compared])
     chosen = [plan for plan in plans if args.only in (None, plan.name)]
     some = [p.only(args.methods) if isinstance(p, Comparison) else p for p in chosen]
+    some = [_changed(plan, changes(args), args.config) for plan in some]
     if args.workers != 1:
         _share(args)
     with compile_cache(Path(args.workdir) / "compile_cache"):  # one for all runs
+        failed = []
         for plan in some:
             workdir = Path(args.workdir) / plan.name if len(plans) > 1 else Path(args.workdir)
-            if isinstance(plan, Grid):
-                rows = run_grid(
-                    override(plan.base, changes(args)),
-                    plan.settings,
-                    workdir,
-                    page=Path(args.out) / f"{plan.name}.md",
-                    console=not args.worker,
-                )
-                for row in () if args.worker else rows:
-                    print_table(row, f"{plan.name}: {row['run']}")
-                require(
-                    any(row["status"] == FINISHED for row in rows),
-                    f"no run of {plan.name} has finished: {rows[0]['status']}",
-                )
-                continue
-            changed = _changed(plan, changes(args))
-            if args.tables and len(some) > 1 and not has_runs(changed, workdir, args.out):
-                print(f"{plan.name}: no run with these settings is there; no table is written")
-                continue
-            found = compare_methods(
-                changed, workdir, args.out, console=not args.worker, run=not args.tables
-            )
-            for row in () if args.worker else found["rows"]:
-                print_table(row, f"{plan.name}: {row['method']}")
-    compared = [plan for plan in plans if isinstance(plan, Comparison) and not args.worker]
-    if len(compared) > 1 and (page := overview(compared, args.out)):
+            try:
+                if isinstance(plan, Grid):
+                    _run_grid(args, plan, workdir)
+                else:
+                    _compare(args, plan, workdir, len(some) > 1)
+            except ConfigError as error:  # the others do not depend on it
+                failed.append(str(error))
+    every = "\n".join(failed)
+    require(len(failed) < len(some), every)
+    if len(compared) > 1 and not args.worker and (page := overview(compared, args.out)):
         print(f"all of them in {page}")
+    require(not failed, every)
+
+
+def _run_grid(args: argparse.Namespace, plan: Grid, workdir: Path) -> None:
+    from zflora_jax.experiments.grid import run_grid
+    from zflora_jax.experiments.store import FINISHED
+
+    rows = run_grid(
+        plan.base,
+        plan.settings,
+        workdir,
+        page=Path(args.out) / f"{plan.name}.md",
+        console=not args.worker,
+    )
+    for row in () if args.worker else rows:
+        print_table(row, f"{plan.name}: {row['run']}")
+    require(
+        any(row["status"] == FINISHED for row in rows),
+        f"no run of {plan.name} has finished: {rows[0]['status']}",
+    )
+
+
+def _compare(args: argparse.Namespace, plan: Comparison, workdir: Path, several: bool) -> None:
+    from zflora_jax.experiments.compare import compare_methods, has_runs
+
+    if args.tables and several and not has_runs(plan, workdir, args.out):
+        print(f"{plan.name}: no run with these settings is there; no table is written")
+        return
+    found = compare_methods(plan, workdir, args.out, console=not args.worker, run=not args.tables)
+    for row in () if args.worker else found["rows"]:
+        print_table(row, f"{plan.name}: {row['method']}")
 
 
 def _check(args: argparse.Namespace, names: list[str], has_grid: bool) -> None:
-    """Options that the sweeps of a config, `names`, do not have."""
+    """Options that the sweeps of a config, `names`, do not have, and names that are not their
+    own.
+    """
+    twice = [name for name in names if names.count(name) > 1]
+    require(
+        not twice, f"{args.config}: two sweeps are called {twice[:1]}; their pages would be one."
+    )
     if args.only is not None and args.only not in names:
         raise ConfigError(
             f"--only {args.only}: no sweep of {args.config} has that name."
@@ -162,6 +187,30 @@ def _share(args: argparse.Namespace) -> None:
         raise SystemExit(max(codes, key=abs))
 
 
-def _changed(plan: Comparison, settings: dict[str, str]) -> Comparison:
-    rates_from = _changed(plan.rates_from, settings) if plan.rates_from else None
-    return dataclasses.replace(plan, base=override(plan.base, settings), rates_from=rates_from)
+_Plan = TypeVar("_Plan", "Comparison", "Grid")
+# What a comparison gives to each of its runs: of the method, the chosen rate, the seed.
+_OF_RUNS = ("adapter", "optim.learning_rate", "train.seed", "data.seed", "eval.split")
+
+
+def _changed(plan: _Plan, settings: dict[str, str], config: str) -> _Plan:
+    """A sweep with other settings of its base.
+
+    Raises:
+      ConfigError: the sweep gives one of these settings to each of its runs.
+    """
+    from zflora_jax.experiments.grid import Grid, combinations
+
+    own = set(_OF_RUNS)
+    if isinstance(plan, Grid):
+        runs = [set(changes) for _, changes in combinations(plan.base, plan.settings)]
+        own = set.intersection(*runs)
+    if given := [key for key in settings if {key, key.partition(".")[0]} & own]:
+        raise ConfigError(
+            f"--set {given[0]}: {plan.name} gives it to each of its runs, so this would change"
+            f" nothing. Change get_sweep() in {config}."
+        )
+    base = override(plan.base, settings)
+    if isinstance(plan, Grid):
+        return dataclasses.replace(plan, base=base)
+    rates_from = _changed(plan.rates_from, settings, config) if plan.rates_from else None
+    return dataclasses.replace(plan, base=base, rates_from=rates_from)

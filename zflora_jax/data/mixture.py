@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.joined import Joined
+from zflora_jax.data.task import FileTask
 from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples, open_split
 
 _PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
@@ -88,6 +89,14 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
       ConfigError: as for `parse_mixture` and `data.tasks.load_examples`.
     """
     names, weights = parse_mixture(data.task)
+    tasks = [get_task(name) for name in names]
+    require(
+        split != "train"
+        or data.row_format is None
+        or any(isinstance(task, FileTask) and task.source.own for task in tasks),
+        f"data.row_format={data.row_format!r} is for rows of your own (data.task='rows'); those of"
+        f" {data.task!r} have one form.",
+    )
     parts = [load_examples(name, split, data) for name in names]
     if limit is not None:
         left = limit

@@ -69,11 +69,6 @@ def read_split(
       ConfigError: there is no such file (the message lists the paths that were tried), it is not a
         file of the task, or it has too few rows to hold some out.
     """
-    require(
-        source.own or not form,
-        f"data.row_format={form!r} is for rows of your own (data.task='rows'); those of task"
-        f" {task!r} have one form.",
-    )
     if source.own and (data_dir or "").startswith(NAMED):
         return _named(task, data_dir or "", split, form)
     if data_dir is None and source.public:

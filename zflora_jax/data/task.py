@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
 from zflora_jax.data.answers import PARSERS, Kind, Rule
-from zflora_jax.data.sources import Source
+from zflora_jax.data.sources import NAMED, Source
 from zflora_jax.data.splits import Record, Split, read_split
 
 
@@ -132,7 +133,10 @@ class Generated(Task):
 
         module, _, name = self.builder.partition(":")
         make = getattr(importlib.import_module(f"zflora_jax.data.builders.{module}"), name)
-        rows = open_prepared(make, split, data.data_dir)
+        folder = data.data_dir
+        if folder and (folder.startswith(NAMED) or Path(folder).expanduser().is_file()):
+            folder = None  # where the rows of another task are, and nothing can be kept
+        rows = open_prepared(make, split, folder)
         return Split(rows, range(len(rows)), f"{self.name}, {split}")
 
     def example(self, record: Record) -> Example:
@@ -160,7 +164,7 @@ class FileTask(Task):
 
     def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
         form = data.row_format or ""
-        found = self.source, split, data.data_dir, folders, form
+        found = self.source, split, data.data_dir, folders, form if self.source.own else ""
         return read_split(self.name, *found, dataset=self.dataset)
 
     def example(self, record: Record) -> Example:
@@ -192,12 +196,20 @@ class FileTask(Task):
             target,
             answer,
             extra,
-            () if plain else options_of(prompt, target, answer),
+            () if plain else self._options(prompt, target, answer),
             references,
             self.document,
             plain=plain,
             form=form,
         )
+
+    def _options(self, prompt: str, target: str, answer: str) -> tuple[str, ...]:
+        try:
+            return options_of(prompt, target, answer)
+        except ConfigError:  # rows of one's own may say "Answer format: DD/MM/YYYY"
+            if self.source.own:
+                return ()
+            raise
 
 
 _FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*\Z")

@@ -30,18 +30,20 @@ def gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
 
     Returns:
       (token ids of each prompt, what they are): those of the first held-out rows, or of `TEXTS`
-      where the run's data cannot be read any more, which the log says.
+      where the run's data cannot be read any more or has no prompts, which the log says. No
+      prompt is longer than the model's context, or than the run's rows could be.
     """
     data = run.data
     try:
-        whole, longest = load_mixture(data, run.eval.split, ROWS), data.bucket_lengths[-1]
+        whole = load_mixture(data, run.eval.split, ROWS)
+        longest = min(data.bucket_lengths[-1], model.config.max_position_embeddings)
         rows = fit_documents(whole, model.tokenizer, data.prompt_style, longest, data.date)
         prompts = encode_prompts(rows, model.tokenizer, data.prompt_style, data.date)
-        return prompts, f"{len(rows)} held-out rows"
+        return [ids[:longest] for ids in prompts], f"{len(rows)} held-out rows"
     except (ConfigError, OSError) as error:
         log.warning(
-            "the export is compared on built-in texts, as the run's held-out rows cannot be"
-            " read: %s",
+            "the export is compared on built-in texts, as the run's held-out rows give no prompts:"
+            " %s",
             error,
         )
         return encode_prompt_texts(model.tokenizer, TEXTS), f"{len(TEXTS)} built-in texts"

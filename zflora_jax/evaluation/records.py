@@ -202,10 +202,13 @@ def _prompts(
         "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has"
         " one.",
     )
-    limit = (
-        evaluation.max_prompt_tokens
-        or model.config.max_position_embeddings - evaluation.max_new_tokens
+    context = model.config.max_position_embeddings
+    require(
+        evaluation.max_new_tokens < context,
+        f"eval.max_new_tokens={evaluation.max_new_tokens} leaves no room for a prompt in the"
+        f" model's context of {context} tokens; lower it.",
     )
+    limit = evaluation.max_prompt_tokens or context - evaluation.max_new_tokens
     fitted = fit_documents(examples, model.tokenizer, style, limit, date)
     cut = [a.input != b.input for a, b in zip(fitted, examples, strict=True)]
     if any(cut):
@@ -223,6 +226,14 @@ def _prompts(
         f"a prompt of {longest} tokens does not fit {limit} even without its document; raise"
         " eval.max_prompt_tokens.",
     )
+    # Before the first answer: batches of the longest prompts come last.
+    for ids, example in zip(prompts, examples, strict=True):
+        require(
+            len(ids) + evaluation.max_new_tokens <= context,
+            f"{example.where}: the prompt has {len(ids)} tokens; with eval.max_new_tokens="
+            f"{evaluation.max_new_tokens} that exceeds the model's context of {context}. Shorten or"
+            " remove the row, or lower eval.max_new_tokens.",
+        )
     return prompts, cut
 
 

@@ -14,6 +14,8 @@ from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
+from zflora_jax.data.sources import NAMED
+from zflora_jax.data.task import FileTask
 from zflora_jax.data.tasks import GROUPS, get_task
 from zflora_jax.evaluation.contamination import questions
 from zflora_jax.evaluation.statistics import DIGEST, ROWS, as_dicts, group_scores, rows_kept
@@ -79,7 +81,7 @@ def evaluate_tasks(
     out, env, run = as_path(out, "out"), environment(), one_day(run)
     tasks = check_tasks(run, tasks)
     path = out / f"summary-{run.eval.split}-{label}"
-    origin = _origin(run, model)
+    origin = _origin(run, model, tasks)
     if not replace:
         distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin, run, tasks))
     seen = _seen_by_task(run, tasks, trained_on)
@@ -136,16 +138,22 @@ def _seen_by_task(
         )
         return dict.fromkeys(tasks)
     sources = [
-        ((name, split) if given.here else None, questions(rows))
+        ((_rows_of(name), split) if given.here else None, questions(rows))
         for given in trained_on
         for name, split, rows in source_splits(given.data)
     ]
     return {
         task: frozenset[str]().union(
-            *(found for own, found in sources if own != (task, run.eval.split))
+            *(found for own, found in sources if own != (_rows_of(task), run.eval.split))
         )
         for task in tasks
     }
+
+
+def _rows_of(name: str) -> str:
+    """The task whose rows a task has: a cloze form has those of its multiple-choice form."""
+    task = get_task(name)
+    return task.dataset if isinstance(task, FileTask) else name
 
 
 def _groups(evaluation: EvalConfig, done: Mapping[str, Evaluated], checked: bool) -> Result:
@@ -164,11 +172,16 @@ def _groups(evaluation: EvalConfig, done: Mapping[str, Evaluated], checked: bool
     return groups
 
 
-def _origin(run: RunConfig, model: Model) -> Result:
+def _origin(run: RunConfig, model: Model, tasks: Sequence[str]) -> Result:
     """What a summary is of: the model, and the settings that decide its scores."""
+    own = any(isinstance(task, FileTask) and task.source.own for task in map(get_task, tasks))
+    folder = run.data.data_dir or ""
+    if own and not folder.startswith(NAMED):
+        folder = str(Path(folder).expanduser().resolve())
     return {
         "model": fingerprint(model),
         "data.prompt_style": run.data.prompt_style,
+        **({"data.data_dir": folder} if own else {}),
         **{
             f"eval.{key}": value
             for key, value in to_dict(run.eval).items()
@@ -184,7 +197,9 @@ def _refuse_other(path: Path, origin: Result, run: RunConfig, tasks: Sequence[st
     found = json.loads(path.read_text(encoding="utf-8"))
     # Of settings that are younger than the file.
     defaults = {f"eval.{key}": value for key, value in to_dict(EvalConfig()).items()}
-    there = defaults | found.get("origin", {})
+    # A summary of an earlier version, or of tasks whose files may lie anywhere, names no folder.
+    folder = {key: value for key, value in origin.items() if key == "data.data_dir"}
+    there = folder | defaults | found.get("origin", {})
     now = json.loads(json.dumps(origin))
     other = [key for key, value in now.items() if there.get(key) != value]
     require(

@@ -17,6 +17,8 @@ UNTRAINED = -1  # in place of a seed: the same scores beside those of any
 # task -> what a record keeps of it; under ROWS score -> the value of each clean row
 Scored = Mapping[str, Mapping[str, Any]]
 
+POINTS = 100.0  # the score of a row that is right
+
 
 def _require_same_rows(task: str, runs: Iterable[Scored]) -> None:
     found = {run[task][DIGEST] for run in runs if DIGEST in run[task]}
@@ -28,7 +30,7 @@ def _require_same_rows(task: str, runs: Iterable[Scored]) -> None:
 
 
 def _column(values: str | Sequence[float]) -> np.ndarray:
-    return 100 * np.asarray([float(value) for value in values])
+    return POINTS * np.asarray([float(value) for value in values])
 
 
 def differences(
@@ -65,9 +67,10 @@ def differences(
         return np.stack([_column(runs[seed][task][ROWS][measure]) for seed in seeds])
 
     pairs = {task: (table(method, task), table(reference, task)) for task in tasks}
-    found = {task: paired_difference([a], [b]) for task, (a, b) in pairs.items()}
+    found = {task: paired_difference([a], [b], best=POINTS) for task, (a, b) in pairs.items()}
     if len(tasks) > 1:
-        found[ALL] = paired_difference(*zip(*pairs.values(), strict=True))
+        first, second = zip(*pairs.values(), strict=True)
+        found[ALL] = paired_difference(first, second, best=POINTS)
     return found
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 
-from zflora_jax.adapters.fuse import fuse
 from zflora_jax.core.errors import NonFiniteError, Preempted
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
@@ -25,6 +24,7 @@ from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.suite import evaluate_tasks, kept_scores
+from zflora_jax.experiments.restore import fuse_trained
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.store import (
     EXTRA,
@@ -185,7 +185,7 @@ def _measured(job: Job, trained: Trained, console: bool) -> Result:
             "test_tokens": int(test["tokens"]),
         }
     if job.scoring is not None:
-        fused = fuse(trained.model, run.adapter, trained.adapters)
+        fused = fuse_trained(trained.model, run.adapter, trained.adapters, donate=False)
         result["scores"] = score(run, fused, job.scoring, job.workdir / "eval", console)
     result |= {key: report["environment"][key] for key in ORIGIN}
     return result if job.extra is None else result | {EXTRA: dict(job.extra(run, trained))}

@@ -30,6 +30,21 @@ SCORES_LEGEND = (
 Gaps = Mapping[str, Difference]
 
 
+def page_name(names: Sequence[str]) -> str:
+    """The file name of the page over comparisons of these names.
+
+    Raises:
+      ConfigError: a comparison's own page would have that name.
+    """
+    stem = names[0].partition("_")[0]
+    require(
+        stem not in names,
+        f"comparison {stem!r}: its page would be the overview's, {stem}.md; give it a name of two"
+        f" words, such as {stem}_first.",
+    )
+    return f"{stem}.md"
+
+
 def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     """Write one page over the pages of several comparisons: <out>/<the first word of their
     names>.md, and where they have a reference a forest plot, .png and .svg.
@@ -44,13 +59,7 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     Raises:
       ConfigError: a comparison's own page would have that name.
     """
-    path = Path(out) / f"{plans[0].name.partition('_')[0]}.md"
-    taken = [plan.name for plan in plans if f"{plan.name}.md" == path.name]
-    require(
-        not taken,
-        f"comparison {path.stem!r}: its page would be the overview's, {path.name}; give it a name"
-        f" of two words, such as {path.stem}_first.",
-    )
+    path = Path(out) / page_name([plan.name for plan in plans])
     there = [plan for plan in plans if (Path(out) / f"{plan.name}.md").is_file()]
     if not there:
         return None

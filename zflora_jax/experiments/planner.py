@@ -58,8 +58,8 @@ def memory_plan(
       ConfigError: the mesh does not divide the model.
     """
     require(
-        memory_gib is None or memory_gib > 0,
-        f"memory={memory_gib}: must be positive, in GiB per device.",
+        memory_gib is None or 0 < memory_gib < float("inf"),
+        f"memory={memory_gib}: must be positive and finite, in GiB per device.",
     )
     config = shaped_config(run, config)
     sizes, rows = bytes_per_device(run, config, flash=flash), run.data.batch_size

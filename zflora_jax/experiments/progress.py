@@ -24,7 +24,9 @@ class Progress:
     def __init__(self, plan: Comparison, workdir: Path, out: Path) -> None:
         self.plan, self._out = plan, out
         self._workdir = workdir
-        self._picks = workdir if plan.picker is plan else workdir.parent / plan.picker.name
+        # Beside this one's folder, where several comparisons have one each.
+        beside = workdir.parent if workdir.name == plan.name else workdir
+        self._picks = workdir if plan.picker is plan else beside / plan.picker.name
         # Of finished jobs, by their record and whether it has scores.
         self._results: dict[tuple[Path, bool], Result] = {}
         self._choices: dict[str, RateChoice] = {}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.adapters.fuse import fuse
 from zflora_jax.bench.latency import decode_latency
 from zflora_jax.core.fields import ConfigError, require, to_dict
 from zflora_jax.core.run_config import RunConfig
@@ -21,6 +20,7 @@ from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.restore import fuse_trained
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.train import Trained, train
 from zflora_jax.nn.llama import forward
@@ -64,7 +64,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     timed("evaluate the base")
     trained = train(run, workdir, model=base, console=console)
     timed("train")
-    fused = fuse(trained.model, run.adapter, trained.adapters)
+    fused = fuse_trained(trained.model, run.adapter, trained.adapters, donate=False)
     gap = _fused_gap(run, trained, fused)
     timed("fuse and compare with adapted")
     after = evaluate(run, fused, out=workdir / "eval" / "after", console=console)

@@ -90,9 +90,12 @@ def _number(
     return int(str(step))
 
 
-def fuse_trained(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
-    """`fuse` of what a run has trained, with the base's arrays freed. Of a base of codes, a method
-    that merges by addition gets the numbers that they stand for: what it was trained beside.
+def fuse_trained(
+    model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool = True
+) -> Model:
+    """`fuse` of what a run has trained, by default with the base's arrays freed. Of a base of
+    codes, a method that merges by addition gets the numbers that they stand for: what it was
+    trained beside.
     """
     if is_quantized(model) and not METHODS[adapter.method].widens:
         log.warning(
@@ -102,7 +105,7 @@ def fuse_trained(model: Model, adapter: AdapterConfig, adapters: Tree) -> Model:
             model.config.execution.dtype,
         )
         model = dequantize_model(model)
-    return fuse(model, adapter, adapters, donate=True)
+    return fuse(model, adapter, adapters, donate=donate)
 
 
 def load_fused(

@@ -20,9 +20,8 @@ from zflora_jax.experiments.compiled_plan import step_attention
 from zflora_jax.experiments.setup import Setup
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json
-from zflora_jax.training.workdir import read_starts
+from zflora_jax.training.workdir import REPORT_FILE, read_starts
 
-REPORT_FILE = "report.json"
 Report = dict[str, Any]
 
 
@@ -137,6 +136,7 @@ def _facts(setup: Setup) -> Report:
         "train_documents_cut": setup.train_set.truncated,
         "train_rows_packed": len(setup.train_set) if run.data.packing else None,
         "train_on_prompt": run.data.train_on_prompt,
+        "plain_texts": setup.plain,
         "attention": step_attention(run, setup.model.config, setup.mesh)[0],
         **setup.fingerprints,
         "config": to_dict(run),

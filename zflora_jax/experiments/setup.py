@@ -32,6 +32,7 @@ class Setup:
       model: its base, divided over the mesh.
       train_set: the training rows; packed ones hold several examples.
       examples: how many training examples there are.
+      plain: whether they are texts as they stand, whatever data.prompt_style says.
       eval_set: the evaluation rows.
       fingerprints: of base and data, under the names that checkpoints and reports have for them.
       seconds: what loading the base and preparing the data took.
@@ -43,6 +44,7 @@ class Setup:
     model: Model
     train_set: Encoded
     examples: int
+    plain: bool
     eval_set: Encoded
     fingerprints: dict[str, str]
     seconds: dict[str, float]
@@ -87,10 +89,9 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> 
     model = load_base(run, mesh) if model is None else given_base(run, model)
     loaded = time.perf_counter()
     share = Share(jax.process_index(), jax.process_count(), gather_bytes)
-    train_set = tokenize_examples(
-        load_mixture(run.data, "train"), model.tokenizer, run.data, model.config.vocab_size, share
-    )
-    examples = len(train_set)
+    rows = load_mixture(run.data, "train")
+    train_set = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size, share)
+    examples, plain = len(train_set), all(part[0].plain for part in rows.parts)
     if run.data.packing:
         train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
     eval_set = held_out(run, model)
@@ -101,7 +102,9 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> 
     model = replace(model, params=shard(model.params, mesh))
     where = state_shardings(jax.eval_shape(lambda: fresh_state(run, model)), mesh)
     seconds = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded}
-    return Setup(run, mesh, model, train_set, examples, eval_set, fingerprints, seconds, where)
+    return Setup(
+        run, mesh, model, train_set, examples, plain, eval_set, fingerprints, seconds, where
+    )
 
 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:

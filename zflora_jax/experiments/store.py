@@ -80,7 +80,9 @@ def read_result(job: Job) -> Result | None:
 
     Settings are compared as `identity.same_numbers` does, after reading them by the names that they
     had when the record was written; a setting that is younger than the record counts as what it was
-    then. A record with scores also serves where none are asked for.
+    then. A record with scores also serves where none are asked for, and so does one with the
+    numbers of `Job.extra`, whatever that computed then; one without them does not serve where they
+    are asked for.
 
     Returns:
       None where there is no record, or one of another run or of other scores.
@@ -99,7 +101,9 @@ def read_result(job: Job) -> Result | None:
         return None
     if not same:
         return None
-    return saved["result"] if "result" in saved else _of_a_row(saved["row"])
+    result = saved["result"] if "result" in saved else _of_a_row(saved["row"])
+    measured = job.extra is None or EXTRA in result or "failed" in result
+    return result if measured else None
 
 
 def _of_a_row(row: Result) -> Result:

@@ -101,7 +101,9 @@ def answered(
         out = _generate_batch(run, unfused, config, [prompts[i] for i in batch.rows], batch, ids)
         found = []
         for i, row in zip(batch.rows, out, strict=False):  # the rest are fillers
-            _check_finite(row, i)
+            _check_finite(
+                row, f"prompt {i}" if request_ids is None else f"request {request_ids[i]}"
+            )
             found.append([int(token) for token in row if token >= 0])
         yield batch.rows, found
 
@@ -169,7 +171,7 @@ def stream_tokens(
         state = program.prefill(variables, tokens, valid, keys, room)
     for count in range(1, config.max_new_tokens + 1):
         token, done = int(gathered(state.last)[0]), bool(gathered(state.done)[0])
-        _check_finite([token], 0)
+        _check_finite([token], "the prompt")
         yield token
         if count == config.max_new_tokens or done:
             return
@@ -213,10 +215,10 @@ def _check_requests(
     )
 
 
-def _check_finite(row: Sequence[int] | np.ndarray, prompt: int) -> None:
+def _check_finite(row: Sequence[int] | np.ndarray, of: str) -> None:
     if NON_FINITE in row:
         raise NonFiniteError(
-            f"the logits of prompt {prompt} are NaN or infinite: the model is damaged, was trained"
+            f"the logits of {of} are NaN or infinite: the model is damaged, was trained"
             " with too high a learning rate, or needs float32 instead of a narrower dtype."
         )
 

@@ -58,10 +58,15 @@ def same_numbers(there: RunConfig, run: RunConfig) -> bool:
     return not [key for key in differences(there, run) if not _is_no_number(key, there, run)]
 
 
+def same_files(there: RunConfig, run: RunConfig) -> bool:
+    """Whether two data.data_dir can only hold the same rows: those of known tasks, or one place."""
+    own_files = "rows" in parse_mixture(run.data.task)[0]
+    return not own_files or _resolved(there) == _resolved(run)
+
+
 def _is_no_number(key: str, there: RunConfig, run: RunConfig) -> bool:
     if key == "data/data_dir":
-        own_files = "rows" in parse_mixture(run.data.task)[0]
-        return not own_files or _resolved(there) == _resolved(run)
+        return same_files(there, run)
     return key.startswith(FREE) and not key.startswith("eval/")
 
 

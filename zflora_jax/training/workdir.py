@@ -20,10 +20,11 @@ from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
-from zflora_jax.training.identity import FREE, ROUNDING, differences
+from zflora_jax.training.identity import FREE, ROUNDING, differences, same_files
 from zflora_jax.training.lock import locked
 
 STARTS_FILE = "starts.jsonl"
+REPORT_FILE = "report.json"
 CHECKPOINTS = "checkpoints"  # a folder per saved step in it, see `checkpoint`
 COMMIT = "commit.json"  # in a bucket: makes the checkpoint of its folder count
 
@@ -99,8 +100,10 @@ def _require_may_change(
     """Refuse changes of settings that must stay once `finished` steps are done."""
     # Fewer steps than asked for before: the learning rate did not decay to there.
     least = finished if run.optim.schedule == "constant" else there.train.steps
-    longer = ("train/steps",) if run.train.steps >= least else ()
-    refused = [key for key in changed if not key.startswith((*FREE, *ROUNDING, *longer))]
+    longer = ("train/steps",) if run.train.steps >= least or _ended(workdir, run, finished) else ()
+    moved = ("data/data_dir",) if same_files(there, run) else ()  # its rows are compared, too
+    free = (*FREE, *ROUNDING, *longer, *moved)
+    refused = [key for key in changed if not key.startswith(free)]
     if run.adapter.dropout and "data/grad_accum_steps" in changed:
         refused.append("data/grad_accum_steps")  # dropout draws for each micro-batch
     if refused:
@@ -116,6 +119,16 @@ def _require_may_change(
             )
         advice = "Use another --workdir, or the same settings to resume it."
         raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
+
+
+def _ended(workdir: Path, run: RunConfig, finished: int) -> bool:
+    """Whether the last saved state is the end of a run of as many steps as `run` asks for: a longer
+    one was asked for since, and saved nothing.
+    """
+    path = workdir / REPORT_FILE
+    if run.train.steps != finished or not path.is_file():
+        return False
+    return json.loads(path.read_text(encoding="utf-8")).get("steps") == finished
 
 
 def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:

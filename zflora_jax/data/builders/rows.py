@@ -55,7 +55,7 @@ def _turns(column: str) -> Callable[[Raw, str], Row]:
 
 def _completion(row: Raw, where: str) -> Row:
     prompt, completion = (row.get(name) for name in ("prompt", "completion"))
-    before, after = listed(prompt), listed(completion)
+    before, after = _said(prompt), _said(completion)
     # Texts, if both are: one may well be a list as text.
     if isinstance(before, list) and (isinstance(after, list) or not isinstance(prompt, str)):
         given = turns_of(before, where, "prompt", answered=False) if before else []
@@ -66,6 +66,14 @@ def _completion(row: Raw, where: str) -> Row:
     texts = [field(row, name, where, expected) for name in ("prompt", "completion")]
     require(bool(texts[1].strip()), f"{where}: the completion is empty: there is nothing to learn.")
     return {"instruction": texts[0], "output": texts[1], "unit": texts[0] or texts[1]}
+
+
+def _said(value: Any) -> Any:
+    """`listed`, of turns alone: other JSON that a text holds is a text."""
+    found = listed(value)
+    if isinstance(value, str) and isinstance(found, list):
+        return found if all("role" in turn or "from" in turn for turn in found) else value
+    return found
 
 
 def _text(row: Raw, where: str) -> Row:

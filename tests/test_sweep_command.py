@@ -1,0 +1,54 @@
+"""`zflora sweep` of several comparisons."""
+
+import pytest
+
+from zflora_jax.cli.main import main
+from zflora_jax.core.errors import NonFiniteError
+from zflora_jax.experiments import jobs
+
+TWO = """
+from zflora_jax.config import AdapterConfig
+from zflora_jax.experiments.comparison import Comparison
+from support.runs import small_run
+
+def get_sweep():
+    lora = {{"lora": AdapterConfig("lora", rank=2)}}
+    return [Comparison(name, small_run({model!r}), lora, (1e-3,), (0,)) for name in {names!r}]
+"""
+
+
+def sweep_of(tmp_path, base_dir, *names):
+    (tmp_path / "two.py").write_text(TWO.format(model=base_dir, names=names))
+    where = ["--workdir", str(tmp_path / "w"), "--out", str(tmp_path / "out")]
+    return ["sweep", "--config", str(tmp_path / "two.py"), *where]
+
+
+def test_a_comparison_that_fails_leaves_the_others(base_dir, tmp_path, fake_train, capsys):
+    def diverges_once(run, workdir, **rest):
+        if "two_first" in str(workdir):
+            raise NonFiniteError("loss is nan at step 2")
+        return fake_train(run, workdir, **rest)
+
+    jobs.train = diverges_once  # `fake_train` puts the real one back
+    assert main(sweep_of(tmp_path, base_dir, "two_first", "two_second")) == 2
+    assert "diverged at every learning rate" in capsys.readouterr().err
+    assert (tmp_path / "out" / "two_second.md").is_file()
+    assert "two_second.md" in (tmp_path / "out" / "two.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "message"),
+    [
+        (("math", "chat"), [], "its page would be the overview's, math.md"),
+        (("two_a", "two_a"), [], "two sweeps are called ['two_a']"),
+        (("two_a", "two_b"), ["adapter.rank=8"], "--set adapter.rank: two_a gives it to each"),
+        (("two_a",), ["optim.learning_rate=1"], "--set optim.learning_rate: two_a gives it"),
+        (("two_a",), ["eval.split=test"], "--set eval.split: two_a gives it to each of its runs"),
+    ],
+)
+def test_what_a_sweep_cannot_use_is_said_before_its_runs(
+    names, settings, message, base_dir, tmp_path, fake_train, capsys
+):
+    command = sweep_of(tmp_path, base_dir, *names)
+    assert main([*command, *(["--set", *settings] if settings else [])]) == 2
+    assert message in capsys.readouterr().err and not fake_train.runs

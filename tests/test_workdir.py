@@ -1,0 +1,36 @@
+"""What a run that goes on may change."""
+
+import json
+
+import pytest
+
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.training import workdir as workdirs
+from zflora_jax.training.workdir import adopt
+
+
+def test_a_longer_run_that_saved_nothing_may_be_taken_back(run, tmp_path, monkeypatch):
+    """The state is the end of the shorter run still, as its report says."""
+    monkeypatch.setattr(workdirs, "saved_steps", lambda workdir: [8])
+    workdirs.claim(tmp_path, adopt(tmp_path, run)[0])
+    report = tmp_path / workdirs.REPORT_FILE
+    report.write_text(json.dumps({"steps": 8}))
+    longer = override(run, {"train.steps": 20})
+    workdirs.claim(tmp_path, adopt(tmp_path, longer)[0])
+    assert adopt(tmp_path, run)[0].train.steps == run.train.steps
+    report.write_text(json.dumps({"steps": 20}))
+    with pytest.raises(ConfigError, match=r"train\.steps: 20 there, 8 now"):
+        adopt(tmp_path, run)
+
+
+def test_files_of_known_tasks_may_move_and_own_ones_not(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(workdirs, "saved_steps", lambda workdir: [4])
+    for task, refused in (("arc_easy", False), ("rows", True)):
+        there = override(run, {"data.task": task, "data.data_dir": "old"})
+        workdirs.claim(tmp_path / task, adopt(tmp_path / task, there)[0])
+        moved = override(there, {"data.data_dir": "new"})
+        if refused:
+            with pytest.raises(ConfigError, match=r"data.data_dir: 'old' there, 'new' now"):
+                adopt(tmp_path / task, moved)
+        else:
+            assert adopt(tmp_path / task, moved)[0].data.data_dir == "new"
