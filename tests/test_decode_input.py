@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model, untied
@@ -16,6 +17,7 @@ from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GenerationConfig, GenerationSettings
 from zflora_jax.inference.sampling import Sampler
 from zflora_jax.inference.text import generate
+from zflora_jax.nn.llama import forward
 
 # --- wrong input ----------------------------------------------------------------------------------
 
@@ -121,3 +123,12 @@ def test_keywords_are_fields_of_the_config_and_win_over_it() -> None:
 def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate_tokens(untied(), [[1]], **settings)
+
+
+def test_masks_may_be_lists():
+    model, tokens = tiny_model(), [[1, 2, 3, 4]]
+    mask = [[False, True, True, True]]
+    wanted = forward(model, np.asarray(tokens, np.int32), padding_mask=np.asarray(mask))
+    for given in ({"padding_mask": mask}, {"segment_ids": [[0, 1, 1, 1]]}):
+        found = np.asarray(forward(model, tokens, **given))
+        np.testing.assert_allclose(found[:, 1:], np.asarray(wanted)[:, 1:], atol=1e-5)

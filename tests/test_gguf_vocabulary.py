@@ -13,7 +13,7 @@ from support.huggingface import hf_model, write_gguf
 from support.models import tiny_model
 from test_hf_gguf import PIECES, sentencepiece
 
-from zflora_jax import load_model, save_gguf
+from zflora_jax import load_model, resize_vocab, save_gguf
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.hf.gguf_merges import merges_as_scores
 from zflora_jax.hf.gguf_reader import GGUFFile
@@ -177,9 +177,11 @@ def test_end_tokens_and_templates_are_the_models(tmp_path: Path) -> None:
     assert [file.get(f"tokenizer.ggml.{name}_token_id") for name in names] == [257, 65, 66]
     assert file.get("tokenizer.chat_templates") == ["tools"]
     assert file.get("tokenizer.chat_template.tools") == "{{ 'b' }}"
-    assert load_model(tmp_path / "x.gguf").tokenizer.chat_template == "{{ 'a' }}"
-    # A copy of a file's own keys takes the changed ones.
     again = load_model(tmp_path / "x.gguf")
+    assert again.tokenizer.chat_template == model.tokenizer.chat_template
+    assert save_gguf(tmp_path / "z.gguf", again)["tokenizer"].startswith("copied")
+    assert GGUFFile(tmp_path / "z.gguf").get("tokenizer.chat_template.tools") == "{{ 'b' }}"
+    # A copy of a file's own keys takes the changed ones.
     again.tokenizer.chat_template, again.config = "new", again.config.replace(eos_token_ids=(65,))
     report = save_gguf(tmp_path / "y.gguf", again)
     assert report["tokenizer"].startswith("copied")
@@ -198,3 +200,16 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model.tokenizer = object()
     with pytest.raises(ConfigError, match=r"is a object.*model.tokenizer = None"):
         save_gguf(tmp_path / "x.gguf", model)
+
+
+def test_a_vocabulary_of_a_file_may_be_made_longer(tmp_path: Path) -> None:
+    """By a number: the new rows have names, whether the file's own keys are copied or not."""
+    model = with_tokenizer(byte_tokenizer())
+    size = model.config.vocab_size + 12
+    save_gguf(tmp_path / "a.gguf", model)
+    longer = resize_vocab(load_model(tmp_path / "a.gguf"), size)
+    assert save_gguf(tmp_path / "b.gguf", longer)["tokenizer"].startswith("copied")
+    file = GGUFFile(tmp_path / "b.gguf")
+    tokens, types = (file.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    assert len(tokens) == len(types) == size and tokens[-1] == f"[PAD{size - 1}]"
+    assert load_model(tmp_path / "b.gguf").config.vocab_size == size

@@ -175,3 +175,20 @@ def test_harmless_keys_are_ignored() -> None:
         "transformers_version": "4.1",
     }
     assert from_hf_config(hf_config(**extra)) == from_hf_config(hf_config())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_is_used_and_has_no_length_is_transformers_s(family: str) -> None:
+    from transformers import Qwen2Config, Qwen3Config
+
+    stock = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    given = {"use_sliding_window": True, "max_window_layers": 0}
+    config = stock(**given).to_dict()
+    del config["sliding_window"], config["layer_types"]
+    assert from_hf_config(config).sliding_window == stock(**given).sliding_window == 4096
+    assert from_hf_config(config | {"use_sliding_window": False}).sliding_window is None
+
+
+def test_no_stop_token_is_none() -> None:
+    """-1 in older files."""
+    assert from_hf_config(hf_config(eos_token_id=-1)).eos_token_ids == ()

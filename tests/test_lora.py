@@ -32,6 +32,7 @@ from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import MANIFEST
 from zflora_jax.hf.save import save_hf
+from zflora_jax.nn.llama import forward
 from zflora_jax.training.workdir import adopt
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -203,3 +204,15 @@ def test_an_export_from_before_is_read(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(without_start(manifest)))
     assert load_model(str(tmp_path)).adapter == LORA.replace(init="normal")
     assert describe(tmp_path)["method"] == "lora"
+
+
+@pytest.mark.parametrize("second", ["lora", "zflora-minimal"])
+def test_a_second_adapter_is_fused_into_a_merged_model(second):
+    """A merged LoRA left an ordinary base: preference tuning after supervised tuning, say."""
+    model, tokens = tiny_model(), np.arange(8, dtype=np.int32)[None]
+    for seed, adapter in enumerate((LORA, AdapterConfig(second, rank=4))):
+        adapters = perturb(init_adapters(jax.random.key(seed), model, adapter))
+        beside = np.asarray(forward(model, tokens, adapter, adapters))
+        model = fuse(model, adapter, adapters)
+        np.testing.assert_allclose(np.asarray(forward(model, tokens)), beside, atol=1e-4)
+    assert model.adapter.method == second

@@ -3,8 +3,12 @@
 import pytest
 
 from zflora_jax.cli.main import main
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.experiments import jobs
+from zflora_jax.experiments.compare import compare_methods
+from zflora_jax.experiments.comparison import Comparison
 
 TWO = """
 from zflora_jax.config import AdapterConfig
@@ -52,3 +56,25 @@ def test_what_a_sweep_cannot_use_is_said_before_its_runs(
     command = sweep_of(tmp_path, base_dir, *names)
     assert main([*command, *(["--set", *settings] if settings else [])]) == 2
     assert message in capsys.readouterr().err and not fake_train.runs
+
+
+def test_a_run_that_cannot_be_made_leaves_the_others(two_steps, tmp_path, fake_train):
+    """Out of memory, for one; the next call tries it again."""
+    methods = {"large": AdapterConfig("lora", rank=8), "lora": AdapterConfig("lora", rank=2)}
+    plan = Comparison("some", two_steps, methods, (1e-3,), (0, 1))
+    tried = []
+
+    def runs_out(run, workdir, **rest):
+        if run.adapter.rank == 8 and len(tried) < 2:
+            tried.append(run.train.seed)
+            raise MemoryError("no room")
+        return fake_train(run, workdir, **rest)
+
+    jobs.train = runs_out  # `fake_train` puts the real one back
+    with pytest.raises(ConfigError, match=r"^large-lr0.001-seed0: no room$"):
+        compare_methods(plan, tmp_path / "w", tmp_path / "out", console=False)
+    page = (tmp_path / "out" / "some.md").read_text()
+    assert "| lora |" in page and "Not run yet: large" in page and tried == [0]
+    tried.append(-1)
+    found = compare_methods(plan, tmp_path / "w", tmp_path / "out", console=False)
+    assert [row["method"] for row in found["rows"]] == ["large", "lora"]

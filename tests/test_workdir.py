@@ -34,3 +34,18 @@ def test_files_of_known_tasks_may_move_and_own_ones_not(run, tmp_path, monkeypat
                 adopt(tmp_path / task, moved)
         else:
             assert adopt(tmp_path / task, moved)[0].data.data_dir == "new"
+
+
+def test_the_best_checkpoint_is_of_the_same_rows(run, tmp_path, monkeypatch):
+    """Losses of other rows are not compared with those that are saved."""
+    monkeypatch.setattr(workdirs, "saved_steps", lambda workdir: [4])
+    best = {"train.keep_best": True, "train.eval_every": 2, "eval.split": "validation"}
+    for name, settings, refused in (("a", {}, False), ("b", best, True)):
+        there = override(run, settings)
+        workdirs.claim(tmp_path / name, adopt(tmp_path / name, there)[0])
+        more = override(there, {"eval.limit": 2})
+        if refused:
+            with pytest.raises(ConfigError, match=r"eval.limit: 4 there, 2 now"):
+                adopt(tmp_path / name, more)
+        else:
+            assert adopt(tmp_path / name, more)[0].eval.limit == 2

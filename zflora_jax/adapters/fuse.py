@@ -66,7 +66,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
       ValueError: leaves are missing, unexpected, misshapen or not finite.
     """
     config = model.config
-    if model.adapter is not None:
+    if model.adapter is not None and METHODS[model.adapter.method].widens:
         raise ValueError(
             f"this model is already fused ({model.adapter.method}); unfuse it, or use swap to"
             " change its adapter."

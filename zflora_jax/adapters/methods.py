@@ -124,7 +124,8 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
     require(
         not config.widened,
         f"method {adapter.method!r} widens a base model, and this one is widened already: an"
-        " adapter is fused into it. Use its base (`unfuse`), or method 'lora', 'ffa' or 'full'.",
+        " adapter is fused into it. Use its base (`unfuse`); 'lora', 'ffa' and 'full' can run"
+        " beside it, but are not fused into it.",
     )
     widened = set()  # kernels that read or write the extra head dims
     if {"v", "o"} <= chosen:

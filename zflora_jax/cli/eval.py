@@ -169,4 +169,4 @@ def _model(args: argparse.Namespace, config: RunConfig, mesh: Mesh | None) -> tu
     )
     if "train.matmul_precision" in changes(args):  # else the one that an export was trained with
         model.config = model.config.replace(matmul_precision=config.train.matmul_precision)
-    return model, Path(args.model).name
+    return model, Path(args.model).name or Path(args.model).resolve().name  # "."

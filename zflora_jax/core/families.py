@@ -38,6 +38,7 @@ _QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
     "bos_token_id": None,
     "eos_token_id": None,
+    "sliding_window": 4096,  # where use_sliding_window asks for one
 }
 
 # model_type in config.json -> its family. The defaults are those of transformers 5.24.

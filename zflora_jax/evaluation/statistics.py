@@ -117,22 +117,24 @@ def bootstrap(columns: Sequence[np.ndarray], seed: int) -> Score:
     the interval is Wilson's for that many rows.
     """
     draw = np.random.default_rng(seed)
-    means = np.zeros(_RESAMPLES)
+    means = np.zeros((2, _RESAMPLES))  # for the lower end and the upper one
     for column in columns:
         # A resample is a multinomial draw over the distinct values.
         values, counts = np.unique(column, return_counts=True)
-        means += (
-            draw.multinomial(len(column), counts / len(column), _RESAMPLES)
-            @ values
-            / len(column)
-            / len(columns)
-        )
-    low, high = np.quantile(means, [0.025, 0.975])
-    first = columns[0][0]
-    if first in (0.0, 1.0) and all((column == first).all() for column in columns):
-        rows = sum(map(len, columns))
-        reach = _Z**2 / (rows + _Z**2)
-        low, high = (0.0, reach) if first == 0.0 else (1 - reach, 1.0)
+        rows = len(column)
+        drawn = np.tile(draw.multinomial(rows, counts / rows, _RESAMPLES) @ values / rows, (2, 1))
+        # Where all rows have the same score of 0 or 1, resampling does not show that others have
+        # another: the truth is drawn from its posterior.
+        if (column == 1).all():
+            drawn[0] = draw.beta(rows + 1, 1, _RESAMPLES)
+        elif (column == 0).all():
+            drawn[1] = draw.beta(1, rows + 1, _RESAMPLES)
+        means += drawn
+    means /= len(columns)
+    low, high = np.quantile(means[0], 0.025), np.quantile(means[1], 0.975)
+    if len(columns) == 1 and columns[0][0] in (0.0, 1.0) and np.ptp(columns[0]) == 0:
+        reach = _Z**2 / (len(columns[0]) + _Z**2)  # Wilson's interval, which needs no draws
+        low, high = (0.0, reach) if columns[0][0] == 0.0 else (1 - reach, 1.0)
     return Score(float(np.mean([column.mean() for column in columns])), float(low), float(high))
 
 
@@ -227,7 +229,8 @@ def suite_score(
     without = [task for task in over if task not in table[head]]
     require(
         not without,
-        f"measure {head!r}: {', '.join(without)} has no such score. Compare tasks of one kind.",
+        f"measure {head!r}: {', '.join(without)} has no such score on clean rows. Compare tasks of"
+        " one kind, with questions that are not in the training data.",
     )
     counted = [task for task in table[head] if task in (over or table[head])]
     means = [100 * mean(one[task][head]["mean"] for task in counted) for one in clean]

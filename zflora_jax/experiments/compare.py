@@ -30,7 +30,7 @@ from zflora_jax.experiments.differences import (
     informative,
     scores_by_seed,
 )
-from zflora_jax.experiments.jobs import POLL, run_jobs, score, split_loss
+from zflora_jax.experiments.jobs import FAILURES, POLL, run_jobs, score, split_loss
 from zflora_jax.experiments.page import comparison_page, write_page
 from zflora_jax.experiments.progress import Progress
 from zflora_jax.experiments.rates import RateChoice
@@ -120,8 +120,8 @@ def compare_methods(
       differences (to plan.reference), config, environment.
 
     Raises:
-      ConfigError: a method diverged at every rate, nothing could be scored, or no run is there and
-        none may be made.
+      ConfigError: a method diverged at every rate or a run could not be made (the others are; the
+        same call tries again), nothing could be scored, or no run is there and none may be made.
     """
     workdir, out, env = local_path(workdir, "workdir"), local_path(out, "out"), environment()
     if not run:
@@ -141,15 +141,16 @@ def compare_methods(
         base = _untrained(plan, model, workdir, out, console, run)
         state = Progress(plan, workdir, out)
         while run and (jobs := state.unfinished()):
-            job, _ = next(run_jobs(jobs, lambda *_: model, console=console))
-            log.info("%s: %s is done; %s", plan.name, job.name, state.left())
-            base = base or _untrained(plan, model, workdir, out, console, run)
-            _write_tables(plan, found, state, base, model, out)
+            job, done = next(run_jobs(jobs, lambda *_: model, failures=FAILURES, console=console))
+            if state.is_made(job, done):
+                log.info("%s: %s is done; %s", plan.name, job.name, state.left())
+                base = base or _untrained(plan, model, workdir, out, console, run)
+                _write_tables(plan, found, state, base, model, out)
         while run and plan.tasks and not base:  # another process is scoring it
             time.sleep(POLL)
             base = _untrained(plan, model, workdir, out, console, run)
         result = _write_tables(plan, found, state, base, model, out)
-    require(not state.failed, " ".join(state.failed.values()))
+    state.require_made()
     return result
 
 

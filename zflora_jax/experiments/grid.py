@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, override, require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import as_base
-from zflora_jax.experiments.jobs import Devices, run_jobs
+from zflora_jax.experiments.jobs import FAILURES, Devices, run_jobs
 from zflora_jax.experiments.page import grid_page, write_page
 from zflora_jax.experiments.store import EXTRA, Extra, Job, Result, status
 from zflora_jax.hf.load import load_model
@@ -42,9 +41,6 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Settings = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 RECORD = "row.json"
-# Errors that are a row: settings or a model that cannot be used; XLA's, of memory too, are
-# JaxRuntimeErrors.
-_FAILURES = (ConfigError, CheckpointError, jax.errors.JaxRuntimeError, MemoryError)
 # What a result holds beside the columns of its row.
 _NOT_IN_ROWS = (
     "failed",
@@ -211,7 +207,7 @@ def run_grid(
     with compile_cache(workdir / "compile_cache"):
         if results:
             write()
-        for job, result in run_jobs(jobs, bases.of, slots, failures=_FAILURES, console=console):
+        for job, result in run_jobs(jobs, bases.of, slots, failures=FAILURES, console=console):
             results[job.name] = result
             log.info("%s: %s", job.name, status(result))
             write()

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import jax
 
-from zflora_jax.core.errors import NonFiniteError, Preempted
+from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 
 Devices = Sequence[jax.Device] | None
 POLL = 5.0  # seconds between looks at runs that other processes are training
+# Errors of one run that leave others alone: settings or a model that cannot be used; XLA's, of
+# memory too, are JaxRuntimeErrors.
+FAILURES = (ConfigError, CheckpointError, jax.errors.JaxRuntimeError, MemoryError)
 # What a record copies from the report of a run.
 _KEPT = (
     "params_trainable",

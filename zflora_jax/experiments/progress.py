@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.rates import RateChoice, choose_rate
 from zflora_jax.experiments.store import Job, Result, read_result
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -31,6 +34,7 @@ class Progress:
         self._results: dict[tuple[Path, bool], Result] = {}
         self._choices: dict[str, RateChoice] = {}
         self.failed: dict[str, str] = {}  # methods without a rate, and why
+        self.broken: dict[str, str] = {}  # runs that could not be made, and why
         self._start = time.monotonic(), self._steps()[0]
 
     def result(self, job: Job) -> Result | None:
@@ -75,7 +79,20 @@ class Progress:
 
     def unfinished(self) -> list[Job]:
         """The jobs that can be run now, the most wanted first."""
-        return [job for job in self._known() if self.result(job) is None]
+        left = [job for job in self._known() if self.result(job) is None]
+        return [job for job in left if job.name not in self.broken]
+
+    def is_made(self, job: Job, result: Result) -> bool:
+        """Whether a job has a record now; if it could not be made, `unfinished` leaves it out."""
+        if self.result(job) is None:
+            self.broken[job.name] = result["failed"]
+            log.error("%s: %s could not be made: %s", self.plan.name, job.name, result["failed"])
+        return job.name not in self.broken
+
+    def require_made(self) -> None:
+        """ConfigError for methods without a rate and runs that could not be made."""
+        why = [*self.failed.values(), *(f"{name}: {text}" for name, text in self.broken.items())]
+        require(not why, "\n".join(why))
 
     def _known(self) -> Iterator[Job]:
         for label in self.plan.methods:

@@ -182,7 +182,8 @@ def _token(
 def _tokens(hf: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Any]:
     value = (generation or {}).get("eos_token_id")
     value = hf.get("eos_token_id", 2) if value is None else value
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+    found = value if isinstance(value, list) else [value]
+    return [token for token in found if token not in (None, -1)]  # -1: as for `_token`
 
 
 def _rope_table(hf: Mapping[str, Any]) -> Mapping[str, Any]:

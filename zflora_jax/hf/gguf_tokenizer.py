@@ -71,8 +71,12 @@ def gguf_tokenizer(file: GGUFFile, config: LlamaConfig) -> Any:
             stacklevel=4,
         )
         return None
-    if (template := file.get("tokenizer.chat_template")) is not None:
-        tokenizer.chat_template = template
+    key = "tokenizer.chat_template"
+    named = {name: file.get(f"{key}.{name}") for name in file.get(f"{key}s") or ()}
+    if (template := file.get(key)) is not None:
+        tokenizer.chat_template = {"default": template} | named if named else template
+    elif named:
+        tokenizer.chat_template = named
     return tokenizer
 
 

@@ -103,7 +103,22 @@ def _copied(model: Model) -> dict[str, Any] | None:
         now = tokenizer_state(model.tokenizer)
         if own is None or now is None or any(own[name] != now[name] for name in names):
             return None
-    return file.below("tokenizer.")
+    return _filled(file.below("tokenizer."), model.config.vocab_size)
+
+
+def _filled(values: dict[str, Any], size: int) -> dict[str, Any]:
+    """`values` with names for the rows of a vocabulary that was made longer by a number."""
+    count, scores = len(values[f"{_KEY}tokens"]), values.get(f"{_KEY}scores", (0.0,))
+    new: dict[str, list[Any]] = {
+        "tokens": [f"[PAD{i}]" for i in range(count, size)],
+        "token_type": [_UNUSED] * (size - count),
+        "scores": [min(scores)] * (size - count),
+    }
+    return values | {
+        f"{_KEY}{name}": [*values[f"{_KEY}{name}"], *more]
+        for name, more in new.items()
+        if f"{_KEY}{name}" in values
+    }
 
 
 def source_file(model: Model) -> GGUFFile | None:

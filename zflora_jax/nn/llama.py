@@ -179,13 +179,15 @@ def forward(
       ConfigError: tokens of another shape, or ids that the embedding has no row for (not of traced
         tokens, whose values are not known yet).
     """
-    tokens = tokens if hasattr(tokens, "shape") else np.asarray(tokens)
+    ids: Any = _array(tokens)
+    padding_mask = None if padding_mask is None else _array(padding_mask)
+    segment_ids = None if segment_ids is None else _array(segment_ids)
     require(
-        len(tokens.shape) == 2 and tokens.shape[1] > 0,
-        f"tokens of shape {tokens.shape}: must be [B, T], at least one in each row.",
+        len(ids.shape) == 2 and ids.shape[1] > 0,
+        f"tokens of shape {ids.shape}: must be [B, T], at least one in each row.",
     )
-    if has_values_here(tokens):
-        check_ids(tokens, model.config.vocab_size, "tokens", model.tokenizer)
+    if has_values_here(ids):
+        check_ids(ids, model.config.vocab_size, "tokens", model.tokenizer)
     require(
         adapters is None or row_adapters is None,
         "adapters are of all rows, row_adapters of each: give one of them.",
@@ -196,7 +198,12 @@ def forward(
     }
     variables["params"] = model.params
     with mesh_in_use(model.params), jax.default_matmul_precision("highest"):
-        return _forward(model.config, adapter, variables, tokens, padding_mask, segment_ids)
+        return _forward(model.config, adapter, variables, ids, padding_mask, segment_ids)
+
+
+def _array(x: Any) -> Any:
+    """A list becomes an array; what has a shape, a traced value too, stays as it is."""
+    return x if hasattr(x, "shape") else np.asarray(x)
 
 
 @jax.jit(static_argnums=(0, 1))

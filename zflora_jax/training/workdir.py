@@ -106,6 +106,8 @@ def _require_may_change(
     refused = [key for key in changed if not key.startswith(free)]
     if run.adapter.dropout and "data/grad_accum_steps" in changed:
         refused.append("data/grad_accum_steps")  # dropout draws for each micro-batch
+    if run.train.keep_best and run.train.steps > finished and "eval/limit" in changed:
+        refused.append("eval/limit")  # losses of other rows would be compared
     if refused:
         rows = [
             f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
