@@ -19,8 +19,8 @@ from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import mixture
-from zflora_jax.experiments.run_report import read_report
 from zflora_jax.inference import text
+from zflora_jax.training.workdir import read_starts
 
 
 @pytest.mark.parametrize("argv", [("eval",), ("export", "--out", "out")], ids=lambda v: v[0])
@@ -243,7 +243,7 @@ def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
     own = ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]
     run = ["--config", config_file, "--workdir", str(tmp_path / "run")]
     assert main(["train", *run, *own]) == 0
-    assert not read_report(tmp_path / "run")["plain_texts"]
+    assert "plain_texts" not in read_starts(tmp_path / "run")[-1]
     assert main(["eval", "--workdir", str(tmp_path / "run")]) == 0
     assert "test_loss" in capsys.readouterr().out
     [result] = (tmp_path / "run" / "eval").glob("rows-test-step2.json")
@@ -299,7 +299,7 @@ def test_a_run_on_texts_is_asked_with_texts(config_file, refused, tmp_path, monk
     run = tmp_path / "run"
     own = ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]
     assert main(["train", "--config", config_file, "--workdir", str(run), *own]) == 0
-    assert read_report(run)["plain_texts"]
+    assert read_starts(run)[-1]["plain_texts"]
     asked = []
     monkeypatch.setattr(
         text, "generate", lambda model, prompts, **given: asked.append(given["chat"]) or prompts

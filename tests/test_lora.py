@@ -210,9 +210,11 @@ def test_an_export_from_before_is_read(tmp_path):
 def test_a_second_adapter_is_fused_into_a_merged_model(second):
     """A merged LoRA left an ordinary base: preference tuning after supervised tuning, say."""
     model, tokens = tiny_model(), np.arange(8, dtype=np.int32)[None]
+    model.source = "the base"
     for seed, adapter in enumerate((LORA, AdapterConfig(second, rank=4))):
         adapters = perturb(init_adapters(jax.random.key(seed), model, adapter))
         beside = np.asarray(forward(model, tokens, adapter, adapters))
         model = fuse(model, adapter, adapters)
         np.testing.assert_allclose(np.asarray(forward(model, tokens)), beside, atol=1e-4)
     assert model.adapter.method == second
+    assert model.source is None  # what `unfuse` gives back is no longer that base

@@ -70,7 +70,7 @@ def test_tasks_count_the_same():
     few, many = np.full((2, 10), 0.5), np.full((2, 1000), 0.1)
     found = paired_difference([few, many], [np.zeros_like(few), np.zeros_like(many)])
     unseen = (3 / 10 + 3 / 1000) / 2
-    assert (found.mean, found.low, found.high) == pytest.approx((0.3, 0.3 - unseen, 0.3 + unseen))
+    assert (found.mean, found.low, found.high) == pytest.approx((0.3, 0.3 - 1.3 * unseen, 0.3))
 
 
 def test_few_rows_are_not_certainty():
@@ -78,7 +78,14 @@ def test_few_rows_are_not_certainty():
     for rows, p in ((1, 1.0), (5, 1 / 16), (20, 2 / 10_001), (200, 2 / 10_001)):
         right, wrong = np.full((3, rows), 100.0), np.zeros((3, rows))
         found = paired_difference([right], [wrong], best=100.0)
-        assert found.p == pytest.approx(p) and found.low == max(0.0, 100 - 300 / rows)
+        assert found.p == pytest.approx(p) and found.low == pytest.approx(
+            100 - 200 * min(1, 3 / rows)
+        )
+        assert found.high == 100
+        won = wrong.copy()
+        won[:, 0] = 100.0  # one row for the method and none against it
+        one = verdict(paired_difference([won], [wrong], best=100.0), 3.0)
+        assert (one == "as good") == (rows > 100)
         same = paired_difference([wrong], [wrong], best=100.0)
         assert same.p == 1 and (verdict(same, 3.0) == "as good") == (rows > 100)
 

@@ -249,3 +249,7 @@ def test_prompts_that_do_not_fit_are_said_before_the_first_answer(model, monkeyp
     long = dataclasses.replace(EVAL, max_new_tokens=context)
     with pytest.raises(ConfigError, match=r"^eval.max_new_tokens=\d+ leaves no room for a prompt"):
         generation_records(model, "rows", rows[:1], TASK_DATA, long)
+    # Options are scored without new tokens: a prompt may fill the context but for them.
+    full = dataclasses.replace(rows[0], prompt="a" * (context - 60), options=("b", "c"))
+    (record,) = likelihood_records(model, [full], TASK_DATA, long)
+    assert len(record["log_likelihoods"]) == 2

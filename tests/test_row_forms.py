@@ -27,7 +27,7 @@ def test_a_form_is_for_own_rows_of_a_mixture_alone(tmp_path):
 
 def test_json_that_is_no_turn_is_a_text(tmp_path):
     """Extraction from JSON to JSON, as JSON lines and as CSV."""
-    row = {"prompt": '{"name": "Ada"}', "completion": '[{"x": 1}]'}
+    row = {"prompt": '{"from": "Ada"}', "completion": "[]"}
     write(tmp_path / "a.jsonl", row)
     with (tmp_path / "b.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(row))

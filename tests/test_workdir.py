@@ -18,6 +18,9 @@ def test_a_longer_run_that_saved_nothing_may_be_taken_back(run, tmp_path, monkey
     longer = override(run, {"train.steps": 20})
     workdirs.claim(tmp_path, adopt(tmp_path, longer)[0])
     assert adopt(tmp_path, run)[0].train.steps == run.train.steps
+    report.write_text("{")
+    with pytest.raises(ConfigError, match=r"train\.steps: 20 there, 8 now"):
+        adopt(tmp_path, run)
     report.write_text(json.dumps({"steps": 20}))
     with pytest.raises(ConfigError, match=r"train\.steps: 20 there, 8 now"):
         adopt(tmp_path, run)
@@ -40,12 +43,16 @@ def test_the_best_checkpoint_is_of_the_same_rows(run, tmp_path, monkeypatch):
     """Losses of other rows are not compared with those that are saved."""
     monkeypatch.setattr(workdirs, "saved_steps", lambda workdir: [4])
     best = {"train.keep_best": True, "train.eval_every": 2, "eval.split": "validation"}
-    for name, settings, refused in (("a", {}, False), ("b", best, True)):
+    for name, settings, more, words in (
+        ("a", {}, {"eval.limit": 2}, ""),
+        ("b", best, {"eval.limit": 2}, "eval.limit: 4 there, 2 now"),
+        ("c", {}, best, "eval.split: 'test' there, 'validation' now"),
+    ):
         there = override(run, settings)
         workdirs.claim(tmp_path / name, adopt(tmp_path / name, there)[0])
-        more = override(there, {"eval.limit": 2})
-        if refused:
-            with pytest.raises(ConfigError, match=r"eval.limit: 4 there, 2 now"):
+        more = override(there, more)
+        if words:
+            with pytest.raises(ConfigError, match=words):
                 adopt(tmp_path / name, more)
         else:
             assert adopt(tmp_path / name, more)[0].eval.limit == 2

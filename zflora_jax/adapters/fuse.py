@@ -51,7 +51,8 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
     that the mesh does not divide, see `parallel.sharding.spec`).
 
     Args:
-      model: the base, not packed.
+      model: the base, not packed; or one that an adapter was merged into by addition, which is an
+        ordinary model. `unfuse` then gives that one back, and nothing names where it came from.
       adapter: of the adapters.
       adapters: float32, of `init_adapters` or training.
       donate: take each leaf out of `model.params` as it is fused, so that the two models are never
@@ -82,7 +83,9 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
             if donate
             else _fuse(config, adapter, model.params, adapters)
         )
-    return Model(fused_config(config, adapter), params, model.tokenizer, model.source, adapter)
+    # The files of the source are not of a base that another adapter was merged into.
+    source = model.source if model.adapter is None else None
+    return Model(fused_config(config, adapter), params, model.tokenizer, source, adapter)
 
 
 def _refuse_merging(adapter: AdapterConfig, params: Tree) -> None:

@@ -100,11 +100,10 @@ def run(args: argparse.Namespace) -> None:
     from jax import process_count
 
     from zflora_jax.data.dates import today
-    from zflora_jax.experiments.run_report import read_report
     from zflora_jax.inference.sampling import Sampler
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.parallel.distributed import from_process_0, on_main
-    from zflora_jax.training.workdir import read_config
+    from zflora_jax.training.workdir import read_config, read_starts
 
     require(
         not (args.plain and args.system),
@@ -126,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
     lines = from_process_0(on_main(lambda: _lines(args.file)))  # which may be its stdin
     # Prompts of a run are written as it was trained.
     data = read_config(args.workdir).data if args.workdir else None
-    texts = args.plain or (args.workdir and (read_report(args.workdir) or {}).get("plain_texts"))
+    started = read_starts(args.workdir)[-1:] if args.workdir else []
+    texts = args.plain or any(start.get("plain_texts") for start in started)
     style = "plain" if texts else data.prompt_style if data else "chat"
     require(
         style == "chat" or args.system is None,
@@ -213,6 +213,7 @@ def _model_of(args: argparse.Namespace) -> Model:
     """What --workdir or --model, with --adapter, name."""
     from zflora_jax.adapters.fuse import fuse
     from zflora_jax.adapters.packing import pack_for_decode
+    from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.gguf import has_blocks
     from zflora_jax.hf.load import load_model, locate
@@ -237,7 +238,7 @@ def _model_of(args: argparse.Namespace) -> Model:
             return pack_for_decode(model, donate=True)
     if args.adapter:
         require(
-            model.adapter is None,
+            model.adapter is None or not METHODS[model.adapter.method].widens,
             f"--model {args.model} has an adapter fused in already; give --adapter with its base.",
         )
         return fuse(model, *load_peft(args.adapter, model), donate=True)

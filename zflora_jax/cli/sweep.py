@@ -68,11 +68,13 @@ def add_options(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from zflora_jax.experiments.comparison import Comparison
     from zflora_jax.experiments.grid import Grid
+    from zflora_jax.experiments.jobs import FAILURES
     from zflora_jax.experiments.overview import overview, page_name
     from zflora_jax.parallel.compile_cache import compile_cache
 
     plans = load_config(args.config, "get_sweep")
     plans = list(plans) if isinstance(plans, list | tuple) else [plans]
+    require(bool(plans), f"get_sweep() of {args.config} returns no sweep.")
     for plan in plans:
         if not isinstance(plan, Comparison | Grid):
             raise ConfigError(
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     compared = [plan for plan in plans if isinstance(plan, Comparison)]
     _check(args, [plan.name for plan in plans], len(compared) < len(plans))
     if len(compared) > 1:
-        page_name([plan.name for plan in compared])
+        page_name([plan.name for plan in compared], [plan.name for plan in plans])
     chosen = [plan for plan in plans if args.only in (None, plan.name)]
     some = [p.only(args.methods) if isinstance(p, Comparison) else p for p in chosen]
     some = [_changed(plan, changes(args), args.config) for plan in some]
@@ -97,13 +99,13 @@ def run(args: argparse.Namespace) -> None:
                     _run_grid(args, plan, workdir)
                 else:
                     _compare(args, plan, workdir, len(some) > 1)
-            except ConfigError as error:  # the others do not depend on it
+            except FAILURES as error:  # the others do not depend on it
+                if len(some) == 1:
+                    raise
                 failed.append(str(error))
-    every = "\n".join(failed)
-    require(len(failed) < len(some), every)
     if len(compared) > 1 and not args.worker and (page := overview(compared, args.out)):
         print(f"all of them in {page}")
-    require(not failed, every)
+    require(not failed, "\n".join(failed))
 
 
 def _run_grid(args: argparse.Namespace, plan: Grid, workdir: Path) -> None:
@@ -165,7 +167,7 @@ def _share(args: argparse.Namespace) -> None:
 
     Raises:
       ConfigError: there are fewer cores than workers.
-      SystemExit: a worker failed, with its exit code; it has said why.
+      SystemExit: a worker was stopped or broke down, with its exit code; it has said why.
     """
     import jax
 
@@ -183,8 +185,9 @@ def _share(args: argparse.Namespace) -> None:
     for name in ("methods", "set"):
         if getattr(args, name):
             command += [f"--{name}", *getattr(args, name)]
-    if any(codes := run_pinned(command, args.workers)):
-        raise SystemExit(max(codes, key=abs))
+    # 2: a run could not be made. The caller tries it again, writes the tables and says so.
+    if ended := [code for code in run_pinned(command, args.workers) if code not in (0, 2)]:
+        raise SystemExit(max(ended, key=abs))
 
 
 _Plan = TypeVar("_Plan", "Comparison", "Grid")

@@ -80,13 +80,15 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
     """Load a split of `data.task`, a task or a mixture of tasks.
 
     Args:
-      data: task, data_dir and train_limit are read; train_limit holds for each task.
+      data: task, data_dir, row_format and train_limit are read; train_limit holds for each task,
+        row_format for rows of one's own.
       split: "train", "validation" or "test".
       limit: number of examples in all: the first of each task, the same number from each as far as
         it has them. None: all.
 
     Raises:
-      ConfigError: as for `parse_mixture` and `data.tasks.load_examples`.
+      ConfigError: as for `parse_mixture` and `data.tasks.load_examples`; to train with a row_format
+        and without rows of one's own.
     """
     names, weights = parse_mixture(data.task)
     tasks = [get_task(name) for name in names]

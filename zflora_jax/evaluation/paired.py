@@ -48,8 +48,9 @@ def paired_difference(
     degree of freedom less than there are seeds. Runs of the same seed share their data order and
     are paired. In simulations of three seeds the intervals hold the true difference 91 to 97% of
     the time, whichever of the two varies more (`results/paired_intervals.md`); this project's
-    construction. Few rows are not certainty: where those of a task agree in their gap, the interval
-    is widened by the rule of three, and p is no smaller than that of a sign test.
+    construction. Few rows are not certainty: where no row of a task speaks for one of the two
+    methods, the interval is widened to that side by the rule of three, and p is no smaller than
+    that of a sign test.
 
     Args:
       method: for each task the scores of its rows, [S seeds, R rows]; all tasks have the same seeds
@@ -83,16 +84,21 @@ def paired_difference(
         spread = np.sqrt(_variance_of_seeds(gaps) / seeds)
         means += spread * rng.permutation(_student(seeds - 1, resamples))
     low, high = np.quantile(means, [0.025, 0.975])
-    # Where all rows agree, resampling shows nothing of those that would not: of R rows that do, at
-    # most 3 in R others do not (the rule of three).
-    unseen = best * sum(min(1.0, 3 / gap.shape[1]) for gap in gaps if np.ptp(gap.mean(axis=0)) == 0)
-    low, high = low - unseen / len(gaps), high + unseen / len(gaps)
+    # Resampling shows nothing of rows that none of R was like: at most 3 in R (the rule of three).
+    lost, won = (np.mean([_unseen(gap, sign) for gap in gaps]) for sign in (-1, 1))
+    low, high = low - lost * (low + best), high + won * (best - high)
     tail = min(np.sum(means <= 0), np.sum(means >= 0)) + 1
     differing = sum(np.count_nonzero(gap.mean(axis=0)) for gap in gaps)
     least = 2.0 ** (1 - differing)  # of a sign test
     p = min(1.0, max(2 * tail / (resamples + 1), least))
     mean = float(np.mean([gap.mean() for gap in gaps]))
     return Difference(mean, float(low), float(high), float(p), seeds)
+
+
+def _unseen(gap: np.ndarray, sign: int) -> float:
+    """The share of rows that may have a gap of this sign where none of those here [S, R] has."""
+    rows = gap.mean(axis=0)
+    return 0.0 if (sign * rows > 0).any() else min(1.0, 3 / len(rows))
 
 
 def _student(freedom: int, count: int) -> np.ndarray:

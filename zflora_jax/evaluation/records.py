@@ -65,7 +65,9 @@ def generation_records(
       references; document_cut where it has a document (True: cut to fit the prompt).
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
+    _require_room(model, evaluation)
     prompts, cut = _prompts(model, examples, style, evaluation, data.date)
+    _require_short(model, examples, prompts, evaluation)
     stop = stop_ids(model, style)
 
     def answer(rows: list[int]) -> list[Record]:
@@ -193,6 +195,32 @@ def _require_finite(sums: Sequence[np.ndarray]) -> None:
         )
 
 
+def _require_room(model: Model, evaluation: EvalConfig) -> None:
+    context = model.config.max_position_embeddings
+    require(
+        evaluation.max_new_tokens < context,
+        f"eval.max_new_tokens={evaluation.max_new_tokens} leaves no room for a prompt in the"
+        f" model's context of {context} tokens; lower it.",
+    )
+
+
+def _require_short(
+    model: Model,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    evaluation: EvalConfig,
+) -> None:
+    """Before the first answer: batches of the longest prompts come last."""
+    context = model.config.max_position_embeddings
+    for ids, example in zip(prompts, examples, strict=True):
+        require(
+            len(ids) + evaluation.max_new_tokens <= context,
+            f"{example.where}: the prompt has {len(ids)} tokens; with eval.max_new_tokens="
+            f"{evaluation.max_new_tokens} that exceeds the model's context of {context}. Shorten or"
+            " remove the row, or lower eval.max_new_tokens.",
+        )
+
+
 def _prompts(
     model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig, date: str | None
 ) -> tuple[list[list[int]], list[bool]]:
@@ -203,11 +231,6 @@ def _prompts(
         " one.",
     )
     context = model.config.max_position_embeddings
-    require(
-        evaluation.max_new_tokens < context,
-        f"eval.max_new_tokens={evaluation.max_new_tokens} leaves no room for a prompt in the"
-        f" model's context of {context} tokens; lower it.",
-    )
     limit = evaluation.max_prompt_tokens or context - evaluation.max_new_tokens
     fitted = fit_documents(examples, model.tokenizer, style, limit, date)
     cut = [a.input != b.input for a, b in zip(fitted, examples, strict=True)]
@@ -226,14 +249,6 @@ def _prompts(
         f"a prompt of {longest} tokens does not fit {limit} even without its document; raise"
         " eval.max_prompt_tokens.",
     )
-    # Before the first answer: batches of the longest prompts come last.
-    for ids, example in zip(prompts, examples, strict=True):
-        require(
-            len(ids) + evaluation.max_new_tokens <= context,
-            f"{example.where}: the prompt has {len(ids)} tokens; with eval.max_new_tokens="
-            f"{evaluation.max_new_tokens} that exceeds the model's context of {context}. Shorten or"
-            " remove the row, or lower eval.max_new_tokens.",
-        )
     return prompts, cut
 
 

@@ -113,8 +113,9 @@ def bootstrap(columns: Sequence[np.ndarray], seed: int) -> Score:
     """The mean of the columns' means; its interval: the 2.5% and 97.5% quantiles over resampled
     columns.
 
-    Where every row is 0, or every row 1, all resamples are equal and would claim certainty; then
-    the interval is Wilson's for that many rows.
+    Where every row of a column is 0, or every row 1, all resamples are equal and would claim
+    certainty. The interval of one such column is Wilson's; in a mean of several, its truth is drawn
+    from the posterior of a uniform prior.
     """
     draw = np.random.default_rng(seed)
     means = np.zeros((2, _RESAMPLES))  # for the lower end and the upper one

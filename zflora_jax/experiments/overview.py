@@ -30,16 +30,16 @@ SCORES_LEGEND = (
 Gaps = Mapping[str, Difference]
 
 
-def page_name(names: Sequence[str]) -> str:
-    """The file name of the page over comparisons of these names.
+def page_name(names: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The file name of the page over comparisons of these names, and beside pages of `others`.
 
     Raises:
       ConfigError: a comparison's own page would have that name.
     """
     stem = names[0].partition("_")[0]
     require(
-        stem not in names,
-        f"comparison {stem!r}: its page would be the overview's, {stem}.md; give it a name of two"
+        stem not in (*names, *others),
+        f"sweep {stem!r}: its page would be the overview's, {stem}.md; give it a name of two"
         f" words, such as {stem}_first.",
     )
     return f"{stem}.md"

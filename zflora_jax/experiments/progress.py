@@ -34,12 +34,12 @@ class Progress:
         self._results: dict[tuple[Path, bool], Result] = {}
         self._choices: dict[str, RateChoice] = {}
         self.failed: dict[str, str] = {}  # methods without a rate, and why
-        self.broken: dict[str, str] = {}  # runs that could not be made, and why
+        self._broken: dict[tuple[Path, bool], tuple[Job, str]] = {}  # runs, and why they failed
         self._start = time.monotonic(), self._steps()[0]
 
     def result(self, job: Job) -> Result | None:
         """The recorded result of a job, None where it has none; read once."""
-        key = job.record, job.scoring is not None
+        key = _key(job)
         if key not in self._results and (found := read_result(job)) is not None:
             self._results[key] = found
         return self._results.get(key)
@@ -80,18 +80,22 @@ class Progress:
     def unfinished(self) -> list[Job]:
         """The jobs that can be run now, the most wanted first."""
         left = [job for job in self._known() if self.result(job) is None]
-        return [job for job in left if job.name not in self.broken]
+        return [job for job in left if _key(job) not in self._broken]
 
     def is_made(self, job: Job, result: Result) -> bool:
         """Whether a job has a record now; if it could not be made, `unfinished` leaves it out."""
         if self.result(job) is None:
-            self.broken[job.name] = result["failed"]
-            log.error("%s: %s could not be made: %s", self.plan.name, job.name, result["failed"])
-        return job.name not in self.broken
+            why = result.get("failed", f"{job.record} is of another run")
+            self._broken[_key(job)] = job, why
+            log.error("%s: %s could not be made: %s", self.plan.name, job.name, why)
+        return _key(job) not in self._broken
 
     def require_made(self) -> None:
-        """ConfigError for methods without a rate and runs that could not be made."""
-        why = [*self.failed.values(), *(f"{name}: {text}" for name, text in self.broken.items())]
+        """ConfigError for methods without a rate and for runs that could not be made, by this
+        process or another.
+        """
+        left = [f"{job.name}: {why}" for job, why in self._broken.values() if not self.result(job)]
+        why = [f"{self.plan.name}: {text}" for text in [*self.failed.values(), *left]]
         require(not why, "\n".join(why))
 
     def _known(self) -> Iterator[Job]:
@@ -132,3 +136,7 @@ class Progress:
         # A run that chose the rate, of full length, is one of the chosen ones.
         twice = whole_run if picker is plan and (plan.pick_steps or whole_run) == whole_run else 0
         return sum(done.values()), whole + len(plan.methods) * (each - twice)
+
+
+def _key(job: Job) -> tuple[Path, bool]:
+    return job.record, job.scoring is not None

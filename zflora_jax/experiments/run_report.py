@@ -136,7 +136,6 @@ def _facts(setup: Setup) -> Report:
         "train_documents_cut": setup.train_set.truncated,
         "train_rows_packed": len(setup.train_set) if run.data.packing else None,
         "train_on_prompt": run.data.train_on_prompt,
-        "plain_texts": setup.plain,
         "attention": step_attention(run, setup.model.config, setup.mesh)[0],
         **setup.fingerprints,
         "config": to_dict(run),

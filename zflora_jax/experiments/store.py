@@ -102,7 +102,7 @@ def read_result(job: Job) -> Result | None:
     if not same:
         return None
     result = saved["result"] if "result" in saved else _of_a_row(saved["row"])
-    measured = job.extra is None or EXTRA in result or "failed" in result
+    measured = job.extra is None or "row" in saved or EXTRA in result or "failed" in result
     return result if measured else None
 
 

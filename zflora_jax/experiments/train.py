@@ -119,7 +119,7 @@ def train(
             evaluate = functools.partial(setup.held_out_loss, state.adapters)
             report = finished_report(setup, workdir, spent, env, evaluate)
             return Trained(setup.model, state.adapters, report, run.data.date, signals.asked)
-        writer = _open_logs(stack, run, workdir, console, first, env, changed, held)
+        writer = _open_logs(stack, setup, workdir, console, first, env, changed, held)
         metrics = LogMetrics(writer, run.train, started)
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
         meta = {**setup.fingerprints, "data_seed": run.data.seed}
@@ -190,7 +190,7 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple
 
 def _open_logs(
     stack: ExitStack,
-    run: RunConfig,
+    setup: Setup,
     workdir: Path,
     console: bool,
     first: int,
@@ -201,16 +201,15 @@ def _open_logs(
     """Open metrics.jsonl and what train.report_to names until `stack` is closed, and record the
     start. None in processes that write nothing.
     """
+    run = setup.run
     shown = to_dict(run) | {"environment": env}
     writer = distributed.on_main(
         lambda: stack.enter_context(
             MetricWriter(workdir, run.train.steps, console, first, run.train.report_to, shown, held)
         )
     )
-    processes = jax.process_count()
-    distributed.on_main(
-        lambda: record_start(workdir, first, env, processes=processes, changed=changed)
-    )
+    more = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
+    distributed.on_main(lambda: record_start(workdir, first, env, **more))
     return writer
 
 

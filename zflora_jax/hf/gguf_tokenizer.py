@@ -72,7 +72,8 @@ def gguf_tokenizer(file: GGUFFile, config: LlamaConfig) -> Any:
         )
         return None
     key = "tokenizer.chat_template"
-    named = {name: file.get(f"{key}.{name}") for name in file.get(f"{key}s") or ()}
+    found = {name: file.get(f"{key}.{name}") for name in file.get(f"{key}s") or ()}
+    named = {name: text for name, text in found.items() if text is not None}
     if (template := file.get(key)) is not None:
         tokenizer.chat_template = {"default": template} | named if named else template
     elif named:

@@ -49,7 +49,7 @@ def masked_cross_entropy(
     x = hidden[:, :-1].reshape(groups, -1, hidden.shape[-1])
     targets, mask = tokens[:, 1:].reshape(groups, -1), loss_mask[:, 1:].reshape(groups, -1)
     positions = mask.shape[1]
-    chunk = min(chunk, positions)
+    chunk = max(1, min(chunk, positions))
     chunks = -(-positions // chunk)
     order = jnp.pad(
         jnp.argsort(~mask, axis=1, stable=True), ((0, 0), (0, chunks * chunk - positions))

@@ -106,8 +106,8 @@ def _require_may_change(
     refused = [key for key in changed if not key.startswith(free)]
     if run.adapter.dropout and "data/grad_accum_steps" in changed:
         refused.append("data/grad_accum_steps")  # dropout draws for each micro-batch
-    if run.train.keep_best and run.train.steps > finished and "eval/limit" in changed:
-        refused.append("eval/limit")  # losses of other rows would be compared
+    if run.train.keep_best and run.train.steps > finished:  # losses of other rows are no measure
+        refused += [key for key in ("eval/limit", "eval/split") if key in changed]
     if refused:
         rows = [
             f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
@@ -128,9 +128,11 @@ def _ended(workdir: Path, run: RunConfig, finished: int) -> bool:
     one was asked for since, and saved nothing.
     """
     path = workdir / REPORT_FILE
-    if run.train.steps != finished or not path.is_file():
-        return False
-    return json.loads(path.read_text(encoding="utf-8")).get("steps") == finished
+    if run.train.steps == finished and path.is_file():
+        with contextlib.suppress(ValueError):  # damaged
+            report = json.loads(path.read_text(encoding="utf-8"))
+            return isinstance(report, dict) and report.get("steps") == finished
+    return False
 
 
 def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:

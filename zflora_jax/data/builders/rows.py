@@ -72,7 +72,8 @@ def _said(value: Any) -> Any:
     """`listed`, of turns alone: other JSON that a text holds is a text."""
     found = listed(value)
     if isinstance(value, str) and isinstance(found, list):
-        return found if all("role" in turn or "from" in turn for turn in found) else value
+        turns = ["role" in turn or {"from", "value"} <= turn.keys() for turn in found]
+        return found if turns and all(turns) else value
     return found
 
 
