@@ -343,6 +343,6 @@ def test_prompts_longer_than_the_context(refused, model_dir, tmp_path):
     )
     message = refused("eval", "--model", model_dir, "--out", tmp_path / "out", "--set", *changes)
     assert (
-        "with max_new_tokens=380 that exceeds the model's context of 400. Shorten the prompt or"
-        " lower max_new_tokens." in message
+        "with eval.max_new_tokens=380 that exceeds the model's context of 400. Shorten or remove"
+        " the row, or lower eval.max_new_tokens." in message
     )
