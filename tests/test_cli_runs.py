@@ -8,17 +8,25 @@ import shutil
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from support.models import perturb
 from support.tasks import write
 
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli import train
-from zflora_jax.cli.eval import _trained_on
-from zflora_jax.cli.main import main
+from zflora_jax.cli.eval import _model, _trained_on
+from zflora_jax.cli.main import _parser, main
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import mixture
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import save_peft
+from zflora_jax.hf.save import save_hf
 from zflora_jax.inference import text
 from zflora_jax.training.workdir import read_starts
 
@@ -310,3 +318,24 @@ def test_a_run_on_texts_is_asked_with_texts(config_file, refused, tmp_path, monk
     (tmp_path / "asked.txt").write_text("7: ")
     assert main([*asks, "--file", str(tmp_path / "asked.txt")]) == 0
     assert asked == [False]
+
+
+def test_a_model_in_the_directory_of_the_caller_has_its_name(model_dir, monkeypatch):
+    monkeypatch.chdir(model_dir)
+    args = _parser().parse_args(["eval", "--model", "."])
+    assert _model(args, RunConfig(), None)[1] == Path(model_dir).name
+
+
+def test_a_lora_goes_beside_a_model_that_another_was_merged_into(model_dir, tmp_path, refused):
+    """An adapter merged by addition left an ordinary model; one that is widened has none beside."""
+    model, adapter = load_model(model_dir), AdapterConfig("lora", rank=2)
+    adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
+    save_peft(tmp_path / "peft", model, adapter, adapters)
+    for method in ("lora", "zflora-minimal"):
+        of = AdapterConfig(method, rank=2)
+        start = init_adapters(jax.random.key(1), model, of)
+        save_hf(tmp_path / method, fuse(model, of, perturb(start)))
+    asks = ["generate", "--adapter", str(tmp_path / "peft"), "--prompt", "a", "--plain"]
+    asks += ["--max-new-tokens", "2", "--model"]
+    assert main([*asks, str(tmp_path / "lora")]) == 0
+    assert "has an adapter fused in already" in refused(*asks, tmp_path / "zflora-minimal")

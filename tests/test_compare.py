@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 from support.runs import EVAL, choice
 
@@ -108,6 +109,9 @@ def test_a_comparison_takes_its_rates_from_another(two_steps, tmp_path, fake_tra
     picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
     assert picks == {"lora-lr0.001-steps2-seed0.json", "lora-lr0.01-steps2-seed0.json"}
     assert (tmp_path / "runs" / "first" / "lora-lr0.001-steps2-seed0").is_dir()
+    # Alone in a folder of its own, it keeps these runs there, too.
+    compare_methods(second, tmp_path / "own", tmp_path / "other", console=False)
+    assert (tmp_path / "own" / "first" / "lora-lr0.001-steps2-seed0").is_dir()
     fake_train.runs.clear()
     again = compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
     assert again["rows"][0]["learning rate"] == row["learning rate"]
@@ -291,13 +295,17 @@ def test_the_overview_is_no_comparison_s_own_page(two_steps, tmp_path):
         overview([Comparison("small", two_steps, LORA, (1e-3,), (0,)), plans[0]], tmp_path)
 
 
-def test_lora_on_a_base_of_codes_is_scored(two_steps, model, tmp_path, monkeypatch):
-    """It is merged into the numbers that the codes stand for, and the base is kept for others."""
-    run = override(two_steps, {"quantize.kernels": "int8"})
-    coded = quantize_model(model, run.quantize)
-    adapters = init_adapters(jax.random.key(0), coded, LORA["lora"])
-    trained = Trained(coded, adapters, {"environment": environment()}, None, False)
+@pytest.mark.parametrize("kind", ["int8", "none"])
+def test_lora_is_scored_and_the_base_kept_for_other_runs(two_steps, model, tmp_path, kind):
+    """On a base of codes it is merged into the numbers that they stand for."""
+    run = override(two_steps, {"quantize.kernels": kind})
+    base = dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))
+    base = quantize_model(base, run.quantize) if run.quantize.active else base
+    adapters = init_adapters(jax.random.key(0), base, LORA["lora"])
+    trained = Trained(base, adapters, {"environment": environment()}, None, False)
     run = dataclasses.replace(run, adapter=LORA["lora"])
     job = Job("lora", run, tmp_path, tmp_path / "r.json", Scoring(("arc_easy",), SCORING))
     assert jobs._measured(job, trained, False)["scores"]["arc_easy"]["rows"] > 0
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(coded.params))
+    kept = jax.tree.leaves(base.params)
+    assert len(kept) >= len(jax.tree.leaves(model.params))
+    assert not any(leaf.is_deleted() for leaf in kept)

@@ -272,6 +272,9 @@ def test_logits_that_are_not_numbers_raise(settings: dict[str, Any]) -> None:
     assert [len(answer) for answer in whole] == [5, 5]
     with pytest.raises(NonFiniteError, match="logits of prompt 1 are NaN or infinite"):
         generate_tokens(damaged, [[1, 2], [3, 9, 4], [3]], **settings)
+    if "num_beams" not in settings:  # which have no ids
+        with pytest.raises(NonFiniteError, match="logits of request 8 are NaN or infinite"):
+            generate_tokens(damaged, [[1, 2], [3, 9, 4]], request_ids=[7, 8], **settings)
     if "num_beams" not in settings:
         with pytest.raises(NonFiniteError, match="NaN or infinite"):
             list(stream_tokens(damaged, [9], **settings))

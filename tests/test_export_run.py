@@ -8,6 +8,9 @@ import json
 import re
 
 import pytest
+from support.chat import SHORT, turn
+from support.runs import small_run
+from support.tasks import write
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
@@ -16,6 +19,7 @@ from zflora_jax.experiments import restore
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.exporters import EXPORTERS, Exporter
 from zflora_jax.experiments.train import train
+from zflora_jax.hf.load import load_model
 from zflora_jax.training.workdir import saved_steps
 
 
@@ -148,3 +152,15 @@ def test_what_a_gguf_file_cannot_be_is_refused_before_the_run_is_loaded(
             export_run(workdir, tmp_path / out, format="gguf", **settings)
     with pytest.raises(ConfigError, match="go with --format gguf"):
         export_run(workdir, tmp_path / "x", quant="q8_0")
+
+
+def test_prompts_of_an_export_fit_the_context(base_dir, tmp_path):
+    """Of conversations, too, which are never cut; training leaves the long ones out."""
+    write(tmp_path / "train.jsonl", *({"messages": SHORT} for _ in range(4)))
+    write(tmp_path / "test.jsonl", {"messages": [turn("user", "a" * 900), SHORT[1]]})
+    changes = {"data.task": "rows", "data.data_dir": str(tmp_path)}
+    model = load_model(base_dir)
+    for longest, wanted in ((320, 320), (1024, model.config.max_position_embeddings)):
+        run = override(small_run(base_dir), changes | {"data.bucket_lengths": [longest]})
+        (prompt,), kind = gap_prompts.gap_prompts(run, model)
+        assert len(prompt) == wanted and kind == "1 held-out rows"

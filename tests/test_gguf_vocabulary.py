@@ -181,6 +181,9 @@ def test_end_tokens_and_templates_are_the_models(tmp_path: Path) -> None:
     assert again.tokenizer.chat_template == model.tokenizer.chat_template
     assert save_gguf(tmp_path / "z.gguf", again)["tokenizer"].startswith("copied")
     assert GGUFFile(tmp_path / "z.gguf").get("tokenizer.chat_template.tools") == "{{ 'b' }}"
+    del model.tokenizer.chat_template["default"]
+    save_gguf(tmp_path / "w.gguf", model)
+    assert load_model(tmp_path / "w.gguf").tokenizer.chat_template == {"tools": "{{ 'b' }}"}
     # A copy of a file's own keys takes the changed ones.
     again.tokenizer.chat_template, again.config = "new", again.config.replace(eos_token_ids=(65,))
     report = save_gguf(tmp_path / "y.gguf", again)

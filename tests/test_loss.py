@@ -31,11 +31,8 @@ def inputs(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """hidden [B, T, d], head [d, V], tokens [B, T]."""
     rng = np.random.default_rng(seed)
     head = jnp.asarray(rng.standard_normal((D, V)), jnp.float32)
-    return (
-        jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32),
-        head,
-        jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32),
-    )
+    hidden = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
+    return hidden, head, jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
 
 
 def head_logits(head: jax.Array, x: jax.Array) -> jax.Array:
@@ -347,3 +344,5 @@ def test_a_chunk_is_no_longer_than_what_there_is():
 
     masked_cross_entropy(logits_fn, hidden, tokens, jnp.ones((B, T), bool), 1000)
     assert set(given) == {POSITIONS}
+    one_token = hidden[:, :1], tokens[:, :1], jnp.ones((B, 1), bool)
+    assert [float(x) for x in masked_cross_entropy(logits_fn, *one_token, 1000)] == [0.0, 0.0]

@@ -87,6 +87,7 @@ def test_few_rows_are_not_certainty():
         one = verdict(paired_difference([won], [wrong], best=100.0), 3.0)
         assert (one == "as good") == (rows > 100)
         same = paired_difference([wrong], [wrong], best=100.0)
+        assert (same.low, same.high) == pytest.approx((-min(100, 300 / rows), min(100, 300 / rows)))
         assert same.p == 1 and (verdict(same, 3.0) == "as good") == (rows > 100)
 
 
@@ -128,6 +129,8 @@ def test_differences_are_of_common_seeds_and_of_the_mean_of_tasks():
     found = differences(other, lora, ("a", "b"), "accuracy")
     assert {task: gap.mean for task, gap in found.items()} == {"a": 50.0, "b": 0.0, ALL: 25.0}
     assert headline(found) is found[ALL]
+    # Of four rows none was lost: three in four may be, in each task and in their mean.
+    assert all(-75 <= gap.low < -70 for gap in (found["b"], found[ALL])) and found["a"].low < -50
     base = differences({UNTRAINED: run({"a": "0000"})}, lora, ("a",), "accuracy")
     assert base["a"].mean == -37.5 and headline(base) is base["a"]
     assert informative(("a", "b"), None) == ["a", "b"]

@@ -205,8 +205,9 @@ def test_wrong_plans(tmp_path):
         planner.memory_plan(small_run(**{"mesh.tensor": 3}), SMALL)
     with pytest.raises(ConfigError, match="beyond the model's context of 512"):
         planner.memory_plan(small_run(**{"data.bucket_lengths": [64, 1024]}), SMALL)
-    with pytest.raises(ConfigError, match="memory=0: must be positive"):
-        planner.memory_plan(small_run(), SMALL, 0)
+    for memory in (0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=f"memory={memory}: must be positive and finite"):
+            planner.memory_plan(small_run(), SMALL, memory)
     with pytest.raises(ConfigError, match="needs 16 devices; there are 8"):
         compiled_plan.compiled(
             dataclasses.replace(small_run(), mesh=MeshConfig(1, 8, 2)),

@@ -9,12 +9,12 @@ from support.chat import SHORT
 from support.tasks import load, write
 
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data import builders
+from zflora_jax.data import builders, task
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.tasks import get_task
 
 
-def test_a_form_is_for_own_rows_of_a_mixture_alone(tmp_path):
+def test_a_form_is_for_own_rows_of_a_mixture_alone(tmp_path, monkeypatch):
     """Other tasks are read as ever, beside them in training and alone in an evaluation."""
     write(tmp_path / "train.jsonl", *({"text": f"{i}", "messages": SHORT} for i in range(30)))
     questions = [{"question": f"{i}?", "answer": f"{i} #### {i}"} for i in range(30)]
@@ -23,11 +23,21 @@ def test_a_form_is_for_own_rows_of_a_mixture_alone(tmp_path):
     forms = {example.form for example in load_mixture(data, "train")}
     assert forms == {"text", ""}
     assert load("gsm8k", "test", tmp_path, row_format="text")
+    # The form would be a part of the name of the prepared rows.
+    asked = []
+    monkeypatch.setattr(task, "read_split", lambda *given, **_: asked.append(given[-1]))
+    for name in ("rows", "gsm8k"):
+        get_task(name).split("train", data)
+    assert asked == ["text", ""]
 
 
-def test_json_that_is_no_turn_is_a_text(tmp_path):
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [('{"name": "Ada"}', '[{"x": 1}]'), ('{"from": "Ada"}', '[{"from": "Bob"}]'), ("[]", "[]")],
+)
+def test_json_that_is_no_turn_is_a_text(tmp_path, prompt, completion):
     """Extraction from JSON to JSON, as JSON lines and as CSV."""
-    row = {"prompt": '{"from": "Ada"}', "completion": "[]"}
+    row = {"prompt": prompt, "completion": completion}
     write(tmp_path / "a.jsonl", row)
     with (tmp_path / "b.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(row))

@@ -13,6 +13,7 @@ from zflora_jax.experiments.store import Job
 from zflora_jax.parallel import workers
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
+LARGE = AdapterConfig("lora", rank=8)
 
 TWO = """
 from zflora_jax.config import AdapterConfig
@@ -22,6 +23,14 @@ from support.runs import small_run
 def get_sweep():
     lora = {{"lora": AdapterConfig("lora", rank=2)}}
     return [Comparison(name, small_run({model!r}), lora, (1e-3,), (0,)) for name in {names!r}]
+"""
+
+
+GRIDS = """
+from zflora_jax.experiments.grid import Grid
+from support.runs import small_run
+
+def get_sweep():
 """
 
 
@@ -48,7 +57,7 @@ def test_a_comparison_that_fails_leaves_the_others(base_dir, tmp_path, fake_trai
     ("names", "settings", "message"),
     [
         (("math", "chat"), [], "its page would be the overview's, math.md"),
-        (("two_a", "two_a"), [], "two sweeps are called ['two_a']"),
+        (("two_a", "two_a"), [], "two sweeps are called 'two_a'"),
         (("two_a", "two_b"), ["adapter.rank=8"], "--set adapter.rank: two_a gives it to each"),
         (("two_a",), ["optim.learning_rate=1"], "--set optim.learning_rate: two_a gives it"),
         (("two_a",), ["eval.split=test"], "--set eval.split: two_a gives it to each of its runs"),
@@ -64,7 +73,7 @@ def test_what_a_sweep_cannot_use_is_said_before_its_runs(
 
 def test_a_run_that_cannot_be_made_leaves_the_others(two_steps, tmp_path, fake_train):
     """Out of memory, for one; the next call tries it again."""
-    methods = {"large": AdapterConfig("lora", rank=8)} | LORA
+    methods = {"large": LARGE} | LORA
     plan = Comparison("some", two_steps, methods, (1e-3,), (0, 1))
     tried = []
 
@@ -85,16 +94,21 @@ def test_a_run_that_cannot_be_made_leaves_the_others(two_steps, tmp_path, fake_t
 
 
 def test_a_run_that_another_process_makes_is_made(two_steps, tmp_path, fake_train):
-    plan = Comparison("some", two_steps, LORA, (1e-3,), (0,))
+    """It has no room here; the other one is done with it while this one makes the next."""
+    plan = Comparison("some", two_steps, {"large": LARGE} | LORA, (1e-3,), (0,))
+    large = []
 
     def elsewhere(run, workdir, **rest):
-        job = Job("lora-lr0.001-seed0", run, workdir, tmp_path / "out/some/lora-lr0.001-seed0.json")
-        store.write_record(job, {"validation_loss": 1.0, "steps": 2, "seconds": 1.0})
-        raise MemoryError("no room")
+        if run.adapter.rank == LARGE.rank:
+            name = "large-lr0.001-seed0"
+            large.append(Job(name, run, workdir, tmp_path / "out" / "some" / f"{name}.json"))
+            raise MemoryError("no room")
+        store.write_record(large[0], {"validation_loss": 1.0, "steps": 2, "seconds": 1.0})
+        return fake_train(run, workdir, **rest)
 
     jobs.train = elsewhere  # `fake_train` puts the real one back
-    (row,) = compare_methods(plan, tmp_path / "w", tmp_path / "out", console=False)["rows"]
-    assert row["method"] == "lora"
+    rows = compare_methods(plan, tmp_path / "w", tmp_path / "out", console=False)["rows"]
+    assert [row["method"] for row in rows] == ["large", "lora"]
 
 
 def test_workers_that_could_not_make_a_run_leave_the_tables(
@@ -106,3 +120,19 @@ def test_workers_that_could_not_make_a_run_leave_the_tables(
     monkeypatch.setattr(workers, "run_pinned", lambda *_: [2, 75])
     with pytest.raises(SystemExit, match="75"):
         main(command)
+
+
+def test_an_overview_does_not_replace_the_page_of_a_grid(base_dir, tmp_path, fake_train, capsys):
+    command = sweep_of(tmp_path, base_dir, "two_a", "two_b")
+    path = tmp_path / "two.py"
+    grid = f'Grid("two", small_run({base_dir!r}), {{"train.seed": [0]}})'
+    text = path.read_text().replace("    return [", f"    return [{grid}] + [")
+    path.write_text("from zflora_jax.experiments.grid import Grid\n" + text)
+    assert main(command) == 2 and not fake_train.runs
+    assert "sweep 'two': its page would be the overview's, two.md" in capsys.readouterr().err
+    path.write_text(f"{GRIDS}    return {grid}\n")
+    assert main([*command, "--set", "train.seed=3"]) == 2 and not fake_train.runs
+    assert "--set train.seed: two gives it to each of its runs" in capsys.readouterr().err
+    path.write_text("def get_sweep():\n    return []\n")
+    assert main(command) == 2
+    assert "two.py returns no sweep" in capsys.readouterr().err

@@ -139,13 +139,12 @@ def _compare(args: argparse.Namespace, plan: Comparison, workdir: Path, several:
 
 
 def _check(args: argparse.Namespace, names: list[str], has_grid: bool) -> None:
-    """Options that the sweeps of a config, `names`, do not have, and names that are not their
-    own.
-    """
-    twice = [name for name in names if names.count(name) > 1]
-    require(
-        not twice, f"{args.config}: two sweeps are called {twice[:1]}; their pages would be one."
-    )
+    """Refuse two sweeps of one name among `names`, and options that they do not have."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"{args.config}: two sweeps are called {twice[0]!r}; their pages would be one. Rename"
+            " one of them."
+        )
     if args.only is not None and args.only not in names:
         raise ConfigError(
             f"--only {args.only}: no sweep of {args.config} has that name."

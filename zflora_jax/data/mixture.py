@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.joined import Joined
-from zflora_jax.data.task import FileTask
 from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples, open_split
 
 _PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
@@ -61,6 +60,11 @@ def _weight(written: str, text: str) -> float:
     return weight
 
 
+def has_own_rows(names: Iterable[str]) -> bool:
+    """Whether a task of these names has rows of the user's own."""
+    return any(get_task(name).own for name in names)
+
+
 @dataclass(frozen=True)
 class Mixture(Joined[Example]):
     """The examples of several tasks, one task after the other.
@@ -91,11 +95,8 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
         and without rows of one's own.
     """
     names, weights = parse_mixture(data.task)
-    tasks = [get_task(name) for name in names]
     require(
-        split != "train"
-        or data.row_format is None
-        or any(isinstance(task, FileTask) and task.source.own for task in tasks),
+        split != "train" or data.row_format is None or has_own_rows(names),
         f"data.row_format={data.row_format!r} is for rows of your own (data.task='rows'); those of"
         f" {data.task!r} have one form.",
     )

@@ -74,6 +74,16 @@ class Task:
     group: str
     kind: Kind
 
+    @property
+    def dataset(self) -> str:
+        """The task whose rows it has, which is also the name of their public dataset."""
+        return self.name
+
+    @property
+    def own(self) -> bool:
+        """Whether its rows are the user's own, so that data.data_dir says which they are."""
+        return False
+
     def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
         """Open the rows of a split.
 
@@ -158,13 +168,12 @@ class FileTask(Task):
     document: bool = False
 
     @property
-    def dataset(self) -> str:
-        """The name of its public dataset."""
-        return self.name
+    def own(self) -> bool:
+        return self.source.own
 
     def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
         form = data.row_format or ""
-        found = self.source, split, data.data_dir, folders, form if self.source.own else ""
+        found = self.source, split, data.data_dir, folders, form if self.own else ""
         return read_split(self.name, *found, dataset=self.dataset)
 
     def example(self, record: Record) -> Example:
@@ -207,7 +216,7 @@ class FileTask(Task):
         try:
             return options_of(prompt, target, answer)
         except ConfigError:  # rows of one's own may say "Answer format: DD/MM/YYYY"
-            if self.source.own:
+            if self.own:
                 return ()
             raise
 

@@ -224,7 +224,7 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
         f"task {task_name!r}: the {split} split is empty. Give a file with at least one row.",
     )
     examples = _Examples(task, Split(rows, indices, origin))
-    if isinstance(task, FileTask) and task.source.own:
+    if task.own:
         form = examples[0].form  # of the first; `zflora data` counts those of all files
         log.info("%s, %s: rows of the form %r (data.row_format)", origin, split, form)
     return examples

@@ -24,6 +24,7 @@ from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.answers import PARSERS
 from zflora_jax.data.encoding import encode_options, encode_prompts, fit_documents
 from zflora_jax.data.tasks import Example, Task, get_task
+from zflora_jax.inference.batching import check_prompts
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.text import answer_text, stop_ids
@@ -65,9 +66,7 @@ def generation_records(
       references; document_cut where it has a document (True: cut to fit the prompt).
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
-    _require_room(model, evaluation)
-    prompts, cut = _prompts(model, examples, style, evaluation, data.date)
-    _require_short(model, examples, prompts, evaluation)
+    prompts, cut = _prompts_to_answer(model, examples, style, evaluation, data.date)
     stop = stop_ids(model, style)
 
     def answer(rows: list[int]) -> list[Record]:
@@ -195,30 +194,21 @@ def _require_finite(sums: Sequence[np.ndarray]) -> None:
         )
 
 
-def _require_room(model: Model, evaluation: EvalConfig) -> None:
-    context = model.config.max_position_embeddings
+def _prompts_to_answer(
+    model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig, date: str | None
+) -> tuple[list[list[int]], list[bool]]:
+    """`_prompts`, which leave room for an answer. This is said before the first answer: the longest
+    prompts come last.
+    """
+    new_tokens, context = evaluation.max_new_tokens, model.config.max_position_embeddings
     require(
-        evaluation.max_new_tokens < context,
-        f"eval.max_new_tokens={evaluation.max_new_tokens} leaves no room for a prompt in the"
-        f" model's context of {context} tokens; lower it.",
+        new_tokens < context,
+        f"eval.max_new_tokens={new_tokens} leaves no room for a prompt in the model's context of"
+        f" {context} tokens; lower it.",
     )
-
-
-def _require_short(
-    model: Model,
-    examples: Sequence[Example],
-    prompts: Sequence[Sequence[int]],
-    evaluation: EvalConfig,
-) -> None:
-    """Before the first answer: batches of the longest prompts come last."""
-    context = model.config.max_position_embeddings
-    for ids, example in zip(prompts, examples, strict=True):
-        require(
-            len(ids) + evaluation.max_new_tokens <= context,
-            f"{example.where}: the prompt has {len(ids)} tokens; with eval.max_new_tokens="
-            f"{evaluation.max_new_tokens} that exceeds the model's context of {context}. Shorten or"
-            " remove the row, or lower eval.max_new_tokens.",
-        )
+    prompts, cut = _prompts(model, examples, style, evaluation, date)
+    check_prompts(model, prompts, new_tokens, [example.where for example in examples])
+    return prompts, cut
 
 
 def _prompts(
@@ -230,8 +220,10 @@ def _prompts(
         "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has"
         " one.",
     )
-    context = model.config.max_position_embeddings
-    limit = evaluation.max_prompt_tokens or context - evaluation.max_new_tokens
+    limit = (
+        evaluation.max_prompt_tokens
+        or model.config.max_position_embeddings - evaluation.max_new_tokens
+    )
     fitted = fit_documents(examples, model.tokenizer, style, limit, date)
     cut = [a.input != b.input for a, b in zip(fitted, examples, strict=True)]
     if any(cut):

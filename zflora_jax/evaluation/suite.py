@@ -13,9 +13,8 @@ from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.data.mixture import TrainedOn, load_mixture, source_splits
+from zflora_jax.data.mixture import TrainedOn, has_own_rows, load_mixture, source_splits
 from zflora_jax.data.sources import NAMED
-from zflora_jax.data.task import FileTask
 from zflora_jax.data.tasks import GROUPS, get_task
 from zflora_jax.evaluation.contamination import questions
 from zflora_jax.evaluation.statistics import DIGEST, ROWS, as_dicts, group_scores, rows_kept
@@ -138,22 +137,16 @@ def _seen_by_task(
         )
         return dict.fromkeys(tasks)
     sources = [
-        ((_rows_of(name), split) if given.here else None, questions(rows))
+        ((get_task(name).dataset, split) if given.here else None, questions(rows))
         for given in trained_on
         for name, split, rows in source_splits(given.data)
     ]
     return {
         task: frozenset[str]().union(
-            *(found for own, found in sources if own != (_rows_of(task), run.eval.split))
+            *(found for own, found in sources if own != (get_task(task).dataset, run.eval.split))
         )
         for task in tasks
     }
-
-
-def _rows_of(name: str) -> str:
-    """The task whose rows a task has: a cloze form has those of its multiple-choice form."""
-    task = get_task(name)
-    return task.dataset if isinstance(task, FileTask) else name
 
 
 def _groups(evaluation: EvalConfig, done: Mapping[str, Evaluated], checked: bool) -> Result:
@@ -174,7 +167,7 @@ def _groups(evaluation: EvalConfig, done: Mapping[str, Evaluated], checked: bool
 
 def _origin(run: RunConfig, model: Model, tasks: Sequence[str]) -> Result:
     """What a summary is of: the model, and the settings that decide its scores."""
-    own = any(isinstance(task, FileTask) and task.source.own for task in map(get_task, tasks))
+    own = has_own_rows(tasks)
     folder = run.data.data_dir or ""
     if own and not folder.startswith(NAMED):
         folder = str(Path(folder).expanduser().resolve())

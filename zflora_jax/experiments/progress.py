@@ -33,7 +33,7 @@ class Progress:
         # Of finished jobs, by their record and whether it has scores.
         self._results: dict[tuple[Path, bool], Result] = {}
         self._choices: dict[str, RateChoice] = {}
-        self.failed: dict[str, str] = {}  # methods without a rate, and why
+        self._failed: dict[str, str] = {}  # methods without a rate, and why
         self._broken: dict[tuple[Path, bool], tuple[Job, str]] = {}  # runs, and why they failed
         self._start = time.monotonic(), self._steps()[0]
 
@@ -50,16 +50,16 @@ class Progress:
 
     def choice(self, label: str) -> RateChoice | None:
         """The chosen rate of a method; None while a run that it needs is missing, and where it
-        diverged at every rate, which `failed` then says.
+        diverged at every rate, which `require_made` then says.
         """
-        if label not in self._choices and label not in self.failed:
+        if label not in self._choices and label not in self._failed:
             found = {rate: self.result(job) for rate, job in self.rate_jobs(label).items()}
             done = {rate: result for rate, result in found.items() if result is not None}
             if len(done) == len(found):
                 try:
                     self._choices[label] = choose_rate(label, done)
                 except ConfigError as error:
-                    self.failed[label] = str(error)
+                    self._failed[label] = str(error)
         return self._choices.get(label)
 
     def seed_jobs(self, label: str) -> dict[int, Job]:
@@ -84,18 +84,19 @@ class Progress:
 
     def is_made(self, job: Job, result: Result) -> bool:
         """Whether a job has a record now; if it could not be made, `unfinished` leaves it out."""
-        if self.result(job) is None:
-            why = result.get("failed", f"{job.record} is of another run")
-            self._broken[_key(job)] = job, why
-            log.error("%s: %s could not be made: %s", self.plan.name, job.name, why)
-        return _key(job) not in self._broken
+        if self.result(job) is not None:
+            return True
+        why = result.get("failed", f"{job.record} is of another run")
+        self._broken[_key(job)] = job, why
+        log.error("%s: %s could not be made: %s", self.plan.name, job.name, why)
+        return False
 
     def require_made(self) -> None:
         """ConfigError for methods without a rate and for runs that could not be made, by this
         process or another.
         """
         left = [f"{job.name}: {why}" for job, why in self._broken.values() if not self.result(job)]
-        why = [f"{self.plan.name}: {text}" for text in [*self.failed.values(), *left]]
+        why = [f"{self.plan.name}: {text}" for text in [*self._failed.values(), *left]]
         require(not why, "\n".join(why))
 
     def _known(self) -> Iterator[Job]:

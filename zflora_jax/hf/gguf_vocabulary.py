@@ -108,12 +108,9 @@ def _copied(model: Model) -> dict[str, Any] | None:
 
 def _filled(values: dict[str, Any], size: int) -> dict[str, Any]:
     """`values` with names for the rows of a vocabulary that was made longer by a number."""
-    count, scores = len(values[f"{_KEY}tokens"]), values.get(f"{_KEY}scores", (0.0,))
-    new: dict[str, list[Any]] = {
-        "tokens": [f"[PAD{i}]" for i in range(count, size)],
-        "token_type": [_UNUSED] * (size - count),
-        "scores": [min(scores)] * (size - count),
-    }
+    tokens, types = _unused(len(values[f"{_KEY}tokens"]), size)
+    scores = [min(values.get(f"{_KEY}scores", (0.0,)))] * len(tokens)
+    new: dict[str, list[Any]] = {"tokens": tokens, "token_type": types, "scores": scores}
     return values | {
         f"{_KEY}{name}": [*values[f"{_KEY}{name}"], *more]
         for name, more in new.items()
@@ -205,9 +202,14 @@ def _built(model: Model) -> tuple[dict[str, Any], str]:
     return values | _special(tokenizer, model.config), origin
 
 
+def _unused(first: int, size: int) -> tuple[list[str], list[int]]:
+    """(the texts, the types) of places that are never used, from id `first` to `size` - 1."""
+    return [f"[PAD{i}]" for i in range(first, size)], [_UNUSED] * (size - first)
+
+
 def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
     """(the text, the type) of every token; ids without one get a place that is never used."""
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
+    tokens, types = _unused(0, size)
     added = tokenizer.added_tokens_decoder
     for token, i in tokenizer.get_vocab().items():
         require(

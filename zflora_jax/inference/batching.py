@@ -69,9 +69,15 @@ def pad_left(
     return tokens, valid
 
 
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    names: Sequence[str] | None = None,
+) -> None:
     """ConfigError for a prompt that is not a list of the model's token ids, is empty, or exceeds
-    the context together with max_new_tokens.
+    the context together with max_new_tokens. names: of the prompts, for its message; None: their
+    numbers.
     """
     no_ids = any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts)
     require(
@@ -81,14 +87,15 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens
     )
     limit = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
+        name = names[i] if names else f"prompt {i}"
         require(
             len(prompt) > 0,
-            f"prompt {i} is empty: generation needs at least one token (e.g. the BOS token).",
+            f"{name} is empty: generation needs at least one token (e.g. the BOS token).",
         )
-        require(np.ndim(prompt[0]) == 0, f"prompt {i} holds lists; it must be a list of token ids.")
+        require(np.ndim(prompt[0]) == 0, f"{name} holds lists; it must be a list of token ids.")
         require(
             len(prompt) + max_new_tokens <= limit,
-            f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that"
+            f"{name} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that"
             f" exceeds the model's context of {limit}. Shorten the prompt or lower max_new_tokens.",
         )
-        check_ids(prompt, model.config.vocab_size, f"prompt {i}", model.tokenizer)
+        check_ids(prompt, model.config.vocab_size, name, model.tokenizer)

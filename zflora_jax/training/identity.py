@@ -11,7 +11,7 @@ from typing import Any
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import flatten
-from zflora_jax.data.mixture import parse_mixture
+from zflora_jax.data.mixture import has_own_rows, parse_mixture
 
 # Settings that change what is logged, kept or evaluated but no number of the training itself: a
 # resumed run may change them.
@@ -52,16 +52,15 @@ def same_numbers(there: RunConfig, run: RunConfig) -> bool:
     """Whether two runs have the same numbers, held-out losses among them, up to the rounding of
     another mesh.
 
-    Where the files of a known task lie does not matter; the directory of task "rows" does, because
-    it alone says which rows are read.
+    Where the files of a known task lie does not matter; the directory of rows of one's own does,
+    because it alone says which rows are read.
     """
     return not [key for key in differences(there, run) if not _is_no_number(key, there, run)]
 
 
 def same_files(there: RunConfig, run: RunConfig) -> bool:
     """Whether two data.data_dir can only hold the same rows: those of known tasks, or one place."""
-    own_files = "rows" in parse_mixture(run.data.task)[0]
-    return not own_files or _resolved(there) == _resolved(run)
+    return not has_own_rows(parse_mixture(run.data.task)[0]) or _resolved(there) == _resolved(run)
 
 
 def _is_no_number(key: str, there: RunConfig, run: RunConfig) -> bool:
