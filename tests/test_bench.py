@@ -239,6 +239,25 @@ def test_masks_leave_the_share_that_was_asked_for() -> None:
         assert mask.sum(axis=1).tolist() == [wanted] * 2
 
 
+def test_a_case_that_does_not_fit_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [training.Case("tiny", batch=batch, length=16) for batch in (1, 99, 2)]
+
+    def alone(case: training.Case, *_: Any) -> tuple[float, float]:
+        if case.batch == 99:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
+        return 1e8, 1.0
+
+    monkeypatch.setattr(training, "alone", alone)
+    settings: dict[str, Any] = {"repeats": 1, "with_peft": False, "say": lambda _: None}
+    found = training.measure(cases, ["lora"], **settings)
+    assert [row["case"].batch for row in found["rows"]] == [1, 2]
+    assert found["failed"] == [f"{cases[1]}: RESOURCE_EXHAUSTED: out of memory"]
+    page = training.page(found | {"environment": environment()}, "training")
+    assert f"Not measured: {found['failed'][0]}" in page
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        training.measure(cases[1:2], ["lora"], **settings)
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [

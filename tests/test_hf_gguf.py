@@ -100,6 +100,7 @@ def test_divisors_in_float16_are_read_by_their_kind(tmp_path: Path) -> None:
         ({"llama__rope__scaling__factor": 4}, r"'linear' \(factor 4\)"),  # without a type
         ({"llama__rope__scale_linear": 4}, r"'linear' \(factor 4\)"),  # as files of 2023 say it
         ({"blocks": 2**31}, "belong to 2"),
+        ({"split__count": 3}, "one of the 3 files of a split model.*--merge"),
         (
             {"edit": lambda t: t.pop("blk.1.ffn_up.weight")},
             r"missing +model\.layers\.1\.mlp\.up_proj",

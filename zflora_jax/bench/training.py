@@ -21,7 +21,7 @@ from zflora_jax.bench.timing import ratio, summary, turns
 from zflora_jax.bench.training_step import PEFT, alone, load, matmul_rate, our_step
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import first_line, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.save import save_hf
@@ -52,7 +52,8 @@ def measure(
       say: called with a line after each measurement.
 
     Returns:
-      {"matmul_flops", "repeats", "failed", "rows"}, a row per case and label: step_ms (median over
+      {"matmul_flops", "repeats", "failed", "rows"}. failed: a sentence for each case, or PEFT in
+      a case, that could not be measured. rows: one per case and label: step_ms (median over
       turns, with _min and _max) and step_ratio to PEFT's within a turn; tokens_per_s; flops_share
       of the matmul rate, at 4 N FLOPs per token (no gradient of a base kernel), 6 N for "full";
       compile_s (first step less a later one); peak_bytes and first_step_s, each of a process of its
@@ -61,6 +62,7 @@ def measure(
     Raises:
       ConfigError: a value is out of range, or PEFT is not installed.
       ValueError: the first losses differ, so the labels do not do the same work.
+      RuntimeError: no case could be measured; the last one's error.
     """
     unknown = [m for m in methods if m not in METHODS]
     known = f"methods={list(methods)}: choose from {', '.join(METHODS)}."
@@ -72,27 +74,41 @@ def measure(
     rates: dict[str, float] = {}
     rows: list[TableRow] = []
     for case in cases:
-        model = load(case)
-        require(
-            case.length <= model.config.max_position_embeddings,
-            f"length={case.length} exceeds the context of {model.config.max_position_embeddings}.",
-        )
         if case.dtype not in rates:
             rates[case.dtype] = matmul_rate(case.dtype)
-        with tempfile.TemporaryDirectory() as folder:
-            directory = Path(folder) / "base"
-            save_hf(directory, model)
-            labels = [*methods, *([PEFT] if with_peft else [])]
-            apart, missing = _alone_each(case, labels, directory, say)
-            failed += missing
-            stored = model if case.quantize == "none" else quantize_model(model, case.quantize)
-            first, times = _turns(case, stored, directory, list(apart), repeats)
-        for label in apart:
-            rows.append(_row(case, label, model.config, (apart, first, times), rates[case.dtype]))
-            step_ms, step_ratio = rows[-1]["step_ms"], rows[-1].get("step_ratio", float("nan"))
-            say(f"{case}  {label}: {step_ms:.0f} ms, {step_ratio:.3f} x PEFT")
-        del model, stored
+        labels = [*methods, *([PEFT] if with_peft else [])]
+        try:
+            found, missing = _measure_case(case, labels, repeats, rates[case.dtype], say)
+        except RuntimeError as error:  # the device's memory was too small, as a rule
+            if case == cases[-1] and not rows:
+                raise
+            found, missing = [], [f"{case}: {first_line(error)}"]
+            say(missing[0])
+        rows += found
+        failed += missing
     return {"matmul_flops": rates, "repeats": repeats, "failed": failed, "rows": rows}
+
+
+def _measure_case(
+    case: Case, labels: Sequence[str], repeats: int, rate: float, say: Callable[[str], None]
+) -> tuple[list[TableRow], list[str]]:
+    """(the rows of a case, why PEFT could not be measured)."""
+    model = load(case)
+    require(
+        case.length <= model.config.max_position_embeddings,
+        f"length={case.length} exceeds the context of {model.config.max_position_embeddings}.",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "base"
+        save_hf(directory, model)
+        apart, missing = _alone_each(case, labels, directory, say)
+        stored = model if case.quantize == "none" else quantize_model(model, case.quantize)
+        first, times = _turns(case, stored, directory, list(apart), repeats)
+    rows = [_row(case, label, model.config, (apart, first, times), rate) for label in apart]
+    for row in rows:
+        of_peft = f", {row['step_ratio']:.3f} x PEFT" if "step_ratio" in row else ""
+        say(f"{case}  {row['label']}: {row['step_ms']:.0f} ms{of_peft}")
+    return rows, missing
 
 
 Timed = dict[str, tuple[float, float]]
@@ -199,7 +215,7 @@ def page(result: Mapping[str, Any], title: str) -> str:
         '- "peak": resident memory (on a GPU: device memory) of a process that loads the model and'
         ' trains three steps. "first step after": seconds from loading to the end of its first'
         " step, without a compile cache.",
-        *(f"PEFT could not be measured: {why}" for why in result["failed"]),
+        *(f"Not measured: {why}" for why in result["failed"]),
         "",
         markdown_table(shown, list(shown[0])),
         "",

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
@@ -59,10 +60,15 @@ def load_gguf(
 
     Raises:
       ConfigError: the forward pass has no code for the model.
-      CheckpointError: the file is damaged, or its tensors are missing, unexpected, misshapen or not
-        finite.
+      CheckpointError: the file is damaged or one part of a split model, or its tensors are missing,
+        unexpected, misshapen or not finite.
     """
     file, what = GGUFFile(path), str(path)
+    if (parts := file.get("split.count", 1)) > 1:
+        raise CheckpointError(
+            f"{path} is one of the {parts} files of a split model. Join them with llama.cpp's"
+            " `llama-gguf-split --merge FIRST_FILE JOINED.gguf` and load the joined file."
+        )
     named = {hf_name(name): t for name, t in file.tensors.items() if name != ROPE_DIVISORS}
     config = gguf_config(file).replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
     check_layer_count(named, config.num_layers, what)

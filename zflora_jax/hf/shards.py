@@ -160,6 +160,8 @@ class Shards:
                 )
             raise CheckpointError(
                 f"{self.directory} has neither {SINGLE} nor {INDEX}; expected a Hugging Face model"
+                " directory. Of a model on the hub that has pickled weights (*.bin) alone, nothing"
+                " else is fetched: convert it with transformers' save_pretrained and load that"
                 " directory."
             )
         return None
