@@ -86,6 +86,31 @@ def test_a_record_serves_its_run_and_no_other(tmp_path):
         assert read_result(job(path, scoring=other)) is None
 
 
+def test_a_record_serves_the_rows_that_own_files_had(tmp_path):
+    folder, path = tmp_path / "own", tmp_path / "a.json"
+    folder.mkdir()
+    row = '{"prompt": "a", "completion": "b"}\n'
+    for name, rows in (("train", 3), ("test", 1)):
+        (folder / f"{name}.jsonl").write_text(row * rows)
+    own = override(RUN, {"data.task": "rows", "data.data_dir": str(folder)})
+    scored = Scoring(("rows",), EvalConfig())
+    for made in (job(path, own), job(path, override(own, {"data.task": "arithmetic"}), scored)):
+        write_record(made, {"validation_loss": 1.5})
+        assert read_result(made)
+        for name in ("train", "test"):
+            before = (folder / f"{name}.jsonl").read_text()
+            (folder / f"{name}.jsonl").write_text(before.replace("b", "c"))
+            assert read_result(made) is None
+            (folder / f"{name}.jsonl").write_text(before)
+            assert read_result(made)  # the same bytes, written later
+    folder.rename(tmp_path / "gone")
+    assert read_result(job(path, override(own, {"data.task": "arithmetic"}), scored))
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({key: saved[key] for key in ("config", "result")}))
+    (tmp_path / "gone").rename(folder)
+    assert read_result(made)  # a record from before such hashes
+
+
 def test_a_record_without_the_numbers_that_are_asked_for_is_not_enough(tmp_path):
     path = tmp_path / "a.json"
     write_record(job(path), {"validation_loss": 1.5})

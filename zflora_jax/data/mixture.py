@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.joined import Joined
+from zflora_jax.data.sources import files_digest, find_files
+from zflora_jax.data.task import FileTask
 from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples, open_split
 
 _PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
@@ -63,6 +65,22 @@ def _weight(written: str, text: str) -> float:
 def has_own_rows(names: Iterable[str]) -> bool:
     """Whether a task of these names has rows of the user's own."""
     return any(get_task(name).own for name in names)
+
+
+def own_rows_digest(data: DataConfig, names: Iterable[str]) -> str | None:
+    """A hash of the files that `data` and tasks of these names read as rows of the user's own;
+    None where there are none here: other tasks, a dataset with a name, files that are gone.
+    """
+    try:
+        files = [
+            find_files(task.name, task.source, data.data_dir)
+            for task in map(get_task, sorted(set(names)))
+            if isinstance(task, FileTask) and task.own
+        ]
+    except ConfigError:
+        return None
+    paths = [path for split in files for _, found in split.values() for path in found]
+    return files_digest(paths) if paths else None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ Splits without a file of their own are held out of the train file.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +158,23 @@ def find_files(
         f"task {task!r}: no train, validation or test file in data.data_dir={data_dir!r}. Tried:"
         f" {listed}. {fix}"
     )
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A hash of the names and bytes of files, in their order."""
+    found = [(path.name, _digest(path, *_stamp(path))) for path in paths]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=256)  # a sweep asks for each of its runs
+def _digest(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _folders(source: Source, root: Path, folders: Collection[str]) -> list[Path]:

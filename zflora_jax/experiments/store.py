@@ -1,8 +1,9 @@
 """Records of finished runs: one JSON file per run of a sweep, written once and not computed again
 while its settings stay the same.
 
-A record is {"config": the RunConfig, and "tasks" and "scoring" of a run that is scored; "result":
-the numbers, with commit, date and device}. The result of a run that diverged is {"failed": why}.
+A record is {"config": the RunConfig, and "tasks" and "scoring" of a run that is scored; "rows": a
+hash of the user's own files, if it has any; "result": the numbers, with commit, date and device}.
+The result of a run that diverged is {"failed": why}.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.stored_config import from_file
+from zflora_jax.data.mixture import own_rows_digest, parse_mixture
 from zflora_jax.reporting.files import write_json
 from zflora_jax.training.identity import same_numbers
 
@@ -72,7 +74,15 @@ def write_record(job: Job, result: Result) -> None:
     config = to_dict(job.run)
     if job.scoring is not None:
         config |= {"tasks": list(job.scoring.tasks), "scoring": to_dict(job.scoring.settings)}
-    write_json(job.record, {"config": config, "result": result})
+    rows = _rows(job)
+    write_json(
+        job.record, {"config": config} | ({"rows": rows} if rows else {}) | {"result": result}
+    )
+
+
+def _rows(job: Job) -> str | None:
+    scored = job.scoring.tasks if job.scoring else ()
+    return own_rows_digest(job.run.data, [*parse_mixture(job.run.data.task)[0], *scored])
 
 
 def read_result(job: Job) -> Result | None:
@@ -82,10 +92,10 @@ def read_result(job: Job) -> Result | None:
     had when the record was written; a setting that is younger than the record counts as what it was
     then. A record with scores also serves where none are asked for, and so does one with the
     numbers of `Job.extra`, whatever that computed then; one without them does not serve where they
-    are asked for.
+    are asked for. The user's own files must have the bytes that they had, if they are still there.
 
     Returns:
-      None where there is no record, or one of another run or of other scores.
+      None where there is no record, or one of another run, of other rows or of other scores.
     """
     if not job.record.is_file():
         return None
@@ -99,7 +109,8 @@ def read_result(job: Job) -> Result | None:
         )
     except ConfigError:  # a setting that is gone
         return None
-    if not same:
+    rows = saved.get("rows")
+    if not same or (rows and rows != (_rows(job) or rows)):
         return None
     result = saved["result"] if "result" in saved else _of_a_row(saved["row"])
     measured = job.extra is None or "row" in saved or EXTRA in result or "failed" in result
