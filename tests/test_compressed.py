@@ -134,8 +134,7 @@ def test_the_codes_and_scales_of_the_base_are_copied(
         np.testing.assert_array_equal(scales[np.ix_(outputs, groups)], scale)
 
 
-@pytest.mark.parametrize("method", ["base", *WIDENED])
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize(("quant", "method"), pairwise(["int8", "int4"], ["base", *WIDENED]))
 def test_the_export_computes_what_the_model_does(quant: str, method: str, tmp_path: Path) -> None:
     """int4 has groups for an adapter's rows, so nothing is rounded; int8 rounds them once more."""
     fused = quantised(quant, method)

@@ -4,6 +4,7 @@ prompts share one program.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from functools import partial
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.checks import assert_logits_close, compiled
-from support.grids import pairwise
+from support.grids import always
 from support.models import perturb, tiny_fused, tiny_model, untied
 
 from zflora_jax.adapters.fuse import fuse
@@ -163,7 +164,10 @@ def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
 
 @pytest.mark.parametrize(
     ("beside", "batch", "kv_heads"),
-    pairwise(["fused", "lora", "lora of each row"], [1, 2], [1, 2]),
+    always(
+        list(itertools.product(["fused", "lora", "lora of each row"], [1, 2], [1, 2])),
+        lambda case: case in [("fused", 1, 2), ("lora", 2, 1), ("lora of each row", 2, 2)],
+    ),
 )
 def test_the_compiled_loop_copies_no_cache(
     beside: str, batch: int, kv_heads: int, optimised: None
@@ -211,7 +215,11 @@ def test_the_compiled_loop_copies_no_cache(
 
 
 @pytest.mark.parametrize(
-    ("layout", "batch", "kv_heads"), pairwise(["packed", "stacked"], [1, 2], [1, 2])
+    ("layout", "batch", "kv_heads"),
+    always(
+        list(itertools.product(["packed", "stacked"], [1, 2], [1, 2])),
+        lambda case: case in [("packed", 2, 1), ("stacked", 1, 2)],
+    ),
 )
 def test_greedy_is_the_argmax_of_whole_forwards(layout: str, batch: int, kv_heads: int) -> None:
     """Whatever axes of one the loop's cache goes without."""

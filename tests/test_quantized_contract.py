@@ -74,7 +74,8 @@ def test_fused_packed_and_swapped_equal_adapted_and_the_base_keeps_its_bits(kind
         assert_same_bits(swap(other, moved(model, adapter)).params, packed.params)
 
 
-@pytest.mark.parametrize("kind", always(KINDS, lambda kind: kind == "q4_1"))
+@pytest.mark.soak  # twins: the one above, and test_serving's thousand swaps of numbers
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_swaps_leave_the_base_as_it_was(kind):
     model, adapter = quantized_tiny(kind), WIDENED["zflora-uniform"]
     tasks = [moved(model, adapter, seed) for seed in (1, 2)]

@@ -4,6 +4,8 @@ compile nothing, mixed batches equal one by one.
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -63,7 +65,7 @@ def adapters_of(model: Model, adapter: AdapterConfig, seed: int) -> trees.Tree:
             (AdapterConfig("lora", rank=4, alpha=6.0), AdapterConfig("lora", rank=9, alpha=27.0)),
             (AdapterConfig("lora", rank=4, targets="q|v"), AdapterConfig("lora", rank=4)),
         ],
-        lambda pair: pair[0].method != "ffba" and pair[0].targets == pair[1].targets,
+        lambda pair: pair[0].method == "zflora-uniform" or pair[1].method == "zflora-uniform",
     ),
     ids=lambda a: f"{a.method}-{a.rank}-{a.targets.replace('|', '')}",
 )
@@ -171,7 +173,12 @@ def test_adapters_of_more_rows_than_there_are_tokens_are_refused(base, tokens, r
 
 
 @pytest.mark.parametrize(
-    ("sampler", "batch_size"), pairwise([None, Sampler(0.8)], [1, 2, 3, 16]), ids=str
+    ("sampler", "batch_size"),
+    always(
+        list(itertools.product([None, Sampler(0.8)], [1, 2, 3, 16])),
+        lambda case: case in [(None, 1), (Sampler(0.8), 3)],
+    ),
+    ids=str,
 )
 def test_mixed_generation_equals_one_by_one(base, batch_size, sampler):
     tasks = [adapters_of(base, MINIMAL, seed) for seed in (1, 2)]

@@ -66,10 +66,11 @@ def dead_slices(
 
 
 def is_few(adapter: AdapterConfig) -> bool:
-    """Where every case is a long program to compile: of the targets, those that split kernels or
-    leave out a head's scores. `make soak` has the whole.
+    """Where every case is a long program to compile: of the targets, those that split kernels; of
+    the widened heads, those without scores. `make soak` has the whole.
     """
-    return adapter.targets not in ("attention", "mlp") and adapter.init is None
+    wider = adapter.extra_head_dim is not None and adapter.head_scores
+    return adapter.targets not in ("attention", "mlp") and adapter.init is None and not wider
 
 
 def case_id(adapter: AdapterConfig) -> str:
