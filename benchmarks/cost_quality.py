@@ -5,7 +5,7 @@ plugin, see docs/scaling.md). SmolLM2-135M with the adapters of configs/accuracy
 arithmetic must be there: accuracy is read from results/accuracy_arithmetic.json. decode: TPOT over
 the base's on this CPU, float32, batch 1, medians of turns in one process. compiled: kernels and
 bytes of a token in bfloat16, compiled for an H100, not run. Without --parts both are made; a part
-that is left out is taken from the result that is there.
+that is left out is taken from the result that is there, and `--parts` alone makes neither.
 Writes results/cost_quality.json, .md, .png and .svg.
 """
 
@@ -141,10 +141,16 @@ def page(result: Mapping[str, Any]) -> str:
 accuracy in [{TABLE}]({TABLE}.md) less LoRA's. Kernels and bytes of a token,
 batch 1, bfloat16: compiled for an H100, not run. TPOT: measured on this CPU in float32, batch 1. A
 merge by addition has the base's program: lora, ffa, dora, rslora, loraplus, pissa."""
-    table = markdown_table(rows(result), columns)
+    shown = [row | {"points": _points(row)} for row in rows(result)]
+    table = markdown_table(shown, columns)
     picture = "![Quality against cost](cost_quality.png)"
     title = "# Quality against cost at decode"
     return "\n\n".join([title, head, table, picture, *origins]) + "\n"
+
+
+def _points(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{row['points']:+.1f} [{low:+.1f}, {high:+.1f}]" if high > low else "0"
 
 
 def draw(result: Mapping[str, Any], out: str) -> None:
@@ -166,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=("decode", "compiled"))
+    parser.add_argument("--parts", nargs="*", choices=("decode", "compiled"))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--accuracy", type=Path, default=Path("results"), metavar="DIR")
     parser.add_argument("--out", default="results/cost_quality")
@@ -182,14 +188,13 @@ def main() -> None:
     )
     result["quality"] = quality(args.accuracy)
     # First what is compiled: the CUDA compiler does not start once jax has begun on the CPU.
-    for part in sorted(args.parts or parts):
+    for part in sorted(parts if args.parts is None else args.parts):
         result[part] = decode(args.repeats) if part == "decode" else compiled()
         result["environments"][part] = environment()
-        if all(name in result for name in parts):
-            write_result(args.out, result, page(result))
-            draw(result, args.out)
-        else:  # a run that is stopped later keeps it
-            write_json(file, result)
+        write_json(file, result)  # a run that is stopped later keeps it
+    if all(name in result for name in parts):
+        write_result(args.out, result, page(result))
+        draw(result, args.out)
 
 
 if __name__ == "__main__":
