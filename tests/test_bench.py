@@ -8,6 +8,7 @@ import json
 import resource
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -239,19 +240,34 @@ def test_masks_leave_the_share_that_was_asked_for() -> None:
         assert mask.sum(axis=1).tolist() == [wanted] * 2
 
 
+REFUSED = """Traceback (most recent call last):
+  File "<string>", line 4, in <module>
+jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.
+--------------------
+For simplicity, JAX has removed its internal frames from the traceback.
+"""
+
+
 def test_a_case_that_does_not_fit_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [training.Case("tiny", batch=batch, length=16) for batch in (1, 99, 2)]
 
-    def alone(case: training.Case, *_: Any) -> tuple[float, float]:
-        if case.batch == 99:
-            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
-        return 1e8, 1.0
+    def process(command: Any, input: str, **_: Any) -> Any:
+        job, done = json.loads(input), SimpleNamespace(returncode=0, stdout="[1e8, 1.0]", stderr="")
+        if job["case"]["batch"] == 99 or (job["case"]["batch"] == 2 and job["label"] == "full"):
+            done.returncode, done.stderr = 1, REFUSED
+        return done
 
-    monkeypatch.setattr(training, "alone", alone)
+    monkeypatch.setattr(training_step, "subprocess", SimpleNamespace(run=process))
     settings: dict[str, Any] = {"repeats": 1, "with_peft": False, "say": lambda _: None}
-    found = training.measure(cases, ["lora"], **settings)
-    assert [row["case"].batch for row in found["rows"]] == [1, 2]
-    assert found["failed"] == [f"{cases[1]}: RESOURCE_EXHAUSTED: out of memory"]
+    found = training.measure(cases, ["lora", "full"], **settings)
+    assert [(row["case"].batch, row["label"]) for row in found["rows"]] == [
+        (1, "lora"),
+        (1, "full"),
+        (2, "lora"),
+    ]
+    why = "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+    said = [f"{label} ended with 1 in a process of its own: {why}" for label in ("full", "full")]
+    assert found["failed"] == [f"{cases[1]}: {said[0]}", f"{cases[2]}: {said[1]}"]
     page = training.page(found | {"environment": environment()}, "training")
     assert f"Not measured: {found['failed'][0]}" in page
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):

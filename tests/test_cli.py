@@ -343,8 +343,8 @@ def test_prompts_longer_than_the_context(refused, model_dir, tmp_path):
     )
     message = refused("eval", "--model", model_dir, "--out", tmp_path / "out", "--set", *changes)
     assert (
-        "with max_new_tokens=380 that exceeds the model's context of 400. Shorten the prompt or"
-        " lower max_new_tokens."
+        "with eval.max_new_tokens=380 that exceeds the model's context of 400. Shorten or remove"
+        " it, or lower eval.max_new_tokens."
         in message
         and "arithmetic, test, row 1 has " in message
     )

@@ -38,7 +38,7 @@ NEW = 64
     "adapter",
     always(
         [a for a in CASES if a.method != "full"],
-        lambda a: a == DORA or (a in BY_METHOD and a.method.startswith("zflora")),
+        lambda a: a == DORA or (a in BY_METHOD and a.method not in ("lora", "ffa")),
     ),
     ids=case_id,
 )

@@ -31,7 +31,7 @@ from zflora_jax.nn.llama import forward
             {},
             (
                 r"prompt 0 has 505 tokens; with max_new_tokens=8 that exceeds .*context of 512\."
-                r" Shorten the prompt or lower max_new_tokens"
+                r" Shorten or remove it, or lower max_new_tokens"
             ),
         ),
         ([[1], [2, 259]], {}, r"prompt 1 holds token ids outside 0\.\.258"),

@@ -242,7 +242,7 @@ def test_prompts_that_do_not_fit_are_said_before_the_first_answer(model, monkeyp
         Example("a", "b", "b", where="f, row 1"),
         Example("a" * context, "b", "b", where="f, row 2"),
     ]
-    with pytest.raises(ConfigError, match=r"^f, row 2 has \d+ tokens; with max_new_tokens"):
+    with pytest.raises(ConfigError, match=r"^f, row 2 has \d+ tokens; with eval.max_new_tokens=6 "):
         generation_records(model, "rows", rows, TASK_DATA, EVAL)
     long = dataclasses.replace(EVAL, max_new_tokens=context)
     with pytest.raises(ConfigError, match=r"^eval.max_new_tokens=\d+ leaves no room for a prompt"):

@@ -214,7 +214,7 @@ def test_changed_evaluation_settings_change_the_loss_alone(run, workdir, monkeyp
     after = quiet_train(run, workdir).report
     assert after[f"{split}_rows"] == 2 and after[f"{split}_loss"] != before["test_loss"]
     assert after["config"]["eval"]["limit"] == 2
-    changed = {f"{split}_rows", f"{split}_loss", "config"}
+    changed = {f"{split}_rows", f"{split}_loss", "eval_fingerprint", "config"}
     assert {key for key in after if after[key] != before.get(key)} == changed
     assert json.loads((workdir / "report.json").read_text()) == after
 

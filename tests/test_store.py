@@ -19,7 +19,15 @@ from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.overview import overview
-from zflora_jax.experiments.store import EXTRA, Job, Scoring, read_result, write_record
+from zflora_jax.experiments.run_report import finished_report, write_report
+from zflora_jax.experiments.store import (
+    EXTRA,
+    Job,
+    Scoring,
+    own_rows,
+    read_result,
+    write_record,
+)
 from zflora_jax.training.identity import same_numbers
 
 ROOT = Path(__file__).parents[1]
@@ -86,29 +94,76 @@ def test_a_record_serves_its_run_and_no_other(tmp_path):
         assert read_result(job(path, scoring=other)) is None
 
 
-def test_a_record_serves_the_rows_that_own_files_had(tmp_path):
-    folder, path = tmp_path / "own", tmp_path / "a.json"
+@pytest.fixture
+def own(tmp_path):
+    """A run on own rows, whose folder is tmp_path / "own"."""
+    folder, row = tmp_path / "own", '{"prompt": "a", "completion": "b"}\n'
     folder.mkdir()
-    row = '{"prompt": "a", "completion": "b"}\n'
-    for name, rows in (("train", 3), ("test", 1)):
+    for name, rows in (("train", 3), ("validation", 1), ("test", 1)):
         (folder / f"{name}.jsonl").write_text(row * rows)
-    own = override(RUN, {"data.task": "rows", "data.data_dir": str(folder)})
-    scored = Scoring(("rows",), EvalConfig())
-    for made in (job(path, own), job(path, override(own, {"data.task": "arithmetic"}), scored)):
-        write_record(made, {"validation_loss": 1.5})
-        assert read_result(made)
-        for name in ("train", "test"):
-            before = (folder / f"{name}.jsonl").read_text()
-            (folder / f"{name}.jsonl").write_text(before.replace("b", "c"))
-            assert read_result(made) is None
-            (folder / f"{name}.jsonl").write_text(before)
-            assert read_result(made)  # the same bytes, written later
+    return override(RUN, {"data.task": "rows", "data.data_dir": str(folder)})
+
+
+OWN = Scoring(("rows",), EvalConfig())
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_record_serves_the_rows_that_own_files_had(own, scored, tmp_path):
+    folder, path = tmp_path / "own", tmp_path / "a.json"
+    made = job(path, override(own, {"data.task": "arithmetic"}), OWN) if scored else job(path, own)
+    write_record(made, {"validation_loss": 1.5}, own_rows(made))
+    assert read_result(made)
+    for name in ("train", "test"):
+        before = (folder / f"{name}.jsonl").read_text()
+        (folder / f"{name}.jsonl").write_text(before.replace("b", "other"))
+        assert read_result(made) is None
+        (folder / "notes.csv").write_text("x")  # of no split, so no files are found
+        assert read_result(made) is None
+        (folder / "notes.csv").unlink()
+        (folder / f"{name}.jsonl").write_text(before)
+        assert read_result(made)  # the same bytes, written later
+    for place in (str(tmp_path / "elsewhere"), "hub:a/b", None):
+        other = override(made.run, {"data.data_dir": place})
+        assert read_result(dataclasses.replace(made, run=other)) is None
     folder.rename(tmp_path / "gone")
-    assert read_result(job(path, override(own, {"data.task": "arithmetic"}), scored))
-    saved = json.loads(path.read_text())
-    path.write_text(json.dumps({key: saved[key] for key in ("config", "result")}))
+    assert read_result(made)
     (tmp_path / "gone").rename(folder)
+    write_record(made, {"validation_loss": 1.5})
     assert read_result(made)  # a record from before such hashes
+
+
+def test_rows_that_change_in_place_are_measured_anew(own, tmp_path, monkeypatch):
+    """Validation rows after the run; and rows that change while it trains."""
+    file, loss = tmp_path / "own" / "validation.jsonl", iter((1.0, 2.0, 3.0))
+    identity = {"base_fingerprint": "x", "data_fingerprint": "y"}
+    made, during = job(tmp_path / "a.json", override(own, {"eval.split": "validation"})), []
+
+    def finished(run, workdir, **_):
+        workdir.mkdir(exist_ok=True)
+        rows = SimpleNamespace(fingerprint=file.read_text)
+        setup = SimpleNamespace(run=run, fingerprints=identity, eval_set=rows)
+        if not (workdir / "report.json").exists():
+            origin = dict.fromkeys(jobs.ORIGIN, "") | {"dirty": False}
+            stored = {"steps": run.train.steps, "config": to_dict(run), "environment": origin}
+            write_report(workdir, stored | identity)
+        report = finished_report(setup, workdir, 1.0, {}, lambda: {"loss": next(loss), "rows": 1})
+        for text in during:
+            file.write_text(text)
+        return SimpleNamespace(report=report, date=None, signalled=False, model=None, adapters=None)
+
+    monkeypatch.setattr(jobs, "train", finished)
+
+    def run():
+        [(_, result)] = jobs.run_jobs([made], lambda *_: None, console=False)
+        return result["validation_loss"]
+
+    assert (run(), run()) == (1.0, 1.0)
+    file.write_text(file.read_text() * 2)
+    assert read_result(made) is None
+    assert (run(), run()) == (2.0, 2.0)
+    made.record.unlink()
+    during.append(file.read_text() * 2)
+    assert run() == 2.0 and read_result(made) is None
 
 
 def test_a_record_without_the_numbers_that_are_asked_for_is_not_enough(tmp_path):

@@ -24,6 +24,7 @@ from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import first_line, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.hf.load import model_config
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.quantize_model import quantize_model
 from zflora_jax.reporting.files import write_result
@@ -52,8 +53,8 @@ def measure(
       say: called with a line after each measurement.
 
     Returns:
-      {"matmul_flops", "repeats", "failed", "rows"}. failed: a sentence for each case, or PEFT in
-      a case, that could not be measured. rows: one per case and label: step_ms (median over
+      {"matmul_flops", "repeats", "failed", "rows"}. failed: a sentence for each case, or label
+      of a case, that could not be measured. rows: one per case and label: step_ms (median over
       turns, with _min and _max) and step_ratio to PEFT's within a turn; tokens_per_s; flops_share
       of the matmul rate, at 4 N FLOPs per token (no gradient of a base kernel), 6 N for "full";
       compile_s (first step less a later one); peak_bytes and first_step_s, each of a process of its
@@ -73,6 +74,9 @@ def measure(
     failed: list[str] = []
     rates: dict[str, float] = {}
     rows: list[TableRow] = []
+    for case in cases:  # before anything is measured
+        context = model_config(case.model).max_position_embeddings
+        require(case.length <= context, f"length={case.length} exceeds the context of {context}.")
     for case in cases:
         if case.dtype not in rates:
             rates[case.dtype] = matmul_rate(case.dtype)
@@ -84,6 +88,7 @@ def measure(
                 raise
             found, missing = [], [f"{case}: {first_line(error)}"]
             say(missing[0])
+            gc.collect()
         rows += found
         failed += missing
     return {"matmul_flops": rates, "repeats": repeats, "failed": failed, "rows": rows}
@@ -92,12 +97,8 @@ def measure(
 def _measure_case(
     case: Case, labels: Sequence[str], repeats: int, rate: float, say: Callable[[str], None]
 ) -> tuple[list[TableRow], list[str]]:
-    """(the rows of a case, why PEFT could not be measured)."""
+    """(the rows of a case, why others could not be measured)."""
     model = load(case)
-    require(
-        case.length <= model.config.max_position_embeddings,
-        f"length={case.length} exceeds the context of {model.config.max_position_embeddings}.",
-    )
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "base"
         save_hf(directory, model)
@@ -117,10 +118,10 @@ Timed = dict[str, tuple[float, float]]
 def _alone_each(
     case: Case, labels: Sequence[str], directory: Path, say: Callable[[str], None]
 ) -> tuple[Timed, list[str]]:
-    """(label -> `alone`, why PEFT could not be measured), before this process holds a step.
+    """(label -> `alone`, why others could not be measured), before this process holds a step.
 
-    PEFT needs more memory than this project, and quantises with bitsandbytes, which may be absent:
-    where it fails, the others are measured all the same.
+    Some need more memory than others, and PEFT quantises with bitsandbytes, which may be absent:
+    where one fails, the others are measured all the same.
     """
     apart: Timed = {}
     failed = []
@@ -128,10 +129,10 @@ def _alone_each(
         try:
             apart[label] = alone(case, label, str(directory))
         except RuntimeError as error:
-            if label != PEFT:
-                raise
-            failed.append(f"{case}: {error}")
+            failed.append(f"{case}: {first_line(error)}")
             say(failed[-1])
+            if len(failed) == len(labels):
+                raise
     return apart, failed
 
 

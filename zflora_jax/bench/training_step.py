@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -85,7 +86,7 @@ def alone(case: Case, label: str, directory: str, steps: int = 3) -> tuple[float
       on a GPU the device's.
 
     Raises:
-      RuntimeError: the process failed; the message has the end of its output.
+      RuntimeError: the process failed; the message says why.
     """
     module = "peft" if label == PEFT else "training_step"
     device = baselines.device() if label == PEFT else ""
@@ -104,11 +105,16 @@ def alone(case: Case, label: str, directory: str, steps: int = 3) -> tuple[float
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(
-            f"{label} ended with {done.returncode} in a process of its own:"
-            f" {done.stderr.strip()[-300:]}"
+            f"{label} ended with {done.returncode} in a process of its own: {_reason(done.stderr)}"
         )
     peak, first = json.loads(done.stdout.splitlines()[-1])
     return peak, first
+
+
+def _reason(output: str) -> str:
+    """The line of a traceback that says what went wrong, or else the end of what was printed."""
+    said = [line for line in output.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return said[-1] if said else output.strip()[-300:]
 
 
 def main() -> None:

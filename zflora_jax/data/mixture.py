@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
@@ -68,18 +69,22 @@ def has_own_rows(names: Iterable[str]) -> bool:
 
 
 def own_rows_digest(data: DataConfig, names: Iterable[str]) -> str | None:
-    """A hash of the files that `data` and tasks of these names read as rows of the user's own;
-    None where there are none here: other tasks, a dataset with a name, files that are gone.
+    """A hash of the files, of all splits, that tasks of these names read as the user's own rows.
+
+    Returns:
+      None if there are no such tasks, or data.data_dir is no place here (a named dataset, or gone).
+
+    Raises:
+      ConfigError: files are there, and it is not clear which are meant.
     """
-    try:
-        files = [
-            find_files(task.name, task.source, data.data_dir)
-            for task in map(get_task, sorted(set(names)))
-            if isinstance(task, FileTask) and task.own
-        ]
-    except ConfigError:
+    if data.data_dir is None or not Path(data.data_dir).expanduser().exists():
         return None
-    paths = [path for split in files for _, found in split.values() for path in found]
+    files = [
+        find_files(task.name, task.source, data.data_dir)
+        for task in map(get_task, sorted(set(names)))
+        if isinstance(task, FileTask) and task.own
+    ]
+    paths = [path for splits in files for _, found in splits.values() for path in found]
     return files_digest(paths) if paths else None
 
 

@@ -171,7 +171,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=256)  # a sweep asks for each of its runs
+@functools.lru_cache(maxsize=4096)  # a sweep asks for each of its runs
 def _digest(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

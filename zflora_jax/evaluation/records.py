@@ -207,7 +207,8 @@ def _prompts_to_answer(
         f" {context} tokens; lower it.",
     )
     prompts, cut = _prompts(model, examples, style, evaluation, date)
-    check_prompts(model, prompts, new_tokens, [example.where for example in examples])
+    names = [example.where for example in examples]
+    check_prompts(model, prompts, new_tokens, names, "eval.max_new_tokens")
     return prompts, cut
 
 

@@ -14,7 +14,6 @@ import jax
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
-from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.experiments.compiled_plan import step_attention
 from zflora_jax.experiments.setup import Setup
@@ -23,6 +22,7 @@ from zflora_jax.reporting.files import write_json
 from zflora_jax.training.workdir import REPORT_FILE, read_starts
 
 Report = dict[str, Any]
+_EVAL_ROWS = "eval_fingerprint"  # of the rows of the held-out loss
 
 
 def read_report(workdir: str | Path) -> Report | None:
@@ -65,7 +65,7 @@ def new_report(
             **_facts(setup),
             "steps": setup.run.train.steps,
             "resumed_from": first,
-            **_loss_fields(setup.run, loss),
+            **_loss_fields(setup, loss),
             **timings,
             "processes": jax.process_count(),
             "environment": env,
@@ -83,8 +83,9 @@ def finished_report(
     """The report of a finished run that is run again. Every process of the run calls this.
 
     The report that is there keeps its commit, device, date and timings. Its held-out loss is
-    computed again if eval.split or eval.limit have changed. A report that is missing, damaged or of
-    fewer steps is written again, with the environment that the last start of training recorded.
+    computed again if eval.split, eval.limit or the rows themselves have changed. A report that is
+    missing, damaged or of fewer steps is written again, with the environment that the last start of
+    training recorded.
 
     Args:
       setup: base and data of the run.
@@ -113,15 +114,17 @@ def finished_report(
                 for key, value in start.items()
                 if key not in ("step", "changed", "processes")
             },
-            **_loss_fields(run, evaluate()),
+            **_loss_fields(setup, evaluate()),
         }
         return write_report(workdir, report)
     now, then = to_dict(run.eval), stored["config"]["eval"]
     same = all(now[key] == then.get(key) for key in ("split", "limit"))
+    rows = setup.eval_set.fingerprint()
+    same = same and stored.get(_EVAL_ROWS, rows) == rows  # an older report does not say
     if same and stored.get(f"{run.eval.split}_loss") is not None:
         return stored
     config = stored["config"] | {"eval": now}
-    return write_report(workdir, stored | _loss_fields(run, evaluate()) | {"config": config})
+    return write_report(workdir, stored | _loss_fields(setup, evaluate()) | {"config": config})
 
 
 def _facts(setup: Setup) -> Report:
@@ -142,6 +145,11 @@ def _facts(setup: Setup) -> Report:
     }
 
 
-def _loss_fields(run: RunConfig, loss: Mapping[str, float]) -> Report:
-    """The held-out loss under the names that the report has for it."""
-    return {f"{run.eval.split}_loss": loss["loss"], f"{run.eval.split}_rows": int(loss["rows"])}
+def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:
+    """The held-out loss under the names that the report has for it, and which rows it is of."""
+    split = setup.run.eval.split
+    return {
+        f"{split}_loss": loss["loss"],
+        f"{split}_rows": int(loss["rows"]),
+        _EVAL_ROWS: setup.eval_set.fingerprint(),
+    }

@@ -19,7 +19,7 @@ from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.data.mixture import own_rows_digest, parse_mixture
 from zflora_jax.reporting.files import write_json
-from zflora_jax.training.identity import same_numbers
+from zflora_jax.training.identity import same_files, same_numbers
 
 if TYPE_CHECKING:
     from zflora_jax.experiments.train import Trained
@@ -69,20 +69,27 @@ class Job:
     extra: Extra | None = None
 
 
-def write_record(job: Job, result: Result) -> None:
-    """Write the record of a finished run, whole or not at all."""
+def own_rows(job: Job) -> str | None:
+    """The hash of the user's own files that a job trains on or is scored on; see
+    `mixture.own_rows_digest`.
+    """
+    scored = job.scoring.tasks if job.scoring else ()
+    return own_rows_digest(job.run.data, [*parse_mixture(job.run.data.task)[0], *scored])
+
+
+def write_record(job: Job, result: Result, rows: str | None = None) -> None:
+    """Write the record of a finished run, whole or not at all.
+
+    Args:
+      job: the run.
+      result: its numbers.
+      rows: its `own_rows` from before it read them: a file that changed meanwhile is then seen.
+    """
     config = to_dict(job.run)
     if job.scoring is not None:
         config |= {"tasks": list(job.scoring.tasks), "scoring": to_dict(job.scoring.settings)}
-    rows = _rows(job)
-    write_json(
-        job.record, {"config": config} | ({"rows": rows} if rows else {}) | {"result": result}
-    )
-
-
-def _rows(job: Job) -> str | None:
-    scored = job.scoring.tasks if job.scoring else ()
-    return own_rows_digest(job.run.data, [*parse_mixture(job.run.data.task)[0], *scored])
+    of_rows = {} if rows is None else {"rows": rows}
+    write_json(job.record, {"config": config} | of_rows | {"result": result})
 
 
 def read_result(job: Job) -> Result | None:
@@ -92,7 +99,8 @@ def read_result(job: Job) -> Result | None:
     had when the record was written; a setting that is younger than the record counts as what it was
     then. A record with scores also serves where none are asked for, and so does one with the
     numbers of `Job.extra`, whatever that computed then; one without them does not serve where they
-    are asked for. The user's own files must have the bytes that they had, if they are still there.
+    are asked for. The user's own files must have the bytes that they had, unless data.data_dir is
+    gone.
 
     Returns:
       None where there is no record, or one of another run, of other rows or of other scores.
@@ -103,14 +111,19 @@ def read_result(job: Job) -> Result | None:
     config, scoring = dict(saved["config"]), job.scoring
     tasks, settings = tuple(config.pop("tasks", ())), config.pop("scoring", {})
     try:
-        same = same_numbers(from_file(RunConfig, config), job.run) and (
+        there = from_file(RunConfig, config)
+        same = same_numbers(there, job.run) and (
             scoring is None
-            or (tasks, from_dict(EvalConfig, settings)) == (scoring.tasks, scoring.settings)
+            or (
+                (tasks, from_dict(EvalConfig, settings)) == (scoring.tasks, scoring.settings)
+                and same_files(there, job.run, scoring.tasks)
+            )
         )
-    except ConfigError:  # a setting that is gone
+        rows = saved.get("rows")
+        same = same and (rows is None or own_rows(job) in (rows, None))
+    except ConfigError:  # a setting that is gone, or files that are not clear
         return None
-    rows = saved.get("rows")
-    if not same or (rows and rows != (_rows(job) or rows)):
+    if not same:
         return None
     result = saved["result"] if "result" in saved else _of_a_row(saved["row"])
     measured = job.extra is None or "row" in saved or EXTRA in result or "failed" in result

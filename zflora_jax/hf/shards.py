@@ -160,9 +160,9 @@ class Shards:
                 )
             raise CheckpointError(
                 f"{self.directory} has neither {SINGLE} nor {INDEX}; expected a Hugging Face model"
-                " directory. Of a model on the hub that has pickled weights (*.bin) alone, nothing"
-                " else is fetched: convert it with transformers' save_pretrained and load that"
-                " directory."
+                " directory. (A model on the hub may have pickled weights, *.bin, alone, which are"
+                " not downloaded: convert it with transformers' save_pretrained, and load that"
+                " directory.)"
             )
         return None
 

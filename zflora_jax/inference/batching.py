@@ -74,10 +74,11 @@ def check_prompts(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     names: Sequence[str] | None = None,
+    setting: str = "max_new_tokens",
 ) -> None:
     """ConfigError for a prompt that is not a list of the model's token ids, is empty, or exceeds
-    the context together with max_new_tokens. names: of the prompts, for its message; None: their
-    numbers.
+    the context together with max_new_tokens. For its message: names, of the prompts (None or "":
+    their numbers), and the name of the setting.
     """
     no_ids = any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts)
     require(
@@ -87,7 +88,7 @@ def check_prompts(
     )
     limit = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
-        name = names[i] if names else f"prompt {i}"
+        name = (names[i] if names else "") or f"prompt {i}"
         require(
             len(prompt) > 0,
             f"{name} is empty: generation needs at least one token (e.g. the BOS token).",
@@ -95,7 +96,7 @@ def check_prompts(
         require(np.ndim(prompt[0]) == 0, f"{name} holds lists; it must be a list of token ids.")
         require(
             len(prompt) + max_new_tokens <= limit,
-            f"{name} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that"
-            f" exceeds the model's context of {limit}. Shorten the prompt or lower max_new_tokens.",
+            f"{name} has {len(prompt)} tokens; with {setting}={max_new_tokens} that exceeds the"
+            f" model's context of {limit}. Shorten or remove it, or lower {setting}.",
         )
         check_ids(prompt, model.config.vocab_size, name, model.tokenizer)

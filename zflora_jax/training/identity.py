@@ -4,6 +4,7 @@ is resumed and for a run that a sweep has a record of.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,12 @@ def same_numbers(there: RunConfig, run: RunConfig) -> bool:
     return not [key for key in differences(there, run) if not _is_no_number(key, there, run)]
 
 
-def same_files(there: RunConfig, run: RunConfig) -> bool:
-    """Whether two data.data_dir can only hold the same rows: those of known tasks, or one place."""
-    return not has_own_rows(parse_mixture(run.data.task)[0]) or _resolved(there) == _resolved(run)
+def same_files(there: RunConfig, run: RunConfig, tasks: Iterable[str] | None = None) -> bool:
+    """Whether two data.data_dir can only hold the same rows of `tasks` (None: those that `run`
+    trains on): rows of known tasks, or one place.
+    """
+    names = parse_mixture(run.data.task)[0] if tasks is None else tasks
+    return not has_own_rows(names) or _resolved(there) == _resolved(run)
 
 
 def _is_no_number(key: str, there: RunConfig, run: RunConfig) -> bool:
