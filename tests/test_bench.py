@@ -252,26 +252,46 @@ def test_a_case_that_does_not_fit_leaves_the_others(monkeypatch: pytest.MonkeyPa
     cases = [training.Case("tiny", batch=batch, length=16) for batch in (1, 99, 2)]
 
     def process(command: Any, input: str, **_: Any) -> Any:
-        job, done = json.loads(input), SimpleNamespace(returncode=0, stdout="[1e8, 1.0]", stderr="")
-        if job["case"]["batch"] == 99 or (job["case"]["batch"] == 2 and job["label"] == "full"):
-            done.returncode, done.stderr = 1, REFUSED
-        return done
+        asked = json.loads(input)
+        batch, label = asked["case"]["batch"], asked["label"]
+        if batch < 99 and (batch, label) != (2, "full"):
+            return SimpleNamespace(returncode=0, stdout="[1e8, 1.0]")
+        return SimpleNamespace(returncode=1, stderr=REFUSED if label == "full" else "")
 
     monkeypatch.setattr(training_step, "subprocess", SimpleNamespace(run=process))
-    settings: dict[str, Any] = {"repeats": 1, "with_peft": False, "say": lambda _: None}
+    said: list[str] = []
+    settings: dict[str, Any] = {"repeats": 1, "with_peft": False, "say": said.append}
     found = training.measure(cases, ["lora", "full"], **settings)
-    assert [(row["case"].batch, row["label"]) for row in found["rows"]] == [
-        (1, "lora"),
-        (1, "full"),
-        (2, "lora"),
-    ]
-    why = "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
-    said = [f"{label} ended with 1 in a process of its own: {why}" for label in ("full", "full")]
-    assert found["failed"] == [f"{cases[1]}: {said[0]}", f"{cases[2]}: {said[1]}"]
+    measured = [(row["case"].batch, row["label"]) for row in found["rows"]]
+    assert measured == [(1, "lora"), (1, "full"), (2, "lora")]
+    full = "full ended with 1 in a process of its own: jax.errors.JaxRuntimeError:"
+    full += " RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+    lora = "lora ended with 1 in a process of its own: it printed nothing"
+    assert found["failed"] == [f"{cases[1]}: {lora}", f"{cases[1]}: {full}", f"{cases[2]}: {full}"]
+    assert [line for line in said if "ended with" in line] == found["failed"]
     page = training.page(found | {"environment": environment()}, "training")
-    assert f"Not measured: {found['failed'][0]}" in page
-    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
-        training.measure(cases[1:2], ["lora"], **settings)
+    assert f"Not measured: {found['failed'][1]}" in page
+    with pytest.raises(ConfigError, match=r"(?s)nothing could be measured.*RESOURCE_EXHAUSTED"):
+        training.measure(cases[1:2], ["full"], **settings)
+
+
+def test_a_step_that_fails_beside_others_leaves_the_other_cases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each alone has room, all in one process have not."""
+    monkeypatch.setattr(training, "alone", lambda *_: (1e8, 1.0))
+    step = training.our_step
+
+    def our_step(case: training.Case, *given: Any) -> Any:
+        if case.batch == 99:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nand more")
+        return step(case, *given)
+
+    monkeypatch.setattr(training, "our_step", our_step)
+    cases = [training.Case("tiny", batch=batch, length=16) for batch in (99, 1)]
+    found = training.measure(cases, ["lora"], repeats=1, with_peft=False, say=lambda _: None)
+    assert [row["case"].batch for row in found["rows"]] == [1]
+    assert found["failed"] == [f"{cases[0]}: RESOURCE_EXHAUSTED: no room"]
 
 
 @pytest.mark.parametrize(

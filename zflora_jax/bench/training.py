@@ -61,9 +61,8 @@ def measure(
       own; loss of the first step; trainable parameters.
 
     Raises:
-      ConfigError: a value is out of range, or PEFT is not installed.
+      ConfigError: a value is out of range, PEFT is not installed, or nothing could be measured.
       ValueError: the first losses differ, so the labels do not do the same work.
-      RuntimeError: no case could be measured; the last one's error.
     """
     unknown = [m for m in methods if m not in METHODS]
     known = f"methods={list(methods)}: choose from {', '.join(METHODS)}."
@@ -84,13 +83,13 @@ def measure(
         try:
             found, missing = _measure_case(case, labels, repeats, rates[case.dtype], say)
         except RuntimeError as error:  # the device's memory was too small, as a rule
-            if case == cases[-1] and not rows:
-                raise
             found, missing = [], [f"{case}: {first_line(error)}"]
             say(missing[0])
             gc.collect()
         rows += found
         failed += missing
+    nothing = "nothing could be measured; try a smaller batch or length:"
+    require(len(rows) > 0, "\n".join([nothing, *failed]))
     return {"matmul_flops": rates, "repeats": repeats, "failed": failed, "rows": rows}
 
 
@@ -103,6 +102,8 @@ def _measure_case(
         directory = Path(folder) / "base"
         save_hf(directory, model)
         apart, missing = _alone_each(case, labels, directory, say)
+        if not apart:
+            return [], missing
         stored = model if case.quantize == "none" else quantize_model(model, case.quantize)
         first, times = _turns(case, stored, directory, list(apart), repeats)
     rows = [_row(case, label, model.config, (apart, first, times), rate) for label in apart]
@@ -131,8 +132,6 @@ def _alone_each(
         except RuntimeError as error:
             failed.append(f"{case}: {first_line(error)}")
             say(failed[-1])
-            if len(failed) == len(labels):
-                raise
     return apart, failed
 
 

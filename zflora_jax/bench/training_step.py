@@ -112,9 +112,10 @@ def alone(case: Case, label: str, directory: str, steps: int = 3) -> tuple[float
 
 
 def _reason(output: str) -> str:
-    """The line of a traceback that says what went wrong, or else the end of what was printed."""
-    said = [line for line in output.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return said[-1] if said else output.strip()[-300:]
+    """The line of a traceback that says what went wrong, or else the last line."""
+    lines = output.strip().splitlines() or ["it printed nothing"]
+    said = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return [*lines, *said][-1]
 
 
 def main() -> None:
