@@ -151,8 +151,10 @@ class Dense(AdaptedModule):
         some = norms > 0  # in the divisor too: of 0 / 0 the gradient is NaN though it is not chosen
         magnitude = self.block("magnitude", jnp.float32)
         ratio = jnp.where(some, magnitude / jnp.where(some, norms, 1.0), 1.0)
-        ratio = ratio.reshape(1, 1, -1)
-        more = (ratio - 1).astype(y.dtype) * own + ratio.astype(y.dtype) * added
+        # = ratio (own + added) - own. In float32, and with the ratio read once: its gradient is a
+        # sum over all tokens.
+        adapted = (own + added).astype(jnp.float32)
+        more = added + ((ratio.reshape(1, 1, -1) - 1) * adapted).astype(y.dtype)
         return y + more.reshape(y.shape)
 
     def _product(self, x: Array) -> Array:
