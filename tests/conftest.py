@@ -5,6 +5,7 @@ fixtures that several files use. Helpers that are no fixtures are in `support`.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+gc.disable()  # until `pytest_collection_finish`
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -302,3 +304,10 @@ def fake_train(model, monkeypatch):
             lambda run, *_: {"loss": fake.loss(run), "rows": 4.0, "tokens": 40.0},
         )
     return fake
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so the garbage collector leaves it out of its rounds."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
