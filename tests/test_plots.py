@@ -161,17 +161,23 @@ def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
     plots.forest({"one": {"a": rounded}}, tmp_path / "h", "differences", "points")
 
 
-def test_a_scatter_draws_named_points_in_every_panel(tmp_path, figures):
-    panels = {"cost": {"a": (1.0, 2.0), "b": (3.0, 4.0)}, "bytes": {"a": (5.0, 2.0, 1.0, 4.0)}}
-    plots.scatter(panels, tmp_path / "s", "cost and quality", "points")
+def test_dots_share_their_rows_between_panels(tmp_path, figures):
+    panels = {"score": {"a": (2.0, 1.0, 4.0), "b": (2.0,)}, "cost": {"b": (5.0,), "c": (6.0,)}}
+    plots.dots(panels, tmp_path / "s", "quality and cost", {"score": 0.0})
     assert _is_png(tmp_path / "s.png")
     left, right = figures[0].axes
-    points = [(line.get_label(), *line.get_xydata()[0]) for line in left.lines]
-    assert points == [("a", 1.0, 2.0), ("b", 3.0, 4.0)]
-    assert (left.get_xlabel(), right.get_xlabel()) == ("cost", "bytes")
-    assert left.get_ylabel() == "points"
-    assert not left.collections
-    [whisker] = right.collections
-    assert whisker.get_segments()[0].tolist() == [[5.0, 1.0], [5.0, 4.0]]
-    with pytest.raises(ValueError, match="no values to draw"):
-        plots.scatter({"cost": {}}, tmp_path / "t", "nothing", "points")
+    assert [t.get_text() for t in left.get_yticklabels()] == ["a", "b", "c"]
+    assert [line.get_xydata().tolist() for line in left.lines] == [
+        [[2.0, 0.0]],
+        [[2.0, 1.0]],
+        [[0.0, 0.0], [0.0, 1.0]],  # the mark, from the bottom of the panel to its top
+    ]
+    assert [line.get_xydata().tolist() for line in right.lines] == [[[5.0, 1.0]], [[6.0, 2.0]]]
+    assert (left.get_xlabel(), right.get_xlabel()) == ("score", "cost")
+    assert left.get_ylim() == right.get_ylim() == (2.5, -0.5)  # the first on top
+    [interval] = left.collections
+    assert interval.get_segments()[0].tolist() == [[1.0, 0.0], [4.0, 0.0]]
+    assert not right.collections
+    for empty in ({}, {"cost": {}}):
+        with pytest.raises(ValueError, match="no values to draw"):
+            plots.dots(empty, tmp_path / "t", "nothing")

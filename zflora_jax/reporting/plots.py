@@ -232,38 +232,45 @@ def forest(
     _save(figure, out)
 
 
-def scatter(
-    panels: Mapping[str, Mapping[str, Sequence[float]]], out: str | Path, title: str, y: str
+def dots(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    out: str | Path,
+    title: str,
+    marks: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw named points in panels side by side, which share their vertical axis.
+    """Draw points in panels side by side that share their rows, one row for each name: points of
+    equal value stay apart.
 
     Args:
-      panels: panels[label of the horizontal axis][name] = (x, y), or (x, y, low, high) with the
-        ends of its whiskers along the vertical axis.
+      panels: panels[label of the axis][name] = (x,), or (x, low, high) with the ends of its
+        interval. A name may be missing in a panel.
       out: path without a suffix.
       title: of the figure.
-      y: label of the vertical axis.
+      marks: label of the axis -> where a line crosses all rows.
     """
     from matplotlib.figure import Figure
 
-    if not any(panels.values()):
+    names = list(dict.fromkeys(name for points in panels.values() for name in points))
+    if not names:
         raise ValueError(f"no values to draw for {title!r}.")
-    figure = Figure(figsize=(1.5 + 3.6 * len(panels), 4.2), layout="constrained")
+    size = (2.0 + 2.6 * len(panels), 1.6 + 0.3 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (x, points) in zip(columns, panels.items(), strict=True):
-        for colour, (name, (across, up, *ends)) in enumerate(points.items()):
-            marker, shade = "os^Dv"[colour // 10 % 5], f"C{colour % 10}"
-            axes.plot(across, up, marker, color=shade, label=name)
+    for axes, (label, points) in zip(columns, panels.items(), strict=True):
+        for name, (x, *ends) in points.items():
+            row = names.index(name)
+            axes.plot(x, row, "o", color="C0", markersize=5)
             if ends:
-                axes.vlines(across, *ends, color=shade)
-        axes.set_xlabel(x)
-        axes.margins(x=0.15, y=0.15)
+                axes.hlines(row, *ends, color="C0")
+        if marks and label in marks:
+            axes.axvline(marks[label], color="black", linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.margins(x=0.12)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    columns[0].set_ylabel(y)
-    handles, labels = columns[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    columns[0].set_yticks(range(len(names)), names)
+    columns[0].set_ylim(len(names) - 0.5, -0.5)
     _save(figure, out)
 
 
