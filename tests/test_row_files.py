@@ -8,7 +8,7 @@ import json
 
 import pytest
 from support.byte_tokenizer import byte_tokenizer
-from support.chat import LONG, SHORT
+from support.chat import LONG, SHORT, turn
 from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
@@ -155,6 +155,17 @@ def test_dialogues_that_begin_alike_stay_together(tmp_path):
     write(tmp_path / "train.jsonl", *[{"messages": SHORT}] * 40)
     with pytest.raises(ConfigError, match=r"begin alike.*Put validation.json\(l\) and test"):
         load("rows", "train", tmp_path)
+
+
+@pytest.mark.parametrize("opening", ["hi", "Who are you?", "Write a poem", "What can you do?"])
+def test_a_usual_opening_stays_in_train(opening, tmp_path):
+    """Wherever it lies in the order by hashes: here before, at and behind the cuts."""
+    rows = [{"messages": [turn("user", opening), turn("assistant", f"{i}")]} for i in range(60)]
+    rows += [{"messages": [turn("user", f"{i}?"), turn("assistant", "yes")]} for i in range(40)]
+    write(tmp_path / "train.jsonl", *rows)
+    parts = [load("rows", split, tmp_path) for split in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [80, 10, 10]
+    assert [sum(e.turns[0]["content"] == opening for e in part) for part in parts] == [60, 0, 0]
 
 
 def test_nulls_are_nothing(tmp_path):

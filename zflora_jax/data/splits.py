@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +53,9 @@ def read_split(
     A validation or test split without a file is held out of the train file: HOLD_OUT rows, at most
     a tenth, which the train split then lacks. The choice is a fixed function of the question texts
     alone. It depends neither on data.seed, so that two runs are judged alike, nor on the order of
-    the file, and equal questions (or rows of one dialogue) are always on the same side. The train
-    split comes in that pseudo-random order, so that `train_limit` takes a sample; a test or
+    the file, and equal questions (or rows of one dialogue) are always on the same side; a question
+    of more rows than HOLD_OUT or a tenth stays in train where others are enough. The train split
+    comes in that pseudo-random order, so that `train_limit` takes a sample; a test or
     validation file comes in its own order.
 
     Args:
@@ -203,17 +205,20 @@ def _key(row: Record) -> bytes:
 
 def _hold_out(questions: Sequence[bytes], names: Sequence[str]) -> dict[str, list[int]]:
     """The indices of "train" and of each split in `names`: rows sorted by a hash of the question,
-    cut so that equal questions stay together.
+    cut so that equal questions stay together. A question of more rows than a split should have
+    stays in train, unless there are too few others.
     """
     keys = [hashlib.sha256(b"zflora hold-out\n" + question).digest() for question in questions]
     order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
-    size = min(HOLD_OUT, len(order) // 10)
+    size, rows = min(HOLD_OUT, len(order) // 10), Counter(keys)
+    queue = sorted(order, key=lambda i: rows[keys[i]] > size)  # otherwise in the same order
     parts: dict[str, list[int]] = {}
     start = 0
     for name in names:
         stop = min(start + size, len(order))
-        while size and 0 < stop < len(order) and keys[order[stop]] == keys[order[stop - 1]]:
+        while size and 0 < stop < len(order) and keys[queue[stop]] == keys[queue[stop - 1]]:
             stop += 1
-        parts[name] = order[start:stop]
+        parts[name] = queue[start:stop]
         start = stop
-    return parts | {"train": order[start:]}
+    held_out = set(queue[:start])
+    return parts | {"train": [i for i in order if i not in held_out]}
