@@ -8,8 +8,10 @@ import pytest
 from support.chat import SHORT
 from support.tasks import load, write
 
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import builders, task
+from zflora_jax.data.builders.rows import read_form
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.tasks import get_task
 
@@ -71,3 +73,37 @@ def test_generated_problems_are_not_kept_where_rows_come_from(folder, tmp_path, 
     get_task("arithmetic").split("train", DataConfig(data_dir=folder))
     get_task("arithmetic").split("train", DataConfig(data_dir=str(tmp_path)))
     assert kept == [None, str(tmp_path)]
+
+
+@pytest.mark.parametrize("answer", [{}, {"answer": "A"}])
+def test_the_output_of_own_rows_is_learned_as_it_stands(answer):
+    """LLM-Adapters' marker "A:" is a label of the options here, and spaces may be code's."""
+    for output in ("A: Paris", "    return x\n"):
+        row = {"instruction": "Which? A: Paris B: Rome", "output": output}
+        [found] = read_form([("row 1", row | answer)])
+        assert found["output"] == output
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"instruction": "a", "input": "", "output": "b", "prompt": "### a"}, "instruction"),
+        ({"prompt": "### a", "question": "a", "answer": "#### 1"}, "question"),
+        ({"prompt": "### a", "text": "### a b"}, "text"),
+        (
+            {"prompt": "a", "completion": "b", "instruction": "c", "output": "d"},
+            "prompt-completion",
+        ),
+        ({"instruction": "a", "answer": "b", "output": ""}, "instruction"),
+    ],
+)
+def test_a_form_is_recognised_by_all_that_it_needs(row, form):
+    """As rendered prompts stand beside what they were made of."""
+    [found] = read_form([("row 1", row)])
+    assert found["form"] == form
+
+
+def test_an_empty_cell_is_called_so(tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,completion\na,b\nc,\n")
+    with pytest.raises(ConfigError, match=r"row 2: no field 'completion'.*An empty cell"):
+        load("rows", "train", tmp_path)

@@ -67,8 +67,10 @@ def gsm8k_row(question: str, answer: str, where: str) -> dict[str, str]:
     return {"instruction": question, "input": "", "output": output, "answer": result}
 
 
-def local_row(row: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Convert one row; see `read_rows`."""
+def local_row(row: Mapping[str, Any], where: str, *, published: bool = True) -> dict[str, str]:
+    """Convert one row; see `read_rows`. Of rows that are not LLM-Adapters', the output is learned
+    as it stands.
+    """
 
     def text(name: str) -> str:
         return field(row, name, where, _LOCAL_FIELDS)
@@ -76,10 +78,11 @@ def local_row(row: Mapping[str, Any], where: str) -> dict[str, str]:
     if "question" in row and "instruction" not in row:
         rows = gsm8k_row(text("question"), text("answer"), where)
     else:
-        answer, output = text("answer").strip() if "answer" in row else "", text("output").strip()
-        if "answer" in row:
-            output = _MARKER.sub("", output, count=1)
-        if not output and not answer:
+        answer, output = text("answer").strip() if "answer" in row else "", text("output")
+        if published:
+            output = output.strip()
+            output = _MARKER.sub("", output, count=1) if "answer" in row else output
+        if not output.strip() and not answer:
             raise ConfigError(
                 f"{where}: 'output' is empty and there is no 'answer', so there is nothing to"
                 " learn."
@@ -88,7 +91,10 @@ def local_row(row: Mapping[str, Any], where: str) -> dict[str, str]:
             "instruction": text("instruction"),
             "input": text("input") if "input" in row else "",
         }
-        rows |= {"output": output or f"The answer is {answer}.", "answer": answer}
+        rows |= {
+            "output": output if output.strip() else f"The answer is {answer}.",
+            "answer": answer,
+        }
     if not rows["instruction"].strip():
         raise ConfigError(f"{where}: the instruction (or question) is empty.")
     return rows

@@ -40,10 +40,12 @@ class Form(NamedTuple):
     Attributes:
       column: by which it is recognised.
       read: (row, where) -> its texts, of `Rows.FIELDS`; ConfigError where it is malformed.
+      beside: columns of which it has at least one, too; none for a form of one column.
     """
 
     column: str
     read: Callable[[Raw, str], Row]
+    beside: tuple[str, ...] = ()
 
 
 def _turns(column: str) -> Callable[[Raw, str], Row]:
@@ -87,7 +89,8 @@ def _text(row: Raw, where: str) -> Row:
 def _local(*columns: str) -> Callable[[Raw, str], Row]:
     def read(row: Raw, where: str) -> Row:
         _require_read(row, where, f"the form {columns[0]!r}")
-        found = local_row({name: x for name, x in row.items() if name in columns}, where)
+        of_form = {name: x for name, x in row.items() if name in columns}
+        found = local_row(of_form, where, published=False)
         return found | {"unit": "\n".join(filter(None, (found["instruction"], found["input"])))}
 
     return read
@@ -106,9 +109,11 @@ def _require_read(row: Raw, where: str, form: str) -> None:
 FORMS: dict[str, Form] = {
     "messages": Form("messages", _turns("messages")),
     "conversations": Form("conversations", _turns("conversations")),
-    "prompt-completion": Form("prompt", _completion),
-    "instruction": Form("instruction", _local("instruction", "input", "output", "answer")),
-    "question": Form("question", _local("question", "answer")),
+    "prompt-completion": Form("prompt", _completion, ("completion",)),
+    "instruction": Form(
+        "instruction", _local("instruction", "input", "output", "answer"), ("output", "answer")
+    ),
+    "question": Form("question", _local("question", "answer"), ("answer",)),
     "text": Form("text", _text),
 }
 _KNOWN = (
@@ -118,14 +123,17 @@ _KNOWN = (
 
 
 def form_of(row: Raw, where: str) -> str:
-    """The key in `FORMS` of a row, by its columns.
+    """The key in `FORMS` of a row, by its columns: the first form that it has whole, or else the
+    first that it has in part, whose reader says what is missing.
 
     Raises:
       ConfigError: no form has them.
     """
-    for name, form in FORMS.items():
-        if row.get(form.column) is not None:
-            return name
+    there = {column for column, value in row.items() if value is not None}
+    found = [name for name, form in FORMS.items() if form.column in there]
+    whole = [name for name in found if not (of := FORMS[name].beside) or there.intersection(of)]
+    if found:
+        return (whole or found)[0]
     raise ConfigError(
         f"{where}: the columns {', '.join(map(repr, row)) or 'of an empty row'} are of no form"
         f" that is known. Expected the columns of one of: {_KNOWN}."
