@@ -56,3 +56,15 @@ def test_the_best_checkpoint_is_of_the_same_rows(run, tmp_path, monkeypatch):
                 adopt(tmp_path / name, more)
         else:
             assert adopt(tmp_path / name, more)[0].eval.limit == 2
+
+
+def test_a_finished_run_is_there_on_a_mesh_that_does_not_divide_its_micro_batches(run, tmp_path):
+    """Nothing is left to train, so how the batch was divided does not matter."""
+    run = override(run, {"data.batch_size": 4, "data.grad_accum_steps": 4})
+    workdirs.claim(tmp_path, run)
+    (tmp_path / "checkpoints" / str(run.train.steps)).mkdir(parents=True)
+    wide = override(run, {"data.grad_accum_steps": 1, "mesh.data": 4, "train.loss_chunk": 64})
+    found, _ = adopt(tmp_path, wide)
+    assert (found.mesh.data, found.data.grad_accum_steps) == (4, 1)
+    assert found.train.loss_chunk == run.train.loss_chunk
+    assert adopt(tmp_path, override(wide, {"mesh.data": 1}))[0].data.grad_accum_steps == 4

@@ -136,11 +136,12 @@ def _ended(workdir: Path, run: RunConfig, finished: int) -> bool:
 
 
 def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
-    """`run` with the settings named in `ROUNDING` taken from `there`."""
+    """`run` with the settings named in `ROUNDING` taken from `there`, as far as its mesh allows."""
     for key in ROUNDING:
         section, name = key.split("/")
         part = replace(getattr(run, section), **{name: getattr(getattr(there, section), name)})
-        run = replace(run, **{section: part})
+        with contextlib.suppress(ConfigError):  # micro-batches that another mesh does not divide
+            run = replace(run, **{section: part})
     return run
 
 
