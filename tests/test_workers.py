@@ -48,6 +48,11 @@ def test_each_worker_has_its_cores_and_exit_code(tmp_path):
     assert sorted(core for cores in found for core in cores) == mine
 
 
+def test_a_signal_is_an_exit_code():
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run_pinned([sys.executable, "-c", code], 1) == [137]
+
+
 @several
 def test_sigterm_reaches_the_workers(tmp_path):
     child = (
@@ -100,6 +105,12 @@ def test_a_sweep_of_several_workers(base_dir, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 75
+    # Killed for want of memory: the caller makes what is left, writes the tables and says so.
+    (out / "shared.md").unlink()
+    (tmp_path / "runs" / "optim.learning_rate=0.01" / "row.json").unlink()
+    monkeypatch.setattr(workers, "run_pinned", lambda *_: [0, 137])
+    assert main(words) == 0 and (out / "shared.md").is_file()
+    assert "1 of 2 workers were killed" in capsys.readouterr().err
     assert small_run(base_dir).train.steps != 3
 
 

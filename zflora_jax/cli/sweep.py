@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -16,6 +18,8 @@ from zflora_jax.core.fields import ConfigError, nearest, override, require
 if TYPE_CHECKING:
     from zflora_jax.experiments.comparison import Comparison
     from zflora_jax.experiments.grid import Grid
+
+log = logging.getLogger(__name__)
 
 SUMMARY = (
     "Run every combination of a grid of settings, or compare methods at their best rates. Finished"
@@ -166,7 +170,8 @@ def _share(args: argparse.Namespace) -> None:
 
     Raises:
       ConfigError: there are fewer cores than workers.
-      SystemExit: a worker was stopped or broke down, with its exit code; it has said why.
+      SystemExit: a worker was stopped or broke down, with its exit code; it has said why, unless a
+        signal ended it.
     """
     import jax
 
@@ -184,9 +189,17 @@ def _share(args: argparse.Namespace) -> None:
     for name in ("methods", "set"):
         if getattr(args, name):
             command += [f"--{name}", *getattr(args, name)]
-    # 2: a run could not be made. The caller tries it again, writes the tables and says so.
-    if ended := [code for code in run_pinned(command, args.workers) if code not in (0, 2)]:
-        raise SystemExit(max(ended, key=abs))
+    codes = run_pinned(command, args.workers)
+    if lost := codes.count(128 + signal.SIGKILL):
+        log.warning(
+            "%d of %d workers were killed, perhaps for want of memory: what is left runs in one"
+            " process. Fewer --workers need less memory.",
+            lost,
+            args.workers,
+        )
+    # What a killed worker left, or could not make (2), the caller tries; it says what is missing.
+    if ended := [code for code in codes if code not in (0, 2, 128 + signal.SIGKILL)]:
+        raise SystemExit(max(ended))
 
 
 _Plan = TypeVar("_Plan", "Comparison", "Grid")

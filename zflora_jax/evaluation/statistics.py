@@ -151,6 +151,7 @@ class SuiteScore:
       headline: the score that the tasks' mean is taken of.
       table: score -> task -> value and interval, in percent.
       rows: task -> clean rows.
+      counted: score -> task -> those of them that have the score, which it is over.
       mean: of the headline over the tasks, in percent.
       std: the standard deviation of the seeds' means; None of one seed.
       answers_cut: task -> answers that reached the limit of new tokens.
@@ -160,6 +161,7 @@ class SuiteScore:
     headline: str
     table: dict[str, dict[str, Score]]
     rows: dict[str, int]
+    counted: dict[str, dict[str, int]]
     mean: float
     std: float | None
     answers_cut: dict[str, float]
@@ -239,6 +241,10 @@ def suite_score(
         headline=head,
         table=table,
         rows={task: found["clean_rows"] for task, found in first.items()},
+        counted={
+            kind: {task: _counted(first[task], kind) for task in tasks}
+            for kind, tasks in table.items()
+        },
         mean=mean(means),
         std=stdev(means) if len(means) > 1 else None,
         answers_cut={
@@ -248,3 +254,8 @@ def suite_score(
         },
         chance={task: 100 * found["chance"] for task, found in first.items() if "chance" in found},
     )
+
+
+def _counted(found: Mapping[str, Any], kind: str) -> int:
+    """How many clean rows of a task have a score; records without those of rows: all clean rows."""
+    return len(found[ROWS][kind]) if kind in found.get(ROWS, {}) else found["clean_rows"]

@@ -282,7 +282,9 @@ def _score_blocks(
 
 def _score_cells(plan: Comparison, score: SuiteScore, kind: str) -> dict[str, str]:
     values = score.table[kind]
-    cells = {f"{task} ({score.rows[task]})": value.percent() for task, value in values.items()}
+    cells = {
+        f"{task} ({score.counted[kind][task]})": value.percent() for task, value in values.items()
+    }
     std = f" ± {score.std:.1f}" if kind == score.headline and score.std is not None else ""
     counted = [value.mean for task, value in values.items() if task in plan.tasks]
     return cells | ({"mean": f"{statistics.mean(counted):.1f}{std}"} if counted else {})

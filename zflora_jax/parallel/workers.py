@@ -40,7 +40,7 @@ def run_pinned(command: Sequence[str], workers: int) -> list[int]:
       workers: how many.
 
     Returns:
-      Their exit codes.
+      Their exit codes, as a shell has them: 128 and its number for the signal that ended one.
 
     Raises:
       ConfigError: there are fewer cores than workers.
@@ -54,7 +54,8 @@ def run_pinned(command: Sequence[str], workers: int) -> list[int]:
                 # Before it has threads: they take over the affinity of the one that starts them.
                 with contextlib.suppress(ProcessLookupError):
                     os.sched_setaffinity(processes[-1].pid, cores)
-        return [process.wait() for process in processes]
+        codes = [process.wait() for process in processes]
+    return [code if code >= 0 else 128 - code for code in codes]
 
 
 @contextlib.contextmanager
