@@ -111,10 +111,11 @@ def test_beams_equal_transformers(model: Model, stock: Any, num_beams: int, stop
 def test_answers_come_in_the_order_of_the_prompts_and_one_beam_is_greedy(model: Model) -> None:
     settings: dict[str, Any] = {"max_new_tokens": NEW, "stop_token_ids": STOPS["three"]}
     want = generate_tokens(model, PROMPTS, num_beams=4, **settings)
-    counts: list[int] = []
-    assert generate_tokens(
-        model, PROMPTS[::-1], num_beams=4, batch_size=3, on_batch=counts.append, **settings
-    ) == want[::-1] and counts == [3, 2]
+    done: dict[int, list[int]] = {}
+    found = generate_tokens(
+        model, PROMPTS[::-1], num_beams=4, batch_size=3, on_answer=done.__setitem__, **settings
+    )
+    assert found == want[::-1] and done == dict(enumerate(found))
     assert (
         generate_tokens(model, PROMPTS, num_beams=4, sampler=Sampler(), seed=5, **settings) == want
     )

@@ -69,7 +69,7 @@ def test_texts_need_a_list_and_a_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"no tokenizer; use generate_tokens"):
         generate(model, ["hello"])
     model.tokenizer = byte_tokenizer()
-    with pytest.raises(ValueError, match=r"one string; pass a list"):
+    with pytest.raises(ValueError, match=r"a list of texts, got .*one text goes in a list"):
         generate(model, "hello")
     with pytest.raises(ValueError, match=r"prompt 1 is empty"):
         generate(model, ["hello", ""], max_new_tokens=4)
@@ -116,9 +116,10 @@ def test_keywords_are_fields_of_the_config_and_win_over_it() -> None:
         ({"max_new_token": 3}, "unknown key 'max_new_token' .*did you mean 'max_new_tokens'"),
         ({"stop_token_ids": 2}, r"stop_token_ids=2: expected a list of int, written as \[2\]"),
         ({"seed": 1.5}, "seed=1.5: expected int, got float"),
+        ({"seed": 2**32}, r"seed=4294967296: must be from 0 to 2\*\*32 - 1"),
         ({"sampler": 0.7}, "sampler=0.7: expected a table of Sampler fields"),
     ],
-    ids=["unknown", "no list", "no seed", "no sampler"],
+    ids=["unknown", "no list", "no seed", "large seed", "no sampler"],
 )
 def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -8,8 +8,11 @@ import jax
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.grids import always
-from support.models import untied
+from support.models import perturb, untied
 
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.data.prompts import render_turns
@@ -146,6 +149,31 @@ def test_turns_that_no_longer_fit_are_left_out_and_said(talker):
     assert said.endswith(talk(talker, [long], max_new_tokens=30))  # only the last turn was left
 
 
+def test_a_turn_asked_again_is_drawn_anew_where_no_other_is_left(talker):
+    long = "word " * 8
+    said = talk(talker, [long, long, long], max_new_tokens=30, sampler=Sampler(1.0))
+    answers = [part.rpartition("left out)\n")[2] for part in said.rstrip("\n").split("\n(")]
+    assert len(answers) == len(set(answers)) == 3
+    assert said == talk(talker, [long, long, long], max_new_tokens=30, sampler=Sampler(1.0))
+
+
+def test_an_adapter_beside_the_base_answers_as_fused(talker):
+    adapter = AdapterConfig("zflora-minimal", rank=4)
+    adapters = perturb(init_adapters(jax.random.key(0), talker, adapter), std=0.5)
+    told: dict[int, str] = {}
+    found = generate(
+        talker,
+        [PROMPT, "hi"],
+        adapter=adapter,
+        adapters=adapters,
+        max_new_tokens=8,
+        on_answer=told.__setitem__,
+    )
+    assert found == generate(fuse(talker, adapter, adapters), [PROMPT, "hi"], max_new_tokens=8)
+    assert found != generate(talker, [PROMPT, "hi"], max_new_tokens=8)
+    assert told == dict(enumerate(found))
+
+
 def test_a_stopped_answer_ends_and_the_conversation_goes_on(talker, monkeypatch):
     heard: list[Any] = []
 
@@ -164,6 +192,10 @@ def test_what_cannot_be_said_is_refused(talker):
     without = untied()
     with pytest.raises(ConfigError, match="has no tokenizer"):
         next(stream(without, PROMPT))
+    with pytest.raises(ConfigError, match=r"a list of turns.*one text goes without a list"):
+        next(stream(talker, ["hi"]))  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match=r"a list of texts, got 5"):
+        generate(talker, [5])  # type: ignore[list-item]
     without.tokenizer = byte_tokenizer(chat_template=None)
     with pytest.raises(ConfigError, match="chat template"):
         talk(without, ["hi"])

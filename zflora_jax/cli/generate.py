@@ -158,7 +158,7 @@ def _generate(
     args: argparse.Namespace,
     model: Model,
     style: str,
-    lines: list[str] | None,
+    lines: list[tuple[int, str]] | None,
     sampler: Sampler,
     date: str,
     main: bool,
@@ -166,11 +166,7 @@ def _generate(
     """Answer --file (`lines`), --prompt or a conversation. date: what a template is told; main:
     whether this process prints.
     """
-    from zflora_jax.data.prompts import render
-    from zflora_jax.inference.text import converse, generate as generate_texts, stream
-
-    def written(prompt: str) -> str:
-        return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
+    from zflora_jax.inference.text import converse, stream
 
     settings: Any = {
         "max_new_tokens": args.max_new_tokens,
@@ -182,10 +178,7 @@ def _generate(
         require(
             args.system is None, "--system goes with --prompt or a conversation, not with --file."
         )
-        prompts, chat = [written(line) for line in lines], style == "chat"
-        texts = generate_texts(model, prompts, chat=chat, batch_size=args.batch_size, **settings)
-        for prompt, text in zip(lines, texts, strict=True) if main else ():
-            print(json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False))
+        _answer_lines(args, model, style, lines, settings, main)
         return
 
     def say(text: str) -> None:
@@ -195,7 +188,7 @@ def _generate(
     opening = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
         turns = [*opening, {"role": "user", "content": args.prompt}]
-        asked = turns if style == "chat" else written(args.prompt)
+        asked = turns if style == "chat" else _written(model, style, args.prompt)
         for piece in stream(model, asked, **settings):
             say(piece)
         say("\n")
@@ -209,10 +202,67 @@ def _generate(
     converse(model, _typed(), say, system=args.system, **settings)
 
 
+def _written(model: Model, style: str, prompt: str) -> str:
+    from zflora_jax.data.prompts import render
+
+    return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
+
+
+def _answer_lines(
+    args: argparse.Namespace,
+    model: Model,
+    style: str,
+    lines: list[tuple[int, str]],
+    settings: dict[str, Any],
+    main: bool,
+) -> None:
+    """Answer the lines of --file. Answers are printed in their order, each as soon as those before
+    it are there; when an error or a signal ends the work, also those behind one that is missing.
+    """
+    from zflora_jax.inference.batching import check_prompts
+    from zflora_jax.inference.text import encode_prompts, generate as generate_texts
+    from zflora_jax.reporting.progress import progress_bar
+
+    prompts = [_written(model, style, line) for _, line in lines]
+    form: Any = {"chat": style == "chat", "date": settings.pop("date")}
+    check_prompts(
+        model,
+        encode_prompts(model, prompts, **form),
+        args.max_new_tokens,
+        [f"--file {args.file}, line {number}" for number, _ in lines],
+        "--max-new-tokens",
+    )
+    answers: dict[int, str] = {}
+    waiting = 0
+
+    def show(i: int) -> None:
+        if main:
+            said = {"prompt": lines[i][1], "output": answers.pop(i)}
+            print(json.dumps(said, ensure_ascii=False), flush=True)
+
+    with progress_bar(len(lines), "answering", main and not sys.stdout.isatty()) as advance:
+
+        def keep(i: int, answer: str) -> None:
+            nonlocal waiting
+            answers[i] = answer
+            advance(1)
+            while waiting in answers:
+                show(waiting)
+                waiting += 1
+
+        try:
+            generate_texts(
+                model, prompts, batch_size=args.batch_size, on_answer=keep, **form, **settings
+            )
+        finally:
+            for i in sorted(answers):
+                show(i)
+
+
 def _model_of(args: argparse.Namespace) -> Model:
     """What --workdir or --model, with --adapter, name."""
     from zflora_jax.adapters.fuse import fuse
-    from zflora_jax.adapters.packing import pack_for_decode
+    from zflora_jax.adapters.packing import pack_for_decode, split_layers
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.gguf import has_blocks
@@ -223,29 +273,28 @@ def _model_of(args: argparse.Namespace) -> Model:
 
     mesh = mesh_asked(changes(args), read_config(args.workdir) if args.workdir else None)
     if args.workdir:
-        return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)[0]
-    # The file's own blocks where nothing is merged into them. On a mesh as decoding needs it, so
-    # that there is no second copy.
+        model = load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)[0]
+        return pack_for_decode(split_layers(model), donate=True)
+    # The file's own blocks where nothing is merged into them.
     own = args.quantize is None and args.model.endswith(".gguf") and not args.adapter
     keep = own and has_blocks(locate(args.model)[0])
     dtype, how = args.dtype or "float32", args.quantize or ("keep" if keep else "none")
-    apart = mesh is not None or how != "none"
-    model = load_model(args.model, dtype, scan_layers=not apart, mesh=mesh, quantize=how)
+    # A tree per layer (`split_layers`), of which each is packed in turn: there is no second copy.
+    model = load_model(args.model, dtype, scan_layers=False, mesh=mesh, quantize=how)
     if is_quantized(model):
         numbers = "as numbers" if how == "int8" else "as numbers, faster on a CPU"
         print(f"base: {stored_text(model)} (--quantize none: {numbers})", file=sys.stderr)
-        if not args.adapter:
-            return pack_for_decode(model, donate=True)
     if args.adapter:
         require(
             model.adapter is None or not METHODS[model.adapter.method].widens,
             f"--model {args.model} has an adapter fused in already; give --adapter with its base.",
         )
-        return fuse(model, *load_peft(args.adapter, model), donate=True)
-    return model
+        model = fuse(model, *load_peft(args.adapter, model), donate=True)
+    return pack_for_decode(model, donate=True)
 
 
-def _lines(file: str | None) -> list[str] | None:
+def _lines(file: str | None) -> list[tuple[int, str]] | None:
+    """The prompts of --file with the numbers of their lines."""
     if file is None:
         return None
     if file != "-" and not Path(file).is_file():
@@ -256,7 +305,7 @@ def _lines(file: str | None) -> list[str] | None:
     text = decode(
         sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes(), f"--file {file}"
     )
-    lines = [line for line in lines_of(text) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(lines_of(text), 1) if line.strip()]
     require(bool(lines), f"--file {file} holds no prompt; put one on every line.")
     return lines
 

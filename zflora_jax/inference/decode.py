@@ -41,7 +41,7 @@ def generate_tokens(
     adapters: Tree | None = None,
     tasks: Sequence[int] | None = None,
     request_ids: Sequence[int] | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    on_answer: Callable[[int, list[int]], None] | None = None,
     **settings: Unpack[GenerationSettings],
 ) -> list[list[int]]:
     """Generate token ids for each prompt.
@@ -59,7 +59,7 @@ def generate_tokens(
       tasks: index of the task that each prompt is of; `adapters` are then those of all tasks,
         leaves [N, ...] (`stack_tasks`), and a batch may mix tasks.
       request_ids: what is drawn for a prompt depends on the seed and on its id; None: 0, 1, ...
-      on_batch: called after each batch with its number of prompts.
+      on_answer: called with the number and the answer of each prompt as soon as its batch is done.
       settings: fields of `GenerationConfig`, in place of those of `config`.
 
     Returns:
@@ -81,8 +81,8 @@ def generate_tokens(
     for rows, found in answered(run, prompts, config, request_ids, unfused):
         for i, answer in zip(rows, found, strict=True):
             answers[i] = answer
-        if on_batch:
-            on_batch(len(rows))
+            if on_answer:
+                on_answer(i, answer)
     return answers
 
 

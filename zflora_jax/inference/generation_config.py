@@ -44,6 +44,7 @@ class GenerationConfig:
         for name in ("max_new_tokens", "batch_size"):
             value = getattr(self, name)
             require(value >= 1, f"{name}={value}: must be at least 1.")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2**32 - 1.")
         require(
             self.num_beams >= 1,
             f"num_beams={self.num_beams}: must be at least 1 (1 is no beam search).",

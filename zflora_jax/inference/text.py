@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
+from zflora_jax.core.trees import Tree
 from zflora_jax.data.prompts import encode_prompt_texts, end_token, render, render_turns
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import (
@@ -79,6 +81,9 @@ def generate(
     *,
     chat: bool = False,
     date: str | None = None,
+    adapter: AdapterConfig | None = None,
+    adapters: Tree | None = None,
+    on_answer: Callable[[int, str], None] | None = None,
     **settings: Unpack[GenerationSettings],
 ) -> list[str]:
     """Generate texts for text prompts. Greedy, unless `config` or `settings` say otherwise.
@@ -91,6 +96,8 @@ def generate(
         data.prompt_style="chat" does; without it a prompt is continued as it is.
       date: the day that the template is told, "2026-11-26" (data.date of the run that trained the
         model); None for today.
+      adapter, adapters: of an adapter to run beside the base, as for `generate_tokens`.
+      on_answer: called with the number and the text of each answer as soon as its batch is done.
       settings: fields of `GenerationConfig`, in place of those of `config`.
 
     Returns:
@@ -100,16 +107,35 @@ def generate(
       ConfigError: a model without a tokenizer, chat without a chat template, or what
         `generate_tokens` refuses.
     """
-    tokenizer = _tokenizer(model)
-    require(not isinstance(prompts, str), "prompts is one string; pass a list of strings.")
-    texts = (
-        [render(tokenizer, "chat", prompt, date=date) for prompt in prompts]
-        if chat
-        else list(prompts)
-    )
+    tokens = encode_prompts(model, prompts, chat=chat, date=date)
     config = generation_config(config, settings).stopping_at(_ends(model, chat))
-    answers = generate_tokens(model, _encoded(model, texts), config)
-    return [answer_text(tokenizer, answer, config.stop_token_ids or ()) for answer in answers]
+
+    def text(answer: Sequence[int]) -> str:
+        return answer_text(model.tokenizer, answer, config.stop_token_ids or ())
+
+    def tell(i: int, answer: Sequence[int]) -> None:
+        if on_answer:
+            on_answer(i, text(answer))
+
+    answers = generate_tokens(
+        model, tokens, config, adapter=adapter, adapters=adapters, on_answer=tell
+    )
+    return [text(answer) for answer in answers]
+
+
+def encode_prompts(
+    model: Model, prompts: Sequence[str], *, chat: bool = False, date: str | None = None
+) -> list[list[int]]:
+    """The token ids that `generate` gives a model for text prompts; arguments as for `generate`."""
+    tokenizer = _tokenizer(model)
+    wrong = next((p for p in prompts if not isinstance(p, str)), None)
+    require(
+        not isinstance(prompts, str) and wrong is None,
+        f"prompts must be a list of texts, got {prompts if wrong is None else wrong!r:.80}; one"
+        " text goes in a list, and turns of a conversation to `stream`.",
+    )
+    texts = [render(tokenizer, "chat", text, date=date) for text in prompts] if chat else prompts
+    return encode_prompt_texts(tokenizer, list(texts))
 
 
 def stream(
@@ -140,6 +166,11 @@ def stream(
     """
     tokenizer = _tokenizer(model)
     chat = not isinstance(prompt, str)
+    require(
+        isinstance(prompt, str) or all(isinstance(turn, Mapping) for turn in prompt),
+        f"prompt must be a text or a list of turns with role and content, got {prompt!r:.80}; one"
+        " text goes without a list.",
+    )
     text = render_turns(tokenizer, prompt, date) if not isinstance(prompt, str) else prompt
     config = generation_config(config or LONG_ANSWER, settings).stopping_at(_ends(model, chat))
     given: list[int] = []
@@ -192,7 +223,7 @@ def converse(
     config = generation_config(config or LONG_ANSWER, settings)
     opening = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
-    for line in map(str.strip, lines):
+    for asked_before, line in enumerate(map(str.strip, lines)):
         if line == "/quit":
             return
         if line == "/reset":
@@ -203,7 +234,9 @@ def converse(
             kept = _turns_that_fit(model, opening, asked, config.max_new_tokens, say, date)
             if kept is None:
                 continue
-            seeded = replace(config, seed=config.seed + len(kept))
+            # Each line has draws of its own, also where no turn is kept: asked again, it may get
+            # another answer.
+            seeded = replace(config, seed=(config.seed + asked_before) % 2**32)
             answer = _say_answer(model, opening + kept, say, seeded, date)
             turns = [*kept, {"role": "assistant", "content": answer}]
 

@@ -1,0 +1,47 @@
+"""`zflora generate`: answers of a file that an error stops, its messages, the memory it takes."""
+
+import json
+
+import pytest
+
+from zflora_jax.cli import generate
+from zflora_jax.cli.main import _parser, main
+from zflora_jax.core.errors import NonFiniteError
+from zflora_jax.inference import decode
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_an_error_loses_no_answer(done, base_dir, tmp_path, monkeypatch, capsys):
+    """Batches go by length: the line that fails may stand before one that is answered."""
+    lines = ["a longer prompt", "hi", "medium one"]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    asks = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
+    asks += ["--max-new-tokens", "4", "--batch-size", "1"]
+    assert main(asks) == 0
+    want = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["prompt"] for line in want] == lines
+    answered = decode.answered
+
+    def stopping(*given):
+        batches = answered(*given)
+        for _ in range(done):
+            yield next(batches)
+        raise NonFiniteError("the logits are NaN")
+
+    monkeypatch.setattr(decode, "answered", stopping)
+    assert main(asks) == 3
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == done and set(said.out.splitlines()) < set(want)
+    assert "the logits are NaN" in said.err
+
+
+def test_a_line_that_does_not_fit_is_named(base_dir, tmp_path, refused):
+    (tmp_path / "lines.txt").write_text("ok\n\n\n" + "x" * 600)
+    said = refused("generate", "--model", base_dir, "--file", tmp_path / "lines.txt")
+    assert "lines.txt, line 4 has " in said and "with --max-new-tokens=256 that" in said
+
+
+def test_the_model_is_packed_as_it_is_loaded(base_dir):
+    """So that one copy of it is in memory."""
+    args = _parser().parse_args(["generate", "--model", base_dir])
+    assert generate._model_of(args).config.execution.packed
