@@ -24,7 +24,7 @@ from zflora_jax.experiments.store import (
     EXTRA,
     Job,
     Scoring,
-    own_rows,
+    own_files,
     read_result,
     write_record,
 )
@@ -111,7 +111,7 @@ OWN = Scoring(("rows",), EvalConfig())
 def test_a_record_serves_the_rows_that_own_files_had(own, scored, tmp_path):
     folder, path = tmp_path / "own", tmp_path / "a.json"
     made = job(path, override(own, {"data.task": "arithmetic"}), OWN) if scored else job(path, own)
-    write_record(made, {"validation_loss": 1.5}, own_rows(made))
+    write_record(made, {"validation_loss": 1.5}, own_files(made))
     assert read_result(made)
     for name in ("train", "test"):
         before = (folder / f"{name}.jsonl").read_text()
@@ -130,6 +130,24 @@ def test_a_record_serves_the_rows_that_own_files_had(own, scored, tmp_path):
     (tmp_path / "gone").rename(folder)
     write_record(made, {"validation_loss": 1.5})
     assert read_result(made)  # a record from before such hashes
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_a_record_serves_the_base_that_it_was_made_with(kind, tmp_path):
+    base = tmp_path / ("base" if kind == "directory" else "base.gguf")
+    weights = base / "model.safetensors" if kind == "directory" else base
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_bytes(b"weights")
+    made = job(tmp_path / "a.json", override(RunConfig(), {"model": str(base)}))
+    write_record(made, {"validation_loss": 1.5}, own_files(made))
+    assert read_result(made)
+    (weights.parent / "README.md").write_text("notes")
+    assert read_result(made)
+    weights.write_bytes(b"others!")
+    assert read_result(made) is None
+    weights.unlink()
+    assert bool(read_result(made)) == (kind == "file")  # a directory is there still
+    assert own_files(job(tmp_path / "b.json")) == {}  # a preset's files do not change
 
 
 def test_rows_that_change_in_place_are_measured_anew(own, tmp_path, monkeypatch):

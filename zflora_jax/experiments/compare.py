@@ -34,7 +34,7 @@ from zflora_jax.experiments.jobs import FAILURES, POLL, run_jobs, score, split_l
 from zflora_jax.experiments.page import comparison_page, write_page
 from zflora_jax.experiments.progress import Progress
 from zflora_jax.experiments.rates import RateChoice
-from zflora_jax.experiments.store import ORIGIN, Job, Result, own_rows, read_result, write_record
+from zflora_jax.experiments.store import ORIGIN, Job, Result, own_files, read_result, write_record
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import local_path
@@ -271,9 +271,9 @@ def _untrained(
         with locked(job.workdir):
             if (saved := read_result(job)) is not None:
                 return saved["scores"]
-            env, rows = environment(), own_rows(job)
+            env, files = environment(), own_files(job)
             result = {"scores": score(base, model, scoring, job.workdir, console)}
-            write_record(job, result | {key: env[key] for key in ORIGIN}, rows)
+            write_record(job, result | {key: env[key] for key in ORIGIN}, files)
     except BusyError:
         return {}
     return result["scores"]

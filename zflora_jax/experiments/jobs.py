@@ -33,7 +33,7 @@ from zflora_jax.experiments.store import (
     Job,
     Result,
     Scoring,
-    own_rows,
+    own_files,
     read_result,
     write_record,
 )
@@ -152,7 +152,7 @@ def _result(
     if job.workdir.is_dir():  # raise BusyError before anything slow
         with locked(job.workdir):
             pass
-    rows = own_rows(job)  # before they are read
+    files = own_files(job)  # before they are read
     try:
         model = base(job.run, devices)
         trained = train(job.run, job.workdir, model=model, devices=devices, console=console)
@@ -163,7 +163,7 @@ def _result(
             )
     except NonFiniteError as error:
         result: Result = {"failed": str(error)}
-        write_record(job, result, rows)
+        write_record(job, result, files)
         return result
     folder = job.workdir / "eval"
     folder.mkdir(exist_ok=True)
@@ -174,7 +174,7 @@ def _result(
             result = _measured(job, trained, console)
         except NonFiniteError as error:
             result = {"failed": str(error)}
-        write_record(job, result, rows)
+        write_record(job, result, files)
     return result
 
 

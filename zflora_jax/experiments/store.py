@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.core.run_config import EvalConfig, RunConfig
+from zflora_jax.core.storage import is_url
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.data.mixture import own_rows_digest, parse_mixture
+from zflora_jax.data.sources import files_digest
+from zflora_jax.hf.bucket import MODEL_FILES
 from zflora_jax.reporting.files import write_json
 from zflora_jax.training.identity import same_files, same_numbers
 
@@ -69,27 +72,44 @@ class Job:
     extra: Extra | None = None
 
 
-def own_rows(job: Job) -> str | None:
-    """The hash of the user's own files that a job trains on or is scored on; see
-    `mixture.own_rows_digest`.
+def own_files(job: Job) -> dict[str, str]:
+    """Hashes of the user's own files that a job reads: "rows", those that it trains on or is scored
+    on (`mixture.own_rows_digest`), and "model", those of a base in a directory or file. What is no
+    file of one's own, or gone, is left out.
     """
     scored = job.scoring.tasks if job.scoring else ()
-    return own_rows_digest(job.run.data, [*parse_mixture(job.run.data.task)[0], *scored])
+    rows = own_rows_digest(job.run.data, [*parse_mixture(job.run.data.task)[0], *scored])
+    found = {"rows": rows, "model": _model_digest(job.run.model)}
+    return {name: digest for name, digest in found.items() if digest is not None}
 
 
-def write_record(job: Job, result: Result, rows: str | None = None) -> None:
+def _model_digest(model: str) -> str | None:
+    """A hash of the files of a model in a directory or file of the user's, read once; None for a
+    preset, a hub id, a bucket or what is gone.
+    """
+    place = Path(model).expanduser()
+    if is_url(model) or not place.exists():
+        return None
+    found = (
+        [place]
+        if place.is_file()
+        else sorted(f for p in MODEL_FILES for f in place.glob(p) if f.is_file())
+    )
+    return files_digest(found)
+
+
+def write_record(job: Job, result: Result, files: Mapping[str, str] | None = None) -> None:
     """Write the record of a finished run, whole or not at all.
 
     Args:
       job: the run.
       result: its numbers.
-      rows: its `own_rows` from before it read them: a file that changed meanwhile is then seen.
+      files: its `own_files` from before it read them: one that changed meanwhile is then seen.
     """
     config = to_dict(job.run)
     if job.scoring is not None:
         config |= {"tasks": list(job.scoring.tasks), "scoring": to_dict(job.scoring.settings)}
-    of_rows = {} if rows is None else {"rows": rows}
-    write_json(job.record, {"config": config} | of_rows | {"result": result})
+    write_json(job.record, {"config": config} | dict(files or {}) | {"result": result})
 
 
 def read_result(job: Job) -> Result | None:
@@ -99,11 +119,10 @@ def read_result(job: Job) -> Result | None:
     had when the record was written; a setting that is younger than the record counts as what it was
     then. A record with scores also serves where none are asked for, and so does one with the
     numbers of `Job.extra`, whatever that computed then; one without them does not serve where they
-    are asked for. The user's own files must have the bytes that they had, unless data.data_dir is
-    gone.
+    are asked for. The user's own files must have the bytes that they had, unless they are gone.
 
     Returns:
-      None where there is no record, or one of another run, of other rows or of other scores.
+      None where there is no record, or one of another run, model, rows or scores.
     """
     if not job.record.is_file():
         return None
@@ -119,8 +138,9 @@ def read_result(job: Job) -> Result | None:
                 and same_files(there, job.run, scoring.tasks)
             )
         )
-        rows = saved.get("rows")
-        same = same and (rows is None or own_rows(job) in (rows, None))
+        same = same and all(
+            saved.get(name, digest) == digest for name, digest in own_files(job).items()
+        )
     except ConfigError:  # a setting that is gone, or files that are not clear
         return None
     if not same:
