@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.packing import pack_sequences
+from zflora_jax.data.pipeline import train_batches
 from zflora_jax.data.tokenization import Encoded, TokenizedExample, tokenize_examples
 
+SAMPLE = 200  # batches in which padding is counted
 Spans = list[tuple[str, bool]]
 
 
@@ -72,21 +74,20 @@ def data_view(
     if run.data.packing:
         facts["packed rows"] = len(whole)
     facts["padding, %"] = round(100 * _padding(run, whole), 1)
-    facts["steps of an epoch"] = -(-len(whole) // run.data.batch_size)
+    if whole.weights is None:  # with weights, tasks have epochs of their own
+        facts["steps of an epoch"] = -(-len(whole) // run.data.batch_size)
     shown = [spans(row, tokenizer) for row in whole.rows[:rows]]
     return DataView(facts, _histogram(run.data.bucket_lengths, lengths), shown)
 
 
 def _padding(run: RunConfig, encoded: Encoded) -> float:
-    """The share of positions that hold padding, in batches of rows in the order of the source; a
-    shuffled order gives about the same.
+    """The share of positions that hold padding, in the batches of the first epoch, or in the first
+    SAMPLE of them.
     """
-    size, buckets = run.data.batch_size, np.asarray(run.data.bucket_lengths)
-    lengths = np.asarray([len(row.tokens) for row in encoded.rows])
-    longest = [lengths[i : i + size].max() for i in range(0, len(lengths), size)]
-    sizes = [len(lengths[i : i + size]) for i in range(0, len(lengths), size)]
-    positions = (buckets[np.searchsorted(buckets, longest)] * sizes).sum()
-    return float(1 - lengths.sum() / positions)
+    steps = min(SAMPLE, max(1, len(encoded) // run.data.batch_size))
+    found = islice(train_batches(encoded, run.data), steps)
+    empty, positions = np.sum([(np.sum(b["segments"] == 0), b["segments"].size) for b in found], 0)
+    return float(empty / positions)
 
 
 def _histogram(buckets: Sequence[int], lengths: Sequence[int]) -> dict[str, int]:
