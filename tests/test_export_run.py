@@ -18,6 +18,7 @@ from zflora_jax.evaluation import gap_prompts
 from zflora_jax.experiments import restore
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.exporters import EXPORTERS, Exporter
+from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.training.workdir import saved_steps
@@ -82,6 +83,26 @@ def test_a_run_is_exported_with_quantised_kernels(trained, tmp_path, quant, caps
     report = export_run(trained[0], tmp_path / "x", quant=quant)
     assert report["top1_agreement"] > 0.9 and report["quant"].startswith(quant)
     assert report["max_abs_dlogit"] < 0.05 * report["logit_scale"]
+    said = describe(tmp_path / "x")
+    assert said["kernels"] == quant and said["parameters"] == report["parameters"]
+
+
+def test_the_base_of_a_run_is_not_written_over(trained, tmp_path, monkeypatch, base_dir):
+    """`save_hf` made it, so it looks like an export; without it the run is lost."""
+    monkeypatch.setattr("zflora_jax.experiments.export.load_run", lambda *_: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(base_dir)
+    for out in (base_dir, f"{base_dir}/.", "link"):
+        with pytest.raises(ConfigError, match="is the model that this run was trained on"):
+            export_run(trained[0], out)
+
+
+def test_a_directory_is_not_called_as_a_file(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("zflora_jax.experiments.export.load_run", lambda *_: pytest.fail("loaded"))
+    for name, format in (("x.gguf", "gguf"), ("x.tflite", "litert"), ("x.litertlm", "litert")):
+        for asked in ("hf", "peft"):
+            with pytest.raises(ConfigError, match=f"add --format {format} "):
+                export_run(trained[0], tmp_path / name, format=asked)
 
 
 def test_processes_load_the_checkpoint_that_process_0_chose(trained, monkeypatch):

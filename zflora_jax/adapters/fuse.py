@@ -217,7 +217,8 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
     config = base_config(fused.config, adapter)
     with mesh_in_use(fused.params):
         params, adapters = _unfuse(config, adapter, fused.params)
-    return Model(config, params, fused.tokenizer, fused.source), adapters
+    source = fused.source if fused.base is None else fused.base or None  # of the base alone
+    return Model(config, params, fused.tokenizer, source), adapters
 
 
 def _corner(leaf: Any, shape: tuple[int, ...]) -> Any:

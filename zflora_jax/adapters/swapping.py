@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -59,7 +60,7 @@ def swap(fused: Model, adapters: Tree) -> Model:
         adapters = place_like(fused.params, adapters)
         check_adapters(adapters, given, adapter)
         params = _swap(fused.config, base, adapter, fused.params, adapters)
-    return Model(fused.config, params, fused.tokenizer, fused.source, adapter)
+    return replace(fused, params=params)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)

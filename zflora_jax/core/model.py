@@ -26,6 +26,8 @@ class Model:
       tokenizer: a transformers tokenizer, or None.
       source: where the weights came from (a directory, file or hub id), or None.
       adapter: the AdapterConfig that a fused model was fused from; None for a base model.
+      base: where `source` holds the fused model itself (an export), the name of the base that its
+        files record, "" for none; None where `source` is the base.
     """
 
     config: LlamaConfig
@@ -33,6 +35,7 @@ class Model:
     tokenizer: Any = field(default=None, repr=False)
     source: str | None = None
     adapter: AdapterConfig | None = None
+    base: str | None = None
 
 
 _fingerprints: weakref.WeakKeyDictionary[Model, tuple[Tree, str]] = weakref.WeakKeyDictionary()

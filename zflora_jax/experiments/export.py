@@ -13,6 +13,7 @@ from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS, TrainedRun
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel.distributed import require_shared
+from zflora_jax.training.workdir import read_config
 
 
 def export_run(
@@ -66,10 +67,28 @@ def export_run(
     _require_taken(format, given)
     settings = {name: value for name, value in given.items() if name in exporter.settings}
     exporter.check(target, **settings)
+    _refuse_base(target, read_config(workdir).model)
     if not is_url(target):  # all hosts see a bucket
         require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
     return exporter.write(out, run, **settings)
+
+
+def _refuse_base(target: Path, model: str) -> None:
+    """Refuse to write over what a run was trained on, which `save_hf` or `save_gguf` may have made:
+    without it the run is of no use.
+    """
+    there = as_path(model, "model")
+    same = (
+        there == target
+        if is_url(target) or is_url(there)
+        else there.expanduser().resolve() == target.expanduser().resolve()
+    )
+    require(
+        not same,
+        f"out={str(target)!r} is the model that this run was trained on (model={model!r}), and the"
+        " run needs it. Choose another path.",
+    )
 
 
 def _require_taken(format: str, given: Mapping[str, Any]) -> None:

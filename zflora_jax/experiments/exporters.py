@@ -72,11 +72,25 @@ def write_fused(
 def check_hf(
     out: Path, *, dtype: str | None = None, quant: str | None = None, eps_z: float | None = None
 ) -> None:
-    """ConfigError where `write_fused` would raise it for `quant`, or for `dtype` with it."""
+    """ConfigError where `write_fused` would raise it for `quant`, or for `dtype` with it; and for
+    an `out` that is the name of a file.
+    """
     from zflora_jax.hf.compressed_types import check_quant
 
+    check_directory(out)
     if quant is not None:
         check_quant(quant, dtype)
+
+
+def check_directory(out: Path) -> None:
+    """ConfigError where `out`, which is to be a directory, is named as a file of another format."""
+    formats = {".gguf": "gguf", ".tflite": "litert", ".litertlm": "litert"}
+    other = formats.get(out.suffix)
+    require(
+        other is None,
+        f"out={str(out)!r} is the name of a file, and a directory is to be written: add --format"
+        f" {other} (format={other!r}), or give the name of a directory.",
+    )
 
 
 def write_gguf(
@@ -211,5 +225,5 @@ EXPORTERS = {
         ("quant", "eps_z", "context"),
         check_litert,
     ),
-    "peft": Exporter("LoRA adapters beside their base", write_peft),
+    "peft": Exporter("LoRA adapters beside their base", write_peft, check=check_directory),
 }

@@ -26,11 +26,12 @@ from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.experiments.run_report import read_report
 from zflora_jax.hf.bucket import headers
+from zflora_jax.hf.compressed_read import CODES
 from zflora_jax.hf.load import model_config
-from zflora_jax.hf.peft import WEIGHTS
+from zflora_jax.hf.peft import WEIGHTS, refuse_pickled
 from zflora_jax.hf.peft_settings import CONFIG
-from zflora_jax.hf.restore import MANIFEST, read_manifest
-from zflora_jax.hf.shards import Shards, read_json
+from zflora_jax.hf.restore import MANIFEST, read_manifest, stored_config
+from zflora_jax.hf.shards import FLOATS, Shards, read_json
 from zflora_jax.reporting.metrics import METRICS_FILE, read_metrics
 from zflora_jax.training.workdir import STARTS_FILE, read_config, saved_steps
 
@@ -146,10 +147,15 @@ def _export(directory: Path) -> Facts:
     else:
         facts["base fingerprint"] = manifest["base"]["fingerprint"]
     facts["padding of hidden_size"] = manifest["padding"]
-    return facts | _shape(native) | _weights(directory)
+    facts |= _shape(native)
+    if (quant := manifest.get("quant")) is None:
+        return facts | _weights(directory)
+    held = _weights(directory, dtypes=(*FLOATS, *CODES))
+    return facts | held | {"kernels": quant, "parameters": count_base(stored_config(directory))}
 
 
 def _peft(directory: Path) -> Facts:
+    refuse_pickled(directory)
     settings = read_json(directory / CONFIG)
     facts: Facts = {
         "kind": "adapter (PEFT)",
@@ -181,8 +187,10 @@ def _peft(directory: Path) -> Facts:
     return facts | _weights(directory, [WEIGHTS])
 
 
-def _weights(directory: Path, files: list[str] | None = None) -> Facts:
-    shards = Shards(directory, files) if files else Shards(directory)
+def _weights(
+    directory: Path, files: list[str] | None = None, dtypes: tuple[str, ...] = FLOATS
+) -> Facts:
+    shards = Shards(directory, files, dtypes)
     size = sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
     return {
         "tensors": len(shards.shapes),

@@ -18,8 +18,10 @@ def base_name(model: Model) -> str | None:
     """The base's name in files that others read: its hub id, else the last part of its path.
 
     Returns:
-      None where the model has no source.
+      None where the model has no source, or is of an export that does not know its base.
     """
+    if model.base is not None:
+        return model.base or None
     source = model.source
     if source is None or source in HUB_IDS:
         return HUB_IDS.get(source or "")

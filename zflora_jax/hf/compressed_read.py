@@ -11,6 +11,8 @@ from zflora_jax.hf.compressed_types import PLAIN, check_quant, unpack
 from zflora_jax.hf.keys import Slices
 from zflora_jax.hf.shards import FLOATS, Shards
 
+CODES = ("I8", "I32", "I64")  # dtypes of codes, of words that hold several, and of shapes
+
 
 class CompressedShards(Shards):
     """The tensors of an export with quantised kernels, as numbers under the names of a float one.
@@ -25,7 +27,7 @@ class CompressedShards(Shards):
     """
 
     def __init__(self, directory: Path, quant: str) -> None:
-        super().__init__(directory, dtypes=(*FLOATS, "I8", "I32", "I64"))
+        super().__init__(directory, dtypes=(*FLOATS, *CODES))
         self._quant = check_quant(quant)
         codes = self._quant.parts[0]
         self._stems = {

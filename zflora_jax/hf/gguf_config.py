@@ -30,6 +30,11 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
       ConfigError: the forward pass has no code for a feature of the model; it is named.
       CheckpointError: a metadata key is missing, or it or the RoPE divisors cannot be read.
     """
+    require(
+        file.get("general.type") != "adapter",
+        f"{file.path} holds an adapter for llama.cpp (--lora), no model. Give the base's file, or"
+        " the adapter as a PEFT directory.",
+    )
     family = gguf_family(file)
 
     def of(key: str) -> str:

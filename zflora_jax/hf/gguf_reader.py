@@ -154,6 +154,11 @@ class _Cursor:
 def _header(data: np.ndarray, path: Path) -> tuple[_Cursor, int, int]:
     """(a cursor behind the header, the number of tensors, the number of metadata keys)."""
     if data[:4].tobytes() != _MAGIC:
+        if path.suffix != ".gguf":
+            raise CheckpointError(
+                f"{path} is a file of an unknown kind; give a .gguf file, or the directory that"
+                " holds config.json and the safetensors files."
+            )
         raise ValueError("GGUF magic invalid")
     cursor = _Cursor(data, 4)
     version = cursor.number("I")

@@ -123,13 +123,8 @@ def load_model(
     how = quantize_config(quantize)
     if path.is_dir():
         model = _from_directory(path, dtype, scan_layers, mesh, how)
-    elif path.suffix == ".gguf":
-        model = load_gguf(path, dtype, scan_layers, mesh, how)
     else:
-        raise CheckpointError(
-            f"{path} is a file of an unknown kind; give a .gguf file, or the directory that holds"
-            " config.json and the safetensors files."
-        )
+        model = load_gguf(path, dtype, scan_layers, mesh, how)
     model.source = origin
     return model
 

@@ -217,11 +217,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     directory = local_copy(path)
     if not directory.is_dir():
         raise CheckpointError(f"no PEFT directory at {directory}.")
-    if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():
-        raise CheckpointError(
-            f"{directory} holds pickled weights (adapter_model.bin), which can run code when read;"
-            " save it again with safe_serialization=True."
-        )
+    refuse_pickled(directory)
     config = model.config
     settings, modules = read_settings(directory, config)
     shards = Shards(directory, [WEIGHTS])
@@ -238,6 +234,15 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     return adapter, tree if config.execution.scan_layers else trees.unstack_layers(
         tree, config.num_layers
     )
+
+
+def refuse_pickled(directory: Path) -> None:
+    """CheckpointError for an adapter whose weights are pickled."""
+    if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():
+        raise CheckpointError(
+            f"{directory} holds pickled weights (adapter_model.bin), which can run code when read;"
+            " save it again with safe_serialization=True."
+        )
 
 
 def _kernels(modules: Mapping[str, ModuleLora]) -> list[str]:

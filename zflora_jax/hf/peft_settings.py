@@ -91,6 +91,9 @@ class ModuleLora(NamedTuple):
     scale: float
 
 
+_NOT_LORA = ("lm_head", "model.embed_tokens")  # modules that peft may adapt beside the layers
+
+
 def module_name(layer: int, kernel: str) -> str:
     """Hugging Face's name of a kernel's module: (0, "q") -> "model.layers.0.self_attn.q_proj"."""
     name = LAYER_NAMES[f"{group(kernel)}/{kernel}/kernel"].removesuffix(".weight")
@@ -114,6 +117,12 @@ def read_settings(
         pattern matches no module.
       CheckpointError: the file cannot be read, or a value is of the wrong kind.
     """
+    if not (directory / CONFIG).is_file():
+        named = ", ".join(sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG}")))
+        raise CheckpointError(
+            f"{directory} has no {CONFIG}, so it is no PEFT directory"
+            + (f"; its adapters have names: give {named}." if named else ".")
+        )
     settings = read_json(directory / CONFIG)
     try:
         _refuse(directory, settings)
@@ -164,8 +173,15 @@ def _resolve(
     require(
         named, f"{where}: target_modules={targets!r}: expected a list of module names, or a regex."
     )
+    excluded = settings.get("exclude_modules") or []
+    others = [m for m in _NOT_LORA if _selected(m, targets) and not _selected(m, excluded)]
+    require(
+        not others,
+        f"{where}: target_modules={targets!r} names {', '.join(others)}, which native LoRA does not"
+        " adapt; merge the adapter into its base with peft and load the result.",
+    )
     chosen = every if targets == "all-linear" else [m for m in every if _selected(m, targets)]
-    chosen = [m for m in chosen if not _selected(m, settings.get("exclude_modules") or [])]
+    chosen = [m for m in chosen if not _selected(m, excluded)]
     if (layers := settings.get("layers_to_transform")) not in (None, []):  # PEFT: all
         wanted = {layers} if isinstance(layers, int) else set(layers)
         chosen = [m for m in chosen if int(m.split(".")[2]) in wanted]

@@ -113,7 +113,21 @@ def load_export(
         return form.inverse(module_of(place), x, block)[inner]
 
     where = None if mesh is None else partial(placement, mesh, fused=adapter is not None)
-    return Model(native, unflatten(gather(table, read, dtype, where)), adapter=adapter)
+    base = None if adapter is None else manifest["base"].get("name") or ""
+    return Model(native, unflatten(gather(table, read, dtype, where)), adapter=adapter, base=base)
+
+
+def stored_config(directory: Path) -> LlamaConfig:
+    """The config of the stock model that an export holds, with quantised kernels or without."""
+    return _stored(directory, read_manifest(directory))[1].config
+
+
+def _stored(directory: Path, manifest: Mapping[str, Any]) -> tuple[LlamaConfig, StockForm]:
+    """`_read_stored`, of an export with quantised kernels, too."""
+    hf = read_json(directory / "config.json")
+    if manifest.get("quant") is not None:
+        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+    return _read_stored(directory, manifest, hf)
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
@@ -138,10 +152,7 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
       CheckpointError: as for `load_export`.
     """
     manifest, what = read_manifest(directory), str(directory)
-    hf, quant = read_json(directory / "config.json"), manifest.get("quant")
-    if quant is not None:
-        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
-    native, form = _read_stored(directory, manifest, hf)
+    (native, form), quant = _stored(directory, manifest), manifest.get("quant")
     config = form.config.replace(
         base_head_dim=native.base_head_dim,
         dtype="bfloat16" if manifest["dtype"] == "bfloat16" else "float32",
