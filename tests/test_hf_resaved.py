@@ -29,6 +29,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.load import load_model, model_config
+from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.rope import turned_dims
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
@@ -117,13 +118,19 @@ def test_the_base_of_an_export_is_not_called_as_the_export(saved, tmp_path):
     fused = load_model(path / "export")
     assert fused.source == str(path / "export") and fused.base == "base"
     base, adapters = unfuse(fused)
-    assert base.source == "base" and unfuse(swap(fused, adapters))[0].source == "base"
+    assert (base.source, base.base) == (fused.source, "base")  # its other files are there still
+    assert unfuse(swap(fuse(base, fused.adapter, adapters), adapters))[0].base == "base"
+    lora = AdapterConfig("lora", rank=2)
+    save_peft(tmp_path / "peft", base, lora, init_adapters(jax.random.key(0), base, lora))
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "base"
     save_hf(tmp_path / "again", load_model(path / "export"))
     manifest = json.loads((tmp_path / "again" / "zflora.json").read_text())
     assert manifest["base"]["name"] == "base"
     in_memory = load_model(path / "base")
     fused = fuse(in_memory, ADAPTERS[CASES[0][0]], adapters)
     assert unfuse(fused)[0].source == in_memory.source == str(path / "base")
+    assert unfuse(fused)[0].base is None
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids="-".join)

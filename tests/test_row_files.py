@@ -157,15 +157,19 @@ def test_dialogues_that_begin_alike_stay_together(tmp_path):
         load("rows", "train", tmp_path)
 
 
+@pytest.mark.parametrize("usual", [60, 85])
 @pytest.mark.parametrize("opening", ["hi", "Who are you?", "Write a poem", "What can you do?"])
-def test_a_usual_opening_stays_in_train(opening, tmp_path):
+def test_a_usual_opening_stays_in_train(opening, usual, tmp_path):
     """Wherever it lies in the order by hashes: here before, at and behind the cuts."""
-    rows = [{"messages": [turn("user", opening), turn("assistant", f"{i}")]} for i in range(60)]
-    rows += [{"messages": [turn("user", f"{i}?"), turn("assistant", "yes")]} for i in range(40)]
+    rows = [{"messages": [turn("user", opening), turn("assistant", f"{i}")]} for i in range(usual)]
+    rows += [
+        {"messages": [turn("user", f"{i}?"), turn("assistant", "yes")]} for i in range(100 - usual)
+    ]
     write(tmp_path / "train.jsonl", *rows)
     parts = [load("rows", split, tmp_path) for split in ("train", "validation", "test")]
-    assert [len(part) for part in parts] == [80, 10, 10]
-    assert [sum(e.turns[0]["content"] == opening for e in part) for part in parts] == [60, 0, 0]
+    held_out = min(10, (100 - usual) // 2)
+    assert [len(part) for part in parts] == [100 - 2 * held_out, held_out, held_out]
+    assert [sum(e.turns[0]["content"] == opening for e in part) for part in parts] == [usual, 0, 0]
 
 
 def test_nulls_are_nothing(tmp_path):

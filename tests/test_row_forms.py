@@ -95,6 +95,7 @@ def test_the_output_of_own_rows_is_learned_as_it_stands(answer):
             "prompt-completion",
         ),
         ({"instruction": "a", "answer": "b", "output": ""}, "instruction"),
+        ({"instruction": "Solve", "question": "a", "answer": "#### 1"}, "question"),
     ],
 )
 def test_a_form_is_recognised_by_all_that_it_needs(row, form):
@@ -105,5 +106,5 @@ def test_a_form_is_recognised_by_all_that_it_needs(row, form):
 
 def test_an_empty_cell_is_called_so(tmp_path):
     (tmp_path / "train.csv").write_text("prompt,completion\na,b\nc,\n")
-    with pytest.raises(ConfigError, match=r"row 2: no field 'completion'.*An empty cell"):
+    with pytest.raises(ConfigError, match=r"row 2: no field 'completion'.*an empty cell"):
         load("rows", "train", tmp_path)

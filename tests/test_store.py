@@ -24,6 +24,7 @@ from zflora_jax.experiments.store import (
     EXTRA,
     Job,
     Scoring,
+    model_digest,
     own_files,
     read_result,
     write_record,
@@ -148,6 +149,22 @@ def test_a_record_serves_the_base_that_it_was_made_with(kind, tmp_path):
     weights.unlink()
     assert bool(read_result(made)) == (kind == "file")  # a directory is there still
     assert own_files(job(tmp_path / "b.json")) == {}  # a preset's files do not change
+
+
+def test_a_base_in_memory_is_of_its_files_before_they_changed(tmp_path, monkeypatch):
+    """A sweep loads it once: its later runs are not of what the files have become."""
+    base = tmp_path / "base.gguf"
+    base.write_bytes(b"weights")
+    loaded = {str(base): model_digest(str(base))}
+    made = job(tmp_path / "a.json", override(RUN, {"model": str(base)}))
+    made.workdir.mkdir()
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: SimpleNamespace(signalled=False))
+    monkeypatch.setattr(jobs, "_measured", lambda *_: {"validation_loss": 1.0})
+    base.write_bytes(b"others!")
+    assert list(jobs.run_jobs([made], lambda *_: "in memory", loaded=loaded))
+    assert made.record.is_file() and read_result(made) is None
+    base.write_bytes(b"weights")
+    assert read_result(made)
 
 
 def test_rows_that_change_in_place_are_measured_anew(own, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def test_arithmetic_data_can_be_kept_elsewhere(tmp_path):
 def test_examples_are_a_sequence(tmp_path):
     write_questions(tmp_path / "test.json", ["a", "b", "c"], input="more")
     examples = load_examples("rows", "test", DataConfig(data_dir=str(tmp_path)))
-    assert examples[0] == Example("a", "The answer is 0.", "0", "more", form="instruction")
+    assert examples[0] == Example("a", "A: The answer is 0.", "0", "more", form="instruction")
     assert [e.prompt for e in examples] == ["a", "b", "c"]
     assert [e.prompt for e in examples[1:]] == ["b", "c"] and examples[-1].prompt == "c"
     with pytest.raises(IndexError):

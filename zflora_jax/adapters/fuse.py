@@ -84,8 +84,8 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
             else _fuse(config, adapter, model.params, adapters)
         )
     # The files of the source are not of a base that another adapter was merged into.
-    source = model.source if model.adapter is None else None
-    return Model(fused_config(config, adapter), params, model.tokenizer, source, adapter)
+    source, base = (model.source, model.base) if model.adapter is None else (None, None)
+    return Model(fused_config(config, adapter), params, model.tokenizer, source, adapter, base)
 
 
 def _refuse_merging(adapter: AdapterConfig, params: Tree) -> None:
@@ -217,8 +217,7 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
     config = base_config(fused.config, adapter)
     with mesh_in_use(fused.params):
         params, adapters = _unfuse(config, adapter, fused.params)
-    source = fused.source if fused.base is None else fused.base or None  # of the base alone
-    return Model(config, params, fused.tokenizer, source), adapters
+    return Model(config, params, fused.tokenizer, fused.source, base=fused.base), adapters
 
 
 def _corner(leaf: Any, shape: tuple[int, ...]) -> Any:

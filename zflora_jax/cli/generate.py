@@ -217,14 +217,14 @@ def _answer_lines(
     main: bool,
 ) -> None:
     """Answer the lines of --file. Answers are printed in their order, each as soon as those before
-    it are there; when an error or a signal ends the work, also those behind one that is missing.
+    it are there; when an error or Ctrl-C ends the work, also those behind one that is missing.
     """
     from zflora_jax.inference.batching import check_prompts
     from zflora_jax.inference.text import encode_prompts, generate as generate_texts
     from zflora_jax.reporting.progress import progress_bar
 
     prompts = [_written(model, style, line) for _, line in lines]
-    form: Any = {"chat": style == "chat", "date": settings.pop("date")}
+    form: Any = {"chat": style == "chat", "date": settings["date"]}
     check_prompts(
         model,
         encode_prompts(model, prompts, **form),
@@ -251,9 +251,8 @@ def _answer_lines(
                 waiting += 1
 
         try:
-            generate_texts(
-                model, prompts, batch_size=args.batch_size, on_answer=keep, **form, **settings
-            )
+            given = settings | form | {"batch_size": args.batch_size}
+            generate_texts(model, prompts, on_answer=keep, **given)
         finally:
             for i in sorted(answers):
                 show(i)

@@ -170,8 +170,7 @@ def _share(args: argparse.Namespace) -> None:
 
     Raises:
       ConfigError: there are fewer cores than workers.
-      SystemExit: a worker was stopped or broke down, with its exit code; it has said why, unless a
-        signal ended it.
+      SystemExit: a worker was stopped or broke down, with its exit code; it has said why.
     """
     import jax
 
@@ -199,6 +198,8 @@ def _share(args: argparse.Namespace) -> None:
         )
     # What a killed worker left, or could not make (2), the caller tries; it says what is missing.
     if ended := [code for code in codes if code not in (0, 2, 128 + signal.SIGKILL)]:
+        if max(ended) > 128:
+            log.error("a worker was ended by signal %d.", max(ended) - 128)
         raise SystemExit(max(ended))
 
 

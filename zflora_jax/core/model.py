@@ -26,8 +26,8 @@ class Model:
       tokenizer: a transformers tokenizer, or None.
       source: where the weights came from (a directory, file or hub id), or None.
       adapter: the AdapterConfig that a fused model was fused from; None for a base model.
-      base: where `source` holds the fused model itself (an export), the name of the base that its
-        files record, "" for none; None where `source` is the base.
+      base: where `source` is an export that an adapter is fused in, the name of the base that its
+        files record, "" for none; None where `source` names the base itself.
     """
 
     config: LlamaConfig

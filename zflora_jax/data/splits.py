@@ -206,17 +206,20 @@ def _key(row: Record) -> bytes:
 def _hold_out(questions: Sequence[bytes], names: Sequence[str]) -> dict[str, list[int]]:
     """The indices of "train" and of each split in `names`: rows sorted by a hash of the question,
     cut so that equal questions stay together. A question of more rows than a split should have
-    stays in train, unless there are too few others.
+    stays in train, unless there are hardly any others.
     """
     keys = [hashlib.sha256(b"zflora hold-out\n" + question).digest() for question in questions]
     order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
     size, rows = min(HOLD_OUT, len(order) // 10), Counter(keys)
-    queue = sorted(order, key=lambda i: rows[keys[i]] > size)  # otherwise in the same order
+    queue = [i for i in order if rows[keys[i]] <= size]
+    if len(queue) < len(names):
+        queue = order
+    size = min(size, len(queue) // max(len(names), 1))
     parts: dict[str, list[int]] = {}
     start = 0
     for name in names:
-        stop = min(start + size, len(order))
-        while size and 0 < stop < len(order) and keys[queue[stop]] == keys[queue[stop - 1]]:
+        stop = min(start + size, len(queue))
+        while size and 0 < stop < len(queue) and keys[queue[stop]] == keys[queue[stop - 1]]:
             stop += 1
         parts[name] = queue[start:stop]
         start = stop

@@ -80,7 +80,9 @@ def as_base(run: RunConfig, model: Model) -> Model:
         )
     require_stored_as(model, run.quantize)
     # An adapter merged by addition left an ordinary base.
-    model = Model(numerics(run, model.config), model.params, model.tokenizer, model.source)
+    base = model.base if model.adapter is None else None
+    config = numerics(run, model.config)
+    model = Model(config, model.params, model.tokenizer, model.source, base=base)
     # Targets that match nothing are refused here, before anything slow.
     resolve_adapter(model.config, run.adapter)
     require_fit(run, model)

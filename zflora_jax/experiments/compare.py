@@ -34,7 +34,15 @@ from zflora_jax.experiments.jobs import FAILURES, POLL, run_jobs, score, split_l
 from zflora_jax.experiments.page import comparison_page, write_page
 from zflora_jax.experiments.progress import Progress
 from zflora_jax.experiments.rates import RateChoice
-from zflora_jax.experiments.store import ORIGIN, Job, Result, own_files, read_result, write_record
+from zflora_jax.experiments.store import (
+    ORIGIN,
+    Job,
+    Result,
+    model_digest,
+    own_files,
+    read_result,
+    write_record,
+)
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import local_path
@@ -127,6 +135,7 @@ def compare_methods(
     if not run:
         _require_runs(plan, workdir, out)
     with compile_cache(workdir / "compile_cache"):
+        loaded = {plan.base.model: model_digest(plan.base.model)}
         model = load_base(plan.base, mesh_if_there(plan.base.mesh))
         found: Result = {
             "name": plan.name,
@@ -138,17 +147,24 @@ def compare_methods(
             "config": to_dict(plan.base),
             "environment": env,
         }
-        base = _untrained(plan, model, workdir, out, console, run)
+
+        def untrained() -> dict[str, Result]:
+            return _untrained(plan, model, loaded, workdir, out, console, run)
+
+        base = untrained()
         state = Progress(plan, workdir, out)
         while run and (jobs := state.unfinished()):
-            job, done = next(run_jobs(jobs, lambda *_: model, failures=FAILURES, console=console))
+            made = run_jobs(
+                jobs, lambda *_: model, loaded=loaded, failures=FAILURES, console=console
+            )
+            job, done = next(made)
             if state.is_made(job, done):
                 log.info("%s: %s is done; %s", plan.name, job.name, state.left())
-                base = base or _untrained(plan, model, workdir, out, console, run)
+                base = base or untrained()
                 _write_tables(plan, found, state, base, model, out)
         while run and plan.tasks and not base:  # another process is scoring it
             time.sleep(POLL)
-            base = _untrained(plan, model, workdir, out, console, run)
+            base = untrained()
         result = _write_tables(plan, found, state, base, model, out)
     state.require_made()
     return result
@@ -251,10 +267,17 @@ def _entry(label: str, job: Job, result: Result) -> Result:
 
 
 def _untrained(
-    plan: Comparison, model: Model, workdir: Path, out: Path, console: bool, run: bool
+    plan: Comparison,
+    model: Model,
+    loaded: Mapping[str, str | None],
+    workdir: Path,
+    out: Path,
+    console: bool,
+    run: bool,
 ) -> dict[str, Result]:
     """The scores of the base model, recorded as those of a run are; empty where there are no tasks,
-    as long as another process computes them, and without a record if nothing may `run`.
+    as long as another process computes them, and without a record if nothing may `run`. loaded: as
+    for `own_files`.
     """
     base, scoring = plan.base, plan.scored
     if scoring is None:
@@ -271,7 +294,7 @@ def _untrained(
         with locked(job.workdir):
             if (saved := read_result(job)) is not None:
                 return saved["scores"]
-            env, files = environment(), own_files(job)
+            env, files = environment(), own_files(job, loaded)
             result = {"scores": score(base, model, scoring, job.workdir, console)}
             write_record(job, result | {key: env[key] for key in ORIGIN}, files)
     except BusyError:

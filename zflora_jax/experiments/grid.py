@@ -24,7 +24,7 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import as_base
 from zflora_jax.experiments.jobs import FAILURES, Devices, run_jobs
 from zflora_jax.experiments.page import grid_page, write_page
-from zflora_jax.experiments.store import EXTRA, Extra, Job, Result, status
+from zflora_jax.experiments.store import EXTRA, Extra, Job, Result, model_digest, status
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.reporting.files import local_path, plain
@@ -207,7 +207,10 @@ def run_grid(
     with compile_cache(workdir / "compile_cache"):
         if results:
             write()
-        for job, result in run_jobs(jobs, bases.of, slots, failures=FAILURES, console=console):
+        made = run_jobs(
+            jobs, bases.of, slots, loaded=bases.digests, failures=FAILURES, console=console
+        )
+        for job, result in made:
             results[job.name] = result
             log.info("%s: %s", job.name, status(result))
             write()
@@ -269,6 +272,7 @@ class _Bases:
 
     def __init__(self) -> None:
         self._loaded: dict[Any, tuple[Any, Model]] = {}
+        self.digests: dict[str, str | None] = {}  # of their files, before they were loaded
 
     def of(self, run: RunConfig, devices: Devices) -> Model | None:
         """None where several devices share the base: then each run loads its slices."""
@@ -277,6 +281,7 @@ class _Bases:
         [device], key = devices, (run.model, run.train.dtype, run.quantize)
         if self._loaded.get(device, (None,))[0] != key:
             self._loaded.pop(device, None)  # before the next one needs its memory
+            self.digests[run.model] = model_digest(run.model)
             with jax.default_device(device):
                 self._loaded[device] = (
                     key,

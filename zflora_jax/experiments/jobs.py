@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -69,6 +69,7 @@ def run_jobs(
     base: Callable[[RunConfig, Devices], Model | None],
     slots: Sequence[Devices] = (None,),
     *,
+    loaded: Mapping[str, str | None] | None = None,
     failures: tuple[type[Exception], ...] = (),
     console: bool = True,
 ) -> Iterator[tuple[Job, Result]]:
@@ -83,6 +84,7 @@ def run_jobs(
       base: (settings, devices) -> the base model, or None for one that the run loads itself.
       slots: for each job that may run at the same time, its devices. With one slot the jobs run in
         this thread, which receives the signals if it is the main one.
+      loaded: of the models that `base` keeps in memory; see `store.own_files`.
       failures: errors that become a result, {"failed": why}, but no record: the next call tries
         such a job again.
       console: show the progress of a job, if there is one slot.
@@ -97,7 +99,7 @@ def run_jobs(
     def attempt(job: Job) -> tuple[Job, Result | None]:
         devices = free.get()
         try:
-            return job, _result(job, base, devices, console and len(slots) == 1)
+            return job, _result(job, base, loaded, devices, console and len(slots) == 1)
         except BusyError:
             return job, None
         except failures as error:
@@ -138,6 +140,7 @@ def _each(
 def _result(
     job: Job,
     base: Callable[[RunConfig, Devices], Model | None],
+    loaded: Mapping[str, str | None] | None,
     devices: Devices,
     console: bool,
 ) -> Result:
@@ -152,9 +155,9 @@ def _result(
     if job.workdir.is_dir():  # raise BusyError before anything slow
         with locked(job.workdir):
             pass
-    files = own_files(job)  # before they are read
+    model = base(job.run, devices)
+    files = own_files(job, loaded)  # before they are read
     try:
-        model = base(job.run, devices)
         trained = train(job.run, job.workdir, model=model, devices=devices, console=console)
         if trained.signalled:
             raise Preempted(

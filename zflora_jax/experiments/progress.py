@@ -86,7 +86,7 @@ class Progress:
         """Whether a job has a record now; if it could not be made, `unfinished` leaves it out."""
         if self.result(job) is not None:
             return True
-        why = result.get("failed", f"{job.record} is of another run or of other rows")
+        why = result.get("failed", f"{job.record} is of another run, model or rows")
         self._broken[_key(job)] = job, why
         log.error("%s: %s could not be made: %s", self.plan.name, job.name, why)
         return False

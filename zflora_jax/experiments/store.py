@@ -72,18 +72,27 @@ class Job:
     extra: Extra | None = None
 
 
-def own_files(job: Job) -> dict[str, str]:
+def own_files(job: Job, loaded: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """Hashes of the user's own files that a job reads: "rows", those that it trains on or is scored
     on (`mixture.own_rows_digest`), and "model", those of a base in a directory or file. What is no
     file of one's own, or gone, is left out.
+
+    Args:
+      job: the run.
+      loaded: run.model -> the `model_digest` from before it was loaded, of models that stay in
+        memory for several runs: their files may have changed since.
     """
     scored = job.scoring.tasks if job.scoring else ()
     rows = own_rows_digest(job.run.data, [*parse_mixture(job.run.data.task)[0], *scored])
-    found = {"rows": rows, "model": _model_digest(job.run.model)}
+    found = {"rows": rows, "model": _of_model(job.run.model, loaded or {})}
     return {name: digest for name, digest in found.items() if digest is not None}
 
 
-def _model_digest(model: str) -> str | None:
+def _of_model(model: str, loaded: Mapping[str, str | None]) -> str | None:
+    return loaded[model] if model in loaded else model_digest(model)
+
+
+def model_digest(model: str) -> str | None:
     """A hash of the files of a model in a directory or file of the user's, read once; None for a
     preset, a hub id, a bucket or what is gone.
     """

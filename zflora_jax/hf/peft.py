@@ -164,7 +164,9 @@ def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) ->
         "alpha_pattern": {name: a for name, a in alphas.items() if a != whole},
     }
     return {name: value for name, value in special.items() if value} | {
-        "base_model_name_or_path": HUB_IDS.get(model.source or "", model.source),
+        "base_model_name_or_path": HUB_IDS.get(model.source or "", model.source)
+        if model.base is None
+        else model.base or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

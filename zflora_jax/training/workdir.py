@@ -63,7 +63,7 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     there. A new run takes today's date.
 
     As long as no step is saved, every setting may change. A finished run keeps all settings that
-    its numbers were computed with.
+    its numbers were computed with, but for micro-batches that another mesh does not divide.
 
     Returns:
       (the settings to use, those that differ from the run that is there).
@@ -90,7 +90,7 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
         _require_may_change(workdir, there, run, changed, finished)
     if finished and run.train.steps <= finished:  # nothing is left to train with other settings
         run = _rounded_as(there, run)
-        changed = {key: values for key, values in changed.items() if key not in ROUNDING}
+        changed = differences(dated(there, run.data.date), run)
     return run, {key.replace("/", "."): values for key, values in changed.items()}
 
 
@@ -104,9 +104,10 @@ def _require_may_change(
     moved = ("data/data_dir",) if same_files(there, run) else ()  # its rows are compared, too
     free = (*FREE, *ROUNDING, *longer, *moved)
     refused = [key for key in changed if not key.startswith(free)]
-    if run.adapter.dropout and "data/grad_accum_steps" in changed:
+    left = run.train.steps > finished
+    if run.adapter.dropout and left and "data/grad_accum_steps" in changed:
         refused.append("data/grad_accum_steps")  # dropout draws for each micro-batch
-    if run.train.keep_best and run.train.steps > finished:  # losses of other rows are no measure
+    if run.train.keep_best and left:  # losses of other rows are no measure
         refused += [key for key in ("eval/limit", "eval/split") if key in changed]
     if refused:
         rows = [

@@ -146,7 +146,7 @@ def field(row: Mapping[str, Any], name: str, where: str, expected: str, kind: ty
     if name not in row:
         raise ConfigError(
             f"{where}: no field {name!r}, the row has {', '.join(map(repr, row)) or 'none'}."
-            f" Expected {expected}. An empty cell of a table is no field."
+            f" Expected {expected}."
         )
     if not isinstance(row[name], kind):
         wanted = "string" if kind is str else kind.__name__

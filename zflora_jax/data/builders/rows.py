@@ -34,18 +34,21 @@ _SYSTEM = ("system", "system_prompt")  # columns of a system turn beside the tur
 _BESIDE = (*_SYSTEM, "history", "context")  # what a prompt may be in, besides its own column
 
 
+_EMPTY = "an empty cell of a table is no field"
+
+
 class Form(NamedTuple):
     """One form of rows.
 
     Attributes:
       column: by which it is recognised.
       read: (row, where) -> its texts, of `Rows.FIELDS`; ConfigError where it is malformed.
-      beside: columns of which it has at least one, too; none for a form of one column.
+      beside: a column that it has, too; "" for a form of one column.
     """
 
     column: str
     read: Callable[[Raw, str], Row]
-    beside: tuple[str, ...] = ()
+    beside: str = ""
 
 
 def _turns(column: str) -> Callable[[Raw, str], Row]:
@@ -63,7 +66,7 @@ def _completion(row: Raw, where: str) -> Row:
         given = turns_of(before, where, "prompt", answered=False) if before else []
         said = turns_of(after, where, "completion")
         return _conversation([*given, *said], row, where, len(given))
-    expected = "prompt and completion: two texts, or two lists of turns"
+    expected = f"prompt and completion: two texts, or two lists of turns; {_EMPTY}"
     _require_read(row, where, "prompt and completion")
     texts = [field(row, name, where, expected) for name in ("prompt", "completion")]
     require(bool(texts[1].strip()), f"{where}: the completion is empty: there is nothing to learn.")
@@ -109,11 +112,11 @@ def _require_read(row: Raw, where: str, form: str) -> None:
 FORMS: dict[str, Form] = {
     "messages": Form("messages", _turns("messages")),
     "conversations": Form("conversations", _turns("conversations")),
-    "prompt-completion": Form("prompt", _completion, ("completion",)),
+    "prompt-completion": Form("prompt", _completion, "completion"),
     "instruction": Form(
-        "instruction", _local("instruction", "input", "output", "answer"), ("output", "answer")
+        "instruction", _local("instruction", "input", "output", "answer"), "output"
     ),
-    "question": Form("question", _local("question", "answer"), ("answer",)),
+    "question": Form("question", _local("question", "answer"), "answer"),
     "text": Form("text", _text),
 }
 _KNOWN = (
@@ -131,7 +134,7 @@ def form_of(row: Raw, where: str) -> str:
     """
     there = {column for column, value in row.items() if value is not None}
     found = [name for name, form in FORMS.items() if form.column in there]
-    whole = [name for name in found if not (of := FORMS[name].beside) or there.intersection(of)]
+    whole = [name for name in found if FORMS[name].beside in ("", *there)]
     if found:
         return (whole or found)[0]
     raise ConfigError(
