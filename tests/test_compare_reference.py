@@ -140,7 +140,7 @@ def test_the_untrained_model_is_scored_as_its_runs_start(two_steps, tmp_path, sc
     plan, runs, out = reference_plan(two_steps), tmp_path / "runs", tmp_path / "out"
     compare_methods(plan.only(["lora"]), runs, out, console=False)
     codes = dataclasses.replace(plan, base=override(plan.base, {"quantize.kernels": "int8"}))
-    found = [compare._untrained(p, None, runs, out, False, run=False) for p in (plan, codes)]
+    found = [compare._untrained(p, None, {}, runs, out, False, run=False) for p in (plan, codes)]
     assert found[0] and not found[1]
 
 
