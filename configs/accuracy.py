@@ -72,7 +72,8 @@ READING = {
         "LoRA solves 42.2% of the problems and zflora-minimal 41.7%, from 1.3% untrained. Six seeds"
         " exclude a loss of more than 2.2 points, so zflora-minimal is as good as LoRA. LoRA's"
         " held-out loss is a little lower (0.082 for 0.084). zflora-uniform and ffba solve 41.1%;"
-        " three seeds do not tell them from LoRA. ffba needs the highest rate that was tried."
+        " three seeds do not tell them from LoRA. ffba needs the highest rate that was tried, and"
+        " PiSSA, of which one seed is there, the lowest."
     ),
     "accuracy_woz": (
         "Both methods learn belief states, from no turn right to 78.6% (LoRA) and 77.6%, with"

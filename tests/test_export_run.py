@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from support.chat import SHORT, turn
@@ -89,12 +90,13 @@ def test_a_run_is_exported_with_quantised_kernels(trained, tmp_path, quant, caps
 
 def test_the_base_of_a_run_is_not_written_over(trained, tmp_path, monkeypatch, base_dir):
     """`save_hf` made it, so it looks like an export; without it the run is lost."""
-    monkeypatch.setattr("zflora_jax.experiments.export.load_run", lambda *_: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
+    before = (Path(base_dir) / "model.safetensors").read_bytes()
     (tmp_path / "link").symlink_to(base_dir)
     for out in (base_dir, f"{base_dir}/.", "link"):
         with pytest.raises(ConfigError, match="is the model that this run was trained on"):
             export_run(trained[0], out)
+    assert (Path(base_dir) / "model.safetensors").read_bytes() == before
 
 
 def test_a_directory_is_not_called_as_a_file(trained, tmp_path, monkeypatch):

@@ -241,10 +241,7 @@ def suite_score(
         headline=head,
         table=table,
         rows={task: found["clean_rows"] for task, found in first.items()},
-        counted={
-            kind: {task: _counted(first[task], kind) for task in tasks}
-            for kind, tasks in table.items()
-        },
+        counted={kind: {t: _counted(first[t], kind) for t in of} for kind, of in table.items()},
         mean=mean(means),
         std=stdev(means) if len(means) > 1 else None,
         answers_cut={

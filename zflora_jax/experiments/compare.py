@@ -12,7 +12,9 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.core.fields import require, to_dict
@@ -131,33 +133,19 @@ def compare_methods(
       ConfigError: a method diverged at every rate or a run could not be made (the others are; the
         same call tries again), nothing could be scored, or no run is there and none may be made.
     """
-    workdir, out, env = local_path(workdir, "workdir"), local_path(out, "out"), environment()
+    workdir, out = local_path(workdir, "workdir"), local_path(out, "out")
     if not run:
         _require_runs(plan, workdir, out)
     with compile_cache(workdir / "compile_cache"):
         loaded = {plan.base.model: model_digest(plan.base.model)}
         model = load_base(plan.base, mesh_if_there(plan.base.mesh))
-        found: Result = {
-            "name": plan.name,
-            "base": {
-                split: split_loss(dated(plan.base), split, model)["loss"]
-                for split in ("validation", "test")
-            },
-            "tasks": list(plan.tasks),
-            "config": to_dict(plan.base),
-            "environment": env,
-        }
-
-        def untrained() -> dict[str, Result]:
-            return _untrained(plan, model, loaded, workdir, out, console, run)
-
+        found = _facts(plan, model)
+        untrained = partial(_untrained, plan, model, loaded, workdir, out, console, run)
         base = untrained()
         state = Progress(plan, workdir, out)
         while run and (jobs := state.unfinished()):
-            made = run_jobs(
-                jobs, lambda *_: model, loaded=loaded, failures=FAILURES, console=console
-            )
-            job, done = next(made)
+            settings: Any = {"loaded": loaded, "failures": FAILURES, "console": console}
+            job, done = next(run_jobs(jobs, lambda *_: model, **settings))
             if state.is_made(job, done):
                 log.info("%s: %s is done; %s", plan.name, job.name, state.left())
                 base = base or untrained()
@@ -168,6 +156,18 @@ def compare_methods(
         result = _write_tables(plan, found, state, base, model, out)
     state.require_made()
     return result
+
+
+def _facts(plan: Comparison, model: Model) -> Result:
+    """What a comparison's JSON holds before there are runs; "base": the losses of the base."""
+    env, run = environment(), dated(plan.base)
+    return {
+        "name": plan.name,
+        "base": {s: split_loss(run, s, model)["loss"] for s in ("validation", "test")},
+        "tasks": list(plan.tasks),
+        "config": to_dict(plan.base),
+        "environment": env,
+    }
 
 
 def has_runs(plan: Comparison, workdir: str | Path, out: str | Path) -> bool:

@@ -13,7 +13,6 @@ from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS, TrainedRun
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel.distributed import require_shared
-from zflora_jax.training.workdir import read_config
 
 
 def export_run(
@@ -67,10 +66,10 @@ def export_run(
     _require_taken(format, given)
     settings = {name: value for name, value in given.items() if name in exporter.settings}
     exporter.check(target, **settings)
-    _refuse_base(target, read_config(workdir).model)
     if not is_url(target):  # all hosts see a bucket
         require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
+    _refuse_base(target, run.config.model)
     return exporter.write(out, run, **settings)
 
 

@@ -175,8 +175,7 @@ def run_grid(
       grid: what changes, as `combinations` takes it.
       workdir: of the runs.
       extra: (settings, what was trained) -> columns of its row, before others of the same names.
-      parallel: how many run at one time, each on its own devices (as many as its mesh has); None:
-        as many as fit on the devices there are.
+      parallel: how many run at one time, each on as many devices as its mesh has; None: all that fit.
       page: a second place of the page: this Markdown file, and its JSON.
       console: whether a run that is alone shows its progress.
 
@@ -207,10 +206,8 @@ def run_grid(
     with compile_cache(workdir / "compile_cache"):
         if results:
             write()
-        made = run_jobs(
-            jobs, bases.of, slots, loaded=bases.digests, failures=FAILURES, console=console
-        )
-        for job, result in made:
+        settings: Any = {"loaded": bases.digests, "failures": FAILURES, "console": console}
+        for job, result in run_jobs(jobs, bases.of, slots, **settings):
             results[job.name] = result
             log.info("%s: %s", job.name, status(result))
             write()

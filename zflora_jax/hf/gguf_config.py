@@ -30,11 +30,6 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
       ConfigError: the forward pass has no code for a feature of the model; it is named.
       CheckpointError: a metadata key is missing, or it or the RoPE divisors cannot be read.
     """
-    require(
-        file.get("general.type") != "adapter",
-        f"{file.path} holds an adapter for llama.cpp (--lora), no model. Give the base's file, or"
-        " the adapter as a PEFT directory.",
-    )
     family = gguf_family(file)
 
     def of(key: str) -> str:
@@ -89,8 +84,13 @@ def gguf_family(file: GGUFFile) -> str:
     as a window is not in the file; a llama with biases of q, k and v is a Qwen2.
 
     Raises:
-      ConfigError: the forward pass has no code for the architecture.
+      ConfigError: the forward pass has no code for the architecture, or there is no model.
     """
+    require(
+        file.get("general.type") != "adapter",
+        f"{file.path} holds an adapter for llama.cpp (--lora), no model. Give the base's file, or"
+        " the adapter as a PEFT directory.",
+    )
     architecture = _need(file, "general.architecture")
     known = [name for name, family in FAMILIES.items() if family.gguf == architecture]
     names = ", ".join(dict.fromkeys(repr(family.gguf) for family in FAMILIES.values()))
