@@ -175,7 +175,7 @@ def run_grid(
       grid: what changes, as `combinations` takes it.
       workdir: of the runs.
       extra: (settings, what was trained) -> columns of its row, before others of the same names.
-      parallel: how many run at one time, each on as many devices as its mesh has; None: all that fit.
+      parallel: how many run at one time, each on the devices of its mesh; None: all that fit.
       page: a second place of the page: this Markdown file, and its JSON.
       console: whether a run that is alone shows its progress.
 
