@@ -262,3 +262,17 @@ def test_scripts_refuse_wrong_counts_before_they_measure(
     monkeypatch.chdir(tmp_path)
     code, _, err = script(name, *given)
     assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
+def test_a_method_without_all_its_seeds_is_left_out_of_the_cost_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gap = {"task": {"mean": -1.0, "low": -3.0, "high": 1.0, "p": 0.4, "seeds": 1}}
+    table = {
+        "missing": ["a (seeds 1, 2)", "d"],
+        "differences": dict.fromkeys(["base", "a", "b"], gap),
+    }
+    (tmp_path / "accuracy_arithmetic.json").write_text(json.dumps(table))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
+    quality = runpy.run_path(str(BENCHMARKS / "cost_quality.py"))["quality"]
+    assert quality(tmp_path) == {"lora": [0.0] * 3, "b": [-1.0, -3.0, 1.0]}

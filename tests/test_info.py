@@ -17,7 +17,7 @@ from support.runs import small_run
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli import generate
-from zflora_jax.cli.main import main
+from zflora_jax.cli.main import _parser, main
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -192,6 +192,8 @@ def test_generate_answers_a_prompt_a_file_and_a_conversation(
     monkeypatch.setattr("sys.stdin", io.StringIO("2 + 2?\n\n3 + 3?\n"))
     said = generated(capsys, "--workdir", str(workdir))
     assert said.startswith(one)
+    args = _parser().parse_args(["generate", "--workdir", str(workdir)])
+    assert generate._model_of(args).config.execution.packed  # one copy is in memory
     plain = generated(capsys, "--workdir", str(workdir), "--prompt", "2 + 2?", "--plain")
     assert plain != one
 

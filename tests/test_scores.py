@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from zflora_jax.evaluation.statistics import (
 )
 from zflora_jax.evaluation.suite import evaluate_tasks
 from zflora_jax.evaluation.task import evaluate
+from zflora_jax.experiments import page
 
 
 def test_scores_have_bootstrap_intervals():
@@ -300,5 +302,7 @@ def test_a_suite_counts_the_rows_that_a_score_is_over():
     kept = {"clean_rows": 6, "scores": scores} | rows_kept(rows)
     found = suite_score([{"rows": kept}], "accuracy")
     assert found.counted == {"accuracy": {"rows": 4}, "likelihood_sum": {"rows": 6}}
+    cells = page._score_cells(SimpleNamespace(tasks=("rows",)), found, "accuracy")
+    assert "rows (4)" in cells
     old = suite_score([{"rows": {"clean_rows": 6, "scores": scores}}], "accuracy")
     assert old.counted["accuracy"] == {"rows": 6}

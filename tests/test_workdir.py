@@ -64,7 +64,12 @@ def test_a_finished_run_is_there_on_a_mesh_that_does_not_divide_its_micro_batche
     workdirs.claim(tmp_path, run)
     (tmp_path / "checkpoints" / str(run.train.steps)).mkdir(parents=True)
     wide = override(run, {"data.grad_accum_steps": 1, "mesh.data": 4, "train.loss_chunk": 64})
-    found, _ = adopt(tmp_path, wide)
+    found, changed = adopt(tmp_path, wide)
+    assert changed.keys() == {"mesh.data", "data.grad_accum_steps"}
     assert (found.mesh.data, found.data.grad_accum_steps) == (4, 1)
     assert found.train.loss_chunk == run.train.loss_chunk
     assert adopt(tmp_path, override(wide, {"mesh.data": 1}))[0].data.grad_accum_steps == 4
+    dropping = override(run, {"adapter.method": "lora", "adapter.dropout": 0.1})
+    workdirs.claim(tmp_path / "b", dropping)
+    (tmp_path / "b" / "checkpoints" / str(run.train.steps)).mkdir(parents=True)
+    assert adopt(tmp_path / "b", override(dropping, {"data.grad_accum_steps": 1}))

@@ -111,6 +111,10 @@ def test_a_sweep_of_several_workers(base_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workers, "run_pinned", lambda *_: [0, 137])
     assert main(words) == 0 and (out / "shared.md").is_file()
     assert "1 of 2 workers were killed" in capsys.readouterr().err
+    monkeypatch.setattr(workers, "run_pinned", lambda *_: [137, 139])
+    with pytest.raises(SystemExit) as crashed:
+        main(words)
+    assert crashed.value.code == 139 and "ended by signal 11" in capsys.readouterr().err
     assert small_run(base_dir).train.steps != 3
 
 

@@ -71,7 +71,7 @@ def joined(parts: Sequence[QuantizedArray], kind: str) -> QuantizedArray:
 
     Returns:
       Codes [out, in], on CPUs those of 4 bits in pairs; in groups on a TPU [groups, inputs of a
-      group, out], as XLA's TPU compiler reads them inside a product (docs/quantised.md).
+      group, out], as XLA's TPU compiler reads them inside a product (docs/quantised-bases.md).
     """
     first = parts[0]
 

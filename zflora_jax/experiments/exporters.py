@@ -84,7 +84,9 @@ def check_hf(
 
 def check_directory(out: Path) -> None:
     """ConfigError where `out`, which is to be a directory, is named as a file of another format."""
-    formats = {".gguf": "gguf", ".tflite": "litert", ".litertlm": "litert"}
+    from zflora_jax.hf.litert_save import SUFFIXES
+
+    formats = {".gguf": "gguf"} | dict.fromkeys(SUFFIXES, "litert")
     other = formats.get(out.suffix)
     require(
         other is None,

@@ -223,7 +223,7 @@ def converse(
     config = generation_config(config or LONG_ANSWER, settings)
     opening = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
-    for asked_before, line in enumerate(map(str.strip, lines)):
+    for number, line in enumerate(map(str.strip, lines)):
         if line == "/quit":
             return
         if line == "/reset":
@@ -236,7 +236,7 @@ def converse(
                 continue
             # Each line has draws of its own, also where no turn is kept: asked again, it may get
             # another answer.
-            seeded = replace(config, seed=(config.seed + asked_before) % 2**32)
+            seeded = replace(config, seed=(config.seed + number) % 2**32)
             answer = _say_answer(model, opening + kept, say, seeded, date)
             turns = [*kept, {"role": "assistant", "content": answer}]
 

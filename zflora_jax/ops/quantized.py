@@ -209,7 +209,7 @@ def _looked_up(table: tuple[float, ...], codes: Array) -> Array:
 
 def _chosen(table: tuple[float, ...], codes: Array) -> Array:
     """`_looked_up` one by one: on a TPU a lookup is no part of the product that reads it, and on a
-    GPU this is none (docs/quantised.md).
+    GPU this is none (docs/quantised-bases.md).
     """
     values = jnp.full(codes.shape, table[0], jnp.float32)
     for code, value in enumerate(table[1:], 1):

@@ -192,7 +192,7 @@ def int8_product(x: Array, w: QuantizedArray, beside: Array | None) -> Array:
     """
     # XLA's CPU compiler multiplies int8 with int8 as it lies only for two rows or more, and
     # converts whole kernels to multiply with float. So x goes as two rows of 8 bits, the second of
-    # which is what the first has rounded away (docs/quantised.md).
+    # which is what the first has rounded away (docs/quantised-bases.md).
     x, scales = x.astype(jnp.float32), w.scales.astype(jnp.float32).T[None]
     base = _parts(x, w)[:, 0]
     scale = jnp.maximum(jnp.max(jnp.abs(base), -1, keepdims=True), 1e-30) / 127
@@ -212,7 +212,7 @@ def int8_product(x: Array, w: QuantizedArray, beside: Array | None) -> Array:
 def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against codes [j, i] -> [n, j] float32, one sum over the inputs of each output."""
     # XLA's GPU compiler makes one kernel of it that reads the codes; as a product it writes the
-    # dequantised kernel to memory first (docs/quantised.md).
+    # dequantised kernel to memory first (docs/quantised-bases.md).
     x, w = x.astype(jnp.float32), unpair(w)
     if not w.group:
         return jnp.sum(x[:, None] * dequantize(w)[None], axis=-1)
@@ -227,7 +227,7 @@ def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
 def paired_product(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against codes of 4 bits in pairs [j, i/2] -> [n, j] float32."""
     # By arithmetic in float32: XLA's CPU compiler makes one kernel of it, and with operations on
-    # bits writes codes to memory first (docs/quantised.md).
+    # bits writes codes to memory first (docs/quantised-bases.md).
     x = x.astype(jnp.float32).reshape(len(x), 1, -1, 2, w.group // 2)
     low, high = x[..., 0, :], x[..., 1, :]
     both = w.codes.astype(jnp.float32).reshape(len(w.codes), -1, w.group // 2)[None]
@@ -243,7 +243,7 @@ def paired_product(x: Array, w: QuantizedArray) -> Array:
 def eight_rows_product(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against codes, as a product of at least eight rows -> [n, j] float32."""
     # XLA's TPU compiler multiplies fewer rows on the vector unit; it reads codes [G, g, j], scales
-    # on an axis of their own, inside the product (docs/quantised.md).
+    # on an axis of their own, inside the product (docs/quantised-bases.md).
     parts = _parts(x, w) if not w.group else x[:, None]
     rows = parts.reshape(-1, x.shape[-1])
     rows = jnp.pad(rows, ((0, max(0, 8 - len(rows))), (0, 0)))

@@ -34,9 +34,6 @@ _SYSTEM = ("system", "system_prompt")  # columns of a system turn beside the tur
 _BESIDE = (*_SYSTEM, "history", "context")  # what a prompt may be in, besides its own column
 
 
-_EMPTY = "an empty cell of a table is no field"
-
-
 class Form(NamedTuple):
     """One form of rows.
 
@@ -66,7 +63,10 @@ def _completion(row: Raw, where: str) -> Row:
         given = turns_of(before, where, "prompt", answered=False) if before else []
         said = turns_of(after, where, "completion")
         return _conversation([*given, *said], row, where, len(given))
-    expected = f"prompt and completion: two texts, or two lists of turns; {_EMPTY}"
+    expected = (
+        "prompt and completion: two texts, or two lists of turns; an empty cell of a table is no"
+        " field"
+    )
     _require_read(row, where, "prompt and completion")
     texts = [field(row, name, where, expected) for name in ("prompt", "completion")]
     require(bool(texts[1].strip()), f"{where}: the completion is empty: there is nothing to learn.")
