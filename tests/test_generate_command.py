@@ -35,6 +35,23 @@ def test_an_error_loses_no_answer(done, base_dir, tmp_path, monkeypatch, capsys)
     assert "the logits are NaN" in said.err
 
 
+def test_an_answer_is_printed_once_those_before_it_are_there(
+    base_dir, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "lines.txt").write_text("ab\ncd\n")
+    answered, said = decode.answered, []
+
+    def watched(*given):
+        for batch in answered(*given):
+            yield batch
+            said.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(decode, "answered", watched)
+    asks = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
+    assert main([*asks, "--max-new-tokens", "4", "--batch-size", "1"]) == 0
+    assert [json.loads(line)["prompt"] for line in said] == ["ab", "cd"]
+
+
 def test_a_line_that_does_not_fit_is_named(base_dir, tmp_path, refused):
     (tmp_path / "lines.txt").write_text("ok\n\n\n" + "x" * 600)
     said = refused("generate", "--model", base_dir, "--file", tmp_path / "lines.txt")
