@@ -144,6 +144,18 @@ def test_the_untrained_model_is_scored_as_its_runs_start(two_steps, tmp_path, sc
     assert found[0] and not found[1]
 
 
+def test_records_have_the_hash_from_before_the_base_was_loaded(
+    two_steps, tmp_path, scored, fake_train, monkeypatch
+):
+    """So those of files that changed meanwhile do not count."""
+    monkeypatch.setattr(compare, "model_digest", lambda _: "before")
+    plan, out = reference_plan(two_steps).only(["lora"]), tmp_path / "out"
+    with pytest.raises(ConfigError, match="is of another run, model or rows"):
+        compare_methods(plan, tmp_path / "runs", out, console=False)
+    records = [json.loads(file.read_text()) for file in (out / plan.name).glob("*.json")]
+    assert len(records) > 1 and {record["model"] for record in records} == {"before"}
+
+
 def test_more_seeds_of_some_methods(two_steps, tmp_path, scored, fake_train):
     """A difference is over the seeds that both have, and waits for no others."""
     more = {"lora": (2,), "ffba": (2, 3)}

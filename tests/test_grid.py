@@ -29,7 +29,7 @@ from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import grid, jobs
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
-from zflora_jax.experiments.store import EXTRA
+from zflora_jax.experiments.store import EXTRA, model_digest
 from zflora_jax.parallel import distributed
 from zflora_jax.training.lock import locked
 
@@ -328,3 +328,10 @@ def test_a_model_that_is_not_there_is_a_row_and_numbers_of_numpy_are_numbers(
     rows = run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
     assert [row["status"].partition(":")[0] for row in rows] == ["failed", "finished"]
     assert type(rows[1]["adapter.rank"]) is int
+
+
+def test_a_base_that_stays_in_memory_has_the_hash_of_its_files(base: RunConfig) -> None:
+    bases = grid._Bases()
+    assert bases.of(base, jax.devices()[:1]) is not None
+    assert bases.digests == {base.model: model_digest(base.model)} != {base.model: None}
+    assert bases.of(base, jax.devices()[:2]) is None  # each run loads its slices

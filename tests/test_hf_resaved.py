@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model
 from support.models import perturb
@@ -26,7 +27,8 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig
+from zflora_jax.experiments.base import as_base
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.load import load_model, model_config
 from zflora_jax.hf.peft import save_peft
@@ -127,6 +129,9 @@ def test_the_base_of_an_export_is_not_called_as_the_export(saved, tmp_path):
     save_hf(tmp_path / "again", load_model(path / "export"))
     manifest = json.loads((tmp_path / "again" / "zflora.json").read_text())
     assert manifest["base"]["name"] == "base"
+    base.tokenizer = byte_tokenizer()
+    run = RunConfig("x", data=DataConfig(bucket_lengths=(16,)), adapter=lora)
+    assert as_base(run, base).base == "base"
     in_memory = load_model(path / "base")
     fused = fuse(in_memory, ADAPTERS[CASES[0][0]], adapters)
     assert unfuse(fused)[0].source == in_memory.source == str(path / "base")
