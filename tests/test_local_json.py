@@ -76,8 +76,14 @@ GOOD = json.dumps(ADAPTERS)
     [
         (f"{GOOD}\n\n{{broken", r"data, row 3: invalid JSON at column 2"),
         (f"{GOOD}\n[1]", r"data, row 2: expected an object, got list"),
-        (f"[{GOOD},", r"data: invalid JSON at line 1"),
+        (f"[{GOOD},", r"data: invalid JSON at column 111"),
+        (f"[{GOOD},\n{{broken", r"data: invalid JSON at line 2, column 2"),
         (f"[{GOOD}, 3]", r"data, row 2: expected an object, got int"),
+        (
+            f'{GOOD}\n{{"answer": {"1" * 5000}}}',
+            r"data, row 2: JSON that Python cannot read.*digit",
+        ),
+        ("[" * 100_000, r"data: JSON that Python cannot read"),
         (
             json.dumps([{"instruction": "x", "answer": "y"}]),
             r"row 1: no field 'output', the row has 'instruction', 'answer'",

@@ -35,7 +35,13 @@ def test_a_form_is_for_own_rows_of_a_mixture_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("prompt", "completion"),
-    [('{"name": "Ada"}', '[{"x": 1}]'), ('{"from": "Ada"}', '[{"from": "Bob"}]'), ("[]", "[]")],
+    [
+        ('{"name": "Ada"}', '[{"x": 1}]'),
+        ('{"from": "Ada"}', '[{"from": "Bob"}]'),
+        ("[]", "[]"),
+        ("[" * 100_000, f"[{'1' * 5000}]"),
+    ],
+    ids=["object", "from", "empty", "beyond-python"],
 )
 def test_json_that_is_no_turn_is_a_text(tmp_path, prompt, completion):
     """Extraction from JSON to JSON, as JSON lines and as CSV."""

@@ -99,7 +99,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from map(without_nulls, batch.to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: invalid Parquet: {error}") from error
 
 
@@ -113,21 +113,22 @@ def without_nulls(value: Any) -> Any:
 def _parse(path: Path) -> Iterator[tuple[int, Any]]:
     text = decode(path.read_bytes(), path)
     if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), start=1)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{path}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
-            ) from error
+        yield from enumerate(_json(text, str(path)), start=1)
         return
     for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{path}, row {number}: invalid JSON at column {error.colno}: {error.msg}."
-                ) from error
+            yield number, _json(line, f"{path}, row {number}")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"column {error.colno}"
+        at = f"line {error.lineno}, {at}" if "\n" in text else at
+        raise ConfigError(f"{where}: invalid JSON at {at}: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:  # an integer too long, lists nested too deep
+        raise ConfigError(f"{where}: JSON that Python cannot read: {error}.") from error
 
 
 def field(row: Mapping[str, Any], name: str, where: str, expected: str, kind: type = str) -> Any:

@@ -296,7 +296,7 @@ def _is_table(value: Any) -> bool:
 
 def _object(value: Any) -> Any:
     """A column of objects, which CSV files hold as JSON; other values stay as they are."""
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(value) if isinstance(value, str) else value
     return value
 
@@ -308,7 +308,7 @@ def listed(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             found = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
         objects = found if isinstance(found, list) else [found]
         return objects if all(map(_is_table, objects)) else value
