@@ -79,6 +79,8 @@ def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, score
     assert "lora does not clearly beat the untrained model on openbookqa" in page
     assert "boolq (40)" in page and "Failed:" not in page
     assert (tmp_path / "out" / "paired_two.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = (tmp_path / "out" / "paired_two.svg").read_text()
+    assert "ffa, as good" in drawn and "ffba, worse" in drawn and "shaded: the margin" in drawn
     decays = {run.adapter.method: run.optim.weight_decay for run in fake_train.runs}
     assert decays == {"lora": 0.0, "ffa": 0.1, "ffba": 0.0}
 
@@ -113,6 +115,7 @@ def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, 
     summary = overview([plan], tmp_path / "out").read_text()
     [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
     assert "*" not in line and "1 of 2 seeds" in line
+    assert "ffba, 1 of 2 seeds" in (tmp_path / "out" / "paired.svg").read_text()
 
 
 def test_the_overview_corrects_for_all_comparisons(two_steps, tmp_path):

@@ -153,7 +153,7 @@ def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
     assert [first.get_title(loc="left"), second.get_title(loc="left")] == ["one", "two"]
     low, high = zip(*(c.get_segments()[0][:, 0] for c in first.collections), strict=True)
     assert (low, high) == ((-0.5, -3.0), (2.0, -1.0))
-    assert second.get_xlabel() == "points"
+    assert second.get_xlabel() == "points (shaded: the margin)"
     for empty in ({}, {"one": {}}):
         with pytest.raises(ValueError, match="no values to draw"):
             plots.forest(empty, tmp_path / "g", "nothing", "points")

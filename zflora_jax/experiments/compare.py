@@ -33,7 +33,7 @@ from zflora_jax.experiments.differences import (
     scores_by_seed,
 )
 from zflora_jax.experiments.jobs import FAILURES, POLL, run_jobs, score, split_loss
-from zflora_jax.experiments.page import comparison_page, write_page
+from zflora_jax.experiments.page import comparison_page, forest_row, write_page
 from zflora_jax.experiments.progress import Progress
 from zflora_jax.experiments.rates import RateChoice
 from zflora_jax.experiments.store import (
@@ -314,7 +314,7 @@ def _draw(
     compared = {label: headline(of) for label, of in gaps.items() if label != BASE}
     if compared:
         forest(
-            {plan.name: {label: (d.mean, d.low, d.high) for label, d in compared.items()}},
+            {plan.name: dict(forest_row(plan, *of) for of in compared.items())},
             out / plan.name,
             f"{plan.name}: difference to {plan.reference}",
             f"{measure}, points",

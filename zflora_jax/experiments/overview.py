@@ -16,7 +16,7 @@ from zflora_jax.core.stored_config import from_file
 from zflora_jax.evaluation.paired import Difference, holm
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.differences import headline
-from zflora_jax.experiments.page import verdict_legend, verdict_of
+from zflora_jax.experiments.page import forest_row, verdict_legend, verdict_of
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.plots import forest
 from zflora_jax.reporting.tables import markdown_table
@@ -153,7 +153,7 @@ def _test_loss(row: Mapping[str, Any]) -> float | None:
 def _draw(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> None:
     """The forest plot of all differences but the untrained model's."""
     drawn = {
-        _title(plan): {k: (gap.mean, gap.low, gap.high) for k, gap in of.items() if k != BASE}
+        _title(plan): dict(forest_row(plan, k, gap) for k, gap in of.items() if k != BASE)
         for plan, of in gaps
     }
     forest(

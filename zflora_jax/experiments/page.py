@@ -175,6 +175,12 @@ def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
     return verdict(gap, plan.margin)
 
 
+def forest_row(plan: Comparison, label: str, gap: Difference) -> tuple[str, Sequence[float]]:
+    """A row of a forest plot: the method with its verdict, and its interval."""
+    verdict = verdict_of(plan, label, gap)
+    return f"{label}, {verdict}" if verdict else label, (gap.mean, gap.low, gap.high)
+
+
 def verdict_legend(reference: str, margin: str) -> str:
     """What the verdicts mean, in words."""
     return (

@@ -228,7 +228,7 @@ def forest(
             axes.set_title(group, fontsize=9, loc="left")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel(label)
+    panels[-1, 0].set_xlabel(f"{label} (shaded: the margin)" if margins else label)
     _save(figure, out)
 
 
