@@ -16,7 +16,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference import likelihood
-from zflora_jax.inference.likelihood import option_log_likelihoods, score_pieces
+from zflora_jax.inference.likelihood import feed_pieces, option_log_likelihoods
 from zflora_jax.nn.llama import forward
 
 Rows = tuple[list[list[int]], list[list[list[int]]]]
@@ -134,13 +134,13 @@ def test_a_start_that_all_prompts_share_is_fed_once(monkeypatch: pytest.MonkeyPa
     options = [[option[:10] for option in row] for row in options] + [[[1, 2], [3]]]
 
     def counted(*args: Any) -> Any:
-        fed.append(int(args[3].valid.sum()))
-        return score_pieces(*args)
+        fed.append(int(args[5].sum()))
+        return feed_pieces(*args)
 
-    monkeypatch.setattr(likelihood, "score_pieces", counted)
+    monkeypatch.setattr(likelihood, "feed_pieces", counted)
     got = option_log_likelihoods(model, prompts, options)
     assert_same(got, definition(model, prompts, options))
-    assert fed[0] == 19, "all but the last token of the shortest prompt"
+    assert fed[0] == 16, "of 19, all but the last token of the shortest prompt, a multiple of 16"
     assert (
         sum(fed)
         < sum(len(p) + len(o) for p, row in zip(prompts, options, strict=True) for o in row) / 3
@@ -169,7 +169,7 @@ def test_batch_size_and_order_do_not_matter() -> None:
 
 
 def test_bounds_of_memory_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options in several calls instead of one; the head over one row at a time."""
+    """Options in calls of a batch's size; the head over one position at a time."""
     # A config that no other test compiles with the other bounds.
     model, (prompts, options) = (
         model_of(max_position_embeddings=500),
@@ -178,12 +178,11 @@ def test_bounds_of_memory_change_no_result(monkeypatch: pytest.MonkeyPatch) -> N
     want, sizes = definition(model, prompts, options), []
 
     def counted(*args: Any) -> Any:
-        sizes.append(len(args[3].parents))
-        return score_pieces(*args)
+        sizes.append(len(args[3]))
+        return feed_pieces(*args)
 
-    monkeypatch.setattr(likelihood, "CACHE_BYTES", 1)
     monkeypatch.setattr(likelihood, "HEAD_POSITIONS", 1)
-    monkeypatch.setattr(likelihood, "score_pieces", counted)
+    monkeypatch.setattr(likelihood, "feed_pieces", counted)
     assert_same(option_log_likelihoods(model, prompts, options, batch_size=4), want)
     assert len(sizes) > 2 and max(sizes) == 4
 
@@ -208,12 +207,38 @@ def test_numpy_ids_and_no_prompts_are_fine() -> None:
 
 
 def test_prompts_of_similar_length_share_one_compilation() -> None:
-    model, before = model_of(max_position_embeddings=499), score_pieces._cache_size()
+    model, before = model_of(max_position_embeddings=499), feed_pieces._cache_size()
     for n in (2, 9, 11):
         option_log_likelihoods(
             model, [ids(n, n), ids(1, 1)], [[ids(4, 5) + [t] for t in (1, 2, 3)]] * 2
         )
-    assert score_pieces._cache_size() == before + 1
+    assert feed_pieces._cache_size() == before + 1
+
+
+def test_all_lengths_take_few_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and options of up to 120 tokens: four lengths of prompts, and five of options after
+    each.
+    """
+    model, shapes = model_of(), set()
+
+    def counted(config: Any, params: Any, past: Any, parents: Any, tokens: Any, *_: Any) -> Any:
+        slots = None if past is None else past.shape[1]
+        shapes.add((slots, *tokens.shape))
+        return np.zeros((*tokens.shape, 1)), np.zeros((1, tokens.shape[1] + (slots or 0)))
+
+    monkeypatch.setattr(likelihood, "feed_pieces", counted)
+    monkeypatch.setattr(likelihood, "token_log_p", lambda *args: np.zeros(args[3].shape))
+    monkeypatch.setattr(likelihood, "gathered", np.asarray)
+    for seed in range(8):
+        lengths = np.random.default_rng(seed).integers(2, 121, (40, 4))
+        prompts = [ids(n, i) for i, n in enumerate(lengths[:, 0])]
+        options = [[ids(n, n) for n in row] for row in lengths[:, 1:]]
+        option_log_likelihoods(model, prompts, options, batch_size=8)
+    prompted = {shape[2] for shape in shapes if shape[0] is None}
+    assert prompted == {32, 64, 96, 128}
+    continued = {(slots, length) for slots, _, length in shapes if slots}
+    assert continued <= {(slots, n) for slots in prompted for n in (16, *prompted)}
+    assert {rows for _, rows, _ in shapes} == {8}
 
 
 # --- stock transformers ---------------------------------------------------------------------------

@@ -8,10 +8,12 @@ Every token is computed once wherever options agree, in three phases:
 2. prompts: the rest of a prompt and what its options begin with is fed once for all its options;
 3. options: what is left of each option, where that is more than one token, is fed per option.
 
-The head, as wide as the vocabulary, sees no more positions than predict tokens of an option.
+To compile a program of all layers takes longer than to run it often, so its shapes are few: short
+rows have a power of two of tokens, and the head, which only sees the positions that predict a token
+of an option, is a program of its own.
 
-Letters: N rows of a call, T tokens fed per row, S cache slots, C candidates for the next token, d
-residual width, V vocabulary.
+Letters: N rows of a call, T tokens fed per row, P positions of the head, d residual width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,14 +34,16 @@ from zflora_jax.core.trees import Tree, gathered
 from zflora_jax.inference import model_call
 from zflora_jax.inference.batching import batches, pad_left, padded_length
 from zflora_jax.nn.kv_cache import KVCache, init_cache
+from zflora_jax.parallel.activations import divide
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 
 Array = jax.Array
-# Keys and values that one call may copy for options; a batch's worth of options may always.
-CACHE_BYTES = 1 << 30
-# Positions whose logits exist at one time, or one row's: 50 MB for a vocabulary of 49152.
+# Positions whose logits exist at one time: 50 MB for a vocabulary of 49152.
 HEAD_POSITIONS = 256
-WORTH_SHARING = 16  # tokens that all prompts must begin with to be fed by a call of their own
+# Tokens that all prompts must begin with to be fed by a call of their own. A multiple of it is fed,
+# so that most groups of prompts give one length.
+WORTH_SHARING = 16
+PROMPT, OPTION = 32, 16  # the shortest rows of phase 2 and of phase 3
 
 
 def option_log_likelihoods(
@@ -123,9 +126,10 @@ def _feed_shared_start(run: Model, prompts: list[list[int]]) -> tuple[int, KVCac
     None) where that is not worth a call.
     """
     shared = _agreement(prompts) if len(prompts) > 1 else 0
-    if shared < WORTH_SHARING:
+    shared -= shared % WORTH_SHARING
+    if not shared:
         return 0, None
-    _, cache = _feed(run, None, [Piece(0, prompts[0][:shared], 0, [0])], 1, keep=True)
+    _, cache = _feed(run, None, [Piece(0, prompts[0][:shared], 0, [])], 1, shared, keep=True)
     return shared, cache
 
 
@@ -143,9 +147,7 @@ def _score_prompts(
         for q in questions
     ]
     more = any(q.rest(option) for q in questions for option in q.options)
-    found, cache = _feed(run, start, pieces, size, keep=more)
-    rows = [row[: len(q.options)] for row, q in zip(found, questions, strict=True)]
-    return rows, cache
+    return _feed(run, start, pieces, size, PROMPT, keep=more)
 
 
 def _score_options(
@@ -164,12 +166,11 @@ def _score_options(
         if q.rest(option)
     ]
     left.sort(key=lambda entry: len(entry[2].tokens))
-    per_call = max(batch_size, CACHE_BYTES // _row_bytes(cache))
-    for first in range(0, len(left), per_call):
-        some = left[first : first + per_call]
-        size = min(_bucket(len(some)), per_call)
-        found, _ = _feed(run, cache, [piece for *_, piece in some], size, keep=False)
-        for (row, k, _), value in zip(some, found[:, 0], strict=True):
+    size = min(_length(len(left), 1), batch_size)
+    for first in range(0, len(left), size):
+        some = left[first : first + size]
+        found, _ = _feed(run, cache, [piece for *_, piece in some], size, OPTION, keep=False)
+        for (row, k, _), (value,) in zip(some, found, strict=True):
             scores[row][k] = value
     return scores
 
@@ -193,95 +194,98 @@ class Piece:
     scored: int
     candidates: list[int]
 
-
-@flax.struct.dataclass
-class PieceBatch:
-    """Pieces as arrays.
-
-    Attributes:
-      parents: [N] int32.
-      tokens: [N, T] int32, left-padded.
-      valid: [N, T] bool, False at padding.
-      scored: [N] int32.
-      candidates: [N, C] int32.
-    """
-
-    parents: Array
-    tokens: Array
-    valid: Array
-    scored: Array
-    candidates: Array
+    def asked(self, length: int) -> list[tuple[int, int]]:
+        """(position, token that is to follow it) of all that is scored, the candidates last, in a
+        row that is left-padded to `length`.
+        """
+        own = self.tokens[len(self.tokens) - self.scored :]
+        first = length - 1 - self.scored
+        return [*enumerate(own, first), *((length - 1, token) for token in self.candidates)]
 
 
 def _feed(
-    run: Model, past: KVCache | None, pieces: list[Piece], size: int, *, keep: bool
-) -> tuple[np.ndarray, KVCache | None]:
-    """`score_pieces` over `pieces`, filled up to `size` rows, in shapes that few calls differ in.
+    run: Model, past: KVCache | None, pieces: list[Piece], size: int, least: int, *, keep: bool
+) -> tuple[list[np.ndarray], KVCache | None]:
+    """Feed pieces, filled up to `size` rows of at least `least` tokens, and score them; `past` and
+    `keep` as for `feed_pieces`.
 
     Returns:
-      (scores [len(pieces), C] float32, the cache if `keep`).
+      (for each piece log p of its candidates, each with that of its scored tokens, float32 [number
+      of candidates]; the cache if `keep`).
     """
     size = fill_rows(size, run.params) if size > 1 else size
-    longest, scored = max(len(p.tokens) for p in pieces), max(p.scored for p in pieces)
-    length = padded_length(longest) if past is None or longest > 16 else _bucket(longest)
+    length = _length(max(len(p.tokens) for p in pieces), least)
     tokens, valid = pad_left([p.tokens for p in pieces], size, length)
-    candidates = np.zeros((size, _bucket(max(len(p.candidates) for p in pieces))), np.int32)
-    parents, counts = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    for n, p in enumerate(pieces):
-        candidates[n, : len(p.candidates)] = p.candidates
-        parents[n], counts[n] = p.parent, p.scored
-    batch = PieceBatch(parents, tokens, valid, counts, candidates)  # type: ignore[arg-type]
-    span = min(_bucket(scored), length - 1)
+    parents = np.zeros(size, np.int32)
+    parents[: len(pieces)] = [p.parent for p in pieces]
     with mesh_in_use(run.params):
-        scores, cache = score_pieces(run.config, run.params, past, batch, span, keep)
-    return gathered(scores)[: len(pieces)], cache
+        hidden, cache = feed_pieces(run.config, run.params, past, parents, tokens, valid, keep)
+        asked = [(row, *place) for row, piece in enumerate(pieces) for place in piece.asked(length)]
+        found = [np.zeros(0, np.float32)]
+        for first in range(0, len(asked), HEAD_POSITIONS):
+            some = asked[first : first + HEAD_POSITIONS]
+            places = np.zeros((min(_length(len(some), 32), HEAD_POSITIONS), 3), np.int32)
+            places[: len(some)] = some
+            values = token_log_p(run.config, run.params, hidden, *places.T)
+            found.append(gathered(values)[: len(some)])
+    ends = np.cumsum([p.scored + len(p.candidates) for p in pieces])[:-1]
+    each = np.split(np.concatenate(found), ends)
+    return [x[p.scored :] + x[: p.scored].sum() for x, p in zip(each, pieces, strict=True)], cache
 
 
-@partial(jax.jit, static_argnames=("config", "span", "keep"))
-def score_pieces(
+@partial(jax.jit, static_argnames=("config", "keep"))
+def feed_pieces(
     config: LlamaConfig,
     params: Tree,
     past: KVCache | None,
-    batch: PieceBatch,
-    span: int,
+    parents: Array,
+    tokens: Array,
+    valid: Array,
     keep: bool,
 ) -> tuple[Array, KVCache | None]:
-    """Feed pieces after rows of a cache, and score them.
+    """The layers over pieces.
 
     Args:
       config: of the model, its layers unrolled.
       params: of the model.
-      past: a full cache that batch.parents are rows of; None: the pieces continue nothing.
-      batch: the pieces.
-      span: at least the largest of batch.scored.
-      keep: whether to return a cache.
+      past: a full cache; None: the pieces continue nothing.
+      parents: [N] int32, the row of `past` that each continues.
+      tokens: [N, T] int32, left-padded.
+      valid: [N, T] bool, False at padding.
+      keep: whether to return a cache, of `past` and the tokens.
 
     Returns:
-      (log p [N, C] float32: the sum over a row's scored tokens, plus that of each candidate; with
-      `keep` the cache of `past` and the tokens, else None).
+      (final hidden states [N, T, d]; the cache, None without `keep`).
     """
-    variables, (rows, length) = {"params": params}, batch.tokens.shape
+    rows, length = tokens.shape
     cache = init_cache(config, rows, length) if keep and past is None else None
     if past is not None:
-        cache = past.continue_rows(batch.parents, length)
-    hidden, cache = model_call.hidden(config, None, variables, batch.tokens, batch.valid, cache)
+        cache = past.continue_rows(parents, length)
+    hidden, cache = model_call.hidden(config, None, {"params": params}, tokens, valid, cache)
+    return hidden, cache if keep else None
 
-    def log_p(states: Array, wanted: Array) -> Array:
-        """Hidden states [P, d], wanted [P, C] -> log p of the wanted tokens [P, C]."""
-        logits = model_call.logits(config, None, variables, states[None])[0]
-        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return jnp.take_along_axis(logits, wanted, axis=1) - total
 
-    scores = log_p(hidden[:, -1], batch.candidates)
-    if span:
-        counted = jnp.arange(span)[None, :] >= span - batch.scored[:, None]
-        each = jax.lax.map(
-            lambda row: log_p(*row)[:, 0],
-            (hidden[:, -span - 1 : -1], batch.tokens[:, -span:, None]),
-            batch_size=max(1, HEAD_POSITIONS // span),
-        )
-        scores = scores + jnp.sum(jnp.where(counted, each, 0.0), axis=1, keepdims=True)
-    return scores, cache if keep else None
+@partial(jax.jit, static_argnames=("config",))
+def token_log_p(
+    config: LlamaConfig, params: Tree, hidden: Array, rows: Array, positions: Array, wanted: Array
+) -> Array:
+    """log p of tokens, each after a position of hidden states.
+
+    Args:
+      config: of the model.
+      params: of the model.
+      hidden: [N, T, d].
+      rows: [P] int32.
+      positions: [P] int32.
+      wanted: [P] int32, the tokens.
+
+    Returns:
+      [P] float32, nats.
+    """
+    states = divide(hidden[rows, positions], "data")
+    logits = model_call.logits(config, None, {"params": params}, states[:, None])[:, 0]
+    found = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
+    return found - jax.nn.logsumexp(logits, axis=-1)
 
 
 # --- lengths and checks ---------------------------------------------------------------------------
@@ -296,13 +300,9 @@ def _agreement(rows: list[list[int]]) -> int:
     return min(same, min(map(len, rows)) - 1)
 
 
-def _bucket(n: int) -> int:
-    """0, 1, 2, 4, 8, 16 or a length of `padded_length`: the smallest that holds n."""
-    return padded_length(n) if n > 16 else 1 << (n - 1).bit_length() if n else 0
-
-
-def _row_bytes(cache: KVCache) -> int:
-    return sum(x.nbytes // x.shape[0] for x in jax.tree.leaves(cache.layers))
+def _length(n: int, least: int) -> int:
+    """The smallest power of two that holds n, at least `least`; beyond 64 `padded_length`."""
+    return max(least, 1 << (n - 1).bit_length() if n <= 64 else padded_length(n))
 
 
 def _check(
