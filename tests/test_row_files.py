@@ -79,10 +79,11 @@ def test_csv(tmp_path):
 
 
 def test_a_file_that_is_no_parquet(tmp_path):
+    import pyarrow.parquet
+
     (tmp_path / "test.parquet").write_text("no")
     with pytest.raises(ConfigError, match=r"test.parquet: invalid Parquet"):
         load("rows", "test", tmp_path)
-    pyarrow = pytest.importorskip("pyarrow")
     texts = pyarrow.array([b"good", b"\xff"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "test.parquet")
     with pytest.raises(ConfigError, match=r"test.parquet: invalid Parquet: .*can't decode"):

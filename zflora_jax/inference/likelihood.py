@@ -12,8 +12,7 @@ To compile a program of all layers takes longer than to run it often, so its sha
 rows have a power of two of tokens, and the head, which only sees the positions that predict a token
 of an option, is a program of its own.
 
-Letters: N rows of a call, T tokens fed per row, P positions of the head, d residual width, V
-vocabulary.
+Letters: N rows of a call, T tokens fed per row, P positions of the head, d residual width.
 """
 
 from __future__ import annotations
@@ -43,7 +42,8 @@ HEAD_POSITIONS = 256
 # Tokens that all prompts must begin with to be fed by a call of their own. A multiple of it is fed,
 # so that most groups of prompts give one length.
 WORTH_SHARING = 16
-PROMPT, OPTION = 32, 16  # the shortest rows of phase 2 and of phase 3
+# What the rows of phase 2 and of phase 3 are padded to at least, in tokens.
+SHORTEST_PROMPT, SHORTEST_OPTION = 32, 16
 
 
 def option_log_likelihoods(
@@ -147,7 +147,7 @@ def _score_prompts(
         for q in questions
     ]
     more = any(q.rest(option) for q in questions for option in q.options)
-    return _feed(run, start, pieces, size, PROMPT, keep=more)
+    return _feed(run, start, pieces, size, SHORTEST_PROMPT, keep=more)
 
 
 def _score_options(
@@ -169,7 +169,8 @@ def _score_options(
     size = min(_length(len(left), 1), batch_size)
     for first in range(0, len(left), size):
         some = left[first : first + size]
-        found, _ = _feed(run, cache, [piece for *_, piece in some], size, OPTION, keep=False)
+        pieces = [piece for *_, piece in some]
+        found, _ = _feed(run, cache, pieces, size, SHORTEST_OPTION, keep=False)
         for (row, k, _), (value,) in zip(some, found, strict=True):
             scores[row][k] = value
     return scores
