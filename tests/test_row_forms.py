@@ -56,6 +56,13 @@ def test_json_that_is_no_turn_is_a_text(tmp_path, prompt, completion):
         assert (example.prompt, example.target) == (row["prompt"], row["completion"])
 
 
+@pytest.mark.parametrize("settings", ["[" * 100_000, "1" * 5000], ids=["deep", "long"])
+def test_settings_that_python_cannot_read_are_no_object(tmp_path, settings):
+    row = {"messages": SHORT, "chat_template_kwargs": settings}
+    with pytest.raises(ConfigError, match=r"row 1: 'chat_template_kwargs' must be an object"):
+        load("rows", "train", write(tmp_path / "a.jsonl", row))
+
+
 def test_an_answer_format_of_own_rows_need_not_list_options(tmp_path):
     rows = [
         {"instruction": "When? Answer format: DD/MM/YYYY", "output": "01/02/2020"},

@@ -128,7 +128,9 @@ def _json(text: str, where: str) -> Any:
         at = f"line {error.lineno}, {at}" if "\n" in text else at
         raise ConfigError(f"{where}: invalid JSON at {at}: {error.msg}.") from error
     except (ValueError, RecursionError) as error:  # an integer too long, lists nested too deep
-        raise ConfigError(f"{where}: JSON that Python cannot read: {error}.") from error
+        raise ConfigError(
+            f"{where}: JSON that Python cannot read ({error}). Write such a value as a text."
+        ) from error
 
 
 def field(row: Mapping[str, Any], name: str, where: str, expected: str, kind: type = str) -> Any:
