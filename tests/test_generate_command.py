@@ -1,6 +1,8 @@
 """`zflora generate`: answers of a file that an error stops, its messages, the memory it takes."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -33,6 +35,26 @@ def test_an_error_loses_no_answer(done, base_dir, tmp_path, monkeypatch, capsys)
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == done and set(said.out.splitlines()) < set(want)
     assert "the logits are NaN" in said.err
+
+
+def test_sigterm_loses_no_answer(base_dir, tmp_path, monkeypatch, capsys):
+    """As a scheduler ends a job: the answer that waits behind a missing one is printed."""
+    (tmp_path / "lines.txt").write_text("a longer prompt\nhi")
+    answered = decode.answered
+
+    def stopped(*given):
+        yield next(answered(*given))
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("SIGTERM had no effect")
+
+    monkeypatch.setattr(decode, "answered", stopped)
+    asks = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main([*asks, "--max-new-tokens", "4", "--batch-size", "1"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["hi"]
 
 
 def test_an_answer_is_printed_once_those_before_it_are_there(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,7 +219,7 @@ def _answer_lines(
     main: bool,
 ) -> None:
     """Answer the lines of --file. Answers are printed in their order, each as soon as those before
-    it are there; when an error or Ctrl-C ends the work, also those behind one that is missing.
+    it are there; when an error or a signal ends the work, also those behind one that is missing.
     """
     from zflora_jax.inference.batching import check_prompts
     from zflora_jax.inference.text import encode_prompts, generate as generate_texts
@@ -250,12 +252,34 @@ def _answer_lines(
                 show(waiting)
                 waiting += 1
 
-        try:
-            given = settings | form | {"batch_size": args.batch_size}
-            generate_texts(model, prompts, on_answer=keep, **given)
-        finally:
-            for i in sorted(answers):
-                show(i)
+        with _terminated():
+            try:
+                given = settings | form | {"batch_size": args.batch_size}
+                generate_texts(model, prompts, on_answer=keep, **given)
+            finally:
+                for i in sorted(answers):
+                    show(i)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """Within it SIGTERM, which ends a process at once, raises SystemExit, as Ctrl-C raises
+    KeyboardInterrupt; Python sees a signal once the program of a batch has run. Outside the main
+    thread, where Python has no signals, nothing changes.
+    """
+
+    def leave(number: int, _: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one must not cut a line
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _model_of(args: argparse.Namespace) -> Model:
