@@ -22,9 +22,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # XLA's former way to compile fused loops takes half the time (jaxlib 0.10.2: a train step of the
-# tiny model 1.8 s of CPU time for 4.1). A jaxlib that does not know the flag would end the process.
-# With ZFLORA_TEST_XLA=default, as in `make soak`, programs are compiled as those of users are.
-QUICK = "--xla_cpu_use_fusion_emitters=false"
+# tiny model 1.8 s of CPU time for 4.1), and programs in one part instead of many a seventh less.
+# A jaxlib that does not know a flag would end the process. With ZFLORA_TEST_XLA=default, as in
+# `make soak`, programs are compiled as those of users are.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 former = version("jaxlib").startswith("0.10.") and os.environ.get("ZFLORA_TEST_XLA") != "default"
 if former and QUICK not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
@@ -39,6 +40,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # else a tenth of the time writes them
 
 from support.bucket import gcs_server, moto_server, new_bucket, use_store
 from support.byte_tokenizer import byte_tokenizer
