@@ -47,6 +47,11 @@ PARTS = {
     "state-alone": replace(MINIMAL, rank=27, extra_mlp_units=0),
     "units-alone": AdapterConfig("ffba", rank=94, extra_head_dim=0),
 }
+# S1, S2 and S5 of docs/experiments.md: the family and the parts against the whole method.
+CONTRASTS = tuple(
+    (label, "zflora-minimal")
+    for label in ("zflora-uniform", "ffba", "ffa", "zflora-minimal-attention", *PARTS)
+)
 SETTINGS = {"loraplus": {"optim.loraplus_ratio": 16.0}}  # the ratio that its authors recommend
 
 BASE = RunConfig(
@@ -113,6 +118,7 @@ def table(
     margin: float = 3.0,
     transfer: tuple[str, ...] = (),
     primary: bool = False,
+    category: str,
 ) -> Comparison:
     """A table; a step is 1024 tokens, in packed rows of `longest`, which costs least where it is
     small.
@@ -134,6 +140,8 @@ def table(
         settings={label: of for label, of in SETTINGS.items() if label in methods},
         reading=READING.get(name, ""),
         more_seeds=MORE_SEEDS if primary else {},
+        contrasts=tuple(pair for pair in CONTRASTS if set(pair) <= methods.keys()),
+        category=category,
     )
 
 
@@ -146,20 +154,11 @@ def at_rank(rank: int, minimal: int) -> Comparison:
     """The pair at the budget of another rank of LoRA."""
     pair = {"lora": replace(LORA, rank=rank), "zflora-minimal": replace(MINIMAL, rank=minimal)}
     task = "arithmetic_steps"
-    return table(f"accuracy_rank{rank}", task, (task,), 256, pair)
+    return table(f"accuracy_rank{rank}", task, (task,), 256, pair, category="math")
 
 
 def get_sweep() -> list[Comparison]:
     return [
-        table(
-            "accuracy_arithmetic",
-            "arithmetic_steps",
-            ("arithmetic_steps",),
-            256,
-            ALL,
-            primary=True,
-        ),
-        table("accuracy_woz", "woz", ("woz",), 512, primary=True),
         table(
             "accuracy_cloze",
             "+".join(CLOZE),
@@ -169,10 +168,25 @@ def get_sweep() -> list[Comparison]:
             measure="likelihood_norm",
             transfer=UNSEEN,
             primary=True,
+            category="commonsense",
         ),
         table(
-            "accuracy_math_data", "math_data", ("addsub", "singleeq", "multiarith", "svamp"), 512
+            "accuracy_arithmetic",
+            "arithmetic_steps",
+            ("arithmetic_steps",),
+            256,
+            ALL,
+            primary=True,
+            category="math",
         ),
+        table(
+            "accuracy_math_data",
+            "math_data",
+            ("addsub", "singleeq", "multiarith", "svamp"),
+            512,
+            category="math",
+        ),
+        table("accuracy_woz", "woz", ("woz",), 512, primary=True, category="dialogue"),
         table(
             "accuracy_dialogsum",
             "dialogsum_dev",
@@ -180,6 +194,7 @@ def get_sweep() -> list[Comparison]:
             512,
             measure="rougeL",
             margin=1.5,
+            category="dialogue",
         ),
         at_rank(4, 5),
         at_rank(64, 81),

@@ -290,7 +290,9 @@ def test_the_overview_is_no_comparison_s_own_page(two_steps, tmp_path):
     (tmp_path / "small_two.md").write_text("# two")
     assert overview(plans, tmp_path) == tmp_path / "small.md"
     page = (tmp_path / "small.md").read_text()
-    assert "[small_two](small_two.md)" in page and "small_one" not in page
+    assert "| [two](small_two.md) |" in page and "small_one" not in page
+    [line] = [line for line in page.splitlines() if line.startswith("| one |")]
+    assert line.endswith("| all |")
     with pytest.raises(ConfigError, match=r"its page would be the overview's, small.md"):
         overview([Comparison("small", two_steps, LORA, (1e-3,), (0,)), plans[0]], tmp_path)
 

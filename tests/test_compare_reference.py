@@ -75,23 +75,46 @@ def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, score
     page = (tmp_path / "out" / "paired_two.md").read_text()
     [better] = [line for line in page.splitlines() if line.startswith("| ffa | +25.0 [")]
     [worse] = [line for line in page.splitlines() if line.startswith("| ffba | -")]
-    assert better.endswith("| as good |") and worse.endswith("| worse |")
+    assert "| as good | +0." in better and "| inferior | +0." in worse
     assert "lora does not clearly beat the untrained model on openbookqa" in page
-    assert "boolq (40)" in page and "Failed:" not in page
+    assert "| openbookqa (40) | mean | boolq (40) |" in page and "Failed:" not in page
     assert (tmp_path / "out" / "paired_two.png").read_bytes()[:4] == b"\x89PNG"
     drawn = (tmp_path / "out" / "paired_two.svg").read_text()
-    assert "ffa, as good" in drawn and "ffba, worse" in drawn and "shaded: the margin" in drawn
+    assert "ffa, as good" in drawn and "ffba, inferior" in drawn and "shaded: the margin" in drawn
     decays = {run.adapter.method: run.optim.weight_decay for run in fake_train.runs}
     assert decays == {"lora": 0.0, "ffa": 0.1, "ffba": 0.0}
 
     summary = overview([plan], tmp_path / "out").read_text()
     [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
-    assert "-37.5 [" in line and "*, worse" in line
+    assert "-37.5 [" in line and "*, inferior" in line
     assert "![Differences](paired.png)" in summary and "| ffa | +25.0 [" in summary
     lines = summary.split("## Scores")[1].splitlines()
     [base] = [line for line in lines if line.startswith("| two | base | 0 | - |")]
     [lora] = [line for line in lines if line.startswith("| two | lora |")]
     assert "±" not in base and "| 38.1 ± 0.9 |" in lora and f"| {means['base']:.1f} |" in base
+
+
+def test_contrasts_and_losses_are_compared(two_steps, tmp_path, scored, fake_train):
+    """Methods with each other, as to the reference; losses over their seeds alone."""
+    losses = {"lora": (1.0, 1.2), "ffa": (1.1, 1.4), "ffba": (1.0, 1.2)}
+    fake_train.loss = lambda run: losses.get(run.adapter.method, (3.0, 3.0))[run.train.seed]
+    pairs = (("ffba", "ffa"),)
+    plan = reference_plan(two_steps, contrasts=pairs, category="math", tasks=("arc_easy",))
+    result = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    gap = result["contrasts"]["ffba - ffa"]["arc_easy"]
+    assert gap["mean"] == -62.5 and gap["seeds"] == 2 and gap["high"] < 0
+    assert result["loss differences"].keys() == {"ffa", "ffba"}
+    loss = Difference(**result["loss differences"]["ffa"])
+    reach = 12.706 * 0.05  # t of one degree of freedom times the standard error of 0.1 and 0.2
+    assert (loss.mean, loss.high - loss.mean) == pytest.approx((0.15, reach), rel=1e-4)
+    page = (tmp_path / "out" / "paired_two.md").read_text()
+    between = page.split("## Differences between methods")[1].split("##")[0]
+    assert "| ffba - ffa | -62.5 [" in between and "| 2 |" in between
+    shown = f"{loss.mean:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}]"
+    assert f"| as good | {shown} |" in page and "| inferior | +0.0000 [" in page
+    summary = overview([plan], tmp_path / "out").read_text()
+    assert "| [two (math)](paired_two.md) |" in summary and f"| {shown} |" in summary
+    assert "two (math)" in (tmp_path / "out" / "paired_two.svg").read_text()
 
 
 def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, monkeypatch):
@@ -116,13 +139,18 @@ def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, 
     [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
     assert "*" not in line and "1 of 2 seeds" in line
     assert "ffba, 1 of 2 seeds" in (tmp_path / "out" / "paired.svg").read_text()
+    table = page.split("## Difference to lora")[1].split("\n\n")[1]
+    cells = {row.split("|")[1].strip(): row.split("|")[3:5] for row in table.splitlines()}
+    assert cells["ffba"][0].strip() == "1 of 2" and cells["ffba"][1].strip() == "-"  # and no p
+    assert cells["ffa"][0].strip() == "2" and cells["ffa"][1].strip() != "-"
 
 
 def test_the_overview_corrects_for_all_comparisons(two_steps, tmp_path):
     """By Holm: the least of four p counts four times, the second three times. Steps and tokens are
-    those of the runs.
+    those of the runs. A comparison that is not run yet counts, too.
     """
     plans = [reference_plan(two_steps, name=f"paired_{name}") for name in ("two", "three")]
+    four = reference_plan(two_steps, name="paired_four")
     base = override(two_steps, {"train.steps": 7, "data.batch_size": 3, "data.packing": True})
     for plan, p in zip(plans, (0.01, 0.03), strict=True):
         gaps = {"ffa": Difference(5.0, 1.0, 9.0, p, 2), "ffba": Difference(0.0, -4.0, 4.0, 0.5, 2)}
@@ -136,7 +164,10 @@ def test_the_overview_corrects_for_all_comparisons(two_steps, tmp_path):
     assert "| ffa | +5.0 [+1.0, +9.0] *, as good | +5.0 [+1.0, +9.0], as good |" in summary
     assert "| ffba | +0.0 [-4.0, +4.0], undecided |" in summary and "(4)" in summary
     tokens = f"{7 * 3 * two_steps.data.bucket_lengths[-1]:,}"
-    assert f"| [paired_two](paired_two.md) | arc_easy | 7 | {tokens} |" in summary
+    assert f"| [two](paired_two.md) | arc_easy | 7 | {tokens} |" in summary
+    with_four = overview([*plans, four], tmp_path).read_text()
+    [line] = [line for line in with_four.splitlines() if line.startswith("| four |")]
+    assert line.endswith("| all |") and "(6)" in with_four and "] *" not in with_four
 
 
 def test_the_untrained_model_is_scored_as_its_runs_start(two_steps, tmp_path, scored, fake_train):
@@ -175,7 +206,7 @@ def test_more_seeds_of_some_methods(two_steps, tmp_path, scored, fake_train):
     assert (cells["ffba"][at].strip(), cells["ffa"][at].strip()) == ("3", "2")
     summary = overview([plan], out).read_text()
     [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
-    assert "| 2 (lora 3, ffba 4) |" in summary and "*, worse" in line
+    assert "| 2 (lora 3, ffba 4) |" in summary and "*, inferior" in line
     assert Progress(plan, runs, out).left() == "18 of 18 steps of all runs"
     assert plan.only(["lora", "ffa"]).more_seeds == {"lora": (2,)}
     listed = dataclasses.replace(plan, seeds=[0, 1])  # as a config file may give them
@@ -278,6 +309,9 @@ def test_a_signal_after_the_last_step_stops_the_sweep(two_steps, tmp_path, monke
         ({"settings": {"x": {}}}, "comparison.settings: 'x' is no method of it"),
         ({"settings": {"lora": {"train.steps": 9}}}, r"has \['train.steps'\]: a method may have"),
         ({"settings": {"lora": {"optim.learning_rate": 1}}}, r"has \['optim.learning_rate'\]"),
+        ({"contrasts": (("lora", "x"),)}, "comparison.contrasts: 'x' is no method of it"),
+        ({"contrasts": ("lora",)}, r"contrasts has 'lora': must be two labels, such as"),
+        ({"contrasts": (("lora", "lora"),)}, r"contrasts has \('lora', 'lora'\): must be two"),
         ({"transfer": ("boolq",)}, r"transfer=\('boolq',\) needs comparison.tasks"),
         (
             {"tasks": ("boolq",), "scoring": EVAL, "transfer": ("boolq",)},
@@ -304,10 +338,12 @@ def test_some_methods_of_a_comparison():
         scoring=EVAL,
         reference="lora",
         settings={"ffba": {"optim.weight_decay": 0.1}},
+        contrasts=(("ffa", "ffba"), ("ffa", "lora")),
     )
     assert plan.only(None) is plan
     some = plan.only(["ffa", "lora"])
     assert list(some.methods) == ["lora", "ffa"] and not some.settings
+    assert some.contrasts == (("ffa", "lora"),)
     with pytest.raises(ConfigError, match="no method 'ffaa'; did you mean 'ffa'"):
         plan.only(["lora", "ffaa"])
     with pytest.raises(ConfigError, match="its reference 'lora' is left out; name it too"):

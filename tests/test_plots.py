@@ -145,7 +145,7 @@ def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
         "one": {"a": (1.0, -0.5, 2.0), "b": (-2.0, -3.0, -1.0)},
         "two": {"a": (0.5, 0.0, 1.0)},
     }
-    plots.forest(groups, tmp_path / "f", "differences", "points", {"one": 3.0})
+    plots.forest(groups, tmp_path / "f", "differences", "points", {"one": 3.0}, {"b"})
     assert _is_png(tmp_path / "f.png")
     [figure] = figures
     first, second = figure.axes
@@ -153,6 +153,8 @@ def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
     assert [first.get_title(loc="left"), second.get_title(loc="left")] == ["one", "two"]
     low, high = zip(*(c.get_segments()[0][:, 0] for c in first.collections), strict=True)
     assert (low, high) == ((-0.5, -3.0), (2.0, -1.0))
+    greys = [container.lines[0].get_color() for container in first.containers]
+    assert greys == ["C0", "0.6"]
     assert second.get_xlabel() == "points (shaded: the margin)"
     for empty in ({}, {"one": {}}):
         with pytest.raises(ValueError, match="no values to draw"):

@@ -95,6 +95,32 @@ def paired_difference(
     return Difference(mean, float(low), float(high), float(p), seeds)
 
 
+def seed_difference(method: Sequence[float], reference: Sequence[float]) -> Difference:
+    """The mean difference of a number that each run has one of, such as its loss, with Student's t
+    of the seeds: what other rows would change is not in it.
+
+    Args:
+      method: its number for each seed, two or more.
+      reference: likewise, of the same seeds.
+
+    Raises:
+      ConfigError: there are not as many of both, or fewer than two.
+    """
+    from scipy.special import stdtr, stdtrit
+
+    require(
+        len(method) == len(reference) > 1,
+        f"paired runs must be of the same seeds, two or more: got {len(method)} and"
+        f" {len(reference)}.",
+    )
+    gaps = np.subtract(method, reference, dtype=np.float64)
+    mean, freedom = float(gaps.mean()), len(gaps) - 1
+    error = float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
+    reach = float(stdtrit(freedom, 0.975)) * error
+    p = 2 * float(stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
+    return Difference(mean, mean - reach, mean + reach, p, len(gaps))
+
+
 def _unseen(gap: np.ndarray, sign: int) -> float:
     """The share of rows that may have a gap of this sign where none of those here [S, R] has."""
     rows = gap.mean(axis=0)
@@ -135,9 +161,9 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def verdict(difference: Difference, margin: float) -> str:
-    """ "as good" where the whole 95% interval lies above -margin (non-inferior), "worse" where it
-    lies below, else "undecided".
+    """ "as good" where the whole 95% interval lies above -margin (non-inferior), "inferior" where
+    it lies below, else "undecided".
     """
     if difference.low > -margin:
         return "as good"
-    return "worse" if difference.high < -margin else "undecided"
+    return "inferior" if difference.high < -margin else "undecided"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,13 @@ from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.data.dates import dated
-from zflora_jax.evaluation.paired import Difference
-from zflora_jax.evaluation.statistics import ROWS, SuiteScore, suite_score
+from zflora_jax.evaluation.statistics import SuiteScore, suite_score
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.comparison import BASE, Comparison
-from zflora_jax.experiments.differences import (
-    UNTRAINED,
-    differences,
-    headline,
-    informative,
-    scores_by_seed,
-)
+from zflora_jax.experiments.difference_view import draw_differences
+from zflora_jax.experiments.differences import Gaps, compare_runs
 from zflora_jax.experiments.jobs import FAILURES, POLL, run_jobs, score, split_loss
-from zflora_jax.experiments.page import comparison_page, forest_row, write_page
+from zflora_jax.experiments.page import comparison_page, write_page
 from zflora_jax.experiments.progress import Progress
 from zflora_jax.experiments.rates import RateChoice
 from zflora_jax.experiments.store import (
@@ -48,7 +42,7 @@ from zflora_jax.experiments.store import (
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import local_path
-from zflora_jax.reporting.plots import forest, grouped_bars
+from zflora_jax.reporting.plots import grouped_bars
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.training.lock import BusyError, locked
 
@@ -94,7 +88,7 @@ class MethodRuns:
         row |= {f"test, seed {seed}": loss for seed, loss in losses.items()}
         if len(tests) > 1:
             row |= {"test mean": statistics.mean(tests), "test std": statistics.stdev(tests)}
-        row["seconds"] = statistics.mean(seconds) if tests else None
+        row["seconds"] = min(seconds) if tests else None
         return row | score_fields(self.score)
 
 
@@ -203,22 +197,25 @@ def _write_tables(
         for method in methods
         for run in [*(method.tried if plan.picker is plan else []), *method.chosen]
     ]
-    gaps = _differences(plan, methods, base, scores)
-    result = found | {
-        "rows": rows,
-        "missing": state.missing(),
-        "runs": runs,
-        "compared by": {
-            "measure": plan.measure,
-            "reference": plan.reference,
-            "margin": plan.margin,
-        },
-        "differences": {
-            label: {task: asdict(gap) for task, gap in of.items()} for label, of in gaps.items()
-        },
-    }
-    write_page(out / f"{plan.name}.md", comparison_page(plan, result, scores, gaps), result)
-    _draw(plan, scores, gaps, out)
+    chosen = {method.label: method.chosen for method in methods}
+    measure = next(iter(scores.values())).headline if scores else plan.measure
+    compared = compare_runs(plan, chosen, base, measure)
+    result = (
+        found
+        | {
+            "rows": rows,
+            "missing": state.missing(),
+            "runs": runs,
+            "compared by": {
+                "measure": plan.measure,
+                "reference": plan.reference,
+                "margin": plan.margin,
+            },
+        }
+        | compared.fields()
+    )
+    write_page(out / f"{plan.name}.md", comparison_page(plan, result, scores, compared), result)
+    _draw(plan, scores, compared.to_reference, out)
     return result
 
 
@@ -239,25 +236,6 @@ def _runs_of(state: Progress, label: str, model: Model) -> MethodRuns | None:
         chosen,
         suite_score(scored, plan.measure, plan.tasks) if scored else None,
     )
-
-
-def _differences(
-    plan: Comparison,
-    methods: Sequence[MethodRuns],
-    base: Result,
-    scores: Mapping[str, SuiteScore],
-) -> dict[str, dict[str, Difference]]:
-    """Label of a method or BASE -> its differences to plan.reference; empty without one."""
-    runs = {method.label: scores_by_seed(method.chosen) for method in methods}
-    reference = runs.pop(plan.reference, None)
-    if not reference:
-        return {}
-    measure, found = next(iter(scores.values())).headline, {}
-    if base and all(ROWS in of for of in base.values()):
-        found[BASE] = differences({UNTRAINED: base}, reference, plan.tasks, measure)
-    tasks = informative(plan.tasks, found.get(BASE))
-    found |= {label: differences(of, reference, tasks, measure) for label, of in runs.items()}
-    return {label: of for label, of in found.items() if of}
 
 
 def _entry(label: str, job: Job, result: Result) -> Result:
@@ -305,20 +283,18 @@ def _untrained(
 def _draw(
     plan: Comparison,
     scores: Mapping[str, SuiteScore],
-    gaps: Mapping[str, Mapping[str, Difference]],
+    gaps: Mapping[str, Gaps],
     out: Path,
 ) -> None:
     if not scores:
         return
     measure = next(iter(scores.values())).headline
-    compared = {label: headline(of) for label, of in gaps.items() if label != BASE}
-    if compared:
-        forest(
-            {plan.name: dict(forest_row(plan, *of) for of in compared.items())},
+    if gaps.keys() - {BASE}:
+        draw_differences(
+            [(plan, gaps)],
             out / plan.name,
-            f"{plan.name}: difference to {plan.reference}",
+            f"{plan.title}: difference to {plan.reference}, 95% intervals (right: better)",
             f"{measure}, points",
-            {plan.name: plan.margin} if plan.margin else {},
         )
         return
     tables = {label: score.headline_scores for label, score in scores.items()}

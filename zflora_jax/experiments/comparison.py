@@ -44,6 +44,9 @@ class Comparison:
         interval is called as good as it; fixed before the runs.
       settings: label -> dotted settings of that method besides its adapter, such as
         {"optim.loraplus_ratio": 16.0}.
+      contrasts: pairs of labels, such as ("ffa", "lora"), whose difference, the first less the
+        second, the page has besides those to the reference.
+      category: of the tasks, such as "math"; stands beside the name.
       more_seeds: label -> further seeds of that method. A difference is over those that a method
         and the reference share.
       reading: what the tables show, in words, by whoever has read them; stands under them.
@@ -64,6 +67,8 @@ class Comparison:
     margin: float | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     more_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    contrasts: tuple[tuple[str, str], ...] = ()
+    category: str = ""
     reading: str = ""
 
     def __post_init__(self) -> None:
@@ -89,8 +94,14 @@ class Comparison:
 
     def _check_reference(self) -> None:
         """What methods are compared by, and the settings of their own."""
+        for pair in self.contrasts:
+            require(
+                isinstance(pair, tuple | list) and len(set(pair)) == len(pair) == 2,
+                f'comparison.contrasts has {pair!r}: must be two labels, such as ("ffa", "lora").',
+            )
         of_methods = (
             ("reference", [self.reference]),
+            ("contrasts", [label for pair in self.contrasts for label in pair]),
             ("settings", self.settings),
             ("more_seeds", self.more_seeds),
         )
@@ -128,7 +139,7 @@ class Comparison:
             self.measure in ("", *SCORES.values()),
             f"comparison.measure={self.measure!r}: {nearest(self.measure, SCORES.values())}.",
         )
-        for name in ("transfer", "measure", "reference"):
+        for name in ("transfer", "measure", "reference", "contrasts"):
             require(
                 bool(self.tasks) or not getattr(self, name),
                 f"comparison.{name}={getattr(self, name)!r} needs comparison.tasks and scoring.",
@@ -189,6 +200,7 @@ class Comparison:
             methods=kept(self.methods),
             settings=kept(self.settings),
             more_seeds=kept(self.more_seeds),
+            contrasts=tuple(pair for pair in self.contrasts if set(pair) <= set(labels)),
         )
 
     def seeds_of(self, label: str) -> tuple[int, ...]:
@@ -197,7 +209,17 @@ class Comparison:
 
     def compared_seed_count(self, label: str) -> int:
         """How many seeds a method shares with the reference, over which its difference is taken."""
-        return len(set(self.seeds_of(label)) & set(self.seeds_of(self.reference)))
+        return self.shared_seed_count(label, self.reference)
+
+    def shared_seed_count(self, label: str, other: str) -> int:
+        """How many seeds two methods share once all their runs are there."""
+        return len(set(self.seeds_of(label)) & set(self.seeds_of(other)))
+
+    @property
+    def title(self) -> str:
+        """The name without the word that the comparisons of a sweep share, and the category."""
+        name = self.name.partition("_")[2] or self.name
+        return f"{name} ({self.category})" if self.category else name
 
     @property
     def picker(self) -> Comparison:

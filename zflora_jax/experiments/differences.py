@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from zflora_jax.core.fields import require
-from zflora_jax.evaluation.paired import Difference, paired_difference
+from zflora_jax.evaluation.paired import Difference, paired_difference, seed_difference
 from zflora_jax.evaluation.statistics import DIGEST, ROWS
+from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.store import Result
 
 ALL = "mean"  # of the tasks
@@ -18,6 +20,39 @@ UNTRAINED = -1  # in place of a seed: the same scores beside those of any
 Scored = Mapping[str, Mapping[str, Any]]
 
 POINTS = 100.0  # the score of a row that is right
+
+
+# Task, or ALL -> the difference of two methods.
+Gaps = dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What a comparison's runs say of its methods.
+
+    Attributes:
+      to_reference: label of a method or BASE -> its differences to the reference.
+      contrasts: "a - b" -> those of `Comparison.contrasts`.
+      losses: label -> difference of the test loss to the reference's, in nats.
+    """
+
+    to_reference: dict[str, Gaps]
+    contrasts: dict[str, Gaps]
+    losses: Gaps
+
+    def fields(self) -> Result:
+        """As the comparison's JSON holds them."""
+
+        def fields(found: Mapping[str, Gaps]) -> Result:
+            return {
+                key: {task: asdict(gap) for task, gap in of.items()} for key, of in found.items()
+            }
+
+        return {
+            "differences": fields(self.to_reference),
+            "contrasts": fields(self.contrasts),
+            "loss differences": {label: asdict(gap) for label, gap in self.losses.items()},
+        }
 
 
 def _require_same_rows(task: str, runs: Iterable[Scored]) -> None:
@@ -74,6 +109,18 @@ def differences(
     return found
 
 
+def loss_difference(method: Sequence[Result], reference: Sequence[Result]) -> Difference | None:
+    """Of the test losses of two methods' runs, over their common seeds; None of fewer than two."""
+    losses = [
+        {run["seed"]: run["test_loss"] for run in runs if run.get("test_loss") is not None}
+        for runs in (method, reference)
+    ]
+    seeds = sorted(losses[0].keys() & losses[1].keys())
+    if len(seeds) < 2:
+        return None
+    return seed_difference(*([of[seed] for seed in seeds] for of in losses))
+
+
 def informative(tasks: Sequence[str], base: Mapping[str, Difference] | None) -> list[str]:
     """The tasks on which the reference clearly beats the untrained model: the others say nothing
     about methods.
@@ -97,3 +144,44 @@ def scores_by_seed(runs: Sequence[Result]) -> dict[int, Scored]:
         for run in runs
         if run.get("scores") and all(ROWS in of for of in run["scores"].values())
     }
+
+
+def compare_runs(
+    plan: Comparison,
+    chosen: Mapping[str, Sequence[Result]],
+    base: Mapping[str, Mapping[str, Any]],
+    measure: str,
+) -> Differences:
+    """The differences that a comparison asks for, of the runs that are there.
+
+    Args:
+      plan: the comparison.
+      chosen: label of a method -> its runs at the chosen rate.
+      base: the scores of the untrained model; empty: not known yet.
+      measure: a name of `statistics.SCORES`; "" without scores.
+    """
+    runs = {label: scores_by_seed(of) for label, of in chosen.items()}
+    reference, found = runs.get(plan.reference, {}), dict[str, Gaps]()
+    if reference and base and all(ROWS in of for of in base.values()):
+        found[BASE] = differences({UNTRAINED: base}, reference, plan.tasks, measure)
+    tasks = informative(plan.tasks, found.get(BASE))
+    others = [label for label in chosen if label != plan.reference]
+    found |= {label: differences(runs[label], reference, tasks, measure) for label in others}
+    contrasts = {
+        contrast_name(a, b): differences(runs[a], runs[b], tasks, measure)
+        for a, b in plan.contrasts
+        if a in runs and b in runs
+    }
+    losses = {
+        label: loss_difference(chosen[label], chosen.get(plan.reference, ())) for label in others
+    }
+    return Differences(
+        {label: of for label, of in found.items() if of},
+        {name: of for name, of in contrasts.items() if of},
+        {label: gap for label, gap in losses.items() if gap},
+    )
+
+
+def contrast_name(label: str, other: str) -> str:
+    """How a difference of two methods is called."""
+    return f"{label} - {other}"

@@ -196,7 +196,7 @@ def _measured(job: Job, trained: Trained, console: bool) -> Result:
     if job.scoring is not None:
         fused = fuse_trained(trained.model, run.adapter, trained.adapters, donate=False)
         result["scores"] = score(run, fused, job.scoring, job.workdir / "eval", console)
-    result |= {key: report["environment"][key] for key in ORIGIN}
+    result |= {key: report["environment"].get(key) for key in ORIGIN}
     return result if job.extra is None else result | {EXTRA: dict(job.extra(run, trained))}
 
 

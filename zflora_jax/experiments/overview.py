@@ -15,16 +15,22 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.evaluation.paired import Difference, holm
 from zflora_jax.experiments.comparison import BASE, Comparison
-from zflora_jax.experiments.differences import headline
-from zflora_jax.experiments.page import forest_row, verdict_legend, verdict_of
+from zflora_jax.experiments.difference_view import (
+    draw_differences,
+    loss_text,
+    verdict_legend,
+    verdict_of,
+)
+from zflora_jax.experiments.differences import ALL, headline
 from zflora_jax.reporting.files import atomic_write
-from zflora_jax.reporting.plots import forest
 from zflora_jax.reporting.tables import markdown_table
 
 SCORES_LEGEND = (
     "Score: the comparison's measure, the mean over its tasks and a method's seeds, ± the standard"
-    " deviation of seeds. Test loss: nats per target token, on held-out rows of the training task."
-    " Seconds: of a run's training."
+    " deviation of seeds. Test loss: nats per target token, on held-out rows of the training task;"
+    " beside it that less the reference's, with the 95% interval (Student's t) of the seeds on"
+    " these rows. Seconds: of the fastest run's training; runs share machines with other work, so"
+    " they compare no methods."
 )
 # Label of a method -> its headline difference.
 Gaps = Mapping[str, Difference]
@@ -50,7 +56,7 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     names>.md, and where they have a reference a forest plot, .png and .svg.
 
     Args:
-      plans: the comparisons; those without a page are left out.
+      plans: the comparisons; of those without a page it is said that they are not run yet.
       out: where the pages and their JSON are.
 
     Returns:
@@ -67,13 +73,13 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     gaps = [(plan, _gaps(found[plan.name])) for plan in there]
     gaps = [(plan, of) for plan, of in gaps if of.keys() - {BASE}]
     lines = [f"# {path.stem.capitalize()}", ""]
-    if gaps:
-        lines += _differences(gaps, f"![Differences]({path.stem}.png)")
-        _draw(gaps, path)
-    rows = [_row(plan, found[plan.name]) for plan in there]
-    lines += ["## Comparisons", "", markdown_table(rows, list(rows[0])), ""]
-    if readings := [f"- {plan.name}: {plan.reading}" for plan in there if plan.reading]:
+    if readings := [f"- {_link(plan)}: {plan.reading}" for plan in there if plan.reading]:
         lines += [*readings, ""]
+    if gaps:
+        lines += _differences(plans, gaps, f"![Differences]({path.stem}.png)")
+        _draw(gaps, path)
+    rows = [_row(plan, found.get(plan.name)) for plan in plans]
+    lines += ["## Comparisons", "", markdown_table(rows, list(rows[0])), ""]
     scored = [row for plan in there for row in _scores(plan, found[plan.name])]
     if scored:
         columns = list(dict.fromkeys(key for row in scored for key in row))
@@ -93,12 +99,14 @@ def _gaps(found: Mapping[str, Any]) -> Gaps:
     }
 
 
-def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
+def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is compared, and what is missing; result: the comparison's JSON, None without a page."""
+    found = result or {}
     there = [row["method"] for row in found.get("rows", ()) if row["method"] != BASE]
     # The plan's own base, unless settings were changed for its runs.
     base = from_file(RunConfig, found["config"]) if "config" in found else plan.base
     return {
-        "comparison": f"[{plan.name}]({plan.name}.md)",
+        "comparison": plan.title if result is None else _link(plan),
         "trained on": base.data.task,
         "steps": base.train.steps,
         "tokens": _tokens(base),
@@ -107,7 +115,7 @@ def _row(plan: Comparison, found: Mapping[str, Any]) -> dict[str, Any]:
         "tasks scored": ", ".join(plan.tasks) or None,
         "measure": found.get("compared by", {}).get("measure") or None,
         "margin": found.get("compared by", {}).get("margin"),
-        "not run yet": ", ".join(found.get("missing", ())) or None,
+        "not run yet": ", ".join(found.get("missing", ())) or ("all" if result is None else None),
     }
 
 
@@ -119,22 +127,26 @@ def _tokens(run: RunConfig) -> int | None:
 
 
 def _seeds(plan: Comparison) -> str:
-    """How many seeds every method has, and which have more."""
-    more = [f"{label} {len(plan.seeds_of(label))}" for label in plan.more_seeds]
-    return f"{len(plan.seeds)} ({', '.join(more)})" if more else str(len(plan.seeds))
+    """How many seeds every method has, and which have others."""
+    counts = {label: len(plan.seeds_of(label)) for label in plan.methods}
+    usual = len(plan.seeds) if len(plan.seeds) in counts.values() else min(counts.values())
+    others = [f"{label} {count}" for label, count in counts.items() if count != usual]
+    return f"{usual} ({', '.join(others)})" if others else str(usual)
 
 
 def _scores(plan: Comparison, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for the untrained model and for every method."""
+    losses = {k: Difference(**gap) for k, gap in found.get("loss differences", {}).items()}
     return [
         {
-            "table": _title(plan),
+            "table": plan.title,
             "method": row["method"],
             "parameters": row["trainable"],
             "learning rate": row.get("learning rate"),
             "score": f"{row['mean']:.1f}"
             + (f" ± {row['std']:.1f}" if row.get("std") is not None else ""),
             "test loss": found["base"]["test"] if row["method"] == BASE else _test_loss(row),
+            "less the reference's": loss_text(losses.get(row["method"])),
             "seconds": row.get("seconds"),
         }
         for row in found.get("rows", ())
@@ -152,34 +164,32 @@ def _test_loss(row: Mapping[str, Any]) -> float | None:
 
 def _draw(gaps: Sequence[tuple[Comparison, Gaps]], path: Path) -> None:
     """The forest plot of all differences but the untrained model's."""
-    drawn = {
-        _title(plan): dict(forest_row(plan, k, gap) for k, gap in of.items() if k != BASE)
-        for plan, of in gaps
-    }
-    forest(
-        drawn,
+    references = ", ".join(dict.fromkeys(plan.reference for plan, _ in gaps))
+    draw_differences(
+        [(plan, {label: {ALL: gap} for label, gap in of.items()}) for plan, of in gaps],
         path.with_suffix(""),
-        "Differences to the reference",
-        "points of 100",
-        {_title(plan): plan.margin for plan, _ in gaps if plan.margin},
+        f"Differences to {references}, 95% intervals (right: better)",
+        "points of 100 of each table's measure",
     )
 
 
-def _differences(gaps: Sequence[tuple[Comparison, Gaps]], picture: str) -> list[str]:
+def _differences(
+    plans: Sequence[Comparison], gaps: Sequence[tuple[Comparison, Gaps]], picture: str
+) -> list[str]:
     """The table of all differences, their legend and picture."""
-    p = holm(
-        {
-            f"{plan.name} {label}": gap.p
-            for plan, of in gaps
-            for label, gap in of.items()
-            if label != BASE and gap.seeds == plan.compared_seed_count(label)
-        }
-    )
+    known = {plan.name: of for plan, of in gaps}
+    p = {}  # of what is not complete yet 1, so that no star goes when it comes
+    for plan in plans:
+        for label in [label for label in plan.methods if plan.reference not in ("", label)]:
+            gap = known.get(plan.name, {}).get(label)
+            whole = gap is not None and gap.seeds == plan.compared_seed_count(label)
+            p[f"{plan.name} {label}"] = gap.p if gap is not None and whole else 1.0
+    p = holm(p)
     labels = list(dict.fromkeys(label for _, of in gaps for label in of))
     rows = [
         {"method": label}
         | {
-            _title(plan): _cell(plan, label, of[label], p.get(f"{plan.name} {label}"))
+            plan.title: _cell(plan, label, of[label], p.get(f"{plan.name} {label}"))
             for plan, of in gaps
             if label in of
         }
@@ -188,8 +198,9 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], picture: str) -> list[
     references = ", ".join(dict.fromkeys(plan.reference for plan, _ in gaps))
     legend = (
         f"Scores less those of {references}, in points of 100, on the same rows and seeds, with 95%"
-        ' intervals over both. base: the untrained model. "*": a difference at the 5% level after'
-        f" Holm's correction over the comparisons of this table that are complete ({len(p)})."
+        " intervals over both, of one seed over its rows. base: the untrained model."
+        ' "*": a difference at the 5% level after Holm\'s correction over all comparisons that are'
+        f" planned ({len(p)})."
     )
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [
@@ -204,9 +215,8 @@ def _differences(gaps: Sequence[tuple[Comparison, Gaps]], picture: str) -> list[
     ]
 
 
-def _title(plan: Comparison) -> str:
-    """The name of a comparison without the word that all share."""
-    return plan.name.partition("_")[2] or plan.name
+def _link(plan: Comparison) -> str:
+    return f"[{plan.title}]({plan.name}.md)"
 
 
 def _cell(plan: Comparison, label: str, gap: Difference, p: float | None) -> str:

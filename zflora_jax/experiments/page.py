@@ -10,11 +10,12 @@ from typing import Any
 
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import EvalConfig
-from zflora_jax.evaluation.paired import Difference, verdict
+from zflora_jax.data.cloze import CLOZE
 from zflora_jax.evaluation.statistics import SuiteScore
 from zflora_jax.evaluation.summary import SCORE_LEGEND, decoding
 from zflora_jax.experiments.comparison import BASE, Comparison
-from zflora_jax.experiments.differences import headline, informative
+from zflora_jax.experiments.difference_view import difference_blocks
+from zflora_jax.experiments.differences import Differences
 from zflora_jax.experiments.store import ORIGIN, Result
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import commit_text, origin_line
@@ -52,7 +53,7 @@ def runs_made_at(results: Iterable[Result]) -> str:
     """
 
     def place(result: Result) -> str:
-        known = [f"{key} {result[key]}" for key in ("device", "jax") if key in result]
+        known = [f"{key} {result[key]}" for key in ("device", "cpu", "jax") if result.get(key)]
         return ", ".join([f"commit {commit_text(result)}", *known])
 
     made = Counter(place(result) for result in results if "commit" in result)
@@ -90,7 +91,7 @@ def comparison_page(
     plan: Comparison,
     found: Result,
     scores: Mapping[str, SuiteScore],
-    gaps: Mapping[str, Mapping[str, Difference]],
+    compared: Differences,
 ) -> list[str]:
     """The blocks of a comparison's page.
 
@@ -98,7 +99,7 @@ def comparison_page(
       plan: what is compared.
       found: what the comparison's JSON holds, so far.
       scores: label of a method, or BASE -> its scores; empty without tasks.
-      gaps: label of a method, or BASE -> its differences to the reference; empty without one.
+      compared: its differences; empty without a reference.
     """
     trained = [row for row in found["rows"] if row["method"] != BASE]
     missing = f"Not run yet: {', '.join(found['missing'])}." if found["missing"] else ""
@@ -110,14 +111,15 @@ def comparison_page(
     ]
     # A run that chose the learning rate may be one that is chosen: it counts once.
     runs = {(r["method"], r["learning_rate"], r["steps"], r["seed"]): r for r in found["runs"]}
+    makes = "Without --tables it" if "--tables" in found["environment"]["command"] else "It"
     resumed = (
-        f"Runs whose record is in {plan.name}/ are not made again; --out DIR elsewhere makes all of"
-        " them."
+        f"{makes} makes the runs that have no record in {plan.name}/; --out DIR elsewhere makes all"
+        " of them."
     )
     return [
         f"# {plan.name}",
         _setting(plan, found),
-        *difference_blocks(plan, gaps, scores),
+        *difference_blocks(plan, compared, scores),
         _loss_table(trained),
         *_score_blocks(plan, trained, scores),
         plan.reading,
@@ -128,79 +130,19 @@ def comparison_page(
     ]
 
 
-def difference_blocks(
-    plan: Comparison,
-    gaps: Mapping[str, Mapping[str, Difference]],
-    scores: Mapping[str, SuiteScore],
-) -> list[str]:
-    """The table of differences to the reference, and how they were taken."""
-    if not gaps:
-        return []
-    rows = [
-        {"method": label}
-        | {task: str(gap) for task, gap in of.items()}
-        | {"seeds": headline(of).seeds if label != BASE else None}
-        | {"p": headline(of).p if label != BASE else None}
-        | {"verdict": verdict_of(plan, label, headline(of))}
-        for label, of in gaps.items()
-    ]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    if plan.margin is None:
-        columns.remove("verdict")
-    weak = [t for t in plan.tasks if t not in informative(plan.tasks, gaps.get(BASE))]
-    measure = next(iter(scores.values())).headline
-    note = (
-        f"{measure} less that of {plan.reference}, in points of 100, on the same rows and seeds,"
-        " with 95% intervals over both (`zflora_jax.evaluation.paired`). seeds: those that a method"
-        f" shares with {plan.reference}, over which its difference is taken; means below are over"
-        " all seeds of a method, ± their standard deviation. p: of no difference, not corrected for"
-        " the number of methods."
-    )
-    if plan.margin is not None:
-        note += f" {verdict_legend(plan.reference, f'{plan.margin:g} points')}"
-    if weak:
-        note += (
-            f" {plan.reference} does not clearly beat the untrained model on {', '.join(weak)}:"
-            " they say nothing about methods, and are compared by none."
-        )
-    return [f"## Difference to {plan.reference}", markdown_table(rows, columns), note]
-
-
-def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
-    """What a difference says by the margin, once all seeds are there; None of the base."""
-    if plan.margin is None or label == BASE:
-        return None
-    if gap.seeds < (wanted := plan.compared_seed_count(label)):
-        return f"{gap.seeds} of {wanted} seeds"
-    return verdict(gap, plan.margin)
-
-
-def forest_row(plan: Comparison, label: str, gap: Difference) -> tuple[str, Sequence[float]]:
-    """A row of a forest plot: the method with its verdict, and its interval."""
-    verdict = verdict_of(plan, label, gap)
-    return f"{label}, {verdict}" if verdict else label, (gap.mean, gap.low, gap.high)
-
-
-def verdict_legend(reference: str, margin: str) -> str:
-    """What the verdicts mean, in words."""
-    return (
-        f"As good: the whole interval lies above a loss of {margin}, fixed before the runs. Worse:"
-        " it lies below. Undecided: it reaches across, so these rows and seeds do not tell whether"
-        f" the method is as good as {reference}."
-    )
-
-
 def _setting(plan: Comparison, found: Result) -> str:
     """What was trained, on what, and how the learning rates were chosen."""
     run, base = plan.base, found["base"]
     first = next((r for r in found["runs"] if "test_rows" in r), None)
     packed = "packed " if run.data.packing else ""
+    cloze = all(name.endswith(CLOZE) for name in run.data.task.split("+"))
+    style = "plain, as of all cloze tasks" if cloze else run.data.prompt_style
     plural = "s" if run.data.batch_size > 1 else ""
     loss_on = "prompt and completion" if run.data.train_on_prompt else "the completion only"
     text = (
         f"Mean cross-entropy (nats per target token) on held-out rows of `{run.data.task}`;"
         f" {run.model}, {run.train.dtype}, {run.train.steps} steps of {run.data.batch_size}"
-        f" {packed}row{plural}, prompt style {run.data.prompt_style}, loss on {loss_on}, examples"
+        f" {packed}row{plural}, prompt style {style}, loss on {loss_on}, examples"
         f" up to {run.data.bucket_lengths[-1]} tokens"
     )
     untrained = f"Untrained: validation {base['validation']:.4f}, test {base['test']:.4f}"
@@ -246,7 +188,8 @@ def _loss_table(rows: Sequence[Result]) -> str:
         for row in rows
     ]
     columns = list(dict.fromkeys(key for row in shown for key in row))
-    return markdown_table(shown, columns) if shown else ""
+    seconds = "seconds: the fastest run's training. Runs share machines with other work: no speed."
+    return f"{markdown_table(shown, columns)}\n\n{seconds}" if shown else ""
 
 
 def _score_blocks(
@@ -276,7 +219,7 @@ def _score_blocks(
         *blocks,
         (
             f"{_rows_scored(plan.scoring)}, their number in brackets;"
-            f" {decoding(to_dict(plan.scoring))}. {SCORE_LEGEND}"
+            f" {decoding(to_dict(plan.scoring))}. {_transfer(plan)}{SCORE_LEGEND}"
         ),
         f"Chance: {chance}." if chance and set(first.chance) == set(first.rows) else "",
         f"Answers that reached the limit of new tokens, mean of seeds: {'; '.join(cut)}."
@@ -287,13 +230,26 @@ def _score_blocks(
 
 
 def _score_cells(plan: Comparison, score: SuiteScore, kind: str) -> dict[str, str]:
+    """The tasks that count, their mean, the transfer tasks."""
     values = score.table[kind]
-    cells = {
-        f"{task} ({score.counted[kind][task]})": value.percent() for task, value in values.items()
-    }
+
+    def cells(tasks: Sequence[str]) -> dict[str, str]:
+        return {
+            f"{task} ({score.counted[kind][task]})": values[task].percent()
+            for task in tasks
+            if task in values
+        }
+
     std = f" ± {score.std:.1f}" if kind == score.headline and score.std is not None else ""
-    counted = [value.mean for task, value in values.items() if task in plan.tasks]
-    return cells | ({"mean": f"{statistics.mean(counted):.1f}{std}"} if counted else {})
+    counted = [values[task].mean for task in plan.tasks if task in values]
+    mean = {"mean": f"{statistics.mean(counted):.1f}{std}"} if counted else {}
+    return cells(plan.tasks) | mean | cells(plan.transfer)
+
+
+def _transfer(plan: Comparison) -> str:
+    if not plan.transfer:
+        return ""
+    return f"mean: of {', '.join(plan.tasks)}; no row of the tasks right of it was trained on. "
 
 
 def _rows_scored(scoring: EvalConfig) -> str:

@@ -34,7 +34,7 @@ FINISHED = "finished"
 # The place of those values in a result. Earlier records have them among the other values.
 EXTRA = "of extra"
 # Of `provenance.environment`, kept with every run: a sweep that goes on can change machines.
-ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "jax")
+ORIGIN = ("commit", "dirty", "date", "device", "cpu_count", "cpu", "jax")
 
 
 @dataclass(frozen=True)

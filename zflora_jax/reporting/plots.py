@@ -6,7 +6,7 @@ matplotlib is imported when a figure is drawn.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +195,7 @@ def forest(
     title: str,
     label: str,
     margins: Mapping[str, float] | None = None,
+    faint: Collection[str] = (),
 ) -> None:
     """Draw differences as points with their intervals, a panel per group and a row per label; zero
     is marked, and a margin below it is shaded.
@@ -205,6 +206,7 @@ def forest(
       title: of the figure.
       label: of the axes.
       margins: group -> how far below zero a difference may lie.
+      faint: labels that are drawn in grey.
     """
     from matplotlib.figure import Figure
 
@@ -216,13 +218,15 @@ def forest(
     figure.suptitle(title)
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)
     for axes, (group, rows) in zip(panels[:, 0], groups.items(), strict=True):
+        names = list(rows)
         for place, (mean, low, high) in enumerate(rows.values()):
             reach = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]  # rounding may pass it
-            axes.errorbar(mean, place, xerr=reach, fmt="o", color="C0", capsize=3, markersize=5)
+            color = "0.6" if names[place] in faint else "C0"
+            axes.errorbar(mean, place, xerr=reach, fmt="o", color=color, capsize=3, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
         if margins and group in margins:
             axes.axvspan(-margins[group], 0, color="C2", alpha=0.12, linewidth=0)
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         if len(groups) > 1:
             axes.set_title(group, fontsize=9, loc="left")

@@ -1,0 +1,32 @@
+"""zflora-minimal in cloze form, where LoRA's held-out loss is lower: what the method leaves open,
+changed one thing at a time, and judged by the validation loss.
+
+  zflora sweep --config configs/minimal_cloze.py --set data.data_dir=DIR --workdir runs/minimal
+
+DIR holds llm_adapters/. Runs are those of accuracy_cloze in configs/accuracy.py but for the
+adapter, and are not scored: docs/experiments.md, "Where zflora-minimal trails".
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from zflora_jax.cli.inputs import load_config
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.experiments.comparison import Comparison
+
+
+def changes(minimal: AdapterConfig) -> dict[str, AdapterConfig]:
+    """At zflora-minimal's number of parameters (r = 21, m = 21), within 1%."""
+    return {
+        "more-units": replace(minimal, rank=16, extra_mlp_units=38),
+        "wider-state": replace(minimal, rank=24, extra_mlp_units=10),
+        "half-scale": replace(minimal, alpha=float(minimal.rank)),  # s = 1 for 2
+        "kaiming-start": replace(minimal, init="kaiming_uniform"),
+    }
+
+
+def get_sweep() -> list[Comparison]:
+    tables = load_config(str(Path(__file__).with_name("accuracy.py")), "get_sweep")
+    [cloze] = [plan for plan in tables if plan.name == "accuracy_cloze"]
+    methods = changes(cloze.methods["zflora-minimal"])
+    return [Comparison("minimal_cloze", cloze.base, methods, (1.5e-3,), (0,))]

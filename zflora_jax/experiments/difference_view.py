@@ -1,0 +1,147 @@
+"""Differences of methods as a reader sees them: tables, verdicts, what they mean, a forest plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zflora_jax.evaluation.paired import Difference, verdict
+from zflora_jax.evaluation.statistics import SuiteScore
+from zflora_jax.experiments.comparison import BASE, Comparison
+from zflora_jax.experiments.differences import (
+    ALL,
+    Differences,
+    Gaps,
+    contrast_name,
+    headline,
+    informative,
+)
+from zflora_jax.reporting.plots import forest
+from zflora_jax.reporting.tables import markdown_table
+
+
+def difference_blocks(
+    plan: Comparison,
+    compared: Differences,
+    scores: Mapping[str, SuiteScore],
+) -> list[str]:
+    """The table of differences to the reference and that of contrasts, and how they were taken."""
+    gaps = compared.to_reference
+    if not gaps:
+        return []
+    rows = [
+        {"method": label}
+        | {task: str(gap) for task, gap in of.items()}
+        | _certainty(headline(of), plan.compared_seed_count(label) if label != BASE else None)
+        | {"verdict": verdict_of(plan, label, headline(of))}
+        | {"test loss": loss_text(compared.losses.get(label))}
+        for label, of in gaps.items()
+    ]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if plan.margin is None:
+        columns.remove("verdict")
+    weak = [t for t in plan.tasks if t not in informative(plan.tasks, gaps.get(BASE))]
+    measure = next(iter(scores.values())).headline
+    note = (
+        f"{measure} less that of {plan.reference}, in points of 100, on the same rows and seeds,"
+        " with 95% intervals over both, of one seed over its rows (`zflora_jax.evaluation.paired`)."
+        f" seeds: those that a method shares with {plan.reference}, over which its difference is"
+        " taken; means below are over all seeds of a method, ± their standard deviation. p: of no"
+        f" difference, not corrected for the number of methods. test loss: less {plan.reference}'s,"
+        " nats per target token, with the 95% interval (Student's t) of the seeds on these rows."
+    )
+    if plan.margin is not None:
+        note += f" {verdict_legend(plan.reference, f'{plan.margin:g} points')}"
+    if weak:
+        note += (
+            f" {plan.reference} does not clearly beat the untrained model on {', '.join(weak)}:"
+            " they say nothing about methods, and are compared by none."
+        )
+    return [
+        f"## Difference to {plan.reference}",
+        markdown_table(rows, columns),
+        note,
+        *_contrast_blocks(plan, compared.contrasts),
+    ]
+
+
+def _contrast_blocks(plan: Comparison, contrasts: Mapping[str, Gaps]) -> list[str]:
+    wanted = {contrast_name(*pair): plan.shared_seed_count(*pair) for pair in plan.contrasts}
+    rows = [
+        {"methods": name}
+        | {task: str(gap) for task, gap in of.items()}
+        | _certainty(headline(of), wanted[name])
+        for name, of in contrasts.items()
+    ]
+    if not rows:
+        return []
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return ["## Differences between methods", markdown_table(rows, columns), "As above."]
+
+
+def _certainty(gap: Difference, wanted: int | None) -> dict[str, Any]:
+    """Over how many seeds a difference is, and its p once all that are `wanted` are there."""
+    if wanted is None:
+        return {"seeds": None, "p": None}
+    whole = gap.seeds >= wanted
+    return {
+        "seeds": gap.seeds if whole else f"{gap.seeds} of {wanted}",
+        "p": gap.p if whole else None,
+    }
+
+
+def loss_text(gap: Difference | None) -> str | None:
+    """A difference of losses with its interval."""
+    return f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" if gap else None
+
+
+def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
+    """What a difference says by the margin, once all seeds are there; None of the base."""
+    if plan.margin is None or label == BASE:
+        return None
+    if gap.seeds < (wanted := plan.compared_seed_count(label)):
+        return f"{gap.seeds} of {wanted} seeds"
+    return verdict(gap, plan.margin)
+
+
+def draw_differences(
+    compared: Sequence[tuple[Comparison, Mapping[str, Gaps]]], out: Path, title: str, label: str
+) -> None:
+    """A forest plot of differences to references, a panel for each comparison and, of one with
+    several tasks, for each task.
+
+    Args:
+      compared: comparisons with their differences; the untrained model's are not drawn.
+      out: path without a suffix.
+      title: of the picture.
+      label: of the axis.
+    """
+    panels, margins, faint = dict[str, dict[str, Sequence[float]]](), dict[str, float](), set[str]()
+    for plan, gaps in compared:
+        drawn = {label: of for label, of in gaps.items() if label != BASE}
+        several = max((len(of) for of in drawn.values()), default=0) > 1
+        before = f"{plan.title}, " if len(compared) > 1 else ""
+        whole = f"{before}mean of tasks" if several else plan.title
+        for method, of in drawn.items():
+            gap = headline(of)
+            verdict = verdict_of(plan, method, gap)
+            name = f"{method}, {verdict}" if verdict else method
+            panels.setdefault(whole, {})[name] = (gap.mean, gap.low, gap.high)
+            if gap.seeds < plan.compared_seed_count(method):
+                faint.add(name)
+            for task in [task for task in of if several and task != ALL]:
+                place = panels.setdefault(f"{before}{task}", {})
+                place[method] = (of[task].mean, of[task].low, of[task].high)
+        if plan.margin and drawn:
+            margins[whole] = plan.margin
+    forest(panels, out, title, label, margins, faint)
+
+
+def verdict_legend(reference: str, margin: str) -> str:
+    """What the verdicts mean, in words."""
+    return (
+        f"As good: the whole interval lies above a loss of {margin}, fixed before the runs."
+        " Inferior: it lies below. Undecided: it reaches across, so these rows and seeds do not"
+        f" tell whether the method is as good as {reference}."
+    )
