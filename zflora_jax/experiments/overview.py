@@ -113,8 +113,8 @@ def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:
         "seeds": _seeds(plan),
         "methods": len(there) or len(plan.methods),
         "tasks scored": ", ".join(plan.tasks) or None,
-        "measure": found.get("compared by", {}).get("measure") or None,
-        "margin": found.get("compared by", {}).get("margin"),
+        "measure": plan.measure or None,
+        "margin": plan.margin,
         "not run yet": ", ".join(found.get("missing", ())) or ("all" if result is None else None),
     }
 
