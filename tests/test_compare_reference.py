@@ -20,8 +20,6 @@ from zflora_jax.experiments.overview import overview
 from zflora_jax.experiments.progress import Progress
 
 LORA = {"lora": AdapterConfig("lora", rank=2)}
-
-
 RIGHT = {"lora": 20, "ffa": 30, "ffba": 5}  # of 40 rows, the first ones; the untrained model none
 
 
@@ -138,7 +136,8 @@ def test_a_verdict_waits_for_all_seeds(two_steps, tmp_path, scored, fake_train, 
     summary = overview([plan], tmp_path / "out").read_text()
     [line] = [line for line in summary.splitlines() if line.startswith("| ffba")]
     assert "*" not in line and "1 of 2 seeds" in line
-    assert "ffba, 1 of 2 seeds" in (tmp_path / "out" / "paired.svg").read_text()
+    drawn = (tmp_path / "out" / "paired.svg").read_text()
+    assert "ffba, 1 of 2 seeds" in drawn and "#999999" in drawn  # in grey
     table = page.split("## Difference to lora")[1].split("\n\n")[1]
     cells = {row.split("|")[1].strip(): row.split("|")[3:5] for row in table.splitlines()}
     assert cells["ffba"][0].strip() == "1 of 2" and cells["ffba"][1].strip() == "-"  # and no p

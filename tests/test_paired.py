@@ -1,10 +1,14 @@
 """Paired differences, Holm's correction, and what the pages of comparisons make of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.evaluation.paired import (
     Difference,
     holm,
@@ -13,6 +17,8 @@ from zflora_jax.evaluation.paired import (
     verdict,
 )
 from zflora_jax.evaluation.statistics import DIGEST, ROWS, digest, row_scores
+from zflora_jax.experiments import difference_view
+from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.differences import (
     ALL,
     UNTRAINED,
@@ -184,3 +190,34 @@ def test_records_keep_the_scores_of_their_rows():
     assert row_scores([]) == {}
     runs = [{"seed": 0, "scores": run({"a": "1"})}, {"seed": 1, "scores": {"a": {}}}, {"seed": 2}]
     assert list(scores_by_seed(runs)) == [0]
+
+
+def test_several_tasks_have_a_panel_each(tmp_path, monkeypatch):
+    """Beside that of their mean, which alone has a margin; the untrained model is not drawn."""
+    of = {task: Difference(i, i - 1.0, i + 1.0, 0.5, 1) for i, task in enumerate(("a", "b", ALL))}
+    plan = Comparison(
+        "paired_two",
+        RunConfig(),
+        {label: AdapterConfig(label) for label in ("lora", "ffa")},
+        (1e-3,),
+        (0,),
+        tasks=("a", "b"),
+        scoring=EvalConfig(),
+        reference="lora",
+        margin=2.0,
+        category="math",
+    )
+    drawn = []
+    monkeypatch.setattr(difference_view, "forest", lambda *given: drawn.append(given))
+    for plans in ([plan], [plan, dataclasses.replace(plan, name="paired_three")]):
+        found = [(plan, {"base": of, "ffa": of}) for plan in plans]
+        difference_view.draw_differences(found, tmp_path / "f", "title", "points")
+    (panels, *_, margins, faint), (two, *_, both, _) = drawn
+    assert panels == {
+        "mean of tasks": {"ffa, as good": (2, 1.0, 3.0)},
+        "a": {"ffa": (0, -1.0, 1.0)},
+        "b": {"ffa": (1, 0.0, 2.0)},
+    }
+    assert margins == {"mean of tasks": 2.0} and not faint
+    assert list(two)[:2] == ["two (math), mean of tasks", "two (math), a"] and len(two) == 6
+    assert list(both) == ["two (math), mean of tasks", "three (math), mean of tasks"]
