@@ -11,8 +11,8 @@ CREATED := $(VENV)/.stamp-venv
 CORE := $(VENV)/.stamp-core
 TEST := $(VENV)/.stamp-test
 
-# Where an environment says that Python keeps nothing it compiles, every process would compile torch,
-# transformers and jax anew: 8 seconds.
+# Where the environment says that Python keeps nothing it compiles, every process would compile
+# torch, transformers and jax anew: 8 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart test soak docs lint ruff types imports clean

@@ -153,12 +153,12 @@ batch 1, bfloat16: compiled for an H100, not run. TPOT: measured on this CPU in 
 the median of the ratios within a turn [quartiles]. A merge by addition has the base's program:
 lora, ffa, dora, rslora, loraplus, pissa.
 
-LoRA that is merged costs nothing, and neither does a method whose rows differ from it by no more
-than their intervals; what merging gives up is the base, which another task needs back
-([task_switch](task_switch.md)). LoRA beside the base keeps it, for kernels of its own in every
-projection. The zFLoRA methods keep it without a kernel more. The bytes they add are mostly filling:
-an H100's products take whole channels of 32 and MLP units of 128 (`adapters.widths`), so
-zflora-minimal's 21 and 21 are read as 32 and 128, and r = 32, m = 128 would cost the same."""
+LoRA that is merged costs nothing, nor does any other merge by addition; what it gives up is the
+base, which another task needs back ([task_switch](task_switch.md)). LoRA beside the base keeps it,
+for kernels of its own in every projection; a method that widens keeps it without them. Most of the
+bytes that zflora-minimal adds are filling: an H100's products take whole channels of 32 and MLP
+units of 128 (`adapters.widths`), so its 21 and 21 are read as 32 and 128, and r = 32, m = 128 would
+cost the same. Quartiles are no intervals of confidence."""
     shown = [row | {"points": _points(row), "tpot": _ratio(row)} for row in rows(result)]
     table = markdown_table(shown, columns)
     picture = "![Quality against cost](cost_quality.png)"
@@ -209,6 +209,8 @@ def main() -> None:
     parser.add_argument("--accuracy", type=Path, default=Path("results"), metavar="DIR")
     parser.add_argument("--out", default="results/cost_quality")
     args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error(f"--repeats {args.repeats}: quartiles need 2 or more.")
     from zflora_jax.reporting.files import write_json, write_result
     from zflora_jax.reporting.provenance import environment
 

@@ -1,5 +1,6 @@
 """zflora-minimal in cloze form, where LoRA's held-out loss is lower: what the method leaves open,
-changed one thing at a time, and judged by the validation loss.
+changed one thing at a time, and judged by the validation loss. zflora-minimal's own runs are those
+of accuracy_cloze.
 
   zflora sweep --config configs/minimal_cloze.py --set data.data_dir=DIR --workdir runs/minimal
 

@@ -145,7 +145,7 @@ def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
         "one": {"a": (1.0, -0.5, 2.0), "b": (-2.0, -3.0, -1.0)},
         "two": {"a": (0.5, 0.0, 1.0)},
     }
-    plots.forest(groups, tmp_path / "f", "differences", "points", {"one": 3.0}, {"b"})
+    plots.forest(groups, tmp_path / "f", "differences", "points", {"one": 3.0}, {("one", "b")})
     assert _is_png(tmp_path / "f.png")
     [figure] = figures
     first, second = figure.axes

@@ -302,7 +302,7 @@ def test_a_suite_counts_the_rows_that_a_score_is_over():
     kept = {"clean_rows": 6, "scores": scores} | rows_kept(rows)
     found = suite_score([{"rows": kept}], "accuracy")
     assert found.counted == {"accuracy": {"rows": 4}, "likelihood_sum": {"rows": 6}}
-    cells = page._score_cells(SimpleNamespace(tasks=("rows",)), found, "accuracy")
+    cells = page._score_cells(SimpleNamespace(tasks=("rows",), transfer=()), found, "accuracy")
     assert "rows (4)" in cells
     old = suite_score([{"rows": {"clean_rows": 6, "scores": scores}}], "accuracy")
     assert old.counted["accuracy"] == {"rows": 6}

@@ -139,7 +139,7 @@ def page(result: dict[str, Any]) -> str:
     from zflora_jax.reporting.tables import markdown_table
 
     rows = result["rows"]
-    return f"""# Likelihoods beside lm-evaluation-harness {result["lm_eval"]}
+    return f"""# Likelihoods beside lm-evaluation-harness {result["lm_eval"]}, ROUGE
 
 SmolLM2-135M in float32: the sum of log p of every option after its prompt, computed by this project
 and by the harness from the exported model, on the first rows of each test set. "prompt": whether
@@ -149,7 +149,8 @@ scores the text after the blank alone, which this project's form does not).
 {markdown_table(rows, list(rows[0]))}
 
 ROUGE-1, -2, -L and -Lsum of the untrained model's answers, as records keep them, beside
-rouge-score's F-measures with stemming, the best over the references, each scored alone:
+rouge-score's F-measures with stemming of the recorded answer, the best over the references, each
+scored alone. This project's ROUGE is rouge-score's: what is checked is which texts it is given.
 
 {markdown_table(result["rouge"], list(result["rouge"][0]))}
 

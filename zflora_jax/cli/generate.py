@@ -239,8 +239,9 @@ def _answer_lines(
 
     def show(i: int) -> None:
         if main:
-            said = {"prompt": lines[i][1], "output": answers.pop(i)}
+            said = {"prompt": lines[i][1], "output": answers[i]}
             print(json.dumps(said, ensure_ascii=False), flush=True)
+        del answers[i]  # not before: a signal may come in between
 
     with progress_bar(len(lines), "answering", main and not sys.stdout.isatty()) as advance:
 
@@ -264,15 +265,17 @@ def _answer_lines(
 @contextlib.contextmanager
 def _terminated() -> Iterator[None]:
     """Within it SIGTERM, which ends a process at once, raises SystemExit, as Ctrl-C raises
-    KeyboardInterrupt; Python sees a signal once the program of a batch has run. Outside the main
-    thread, where Python has no signals, nothing changes.
+    KeyboardInterrupt; Python sees a signal once the program of a batch has run. Nothing changes
+    outside the main thread, where Python has no signals, and among processes that JAX connects,
+    which takes SIGTERM itself.
     """
+    from jax.distributed import is_initialized
 
     def leave(number: int, _: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one must not cut a line
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or is_initialized():
         yield
         return
     before = signal.signal(signal.SIGTERM, leave)

@@ -99,8 +99,12 @@ class Comparison:
                 isinstance(pair, tuple | list) and len(set(pair)) == len(pair) == 2,
                 f'comparison.contrasts has {pair!r}: must be two labels, such as ("ffa", "lora").',
             )
+        require(
+            not self.contrasts or bool(self.reference),
+            "comparison.contrasts needs comparison.reference, whose differences stand before them.",
+        )
         of_methods = (
-            ("reference", [self.reference]),
+            ("reference", [self.reference] if self.reference else []),
             ("contrasts", [label for pair in self.contrasts for label in pair]),
             ("settings", self.settings),
             ("more_seeds", self.more_seeds),
@@ -108,7 +112,7 @@ class Comparison:
         for name, labels in of_methods:
             for label in labels:
                 require(
-                    label in ("", *self.methods),
+                    label in self.methods,
                     f"comparison.{name}: {label!r} is no method of it:"
                     f" {nearest(label, self.methods)}.",
                 )

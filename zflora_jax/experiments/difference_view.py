@@ -12,7 +12,7 @@ from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.differences import (
     ALL,
     Differences,
-    Gaps,
+    TaskGaps,
     contrast_name,
     headline,
     informative,
@@ -35,7 +35,7 @@ def difference_blocks(
         | {task: str(gap) for task, gap in of.items()}
         | _certainty(headline(of), plan.compared_seed_count(label) if label != BASE else None)
         | {"verdict": verdict_of(plan, label, headline(of))}
-        | {"test loss": loss_text(compared.losses.get(label))}
+        | {"test loss": loss_text(plan, label, compared.losses.get(label))}
         for label, of in gaps.items()
     ]
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -45,11 +45,13 @@ def difference_blocks(
     measure = next(iter(scores.values())).headline
     note = (
         f"{measure} less that of {plan.reference}, in points of 100, on the same rows and seeds,"
-        " with 95% intervals over both, of one seed over its rows (`zflora_jax.evaluation.paired`)."
+        " with 95% intervals over rows and seeds, of a single seed over rows alone"
+        " (`zflora_jax.evaluation.paired`)."
         f" seeds: those that a method shares with {plan.reference}, over which its difference is"
         " taken; means below are over all seeds of a method, ± their standard deviation. p: of no"
         f" difference, not corrected for the number of methods. test loss: less {plan.reference}'s,"
-        " nats per target token, with the 95% interval (Student's t) of the seeds on these rows."
+        " nats per target token, with the 95% interval (Student's t) of the seeds on these rows,"
+        " not corrected either."
     )
     if plan.margin is not None:
         note += f" {verdict_legend(plan.reference, f'{plan.margin:g} points')}"
@@ -66,7 +68,7 @@ def difference_blocks(
     ]
 
 
-def _contrast_blocks(plan: Comparison, contrasts: Mapping[str, Gaps]) -> list[str]:
+def _contrast_blocks(plan: Comparison, contrasts: Mapping[str, TaskGaps]) -> list[str]:
     wanted = {contrast_name(*pair): plan.shared_seed_count(*pair) for pair in plan.contrasts}
     rows = [
         {"methods": name}
@@ -77,7 +79,11 @@ def _contrast_blocks(plan: Comparison, contrasts: Mapping[str, Gaps]) -> list[st
     if not rows:
         return []
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    return ["## Differences between methods", markdown_table(rows, columns), "As above."]
+    return [
+        "## Differences between methods",
+        markdown_table(rows, columns),
+        "The first less the second, over the seeds that both have; else as above.",
+    ]
 
 
 def _certainty(gap: Difference, wanted: int | None) -> dict[str, Any]:
@@ -91,9 +97,11 @@ def _certainty(gap: Difference, wanted: int | None) -> dict[str, Any]:
     }
 
 
-def loss_text(gap: Difference | None) -> str | None:
-    """A difference of losses with its interval."""
-    return f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" if gap else None
+def loss_text(plan: Comparison, label: str, gap: Difference | None) -> str | None:
+    """A difference of losses to the reference with its interval, once all seeds are there."""
+    if gap is None or gap.seeds < plan.compared_seed_count(label):
+        return None
+    return f"{gap.mean:+.3g} [{gap.low:+.3g}, {gap.high:+.3g}]"
 
 
 def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
@@ -106,7 +114,7 @@ def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
 
 
 def draw_differences(
-    compared: Sequence[tuple[Comparison, Mapping[str, Gaps]]], out: Path, title: str, label: str
+    compared: Sequence[tuple[Comparison, Mapping[str, TaskGaps]]], out: Path, title: str, label: str
 ) -> None:
     """A forest plot of differences to references, a panel for each comparison and, of one with
     several tasks, for each task.
@@ -117,25 +125,30 @@ def draw_differences(
       title: of the picture.
       label: of the axis.
     """
-    panels, margins, faint = dict[str, dict[str, Sequence[float]]](), dict[str, float](), set[str]()
+    panels, margins = dict[str, dict[str, Sequence[float]]](), dict[str, float]()
+    faint = set[tuple[str, str]]()
+
+    def add(panel: str, name: str, gap: Difference, whole: bool) -> None:
+        panels.setdefault(panel, {})[name] = (gap.mean, gap.low, gap.high)
+        if not whole:
+            faint.add((panel, name))
+
     for plan, gaps in compared:
-        drawn = {label: of for label, of in gaps.items() if label != BASE}
+        drawn = {method: of for method, of in gaps.items() if method != BASE}
         several = max((len(of) for of in drawn.values()), default=0) > 1
         before = f"{plan.title}, " if len(compared) > 1 else ""
-        whole = f"{before}mean of tasks" if several else plan.title
+        first = f"{before}mean of tasks" if several else plan.title
         for method, of in drawn.items():
             gap = headline(of)
-            verdict = verdict_of(plan, method, gap)
-            name = f"{method}, {verdict}" if verdict else method
-            panels.setdefault(whole, {})[name] = (gap.mean, gap.low, gap.high)
-            if gap.seeds < plan.compared_seed_count(method):
-                faint.add(name)
+            is_whole = gap.seeds >= plan.compared_seed_count(method)
+            said = verdict_of(plan, method, gap)
+            add(first, f"{method}, {said}" if said else method, gap, is_whole)
             for task in [task for task in of if several and task != ALL]:
-                place = panels.setdefault(f"{before}{task}", {})
-                place[method] = (of[task].mean, of[task].low, of[task].high)
+                add(f"{before}{task}", method, of[task], is_whole)
         if plan.margin and drawn:
-            margins[whole] = plan.margin
-    forest(panels, out, title, label, margins, faint)
+            margins[first] = plan.margin
+    grey = " (grey: not all seeds yet)" if faint else ""
+    forest(panels, out, title, label + grey, margins, faint)
 
 
 def verdict_legend(reference: str, margin: str) -> str:

@@ -1,4 +1,6 @@
-"""Differences of methods to a reference, from the scores of single rows that records keep."""
+"""Differences of methods to a reference and to each other: of scores, from those of single rows
+that records keep, and of losses.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ POINTS = 100.0  # the score of a row that is right
 
 
 # Task, or ALL -> the difference of two methods.
-Gaps = dict[str, Difference]
+TaskGaps = dict[str, Difference]
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ class Differences:
       losses: label -> difference of the test loss to the reference's, in nats.
     """
 
-    to_reference: dict[str, Gaps]
-    contrasts: dict[str, Gaps]
-    losses: Gaps
+    to_reference: dict[str, TaskGaps]
+    contrasts: dict[str, TaskGaps]
+    losses: dict[str, Difference]
 
     def fields(self) -> Result:
         """As the comparison's JSON holds them."""
 
-        def fields(found: Mapping[str, Gaps]) -> Result:
+        def fields(found: Mapping[str, TaskGaps]) -> Result:
             return {
                 key: {task: asdict(gap) for task, gap in of.items()} for key, of in found.items()
             }
@@ -161,7 +163,7 @@ def compare_runs(
       measure: a name of `statistics.SCORES`; "" without scores.
     """
     runs = {label: scores_by_seed(of) for label, of in chosen.items()}
-    reference, found = runs.get(plan.reference, {}), dict[str, Gaps]()
+    reference, found = runs.get(plan.reference, {}), dict[str, TaskGaps]()
     if reference and base and all(ROWS in of for of in base.values()):
         found[BASE] = differences({UNTRAINED: base}, reference, plan.tasks, measure)
     tasks = informative(plan.tasks, found.get(BASE))

@@ -27,11 +27,14 @@ from zflora_jax.reporting.tables import markdown_table
 
 SCORES_LEGEND = (
     "Score: the comparison's measure, the mean over its tasks and a method's seeds, ± the standard"
-    " deviation of seeds. Test loss: nats per target token, on held-out rows of the training task;"
-    " beside it that less the reference's, with the 95% interval (Student's t) of the seeds on"
-    " these rows. Seconds: of the fastest run's training; runs share machines with other work, so"
-    " they compare no methods."
+    " deviation of seeds. Test loss: nats per target token, on held-out rows of the training task."
+    " Seconds: of the fastest run's training; only runs on an idle machine can be compared."
 )
+LOSSES_LEGEND = (
+    " Beside the test loss: that less the reference's, with the 95% interval (Student's t) of the"
+    " seeds on these rows, not corrected for the number of comparisons."
+)
+LESS = "less the reference's"
 # Label of a method -> its headline difference.
 Gaps = Mapping[str, Difference]
 
@@ -83,7 +86,8 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     scored = [row for plan in there for row in _scores(plan, found[plan.name])]
     if scored:
         columns = list(dict.fromkeys(key for row in scored for key in row))
-        lines += ["## Scores", "", markdown_table(scored, columns), "", SCORES_LEGEND]
+        legend = SCORES_LEGEND + (LOSSES_LEGEND if LESS in columns else "")
+        lines += ["## Scores", "", markdown_table(scored, columns), "", legend]
     atomic_write(path, ("\n".join(lines).rstrip() + "\n").encode())
     return path
 
@@ -146,8 +150,8 @@ def _scores(plan: Comparison, found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "score": f"{row['mean']:.1f}"
             + (f" ± {row['std']:.1f}" if row.get("std") is not None else ""),
             "test loss": found["base"]["test"] if row["method"] == BASE else _test_loss(row),
-            "less the reference's": loss_text(losses.get(row["method"])),
-            "seconds": row.get("seconds"),
+            **({LESS: loss_text(plan, row["method"], losses.get(row["method"]))} if losses else {}),
+            "seconds": row.get("seconds, fastest run"),
         }
         for row in found.get("rows", ())
         if row["scores"]
@@ -198,9 +202,9 @@ def _differences(
     references = ", ".join(dict.fromkeys(plan.reference for plan, _ in gaps))
     legend = (
         f"Scores less those of {references}, in points of 100, on the same rows and seeds, with 95%"
-        " intervals over both, of one seed over its rows. base: the untrained model."
-        ' "*": a difference at the 5% level after Holm\'s correction over all comparisons that are'
-        f" planned ({len(p)})."
+        " intervals over rows and seeds, of a single seed over rows alone. base: the untrained"
+        ' model. "*": a difference at the 5% level after Holm\'s correction over all comparisons'
+        f" that are planned ({len(p)})."
     )
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [

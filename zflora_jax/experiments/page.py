@@ -24,6 +24,7 @@ from zflora_jax.reporting.tables import markdown_table
 # Fields of a method's row that the table of losses does not show: scores have tables of their own.
 _APART = (
     "untuned",
+    "seconds",
     "scores",
     "all scores",
     "intervals",
@@ -188,8 +189,8 @@ def _loss_table(rows: Sequence[Result]) -> str:
         for row in rows
     ]
     columns = list(dict.fromkeys(key for row in shown for key in row))
-    seconds = "seconds: the fastest run's training. Runs share machines with other work: no speed."
-    return f"{markdown_table(shown, columns)}\n\n{seconds}" if shown else ""
+    note = "Seconds are of a run's training; only those of an idle machine can be compared."
+    return f"{markdown_table(shown, columns)}\n\n{note}" if shown else ""
 
 
 def _score_blocks(
@@ -249,7 +250,7 @@ def _score_cells(plan: Comparison, score: SuiteScore, kind: str) -> dict[str, st
 def _transfer(plan: Comparison) -> str:
     if not plan.transfer:
         return ""
-    return f"mean: of {', '.join(plan.tasks)}; no row of the tasks right of it was trained on. "
+    return f"mean: of {', '.join(plan.tasks)}; the tasks right of it are not counted. "
 
 
 def _rows_scored(scoring: EvalConfig) -> str:

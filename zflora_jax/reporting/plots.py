@@ -195,7 +195,7 @@ def forest(
     title: str,
     label: str,
     margins: Mapping[str, float] | None = None,
-    faint: Collection[str] = (),
+    faint: Collection[tuple[str, str]] = (),
 ) -> None:
     """Draw differences as points with their intervals, a panel per group and a row per label; zero
     is marked, and a margin below it is shaded.
@@ -206,7 +206,7 @@ def forest(
       title: of the figure.
       label: of the axes.
       margins: group -> how far below zero a difference may lie.
-      faint: labels that are drawn in grey.
+      faint: (group, label) of what is drawn in grey.
     """
     from matplotlib.figure import Figure
 
@@ -221,7 +221,7 @@ def forest(
         names = list(rows)
         for place, (mean, low, high) in enumerate(rows.values()):
             reach = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]  # rounding may pass it
-            color = "0.6" if names[place] in faint else "C0"
+            color = "0.6" if (group, names[place]) in faint else "C0"
             axes.errorbar(mean, place, xerr=reach, fmt="o", color=color, capsize=3, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
         if margins and group in margins:
