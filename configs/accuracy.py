@@ -88,7 +88,7 @@ READING = {
         " than zflora-minimal's by 0.002 of 0.082, and than zflora-uniform's by 0.003."
         " zflora-uniform and ffba solve 41.1%; three seeds do not tell them from LoRA, and place"
         " them 2.5 points below to 0.3 above zflora-minimal. ffba needs the highest rate that was"
-        " tried, and PiSSA, of which one seed is there, the lowest."
+        " tried, and PiSSA the lowest. Of PiSSA and DoRA one seed is there."
     ),
     "accuracy_math_data": (
         "Both methods learn word problems, from 3.2% of the 457 questions that are not in the"
