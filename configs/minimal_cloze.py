@@ -17,8 +17,9 @@ from zflora_jax.experiments.comparison import Comparison
 
 READING = (
     "zflora-minimal itself has a validation loss of 2.7243 and a test loss of 2.4758 with this seed"
-    " (accuracy_cloze), LoRA 2.6933 and 2.4279. Neither more MLP units for a narrower state nor the"
-    " reverse brings it nearer: they change it by no more than seeds do."
+    " (accuracy_cloze), LoRA 2.6933 and 2.4279. Neither more MLP units beside a narrower state nor"
+    " the reverse brings it nearer: they change its validation loss by less than the 0.022 that its"
+    " six seeds lie apart."
 )
 
 
