@@ -264,15 +264,14 @@ def _answer_lines(
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[None]:
-    """Within it SIGTERM, which ends a process at once, raises SystemExit, as Ctrl-C raises
-    KeyboardInterrupt; Python sees a signal once the program of a batch has run. Nothing changes
-    outside the main thread, where Python has no signals, and among processes that JAX connects,
-    which takes SIGTERM itself.
+    """Within it SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt, once the program of
+    a batch has run. Not outside the main thread, where Python has no signals, nor among processes
+    that JAX connects, which takes SIGTERM itself.
     """
     from jax.distributed import is_initialized
 
     def leave(number: int, _: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one must not cut a line
+        signal.signal(number, signal.SIG_IGN)  # another one must not cut a line
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread() or is_initialized():

@@ -83,6 +83,7 @@ class Comparison:
             bool(self.tasks) == (self.scoring is not None),
             "comparison.tasks and comparison.scoring go together: give both, or neither.",
         )
+        self._check_contrasts()
         self._check_reference()
         self._check_rates_from()
         steps, warmup, whole = self.pick_steps, self.base.optim.warmup_steps, self.base.train.steps
@@ -94,15 +95,6 @@ class Comparison:
 
     def _check_reference(self) -> None:
         """What methods are compared by, and the settings of their own."""
-        for pair in self.contrasts:
-            require(
-                isinstance(pair, tuple | list) and len(set(pair)) == len(pair) == 2,
-                f'comparison.contrasts has {pair!r}: must be two labels, such as ("ffa", "lora").',
-            )
-        require(
-            not self.contrasts or bool(self.reference),
-            "comparison.contrasts needs comparison.reference, whose differences stand before them.",
-        )
         of_methods = (
             ("reference", [self.reference] if self.reference else []),
             ("contrasts", [label for pair in self.contrasts for label in pair]),
@@ -153,6 +145,17 @@ class Comparison:
         require(
             self.margin is None or (self.margin > 0 and bool(self.reference)),
             f"comparison.margin={self.margin}: must be positive, and needs comparison.reference.",
+        )
+
+    def _check_contrasts(self) -> None:
+        for pair in self.contrasts:
+            require(
+                isinstance(pair, tuple | list) and len(set(pair)) == len(pair) == 2,
+                f'comparison.contrasts has {pair!r}: must be two labels, such as ("ffa", "lora").',
+            )
+        require(
+            not self.contrasts or bool(self.reference),
+            "comparison.contrasts needs comparison.reference, whose differences stand before them.",
         )
 
     def _check_rates_from(self) -> None:
