@@ -47,7 +47,7 @@ def decode(repeats: int) -> dict[str, dict[str, float]]:
     import zflora_jax as zf
     from zflora_jax.adapters.packing import pack_for_decode
     from zflora_jax.bench.contenders import contender
-    from zflora_jax.bench.timing import decode_turns, summary
+    from zflora_jax.bench.timing import decode_turns, ratios, summary
     from zflora_jax.core import trees
 
     base, shape = zf.load_model("smollm2-135m"), (1, PROMPT, NEW_TOKENS)
@@ -65,13 +65,12 @@ def decode(repeats: int) -> dict[str, dict[str, float]]:
     found = decode_turns(ready, NEW_TOKENS, repeats)
     first = found[MERGED]["tpot_ms"]
 
-    def ratios(times: list[float]) -> dict[str, float]:
-        turns = [a / b for a, b in zip(times, first, strict=True)]
+    def quartiles(turns: list[float]) -> dict[str, float]:
         low, middle, high = statistics.quantiles(turns, n=4, method="inclusive")
         return {"tpot_ratio": middle, "tpot_ratio_low": low, "tpot_ratio_high": high}
 
     return {
-        label: summary(of["tpot_ms"], "tpot_ms") | ratios(of["tpot_ms"])
+        label: summary(of["tpot_ms"], "tpot_ms") | quartiles(ratios(of["tpot_ms"], first))
         for label, of in found.items()
     }
 

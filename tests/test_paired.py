@@ -193,7 +193,9 @@ def test_records_keep_the_scores_of_their_rows():
 
 
 def test_several_tasks_have_a_panel_each(tmp_path, monkeypatch):
-    """Beside that of their mean, which alone has a margin; the untrained model is not drawn."""
+    """Beside that of their mean, which alone has a margin; the untrained model is not drawn. What
+    has not all its seeds is grey, and nothing else.
+    """
     of = {task: Difference(i, i - 1.0, i + 1.0, 0.5, 1) for i, task in enumerate(("a", "b", ALL))}
     plan = Comparison(
         "paired_two",
@@ -209,10 +211,11 @@ def test_several_tasks_have_a_panel_each(tmp_path, monkeypatch):
     )
     drawn = []
     monkeypatch.setattr(difference_view, "forest", lambda *given: drawn.append(given))
-    for plans in ([plan], [plan, dataclasses.replace(plan, name="paired_three")]):
+    other = dataclasses.replace(plan, name="paired_three", seeds=(0, 1), margin=None)
+    for plans in ([plan], [plan, other]):
         found = [(plan, {"base": of, "ffa": of}) for plan in plans]
         difference_view.draw_differences(found, tmp_path / "f", "title", "points")
-    (panels, *_, margins, faint), (two, *_, both, _) = drawn
+    (panels, *_, label, margins, faint), (two, *_, long_label, both, greys) = drawn
     assert panels == {
         "mean of tasks": {"ffa, as good": (2, 1.0, 3.0)},
         "a": {"ffa": (0, -1.0, 1.0)},
@@ -220,4 +223,6 @@ def test_several_tasks_have_a_panel_each(tmp_path, monkeypatch):
     }
     assert margins == {"mean of tasks": 2.0} and not faint
     assert list(two)[:2] == ["two (math), mean of tasks", "two (math), a"] and len(two) == 6
-    assert list(both) == ["two (math), mean of tasks", "three (math), mean of tasks"]
+    assert both == {"two (math), mean of tasks": 2.0}
+    assert greys == {(f"three (math), {panel}", "ffa") for panel in ("mean of tasks", "a", "b")}
+    assert (label, long_label) == ("points", "points (grey: not all seeds yet)")

@@ -94,13 +94,23 @@ def summary(values: Sequence[float], name: str) -> dict[str, float]:
 
 
 def ratio(values: Sequence[float], to: Sequence[float]) -> float:
-    """The median over turns of the ratio within a turn: a slow turn slows both.
+    """The median over turns of `ratios`.
 
     Args:
       values: one per turn.
       to: one per turn.
     """
-    return statistics.median(a / b for a, b in zip(values, to, strict=True))
+    return statistics.median(ratios(values, to))
+
+
+def ratios(values: Sequence[float], to: Sequence[float]) -> list[float]:
+    """The ratio within each turn: a slow turn slows both.
+
+    Args:
+      values: one per turn.
+      to: one per turn.
+    """
+    return [a / b for a, b in zip(values, to, strict=True)]
 
 
 def bandwidth_meter(size: int = 2**30, repeats: int = 4) -> Callable[[], float]:

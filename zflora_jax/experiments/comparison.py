@@ -148,10 +148,15 @@ class Comparison:
         )
 
     def _check_contrasts(self) -> None:
-        for pair in self.contrasts:
+        """Pairs of two methods, beside differences to a reference."""
+        given = self.contrasts
+        for pair in given if isinstance(given, tuple | list) else [given]:
             require(
-                isinstance(pair, tuple | list) and len(set(pair)) == len(pair) == 2,
-                f'comparison.contrasts has {pair!r}: must be two labels, such as ("ffa", "lora").',
+                isinstance(pair, tuple | list)
+                and [type(label) for label in pair] == [str, str]
+                and pair[0] != pair[1],
+                f"comparison.contrasts={given!r}: {pair!r} is no pair of two methods. Give a tuple"
+                ' of pairs of labels, such as (("ffa", "lora"),).',
             )
         require(
             not self.contrasts or bool(self.reference),

@@ -33,7 +33,7 @@ def difference_blocks(
     rows = [
         {"method": label}
         | {task: str(gap) for task, gap in of.items()}
-        | _certainty(headline(of), plan.compared_seed_count(label) if label != BASE else None)
+        | _certainty(headline(of), None if label == BASE else plan.compared_seed_count(label))
         | {"verdict": verdict_of(plan, label, headline(of))}
         | {"test loss": loss_text(plan, label, compared.losses.get(label))}
         for label, of in gaps.items()
@@ -97,9 +97,14 @@ def _certainty(gap: Difference, wanted: int | None) -> dict[str, Any]:
     }
 
 
+def is_whole(plan: Comparison, label: str, gap: Difference) -> bool:
+    """Whether a difference to the reference is over all seeds that it is to be over."""
+    return gap.seeds >= plan.compared_seed_count(label)
+
+
 def loss_text(plan: Comparison, label: str, gap: Difference | None) -> str | None:
     """A difference of losses to the reference with its interval, once all seeds are there."""
-    if gap is None or gap.seeds < plan.compared_seed_count(label):
+    if gap is None or not is_whole(plan, label, gap):
         return None
     return f"{gap.mean:+.3g} [{gap.low:+.3g}, {gap.high:+.3g}]"
 
@@ -108,8 +113,8 @@ def verdict_of(plan: Comparison, label: str, gap: Difference) -> str | None:
     """What a difference says by the margin, once all seeds are there; None of the base."""
     if plan.margin is None or label == BASE:
         return None
-    if gap.seeds < (wanted := plan.compared_seed_count(label)):
-        return f"{gap.seeds} of {wanted} seeds"
+    if not is_whole(plan, label, gap):
+        return f"{gap.seeds} of {plan.compared_seed_count(label)} seeds"
     return verdict(gap, plan.margin)
 
 
@@ -128,9 +133,9 @@ def draw_differences(
     panels, margins = dict[str, dict[str, Sequence[float]]](), dict[str, float]()
     faint = set[tuple[str, str]]()
 
-    def add(panel: str, name: str, gap: Difference, whole: bool) -> None:
+    def add(panel: str, name: str, gap: Difference, is_faint: bool) -> None:
         panels.setdefault(panel, {})[name] = (gap.mean, gap.low, gap.high)
-        if not whole:
+        if is_faint:
             faint.add((panel, name))
 
     for plan, gaps in compared:
@@ -140,11 +145,11 @@ def draw_differences(
         first = f"{before}mean of tasks" if several else plan.title
         for method, of in drawn.items():
             gap = headline(of)
-            is_whole = gap.seeds >= plan.compared_seed_count(method)
+            is_faint = not is_whole(plan, method, gap)
             said = verdict_of(plan, method, gap)
-            add(first, f"{method}, {said}" if said else method, gap, is_whole)
+            add(first, f"{method}, {said}" if said else method, gap, is_faint)
             for task in [task for task in of if several and task != ALL]:
-                add(f"{before}{task}", method, of[task], is_whole)
+                add(f"{before}{task}", method, of[task], is_faint)
         if plan.margin and drawn:
             margins[first] = plan.margin
     grey = " (grey: not all seeds yet)" if faint else ""

@@ -161,6 +161,9 @@ def compare_runs(
       chosen: label of a method -> its runs at the chosen rate.
       base: the scores of the untrained model; empty: not known yet.
       measure: a name of `statistics.SCORES`; "" without scores.
+
+    Raises:
+      ConfigError: records are of different rows.
     """
     runs = {label: scores_by_seed(of) for label, of in chosen.items()}
     reference, found = runs.get(plan.reference, {}), dict[str, TaskGaps]()

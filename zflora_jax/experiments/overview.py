@@ -17,6 +17,7 @@ from zflora_jax.evaluation.paired import Difference, holm
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.difference_view import (
     draw_differences,
+    is_whole,
     loss_text,
     verdict_legend,
     verdict_of,
@@ -186,7 +187,7 @@ def _differences(
     for plan in plans:
         for label in [label for label in plan.methods if plan.reference not in ("", label)]:
             gap = known.get(plan.name, {}).get(label)
-            whole = gap is not None and gap.seeds == plan.compared_seed_count(label)
+            whole = gap is not None and is_whole(plan, label, gap)
             p[f"{plan.name} {label}"] = gap.p if gap is not None and whole else 1.0
     p = holm(p)
     labels = list(dict.fromkeys(label for _, of in gaps for label in of))
