@@ -307,7 +307,9 @@ def test_lora_is_scored_and_the_base_kept_for_other_runs(two_steps, model, tmp_p
     trained = Trained(base, adapters, {"environment": environment()}, None, False)
     run = dataclasses.replace(run, adapter=LORA["lora"])
     job = Job("lora", run, tmp_path, tmp_path / "r.json", Scoring(("arc_easy",), SCORING))
-    assert jobs._measured(job, trained, False)["scores"]["arc_easy"]["rows"] > 0
+    measured = jobs._measured(job, trained, False)
+    assert measured["scores"]["arc_easy"]["rows"] > 0
+    assert measured["cpu"] == environment()["cpu"]
     kept = jax.tree.leaves(base.params)
     assert len(kept) >= len(jax.tree.leaves(model.params))
     assert not any(leaf.is_deleted() for leaf in kept)
