@@ -1,12 +1,16 @@
-"""configs/accuracy.py: equal budgets, and the tables that docs/experiments.md announces."""
+"""configs/accuracy.py: equal budgets, and the tables that docs/experiments.md announces; and the
+configs that look closer at its cloze table.
+"""
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from zflora_jax.adapters.counts import count_params
+from zflora_jax.cli.inputs import load_config
 from zflora_jax.core.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,3 +48,32 @@ def test_tables_are_those_of_the_page(accuracy):
         plan.base.data.batch_size * plan.base.data.bucket_lengths[-1] for plan in plans.values()
     }
     assert tokens == {1024} and {plan.base.train.steps for plan in plans.values()} == {240}
+
+
+def of_cloze(accuracy, name):
+    """The tables of another config, and the cloze table that it takes its runs from."""
+    [cloze] = [plan for plan in accuracy.get_sweep() if plan.name == "accuracy_cloze"]
+    return load_config(str(ROOT / "configs" / name), "get_sweep"), cloze
+
+
+def test_changes_of_minimal_keep_its_budget_and_runs(accuracy):
+    (changes, rate), cloze = of_cloze(accuracy, "minimal_cloze.py")
+    whole = cloze.methods["zflora-minimal"]
+    budget = count_params(preset("smollm2-135m"), whole)
+    for label, adapter in changes.methods.items():
+        assert adapter != whole, label
+        share = count_params(preset("smollm2-135m"), adapter) / budget
+        assert abs(share - 1) < 0.01, (label, share)
+    assert changes.base == rate.base == cloze.base
+    assert rate.methods == {"zflora-minimal": whole}
+    low, high, _ = cloze.learning_rates
+    assert changes.learning_rates == (high,) and low < rate.learning_rates[0] < high
+
+
+def test_letter_form_is_the_same_runs_on_the_same_rows(accuracy):
+    [letters], cloze = of_cloze(accuracy, "letter_form.py")
+    assert tuple(f"{task}_cloze" for task in letters.tasks) == cloze.tasks
+    assert letters.base.data.task == cloze.base.data.task.replace("_cloze", "")
+    same = replace(letters.base, data=replace(letters.base.data, task=cloze.base.data.task))
+    assert same == cloze.base and letters.methods == cloze.methods
+    assert letters.scoring.limit == cloze.scoring.limit and letters.scoring.likelihood

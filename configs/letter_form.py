@@ -1,0 +1,36 @@
+"""The rows of accuracy_cloze in LLM-Adapters' letter form, where a model answers "answer2" and not
+with an option's text: does a model of this size learn it at all?
+
+  zflora sweep --config configs/letter_form.py --set data.data_dir=DIR --workdir runs/letter
+
+DIR holds llm_adapters/. Runs are those of accuracy_cloze in configs/accuracy.py, at the rate that
+both methods chose there, with the first seed: docs/experiments.md, "Tasks".
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from zflora_jax.cli.inputs import load_config
+from zflora_jax.experiments.comparison import Comparison
+
+TASKS = ("arc_easy", "arc_challenge", "openbookqa")
+
+
+def get_sweep() -> list[Comparison]:
+    tables = load_config(str(Path(__file__).with_name("accuracy.py")), "get_sweep")
+    [cloze] = [plan for plan in tables if plan.name == "accuracy_cloze"]
+    data = replace(cloze.base.data, task="+".join(TASKS))
+    return [
+        Comparison(
+            "letter_form",
+            replace(cloze.base, data=data),
+            cloze.methods,
+            (1.5e-3,),
+            (0,),
+            tasks=TASKS,
+            # The letters' likelihoods, and what LLM-Adapters scores: the answer that is generated.
+            scoring=replace(cloze.scoring, generate=True, max_new_tokens=32),
+            measure="likelihood_norm",
+            reference="lora",
+        )
+    ]
