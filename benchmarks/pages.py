@@ -95,6 +95,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "target_variants": script("target_variants"),
     "task_switch": script("task_switch"),
     "train": train,
+    "train_bfloat16": train,
     "train_quantised": train,
     "train_targets": script("train_targets"),
     "train_targets_h100": script("train_targets"),
