@@ -5,7 +5,7 @@ Command: python benchmarks/pages.py [NAME ...]     (without names: every page)
 With --check nothing is written: it fails if a page is not what its JSON file gives.
 Each benchmark has a function `page` from the content of its JSON file to the text of its page; the
 table below says which one makes which page. Left out are the pages of sweeps (accuracy*,
-letter_form, minimal_cloze*, gsm8k_budget, quantised_gsm8k), which `zflora sweep` writes from the
+letter_form, minimal*, gsm8k_budget, quantised_gsm8k), which `zflora sweep` writes from the
 records of runs, and those that only their own commands write: compressed, consumers, export_int8,
 faults, quickstart.
 """
