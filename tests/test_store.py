@@ -299,14 +299,18 @@ def same_rows(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> No
 
 
 ACCURACY = [path.stem for path in sorted(RESULTS.glob("accuracy_*.json"))]
+CONFIGS = dict.fromkeys(ACCURACY, "accuracy") | {
+    "letter_form": "letter_form",
+    "minimal_cloze": "minimal_cloze",
+    "minimal_cloze_rate": "minimal_cloze",
+}
 
 
-@pytest.mark.parametrize("name", ACCURACY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_committed_records_give_the_committed_page(name, nothing_runs, tmp_path, capsys):
     committed = nothing_runs(name)
-    for folder in RESULTS.glob("accuracy_*/"):
-        shutil.copytree(folder, tmp_path / folder.name)
-    config = str(ROOT / "configs" / "accuracy.py")
+    shutil.copytree(RESULTS / name, tmp_path / name)
+    config = str(ROOT / "configs" / f"{CONFIGS[name]}.py")
     command = ["sweep", "--config", config, "--only", name, "--workdir", str(tmp_path / "w")]
     assert main([*command, "--tables", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / f"{name}.json").read_text())
