@@ -116,11 +116,11 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         programs = [label] if label in cpu else [MERGED]
         programs = [MERGED, UNMERGED] if label == "lora" else programs
         for program in programs:
-            apart = {MERGED: "lora merged", UNMERGED: UNMERGED}[program] if label == "lora" else ""
+            names = {MERGED: f"{label} merged", UNMERGED: UNMERGED}
             base = h100[MERGED]
             found.append(
                 {
-                    "method": apart or label,
+                    "method": names.get(program, label),
                     "points": points[0],
                     "interval": points[1:],
                     "kernels": h100[program]["kernels"] - base["kernels"],
