@@ -111,13 +111,12 @@ def quality(folder: Path) -> dict[str, list[float]]:
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each method: what it answers, and the costs of its program."""
     cpu, h100 = result["decode"], result["compiled"]
-    found = []
+    base, found = h100[MERGED], []
     for label, points in result["quality"].items():
         programs = [label] if label in cpu else [MERGED]
         programs = [MERGED, UNMERGED] if label == "lora" else programs
+        names = {MERGED: f"{label} merged", UNMERGED: UNMERGED}
         for program in programs:
-            names = {MERGED: f"{label} merged", UNMERGED: UNMERGED}
-            base = h100[MERGED]
             found.append(
                 {
                     "method": names.get(program, label),

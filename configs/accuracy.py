@@ -161,19 +161,23 @@ def at_rank(rank: int, minimal: int) -> Comparison:
     return table(f"accuracy_rank{rank}", task, (task,), 256, pair, category="math")
 
 
+def get_cloze() -> Comparison:
+    return table(
+        "accuracy_cloze",
+        "+".join(CLOZE),
+        CLOZE,
+        256,
+        scoring=CHOSEN,
+        measure="likelihood_norm",
+        transfer=UNSEEN,
+        primary=True,
+        category="commonsense",
+    )
+
+
 def get_sweep() -> list[Comparison]:
     return [
-        table(
-            "accuracy_cloze",
-            "+".join(CLOZE),
-            CLOZE,
-            256,
-            scoring=CHOSEN,
-            measure="likelihood_norm",
-            transfer=UNSEEN,
-            primary=True,
-            category="commonsense",
-        ),
+        get_cloze(),
         table(
             "accuracy_arithmetic",
             "arithmetic_steps",

@@ -40,8 +40,7 @@ def changes(minimal: AdapterConfig) -> dict[str, AdapterConfig]:
 
 
 def get_sweep() -> list[Comparison]:
-    tables = load_config(str(Path(__file__).with_name("accuracy.py")), "get_sweep")
-    [cloze] = [plan for plan in tables if plan.name == "accuracy_cloze"]
+    cloze = load_config(str(Path(__file__).with_name("accuracy.py")), "get_cloze")
     methods = changes(cloze.methods["zflora-minimal"])
     between = {"zflora-minimal": cloze.methods["zflora-minimal"]}
     return [

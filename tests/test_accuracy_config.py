@@ -2,7 +2,6 @@
 configs that look closer at its cloze table.
 """
 
-import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,25 @@ from zflora_jax.core.presets import preset
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def tables(name):
+    return load_config(str(ROOT / "configs" / f"{name}.py"), "get_sweep")
+
+
 @pytest.fixture(scope="module")
 def accuracy():
-    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "configs" / "accuracy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tables("accuracy")
+
+
+@pytest.fixture(scope="module")
+def cloze(accuracy):
+    [found] = [plan for plan in accuracy if plan.name == "accuracy_cloze"]
+    return found
 
 
 def test_methods_have_the_same_number_of_parameters(accuracy):
     config = preset("smollm2-135m")
     budgets = {"accuracy_rank4": 1_221_120, "accuracy_rank64": 19_537_920}
-    for plan in accuracy.get_sweep():
+    for plan in accuracy:
         budget = budgets.get(plan.name, 4_884_480)
         for label, adapter in plan.methods.items():
             share = count_params(config, adapter) / budget
@@ -36,7 +42,7 @@ def test_methods_have_the_same_number_of_parameters(accuracy):
 
 
 def test_tables_are_those_of_the_page(accuracy):
-    plans = {plan.name.removeprefix("accuracy_"): plan for plan in accuracy.get_sweep()}
+    plans = {plan.name.removeprefix("accuracy_"): plan for plan in accuracy}
     page = (ROOT / "docs" / "experiments.md").read_text()
     for name in plans:
         assert re.search(rf"\b{name}\b", page), name
@@ -50,14 +56,8 @@ def test_tables_are_those_of_the_page(accuracy):
     assert tokens == {1024} and {plan.base.train.steps for plan in plans.values()} == {240}
 
 
-def of_cloze(accuracy, name):
-    """The tables of another config, and the cloze table that it takes its runs from."""
-    [cloze] = [plan for plan in accuracy.get_sweep() if plan.name == "accuracy_cloze"]
-    return load_config(str(ROOT / "configs" / name), "get_sweep"), cloze
-
-
-def test_changes_of_minimal_keep_its_budget_and_runs(accuracy):
-    (changes, rate), cloze = of_cloze(accuracy, "minimal_cloze.py")
+def test_changes_of_minimal_keep_its_budget_and_runs(cloze):
+    changes, rate = tables("minimal_cloze")
     whole = cloze.methods["zflora-minimal"]
     budget = count_params(preset("smollm2-135m"), whole)
     for label, adapter in changes.methods.items():
@@ -70,8 +70,8 @@ def test_changes_of_minimal_keep_its_budget_and_runs(accuracy):
     assert changes.learning_rates == (high,) and low < rate.learning_rates[0] < high
 
 
-def test_letter_form_is_the_same_runs_on_the_same_rows(accuracy):
-    [letters], cloze = of_cloze(accuracy, "letter_form.py")
+def test_letter_form_is_the_same_runs_on_the_same_rows(cloze):
+    [letters] = tables("letter_form")
     assert tuple(f"{task}_cloze" for task in letters.tasks) == cloze.tasks
     assert letters.base.data.task == cloze.base.data.task.replace("_cloze", "")
     same = replace(letters.base, data=replace(letters.base.data, task=cloze.base.data.task))

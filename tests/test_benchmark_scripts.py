@@ -276,3 +276,23 @@ def test_a_method_without_all_its_seeds_is_left_out_of_the_cost_picture(
     monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
     quality = runpy.run_path(str(BENCHMARKS / "cost_quality.py"))["quality"]
     assert quality(tmp_path) == {"lora": [0.0] * 3, "b": [-1.0, -3.0, 1.0]}
+
+
+def test_a_merge_by_addition_is_called_so_in_the_cost_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
+    script = runpy.run_path(str(BENCHMARKS / "cost_quality.py"))
+    programs = {script["MERGED"]: 1, script["UNMERGED"]: 2, "ffba": 3}
+    turns = {"tpot_ratio": 1.0, "tpot_ratio_low": 1.0, "tpot_ratio_high": 1.0}
+    compiled = {name: {"kernels": n, "read_bytes": 10 * n} for name, n in programs.items()}
+    quality = dict.fromkeys(["lora", "dora", "ffba"], [0.0] * 3)
+    rows = script["rows"](
+        {"decode": dict.fromkeys(programs, turns), "compiled": compiled, "quality": quality}
+    )
+    assert {row["method"]: (row["kernels"], row["bytes"]) for row in rows} == {
+        "lora merged": (0, 1.0),
+        "lora un-merged": (1, 2.0),
+        "dora merged": (0, 1.0),
+        "ffba": (2, 3.0),
+    }
