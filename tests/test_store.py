@@ -301,8 +301,8 @@ def same_rows(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> No
 ACCURACY = [path.stem for path in sorted(RESULTS.glob("accuracy_*.json"))]
 CONFIGS = dict.fromkeys(ACCURACY, "accuracy") | {
     "letter_form": "letter_form",
-    "minimal_cloze": "minimal_cloze",
-    "minimal_cloze_rate": "minimal_cloze",
+    "minimal_cloze": "minimal",
+    "minimal_cloze_rate": "minimal",
 }
 
 

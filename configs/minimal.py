@@ -1,11 +1,11 @@
-"""zflora-minimal in cloze form, where LoRA's held-out loss is lower: what the method leaves open,
-changed one thing at a time, and judged by the validation loss. zflora-minimal's own runs are those
-of accuracy_cloze.
+"""zflora-minimal where LoRA's held-out loss is lower: what the method leaves open, changed one
+thing at a time, and judged by the validation loss.
 
-  zflora sweep --config configs/minimal_cloze.py --set data.data_dir=DIR --workdir runs/minimal
+  zflora sweep --config configs/minimal.py --set data.data_dir=DIR --workdir runs/minimal
 
-DIR holds llm_adapters/. Runs are those of accuracy_cloze in configs/accuracy.py but for the
-adapter, and are not scored: docs/experiments.md, "Where zflora-minimal trails".
+DIR holds llm_adapters/. Runs are those of configs/accuracy.py's tables, where zflora-minimal's own
+are, but for the adapter or its rates, and are not scored: docs/experiments.md, "Where
+zflora-minimal trails".
 """
 
 from dataclasses import replace
@@ -27,6 +27,8 @@ RATE_READING = (
     " (accuracy_cloze), gains 0.004, less than the 0.022 that six seeds lie apart: the coarse grid"
     " of rates is not what keeps zflora-minimal from LoRA's 2.6933."
 )
+# LoRA+'s ratio of rates, and one that leaves the fast blocks between the rates that were tried.
+PLUS = {"ratio-16": 16.0, "ratio-4": 4.0}
 
 
 def changes(minimal: AdapterConfig) -> dict[str, AdapterConfig]:
@@ -40,7 +42,8 @@ def changes(minimal: AdapterConfig) -> dict[str, AdapterConfig]:
 
 
 def get_sweep() -> list[Comparison]:
-    cloze = load_config(str(Path(__file__).with_name("accuracy.py")), "get_cloze")
+    accuracy = str(Path(__file__).with_name("accuracy.py"))
+    cloze, arithmetic = (load_config(accuracy, f"get_{name}") for name in ("cloze", "arithmetic"))
     methods = changes(cloze.methods["zflora-minimal"])
     between = {"zflora-minimal": cloze.methods["zflora-minimal"]}
     return [
@@ -48,5 +51,14 @@ def get_sweep() -> list[Comparison]:
         # Between the two lower rates of accuracy_cloze, of nearly equal loss: their geometric mean.
         Comparison(
             "minimal_cloze_rate", cloze.base, between, (8.7e-4,), (0,), reading=RATE_READING
+        ),
+        # LoRA+ for zflora-minimal: the blocks that write to the base's channels learn faster.
+        Comparison(
+            "minimal_arithmetic_plus",
+            arithmetic.base,
+            dict.fromkeys(PLUS, arithmetic.methods["zflora-minimal"]),
+            (5e-4,),
+            (0,),
+            settings={label: {"optim.loraplus_ratio": ratio} for label, ratio in PLUS.items()},
         ),
     ]
