@@ -42,17 +42,20 @@ DESCENDANTS = {
     "loraplus": LORA,
     "pissa": replace(LORA, init="pissa"),
 }
+# LoRA+ for zflora-minimal: the blocks that write to the base's channels have the higher rate.
+PLUS = {"zflora-minimal-plus": MINIMAL}
 # Parts of zflora-minimal alone, each at the same number of parameters.
 PARTS = {
     "state-alone": replace(MINIMAL, rank=27, extra_mlp_units=0),
     "units-alone": AdapterConfig("ffba", rank=94, extra_head_dim=0),
 }
-# S1, S2 and S5 of docs/experiments.md: the family and the parts against the whole method.
+# S1, S2, S5 and S6 of docs/experiments.md: the family and the parts against the whole method.
 CONTRASTS = tuple(
     (label, "zflora-minimal")
-    for label in ("zflora-uniform", "ffba", "ffa", "zflora-minimal-attention", *PARTS)
-)
-SETTINGS = {"loraplus": {"optim.loraplus_ratio": 16.0}}  # the ratio that its authors recommend
+    for label in ("zflora-uniform", "ffba", "ffa", "zflora-minimal-attention", *PARTS, *PLUS)
+) + (("zflora-minimal-plus", "loraplus"),)
+# The ratio that LoRA+'s authors recommend.
+SETTINGS = {label: {"optim.loraplus_ratio": 16.0} for label in ("loraplus", *PLUS)}
 
 BASE = RunConfig(
     model="smollm2-135m",
@@ -151,7 +154,7 @@ def table(
 
 CLOZE = ("arc_easy_cloze", "arc_challenge_cloze", "openbookqa_cloze")
 UNSEEN = ("piqa_cloze", "social_i_qa_cloze", "hellaswag_cloze", "winogrande_cloze")
-ALL = PAIR | DESCENDANTS | FAMILY | PARTS
+ALL = PAIR | DESCENDANTS | FAMILY | PARTS | PLUS
 
 
 def at_rank(rank: int, minimal: int) -> Comparison:

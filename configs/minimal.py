@@ -27,8 +27,6 @@ RATE_READING = (
     " (accuracy_cloze), gains 0.004, less than the 0.022 that six seeds lie apart: the coarse grid"
     " of rates is not what keeps zflora-minimal from LoRA's 2.6933."
 )
-# LoRA+'s ratio of rates, and one that leaves the fast blocks between the rates that were tried.
-PLUS = {"ratio-16": 16.0, "ratio-4": 4.0}
 
 
 def changes(minimal: AdapterConfig) -> dict[str, AdapterConfig]:
@@ -39,6 +37,13 @@ def changes(minimal: AdapterConfig) -> dict[str, AdapterConfig]:
         "half-scale": replace(minimal, alpha=float(minimal.rank)),  # s = 1 for 2
         "kaiming-start": replace(minimal, init="kaiming_uniform"),
     }
+
+
+def plus(name: str, of: Comparison, ratios: dict[str, float]) -> Comparison:
+    """LoRA+ for zflora-minimal: the blocks that write to the base's channels learn faster."""
+    methods = dict.fromkeys(ratios, of.methods["zflora-minimal"])
+    settings = {label: {"optim.loraplus_ratio": ratio} for label, ratio in ratios.items()}
+    return Comparison(name, of.base, methods, (5e-4,), (0,), settings=settings)
 
 
 def get_sweep() -> list[Comparison]:
@@ -52,13 +57,7 @@ def get_sweep() -> list[Comparison]:
         Comparison(
             "minimal_cloze_rate", cloze.base, between, (8.7e-4,), (0,), reading=RATE_READING
         ),
-        # LoRA+ for zflora-minimal: the blocks that write to the base's channels learn faster.
-        Comparison(
-            "minimal_arithmetic_plus",
-            arithmetic.base,
-            dict.fromkeys(PLUS, arithmetic.methods["zflora-minimal"]),
-            (5e-4,),
-            (0,),
-            settings={label: {"optim.loraplus_ratio": ratio} for label, ratio in PLUS.items()},
-        ),
+        plus("minimal_cloze_plus", cloze, {"ratio-16": 16.0}),
+        # Ratio 16 is zflora-minimal-plus of accuracy_arithmetic.
+        plus("minimal_arithmetic_plus", arithmetic, {"ratio-4": 4.0}),
     ]

@@ -57,7 +57,7 @@ def test_tables_are_those_of_the_page(accuracy):
 
 
 def test_changes_of_minimal_keep_its_budget_and_runs(cloze):
-    changes, rate, plus = tables("minimal")
+    changes, rate, plus, smaller = tables("minimal")
     whole = cloze.methods["zflora-minimal"]
     budget = count_params(preset("smollm2-135m"), whole)
     for label, adapter in changes.methods.items():
@@ -69,10 +69,13 @@ def test_changes_of_minimal_keep_its_budget_and_runs(cloze):
     low, high, _ = cloze.learning_rates
     assert changes.learning_rates == (high,) and low < rate.learning_rates[0] < high
     [arithmetic] = [plan for plan in tables("accuracy") if plan.name == "accuracy_arithmetic"]
-    assert plus.base == arithmetic.base and set(plus.methods.values()) == {whole}
-    ratio = arithmetic.settings["loraplus"]
-    assert plus.learning_rates == (low,) and plus.settings["ratio-16"] == ratio
-    assert plus.settings["ratio-4"] == {name: of / 4 for name, of in ratio.items()}
+    assert plus.base == cloze.base and smaller.base == arithmetic.base
+    assert {*plus.methods.values(), *smaller.methods.values()} == {whole}
+    assert plus.learning_rates == smaller.learning_rates == (low,)
+    [ratio] = {of["optim.loraplus_ratio"] for of in arithmetic.settings.values()}
+    assert plus.settings == {"ratio-16": {"optim.loraplus_ratio": ratio}}
+    assert smaller.settings == {"ratio-4": {"optim.loraplus_ratio": ratio / 4}}
+    assert set(arithmetic.settings) == {"loraplus", "zflora-minimal-plus"}
 
 
 def test_letter_form_is_the_same_runs_on_the_same_rows(cloze):
