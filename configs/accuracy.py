@@ -178,15 +178,18 @@ def get_cloze() -> Comparison:
     )
 
 
-def get_arithmetic() -> Comparison:
-    task = "arithmetic_steps"
-    return table("accuracy_arithmetic", task, (task,), 256, ALL, primary=True, category="math")
-
-
 def get_sweep() -> list[Comparison]:
     return [
         get_cloze(),
-        get_arithmetic(),
+        table(
+            "accuracy_arithmetic",
+            "arithmetic_steps",
+            ("arithmetic_steps",),
+            256,
+            ALL,
+            primary=True,
+            category="math",
+        ),
         table(
             "accuracy_math_data",
             "math_data",

@@ -57,7 +57,7 @@ def test_tables_are_those_of_the_page(accuracy):
 
 
 def test_changes_of_minimal_keep_its_budget_and_runs(cloze):
-    changes, rate, plus, smaller = tables("minimal")
+    changes, rate, plus = tables("minimal")
     whole = cloze.methods["zflora-minimal"]
     budget = count_params(preset("smollm2-135m"), whole)
     for label, adapter in changes.methods.items():
@@ -68,14 +68,16 @@ def test_changes_of_minimal_keep_its_budget_and_runs(cloze):
     assert rate.methods == {"zflora-minimal": whole}
     low, high, _ = cloze.learning_rates
     assert changes.learning_rates == (high,) and low < rate.learning_rates[0] < high
-    [arithmetic] = [plan for plan in tables("accuracy") if plan.name == "accuracy_arithmetic"]
-    assert plus.base == cloze.base and smaller.base == arithmetic.base
-    assert {*plus.methods.values(), *smaller.methods.values()} == {whole}
-    assert plus.learning_rates[-1:] == smaller.learning_rates == (low,)
-    [ratio] = {of["optim.loraplus_ratio"] for of in arithmetic.settings.values()}
-    assert plus.settings == {"ratio-16": {"optim.loraplus_ratio": ratio}}
-    assert smaller.settings == {"ratio-4": {"optim.loraplus_ratio": ratio / 4}}
-    assert set(arithmetic.settings) == {"loraplus", "zflora-minimal-plus"}
+    assert plus.base == cloze.base and plus.methods == {"zflora-minimal-plus": whole}
+    assert plus.learning_rates[-1] == low
+
+
+def test_zflora_minimal_plus_has_the_rates_of_loraplus(accuracy):
+    of = {plan.name: plan.settings for plan in (*accuracy, *tables("minimal")) if plan.settings}
+    ratio = {"optim.loraplus_ratio": 16.0}
+    assert of["accuracy_arithmetic"] == {"loraplus": ratio, "zflora-minimal-plus": ratio}
+    assert of["minimal_cloze_plus"] == {"zflora-minimal-plus": ratio}
+    assert len(of) == 2
 
 
 def test_letter_form_is_the_same_runs_on_the_same_rows(cloze):

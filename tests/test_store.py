@@ -302,6 +302,7 @@ ACCURACY = [path.stem for path in sorted(RESULTS.glob("accuracy_*.json"))]
 CONFIGS = dict.fromkeys(ACCURACY, "accuracy") | {
     "letter_form": "letter_form",
     "minimal_cloze": "minimal",
+    "minimal_cloze_plus": "minimal",
     "minimal_cloze_rate": "minimal",
 }
 
