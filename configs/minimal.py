@@ -51,7 +51,9 @@ def get_sweep() -> list[Comparison]:
     return [
         Comparison("minimal_cloze", cloze.base, methods, (1.5e-3,), (0,), reading=READING),
         # Between the two lower rates of accuracy_cloze, of nearly equal loss: their geometric mean.
-        Comparison("minimal_cloze_rate", cloze.base, between, (8.7e-4,), (0,), reading=RATE_READING),
+        Comparison(
+            "minimal_cloze_rate", cloze.base, between, (8.7e-4,), (0,), reading=RATE_READING
+        ),
         # LoRA+: the blocks that write to the base's channels learn faster.
         Comparison(
             "minimal_cloze_plus",
