@@ -93,9 +93,9 @@ READING = {
         " (42.6%) and LoRA+ (43.4%) move between seeds and are undecided. LoRA+ has the lowest"
         " held-out loss, 0.005 below LoRA's. zflora-uniform and ffba solve 41.1%; three seeds do"
         " not tell them from LoRA, and place them 2.5 points below to 0.3 above zflora-minimal."
-        " ffba needs the highest rate that was tried, rsLoRA, LoRA+ and PiSSA the lowest. With"
-        " LoRA+'s rates zflora-minimal's first seed has a lower held-out loss, too (0.077, without"
-        " them 0.082), and solves no more."
+        " ffba needs the highest rate that was tried, rsLoRA, PiSSA and what has LoRA+'s rates the"
+        " lowest. With LoRA+'s rates zflora-minimal's first seed has a lower held-out loss, too"
+        " (0.077, without them 0.082), and solves no more."
     ),
     "accuracy_math_data": (
         "Both methods learn word problems, from 3.2% of the 457 questions that are not in the"

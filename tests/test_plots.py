@@ -155,12 +155,17 @@ def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
     assert (low, high) == ((-0.5, -3.0), (2.0, -1.0))
     greys = [container.lines[0].get_color() for container in first.containers]
     assert greys == ["C0", "0.6"]
-    assert second.get_xlabel() == "points (shaded: the margin)"
+    assert figure.get_supxlabel() == "points\n(shaded: the margin)"
     for empty in ({}, {"one": {}}):
         with pytest.raises(ValueError, match="no values to draw"):
             plots.forest(empty, tmp_path / "g", "nothing", "points")
     rounded = (83.33333333333333, 83.33333333333334, 83.33333333333334)  # of five 100 and a 0
     plots.forest({"one": {"a": rounded}}, tmp_path / "h", "differences", "points")
+    long = {"one": {"zflora-minimal-plus, 1 of 3 seeds": (1.0, 0.0, 2.0)}}
+    label = "points of 100 of each table's measure (grey: not all seeds yet)"
+    plots.forest(long, tmp_path / "l", "differences", label, {"one": 3.0})
+    drawn, whole = figures[-1]._supxlabel.get_window_extent(), figures[-1].bbox
+    assert whole.x0 < drawn.x0 and drawn.x1 < whole.x1 and whole.y0 < drawn.y0
 
 
 def test_dots_share_their_rows_between_panels(tmp_path, figures):

@@ -232,7 +232,8 @@ def forest(
             axes.set_title(group, fontsize=9, loc="left")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel(f"{label} (shaded: the margin)" if margins else label)
+    # In the middle of the figure: long names of rows leave the panels little width.
+    figure.supxlabel(f"{label}\n(shaded: the margin)" if margins else label, fontsize=10)
     _save(figure, out)
 
 
