@@ -95,8 +95,8 @@ READING = {
         " parameters) solve 41.1%; three seeds do not tell them from LoRA, and place them 2.6"
         " points below to 0.4 above zflora-minimal. ffba needs the highest rate that was tried,"
         " rsLoRA, PiSSA and what has LoRA+'s rates the lowest. The attention is not enough:"
-        " zflora-minimal on attention kernels alone, with as many parameters, solves 37.6%, which is"
-        " 3.0 to 6.3 points below LoRA and 1.9 to 7.2 below zflora-minimal, and its held-out loss is"
+        " zflora-minimal on attention kernels alone, with as many parameters, solves 37.6%, which"
+        " is 3.0 to 6.3 points below LoRA and 1.9 to 7.2 below zflora-minimal, with held-out losses"
         " higher by 0.016 and 0.013. With LoRA+'s rates zflora-minimal's first seed has a lower"
         " held-out loss, too (0.077, without them 0.082), and solves no more."
     ),
