@@ -153,8 +153,8 @@ lora, ffa, dora, rslora, loraplus, pissa.
 
 LoRA that is merged costs nothing, nor does any other merge by addition; what it gives up is the
 base, which another task needs back ([task_switch](task_switch.md)). LoRA beside the base keeps it,
-for kernels of its own in every projection; a method that widens keeps it without them. Most of the
-bytes that zflora-minimal adds are filling: an H100's products take whole channels of 32 and MLP
+for kernels of its own in every projection; a method that widens keeps it with none or few. Most of
+the bytes that zflora-minimal adds are filling: an H100's products take whole channels of 32 and MLP
 units of 128 (`adapters.widths`), so its 21 and 21 are read as 32 and 128, and r = 32, m = 128 would
 cost the same. Quartiles are no intervals of confidence."""
     shown = [row | {"points": _points(row), "tpot": _ratio(row)} for row in rows(result)]
