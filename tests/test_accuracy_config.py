@@ -87,3 +87,15 @@ def test_letter_form_is_the_same_runs_on_the_same_rows(cloze):
     same = replace(letters.base, data=replace(letters.base.data, task=cloze.base.data.task))
     assert same == cloze.base and letters.methods == cloze.methods
     assert letters.scoring.limit == cloze.scoring.limit and letters.scoring.likelihood
+
+
+@pytest.mark.parametrize("name", ["accuracy", "letter_form", "minimal"])
+def test_pages_say_what_their_config_reads_in_them(name):
+    found = tables(name)
+    plans = found if isinstance(found, list) else [found]
+    overview = (ROOT / "results" / f"{name}.md").read_text(encoding="utf-8")
+    pages = [plan for plan in plans if (ROOT / "results" / f"{plan.name}.md").is_file()]
+    assert any(plan.reading for plan in pages)
+    for plan in pages:
+        page = (ROOT / "results" / f"{plan.name}.md").read_text(encoding="utf-8")
+        assert plan.reading in page and plan.reading in overview, plan.name
