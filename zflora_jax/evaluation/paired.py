@@ -4,6 +4,7 @@ seeds and rows, and Holm's correction over a family of comparisons.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,15 +75,13 @@ def paired_difference(
         all(len(gap) == seeds for gap in gaps),
         f"all tasks must have the scores of the same seeds, got {[len(gap) for gap in gaps]}.",
     )
-    rng = np.random.default_rng(seed)
+    drawn, order = _draws(tuple(gap.shape[1] for gap in gaps), resamples, seed)
     means = np.zeros(resamples)
-    for gap in gaps:
-        rows = gap.shape[1]
-        drawn = rng.multinomial(rows, np.full(rows, 1 / rows), resamples)
-        means += drawn @ gap.mean(axis=0) / rows / len(gaps)
+    for gap, counts in zip(gaps, drawn, strict=True):
+        means += counts @ gap.mean(axis=0) / gap.shape[1] / len(gaps)
     if seeds > 1:
         spread = np.sqrt(_variance_of_seeds(gaps) / seeds)
-        means += spread * rng.permutation(_student(seeds - 1, resamples))
+        means += spread * _student(seeds - 1, resamples)[order]
     low, high = np.quantile(means, [0.025, 0.975])
     # Resampling shows nothing of rows that none of R was like: at most 3 in R (the rule of three).
     lost, won = (np.mean([_unseen(gap, sign) for gap in gaps]) for sign in (-1, 1))
@@ -119,6 +118,21 @@ def seed_difference(method: Sequence[float], reference: Sequence[float]) -> Diff
     reach = float(stdtrit(freedom, 0.975)) * error
     p = 2 * float(stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
     return Difference(mean, mean - reach, mean + reach, p, len(gaps))
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(rows: tuple[int, ...], resamples: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """How often each row of each task is drawn, [resamples, R] of each, and an order of the
+    resamples. Kept: the comparisons of a table are of the same rows, and this takes most of their
+    time.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [
+        # A row is drawn once in the mean, and never 256 times.
+        rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.uint8)
+        for count in rows
+    ]
+    return drawn, rng.permutation(resamples)
 
 
 def _unseen(gap: np.ndarray, sign: int) -> float:
