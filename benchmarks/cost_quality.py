@@ -28,15 +28,28 @@ UNMERGED = "lora un-merged"
 PROMPT, NEW_TOKENS = 64, 64
 
 
-def adapters() -> dict[str, Any]:
-    """Label -> adapter of every method that costs something at decode: those that widen, fused, and
-    LoRA beside the base.
+def program_of(label: str) -> str:
+    """The program that a method runs at decode: every merge by addition has the base's, and methods
+    that are trained otherwise with the same adapter have one.
     """
     import accuracy
 
     from zflora_jax.core.adapter_config import METHODS
 
-    widen = {k: a for k, a in accuracy.ALL.items() if METHODS[a.method].widens}
+    adapter = accuracy.ALL[label]
+    if not METHODS[adapter.method].widens:
+        return MERGED
+    return next(first for first, same in accuracy.ALL.items() if same == adapter)
+
+
+def adapters() -> dict[str, Any]:
+    """Program -> adapter of all that cost something at decode: methods that widen, fused, and LoRA
+    beside the base.
+    """
+    import accuracy
+
+    programs = [program_of(label) for label in accuracy.ALL]
+    widen = {label: accuracy.ALL[label] for label in programs if label != MERGED}
     return {UNMERGED: accuracy.LORA} | widen
 
 
@@ -113,13 +126,13 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     cpu, h100 = result["decode"], result["compiled"]
     base, found = h100[MERGED], []
     for label, points in result["quality"].items():
-        programs = [label] if label in cpu else [MERGED]
-        programs = [MERGED, UNMERGED] if label == "lora" else programs
-        names = {MERGED: f"{label} merged", UNMERGED: UNMERGED}
-        for program in programs:
+        own = program_of(label)
+        names = {own: f"{label} merged" if own == MERGED else label}
+        names |= {UNMERGED: UNMERGED} if label == "lora" else {}
+        for program, name in names.items():
             found.append(
                 {
-                    "method": names.get(program, label),
+                    "method": name,
                     "points": points[0],
                     "interval": points[1:],
                     "kernels": h100[program]["kernels"] - base["kernels"],
@@ -145,11 +158,12 @@ def page(result: Mapping[str, Any]) -> str:
     origins = [
         f"{part}: {origin_line(result['environments'][part])}" for part in ("decode", "compiled")
     ]
+    merged = ", ".join(label for label in result["quality"] if program_of(label) == MERGED)
     head = f"""SmolLM2-135M, adapters of LoRA r=16's number of parameters. Points: a method's
 accuracy in [{TABLE}]({TABLE}.md) less LoRA's. Kernels and bytes of a token,
 batch 1, bfloat16: compiled for an H100, not run. TPOT: measured on this CPU in float32, batch 1,
 the median of the ratios within a turn [quartiles]. A merge by addition has the base's program:
-lora, ffa, dora, rslora, loraplus, pissa.
+{merged}.
 
 LoRA that is merged costs nothing, nor does any other merge by addition; what it gives up is the
 base, which another task needs back ([task_switch](task_switch.md)). LoRA beside the base keeps it,

@@ -278,15 +278,17 @@ def test_a_method_without_all_its_seeds_is_left_out_of_the_cost_picture(
     assert quality(tmp_path) == {"lora": [0.0] * 3, "b": [-1.0, -3.0, 1.0]}
 
 
-def test_a_merge_by_addition_is_called_so_in_the_cost_picture(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_cost_picture_knows_every_methods_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge by addition is called so, and what is trained otherwise costs the same."""
     monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
     script = runpy.run_path(str(BENCHMARKS / "cost_quality.py"))
-    programs = {script["MERGED"]: 1, script["UNMERGED"]: 2, "ffba": 3}
+    programs = {script["MERGED"]: 1, script["UNMERGED"]: 2, "ffba": 3, "zflora-minimal": 4}
     turns = {"tpot_ratio": 1.0, "tpot_ratio_low": 1.0, "tpot_ratio_high": 1.0}
     compiled = {name: {"kernels": n, "read_bytes": 10 * n} for name, n in programs.items()}
-    quality = dict.fromkeys(["lora", "dora", "ffba"], [0.0] * 3)
+    made = script["adapters"]()
+    assert {script["UNMERGED"], "ffba", "zflora-minimal"} < made.keys()
+    assert "zflora-minimal-plus" not in made
+    quality = dict.fromkeys(["lora", "dora", "ffba", "zflora-minimal-plus"], [0.0] * 3)
     rows = script["rows"](
         {"decode": dict.fromkeys(programs, turns), "compiled": compiled, "quality": quality}
     )
@@ -295,4 +297,5 @@ def test_a_merge_by_addition_is_called_so_in_the_cost_picture(
         "lora un-merged": (1, 2.0),
         "dora merged": (0, 1.0),
         "ffba": (2, 3.0),
+        "zflora-minimal-plus": (3, 4.0),
     }
