@@ -164,6 +164,34 @@ def test_wrong_comparisons(changes, message):
         )
 
 
+def test_some_methods_of_a_comparison():
+    methods = {
+        "lora": AdapterConfig("lora"),
+        "ffa": AdapterConfig("ffa"),
+        "ffba": AdapterConfig("ffba"),
+    }
+    plan = Comparison(
+        "x",
+        RunConfig(),
+        methods,
+        (1e-3,),
+        (0,),
+        tasks=("boolq",),
+        scoring=EVAL,
+        reference="lora",
+        settings={"ffba": {"optim.weight_decay": 0.1}},
+        contrasts=(("ffa", "ffba"), ("ffa", "lora")),
+    )
+    assert plan.only(None) is plan
+    some = plan.only(["ffa", "lora"])
+    assert list(some.methods) == ["lora", "ffa"] and not some.settings
+    assert some.contrasts == (("ffa", "lora"),)
+    with pytest.raises(ConfigError, match="no method 'ffaa'; did you mean 'ffa'"):
+        plan.only(["lora", "ffaa"])
+    with pytest.raises(ConfigError, match="its reference 'lora' is left out; name it too"):
+        plan.only(["ffa"])
+
+
 def test_a_comparison_whose_grid_runs_are_whole_is_finished_too(two_steps, tmp_path, fake_train):
     """The chosen run is one of the grid's: its record with scores serves both."""
     scoring = dataclasses.replace(SCORING, limit=4)

@@ -40,7 +40,7 @@ every_case = pytest.mark.parametrize("adapter", CASES, ids=case_id)
 
 @every_case
 def test_unchanged_at_step_0(adapter, tokens):
-    model = tiny_model()
+    model = tiny_model(tie_word_embeddings=False)
     adapters = init_adapters(jax.random.key(1), model, adapter)
     adapted, base = forward(model, tokens, adapter, adapters), forward(model, tokens)
     # The products of attention have more columns, and may add up in another order; DoRA divides
@@ -56,13 +56,15 @@ def test_every_block_matters(adapter, tokens):
     """No leaf is dead: changing any one of them changes the logits. A leaf that did not would be
     counted, trained and exported for nothing.
     """
-    # The state is zero in the first layer, so its backward blocks act from the second on.
-    model = tiny_model(num_layers=3)
+    model = tiny_model(tie_word_embeddings=False)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     before = forward(model, tokens, adapter, adapters)
     for name, leaf in trees.flatten(adapters).items():
         changed = trees.map_with_names(
-            lambda n, x, name=name, leaf=leaf: leaf * 1.7 if n == name else x, adapters
+            lambda n, x, name=name, leaf=leaf: (
+                np.asarray(leaf) * np.float32(1.7) if n == name else x
+            ),
+            adapters,
         )
         assert (
             np.abs(np.asarray(forward(model, tokens, adapter, changed)) - np.asarray(before)).max()
@@ -120,7 +122,7 @@ def test_merged_methods_refuse_unfuse_and_swap(adapter):
     ids=name_of,
 )
 def test_swap_equals_fusing_anew(adapter, packed, dtype):
-    model = tiny_model()
+    model = tiny_model(tie_word_embeddings=False)
     model.params = jax.tree.map(lambda x: x.astype(dtype), model.params)
     first, second = (
         perturb(init_adapters(jax.random.key(1), model, adapter), seed) for seed in (1, 2)
@@ -137,7 +139,7 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
     """In bfloat16 too, base blocks are the base's bits, and a merge is float32 addition with one
     rounding.
     """
-    model = tiny_model()
+    model = tiny_model(tie_word_embeddings=False)
     model.params = jax.tree.map(lambda x: x.astype(dtype), model.params)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter), std=1e-3)
     fused = fuse(model, adapter, adapters)
@@ -166,7 +168,8 @@ def test_prefill_and_decode_equal_full_forward(adapter, side):
     """
     model = tiny_model()
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
-    llama, variables = Llama(model.config, adapter), {"params": model.params, "adapters": adapters}
+    apply = jax.jit(Llama(model.config, adapter).apply)
+    variables = {"params": model.params, "adapters": adapters}
     rng, length = np.random.default_rng(0), 12
     rows = [rng.integers(0, 256, n).astype(np.int32) for n in (12, 5, 1)]
     tokens, valid = np.zeros((3, length), np.int32), np.zeros((3, length), bool)
@@ -183,9 +186,7 @@ def test_prefill_and_decode_equal_full_forward(adapter, side):
         split = 9
         pieces = []
         for start, stop in [(0, split), *((t, t + 1) for t in range(split, length))]:
-            logits, cache = llama.apply(
-                variables, tokens[:, start:stop], valid[:, start:stop], cache
-            )
+            logits, cache = apply(variables, tokens[:, start:stop], valid[:, start:stop], cache)
             pieces.append(logits)
         assert_logits_close(np.concatenate(pieces, axis=1)[valid], batch[valid])
 
@@ -201,7 +202,7 @@ def test_greedy_tokens_are_the_same_for_any_batch_size_and_for_adapted_full_forw
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     fused = fuse(model, adapter, adapters)
     rng = np.random.default_rng(3)
-    prompts = [rng.integers(0, 256, n).tolist() for n in (3, 17, 8, 1, 30)]
+    prompts = [rng.integers(0, 256, n).tolist() for n in (3, 8, 8, 1, 15)]
     answers = [
         generate_tokens(fused, prompts, max_new_tokens=10, batch_size=size, stop_token_ids=())
         for size in (1, 2, 5)
@@ -256,12 +257,12 @@ def test_scale_is_on_backward_alone(tokens):
     """s multiplies backward (and LoRA's B) and nothing else: halving alpha and doubling backward
     changes nothing.
     """
-    model = tiny_model()
+    model = tiny_model(tie_word_embeddings=False)
     for method in ("zflora-uniform", "lora"):
         adapter = AdapterConfig(method, rank=6, alpha=9.0)
         adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
         doubled = trees.map_with_names(
-            lambda n, x: 2 * x if n.endswith(("backward", "lora_b")) else x, adapters
+            lambda n, x: 2 * np.asarray(x) if n.endswith(("backward", "lora_b")) else x, adapters
         )
         halved = dataclasses.replace(adapter, alpha=4.5)
         assert_logits_close(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support.cases import every_method, few_cases
+import pytest
+from support.cases import BY_METHOD, CASES, case_id, every_method
 from support.checks import assert_trees_equal
+from support.grids import always
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
@@ -17,7 +19,8 @@ from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 
 
-@few_cases
+# twin: test_live_layers has the gradients of every block of the others
+@pytest.mark.parametrize("adapter", always(CASES, lambda a: a in BY_METHOD), ids=case_id)
 def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
     model = tiny_model()
     before = jax.tree.map(np.array, model.params)
@@ -96,10 +99,12 @@ def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
         "loss_mask": jnp.ones(tokens.shape, bool),
         "segments": jnp.ones(tokens.shape, jnp.int32),
     }
-    grads = jax.grad(
-        lambda a: batch_loss(
-            model.config, adapter, {"params": model.params, "adapters": a}, batch, 16
-        )[0]
+    grads = jax.jit(
+        jax.grad(
+            lambda a: batch_loss(
+                model.config, adapter, {"params": model.params, "adapters": a}, batch, 16
+            )[0]
+        )
     )(adapters)
     for name, grad in trees.flatten(grads).items():
         assert (np.abs(grad).max() > 0) == name.endswith("backward"), name

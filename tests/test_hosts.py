@@ -26,6 +26,15 @@ from zflora_jax.parallel import distributed
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.lock import locked
 
+# `zflora`, which waits a second, not ten, for a workdir that it does not see.
+PROGRAM = """
+import sys
+from zflora_jax.parallel import distributed
+distributed.SHARED_WITHIN = 1.0
+from zflora_jax.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def four(run: RunConfig) -> RunConfig:
@@ -44,8 +53,8 @@ def launch(
     that they are given, if it is another.
     """
     config = config_file(run, workdir.parent / f"{workdir.name}.py")
-    argv = ["-m", "zflora_jax.cli", "train", "--config", config]
-    return spawn([*argv, "--workdir", given or str(workdir)], processes, devices, flags=True)
+    argv = ["train", "--config", config, "--workdir", given or str(workdir)]
+    return spawn(["-c", PROGRAM, *argv], processes, devices, flags=True)
 
 
 def losses(workdir: Path) -> np.ndarray:
