@@ -35,7 +35,7 @@ def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
     def noisy(_: str, x: jax.Array) -> jax.Array:
         # Added by numpy: every shape of a jax operation is a program to compile.
         value = np.asarray(x) + (std * rng.standard_normal(x.shape)).astype(x.dtype)
-        return jax.device_put(value, x.sharding) if x.committed else jnp.asarray(value)
+        return jax.device_put(value, x.sharding if x.committed else None)
 
     return trees.map_with_names(noisy, tree)
 
@@ -45,8 +45,8 @@ def tiny_model(seed: int = 0, **changes: object) -> Model:
     biases that are not 0. Untied, its greedy output varies too.
     """
     config = preset("tiny").replace(**changes)
-    arrays = trees.map_with_names(lambda _, x: jnp.array(x), _tiny_params(config, seed))
-    return Model(config, arrays)
+    arrays = jax.tree.map(np.array, _tiny_params(config, seed))  # a test may donate them
+    return Model(config, jax.device_put(arrays))
 
 
 @cache

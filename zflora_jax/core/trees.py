@@ -261,9 +261,19 @@ def on_host(array: Any, row: int | None = None) -> np.ndarray:
     Where it is divided over processes, all of them call this. jax keeps the host's copy as long as
     the array that it was asked of: here that is a temporary one.
     """
-    if isinstance(array, np.ndarray):
-        return array if row is None else np.asarray(array[row])
+    if isinstance(array, np.ndarray) or _is_on_host(array):
+        whole = np.asarray(array)
+        return whole if row is None else np.asarray(whole[row])
     return gathered(jnp.copy(array) if row is None else array[row])
+
+
+def _is_on_host(array: Any) -> bool:
+    """Whether numpy sees the memory of `array` as it is, so that nothing has to be copied."""
+    return (
+        isinstance(array, jax.Array)
+        and array.is_fully_addressable
+        and [device.platform for device in array.devices()] == ["cpu"]
+    )
 
 
 def gathered(array: Any) -> np.ndarray:

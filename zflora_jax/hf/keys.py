@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core.architecture import QK_NORMS, layer_shapes
@@ -283,7 +282,7 @@ def gather(
             {place.layer: (name, place) for name, place in members}, shape, read, dtype
         )
         leaves[leaf] = (
-            jnp.asarray(assemble(None))
+            jax.device_put(assemble(None))
             if sharding is None
             else jax.make_array_from_callback(shape, sharding(leaf, shape), assemble)
         )
@@ -304,7 +303,7 @@ def _assembler(
     def at(bounds: tuple[tuple[int, ...], ...]) -> np.ndarray:
         slices = tuple(slice(*pair) for pair in bounds)
         if None in rows:
-            return read(*rows[None], slices).astype(dtype, copy=False)
+            return read(*rows[None], slices).astype(dtype)  # a copy, not the file's pages
         buffer = np.empty(slices_shape(slices), dtype)
         for i in range(slices[0].start, slices[0].stop):
             buffer[i - slices[0].start] = read(*rows[i], slices[1:])

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from zflora_jax.adapters.methods import live_layers, resolve_adapter
@@ -232,7 +232,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
         )
     adapter = _adapter_config(directory, settings, modules, config.num_layers)
     native = _to_native(shards, config, adapter, modules)
-    tree = trees.map_with_names(lambda _, leaf: jnp.asarray(leaf), trees.unflatten(native))
+    tree = jax.device_put(jax.tree.map(np.array, trees.unflatten(native)))
     return adapter, tree if config.execution.scan_layers else trees.unstack_layers(
         tree, config.num_layers
     )

@@ -103,7 +103,7 @@ def quantized_leaf(
     for name, place in members:
         row = jax.tree.map(np.asarray, made(name, place))
         if place.layer is None:
-            buffers = row
+            buffers = jax.tree.map(np.array, row)  # a copy, not the file's pages
             continue
         if buffers is None:
             buffers = jax.tree.map(lambda p: np.empty((len(members), *p.shape), p.dtype), row)
@@ -111,7 +111,7 @@ def quantized_leaf(
             stacked[place.layer] = part
     assert buffers is not None
     if mesh is None:
-        return jax.tree.map(jnp.asarray, buffers)
+        return jax.device_put(buffers)
 
     def divided(part: np.ndarray, at: Any) -> jax.Array:
         where = jax.sharding.NamedSharding(mesh, at)
