@@ -192,11 +192,14 @@ def test_a_silent_lock_is_taken_over_and_its_owner_finds_out(each, monkeypatch):
 
 
 def test_a_beat_that_comes_late_renews_no_lock_that_was_taken(each, monkeypatch):
-    monkeypatch.setattr(bucket_lock, "STALE", 1.5)
     monkeypatch.setattr(bucket_lock, "BEAT", 60.0)
     monkeypatch.setattr(bucket_lock, "_has_ended", lambda facts: False)
     monkeypatch.setattr(bucket_lock, "_is_here", lambda facts: False)
     first, second, third = (bucket_lock.BucketLock(as_path(each)) for _ in range(3))
+    real, silent = bucket_lock.modified, 2 * bucket_lock.STALE
+    monkeypatch.setattr(  # as if the first had been silent for long
+        bucket_lock, "modified", lambda path: real(path) - silent * (path.name == first._name)
+    )
 
     def there() -> set[str]:
         return set(objects(as_path(each) / bucket_lock.LOCKS))

@@ -22,6 +22,7 @@ import zflora_jax
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli.main import _parser, main
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.evaluation import gap_prompts
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft
 
@@ -36,15 +37,15 @@ PAGES = {
 PARSED_ONLY = ("zflora bench", "zflora sweep", "s3://", "--distributed", "--target")
 CONFIG = """
 import dataclasses
-from zflora_jax.config import DataConfig, EvalConfig
+from zflora_jax.config import DataConfig, EvalConfig, OptimConfig
 from configs.quickstart import get_config as full
 
 def get_config():
     data = DataConfig(full().data.task, batch_size=2, bucket_lengths=(448,), train_limit=12)
     run = dataclasses.replace(full(), model={model!r}, data=data)
-    train = dataclasses.replace(run.train, steps=6, save_every=None)
+    train = dataclasses.replace(run.train, steps=2, log_every=1, save_every=None)
     scored = EvalConfig(limit=2, batch_size=2, max_new_tokens=4)
-    return dataclasses.replace(run, train=train, eval=scored)
+    return dataclasses.replace(run, train=train, eval=scored, optim=OptimConfig(warmup_steps=1))
 """
 
 
@@ -65,7 +66,7 @@ def commands(page: str) -> list[str]:
 def place(tmp_path, base_dir, monkeypatch):
     """A working directory as the documentation assumes it; returns what a text of it is here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gap_prompts, "ROWS", 1)
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "tiny.py").write_text(CONFIG.format(model=base_dir))
@@ -90,6 +91,8 @@ def place(tmp_path, base_dir, monkeypatch):
             .replace("model=MODEL", f"model={base_dir}")
             .replace("smollm2-135m", base_dir)
             .replace("lengths=(128,)", "lengths=(448,)")
+            .replace("--limit 20", "--limit 4")
+            .replace('"adapter.rank": [8, 16]', '"adapter.rank": [16]')
         )
 
     return here
@@ -104,7 +107,10 @@ def test_commands_run(place, capsys):
             "python": ["train" if "train.py" in line else "eval", *words[2:]],
             "zflora": words[1:],
         }[words[0]]
-        argv = [word for word in argv if not word.startswith("train.steps=")]
+        long = ("train.steps=", "data.batch_size=") if argv[0] == "train" else "train.steps="
+        argv = [word for word in argv if not word.startswith(long)]
+        if argv[0] == "generate" and "--max-new-tokens" not in argv:
+            argv += ["--max-new-tokens", "8"]
         if any(part in line for part in PARSED_ONLY):
             _parser().parse_args(argv)
         else:

@@ -171,9 +171,9 @@ def test_a_training_step_of_every_family(family: str, tokens: Any) -> None:
         trees.unstack_layers(model.params, layers),
         trees.unstack_layers(adapters, layers),
     )
-    again = trees.flatten(trees.stack_layers(apart, layers))
-    for name, leaf in trees.flatten(kept).items():
-        scale = float(jnp.abs(leaf).max())
+    again = trees.flatten(trees.stack_layers(jax.device_get(apart), layers))
+    for name, leaf in trees.flatten(jax.device_get(kept)).items():
+        scale = float(np.abs(leaf).max())
         assert scale > 0, name
         np.testing.assert_allclose(again[name], leaf, rtol=0, atol=1e-5 * scale, err_msg=name)
     half = segments.shape[1] // 2
@@ -186,7 +186,7 @@ def test_prompts_of_several_lengths_with_a_window() -> None:
     """Padding takes no place in it, neither on the left nor between a start and what follows it."""
     model = tiny_model(family="mistral", sliding_window=12)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 250, n).tolist() for n in (20, 33, 9)]
+    prompts = [rng.integers(0, 250, n).tolist() for n in (20, 31, 9)]
     together = generate_tokens(model, prompts, max_new_tokens=9, stop_token_ids=())
     for prompt, found in zip(prompts, together, strict=True):
         [alone] = generate_tokens(model, [prompt], max_new_tokens=9, stop_token_ids=())

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
+from support.grids import pairwise
 from support.models import perturb, tiny_model
 from support.runs import small_run
 
@@ -31,21 +32,23 @@ def adapters_of(model: Model, adapter: AdapterConfig) -> Any:
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
     layers = adapter.layers_to_transform or range(model.config.num_layers)
     live = np.isin(np.arange(model.config.num_layers), layers).astype(np.float32)
-    return jax.tree.map(lambda x: x * live.reshape(-1, *[1] * (x.ndim - 1)), adapters)
+    return jax.tree.map(lambda x: np.asarray(x) * live.reshape(-1, *[1] * (x.ndim - 1)), adapters)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"rank": 4, "alpha": 12.0},
+    {"rank": 4, "targets": "attention"},
+    {"alpha": 8.0, "use_rslora": True, "rank_pattern": {"q": 2}, "alpha_pattern": {"up": 3.0}},
+    {"rank": 4, "init": "pissa"},
+    {"rank": 4, "layers_to_transform": (1,)},
+]
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"rank": 4, "alpha": 12.0},
-        {"rank": 4, "targets": "attention"},
-        {"alpha": 8.0, "use_rslora": True, "rank_pattern": {"q": 2}, "alpha_pattern": {"up": 3.0}},
-        {"rank": 4, "init": "pissa"},
-        {"rank": 4, "layers_to_transform": (1,)},
-    ],
-    ids=lambda settings: ", ".join(settings),
+    ("family", "settings"),
+    pairwise(["llama", "qwen3"], SETTINGS),
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_bases_plus_products_are_the_merged_model(
     family: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -95,7 +98,7 @@ def test_a_run_is_exported_beside_its_base(
     model.params = jax.tree.map(lambda x: x / 4, model.params)
     model.tokenizer = byte_tokenizer()
     save_hf(tmp_path / "base", model)
-    changes = {"adapter.method": "lora", "train.steps": 3}
+    changes = {"adapter.method": "lora", "train.steps": 4}
     train(override(small_run(str(tmp_path / "base")), changes), tmp_path / "run", console=False)
     out = tmp_path / "x.gguf"
     command = ["export", "--workdir", str(tmp_path / "run"), "--out", str(out)]

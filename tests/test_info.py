@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from zflora_jax.cli import generate
 from zflora_jax.cli.main import _parser, main
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.presets import preset
 from zflora_jax.core.trees import size
 from zflora_jax.experiments import info as info_module
@@ -34,14 +34,7 @@ from zflora_jax.hf.save import save_hf
 def workdir(tmp_path_factory: pytest.TempPathFactory, base_dir: str) -> Path:
     """A finished run of four steps."""
     path = tmp_path_factory.mktemp("info") / "run"
-    run = small_run(base_dir)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ZFLORA_CACHE", str(path.parent / "cache"))
-        train(
-            dataclasses.replace(run, train=dataclasses.replace(run.train, steps=4)),
-            path,
-            console=False,
-        )
+    train(override(small_run(base_dir), {"train.steps": 4}), path, console=False)
     return path
 
 
@@ -266,7 +259,7 @@ def test_typed_lines_end_with_the_input(monkeypatch):
     assert list(generate._typed()) == ["a", "b"]
 
 
-def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, capsys):
+def test_generate_asks_as_the_run_was_trained(workdir, tmp_path, capsys):
     """A run of alpaca prompts is asked in that form, with --prompt and --file alike; it holds no
     conversation.
     """
@@ -274,14 +267,10 @@ def test_generate_asks_as_the_run_was_trained(base_dir, tmp_path, monkeypatch, c
     from zflora_jax.experiments.restore import load_fused
     from zflora_jax.inference.text import generate
 
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
-    run = small_run(base_dir)
-    data = dataclasses.replace(run.data, prompt_style="alpaca", bucket_lengths=(512,))
-    train(
-        dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, steps=4)),
-        tmp_path / "run",
-        console=False,
-    )
+    shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["prompt_style"] = "alpaca"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     model, _ = load_fused(tmp_path / "run")
     [want] = generate(model, [render(model.tokenizer, "alpaca", "2 + 2?")], max_new_tokens=8)
     given = ("--workdir", str(tmp_path / "run"), "--max-new-tokens", "8")

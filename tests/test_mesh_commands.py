@@ -36,20 +36,18 @@ from zflora_jax.parallel.sharding import make_mesh
 def trained(tmp_path_factory):
     """The workdir of a run on fsdp=2 x tensor=2."""
     folder = tmp_path_factory.mktemp("mesh")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ZFLORA_CACHE", str(folder / "cache"))
-        save_hf(folder / "model", model_for_meshes())
-        run = RunConfig(
-            model=str(folder / "model"),
-            adapter=adapter_of("zflora-uniform"),
-            data=DataConfig(batch_size=4, bucket_lengths=(320,), train_limit=16),
-            optim=OptimConfig(warmup_steps=1, learning_rate=3e-2, schedule="constant"),
-            train=TrainConfig(steps=3, loss_chunk=128),
-            eval=EvalConfig(limit=3, batch_size=2, max_new_tokens=6),
-            mesh=MESH,
-        )
-        train(run, folder / "run", console=False)
-        yield folder / "run"
+    save_hf(folder / "model", model_for_meshes())
+    run = RunConfig(
+        model=str(folder / "model"),
+        adapter=adapter_of("zflora-uniform"),
+        data=DataConfig(batch_size=4, bucket_lengths=(320,), train_limit=16),
+        optim=OptimConfig(warmup_steps=1, learning_rate=3e-2, schedule="constant"),
+        train=TrainConfig(steps=3, loss_chunk=128),
+        eval=EvalConfig(limit=3, batch_size=2, max_new_tokens=6),
+        mesh=MESH,
+    )
+    train(run, folder / "run", console=False)
+    return folder / "run"
 
 
 def one_device():

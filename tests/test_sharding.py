@@ -260,7 +260,6 @@ def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
     """Saved on one mesh, resumed on others: the state comes back bit for bit, and the losses are
     those of the run on one device.
     """
-    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     model = sharded_model(max_position_embeddings=400)
     model.tokenizer = byte_tokenizer()
     save_hf(tmp_path / "model", model)

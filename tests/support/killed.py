@@ -29,6 +29,10 @@ def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes
         "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
+    if kept := jax.config.jax_compilation_cache_dir:
+        # It reads the kept programs, and writes none, of which a kill might leave half.
+        least = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(kept), least: "1e9"}
     return subprocess.Popen(
         [sys.executable, "-c", program, json.dumps(dataclasses.asdict(run)), str(workdir)],
         env=env,

@@ -19,13 +19,13 @@ from zflora_jax.parallel.sharding import batch_sharding, make_mesh, shardings, s
 from zflora_jax.training.trainer import init_state, make_train_step
 
 
-def compiled_step(run: RunConfig, config: LlamaConfig, devices: Sequence[Any] | None = None) -> Any:
-    """Compile the train step of a run, from shapes alone.
+def lowered_step(run: RunConfig, config: LlamaConfig, devices: Sequence[Any] | None = None) -> Any:
+    """Lower the train step of a run, from shapes alone.
 
     Args:
       run: whose step it is.
       config: of the model.
-      devices: that it is compiled for, which may be absent; None: this process's.
+      devices: that it is for, which may be absent; None: this process's.
 
     Raises:
       ConfigError: there are too few devices.
@@ -53,7 +53,12 @@ def compiled_step(run: RunConfig, config: LlamaConfig, devices: Sequence[Any] | 
     with jax.set_mesh(mesh):
         return step.lower(
             placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)
-        ).compile()
+        )
+
+
+def compiled_step(run: RunConfig, config: LlamaConfig, devices: Sequence[Any] | None = None) -> Any:
+    """`lowered_step`, compiled; arguments and errors are the same."""
+    return lowered_step(run, config, devices).compile()
 
 
 def compiled(run: RunConfig, config: LlamaConfig) -> dict[str, int]:

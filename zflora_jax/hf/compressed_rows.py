@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from zflora_jax.core.architecture import KERNELS
@@ -20,9 +20,10 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
 from zflora_jax.hf.compressed_form import CompressedForm
 from zflora_jax.hf.keys import as_finite, hf_table
+from zflora_jax.hf.quantized_leaves import quantized
 from zflora_jax.hf.state_scale import CHOICES, state_share
 from zflora_jax.hf.stock import module_of, native_leaf
-from zflora_jax.ops.quantized import QuantizedArray, dequantize, quantize
+from zflora_jax.ops.quantized import QuantizedArray, dequantize
 from zflora_jax.ops.quantized_blocks import cut, quantize_block
 
 MOST = 127  # the largest code of 8 bits that has a negative
@@ -89,10 +90,10 @@ def split_kernel(form: CompressedForm, model: Model, name: str) -> Split:
         x = as_finite(leaf, np.float32, name, "the model")
         at = (slice(None),) * (reads - 1)
         axes = {"reads": reads, "writes": writes, "group": form.groups[kernel]}
-        top = quantize(jnp.asarray(x[(*at, slice(width))]), kind, **axes)
+        top = quantized(x[(*at, slice(width))], kind, **axes)
         rows = x[(*at, slice(width, None))]
         if rows.size and kind == "int4":
-            extra = quantize_block(jnp.asarray(rows), top)
+            extra = jax.jit(quantize_block)(rows, top)
 
     def plain(part: Any, dtype: Any) -> np.ndarray:
         array = np.asarray(part).astype(dtype)

@@ -71,7 +71,7 @@ class QuantizedLeaves:
         group = group_of(leaf, kind, self.how, members[0][1].shape[-axes["writes"] - 1])
 
         def made(name: str, place: Place) -> QuantizedArray:
-            return _quantized(self.read(name, place, whole(place.shape)), kind, group=group, **axes)
+            return quantized(self.read(name, place, whole(place.shape)), kind, group=group, **axes)
 
         return quantized_leaf(leaf, members, made, self.mesh)
 
@@ -121,7 +121,7 @@ def quantized_leaf(
 
 
 @partial(jax.jit, static_argnames=("kind", "reads", "writes", "group"))
-def _quantized(x: np.ndarray, kind: str, *, reads: int, writes: int, group: int) -> QuantizedArray:
+def quantized(x: np.ndarray, kind: str, *, reads: int, writes: int, group: int) -> QuantizedArray:
     """`quantize`, compiled once for each shape."""
     return quantize(jnp.asarray(x), kind, reads=reads, writes=writes, group=group)
 
