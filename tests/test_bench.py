@@ -151,7 +151,11 @@ def test_latency_table(real: bool, tmp_path: Path) -> None:
     )
 
 
-def test_latency_by_command_beside_transformers_and_peft(tmp_path: Path) -> None:
+def test_latency_by_command_beside_transformers_and_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_meter = timing.bandwidth_meter(size=2**22, repeats=1)
+    monkeypatch.setattr(latency, "bandwidth_meter", lambda: small_meter)
     small = ["--model", "tiny", "--repeats", "2", "--out", str(tmp_path / "latency")]
     shape = ["--methods", "zflora-minimal", "--prompts", "8", "--new-tokens", "3", "--baselines"]
     assert main(["bench", "latency", *small, *shape]) == 0
@@ -214,6 +218,7 @@ def test_training_by_command_beside_peft(
 
 
 def test_training_beside_a_quantised_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "matmul_rate", lambda dtype: 1e11)
     monkeypatch.setattr(training, "alone", lambda *_: (1e8, 1.0))
     small = ["--model", "tiny", "--repeats", "1", "--out", str(tmp_path / "train"), "--no-peft"]
     case = ["--batch", "2", "--length", "16", "--masked", "0", "--quantize", "none", "int8"]
@@ -249,6 +254,7 @@ For simplicity, JAX has removed its internal frames from the traceback.
 
 
 def test_a_case_that_does_not_fit_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "matmul_rate", lambda dtype: 1e11)
     cases = [training.Case("tiny", batch=batch, length=16) for batch in (1, 99, 2)]
 
     def process(command: Any, input: str, **_: Any) -> Any:
@@ -279,6 +285,7 @@ def test_a_step_that_fails_beside_others_leaves_the_other_cases(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each alone has room, all in one process have not."""
+    monkeypatch.setattr(training, "matmul_rate", lambda dtype: 1e11)
     monkeypatch.setattr(training, "alone", lambda *_: (1e8, 1.0))
     step = training.our_step
 

@@ -170,7 +170,7 @@ def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
     ),
 )
 def test_the_compiled_loop_copies_no_cache(
-    beside: str, batch: int, kv_heads: int, optimised: None
+    beside: str, batch: int, kv_heads: int, request: pytest.FixtureRequest
 ) -> None:
     """Read off the HLO: the cache is updated in place, token after token."""
     base = tiny_model(num_kv_heads=kv_heads)
@@ -188,8 +188,10 @@ def test_the_compiled_loop_copies_no_cache(
             else {"row_adapters": jax.tree.map(lambda leaf: jnp.stack([leaf] * batch), adapters)}
         )
     tokens, keys = jnp.ones((batch, 16), jnp.int32), jax.random.split(jax.random.key(0), batch)
+    real = tokens > 0
+    request.getfixturevalue("optimised")  # for this program alone
     lowered = DecodeProgram.decode.lower(
-        DecodeProgram(model.config, adapter), variables, tokens, tokens > 0, keys, 8
+        DecodeProgram(model.config, adapter), variables, tokens, real, keys, 8
     )
     text = compiled(lowered).as_text()
     (body,) = (

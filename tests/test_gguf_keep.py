@@ -16,7 +16,7 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close
 from support.grids import always
-from support.models import needs_smollm2, tiny_model
+from support.models import tiny_model
 from support.quantized import WIDENED, moved, quantized_tiny
 from support.runs import small_run
 
@@ -30,7 +30,6 @@ from zflora_jax.experiments.train import train
 from zflora_jax.hf.gguf_form import gguf_form
 from zflora_jax.hf.gguf_names import ATTENTION_FACTOR, tensor_kind
 from zflora_jax.hf.gguf_reader import GGUFFile
-from zflora_jax.hf.load import locate
 from zflora_jax.nn.quantize_model import is_quantized
 from zflora_jax.ops.quantized import QuantizedArray
 
@@ -125,16 +124,6 @@ def test_a_base_alone_is_its_file(kind: str, tmp_path: Path) -> None:
     assert report["numbers, not blocks"] == "none" and kind.upper() in report["types"]
     want = gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
     assert new.get("general.file_type") == int(want)
-
-
-@needs_smollm2
-def test_the_packaged_model_is_its_file(tmp_path: Path) -> None:
-    save_gguf(tmp_path / "x.gguf", load_model("smollm2-135m", quantize="keep"), "keep")
-    old, new = GGUFFile(locate("smollm2-135m")[0]), GGUFFile(tmp_path / "x.gguf")
-    assert old.tensors.keys() == new.tensors.keys()
-    for name, tensor in old.tensors.items():
-        assert tensor.kind == new.tensors[name].kind
-        np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
 
 
 # Every value once, and with q4_1, whose blocks have minima of their own, every method that the next

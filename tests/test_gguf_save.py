@@ -321,7 +321,7 @@ def test_processes_that_do_not_write_still_gather(
     assert len(seen) == len(gguf_form(model, "float32").shapes) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.soak  # twins: the next one, and test_gguf_keep's test_the_packaged_model_is_its_file
+@pytest.mark.soak  # twins: the next one; test_quantized_training has the packaged model's blocks
 @needs_smollm2
 def test_the_packaged_model_keeps_its_tokenizer(tmp_path: Path) -> None:
     """Byte for byte, and the codes of a model that came as Q4_1 are nearly its own."""

@@ -49,7 +49,6 @@ def uses(workdir: Path, out: Path, kernels: str = "none") -> list[list[str]]:
     every = [
         ["eval", *run, "--out", str(out / "eval")],
         ["generate", *run, "--file", str(out / "prompts.txt"), *short],
-        ["generate", *run, "--prompt", "2+3=", *short],
         ["export", *run, "--out", str(file), *written],
         ["generate", "--model", str(file), "--prompt", "2+3=", *short, *mesh],
     ]
@@ -95,9 +94,9 @@ def test_two_processes_do_what_one_does(kernels, four, tmp_path, capsys):
         printed.append(capsys.readouterr().out)
     answers, silence = said(first), said(second)
     if kernels != "none":  # what is kept of the file is told before its answer, by all processes
-        answers[2], silence[2] = answers[2].splitlines()[-1], ""
-    assert answers == [printed[i].rstrip("\n") for i in (1, 2, 4)]
-    assert silence == ["", "", ""]
+        answers[1], silence[1] = answers[1].splitlines()[-1], ""
+    assert answers == [printed[i].rstrip("\n") for i in (1, 3)]
+    assert silence == ["", ""]
     assert_same_evaluation(tmp_path / "one" / "eval", tmp_path / "two" / "eval")
     if kernels == "none":
         assert_same_files(tmp_path / "one" / "export", tmp_path / "two" / "export")
@@ -134,9 +133,9 @@ def assert_halves(folder: Path) -> None:
     """
     for number in range(2):
         reads = json.loads((folder / f"read-{number}.json").read_text())
-        assert [len(read) > 0 for read in reads] == [True] * 6
+        assert [len(read) > 0 for read in reads] == [True] * 5
         for command, read in enumerate(reads):
-            times = 1 if command != 4 else 2  # an export is read to be compared, after the base
+            times = 1 if command != 3 else 2  # an export is read to be compared, after the base
             for name, share in read.items():
                 whole = name.endswith(("norm.weight",)) or name == "model.embed_tokens.weight"
                 assert share <= (times if whole else times / 2), (command, name, share)

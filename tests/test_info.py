@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import pytest
 from support.cases import DORA
+from support.grids import always
 from support.models import perturb, tiny_model
 from support.runs import small_run
 
@@ -78,7 +79,8 @@ def test_a_run_that_has_not_finished_or_lost_its_base(workdir, tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Merged, widened without a residual state and with one.
+@pytest.mark.parametrize("method", always(METHODS, {"lora", "ffba", "zflora-uniform"}.__contains__))
 def test_an_export(method, tmp_path):
     model, adapter = tiny_model(), AdapterConfig(method, rank=4)
     fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter)))

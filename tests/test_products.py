@@ -109,7 +109,7 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
     always([(b, t) for b in (1, 2) for t in (True, False)], lambda case: case == (1, True)),
 )
 def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(
-    batch: int, tied: bool, optimised: None
+    batch: int, tied: bool, request: pytest.FixtureRequest
 ) -> None:
     """Read off the HLO, fused computations aside: such copies take more memory than the model and,
     made at every call, more time than prefill.
@@ -122,8 +122,10 @@ def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(
     }
     model = pack_for_decode(narrow_and_wide(**changes)[0])
     tokens, keys = jnp.ones((batch, 10), jnp.int32), jax.random.split(jax.random.key(0), batch)
+    real = tokens > 0
+    request.getfixturevalue("optimised")  # for this program alone
     lowered = DecodeProgram.decode.lower(
-        DecodeProgram(model.config), {"params": model.params}, tokens, tokens > 0, keys, 8
+        DecodeProgram(model.config), {"params": model.params}, tokens, real, keys, 8
     )
     text = compiled(lowered).as_text()
     made = [
@@ -167,13 +169,12 @@ def test_a_packed_bfloat16_model_answers_as_its_float32_numbers_do(batch: int) -
     """
     narrow, wide = narrow_and_wide()
     tokens = np.random.default_rng(0).integers(0, 256, (batch, 9))
+    step = jax.jit(next_logits, static_argnums=(0, 1))
 
     def last_logits(model: Model) -> Any:
         variables, cache = {"params": model.params}, init_cache(model.config, batch, 64)
         for part in (tokens[:, :8], tokens[:, 8:]):
-            logits, cache = next_logits(
-                model.config, None, variables, jnp.asarray(part, jnp.int32), None, cache
-            )
+            logits, cache = step(model.config, None, variables, part.astype(np.int32), None, cache)
         return np.asarray(logits, np.float64)
 
     want = last_logits(wide)

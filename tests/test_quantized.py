@@ -153,13 +153,17 @@ def test_products_of_every_device_equal_the_dequantised(form, rows):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_dequantised_kernel(kind):
     """Of inputs alone; also where few rows take a device's form, which rounds."""
+
+    def gradient(of):
+        return jax.jit(jax.grad(of))
+
     w, x = quantize(jnp.asarray(numbers(64, 3, 4)), kind, writes=2), jnp.asarray(numbers(2, 3, 64))
-    wanted = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.tensordot(x, dequantize(w), 1))))(x)
-    found = jax.grad(lambda x: jnp.sum(jnp.sin(products.quantized_tensordot(x, w))))(x)
+    wanted = gradient(lambda x: jnp.sum(jnp.sin(jnp.tensordot(x, dequantize(w), 1))))(x)
+    found = gradient(lambda x: jnp.sum(jnp.sin(products.quantized_tensordot(x, w))))(x)
     np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-5)
     table = quantize(jnp.asarray(numbers(7, 64)), kind, writes=0)
-    wanted = jax.grad(lambda x: jnp.sum(x @ dequantize(table).T))(x)
-    found = jax.grad(lambda x: jnp.sum(products.quantized_linear(x, table)))(x)
+    wanted = gradient(lambda x: jnp.sum(x @ dequantize(table).T))(x)
+    found = gradient(lambda x: jnp.sum(products.quantized_linear(x, table)))(x)
     np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-5)
 
 

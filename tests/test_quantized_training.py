@@ -31,6 +31,8 @@ from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.compiled_plan import compiled_step
 from zflora_jax.experiments.planner import bytes_per_device
 from zflora_jax.experiments.restore import load_fused
+from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.gguf_save import save_gguf
 from zflora_jax.hf.load import load_model, locate
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.llama import forward
@@ -165,13 +167,19 @@ def tiny_shapes(config):
 
 
 @needs_smollm2
-def test_a_files_own_blocks_are_kept_and_are_its_numbers():
+def test_a_files_own_blocks_are_kept_and_are_its_numbers(tmp_path):
     kept, numbers = (load_model("smollm2-135m", quantize=q) for q in ("keep", None))
     dequantised = dequantize_model(kept)
     for name, leaf in trees.flatten(numbers.params).items():
         np.testing.assert_array_equal(
             np.asarray(leaf), np.asarray(trees.flatten(dequantised.params)[name]), name
         )
+    save_gguf(tmp_path / "x.gguf", kept, "keep")
+    old, new = GGUFFile(locate("smollm2-135m")[0]), GGUFFile(tmp_path / "x.gguf")
+    assert old.tensors.keys() == new.tensors.keys()
+    for name, tensor in old.tensors.items():
+        assert tensor.kind == new.tensors[name].kind
+        np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
     packed = pack_for_decode(kept, "cpu")
     held = sum(part.nbytes for part in trees.arrays(packed.params).values())
     assert held < 1.2 * locate("smollm2-135m")[0].stat().st_size

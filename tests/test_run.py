@@ -22,6 +22,7 @@ from support.grids import always
 from support.runs import quiet_train, small_run
 
 from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.errors import Preempted
@@ -264,8 +265,9 @@ def locked_by_another_process(workdir: Path):
 
 
 def test_an_export_with_widened_streams_is_no_base(run, tmp_path):
-    quiet_train(override(run, {"train.steps": 3}), tmp_path / "run")
-    export_run(tmp_path / "run", tmp_path / "out")
+    model = load_model(run.model)
+    adapters = init_adapters(jax.random.key(0), model, run.adapter)
+    save_hf(tmp_path / "out", fuse(model, run.adapter, adapters))
     with pytest.raises(ConfigError, match="zflora-minimal fused in"):
         quiet_train(override(run, {"model": str(tmp_path / "out")}), tmp_path / "again")
     assert not (tmp_path / "again").exists()

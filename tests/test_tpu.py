@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from support.grids import always
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse
@@ -31,7 +32,8 @@ def exported(function, *arguments):
         return jax.export.export(function, platforms=["tpu"])(*shapes)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# zflora-uniform has the blocks of ffba and zflora-minimal.
+@pytest.mark.parametrize("method", always(METHODS, {"lora", "zflora-uniform", "full"}.__contains__))
 def test_the_train_step_lowers(method):
     model, adapter = tiny_model(dtype="bfloat16", remat=True), AdapterConfig(method, rank=8)
     model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)

@@ -78,7 +78,7 @@ CONFIG = """
 from zflora_jax.experiments.grid import Grid
 from support.runs import small_run
 def get_sweep():
-    return Grid("shared", small_run({model!r}), {{"optim.learning_rate": [1e-3, 1e-2]}})
+    return Grid("shared", small_run({model!r}), {{"data.seed": [0, 1]}})
 """
 
 
@@ -95,11 +95,11 @@ def test_a_sweep_of_several_workers(base_dir, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(workers, "run_pinned", run_here)
     words = ["sweep", "--config", str(config), "--workdir", str(tmp_path / "runs")]
-    words += ["--out", str(out), "--workers", "2", "--set", "train.steps=3"]
+    words += ["--out", str(out), "--workers", "2", "--set", "train.steps=4"]
     assert main(words) == 0 and ran == [0]
     rows = json.loads((out / "shared.json").read_text())["rows"]
-    assert [row["steps"] for row in rows] == [3, 3]
-    assert capsys.readouterr().out.count("shared: optim.learning_rate") == 2  # by the first alone
+    assert [row["steps"] for row in rows] == [4, 4]
+    assert capsys.readouterr().out.count("shared: data.seed") == 2  # by the first alone
 
     monkeypatch.setattr(workers, "run_pinned", lambda *_: [0, 75])
     with pytest.raises(SystemExit) as stopped:
@@ -107,7 +107,7 @@ def test_a_sweep_of_several_workers(base_dir, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 75
     # Killed for want of memory: the caller makes what is left, writes the tables and says so.
     (out / "shared.md").unlink()
-    (tmp_path / "runs" / "optim.learning_rate=0.01" / "row.json").unlink()
+    (tmp_path / "runs" / "data.seed=1" / "row.json").unlink()
     monkeypatch.setattr(workers, "run_pinned", lambda *_: [0, 137])
     assert main(words) == 0 and (out / "shared.md").is_file()
     assert "1 of 2 workers were killed" in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_a_sweep_of_several_workers(base_dir, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as crashed:
         main(words)
     assert crashed.value.code == 139 and "ended by signal 11" in capsys.readouterr().err
-    assert small_run(base_dir).train.steps != 3
+    assert small_run(base_dir).train.steps != 4
 
 
 GRID = """from zflora_jax.config import RunConfig
