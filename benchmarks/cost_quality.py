@@ -143,6 +143,11 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def _missing(result: Mapping[str, Any], part: str) -> list[str]:
+    """The programs of methods that `part` does not have the costs of."""
+    return sorted({MERGED, UNMERGED, *map(program_of, result["quality"])} - result[part].keys())
+
+
 def page(result: Mapping[str, Any]) -> str:
     """The page of a result file's content."""
     from zflora_jax.reporting.provenance import origin_line
@@ -239,6 +244,9 @@ def main() -> None:
         result["environments"][part] = environment()
         write_json(file, result)  # a run that is stopped later keeps it
     if all(name in result for name in parts):
+        lacking = {part: missing for part in parts if (missing := _missing(result, part))}
+        if lacking:
+            parser.error(f"{file} has no costs yet: {lacking}; make them with --parts")
         write_result(args.out, result, page(result))
         draw(result, args.out)
 

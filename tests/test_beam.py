@@ -91,7 +91,9 @@ def stock_beams(
     ),
 )
 def test_beams_equal_transformers(model: Model, stock: Any, num_beams: int, stop: str) -> None:
-    """A batch, and single prompts: an answer does not depend on the rows beside it, either."""
+    """A batch; and single prompts where a stop token ends them early: an answer does not depend on
+    the rows beside it, either.
+    """
     settings: dict[str, Any] = {"max_new_tokens": NEW, "stop_token_ids": STOPS[stop]}
     batch = generate_tokens(model, PROMPTS, num_beams=num_beams, **settings)
     assert batch == stock_beams(stock, PROMPTS, num_beams, STOPS[stop])

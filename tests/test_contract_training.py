@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.cases import BY_METHOD, CASES, case_id, every_method
+from support.cases import BY_METHOD, CASES, DORA, case_id, every_method
 from support.checks import assert_trees_equal
 from support.grids import always
 from support.models import perturb, tiny_model
@@ -19,8 +19,8 @@ from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
 
 
-# twin: test_live_layers has the gradients of every block of the others
-@pytest.mark.parametrize("adapter", always(CASES, lambda a: a in BY_METHOD), ids=case_id)
+# twin of the others: test_live_layers, where every block of theirs has a gradient
+@pytest.mark.parametrize("adapter", always(CASES, [*BY_METHOD, DORA].__contains__), ids=case_id)
 def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
     model = tiny_model()
     before = jax.tree.map(np.array, model.params)

@@ -126,8 +126,8 @@ def test_a_base_alone_is_its_file(kind: str, tmp_path: Path) -> None:
     assert new.get("general.file_type") == int(want)
 
 
-# Every value once, and with q4_1, whose blocks have minima of their own, every method that the next
-# tests do not have.
+# Every value once, and with q4_1, whose blocks have minima of their own, every method that widens
+# heads.
 KEPT = [
     ("q8_0", "zflora-minimal", False),
     ("q4_0", "zflora-uniform", True),

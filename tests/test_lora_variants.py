@@ -169,7 +169,7 @@ def test_a_start_in_the_base_is_peft_s(init: Any, base: Model, tmp_path: Path) -
     assert_logits_close(np.asarray(forward(base, jnp.asarray(TOKENS), again, back)), ours)
 
 
-# twin of DoRA's: test_live_layers, where each of its leaves has a gradient
+# twin of DoRA's: test_contract_training's test_only_adapters_move...
 @pytest.mark.parametrize(
     "adapter", always([DORA, PISSA], lambda a: a == PISSA), ids=["dora", "pissa"]
 )

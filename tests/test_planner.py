@@ -1,5 +1,5 @@
-"""Plans: counts and bytes against real arrays and against the compiler; what does not fit comes
-with changes that make it fit.
+"""Plans: counts and bytes against the shapes of what is made and against the compiler; what does
+not fit comes with changes that make it fit.
 """
 
 import dataclasses

@@ -138,8 +138,11 @@ def test_the_attention_that_is_told_is_that_of_the_program() -> None:
         devices = target("tpu:v5e:1x1").devices()
         kernel_told, reason = step_attention(run, config, make_mesh(run.mesh, devices))
         assert (kernel_told, reason == "") == (kernel, kernel == "splash")
-        text = lowered_step(run, config, devices).as_text()
-        assert ("tpu_custom_call" in text) == (kernel == "splash")
+        step = lowered_step(run, config, devices)
+        assert ("tpu_custom_call" in step.as_text()) == (kernel == "splash")
+        if kernel == "splash":  # the widest heads: they fit
+            with no_compile_cache():
+                step.compile()
 
 
 @needs_libtpu

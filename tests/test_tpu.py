@@ -33,7 +33,7 @@ def exported(function, *arguments):
 
 
 # zflora-uniform has the blocks of ffba and zflora-minimal.
-@pytest.mark.parametrize("method", always(METHODS, {"lora", "zflora-uniform", "full"}.__contains__))
+@pytest.mark.parametrize("method", always(METHODS, lambda m: m not in ("ffba", "zflora-minimal")))
 def test_the_train_step_lowers(method):
     model, adapter = tiny_model(dtype="bfloat16", remat=True), AdapterConfig(method, rank=8)
     model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)

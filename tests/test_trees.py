@@ -274,6 +274,15 @@ def test_a_checksum_takes_no_room():
     assert memory.temp_size_in_bytes < 2**16 < memory.argument_size_in_bytes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
+def test_no_array_keeps_what_was_asked_of_it(dtype):
+    array = jnp.arange(6).astype(dtype).reshape(2, 3)
+    wanted = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(trees.on_host(array).astype(np.float32), wanted)
+    np.testing.assert_array_equal(trees.on_host(array, 1).astype(np.float32), wanted[1])
+    assert array._npy_value is None
+
+
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_a_fingerprint_takes_a_large_table_in_pieces(kind, monkeypatch):
     table = np.arange(77, dtype=np.float32).reshape(11, 7)

@@ -268,10 +268,13 @@ def on_host(array: Any, row: int | None = None) -> np.ndarray:
 
 
 def _is_on_host(array: Any) -> bool:
-    """Whether numpy sees the memory of `array` as it is, so that nothing has to be copied."""
+    """Whether numpy sees the memory of `array` as it is, so that nothing has to be copied: codes of
+    4 bits are unpacked for numpy.
+    """
     return (
         isinstance(array, jax.Array)
         and array.is_fully_addressable
+        and jax.dtypes.itemsize_bits(array.dtype) >= 8
         and [device.platform for device in array.devices()] == ["cpu"]
     )
 

@@ -303,7 +303,8 @@ def _assembler(
     def at(bounds: tuple[tuple[int, ...], ...]) -> np.ndarray:
         slices = tuple(slice(*pair) for pair in bounds)
         if None in rows:
-            return read(*rows[None], slices).astype(dtype)  # a copy, not the file's pages
+            block = read(*rows[None], slices).astype(dtype, copy=False)
+            return np.require(block, requirements="O")  # not the file's pages
         buffer = np.empty(slices_shape(slices), dtype)
         for i in range(slices[0].start, slices[0].stop):
             buffer[i - slices[0].start] = read(*rows[i], slices[1:])

@@ -232,7 +232,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
         )
     adapter = _adapter_config(directory, settings, modules, config.num_layers)
     native = _to_native(shards, config, adapter, modules)
-    tree = jax.device_put(jax.tree.map(np.array, trees.unflatten(native)))
+    tree = jax.device_put(trees.unflatten(native))
     return adapter, tree if config.execution.scan_layers else trees.unstack_layers(
         tree, config.num_layers
     )

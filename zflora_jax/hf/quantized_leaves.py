@@ -103,7 +103,8 @@ def quantized_leaf(
     for name, place in members:
         row = jax.tree.map(np.asarray, made(name, place))
         if place.layer is None:
-            buffers = jax.tree.map(np.array, row)  # a copy, not the file's pages
+            # Not the file's pages.
+            buffers = jax.tree.map(partial(np.require, requirements="O"), row)
             continue
         if buffers is None:
             buffers = jax.tree.map(lambda p: np.empty((len(members), *p.shape), p.dtype), row)
