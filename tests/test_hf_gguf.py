@@ -14,10 +14,13 @@ import transformers
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model, write_gguf
+from support.models import untied
 
+from zflora_jax.core import trees
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import RopeScaling
+from zflora_jax.hf.gguf_save import save_gguf
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
@@ -38,6 +41,21 @@ def test_written_file_equals_transformers(changes: dict[str, Any], tmp_path: Pat
     assert model.tokenizer("aé 1<eos>")["input_ids"] == byte_tokenizer()("aé 1<eos>")["input_ids"]
     apart = load_model(tmp_path / "x.gguf", "bfloat16", scan_layers=False)
     assert apart.config.execution.dtype == "bfloat16" and "layers_1" in apart.params
+
+
+@pytest.mark.parametrize("vocab_size", [288, 292])  # tensors begin elsewhere in the file
+@pytest.mark.parametrize(("quant", "quantize"), [("f32", None), ("q8_0", "keep")])
+def test_a_loaded_model_holds_no_page_of_its_file(
+    quant: str, quantize: Any, vocab_size: int, tmp_path: Path
+) -> None:
+    """Written over in place, the file leaves the model as it was."""
+    file = tmp_path / "x.gguf"
+    save_gguf(file, untied(head_dim=32, vocab_size=vocab_size), quant)
+    model = load_model(file, quantize=quantize)
+    before = trees.fingerprint(model.params)
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert trees.fingerprint(model.params) == before
 
 
 def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
