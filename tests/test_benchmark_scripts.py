@@ -289,9 +289,11 @@ def test_the_cost_picture_knows_every_methods_program(monkeypatch: pytest.Monkey
     assert {script["UNMERGED"], "ffba", "zflora-minimal"} < made.keys()
     assert "zflora-minimal-plus" not in made
     quality = dict.fromkeys(["lora", "dora", "ffba", "zflora-minimal-plus"], [0.0] * 3)
-    rows = script["rows"](
-        {"decode": dict.fromkeys(programs, turns), "compiled": compiled, "quality": quality}
-    )
+    result = {"decode": dict.fromkeys(programs, turns), "compiled": compiled, "quality": quality}
+    assert script["_missing"](result, "decode") == []
+    more = {"quality": quality | {"state-alone": [0.0] * 3}}
+    assert script["_missing"](result | more, "compiled") == ["state-alone"]
+    rows = script["rows"](result)
     assert {row["method"]: (row["kernels"], row["bytes"]) for row in rows} == {
         "lora merged": (0, 1.0),
         "lora un-merged": (1, 2.0),
