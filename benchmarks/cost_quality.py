@@ -246,7 +246,9 @@ def main() -> None:
     if all(name in result for name in parts):
         lacking = {part: missing for part in parts if (missing := _missing(result, part))}
         if lacking:
-            parser.error(f"{file} has no costs yet: {lacking}; make them with --parts")
+            parser.error(
+                f"{file} lacks costs, {lacking}: make them with --parts {' '.join(lacking)}"
+            )
         write_result(args.out, result, page(result))
         draw(result, args.out)
 

@@ -256,7 +256,8 @@ def _checksum(leaves: list[jax.Array]) -> jax.Array:
 
 
 def on_host(array: Any, row: int | None = None) -> np.ndarray:
-    """`array`, or one row of its first axis, whole on the host.
+    """`array`, or one row of its first axis, whole on the host: of one CPU device as it lies there,
+    without a copy.
 
     Where it is divided over processes, all of them call this. jax keeps the host's copy as long as
     the array that it was asked of: here that is a temporary one.

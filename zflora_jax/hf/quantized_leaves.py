@@ -103,8 +103,7 @@ def quantized_leaf(
     for name, place in members:
         row = jax.tree.map(np.asarray, made(name, place))
         if place.layer is None:
-            # Not the file's pages.
-            buffers = jax.tree.map(partial(np.require, requirements="O"), row)
+            buffers = row
             continue
         if buffers is None:
             buffers = jax.tree.map(lambda p: np.empty((len(members), *p.shape), p.dtype), row)
