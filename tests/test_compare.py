@@ -93,49 +93,6 @@ def test_a_comparison_scores_tasks_and_is_not_run_again(two_steps, tmp_path, mon
         compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
 
 
-def test_a_comparison_takes_its_rates_from_another(two_steps, tmp_path, fake_train):
-    two_steps = override(two_steps, {"train.steps": 3})
-    first = Comparison("first", two_steps, LORA, (1e-3, 1e-2), (0,), pick_steps=2)
-    longer = dataclasses.replace(two_steps, data=dataclasses.replace(two_steps.data, batch_size=1))
-    second = Comparison("second", longer, LORA, (5e-1,), (1,), pick_steps=2, rates_from=first)
-    result = compare_methods(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)
-    (row,) = result["rows"]
-    found = [json.loads(path.read_text()) for path in (tmp_path / "out" / "first").iterdir()]
-    lowest = min(found, key=lambda record: record["result"]["validation_loss"])
-    assert row["learning rate"] == lowest["config"]["optim"]["learning_rate"]
-    assert [run["seed"] for run in result["runs"]] == [1]
-    assert "(as in first)" in (tmp_path / "out" / "second.md").read_text()
-
-    picks = {path.name for path in (tmp_path / "out" / "first").iterdir()}
-    assert picks == {"lora-lr0.001-steps2-seed0.json", "lora-lr0.01-steps2-seed0.json"}
-    assert (tmp_path / "runs" / "first" / "lora-lr0.001-steps2-seed0").is_dir()
-    # Alone in a folder of its own, it keeps these runs there, too.
-    compare_methods(second, tmp_path / "own", tmp_path / "other", console=False)
-    assert (tmp_path / "own" / "first" / "lora-lr0.001-steps2-seed0").is_dir()
-    fake_train.runs.clear()
-    again = compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
-    assert again["rows"][0]["learning rate"] == row["learning rate"]
-    assert [run.train.steps for run in fake_train.runs] == [3]  # the choosing runs were there
-
-
-def test_wrong_rates_from(two_steps):
-    first = Comparison("first", two_steps, LORA, (1e-3,), (0,))
-    second = Comparison("second", two_steps, LORA, (1e-3,), (1,), rates_from=first)
-    with pytest.raises(
-        ConfigError,
-        match="rates_from='first': it must be another comparison, over the same methods",
-    ):
-        dataclasses.replace(second, methods={"lora": AdapterConfig("lora", rank=3)})
-    for key, value in (
-        ("model", "smollm2-135m"),
-        ("train.dtype", "bfloat16"),
-    ):  # the rates would be chosen on another base than is loaded
-        with pytest.raises(
-            ConfigError, match=rf"rates_from='first': its {key} is .*, and this one's '{value}'"
-        ):
-            dataclasses.replace(second, base=override(second.base, {key: value}))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -250,22 +207,21 @@ def test_a_table_shows_intervals_chance_and_answers_cut(two_steps, tmp_path, fak
 
 
 def test_a_method_that_diverges_leaves_a_page(two_steps, tmp_path, monkeypatch, fake_train):
-    """Rates borrowed, and the only run of its own fails."""
-    first = Comparison("first", two_steps, LORA, (1e-3,), (0,))
-    compare_methods(first, tmp_path / "runs" / "first", tmp_path / "out", console=False)
+    """The short run that chooses the rate is well, and the whole one fails."""
+    short = jobs.train
 
-    def diverges(*_, **__):
-        raise NonFiniteError("loss is nan at step 2")
+    def diverges(run, *args, **settings):
+        if run.train.steps == 3:
+            raise NonFiniteError("loss is nan at step 2")
+        return short(run, *args, **settings)
 
     monkeypatch.setattr(jobs, "train", diverges)
-    second = Comparison(
-        "second", override(two_steps, {"data.batch_size": 1}), LORA, (1e-3,), (0,), rates_from=first
-    )
-    (row,) = compare_methods(second, tmp_path / "runs" / "second", tmp_path / "out", console=False)[
-        "rows"
-    ]
-    assert row["test, seed 0"] is None and (tmp_path / "out" / "second.md").is_file()
-    record = json.loads((tmp_path / "out" / "second" / "lora-lr0.001-seed0.json").read_text())
+    three = override(two_steps, {"train.steps": 3})
+    plan = Comparison("fails", three, LORA, (1e-3,), (0,), pick_steps=2)
+    (row,) = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"]
+    assert row["test, seed 0"] is None and row["learning rate"] == 1e-3
+    assert (tmp_path / "out" / "fails.md").is_file()
+    record = json.loads((tmp_path / "out" / "fails" / "lora-lr0.001-seed0.json").read_text())
     assert record["result"] == {"failed": "loss is nan at step 2"}
 
 

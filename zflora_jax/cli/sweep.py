@@ -225,8 +225,4 @@ def _changed(plan: _Plan, settings: dict[str, str], config: str) -> _Plan:
             f"--set {given[0]}: {plan.name} gives it to each of its runs, so this would change"
             f" nothing. Change get_sweep() in {config}."
         )
-    base = override(plan.base, settings)
-    if isinstance(plan, Grid):
-        return dataclasses.replace(plan, base=base)
-    rates_from = _changed(plan.rates_from, settings, config) if plan.rates_from else None
-    return dataclasses.replace(plan, base=base, rates_from=rates_from)
+    return dataclasses.replace(plan, base=override(plan.base, settings))

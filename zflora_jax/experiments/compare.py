@@ -71,7 +71,6 @@ class MethodRuns:
 
     def row(self, plan: Comparison) -> Result:
         """As the comparison's JSON holds it."""
-        own_choice = plan.picker is plan
         losses = {r["seed"]: r.get("test_loss") for r in self.chosen}
         tests = [loss for loss in losses.values() if loss is not None]
         seconds = [r["seconds"] for r in self.chosen if r.get("seconds") is not None]
@@ -81,14 +80,12 @@ class MethodRuns:
             "learning rate": self.choice.rate,
             "untuned": self.choice.untuned,
         }
-        if own_choice:
-            row |= {f"validation, lr {rate:g}": loss for rate, loss in self.choice.losses.items()}
-        if plan.pick_steps or not own_choice:
+        row |= {f"validation, lr {rate:g}": loss for rate, loss in self.choice.losses.items()}
+        if plan.pick_steps:
             row |= {f"validation, seed {r['seed']}": r.get("validation_loss") for r in self.chosen}
         row |= {f"test, seed {seed}": loss for seed, loss in losses.items()}
         if len(tests) > 1:
             row |= {"test mean": statistics.mean(tests), "test std": statistics.stdev(tests)}
-        row["seconds"] = statistics.mean(seconds) if tests else None
         row["seconds, fastest run"] = min(seconds) if tests else None
         return row | score_fields(self.score)
 
@@ -194,11 +191,7 @@ def _write_tables(
     methods = [method for label in plan.methods if (method := _runs_of(state, label, model))]
     rows += [method.row(plan) for method in methods]
     scores |= {method.label: method.score for method in methods if method.score}
-    runs = [
-        run
-        for method in methods
-        for run in [*(method.tried if plan.picker is plan else []), *method.chosen]
-    ]
+    runs = [run for method in methods for run in [*method.tried, *method.chosen]]
     chosen = {method.label: method.chosen for method in methods}
     measure = next(iter(scores.values())).headline if scores else plan.measure
     compared = compare_runs(plan, chosen, base, measure)

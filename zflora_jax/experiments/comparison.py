@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +31,6 @@ class Comparison:
       seeds: of the runs at the chosen rate; the rate is chosen with the first.
       pick_steps: the rate is chosen by runs of that many steps (with the schedule of their own
         length); None: by whole runs.
-      rates_from: a comparison whose choice of learning rates is taken over; its choosing runs are
-        made where they are not there yet.
       tasks, scoring: what the chosen runs, and the base model, are scored on, and how; the score of
         a task is that of its clean rows.
       transfer: further tasks that are scored, which no mean and no comparison counts.
@@ -58,7 +55,6 @@ class Comparison:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     pick_steps: int | None = None
-    rates_from: Comparison | None = None
     tasks: tuple[str, ...] = ()
     scoring: EvalConfig | None = None
     transfer: tuple[str, ...] = ()
@@ -85,7 +81,6 @@ class Comparison:
         )
         self._check_contrasts()
         self._check_reference()
-        self._check_rates_from()
         steps, warmup, whole = self.pick_steps, self.base.optim.warmup_steps, self.base.train.steps
         require(
             steps is None or warmup < steps <= whole,
@@ -163,29 +158,6 @@ class Comparison:
             "comparison.contrasts needs comparison.reference, whose differences stand before them.",
         )
 
-    def _check_rates_from(self) -> None:
-        """Another comparison's choice of rates holds for the same methods on the same base."""
-        if (other := self.rates_from) is None:
-            return
-        same = all(
-            other.methods.get(label) == adapter
-            and other.settings.get(label, {}) == self.settings.get(label, {})
-            for label, adapter in self.methods.items()
-        )
-        require(
-            same and other.name != self.name,
-            f"comparison.rates_from={other.name!r}: it must be another comparison, over the"
-            " same methods.",
-        )
-        # Its choosing runs are made on the base that is loaded for this one.
-        for key in ("model", "train.dtype"):
-            own, its = (operator.attrgetter(key)(plan.base) for plan in (self, other))
-            require(
-                own == its,
-                f"comparison.rates_from={other.name!r}: its {key} is {its!r}, and this one's"
-                f" {own!r}; give one for both.",
-            )
-
     def only(self, labels: Sequence[str] | None) -> Comparison:
         """The same with some of its methods, in its order; None: all.
 
@@ -232,11 +204,6 @@ class Comparison:
         """The name without the word that the comparisons of a sweep share, and the category."""
         name = self.name.partition("_")[2] or self.name
         return f"{name} ({self.category})" if self.category else name
-
-    @property
-    def picker(self) -> Comparison:
-        """The comparison by whose runs the learning rates are chosen."""
-        return self.rates_from or self
 
     @property
     def scored(self) -> Scoring | None:

@@ -24,7 +24,6 @@ from zflora_jax.reporting.tables import markdown_table
 # Fields of a method's row that the table of losses does not show: scores have tables of their own.
 _APART = (
     "untuned",
-    "seconds",
     "scores",
     "all scores",
     "intervals",
@@ -162,15 +161,9 @@ def _setting(plan: Comparison, found: Result) -> str:
 
 
 def _chosen_by(plan: Comparison) -> str:
-    picker = plan.picker
-    how = f"by runs of {picker.pick_steps} steps" if picker.pick_steps else "by whole runs"
-    where = (
-        "validation"
-        if picker is plan
-        else f"the validation split of `{picker.base.data.task}` (as in {picker.name})"
-    )
+    how = f"by runs of {plan.pick_steps} steps" if plan.pick_steps else "by whole runs"
     return (
-        f"The learning rate is chosen on {where} with seed {picker.seeds[0]}, {how}; test columns"
+        f"The learning rate is chosen on validation with seed {plan.seeds[0]}, {how}; test columns"
         " are at the chosen rate."
     )
 

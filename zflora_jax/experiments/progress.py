@@ -25,11 +25,7 @@ class Progress:
     """
 
     def __init__(self, plan: Comparison, workdir: Path, out: Path) -> None:
-        self.plan, self._out = plan, out
-        self._workdir = workdir
-        # Beside this one's folder, where several comparisons have one each.
-        beside = workdir.parent if workdir.name == plan.name else workdir
-        self._picks = workdir if plan.picker is plan else beside / plan.picker.name
+        self.plan, self._workdir, self._out = plan, workdir, out
         # Of finished jobs, by their record and whether it has scores.
         self._results: dict[tuple[Path, bool], Result] = {}
         self._choices: dict[str, RateChoice] = {}
@@ -46,7 +42,7 @@ class Progress:
 
     def rate_jobs(self, label: str) -> dict[float, Job]:
         """Rate -> the run that tells what it is worth."""
-        return self.plan.picker.rate_jobs(label, self._picks, self._out)
+        return self.plan.rate_jobs(label, self._workdir, self._out)
 
     def choice(self, label: str) -> RateChoice | None:
         """The chosen rate of a method; None while a run that it needs is missing, and where it
@@ -129,13 +125,13 @@ class Progress:
 
     def _steps(self) -> tuple[int, int]:
         """(Optimizer steps of the finished runs, of all runs.)"""
-        plan, picker = self.plan, self.plan.picker
+        plan = self.plan
         done = {job.record: job.run.train.steps for job in self._known() if self.result(job)}
-        each = len(picker.learning_rates) * (picker.pick_steps or picker.base.train.steps)
         whole_run = plan.base.train.steps
+        each = len(plan.learning_rates) * (plan.pick_steps or whole_run)
         whole = sum(len(plan.seeds_of(label)) for label in plan.methods) * whole_run
         # A run that chose the rate, of full length, is one of the chosen ones.
-        twice = whole_run if picker is plan and (plan.pick_steps or whole_run) == whole_run else 0
+        twice = whole_run if (plan.pick_steps or whole_run) == whole_run else 0
         return sum(done.values()), whole + len(plan.methods) * (each - twice)
 
 
