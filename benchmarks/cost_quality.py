@@ -108,14 +108,13 @@ def quality(folder: Path) -> dict[str, list[float]]:
     """Label -> difference to LoRA in points, and the ends of its interval, of the methods that have
     all their seeds: with fewer the interval says too little of other seeds.
     """
-    from zflora_jax.evaluation.paired import Difference
-    from zflora_jax.experiments.differences import headline
+    from zflora_jax.experiments.differences import Differences, headline
 
     table = json.loads((folder / f"{TABLE}.json").read_text(encoding="utf-8"))
     missing = {name.partition(" (")[0] for name in table["missing"]}
     gaps = {
-        label: headline({task: Difference(**gap) for task, gap in of.items()})
-        for label, of in table["differences"].items()
+        label: headline(of)
+        for label, of in Differences.read(table).to_reference.items()
         if label != "base" and label not in missing
     }
     return {"lora": [0.0] * 3} | {k: [gap.mean, gap.low, gap.high] for k, gap in gaps.items()}

@@ -42,6 +42,9 @@ def changes(minimal: AdapterConfig) -> dict[str, AdapterConfig]:
         "wider-state": replace(minimal, rank=24, extra_mlp_units=10),
         "half-scale": replace(minimal, alpha=float(minimal.rank)),  # s = 1 for 2
         "kaiming-start": replace(minimal, init="kaiming_uniform"),
+        # As on arithmetic, where it answers as well (configs/accuracy.py): all parameters in the
+        # state.
+        "state-alone": replace(minimal, rank=27, extra_mlp_units=0),
     }
 
 

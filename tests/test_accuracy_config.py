@@ -98,4 +98,5 @@ def test_pages_say_what_their_config_reads_in_them(name):
     assert any(plan.reading for plan in pages)
     for plan in pages:
         page = (ROOT / "results" / f"{plan.name}.md").read_text(encoding="utf-8")
-        assert plan.reading in page and plan.reading in overview, plan.name
+        assert plan.reading in page and plan.about in overview, plan.name
+        assert plan.reading.partition("\n\n")[0] in overview, plan.name

@@ -9,9 +9,10 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.evaluation.paired import Difference
+from zflora_jax.evaluation.statistics import Score, SuiteScore
 from zflora_jax.experiments import page
 from zflora_jax.experiments.comparison import Comparison
-from zflora_jax.experiments.difference_view import loss_text
+from zflora_jax.experiments.difference_view import ROWS_ALONE, loss_text
 from zflora_jax.experiments.differences import Differences, loss_difference
 from zflora_jax.experiments.overview import overview
 from zflora_jax.reporting.provenance import environment
@@ -90,3 +91,59 @@ def test_the_overview_has_losses_and_the_fastest_seconds(compared, tmp_path):
     assert "| 55 |" in scores
     assert ("| +0.25 [+0.125, +0.375] |" in scores) == compared
     assert ("less the reference's |" in scores) == compared == ("Student's t" in scores)
+
+
+def found_page(plan: Comparison, folder, gaps: dict[str, Difference], **row) -> str:
+    """The overview over one comparison that has a page with these differences."""
+    differences = {label: {"boolq": dataclasses.asdict(gap)} for label, gap in gaps.items()}
+    rows = [{"method": "ffa", "trainable": 1, "scores": {"boolq": 1}, "mean": 5.0} | row]
+    found = {"rows": rows, "base": {"test": 2.0}, "differences": differences}
+    (folder / f"{plan.name}.json").write_text(json.dumps(found))
+    (folder / f"{plan.name}.md").touch()
+    return overview([plan], folder).read_text()
+
+
+def test_the_overview_begins_with_what_was_read(tmp_path):
+    """What holds of all comparisons, then the first paragraph of each reading; the page has all."""
+    plan = dataclasses.replace(PLAN, about="One model.", reading="As good.\n\nIn detail.")
+    text = found_page(plan, tmp_path, {})
+    assert text.startswith("# Pages\n\nOne model.\n\n- [one](pages_one.md): As good.\n\n")
+    assert "In detail" not in text
+    assert written(plan, "sweep").startswith("# pages_one\n\nAs good.\n\nIn detail.\n\n")
+
+
+@pytest.mark.parametrize(("high", "weak"), [(-1.0, "none"), (0.5, "boolq")])
+def test_the_overview_names_tasks_that_rank_nothing(high, weak, tmp_path):
+    gaps = {"base": Difference(-5.0, -9.0, high, 0.1), "ffa": Difference(0.0, -1.0, 1.0, 0.5)}
+    assert f"so that they rank nothing: {weak}.\n" in found_page(PLAN, tmp_path, gaps)
+
+
+def test_a_difference_that_rests_on_rows_alone_is_marked(tmp_path):
+    plan = dataclasses.replace(PLAN, margin=3.0)
+    alone, both = (Difference(-4.0, -5.0, -2.0, 0.001, 3, std) for std in (0.0, 1.0))
+    text = found_page(plan, tmp_path, {"ffa": alone})
+    assert "| ffa | -4.0 [-5.0, -2.0] ° *, worse |" in text and ROWS_ALONE in text
+    assert "| ffa | -4.0 [-5.0, -2.0] *, worse |" in found_page(plan, tmp_path, {"ffa": both})
+
+
+def test_the_overview_says_which_rates_are_not_tuned(tmp_path):
+    edge = "the lowest one tried, so a lower one may be better"
+    said = {None: "0.001", edge: "0.001, the lowest one tried"}
+    for untuned, cell in said.items():
+        rate = {"learning rate": 1e-3, "untuned": untuned}
+        assert f"| {cell} |" in found_page(PLAN, tmp_path, {}, **rate)
+
+
+def test_a_score_that_equals_another_has_no_table_of_its_own():
+    def suite(legacy: float) -> SuiteScore:
+        table = {"accuracy": 0.5, "accuracy_legacy": legacy}
+        scores = {kind: {"boolq": Score(mean, 0.4, 0.6)} for kind, mean in table.items()}
+        counted = {kind: {"boolq": 8} for kind in table}
+        return SuiteScore("accuracy", scores, {"boolq": 8}, counted, 50.0, None, {}, {})
+
+    rows = [{"method": "lora", "trainable": 1}, {"method": "ffa", "trainable": 1}]
+    same = page._score_blocks(PLAN, rows, {"lora": suite(0.5), "ffa": suite(0.5)})
+    assert "accuracy_legacy: as accuracy, in each row." in same
+    assert not any(block.startswith("## accuracy_legacy") for block in same)
+    other = page._score_blocks(PLAN, rows, {"lora": suite(0.5), "ffa": suite(0.4)})
+    assert "## accuracy_legacy, percent" in other

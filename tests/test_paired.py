@@ -125,7 +125,7 @@ def test_losses_are_compared_over_their_seeds():
     ends = want.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
     assert found.p == pytest.approx(want.pvalue) and found.seeds == 4
-    assert seed_difference([1.0, 2.0], [1.0, 2.0]) == Difference(0.0, 0.0, 0.0, 1.0, 2)
+    assert seed_difference([1.0, 2.0], [1.0, 2.0]) == Difference(0.0, 0.0, 0.0, 1.0, 2, 0.0)
     assert seed_difference([2.0, 3.0], [1.0, 2.0]).p == 0.0
     for wrong in (([1.0], [1.0]), ([1.0, 2.0], [1.0])):
         with pytest.raises(ConfigError, match="same seeds, two or more"):
@@ -144,6 +144,22 @@ def test_a_verdict_is_about_the_whole_interval():
     assert verdict(Difference(-0.5, -1.9, 0.9, 0.5), 2.0) == "as good"
     assert verdict(Difference(1.0, -2.1, 4.1, 0.5), 2.0) == "undecided"
     assert verdict(Difference(-4.0, -5.0, -2.1, 0.0), 2.0) == "inferior"
+    assert verdict(Difference(-2.0, -3.5, -0.1, 0.0), 2.0) == "worse"
+    assert verdict(Difference(-2.0, -4.0, 0.0, 0.0), 2.0) == "undecided"
+
+
+def test_whether_seeds_vary_more_than_single_answers():
+    """Three seeds that move all rows by 0, 1 and 2; three that share their mean; one seed."""
+    noise = np.random.default_rng(0).normal(size=(3, 400))
+    noise -= noise.mean(axis=1, keepdims=True)
+    zeros = np.zeros((3, 400))
+    moved = paired_difference([noise + np.arange(3)[:, None]], [zeros])
+    # the seeds' own variance of 1, less what the noise of 400 rows makes of it
+    assert moved.seed_std == pytest.approx(1.0, abs=0.01) and not moved.of_rows_alone
+    still = paired_difference([noise], [zeros])
+    assert still.seed_std == 0 and still.of_rows_alone
+    one = paired_difference([noise[:1]], [zeros[:1]])
+    assert one.seed_std is None and not one.of_rows_alone
 
 
 def run(values: dict[str, str]) -> dict:

@@ -87,9 +87,10 @@ def test_the_legend_says_where_the_two_likelihood_scores_differ():
     words = (answers.TRUE_FALSE, answers.ANSWERS, answers.SOLUTIONS, answers.ENDINGS)
     unequal = [w for w in (*words, answers.OPTIONS) if len(set(map(len, w))) > 1]
     assert unequal == [answers.TRUE_FALSE]
-    legend = summary.SCORE_LEGEND
+    legend = summary.score_legend(["likelihood_sum"])
     assert "two scores equal, but for boolq's true and false" in legend
     assert "in cloze form what lm-evaluation-harness calls acc and acc_norm" in legend
+    assert "accuracy" not in legend and "likelihood" not in summary.score_legend(["accuracy"])
 
 
 def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):

@@ -22,6 +22,8 @@ class Difference:
       low, high: the ends of its 95% interval.
       p: two-sided, of no difference.
       seeds: how many it is over.
+      seed_std: the standard deviation between seeds, less what the noise of single answers explains
+        of it; 0 where these seeds show none, None of a single seed.
     """
 
     mean: float
@@ -29,6 +31,12 @@ class Difference:
     high: float
     p: float
     seeds: int = 1
+    seed_std: float | None = None
+
+    @property
+    def of_rows_alone(self) -> bool:
+        """Whether the interval of several seeds is no wider than that of their rows."""
+        return self.seed_std == 0
 
     def __str__(self) -> str:
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
@@ -79,9 +87,9 @@ def paired_difference(
     means = np.zeros(resamples)
     for gap, counts in zip(gaps, drawn, strict=True):
         means += counts @ gap.mean(axis=0) / gap.shape[1] / len(gaps)
-    if seeds > 1:
-        spread = np.sqrt(_variance_of_seeds(gaps) / seeds)
-        means += spread * _student(seeds - 1, resamples)[order]
+    seed_std = float(np.sqrt(_variance_of_seeds(gaps))) if seeds > 1 else None
+    if seed_std:
+        means += seed_std / np.sqrt(seeds) * _student(seeds - 1, resamples)[order]
     low, high = np.quantile(means, [0.025, 0.975])
     # Resampling shows nothing of rows that none of R was like: at most 3 in R (the rule of three).
     lost, won = (np.mean([_unseen(gap, sign) for gap in gaps]) for sign in (-1, 1))
@@ -91,7 +99,7 @@ def paired_difference(
     least = 2.0 ** (1 - differing)  # of a sign test
     p = min(1.0, max(2 * tail / (resamples + 1), least))
     mean = float(np.mean([gap.mean() for gap in gaps]))
-    return Difference(mean, float(low), float(high), float(p), seeds)
+    return Difference(mean, float(low), float(high), float(p), seeds, seed_std)
 
 
 def seed_difference(method: Sequence[float], reference: Sequence[float]) -> Difference:
@@ -114,10 +122,11 @@ def seed_difference(method: Sequence[float], reference: Sequence[float]) -> Diff
     )
     gaps = np.subtract(method, reference, dtype=np.float64)
     mean, freedom = float(gaps.mean()), len(gaps) - 1
-    error = float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
+    seed_std = float(gaps.std(ddof=1))
+    error = seed_std / len(gaps) ** 0.5
     reach = float(stdtrit(freedom, 0.975)) * error
     p = 2 * float(stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
-    return Difference(mean, mean - reach, mean + reach, p, len(gaps))
+    return Difference(mean, mean - reach, mean + reach, p, len(gaps), seed_std)
 
 
 @functools.lru_cache(maxsize=4)
@@ -176,8 +185,10 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 def verdict(difference: Difference, margin: float) -> str:
     """ "as good" where the whole 95% interval lies above -margin (non-inferior), "inferior" where
-    it lies below, else "undecided".
+    it lies below, "worse" where it lies below 0 and reaches across -margin, else "undecided".
     """
     if difference.low > -margin:
         return "as good"
-    return "inferior" if difference.high < -margin else "undecided"
+    if difference.high < -margin:
+        return "inferior"
+    return "worse" if difference.high < 0 else "undecided"

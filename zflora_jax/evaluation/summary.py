@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from zflora_jax.evaluation.statistics import Score
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
 
-SCORE_LEGEND = (
-    "accuracy: the generated answer by this project's parser; accuracy_legacy: by LLM-Adapters'"
-    " rules; likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens'"
-    " log-probabilities, or by that sum over its characters; in cloze form what"
-    " lm-evaluation-harness calls acc and acc_norm. In LLM-Adapters' form an option is a whole"
-    ' answer with its label ("the correct answer is answer2"): the options of a question are'
-    " equally long, and the two scores equal, but for boolq's true and false. clean: rows whose"
-    " question is not in the training data."
-)
+# Score -> what it is, and what it differs in from others.
+_LEGENDS = {
+    "accuracy": "accuracy: the generated answer by this project's parser.",
+    "accuracy_legacy": "accuracy_legacy: the generated answer by LLM-Adapters' rules.",
+    "likelihood_sum": (
+        "likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens'"
+        " log-probabilities, or by that sum over its characters; in cloze form what"
+        " lm-evaluation-harness calls acc and acc_norm. In LLM-Adapters' form an option is a whole"
+        ' answer with its label ("the correct answer is answer2"): the options of a question are'
+        " equally long, and the two scores equal, but for boolq's true and false."
+    ),
+}
+
+
+def score_legend(scores: Collection[str]) -> str:
+    """What the scores of a page are."""
+    known = [text for score, text in _LEGENDS.items() if score in scores]
+    return " ".join([*known, "clean: rows whose question is not in the training data."])
 
 
 def decoding(evaluation: Mapping[str, Any]) -> str:
@@ -54,7 +63,7 @@ def summary_page(summary: Mapping[str, Any]) -> str:
     head = (
         f"Split {evaluation['split']}; prompt style {summary['tasks'][0]['prompt_style']};"
         f" {decoding(evaluation)}. Scores with their 95% interval (bootstrap over rows)."
-        f" {SCORE_LEGEND}"
+        f" {score_legend({score for line in lines for score in line})}"
     )
     table = markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line)))
     last = f"{origin_line(summary['environment'])} Seed {evaluation['seed']}."

@@ -46,7 +46,9 @@ class Comparison:
       category: of the tasks, such as "math"; stands beside the name.
       more_seeds: label -> further seeds of that method. A difference is over those that a method
         and the reference share.
-      reading: what the tables show, in words, by whoever has read them; stands under them.
+      reading: what the tables show, in words, by whoever has read them; stands above them, and its
+        first paragraph on the page over several comparisons.
+      about: what a reader has to know of all comparisons of a sweep; stands above them all.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Comparison:
     contrasts: tuple[tuple[str, str], ...] = ()
     category: str = ""
     reading: str = ""
+    about: str = ""
 
     def __post_init__(self) -> None:
         for name in ("methods", "learning_rates", "seeds"):

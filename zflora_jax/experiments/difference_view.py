@@ -20,6 +20,11 @@ from zflora_jax.experiments.differences import (
 from zflora_jax.reporting.plots import forest
 from zflora_jax.reporting.tables import markdown_table
 
+ROWS_ALONE = (
+    "°: these seeds vary no more than single answers do, so interval and p are those of the rows"
+    " alone; few seeds can hide what others would change."
+)
+
 
 def difference_blocks(
     plan: Comparison,
@@ -32,7 +37,7 @@ def difference_blocks(
         return []
     rows = [
         {"method": label}
-        | {task: str(gap) for task, gap in of.items()}
+        | {task: gap_text(gap) for task, gap in of.items()}
         | _certainty(headline(of), None if label == BASE else plan.compared_seed_count(label))
         | {"verdict": verdict_of(plan, label, headline(of))}
         | {"test loss": loss_text(plan, label, compared.losses.get(label))}
@@ -51,7 +56,7 @@ def difference_blocks(
         " taken; means below are over all seeds of a method, ± their standard deviation. p: of no"
         f" difference, not corrected for the number of methods. test loss: less {plan.reference}'s,"
         " nats per target token, with the 95% interval (Student's t) of the seeds on these rows,"
-        " not corrected either."
+        f" not corrected either. {ROWS_ALONE}"
     )
     if plan.margin is not None:
         note += f" {verdict_legend(plan.reference, f'{plan.margin:g} points')}"
@@ -72,7 +77,7 @@ def _contrast_blocks(plan: Comparison, contrasts: Mapping[str, TaskGaps]) -> lis
     wanted = {contrast_name(*pair): plan.shared_seed_count(*pair) for pair in plan.contrasts}
     rows = [
         {"methods": name}
-        | {task: str(gap) for task, gap in of.items()}
+        | {task: gap_text(gap) for task, gap in of.items()}
         | _certainty(headline(of), wanted[name])
         for name, of in contrasts.items()
     ]
@@ -95,6 +100,11 @@ def _certainty(gap: Difference, wanted: int | None) -> dict[str, Any]:
         "seeds": gap.seeds if whole else f"{gap.seeds} of {wanted}",
         "p": gap.p if whole else None,
     }
+
+
+def gap_text(gap: Difference) -> str:
+    """A difference with its interval, and whether seeds had a part in it (`ROWS_ALONE`)."""
+    return f"{gap} °" if gap.of_rows_alone else str(gap)
 
 
 def is_whole(plan: Comparison, label: str, gap: Difference) -> bool:
@@ -160,6 +170,7 @@ def verdict_legend(reference: str, margin: str) -> str:
     """What the verdicts mean, in words."""
     return (
         f"As good: the whole interval lies above a loss of {margin}, fixed before the runs."
-        " Inferior: it lies below. Undecided: it reaches across, so these rows and seeds do not"
-        f" tell whether the method is as good as {reference}."
+        " Inferior: it lies below. Worse: it lies below 0 and reaches across that loss, so by how"
+        " much is open. Undecided: it reaches across both, so these rows and seeds do not tell"
+        f" whether the method is as good as {reference}."
     )

@@ -56,6 +56,20 @@ class Differences:
             "loss differences": {label: asdict(gap) for label, gap in self.losses.items()},
         }
 
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Differences:
+        """Those that a comparison's JSON holds."""
+
+        def gaps(name: str) -> dict[str, TaskGaps]:
+            return {key: _read(of) for key, of in found.get(name, {}).items()}
+
+        losses = _read(found.get("loss differences", {}))
+        return cls(gaps("differences"), gaps("contrasts"), losses)
+
+
+def _read(of: Mapping[str, Mapping[str, Any]]) -> dict[str, Difference]:
+    return {key: Difference(**gap) for key, gap in of.items()}
+
 
 def _require_same_rows(task: str, runs: Iterable[Scored]) -> None:
     found = {run[task][DIGEST] for run in runs if DIGEST in run[task]}

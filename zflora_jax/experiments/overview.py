@@ -16,24 +16,29 @@ from zflora_jax.core.stored_config import from_file
 from zflora_jax.evaluation.paired import Difference, holm
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.difference_view import (
+    ROWS_ALONE,
     draw_differences,
+    gap_text,
     is_whole,
     loss_text,
     verdict_legend,
     verdict_of,
 )
-from zflora_jax.experiments.differences import ALL, headline
+from zflora_jax.experiments.differences import ALL, Differences, headline, informative
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.tables import markdown_table
 
 SCORES_LEGEND = (
     "Score: the comparison's measure, the mean over its tasks and a method's seeds, ± the standard"
     " deviation of seeds. Test loss: nats per target token, on held-out rows of the training task."
-    " Seconds: of the fastest run's training; only runs on an idle machine can be compared."
+    " Seconds: of the fastest run's training; only runs on an idle machine can be compared. Scores"
+    " and losses are means over all seeds of a method."
 )
 LOSSES_LEGEND = (
-    " Beside the test loss: that less the reference's, with the 95% interval (Student's t) of the"
-    " seeds on these rows, not corrected for the number of comparisons."
+    " Differences are over the seeds that a method shares with the reference, so they need not be"
+    " those of the means here. Beside the test loss: that less the reference's, with the 95%"
+    " interval (Student's t) of the seeds on these rows, not corrected for the number of"
+    " comparisons."
 )
 LESS = "less the reference's"
 # Label of a method -> its headline difference.
@@ -74,17 +79,26 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     if not there:
         return None
     found = {plan.name: _read(Path(out) / f"{plan.name}.json") for plan in there}
-    gaps = [(plan, _gaps(found[plan.name])) for plan in there]
+    compared = {plan.name: Differences.read(found[plan.name]) for plan in there}
+    gaps = [
+        (plan, {label: headline(of) for label, of in compared[plan.name].to_reference.items()})
+        for plan in there
+    ]
     gaps = [(plan, of) for plan, of in gaps if of.keys() - {BASE}]
     lines = [f"# {path.stem.capitalize()}", ""]
-    if readings := [f"- {_link(plan)}: {plan.reading}" for plan in there if plan.reading]:
+    for about in dict.fromkeys(plan.about for plan in there if plan.about):
+        lines += [about, ""]
+    if readings := [f"- {_link(plan)}: {_first(plan.reading)}" for plan in there if plan.reading]:
         lines += [*readings, ""]
     if gaps:
         lines += _differences(plans, gaps, f"![Differences]({path.stem}.png)")
+        lines += [_weak_tasks(there, compared), ""]
         _draw(gaps, path)
     rows = [_row(plan, found.get(plan.name)) for plan in plans]
     lines += ["## Comparisons", "", markdown_table(rows, list(rows[0])), ""]
-    scored = [row for plan in there for row in _scores(plan, found[plan.name])]
+    scored = [
+        row for plan in there for row in _scores(plan, found[plan.name], compared[plan.name].losses)
+    ]
     if scored:
         columns = list(dict.fromkeys(key for row in scored for key in row))
         legend = SCORES_LEGEND + (LOSSES_LEGEND if LESS in columns else "")
@@ -97,11 +111,22 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _gaps(found: Mapping[str, Any]) -> Gaps:
-    return {
-        label: headline({task: Difference(**gap) for task, gap in of.items()})
-        for label, of in found.get("differences", {}).items()
-    }
+def _first(reading: str) -> str:
+    return reading.partition("\n\n")[0]
+
+
+def _weak_tasks(plans: Sequence[Comparison], compared: Mapping[str, Differences]) -> str:
+    """The tasks that rank nothing, over all comparisons."""
+    weak = [
+        task
+        for plan in plans
+        for task in plan.tasks
+        if task not in informative(plan.tasks, compared[plan.name].to_reference.get(BASE))
+    ]
+    return (
+        "Uninformative tasks, on which the reference does not clearly beat the untrained model, so"
+        f" that they rank nothing: {', '.join(weak) or 'none'}."
+    )
 
 
 def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -139,15 +164,16 @@ def _seeds(plan: Comparison) -> str:
     return f"{usual} ({', '.join(others)})" if others else str(usual)
 
 
-def _scores(plan: Comparison, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for the untrained model and for every method."""
-    losses = {k: Difference(**gap) for k, gap in found.get("loss differences", {}).items()}
+def _scores(
+    plan: Comparison, found: Mapping[str, Any], losses: Mapping[str, Difference]
+) -> list[dict[str, Any]]:
+    """A row for the untrained model and for every method; losses: differences to the reference."""
     return [
         {
             "table": plan.title,
             "method": row["method"],
             "parameters": row["trainable"],
-            "learning rate": row.get("learning rate"),
+            "learning rate": _rate(row),
             "score": f"{row['mean']:.1f}"
             + (f" ± {row['std']:.1f}" if row.get("std") is not None else ""),
             "test loss": found["base"]["test"] if row["method"] == BASE else _test_loss(row),
@@ -157,6 +183,14 @@ def _scores(plan: Comparison, found: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in found.get("rows", ())
         if row["scores"]
     ]
+
+
+def _rate(row: Mapping[str, Any]) -> str | None:
+    """The chosen rate; of one that is not tuned that it is the lowest, highest or only one."""
+    if row.get("learning rate") is None:
+        return None
+    remark = (row.get("untuned") or "").partition(", so")[0]
+    return f"{row['learning rate']:g}{', ' if remark else ''}{remark}"
 
 
 def _test_loss(row: Mapping[str, Any]) -> float | None:
@@ -205,7 +239,7 @@ def _differences(
         f"Scores less those of {references}, in points of 100, on the same rows and seeds, with 95%"
         " intervals over rows and seeds, of a single seed over rows alone. base: the untrained"
         ' model. "*": a difference at the 5% level after Holm\'s correction over all comparisons'
-        f" that are planned ({len(p)})."
+        f" that are planned ({len(p)}). {ROWS_ALONE}"
     )
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [
@@ -226,4 +260,5 @@ def _link(plan: Comparison) -> str:
 
 def _cell(plan: Comparison, label: str, gap: Difference, p: float | None) -> str:
     verdict = verdict_of(plan, label, gap)
-    return f"{gap}{' *' if p is not None and p < 0.05 else ''}{f', {verdict}' if verdict else ''}"
+    star = " *" if p is not None and p < 0.05 else ""
+    return f"{gap_text(gap)}{star}{f', {verdict}' if verdict else ''}"

@@ -12,7 +12,7 @@ from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import EvalConfig
 from zflora_jax.data.cloze import CLOZE
 from zflora_jax.evaluation.statistics import SuiteScore
-from zflora_jax.evaluation.summary import SCORE_LEGEND, decoding
+from zflora_jax.evaluation.summary import decoding, score_legend
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.difference_view import difference_blocks
 from zflora_jax.experiments.differences import Differences
@@ -118,11 +118,11 @@ def comparison_page(
     )
     return [
         f"# {plan.name}",
+        plan.reading,
         _setting(plan, found),
         *difference_blocks(plan, compared, scores),
         _loss_table(trained),
         *_score_blocks(plan, trained, scores),
-        plan.reading,
         missing,
         f"Failed: {'; '.join(failed)}" if failed else "",
         runs_made_at(runs.values()),
@@ -193,8 +193,17 @@ def _score_blocks(
     if plan.scoring is None or not scores:
         return []
     trainable = {BASE: 0} | {row["method"]: row["trainable"] for row in rows}
-    blocks = []
-    for kind in dict.fromkeys(kind for score in scores.values() for kind in score.table):
+    kinds = list(dict.fromkeys(kind for score in scores.values() for kind in score.table))
+    blocks: list[str] = []
+    for at, kind in enumerate(kinds):
+        values = {label: score.table.get(kind) for label, score in scores.items()}
+        if same := [
+            earlier
+            for earlier in kinds[:at]
+            if values == {label: score.table.get(earlier) for label, score in scores.items()}
+        ]:
+            blocks.append(f"{kind}: as {same[0]}, in each row.")
+            continue
         lines = [
             {"method": label, "trainable": trainable[label]} | _score_cells(plan, score, kind)
             for label, score in scores.items()
@@ -213,7 +222,7 @@ def _score_blocks(
         *blocks,
         (
             f"{_rows_scored(plan.scoring)}, their number in brackets;"
-            f" {decoding(to_dict(plan.scoring))}. {_transfer(plan)}{SCORE_LEGEND}"
+            f" {decoding(to_dict(plan.scoring))}. {_transfer(plan)}{score_legend(kinds)}"
         ),
         f"Chance: {chance}." if chance and set(first.chance) == set(first.rows) else "",
         f"Answers that reached the limit of new tokens, mean of seeds: {'; '.join(cut)}."
