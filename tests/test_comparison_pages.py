@@ -12,7 +12,7 @@ from zflora_jax.evaluation.paired import Difference
 from zflora_jax.evaluation.statistics import Score, SuiteScore
 from zflora_jax.experiments import page
 from zflora_jax.experiments.comparison import Comparison
-from zflora_jax.experiments.difference_view import ROWS_ALONE, loss_text
+from zflora_jax.experiments.difference_view import ROWS_ALONE, difference_blocks, loss_text
 from zflora_jax.experiments.differences import Differences, loss_difference
 from zflora_jax.experiments.overview import overview
 from zflora_jax.reporting.provenance import environment
@@ -110,12 +110,19 @@ def test_the_overview_begins_with_what_was_read(tmp_path):
     assert text.startswith("# Pages\n\nOne model.\n\n- [one](pages_one.md): As good.\n\n")
     assert "In detail" not in text
     assert written(plan, "sweep").startswith("# pages_one\n\nAs good.\n\nIn detail.\n\n")
+    other = dataclasses.replace(plan, name="pages_two")
+    (tmp_path / "pages_two.md").touch()
+    assert overview([plan, other], tmp_path).read_text().count("One model.") == 1
 
 
-@pytest.mark.parametrize(("high", "weak"), [(-1.0, "none"), (0.5, "boolq")])
+@pytest.mark.parametrize(("high", "weak"), [(-1.0, "none"), (0.5, "boolq of one")])
 def test_the_overview_names_tasks_that_rank_nothing(high, weak, tmp_path):
     gaps = {"base": Difference(-5.0, -9.0, high, 0.1), "ffa": Difference(0.0, -1.0, 1.0, 0.5)}
     assert f"so that they rank nothing: {weak}.\n" in found_page(PLAN, tmp_path, gaps)
+    # Of other tasks than those that the page is of, and where the untrained model has no scores.
+    other = dataclasses.replace(PLAN, tasks=("arc_easy",))
+    assert f"rank nothing: {weak}.\n" in found_page(other, tmp_path, gaps)
+    assert "rank nothing" not in found_page(PLAN, tmp_path, {"ffa": gaps["ffa"]})
 
 
 def test_a_difference_that_rests_on_rows_alone_is_marked(tmp_path):
@@ -124,6 +131,13 @@ def test_a_difference_that_rests_on_rows_alone_is_marked(tmp_path):
     text = found_page(plan, tmp_path, {"ffa": alone})
     assert "| ffa | -4.0 [-5.0, -2.0] ° *, worse |" in text and ROWS_ALONE in text
     assert "| ffa | -4.0 [-5.0, -2.0] *, worse |" in found_page(plan, tmp_path, {"ffa": both})
+    plan = dataclasses.replace(plan, contrasts=(("ffa", "lora"),))
+    gaps, between = {"ffa": {"boolq": alone}}, {"ffa - lora": {"boolq": alone}}
+    compared = Differences(gaps, between, {})
+    assert Differences.read(json.loads(json.dumps(compared.fields()))) == compared
+    text = "\n".join(difference_blocks(plan, compared, {"lora": suite(accuracy=50.0)}))
+    assert "| ffa | -4.0 [-5.0, -2.0] ° | 3 |" in text and ROWS_ALONE in text
+    assert "| ffa - lora | -4.0 [-5.0, -2.0] ° | 3 |" in text
 
 
 def test_the_overview_says_which_rates_are_not_tuned(tmp_path):
@@ -135,15 +149,25 @@ def test_the_overview_says_which_rates_are_not_tuned(tmp_path):
 
 
 def test_a_score_that_equals_another_has_no_table_of_its_own():
-    def suite(legacy: float) -> SuiteScore:
-        table = {"accuracy": 0.5, "accuracy_legacy": legacy}
-        scores = {kind: {"boolq": Score(mean, 0.4, 0.6)} for kind, mean in table.items()}
-        counted = {kind: {"boolq": 8} for kind in table}
-        return SuiteScore("accuracy", scores, {"boolq": 8}, counted, 50.0, None, {}, {})
-
+    """The measure itself has one, and its legend."""
     rows = [{"method": "lora", "trainable": 1}, {"method": "ffa", "trainable": 1}]
-    same = page._score_blocks(PLAN, rows, {"lora": suite(0.5), "ffa": suite(0.5)})
-    assert "accuracy_legacy: as accuracy, in each row." in same
-    assert not any(block.startswith("## accuracy_legacy") for block in same)
-    other = page._score_blocks(PLAN, rows, {"lora": suite(0.5), "ffa": suite(0.4)})
-    assert "## accuracy_legacy, percent" in other
+
+    def tables(**scores: float) -> list[str]:
+        both = {label: suite(**scores) for label in ("lora", "ffa")}
+        return page._score_blocks(PLAN, rows, both)
+
+    same = tables(likelihood_sum=50.0, accuracy=50.0, accuracy_legacy=40.0, rougeL=40.0)
+    headings = [block for block in same if block.startswith("## ")]
+    assert headings == ["## accuracy, percent", "## accuracy_legacy, percent"]
+    assert "likelihood_sum: the same figures as accuracy." in same
+    assert "rougeL: the same figures as accuracy_legacy." in same
+    text = "\n".join(same)
+    assert text.count("| 50.0 ± 1.0 |") == 2 and "this project's parser" in text
+    assert "F-measure of the best" in text and "F-measure" not in "".join(tables(accuracy=50.0))
+
+
+def suite(**means: float) -> SuiteScore:
+    """Scores of boolq, the measure accuracy."""
+    scores = {kind: {"boolq": Score(mean, mean - 9, mean + 9)} for kind, mean in means.items()}
+    counted = {kind: {"boolq": 8} for kind in means}
+    return SuiteScore("accuracy", scores, {"boolq": 8}, counted, 50.0, 1.0, {}, {})

@@ -125,7 +125,7 @@ def test_losses_are_compared_over_their_seeds():
     ends = want.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
     assert found.p == pytest.approx(want.pvalue) and found.seeds == 4
-    assert seed_difference([1.0, 2.0], [1.0, 2.0]) == Difference(0.0, 0.0, 0.0, 1.0, 2, 0.0)
+    assert seed_difference([1.0, 2.0], [1.0, 2.0]) == Difference(0.0, 0.0, 0.0, 1.0, 2)
     assert seed_difference([2.0, 3.0], [1.0, 2.0]).p == 0.0
     for wrong in (([1.0], [1.0]), ([1.0, 2.0], [1.0])):
         with pytest.raises(ConfigError, match="same seeds, two or more"):

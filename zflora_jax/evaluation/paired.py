@@ -23,7 +23,7 @@ class Difference:
       p: two-sided, of no difference.
       seeds: how many it is over.
       seed_std: the standard deviation between seeds, less what the noise of single answers explains
-        of it; 0 where these seeds show none, None of a single seed.
+        of it; 0 where these seeds show none, None of a single seed and of losses.
     """
 
     mean: float
@@ -122,11 +122,10 @@ def seed_difference(method: Sequence[float], reference: Sequence[float]) -> Diff
     )
     gaps = np.subtract(method, reference, dtype=np.float64)
     mean, freedom = float(gaps.mean()), len(gaps) - 1
-    seed_std = float(gaps.std(ddof=1))
-    error = seed_std / len(gaps) ** 0.5
+    error = float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
     reach = float(stdtrit(freedom, 0.975)) * error
     p = 2 * float(stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
-    return Difference(mean, mean - reach, mean + reach, p, len(gaps), seed_std)
+    return Difference(mean, mean - reach, mean + reach, p, len(gaps))
 
 
 @functools.lru_cache(maxsize=4)

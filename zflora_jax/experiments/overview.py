@@ -30,9 +30,9 @@ from zflora_jax.reporting.tables import markdown_table
 
 SCORES_LEGEND = (
     "Score: the comparison's measure, the mean over its tasks and a method's seeds, ± the standard"
-    " deviation of seeds. Test loss: nats per target token, on held-out rows of the training task."
-    " Seconds: of the fastest run's training; only runs on an idle machine can be compared. Scores"
-    " and losses are means over all seeds of a method."
+    " deviation of seeds. Test loss: likewise the mean of seeds, nats per target token, on held-out"
+    " rows of the training task. Seconds: of the fastest run's training; only runs on an idle"
+    " machine can be compared."
 )
 LOSSES_LEGEND = (
     " Differences are over the seeds that a method shares with the reference, so they need not be"
@@ -92,7 +92,7 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
         lines += [*readings, ""]
     if gaps:
         lines += _differences(plans, gaps, f"![Differences]({path.stem}.png)")
-        lines += [_weak_tasks(there, compared), ""]
+        lines += [*_weak_tasks(there, compared), ""]
         _draw(gaps, path)
     rows = [_row(plan, found.get(plan.name)) for plan in plans]
     lines += ["## Comparisons", "", markdown_table(rows, list(rows[0])), ""]
@@ -115,18 +115,20 @@ def _first(reading: str) -> str:
     return reading.partition("\n\n")[0]
 
 
-def _weak_tasks(plans: Sequence[Comparison], compared: Mapping[str, Differences]) -> str:
-    """The tasks that rank nothing, over all comparisons."""
+def _weak_tasks(plans: Sequence[Comparison], compared: Mapping[str, Differences]) -> list[str]:
+    """The tasks that rank nothing, of the comparisons that know the untrained model's scores."""
+    gaps = {plan.title: compared[plan.name].to_reference.get(BASE) for plan in plans}
+    known = {title: of for title, of in gaps.items() if of}
     weak = [
-        task
-        for plan in plans
-        for task in plan.tasks
-        if task not in informative(plan.tasks, compared[plan.name].to_reference.get(BASE))
+        f"{task} of {title}"
+        for title, of in known.items()
+        for task in set(of) - {ALL, *informative(list(of), of)}
     ]
-    return (
+    text = (
         "Uninformative tasks, on which the reference does not clearly beat the untrained model, so"
-        f" that they rank nothing: {', '.join(weak) or 'none'}."
+        f" that they rank nothing: {', '.join(sorted(weak)) or 'none'}."
     )
+    return [text] if known else []
 
 
 def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:

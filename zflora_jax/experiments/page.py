@@ -193,17 +193,16 @@ def _score_blocks(
     if plan.scoring is None or not scores:
         return []
     trainable = {BASE: 0} | {row["method"]: row["trainable"] for row in rows}
+    first = next(iter(scores.values()))
     kinds = list(dict.fromkeys(kind for score in scores.values() for kind in score.table))
-    blocks: list[str] = []
-    for at, kind in enumerate(kinds):
-        values = {label: score.table.get(kind) for label, score in scores.items()}
-        if same := [
-            earlier
-            for earlier in kinds[:at]
-            if values == {label: score.table.get(earlier) for label, score in scores.items()}
-        ]:
-            blocks.append(f"{kind}: as {same[0]}, in each row.")
+    kinds.sort(key=lambda kind: kind != first.headline)
+    blocks, shown = list[str](), dict[str, list[Any]]()
+    for kind in kinds:
+        values = [score.table.get(kind) for score in scores.values()]
+        if same := [earlier for earlier, its in shown.items() if its == values]:
+            blocks.append(f"{kind}: the same figures as {same[0]}.")
             continue
+        shown[kind] = values
         lines = [
             {"method": label, "trainable": trainable[label]} | _score_cells(plan, score, kind)
             for label, score in scores.items()
@@ -211,7 +210,6 @@ def _score_blocks(
         ]
         columns = list(dict.fromkeys(key for line in lines for key in line))
         blocks += [f"## {kind}, percent", markdown_table(lines, columns)]
-    first = next(iter(scores.values()))
     chance = ", ".join(f"{task} {value:.1f}" for task, value in first.chance.items())
     cut = [
         f"{label}: {', '.join(f'{task} {n:.4g}' for task, n in score.answers_cut.items() if n)}"

@@ -128,10 +128,11 @@ class Progress:
         plan = self.plan
         done = {job.record: job.run.train.steps for job in self._known() if self.result(job)}
         whole_run = plan.base.train.steps
-        each = len(plan.learning_rates) * (plan.pick_steps or whole_run)
+        pick = plan.pick_steps or whole_run
+        each = len(plan.learning_rates) * pick
         whole = sum(len(plan.seeds_of(label)) for label in plan.methods) * whole_run
         # A run that chose the rate, of full length, is one of the chosen ones.
-        twice = whole_run if (plan.pick_steps or whole_run) == whole_run else 0
+        twice = whole_run if pick == whole_run else 0
         return sum(done.values()), whole + len(plan.methods) * (each - twice)
 
 
