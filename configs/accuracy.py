@@ -193,11 +193,12 @@ UNSEEN = ("piqa_cloze", "social_i_qa_cloze", "hellaswag_cloze", "winogrande_cloz
 ALL = PAIR | DESCENDANTS | FAMILY | PARTS | PLUS
 
 
-def at_rank(rank: int, minimal: int) -> Comparison:
+def at_rank(rank: int, minimal: int, rates: tuple[float, ...]) -> Comparison:
     """The pair at the budget of another rank of LoRA."""
     pair = {"lora": replace(LORA, rank=rank), "zflora-minimal": replace(MINIMAL, rank=minimal)}
     task = "arithmetic_steps"
-    return table(f"accuracy_rank{rank}", task, (task,), 256, pair, category="math")
+    plan = table(f"accuracy_rank{rank}", task, (task,), 256, pair, category="math")
+    return replace(plan, learning_rates=rates)
 
 
 def get_cloze() -> Comparison:
@@ -243,6 +244,8 @@ def get_sweep() -> list[Comparison]:
             margin=1.5,
             category="dialogue",
         ),
-        at_rank(4, 5),
-        at_rank(64, 81),
+        # The best rate at rank 16 is the middle one: that, and the one on the side where the best
+        # rate of fewer or more parameters would lie.
+        at_rank(4, 5, RATES[1:]),
+        at_rank(64, 81, RATES[:2]),
     ]
