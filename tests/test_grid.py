@@ -24,7 +24,7 @@ from support.fake_train import FakeTrain, loss_of
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.errors import NonFiniteError, Preempted
-from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import grid, jobs
 from zflora_jax.experiments.grid import RECORD, combinations, run_grid, sweep
@@ -131,6 +131,13 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
     assert len(fake.runs) == 4
     run_grid(override(base, {"train.steps": 9}), GRID, tmp_path / "s", console=False)
     assert len(fake.runs) == 8
+    # Where steps are saved, the rate of a longer run would jump.
+    for run, (name, _) in zip(fake.runs[4:], combinations(base, GRID), strict=True):
+        (tmp_path / "s" / name / "checkpoints" / "9").mkdir(parents=True)
+        (tmp_path / "s" / name / "config.json").write_text(json.dumps(to_dict(run)))
+    rows = run_grid(override(base, {"train.steps": 20}), GRID, tmp_path / "s", console=False)
+    assert len(fake.runs) == 8
+    assert all("9 steps, and this one has train.steps=20" in row["status"] for row in rows)
 
 
 def test_failures_are_rows(base, tmp_path, monkeypatch, caplog):

@@ -6,7 +6,7 @@ import pytest
 
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.training import workdir as workdirs
-from zflora_jax.training.workdir import adopt
+from zflora_jax.training.workdir import adopt, require_no_jump
 
 
 def test_a_longer_run_that_saved_nothing_may_be_taken_back(run, tmp_path, monkeypatch):
@@ -24,6 +24,20 @@ def test_a_longer_run_that_saved_nothing_may_be_taken_back(run, tmp_path, monkey
     report.write_text(json.dumps({"steps": 20}))
     with pytest.raises(ConfigError, match=r"train\.steps: 20 there, 8 now"):
         adopt(tmp_path, run)
+
+
+def test_a_longer_run_is_not_made_of_one_whose_rate_came_down(run, tmp_path):
+    """As a sweep asks for it; at a constant rate it is the same run."""
+    longer = override(run, {"train.steps": run.train.steps + 4, "optim.schedule": "cosine"})
+    constant = override(longer, {"optim.schedule": "constant"})
+    require_no_jump(tmp_path, longer)  # nothing is there
+    workdirs.claim(tmp_path, run)
+    require_no_jump(tmp_path, longer)  # no step is saved
+    (tmp_path / "checkpoints" / str(run.train.steps)).mkdir(parents=True)
+    require_no_jump(tmp_path, constant)
+    require_no_jump(tmp_path, override(longer, {"train.steps": run.train.steps}))
+    with pytest.raises(ConfigError, match=rf"a run of {run.train.steps} steps, and this one has"):
+        require_no_jump(tmp_path, longer)
 
 
 def test_files_of_known_tasks_may_move_and_own_ones_not(run, tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.provenance import commit_text
 from zflora_jax.training.lock import BusyError, locked
+from zflora_jax.training.workdir import require_no_jump
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def _result(
         return saved
     if job.workdir.is_dir():  # raise BusyError before anything slow
         with locked(job.workdir):
-            pass
+            require_no_jump(job.workdir, job.run)
     model = base(job.run, devices)
     files = own_files(job, loaded)  # before they are read
     try:

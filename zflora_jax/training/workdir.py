@@ -146,6 +146,27 @@ def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
     return run
 
 
+def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
+    """Refuse to make a longer run of one whose learning rate came down: its numbers would not be
+    those of a run that was as long from the start, which a sweep compares it with.
+
+    Args:
+      workdir: where `run` is to begin or to go on.
+      run: its settings.
+
+    Raises:
+      ConfigError: the run there has saved steps and another train.steps, and its rate falls.
+    """
+    if run.optim.schedule == "constant" or not saved_steps(workdir):
+        return
+    there = read_config(workdir).train.steps
+    require(
+        there == run.train.steps,
+        f"{workdir} holds a run of {there} steps, and this one has train.steps={run.train.steps}:"
+        f" its learning rate would jump at step {there}. Give the sweep another workdir and out.",
+    )
+
+
 def saved_steps(workdir: str | Path) -> list[int]:
     """The numbers of the steps whose state is saved in `workdir`, in increasing order."""
     return committed_steps(as_path(workdir, "workdir") / CHECKPOINTS)
