@@ -13,7 +13,7 @@ from zflora_jax.evaluation.statistics import Score, SuiteScore
 from zflora_jax.experiments import page
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.difference_view import ROWS_ALONE, difference_blocks, loss_text
-from zflora_jax.experiments.differences import Differences, loss_difference
+from zflora_jax.experiments.differences import ALL, Differences, loss_difference
 from zflora_jax.experiments.overview import overview
 from zflora_jax.reporting.provenance import environment
 
@@ -90,7 +90,7 @@ def test_the_overview_has_losses_and_the_fastest_seconds(compared, tmp_path):
     scores = overview([PLAN], tmp_path).read_text().split("## Scores")[1]
     assert "| 55 |" in scores
     assert ("| +0.25 [+0.125, +0.375] |" in scores) == compared
-    assert ("less the reference's |" in scores) == compared == ("Student's t" in scores)
+    assert ("test loss less the reference's |" in scores) == compared == ("Student's t" in scores)
 
 
 def found_page(plan: Comparison, folder, gaps: dict[str, Difference], **row) -> str:
@@ -123,6 +123,16 @@ def test_the_overview_names_tasks_that_rank_nothing(high, weak, tmp_path):
     other = dataclasses.replace(PLAN, tasks=("arc_easy",))
     assert f"rank nothing: {weak}.\n" in found_page(other, tmp_path, gaps)
     assert "rank nothing" not in found_page(PLAN, tmp_path, {"ffa": gaps["ffa"]})
+
+
+def test_uninformative_tasks_are_in_order_and_their_mean_is_none(tmp_path):
+    none = dataclasses.asdict(Difference(-1.0, -2.0, 0.5, 0.1))
+    base = dict.fromkeys(("boolq", "arc_easy", "piqa", ALL), none)
+    found = {"differences": {"base": base, "ffa": {"boolq": none}}}
+    (tmp_path / "pages_one.json").write_text(json.dumps(found))
+    (tmp_path / "pages_one.md").touch()
+    text = overview([PLAN], tmp_path).read_text()
+    assert "rank nothing: arc_easy of one, boolq of one, piqa of one.\n" in text
 
 
 def test_a_difference_that_rests_on_rows_alone_is_marked(tmp_path):
@@ -163,7 +173,9 @@ def test_a_score_that_equals_another_has_no_table_of_its_own():
     assert "rougeL: the same figures as accuracy_legacy." in same
     text = "\n".join(same)
     assert text.count("| 50.0 ± 1.0 |") == 2 and "this project's parser" in text
-    assert "F-measure of the best" in text and "F-measure" not in "".join(tables(accuracy=50.0))
+    assert "rougeL, rougeLsum: the F-measure of the best" in text and "F-measure" not in "".join(
+        tables(accuracy=50.0)
+    )
 
 
 def suite(**means: float) -> SuiteScore:

@@ -137,7 +137,10 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
         (tmp_path / "s" / name / "config.json").write_text(json.dumps(to_dict(run)))
     rows = run_grid(override(base, {"train.steps": 20}), GRID, tmp_path / "s", console=False)
     assert len(fake.runs) == 8
-    assert all("9 steps, and this one has train.steps=20" in row["status"] for row in rows)
+    assert all(
+        "9 steps, of which 9 are done, and this one has train.steps=20" in row["status"]
+        for row in rows
+    )
 
 
 def test_failures_are_rows(base, tmp_path, monkeypatch, caplog):

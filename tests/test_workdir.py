@@ -26,17 +26,21 @@ def test_a_longer_run_that_saved_nothing_may_be_taken_back(run, tmp_path, monkey
         adopt(tmp_path, run)
 
 
-def test_a_longer_run_is_not_made_of_one_whose_rate_came_down(run, tmp_path):
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_longer_run_is_not_made_of_one_whose_rate_came_down(schedule, run, tmp_path):
     """As a sweep asks for it; at a constant rate it is the same run."""
-    longer = override(run, {"train.steps": run.train.steps + 4, "optim.schedule": "cosine"})
-    constant = override(longer, {"optim.schedule": "constant"})
+    steps = run.train.steps
+    longer = override(run, {"train.steps": steps + 4, "optim.schedule": schedule})
     require_no_jump(tmp_path, longer)  # nothing is there
     workdirs.claim(tmp_path, run)
     require_no_jump(tmp_path, longer)  # no step is saved
-    (tmp_path / "checkpoints" / str(run.train.steps)).mkdir(parents=True)
-    require_no_jump(tmp_path, constant)
-    require_no_jump(tmp_path, override(longer, {"train.steps": run.train.steps}))
-    with pytest.raises(ConfigError, match=rf"a run of {run.train.steps} steps, and this one has"):
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    for fewer in (steps, steps - 1):
+        require_no_jump(tmp_path, override(longer, {"train.steps": fewer}))
+    if schedule == "constant":
+        require_no_jump(tmp_path, longer)
+        return
+    with pytest.raises(ConfigError, match=rf"a run of {steps} steps, of which 2 .* at step 2\."):
         require_no_jump(tmp_path, longer)
 
 

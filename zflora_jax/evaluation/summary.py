@@ -20,7 +20,7 @@ _LEGENDS = {
         ' answer with its label ("the correct answer is answer2"): the options of a question are'
         " equally long, and the two scores equal, but for boolq's true and false."
     ),
-    "rougeL": "rouge1, rouge2, rougeL: the F-measure of the best reference.",
+    "rougeL": "rouge1, rouge2, rougeL, rougeLsum: the F-measure of the best reference.",
 }
 
 

@@ -31,8 +31,8 @@ from zflora_jax.reporting.tables import markdown_table
 SCORES_LEGEND = (
     "Score: the comparison's measure, the mean over its tasks and a method's seeds, ± the standard"
     " deviation of seeds. Test loss: likewise the mean of seeds, nats per target token, on held-out"
-    " rows of the training task. Seconds: of the fastest run's training; only runs on an idle"
-    " machine can be compared."
+    " rows of the training task. Seconds: of the fastest run's training, on whatever CPU"
+    " and beside whatever else it ran: they compare no methods."
 )
 LOSSES_LEGEND = (
     " Differences are over the seeds that a method shares with the reference, so they need not be"
@@ -40,7 +40,7 @@ LOSSES_LEGEND = (
     " interval (Student's t) of the seeds on these rows, not corrected for the number of"
     " comparisons."
 )
-LESS = "less the reference's"
+LESS = "test loss less the reference's"
 # Label of a method -> its headline difference.
 Gaps = Mapping[str, Difference]
 

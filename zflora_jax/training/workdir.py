@@ -155,15 +155,17 @@ def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
       run: its settings.
 
     Raises:
-      ConfigError: the run there has saved steps and another train.steps, and its rate falls.
+      ConfigError: the run there has saved steps, was to have fewer than train.steps, and its rate
+        falls.
     """
-    if run.optim.schedule == "constant" or not saved_steps(workdir):
+    if run.optim.schedule == "constant" or not (saved := saved_steps(workdir)):
         return
     there = read_config(workdir).train.steps
     require(
-        there == run.train.steps,
-        f"{workdir} holds a run of {there} steps, and this one has train.steps={run.train.steps}:"
-        f" its learning rate would jump at step {there}. Give the sweep another workdir and out.",
+        run.train.steps <= there,  # fewer are left to `adopt`
+        f"{workdir} holds a run of {there} steps, of which {saved[-1]} are done, and this one has"
+        f" train.steps={run.train.steps}: its learning rate would jump at step {saved[-1]}. Give"
+        " the sweep another workdir and out.",
     )
 
 
