@@ -220,6 +220,8 @@ def test_a_method_that_diverges_leaves_a_page(two_steps, tmp_path, monkeypatch, 
     plan = Comparison("fails", three, LORA, (1e-3,), (0,), pick_steps=2)
     (row,) = compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)["rows"]
     assert row["test, seed 0"] is None and row["learning rate"] == 1e-3
+    # Of the whole run beside the short one's that chose the rate.
+    assert row["validation, seed 0"] is None and row["validation, lr 0.001"] > 0
     assert (tmp_path / "out" / "fails.md").is_file()
     record = json.loads((tmp_path / "out" / "fails" / "lora-lr0.001-seed0.json").read_text())
     assert record["result"] == {"failed": "loss is nan at step 2"}

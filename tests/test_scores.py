@@ -95,6 +95,7 @@ def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(
         "contamination was not checked" in page
         and "Answers that reached the limit of new tokens: arc_easy" in page
         and "Chance: arc_easy 0.333" in page
+        and "accuracy: the generated answer by this project's parser." in page
     )
 
 
@@ -192,6 +193,7 @@ def test_a_summary_of_tasks(model, arc, tmp_path):
     assert summary["groups"]["commonsense"]["all"]["likelihood_sum"]["mean"] == pytest.approx(mean)
     page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
     assert "| arc_easy | all | 12 |" in page and "mean of 2 commonsense" in page
+    assert "likelihood_sum, likelihood_norm: the likeliest option" in page
     other = dataclasses.replace(
         run, eval=dataclasses.replace(run.eval, limit=3, prompt_style="alpaca")
     )
