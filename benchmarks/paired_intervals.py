@@ -38,6 +38,7 @@ def simulate(seeds: int, seed: float, row: float, answer: float, rows: int) -> d
         return sum(rng.normal(0, deviation, shape) for deviation, shape in parts)
 
     found = [paired_difference([scores()], [scores()], draw, RESAMPLES) for draw in range(DRAWS)]
+    still = [d.low <= 0 <= d.high for d in found if d.of_rows_alone]
     return {
         "seeds": seeds,
         "seed": seed,
@@ -47,6 +48,8 @@ def simulate(seeds: int, seed: float, row: float, answer: float, rows: int) -> d
         "width": float(np.median([d.high - d.low for d in found])),
         "holds 0": float(np.mean([d.low <= 0 <= d.high for d in found])),
         "as good by 3 points": float(np.mean([verdict(d, 3.0) == "as good" for d in found])),
+        "°": len(still) / DRAWS,
+        "holds 0, of °": float(np.mean(still)) if still else None,
     }
 
 
@@ -61,7 +64,8 @@ def page(result: dict[str, Any]) -> str:
 Two equally good methods. "seed", "row", "answer": standard deviations, in points of 100, of what a
 seed changes in a method, a row (in all seeds) and a single answer. "width": of the 95% interval,
 median of {DRAWS} draws. "holds 0": the share of intervals that hold the true difference. "as good":
-the share that lies above a margin of -3 points.
+the share that lies above a margin of -3 points. "°": the share whose seeds vary no more than single
+answers do, so that rows alone make the interval; "holds 0, of °": that share among these.
 
 {markdown_table(rows, list(rows[0]))}
 
