@@ -218,8 +218,10 @@ def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_pat
         load_peft(tmp_path / "out", base)
     with pytest.raises(CheckpointError, match="safe_serialization"):
         describe(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="no PEFT directory"):
+    with pytest.raises(CheckpointError, match=r"nowhere: nothing is there. Give the directory"):
         load_peft(tmp_path / "nowhere", base)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: that is a file"):
+        load_peft(path, base)
     with pytest.raises(CheckpointError, match=r"its adapters have names: give .*out"):
         load_peft(tmp_path, base)  # as peft saves an adapter that has a name
 

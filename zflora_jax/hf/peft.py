@@ -218,7 +218,11 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     """
     directory = local_copy(path)
     if not directory.is_dir():
-        raise CheckpointError(f"no PEFT directory at {directory}.")
+        found = "that is a file" if directory.is_file() else "nothing is there"
+        raise CheckpointError(
+            f"no PEFT directory at {path}: {found}. Give the directory that peft's save_pretrained"
+            f" wrote, with {CONFIG} and {WEIGHTS} in it, or its URL."
+        )
     refuse_pickled(directory)
     config = model.config
     settings, modules = read_settings(directory, config)
