@@ -290,8 +290,8 @@ def test_lora_is_scored_and_the_base_kept_for_other_runs(two_steps, model, tmp_p
     base = dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))
     base = quantize_model(base, run.quantize) if run.quantize.active else base
     adapters = init_adapters(jax.random.key(0), base, LORA["lora"])
-    trained = Trained(base, adapters, {"environment": environment()}, None, False)
     run = dataclasses.replace(run, adapter=LORA["lora"])
+    trained = Trained(base, adapters, {"environment": environment()}, run)
     job = Job("lora", run, tmp_path, tmp_path / "r.json", Scoring(("arc_easy",), SCORING))
     measured = jobs._measured(job, trained, False)
     assert measured["scores"]["arc_easy"]["rows"] > 0

@@ -1,11 +1,15 @@
-"""Comparisons that several processes share: what another one trains or scores is waited for."""
+"""Comparisons that several processes share: what another one trains or scores is waited for. And
+those that go on with other settings of rounding, memory and speed.
+"""
 
+import json
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 from support.runs import EVAL
 
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import override
 from zflora_jax.experiments import compare, jobs
 from zflora_jax.experiments.compare import compare_methods
 from zflora_jax.experiments.comparison import Comparison
@@ -75,3 +79,17 @@ def test_a_base_that_another_process_scores_is_not_scored_again(
     assert (
         slept == [0] and len(waited) == 1 and len(fake_train.runs) == 2
     )  # its rate, and the run with scores
+
+
+def test_what_is_finished_keeps_its_rounding(two_steps, tmp_path):
+    record = tmp_path / "out" / "kept" / "lora-lr0.001-seed0.json"
+
+    def compared(**settings):
+        plan = Comparison("kept", override(two_steps, settings), LORA, (1e-3,), (0,))
+        compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+        return json.loads(record.read_text())
+
+    first = compared()
+    assert compared(**{"train.remat": "block"}) == first
+    record.unlink()  # as after a stop between the last step and the record
+    assert compared(**{"train.remat": "block"})["config"] == first["config"]

@@ -167,7 +167,7 @@ def test_a_run_is_resumed_on_another_day_bit_for_bit(run, tmp_path, monkeypatch,
     )
     assert_trees_equal(resumed.adapters, whole.adapters)
     assert resumed.report["test_loss"] == whole.report["test_loss"]
-    assert read_config(tmp_path / "stopped").data.date == resumed.date == day
+    assert read_config(tmp_path / "stopped").data.date == resumed.run.data.date == day
     with pytest.raises(ConfigError, match=r"data\.date: '2026-01-31' there, '2026-02-01' now"):
         quiet_train(override(run, {"data.date": "2026-02-01"}), tmp_path / "stopped")
 

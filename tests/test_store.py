@@ -55,7 +55,8 @@ def job(path: Path, run: RunConfig = RUN, scoring: Scoring | None = None) -> Job
         ("eval.limit", 7, False),
         ("train.steps", 101, False),
         ("train.seed", 1, False),
-        ("train.remat", "block", False),
+        ("train.remat", "block", True),
+        ("data.grad_accum_steps", 2, True),
         ("adapter.rank", 8, False),
         ("data.packing", True, False),
     ],
@@ -158,7 +159,8 @@ def test_a_base_in_memory_is_of_its_files_before_they_changed(tmp_path, monkeypa
     loaded = {str(base): model_digest(str(base))}
     made = job(tmp_path / "a.json", override(RUN, {"model": str(base)}))
     made.workdir.mkdir()
-    monkeypatch.setattr(jobs, "train", lambda *_, **__: SimpleNamespace(signalled=False))
+    trained = jobs.Trained(None, {}, {}, made.run)
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: trained)
     monkeypatch.setattr(jobs, "_measured", lambda *_: {"validation_loss": 1.0})
     base.write_bytes(b"others!")
     assert list(jobs.run_jobs([made], lambda *_: "in memory", loaded=loaded))
@@ -184,7 +186,7 @@ def test_rows_that_change_in_place_are_measured_anew(own, tmp_path, monkeypatch)
         report = finished_report(setup, workdir, 1.0, {}, lambda: {"loss": next(loss), "rows": 1})
         for text in during:
             file.write_text(text)
-        return SimpleNamespace(report=report, date=None, signalled=False, model=None, adapters=None)
+        return jobs.Trained(None, {}, report, run)
 
     monkeypatch.setattr(jobs, "train", finished)
 
@@ -239,7 +241,6 @@ def test_records_of_earlier_versions_are_read(kind, tmp_path):
     path.write_text(json.dumps({"config": config, kind: saved}))
     assert read_result(job(path)) == numbers
     for key, value in {
-        "data.grad_accum_steps": 2,
         "data.bucket_lengths": [64],
         "adapter.extra_mlp_units": 16,
         "adapter.extra_head_dim": 8,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.core.fields import to_dict
+from zflora_jax.core.fields import override, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.jobs import Trained
 
@@ -63,4 +63,4 @@ class FakeTrain:
             "train_documents_cut": 0,
             "environment": ENVIRONMENT | {"more": "of it"},
         }
-        return Trained(model, {}, report, "2026-11-26")
+        return Trained(model, {}, report, override(run, {"data.date": "2026-11-26"}))

@@ -21,7 +21,6 @@ from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.data.dates import dated
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.suite import evaluate_tasks, kept_scores
@@ -40,6 +39,7 @@ from zflora_jax.experiments.store import (
 from zflora_jax.experiments.train import Trained, train
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.provenance import commit_text
+from zflora_jax.training.identity import rounded_as
 from zflora_jax.training.lock import BusyError, locked
 from zflora_jax.training.workdir import require_no_jump
 
@@ -169,6 +169,8 @@ def _result(
         result: Result = {"failed": str(error)}
         write_record(job, result, files)
         return result
+    # A run that was finished keeps its settings.
+    job = dataclasses.replace(job, run=rounded_as(trained.run, job.run))
     folder = job.workdir / "eval"
     folder.mkdir(exist_ok=True)
     with locked(folder):  # the run itself is free again
@@ -184,8 +186,7 @@ def _result(
 
 def _measured(job: Job, trained: Trained, console: bool) -> Result:
     """What the record of `job` holds: parts of the report, and what the job asks for besides."""
-    report = trained.report
-    run = dated(job.run, trained.date)  # score with the prompts of the training
+    report, run = trained.report, trained.run
     result: Result = {key: report[key] for key in _KEPT if key in report}
     if job.test_loss:
         test = split_loss(run, "test", trained.model, trained)

@@ -62,14 +62,15 @@ class Trained:
       model: the base model.
       adapters: the trained tree beside it.
       report: as in <workdir>/report.json.
-      date: the day that a chat template was told in training (data.date).
+      run: its settings, with those that it took from the run that was there (`workdir.adopt`), and
+        the day that a chat template was told in training (data.date).
       signalled: whether a signal came too late to stop a step, after the last one.
     """
 
     model: Model
     adapters: Tree
     report: Report
-    date: str | None
+    run: RunConfig
     signalled: bool = False
 
 
@@ -118,7 +119,7 @@ def train(
             log.info("%s is finished (%d steps): nothing to train", workdir, run.train.steps)
             evaluate = functools.partial(setup.held_out_loss, state.adapters)
             report = finished_report(setup, workdir, spent, env, evaluate)
-            return Trained(setup.model, state.adapters, report, run.data.date, signals.asked)
+            return Trained(setup.model, state.adapters, report, run, signals.asked)
         writer = _open_logs(stack, setup, workdir, console, first, env, changed, held)
         metrics = LogMetrics(writer, run.train, started)
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
@@ -132,7 +133,7 @@ def train(
     _require_finished(int(state.step), run, workdir)
     timings = {"seconds": spent + time.perf_counter() - started, **setup.seconds, **metrics.timings}
     report = new_report(setup, workdir, first, loss.last, env, timings)
-    return Trained(setup.model, state.adapters, report, run.data.date, signals.asked)
+    return Trained(setup.model, state.adapters, report, run, signals.asked)
 
 
 def _admit(

@@ -4,12 +4,13 @@ is resumed and for a run that a sweep has a record of.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.core.fields import to_dict
+from zflora_jax.core.fields import ConfigError, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import flatten
 from zflora_jax.data.mixture import has_own_rows, parse_mixture
@@ -51,7 +52,7 @@ def differences(there: RunConfig, run: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 def same_numbers(there: RunConfig, run: RunConfig) -> bool:
     """Whether two runs have the same numbers, held-out losses among them, up to the rounding of
-    another mesh.
+    another mesh or of other settings in `ROUNDING`.
 
     Where the files of a known task lie does not matter; the directory of rows of one's own does,
     because it alone says which rows are read.
@@ -70,7 +71,17 @@ def same_files(there: RunConfig, run: RunConfig, tasks: Iterable[str] | None = N
 def _is_no_number(key: str, there: RunConfig, run: RunConfig) -> bool:
     if key == "data/data_dir":
         return same_files(there, run)
-    return key.startswith(FREE) and not key.startswith("eval/")
+    return key.startswith((*FREE, *ROUNDING)) and not key.startswith("eval/")
+
+
+def rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
+    """`run` with the settings in `ROUNDING` taken from `there`, as far as its mesh allows."""
+    for key in ROUNDING:
+        section, name = key.split("/")
+        part = replace(getattr(run, section), **{name: getattr(getattr(there, section), name)})
+        with contextlib.suppress(ConfigError):  # micro-batches that another mesh does not divide
+            run = replace(run, **{section: part})
+    return run
 
 
 def _resolved(run: RunConfig) -> Path | None:

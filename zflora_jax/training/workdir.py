@@ -20,7 +20,7 @@ from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
-from zflora_jax.training.identity import FREE, ROUNDING, differences, same_files
+from zflora_jax.training.identity import FREE, ROUNDING, differences, rounded_as, same_files
 from zflora_jax.training.lock import locked
 
 STARTS_FILE = "starts.jsonl"
@@ -89,7 +89,7 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     if finished:
         _require_may_change(workdir, there, run, changed, finished)
     if finished and run.train.steps <= finished:  # nothing is left to train with other settings
-        run = _rounded_as(there, run)
+        run = rounded_as(there, run)
         changed = differences(dated(there, run.data.date), run)
     return run, {key.replace("/", "."): values for key, values in changed.items()}
 
@@ -134,16 +134,6 @@ def _ended(workdir: Path, run: RunConfig, finished: int) -> bool:
             report = json.loads(path.read_text(encoding="utf-8"))
             return isinstance(report, dict) and report.get("steps") == finished
     return False
-
-
-def _rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
-    """`run` with the settings named in `ROUNDING` taken from `there`, as far as its mesh allows."""
-    for key in ROUNDING:
-        section, name = key.split("/")
-        part = replace(getattr(run, section), **{name: getattr(getattr(there, section), name)})
-        with contextlib.suppress(ConfigError):  # micro-batches that another mesh does not divide
-            run = replace(run, **{section: part})
-    return run
 
 
 def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
