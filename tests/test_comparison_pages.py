@@ -78,6 +78,16 @@ def test_losses_wait_for_all_seeds():
     assert loss_text(PLAN, "ffa", three) == "+0.5 [+0.5, +0.5]"
 
 
+def test_seeds_stand_side_by_side_also_where_the_first_method_has_fewer():
+    def row(*losses):
+        seeds = {f"test, seed {seed}": loss for seed, loss in enumerate(losses)}
+        return {"method": "ffa", **seeds, "seconds, fastest run": 9.0}
+
+    table = page._loss_table([row(1.0), row(1.5, 2.5)]).splitlines()
+    assert table[0] == "| method | test, seed 0 | test, seed 1 | seconds, fastest run |"
+    assert table[2:4] == ["| ffa | 1.0000 | - | 9 |", "| ffa | 1.5000 | 2.5000 | 9 |"]
+
+
 @pytest.mark.parametrize("compared", [True, False])
 def test_the_overview_has_losses_and_the_fastest_seconds(compared, tmp_path):
     """And no column about a reference where there is none."""

@@ -181,7 +181,8 @@ def _loss_table(rows: Sequence[Result]) -> str:
         }
         for row in rows
     ]
-    columns = list(dict.fromkeys(key for row in shown for key in row))
+    fullest = sorted(shown, key=len, reverse=True)  # its order: others can have fewer seeds
+    columns = list(dict.fromkeys(key for row in fullest for key in row))
     note = "Seconds are of a run's training; only those of an idle machine can be compared."
     return f"{markdown_table(shown, columns)}\n\n{note}" if shown else ""
 
