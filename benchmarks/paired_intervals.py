@@ -65,7 +65,8 @@ Two equally good methods. "seed", "row", "answer": standard deviations, in point
 seed changes in a method, a row (in all seeds) and a single answer. "width": of the 95% interval,
 median of {DRAWS} draws. "holds 0": the share of intervals that hold the true difference. "as good":
 the share that lies above a margin of -3 points. "°": the share whose seeds vary no more than single
-answers do, so that rows alone make the interval; "holds 0, of °": that share among these.
+answers do, so that rows alone make the interval; "holds 0, of °": that share among these, which
+are few where "°" is small.
 
 {markdown_table(rows, list(rows[0]))}
 

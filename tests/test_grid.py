@@ -111,8 +111,10 @@ def test_runs_side_by_side_are_stopped_and_go_on_to_the_numbers_of_one_after_the
 
 
 def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
-    more = {"more": 3, "failed": 1, "cpu_count": 64}  # two of them are names of a record's own
-    frame = sweep(base, GRID, tmp_path / "s", extra=lambda *_: more, parallel=1)
+    more = {"failed": 1, "cpu_count": 64, "day": "2026-11-26"}  # two names of a record's own
+    frame = sweep(
+        base, GRID, tmp_path / "s", extra=lambda run, _: more | {"day": run.data.date}, parallel=1
+    )
     assert list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
     assert list(frame["adapter.rank"]) == [2, 4, 2, 4] and set(frame["status"]) == {"finished"}
     assert EXTRA not in frame.columns

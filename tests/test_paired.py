@@ -1,6 +1,8 @@
 """Paired differences, Holm's correction, and what the pages of comparisons make of them."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,3 +244,14 @@ def test_several_tasks_have_a_panel_each(tmp_path, monkeypatch):
     assert both == {"two (math), mean of tasks": 2.0}
     assert greys == {(f"three (math), {panel}", "ffa") for panel in ("mean of tasks", "a", "b")}
     assert (label, long_label) == ("points", "points (grey: not all seeds yet)")
+
+
+def test_simulated_tables_tell_intervals_of_rows_alone():
+    """The script behind results/paired_intervals.md, with few draws."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "paired_intervals.py"))
+    simulate = script["simulate"]
+    simulate.__globals__.update(DRAWS=20, RESAMPLES=200)
+    moved = simulate(3, 50.0, 0.0, 1.0, 40)
+    assert moved["°"] == 0.0 and moved["holds 0, of °"] is None and moved["holds 0"] > 0.5
+    still = simulate(3, 0.0, 10.0, 30.0, 40)
+    assert 0.0 < still["°"] < 1.0 and still["holds 0, of °"] > 0.5

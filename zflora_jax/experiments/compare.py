@@ -106,9 +106,9 @@ def compare_methods(
     pictures too, .png and .svg.
 
     Each finished run leaves a record <out>/<name>/<run>.json with its settings and commit, and is
-    not run again while its record is there and its settings the same. Several processes may run the
-    same comparison; they share its runs: each takes the first that is not done, the methods in the
-    plan's order, of each the rates first and then the seeds.
+    not run again while its record is there and its settings the same (`store.read_result`). Several
+    processes may run the same comparison; they share its runs: each takes the first that is not
+    done, the methods in the plan's order, of each the rates first and then the seeds.
 
     Args:
       plan: what to run.

@@ -1,5 +1,5 @@
 """Records of finished runs: one JSON file per run of a sweep, written once and not computed again
-while its settings stay the same.
+while its settings stay the same (`read_result`).
 
 A record is {"config": the RunConfig, and "tasks" and "scoring" of a run that is scored; "rows": a
 hash of the user's own files, if it has any; "result": the numbers, with commit, date and device}.
@@ -22,7 +22,7 @@ from zflora_jax.data.mixture import own_rows_digest, parse_mixture
 from zflora_jax.data.sources import files_digest
 from zflora_jax.hf.bucket import MODEL_FILES
 from zflora_jax.reporting.files import write_json
-from zflora_jax.training.identity import same_files, same_numbers
+from zflora_jax.training.identity import ROUNDING, differences, same_files, same_numbers
 
 if TYPE_CHECKING:
     from zflora_jax.experiments.train import Trained
@@ -131,7 +131,8 @@ def read_result(job: Job) -> Result | None:
     are asked for. The user's own files must have the bytes that they had, unless they are gone.
 
     Returns:
-      None where there is no record, or one of another run, model, rows or scores.
+      None where there is no record, or one of another run, model, rows or scores, or of a run that
+      diverged with other settings of rounding.
     """
     if not job.record.is_file():
         return None
@@ -155,6 +156,8 @@ def read_result(job: Job) -> Result | None:
     if not same:
         return None
     result = saved["result"] if "result" in saved else _of_a_row(saved["row"])
+    if "failed" in result and differences(there, job.run).keys() & set(ROUNDING):
+        return None  # rounding can be why a loss is no number
     measured = job.extra is None or "row" in saved or EXTRA in result or "failed" in result
     return result if measured else None
 

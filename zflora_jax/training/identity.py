@@ -29,7 +29,7 @@ FREE = (
 )
 
 # Settings that change rounding, memory or speed alone: a resumed run may change them too, which is
-# logged.
+# logged, and what is finished counts with any of them.
 ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/grad_accum_steps")
 
 
@@ -71,6 +71,8 @@ def same_files(there: RunConfig, run: RunConfig, tasks: Iterable[str] | None = N
 def _is_no_number(key: str, there: RunConfig, run: RunConfig) -> bool:
     if key == "data/data_dir":
         return same_files(there, run)
+    if key == "data/grad_accum_steps" and run.adapter.dropout:  # drawn for each micro-batch
+        return False
     return key.startswith((*FREE, *ROUNDING)) and not key.startswith("eval/")
 
 
