@@ -40,6 +40,7 @@ class Example:
       plain: whether prompt and target are texts as they are, in no template.
       form: of a row of one's own, a key of `builders.rows.FORMS`.
       asked: what identifies the question, where `prompt` is another form of it.
+      unit: what rows that belong together share, such as those of one dialogue; "" of others.
       where: the row's position, for messages.
     """
 
@@ -57,6 +58,7 @@ class Example:
     plain: bool = False
     form: str = ""
     asked: str = ""
+    unit: str = field(default="", compare=False)
     where: str = field(default="", compare=False)
 
 
@@ -186,7 +188,7 @@ class FileTask(Task):
             f"the answer is empty, and {self.name!r} is scored by it. Rows without an answer can be"
             " trained on as task 'rows'.",
         )
-        form = _text(record.get("form", ""))
+        form, unit = _text(record.get("form", "")), _text(record.get("unit", ""))
         if messages := _text(record.get("messages", "")):
             settings = json.loads(_text(record["settings"]) or "{}")
             return Example(
@@ -198,6 +200,7 @@ class FileTask(Task):
                 settings=tuple(settings.items()),
                 context=int(_text(record["context"])),
                 form=form,
+                unit=unit,
             )
         plain = form in ("text", "prompt-completion")
         return Example(
@@ -210,6 +213,7 @@ class FileTask(Task):
             self.document,
             plain=plain,
             form=form,
+            unit=unit,
         )
 
     def _options(self, prompt: str, target: str, answer: str) -> tuple[str, ...]:

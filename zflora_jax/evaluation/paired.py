@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zflora_jax.core.fields import require
+from zflora_jax.evaluation.units import Column, by_unit
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,17 @@ def paired_difference(
     seed: int = 0,
     resamples: int = 10_000,
     best: float = 1.0,
+    units: Sequence[Sequence[int] | None] | None = None,
 ) -> Difference:
     """The mean difference of two methods, and how far rows and seeds can move it.
 
-    Rows are drawn with replacement, each with the runs of all seeds (a paired bootstrap). What
-    other seeds would change beyond that is added: the variance between seeds, less what the noise
-    of single answers explains of it (a two-way analysis of variance), with Student's t of one
-    degree of freedom less than there are seeds. Runs of the same seed share their data order and
-    are paired. In simulations of three seeds the intervals hold the true difference 91 to 97% of
-    the time, whichever of the two varies more (`results/paired_intervals.md`); this project's
+    Rows are drawn with replacement, each with the runs of all seeds (a paired bootstrap), and
+    those of a unit, such as the turns of one dialogue, together. What other seeds would change
+    beyond that is added: the variance between seeds, less what the noise of single answers
+    explains of it (a two-way analysis of variance), with Student's t of one degree of freedom
+    less than there are seeds. Runs of the same seed share their data order and are paired. In
+    simulations of three seeds the intervals hold the true difference 91 to 97% of the time,
+    whichever of the two varies more (`results/paired_intervals.md`); this project's
     construction. Few rows are not certainty: where no row of a task speaks for one of the two
     methods, the interval is widened to that side by the rule of three, and p is no smaller than
     that of a sign test.
@@ -68,34 +71,28 @@ def paired_difference(
       seed: of the random numbers.
       resamples: drawn.
       best: the score of a row that is right.
+      units: for each task the number of each row's unit [R], or None where each row is alone, as in
+        all tasks by default.
 
     Raises:
       ConfigError: the shapes differ, or there is no row.
     """
-    shapes = [(np.shape(a), np.shape(b)) for a, b in zip(method, reference, strict=True)]
-    require(
-        bool(shapes) and all(a == b and len(a) == 2 and min(a) > 0 for a, b in shapes),
-        f"paired scores must be [seeds, rows] of equal shapes, got {shapes}.",
-    )
-    gaps = [np.subtract(a, b, dtype=np.float64) for a, b in zip(method, reference, strict=True)]
+    gaps = _gaps(method, reference)
     seeds = len(gaps[0])
-    require(
-        all(len(gap) == seeds for gap in gaps),
-        f"all tasks must have the scores of the same seeds, got {[len(gap) for gap in gaps]}.",
-    )
-    drawn, order = _draws(tuple(gap.shape[1] for gap in gaps), resamples, seed)
+    columns = [by_unit(gap, of) for gap, of in zip(gaps, units or [None] * len(gaps), strict=True)]
+    drawn, order = _draws(tuple(len(column.rows) for column in columns), resamples, seed)
     means = np.zeros(resamples)
-    for gap, counts in zip(gaps, drawn, strict=True):
-        means += counts @ gap.mean(axis=0) / gap.shape[1] / len(gaps)
-    seed_std = float(np.sqrt(_variance_of_seeds(gaps))) if seeds > 1 else None
+    for column, counts in zip(columns, drawn, strict=True):
+        means += counts @ column.sums.mean(axis=0) / (counts @ column.rows) / len(columns)
+    seed_std = float(np.sqrt(_variance_of_seeds(columns))) if seeds > 1 else None
     if seed_std:
         means += seed_std / np.sqrt(seeds) * _student(seeds - 1, resamples)[order]
     low, high = np.quantile(means, [0.025, 0.975])
-    # Resampling shows nothing of rows that none of R was like: at most 3 in R (the rule of three).
-    lost, won = (np.mean([_unseen(gap, sign) for gap in gaps]) for sign in (-1, 1))
+    # Resampling shows nothing of units that none of U was like: at most 3 in U (the rule of three).
+    lost, won = (np.mean([_unseen(column.sums, sign) for column in columns]) for sign in (-1, 1))
     low, high = low - lost * (low + best), high + won * (best - high)
     tail = min(np.sum(means <= 0), np.sum(means >= 0)) + 1
-    differing = sum(np.count_nonzero(gap.mean(axis=0)) for gap in gaps)
+    differing = sum(np.count_nonzero(column.sums.mean(axis=0)) for column in columns)
     least = 2.0 ** (1 - differing)  # of a sign test
     p = min(1.0, max(2 * tail / (resamples + 1), least))
     mean = float(np.mean([gap.mean() for gap in gaps]))
@@ -128,25 +125,39 @@ def seed_difference(method: Sequence[float], reference: Sequence[float]) -> Diff
     return Difference(mean, mean - reach, mean + reach, p, len(gaps))
 
 
+def _gaps(method: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The differences of rows, [S, R] of each task; ConfigError where they are no pairs."""
+    shapes = [(np.shape(a), np.shape(b)) for a, b in zip(method, reference, strict=True)]
+    require(
+        bool(shapes) and all(a == b and len(a) == 2 and min(a) > 0 for a, b in shapes),
+        f"paired scores must be [seeds, rows] of equal shapes, got {shapes}.",
+    )
+    seeds = [shape[0] for shape, _ in shapes]
+    require(len(set(seeds)) == 1, f"all tasks must have the scores of the same seeds, got {seeds}.")
+    return [np.subtract(a, b, dtype=np.float64) for a, b in zip(method, reference, strict=True)]
+
+
 @functools.lru_cache(maxsize=4)
-def _draws(rows: tuple[int, ...], resamples: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """How often each row of each task is drawn, [resamples, R] of each, and an order of the
+def _draws(
+    units: tuple[int, ...], resamples: int, seed: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """How often each unit of each task is drawn, [resamples, U] of each, and an order of the
     resamples. Kept: the comparisons of a table are of the same rows, and this takes most of their
     time.
     """
     rng = np.random.default_rng(seed)
     drawn = [
-        # A row is drawn once in the mean, and never 256 times.
+        # A unit is drawn once in the mean, and never 256 times.
         rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.uint8)
-        for count in rows
+        for count in units
     ]
     return drawn, rng.permutation(resamples)
 
 
 def _unseen(gap: np.ndarray, sign: int) -> float:
-    """The share of rows that may have a gap of this sign where none of those here [S, R] has."""
-    rows = gap.mean(axis=0)
-    return 0.0 if (sign * rows > 0).any() else min(1.0, 3 / len(rows))
+    """The share of units that may have a gap of this sign where none of those here [S, U] has."""
+    units = gap.mean(axis=0)
+    return 0.0 if (sign * units > 0).any() else min(1.0, 3 / len(units))
 
 
 def _student(freedom: int, count: int) -> np.ndarray:
@@ -158,18 +169,19 @@ def _student(freedom: int, count: int) -> np.ndarray:
     return stdtrit(freedom, (np.arange(count) + 0.5) / count)
 
 
-def _variance_of_seeds(gaps: Sequence[np.ndarray]) -> float:
+def _variance_of_seeds(gaps: Sequence[Column]) -> float:
     """The variance between seeds of the tasks' mean difference, without the share of it that
-    the noise of single answers makes. gaps: [S, R] of each task, S > 1.
+    the noise of single answers makes. gaps: sums [S, U] of each task, S > 1.
     """
-    between = np.mean([gap.mean(axis=1) for gap in gaps], axis=0).var(ddof=1)
+    means = [gap.sums.sum(axis=1) / gap.rows.sum() for gap in gaps]
     noise = 0.0
-    for gap in gaps:
-        seeds, rows = gap.shape
-        left = gap - gap.mean(axis=0) - gap.mean(axis=1, keepdims=True) + gap.mean()
-        freedom = (seeds - 1) * max(rows - 1, 1)
-        noise += np.sum(left**2) / freedom / rows / len(gaps) ** 2
-    return max(0.0, float(between - noise))
+    for gap, mean in zip(gaps, means, strict=True):
+        seeds, units = gap.sums.shape
+        left = gap.sums - mean[:, None] * gap.rows  # of a seed's mean
+        left -= left.mean(axis=0)
+        freedom = (seeds - 1) * max(units - 1, 1)
+        noise += np.sum(left**2) / freedom * units / (gap.rows.sum() * len(gaps)) ** 2
+    return max(0.0, float(np.mean(means, axis=0).var(ddof=1) - noise))
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:

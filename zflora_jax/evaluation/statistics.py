@@ -15,6 +15,7 @@ import numpy as np
 
 from zflora_jax.core.fields import require
 from zflora_jax.evaluation.records import ROUGE, Record
+from zflora_jax.evaluation.units import Column, by_unit
 
 # Key of a record -> name of the score.
 SCORES = {
@@ -25,7 +26,8 @@ SCORES = {
     **{name: name for name in ROUGE},
 }
 # The places of what `rows_kept` returns.
-ROWS, DIGEST = "row scores", "row digest"
+ROWS, DIGEST, UNITS = "row scores", "row digest", "row units"
+UNIT = "unit"  # key of a record: the number of the unit that its row belongs to
 _RESAMPLES = 2000
 _Z = 1.96  # standard deviations of a 95% interval
 
@@ -56,7 +58,9 @@ def scores_of(records: Sequence[Record], seed: int = 0) -> dict[str, Score]:
       name of the score (see `SCORES`) -> share of rows (of ROUGE: mean F-measure) and interval.
     """
     columns = {key: _column(records, key) for key in SCORES}
-    return {SCORES[key]: bootstrap([found], seed) for key, found in columns.items() if len(found)}
+    return {
+        SCORES[key]: bootstrap([found], seed) for key, found in columns.items() if len(found.rows)
+    }
 
 
 def group_scores(tables: Sequence[Sequence[Record]], seed: int = 0) -> dict[str, Score]:
@@ -70,7 +74,7 @@ def group_scores(tables: Sequence[Sequence[Record]], seed: int = 0) -> dict[str,
     return {
         SCORES[key]: bootstrap(some, seed)
         for key, some in columns.items()
-        if some and all(map(len, some))
+        if some and all(len(column.rows) for column in some)
     }
 
 
@@ -96,8 +100,16 @@ def digest(records: Sequence[Record]) -> str:
 
 
 def rows_kept(records: Sequence[Record]) -> dict[str, Any]:
-    """What a comparison needs of a model's records: the scores of each row, and their digest."""
-    return {ROWS: row_scores(records), DIGEST: digest(records)}
+    """What a comparison needs of a model's records: the scores of each row, their digest, and where
+    rows belong together the number of each row's unit (score -> a text of them).
+    """
+    kept = {ROWS: row_scores(records), DIGEST: digest(records)}
+    units = {
+        name: " ".join(str(record[UNIT]) for record in records if key in record)
+        for key, name in SCORES.items()
+        if name in kept[ROWS] and UNIT in records[0]
+    }
+    return kept | ({UNITS: units} if units else {})
 
 
 def as_dicts(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
@@ -105,13 +117,15 @@ def as_dicts(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
     return {name: dataclasses.asdict(score) for name, score in scores.items()}
 
 
-def _column(records: Sequence[Record], key: str) -> np.ndarray:
-    return np.asarray([float(record[key]) for record in records if key in record])
+def _column(records: Sequence[Record], key: str) -> Column:
+    there = [record for record in records if key in record]
+    units = [record[UNIT] for record in there] if there and UNIT in there[0] else None
+    return by_unit(np.asarray([float(record[key]) for record in there]), units)
 
 
-def bootstrap(columns: Sequence[np.ndarray], seed: int) -> Score:
+def bootstrap(columns: Sequence[Column], seed: int) -> Score:
     """The mean of the columns' means; its interval: the 2.5% and 97.5% quantiles over resampled
-    columns.
+    columns. Rows of a unit are drawn together.
 
     Where every row of a column is 0, or every row 1, all resamples are equal and would claim
     certainty. The interval of one such column is Wilson's; in a mean of several, its truth is drawn
@@ -120,23 +134,25 @@ def bootstrap(columns: Sequence[np.ndarray], seed: int) -> Score:
     draw = np.random.default_rng(seed)
     means = np.zeros((2, _RESAMPLES))  # for the lower end and the upper one
     for column in columns:
-        # A resample is a multinomial draw over the distinct values.
-        values, counts = np.unique(column, return_counts=True)
-        rows = len(column)
-        drawn = np.tile(draw.multinomial(rows, counts / rows, _RESAMPLES) @ values / rows, (2, 1))
+        # A resample is a multinomial draw over the distinct units: their sum and number of rows.
+        (sums, rows), counts = np.unique(np.stack(column), axis=1, return_counts=True)
+        units = len(column.rows)
+        times = draw.multinomial(units, counts / units, _RESAMPLES)
+        drawn = np.tile(times @ sums / (times @ rows), (2, 1))
         # Where all rows have the same score of 0 or 1, resampling does not show that others have
         # another: the truth is drawn from its posterior.
-        if (column == 1).all():
-            drawn[0] = draw.beta(rows + 1, 1, _RESAMPLES)
-        elif (column == 0).all():
-            drawn[1] = draw.beta(1, rows + 1, _RESAMPLES)
+        if (sums == rows).all():
+            drawn[0] = draw.beta(units + 1, 1, _RESAMPLES)
+        elif (sums == 0).all():
+            drawn[1] = draw.beta(1, units + 1, _RESAMPLES)
         means += drawn
     means /= len(columns)
     low, high = np.quantile(means[0], 0.025), np.quantile(means[1], 0.975)
-    if len(columns) == 1 and columns[0][0] in (0.0, 1.0) and np.ptp(columns[0]) == 0:
-        reach = _Z**2 / (len(columns[0]) + _Z**2)  # Wilson's interval, which needs no draws
-        low, high = (0.0, reach) if columns[0][0] == 0.0 else (1 - reach, 1.0)
-    return Score(float(np.mean([column.mean() for column in columns])), float(low), float(high))
+    found = [column.sums.sum() / column.rows.sum() for column in columns]
+    if len(columns) == 1 and found[0] in (0.0, 1.0):
+        reach = _Z**2 / (len(columns[0].rows) + _Z**2)  # Wilson's interval, which needs no draws
+        low, high = (0.0, reach) if found[0] == 0.0 else (1 - reach, 1.0)
+    return Score(float(np.mean(found)), float(low), float(high))
 
 
 # --- a suite of tasks, over seeds -----------------------------------------------------------------

@@ -17,7 +17,14 @@ from zflora_jax.data.mixture import TrainedOn, has_own_rows, load_mixture, sourc
 from zflora_jax.data.sources import NAMED
 from zflora_jax.data.tasks import GROUPS, get_task
 from zflora_jax.evaluation.contamination import questions
-from zflora_jax.evaluation.statistics import DIGEST, ROWS, as_dicts, group_scores, rows_kept
+from zflora_jax.evaluation.statistics import (
+    DIGEST,
+    ROWS,
+    UNITS,
+    as_dicts,
+    group_scores,
+    rows_kept,
+)
 from zflora_jax.evaluation.summary import summary_page
 from zflora_jax.evaluation.task import Evaluated, Result, evaluate_task, one_day, remove
 from zflora_jax.parallel import distributed
@@ -122,6 +129,7 @@ def kept_scores(summary: Mapping[str, Any]) -> dict[str, Result]:
         "seconds",
         ROWS,
         DIGEST,
+        UNITS,
     )
     return {r["task"]: {key: r[key] for key in kept if key in r} for r in summary["tasks"]}
 

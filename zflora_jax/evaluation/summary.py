@@ -63,7 +63,8 @@ def summary_page(summary: Mapping[str, Any]) -> str:
     ]
     head = (
         f"Split {evaluation['split']}; prompt style {summary['tasks'][0]['prompt_style']};"
-        f" {decoding(evaluation)}. Scores with their 95% interval (bootstrap over rows)."
+        f" {decoding(evaluation)}. Scores with their 95% interval (bootstrap over"
+        " rows; those of one dialogue are drawn together)."
         f" {score_legend({score for line in lines for score in line})}"
     )
     table = markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line)))

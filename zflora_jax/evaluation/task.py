@@ -23,7 +23,8 @@ from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.evaluation.contamination import contaminated, questions
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.records import Record, generation_records, likelihood_records
-from zflora_jax.evaluation.statistics import as_dicts, scores_of
+from zflora_jax.evaluation.statistics import UNIT, as_dicts, scores_of
+from zflora_jax.evaluation.units import shared_units
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import atomic_write, write_json
 from zflora_jax.reporting.progress import progress_bar
@@ -48,8 +49,9 @@ def evaluate(
       run: which task, from where, and how it is scored.
       model: base or fused.
       out: a path without suffix: <out>.json gets the result, <out>.jsonl one line per example with
-        its prompt, output, parsed answers and scores, and <out>.*.partial.jsonl, while it runs,
-        what a stopped evaluation goes on from.
+        its prompt, output, parsed answers and scores (of rows that belong together also the number
+        of their unit, `evaluation.units`), and <out>.*.partial.jsonl, while it runs, what a stopped
+        evaluation goes on from.
       trained_on: the training examples; a test question that is one of theirs (normalised text) is
         marked, and every score is given on all rows and on the clean ones.
       console: whether progress is shown.
@@ -105,6 +107,8 @@ class _Rows:
             {"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target}
             for i, e in zip(self.index, self.examples, strict=True)
         ]
+        if (units := shared_units([example.unit for example in self.examples])) is not None:
+            records = [record | {UNIT: unit} for record, unit in zip(records, units, strict=True)]
         if self.marks is None:
             return records
         return [record | {"contaminated": self.marks[record["index"]]} for record in records]

@@ -12,7 +12,7 @@ import numpy as np
 
 from zflora_jax.core.fields import require
 from zflora_jax.evaluation.paired import Difference, paired_difference, seed_difference
-from zflora_jax.evaluation.statistics import DIGEST, ROWS
+from zflora_jax.evaluation.statistics import DIGEST, ROWS, UNITS
 from zflora_jax.experiments.comparison import BASE, Comparison
 from zflora_jax.experiments.store import Result
 
@@ -24,6 +24,8 @@ Scored = Mapping[str, Mapping[str, Any]]
 POINTS = 100.0  # the score of a row that is right
 
 
+# Task -> the number of the unit that each of its rows belongs to, such as a dialogue.
+Units = Mapping[str, Sequence[int]]
 # Task, or ALL -> the difference of two methods.
 TaskGaps = dict[str, Difference]
 
@@ -80,6 +82,16 @@ def _require_same_rows(task: str, runs: Iterable[Scored]) -> None:
     )
 
 
+def units_of(runs: Iterable[Scored], measure: str) -> Units:
+    """The units of rows, from whichever records keep them: all records are of the same rows, and
+    only those of earlier versions keep none.
+    """
+    kept = [
+        (task, of[UNITS].get(measure)) for run in runs for task, of in run.items() if UNITS in of
+    ]
+    return {task: list(map(int, units.split())) for task, units in kept if units}
+
+
 def _column(values: str | Sequence[float]) -> np.ndarray:
     return POINTS * np.asarray([float(value) for value in values])
 
@@ -89,6 +101,7 @@ def differences(
     reference: Mapping[int, Scored],
     tasks: Sequence[str],
     measure: str,
+    units: Units | None = None,
 ) -> dict[str, Difference]:
     """Differences of a method to a reference, in points of 100.
 
@@ -97,6 +110,7 @@ def differences(
       reference: likewise. Seeds that only one of them has are left out.
       tasks: that are compared.
       measure: a name of `statistics.SCORES`.
+      units: of the tasks in which rows belong together.
 
     Returns:
       task -> difference, and `ALL` -> that of their mean where there are several; empty without a
@@ -117,12 +131,14 @@ def differences(
     def table(runs: Mapping[int, Scored], task: str) -> np.ndarray:
         return np.stack([_column(runs[seed][task][ROWS][measure]) for seed in seeds])
 
-    pairs = {task: (table(method, task), table(reference, task)) for task in tasks}
-    found = {task: paired_difference([a], [b], best=POINTS) for task, (a, b) in pairs.items()}
-    if len(tasks) > 1:
-        first, second = zip(*pairs.values(), strict=True)
-        found[ALL] = paired_difference(first, second, best=POINTS)
-    return found
+    def difference(tasks: Sequence[str]) -> Difference:
+        one, other = ([table(runs, task) for task in tasks] for runs in (method, reference))
+        return paired_difference(
+            one, other, best=POINTS, units=[(units or {}).get(task) for task in tasks]
+        )
+
+    found = {task: difference([task]) for task in tasks}
+    return found | ({ALL: difference(tasks)} if len(tasks) > 1 else {})
 
 
 def loss_difference(method: Sequence[Result], reference: Sequence[Result]) -> Difference | None:
@@ -181,13 +197,14 @@ def compare_runs(
     """
     runs = {label: scores_by_seed(of) for label, of in chosen.items()}
     reference, found = runs.get(plan.reference, {}), dict[str, TaskGaps]()
+    units = units_of([base, *(one for of in runs.values() for one in of.values())], measure)
     if reference and base and all(ROWS in of for of in base.values()):
-        found[BASE] = differences({UNTRAINED: base}, reference, plan.tasks, measure)
+        found[BASE] = differences({UNTRAINED: base}, reference, plan.tasks, measure, units)
     tasks = informative(plan.tasks, found.get(BASE))
     others = [label for label in chosen if label != plan.reference]
-    found |= {label: differences(runs[label], reference, tasks, measure) for label in others}
+    found |= {label: differences(runs[label], reference, tasks, measure, units) for label in others}
     contrasts = {
-        contrast_name(a, b): differences(runs[a], runs[b], tasks, measure)
+        contrast_name(a, b): differences(runs[a], runs[b], tasks, measure, units)
         for a, b in plan.contrasts
         if a in runs and b in runs
     }
