@@ -6,7 +6,7 @@ import json
 import pytest
 
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import override
+from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.evaluation.paired import Difference
 from zflora_jax.evaluation.statistics import Score, SuiteScore
@@ -168,6 +168,32 @@ def test_the_overview_says_which_rates_are_not_tuned(tmp_path):
         assert f"| {cell} |" in found_page(PLAN, tmp_path, {}, **rate)
 
 
+@pytest.mark.parametrize(
+    ("rows", "missing", "said"),
+    [
+        (("ffa",), ["ffa (seed 2)"], "ffa (seed 2), lora"),  # of a page of ffa alone
+        (("ffa", "lora"), [], "-"),
+        (("ffa",), ["lora"], "lora"),
+    ],
+)
+def test_the_overview_names_methods_that_a_page_was_made_without(tmp_path, rows, missing, said):
+    found = {"rows": [{"method": label, "scores": {}} for label in rows], "missing": missing}
+    (tmp_path / "pages_one.json").write_text(json.dumps(found))
+    (tmp_path / "pages_one.md").touch()
+    [line] = [
+        line
+        for line in overview([PLAN], tmp_path).read_text().splitlines()
+        if line.startswith("| [one](pages_one.md)")
+    ]
+    assert line.endswith(f"| {said} |")
+
+
+def test_pages_whose_titles_are_alike_have_no_overview(tmp_path):
+    other = dataclasses.replace(PLAN, name="others_one")
+    with pytest.raises(ConfigError, match="sweeps pages_one, others_one: their page shows names"):
+        overview([PLAN, other], tmp_path)
+
+
 def test_a_score_that_equals_another_has_no_table_of_its_own():
     """The measure itself has one, and its legend."""
     rows = [{"method": "lora", "trainable": 1}, {"method": "ffa", "trainable": 1}]
@@ -183,6 +209,7 @@ def test_a_score_that_equals_another_has_no_table_of_its_own():
     assert "rougeL: the same figures as accuracy_legacy." in same
     text = "\n".join(same)
     assert text.count("| 50.0 ± 1.0 |") == 2 and "this project's parser" in text
+    assert "number in round brackets; greedy" in text and "±: the standard deviation of" in text
     assert "rougeL, rougeLsum: the F-measure of the best" in text and "F-measure" not in "".join(
         tables(accuracy=50.0)
     )

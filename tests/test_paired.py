@@ -215,6 +215,7 @@ def test_several_tasks_have_a_panel_each(tmp_path, monkeypatch):
     has not all its seeds is grey, and nothing else.
     """
     of = {task: Difference(i, i - 1.0, i + 1.0, 0.5, 1) for i, task in enumerate(("a", "b", ALL))}
+    of[ALL] = dataclasses.replace(of[ALL], seed_std=0.0)  # on rows alone
     plan = Comparison(
         "paired_two",
         RunConfig(),
@@ -235,14 +236,17 @@ def test_several_tasks_have_a_panel_each(tmp_path, monkeypatch):
         difference_view.draw_differences(found, tmp_path / "f", "title", "points")
     (panels, *_, label, margins, faint), (two, *_, long_label, both, greys) = drawn
     assert panels == {
-        "mean of tasks": {"ffa, as good": (2, 1.0, 3.0)},
+        "mean of tasks": {"ffa °, as good": (2, 1.0, 3.0)},
         "a": {"ffa": (0, -1.0, 1.0)},
         "b": {"ffa": (1, 0.0, 2.0)},
     }
     assert margins == {"mean of tasks": 2.0} and not faint
     assert list(two)[:2] == ["two (math), mean of tasks", "two (math), a"] and len(two) == 6
     assert both == {"two (math), mean of tasks": 2.0}
-    assert greys == {(f"three (math), {panel}", "ffa") for panel in ("mean of tasks", "a", "b")}
+    assert greys == {
+        (f"three (math), {panel}", label)
+        for panel, label in (("mean of tasks", "ffa °"), ("a", "ffa"), ("b", "ffa"))
+    }
     assert (label, long_label) == ("points", "points (grey: not all seeds yet)")
 
 

@@ -64,6 +64,7 @@ def check_types(config: Any) -> None:
         "EvalConfig": "eval.",
         "MeshConfig": "mesh.",
         "QuantizeConfig": "quantize.",
+        "Comparison": "comparison.",
     }
     prefix = section.get(type(config).__name__, "")
     for f in dataclasses.fields(config):
@@ -96,6 +97,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return value
     if origin is tuple:
         return _coerce_tuple(value, args, name)
+    if origin in (dict, Mapping):
+        require(isinstance(value, Mapping), f"{name}={value!r}: expected a table, {{NAME: VALUE}}.")
+        return {key: _coerce(of, args[1], f"{name}[{key!r}]") for key, of in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value

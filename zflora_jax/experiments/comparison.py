@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import nearest, override, require
+from zflora_jax.core.fields import check_types, nearest, override, require
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.evaluation.statistics import SCORES
 from zflora_jax.experiments.store import Job, Scoring
@@ -71,6 +71,9 @@ class Comparison:
     about: str = ""
 
     def __post_init__(self) -> None:
+        self._check_contrasts()
+        check_types(self)
+        self._check_names()
         for name in ("methods", "learning_rates", "seeds"):
             require(len(getattr(self, name)) > 0, f"comparison.{name} is empty: give at least one.")
         require(
@@ -82,7 +85,6 @@ class Comparison:
             bool(self.tasks) == (self.scoring is not None),
             "comparison.tasks and comparison.scoring go together: give both, or neither.",
         )
-        self._check_contrasts()
         self._check_reference()
         steps, warmup, whole = self.pick_steps, self.base.optim.warmup_steps, self.base.train.steps
         require(
@@ -90,6 +92,23 @@ class Comparison:
             f"comparison.pick_steps={steps}: must be above optim.warmup_steps={warmup} and at most"
             f" train.steps={whole}. Change the config file.",
         )
+
+    def _check_names(self) -> None:
+        """Runs and their files have names of their own."""
+        for name in (self.name, *self.methods):
+            require(
+                bool(name) and not set(name) & set("/\\"),
+                f"comparison: {name!r} names files; it must have letters and no slash.",
+            )
+        for field_name in ("learning_rates", "seeds", "tasks", "transfer", "contrasts"):
+            given = getattr(self, field_name)
+            # As run names write it: rates that differ by less would share a record.
+            said = [f"{one:g}" if isinstance(one, float) else str(one) for one in given]
+            twice = sorted({one for one in said if said.count(one) > 1})
+            require(
+                not twice,
+                f"comparison.{field_name}={given} has {', '.join(twice)} twice: give each once.",
+            )
 
     def _check_reference(self) -> None:
         """What methods are compared by, and the settings of their own."""
@@ -106,16 +125,7 @@ class Comparison:
                     f"comparison.{name}: {label!r} is no method of it:"
                     f" {nearest(label, self.methods)}.",
                 )
-        require(
-            len(set(self.seeds)) == len(self.seeds),
-            f"comparison.seeds={self.seeds}: a seed is given twice.",
-        )
         for label, further in self.more_seeds.items():
-            require(
-                isinstance(further, tuple | list),
-                f"comparison.more_seeds[{label!r}]={further!r}: must be a tuple of seeds, such as"
-                " (3, 4).",
-            )
             seeds = self.seeds_of(label)
             require(
                 len(set(seeds)) == len(seeds),

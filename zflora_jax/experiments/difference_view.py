@@ -132,7 +132,7 @@ def draw_differences(
     compared: Sequence[tuple[Comparison, Mapping[str, TaskGaps]]], out: Path, title: str, label: str
 ) -> None:
     """A forest plot of differences to references, a panel for each comparison and, of one with
-    several tasks, for each task.
+    several tasks, for each task. Those that a panel is judged by have the mark of `ROWS_ALONE`.
 
     Args:
       compared: comparisons with their differences; the untrained model's are not drawn.
@@ -156,8 +156,9 @@ def draw_differences(
         for method, of in drawn.items():
             gap = headline(of)
             is_faint = not is_whole(plan, method, gap)
+            name = f"{method} °" if gap.of_rows_alone else method
             said = verdict_of(plan, method, gap)
-            add(first, f"{method}, {said}" if said else method, gap, is_faint)
+            add(first, f"{name}, {said}" if said else name, gap, is_faint)
             for task in [task for task in of if several and task != ALL]:
                 add(f"{before}{task}", method, of[task], is_faint)
         if plan.margin and drawn:

@@ -49,13 +49,20 @@ def page_name(names: Sequence[str], others: Sequence[str] = ()) -> str:
     """The file name of the page over comparisons of these names, and beside pages of `others`.
 
     Raises:
-      ConfigError: a comparison's own page would have that name.
+      ConfigError: a comparison's own page would have that name, or two would have one title on it.
     """
     stem = names[0].partition("_")[0]
     require(
         stem not in (*names, *others),
         f"sweep {stem!r}: its page would be the overview's, {stem}.md; give it a name of two"
         f" words, such as {stem}_first.",
+    )
+    titles = [name.partition("_")[2] or name for name in names]
+    alike = [name for name, title in zip(names, titles, strict=True) if titles.count(title) > 1]
+    require(
+        not alike,
+        f"sweeps {', '.join(alike)}: their page shows names without the first word, which are the"
+        " same; give them different ones.",
     )
     return f"{stem}.md"
 
@@ -72,7 +79,7 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
       Its path; None if no page is there yet.
 
     Raises:
-      ConfigError: a comparison's own page would have that name.
+      ConfigError: as for `page_name`.
     """
     path = Path(out) / page_name([plan.name for plan in plans])
     there = [plan for plan in plans if (Path(out) / f"{plan.name}.md").is_file()]
@@ -135,6 +142,9 @@ def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is compared, and what is missing; result: the comparison's JSON, None without a page."""
     found = result or {}
     there = [row["method"] for row in found.get("rows", ()) if row["method"] != BASE]
+    missing = list(found.get("missing", ()))
+    # Of a page that was made of some methods alone, the others.
+    missing += [label for label in plan.methods if label not in (*there, *missing)]
     # The plan's own base, unless settings were changed for its runs.
     base = from_file(RunConfig, found["config"]) if "config" in found else plan.base
     return {
@@ -147,7 +157,7 @@ def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:
         "tasks scored": ", ".join(plan.tasks) or None,
         "measure": plan.measure or None,
         "margin": plan.margin,
-        "not run yet": ", ".join(found.get("missing", ())) or ("all" if result is None else None),
+        "not run yet": "all" if result is None else ", ".join(missing) or None,
     }
 
 

@@ -220,8 +220,10 @@ def _score_blocks(
     return [
         *blocks,
         (
-            f"{_rows_scored(plan.scoring)}, their number in brackets;"
-            f" {decoding(to_dict(plan.scoring))}. {_transfer(plan)}{score_legend(kinds)}"
+            f"{_rows_scored(plan.scoring)}, their number in round brackets;"
+            f" {decoding(to_dict(plan.scoring))}. Square brackets: the 95% interval over rows,"
+            " of several seeds the means of its ends. ±: the standard deviation of seeds, which is"
+            f" not in it. {_transfer(plan)}{score_legend(kinds)}"
         ),
         f"Chance: {chance}." if chance and set(first.chance) == set(first.rows) else "",
         f"Answers that reached the limit of new tokens, mean of seeds: {'; '.join(cut)}."
