@@ -3,9 +3,10 @@
 Command: python benchmarks/cost_quality.py [--parts decode compiled]     (`compiled` needs the CUDA
 plugin, see docs/scaling.md). SmolLM2-135M with the adapters of configs/accuracy.py, whose table of
 arithmetic must be there: accuracy is read from results/accuracy_arithmetic.json. decode: TPOT over
-the base's on this CPU, float32, batch 1, medians of turns in one process. compiled: kernels and
-bytes of a token in bfloat16, compiled for an H100, not run. Without --parts both are made; a part
-that is left out is taken from the result that is there, and `--parts` alone makes neither.
+the base's on this CPU, float32, batch 1, medians of turns in one process. compiled: kernels of a
+token in bfloat16, compiled for an H100 and not run, and the bytes of its arrays at that card's
+widths. Without --parts both are made; a part that is left out is taken from the result that is
+there, and `--parts` alone makes neither.
 Writes results/cost_quality.json, .md, .png and .svg.
 """
 
@@ -89,7 +90,7 @@ def decode(repeats: int) -> dict[str, dict[str, float]]:
 
 
 def compiled() -> dict[str, dict[str, float]]:
-    """Label -> kernels and bytes of a token, as XLA's CUDA compiler plans them."""
+    """Label -> kernels of a token, as XLA's CUDA compiler plans them, and bytes of its arrays."""
     from zflora_jax.bench.compiled import loop_row
     from zflora_jax.bench.decode_case import DecodeCase
     from zflora_jax.core.presets import preset
@@ -156,7 +157,7 @@ def page(result: Mapping[str, Any]) -> str:
         "method": "method",
         "points": "less LoRA, points",
         "kernels": "kernels added, H100",
-        "bytes": "bytes / base, H100",
+        "bytes": "bytes / base, H100's widths",
         "tpot": "TPOT / base, this CPU",
     }
     origins = [
@@ -164,9 +165,10 @@ def page(result: Mapping[str, Any]) -> str:
     ]
     merged = ", ".join(label for label in result["quality"] if program_of(label) == MERGED)
     head = f"""SmolLM2-135M, adapters of LoRA r=16's number of parameters. Points: a method's
-accuracy in [{TABLE}]({TABLE}.md) less LoRA's. Kernels and bytes of a token,
-batch 1, bfloat16: compiled for an H100, not run. TPOT: measured on this CPU in float32, batch 1,
-the median of the ratios within a turn [quartiles]. A merge by addition has the base's program:
+accuracy in [{TABLE}]({TABLE}.md) less LoRA's. Kernels of a token, batch 1,
+bfloat16: compiled for an H100, not run. Bytes of such a token: counted, of the weights at an H100's
+widths and of the cache. TPOT: measured on this CPU in float32, batch 1, the median of the ratios
+within a turn [quartiles]. A merge by addition has the base's program:
 {merged}.
 
 LoRA that is merged costs nothing, nor does any other merge by addition; what it gives up is the
@@ -200,7 +202,7 @@ def draw(result: Mapping[str, Any], out: str) -> None:
     panels = {
         "score less LoRA's, points\n(arithmetic, 95% interval)": ("points", 0.0),
         "kernels added per token\n(compiled for H100)": ("kernels", 0.0),
-        "bytes per token / base\n(compiled for H100)": ("bytes", 1.0),
+        "bytes per token / base\n(counted, H100's widths)": ("bytes", 1.0),
         "TPOT / base\n(measured on a CPU, quartiles)": ("tpot", 1.0),
     }
     dots(
