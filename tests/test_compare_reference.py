@@ -80,7 +80,9 @@ def test_differences_to_a_reference_stand_on_the_page(two_steps, tmp_path, score
     scored()
     assert (tmp_path / "out" / "paired_two.png").read_bytes()[:4] == b"\x89PNG"
     drawn = (tmp_path / "out" / "paired_two.svg").read_text()
-    assert "ffa, as good" in drawn and "ffba, inferior" in drawn and "shaded: the margin" in drawn
+    assert (
+        "ffa °, as good" in drawn and "ffba °, inferior" in drawn and "shaded: the margin" in drawn
+    )
     decays = {run.adapter.method: run.optim.weight_decay for run in fake_train.runs}
     assert decays == {"lora": 0.0, "ffa": 0.1, "ffba": 0.0}
 
@@ -188,7 +190,7 @@ def test_records_have_the_hash_from_before_the_base_was_loaded(
     """So those of files that changed meanwhile do not count."""
     monkeypatch.setattr(compare, "model_digest", lambda _: "before")
     plan, out = reference_plan(two_steps).only(["lora"]), tmp_path / "out"
-    with pytest.raises(ConfigError, match="is of another run, model or rows"):
+    with pytest.raises(ConfigError, match=r"is of another run, model or rows. Move .*-seed0 away"):
         compare_methods(plan, tmp_path / "runs", out, console=False)
     records = [json.loads(file.read_text()) for file in (out / plan.name).glob("*.json")]
     assert len(records) > 1 and {record["model"] for record in records} == {"before"}

@@ -82,7 +82,11 @@ class Progress:
         """Whether a job has a record now; if it could not be made, `unfinished` leaves it out."""
         if self.result(job) is not None:
             return True
-        why = result.get("failed", f"{job.record} is of another run, model or rows")
+        other = (
+            f"{job.record} is of another run, model or rows. Move {job.workdir} away, and the same"
+            " command makes it anew."
+        )
+        why = result.get("failed", other)
         self._broken[_key(job)] = job, why
         log.error("%s: %s could not be made: %s", self.plan.name, job.name, why)
         return False
