@@ -50,12 +50,14 @@ def test_wrong_references(changes, message):
             r"comparison.methods\['lora'\]='lora': expected a table of",
         ),
         ({"methods": ["lora"]}, r"comparison.methods=\['lora'\]: expected a table, {NAME: VALUE}"),
+        ({"methods": {16: LORA["lora"]}}, "methods, key 16=16: expected str, got int"),
+        ({"learning_rates": (float("nan"),)}, "learning_rates.*=nan: expected a finite number"),
         ({"more_seeds": [("lora", (1,))]}, "comparison.more_seeds=.*: expected a table"),
         (
             {"methods": {"a/b": LORA["lora"]}},
-            "'a/b' names files; it must have letters and no slash",
+            "comparison.methods: 'a/b' is part of file names, so it must not be empty",
         ),
-        ({"name": ""}, "'' names files"),
+        ({"name": ""}, "comparison.name: '' is part of file names"),
         (
             {"reference": "lora", "contrasts": (("lora", "ffa"),) * 2},
             r"contrasts=.* has \('lora', 'ffa'\) twice",
@@ -70,5 +72,5 @@ def test_what_is_no_comparison_is_refused(changes, message):
 
 
 def test_one_task_needs_no_tuple():
-    plan = Comparison("x", RunConfig(), LORA, [1e-3], [0], tasks="boolq", scoring=EVAL)
-    assert (plan.tasks, plan.learning_rates, plan.seeds) == (("boolq",), (1e-3,), (0,))
+    plan = Comparison("x", RunConfig(), LORA, [1e-3], range(2), tasks="boolq", scoring=EVAL)
+    assert (plan.tasks, plan.learning_rates, plan.seeds) == (("boolq",), (1e-3,), (0, 1))

@@ -190,8 +190,9 @@ def test_the_overview_names_methods_that_a_page_was_made_without(tmp_path, rows,
 
 def test_pages_whose_titles_are_alike_have_no_overview(tmp_path):
     other = dataclasses.replace(PLAN, name="others_one")
-    with pytest.raises(ConfigError, match="sweeps pages_one, others_one: their page shows names"):
+    with pytest.raises(ConfigError, match="sweeps pages_one, others_one: the page over them shows"):
         overview([PLAN, other], tmp_path)
+    assert overview([PLAN, dataclasses.replace(other, category="math")], tmp_path) is None
 
 
 def test_a_score_that_equals_another_has_no_table_of_its_own():

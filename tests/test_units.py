@@ -13,7 +13,15 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.evaluation.paired import paired_difference
-from zflora_jax.evaluation.statistics import ROWS, UNITS, as_dicts, rows_kept, scores_of
+from zflora_jax.evaluation.statistics import (
+    DIGEST,
+    ROWS,
+    UNITS,
+    as_dicts,
+    group_scores,
+    rows_kept,
+    scores_of,
+)
 from zflora_jax.evaluation.suite import evaluate_tasks
 from zflora_jax.evaluation.units import by_unit, shared_units
 from zflora_jax.experiments.comparison import Comparison
@@ -28,6 +36,8 @@ ROW_UNITS = np.repeat(np.arange(DIALOGUES), TURNS)
 def test_sums_of_units_are_those_of_their_rows(units, seeds):
     scores = np.random.default_rng(0).normal(size=(seeds, len(units)))
     column = by_unit(scores, units)
+    if len(set(units)) == 1:  # drawn one by one
+        units = list(range(len(units)))
     names = sorted(set(units))
     assert list(column.rows) == [units.count(name) for name in names]
     expected = [scores[:, np.equal(units, name)].sum(axis=1) for name in names]
@@ -36,10 +46,18 @@ def test_sums_of_units_are_those_of_their_rows(units, seeds):
 
 def test_units_are_numbered_where_rows_share_them():
     assert shared_units(["a", "b", "a", "", "b", ""]) == [0, 1, 0, 2, 1, 3]
-    # Rows that are all alone, or all of one unit, which says nothing of how units differ.
-    assert [shared_units(names) for names in ([], ["a"], ["", ""], ["a", "b"], ["a"] * 4)] == [
-        None
-    ] * 5
+    assert [shared_units(names) for names in ([], ["a"], ["", ""], ["a", "b"])] == [None] * 4
+
+
+def test_one_unit_is_no_certainty():
+    """Its rows are drawn one by one: it does not show how units differ."""
+    records = [{"correct": right} for right in (True, True, True, False, False)]
+    one, alone = ([row | of for row in records] for of in ({"unit": 7}, {}))
+    assert scores_of(one) == scores_of(alone)
+    assert group_scores([one, one]) == group_scores([alone, alone])
+    gap = np.array([[1.0, 1.0, 1.0, 0.0, 0.0]])
+    found = [paired_difference([gap], [gap * 0], units=[units]) for units in ([7] * 5, None)]
+    assert found[0] == found[1]
 
 
 def test_rows_written_several_times_say_no_more_than_once():
@@ -66,12 +84,10 @@ def test_rows_written_several_times_say_no_more_than_once():
     many = [record | {"unit": i} for i, record in enumerate(records) for _ in range(TURNS)]
     scores = [as_dicts(scores_of(found))["accuracy"] for found in (records, many)]
     assert scores[0] == pytest.approx(scores[1])
-    for right in (True, False):
-        few = [
-            as_dicts(scores_of([{"correct": right, "unit": i % 9}] * 5))["accuracy"] for i in (0,)
-        ]
-        one = as_dicts(scores_of([{"correct": right}]))["accuracy"]
-        assert few == [pytest.approx(one)]
+    for right in (True, False):  # ten rows of two dialogues say as much as two rows
+        rows = [{"correct": right, "unit": unit} for unit in (0, 1) for _ in range(5)]
+        of_two = as_dicts(scores_of([{"correct": right}] * 2))["accuracy"]
+        assert as_dicts(scores_of(rows))["accuracy"] == pytest.approx(of_two)
 
 
 def test_units_count_by_their_rows():
@@ -82,18 +98,21 @@ def test_units_count_by_their_rows():
     assert paired_difference([gap], [np.zeros_like(gap)], units=[[0] * 9 + [1]]).mean == 0.9
 
 
+@pytest.mark.parametrize("lengths", [(5, 5), (1, 9)])
 @pytest.mark.parametrize(("seeds", "of_seeds"), [(1, 0.0), (3, 0.0), (3, 0.05)])
-def test_intervals_of_units_cover_a_true_difference(seeds, of_seeds):
-    """300 draws of dialogues whose turns go the same way, each run going its own: intervals that
-    draw dialogues hold the truth, those that draw turns too seldom.
+def test_intervals_of_units_cover_a_true_difference(seeds, of_seeds, lengths):
+    """300 draws of dialogues, of equal or unequal lengths, whose turns go the same way, each run
+    going its own: intervals that draw dialogues hold the truth, those that draw turns too seldom.
     """
     rng, held = np.random.default_rng(1), np.zeros(2)
+    turns = rng.integers(lengths[0], lengths[1] + 1, DIALOGUES)
+    units = np.repeat(np.arange(DIALOGUES), turns)
     for _ in range(300):
         of_dialogue = rng.normal(0, 0.3, (1, DIALOGUES)) + rng.normal(0, 0.2, (seeds, DIALOGUES))
-        gap = np.repeat(of_dialogue, TURNS, axis=1) + rng.normal(0, 0.2, (seeds, len(ROW_UNITS)))
+        gap = of_dialogue[:, units] + rng.normal(0, 0.2, (seeds, len(units)))
         gap += rng.normal(0, of_seeds, (seeds, 1))
-        for i, units in enumerate((ROW_UNITS, None)):
-            found = paired_difference([gap], [gap * 0], resamples=1000, units=[units])
+        for i, given_units in enumerate((units, None)):
+            found = paired_difference([gap], [gap * 0], resamples=1000, units=[given_units])
             held[i] += (found.low <= 0 <= found.high) / 300
     assert abs(held[0] - 0.95) < 3 * (0.95 * 0.05 / 300) ** 0.5
     assert held[1] < (0.7 if seeds == 1 else 0.93)
@@ -101,7 +120,7 @@ def test_intervals_of_units_cover_a_true_difference(seeds, of_seeds):
 
 def test_units_of_other_rows_are_refused():
     gap = np.zeros((2, 3))
-    with pytest.raises(ConfigError, match="3 rows have 2 units; each row must name its own"):
+    with pytest.raises(ConfigError, match="one number for each row: got 2 numbers for 3 rows"):
         paired_difference([gap], [gap], units=[[0, 1]])
 
 
@@ -159,3 +178,7 @@ def test_dialogues_are_drawn_whole_from_their_file_to_the_differences(model, tmp
     assert gaps[0].mean == gaps[1].mean == -50 and gaps[1].p > 2 * gaps[0].p
     assert whole.contrasts["ffa - lora"]["woz"] == gaps[1]
     assert UNITS not in rows_kept([{"correct": True, "prompt": "", "input": "", "answer": ""}])
+    other = {"lora": runs["lora"], "ffa": [{"seed": 1, "scores": {"woz": {ROWS: {}, DIGEST: "a"}}}]}
+    told = {UNITS: {"accuracy": told}, DIGEST: "b"}
+    with pytest.raises(ConfigError, match="records of woz are of different rows"):
+        compare_runs(plan, other, {"woz": base["woz"] | told}, "accuracy")

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     compared = [plan for plan in plans if isinstance(plan, Comparison)]
     _check(args, [plan.name for plan in plans], len(compared) < len(plans))
     if len(compared) > 1:
-        page_name([plan.name for plan in compared], [plan.name for plan in plans])
+        page_name(compared, [plan.name for plan in plans])
     chosen = [plan for plan in plans if args.only in (None, plan.name)]
     some = [p.only(args.methods) if isinstance(p, Comparison) else p for p in chosen]
     some = [_changed(plan, changes(args), args.config) for plan in some]

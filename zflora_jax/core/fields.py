@@ -99,7 +99,10 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return _coerce_tuple(value, args, name)
     if origin in (dict, Mapping):
         require(isinstance(value, Mapping), f"{name}={value!r}: expected a table, {{NAME: VALUE}}.")
-        return {key: _coerce(of, args[1], f"{name}[{key!r}]") for key, of in value.items()}
+        return {
+            _coerce(key, args[0], f"{name}, key {key!r}"): _coerce(of, args[1], f"{name}[{key!r}]")
+            for key, of in value.items()
+        }
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
@@ -135,7 +138,7 @@ def _coerce_tuple(value: Any, args: tuple[Any, ...], name: str) -> tuple[Any, ..
     kind = "names" if names else "pairs" if pairs else args[0].__name__
     form = "{'NAME': VALUE}" if pairs else f"[{value}]"
     require(
-        isinstance(value, list | tuple),
+        isinstance(value, list | tuple | range),
         f"{name}={value!r}: expected a list of {kind}, written as {form}.",
     )
     if args[-1] is not Ellipsis:

@@ -23,8 +23,9 @@ class Difference:
       low, high: the ends of its 95% interval.
       p: two-sided, of no difference.
       seeds: how many it is over.
-      seed_std: the standard deviation between seeds, less what the noise of single answers explains
-        of it; 0 where these seeds show none, None of a single seed and of losses.
+      seed_std: the standard deviation between seeds, less what the noise of single answers (of a
+        dialogue's answers together) explains of it; 0 where these seeds show none, None of a single
+        seed and of losses.
     """
 
     mean: float
@@ -74,8 +75,11 @@ def paired_difference(
       units: for each task the number of each row's unit [R], or None where each row is alone, as in
         all tasks by default.
 
+    Returns:
+      The difference, in the unit of the scores.
+
     Raises:
-      ConfigError: the shapes differ, or there is no row.
+      ConfigError: the shapes differ, there is no row, or units are not of these rows.
     """
     gaps = _gaps(method, reference)
     seeds = len(gaps[0])

@@ -125,7 +125,7 @@ def _column(records: Sequence[Record], key: str) -> Column:
 
 def bootstrap(columns: Sequence[Column], seed: int) -> Score:
     """The mean of the columns' means; its interval: the 2.5% and 97.5% quantiles over resampled
-    columns. Rows of a unit are drawn together.
+    columns. Rows of a unit are drawn together. columns: of each task, sums [U] of scores in [0, 1].
 
     Where every row of a column is 0, or every row 1, all resamples are equal and would claim
     certainty. The interval of one such column is Wilson's; in a mean of several, its truth is drawn

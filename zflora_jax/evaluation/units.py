@@ -32,12 +32,11 @@ def shared_units(names: Sequence[str]) -> list[int] | None:
       names: of the unit of each row; "" of a row that belongs to no other.
 
     Returns:
-      One number per row; None where each row is alone, and where all belong to one unit, which
-      does not show how units differ.
+      One number per row; None where each row is alone.
     """
     numbers: dict[str | int, int] = {}
     found = [numbers.setdefault(name or row, len(numbers)) for row, name in enumerate(names)]
-    return found if 1 < len(numbers) < len(found) else None
+    return found if len(numbers) < len(found) else None
 
 
 def by_unit(scores: np.ndarray, units: Sequence[int] | None) -> Column:
@@ -45,17 +44,23 @@ def by_unit(scores: np.ndarray, units: Sequence[int] | None) -> Column:
 
     Args:
       scores: [..., R].
-      units: the number of each row's unit, [R]; None: each row is alone.
+      units: the number of each row's unit, [R]; None: each row is alone. Rows of one unit only are
+        alone, too, because one unit does not show how units differ.
+
+    Returns:
+      Their sums [..., U] and numbers of rows [U].
 
     Raises:
-      ConfigError: there are not as many units as rows.
+      ConfigError: there are not as many numbers as rows.
     """
-    if units is None:
-        return Column(scores, np.ones(scores.shape[-1], np.int64))
+    count = scores.shape[-1]
+    numbers = np.arange(count) if units is None else np.asarray(units)
     require(
-        len(units) == scores.shape[-1],
-        f"{scores.shape[-1]} rows have {len(units)} units; each row must name its own.",
+        len(numbers) == count,
+        f"units must have one number for each row: got {len(numbers)} numbers for {count} rows.",
     )
-    order = np.argsort(units, kind="stable")
-    _, starts, rows = np.unique(np.take(units, order), return_index=True, return_counts=True)
+    if len(np.unique(numbers)) < 2:
+        numbers = np.arange(count)
+    order = np.argsort(numbers, kind="stable")
+    _, starts, rows = np.unique(numbers[order], return_index=True, return_counts=True)
     return Column(np.add.reduceat(scores[..., order], starts, axis=-1), rows)

@@ -71,7 +71,7 @@ class Comparison:
     about: str = ""
 
     def __post_init__(self) -> None:
-        self._check_contrasts()
+        self._check_contrasts()  # first, as its message says what a pair is
         check_types(self)
         self._check_names()
         for name in ("methods", "learning_rates", "seeds"):
@@ -95,10 +95,12 @@ class Comparison:
 
     def _check_names(self) -> None:
         """Runs and their files have names of their own."""
-        for name in (self.name, *self.methods):
+        names = {"name": [self.name], "methods": self.methods}
+        for field_name, name in [(key, name) for key, given in names.items() for name in given]:
             require(
                 bool(name) and not set(name) & set("/\\"),
-                f"comparison: {name!r} names files; it must have letters and no slash.",
+                f"comparison.{field_name}: {name!r} is part of file names, so it must not be empty"
+                " or hold a slash.",
             )
         for field_name in ("learning_rates", "seeds", "tasks", "transfer", "contrasts"):
             given = getattr(self, field_name)

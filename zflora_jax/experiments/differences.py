@@ -23,7 +23,6 @@ Scored = Mapping[str, Mapping[str, Any]]
 
 POINTS = 100.0  # the score of a row that is right
 
-
 # Task -> the number of the unit that each of its rows belongs to, such as a dialogue.
 Units = Mapping[str, Sequence[int]]
 # Task, or ALL -> the difference of two methods.
@@ -82,10 +81,19 @@ def _require_same_rows(task: str, runs: Iterable[Scored]) -> None:
     )
 
 
-def units_of(runs: Iterable[Scored], measure: str) -> Units:
-    """The units of rows, from whichever records keep them: all records are of the same rows, and
-    only those of earlier versions keep none.
+def units_of(runs: Sequence[Scored], tasks: Sequence[str], measure: str) -> Units:
+    """The units of rows, from whichever records keep them: those of earlier versions keep none.
+
+    Args:
+      runs: the scores of all models that are compared.
+      tasks: that are compared.
+      measure: whose rows they are.
+
+    Raises:
+      ConfigError: the records of a task are of different rows.
     """
+    for task in tasks:
+        _require_same_rows(task, [run for run in runs if task in run])
     kept = [
         (task, of[UNITS].get(measure)) for run in runs for task, of in run.items() if UNITS in of
     ]
@@ -197,7 +205,8 @@ def compare_runs(
     """
     runs = {label: scores_by_seed(of) for label, of in chosen.items()}
     reference, found = runs.get(plan.reference, {}), dict[str, TaskGaps]()
-    units = units_of([base, *(one for of in runs.values() for one in of.values())], measure)
+    scored = [base, *(one for of in runs.values() for one in of.values())]
+    units = units_of(scored, plan.tasks, measure)
     if reference and base and all(ROWS in of for of in base.values()):
         found[BASE] = differences({UNTRAINED: base}, reference, plan.tasks, measure, units)
     tasks = informative(plan.tasks, found.get(BASE))

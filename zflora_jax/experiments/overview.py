@@ -45,24 +45,24 @@ LESS = "test loss less the reference's"
 Gaps = Mapping[str, Difference]
 
 
-def page_name(names: Sequence[str], others: Sequence[str] = ()) -> str:
-    """The file name of the page over comparisons of these names, and beside pages of `others`.
+def page_name(plans: Sequence[Comparison], others: Sequence[str] = ()) -> str:
+    """The file name of the page over these comparisons, and beside pages of the names `others`.
 
     Raises:
       ConfigError: a comparison's own page would have that name, or two would have one title on it.
     """
-    stem = names[0].partition("_")[0]
+    stem = plans[0].name.partition("_")[0]
     require(
-        stem not in (*names, *others),
+        stem not in (*(plan.name for plan in plans), *others),
         f"sweep {stem!r}: its page would be the overview's, {stem}.md; give it a name of two"
         f" words, such as {stem}_first.",
     )
-    titles = [name.partition("_")[2] or name for name in names]
-    alike = [name for name, title in zip(names, titles, strict=True) if titles.count(title) > 1]
+    titles = [plan.title for plan in plans]
+    alike = [plan.name for plan in plans if titles.count(plan.title) > 1]
     require(
         not alike,
-        f"sweeps {', '.join(alike)}: their page shows names without the first word, which are the"
-        " same; give them different ones.",
+        f"sweeps {', '.join(alike)}: the page over them shows names without the first word and"
+        " categories, and these are the same; change one of them.",
     )
     return f"{stem}.md"
 
@@ -81,7 +81,7 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     Raises:
       ConfigError: as for `page_name`.
     """
-    path = Path(out) / page_name([plan.name for plan in plans])
+    path = Path(out) / page_name(plans)
     there = [plan for plan in plans if (Path(out) / f"{plan.name}.md").is_file()]
     if not there:
         return None
