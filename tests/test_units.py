@@ -12,6 +12,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.mixture import TrainedOn
+from zflora_jax.data.tasks import load_examples
 from zflora_jax.evaluation.paired import paired_difference
 from zflora_jax.evaluation.statistics import (
     DIGEST,
@@ -22,7 +23,7 @@ from zflora_jax.evaluation.statistics import (
     rows_kept,
     scores_of,
 )
-from zflora_jax.evaluation.suite import evaluate_tasks
+from zflora_jax.evaluation.suite import evaluate_tasks, kept_scores
 from zflora_jax.evaluation.units import by_unit, shared_units
 from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.differences import compare_runs
@@ -124,6 +125,22 @@ def test_units_of_other_rows_are_refused():
         paired_difference([gap], [gap], units=[[0, 1]])
 
 
+def test_rows_of_one_s_own_that_begin_alike_share_a_unit(tmp_path):
+    def talk(*said):
+        roles = ("user", "assistant")
+        turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+        return {"messages": turns}
+
+    talks = [talk("Hi.", "Yes?"), talk("Hi.", "Yes?", "Bye.", "Bye."), talk("Hello.", "Yes?")]
+    asked = [{"instruction": text, "output": "4"} for text in ("2 + 2?", "2 + 2?", "1 + 3?")]
+    for rows in (talks, asked):
+        (tmp_path / "train.json").write_text(json.dumps(rows))
+        data = dataclasses.replace(TASK_DATA, data_dir=str(tmp_path / "train.json"))
+        examples = load_examples("rows", "train", data)
+        found = sorted(example.unit for example in examples)
+        assert len(found) == 3 and len(set(found)) == 2 and all(found)
+
+
 def test_dialogues_are_drawn_whole_from_their_file_to_the_differences(model, tmp_path):
     """WOZ: the turns of a dialogue share a unit in records, those of clean rows are kept, and a
     comparison finds them in whichever record has them.
@@ -152,6 +169,7 @@ def test_dialogues_are_drawn_whole_from_their_file_to_the_differences(model, tmp
     assert [row["contaminated"] for row in rows] == [True] + [False] * 5
     (kept,) = summary["tasks"]
     assert kept[UNITS]["accuracy"] == kept[UNITS]["rougeL"] == "0 1 1 1 2"
+    assert kept_scores(summary)["woz"][UNITS] == kept[UNITS]  # as a sweep's record has them
 
     plan = Comparison(
         "units",
