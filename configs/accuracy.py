@@ -79,15 +79,51 @@ SEEDS = (0, 1, 2)
 # The methods of the primary question, in the first table of each category.
 MORE_SEEDS = dict.fromkeys(PAIR, (3, 4, 5))
 
-# What a reader has to know of all tables, and what P1 was answered.
+# What a reader has to know of all tables.
 ABOUT = (
     "SmolLM2-135M-Instruct in bfloat16, trained for 240 steps of 1024 tokens, all methods with"
     " about the number of trainable parameters of LoRA r=16 (4.9M; ffa has 2.4M; in rank4 and"
     " rank64 that of LoRA with these ranks). What was asked, the margins and what was changed on"
-    " the way: [experiments](../docs/experiments.md).\n\n"
-    "Is zflora-minimal as good as LoRA? In commonsense yes. In math yes on arithmetic; math_data"
-    " has too few questions to tell. In dialogue it stays open: yes on DialogSum's summaries,"
-    " though narrowly, and on WOZ's belief states a loss of up to 3.3 points is not excluded.\n\n"
+    " the way: [experiments](../docs/experiments.md). As good as LoRA: the 95% interval of the"
+    " difference excludes a loss of more than 3 points (ROUGE-L: 1.5). These margins were fixed"
+    " before the runs."
+)
+# The questions of docs/experiments.md, and what the tables answer.
+ANSWERS = {
+    "Is zflora-minimal as good as LoRA?": (
+        "Commonsense: yes (cloze). Math: yes on arithmetic; math_data has too few questions to"
+        " tell. Dialogue: open; yes on DialogSum's summaries, though narrowly, and on WOZ's belief"
+        " states a loss of up to 3.3 points is not excluded."
+    ),
+    "Which of the zFLoRA family is best?": (
+        "Not told apart: the means of zflora-uniform, ffba and ffa lie 1.1 points below"
+        " zflora-minimal, and the intervals reach from -2.6 to +0.4, on rows alone (arithmetic)."
+    ),
+    "Is the attention enough?": (
+        "Not for zflora-minimal: on attention kernels alone it scores 3.0 to 6.3 points less than"
+        " LoRA on all kernels. LoRA on attention kernels alone lies within the margin. Both on rows"
+        " alone (arithmetic)."
+    ),
+    "How does LoRA compare with its descendants?": (
+        "DoRA is as good, on rows alone, and PiSSA, though not by the three seeds alone; rsLoRA and"
+        " LoRA+ are undecided, and LoRA+ has the lowest held-out loss (arithmetic)."
+    ),
+    "Does the answer depend on the rank?": (
+        "At r = 64 zflora-minimal is as good, too, though not by the three seeds alone (rank64). At"
+        " r = 4 it is undecided, and its held-out loss is higher with each of three seeds (rank4)."
+    ),
+    "Which part of zflora-minimal does the work?": (
+        "The carried state alone is close to the whole (-1.6 to +1.1 points). The MLP units alone"
+        " lie 0.6 to 3.6 points below the whole. Both on rows alone, not corrected for ten"
+        " contrasts (arithmetic)."
+    ),
+    "Do LoRA+'s rates help zflora-minimal, too?": (
+        "They lower its held-out loss on arithmetic, with each of three seeds. No score is clear,"
+        " and in cloze form one run does not confirm it: the validation loss is higher, the test"
+        " loss lower."
+    ),
+}
+NAMES = (
     "Methods whose names say little: zflora-uniform and ffba are wider members of the family, ffa"
     " the narrowest; `-attention` has adapters on q, k, v and o alone; state-alone and units-alone"
     " are the two parts of zflora-minimal, each at the size of the whole; zflora-minimal-plus has"
@@ -110,6 +146,10 @@ READING = {
         " Six seeds exclude a loss of more than 2.2 points. (Three of the six had been looked at"
         " before, and gave -0.1 [-4.8, +4.8].) Of the other methods zflora-minimal on attention"
         " kernels alone is worse, with 37.6%; no other difference of scores to LoRA is clear.\n\n"
+        "By number of steps, one to five, LoRA solves 75.6, 52.0, 35.0, 29.5 and 18.8% and"
+        " zflora-minimal 75.8, 50.2, 34.4, 28.3 and 19.8%, the untrained model 4.5% and then 0.5."
+        " zflora-minimal on attention kernels alone, with three seeds, loses at every number (71.7,"
+        " 46.5, 28.3, 24.5, 17.0).\n\n"
         "LoRA's held-out loss is lower than zflora-minimal's by 0.002 of 0.082 (on validation that"
         " is not clear: 0.001 [-0.001, 0.003]) and than zflora-uniform's by 0.003.\n\n"
         "LoRA's descendants, with three seeds: DoRA solves 42.5% and PiSSA 42.1%, which lies within"
@@ -117,21 +157,23 @@ READING = {
         " has the lowest held-out loss, 0.005 below LoRA's. rsLoRA, PiSSA and what has LoRA+'s"
         " rates need the lowest rate that was tried, ffba the highest.\n\n"
         "The family: zflora-uniform, ffba and ffa (with half of the parameters) solve 41.1%; three"
-        " seeds do not tell them from LoRA, and place them 2.6 points below to 0.4 above"
-        " zflora-minimal.\n\n"
+        " seeds do not tell them from LoRA. Their means lie 1.1 points below zflora-minimal, with"
+        " intervals from -2.6 to +0.4, on rows alone.\n\n"
         "Attention kernels alone, with as many parameters: LoRA solves 41.0%, which lies within the"
         " margin, on rows alone (if seeds moved it as they move other methods, it would be"
         " undecided), and its held-out loss is 0.007 higher. zflora-minimal needs more than the"
-        " attention: its 37.6% are 3.0 to 6.3 points below LoRA, 1.9 to 7.2 below the whole method"
-        " and 2.0 to 4.9 below LoRA on the same kernels, with held-out losses higher by 0.016,"
-        " 0.013 and 0.009.\n\n"
+        " attention: its 37.6% are 3.0 to 6.3 points below LoRA (on rows alone), 1.9 to 7.2 below"
+        " the whole method and 2.0 to 4.9 below LoRA on the same kernels, with held-out losses"
+        " higher by 0.016, 0.013 and 0.009. Of the ten contrasts between methods only that one,"
+        " between both on attention kernels, holds after Holm's correction (p = 0.002, all others"
+        " 0.06 or more).\n\n"
         "The parts, each with as many parameters: the carried state alone solves 41.9%, which is"
         " 1.6 points below the whole method to 1.1 above it, and the MLP units alone 40.1%, which"
         " is 3.6 to 0.6 below it and 3.4 to 0.3 below the state alone. So either part learns most"
         " of it, and nothing shows that the units add to the state. That the state adds to the"
-        " units rests on rows alone, is not corrected for ten contrasts (Holm's p are 0.06 and"
-        " 0.11), and the units are at the highest rate tried, so a higher one may be better. Both"
-        " are undecided against LoRA, whose held-out loss is lower than that of the units alone by"
+        " units rests on rows alone, does not hold after Holm's correction (p = 0.06 and 0.11), and"
+        " the units are at the highest rate tried, so a higher one may be better. Both are"
+        " undecided against LoRA, whose held-out loss is lower than that of the units alone by"
         " 0.009; the state's is not clearly higher.\n\n"
         "LoRA+'s rates with zflora-minimal: the held-out loss is lower with each of three seeds, by"
         " 0.0045 [0.0031, 0.0058]. The answers, 42.7%, move by 2.6 points between seeds, and"
@@ -144,28 +186,48 @@ READING = {
         " open."
     ),
     "accuracy_woz": (
-        "Undecided, by little: both methods learn belief states, from no turn whose whole state is"
-        " right (joint goal accuracy) to 78.6% (LoRA) and 77.6%, with held-out losses of 0.100 and"
-        " 0.096. LoRA moves more between seeds (by 2.9 points, and zflora-minimal by 1.0). Six"
-        " seeds leave a loss of 3.3 points open, a little more than the margin."
+        "Undecided, by little: both methods learn belief states, from no turn whose goals are all"
+        " right (joint goal accuracy; what the user requests is not compared) to 78.6% (LoRA) and"
+        " 77.6%, with held-out losses of 0.100 and 0.096. LoRA moves more between seeds (by 2.9"
+        " points, and zflora-minimal by 1.0). Six seeds leave a loss of 3.3 points open, a little"
+        " more than the margin.\n\n"
+        "Differences draw whole dialogues (250 of them), the intervals of single methods turns."
     ),
     "accuracy_dialogsum": (
         "As good, narrowly: both methods double the untrained model's ROUGE-L, from 19.3 to 38.2,"
         " and differ by 0.0, within 1.3 to each side, where the margin is 1.5. Held-out losses are"
         " 1.560 and 1.574.\n\n"
         "The three seeds alone, without the rows (Student's t), leave 1.6 to each side, more than"
-        " the margin. Both are best at the lowest rate tried: 450 rows are seen often."
+        " the margin. Both are best at the lowest rate tried."
+    ),
+    "accuracy_rank4": (
+        "Undecided: with a quarter of the parameters LoRA solves 41.1% of the arithmetic problems"
+        " and zflora-minimal 39.6%, from 1.3% untrained. Three seeds leave a loss of 5.0 points"
+        " open. LoRA's held-out loss is lower with every seed, by 0.004 of 0.083, and so it is on"
+        " validation, by 0.005.\n\n"
+        "zflora-minimal has 4% fewer parameters here, as its widths are whole numbers (r = 5, m ="
+        " 5). Both are best at the highest rate tried, 4.5e-3, and at r = 16 at 1.5e-3, so a higher"
+        " one may be better. Less r = 16 with the same rows and seeds, LoRA has -1.2 [-2.6, +0.2],"
+        " on rows alone, and zflora-minimal -2.6 [-6.3, +1.1]."
     ),
     "accuracy_rank64": (
         "As good: with four times the parameters LoRA solves 41.6% of the arithmetic problems and"
         " zflora-minimal 42.2%, from 1.3% untrained. Three seeds exclude a loss of more than 2.2"
-        " points. Neither gains by the parameters: at r = 16 they solve 42.2 and 41.7%.\n\n"
+        " points. No gain by the parameters is shown: less r = 16 with the same rows and seeds,"
+        " LoRA has -0.7 [-4.0, +2.7] and zflora-minimal, at another rate and on rows alone, +0.1"
+        " [-1.2, +1.4].\n\n"
         "Held-out losses are 0.080 and 0.081, a difference that is not clear. The three seeds"
         " alone, without the rows (Student's t), leave -3.4 to +4.7 points: undecided. Of two rates"
         " LoRA chose 1.5e-3 and zflora-minimal 5e-4, the lowest, though its losses at both are"
         " nearly equal (0.0737 and 0.0741 on validation)."
     ),
 }
+
+
+def about() -> str:
+    """What stands above all tables, with the questions and answers as one."""
+    answers = [f"| {question} | {answer} |" for question, answer in ANSWERS.items()]
+    return "\n\n".join([ABOUT, "\n".join(["| question | answer |", "|---|---|", *answers]), NAMES])
 
 
 def table(
@@ -201,7 +263,7 @@ def table(
         margin=margin,
         settings={label: of for label, of in SETTINGS.items() if label in methods},
         reading=READING.get(name, ""),
-        about=ABOUT,
+        about=about(),
         more_seeds=MORE_SEEDS if primary else {},
         contrasts=tuple(pair for pair in CONTRASTS if set(pair) <= methods.keys()),
         category=category,

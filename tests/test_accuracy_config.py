@@ -2,15 +2,21 @@
 configs that look closer at its cloze table.
 """
 
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.cli.inputs import load_config
 from zflora_jax.core.presets import preset
+from zflora_jax.data.builders.steps import LEVELS
+from zflora_jax.evaluation.paired import paired_difference
+from zflora_jax.evaluation.statistics import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,3 +109,41 @@ def test_pages_say_what_their_config_reads_in_them(name):
         page = (ROOT / "results" / f"{plan.name}.md").read_text(encoding="utf-8")
         assert plan.reading in page and plan.about in overview, plan.name
         assert plan.reading.partition("\n\n")[0] in overview, plan.name
+
+
+def row_scores(table: str, label: str) -> dict[int, np.ndarray]:
+    """Seed -> points of each arithmetic problem, of a method's scored runs."""
+    found = json.loads((ROOT / "results" / f"{table}.json").read_text(encoding="utf-8"))
+    scored = [run for run in found["runs"] if run["method"] == label and run.get("scores")]
+    texts = {run["seed"]: run["scores"]["arithmetic_steps"][ROWS]["accuracy"] for run in scored}
+    return {seed: 100.0 * np.asarray(list(map(int, text))) for seed, text in texts.items()}
+
+
+def test_arithmetic_is_read_by_number_of_steps(accuracy):
+    """Row i of the test problems has 1 + i % LEVELS steps; the figures are those of the records."""
+
+    def solved(runs: Iterable[np.ndarray]) -> list[str]:
+        rows = np.stack(list(runs))
+        return [f"{rows[:, i::LEVELS].mean():.1f}" for i in range(LEVELS)]
+
+    [reading] = [plan.reading for plan in accuracy if plan.name == "accuracy_arithmetic"]
+    for label in ("lora", "zflora-minimal"):
+        shares = solved(row_scores("accuracy_arithmetic", label).values())
+        assert f"{', '.join(shares[:-1])} and {shares[-1]}%" in reading
+    attention = row_scores("accuracy_arithmetic", "zflora-minimal-attention").values()
+    assert f"({', '.join(solved(attention))})" in reading
+    base = json.loads((ROOT / "results/accuracy_arithmetic/base.json").read_text(encoding="utf-8"))
+    text = base["result"]["scores"]["arithmetic_steps"][ROWS]["accuracy"]
+    assert solved([100.0 * np.asarray(list(map(int, text)))]) == ["4.5", *["0.5"] * 4]
+    assert "model 4.5% and then 0.5" in reading
+
+
+def test_what_more_parameters_gain_is_read_from_the_records(accuracy):
+    [reading] = [plan.reading for plan in accuracy if plan.name == "accuracy_rank64"]
+    for label in ("lora", "zflora-minimal"):
+        more, fewer = (
+            np.stack([row_scores(table, label)[seed] for seed in (0, 1, 2)])
+            for table in ("accuracy_rank64", "accuracy_arithmetic")
+        )
+        gain = paired_difference([more], [fewer], best=100.0)
+        assert str(gain) in reading and gain.of_rows_alone == (label == "zflora-minimal")
