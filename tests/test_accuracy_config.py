@@ -16,7 +16,7 @@ from zflora_jax.cli.inputs import load_config
 from zflora_jax.core.presets import preset
 from zflora_jax.data.builders.steps import LEVELS
 from zflora_jax.evaluation.paired import paired_difference
-from zflora_jax.evaluation.statistics import ROWS
+from zflora_jax.evaluation.statistics import ROWS, UNITS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -138,12 +138,25 @@ def test_arithmetic_is_read_by_number_of_steps(accuracy):
     assert "model 4.5% and then 0.5" in reading
 
 
-def test_what_more_parameters_gain_is_read_from_the_records(accuracy):
-    [reading] = [plan.reading for plan in accuracy if plan.name == "accuracy_rank64"]
+@pytest.mark.parametrize(
+    ("name", "on_rows_alone"),
+    [("accuracy_rank64", "zflora-minimal"), ("accuracy_rank4", "lora")],
+)
+def test_what_other_ranks_change_is_read_from_the_records(accuracy, name, on_rows_alone):
+    [reading] = [plan.reading for plan in accuracy if plan.name == name]
     for label in ("lora", "zflora-minimal"):
-        more, fewer = (
+        here, at_16 = (
             np.stack([row_scores(table, label)[seed] for seed in (0, 1, 2)])
-            for table in ("accuracy_rank64", "accuracy_arithmetic")
+            for table in (name, "accuracy_arithmetic")
         )
-        gain = paired_difference([more], [fewer], best=100.0)
-        assert str(gain) in reading and gain.of_rows_alone == (label == "zflora-minimal")
+        change = paired_difference([here], [at_16], best=100.0)
+        assert str(change) in reading and change.of_rows_alone == (label == on_rows_alone)
+
+
+def test_some_record_of_woz_has_its_dialogues(accuracy):
+    """So that its differences draw them whole (`differences.units_of`)."""
+    base = json.loads((ROOT / "results/accuracy_woz/base.json").read_text(encoding="utf-8"))
+    units = base["result"]["scores"]["woz"][UNITS]["accuracy"].split()
+    assert len(units) == 1000 and len(set(units)) == 250
+    [reading] = [plan.reading for plan in accuracy if plan.name == "accuracy_woz"]
+    assert "draw whole dialogues (250 of them)" in reading
