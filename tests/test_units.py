@@ -91,6 +91,15 @@ def test_rows_written_several_times_say_no_more_than_once():
         assert as_dicts(scores_of(rows))["accuracy"] == pytest.approx(of_two)
 
 
+def test_few_dialogues_are_not_certainty():
+    """The rule of three and the sign test count dialogues, and not their turns."""
+    won, units = np.full((3, 4), 100.0), np.repeat(np.arange(4), TURNS)
+    once = paired_difference([won], [won * 0], best=100.0)
+    turns = np.repeat(won, TURNS, axis=1)
+    assert paired_difference([turns], [turns * 0], best=100.0, units=[units]) == once
+    assert once.p == 1 / 8 and once.low == 100 - 200 * 3 / 4
+
+
 def test_units_count_by_their_rows():
     """A long dialogue counts as much as its turns."""
     records = [{"correct": True, "unit": 0}] * 9 + [{"correct": False, "unit": 1}]
@@ -123,6 +132,8 @@ def test_units_of_other_rows_are_refused():
     gap = np.zeros((2, 3))
     with pytest.raises(ConfigError, match="one number for each row: got 2 numbers for 3 rows"):
         paired_difference([gap], [gap], units=[[0, 1]])
+    with pytest.raises(ConfigError, match="got units of 2 tasks, and 1 tasks"):
+        paired_difference([gap], [gap], units=[[0, 1, 2], None])
 
 
 def test_rows_of_one_s_own_that_begin_alike_share_a_unit(tmp_path):
@@ -169,6 +180,8 @@ def test_dialogues_are_drawn_whole_from_their_file_to_the_differences(model, tmp
     assert [row["contaminated"] for row in rows] == [True] + [False] * 5
     (kept,) = summary["tasks"]
     assert kept[UNITS]["accuracy"] == kept[UNITS]["rougeL"] == "0 1 1 1 2"
+    page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
+    assert "those of one dialogue are drawn together" in page
     assert kept_scores(summary)["woz"][UNITS] == kept[UNITS]  # as a sweep's record has them
 
     plan = Comparison(

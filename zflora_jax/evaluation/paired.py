@@ -83,7 +83,9 @@ def paired_difference(
     """
     gaps = _gaps(method, reference)
     seeds = len(gaps[0])
-    columns = [by_unit(gap, of) for gap, of in zip(gaps, units or [None] * len(gaps), strict=True)]
+    units = [None] * len(gaps) if units is None else units
+    require(len(units) == len(gaps), f"got units of {len(units)} tasks, and {len(gaps)} tasks.")
+    columns = [by_unit(gap, of) for gap, of in zip(gaps, units, strict=True)]
     drawn, order = _draws(tuple(len(column.rows) for column in columns), resamples, seed)
     means = np.zeros(resamples)
     for column, counts in zip(columns, drawn, strict=True):

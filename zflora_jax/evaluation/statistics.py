@@ -125,11 +125,15 @@ def _column(records: Sequence[Record], key: str) -> Column:
 
 def bootstrap(columns: Sequence[Column], seed: int) -> Score:
     """The mean of the columns' means; its interval: the 2.5% and 97.5% quantiles over resampled
-    columns. Rows of a unit are drawn together. columns: of each task, sums [U] of scores in [0, 1].
+    columns. Rows of a unit are drawn together.
 
     Where every row of a column is 0, or every row 1, all resamples are equal and would claim
     certainty. The interval of one such column is Wilson's; in a mean of several, its truth is drawn
     from the posterior of a uniform prior.
+
+    Args:
+      columns: of each task, the sums [U] of scores in [0, 1] and the numbers of rows [U].
+      seed: of the resamples.
     """
     draw = np.random.default_rng(seed)
     means = np.zeros((2, _RESAMPLES))  # for the lower end and the upper one

@@ -104,7 +104,11 @@ def _certainty(gap: Difference, wanted: int | None) -> dict[str, Any]:
 
 def gap_text(gap: Difference) -> str:
     """A difference with its interval, and whether seeds had a part in it (`ROWS_ALONE`)."""
-    return f"{gap} °" if gap.of_rows_alone else str(gap)
+    return f"{gap}{_mark(gap)}"
+
+
+def _mark(gap: Difference) -> str:
+    return " °" if gap.of_rows_alone else ""
 
 
 def is_whole(plan: Comparison, label: str, gap: Difference) -> bool:
@@ -156,7 +160,7 @@ def draw_differences(
         for method, of in drawn.items():
             gap = headline(of)
             is_faint = not is_whole(plan, method, gap)
-            name = f"{method} °" if gap.of_rows_alone else method
+            name = f"{method}{_mark(gap)}"
             said = verdict_of(plan, method, gap)
             add(first, f"{name}, {said}" if said else name, gap, is_faint)
             for task in [task for task in of if several and task != ALL]:
