@@ -133,13 +133,13 @@ def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, mo
     (tmp_path / "link").symlink_to(base_dir)
     given_base(override(run, {"model": "link"}), load_model(base_dir))
     model = load_model(base_dir)
-    model.source = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.source = "HuggingFaceTB/SmolLM2-360M-Instruct"
     monkeypatch.setattr(base, "_on_disk", lambda source: None)  # as where the hub cannot be reached
-    given_base(override(run, {"model": "smollm2-135m"}), model)
+    given_base(override(run, {"model": "smollm2-360m"}), model)
     assert caplog.text == ""
     given_base(run, model)
     assert (
-        "the base was loaded from HuggingFaceTB/SmolLM2-135M-Instruct, but the run says"
+        "the base was loaded from HuggingFaceTB/SmolLM2-360M-Instruct, but the run says"
         f" model={base_dir}" in caplog.text
     )
 

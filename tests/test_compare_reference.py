@@ -244,6 +244,15 @@ def test_tables_of_the_runs_that_are_there(two_steps, tmp_path, scored, fake_tra
     assert not (out / "paired_two" / "base.json").exists()
 
 
+def test_a_measure_that_the_tasks_lack_is_named_before_a_run(
+    two_steps, tmp_path, scored, fake_train
+):
+    plan = reference_plan(two_steps, measure="likelihood_norm")
+    with pytest.raises(ConfigError, match="measure 'likelihood_norm': the tasks were scored by"):
+        compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)
+    assert not fake_train.runs
+
+
 def test_a_reference_alone_has_no_differences(two_steps, tmp_path, scored, fake_train):
     plan = reference_plan(two_steps).only(["lora"])
     compare_methods(plan, tmp_path / "runs", tmp_path / "out", console=False)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import pytest
 
+from zflora_jax.cli.sweep import _changed
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import EvalConfig, RunConfig
@@ -30,11 +32,14 @@ PLAN = Comparison(
 )
 
 
-def written(plan: Comparison, command: str) -> str:
+READ = dataclasses.replace(PLAN, about="One model.", reading="As good.\n\nIn detail.")
+
+
+def written(plan: Comparison, command: str, missing: Sequence[str] = ()) -> str:
     """The page of a comparison without a run."""
     env = environment() | {"command": command}
     losses = {"validation": 1.0, "test": 2.0}
-    found = {"rows": [], "missing": [], "runs": [], "base": losses, "environment": env}
+    found = {"rows": [], "missing": missing, "runs": [], "base": losses, "environment": env}
     return "\n\n".join(page.comparison_page(plan, found, {}, Differences({}, {}, {})))
 
 
@@ -49,11 +54,26 @@ def test_what_the_command_of_a_page_makes():
         ("boolq", "chat,"),
         ("arc_easy_cloze+openbookqa_cloze", "plain, as of all cloze tasks,"),
         ("arc_easy_cloze+boolq", "chat,"),
+        ("arc_easy_cloze*1+openbookqa_cloze*3", "plain, as of all cloze tasks,"),
     ],
 )
 def test_cloze_tasks_have_no_template(task, style):
     plan = dataclasses.replace(PLAN, base=override(PLAN.base, {"data.task": task}))
     assert f"prompt style {style} loss on" in written(plan, "sweep")
+
+
+def test_the_rows_that_are_scored_are_of_their_split():
+    scoring = EvalConfig(split="validation", limit=200, clean_only=True)
+    assert page._rows_scored(scoring) == "The first 200 clean rows of each validation set"
+
+
+def test_documents_that_were_cut_are_counted():
+    run = {"train_rows": 450, "train_rows_dropped": 0, "test_rows": 1, "test_tokens": 1}
+    env = environment() | {"command": "sweep"}
+    found = {"rows": [], "missing": [], "base": {"validation": 1.0, "test": 2.0}}
+    for cut, said in ((15, "left out, 15 cut to fit)"), (0, "left out)")):
+        runs = [run | {"train_documents_cut": cut}]
+        assert said in page._setting(PLAN, found | {"runs": runs, "environment": env})
 
 
 def test_transfer_tasks_are_said_not_to_count():
@@ -115,14 +135,32 @@ def found_page(plan: Comparison, folder, gaps: dict[str, Difference], **row) -> 
 
 def test_the_overview_begins_with_what_was_read(tmp_path):
     """What holds of all comparisons, then the first paragraph of each reading; the page has all."""
-    plan = dataclasses.replace(PLAN, about="One model.", reading="As good.\n\nIn detail.")
+    plan = dataclasses.replace(READ, methods={"ffa": AdapterConfig("ffa")}, reference="")
     text = found_page(plan, tmp_path, {})
     assert text.startswith("# Pages\n\nOne model.\n\n- [one](pages_one.md): As good.\n\n")
     assert "In detail" not in text
     assert written(plan, "sweep").startswith("# pages_one\n\nAs good.\n\nIn detail.\n\n")
     other = dataclasses.replace(plan, name="pages_two")
-    (tmp_path / "pages_two.md").touch()
+    found_page(other, tmp_path, {})
     assert overview([plan, other], tmp_path).read_text().count("One model.") == 1
+
+
+def test_what_was_read_stands_above_all_runs_alone(tmp_path):
+    """Not where runs are missing, nor above those of other methods or settings."""
+    text = found_page(READ, tmp_path, {})  # of ffa, and lora is not run
+    assert "One model." not in text and "As good." not in text
+    whole = dataclasses.replace(READ, methods={"ffa": AdapterConfig("ffa")}, reference="")
+    found_page(whole, tmp_path, {})
+    text = overview([whole, dataclasses.replace(READ, name="pages_two")], tmp_path).read_text()
+    assert "One model." not in text and "- [one](pages_one.md): As good." in text
+    assert "As good." in written(READ, "sweep")
+    assert "As good." not in written(READ, "sweep", missing=["lora"])
+    assert READ.only(["lora", "ffa"]).reading and not READ.only(["lora"]).reading
+    logged, trained = (
+        _changed(READ, {key: "70"}, "") for key in ("train.log_every", "train.steps")
+    )
+    assert (logged.reading, logged.about) == (READ.reading, READ.about)
+    assert (trained.reading, trained.about) == ("", "") and trained.base.train.steps == 70
 
 
 @pytest.mark.parametrize(("high", "weak"), [(-1.0, "none"), (0.5, "boolq of one")])

@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import threading
 
-import jax
 import pytest
 
 from zflora_jax.cli import generate
@@ -57,21 +55,6 @@ def test_sigterm_loses_no_answer(base_dir, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["hi"]
-
-
-def test_sigterm_of_connected_processes_and_in_threads_is_left_alone(monkeypatch):
-    before, found = signal.getsignal(signal.SIGTERM), []
-
-    def inside():
-        with generate._terminated():
-            found.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=inside)
-    thread.start()
-    thread.join()
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    inside()
-    assert found == [before, before] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_answer_is_printed_once_those_before_it_are_there(

@@ -87,16 +87,14 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     adapter = AdapterConfig("lora", rank=2, targets="q|down")
-    model = Model(base.config, base.params, source="smollm2-135m")
+    model = Model(base.config, base.params, source="some-org/some-llama@v1")
     adapters = trees.unstack_layers(perturbed(base, adapter), 2)
     save_peft(tmp_path / "out", model, adapter, adapters)
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert settings[
-        "base_model_name_or_path"
-    ] == "HuggingFaceTB/SmolLM2-135M-Instruct" and settings["target_modules"] == [
-        "down_proj",
-        "q_proj",
-    ]
+    assert settings["base_model_name_or_path"] == "some-org/some-llama" and settings[
+        "target_modules"
+    ] == ["down_proj", "q_proj"]
+    assert settings["revision"] == "v1"
     assert (
         settings["r"],
         settings["lora_alpha"],

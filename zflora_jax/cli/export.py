@@ -14,6 +14,7 @@ from zflora_jax.cli.options import (
     join,
 )
 from zflora_jax.cli.output import print_table
+from zflora_jax.cli.stopping import terminated
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS
 
 SUMMARY = (
@@ -82,16 +83,17 @@ def run(args: argparse.Namespace) -> None:
 
     main = join(args)
     mesh = mesh_asked(changes(args), read_config(args.workdir))
-    report = export_run(
-        args.workdir,
-        args.out,
-        format=args.format,
-        dtype=args.dtype,
-        quant=args.quant,
-        checkpoint=args.checkpoint,
-        eps_z=args.eps,
-        context=args.context,
-        mesh=mesh,
-    )
+    with terminated():  # which leaves no half of a model beside --out
+        report = export_run(
+            args.workdir,
+            args.out,
+            format=args.format,
+            dtype=args.dtype,
+            quant=args.quant,
+            checkpoint=args.checkpoint,
+            eps_z=args.eps,
+            context=args.context,
+            mesh=mesh,
+        )
     if main:
         print_table(report, f"exported to {args.out}")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zflora_jax.cli.inputs import changes, mesh_asked
 from zflora_jax.cli.options import CommandParser, add_mesh, add_processes, add_source, join
+from zflora_jax.cli.stopping import terminated
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.quantize_config import STORED
 from zflora_jax.core.storage import as_path
@@ -253,35 +252,13 @@ def _answer_lines(
                 show(waiting)
                 waiting += 1
 
-        with _terminated():
+        with terminated():
             try:
                 given = settings | form | {"batch_size": args.batch_size}
                 generate_texts(model, prompts, on_answer=keep, **given)
             finally:
                 for i in sorted(answers):
                     show(i)
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """Within it SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt, once the program of
-    a batch has run. Not outside the main thread, where Python has no signals, nor among processes
-    that JAX connects, which takes SIGTERM itself.
-    """
-    from jax.distributed import is_initialized
-
-    def leave(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # another one must not cut a line
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread() or is_initialized():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _model_of(args: argparse.Namespace) -> Model:

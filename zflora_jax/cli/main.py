@@ -24,7 +24,7 @@ from zflora_jax.cli import (
 )
 from zflora_jax.cli.options import CommandParser
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, first_line
 from zflora_jax.core.storage import as_path, is_store_error
 from zflora_jax.reporting.files import local_path
 
@@ -32,6 +32,14 @@ from zflora_jax.reporting.files import local_path
 COMMANDS = (train, eval, generate, data, info, plot, export, plan, sweep, bench, quickstart)
 LOCAL_ONLY = (data, sweep, bench, quickstart)  # they write to directories, not to object storage
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+_SMALLER = (
+    "What takes less: train.remat=block, a smaller train.loss_chunk, more data.grad_accum_steps for"
+    " the same batch, a smaller batch_size of eval or of a sweep's scoring, a smaller --batch-size"
+    " of generate, bfloat16, quantize.kernels, or a mesh over more devices; `zflora plan` estimates"
+    " each without a device."
+)
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     Returns:
       The exit code: 0; 2 for input that cannot be used or files that cannot be written (the message
       says what to change); 3 for a non-finite loss; 75 for a training run that a signal stopped and
-      that the same command resumes.
+      that the same command resumes; 130 for another command that Ctrl-C ended.
     """
     args = _parser(command).parse_args(argv)
     handler = logging.StreamHandler()
@@ -61,6 +69,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         args.run(args)
     except Exception as error:
         return _ended_by(error)
+    except KeyboardInterrupt:
+        _leave(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
     finally:
         logger.removeHandler(handler)
         logger.propagate = True
@@ -77,6 +88,8 @@ def _ended_by(error: Exception) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(error, file=sys.stderr)
         return EXIT_STOPPED  # all processes stop together
+    if "RESOURCE_EXHAUSTED" in str(error) and type(error).__name__ == "JaxRuntimeError":
+        error = ConfigError(f"out of memory on the device: {first_line(error)} {_SMALLER}")
     of_input = isinstance(error, ConfigError | CheckpointError | NonFiniteError | OSError)
     if not of_input and not is_store_error(error):
         _leave(1, error)

@@ -215,6 +215,7 @@ def _changed(plan: _Plan, settings: dict[str, str], config: str) -> _Plan:
       ConfigError: the sweep gives one of these settings to each of its runs.
     """
     from zflora_jax.experiments.grid import Grid, combinations
+    from zflora_jax.training.identity import same_numbers
 
     own = set(_OF_RUNS)
     if isinstance(plan, Grid):
@@ -225,4 +226,7 @@ def _changed(plan: _Plan, settings: dict[str, str], config: str) -> _Plan:
             f"--set {given[0]}: {plan.name} gives it to each of its runs, so this would change"
             f" nothing. Change get_sweep() in {config}."
         )
-    return dataclasses.replace(plan, base=override(plan.base, settings))
+    base = override(plan.base, settings)
+    if not isinstance(plan, Grid) and not same_numbers(plan.base, base):
+        plan = plan.unread()
+    return dataclasses.replace(plan, base=base)

@@ -143,7 +143,7 @@ def _gaps(method: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> list
     return [np.subtract(a, b, dtype=np.float64) for a, b in zip(method, reference, strict=True)]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)  # a table of T tasks asks for T + 1
 def _draws(
     units: tuple[int, ...], resamples: int, seed: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
@@ -151,12 +151,13 @@ def _draws(
     resamples. Kept: the comparisons of a table are of the same rows, and this takes most of their
     time.
     """
-    rng = np.random.default_rng(seed)
-    drawn = [
+    rng, blocks = np.random.default_rng(seed), [1000] * (resamples // 1000) + [resamples % 1000]
+
+    def times(count: int, block: int) -> np.ndarray:
         # A unit is drawn once in the mean, and never 256 times.
-        rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.uint8)
-        for count in units
-    ]
+        return rng.multinomial(count, np.full(count, 1 / count), block).astype(np.uint8)
+
+    drawn = [np.concatenate([times(count, block) for block in blocks]) for count in units]
     return drawn, rng.permutation(resamples)
 
 

@@ -22,7 +22,13 @@ from zflora_jax.core.trees import flatten
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
-from zflora_jax.hf.load import HUB_IDS, load_model, load_tokenizer, locate, model_config
+from zflora_jax.hf.hub import HUB_IDS, packaged
+from zflora_jax.hf.load import (
+    load_model,
+    load_tokenizer,
+    locate,
+    model_config,
+)
 from zflora_jax.hf.tokenizer import tokenizer_state
 from zflora_jax.inference.text import stop_as_trained
 from zflora_jax.nn.quantize_model import require_stored_as
@@ -167,7 +173,10 @@ def numerics(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
 
 
 def _same_source(a: str, b: str) -> bool:
-    """Whether two names of models mean one: a preset and its hub id, or two paths of one place."""
-    if HUB_IDS.get(a, a) == HUB_IDS.get(b, b):
+    """Whether two names of models mean one: a preset and the hub id that it is fetched by, or two
+    paths of one place.
+    """
+    hub = [name if packaged(name) else HUB_IDS.get(name, name) for name in (a, b)]
+    if hub[0] == hub[1]:
         return True
     return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()

@@ -173,6 +173,10 @@ class Comparison:
             "comparison.contrasts needs comparison.reference, whose differences stand before them.",
         )
 
+    def unread(self) -> Comparison:
+        """The same without what was read in the tables of its runs, which others do not show."""
+        return dataclasses.replace(self, reading="", about="")
+
     def only(self, labels: Sequence[str] | None) -> Comparison:
         """The same with some of its methods, in its order; None: all.
 
@@ -195,7 +199,7 @@ class Comparison:
             return {label: of for label, of in given.items() if label in labels}
 
         return dataclasses.replace(
-            self,
+            self if set(labels) == set(self.methods) else self.unread(),
             methods=kept(self.methods),
             settings=kept(self.settings),
             more_seeds=kept(self.more_seeds),

@@ -93,9 +93,12 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     ]
     gaps = [(plan, of) for plan, of in gaps if of.keys() - {BASE}]
     lines = [f"# {path.stem.capitalize()}", ""]
-    for about in dict.fromkeys(plan.about for plan in there if plan.about):
-        lines += [about, ""]
-    if readings := [f"- {_link(plan)}: {_first(plan.reading)}" for plan in there if plan.reading]:
+    # What was read in the tables is of all their runs.
+    whole = [plan for plan in there if not _missing(plan, found[plan.name])]
+    if len(whole) == len(plans):
+        for about in dict.fromkeys(plan.about for plan in plans if plan.about):
+            lines += [about, ""]
+    if readings := [f"- {_link(plan)}: {_first(plan.reading)}" for plan in whole if plan.reading]:
         lines += [*readings, ""]
     if gaps:
         lines += _differences(plans, gaps, f"![Differences]({path.stem}.png)")
@@ -138,13 +141,21 @@ def _weak_tasks(plans: Sequence[Comparison], compared: Mapping[str, Differences]
     return [text] if known else []
 
 
+def _trained(found: Mapping[str, Any]) -> list[str]:
+    """The methods of a page."""
+    return [row["method"] for row in found.get("rows", ()) if row["method"] != BASE]
+
+
+def _missing(plan: Comparison, found: Mapping[str, Any]) -> list[str]:
+    """The runs that a page lacks, and of one that was made of some methods alone the others."""
+    missing = list(found.get("missing", ()))
+    return missing + [m for m in plan.methods if m not in (*_trained(found), *missing)]
+
+
 def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is compared, and what is missing; result: the comparison's JSON, None without a page."""
     found = result or {}
-    there = [row["method"] for row in found.get("rows", ()) if row["method"] != BASE]
-    missing = list(found.get("missing", ()))
-    # Of a page that was made of some methods alone, the others.
-    missing += [label for label in plan.methods if label not in (*there, *missing)]
+    missing = _missing(plan, found)
     # The plan's own base, unless settings were changed for its runs.
     base = from_file(RunConfig, found["config"]) if "config" in found else plan.base
     return {
@@ -153,7 +164,7 @@ def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:
         "steps": base.train.steps,
         "tokens": _tokens(base),
         "seeds": _seeds(plan),
-        "methods": len(there) or len(plan.methods),
+        "methods": len(_trained(found)) or len(plan.methods),
         "tasks scored": ", ".join(plan.tasks) or None,
         "measure": plan.measure or None,
         "margin": plan.margin,

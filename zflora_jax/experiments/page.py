@@ -11,6 +11,7 @@ from typing import Any
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import EvalConfig
 from zflora_jax.data.cloze import CLOZE
+from zflora_jax.data.mixture import parse_mixture
 from zflora_jax.evaluation.statistics import SuiteScore
 from zflora_jax.evaluation.summary import decoding, score_legend
 from zflora_jax.experiments.comparison import BASE, Comparison
@@ -118,7 +119,7 @@ def comparison_page(
     )
     return [
         f"# {plan.name}",
-        plan.reading,
+        plan.reading if not found["missing"] else "",  # it is of all runs
         _setting(plan, found),
         *difference_blocks(plan, compared, scores),
         _loss_table(trained),
@@ -135,7 +136,7 @@ def _setting(plan: Comparison, found: Result) -> str:
     run, base = plan.base, found["base"]
     first = next((r for r in found["runs"] if "test_rows" in r), None)
     packed = "packed " if run.data.packing else ""
-    cloze = all(name.endswith(CLOZE) for name in run.data.task.split("+"))
+    cloze = all(name.endswith(CLOZE) for name in parse_mixture(run.data.task)[0])
     style = "plain, as of all cloze tasks" if cloze else run.data.prompt_style
     plural = "s" if run.data.batch_size > 1 else ""
     loss_on = "prompt and completion" if run.data.train_on_prompt else "the completion only"
@@ -147,9 +148,10 @@ def _setting(plan: Comparison, found: Result) -> str:
     )
     untrained = f"Untrained: validation {base['validation']:.4f}, test {base['test']:.4f}"
     if first:
+        cut = first.get("train_documents_cut")
         text += (
             f" ({first['train_rows']} train examples, {first['train_rows_dropped']} longer ones"
-            " left out)"
+            f" left out{f', {cut} cut to fit' if cut else ''})"
         )
         untrained += f" ({first['test_rows']} rows, {first['test_tokens']} target tokens)"
     remarks = [
@@ -220,8 +222,9 @@ def _score_blocks(
     return [
         *blocks,
         (
-            f"{_rows_scored(plan.scoring)}, their number in round brackets;"
-            f" {decoding(to_dict(plan.scoring))}. Square brackets: the 95% interval over rows,"
+            f"{_rows_scored(plan.scoring)}, their number in round brackets"
+            f"{f'; {decoding(to_dict(plan.scoring))}' if plan.scoring.generate else ''}."
+            " Square brackets: the 95% interval over rows,"
             " of several seeds the means of its ends. ±: the standard deviation of seeds, which is"
             f" not in it. {_transfer(plan)}{score_legend(kinds)}"
         ),
@@ -257,7 +260,7 @@ def _transfer(plan: Comparison) -> str:
 
 
 def _rows_scored(scoring: EvalConfig) -> str:
-    limit, whose = scoring.limit, "of each test set"
+    limit, whose = scoring.limit, f"of each {scoring.split} set"
     if scoring.clean_only:
         return f"The first {limit} clean rows {whose}" if limit else f"All clean rows {whose}"
     return f"Clean rows, out of {f'the first {limit}' if limit else 'all'} {whose}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.model import Model
-from zflora_jax.hf.load import HUB_IDS
+from zflora_jax.hf.hub import HUB_IDS, is_hub_id, packaged
 from zflora_jax.nn.quantize_model import is_quantized, stored_text
 
 
@@ -25,8 +24,7 @@ def base_name(model: Model) -> str | None:
     source = model.source
     if source is None or source in HUB_IDS:
         return HUB_IDS.get(source or "")
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists()
-    return source if is_hub_id else Path(source).name
+    return source.partition("@")[0] if is_hub_id(source) else Path(source).name
 
 
 def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
@@ -45,7 +43,7 @@ def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any])
     title = f"# {base or model.config.traits.title}"
     title += f", {adapter.method} adapter fused in" if adapter else ""
     table = {
-        "base": base or "not recorded",
+        "base": f"{base or 'not recorded'}{_as_packaged(model)}",
         "parameters": f"{report['parameters']:,}",
         "dtype": report["dtype"],
         **({"kernels": report["quant"]} if "quant" in report else {}),
@@ -55,10 +53,20 @@ def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any])
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [zflora]"),
         *(*hub, "---", "", title, "", *_description(model, report), ""),
-        *("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in table.items())),
+        *("| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in table.items())),
         _USE.format(needs=_NEEDS if "quant" in report else ""),
     ]
     return "\n".join(lines)
+
+
+def _as_packaged(model: Model) -> str:
+    file = packaged(model.source or "")
+    return f", of the numbers that the blocks of {file.name} stand for" if file else ""
+
+
+def _cell(value: Any) -> str:
+    """A bar, as of the targets "q|v", would end the cell."""
+    return str(value).replace("|", "\\|")
 
 
 _NEEDS = (

@@ -85,6 +85,11 @@ def from_hf_config(
 
 def _refuse(hf: Mapping[str, Any]) -> None:
     """ConfigError that names what the forward pass has no code for."""
+    require(
+        not {"adapter", "train"} <= hf.keys(),
+        "config.json holds the settings of a training run, not a model: give its directory with"
+        " --workdir (zf.load_run).",
+    )
     require("model_type" in hf, f"config.json has no model_type; expected {' or '.join(FAMILIES)}.")
     require(
         not hf.get("quantization_config"),

@@ -5,6 +5,8 @@ and in buckets by way of a local copy.
 from __future__ import annotations
 
 import contextlib
+import glob
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +16,8 @@ from pathlib import Path
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.storage import as_path, is_url, objects
 from zflora_jax.hf.bucket import MARKER, download, listed, scratch, upload
+
+log = logging.getLogger(__name__)
 
 
 def export_target(path: str | os.PathLike[str]) -> Path:
@@ -65,7 +69,7 @@ def whole_directory(
             upload(folder, target)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    staging = _folder_beside(target)
     try:
         yield staging
         mask = _umask()
@@ -125,6 +129,18 @@ def _rename(staging: Path, target: Path) -> None:
     fsync(target.parent)
 
 
+def _folder_beside(target: Path) -> Path:
+    """A new temporary directory beside `target`; warns of those that killed exports left."""
+    prefix, suffix = f".{target.name}.", ".tmp"
+    if left := sorted(str(path) for path in target.parent.glob(f"{glob.escape(prefix)}*{suffix}")):
+        log.warning(
+            "%s: of an export to this place that was killed, or still runs. If none runs, delete"
+            " it.",
+            ", ".join(left),
+        )
+    return Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=target.parent))
+
+
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
     """A temporary directory on the file system of a file that is to be written, gone with the
@@ -135,7 +151,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        folder = _folder_beside(target)
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}. Choose a path that you may"

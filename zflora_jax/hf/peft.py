@@ -26,8 +26,8 @@ from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.directory import export_target, local_copy, whole_directory
+from zflora_jax.hf.hub import HUB_IDS, fetched, is_hub_id, packaged
 from zflora_jax.hf.keys import as_finite
-from zflora_jax.hf.load import HUB_IDS
 from zflora_jax.hf.peft_settings import CONFIG, ModuleLora, module_name, read_settings
 from zflora_jax.hf.shards import Shards
 from zflora_jax.parallel.distributed import on_main
@@ -84,6 +84,12 @@ def save_peft(
         raise ConfigError(
             f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
             " adapter into the model and use save_hf."
+        )
+    if (file := packaged(model.source or "")) is not None:
+        warnings.warn(
+            f"the adapter was trained beside the numbers of {file.name}, whose blocks have fewer"
+            f" bits than the weights of {HUB_IDS[str(model.source)]}, which readers will load.",
+            stacklevel=2,
         )
     kernels = tuple(resolve_adapter(model.config, adapter).blocks)
     tensors = peft_tensors(model.config, adapter, adapters)
@@ -150,6 +156,10 @@ def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) ->
         found = scale * adapter.divisor_of(rank)
         return int(found) if found == int(found) else found
 
+    source, revision = model.base or "", ""
+    if model.base is None:
+        source = HUB_IDS.get(model.source or "", model.source or "")
+        source, _, revision = source.partition("@") if is_hub_id(source) else (source, "", "")
     times = _factors(adapter)
     rank = times * adapter.rank
     ranks = {f"{k}_proj": times * adapter.rank_of(k) for k in kernels}
@@ -164,9 +174,7 @@ def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) ->
         "alpha_pattern": {name: a for name, a in alphas.items() if a != whole},
     }
     return {name: value for name, value in special.items() if value} | {
-        "base_model_name_or_path": HUB_IDS.get(model.source or "", model.source)
-        if model.base is None
-        else model.base or None,
+        "base_model_name_or_path": source or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -176,7 +184,7 @@ def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) ->
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "revision": None,
+        "revision": revision or None,
         "target_modules": sorted(f"{kernel}_proj" for kernel in kernels),
         "task_type": "CAUSAL_LM",
     }
@@ -204,7 +212,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     folded into its B; modules and layers that the directory does not adapt get zeros.
 
     Args:
-      path: the directory, or its URL.
+      path: the directory, its URL, or its hub id "org/name" or "org/name@revision".
       model: the base that the adapters are for.
 
     Returns:
@@ -216,7 +224,8 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
       CheckpointError: a file cannot be read, or tensors are missing, unexpected, misshapen for this
         model or not finite.
     """
-    directory = local_copy(path)
+    name = os.fspath(path)
+    directory = fetched(name, [CONFIG, "adapter_model.*"]) if is_hub_id(name) else local_copy(path)
     if not directory.is_dir():
         found = "that is a file" if directory.is_file() else "nothing is there"
         raise CheckpointError(

@@ -145,8 +145,9 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
       mesh: parameters are divided over it; None: whole, on the first device.
 
     Returns:
-      The model; activations are bfloat16 for a bfloat16 export, else float32, because few of jax's
-      backends have float16 kernels.
+      The model. Parameters have the dtype of the export where that keeps their numbers: not those
+      of codes, or of heads whose scale is undone, which are float32. Activations are bfloat16 for a
+      bfloat16 export, else float32, because few of jax's backends have float16 kernels.
 
     Raises:
       CheckpointError: as for `load_export`.
@@ -169,7 +170,11 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
         return form.inverse_heads(module_of(place), x, state=False)[inner]
 
     where = None if mesh is None else partial(placement, mesh, fused=True)
-    return Model(config, unflatten(gather(table, read, np.float32, where)))
+    computed = {name for name, place in table.items() if quant or form.turned(module_of(place))}
+    leaves = gather({name: table[name] for name in computed}, read, np.float32, where)
+    stored = {name: place for name, place in table.items() if name not in computed}
+    leaves |= gather(stored, read, np.dtype(manifest["dtype"]), where)
+    return Model(config, unflatten(leaves))
 
 
 def _block(

@@ -22,8 +22,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        advice = ""
+        if (path.parent / "adapter_config.json").exists():
+            advice = " It holds a PEFT adapter: give its base with --model, and it with --adapter."
         raise CheckpointError(
-            f"{path.parent} has no {path.name}; expected a Hugging Face model directory."
+            f"{path.parent} has no {path.name}; expected a Hugging Face model directory.{advice}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None

