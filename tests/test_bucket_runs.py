@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax._src.compiler import get_compile_options
 from support.bucket import names
 from support.checks import assert_trees_equal
 from support.runs import quiet_train, saved_state
@@ -116,6 +117,18 @@ def test_programs_are_kept_in_the_bucket(own_programs, hits, url):
             assert jax.jit(lambda x: x * 3 + 1)(2) == 7
         kept.append([name for name in names(url) if name.endswith("-cache")])
     assert kept[0] and kept[0] == kept[1] and len(hits) == len(kept[0])
+
+
+def test_xla_is_given_no_url(own_programs, tmp_path, url):
+    """Of GPUs it keeps measurements in the cache's directory, and can open no bucket."""
+    before, found = jax.config.jax_persistent_cache_enable_xla_caches, []
+    for place in (tmp_path, f"{url}/compile_cache"):
+        with compile_cache(place):
+            options = get_compile_options(num_replicas=1, num_partitions=1)
+        build = options.executable_build_options.debug_options
+        found.append(build.xla_gpu_per_fusion_autotune_cache_dir)
+    assert found == [str(tmp_path / "xla_gpu_per_fusion_autotune_cache_dir"), ""]
+    assert jax.config.jax_persistent_cache_enable_xla_caches == before
 
 
 # --- kills ----------------------------------------------------------------------------------------

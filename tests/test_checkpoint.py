@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,8 +20,11 @@ from support.runs import quiet_train, saved_state
 from zflora_jax.core import trees
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.restore import load_run
+from zflora_jax.experiments.train import _first_state
+from zflora_jax.parallel import distributed
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.training.checkpoint import Checkpoints, SaveError
 from zflora_jax.training.trainer import fresh_state
@@ -196,3 +201,28 @@ finally:
         timeout=100,
     )
     assert done.stdout == "free\n", done.stderr
+
+
+@pytest.mark.parametrize("of_process_0", [2, None])
+def test_the_newest_checkpoint_is_that_of_process_0(of_process_0, monkeypatch, tmp_path):
+    """A network file system can show another host one more, or one less."""
+    monkeypatch.setattr(distributed, "from_process_0", lambda value: of_process_0)
+    asked: list[int] = []
+    prints = {"base_fingerprint": "", "data_fingerprint": ""}
+
+    def restore(_, step):
+        asked.append(step)
+        return SimpleNamespace(step=step), prints | {"seconds": 1.5}
+
+    setup: Any = SimpleNamespace(
+        fresh_state=lambda: "fresh",
+        state_like=lambda: None,
+        fingerprints=prints,
+        run=RunConfig(),
+    )
+    there: Any = SimpleNamespace(latest=4, restore=restore)
+    state, seconds = _first_state(setup, there, tmp_path)
+    if of_process_0 is None:
+        assert (state, seconds, asked) == ("fresh", 0.0, [])
+    else:
+        assert (state.step, seconds, asked) == (2, 1.5, [2])

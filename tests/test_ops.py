@@ -75,6 +75,27 @@ def test_products_of_trained_kernels(widths: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize("widths", [(8, 64), (64, 8)], ids=str)
+def test_gradients_of_float32_kernels_beside_bfloat16_are_sums_in_float32(
+    widths: tuple[int, int],
+) -> None:
+    """Of rows, and of devices: the products of rounded operands, added up unrounded."""
+    x, w = draw((4, 64, widths[0]), widths)
+    x, (weights,) = x.astype(jnp.bfloat16), draw((4, 64, widths[1]))
+    weights = weights.astype(jnp.bfloat16)
+
+    def loss(f: Function, x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum((f(x, w) * weights).astype(jnp.float32))
+
+    y = matmul(x, w)
+    dx, dw = jax.grad(loss, (1, 2))(matmul, x, w)
+    assert (y.dtype, dx.dtype, dw.dtype) == (x.dtype, x.dtype, w.dtype)
+    want = jnp.einsum("BTi,BTj->ij", *(a.astype(jnp.float32) for a in (x, weights)))
+    np.testing.assert_allclose(dw, want, atol=1e-5 * float(jnp.abs(want).max()))
+    assert np.abs(want - want.astype(jnp.bfloat16).astype(jnp.float32)).max() > 1e-3
+    np.testing.assert_array_equal(y, jnp.matmul(x, w.astype(jnp.bfloat16)))
+
+
 @pytest.mark.parametrize("length", [1, 3], ids=["one token a row", "sequences"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_head(tied: bool, length: int) -> None:

@@ -25,8 +25,10 @@ from zflora_jax.experiments.train import train
 from zflora_jax.hf import load
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.load import load_model
+from zflora_jax.hf.quantized_leaves import quantized
 from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import is_quantized, quantize_model
+from zflora_jax.parallel import devices as on_devices
 
 
 @pytest.mark.parametrize("part", [0, 2])  # the scale of a block, its minimum
@@ -125,3 +127,21 @@ def test_packing_takes_layers_out_of_a_model_that_is_given_away():
     packed = pack_for_decode(apart, donate=True)
     assert not any(name.startswith("layers") for name in apart.params)
     np.testing.assert_array_equal(np.asarray(forward(packed, tokens)), wanted)
+
+
+@pytest.mark.parametrize("left_out", [False, True], ids=["CPU", "JAX_PLATFORMS without it"])
+def test_codes_of_a_base_are_made_on_the_cpu(left_out, monkeypatch):
+    """Another device can round otherwise, and a run knows its base by its codes."""
+    devices = jax.devices()  # as if the third were the host's CPU, and the fifth a GPU
+
+    def local_devices(backend=None):
+        assert backend == "cpu"
+        if left_out:
+            raise RuntimeError("Unknown backend cpu")
+        return [devices[3]]
+
+    monkeypatch.setattr(on_devices.jax, "local_devices", local_devices)
+    x = np.linspace(-1, 1, 64 * 32, dtype=np.float32).reshape(64, 32)
+    with jax.default_device(devices[5]):
+        made = quantized(x, "int8", reads=1, writes=1, group=32)
+    assert made.codes.devices() == {devices[5 if left_out else 3]}

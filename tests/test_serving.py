@@ -26,6 +26,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.inference import decode
 from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import Sampler
 from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
@@ -280,6 +281,18 @@ def test_requests_are_grouped_by_task_and_answered_as_alone(base, window, monkey
     # One after the other, the last two of a window together, all of a task together.
     assert len(swaps) == {1: 5, 3: 3, 64: 2}[window]
     assert answers[0][0] == 0  # the oldest first
+
+
+def test_groups_of_any_size_share_few_programs(base):
+    """Of up to 8 requests that wait: four sizes, not eight."""
+    tasks, before = {"math": adapters_of(base, MINIMAL, 1)}, DecodeProgram.decode._cache_size()
+    fused = fuse(base, MINIMAL, tasks["math"])
+    alone = generate_tokens(fused, PROMPTS[:1], max_new_tokens=3, batch_size=8)
+    for waiting in range(1, 9):
+        requests = [("math", PROMPTS[0])] * waiting
+        answers = list(serve(fused, tasks, iter(requests), max_new_tokens=3, batch_size=8))
+        assert answers == [(i, alone[0]) for i in range(waiting)]
+    assert DecodeProgram.decode._cache_size() - before <= 4
 
 
 def test_an_answer_waits_for_its_batch_alone(base, monkeypatch):

@@ -178,9 +178,11 @@ def _open(
 
 def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[TrainState, float]:
     """The newest saved state, or a fresh one, and the seconds that earlier processes trained."""
-    if checkpoints.latest is None:
+    # Of process 0: a network file system can show another host an older list of them.
+    newest = distributed.from_process_0(checkpoints.latest)
+    if newest is None:
         return setup.fresh_state(), 0.0
-    state, saved = checkpoints.restore(setup.state_like())
+    state, saved = checkpoints.restore(setup.state_like(), newest)
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
     step, steps = int(state.step), setup.run.train.steps

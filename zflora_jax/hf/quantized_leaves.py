@@ -16,6 +16,7 @@ from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.hf.keys import Place, Slices, whole
 from zflora_jax.nn.quantize_model import check_tables, group_of, kernel_axes, stored_as
 from zflora_jax.ops.quantized import QuantizedArray, quantize
+from zflora_jax.parallel.devices import on_cpu
 from zflora_jax.parallel.sharding import specs
 
 Members = list[tuple[str, Place]]  # Hugging Face names of a leaf's tensors
@@ -120,9 +121,17 @@ def quantized_leaf(
     return jax.tree.map(divided, buffers, specs(leaf, buffers, mesh))
 
 
-@partial(jax.jit, static_argnames=("kind", "reads", "writes", "group"))
 def quantized(x: np.ndarray, kind: str, *, reads: int, writes: int, group: int) -> QuantizedArray:
-    """`quantize`, compiled once for each shape."""
+    """`quantize` on the CPU, whatever the devices are: a run knows its base by its codes, and GPUs
+    divide in fewer steps, so that a number between two codes can get the other one there.
+    """
+    with on_cpu():
+        return _quantized(x, kind, reads=reads, writes=writes, group=group)
+
+
+@partial(jax.jit, static_argnames=("kind", "reads", "writes", "group"))
+def _quantized(x: np.ndarray, kind: str, *, reads: int, writes: int, group: int) -> QuantizedArray:
+    """Compiled once for each shape."""
     return quantize(jnp.asarray(x), kind, reads=reads, writes=writes, group=group)
 
 

@@ -34,6 +34,11 @@ class Batch:
     size: int
 
 
+def power_of_two(count: int) -> int:
+    """The smallest one that holds `count`: few shapes, few programs."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def batches(
     lengths: Sequence[int], batch_size: int, *, longest_first: bool = False
 ) -> Iterator[Batch]:
@@ -41,11 +46,12 @@ def batches(
 
     Args:
       lengths: of the prompts, in tokens.
-      batch_size: most prompts of a batch; fewer prompts in all make one smaller batch.
+      batch_size: most prompts of a batch. Fewer prompts in all make one batch of the next power of
+        two.
       longest_first: where the last batch, which is filled up, is to be the cheapest.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i] if longest_first else lengths[i])
-    size = min(batch_size, len(order))
+    size = min(batch_size, power_of_two(len(order)))
     for start in range(0, len(order), batch_size):
         yield Batch(order[start : start + batch_size], size)
 

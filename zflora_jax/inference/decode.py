@@ -15,7 +15,14 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree, gathered
-from zflora_jax.inference.batching import Batch, batches, check_prompts, pad_left, padded_length
+from zflora_jax.inference.batching import (
+    Batch,
+    batches,
+    check_prompts,
+    pad_left,
+    padded_length,
+    power_of_two,
+)
 from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.generation_config import (
     GenerationConfig,
@@ -166,7 +173,7 @@ def stream_tokens(
     tokens, valid = pad_left([prompt], 1, padded_length(len(prompt)))
     keys, variables = _row_keys(config.seed, [0], 1), {"params": run.params}
     # A power of two, so that conversations that grow share their compiled steps.
-    room = 1 << (config.max_new_tokens - 1).bit_length()
+    room = power_of_two(config.max_new_tokens)
     with mesh_in_use(run.params):
         state = program.prefill(variables, tokens, valid, keys, room)
     for count in range(1, config.max_new_tokens + 1):

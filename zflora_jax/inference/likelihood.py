@@ -31,7 +31,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree, gathered
 from zflora_jax.inference import model_call
-from zflora_jax.inference.batching import batches, pad_left, padded_length
+from zflora_jax.inference.batching import batches, pad_left, padded_length, power_of_two
 from zflora_jax.nn.kv_cache import KVCache, init_cache
 from zflora_jax.parallel.activations import divide
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
@@ -303,7 +303,7 @@ def _agreement(rows: list[list[int]]) -> int:
 
 def _length(n: int, least: int) -> int:
     """The smallest power of two that holds n, at least `least`; beyond 64 `padded_length`."""
-    return max(least, 1 << (n - 1).bit_length() if n <= 64 else padded_length(n))
+    return max(least, power_of_two(n) if n <= 64 else padded_length(n))
 
 
 def _check(

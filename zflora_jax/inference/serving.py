@@ -1,5 +1,5 @@
 """One fused model for requests of several tasks: grouped by task, the adapter blocks swapped
-between groups, nothing compiled anew.
+between groups. Nothing is compiled anew for a task; groups are filled up to few sizes.
 """
 
 from __future__ import annotations

@@ -46,20 +46,20 @@ class AdaptedModule(nn.Module):
             return given
         return self.param(name, init, shape, jnp.float32)
 
-    def block(self, name: str, dtype: jnp.dtype) -> Array:
+    def block(self, name: str) -> Array:
+        """A leaf of the adapters; its products are in the dtype of what is multiplied by it."""
         value: Array | None = self.get_variable("adapters", name)
         if value is None:
             raise ValueError(
                 f"the adapters lack {'/'.join((*self.path, name))}; make them with init_adapters"
                 " for this config and adapter."
             )
-        return value.astype(dtype)
+        return value
 
 
 def _low_rank(x: Array, a: Array, b: Array) -> Array:
     """x A B of x [B, T, in] and float32 factors, in x's dtype."""
-    low = save_for_backward(project(x, a.astype(x.dtype)), "low rank")
-    return project(low, b.astype(x.dtype))
+    return project(save_for_backward(project(x, a), "low rank"), b)
 
 
 class Dense(AdaptedModule):
@@ -104,12 +104,12 @@ class Dense(AdaptedModule):
         Returns:
           y [B, T, *out_axes], and y_z [B, T, *out_axes with the extra width] or None.
         """
-        n, dtype = len(self.in_axes), x.dtype
+        n = len(self.in_axes)
         y, y_z = self._product(x) if y is None else y, None
         if self.adapter is None or not self.blocks or self.is_initializing():
             return y, y_z
         beside = x if beside is None else beside
-        block, scale = {name: self.block(name, dtype) for name in self.blocks}, self.adapter.scale
+        block, scale = {name: self.block(name) for name in self.blocks}, self.adapter.scale
         if "lora_a" in block:
             return self._with_lora(x, beside, y, block), y_z
         if "forward" in block:
@@ -129,10 +129,11 @@ class Dense(AdaptedModule):
         assert self.adapter is not None
         flat = beside.reshape(*x.shape[: -len(self.in_axes)], -1)
         dropped, scale = self._dropped(flat), self.adapter.scale_of(self.name or "")
-        a, b = (self.block(name, jnp.float32) for name in ("lora_a", "lora_b"))
+        a, b = (self.block(name).astype(jnp.float32) for name in ("lora_a", "lora_b"))
         if "start_a" in block:
             # A B - A0 B0 of factors near to A0 and B0, whose products would cancel in bfloat16.
-            a0, b0 = (jax.lax.stop_gradient(self.block(name, jnp.float32)) for name in FROZEN)
+            frozen = (self.block(name).astype(jnp.float32) for name in FROZEN)
+            a0, b0 = map(jax.lax.stop_gradient, frozen)
             added = _low_rank(dropped, a - a0, b) + _low_rank(dropped, a0, b - b0)
             if dropped is not flat:  # what is taken off the base does not drop out
                 added = added + _low_rank(dropped - flat, a0, b0)
@@ -149,7 +150,7 @@ class Dense(AdaptedModule):
             own = project(dropped, matrix.astype(y.dtype))
         norms = jax.lax.stop_gradient(column_norms(matrix, a, b, scale))  # the paper's section 4.3
         some = norms > 0  # in the divisor too: of 0 / 0 the gradient is NaN though it is not chosen
-        magnitude = self.block("magnitude", jnp.float32)
+        magnitude = self.block("magnitude").astype(jnp.float32)
         ratio = jnp.where(some, magnitude / jnp.where(some, norms, 1.0), 1.0)
         # = ratio (own + added) - own. In float32, and with the ratio read once: its gradient is a
         # sum over all tokens.
@@ -168,7 +169,7 @@ class Dense(AdaptedModule):
         else:
             kernel = self.base_param("kernel", init, self.in_axes + self.out_axes)
             if self.has_variable("adapters", "kernel"):
-                y = project(x, kernel.astype(x.dtype), n)
+                y = project(x, kernel, n)
             else:
                 y = frozen_product(x, kernel, n)
         if not self.bias:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +109,8 @@ def bfloat16_product(
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
-    """The last `axes` axes of x [B, T, ...] against the first of an adapter block -> [B, T, *the
-    block's other axes].
+    """The last `axes` axes of x [B, T, ...] against the first of an adapter block of any dtype ->
+    [B, T, *the block's other axes] in x's dtype.
     """
     out = block.shape[axes:]
     flat = matmul(x.reshape(*x.shape[:-axes], -1), block.reshape(math.prod(block.shape[:axes]), -1))
@@ -133,27 +134,29 @@ beside.defvjp(lambda x: (x, None), lambda _, dx: (dx,))
 
 @jax.custom_vjp
 def matmul(x: Array, w: Array) -> Array:
-    """x [..., i] @ w [i, j], with a gradient of w whose compiled form transposes the narrower of
-    its two operands.
+    """x [..., i] @ w [i, j] in x's dtype. The gradient of w has w's dtype: of a float32 w beside
+    bfloat16 x it is summed over rows, and over devices, in float32. Its compiled form transposes
+    the narrower of its two operands.
     """
     # XLA's CPU compiler transposes the left operand of a product over rows, fused with what makes
     # it: with the wide gradient there, a LoRA step of SmolLM2-135M spent a third of its time so.
-    return x @ w
+    return x @ w.astype(x.dtype)
 
 
 def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ w, (x, w)
+    return x @ w.astype(x.dtype), (x, w)
 
 
 def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
     rows, d_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
+    product: Any = partial(jnp.einsum, preferred_element_type=w.dtype)
     dw = (
-        jnp.einsum("ni,nj->ij", rows, d_rows)
+        product("ni,nj->ij", rows, d_rows)
         if w.shape[0] <= w.shape[1]
-        else jnp.einsum("nj,ni->ji", d_rows, rows).T
+        else product("nj,ni->ji", d_rows, rows).T
     )
-    return dy @ w.T, dw
+    return dy @ w.T.astype(dy.dtype), dw
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

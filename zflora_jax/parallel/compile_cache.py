@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from zflora_jax.core.storage import as_path
+from zflora_jax.core.storage import as_path, is_url
 
 KEPT_FROM_SECONDS = 0.2  # programs that compile faster are not cached
 
@@ -32,11 +32,15 @@ def compile_cache(directory: str | Path) -> Iterator[None]:
         yield
         return
     least = config.jax_persistent_cache_min_compile_time_secs
-    _use(str(as_path(directory).absolute()), min(least, KEPT_FROM_SECONDS))
+    place, more = as_path(directory), config.jax_persistent_cache_enable_xla_caches
+    # Beside its own cache jax has XLA keep what it measured on a GPU, in the same directory; XLA
+    # opens no URL, and ends the first program with an error.
+    of_xla = "none" if is_url(place) else more
+    _use(str(place.absolute()), min(least, KEPT_FROM_SECONDS), of_xla)
     try:
         yield
     finally:
-        _use(None, least)
+        _use(None, least, more)
 
 
 @contextmanager
@@ -56,7 +60,8 @@ def _enable(cached: bool) -> None:
     compilation_cache.reset_cache()  # type: ignore[no-untyped-call]
 
 
-def _use(directory: str | None, least: float) -> None:
+def _use(directory: str | None, least: float, of_xla: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", of_xla)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     compilation_cache.reset_cache()  # type: ignore[no-untyped-call]  # else the first directory of a process is used for good

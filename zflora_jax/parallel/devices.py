@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +138,17 @@ def allow_absent_cudnn() -> None:
         is_cuda_compute_capability_equal,
     ):
         setattr(theirs, function.__name__, function)
+
+
+def on_cpu() -> AbstractContextManager[None]:
+    """A context in which arrays are made on the host's CPU, for results that must not depend on the
+    device; on the default device where JAX_PLATFORMS leaves the CPU out.
+    """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return nullcontext()
+    return jax.default_device(cpu)
 
 
 def _default_device(backend: Any) -> Any:
