@@ -12,7 +12,7 @@ import jax
 import pytest
 from support.cases import DORA
 from support.grids import always
-from support.models import perturb, tiny_model
+from support.models import needs_smollm2, perturb, tiny_model
 from support.runs import small_run
 
 from zflora_jax.adapters.fuse import fuse
@@ -27,6 +27,7 @@ from zflora_jax.core.trees import size
 from zflora_jax.experiments import info as info_module
 from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.train import train
+from zflora_jax.hf.load import locate
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 
@@ -130,6 +131,16 @@ def test_models(base_dir):
         and facts["hidden_size"] == preset("llama-3.2-1b").hidden_size
         and facts["parameters"] == 1_235_814_400
     )
+
+
+@needs_smollm2
+def test_a_gguf_file_tells_its_types(tmp_path):
+    """Also that of a preset which a package brings."""
+    path, _ = locate("smollm2-135m")
+    shutil.copy(path, tmp_path / "copy.gguf")
+    for source in ("smollm2-135m", str(tmp_path / "copy.gguf")):
+        assert describe(source)["tensors"] == "210 Q4_1, 61 F32, 1 Q8_0"
+    assert describe(tmp_path / "copy.gguf")["kind"] == "model (GGUF)"
 
 
 def test_a_directory_of_nothing_known_says_what_it_holds(tmp_path):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from zflora_jax.core.stored_config import from_file
 from zflora_jax.experiments.run_report import read_report
 from zflora_jax.hf.bucket import headers
 from zflora_jax.hf.compressed_read import CODES
+from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.hub import packaged
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import WEIGHTS, refuse_pickled
 from zflora_jax.hf.peft_settings import CONFIG
@@ -126,7 +129,15 @@ def _adapter(adapter: AdapterConfig, base: LlamaConfig) -> Facts:
 
 def _model(source: str, kind: str) -> Facts:
     config = model_config(source)
-    return {"kind": kind, "path": source} | _shape(config) | {"parameters": count_base(config)}
+    facts = {"kind": kind, "path": source} | _shape(config) | {"parameters": count_base(config)}
+    file = packaged(source) or Path(source).expanduser()
+    return facts | _blocks(file) if file.suffix == ".gguf" and file.is_file() else facts
+
+
+def _blocks(file: Path) -> Facts:
+    """The types of the tensors of a .gguf file, most of which have few bits."""
+    kinds = Counter(tensor.kind.name for tensor in GGUFFile(file).tensors.values())
+    return {"file": file.name, "tensors": ", ".join(f"{n} {k}" for k, n in kinds.most_common())}
 
 
 def _export(directory: Path) -> Facts:
