@@ -56,6 +56,8 @@ def changes(minimal: AdapterConfig) -> dict[str, AdapterConfig]:
         # As on arithmetic, where it answers as well (configs/accuracy.py): all parameters in the
         # state.
         "state-alone": replace(minimal, rank=27, extra_mlp_units=0),
+        # The state is read by the MLP alone: nothing of the heads changes but what o writes.
+        "without-qkv": replace(minimal, rank=25, extra_mlp_units=20, targets="o|gate|up|down"),
     }
 
 
@@ -72,7 +74,7 @@ def get_sweep() -> list[Comparison]:
             (0,),
             reading=READING,
             about=ABOUT,
-            more_seeds={"state-alone": (1, 2)},  # its first seemed to gain
+            more_seeds=dict.fromkeys(("state-alone", "without-qkv"), (1, 2)),  # the first gained
         ),
         # Between the two lower rates of accuracy_cloze, of nearly equal loss: their geometric mean.
         Comparison(
