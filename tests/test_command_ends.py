@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
-from support.checks import assert_trees_equal
 from support.exports import WIDENED, fused_model
 
 from zflora_jax.cli import export, generate
@@ -22,8 +25,10 @@ from zflora_jax.core.model import Model
 from zflora_jax.experiments import export as exporting
 from zflora_jax.hf import directory
 from zflora_jax.hf.directory import folder_beside, whole_directory
+from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.save import save_hf
+from zflora_jax.hf.shards import Shards
 from zflora_jax.training import workdir
 
 
@@ -63,9 +68,10 @@ def test_an_export_that_is_ended_leaves_nothing_beside_its_target(tmp_path, monk
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_what_a_killed_export_left_is_named(kind, tmp_path, monkeypatch):
-    left = tmp_path / ".out[1].abc.tmp"
+    left = tmp_path / ".out[1].abcdefgh.tmp"
     left.mkdir()
-    (tmp_path / ".out2.abc.tmp").mkdir()  # of another target
+    for other in (".out[1].gguf.abcdefgh.tmp", ".out[1]2.abcdefgh.tmp"):  # of other targets
+        (tmp_path / other).mkdir()
     said: list[str] = []
     monkeypatch.setattr(directory.log, "warning", lambda text, *of: said.append(text % of))
     target = tmp_path / "out[1]"
@@ -75,16 +81,46 @@ def test_what_a_killed_export_left_is_named(kind, tmp_path, monkeypatch):
     with opened:
         pass
     assert len(said) == 1 and said[0].startswith(f"{left}: of an export to this place")
-    assert left.is_dir()  # it may be of one that runs
+    assert said[0].endswith("delete them.") and left.is_dir()  # it may be of one that runs
+    target.rmdir() if target.exists() else None
+    left.rename(left.with_suffix(".old"))  # the only whole copy, where a replacement was cut short
+    with whole_directory(target, lambda _: None, "sign"):
+        pass
+    assert said[1].endswith(f"is the export that was there: rename it to {target}.")
 
 
-def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys):
-    def interrupted(_: object) -> None:
-        raise KeyboardInterrupt
+def test_a_replacement_that_is_ended_leaves_nothing_of_the_old_export(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    remove, asked = shutil.rmtree, []
 
-    monkeypatch.setattr(generate, "run", interrupted)
-    assert main(["generate", "--model", "tiny", "--prompt", "a"]) == 130
-    assert not capsys.readouterr().err
+    def ended(path, **given):
+        asked.append(path)
+        if len(asked) == 1:
+            raise SystemExit(143)
+        remove(path, **given)
+
+    monkeypatch.setattr(directory.shutil, "rmtree", ended)
+    with (
+        pytest.raises(SystemExit),
+        whole_directory(tmp_path / "out", lambda _: {"old"}, "sign") as staging,
+    ):
+        (staging / "new").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_ctrl_c_ends_a_command_by_the_signal_without_a_traceback():
+    """A shell goes on with its loop after a command that exits, whatever the code."""
+    program = (
+        "import os, signal, sys\n"
+        "from zflora_jax.cli import info\n"
+        "from zflora_jax.cli.main import main\n"
+        "info.run = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(main(['info', 'runs/a']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
 def test_no_memory_on_the_device_is_no_bug(monkeypatch, capsys):
@@ -98,9 +134,9 @@ def test_no_memory_on_the_device_is_no_bug(monkeypatch, capsys):
     assert main(["generate", "--model", "tiny", "--prompt", "a"]) == 2
     said = capsys.readouterr().err
     assert "Out of memory allocating 8 bytes. What takes less" in said and "more\n" not in said
-    error = "INTERNAL: a bug"
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        main(["generate", "--model", "tiny", "--prompt", "a"])
+    for error in ("INTERNAL: a bug", "RESOURCE_EXHAUSTED: a message is too large"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=error):
+            main(["generate", "--model", "tiny", "--prompt", "a"])
 
 
 def test_runs_models_and_adapters_in_each_others_place(base_dir, run_dir, tmp_path, capsys):
@@ -149,4 +185,9 @@ def test_an_export_is_checked_in_the_dtype_it_has(
     save_hf(tmp_path / "minimal", minimal, dtype=dtype)
     model = load_stock(tmp_path / "minimal")
     assert {str(leaf.dtype) for leaf in trees.flatten(model.params).values()} == {dtype}
-    assert_trees_equal(model.params, load_stock(tmp_path / "minimal").params)
+    stored = Shards(tmp_path / "minimal")
+    for name, place in hf_table(model.config).items():
+        leaf = trees.flatten(model.params)[place.leaf]
+        found = leaf if place.layer is None else leaf[place.layer]
+        want = place.to_native(stored.read(name).astype(np.float32))
+        np.testing.assert_array_equal(np.asarray(found, np.float32), want, err_msg=name)

@@ -8,7 +8,7 @@ import pytest
 
 from zflora_jax.cli.sweep import _changed
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.evaluation.paired import Difference
 from zflora_jax.evaluation.statistics import Score, SuiteScore
@@ -153,6 +153,12 @@ def test_what_was_read_stands_above_all_runs_alone(tmp_path):
     found_page(whole, tmp_path, {})
     text = overview([whole, dataclasses.replace(READ, name="pages_two")], tmp_path).read_text()
     assert "One model." not in text and "- [one](pages_one.md): As good." in text
+    path, found = tmp_path / "pages_one.json", json.loads((tmp_path / "pages_one.json").read_text())
+    for key, kept in (("train.log_every", True), ("train.steps", False)):  # as `--set` leaves them
+        config = to_dict(override(whole.base, {key: "70"}))
+        path.write_text(json.dumps(found | {"config": config}))
+        text = overview([whole], tmp_path).read_text()
+        assert ("One model." in text) == ("As good." in text) == kept
     assert "As good." in written(READ, "sweep")
     assert "As good." not in written(READ, "sweep", missing=["lora"])
     assert READ.only(["lora", "ffa"]).reading and not READ.only(["lora"]).reading

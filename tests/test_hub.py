@@ -4,6 +4,7 @@ here: nothing is fetched.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ import pytest
 from support.checks import assert_trees_equal
 from support.models import needs_smollm2, perturb, tiny_model
 
+from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
 from zflora_jax.experiments.base import _same_source
+from zflora_jax.experiments.info import describe
 from zflora_jax.hf import hub
 from zflora_jax.hf.card import base_name, model_card
 from zflora_jax.hf.hub import HUB_IDS, packaged
-from zflora_jax.hf.load import load_model
+from zflora_jax.hf.load import load_model, model_config
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import save_hf
 
+FACTS = {"parameters": 1, "dtype": "bfloat16"}
 LORA = AdapterConfig("lora", rank=2, targets="q|v")
 
 
@@ -51,7 +55,18 @@ def test_a_model_at_a_revision(base: Model, tmp_path: Path, asked: Any) -> None:
     model = load_model("org/llama@v1.0")
     assert_trees_equal(model.params, base.params)
     assert asked == [("org/llama", "v1.0")] and model.source == "org/llama@v1.0"
-    assert base_name(model) == "org/llama"
+    assert base_name(model) == "org/llama@v1.0"
+    assert "base_model: org/llama\n" in model_card(model, FACTS, {})
+    fused = fuse(model, LORA, perturb(init_adapters(jax.random.key(0), model, LORA)))
+    save_hf(tmp_path / "fused", fused)  # which knows the revision, and tells PEFT
+    save_peft(
+        tmp_path / "lora",
+        load_model(tmp_path / "fused"),
+        LORA,
+        init_adapters(jax.random.key(0), model, LORA),
+    )
+    told = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (told["base_model_name_or_path"], told["revision"]) == ("org/llama", "v1.0")
     assert load_model("org/llama").source == "org/llama" and asked[-1] == ("org/llama", None)
 
 
@@ -65,8 +80,9 @@ def test_an_adapter_on_the_hub(base: Model, tmp_path: Path, asked: Any) -> None:
 
 def test_a_repository_of_gguf_files_alone(tmp_path: Path, asked: Any) -> None:
     (tmp_path / "hub" / "org" / "llama-gguf").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"no config\.json on the hub.*give its path"):
-        load_model("org/llama-gguf")
+    for read in (load_model, model_config, describe):
+        with pytest.raises(CheckpointError, match=r"no config\.json on the hub.*give its path"):
+            read("org/llama-gguf")
 
 
 def test_what_is_here_is_no_hub_id(
@@ -89,22 +105,26 @@ def test_a_packaged_preset_is_not_the_hubs_model(
     """Its numbers are those of 4-bit blocks; without the package it is the hub's."""
     model = Model(base.config, base.params, source="smollm2-135m")
     name = HUB_IDS["smollm2-135m"]
-    rows = {"parameters": 1, "dtype": "bfloat16"}
     assert not _same_source("smollm2-135m", name) and _same_source("smollm2-135m", "smollm2-135m")
-    assert f"{name}, of the numbers that the blocks of" in model_card(model, rows, {})
+    assert f"{name}, of the numbers that the blocks of" in model_card(model, FACTS, {})
     with pytest.warns(UserWarning, match=f"have fewer bits than the weights of {name}"):
         save_peft(tmp_path / "a", model, LORA, init_adapters(jax.random.key(0), base, LORA))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()  # a directory of that name goes before the package
+    assert packaged("smollm2-135m") is None
+    (tmp_path / "smollm2-135m").rmdir()
+    assert packaged("smollm2-135m") is not None
     monkeypatch.setattr(hub, "PACKAGED", {})
     assert packaged("smollm2-135m") is None
     assert _same_source("smollm2-135m", name)
-    assert f"| base | {name} |" in model_card(model, rows, {})
+    assert f"| base | {name} |" in model_card(model, FACTS, {})
     save_peft(tmp_path / "a", model, LORA, init_adapters(jax.random.key(0), base, LORA))
 
 
 def test_targets_stay_in_their_cell(base: Model) -> None:
     """Of the card's table."""
     adapted = Model(base.config, base.params, adapter=LORA)
-    card = model_card(adapted, {"parameters": 1, "dtype": "bfloat16"}, {})
+    card = model_card(adapted, FACTS, {})
     assert r"| adapter.targets | q\|v |" in card
 
 
@@ -113,5 +133,6 @@ def test_a_failed_download_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(CheckpointError, match=r"'org/lora@main' could not be fetched.*no route"):
+    words = r"'org/lora@main' could not be fetched.*no route.*no directory or file .* here either"
+    with pytest.raises(CheckpointError, match=words):
         load_peft("org/lora@main", tiny_model())

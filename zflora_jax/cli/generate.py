@@ -31,7 +31,7 @@ SUMMARY = (
 def add_options(parser: CommandParser) -> None:
     add_source(parser, "use")
     parser.add_argument(
-        "--adapter", metavar="DIR", help="a PEFT LoRA directory to fuse into --model"
+        "--adapter", metavar="DIR", help="a PEFT LoRA, a directory or hub id, to fuse into --model"
     )
     parser.add_argument(
         "--dtype",

@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         with the name of a command.
 
     Returns:
-      The exit code: 0; 2 for input that cannot be used or files that cannot be written (the message
-      says what to change); 3 for a non-finite loss; 75 for a training run that a signal stopped and
-      that the same command resumes; 130 for another command that Ctrl-C ended.
+      The exit code: 0; 2 for input that cannot be used, files that cannot be written or a device
+      without the memory (the message says what to change); 3 for a non-finite loss; 75 for a
+      training run that a signal stopped and that the same command resumes.
     """
     args = _parser(command).parse_args(argv)
     handler = logging.StreamHandler()
@@ -71,11 +71,18 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return _ended_by(error)
     except KeyboardInterrupt:
         _leave(EXIT_INTERRUPTED)
-        return EXIT_INTERRUPTED
+        # Python ends the process by the signal itself, which also ends a loop of the shell.
+        sys.excepthook = _without_interrupts
+        raise
     finally:
         logger.removeHandler(handler)
         logger.propagate = True
     return 0
+
+
+def _without_interrupts(kind: type[BaseException], *of: Any) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, *of)
 
 
 def _ended_by(error: Exception) -> int:
@@ -88,8 +95,10 @@ def _ended_by(error: Exception) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(error, file=sys.stderr)
         return EXIT_STOPPED  # all processes stop together
-    if "RESOURCE_EXHAUSTED" in str(error) and type(error).__name__ == "JaxRuntimeError":
-        error = ConfigError(f"out of memory on the device: {first_line(error)} {_SMALLER}")
+    said = first_line(error)
+    full = said.startswith("RESOURCE_EXHAUSTED") and "memory" in said.lower()
+    if full and type(error).__name__ == "JaxRuntimeError":
+        error = ConfigError(f"out of memory on the device: {said} {_SMALLER}")
     of_input = isinstance(error, ConfigError | CheckpointError | NonFiniteError | OSError)
     if not of_input and not is_store_error(error):
         _leave(1, error)

@@ -23,12 +23,7 @@ from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.hub import HUB_IDS, packaged
-from zflora_jax.hf.load import (
-    load_model,
-    load_tokenizer,
-    locate,
-    model_config,
-)
+from zflora_jax.hf.load import load_model, load_tokenizer, locate, model_config
 from zflora_jax.hf.tokenizer import tokenizer_state
 from zflora_jax.inference.text import stop_as_trained
 from zflora_jax.nn.quantize_model import require_stored_as

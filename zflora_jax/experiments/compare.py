@@ -134,8 +134,8 @@ def compare_methods(
         model = load_base(plan.base, mesh_if_there(plan.base.mesh))
         found = _facts(plan, model)
         untrained = partial(_untrained, plan, model, loaded, workdir, out, console, run)
-        if base := untrained():
-            suite_score([base], plan.measure, plan.tasks)  # a measure that it lacks, before runs
+        if base := untrained():  # a measure that the tasks do not have is refused before any run
+            suite_score([base], plan.measure, plan.tasks)
         state = Progress(plan, workdir, out)
         while run and (jobs := state.unfinished()):
             settings: Any = {"loaded": loaded, "failures": FAILURES, "console": console}

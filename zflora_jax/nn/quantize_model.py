@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
@@ -23,6 +24,7 @@ from zflora_jax.ops.quantized import (
     quantize,
 )
 from zflora_jax.ops.quantized_blocks import quantized_names
+from zflora_jax.parallel.devices import on_cpu
 from zflora_jax.parallel.mesh import mesh_in_use
 from zflora_jax.parallel.sharding import constrain
 
@@ -107,7 +109,8 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
     """Quantise a model in memory; `hf.load.load_model` quantises tensor by tensor.
 
     Args:
-      model: a base, not packed, on one device or a mesh, whose divided parts stay where they are.
+      model: a base, not packed, on one device, whose codes are made on the CPU as load_model makes
+        them, or on a mesh, whose divided parts stay where they are.
       how: what is stored how; a kind alone is that of the kernels.
 
     Returns:
@@ -130,8 +133,18 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
     )
     check_tables(model.config, how)
     with mesh_in_use(model.params):
-        params = trees.map_with_names(partial(_quantized, model.config, how), model.params)
+        params = trees.map_with_names(partial(_on_one_cpu, model.config, how), model.params)
     return dataclasses.replace(model, params=params)
+
+
+def _on_one_cpu(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
+    """`_quantized`; of a whole leaf on the CPU: other devices may round a code otherwise."""
+    whole = isinstance(leaf, jax.Array) and len(leaf.devices()) == 1
+    if not whole or stored_as(name, how) == "none":
+        return _quantized(config, how, name, leaf)
+    with on_cpu():
+        made = _quantized(config, how, name, np.asarray(leaf))
+    return jax.device_put(made, *leaf.devices())
 
 
 def _quantized(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
