@@ -114,6 +114,7 @@ def test_ctrl_c_ends_a_command_by_the_signal_without_a_traceback():
     """A shell goes on with its loop after a command that exits, whatever the code."""
     program = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "from zflora_jax.cli import info\n"
         "from zflora_jax.cli.main import main\n"
         "info.run = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"

@@ -284,15 +284,12 @@ def test_requests_are_grouped_by_task_and_answered_as_alone(base, window, monkey
 
 
 def test_groups_of_any_size_share_few_programs(base):
-    """Of up to 8 requests that wait: four sizes, not eight."""
-    tasks, before = {"math": adapters_of(base, MINIMAL, 1)}, DecodeProgram.decode._cache_size()
-    fused = fuse(base, MINIMAL, tasks["math"])
-    alone = generate_tokens(fused, PROMPTS[:1], max_new_tokens=3, batch_size=8)
-    for waiting in range(1, 9):
-        requests = [("math", PROMPTS[0])] * waiting
-        answers = list(serve(fused, tasks, iter(requests), max_new_tokens=3, batch_size=8))
-        assert answers == [(i, alone[0]) for i in range(waiting)]
-    assert DecodeProgram.decode._cache_size() - before <= 4
+    tree, before = adapters_of(base, MINIMAL, 1), DecodeProgram.decode._cache_size()
+    fused = fuse(base, MINIMAL, tree)
+    for n in range(1, 9):
+        answers = dict(serve(fused, {"math": tree}, [("math", PROMPTS[0])] * n, max_new_tokens=3))
+        assert list(answers) == [*range(n)] and len(set(map(tuple, answers.values()))) == 1
+    assert DecodeProgram.decode._cache_size() - before <= 4  # of 1, 2, 4 and 8 rows
 
 
 def test_an_answer_waits_for_its_batch_alone(base, monkeypatch):
