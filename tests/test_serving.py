@@ -24,9 +24,8 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.inference import decode
+from zflora_jax.inference import decode, program
 from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import Sampler
 from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
@@ -284,12 +283,12 @@ def test_requests_are_grouped_by_task_and_answered_as_alone(base, window, monkey
 
 
 def test_groups_of_any_size_share_few_programs(base):
-    tree, before = adapters_of(base, MINIMAL, 1), DecodeProgram.decode._cache_size()
+    tree, before = adapters_of(base, MINIMAL, 1), program.DecodeProgram.decode._cache_size()
     fused = fuse(base, MINIMAL, tree)
     for n in range(1, 9):
         answers = dict(serve(fused, {"math": tree}, [("math", PROMPTS[0])] * n, max_new_tokens=3))
         assert list(answers) == [*range(n)] and len(set(map(tuple, answers.values()))) == 1
-    assert DecodeProgram.decode._cache_size() - before <= 4  # of 1, 2, 4 and 8 rows
+    assert program.DecodeProgram.decode._cache_size() - before <= 4  # of 1, 2, 4 and 8 rows
 
 
 def test_an_answer_waits_for_its_batch_alone(base, monkeypatch):
