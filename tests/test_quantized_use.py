@@ -6,6 +6,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from support.models import tiny_model
 from support.quantized import quantized_tiny
 from test_gguf_keep import kept_file
 
@@ -28,6 +29,7 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.quantized_leaves import quantized
 from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import is_quantized, quantize_model
+from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel import devices as on_devices
 
 
@@ -145,3 +147,17 @@ def test_codes_of_a_base_are_made_on_the_cpu(left_out, monkeypatch):
     with jax.default_device(devices[5]):
         made = quantized(x, "int8", reads=1, writes=1, group=32)
     assert made.codes.devices() == {devices[5 if left_out else 3]}
+
+
+def test_codes_of_a_model_in_memory_are_made_there_too(monkeypatch):
+    """And are where its numbers were."""
+    devices, asked = jax.devices(), []
+    model = tiny_model()
+    model.params = jax.device_put(model.params, devices[5])
+    monkeypatch.setattr(
+        on_devices.jax, "local_devices", lambda backend: (asked.append(backend), devices[3:])[1]
+    )
+    made = trees.flatten(quantize_model(model, "int8").params)
+    codes = [leaf.codes for leaf in made.values() if isinstance(leaf, QuantizedArray)]
+    assert asked == ["cpu"] * len(codes) and len(codes) == 7
+    assert {device for leaf in codes for device in leaf.devices()} == {devices[5]}

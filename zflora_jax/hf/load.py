@@ -204,8 +204,8 @@ def locate(source: str) -> tuple[Path, str]:
     if is_hub_id(source):
         return model_files(source, hint=not_here(source)), source
     raise CheckpointError(
-        f"no model at {source!r}: it is no directory, no file, no hub id 'org/name' and no preset;"
-        f" {nearest(source, PRESETS)}."
+        f"no model at {source!r}: it is no directory, no file, no hub id ('org/name' or"
+        f" 'org/name@revision') and no preset; {nearest(source, PRESETS)}."
     )
 
 

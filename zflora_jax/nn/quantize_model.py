@@ -133,11 +133,11 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
     )
     check_tables(model.config, how)
     with mesh_in_use(model.params):
-        params = trees.map_with_names(partial(_on_one_cpu, model.config, how), model.params)
+        params = trees.map_with_names(partial(_quantized_on_cpu, model.config, how), model.params)
     return dataclasses.replace(model, params=params)
 
 
-def _on_one_cpu(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
+def _quantized_on_cpu(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
     """`_quantized`; of a whole leaf on the CPU: other devices may round a code otherwise."""
     whole = isinstance(leaf, jax.Array) and len(leaf.devices()) == 1
     if not whole or stored_as(name, how) == "none":
