@@ -265,3 +265,12 @@ def suite(**means: float) -> SuiteScore:
     scores = {kind: {"boolq": Score(mean, mean - 9, mean + 9)} for kind, mean in means.items()}
     counted = {kind: {"boolq": 8} for kind in means}
     return SuiteScore("accuracy", scores, {"boolq": 8}, counted, 50.0, 1.0, {}, {})
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_decoding_is_told_where_answers_are_generated(generate):
+    plan = dataclasses.replace(PLAN, scoring=EvalConfig(generate=generate))
+    rows = [{"method": "lora", "trainable": 1}]
+    text = "\n".join(page._score_blocks(plan, rows, {"lora": suite(accuracy=50.0)}))
+    assert ("greedy, at most 128 new tokens. Square brackets" in text) == generate
+    assert ("in round brackets. Square brackets" in text) != generate
