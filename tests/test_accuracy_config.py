@@ -15,7 +15,7 @@ from zflora_jax.adapters.counts import count_params
 from zflora_jax.cli.inputs import load_config
 from zflora_jax.core.presets import preset
 from zflora_jax.data.builders.steps import LEVELS
-from zflora_jax.evaluation.paired import paired_difference
+from zflora_jax.evaluation.paired import paired_difference, seed_difference
 from zflora_jax.evaluation.statistics import ROWS, UNITS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +109,29 @@ def test_pages_say_what_their_config_reads_in_them(name):
         page = (ROOT / "results" / f"{plan.name}.md").read_text(encoding="utf-8")
         assert plan.reading in page and plan.about in overview, plan.name
         assert plan.reading.partition("\n\n")[0] in overview, plan.name
+
+
+def losses(name: str, split: str) -> list[float]:
+    """Of three seeds at 1.5e-3."""
+    found = [ROOT / "results" / f"{name}-lr0.0015-seed{seed}.json" for seed in (0, 1, 2)]
+    return [json.loads(path.read_text())["result"][f"{split}_loss"] for path in found]
+
+
+@pytest.mark.parametrize(
+    ("label", "gain"),
+    [
+        ("state-alone", "{0:.3f} [{1:+.3f}, {2:+.3f}] on"),
+        ("without-qkv", "by {0:.3f} [{1:.3f}, {2:.3f}]"),
+    ],
+)
+def test_what_changes_of_minimal_gain_is_what_their_records_say(label, gain):
+    reading = " ".join(tables("minimal")[0].reading.split())
+    docs = " ".join((ROOT / "docs" / "experiments.md").read_text().split())
+    for split in ("validation", "test"):
+        before = losses("accuracy_cloze/zflora-minimal", split)
+        found = seed_difference(before, losses(f"minimal_cloze/{label}", split))
+        said = gain.format(found.mean, found.low, found.high)
+        assert said.removesuffix(" on") in reading and said.removeprefix("by ") in docs, said
 
 
 def row_scores(table: str, label: str) -> dict[int, np.ndarray]:
