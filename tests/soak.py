@@ -31,11 +31,11 @@ def attacked_files() -> dict[str, Any]:
     as one fault.
     """
     files = (
-        "test_fuzz.py",
-        "test_hf_load.py",
-        "test_hf_gguf.py",
-        "test_packaged_model.py",
-        "test_sharded_load.py",
+        "hf/test_fuzz.py",
+        "hf/test_hf_load.py",
+        "hf/test_hf_gguf.py",
+        "hf/test_packaged_model.py",
+        "hf/test_sharded_load.py",
     )
     command = [
         sys.executable,
@@ -44,7 +44,7 @@ def attacked_files() -> dict[str, Any]:
         "-q",
         "-n",
         "1",
-        *(str(Path(__file__).with_name(name)) for name in files),
+        *(str(Path(__file__).parent / name) for name in files),
     ]
     last = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[-1]
     counted = {

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf.test_gguf_keep import gguf_file
 from support.models import tiny_model
 from support.quantized import WIDENED, how, quantized_tiny
-from test_gguf_keep import gguf_file
 
 from zflora_jax import load_model, quantize_model, save_gguf, save_hf
 from zflora_jax.cli.main import main

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 from support.runs import small_run
 
 from zflora_jax.cli.main import main
@@ -136,7 +136,7 @@ def test_the_tables_of_a_grid_are_refused(refused, tmp_path):
 
 def test_tables_of_other_settings_are_not_written_over(refused, tmp_path):
     """A page that is there stays as it is where no record has the settings that are given."""
-    results = Path(__file__).parent.parent / "results"
+    results = ROOT / "results"
     for name in ("accuracy_arithmetic", "accuracy_cloze"):
         shutil.copytree(results / name, tmp_path / name)
     (tmp_path / "accuracy_arithmetic.md").write_text("the page")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.paths import ROOT
 from support.settings import OLD_NAMES
 
 from zflora_jax.cli.inputs import load_config
@@ -30,7 +31,6 @@ from zflora_jax.experiments.store import (
     write_record,
 )
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 RUN = RunConfig(
     adapter=AdapterConfig("zflora-uniform", rank=4, extra_head_dim=4, extra_mlp_units=8)

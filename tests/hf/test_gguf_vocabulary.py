@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hf.test_hf_gguf import PIECES, sentencepiece
 from support.byte_tokenizer import byte_tokenizer
 from support.huggingface import hf_model, write_gguf
 from support.models import tiny_model
-from test_hf_gguf import PIECES, sentencepiece
 
 from zflora_jax import load_model, resize_vocab, save_gguf
 from zflora_jax.core.fields import ConfigError

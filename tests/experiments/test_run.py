@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from support.checks import assert_logits_close, assert_trees_equal
 from support.grids import always
+from support.paths import ROOT
 from support.runs import quiet_train, small_run
 
 from zflora_jax.adapters.fuse import fuse
@@ -252,7 +253,7 @@ def locked_by_another_process(workdir: Path):
         "import sys, time; from zflora_jax.training.lock import locked\nwith"
         " locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", program, str(workdir)],
         env=env,

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.paths import ROOT, TESTS
 
 from zflora_jax.bench import contenders, latency, timing, training, training_step
 from zflora_jax.bench.case import Case
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -125,7 +126,9 @@ def test_the_gpu_script_measures_tiny_shapes(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, str(BENCHMARKS / "gpu.py"), "--tiny"]
     command += ["--new-tokens", "2", "--repeats", "1", "--out", str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": f"{BENCHMARKS.parent}{os.pathsep}{Path(__file__).parent}"}
+    env = os.environ | {
+        "PYTHONPATH": f"{BENCHMARKS.parent}{os.pathsep}{TESTS}{os.pathsep}{Path(__file__).parent}"
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_gpu_tables(tmp_path)

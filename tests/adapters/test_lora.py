@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import zlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ import pytest
 from support.cases import LORA
 from support.checks import assert_trees_equal
 from support.models import perturb, tiny_model
+from support.paths import ROOT
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -35,7 +35,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 from zflora_jax.training.workdir import adopt
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = ROOT / "results"
 
 
 def shape_of(model: Model, rank: int, **changes: object) -> dict[str, np.ndarray]:

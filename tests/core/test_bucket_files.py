@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.bucket import names
+from support.paths import ROOT
 from support.runs import quiet_train
 
 from zflora_jax.core.fields import ConfigError
@@ -123,7 +124,7 @@ with lock.locked(sys.argv[1]):
 def holder(url: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, url],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

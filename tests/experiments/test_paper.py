@@ -12,6 +12,7 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.grids import always
 from support.models import tiny_model
+from support.paths import ROOT
 
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.cli.inputs import load_config
@@ -22,7 +23,7 @@ from zflora_jax.data.tasks import TASKS
 from zflora_jax.experiments.planner import memory_plan
 from zflora_jax.hf.save import save_hf
 
-CONFIG = str(Path(__file__).parent.parent / "configs" / "paper" / "tables.py")
+CONFIG = str(ROOT / "configs" / "paper" / "tables.py")
 
 TINY = """
 from dataclasses import replace

@@ -6,9 +6,9 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from hf.test_gguf_keep import kept_file
 from support.models import tiny_model
 from support.quantized import quantized_tiny
-from test_gguf_keep import kept_file
 
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.cli.main import main

@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import ROOT
 
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.cli.inputs import load_config
@@ -17,8 +17,6 @@ from zflora_jax.core.presets import preset
 from zflora_jax.data.builders.steps import LEVELS
 from zflora_jax.evaluation.paired import paired_difference, seed_difference
 from zflora_jax.evaluation.statistics import ROWS, UNITS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def tables(name):

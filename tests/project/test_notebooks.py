@@ -8,15 +8,14 @@ import os
 import re
 import warnings
 from operator import attrgetter
-from pathlib import Path
 
 import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from support.grids import always
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 stem = attrgetter("stem")
 # What replaces the settings of the cell tagged "parameters". The byte tokenizer's prompts are long.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from support.paths import ROOT
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.data.builders import open_prepared
@@ -84,7 +85,7 @@ def test_generation_is_the_same_in_another_process(generated):
         text=True,
         check=True,
         env=env,
-        cwd=os.path.dirname(os.path.dirname(__file__)),
+        cwd=ROOT,
     )
     assert json.loads(out.stdout) == generated
 
@@ -105,7 +106,7 @@ import grain
 print("tensorflow" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "cache")]
-    root = os.path.dirname(os.path.dirname(__file__))
+    root = ROOT
     processes = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root

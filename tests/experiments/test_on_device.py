@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.paths import ROOT
 
 LABELS = ("base", "LoRA un-merged", "LoRA merged", "zflora-minimal", "zflora-uniform")
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "on_device.py"
+SCRIPT = ROOT / "benchmarks" / "on_device.py"
 
 
 @pytest.fixture(scope="module")

