@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from zflora_jax.core.fields import to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.hf.hub import HUB_IDS, is_hub_id, packaged
 from zflora_jax.nn.quantize_model import is_quantized, stored_text
+
+
+def project_version() -> str:
+    """The version of this project, as exports record it."""
+    try:
+        return importlib.metadata.version("zflora-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0.0.0+source"
 
 
 def base_name(model: Model) -> str | None:

@@ -14,14 +14,13 @@ from zflora_jax.core.architecture import count_base
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
-from zflora_jax.hf.card import base_name
+from zflora_jax.hf.card import base_name, project_version
 from zflora_jax.hf.directory import folder_beside, put_in_place
 from zflora_jax.hf.gguf_form import GGUFForm, gguf_form
 from zflora_jax.hf.gguf_keep import keep_form, plan_kept
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_types import KEEP, QUANTS, TYPES, Planned, Quant, plan_tensor, types_report
 from zflora_jax.hf.gguf_vocabulary import check_tokenizer, tokenizer_metadata
-from zflora_jax.hf.save import project_version
 from zflora_jax.parallel.distributed import from_process_0, on_main
 from zflora_jax.reporting.files import local_path
 

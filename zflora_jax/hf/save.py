@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +19,11 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.hf.card import base_name, model_card
+from zflora_jax.hf.card import base_name, model_card, project_version
 from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
+from zflora_jax.hf.hub import locate
 from zflora_jax.hf.keys import as_finite, hf_table
-from zflora_jax.hf.load import locate
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE
 from zflora_jax.hf.state_scale import scales_state
@@ -270,14 +269,6 @@ def _manifest(
         "eps_z": form.eps_z,
         **stored.manifest,
     }
-
-
-def project_version() -> str:
-    """The version of this project, as exports record it."""
-    try:
-        return importlib.metadata.version("zflora-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "0.0.0+source"
 
 
 def _write_companions(folder: Path, model: Model) -> None:

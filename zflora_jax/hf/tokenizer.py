@@ -13,14 +13,49 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.hf.load import TOKENIZER_FILES, load_tokenizer
 from zflora_jax.hf.shards import read_json
 from zflora_jax.reporting.files import write_json
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load the transformers tokenizer of a directory. Custom code is never run.
+
+    Returns:
+      The tokenizer; None where the directory has no tokenizer files.
+
+    Raises:
+      CheckpointError: the files cannot be loaded.
+    """
+    if not any(
+        (directory / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). Repair"
+            " or remove its files; a model loads without them."
+        ) from error
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> None:
