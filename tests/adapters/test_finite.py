@@ -27,6 +27,7 @@ from zflora_jax.experiments.rates import choose_rate
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.objective import Sums
 
 TOKENS = [[5, 6, 7, 8]]
 
@@ -93,7 +94,9 @@ def test_a_last_update_that_is_no_number_is_not_the_result(run, tmp_path, monkey
 
 
 def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_module, "eval_step", lambda *_: (np.float32("nan"), np.float32(1)))
+    monkeypatch.setattr(
+        loss_module, "eval_step", lambda *_: Sums(np.float32("nan"), np.float32(1), {})
+    )
     saved = (
         r"after step 3 the held-out loss is nan.*the checkpoint of step 3 is saved: remove"
         r" .*checkpoints.3 to go on"

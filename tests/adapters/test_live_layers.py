@@ -21,7 +21,8 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import OptimConfig
-from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
+from zflora_jax.training.objective import CrossEntropy
+from zflora_jax.training.trainer import init_state, make_train_step
 
 OPTIM = OptimConfig(warmup_steps=0, learning_rate=1e-2, weight_decay=0.1)
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
@@ -117,9 +118,8 @@ def test_gradients_are_zero_where_a_block_is_dead_and_nowhere_else(adapter):
     }
 
     def loss(adapters: trees.Tree) -> jax.Array:
-        return batch_loss(
-            model.config, adapter, {"params": model.params, "adapters": adapters}, batch, 16
-        )[0]
+        variables = {"params": model.params, "adapters": adapters}
+        return CrossEntropy(16)(model.config, adapter, variables, batch).loss
 
     live = live_layers(model.config, adapter)
     for name, gradient in trees.flatten(jax.jit(jax.grad(loss))(adapters)).items():
@@ -138,7 +138,7 @@ def test_dead_layers_stay_zero_in_training():
         "loss_mask": np.ones_like(tokens, bool),
         "segments": np.ones_like(tokens),
     }
-    step = make_train_step(model.config, adapter, OPTIM, 5, chunk=16)
+    step = make_train_step(model.config, adapter, OPTIM, 5)
     for _ in range(2):
         state, _ = step(model.params, state, batch)
     dead = dead_slices(model.config, adapter, state.adapters)

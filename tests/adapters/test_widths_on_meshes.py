@@ -68,7 +68,7 @@ def test_an_undivided_vocabulary_trains_scores_and_decodes_as_on_one_device():
         state = init_state(adapters, OptimConfig(warmup_steps=0, eps=1e-3), 4)
         where = sharding.state_shardings(state, mesh)
         step = make_train_step(
-            model.config, adapter, OptimConfig(warmup_steps=0, eps=1e-3), 4, 1, 32, where
+            model.config, adapter, OptimConfig(warmup_steps=0, eps=1e-3), 4, state_sharding=where
         )
         divided = dataclasses.replace(model, params=shard(model.params, mesh))
         with jax.set_mesh(mesh):

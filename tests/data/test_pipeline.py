@@ -22,6 +22,7 @@ from zflora_jax.data.tasks import Example
 from zflora_jax.data.tokenization import Encoded, TokenizedExample, tokenize_examples
 from zflora_jax.nn.llama import forward
 from zflora_jax.nn.positions import segment_positions
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import eval_step
 
 
@@ -92,11 +93,11 @@ def test_the_packed_loss_is_the_loss_of_the_rows_apart(adapter):
     packed = pack_sequences(encoded, 48)
     assert len(packed) < 4
     apart = [
-        eval_step(model.config, adapter, variables, batch, 16)
+        eval_step(model.config, adapter, variables, batch, CrossEntropy(16))[:2]
         for batch in eval_batches(encoded, 7, (48,))
     ]
     joined = [
-        eval_step(model.config, adapter, variables, batch, 16)
+        eval_step(model.config, adapter, variables, batch, CrossEntropy(16))[:2]
         for batch in eval_batches(packed, len(packed), (48,))
     ]
     (loss, count), (packed_loss, packed_count) = (

@@ -118,10 +118,10 @@ def test_another_dtype_is_refused_with_both_and_the_fix(run, base_dir):
 def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
     """The step is made for it, not for what the model was loaded with."""
 
-    def made(config, *_):
+    def made(run, config, *_):
         raise LookupError(config.execution.remat)
 
-    monkeypatch.setattr("zflora_jax.experiments.train.make_train_step", made)
+    monkeypatch.setattr("zflora_jax.experiments.train.step_of", made)
     run = override(run, {"train.remat": "block"})
     with pytest.raises(LookupError, match="block"):
         train(run, tmp_path / "run", model=load_model(base_dir), console=False)

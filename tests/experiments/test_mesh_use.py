@@ -41,6 +41,7 @@ from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.parallel.sharding import make_mesh, shardings
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import eval_step
 
 
@@ -227,7 +228,9 @@ def test_the_loss_of_layers_apart_gathers_no_kernel():
     tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
     rows = {"tokens": tokens, "segments": tokens, "loss_mask": tokens.update(dtype=bool)}
     with jax.set_mesh(mesh):
-        program = compiled(eval_step.lower(config, None, {"params": params}, rows, 128))
+        program = compiled(
+            eval_step.lower(config, None, {"params": params}, rows, CrossEntropy(128))
+        )
     assert program.memory_analysis().temp_size_in_bytes < size / 4
 
 

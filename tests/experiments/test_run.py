@@ -39,7 +39,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
-from zflora_jax.training.trainer import NonFiniteError, make_train_step
+from zflora_jax.training.trainer import NonFiniteError, step_of
 from zflora_jax.training.workdir import read_config
 
 
@@ -172,7 +172,7 @@ def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(
     run, tmp_path, monkeypatch
 ):
     """A batch that makes the loss NaN at step 6: steps 1 to 5 were good, step 4 was saved."""
-    real = make_train_step
+    real = step_of
 
     def poisoned(*args, **kwargs):
         step = real(*args, **kwargs)
@@ -187,7 +187,7 @@ def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(
 
         return run_step
 
-    monkeypatch.setattr("zflora_jax.experiments.train.make_train_step", poisoned)
+    monkeypatch.setattr("zflora_jax.experiments.train.step_of", poisoned)
     with pytest.raises(NonFiniteError, match="loss is nan at step 6"):
         quiet_train(run, tmp_path)
     monkeypatch.undo()
@@ -282,7 +282,7 @@ def test_bad_targets_claim_no_workdir(run, tmp_path):
 
 def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(run, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    real = make_train_step
+    real = step_of
 
     def signalled(*args, **kwargs):
         step = real(*args, **kwargs)
@@ -295,7 +295,7 @@ def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(run, tmp_pa
 
         return run_step
 
-    monkeypatch.setattr("zflora_jax.experiments.train.make_train_step", signalled)
+    monkeypatch.setattr("zflora_jax.experiments.train.step_of", signalled)
     with pytest.raises(Preempted, match="stopped by a signal after step 3 of 8, which is saved in"):
         quiet_train(run, tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -61,12 +61,12 @@ def programs(precision: str) -> dict[str, Any]:
     counts = jnp.zeros(2, jnp.int32)
     return {
         "train step": (
-            make_train_step(model.config, ADAPTER, OptimConfig(), 20, 2, 16).lower(
+            make_train_step(model.config, ADAPTER, OptimConfig(), 20, grad_accum_steps=2).lower(
                 model.params, state, batch
             )
         ),
         "held-out loss": eval_step.lower(
-            model.config, ADAPTER, {"params": model.params, "adapters": adapters}, batch, 16
+            model.config, ADAPTER, {"params": model.params, "adapters": adapters}, batch
         ),
         "decode": DecodeProgram.decode.lower(program, *given, keys, 4),
         "prefill": DecodeProgram.prefill.lower(program, *given, keys, 4),

@@ -39,6 +39,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.parallel import activations, sharding
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import init_state, make_train_step
 
 MESHES = [
@@ -58,7 +59,15 @@ def sharded_step(model, adapter, mesh_config, accumulate=1):
         perturb(init_adapters(jax.random.key(0), model, adapter), 1, 0.02), OPTIM, 10
     )
     where = sharding.state_shardings(state, mesh)
-    step = make_train_step(model.config, adapter, OPTIM, 10, accumulate, 32, where)
+    step = make_train_step(
+        model.config,
+        adapter,
+        OPTIM,
+        10,
+        objective=CrossEntropy(32),
+        grad_accum_steps=accumulate,
+        state_sharding=where,
+    )
     rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
     return mesh, step, (sharding.shard(model.params, mesh), jax.device_put(state, where), rows)
 

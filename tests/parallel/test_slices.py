@@ -19,6 +19,7 @@ from zflora_jax.core.run_config import MeshConfig, RunConfig
 from zflora_jax.parallel import mesh as mesh_module, slices
 from zflora_jax.parallel.sharding import make_mesh, put_rows, shard, state_shardings
 from zflora_jax.parallel.slices import arrange
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import init_state, make_train_step
 
 
@@ -191,7 +192,9 @@ def test_only_sums_of_gradients_cross_slices(monkeypatch):
     adapters = init_adapters(jax.random.key(0), model, adapter)
     state = init_state(adapters, OPTIM, 10)
     where = state_shardings(state, mesh)
-    step = make_train_step(model.config, adapter, OPTIM, 10, 1, 64, where)
+    step = make_train_step(
+        model.config, adapter, OPTIM, 10, objective=CrossEntropy(64), state_sharding=where
+    )
     with jax.set_mesh(mesh):
         text = compiled(
             step.lower(

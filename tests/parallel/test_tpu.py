@@ -17,6 +17,7 @@ from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.inference.sampling import Sampler
 from zflora_jax.ops import attention
 from zflora_jax.parallel.devices import named_device
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import init_state, make_train_step
 
 
@@ -44,7 +45,12 @@ def test_the_train_step_lowers(method):
     }
     program = exported(
         make_train_step(
-            model.config.replace(max_position_embeddings=2048), adapter, OptimConfig(), 10, 2, 64
+            model.config.replace(max_position_embeddings=2048),
+            adapter,
+            OptimConfig(),
+            10,
+            objective=CrossEntropy(64),
+            grad_accum_steps=2,
         ),
         model.params,
         state,

@@ -48,7 +48,7 @@ def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> in
 
         patch.setattr(distributed.StopSignals, "requested", signalled)
     if "poison" in what:
-        make = whole_run.make_train_step
+        make = whole_run.step_of
 
         def poisoned(*args: Any, **settings: Any) -> Any:
             step = make(*args, **settings)
@@ -78,7 +78,7 @@ def main(config: str, workdir: str, fault: str, patch: pytest.MonkeyPatch) -> in
 
             return one
 
-        patch.setattr(whole_run, "make_train_step", poisoned)
+        patch.setattr(whole_run, "step_of", poisoned)
     if "crash_data_at" in what:
         pad, made = pipeline.pad, [0]
 

@@ -16,7 +16,8 @@ from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.run_config import OptimConfig
-from zflora_jax.training.trainer import batch_loss, init_state, make_train_step
+from zflora_jax.training.objective import CrossEntropy
+from zflora_jax.training.trainer import init_state, make_train_step
 
 
 # twin of the others: test_live_layers, where every block of theirs has a gradient
@@ -33,7 +34,7 @@ def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
         "loss_mask": jnp.ones(tokens.shape, bool),
         "segments": jnp.ones(tokens.shape, jnp.int32),
     }
-    step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3, chunk=16)
+    step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3)
     state, metrics = step(model.params, state, batch)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     assert_trees_equal(model.params, before)
@@ -64,7 +65,7 @@ def test_no_product_forms_a_base_gradient(adapter):
         "loss_mask": jax.ShapeDtypeStruct((2, 24), bool),
         "segments": jax.ShapeDtypeStruct((2, 24), jnp.int32),
     }
-    step = make_train_step(model.config, adapter, OptimConfig(), 100, chunk=16)
+    step = make_train_step(model.config, adapter, OptimConfig(), 100)
     shapes: set[tuple[int, ...]] = set()
 
     def walk(jaxpr):
@@ -101,9 +102,11 @@ def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
     }
     grads = jax.jit(
         jax.grad(
-            lambda a: batch_loss(
-                model.config, adapter, {"params": model.params, "adapters": a}, batch, 16
-            )[0]
+            lambda a: (
+                CrossEntropy(16)(
+                    model.config, adapter, {"params": model.params, "adapters": a}, batch
+                ).loss
+            )
         )
     )(adapters)
     for name, grad in trees.flatten(grads).items():

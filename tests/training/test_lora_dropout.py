@@ -30,6 +30,7 @@ from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.layers import Dense
 from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.parallel import sharding
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import eval_step, init_state, make_train_step
 
 DROPPED = LORA.replace(dropout=0.3)
@@ -128,7 +129,10 @@ def test_evaluation_and_generation_drop_nothing():
     )
     rows = {"tokens": tokens, "loss_mask": tokens > 0, "segments": tokens}
     variables = {"params": model.params, "adapters": adapters}
-    losses = [float(eval_step(model.config, a, variables, rows, 8)[0]) for a in (DROPPED, LORA)]
+    losses = [
+        float(eval_step(model.config, a, variables, rows, CrossEntropy(8))[0])
+        for a in (DROPPED, LORA)
+    ]
     assert losses[0] == losses[1]
     answers = [
         generate_tokens(model, [[5, 6]], max_new_tokens=4, adapter=a, adapters=adapters)
@@ -160,7 +164,16 @@ def steps_of(
     )
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
     where = sharding.state_shardings(state, mesh)
-    step = make_train_step(model.config, adapter, optim, 10, accumulate, 32, where, seed)
+    step = make_train_step(
+        model.config,
+        adapter,
+        optim,
+        10,
+        objective=CrossEntropy(32),
+        grad_accum_steps=accumulate,
+        state_sharding=where,
+        seed=seed,
+    )
     placed, params = (
         jax.device_put(rows or batch(), sharding.batch_sharding(mesh)),
         sharding.shard(model.params, mesh),
@@ -199,7 +212,7 @@ def test_without_dropout_nothing_is_drawn():
         model = sharded_model(num_layers=1)
         state = init_state(init_adapters(jax.random.key(0), model, adapter), OPTIM, 10)
         return (
-            make_train_step(model.config, adapter, OPTIM, 10, 2, 32)
+            make_train_step(model.config, adapter, OPTIM, 10, grad_accum_steps=2)
             .lower(model.params, state, batch())
             .as_text()
         )

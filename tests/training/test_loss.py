@@ -19,8 +19,8 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.training.loss import masked_cross_entropy
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
-from zflora_jax.training.trainer import batch_loss
 
 B, T, D, V = 3, 14, 8, 21
 POSITIONS = B * (T - 1)
@@ -206,9 +206,11 @@ def test_a_whole_training_gradient_never_holds_all_logits():
     }
     jaxpr = jax.make_jaxpr(
         jax.grad(
-            lambda a: batch_loss(
-                model.config, adapter, {"params": model.params, "adapters": a}, data, chunk
-            )[0]
+            lambda a: (
+                CrossEntropy(chunk)(
+                    model.config, adapter, {"params": model.params, "adapters": a}, data
+                ).loss
+            )
         )
     )(adapters)
     with_vocabulary = {n // vocab for n in sizes(jaxpr.jaxpr) if n % vocab == 0 and n}

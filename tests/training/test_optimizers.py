@@ -23,6 +23,7 @@ from zflora_jax.experiments import planner
 from zflora_jax.experiments.train import train
 from zflora_jax.parallel import sharding
 from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.optim import OPTIMIZERS
 from zflora_jax.training.trainer import TrainState, init_state, make_train_step
 from zflora_jax.training.workdir import adopt, claim
@@ -58,7 +59,9 @@ def training(
         adapters = init_adapters(jax.random.key(1), model, adapter)
         state = init_state(perturb(adapters, std=0.01), optim, STEPS)
     where = sharding.state_shardings(state, mesh)
-    step = make_train_step(model.config, adapter, optim, STEPS, 1, 32, where)
+    step = make_train_step(
+        model.config, adapter, optim, STEPS, objective=CrossEntropy(32), state_sharding=where
+    )
     params, state = sharding.shard(model.params, mesh), jax.device_put(state, where)
     rows = sharding.put_rows(batch(), 4, mesh)
     with jax.set_mesh(mesh):

@@ -39,6 +39,7 @@ from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import dequantize_model, quantize_model
 from zflora_jax.ops.quantized import KINDS, bytes_of
 from zflora_jax.parallel import sharding
+from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import init_state, make_train_step
 
 # An even width on every device: see the flags of conftest.
@@ -57,7 +58,9 @@ def three_steps(model, mesh_config):
     adapters = init_adapters(jax.random.key(0), model, ADAPTER)
     mesh, state = sharding.make_mesh(mesh_config), init_state(adapters, OPTIM, 10)
     where = sharding.state_shardings(state, mesh)
-    step = make_train_step(model.config, ADAPTER, OPTIM, 10, 1, 32, where)
+    step = make_train_step(
+        model.config, ADAPTER, OPTIM, 10, objective=CrossEntropy(32), state_sharding=where
+    )
     rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
     params, state = sharding.shard(model.params, mesh), jax.device_put(state, where)
     found = []

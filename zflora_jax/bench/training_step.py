@@ -22,7 +22,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.hf.load import load_model
 from zflora_jax.nn.llama import random_model
-from zflora_jax.training.trainer import Batch, StepFn, TrainState, init_state, make_train_step
+from zflora_jax.training.objective import Batch
+from zflora_jax.training.trainer import StepFn, TrainState, init_state, make_train_step
 
 PEFT = "PEFT lora"
 

@@ -1,4 +1,4 @@
-"""The held-out loss of a model, with or without adapters beside it."""
+"""The held-out loss of a model, with or without unmerged adapters."""
 
 from __future__ import annotations
 
@@ -14,41 +14,51 @@ from zflora_jax.data.pipeline import eval_batches, one_sequence_a_row
 from zflora_jax.data.tokenization import Encoded
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 from zflora_jax.parallel.sharding import BATCH
+from zflora_jax.training.objective import objective_of
 from zflora_jax.training.trainer import eval_step
 
 
 def held_out_loss(
     run: RunConfig, model: Model, encoded: Encoded, adapters: Tree | None = None
 ) -> dict[str, float]:
-    """Mean cross-entropy per target token over all rows.
+    """Mean loss of the run's objective over all rows.
 
     Args:
-      run: its settings. The loss depends only on `adapter`, and on that only with `adapters`; the
-        rest says how much is computed at one time (micro-batch, bucket_lengths, loss_chunk).
-      model: the base, or a fused model.
-      encoded: the held-out rows.
-      adapters: the tree beside the base. None: the model alone.
+      run: The run's settings. The loss depends only on the objective and, with `adapters`, on
+        `adapter`; the others set how much is computed at one time (micro-batch, bucket_lengths,
+        loss_chunk).
+      model: The base, or a fused model.
+      encoded: The held-out rows.
+      adapters: The unmerged adapter tree; None for the model without adapters.
 
     Returns:
-      {"loss": nats per target token, "tokens": target tokens, "rows": rows}.
+      {"loss": mean loss, e.g. nats per target token, `objective.unit`: the divisor, e.g. "tokens",
+      "rows": rows, and the means of `objective.metrics`}.
 
     Raises:
-      NonFiniteError: the loss is NaN or infinite.
+      NonFiniteError: The loss is NaN or infinite.
     """
+    objective = objective_of(run)
     variables = {"params": model.params} | ({} if adapters is None else {"adapters": adapters})
-    adapter, chunk = None if adapters is None else run.adapter, run.train.loss_chunk
+    adapter = None if adapters is None else run.adapter
     rows = fill_rows(run.data.micro_batch_size, model.params, BATCH)
     batches = eval_batches(encoded, rows, run.data.bucket_lengths)
     with mesh_in_use(model.params):
         sums = [
-            eval_step(model.config, adapter, variables, one_sequence_a_row(batch), chunk)
+            eval_step(model.config, adapter, variables, one_sequence_a_row(batch), objective)
             for batch in batches
         ]
-    losses, tokens = zip(*jax.device_get(sums), strict=True)
-    loss = float(sum(losses) / sum(tokens))
+    total = jax.tree.map(lambda *parts: sum(parts), *jax.device_get(sums))
+    loss = float(total.loss / total.divisor)
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"the held-out loss is {loss}: the model or its adapters are damaged, or the learning"
             " rate was too high."
         )
-    return {"loss": loss, "tokens": float(sum(tokens)), "rows": float(len(encoded))}
+    means = {name: float(value / total.divisor) for name, value in total.metrics.items()}
+    return {
+        "loss": loss,
+        objective.unit: float(total.divisor),
+        "rows": float(len(encoded)),
+        **means,
+    }

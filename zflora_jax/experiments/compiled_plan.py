@@ -16,7 +16,7 @@ from zflora_jax.experiments.planner import abstract_arguments, shaped_config
 from zflora_jax.ops.attention import attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.parallel.sharding import batch_sharding, make_mesh, shardings, state_shardings
-from zflora_jax.training.trainer import init_state, make_train_step
+from zflora_jax.training.trainer import init_state, step_of
 
 
 def lowered_step(run: RunConfig, config: LlamaConfig, devices: Sequence[Any] | None = None) -> Any:
@@ -41,15 +41,7 @@ def lowered_step(run: RunConfig, config: LlamaConfig, devices: Sequence[Any] | N
         )
 
     rows = jax.tree.map(lambda leaf: NamedSharding(mesh, batch_sharding(mesh).spec), batch)
-    step: Any = make_train_step(
-        config,
-        run.adapter,
-        run.optim,
-        run.train.steps,
-        run.data.grad_accum_steps,
-        run.train.loss_chunk,
-        where,
-    )
+    step: Any = step_of(run, config, where)
     with jax.set_mesh(mesh):
         return step.lower(
             placed(params, shardings(params, mesh)), placed(state, where), placed(batch, rows)

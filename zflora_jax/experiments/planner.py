@@ -34,7 +34,8 @@ from zflora_jax.ops.attention_blocks import query_blocks
 from zflora_jax.ops.quantized import bytes_of
 from zflora_jax.parallel.sharding import AXES, spec, specs, state_shardings
 from zflora_jax.parallel.targets import GIB
-from zflora_jax.training.trainer import batch_loss, init_state
+from zflora_jax.training.objective import objective_of
+from zflora_jax.training.trainer import init_state
 
 
 def memory_plan(
@@ -164,15 +165,11 @@ def abstract_arguments(
             {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
         )
 
-    shape = (rows, run.data.bucket_lengths[-1])
-    batch: dict[str, Any] = {"tokens": jnp.int32, "loss_mask": jnp.bool_}
-    if run.data.packing:
-        batch["segments"] = jnp.int32
     base = tree(param_shapes(config), jnp.dtype(config.execution.dtype))
     return (
         quantized_shapes(config, run.quantize, base),
         tree(adapter_shapes(config, run.adapter), jnp.float32),
-        {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch.items()},
+        objective_of(run).arrays(rows, run.data.bucket_lengths[-1], run.data.packing),
     )
 
 
@@ -192,13 +189,8 @@ def _activations(run: RunConfig, config: LlamaConfig) -> int:
 
     def kept(params: trees.Tree, adapters: trees.Tree, batch: Any) -> Any:
         def loss(adapters: trees.Tree) -> Any:
-            return batch_loss(
-                config,
-                run.adapter,
-                {"params": params, "adapters": adapters},
-                batch,
-                run.train.loss_chunk,
-            )[0]
+            variables = {"params": params, "adapters": adapters}
+            return objective_of(run)(config, run.adapter, variables, batch).loss
 
         return jax.vjp(loss, adapters)[1]
 

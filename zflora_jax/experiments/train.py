@@ -41,7 +41,7 @@ from zflora_jax.training.hooks import (
 from zflora_jax.training.lock import locked
 from zflora_jax.training.loop import Hook, fit
 from zflora_jax.training.optim import require_optimizer
-from zflora_jax.training.trainer import TrainState, make_train_step
+from zflora_jax.training.trainer import TrainState, step_of
 from zflora_jax.training.workdir import (
     Changes,
     adopt,
@@ -232,16 +232,7 @@ def _evaluate_if_missed(
 def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> TrainState:
     """The loop over the steps that `state` lacks."""
     run, rows = setup.run, setup.run.data.batch_size
-    step_fn = make_train_step(
-        setup.model.config,
-        run.adapter,
-        run.optim,
-        run.train.steps,
-        run.data.grad_accum_steps,
-        run.train.loss_chunk,
-        setup.state_shardings,
-        run.train.seed,
-    )
+    step_fn = step_of(run, setup.model.config, setup.state_shardings)
     first, own = int(state.step), own_rows(rows, setup.mesh)
     kernel, reason = step_attention(run, setup.model.config, setup.mesh)
     if kernel == "blocks" and setup.mesh.devices.flat[0].platform in ("gpu", "tpu"):

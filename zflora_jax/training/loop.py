@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 
 from zflora_jax.core.trees import Tree
-from zflora_jax.training.trainer import Batch, Metrics, StepFn, TrainState
+from zflora_jax.training.objective import Batch
+from zflora_jax.training.trainer import Metrics, StepFn, TrainState
 
 
 class Timing(NamedTuple):

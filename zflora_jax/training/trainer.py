@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -18,23 +18,23 @@ import numpy as np
 import optax
 
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import OptimConfig, RunConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.nn.llama import Llama
 from zflora_jax.ops.precision import at_config_precision, at_precision
-from zflora_jax.parallel.sharding import batch_shards, gather_fsdp
-from zflora_jax.training.loss import masked_cross_entropy
+from zflora_jax.training.objective import (
+    CROSS_ENTROPY,
+    Batch,
+    Objective,
+    Sums,
+    objective_of,
+)
 from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
 
 Array = jax.Array
-# Tokens int32, loss_mask bool, segments int32, each [B, T]; see data.pipeline. Without segments
-# each row is one sequence, padded on the right, where no real token sees it.
-Batch = Mapping[str, Any]
 Metrics = dict[str, Array]  # float32 scalars by name
 
 
@@ -77,82 +77,65 @@ def fresh_state(run: RunConfig, model: Model) -> TrainState:
     return init_state(adapters, run.optim, run.train.steps)
 
 
-def batch_loss(
-    config: LlamaConfig,
-    adapter: AdapterConfig | None,
-    variables: Tree,
-    batch: Batch,
-    chunk: int,
-    rngs: dict[str, Array] | None = None,
-) -> tuple[Array, Array]:
-    """Summed cross-entropy of a batch on the tokens that its loss_mask chooses.
-
-    Args:
-      config: of the base.
-      adapter: how `variables` are adapted, None for the base alone.
-      variables: {"params": ..., "adapters": ...}.
-      batch: see `Batch`, arrays [B, T].
-      chunk: how many positions have logits at one time.
-      rngs: {"dropout": key} in training with dropout.
-
-    Returns:
-      (sum in nats, number of tokens), float32 scalars.
-    """
-    llama = Llama(config, adapter)
-    hidden, _ = llama.apply(
-        variables, batch["tokens"], segment_ids=batch.get("segments"), method="hidden", rngs=rngs
-    )  # type: ignore[misc]
-    name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
-    # Gathered once, ahead of the loop over chunks; the lookup has the divided table.
-    head = {
-        kind: trees.map_with_names(lambda n, x: gather_fsdp(n, x) if n == name else x, tree)
-        for kind, tree in variables.items()
-    }
-    return masked_cross_entropy(
-        lambda x: llama.apply(head, x, method="logits"),  # type: ignore[return-value,arg-type]
-        hidden,
-        batch["tokens"],
-        batch["loss_mask"],
-        chunk,
-        batch_shards(),
-    )
-
-
 def make_train_step(
     config: LlamaConfig,
     adapter: AdapterConfig,
     optim: OptimConfig,
     steps: int,
+    *,
+    objective: Objective = CROSS_ENTROPY,
     grad_accum_steps: int = 1,
-    chunk: int = 256,
     state_sharding: Any = None,
     seed: int = 0,
 ) -> StepFn:
-    """Compile one training step. The same arguments give the same function, so that runs of one
-    process that differ in their data alone trace and compile it once.
+    """Compiles one training step. The same arguments give the same function, so that runs of one
+    process that differ in their data only trace and compile it once.
 
-    The losses and gradients of the micro-batches are summed, and divided by the number of tokens
-    once: the result does not depend on `grad_accum_steps`, except for what dropout draws.
+    Losses and gradients of the micro-batches are summed, and divided by the objective's divisor
+    once: the result does not depend on `grad_accum_steps`, except for the draws of dropout.
 
     Args:
-      config: of the base.
-      adapter: what is trained.
-      optim: the optimizer and its learning rate.
-      steps: of the whole run, which the learning rate follows.
-      grad_accum_steps: number of micro-batches of a batch [B, T]; divides B.
-      chunk: how many positions have logits at one time.
-      state_sharding: where the new state lies (`sharding.state_shardings`); None on one device.
-      seed: of dropout, which draws by the seed, the step and the number of the micro-batch alone.
+      config: The base's config.
+      adapter: The config of the trained adapters.
+      optim: The optimizer and its learning rate.
+      steps: Steps of the whole run, which the learning rate follows.
+      objective: The loss, and the arrays that a batch has.
+      grad_accum_steps: Number of micro-batches of a batch; divides its rows.
+      state_sharding: Where the new state lies (`sharding.state_shardings`); None on one device.
+      seed: Seed of dropout, which draws by seed, step and number of the micro-batch only.
 
     Returns:
       A jitted function (params, state, batch) -> (state, metrics); `state` is donated. metrics are
-      float32 scalars: loss (mean per token), tokens, grad_norm (before clipping), learning_rate,
-      and finite (1.0 if all numbers of the new adapters are, else 0.0).
+      float32 scalars: loss (mean), the divisor under `objective.unit`, the means of
+      `objective.metrics`, grad_norm (before clipping), learning_rate, and finite (1.0 if all new
+      adapter weights are finite, else 0.0).
     """
-    where, form = jax.tree.flatten(state_sharding)
-    used_seed = seed if adapter.dropout else 0
+    leaves, form = jax.tree.flatten(state_sharding)
+    seed = seed if adapter.dropout else 0
     return _train_step(
-        config, adapter, optim, steps, grad_accum_steps, chunk, used_seed, form, tuple(where)
+        config,
+        adapter,
+        optim,
+        steps,
+        objective,  # type: ignore[arg-type]  # hashable, as Objective says
+        grad_accum_steps,
+        seed,
+        form,
+        tuple(leaves),
+    )
+
+
+def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:
+    """`make_train_step` with the settings of `run`, on a base of `config`."""
+    return make_train_step(
+        config,
+        run.adapter,
+        run.optim,
+        run.train.steps,
+        objective=objective_of(run),
+        grad_accum_steps=run.data.grad_accum_steps,
+        state_sharding=state_sharding,
+        seed=run.train.seed,
     )
 
 
@@ -162,36 +145,44 @@ def _train_step(
     adapter: AdapterConfig,
     optim: OptimConfig,
     steps: int,
+    objective: Objective,
     grad_accum_steps: int,
-    chunk: int,
     seed: int,
     form: Any,
-    where: tuple[Any, ...],
+    leaves: tuple[Any, ...],
 ) -> StepFn:
-    """`make_train_step`; the state's sharding is given by its leaves and the form of its tree."""
+    """`make_train_step`; `form` and `leaves` are the state's sharding, hashable."""
     optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
-    state_sharding = jax.tree.unflatten(form, where)
 
-    def loss_sum(adapters: Tree, params: Tree, micro: Batch, rngs: Any) -> tuple[Array, Array]:
+    def sums_of(adapters: Tree, params: Tree, micro: Batch, rngs: Any) -> tuple[Array, Sums]:
         variables = {"params": params, "adapters": adapters}
-        return batch_loss(config, adapter, variables, micro, chunk, rngs)
+        sums = objective(config, adapter, variables, micro, rngs)
+        return sums.loss, sums
 
-    @jax.jit(donate_argnums=1, out_shardings=(state_sharding, None))
+    @jax.jit(donate_argnums=1, out_shardings=(jax.tree.unflatten(form, leaves), None))
     def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rngs = _dropout_keys(seed, state.step, grad_accum_steps) if adapter.dropout else None
+        zero = jnp.zeros(())
+        start = Sums(zero, zero, dict.fromkeys(objective.metrics, zero))
         with at_precision(config.execution.matmul_precision):
-            loss, tokens, grads = _accumulated(
-                loss_sum, params, state.adapters, batch, rngs, grad_accum_steps
+            sums, grads = _accumulated(
+                sums_of, start, params, state.adapters, batch, rngs, grad_accum_steps
             )
-        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
+
+        def mean(x: Array) -> Array:
+            # A maximum for each: XLA divides by a shared one with other rounding.
+            return x / jnp.maximum(sums.divisor, 1.0)
+
+        grads = jax.tree.map(mean, grads)
         # optax mixes Python floats with int32 counters; our own code also runs under "strict".
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
             adapters = optax.apply_updates(state.adapters, updates)
             norm, rate = optax.tree.norm(grads), schedule(state.step)
         metrics = {
-            "loss": loss / jnp.maximum(tokens, 1.0),
-            "tokens": tokens,
+            "loss": mean(sums.loss),
+            objective.unit: sums.divisor,
+            **jax.tree.map(mean, sums.metrics),
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate, jnp.float32),
             "finite": _all_finite(adapters).astype(jnp.float32),
@@ -209,29 +200,28 @@ def _dropout_keys(seed: int, step: Array, count: int) -> dict[str, Array]:
 
 
 def _accumulated(
-    loss_sum: Callable[..., tuple[Array, Array]],
+    sums_of: Callable[..., tuple[Array, Sums]],
+    start: Sums,
     params: Tree,
     adapters: Tree,
     batch: Batch,
     rngs: dict[str, Array] | None,
     count: int,
-) -> tuple[Array, Array, Tree]:
-    """Sums over `count` micro-batches: of losses, of tokens, of gradients of `adapters`."""
+) -> tuple[Sums, Tree]:
+    """Sums over `count` micro-batches: those of the objective, and of gradients of `adapters`."""
     # Every count-th row, so that each device's rows are spread over the micro-batches evenly.
     micros = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
 
-    def add(
-        total: tuple[Array, Array, Tree], part: tuple[Batch, Any]
-    ) -> tuple[tuple[Array, Array, Tree], None]:
-        (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(adapters, params, *part)
-        return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
+    def add(total: tuple[Sums, Tree], part: tuple[Batch, Any]) -> tuple[tuple[Sums, Tree], None]:
+        (_, sums), grads = jax.value_and_grad(sums_of, has_aux=True)(adapters, params, *part)
+        return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-    zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapters))
+    zero = start, jax.tree.map(jnp.zeros_like, adapters)
     return jax.lax.scan(add, zero, (micros, rngs))[0]
 
 
 def _all_finite(tree: Tree) -> Array:
-    """Whether no number of `tree` is NaN or infinite, a bool scalar."""
+    """Whether no value of `tree` is NaN or infinite, a bool scalar."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
@@ -242,7 +232,7 @@ def eval_step(
     adapter: AdapterConfig | None,
     variables: Tree,
     batch: Batch,
-    chunk: int = 256,
-) -> tuple[Array, Array]:
-    """`batch_loss` without gradients, compiled: (sum in nats, number of tokens)."""
-    return batch_loss(config, adapter, variables, batch, chunk)
+    objective: Objective = CROSS_ENTROPY,
+) -> Sums:
+    """`objective` without gradients, compiled; its arguments and result are the same."""
+    return objective(config, adapter, variables, batch)
