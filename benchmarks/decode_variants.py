@@ -26,8 +26,8 @@ from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ra
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
-from zflora_jax.inference.model_call import next_logits
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.generation_config import Sampler
+from zflora_jax.inference.program import next_logits
 from zflora_jax.nn import layers
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.ops import head as output_head, linear

@@ -41,9 +41,8 @@ from .hf.load import load_model as load_model
 from .hf.peft import load_peft as load_peft, save_peft as save_peft
 from .hf.save import save_hf as save_hf
 from .inference.decode import generate_tokens as generate_tokens, stream_tokens as stream_tokens
-from .inference.generation_config import GenerationConfig as GenerationConfig
+from .inference.generation_config import GenerationConfig as GenerationConfig, Sampler as Sampler
 from .inference.likelihood import option_log_likelihoods as option_log_likelihoods
-from .inference.sampling import Sampler as Sampler
 from .inference.serving import serve as serve
 from .inference.text import generate as generate, stream as stream
 from .nn.kv_cache import KVCache as KVCache, init_cache as init_cache

@@ -33,10 +33,9 @@ from zflora_jax.core.run_config import (
 )
 from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.generation_config import GREEDY, Sampler
 from zflora_jax.inference.likelihood import option_log_likelihoods
-from zflora_jax.inference.model_call import packed
-from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.sampling import GREEDY, Sampler
+from zflora_jax.inference.program import DecodeProgram, packed
 from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there

@@ -20,7 +20,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.generation_config import Sampler
 
 NEW = 20
 PROMPTS = [

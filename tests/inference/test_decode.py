@@ -27,8 +27,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.generation_config import Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.sampling import Sampler
 from zflora_jax.nn.llama import forward
 
 NEW = 64

@@ -14,8 +14,7 @@ from support.models import tiny_model, untied
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
-from zflora_jax.inference.generation_config import GenerationConfig, GenerationSettings
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.generation_config import GenerationConfig, GenerationSettings, Sampler
 from zflora_jax.inference.text import generate
 from zflora_jax.nn.llama import forward
 
@@ -41,8 +40,8 @@ from zflora_jax.nn.llama import forward
         ([[1, 2.5]], {}, r"prompt 0 must hold token ids, which are integers; got float64"),
         ([["a"]], {}, r"prompt 0 must hold token ids"),
         ([[[1], [2, 3]]], {}, r"prompt 0 holds lists"),
-        ([[1]], {"request_ids": [1, 2]}, r"request_ids=\[1, 2\]: must be 1 numbers"),
-        ([[1]], {"request_ids": [-1]}, r"request_ids=\[-1\]: must be 1 numbers from 0"),
+        ([[1]], {"request_ids": [1, 2]}, r"request_ids=\[1, 2\]: must be 1 integers"),
+        ([[1]], {"request_ids": [-1]}, r"request_ids=\[-1\]: must be 1 integers from 0"),
         ([[1]], {"stop_token_ids": [259]}, r"stop_token_ids holds token ids outside 0\.\.258"),
     ],
     ids=lambda value: str(value)[:30],

@@ -7,8 +7,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,86 +25,10 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.inference.batching import padded_length
 from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.inference.generation_config import GenerationConfig
+from zflora_jax.inference.generation_config import GenerationConfig, Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import forward
-
-LAYOUT = {
-    "convert_element_type",
-    "reshape",
-    "transpose",
-    "broadcast_in_dim",
-    "slice",
-    "dynamic_slice",
-    "squeeze",
-    "copy",
-    "concatenate",
-}
-
-
-def inner_jaxprs(equation: Any) -> list[Any]:
-    values = [
-        v
-        for value in equation.params.values()
-        for v in (value if isinstance(value, list | tuple) else [value])
-    ]
-    return [getattr(v, "jaxpr", v) for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-
-
-def whiles(jaxpr: Any) -> list[Any]:
-    return [e for e in jaxpr.eqns if e.primitive.name == "while"] + [
-        w for e in jaxpr.eqns for inner in inner_jaxprs(e) for w in whiles(inner)
-    ]
-
-
-def joined_parameters(jaxpr: Any, parameters: set[Any]) -> int:
-    """Concatenations of parameters, or of parameters that were only cast, cut or reshaped, in
-    `jaxpr` and what it calls.
-    """
-    found, known = 0, set(parameters)
-    for equation in jaxpr.eqns:
-        touched = [v for v in equation.invars if not hasattr(v, "val") and v in known]
-        found += bool(touched) and equation.primitive.name == "concatenate"
-        if touched and equation.primitive.name in LAYOUT:
-            known |= set(equation.outvars)
-        for inner in inner_jaxprs(equation):
-            if len(inner.invars) == len(equation.invars):
-                found += joined_parameters(
-                    inner,
-                    {i for i, o in zip(inner.invars, equation.invars, strict=True) if o in touched},
-                )
-    return found
-
-
-def loop_body(jaxpr: Any) -> tuple[Any, set[Any]]:
-    """The body of the one while loop and the variables in it that come from outside (the parameters
-    among them), not from the carry.
-    """
-    (loop,) = whiles(jaxpr)
-    body = loop.params["body_jaxpr"].jaxpr
-    return body, set(body.invars[: loop.params["body_nconsts"]])
-
-
-@pytest.mark.parametrize("method", ["base", "zflora-uniform"])
-def test_decode_is_one_call_and_its_loop_joins_no_parameters(method: str) -> None:
-    model = pack_for_decode(tiny_fused(method))
-    tokens, keys = jnp.ones((2, 16), jnp.int32), jax.random.split(jax.random.key(0), 2)
-    program = DecodeProgram(model.config, None, GREEDY, (257,))
-    jaxpr = jax.make_jaxpr(partial(program.decode, max_new_tokens=8))(
-        {"params": model.params}, tokens, tokens > 0, keys
-    ).jaxpr
-    assert len(jaxpr.eqns) == 1 and len(inner_jaxprs(jaxpr.eqns[0])) == 1, (
-        "prefill and loop belong in one jit"
-    )
-    body, outside = loop_body(jaxpr)
-    shapes = [v.aval.shape for v in outside]
-    assert all(leaf.shape in shapes for leaf in trees.flatten(model.params).values()), (
-        "the loop reads the parameters as they are"
-    )
-    assert joined_parameters(body, outside) == 0
-    assert not whiles(body), "the layers of a packed model are unrolled"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
@@ -239,30 +161,13 @@ def test_greedy_is_the_argmax_of_whole_forwards(layout: str, batch: int, kv_head
     )
 
 
-def test_the_walk_finds_a_joined_kernel() -> None:
-    def joins(q: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
-        def body(s: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return s[0] + 1, jax.jit(
-                lambda a, b, y: y @ jnp.concatenate([a.reshape(4, 2), b.astype(jnp.float32)], 1)
-            )(q, k, s[1])
-
-        return jax.lax.while_loop(lambda s: s[0] < 3, body, (jnp.zeros((), jnp.int32), x))[1]
-
-    body, outside = loop_body(
-        jax.make_jaxpr(joins)(
-            jnp.ones((4, 1, 2)), jnp.ones((4, 2), jnp.bfloat16), jnp.ones((1, 4))
-        ).jaxpr
-    )
-    assert joined_parameters(body, outside) == 1
-
-
 def test_how_a_prompt_is_computed_does_not_hang_on_how_many_tokens_follow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """1 token or 40 after 16: the same number of cache slots, hence the same prefill."""
     seen: list[int] = []
     monkeypatch.setattr(
-        "zflora_jax.inference.model_call.init_cache",
+        "zflora_jax.inference.program.init_cache",
         lambda config, batch, slots, adapter: (
             seen.append(slots) or init_cache(config, batch, slots)
         ),

@@ -127,28 +127,17 @@ def test_a_bfloat16_model_gives_what_its_float32_numbers_do() -> None:
     np.testing.assert_allclose(got, want, rtol=0.02)
 
 
-def test_a_start_that_all_prompts_share_is_fed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_run_once_for_all_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (prompts, options), fed = model_of(), mixed(), []
-    # The last has nothing else.
-    prompts = [ids(20, 77) + prompt[:8] for prompt in prompts] + [ids(20, 77)]
-    options = [[option[:10] for option in row] for row in options] + [[[1, 2], [3]]]
 
     def counted(*args: Any) -> Any:
         fed.append(int(args[5].sum()))
         return feed_pieces(*args)
 
     monkeypatch.setattr(likelihood, "feed_pieces", counted)
-    got = option_log_likelihoods(model, prompts, options)
-    assert_same(got, definition(model, prompts, options))
-    assert fed[0] == 16, "of 19, all but the last token of the shortest prompt, a multiple of 16"
-    assert (
-        sum(fed)
-        < sum(len(p) + len(o) for p, row in zip(prompts, options, strict=True) for o in row) / 3
-    )
-    monkeypatch.setattr(likelihood, "WORTH_SHARING", 1000)
-    assert_same(
-        option_log_likelihoods(model, prompts, options), [g.astype(np.float64) for g in got]
-    )
+    option_log_likelihoods(model, prompts, options)
+    once = sum(map(len, prompts)) + sum(len(o) for row in options for o in row)
+    assert sum(map(len, prompts)) < sum(fed) < once
 
 
 def test_batch_size_and_order_do_not_matter() -> None:
@@ -197,12 +186,8 @@ def test_a_full_context_is_fine() -> None:
 
 def test_numpy_ids_and_no_prompts_are_fine() -> None:
     model, (prompts, options) = model_of(), one_token_ends()
-    got = option_log_likelihoods(
-        model, [np.asarray(p) for p in prompts], [np.asarray(row) for row in options]
-    )
-    assert_same(
-        got, [g.astype(np.float64) for g in option_log_likelihoods(model, prompts, options)]
-    )
+    arrays = [np.asarray(p) for p in prompts], [np.asarray(row) for row in options]
+    assert_same(option_log_likelihoods(model, *arrays), definition(model, prompts, options))
     assert option_log_likelihoods(model, [], []) == []
 
 

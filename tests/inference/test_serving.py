@@ -26,7 +26,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.inference import decode, program
 from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.generation_config import Sampler
 from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
 
@@ -293,8 +293,8 @@ def test_groups_of_any_size_share_few_programs(base):
 
 def test_an_answer_waits_for_its_batch_alone(base, monkeypatch):
     ended: list[int] = []
-    run = decode._generate_batch
-    monkeypatch.setattr(decode, "_generate_batch", lambda *a: (ended.append(1), run(*a))[1])
+    run = decode.gathered
+    monkeypatch.setattr(decode, "gathered", lambda x: (ended.append(1), run(x))[1])
     tree, seen = adapters_of(base, MINIMAL, 1), []
     requests = [("math", [1, 2 + i]) for i in range(5)]
     for _ in serve(fuse(base, MINIMAL, tree), {"math": tree}, requests, batch_size=2):

@@ -17,8 +17,8 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.data.prompts import render_turns
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.generation_config import Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.sampling import Sampler
 from zflora_jax.inference.text import converse, generate, stream
 
 PROMPT = "Once upon"

@@ -19,8 +19,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.model import Model
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
-from zflora_jax.inference.model_call import next_logits
-from zflora_jax.inference.program import DecodeProgram
+from zflora_jax.inference.program import DecodeProgram, next_logits
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.ops import copies, linear
 

@@ -12,9 +12,8 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.run_config import OptimConfig
-from zflora_jax.inference.model_call import packed
-from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.sampling import Sampler
+from zflora_jax.inference.generation_config import Sampler
+from zflora_jax.inference.program import DecodeProgram, packed
 from zflora_jax.ops import attention
 from zflora_jax.parallel.devices import named_device
 from zflora_jax.training.objective import CrossEntropy

@@ -18,7 +18,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.presets import preset
-from zflora_jax.inference.model_call import empty_cache
+from zflora_jax.nn.kv_cache import cache_slots, init_cache
 from zflora_jax.parallel.program_text import Program, async_bytes, kernels
 from zflora_jax.parallel.targets import GIB, Target, target
 from zflora_jax.reporting.files import write_result
@@ -51,9 +51,8 @@ def loop_row(case: DecodeCase, where: Target) -> TableRow:
     program, memory, chip = Program(compiled.as_text()), compiled.memory_analysis(), where.chip
     loop = program.loop("decode_until)/while")
     config = case.packed(where)
-    cache = jax.eval_shape(
-        lambda: empty_cache(config, case.beside, case.batch, case.prompt + case.new_tokens)
-    )
+    slots = cache_slots(case.prompt + case.new_tokens)
+    cache = jax.eval_shape(lambda: init_cache(config, case.batch, slots, case.beside))
     # Of codes the shape of the numbers: a kernel that is dequantised has it.
     leaves = trees.flatten(variables["params"]).values()
     matrices = [x.shape for x in leaves if len(x.shape) > 1]

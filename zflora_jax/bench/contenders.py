@@ -20,8 +20,8 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.inference.generation_config import GREEDY, Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.sampling import GREEDY, Sampler
 from zflora_jax.nn.llama import Llama
 from zflora_jax.ops.quantized import bytes_of
 from zflora_jax.parallel.mesh import mesh_in_use

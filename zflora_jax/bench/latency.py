@@ -16,7 +16,7 @@ from zflora_jax.bench.timing import Contender, bandwidth_meter, decode_turns, ra
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.inference.model_call import packed
+from zflora_jax.inference.program import packed
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.plots import bars, curves
 from zflora_jax.reporting.provenance import origin_line

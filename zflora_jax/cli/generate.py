@@ -20,7 +20,7 @@ from zflora_jax.core.textfile import decode, lines_of
 
 if TYPE_CHECKING:
     from zflora_jax.core.model import Model
-    from zflora_jax.inference.sampling import Sampler
+    from zflora_jax.inference.generation_config import Sampler
 
 SUMMARY = (
     "Answer prompts: one, those of a file, or a conversation on the terminal; text is shown as it"
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     from jax import process_count
 
     from zflora_jax.data.dates import today
-    from zflora_jax.inference.sampling import Sampler
+    from zflora_jax.inference.generation_config import Sampler
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.parallel.distributed import from_process_0, on_main
     from zflora_jax.training.workdir import read_config, read_starts

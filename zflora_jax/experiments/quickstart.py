@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from zflora_jax.bench.latency import decode_latency
 from zflora_jax.core.fields import ConfigError, require, to_dict
+from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.pipeline import eval_batches
@@ -33,39 +33,50 @@ from zflora_jax.reporting.tables import markdown_table
 from zflora_jax.training.workdir import adopt
 
 SAMPLES = 3
-# Of the logit scale (CONTRIBUTING.md, "Tolerances"); bfloat16 promises nothing.
-FUSED_TOLERANCE = {
-    "float32": 1e-5,
-    "bfloat16": float("inf"),
-}
+# Largest |dlogit| allowed between fused and adapted logits, relative to the logit scale
+# (CONTRIBUTING.md, "Tolerances"). There is no bound for bfloat16.
+FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}
 
 
 def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> dict[str, Any]:
-    """Run the whole path once.
+    """Trains, evaluates, fuses, checks, decodes and exports once.
 
     Args:
-      run: the settings.
-      workdir: directory of the run; a run that is already there is resumed.
-      console: whether progress and samples are printed.
+      run: The run's settings.
+      workdir: Directory of the run; a run that is already there is resumed.
+      console: Whether progress and samples are printed.
 
     Returns:
-      The contents of <workdir>/quickstart.json (its keys are in `report` below).
+      The contents of <workdir>/quickstart.json (its keys are those of `report` below).
 
     Raises:
-      ConfigError: no accuracy or loss to report, or fused logits that are not the adapted ones.
+      ConfigError: The settings give no accuracy or no loss, or the fused logits differ from the
+        adapted ones.
     """
     workdir, env, parts = local_path(workdir, "workdir"), environment(), dict[str, float]()
-    timed, started = _timer(parts, console), time.perf_counter()
+    started = time.perf_counter()
+
+    def timed(name: str) -> None:
+        parts[name] = time.perf_counter() - started - sum(parts.values())
+        if console:
+            print(f"  {name}: {parts[name]:.0f} s", flush=True)
+
     run, _ = adopt(workdir, run)
     base = load_base(run, mesh_if_there(run.mesh))
     timed("load the model")
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)
-    _require_figures(run, before)
+    missing = sorted({"accuracy", "loss"} - before.keys())
+    require(
+        not missing,
+        "quickstart reports accuracy and loss, and with these settings an evaluation of task"
+        f" {run.data.task!r} gives no {' and no '.join(missing)}. Set eval.generate and eval.loss,"
+        " and choose a task with answers; or use train, eval and export.",
+    )
     timed("evaluate the base")
     trained = train(run, workdir, model=base, console=console)
     timed("train")
     fused = fuse_trained(trained.model, run.adapter, trained.adapters, donate=False)
-    gap = _fused_gap(run, trained, fused)
+    gap, scale = _fused_gap(run, trained, fused)
     timed("fuse and compare with adapted")
     after = evaluate(run, fused, out=workdir / "eval" / "after", console=console)
     timed("evaluate the fused model")
@@ -80,7 +91,16 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "method": run.adapter.method,
         "params_base": trained.report["params_base"],
         "params_trainable": trained.report["params_trainable"],
-        **_figures(before, after, gap, latency),
+        "accuracy_before": before["accuracy"],
+        "accuracy_after": after["accuracy"],
+        "accuracy_rows": after["rows"],
+        "loss_before": before["loss"],
+        "loss_after": after["loss"],
+        "fused_max_abs_dlogit": gap,
+        "logit_scale": scale,
+        "tpot_ms_base": latency["base"]["tpot_ms"],
+        "tpot_ms_fused": latency["fused"]["tpot_ms"],
+        "tpot_ratio": latency["fused"]["tpot_ms"] / latency["base"]["tpot_ms"],
         "export_dir": str(workdir / "export"),
         "export_max_abs_dlogit": exported["max_abs_dlogit"],
         "export_top1_agreement": exported["top1_agreement"],
@@ -95,86 +115,37 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     atomic_write(workdir / "report.md", _page(report).encode())
     if console:
         print(_samples_text(report))
-    _require_equal(gap, run.train.dtype, workdir)
+    allowed = FUSED_TOLERANCE[run.train.dtype]
+    if not gap <= allowed * scale:  # also refuses NaN
+        raise ConfigError(
+            f"fused and adapted logits differ by {gap:.3g} at a logit scale of {scale:.3g}, more"
+            f" than {allowed:g} x scale; the report is in {workdir}."
+        )
     return report
 
 
-def _timer(parts: dict[str, float], console: bool) -> Callable[[str], None]:
-    """What notes in `parts` the seconds since it was called before, under a name, and says them."""
-    started = time.perf_counter()
-
-    def timed(name: str) -> None:
-        parts[name] = time.perf_counter() - started - sum(parts.values())
-        if console:
-            print(f"  {name}: {parts[name]:.0f} s", flush=True)
-
-    return timed
-
-
-def _require_figures(run: RunConfig, found: Mapping[str, Any]) -> None:
-    require(
-        {"accuracy", "loss"} <= found.keys(),
-        "quickstart reports accuracy and loss, and with these settings an evaluation of task"
-        f" {run.data.task!r} gives no {' and no '.join({'accuracy', 'loss'} - found.keys())}. Set"
-        " eval.generate and eval.loss, and choose a task with answers; or use train, eval and"
-        " export.",
-    )
-
-
-def _figures(before: Any, after: Any, gap: Any, latency: Any) -> dict[str, Any]:
-    """Accuracy, loss, agreement of fused and adapted, and time per token."""
-    return {
-        "accuracy_before": before["accuracy"],
-        "accuracy_after": after["accuracy"],
-        "accuracy_rows": after["rows"],
-        "loss_before": before["loss"],
-        "loss_after": after["loss"],
-        "fused_max_abs_dlogit": gap["max_abs_dlogit"],
-        "logit_scale": gap["logit_scale"],
-        "tpot_ms_base": latency["base"]["tpot_ms"],
-        "tpot_ms_fused": latency["fused"]["tpot_ms"],
-        "tpot_ratio": latency["fused"]["tpot_ms"] / latency["base"]["tpot_ms"],
-    }
-
-
-def _require_equal(gap: dict[str, float], dtype: str, workdir: Path) -> None:
-    allowed = FUSED_TOLERANCE[dtype]
-    if not gap["max_abs_dlogit"] <= allowed * gap["logit_scale"]:  # NaN is not within it either
-        gap_text = f"{gap['max_abs_dlogit']:.3g} at a logit scale of {gap['logit_scale']:.3g}"
-        raise ConfigError(
-            f"fused and adapted logits differ by {gap_text}, more than {allowed:g} x scale; the"
-            f" report is in {workdir}."
-        )
-
-
-def _fused_gap(run: RunConfig, trained: Trained, fused: Any) -> dict[str, float]:
-    """Largest |dlogit| between the fused and the adapted model on held-out rows, and the largest
-    |logit|.
+def _fused_gap(run: RunConfig, trained: Trained, fused: Model) -> tuple[float, float]:
+    """Returns (largest |dlogit| between the fused and the adapted model, largest |logit|) on
+    held-out rows.
     """
     encoded = held_out(run, trained.model)
     batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.bucket_lengths)))
+    tokens, segments = batch["tokens"], batch["segments"]
     adapted = np.asarray(
-        forward(
-            trained.model,
-            batch["tokens"],
-            run.adapter,
-            trained.adapters,
-            segment_ids=batch["segments"],
-        )
+        forward(trained.model, tokens, run.adapter, trained.adapters, segment_ids=segments)
     )
-    other = np.asarray(forward(fused, batch["tokens"], segment_ids=batch["segments"]))
-    real = batch["segments"][..., None] > 0
-    return {
-        "max_abs_dlogit": float(np.max(np.abs(adapted - other), where=real, initial=0)),
-        "logit_scale": float(np.max(np.abs(adapted), where=real, initial=0)),
-    }
+    other, real = np.asarray(forward(fused, tokens, segment_ids=segments)), segments[..., None] > 0
+    return (
+        float(np.max(np.abs(adapted - other), where=real, initial=0)),
+        float(np.max(np.abs(adapted), where=real, initial=0)),
+    )
 
 
 def _samples(workdir: Path) -> list[dict[str, str]]:
-    """The first questions of the test split, with the answers before and after training."""
+    """Returns the first questions of the test split, with the answers before and after training."""
     before, after = (
-        lines_of((workdir / "eval" / f"{name}.jsonl").read_text(encoding="utf-8"))[:SAMPLES]
-        for name in ("before", "after")
+        [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))[:SAMPLES]]
+        for path in (workdir / "eval" / "before.jsonl", workdir / "eval" / "after.jsonl")
     )
     return [
         {
@@ -183,7 +154,7 @@ def _samples(workdir: Path) -> list[dict[str, str]]:
             "base": base["output"],
             "tuned": tuned["output"],
         }
-        for base, tuned in zip(map(json.loads, before), map(json.loads, after), strict=True)
+        for base, tuned in zip(before, after, strict=True)
     ]
 
 
@@ -196,42 +167,25 @@ def _samples_text(report: dict[str, Any]) -> str:
 
 
 def _page(report: dict[str, Any]) -> str:
-    origin = origin_line(report["environment"])
+    table = (
+        ("accuracy", "accuracy_before", "accuracy_after", ".3f"),
+        ("held-out loss (nats per target token)", "loss_before", "loss_after", ".4f"),
+        ("TPOT (ms)", "tpot_ms_base", "tpot_ms_fused", ".1f"),
+    )
     rows = [
-        {
-            "": "accuracy",
-            "base": f"{report['accuracy_before']:.3f}",
-            "tuned and fused": f"{report['accuracy_after']:.3f}",
-        },
-        {
-            "": "held-out loss",
-            "base": f"{report['loss_before']:.4f}",
-            "tuned and fused": f"{report['loss_after']:.4f}",
-        },
-        {
-            "": "TPOT (ms)",
-            "base": f"{report['tpot_ms_base']:.1f}",
-            "tuned and fused": f"{report['tpot_ms_fused']:.1f}",
-        },
+        {"": name, "base": f"{report[base]:{digits}}", "tuned and fused": f"{report[now]:{digits}}"}
+        for name, base, now, digits in table
     ]
     facts = (
-        f"{report['method']}, {report['params_trainable']:,} trainable parameters beside"
-        f" {report['params_base']:,}; {report['accuracy_rows']} held-out problems. Fused against"
-        f" adapted: max |dlogit| {report['fused_max_abs_dlogit']:.2e} at a logit scale of"
-        f" {report['logit_scale']:.1f}. Exported directory against the fused model: max |dlogit|"
-        f" {report['export_max_abs_dlogit']:.2e}, top-1 agreement"
+        f"{report['method']}: {report['params_trainable']:,} trainable parameters,"
+        f" {report['params_base']:,} in the base; {report['accuracy_rows']} held-out problems."
+        f" Fused against adapted: max |dlogit| {report['fused_max_abs_dlogit']:.2e} at a logit"
+        f" scale of {report['logit_scale']:.1f}. Exported directory against the fused model: max"
+        f" |dlogit| {report['export_max_abs_dlogit']:.2e}, top-1 agreement"
         f" {report['export_top1_agreement']:.4f}."
     )
-    return "\n".join(
-        [
-            "# Quickstart",
-            "",
-            markdown_table(rows, ["", "base", "tuned and fused"]),
-            "",
-            facts,
-            "",
-            f"{origin} Seed {report['config']['train']['seed']}, {report['seconds']:.0f} s.",
-            "",
-        ]
-        + ["![curves](curves.png)", "", "```", _samples_text(report).strip(), "```", ""]
-    )
+    origin = origin_line(report["environment"])
+    last = f"{origin} Seed {report['config']['train']['seed']}, {report['seconds']:.0f} s."
+    parts = ["# Quickstart", markdown_table(rows, list(rows[0])), facts, last]
+    parts += ["![curves](curves.png)", f"```\n{_samples_text(report).strip()}\n```", ""]
+    return "\n\n".join(parts)

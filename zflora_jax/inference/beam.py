@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.inference.model_call import empty_cache, next_logits
-from zflora_jax.nn.kv_cache import KVCache
+from zflora_jax.inference.program import next_logits
+from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
 from zflora_jax.ops.sampling import ENDED, NON_FINITE
 
 Array = jax.Array
@@ -88,7 +88,7 @@ class BeamProgram:
         """The best continuation of each prompt. A prompt is run once, not once per beam.
 
         Args:
-          variables: of the model (see `model_call.hidden`).
+          variables: The model's variables (see `program.next_logits`).
           tokens: [B, T] int32, prompts padded on the left.
           valid: [B, T] bool, False at padding. A row that is all padding (a filler) yields nothing.
           max_new_tokens: N.
@@ -120,7 +120,8 @@ class BeamProgram:
     ) -> BeamState:
         """The state after the first token."""
         batch, length = tokens.shape
-        cache = empty_cache(self.config, self.adapter, batch, length + max_new_tokens)
+        slots = cache_slots(length + max_new_tokens)
+        cache = init_cache(self.config, batch, slots, self.adapter)
         logits, cache = next_logits(self.config, self.adapter, variables, tokens, valid, cache)
         none = Hypotheses(
             jnp.full((batch, self.num_beams, max_new_tokens), ENDED, jnp.int32),

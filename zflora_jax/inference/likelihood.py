@@ -1,18 +1,15 @@
-"""Log-likelihoods of given answers: how probable a model finds each option of a multiple-choice
-question.
+"""Log-likelihoods of the answer options of multiple-choice questions.
 
-Every token is computed once wherever options agree, in three phases:
+Every option of a question shares the computation of its prompt, in two phases:
 
-1. shared start: what all prompts begin with (a chat template, worked examples) is fed once, and its
-   keys and values are copied to each row;
-2. prompts: the rest of a prompt and what its options begin with is fed once for all its options;
-3. options: what is left of each option, where that is more than one token, is fed per option.
+1. prompts: a prompt, and the tokens that all its options begin with, is run once;
+2. options: the rest of each option, where that is more than one token, continues its cache.
 
-To compile a program of all layers takes longer than to run it often, so its shapes are few: short
-rows have a power of two of tokens, and the head, which only sees the positions that predict a token
-of an option, is a program of its own.
+Compiling a program of all layers takes longer than running it often, so its shapes are few: short
+rows have a power of two of tokens. The head is a program of its own, over the positions that
+predict a token of an option.
 
-Letters: N rows of a call, T tokens fed per row, P positions of the head, d residual width.
+Letters: N rows of a call, T tokens per row, P positions of the head, d residual width.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +28,18 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree, gathered
-from zflora_jax.inference import model_call
 from zflora_jax.inference.batching import batches, pad_left, padded_length, power_of_two
+from zflora_jax.inference.program import packed
 from zflora_jax.nn.kv_cache import KVCache, init_cache
+from zflora_jax.nn.llama import Llama
+from zflora_jax.ops.precision import at_config_precision
 from zflora_jax.parallel.activations import divide
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 
 Array = jax.Array
 # Positions whose logits exist at one time: 50 MB for a vocabulary of 49152.
 HEAD_POSITIONS = 256
-# Tokens that all prompts must begin with to be fed by a call of their own. A multiple of it is fed,
-# so that most groups of prompts give one length.
-WORTH_SHARING = 16
-# What the rows of phase 2 and of phase 3 are padded to at least, in tokens.
+# Shortest rows of phase 1 and of phase 2, in tokens
 SHORTEST_PROMPT, SHORTEST_OPTION = 32, 16
 
 
@@ -78,14 +75,13 @@ def option_log_likelihoods(
     """
     _check(model, prompts, options, batch_size)
     questions = [_question(prompt, row) for prompt, row in zip(prompts, options, strict=True)]
-    run = model_call.packed(model)
-    shared, start = _feed_shared_start(run, [question.prompt for question in questions])
+    run = packed(model)
     scores = [np.zeros(0, np.float32)] * len(questions)
     lengths = [len(question.prompt) + question.agreed for question in questions]
     # The longest first: the last batch, filled up, is the cheapest.
     for batch in batches(lengths, batch_size, longest_first=True):
         some = [questions[i] for i in batch.rows]
-        first, cache = _score_prompts(run, start, shared, some, batch.size)
+        first, cache = _score_prompts(run, some, batch.size)
         rest = _score_options(run, cache, some, batch_size)
         for i, common, own in zip(batch.rows, first, rest, strict=True):
             scores[i] = common + own
@@ -109,7 +105,7 @@ class Question:
         return [option[self.agreed] for option in self.options]
 
     def rest(self, option: list[int]) -> list[int]:
-        """What phase 3 feeds of an option: all but its last token, which nothing follows."""
+        """What phase 2 feeds of an option: all but its last token, which nothing follows."""
         return option[self.agreed : -1]
 
 
@@ -118,43 +114,30 @@ def _question(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> Questi
     return Question([int(t) for t in prompt], rows, _agreement(rows))
 
 
-# --- the three phases -----------------------------------------------------------------------------
-
-
-def _feed_shared_start(run: Model, prompts: list[list[int]]) -> tuple[int, KVCache | None]:
-    """Phase 1. Returns (how many tokens of all prompts are fed here, their cache of one row); (0,
-    None) where that is not worth a call.
-    """
-    shared = _agreement(prompts) if len(prompts) > 1 else 0
-    shared -= shared % WORTH_SHARING
-    if not shared:
-        return 0, None
-    _, cache = _feed(run, None, [Piece(0, prompts[0][:shared], 0, [])], 1, shared, keep=True)
-    return shared, cache
+# --- the two phases -------------------------------------------------------------------------------
 
 
 def _score_prompts(
-    run: Model, start: KVCache | None, shared: int, questions: list[Question], size: int
+    run: Model, questions: list[Question], size: int
 ) -> tuple[list[np.ndarray], KVCache | None]:
-    """Phase 2: the prompts after their `shared` tokens, and the tokens that their options agree in.
+    """Phase 1: the prompts, and the tokens that their options agree in.
 
     Returns:
       (for each question log p of those agreed tokens and of the next token of each option, float32
-      [number of options]; the cache that phase 3 continues, None where no option has more).
+      [number of options]; the cache that phase 2 continues, None where no option has more).
     """
     pieces = [
-        Piece(0, q.prompt[shared:] + q.options[0][: q.agreed], q.agreed, q.next_tokens())
-        for q in questions
+        Piece(0, q.prompt + q.options[0][: q.agreed], q.agreed, q.next_tokens()) for q in questions
     ]
     more = any(q.rest(option) for q in questions for option in q.options)
-    return _feed(run, start, pieces, size, SHORTEST_PROMPT, keep=more)
+    return _feed(run, None, pieces, size, SHORTEST_PROMPT, keep=more)
 
 
 def _score_options(
     run: Model, cache: KVCache | None, questions: list[Question], batch_size: int
 ) -> list[np.ndarray]:
-    """Phase 3: log p of what phase 2 left of each option, float32 [number of options] per question;
-    0 where it left nothing. `cache`: that of phase 2, a row per question.
+    """Phase 2: log p of what phase 1 left of each option, float32 [number of options] per question;
+    0 where it left nothing. `cache`: that of phase 1, a row per question.
     """
     scores = [np.zeros(len(q.options), np.float32) for q in questions]
     if cache is None:
@@ -235,6 +218,7 @@ def _feed(
 
 
 @partial(jax.jit, static_argnames=("config", "keep"))
+@at_config_precision
 def feed_pieces(
     config: LlamaConfig,
     params: Tree,
@@ -262,20 +246,22 @@ def feed_pieces(
     cache = init_cache(config, rows, length) if keep and past is None else None
     if past is not None:
         cache = past.continue_rows(parents, length)
-    hidden, cache = model_call.hidden(config, None, {"params": params}, tokens, valid, cache)
+    model: Any = Llama(config)
+    hidden, cache = model.apply({"params": params}, tokens, valid, cache, method="hidden")
     return hidden, cache if keep else None
 
 
 @partial(jax.jit, static_argnames=("config",))
+@at_config_precision
 def token_log_p(
     config: LlamaConfig, params: Tree, hidden: Array, rows: Array, positions: Array, wanted: Array
 ) -> Array:
     """log p of tokens, each after a position of hidden states.
 
     Args:
-      config: of the model.
-      params: of the model.
-      hidden: [N, T, d].
+      config: The model's config.
+      params: The model's parameters.
+      hidden: Final hidden states [N, T, d].
       rows: [P] int32.
       positions: [P] int32.
       wanted: [P] int32, the tokens.
@@ -284,7 +270,8 @@ def token_log_p(
       [P] float32, nats.
     """
     states = divide(hidden[rows, positions], "data")
-    logits = model_call.logits(config, None, {"params": params}, states[:, None])[:, 0]
+    model: Any = Llama(config)
+    logits = model.apply({"params": params}, states[:, None], method="logits")[:, 0]
     found = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
     return found - jax.nn.logsumexp(logits, axis=-1)
 

@@ -1,28 +1,84 @@
 """The token loop as one program: prefill and decode, compiled, for any model's tree.
 
-A row's result does not depend on the rows beside it: padding is never attended to and takes no
-position, and each row draws from its own random stream.
+A row's result does not depend on the other rows of its batch: padding is never attended to and
+takes no position, and each row draws from its own random stream.
+
+Letters: B batch, T positions, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from zflora_jax.adapters.packing import apart_for, pack_for_decode
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.inference.model_call import empty_cache, next_logits
-from zflora_jax.inference.sampling import GREEDY, Sampler
-from zflora_jax.nn.kv_cache import KVCache
+from zflora_jax.inference.generation_config import GREEDY, Sampler
+from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
+from zflora_jax.nn.llama import Llama
+from zflora_jax.nn.row_adapters import hidden_states
+from zflora_jax.ops.precision import at_config_precision
 from zflora_jax.ops.sampling import ENDED
 
 Array = jax.Array
+
+_packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
+_unpacked: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
+
+
+def packed(model: Model, unmerged: AdapterConfig | None = None) -> Model:
+    """Returns `model` packed for decode, and keeps the result as long as `model` lives.
+
+    Args:
+      model: A base or fused model.
+      unmerged: The adapter that runs unmerged, as for `pack_for_decode`.
+    """
+    kept = _unpacked if apart_for(model, unmerged) else _packed
+    if model not in kept or kept[model][0] is not model.params:
+        made = pack_for_decode(model, beside=unmerged)
+        if made is model:
+            return model
+        kept[model] = model.params, made
+    return kept[model][1]
+
+
+@at_config_precision
+def next_logits(
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    variables: Tree,
+    tokens: Array,
+    valid: Array | None,
+    cache: KVCache,
+) -> tuple[Array, KVCache]:
+    """Runs the model on the next tokens of each row.
+
+    Args:
+      config: The model's config.
+      adapter: The unmerged adapter; None without one.
+      variables: {"params": ...}, with an adapter also {"adapters": ...} or {"row_adapters": ...}
+        (see `row_adapters.hidden_states`).
+      tokens: Token ids, int32 [B, T], left-padded where `valid` is False.
+      valid: Real tokens, bool [B, T]; None where all are real.
+      cache: Keys and values of the tokens before.
+
+    Returns:
+      (Logits of the token that follows each row, float32 [B, V]; the updated cache).
+    """
+    llama = Llama(config, adapter)
+    hidden, cache = hidden_states(llama, variables, tokens, valid, cache)
+    logits: Any = llama.apply(variables, hidden[:, -1:], method="logits")
+    return logits[:, 0], cache
 
 
 @flax.struct.dataclass
@@ -30,11 +86,11 @@ class DecodeState:
     """The loop's carry.
 
     Attributes:
-      out: [B, N] int32, the tokens written so far; `sampling.ENDED` after the end of a row.
-      last: [B] int32, the token to feed next.
-      done: [B] bool, whether the row has ended.
-      step: int32, how many tokens are written.
-      cache: keys and values of the prompts and of the tokens fed so far.
+      out: Tokens written so far, int32 [B, N]; `sampling.ENDED` after the end of a row.
+      last: The token to feed next, int32 [B].
+      done: Rows that have ended, bool [B].
+      step: Number of tokens written, int32.
+      cache: Keys and values of the prompts and of the tokens fed so far.
     """
 
     out: Array
@@ -46,19 +102,19 @@ class DecodeState:
 
 @dataclass(frozen=True)
 class DecodeProgram:
-    """How tokens are generated. Equal programs share what is compiled.
+    """Compiled generation of tokens. Equal programs share their compiled functions.
 
     Attributes:
-      config: of the model.
-      adapter: of adapters that run beside the base; None for a base, fused or packed tree.
-      sampler: chooses each token.
-      stop_token_ids: tokens that end a row.
+      config: The model's config.
+      adapter: The unmerged adapter; None for a base, fused or packed tree.
+      sampler: Chooses each token.
+      stop_token_ids: Tokens that end a row.
 
-    The methods take arrays only, and max_new_tokens, for which they are compiled:
-      variables: of the model (see `model_call.hidden`).
-      tokens: [B, T] int32, prompts padded on the left.
-      valid: [B, T] bool, False at padding. A row that is all padding (a filler) yields nothing.
-      keys: [B], one random key per row.
+    The methods take arrays, and max_new_tokens, which is static:
+      variables: The model's variables (see `next_logits`).
+      tokens: Prompts padded on the left, int32 [B, T].
+      valid: Real tokens, bool [B, T]. A row that is all padding (a filler) yields nothing.
+      keys: One random key per row, [B].
     """
 
     config: LlamaConfig
@@ -84,7 +140,8 @@ class DecodeProgram:
         max_new_tokens.
         """
         batch, length = tokens.shape
-        cache = empty_cache(self.config, self.adapter, batch, length + max_new_tokens)
+        slots = cache_slots(length + max_new_tokens)
+        cache = init_cache(self.config, batch, slots, self.adapter)
         logits, cache = next_logits(self.config, self.adapter, variables, tokens, valid, cache)
         first, done = self._choose(logits, keys, jnp.zeros((), jnp.int32), ~jnp.any(valid, axis=1))
         out = jnp.full((batch, max_new_tokens), ENDED, jnp.int32).at[:, 0].set(first)

@@ -15,7 +15,7 @@ from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.batching import check_prompts
-from zflora_jax.inference.decode import answered, checked
+from zflora_jax.inference.decode import answer_batches, checked
 from zflora_jax.inference.generation_config import (
     GenerationConfig,
     GenerationSettings,
@@ -83,5 +83,5 @@ def serve(
         group = [(number, request[1]) for number, request in waiting if request[0] == task]
         waiting = deque(entry for entry in waiting if entry[1][0] != task)
         prompts, numbers = [prompt for _, prompt in group], [number for number, _ in group]
-        for rows, answers in answered(model, prompts, config, numbers):
+        for rows, answers in answer_batches(model, prompts, config, numbers):
             yield from sorted(zip([numbers[i] for i in rows], answers, strict=True))
