@@ -1,130 +1,268 @@
-"""The headlines of what the compilers of absent TPUs and GPUs say, from the tables beside it.
+"""Decode and training compiled for absent TPUs and GPUs: kernels, bytes, temporaries, a roofline.
 
-Command: python benchmarks/accelerators.py
-Reads results/compile*.json (`zflora bench compile`) and results/train_targets.json
-(`python benchmarks/train_targets.py`); writes results/accelerators.json and .md. Seconds.
+Command: python benchmarks/accelerators.py [--parts decode train] [--targets T ...] [--models M ...]
+(seconds for a token loop, one to two minutes for a train step on 2 CPU cores; no weights, nothing
+runs; extras target-tpu and target-cuda)
+Writes results/accelerators.json and .md. A part that is not named keeps its rows.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import argparse
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zflora_jax.bench.contenders import BASE, UNMERGED
-from zflora_jax.reporting.files import write_result
-from zflora_jax.reporting.provenance import environment, origin_line
+from harness import arguments, at_least, origins, write_part
+
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.presets import preset
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from zflora_jax.parallel.targets import GIB, Target, target
 from zflora_jax.reporting.tables import markdown_table
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
-GIB = 2**30
+BASE, UNMERGED = "base", "lora unmerged"
+CHIPS = ("tpu:v5e:1x1", "tpu:v6e:1x1", "cuda:h100:1")
+SLICES = ("tpu:v5e:2x4", "cuda:h100:8")
+MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b")
+LENGTH, RANK = 2048, 32  # of train steps
+STEPS = (("zflora-minimal", "dots"), ("zflora-minimal", "block"), ("lora", "dots"))
+Row = dict[str, Any]
 
 
-def decode_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each target, model and batch: the base beside the worst of the fused models."""
-    found = []
-    for case in dict.fromkeys((r["target"], r["model"], r["layers"], r["batch"]) for r in rows):
-        own = [r for r in rows if (r["target"], r["model"], r["layers"], r["batch"]) == case]
-        base = next(r for r in own if r["label"] == BASE)
-        lora = next(r for r in own if r["label"] == UNMERGED)
-        fused = [r for r in own if r["label"] not in (BASE, UNMERGED)]
-        least, most = (f(r["kernels"] for r in fused) for f in (min, max))
-        more = max(r["temporaries"] for r in fused) - base["temporaries"]
+def decode_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Yields for each target, model and batch the base, unmerged LoRA at the first rank, and each
+    method that widens, fused, at every rank: see `decode_programs.loop_row`.
 
-        def of_floor(key: str, some: list[dict[str, Any]]) -> float | None:
-            return max(r.get(key) or 0.0 for r in some) or None
+    A merge by addition has the base's program and no row.
+    """
+    from decode_programs import DecodeCase, loop_row
 
-        found.append(
-            dict(zip(("target", "model", "layers", "batch"), case, strict=True))
-            | {
-                "base kernels": base["kernels"],
-                "fused": f"{least} to {most}" if least < most else str(most),
-                "LoRA un-merged": lora["kernels"],
-                "programs": len(fused),
-                "copies": sum(r["copies"] for r in fused),
-                "temporaries above base, MiB": round(more / 2**20, 1),
-                "base of floor": of_floor("floor_share", [base]),
-                "fused of floor": of_floor("floor_share", fused),
-                "prefill: base of floor": of_floor("prefill_share", [base]),
-                "prefill: fused of floor": of_floor("prefill_share", fused),
-            }
-        )
-    return found
+    wide = [name for name, method in METHODS.items() if method.widens]
+    adapters: list[tuple[str, AdapterConfig | None]] = [(BASE, None)]
+    adapters += [(UNMERGED, AdapterConfig("lora", rank=args.ranks[0]))]
+    adapters += [(name, AdapterConfig(name, rank=rank)) for name in wide for rank in args.ranks]
+    found = dict[Any, Row]()
+    for where in map(target, args.targets or CHIPS):
+        for model in args.models:
+            config = preset(model)
+            config = config.replace(num_layers=args.layers or config.num_layers)
+            for batch in args.batches:
+                for label, adapter in adapters:
+                    case = DecodeCase(config, adapter, batch)
+                    # Ranks that are padded to the same widths have the same program.
+                    program = where, case.packed(where).stored, case.unmerged, batch
+                    if program not in found:
+                        found[program] = loop_row(case, where)
+                    row = {"target": where.name, "model": model, "layers": config.num_layers}
+                    row |= {"batch": batch, "label": label, "rank": adapter and adapter.rank}
+                    yield row | found[program]
 
 
-def train_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What fits, and how near the formula is, for each program that was compiled."""
-    return [
-        {
-            **{key: row[key] for key in ("target", "model", "method", "remat")},
-            "total, GiB": round(row["bytes"]["total"] / GIB, 2),
-            "formula / compiler": round(row["formula"] / row["bytes"]["total"], 2),
-            "rows that fit": row["rows_that_fit"],
-            "compiled with": row.get("largest", {}).get("rows", "-"),
-            "at least, ms": round(1e3 * row["roofline"]["step_s"]),
-            "bound by": row["roofline"]["bound"],
-        }
-        for row in rows
-        if "bytes" in row
-    ]
+def train_run(model: str, method: str, remat: Any, where: Target) -> RunConfig:
+    """A run with one row of LENGTH tokens on each device of a target, divided by fsdp."""
+    devices = len(where.devices())
+    return RunConfig(
+        model=model,
+        adapter=AdapterConfig(method, rank=RANK),
+        data=DataConfig(batch_size=devices, bucket_lengths=(LENGTH,)),
+        train=TrainConfig(dtype="bfloat16", remat=remat),
+        mesh=MeshConfig(fsdp=devices),
+    )
 
 
-def page(result: dict[str, Any]) -> str:
-    decode = [
-        row | {k: "-" if row[k] is None else f"{row[k]:.2f}" for k in row if "of floor" in k}
-        for row in result["decode"]
-    ]
-    lines = [
-        "# What the compilers of absent TPUs and GPUs say",
-        "",
-        "**Compiled for, not run.** libtpu and XLA's CUDA plugin compile programs for devices that"
-        " are not there; nothing of this was timed. Details: " + ", ".join(result["sources"]) + ".",
-        "",
-        "## A token of decode",
-        "",
-        "Kernels in the token loop: of the base, of fused models (ffba, zflora-minimal,"
-        " zflora-uniform at every rank that was compiled), and of LoRA beside the base. copies:"
-        " kernels, tables or caches that a fused token writes anew. temporaries: the most of any"
-        " fused model. of floor: the TPU compiler's cycles and the bytes that it copies ahead, over"
-        " the time to read weights and cache; of prefill, over the time to read or multiply the"
-        " layers and to read the head. The most of any fused model.",
-        "",
-        markdown_table(decode, list(decode[0])) if decode else "Not compiled yet.",
-        "",
-        "## A train step",
-        "",
-        "One row of 2048 tokens a device, bfloat16, rank 32, the base divided by fsdp. formula:"
-        " `zflora plan`'s own. rows that fit: an estimate; compiled with: rows that the compiler"
-        " was seen to fit. at least: a roofline.",
-        "",
-        markdown_table(result["train"], list(result["train"][0]))
-        if result["train"]
-        else "Not compiled yet.",
-        "",
-        origin_line(result["environment"]),
-        "",
-    ]
-    return "\n".join(lines)
+def train_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Yields for each target and model the compiled train steps of two remat policies with
+    zflora-minimal, and of LoRA: see `experiments.plan.compile_step`; "kernels" of a step;
+    "collectives", type -> bytes that a device sends; "roofline".
+    """
+    from program_text import BETWEEN_SLICES, Program, kernels
+
+    from zflora_jax.experiments.plan import compile_step
+
+    for where in map(target, args.targets or SLICES):
+        for model in args.models:
+            for method, remat in STEPS:
+                run = train_run(model, method, remat, where)
+                found, step = compile_step(run, preset(model), where)
+                row = {"model": model, "method": method, "remat": remat} | found
+                if step is not None:
+                    program = Program(step.as_text())
+                    sent = program.collectives()
+                    link = sum(sent.values()) - sent.get(BETWEEN_SLICES, 0)
+                    row["kernels"] = sum(n for op, n in program.runs() if kernels([op]))
+                    row |= {"collectives": sent, "roofline": roofline(run, where, link)}
+                yield row
+
+
+def roofline(run: RunConfig, where: Target, link_bytes: int) -> dict[str, Any]:
+    """Estimates the least time of a train step from published rates; nothing is measured.
+
+    Operations: 2 per parameter and token in the forward pass, as many for the gradients of the
+    inputs and for a recomputed forward pass, and as many for the gradients of trained parameters;
+    attention 4 S d_heads per token and layer forward, with S the mean number of keys of a token,
+    and 2.5 times that backward. HBM: kernels once per pass, adapters, gradients and moments read
+    and written.
+
+    Args:
+      run: The run's settings; its model is a preset.
+      where: The target.
+      link_bytes: Bytes that a device sends in a step within its slice.
+
+    Returns:
+      "flops", "hbm_bytes", "link_bytes" per device; "compute_s", "hbm_s", "link_s" at the
+      published rates; "bound", the name of the largest; "step_s", the largest.
+    """
+    import jax
+
+    from zflora_jax.adapters.counts import count_params
+    from zflora_jax.core import trees
+    from zflora_jax.core.architecture import kernel_shapes
+    from zflora_jax.experiments.plan import abstract_arguments, shaped_config, stored_bytes
+    from zflora_jax.ops.quantized import bytes_of
+
+    config, chip, mesh = shaped_config(run, preset(run.model)), where.chip, run.mesh
+    length = run.data.bucket_lengths[-1]
+    tokens, passes = run.data.batch_size * length, 2 + int(run.train.remat == "block")
+    layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values())
+    base = config.num_layers * layer + config.vocab_size * config.norm_dim
+    trained = count_params(config, run.adapter)
+    full = METHODS[run.adapter.method].in_place == "full"
+    parameters = 2 * base * (passes + full) + (0 if full else 2 * trained * (passes + 1))
+    window = min(config.sliding_window or length, length)
+    keys = window - window * (window - 1) / (2 * length)
+    width = config.num_heads * config.head_dim
+    attention = config.num_layers * 4 * keys * width * (passes - 1 + 2.5)
+    stored = stored_bytes(run, config)
+    read = trees.flatten(abstract_arguments(run, config, 1)[0])
+    if not config.tie_word_embeddings:
+        del read["embed/embedding"]  # only one row per token is read
+    kernels = sum(map(bytes_of, jax.tree.leaves(read))) / mesh.tensor
+    amounts = {
+        "compute": (tokens * (parameters + attention) / mesh.devices, chip.flops),
+        "hbm": (
+            passes * run.data.grad_accum_steps * kernels
+            + 2 * (stored["adapters"] + stored["gradients"] + stored["optimizer"]),
+            chip.bandwidth,
+        ),
+        "link": (float(link_bytes), chip.link),
+    }
+    times = {name: amount / rate for name, (amount, rate) in amounts.items()}
+    bound = max(times, key=lambda name: times[name])
+    found: dict[str, Any] = {f"{name}_s": seconds for name, seconds in times.items()}
+    found |= {"flops": amounts["compute"][0], "hbm_bytes": amounts["hbm"][0]}
+    return found | {"link_bytes": link_bytes, "bound": bound, "step_s": times[bound]}
+
+
+def _decode_line(case: tuple[Any, ...], rows: list[Row]) -> Row:
+    """One row of the page: the base, LoRA, and the worst of the fused models."""
+    (base,), (lora,) = ([r for r in rows if r["label"] == name] for name in (BASE, UNMERGED))
+    fused = [row for row in rows if row["label"] not in (BASE, UNMERGED)]
+    least, most = (f(row["kernels"] for row in fused) for f in (min, max))
+    more = max(row["temporaries"] for row in fused) - base["temporaries"]
+
+    def share(key: str, some: list[Row]) -> str:
+        return f"{max(row[key] for row in some):.2f}" if key in base else "-"
+
+    return dict(zip(("target", "model", "layers", "batch"), case, strict=True)) | {
+        "kernels: base": base["kernels"],
+        "fused": f"{least} to {most}" if least < most else str(most),
+        "LoRA unmerged": lora["kernels"],
+        "copies, fused": sum(row["copies"] for row in fused),
+        "arguments, fused / base": f"{max(r['arguments'] for r in fused) / base['arguments']:.3f}",
+        "temporaries, base, MiB": f"{base['temporaries'] / 2**20:.1f}",
+        "fused more, MiB": f"{more / 2**20:.1f}",
+        "of floor: base": share("floor_share", [base]),
+        "of floor: fused": share("floor_share", fused),
+        "prefill of floor: base": share("prefill_share", [base]),
+        "prefill of floor: fused": share("prefill_share", fused),
+    }
+
+
+def _train_line(row: Row) -> Row:
+    line = {key: row[key] for key in ("target", "model", "method", "remat")}
+    if "needs" in row:
+        return line | {"total, GiB": f"{row['needs'] / GIB:.2f} (refused)"}
+    sizes, estimate = row["bytes"], row["roofline"]
+    return line | {
+        "arguments, GiB": f"{sizes['arguments'] / GIB:.2f}",
+        "temporaries, GiB": f"{sizes['temporaries'] / GIB:.2f}",
+        "total, GiB": f"{sizes['total'] / GIB:.2f}",
+        "kernels": row["kernels"],
+        "attention": row["attention"]["kernel"],
+        "sent, GB": f"{sum(row['collectives'].values()) / 1e9:.2f}",
+        "at least, ms": f"{1e3 * estimate['step_s']:.0f}",
+        "bound by": estimate["bound"],
+    }
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Returns the page in Markdown."""
+    cases: dict[tuple[Any, ...], list[Row]] = {}
+    for row in result.get("decode", []):
+        case = tuple(row[key] for key in ("target", "model", "layers", "batch"))
+        cases.setdefault(case, []).append(row)
+    decode = [_decode_line(case, rows) for case, rows in cases.items()]
+    train = [_train_line(row) for row in result.get("train", [])]
+    return f"""# Decode and training on TPUs and GPUs, compiled and not run
+
+libtpu and XLA's CUDA plugin compile programs for devices that are not there. Nothing on this page
+was timed.
+
+## A token of decode
+
+Prompts of 128 tokens, bfloat16. Fused models are ffba, zflora-minimal and zflora-uniform at each of
+the ranks; a column shows the highest value of any of them.
+
+- kernels: operations of the token loop that run a kernel.
+- copies: kernels, tables or caches that a fused token rewrites.
+- arguments, temporaries: bytes of the whole program, as the compiler plans them.
+- of floor: the TPU compiler's cycles plus the copies that it starts ahead, over the time to read
+  weights and cache. For prefill, over the time to read or multiply the layers and to read the head.
+
+{markdown_table(decode, list(decode[0])) if decode else "Not compiled."}
+
+{origins(result, "decode")}
+
+## A train step
+
+One row of {LENGTH} tokens per device, rank {RANK}, bfloat16, the base divided over all devices by
+fsdp.
+
+- arguments, temporaries, total: bytes per device, as the compiler plans them.
+- sent: bytes that a device sends per step, from the collectives of the compiled program.
+- at least: a roofline from published rates, and what bounds it.
+
+{markdown_table(train, list(max(train, key=len))) if train else "Not compiled."}
+
+{origins(result, "train")}
+"""
 
 
 def main() -> None:
-    decode, train = (
-        sorted(RESULTS.glob("compile*.json")),
-        sorted(RESULTS.glob("train_targets*.json")),
+    parser = arguments(__doc__, "accelerators")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["decode", "train"], default=["decode", "train"]
     )
+    parser.add_argument(
+        "--targets", nargs="+", help=f"(default: {' '.join(CHIPS)}; train: {' '.join(SLICES)})"
+    )
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="presets")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 32, 64, 128])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--layers", type=int, default=2, help="of decode; 0 compiles all")
+    args = parser.parse_args()
+    at_least(parser, args, ranks=1, batches=1, layers=0)
+    import jax
 
-    def rows(files: list[Path]) -> list[dict[str, Any]]:
-        return [
-            row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
-        ]
-
-    result = {
-        "decode": decode_rows(rows(decode)),
-        "train": train_rows(rows(train)),
-        "sources": [f"[{f.stem}]({f.stem}.md)" for f in (*decode, *train)],
-        "environment": environment(),
-    }
-    write_result(RESULTS / "accelerators", result, page(result))
+    jax.config.update("jax_platforms", "cpu")  # leaves the devices of this machine alone
+    made = {"decode": decode_rows, "train": train_rows}
+    for part in args.parts:
+        rows = []
+        for row in made[part](args):
+            print(row, flush=True)
+            rows.append(row)
+        write_part(args.out, part, rows, page)
 
 
 if __name__ == "__main__":

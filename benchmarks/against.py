@@ -1,26 +1,27 @@
-"""This checkout against another one: a training step and batched decoding on this machine, in
-turns, each turn in a process of its own.
+"""This checkout against another one: a training step, decode and export on this machine, by turns,
+each turn in a separate process.
 
 Command: git worktree add ../before COMMIT && python benchmarks/against.py --other ../before
 (about 12 minutes on 2 CPU cores)
-Writes results/against-<dtype>.json and .md. SmolLM2-135M (the packaged one); a step is one row of
-512 tokens, loss on the last 60% of them, rank 16; decoding is the time per token of the packed base
-(bench.py).
+Writes results/against-<dtype>.json and .md. SmolLM2-135M; a step is one row of 512 tokens with loss
+on the last 60% of them, rank 16; decode is the time per token of the packed base; export writes the
+fused zflora-minimal model.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import ROOT, arguments, at_least
+
 STEPS, LENGTH, PREDICTED = 6, 512, 0.6
 METHODS = ("lora", "zflora-minimal", "full")
 DECODE = ((1, 64), (16, 128), (64, 128))  # batch, prompt length
@@ -30,10 +31,10 @@ def measure(dtype: str) -> dict[str, float]:
     """Name -> milliseconds, by the zflora_jax that is imported first."""
     import jax
     import numpy as np
+    from zflora_jax.bench.latency import decode_latency
 
     import zflora_jax as zf
     from zflora_jax.adapters.init import init_adapters
-    from zflora_jax.bench.latency import decode_latency
 
     checkout = Path(os.environ["PYTHONPATH"])
     if (checkout / "zflora_jax" / "trainer.py").is_file():  # an older one: no packages yet
@@ -66,8 +67,15 @@ def measure(dtype: str) -> dict[str, float]:
         timed = decode_latency(
             {"base": model}, batch=rows, prompt_length=length, new_tokens=32, repeats=3
         )["base"]
-        found[f"decoding a token, {rows} rows after {length} tokens"] = timed["tpot_ms"]
-    return found
+        found[f"decode of a token, {rows} rows after {length} tokens"] = timed["tpot_ms"]
+    adapter, seconds = zf.AdapterConfig("zflora-minimal", rank=16), []
+    fused = zf.fuse(model, adapter, init_adapters(jax.random.key(0), model, adapter))
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(3):
+            start = time.perf_counter()
+            zf.save_hf(f"{folder}/{repeat}", fused)
+            seconds.append(time.perf_counter() - start)
+    return found | {"export": 1e3 * statistics.median(seconds)}
 
 
 def turn(checkout: Path, dtype: str) -> dict[str, float]:
@@ -81,9 +89,7 @@ def turn(checkout: Path, dtype: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "against")
     parser.add_argument("--other", metavar="DIR", help="a checkout of another commit")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=3)
@@ -92,6 +98,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.dtype)))
         return
+    at_least(parser, args, rounds=1)
     if not args.other or not (Path(args.other) / "zflora_jax").is_dir():
         parser.error(
             f"--other {args.other}: expected a checkout of this repository, as `git worktree add"
@@ -120,7 +127,7 @@ def main() -> None:
         rows.append(
             {"what": name} | shown | {"this / other": round(middle["this"] / middle["other"], 3)}
         )
-    out = Path("results") / f"against-{args.dtype}"
+    out = args.out.with_name(f"{args.out.name}-{args.dtype}")
     page = (
         f"# {args.dtype}: this commit against {other[:7]}\n\nMedians of {args.rounds} turns each,"
         " in turns (least and most in brackets).\n\n"

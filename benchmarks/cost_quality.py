@@ -1,140 +1,132 @@
-"""Where each method stands: what it answers against what it costs at decode.
+"""Each method's accuracy against its costs at decode.
 
-Command: python benchmarks/cost_quality.py [--parts decode compiled]     (`compiled` needs the CUDA
-plugin, see docs/scaling.md). SmolLM2-135M with the adapters of configs/accuracy.py, whose table of
-arithmetic must be there: accuracy is read from results/accuracy_arithmetic.json. decode: TPOT over
-the base's on this CPU, float32, batch 1, medians of turns in one process. compiled: kernels of a
-token in bfloat16, compiled for an H100 and not run, and the bytes of its arrays at that card's
-widths. Without --parts both are made; a part that is left out is taken from the result that is
-there, and `--parts` alone makes neither.
-Writes results/cost_quality.json, .md, .png and .svg.
+Command: python benchmarks/cost_quality.py [--parts quality decode compiled]
+(about 10 minutes on 2 CPU cores; `compiled` needs the extra target-cuda)
+Writes results/cost_quality.json, .md and .png. SmolLM2-135M with the adapters of
+configs/accuracy.py; a part that is not named keeps its values.
+quality: differences to LoRA from results/accuracy_arithmetic.json.
+decode: TPOT over the base's on this CPU, float32, batch 1, medians of turns in one process.
+compiled: kernels and bytes of a bfloat16 token, compiled for an H100 and not run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "configs"))
+from harness import RESULTS, ROOT, arguments, at_least, origins, perturbed, write_part
 
 TABLE = "accuracy_arithmetic"
-MERGED = "all merged by addition"
-UNMERGED = "lora un-merged"
+MERGED, UNMERGED = "all merged by addition", "lora unmerged"
 PROMPT, NEW_TOKENS = 64, 64
+COLUMNS = {
+    "method": "method",
+    "points": "accuracy - LoRA's, points",
+    "kernels": "kernels added, H100",
+    "bytes": "bytes / base, H100's widths",
+    "tpot": "TPOT / base, this CPU",
+}
 
 
-def program_of(label: str) -> str:
-    """The program that a method runs at decode: every merge by addition has the base's, and methods
-    that are trained otherwise with the same adapter have one.
-    """
+def methods() -> dict[str, Any]:
+    """Label -> adapter of the accuracy tables."""
+    sys.path.insert(0, str(ROOT / "configs"))
     import accuracy
 
+    return accuracy.ALL
+
+
+def program_of(label: str, adapters: Mapping[str, Any]) -> str:
+    """Returns the decode program of a method: a merge by addition has the base's, and methods that
+    differ only in training share one.
+    """
     from zflora_jax.core.adapter_config import METHODS
 
-    adapter = accuracy.ALL[label]
+    adapter = adapters[label]
     if not METHODS[adapter.method].widens:
         return MERGED
-    return next(first for first, same in accuracy.ALL.items() if same == adapter)
+    return next(first for first, same in adapters.items() if same == adapter)
 
 
-def adapters() -> dict[str, Any]:
-    """Program -> adapter of all that cost something at decode: methods that widen, fused, and LoRA
-    beside the base.
+def programs() -> dict[str, Any]:
+    """Program -> adapter; None: the base."""
+    found = methods()
+    used = {program_of(label, found) for label in found} - {MERGED}
+    return {MERGED: None, UNMERGED: found["lora"]} | {name: found[name] for name in sorted(used)}
+
+
+def quality(table: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """Label -> "points", the difference to LoRA with the ends of its interval, and "program".
+    Methods that lack a seed are left out: their interval would not cover other seeds.
     """
-    import accuracy
-
-    programs = [program_of(label) for label in accuracy.ALL]
-    widen = {label: accuracy.ALL[label] for label in programs if label != MERGED}
-    return {UNMERGED: accuracy.LORA} | widen
+    missing = {name.partition(" (")[0] for name in table["missing"]}
+    found = {"lora": {"points": [0.0] * 3, "program": MERGED}}
+    for label, differences in table["differences"].items():
+        if label != "base" and label not in missing:
+            (gap,) = differences.values()
+            points = [gap["mean"], gap["low"], gap["high"]]
+            found[label] = {"points": points, "program": program_of(label, adapters)}
+    return found
 
 
 def decode(repeats: int) -> dict[str, dict[str, float]]:
-    """Label -> TPOT on this CPU and its ratio to the base's within a turn, with quartiles."""
-    import jax
-
+    """Program -> TPOT on this CPU and its ratio to the base's within a turn, with quartiles."""
     import zflora_jax as zf
     from zflora_jax.adapters.packing import pack_for_decode
-    from zflora_jax.bench.contenders import contender
-    from zflora_jax.bench.timing import decode_turns, ratios, summary
     from zflora_jax.core import trees
+    from zflora_jax.experiments.latency import contender, decode_turns, summary
 
     base, shape = zf.load_model("smollm2-135m"), (1, PROMPT, NEW_TOKENS)
-    packed = pack_for_decode(base)
-    ready = {MERGED: contender(packed, *shape)}
-    for label, adapter in adapters().items():
-        blocks = jax.tree.map(
-            lambda x: x + 0.01, zf.init_adapters(jax.random.key(0), base, adapter)
-        )
+    packed, ready = pack_for_decode(base), {}
+    for label, adapter in programs().items():
+        if adapter is None:
+            ready[label] = contender(packed, *shape)
+            continue
+        blocks = perturbed(base, adapter)
         if label == UNMERGED:
-            beside = trees.unstack_layers(blocks, base.config.num_layers)
-            ready[label] = contender(packed, *shape, adapter, beside)
+            layers = trees.unstack_layers(blocks, base.config.num_layers)
+            ready[label] = contender(packed, *shape, adapter, layers)
         else:
             ready[label] = contender(pack_for_decode(zf.fuse(base, adapter, blocks)), *shape)
-    found = decode_turns(ready, NEW_TOKENS, repeats)
-    first = found[MERGED]["tpot_ms"]
-
-    def quartiles(turns: list[float]) -> dict[str, float]:
-        low, middle, high = statistics.quantiles(turns, n=4, method="inclusive")
-        return {"tpot_ratio": middle, "tpot_ratio_low": low, "tpot_ratio_high": high}
-
-    return {
-        label: summary(of["tpot_ms"], "tpot_ms") | quartiles(ratios(of["tpot_ms"], first))
-        for label, of in found.items()
-    }
+    turns, found = decode_turns(ready, NEW_TOKENS, repeats), {}
+    for label, of in turns.items():
+        ratios = [a / b for a, b in zip(of["tpot_ms"], turns[MERGED]["tpot_ms"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        found[label] = summary(of["tpot_ms"], "tpot_ms")
+        found[label] |= {"tpot_ratio": middle, "tpot_ratio_low": low, "tpot_ratio_high": high}
+    return found
 
 
 def compiled() -> dict[str, dict[str, float]]:
-    """Label -> kernels of a token, as XLA's CUDA compiler plans them, and bytes of its arrays."""
-    from zflora_jax.bench.compiled import loop_row
-    from zflora_jax.bench.decode_case import DecodeCase
+    """Program -> kernels of a token as XLA's CUDA compiler plans them, and bytes of its arrays."""
+    from decode_programs import DecodeCase, loop_row
+
     from zflora_jax.core.presets import preset
     from zflora_jax.parallel.targets import target
 
-    config, where = preset("smollm2-135m"), target("cuda:h100")
-    found = {}
-    for label, adapter in ({MERGED: None} | adapters()).items():
+    config, where, found = preset("smollm2-135m"), target("cuda:h100"), {}
+    for label, adapter in programs().items():
         row = loop_row(DecodeCase(config, adapter, prompt=PROMPT, new_tokens=NEW_TOKENS), where)
         found[label] = {name: row[name] for name in ("kernels", "read_bytes")}
         print(label, found[label], flush=True)
     return found
 
 
-def quality(folder: Path) -> dict[str, list[float]]:
-    """Label -> difference to LoRA in points, and the ends of its interval, of the methods that have
-    all their seeds: with fewer the interval says too little of other seeds.
-    """
-    from zflora_jax.experiments.differences import Differences, headline
-
-    table = json.loads((folder / f"{TABLE}.json").read_text(encoding="utf-8"))
-    missing = {name.partition(" (")[0] for name in table["missing"]}
-    gaps = {
-        label: headline(of)
-        for label, of in Differences.read(table).to_reference.items()
-        if label != "base" and label not in missing
-    }
-    return {"lora": [0.0] * 3} | {k: [gap.mean, gap.low, gap.high] for k, gap in gaps.items()}
-
-
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each method: what it answers, and the costs of its program."""
-    cpu, h100 = result["decode"], result["compiled"]
-    base, found = h100[MERGED], []
-    for label, points in result["quality"].items():
-        own = program_of(label)
-        names = {own: f"{label} merged" if own == MERGED else label}
+    """Returns a row per method: its accuracy and the costs of its program."""
+    cpu, h100, found = result["decode"], result["compiled"], list[dict[str, Any]]()
+    base = h100[MERGED]
+    for label, of in result["quality"].items():
+        names = {of["program"]: f"{label} merged" if of["program"] == MERGED else label}
         names |= {UNMERGED: UNMERGED} if label == "lora" else {}
         for program, name in names.items():
             found.append(
                 {
                     "method": name,
-                    "points": points[0],
-                    "interval": points[1:],
+                    "points": of["points"],
                     "kernels": h100[program]["kernels"] - base["kernels"],
                     "bytes": h100[program]["read_bytes"] / base["read_bytes"],
                     "tpot": [cpu[program][f"tpot_ratio{end}"] for end in ("", "_low", "_high")],
@@ -143,115 +135,85 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _missing(result: Mapping[str, Any], part: str) -> list[str]:
-    """The programs of methods that `part` does not have the costs of."""
-    return sorted({MERGED, UNMERGED, *map(program_of, result["quality"])} - result[part].keys())
-
-
 def page(result: Mapping[str, Any]) -> str:
-    """The page of a result file's content."""
-    from zflora_jax.reporting.provenance import origin_line
+    """Returns the page in Markdown."""
     from zflora_jax.reporting.tables import markdown_table
 
-    columns = {
-        "method": "method",
-        "points": "less LoRA, points",
-        "kernels": "kernels added, H100",
-        "bytes": "bytes / base, H100's widths",
-        "tpot": "TPOT / base, this CPU",
-    }
-    origins = [
-        f"{part}: {origin_line(result['environments'][part])}" for part in ("decode", "compiled")
+    def interval(values: list[float], form: str, none: str) -> str:
+        middle, low, high = (format(value, form) for value in values)
+        return f"{middle} [{low}, {high}]" if values[2] > values[1] else none
+
+    shown = [
+        row
+        | {"points": interval(row["points"], "+.1f", "0")}
+        | {"tpot": interval(row["tpot"], ".3f", "1")}
+        for row in rows(result)
     ]
-    merged = ", ".join(label for label in result["quality"] if program_of(label) == MERGED)
-    head = f"""SmolLM2-135M, adapters of LoRA r=16's number of parameters. Points: a method's
-accuracy in [{TABLE}]({TABLE}.md) less LoRA's. Kernels of a token, batch 1,
-bfloat16: compiled for an H100, not run. Bytes of such a token: counted, of the weights at an H100's
-widths and of the cache. TPOT: measured on this CPU in float32, batch 1, the median of the ratios
-within a turn [quartiles]. A merge by addition has the base's program:
-{merged}.
+    return f"""# Accuracy against cost at decode
 
-LoRA that is merged costs nothing, nor does any other merge by addition; what it gives up is the
-base, which another task needs back ([task_switch](task_switch.md)). LoRA beside the base keeps it,
-for kernels of its own in every projection; a method that widens keeps it with none or few. Most of
-the bytes that zflora-minimal adds are filling: an H100's products take whole channels of 32 and MLP
-units of 128 (`adapters.widths`), so its 21 and 21 are read as 32 and 128, and r = 32, m = 128 would
-cost the same. Quartiles are no intervals of confidence."""
-    shown = [row | {"points": _points(row), "tpot": _ratio(row)} for row in rows(result)]
-    table = markdown_table(shown, columns)
-    picture = "![Quality against cost](cost_quality.png)"
-    title = "# Quality against cost at decode"
-    return "\n\n".join([title, head, table, picture, *origins]) + "\n"
+Unmerged LoRA keeps the base but adds kernels in every projection. A widened model keeps the base
+and adds few or none. A merge by addition costs nothing at decode, but another task then needs the
+base back ([task_switch](task_switch.md)).
 
+![Accuracy against cost](cost_quality.png)
 
-def _points(row: Mapping[str, Any]) -> str:
-    low, high = row["interval"]
-    return f"{row['points']:+.1f} [{low:+.1f}, {high:+.1f}]" if high > low else "0"
+SmolLM2-135M, adapters with the number of parameters of LoRA r=16.
+
+- accuracy: difference to LoRA's in [{TABLE}]({TABLE}.md), with its 95% interval.
+- kernels of a token, batch 1, bfloat16: compiled for an H100, not run.
+- bytes of such a token: counted, with the weights padded to an H100's widths. Its products take
+  whole channels of 32 and MLP units of 128, so zflora-minimal's 21 and 21 are read as 32 and 128.
+- TPOT: measured on this CPU in float32, batch 1; median of the ratios within a turn [quartiles].
+
+{markdown_table(shown, COLUMNS)}
+
+decode: {origins(result, "decode")}
+
+compiled: {origins(result, "compiled")}
+"""
 
 
-def _ratio(row: Mapping[str, Any]) -> str:
-    middle, low, high = row["tpot"]
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]" if high > low else "1"
-
-
-def draw(result: Mapping[str, Any], out: str) -> None:
+def draw(result: Mapping[str, Any], out: object) -> None:
+    """Draws accuracy and the three costs of every method."""
     from zflora_jax.reporting.plots import dots
 
-    found = rows(result)
-    points = {row["method"]: (row["points"], *row["interval"]) for row in found}
     panels = {
-        "score less LoRA's, points\n(arithmetic, 95% interval)": ("points", 0.0),
+        "accuracy - LoRA's, points\n(arithmetic, 95% interval)": ("points", 0.0),
         "kernels added per token\n(compiled for H100)": ("kernels", 0.0),
         "bytes per token / base\n(counted, H100's widths)": ("bytes", 1.0),
         "TPOT / base\n(measured on a CPU, quartiles)": ("tpot", 1.0),
     }
+
+    def values(row: Mapping[str, Any], key: str) -> tuple[float, ...]:
+        return tuple(row[key]) if isinstance(row[key], list) else (row[key],)
+
     dots(
         {
-            label: points
-            if key == "points"
-            else {row["method"]: row[key] if key == "tpot" else (row[key],) for row in found}
+            label: {row["method"]: values(row, key) for row in rows(result)}
             for label, (key, _) in panels.items()
         },
-        out,
-        "What a method answers, and what it costs at decode",
+        f"{out}",
+        "Accuracy of each method, and its cost at decode",
         {label: mark for label, (_, mark) in panels.items()},
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", nargs="*", choices=("decode", "compiled"))
+    parts = ("quality", "compiled", "decode")  # the CUDA compiler has to start before jax's CPU
+    parser = arguments(__doc__, "cost_quality")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--accuracy", type=Path, default=Path("results"), metavar="DIR")
-    parser.add_argument("--out", default="results/cost_quality")
     args = parser.parse_args()
-    if args.repeats < 2:
-        parser.error(f"--repeats {args.repeats}: quartiles need 2 or more.")
-    from zflora_jax.reporting.files import write_json, write_result
-    from zflora_jax.reporting.provenance import environment
-
-    file, parts = Path(f"{args.out}.json"), ("compiled", "decode")
-    if not (args.accuracy / f"{TABLE}.json").is_file():
-        parser.error(f"{args.accuracy}/{TABLE}.json is not there: run configs/accuracy.py first")
-    result = (
-        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"environments": {}}
-    )
-    result["quality"] = quality(args.accuracy)
-    # First what is compiled: the CUDA compiler does not start once jax has begun on the CPU.
-    for part in sorted(parts if args.parts is None else args.parts):
-        result[part] = decode(args.repeats) if part == "decode" else compiled()
-        result["environments"][part] = environment()
-        write_json(file, result)  # a run that is stopped later keeps it
-    if all(name in result for name in parts):
-        lacking = {part: missing for part in parts if (missing := _missing(result, part))}
-        if lacking:
-            parser.error(
-                f"{file} lacks costs, {lacking}: make them with --parts {' '.join(lacking)}"
-            )
-        write_result(args.out, result, page(result))
-        draw(result, args.out)
+    at_least(parser, args, repeats=2)
+    result: dict[str, Any] = {}
+    for part in sorted(args.parts, key=parts.index):
+        if part == "quality":
+            table = json.loads((RESULTS / f"{TABLE}.json").read_text(encoding="utf-8"))
+            found: Any = quality(table, methods())
+        else:
+            found = decode(args.repeats) if part == "decode" else compiled()
+        result = write_part(args.out, part, found, page)
+    draw(result, args.out)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from accelerators import roofline
+from program_text import Program
 
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import MeshConfig, RunConfig
 from zflora_jax.experiments.comparison import Comparison
-from zflora_jax.experiments.target_plan import target_plan
+from zflora_jax.experiments.plan import compile_step
 from zflora_jax.parallel.targets import GIB, Target, target
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
@@ -56,10 +58,11 @@ def measure(plan: Comparison, where: Target) -> dict[str, Any]:
     accum, row = 1, {"table": plan.name, "target": where.name}
     while True:
         run = run_on(plan, where, accum)
-        found = target_plan(run, config, where)["compiled"]
+        found, step = compile_step(run, config, where)
         needs = found.get("needs") or found["bytes"]["total"]
         if "needs" not in found and needs <= where.chip.memory:
-            return row | {"micro_batches": accum, "needs": needs, **found["roofline"]}
+            sent = sum(Program(step.as_text()).collectives().values())
+            return row | {"micro_batches": accum, "needs": needs, **roofline(run, where, sent)}
         if run.data.micro_batch_size == devices:
             return row | {"micro_batches": None, "needs": needs}
         accum *= 2

@@ -1,20 +1,13 @@
-"""Changing the task of a live model: zflora-minimal's swap of blocks against LoRA taken out of the
-kernels and another put in.
+"""Changing the task of a live model: zflora-minimal swaps blocks, LoRA is unmerged and merged.
 
 Command: python benchmarks/task_switch.py     (about 3 minutes on 2 CPU cores)
-SmolLM2-135M (the packaged one), two sets of adapters moved by noise, on all kernels, by turns in
-one process. Writes results/task_switch.json and .md: milliseconds and bytes of a change of task,
-compilations during --swaps changes, and what is left of the base's bits after them.
-
-LoRA, two passes: W <- W - s A B, then W <- W + s A' B', as PEFT's unmerge and merge do. One pass:
-both products as one, added at once: the fastest form that we know. Both are compiled, with donated
-buffers.
+Writes results/task_switch.json and .md: milliseconds and bytes of a change of task, compilations
+during --swaps changes, and how many of the base's weights differ after them.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,16 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness import arguments, at_least, perturbed
 
 from zflora_jax.adapters import swapping
 from zflora_jax.adapters.fuse import fuse, unfuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.swapping import swap
-from zflora_jax.bench.timing import turns
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model import Model
+from zflora_jax.experiments.latency import ratio, summary, turns
 from zflora_jax.hf.load import load_model
 from zflora_jax.reporting.files import write_result
 from zflora_jax.reporting.provenance import environment, origin_line
@@ -41,27 +33,10 @@ from zflora_jax.reporting.tables import markdown_table
 RANK = 16
 
 
-def two_tasks(model: Model, adapter: AdapterConfig) -> list[trees.Tree]:
-    def moved(seed: int) -> trees.Tree:
-        tree = init_adapters(jax.random.key(seed), model, adapter)
-        leaves, form = jax.tree.flatten(tree)
-        keys = jax.random.split(jax.random.key(seed + 10), len(leaves))
-        return form.unflatten(
-            [
-                leaf + 0.01 * jax.random.normal(key, leaf.shape)
-                for key, leaf in zip(keys, leaves, strict=True)
-            ]
-        )
-
-    return [moved(0), moved(1)]
-
-
 def products(
     adapters: trees.Tree, scale: float, *others: tuple[trees.Tree, float]
 ) -> dict[str, Any]:
-    """Kernel's name -> scale A B, summed over the given adapters as one product of factors side by
-    side.
-    """
+    """Kernel's name -> scale A B, summed over the adapters by one product of joined factors."""
     flat = [(trees.flatten(tree), s) for tree, s in ((adapters, scale), *others)]
     names = {name.removesuffix("lora_a") for name in flat[0][0] if name.endswith("lora_a")}
     return {
@@ -97,7 +72,7 @@ def one_pass(params: trees.Tree, old: trees.Tree, new: trees.Tree, scale: float)
 
 
 def changed(got: trees.Tree, want: trees.Tree) -> dict[str, float]:
-    """What became of the base: the share of its numbers that changed, and by how much at most."""
+    """Returns the share of the base's weights that changed, and the largest change."""
     have, kept = trees.flatten(got), trees.flatten(want)
     pairs = [
         (np.asarray(have[name], np.float32), np.asarray(leaf, np.float32))
@@ -118,9 +93,7 @@ PACKED, STACKED, TWO, ONE = (
 
 
 class LiveModels:
-    """Four copies of one base, each with one of two tasks in its kernels; `change` puts in the
-    other task.
-    """
+    """Four copies of one base, each with one of two tasks in its kernels."""
 
     def __init__(self, dtype: str, name: str) -> None:
         self.base = load_model(name, dtype=dtype)
@@ -128,7 +101,9 @@ class LiveModels:
             AdapterConfig(method, rank=RANK, alpha=2 * RANK)
             for method in ("zflora-minimal", "lora")
         )
-        self.blocks, self.factors = two_tasks(self.base, minimal), two_tasks(self.base, lora)
+        self.blocks, self.factors = (
+            [perturbed(self.base, adapter, seed) for seed in (0, 1)] for adapter in (minimal, lora)
+        )
         self.minimal = minimal
         fused = fuse(self.base, minimal, self.blocks[0])
         self.live = {PACKED: pack_for_decode(fused), STACKED: fused}
@@ -147,7 +122,7 @@ class LiveModels:
             )
 
     def left(self) -> dict[str, dict[str, float]]:
-        """What is left of the base's bits in each, by label."""
+        """Label -> how the base differs after the changes."""
         for label in self.live:
             if self.task[label]:
                 self.change(label)
@@ -182,13 +157,9 @@ def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     left, written = models.left(), written_bytes(models, dtype)
     rows = []
     for label, own in times.items():
-        row = {
-            "dtype": dtype,
-            "": label,
-            "ms": statistics.median(own),
-            "ms_min": min(own),
-            "ms_max": max(own),
-            "ratio": statistics.median(t / u for t, u in zip(own, times[PACKED], strict=True)),
+        row = {"dtype": dtype, "": label} | summary(own, "ms")
+        row |= {
+            "ratio": ratio(own, times[PACKED]),
             "written_bytes": written[label],
             "changes": args.swaps if label in models.live else args.lora_changes,
             "compilations": compilations[label],
@@ -219,19 +190,20 @@ def page(result: dict[str, Any]) -> str:
             "written, MB": f"{row['written_bytes'] / 1e6:.1f}",
             "changes": row["changes"],
             "compilations during them": row["compilations"],
-            "base numbers changed": f"{row['changed_share']:.2%}",
+            "base weights changed": f"{row['changed_share']:.2%}",
             "by at most": f"{row['changed_by']:.1e}",
         }
         for row in result["rows"]
     ]
     return f"""# Changing the task of a live model
 
-SmolLM2-135M (the packaged one), two sets of adapters of rank {RANK}, perturbed by noise, on all
-kernels, interleaved in one process. Medians of {result["settings"]["repeats"]} turns [minimum,
-maximum]; "x swap of packed" is the median over turns of the ratio within a turn.
+Swapping zflora-minimal's blocks leaves the base bit-identical. Unmerging one LoRA and merging
+another writes every kernel and changes last bits of the base.
 
-LoRA, two passes: W <- W - s A B, then W <- W + s A' B', as PEFT's unmerge and merge do. One pass:
-both products as one, added at once: the fastest form that we know. Both are compiled, with donated
+SmolLM2-135M, two sets of adapters of rank {RANK}, perturbed by noise, on all kernels. Medians of
+{result["settings"]["repeats"]} turns [minimum, maximum] in one process; "x swap of packed" is the
+median of the ratio within a turn. LoRA, two passes: W <- W - s A B, then W <- W + s A' B', as
+PEFT's unmerge and merge do. One pass: both products as one. Both are compiled, with donated
 buffers.
 
 {markdown_table(shown, list(shown[0]))}
@@ -241,28 +213,20 @@ buffers.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "task_switch")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument(
-        "--swaps",
-        type=int,
-        default=1000,
-        help="changes of task before the base is looked at (default: 1000)",
-    )
-    parser.add_argument(
-        "--lora-changes",
-        type=int,
-        default=100,
-        help="the same of LoRA, each of which writes every kernel (default: 100)",
-    )
-    parser.add_argument("--repeats", type=int, default=15, help="timed turns (default: 15)")
-    parser.add_argument("--out", default="results/task_switch")
+    parser.add_argument("--swaps", type=int, default=1000, help="changes of task before the check")
+    parser.add_argument("--lora-changes", type=int, default=100, help="the same for LoRA")
+    parser.add_argument("--repeats", type=int, default=15, help="timed turns")
     args = parser.parse_args()
+    at_least(parser, args, swaps=1, lora_changes=1, repeats=1)
     env = environment()
     rows = [row for dtype in ("float32", "bfloat16") for row in measure(dtype, args)]
-    result = {"rows": rows, "settings": vars(args), "environment": env}
+    result = {
+        "rows": rows,
+        "settings": {k: v for k, v in vars(args).items() if k != "out"},
+        "environment": env,
+    }
     write_result(args.out, result, page(result))
 
 

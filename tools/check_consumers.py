@@ -1,11 +1,11 @@
-"""Checks that other software computes the same from an export as this project does: vLLM,
-lm-evaluation-harness (with transformers) and llama.cpp (of GGUF files in f32).
+"""Checks that vLLM, lm-evaluation-harness (with transformers) and llama.cpp (of GGUF files in f32)
+compute the same from an export as this project.
 
 Command: tools/check_consumers.sh, which makes the environments. Exports SmolLM2-135M as it is and
-fused by each of the six methods with adapters moved by noise, float32; every consumer generates
-greedily from the same token ids, or the same text, and lm-evaluation-harness also scores the
-options of a local task. Writes results/consumers.json and .md. An export that a consumer refuses or
-computes differently is a row that says so.
+fused by each of the six methods with perturbed adapters, float32. Every consumer generates greedily
+from the same token ids, or the same text, and lm-evaluation-harness also scores the options of a
+local task. Writes results/consumers.json and .md. A row reports an export that a consumer refuses
+or computes differently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +141,33 @@ def small_model(family: str) -> Any:
     return model
 
 
+def fused(base: Any, method: str, rank: int, std: float) -> Any:
+    """Returns `base`, or `base` fused with adapters perturbed by normal noise of `std`."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from zflora_jax import AdapterConfig, fuse, init_adapters
+    from zflora_jax.core import trees
+
+    if method == "base":
+        return base
+    adapter, rng = AdapterConfig(method, rank=rank), np.random.default_rng(0)
+    adapters = init_adapters(jax.random.key(0), base, adapter)
+    # Full has no low rank: the same noise on every weight would drown the model.
+    spread = std if method != "full" else 0.1 * std
+    noisy = trees.map_with_names(
+        lambda _, x: x + jnp.asarray(spread * rng.standard_normal(x.shape), x.dtype), adapters
+    )
+    return fuse(base, adapter, noisy)
+
+
+def same(ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """Returns how many tokens are equal, as text."""
+    pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    return f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
+
+
 def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
     """This project's tokens, texts and likelihoods."""
     from zflora_jax import generate_tokens, option_log_likelihoods
@@ -224,9 +250,6 @@ def arguments() -> argparse.Namespace:
 
 def check(method: str, base: Any, ids: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
     """Export the base, or a model fused by `method`, and ask every consumer; a row of the table."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    from check_transformers_4 import fused
-
     from zflora_jax import save_gguf, save_hf
 
     model, export = fused(base, method, RANK, STD), args.dir / "exports" / method

@@ -1,9 +1,8 @@
 """Runs a GGUF file in llama.cpp, as the package xllamacpp brings it.
 
-tools/consumer_workers.py calls it in an environment with xllamacpp and numpy, and
-benchmarks/on_device.py keeps it running: PYTHON tools/llama_cpp_worker.py JOB, see `serve`. Linux
-on x86-64: scores and times come from llama.cpp's C functions, whose large settings are passed by
-value as blocks of bytes.
+tools/consumer_workers.py calls it in an environment with xllamacpp and numpy. Linux on x86-64:
+scores come from llama.cpp's C functions, whose large settings are passed by value as blocks of
+bytes.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def greedy(file: str, prompts: list[list[int]], new_tokens: int) -> list[list[in
 
 
 class _Settings(ctypes.Structure):
-    """llama.cpp's settings of a model or a context: more bytes than either has. Their content is
-    the library's own, but for the first three numbers of a context.
+    """llama.cpp's settings of a model or a context: more bytes than either has. The library fills
+    them, except for the first three numbers of a context.
     """
 
     _fields_ = [("numbers", ctypes.c_uint32 * 512)]
@@ -76,11 +75,6 @@ def _library() -> Any:
         "llama_set_n_threads": (None, [pointer, i32, i32]),
         "llama_model_get_vocab": (pointer, [pointer]),
         "llama_vocab_n_tokens": (i32, [pointer]),
-        "llama_adapter_lora_init": (pointer, [pointer, ctypes.c_char_p]),
-        "llama_set_adapters_lora": (
-            i32,
-            [pointer, ctypes.POINTER(pointer), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float)],
-        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -89,12 +83,9 @@ def _library() -> Any:
 
 
 class Loaded:
-    """A model in llama.cpp, with a LoRA beside it or without, that decodes greedily by one thread.
+    """A model in llama.cpp that runs in one thread, with float16 keys and values, its default."""
 
-    Keys and values are float16, llama.cpp's default.
-    """
-
-    def __init__(self, file: str, lora: str | None, longest: int) -> None:
+    def __init__(self, file: str, longest: int) -> None:
         self.lib = lib = _library()
         lib.llama_backend_init()
         model = lib.llama_model_load_from_file(file.encode(), lib.llama_model_default_params())
@@ -107,89 +98,36 @@ class Loaded:
         lib.llama_set_n_threads(self.context, THREADS, THREADS)
         self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
         self.batch = lib.llama_batch_init(longest, 0, 1)
-        if lora is not None:
-            adapter = lib.llama_adapter_lora_init(model, lora.encode())
-            one, scale = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
-            if not adapter or lib.llama_set_adapters_lora(self.context, one, 1, scale):
-                raise SystemExit(f"error: llama.cpp cannot apply {lora} to {file}")
 
     def clear(self) -> None:
-        """Forget all tokens."""
+        """Forgets all tokens."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
-    def logits(self, tokens: list[int], start: int, *, every: bool = False) -> Any:
-        """Logits [n, V] after the last of `tokens`, or after `every` one; the first of them is at
-        position `start`.
-        """
+    def logits(self, tokens: list[int]) -> Any:
+        """Returns the logits [n, V] after each of `tokens`, from position 0."""
         import numpy as np
 
         batch = self.batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, every or i + 1 == len(tokens)
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, True
         if self.lib.llama_decode(self.context, batch):
             raise SystemExit(f"error: llama.cpp cannot decode {len(tokens)} tokens")
-        shape = len(tokens) if every else 1, self.vocab
+        shape = len(tokens), self.vocab
         return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), shape)
-
-    def next_token(self, tokens: list[int], start: int) -> int:
-        """The likeliest token after `tokens`, the first of which is at position `start`."""
-        return int(self.logits(tokens, start)[0].argmax())
-
-    def timed(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
-        """Greedy tokens and milliseconds: of the prompt and the first token (ttft), and of each of
-        the others (tpot, the mean), as wall time and as the process's CPU time.
-        """
-        from time import perf_counter, process_time
-
-        self.clear()
-        times = [(perf_counter(), process_time())]
-        found = [self.next_token(prompt, 0)]
-        times.append((perf_counter(), process_time()))
-        for i in range(new_tokens - 1):
-            found.append(self.next_token(found[-1:], len(prompt) + i))
-        times.append((perf_counter(), process_time()))
-        row: dict[str, Any] = {"tokens": found}
-        for clock, suffix in enumerate(("ms", "cpu_ms")):
-            start, first, last = (1e3 * at[clock] for at in times)
-            row[f"ttft_{suffix}"], row[f"tpot_{suffix}"] = (
-                first - start,
-                (last - first) / (new_tokens - 1),
-            )
-        return row
-
-
-def serve(job: dict[str, Any]) -> None:
-    """Load job["gguf"], with job["lora"] beside it, and answer each line of standard input, a JSON
-    object of "prompt" and "new_tokens", by a line of `Loaded.timed`.
-    """
-    import json
-    import sys
-
-    loaded = Loaded(job["gguf"], job["lora"], job["longest"])
-    print(json.dumps("loaded"), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(loaded.timed(**json.loads(line))), flush=True)
 
 
 def score(file: str, chunks: list[list[int]]) -> float:
     """The mean negative log-likelihood of the tokens of each chunk but its first, in nats."""
     import numpy as np
 
-    loaded, total = Loaded(file, None, max(map(len, chunks))), 0.0
+    loaded, total = Loaded(file, max(map(len, chunks))), 0.0
     for chunk in chunks:
         loaded.clear()
-        logits = loaded.logits(chunk, 0, every=True)
+        logits = loaded.logits(chunk)
         rows = logits[:-1].astype(np.float64)
         rows -= rows.max(-1, keepdims=True)
         picked = rows[np.arange(len(rows)), chunk[1:]]
         total += float((np.log(np.exp(rows).sum(-1)) - picked).sum())
     return total / sum(len(chunk) - 1 for chunk in chunks)
-
-
-if __name__ == "__main__":
-    import json
-    import sys
-
-    serve(json.loads(sys.argv[1]))

@@ -1,5 +1,5 @@
 """Zero latency as a property of compiled programs: a token of a fused model runs the kernels of a
-token of the base. Compiled for a TPU, not run; results/compile_1b.md has GPUs and real sizes.
+token of the base. Compiled for a TPU, not run; results/accelerators.md has GPUs and more sizes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import importlib.util
 from typing import Any
 
 import pytest
+from decode_programs import DecodeCase, loop_row
 from support.grids import always
 
-from zflora_jax.bench.compiled import DecodeCase, loop_row
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import preset

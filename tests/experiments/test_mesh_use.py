@@ -21,7 +21,6 @@ from zflora_jax.adapters import fuse as fuse_module
 from zflora_jax.adapters.fuse import _fuse, _unfuse, fuse, unfuse
 from zflora_jax.adapters.packing import split_layers
 from zflora_jax.adapters.swapping import _swap, swap
-from zflora_jax.bench.latency import decode_latency
 from zflora_jax.cli.inputs import mesh_asked
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
@@ -31,6 +30,7 @@ from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import (
     MeshConfig,
 )
+from zflora_jax.experiments.latency import decode_latency
 from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GREEDY, Sampler

@@ -20,7 +20,7 @@ from zflora_jax.cli.main import main
 from zflora_jax.core.fields import override
 from zflora_jax.core.presets import preset
 from zflora_jax.data.tasks import TASKS
-from zflora_jax.experiments.planner import memory_plan
+from zflora_jax.experiments.plan import stored_bytes
 from zflora_jax.hf.save import save_hf
 
 CONFIG = str(ROOT / "configs" / "paper" / "tables.py")
@@ -77,13 +77,13 @@ TABLES = [f"paper_{g}_{s}" for g in ("commonsense", "math", "summary") for s in 
 
 @pytest.mark.parametrize("name", always(TABLES, lambda name: name == "paper_summary_7b"))
 def test_the_plan_of_a_table(name: str, plans: dict[str, Any]) -> None:
-    """By the formula; results/paper_plan.md has the compilers'."""
+    """What is stored of it; results/paper_plan.md has the compilers' totals."""
     plan = plans[name]
     changes = {"mesh.fsdp": 8}
     run = override(plan.base, changes)
     for adapter in plan.methods.values():
-        found = memory_plan(override(run, {"adapter": adapter}), preset(run.model), 78.0)
-        assert found["fits"], (name, adapter.method)
+        stored = stored_bytes(override(run, {"adapter": adapter}), preset(run.model))
+        assert sum(stored.values()) < 40 * 2**30, (name, adapter.method)
 
 
 @pytest.mark.soak

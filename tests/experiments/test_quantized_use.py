@@ -18,9 +18,10 @@ from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import QuantizeConfig, RunConfig
-from zflora_jax.experiments import grid, planner
+from zflora_jax.experiments import grid
 from zflora_jax.experiments.base import as_base
 from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.plan import stored_bytes
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.experiments.train import train
 from zflora_jax.hf import load
@@ -115,7 +116,7 @@ def test_the_plan_counts_each_devices_part_of_the_codes():
     config = preset("tiny").replace(num_heads=8, num_kv_heads=8, head_dim=32, vocab_size=264)
     run = RunConfig(quantize=QuantizeConfig("int8"))
     mesh = {"mesh.fsdp": 2, "mesh.tensor": 4}
-    whole, part = (planner.bytes_per_device(r, config)["base"] for r in (run, override(run, mesh)))
+    whole, part = (stored_bytes(r, config)["base"] for r in (run, override(run, mesh)))
     assert whole / 8 <= part <= whole / 7  # scales of one group are whole along fsdp
 
 

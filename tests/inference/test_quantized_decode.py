@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from decode_programs import DecodeCase, loop_row
+from program_text import Program
 from support.checks import compiled
 from support.grids import always
 from support.models import tiny_model
@@ -16,8 +18,6 @@ from support.quantized import moved, quantized_tiny
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.bench.compiled import loop_row
-from zflora_jax.bench.decode_case import DecodeCase
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.presets import preset
@@ -25,7 +25,6 @@ from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.quantize_model import quantize_model
 from zflora_jax.ops.quantized import QuantizedArray
-from zflora_jax.parallel.program_text import Program
 from zflora_jax.parallel.targets import target
 
 MINIMAL = AdapterConfig("zflora-minimal", rank=16)

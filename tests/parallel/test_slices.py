@@ -183,7 +183,7 @@ def elements(types):
     return sum(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
 
 
-@pytest.mark.soak  # test_target_plan.py holds it on TPU programs
+@pytest.mark.soak  # test_plan.py holds it on TPU programs
 def test_only_sums_of_gradients_cross_slices(monkeypatch):
     by_parity(monkeypatch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, slices=2))

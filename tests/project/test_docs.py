@@ -32,7 +32,7 @@ PAGES = {
 }
 # Only parsed here: they take too long even on a tiny model, or need a bucket or several processes.
 # The same commands run with smaller settings in test_bench.py, test_compare.py,
-# test_target_plan.py, test_bucket_models.py and test_hosts_commands.py.
+# test_plan.py, test_bucket_models.py and test_hosts_commands.py.
 PARSED_ONLY = ("zflora bench", "zflora sweep", "s3://", "--distributed", "--target")
 CONFIG = """
 import dataclasses

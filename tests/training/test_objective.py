@@ -19,7 +19,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.evaluation import loss as loss_module
-from zflora_jax.experiments import planner
+from zflora_jax.experiments import plan
 from zflora_jax.nn.llama import Llama
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import trainer
@@ -110,8 +110,7 @@ def test_a_run_logs_evaluates_and_plans_what_its_objective_says(run, tmp_path, m
     run = override(run, {"train.steps": 3})
     plain = quiet_train(run, tmp_path / "plain").report
     config = tiny_model(num_layers=2, max_position_embeddings=512).config
-    planned = planner.bytes_per_device(run, config)
-    for module in (trainer, loss_module, planner):
+    for module in (trainer, loss_module):
         monkeypatch.setattr(
             module, "objective_of", lambda run: Weighted(run.train.loss_chunk, weight=3.0)
         )
@@ -122,4 +121,7 @@ def test_a_run_logs_evaluates_and_plans_what_its_objective_says(run, tmp_path, m
     for record in read_metrics(tmp_path / "weighted" / "metrics.jsonl"):
         np.testing.assert_allclose(record["loss"], 3 * record["plain"], rtol=1e-6)
         assert record["tokens"] > 0
-    assert planner.bytes_per_device(run, config)["activations"] >= planned["activations"]
+    for module in (trainer, plan):
+        monkeypatch.setattr(module, "objective_of", lambda run: Preference())
+    found, _ = plan.compile_step(run, config)
+    assert found["bytes"]["temporaries"] > 0

@@ -19,7 +19,7 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import MeshConfig, OptimConfig, RunConfig
-from zflora_jax.experiments import planner
+from zflora_jax.experiments.plan import stored_bytes
 from zflora_jax.experiments.train import train
 from zflora_jax.parallel import sharding
 from zflora_jax.training.checkpoint import Checkpoints
@@ -108,15 +108,13 @@ def test_its_state_is_counted(optimizer, mesh_config):
     where = sharding.state_shardings(jax.eval_shape(fresh), mesh)
     state: Any = jax.jit(fresh, out_shardings=where)().opt_state
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state) if x.ndim)
-    assert planner.bytes_per_device(run, model.config)["optimizer"] == held
+    assert stored_bytes(run, model.config)["optimizer"] == held
 
 
 def test_adafactor_keeps_less_than_one_number_a_parameter():
     model = tiny_model(num_layers=2, **WIDE)
     sizes = {
-        name: planner.bytes_per_device(RunConfig(adapter=FULL, optim=settings(name)), model.config)[
-            "optimizer"
-        ]
+        name: stored_bytes(RunConfig(adapter=FULL, optim=settings(name)), model.config)["optimizer"]
         for name in OPTIMIZERS
     }
     assert sizes["adafactor"] < sizes["lion"] / 4 and sizes["adamw"] == 2 * sizes["lion"]

@@ -20,7 +20,6 @@ from support.sharded import OPTIM, batch
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.bench.contenders import contender
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
@@ -28,8 +27,8 @@ from zflora_jax.core.model import fingerprint
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, QuantizeConfig, RunConfig
 from zflora_jax.experiments.base import load_base
-from zflora_jax.experiments.compiled_plan import compiled_step
-from zflora_jax.experiments.planner import bytes_per_device
+from zflora_jax.experiments.latency import contender
+from zflora_jax.experiments.plan import lowered_step, stored_bytes
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.gguf_save import save_gguf
@@ -146,7 +145,7 @@ def test_a_compiled_step_keeps_no_dequantised_base(kind):
         run = RunConfig(
             data=DataConfig(batch_size=1, bucket_lengths=(32,)), quantize=QuantizeConfig(**quantize)
         )
-        step = compiled_step(run, wide.replace(num_layers=layers))
+        step = lowered_step(run, wide.replace(num_layers=layers)).compile()
         return step.memory_analysis().temp_size_in_bytes
 
     layer = 4 * sum(
@@ -158,7 +157,7 @@ def test_a_compiled_step_keeps_no_dequantised_base(kind):
     plain = temporaries(8) - temporaries(4)
     assert more - plain < 1.2 * layer  # four layers' numbers would be 4 of it
     run = RunConfig(quantize=QuantizeConfig(kind))
-    planned = bytes_per_device(run, wide)["base"]
+    planned = stored_bytes(run, wide)["base"]
     held = quantize_model(tiny_model(**WIDE), QuantizeConfig(kind))
     assert planned == sum(bytes_of(leaf) for leaf in trees.flatten(held.params).values())
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.bench.latency import decode_latency
 from zflora_jax.core.fields import ConfigError, require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
@@ -20,6 +19,7 @@ from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.latency import decode_latency
 from zflora_jax.experiments.restore import fuse_trained
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.train import Trained, train

@@ -15,7 +15,7 @@ from zflora_jax.adapters.counts import count_params
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.storage import as_path
-from zflora_jax.experiments.compiled_plan import step_attention
+from zflora_jax.experiments.plan import step_attention
 from zflora_jax.experiments.setup import Setup
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json

@@ -21,7 +21,7 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.pipeline import one_sequence_a_row, train_batches
 from zflora_jax.evaluation.task import one_day
-from zflora_jax.experiments.compiled_plan import step_attention
+from zflora_jax.experiments.plan import step_attention
 from zflora_jax.experiments.run_report import Report, finished_report, new_report
 from zflora_jax.experiments.setup import Setup, prepare
 from zflora_jax.parallel import distributed

@@ -1,8 +1,6 @@
-"""Devices that are absent: their compilers run here and say what a program would need there.
+"""TPUs and GPUs to compile for; none has to be there, and nothing runs on them.
 
-Nothing runs on them. What a compiler plans (memory, kernels, cycles) is an estimate, and pages that
-show it say "compiled for, not run". TPU compilers come with libtpu, NVIDIA's with jax's CUDA
-plugin; both work without a device.
+TPU compilers come with libtpu, NVIDIA's with jax's CUDA plugin.
 """
 
 from __future__ import annotations
@@ -22,17 +20,17 @@ GIB, TERA, GIGA = 2**30, 10**12, 10**9
 
 @dataclass(frozen=True)
 class Chip:
-    """What a vendor publishes of one device.
+    """Published data of one device.
 
     Attributes:
-      memory: bytes of its HBM that a program can use, as its compiler says.
-      flops: bfloat16 operations a second of its matrix units, dense.
-      bandwidth: bytes a second from its HBM.
-      link: bytes a second to its neighbours, all links together, one way.
-      clock: of its matrix units, in Hz; 0 where the compiler estimates no cycles.
-      topologies: shapes of one slice of TPUs, or numbers of GPUs in one machine.
-      source: where the rates are from.
-      compiler_config: what XLA is told of an absent GPU, a GpuTargetConfigProto.
+      memory: Bytes of HBM that a program can use, as the compiler reports it.
+      flops: Dense bfloat16 operations per second of the matrix units.
+      bandwidth: Bytes per second from HBM.
+      link: Bytes per second to its neighbours, all links together, one way.
+      clock: Clock of the matrix units, in Hz; 0 where the compiler estimates no cycles.
+      topologies: Shapes of one slice of TPUs, or numbers of GPUs in one machine.
+      source: Source of the rates.
+      compiler_config: XLA's description of an absent GPU, a GpuTargetConfigProto.
     """
 
     memory: int
@@ -80,16 +78,16 @@ CHIPS: dict[str, Chip] = {
     ),
 }
 
-# What jax asks of a compiler: the module that has it, and this package's extra that installs it.
+# Platform -> the compiler's module, and this package's extra that installs it.
 _COMPILERS = {"tpu": ("libtpu", "target-tpu"), "cuda": ("jax_cuda13_plugin", "target-cuda")}
 
-# libtpu else asks the network where it is, a second process cannot load it, and it warns of hosts
-# that it does not find.
+# Without these libtpu asks the network for its place, loads in one process only, and warns of
+# missing hosts.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # whichever is compiled for
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # for every target
 }
 
 
@@ -98,8 +96,8 @@ class Target:
     """Devices to compile for.
 
     Attributes:
-      kind: a key of `CHIPS`.
-      topology: shape of a slice of TPUs, or number of GPUs.
+      kind: A key of `CHIPS`.
+      topology: Shape of a slice of TPUs, or number of GPUs.
     """
 
     kind: str
@@ -115,14 +113,14 @@ class Target:
 
     @property
     def chip(self) -> Chip:
-        """What is known of each device."""
+        """Published data of each device."""
         return CHIPS[self.kind]
 
     def devices(self, slices: int = 1) -> list[Any]:
-        """The devices, for a Mesh that programs are compiled on.
+        """Returns the devices, for the Mesh of programs to compile.
 
         Args:
-          slices: how many slices of TPUs, joined by the data-centre network.
+          slices: Number of slices of TPUs, joined by the data-centre network.
 
         Raises:
           ConfigError: the compiler is not installed, or several slices of GPUs.
@@ -141,7 +139,7 @@ class Target:
 
 
 def target(name: str) -> Target:
-    """The devices of a name: tpu:v5e:2x4, tpu:v5p:2x2x1, cuda:h100, cuda:h100:8.
+    """Returns the target of a name: tpu:v5e:2x4, tpu:v5p:2x2x1, cuda:h100, cuda:h100:8.
 
     Raises:
       ConfigError: no such chip or topology; the message lists those that exist.
@@ -165,13 +163,13 @@ def target(name: str) -> Target:
 
 @functools.cache
 def _devices(kind: str, topology: str, slices: int) -> list[Any]:
-    """The devices of a chip of `CHIPS` in a topology that it has."""
+    """The devices of a chip in a topology."""
     from jax.experimental import topologies
 
     platform, _, chip = kind.partition(":")
     given: dict[str, Any] = {}
     if platform == "cuda":
-        # jax else looks for CUDA's libraries, which compiling alone does not need.
+        # jax would look for CUDA's libraries, which compiling does not need.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         name, config = chip, CHIPS[kind].compiler_config
         given = {"target_config": config, "topology": f"1x1x{topology}"}

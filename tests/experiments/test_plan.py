@@ -1,0 +1,346 @@
+"""`zflora plan`: counts and bytes against what is made and compiled; steps compiled for absent
+devices.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from program_text import Program, kernels
+from support.cases import dead_slices
+from support.grids import always
+from support.libtpu import needs_libtpu
+
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.shapes import adapter_shapes
+from zflora_jax.cli.main import main
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import kernel_shapes
+from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.presets import preset
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from zflora_jax.experiments import plan as module
+from zflora_jax.experiments.plan import (
+    compile_step,
+    lowered_step,
+    memory_plan,
+    plan_lines,
+    step_attention,
+    stored_bytes,
+)
+from zflora_jax.hf.load import model_config
+from zflora_jax.hf.save import save_hf
+from zflora_jax.nn.llama import random_model
+from zflora_jax.parallel.sharding import make_mesh
+from zflora_jax.parallel.targets import GIB, Target, target
+from zflora_jax.training.trainer import init_state
+
+TINY = preset("tiny")
+SMALL = TINY.replace(num_kv_heads=4, vocab_size=264, num_layers=3)
+RUN = RunConfig(
+    model="tiny",
+    adapter=AdapterConfig("zflora-minimal", rank=8),
+    data=DataConfig(batch_size=8, bucket_lengths=(128,)),
+    train=TrainConfig(steps=100, dtype="bfloat16", loss_chunk=128),
+    mesh=MeshConfig(fsdp=4),
+)
+
+
+def small_run(method: str = "zflora-minimal", **changes: object) -> RunConfig:
+    run = RunConfig(
+        adapter=AdapterConfig(method, rank=8),
+        data=DataConfig(batch_size=8, bucket_lengths=(64, 128)),
+        train=TrainConfig(loss_chunk=64),
+    )
+    return override(run, changes)
+
+
+def program_for(run: RunConfig, config: Any = TINY, name: str = "tpu:v5e:2x2") -> Program:
+    _, step = compile_step(run, config, target(name))
+    return Program(step.as_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stored_bytes_are_exact(method: str) -> None:
+    run = small_run(method)
+
+    def made() -> Any:
+        model = random_model(SMALL, jax.random.key(0))
+        adapters = init_adapters(jax.random.key(0), model, run.adapter)
+        return model.params, adapters, init_state(adapters, run.optim, run.train.steps)
+
+    params, adapters, state = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(made)
+    )
+    sizes = stored_bytes(run, SMALL)
+    assert sizes["base"] == sum(x.nbytes for x in jax.tree.leaves(params))
+    assert sizes["adapters"] == sum(x.nbytes for x in jax.tree.leaves(adapters))
+    moments = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert sizes["optimizer"] == moments and sizes["gradients"] == sizes["adapters"]
+    accumulated = stored_bytes(override(run, {"data.grad_accum_steps": 2}), SMALL)
+    assert accumulated == sizes | {"gradients": 2 * sizes["gradients"]}
+
+
+def test_counts_of_a_plan() -> None:
+    run = small_run()
+    plan = memory_plan(run, SMALL)
+    model = random_model(SMALL, jax.random.key(0))
+    adapters = init_adapters(jax.random.key(0), model, run.adapter)
+    dead = sum(leaf.size for leaf in dead_slices(SMALL, run.adapter, adapters))
+    assert plan["params_base"] == trees.size(model.params)
+    assert plan["params_trainable"] == trees.size(adapters) - dead
+    assert (plan["tokens_per_step"], plan["tokens"]) == (8 * 128, 8 * 128 * 100)
+    assert "fits" not in plan and plan["compiled"]["target"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    always(
+        [
+            ("lora", {}),
+            ("zflora-minimal", {"data.grad_accum_steps": 2}),
+            ("full", {}),
+            ("zflora-minimal", {"mesh.fsdp": 4}),
+            ("lora", {"mesh.data": 2, "mesh.tensor": 4}),
+        ],
+        lambda case: case[0] != "lora" or case[1],
+    ),
+)
+def test_the_compiled_step_takes_what_is_stored(method: str, changes: dict[str, Any]) -> None:
+    """And the compiler's temporaries are more than the gradients."""
+    run = small_run(method, **changes)
+    plan = memory_plan(run, SMALL)
+    stored, sizes = plan["stored"], plan["compiled"]["bytes"]
+    # A step of all parameters does not read the base.
+    taken = stored["adapters"] + stored["optimizer"] + (0 if method == "full" else stored["base"])
+    assert sizes["arguments"] == pytest.approx(taken, rel=0.05)
+    assert sizes["temporaries"] > stored["adapters"]
+    assert sizes["total"] == sizes["arguments"] + sizes["outputs"] + sizes["temporaries"]
+
+
+def test_meshes_divide_the_base() -> None:
+    whole = stored_bytes(small_run(), SMALL)["base"]
+    for axis in ("fsdp", "tensor"):
+        assert stored_bytes(small_run(**{f"mesh.{axis}": 4}), SMALL)["base"] < whole / 3.5
+    assert stored_bytes(small_run(**{"mesh.data": 4}), SMALL)["base"] == whole
+
+
+def test_real_sizes_need_no_weights() -> None:
+    for name, parameters in (("llama-3.2-1b", 1_235_814_400), ("llama-2-7b", 6_738_415_616)):
+        run = replace(small_run(), train=TrainConfig(dtype="bfloat16"), model=name)
+        assert stored_bytes(run, model_config(name))["base"] == 2 * parameters
+
+
+def test_a_run_that_does_not_fit_comes_with_changes_that_reduce_it() -> None:
+    run = small_run()
+    total = memory_plan(run, SMALL)["compiled"]["bytes"]["total"]
+    assert memory_plan(run, SMALL, memory_gib=total / GIB)["fits"]
+    plan = memory_plan(run, SMALL, memory_gib=0.5 * total / GIB)
+    assert not plan["fits"]
+    first, *_ = plan["changes"].values()
+    assert first == {"data.grad_accum_steps": 2}
+    text = "\n".join(plan_lines(plan))
+    assert "does not fit in" in text and "data.grad_accum_steps=2" in text
+    for settings in ({"data.grad_accum_steps": 2}, {"train.remat": "block"}, {"mesh.fsdp": 2}):
+        assert settings in plan["changes"].values()
+        found, _ = compile_step(override(run, settings), SMALL)
+        assert found["bytes"]["total"] < total, settings
+    full = memory_plan(small_run("full"), SMALL, memory_gib=1e-4)["changes"].values()
+    assert {"adapter.method": "zflora-minimal"} in full and {"quantize.kernels": "nf4"} not in full
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"mesh.tensor": 3}, {}, r"mesh.tensor=3 does not divide"),
+        ({"data.bucket_lengths": [64, 1024]}, {}, "beyond the model's context of 512"),
+        ({}, {"memory_gib": 0}, "memory=0: must be positive and finite"),
+        ({}, {"memory_gib": float("nan")}, "memory=nan: must be positive and finite"),
+        ({"mesh.fsdp": 8, "mesh.tensor": 2}, {}, "needs 16 devices; there are 8"),
+    ],
+)
+def test_wrong_plans(changes: dict[str, Any], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        memory_plan(small_run(**changes), SMALL, **settings)
+
+
+def test_the_command_reads_a_directory_s_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(SMALL, jax.random.key(0))
+    save_hf(tmp_path / "model", model)
+    (tmp_path / "model" / "model.safetensors").unlink()  # no weights are read
+    source, out = str(tmp_path / "model"), tmp_path / "plan.json"
+    text = (
+        "from zflora_jax.config import *\ndef get_config():\n    return"
+        f" RunConfig(model={source!r}, data=DataConfig(batch_size=2))\n"
+    )
+    (tmp_path / "c.py").write_text(text)
+    given = ["plan", "--config", str(tmp_path / "c.py"), "--memory", "0.001", "--out", str(out)]
+    assert main(given) == 0
+    written, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert written["fits"] is False
+    assert written["stored"]["base"] == sum(x.nbytes for x in jax.tree.leaves(model.params))
+    assert "does not fit in 0.00 GiB" in shown and "params_trainable" in shown
+    with pytest.raises(CheckpointError, match="no model at"):
+        model_config(str(tmp_path / "none"))
+
+
+@needs_libtpu
+def test_the_command_compiles_for_a_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(
+        [
+            *("plan", "--config", "configs/quickstart.py", "--target", "tpu:v5e:2x2"),
+            *("--out", str(tmp_path / "plan.json"), "--set", "model=tiny", "mesh.fsdp=4"),
+            *("train.dtype=bfloat16", "data.bucket_lengths=128", "data.batch_size=8"),
+        ]
+    )
+    assert "compiled for tpu:v5e:2x2, not run" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["memory_bytes"] == 15.75 * GIB
+    assert plan["compiled"]["attention"] == {"kernel": "splash", "reason": ""}
+
+
+@needs_libtpu
+def test_too_few_devices() -> None:
+    with pytest.raises(ConfigError, match=r"needs 8 devices; target tpu:v5e:2x2 has 4"):
+        memory_plan(replace(RUN, mesh=MeshConfig(fsdp=8)), TINY, target("tpu:v5e:2x2"))
+
+
+def test_a_refused_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's refusal gives the bytes."""
+
+    class Lowered:
+        def compile(self) -> None:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm.")
+
+    monkeypatch.setattr(Target, "devices", lambda self, slices=1: [SimpleNamespace()] * 8)
+    monkeypatch.setattr(module, "make_mesh", lambda *_: None)
+    monkeypatch.setattr(module, "step_attention", lambda *_: ("splash", ""))
+    monkeypatch.setattr(module, "lowered_step", lambda *_: Lowered())
+    plan = memory_plan(RUN, TINY, target("tpu:v5e:2x4"))
+    assert not plan["fits"] and plan["memory_bytes"] == 15.75 * GIB and plan["changes"]
+    lines = plan_lines(plan)
+    assert any("needs" in line and "20.00 GiB" in line for line in lines)
+    assert any("the mesh uses 4 of 8 devices" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded", int(20.5 * 2**30)),
+        ("RESOURCE_EXHAUSTED: HLO temporaries (46.96G) exceeds available", int(46.96 * 2**30)),
+        ("INTERNAL: Used 20.50G of 15.75G hbm", None),
+        ("RESOURCE_EXHAUSTED: too many", None),
+    ],
+)
+def test_the_bytes_of_a_refused_program(message: str, needed: int | None) -> None:
+    assert module._needed(message) == needed
+
+
+@needs_libtpu
+def test_the_reported_attention_is_that_of_the_program() -> None:
+    """Widened heads beyond what splash takes: the plan says blocks, and so does the program."""
+    config = TINY.replace(head_dim=256, num_heads=2, num_kv_heads=1, num_layers=1)
+    for adapter, kernel in (
+        (AdapterConfig("ffba", rank=4, extra_head_dim=16), "blocks"),
+        (AdapterConfig("lora", rank=4), "splash"),
+    ):
+        run = replace(RUN, adapter=adapter, mesh=MeshConfig())
+        devices = target("tpu:v5e:1x1").devices()
+        reported, reason = step_attention(run, config, make_mesh(run.mesh, devices))
+        assert (reported, reason == "") == (kernel, kernel == "splash")
+        step = lowered_step(run, config, devices)
+        assert ("tpu_custom_call" in step.as_text()) == (kernel == "splash")
+        if kernel == "splash":  # the widest heads that it takes
+            compile_step(run, config, target("tpu:v5e:1x1"))
+
+
+@needs_libtpu
+def test_only_sums_of_gradients_cross_slices_and_kernels_are_gathered_one_at_a_time() -> None:
+    """A mesh of two slices that uses two of the four devices of each. A ring of two sends each
+    gradient twice, in float32.
+    """
+    run = replace(RUN, mesh=MeshConfig(data=2, fsdp=2, slices=2))
+    found, step = compile_step(run, TINY, target("tpu:v5e:2x2"))
+    assert found["devices"] == 8
+    program = Program(step.as_text())
+    assert set(re.findall(r'transfer_type="(\w+)"', step.as_text())) == {"ALL_REDUCE"}
+    adapters = sum(map(math.prod, adapter_shapes(TINY, run.adapter).values()))
+    assert 0 < program.collectives()["between slices"] <= 8 * adapters
+    sizes = [math.prod(a + b) for a, b in kernel_shapes(TINY).values()]
+    table = TINY.vocab_size * TINY.hidden_size
+    gathered = [op for op, _ in program.runs(fused=True) if op.code.startswith("all-gather")]
+    assert gathered and all(op.elements <= max(*sizes, table) for op in gathered)
+    assert sum(times for op, times in program.runs() if kernels([op])) > 100
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "mesh", always([MeshConfig(fsdp=2), MeshConfig(tensor=2)], lambda mesh: mesh.fsdp == 2)
+)
+def test_collectives_grow_only_by_adapters(mesh: MeshConfig) -> None:
+    """From rank 8 to 32 by the adapters, gathered in bfloat16, and their gradients, summed in
+    float32; under tensor also by one sum of B T r a kernel.
+    """
+    config, sent, own = TINY.replace(num_layers=1), [], []
+    for rank in (8, 32):
+        adapter = AdapterConfig("lora", rank=rank)
+        run = replace(RUN, mesh=mesh, adapter=adapter)
+        sent.append(sum(program_for(run, config).collectives().values()))
+        own.append(6 * sum(map(math.prod, adapter_shapes(config, adapter).values())))
+    products = 2 * 8 * 128 * (32 - 8) * config.num_layers * len(kernel_shapes(config))
+    grown = sent[1] - sent[0]
+    assert 0 < grown <= own[1] - own[0] + (products if mesh.tensor > 1 else 0), (sent, own)
+
+
+def summed_by(program: Program) -> list[tuple[Any, int]]:
+    """(all-reduce, how often it runs) of a program."""
+    return [
+        (op, times)
+        for op, times in program.runs(fused=True)
+        if op.code.startswith("all-reduce") and not op.code.endswith("-done")
+    ]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("method", ["lora", "zflora-uniform"])
+def test_devices_add_up_gradients_in_float32(method: str) -> None:
+    """Also for a bfloat16 base: on many devices a sum in bfloat16 would lose the last bits."""
+    adapter = AdapterConfig(method, rank=8)
+    run = replace(RUN, mesh=MeshConfig(data=4), adapter=adapter)
+    summed: collections.Counter[str] = collections.Counter()
+    for op, times in summed_by(program_for(run)):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]+)\]", op.shape):
+            summed[dtype] += times * math.prod(map(int, shape.split(",")))
+    assert summed.keys() == {"f32"}
+    assert summed["f32"] >= sum(map(math.prod, adapter_shapes(TINY, adapter).values()))
+
+
+@needs_libtpu
+def test_a_layer_sums_its_stream_four_times_under_tensor_parallelism() -> None:
+    """Twice in each pass, as Megatron-LM does: after attention and MLP forward, and for the inputs
+    of both backward, where the gradients of q, k, v and of gate, up are added first.
+    """
+    run = replace(RUN, mesh=MeshConfig(tensor=2), adapter=AdapterConfig("lora", rank=8))
+    shape = f"bf16[8,128,{TINY.hidden_size}]"
+    sums = [
+        op.shape.count(shape)
+        for op, times in summed_by(program_for(run))
+        if times == TINY.num_layers
+    ]
+    assert sum(sums) == 4

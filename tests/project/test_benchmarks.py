@@ -1,0 +1,269 @@
+"""The scripts of benchmarks/ within the test's process: their tables, pages and refusals."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import accelerators
+import cost_quality
+import harness
+import jax
+import peft_baselines
+import pytest
+import training
+from decode_programs import read_bytes
+from support.models import tiny_model
+from support.paths import ROOT
+
+from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.presets import preset
+from zflora_jax.core.quantize_config import QuantizeConfig
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from zflora_jax.parallel.targets import target
+
+BENCHMARKS = ROOT / "benchmarks"
+Script = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """Runs a file of benchmarks/ within this process: exit code, stdout, stderr."""
+    for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "JAX_ENABLE_COMPILATION_CACHE"):
+        monkeypatch.setenv(name, "false")  # a script may set it: put back after the test
+
+    def run(name: str, *given: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / name), *map(str, given)])
+        capsys.readouterr()
+        code: object = 0
+        try:
+            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_every_page_is_what_its_json_file_gives() -> None:
+    command = [sys.executable, str(BENCHMARKS / "pages.py"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_latency_next_to_transformers_and_peft(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "bandwidth_meter", lambda: lambda: 1e9)
+    out = tmp_path / "latency-1.5b"
+    small = ["--model", "tiny", "--repeats", 2, "--prompts", 8, "--new-tokens", 3, "--ranks", 4]
+    given = [*small, "--methods", "zflora-minimal", "--baselines", "--out", out]
+    code, _, err = script("latency.py", *given)
+    assert code == 0, err
+    rows = {r["label"]: r for r in json.loads(Path(f"{out}.json").read_text())["rows"]}
+    assert list(rows) == [
+        *("base", "lora unmerged", "zflora-minimal", "transformers"),
+        *("transformers + PEFT lora", "transformers + PEFT idle"),
+    ]
+    assert rows["base"]["bytes_ratio"] == 1 < rows["zflora-minimal"]["bytes_ratio"]
+    assert rows["base"]["floor_ms"] == pytest.approx(rows["base"]["read_bytes"] / 1e6)
+    assert "floor_ms" not in rows["transformers"]
+    assert "zflora-minimal" in Path(f"{out}.md").read_text()
+    assert Path(f"{out}-ratio.png").is_file()
+
+
+def test_the_read_bandwidth_is_positive() -> None:
+    assert harness.bandwidth_meter(size=2**22, repeats=1)() > 1e6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_read_are_those_of_all_weights_but_the_lookup(tied: bool) -> None:
+    model = pack_for_decode(tiny_model(tie_word_embeddings=tied))
+    weights, config = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)), model.config
+    cache = 2 * 3 * config.num_layers * config.num_kv_heads * config.head_dim * 10 * 4
+    lookup = 0 if tied else config.vocab_size * config.hidden_size * 4
+    assert read_bytes({"params": model.params}, config, 3, 10) == weights - lookup + cache
+
+
+def test_training_next_to_peft(script: Script, tmp_path: Path) -> None:
+    """A script in a process for each label's memory, too."""
+    out = tmp_path / "train"
+    small = ["--model", "tiny", "--repeats", 2, "--out", out, "--batch", 2, "--length", 16]
+    code, _, err = script("training.py", *small, "--masked", 0.5, "--methods", "lora")
+    assert code == 0, err
+    rows = json.loads(Path(f"{out}.json").read_text())["float32"]["rows"]
+    assert [row["label"] for row in rows] == ["lora", "PEFT lora"]
+    assert rows[1]["step_ratio"] == 1.0 and rows[0]["loss"] == pytest.approx(rows[1]["loss"], 1e-4)
+    assert all(row["peak_bytes"] > 1e8 and row["first_step_s"] > 0 for row in rows)
+    assert "x PEFT" in Path(f"{out}.md").read_text()
+
+
+def test_training_on_a_quantised_base_keeps_other_tables(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: _Done("[1e8, 1.0]"))
+    monkeypatch.setattr("zflora_jax.reporting.provenance.environment", lambda: ENVIRONMENT)
+    small = ["--model", "tiny", "--repeats", 1, "--out", tmp_path / "train", "--no-peft"]
+    case = ["--batch", 2, "--length", 16, "--masked", 0, "--methods", "zflora-minimal"]
+    for table in (["--table", "one"], ["--table", "two", "--quantize", "int8"]):
+        code, _, err = script("training.py", *small, *case, *table)
+        assert code == 0, err
+    found = json.loads((tmp_path / "train.json").read_text())
+    ((exact,), (codes,)) = (found[name]["rows"] for name in ("one", "two"))
+    assert codes["loss"] != exact["loss"] and codes["loss"] == pytest.approx(exact["loss"], 0.01)
+
+
+ENVIRONMENT = {"command": "c", "commit": None, "dirty": True, "device": "cpu", "cpu_count": 2}
+ENVIRONMENT |= {"jax": "0", "date": "today", "backend": "cpu", "device_count": 1, "cpu": ""}
+
+
+class _Done:
+    """A finished process."""
+
+    returncode = 0
+
+    def __init__(self, stdout: str) -> None:
+        self.stdout = stdout
+
+
+def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = _Done("")
+    failed.returncode, failed.stderr = 1, "RESOURCE_EXHAUSTED: no room"  # type: ignore[attr-defined]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"lora, Case.*ended with 1: RESOURCE_EXHAUSTED"):
+        training.in_a_process(training.Case("tiny"), "lora", "folder")
+
+
+@pytest.mark.parametrize(
+    ("masked", "predicted"), [(0.0, 99), (0.5, 50), (0.8, 20), (0.999, 1)], ids=str
+)
+def test_masks_leave_the_share_that_was_asked_for(masked: float, predicted: int) -> None:
+    mask = training.Case("tiny", length=100, batch=2, masked=masked).batch_arrays(50)["loss_mask"]
+    assert mask.sum(axis=1).tolist() == [predicted] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 1}, r"length=1: must be at least 2"),
+        ({"masked": 1.0}, r"masked=1.0: a share of the positions, at least 0 and below 1"),
+        ({"quantize": "keep"}, r"quantize=keep: Allowed: int4, int8"),
+        ({"quantize": "int4"}, r"bitsandbytes has no int4: compare int8, nf4"),
+    ],
+)
+def test_wrong_cases(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        peft_baselines.quantization(training.Case("tiny", **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("latency.py", ["--new-tokens", "1"], "--new-tokens 1: give at least 2"),
+        ("training.py", ["--repeats", "0"], "--repeats 0: give at least 1"),
+        ("vllm_latency.py", ["--batches", "1", "0"], "--batches [1, 0]: give at least 1"),
+        ("vllm_latency.py", ["--vllm-python", "nowhere"], "an environment that has vLLM"),
+        ("against.py", ["--other", "nowhere"], "expected a checkout of this repository"),
+        ("pages.py", ["nothing"], "no page nothing: choose from accelerators"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_scripts_refuse_wrong_options_before_they_measure(
+    name: str, given: list[str], message: str, script: Script, tmp_path: Path
+) -> None:
+    code, _, err = script(name, *given)
+    assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
+def test_another_commit_is_compared_by_turns(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([2.0, 1.0, 4.0, 2.0, 6.0, 3.0])  # the other checkout, this one, ...
+    run = subprocess.run
+
+    def fake(command: list[str], **settings: Any) -> Any:
+        if command[0] == "git":
+            return run(command, **settings)
+        return _Done(f'{{"export": {next(times)}}}')
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    code, out, _ = script("against.py", "--other", ROOT, "--out", tmp_path / "against")
+    found = json.loads((tmp_path / "against-float32.json").read_text())
+    assert code == 0 and found["rows"][0]["this / other"] == 0.5 and "| export |" in out
+
+
+def test_the_roofline_by_hand() -> None:
+    """An adapter on a base of one layer."""
+    config = preset("tiny")
+    run = RunConfig(
+        model="tiny",
+        adapter=AdapterConfig("lora", rank=2),
+        data=DataConfig(batch_size=8, bucket_lengths=(128,)),
+        train=TrainConfig(dtype="bfloat16"),
+        mesh=MeshConfig(fsdp=4),
+    )
+    layers = config.num_layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    head, lora = 259 * 64, config.num_layers * 2 * (128 + 96 + 96 + 128 + 3 * 160)
+    found = accelerators.roofline(run, target("tpu:v5e:2x2"), 4_000_000)
+    keys = sum(range(1, 129)) / 128  # of a token, in the mean
+    attention = config.num_layers * 4 * keys * 64 * 3.5
+    flops = 8 * 128 * (4 * (layers + head) + 6 * lora + attention) / 4
+    assert found["flops"] == pytest.approx(flops)
+    assert found["compute_s"] == pytest.approx(flops / 197e12)
+    assert found["link_s"] == pytest.approx(4e6 / 200e9)
+    assert found["step_s"] == max(found["compute_s"], found["hbm_s"], found["link_s"])
+    full = replace(run, adapter=AdapterConfig("full"))
+    flops = 8 * 128 * (6 * (layers + head) + attention) / 4
+    assert accelerators.roofline(full, target("tpu:v5e:2x2"), 0)["flops"] == pytest.approx(flops)
+    block = replace(run, train=TrainConfig(dtype="bfloat16", remat="block"))
+    more = 2 * (layers + head) + 2 * lora + config.num_layers * 4 * keys * 64
+    again = accelerators.roofline(block, target("tpu:v5e:2x2"), 0)["flops"]
+    assert again - found["flops"] == pytest.approx(8 * 128 * more / 4)
+    codes = replace(run, quantize=QuantizeConfig("int8"))
+    less = accelerators.roofline(codes, target("tpu:v5e:2x2"), 0)["hbm_bytes"]
+    assert 0.5 < less / found["hbm_bytes"] < 1
+
+
+def test_a_method_without_all_its_seeds_is_left_out_of_the_cost_page() -> None:
+    gap = {"task": {"mean": -1.0, "low": -3.0, "high": 1.0, "p": 0.4, "seeds": 1}}
+    table = {
+        "missing": ["a (seeds 1, 2)", "d"],
+        "differences": dict.fromkeys(["base", "a", "dora", "b"], gap),
+    }
+    wide, merged = AdapterConfig("zflora-minimal", rank=4), AdapterConfig("lora", use_dora=True)
+    adapters = {"first": wide, "a": wide, "b": wide, "dora": merged}
+    found = cost_quality.quality(table, adapters)
+    assert found == {
+        "lora": {"points": [0.0] * 3, "program": cost_quality.MERGED},
+        "dora": {"points": [-1.0, -3.0, 1.0], "program": cost_quality.MERGED},
+        "b": {"points": [-1.0, -3.0, 1.0], "program": "first"},
+    }
+
+
+def test_the_cost_page_gives_every_method_the_costs_of_its_program() -> None:
+    names = {cost_quality.MERGED: 1, cost_quality.UNMERGED: 2, "ffba": 3}
+    turns = {"tpot_ratio": 1.0, "tpot_ratio_low": 1.0, "tpot_ratio_high": 1.0}
+    merged, points = cost_quality.MERGED, [0.0] * 3
+    result = {
+        "decode": dict.fromkeys(names, turns),
+        "compiled": {name: {"kernels": n, "read_bytes": 10 * n} for name, n in names.items()},
+        "quality": {
+            label: {"points": points, "program": program}
+            for label, program in (("lora", merged), ("dora", merged), ("ffba", "ffba"))
+        },
+    }
+    rows = {row["method"]: (row["kernels"], row["bytes"]) for row in cost_quality.rows(result)}
+    assert rows == {
+        "lora merged": (0, 1.0),
+        "lora unmerged": (1, 2.0),
+        "dora merged": (0, 1.0),
+        "ffba": (2, 3.0),
+    }

@@ -1,0 +1,302 @@
+"""Decode latency of base, unmerged LoRA and fused models.
+
+All models take turns in one process, compile time is left out, and medians are reported. TTFT is
+the time to the first token (prefill), TPOT the time per further token.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.inference.generation_config import GREEDY
+from zflora_jax.inference.program import DecodeProgram, packed
+from zflora_jax.nn.llama import random_model
+from zflora_jax.parallel.mesh import mesh_in_use
+
+BASE, UNMERGED = "base", "lora unmerged"
+FUSED = tuple(method for method in METHODS if method != "full")
+Turns = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A compiled decode.
+
+    Attributes:
+      generate: n -> generates n tokens after its prompt and waits for them; n is one of the counts
+        that it was compiled for.
+      extra: More values to report.
+      model: The model that decodes.
+      adapters: Its unmerged adapters.
+    """
+
+    generate: Callable[[int], object]
+    extra: dict[str, float] = field(default_factory=dict)
+    model: Model | None = None
+    adapters: trees.Tree | None = None
+
+
+def contender(
+    model: Model,
+    batch: int,
+    prompt_length: int,
+    new_tokens: int,
+    adapter: AdapterConfig | None = None,
+    adapters: trees.Tree | None = None,
+) -> Contender:
+    """Compiles the greedy decode of a model for 1 and for `new_tokens` tokens.
+
+    Args:
+      model: The model in the layout to measure, packed or not.
+      batch: Number of prompts; their tokens are random.
+      prompt_length: Tokens of a prompt.
+      new_tokens: Tokens of the longer of the two programs.
+      adapter: Config of `adapters`.
+      adapters: Adapters that run unmerged; None: the model is a base or fused.
+
+    Returns:
+      The contender. Its extra values are compile_s, seconds for both programs, and memory_mb, the
+      longer one's weights, cache and other allocations (if the backend reports them).
+    """
+    vocab = model.config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocab, (batch, prompt_length)).astype(np.int32)
+    given = (
+        {"params": model.params} | ({} if adapters is None else {"adapters": adapters}),
+        jnp.asarray(tokens),
+        jnp.ones(tokens.shape, bool),
+        jax.random.split(jax.random.key(0), batch),
+    )
+    program, start = DecodeProgram(model.config, adapter, GREEDY), time.perf_counter()
+    with mesh_in_use(model.params):
+        compiled = {
+            n: DecodeProgram.decode.lower(program, *given, n).compile() for n in (1, new_tokens)
+        }
+    extra = {"compile_s": time.perf_counter() - start}
+    memory = compiled[new_tokens].memory_analysis()
+    if memory is not None:
+        extra["memory_mb"] = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        ) / 1e6
+
+    def generate(count: int) -> object:
+        return jax.block_until_ready(compiled[count](*given))
+
+    return Contender(generate, extra, model, adapters)
+
+
+def turns(labels: Sequence[str], repeats: int) -> Iterator[str]:
+    """Yields every label once per turn. Every other turn goes backwards, so that no label always
+    follows the same one.
+    """
+    for turn in range(repeats):
+        yield from labels[:: 1 if turn % 2 == 0 else -1]
+
+
+def decode_turns(
+    contenders: Mapping[str, Contender],
+    new_tokens: int,
+    repeats: int,
+    before: Callable[[str], object] = lambda label: None,
+) -> Turns:
+    """Times contenders by turns, after one call of each that is not counted.
+
+    A turn times for each contender a call that makes 1 token (TTFT) and one that makes
+    `new_tokens`; TPOT is their difference over new_tokens - 1.
+
+    Args:
+      contenders: Label -> contender.
+      new_tokens: Tokens of the longer call, at least 2.
+      repeats: Number of turns.
+      before: Called with the label just before each contender is timed.
+
+    Returns:
+      Label -> {"ttft_ms", "tpot_ms"}, one value per turn.
+    """
+    found: Turns = {label: {"ttft_ms": [], "tpot_ms": []} for label in contenders}
+
+    def milliseconds(label: str, count: int) -> float:
+        start = time.perf_counter()
+        contenders[label].generate(count)
+        return 1e3 * (time.perf_counter() - start)
+
+    for label in contenders:
+        milliseconds(label, 1), milliseconds(label, new_tokens)
+    for label in turns(list(contenders), repeats):
+        before(label)
+        first = milliseconds(label, 1)
+        further = milliseconds(label, new_tokens) - first
+        found[label]["ttft_ms"].append(first)
+        found[label]["tpot_ms"].append(further / (new_tokens - 1))
+    return found
+
+
+def summary(values: Sequence[float], name: str) -> dict[str, float]:
+    """Returns median, minimum and maximum as `name`, `name`_min and `name`_max."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def ratio(values: Sequence[float], to: Sequence[float]) -> float:
+    """Returns the median over turns of the ratio within a turn: a slow turn slows both."""
+    return statistics.median(a / b for a, b in zip(values, to, strict=True))
+
+
+def decode_latency(
+    models: Mapping[str, Model],
+    *,
+    prompt_length: int = 32,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+) -> dict[str, dict[str, float]]:
+    """Times greedy decode of random prompts, without stop tokens, by turns.
+
+    Args:
+      models: Label -> base or fused model; packed here if it is not.
+      prompt_length: Tokens of a prompt.
+      new_tokens: Generated tokens, at least 2.
+      batch: Number of prompts.
+      repeats: Number of turns.
+
+    Returns:
+      Label -> {"ttft_ms", "tpot_ms", and each with _min and _max}: medians over the turns, in
+      milliseconds.
+
+    Raises:
+      ConfigError: new_tokens is below 2 or repeats below 1.
+    """
+    _check_counts(new_tokens, repeats)
+    shape = batch, prompt_length, new_tokens
+    ready = {label: contender(packed(model), *shape) for label, model in models.items()}
+    return {
+        label: summary(found["ttft_ms"], "ttft_ms") | summary(found["tpot_ms"], "tpot_ms")
+        for label, found in decode_turns(ready, new_tokens, repeats).items()
+    }
+
+
+def _check_counts(new_tokens: int, repeats: int) -> None:
+    require(new_tokens >= 2, f"new_tokens={new_tokens}: TPOT needs at least 2.")
+    require(repeats >= 1, f"repeats={repeats}: must be at least 1.")
+
+
+def method_latency(
+    base: Model,
+    methods: Sequence[str] = FUSED,
+    *,
+    rank: int = 16,
+    batch: int = 1,
+    prompt_length: int = 32,
+    new_tokens: int = 32,
+    repeats: int = 7,
+) -> list[dict[str, Any]]:
+    """Times the base, unmerged LoRA and fused models by turns.
+
+    Args:
+      base: The base model.
+      methods: Methods of `FUSED`, see `contenders`.
+      rank: Rank of every adapter.
+      batch: Number of prompts.
+      prompt_length: Tokens of a prompt.
+      new_tokens: Generated tokens, at least 2.
+      repeats: Number of turns.
+
+    Returns:
+      A row per contender, see `latency_rows`.
+
+    Raises:
+      ConfigError: a value is out of range, or a method cannot be fused.
+    """
+    for name, value in (("rank", rank), ("batch", batch), ("prompt_length", prompt_length)):
+        require(value >= 1, f"{name}={value}: must be at least 1.")
+    _check_counts(new_tokens, repeats)
+    unknown = [method for method in methods if method not in FUSED]
+    require(not unknown, f"methods {unknown} cannot be fused; choose from {', '.join(FUSED)}.")
+    limit = base.config.max_position_embeddings
+    require(
+        prompt_length + new_tokens <= limit,
+        f"prompts of {prompt_length} and {new_tokens} new tokens exceed the model's context of"
+        f" {limit}.",
+    )
+    ready = contenders(base, methods, rank, (batch, prompt_length, new_tokens))
+    return latency_rows(ready, decode_turns(ready, new_tokens, repeats))
+
+
+def random_base(config: LlamaConfig, dtype: str) -> Model:
+    """Makes a base of random weights, which decodes as fast as a trained one.
+
+    Args:
+      config: The shape.
+      dtype: Data type of the weights.
+    """
+    model = random_model(config.replace(dtype=dtype), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+    return Model(model.config, params)
+
+
+def contenders(
+    base: Model, methods: Sequence[str], rank: int, shape: tuple[int, int, int]
+) -> dict[str, Contender]:
+    """Compiles the base, unmerged LoRA and fused models.
+
+    A merge by addition keeps the base's shapes, so the base decodes again under its label, which
+    shows the noise.
+
+    Args:
+      base: The base model.
+      methods: Methods of `FUSED`.
+      rank: Rank of every adapter.
+      shape: (batch, prompt_length, new_tokens).
+    """
+    packed_base, lora = pack_for_decode(base), AdapterConfig("lora", rank=rank)
+    adapters = init_adapters(jax.random.key(1), base, lora)
+    adapters = trees.unstack_layers(adapters, base.config.num_layers)
+    dtype = base.config.execution.dtype
+    adapters = jax.tree.map(lambda leaf: leaf.astype(dtype), adapters)
+    found = {
+        BASE: contender(packed_base, *shape),
+        UNMERGED: contender(packed_base, *shape, lora, adapters),
+    }
+    for method in methods:
+        adapter = AdapterConfig(method, rank=rank)
+        if METHODS[method].widens:
+            blocks = jax.tree.map(jnp.ones_like, init_adapters(jax.random.key(1), base, adapter))
+            found[method] = contender(pack_for_decode(fuse(base, adapter, blocks)), *shape)
+        else:
+            found[f"{method} merged"] = found[BASE]
+    return found
+
+
+def latency_rows(ready: Mapping[str, Contender], found: Turns) -> list[dict[str, Any]]:
+    """Summarises turns, a row per contender.
+
+    Args:
+      ready: Label -> contender.
+      found: The turns of `decode_turns`, those of `BASE` among them.
+
+    Returns:
+      Rows of "label"; ttft_ms and tpot_ms, medians over turns, with _min and _max; ttft_ratio and
+      tpot_ratio to the base's; compile_s and memory_mb.
+    """
+    rows = list[dict[str, Any]]()
+    for label, of in found.items():
+        row: dict[str, Any] = {"label": label}
+        for name in ("ttft", "tpot"):
+            row |= summary(of[f"{name}_ms"], f"{name}_ms")
+            row[f"{name}_ratio"] = ratio(of[f"{name}_ms"], found[BASE][f"{name}_ms"])
+        rows.append(row | ready[label].extra)
+    return rows
