@@ -17,8 +17,7 @@ from program_text import Program, async_bytes, kernels
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.adapters.packing import pack_for_decode, packed_config
-from zflora_jax.adapters.packing_quantized import group_multiple
+from zflora_jax.adapters.packing import group_multiple, pack_for_decode, packed_config
 from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig

@@ -3,6 +3,7 @@ from .adapters.counts import count_params as count_params, rank_for_budget as ra
 from .adapters.fuse import fuse as fuse, unfuse as unfuse
 from .adapters.init import init_adapters as init_adapters
 from .adapters.packing import pack_for_decode as pack_for_decode
+from .adapters.split_base import plain_lora as plain_lora, split_base as split_base
 from .adapters.swapping import swap as swap
 from .adapters.tasks import (
     pad_adapters as pad_adapters,

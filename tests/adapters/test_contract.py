@@ -242,8 +242,6 @@ def test_counts_and_configs_are_two_way(adapter):
     adapters = init_adapters(jax.random.key(0), model, adapter)
     dead = sum(leaf.size for leaf in dead_slices(config, adapter, adapters))
     trained = trees.size(adapters) - dead
-    if adapter.init == "pissa":  # half of it is the part that was taken off the base
-        trained //= 2
     assert trained == count_params(config, adapter)
     assert base_config(fused_config(config, adapter), adapter) == config
     p = resolve_adapter(config, adapter)

@@ -1,4 +1,4 @@
-"""Today's variants of LoRA (DoRA, PiSSA, OLoRA, ranks and alphas by kernel, some layers): values
+"""Today's variants of LoRA (DoRA, ranks and alphas by kernel, some layers): values
 and gradients are those of the peft library, and its directories go both ways.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from support.cases import DORA, PISSA
+from support.cases import DORA, LAYERS
 from support.checks import assert_logits_close
 from support.grids import always
 from support.huggingface import TOKENS, hf_logits, hf_model
@@ -32,7 +32,6 @@ from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.nn.layers import Dense
 from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.ops.dora import column_norms, plain_column_norms
 from zflora_jax.training.optim import make_optimizer
@@ -46,7 +45,6 @@ VARIANTS = {
     "layers": LORA.replace(layers_to_transform=(1,)),
     "dora-patterns": DORA,
 }
-BOTH = LORA.replace(use_dora=True, init="pissa")
 few_variants = pytest.mark.parametrize(  # each setting at least once
     "name", always(VARIANTS, lambda name: name not in ("dora", "patterns"))
 )
@@ -127,69 +125,21 @@ def test_peft_computes_what_we_do(name: str, base: Model, tmp_path: Path) -> Non
     assert (again.use_dora, again.use_rslora) == (adapter.use_dora, adapter.use_rslora)
 
 
-@pytest.mark.parametrize("init", always(["pissa", "olora"], lambda init: init == "olora"))
-def test_a_start_in_the_base_is_peft_s(init: Any, base: Model, tmp_path: Path) -> None:
-    """The same part of every kernel is trained, the model starts as the base, and its trained form
-    is plain LoRA of twice the rank, as PEFT converts its own.
-    """
-    adapter = LORA.replace(init=init, rank_pattern=(("q", 2),))
-    adapters = init_adapters(jax.random.key(0), base, adapter)
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": init}
-    theirs = peft.get_peft_model(
-        hf_model(head_dim=16), peft.LoraConfig(**settings, rank_pattern={"q_proj": 2})
-    )
-    for name, value in theirs.state_dict().items():
-        if "lora_A" in name:
-            parts = name.split(".")
-            layer = int(parts[parts.index("layers") + 1])
-            kernel, group = parts[-4][:-5], "attn" if "self_attn" in parts else "mlp"
-            b = theirs.state_dict()[name.replace("lora_A", "lora_B")]
-            leaves = adapters["layers"][group][kernel]
-            for a_name, b_name in (("lora_a", "lora_b"), ("start_a", "start_b")):
-                ours = leaves[a_name][layer] @ leaves[b_name][layer]
-                np.testing.assert_allclose(ours, (b @ value).numpy().T, atol=2e-5)
-    before = np.asarray(forward(base, jnp.asarray(TOKENS)))
-    start = np.asarray(forward(base, jnp.asarray(TOKENS), adapter, adapters))
-    assert_logits_close(start, before)
-    assert_logits_close(hf_logits(theirs.eval()), start)
-
-    step = jax.random.normal
-    trained = trees.map_with_names(
-        lambda n, x: x if "start" in n else x + 0.05 * step(jax.random.key(1), x.shape), adapters
-    )
-    ours = np.asarray(forward(base, jnp.asarray(TOKENS), adapter, trained))
-    assert np.abs(ours - before).max() > 0.05 * np.abs(before).max()
-    with pytest.warns(match="vLLM refuses"):
-        report = save_peft(tmp_path / "out", base, adapter, trained)
-    assert report["rank"] == 8
-    plain = peft.PeftModel.from_pretrained(hf_model(head_dim=16), tmp_path / "out").eval()
-    assert_logits_close(hf_logits(plain), ours)
-    again, back = load_peft(tmp_path / "out", base)
-    assert (again.rank, again.init, again.rank_of("q")) == (8, None, 4)
-    assert_logits_close(np.asarray(forward(base, jnp.asarray(TOKENS), again, back)), ours)
-
-
-# twin of DoRA's: test_contract_training's test_only_adapters_move...
-@pytest.mark.parametrize(
-    "adapter", always([DORA, PISSA], lambda a: a == PISSA), ids=["dora", "pissa"]
-)
-def test_what_is_frozen_stays(adapter: AdapterConfig, base: Model) -> None:
-    """No step, and no weight decay, moves the part of the base or the layers that are left out."""
-    adapters = init_adapters(jax.random.key(0), base, adapter)
+def test_layers_that_are_left_out_stay(base: Model) -> None:
+    """No step, and no weight decay, moves them."""
+    adapters = init_adapters(jax.random.key(0), base, LAYERS)
     optimizer = make_optimizer(OptimConfig(learning_rate=0.1, weight_decay=0.1, warmup_steps=0), 9)
     state, tree, update = optimizer.init(adapters), adapters, jax.jit(optimizer.update)
     for _ in range(2):
-        found = loss_gradients(base, adapter, tree)
+        found = loss_gradients(base, LAYERS, tree)
         gradients = trees.unflatten({n: jnp.asarray(x) for n, x in found.items()})
         with jax.numpy_dtype_promotion("standard"):
             updates, state = update(gradients, state, tree)
         tree = jax.tree.map(jnp.add, tree, updates)
     first = trees.flatten(adapters)
     for name, leaf in trees.flatten(tree).items():
-        still = np.array_equal(leaf, first[name])
-        assert still == ("start_" in name), name
-        if adapter.layers_to_transform:
-            np.testing.assert_array_equal(leaf[0], first[name][0])
+        np.testing.assert_array_equal(leaf[0], first[name][0])
+        assert not np.array_equal(leaf[1], first[name][1]), name
 
 
 def test_column_norms() -> None:
@@ -203,43 +153,6 @@ def test_column_norms() -> None:
     np.testing.assert_allclose(gone, 0.0, atol=2e-3 * float(plain.max()))
     whole = np.asarray(kernel, np.float64) + 1.5 * np.asarray(a, np.float64) @ np.asarray(b)
     np.testing.assert_allclose(plain, np.linalg.norm(whole, axis=0), rtol=1e-6)
-
-
-@pytest.mark.parametrize("adapter", [BOTH, LORA.replace(init="olora")], ids=["both", "olora"])
-def test_the_start_is_the_base_and_fused_is_adapted(adapter: AdapterConfig, base: Model) -> None:
-    """Also of DoRA's norms, which read the kernel without the part that was taken off."""
-    tokens = jnp.asarray(TOKENS)
-    adapters = init_adapters(jax.random.key(0), base, adapter)
-    assert_logits_close(forward(base, tokens, adapter, adapters), forward(base, tokens))
-    moved = perturb(adapters, std=0.05)
-    adapted = forward(base, tokens, adapter, moved)
-    assert_logits_close(forward(fuse(base, adapter, moved), tokens), adapted)
-
-
-def test_small_updates_of_a_start_in_the_base_are_not_lost_in_bfloat16(base: Model) -> None:
-    """A B - A0 B0 of factors that moved by a thousandth, with products in bfloat16."""
-    adapter = LORA.replace(init="pissa")
-    start = init_adapters(jax.random.key(0), base, adapter)
-    moved = trees.map_with_names(
-        lambda n, x: (
-            x if "start" in n else x * (1 + 1e-3 * jax.random.normal(jax.random.key(1), x.shape))
-        ),
-        start,
-    )
-    a, b, a0, b0 = (
-        np.asarray(moved["layers"]["attn"]["q"][name][0], np.float64)
-        for name in ("lora_a", "lora_b", "start_a", "start_b")
-    )
-    dense = Dense((48,), (64,), adapter, ("lora_a", "lora_b", "start_a", "start_b"))
-    x = jax.random.normal(jax.random.key(2), (1, 5, 48)).astype(jnp.bfloat16)
-    leaves = {
-        n: jnp.asarray(v, jnp.float32)
-        for n, v in zip(("lora_a", "lora_b", "start_a", "start_b"), (a, b, a0, b0), strict=True)
-    }
-    variables = {"params": {"kernel": jnp.zeros((48, 64))}, "adapters": leaves}
-    y, _ = dense.apply(variables, x)  # type: ignore[misc]
-    want = np.asarray(x, np.float64) @ (a @ b - a0 @ b0) * adapter.scale
-    assert np.abs(np.asarray(y, np.float64) - want).max() < 0.03 * np.abs(want).max()
 
 
 def test_a_column_of_zeros_stays_a_column_of_zeros() -> None:
@@ -259,25 +172,7 @@ def test_a_column_of_zeros_stays_a_column_of_zeros() -> None:
     assert not of_gate[..., 3].any() and of_gate[..., :3].all()
 
 
-def test_a_step_donates_every_leaf_once(base: Model) -> None:
-    """The trained factors and the frozen ones are arrays of their own."""
-    adapters = init_adapters(jax.random.key(0), base, LORA.replace(init="pissa"))
-    leaves = jax.tree.leaves(adapters)
-    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
-
-
-def test_a_start_padded_for_a_wider_adapter(base: Model) -> None:
-    narrow, wide = LORA.replace(init="pissa"), LORA.replace(init="pissa", rank=8)
-    adapters = perturb(init_adapters(jax.random.key(0), base, narrow), std=0.05)
-    padded = pad_adapters(base.config, narrow, adapters, wide)
-    tokens = jnp.asarray(TOKENS)
-    assert narrow.scale != wide.scale
-    assert_logits_close(
-        forward(base, tokens, wide, padded), forward(base, tokens, narrow, adapters)
-    )
-
-
-@pytest.mark.parametrize("adapter", [DORA, PISSA], ids=["dora", "pissa"])
+@pytest.mark.parametrize("adapter", [DORA, LAYERS], ids=["dora", "layers"])
 def test_decode_beside_the_base_is_decode_of_the_fused(adapter: AdapterConfig) -> None:
     """Also of heads with biases, which DoRA's norms leave alone."""
     model = tiny_model(family="qwen2")
@@ -324,7 +219,6 @@ def test_settings_that_do_not_go_together(changes: Any, message: str) -> None:
             r"adapter.rank_pattern: 'down' matches none of the kernels q, v",
         ),
         ({"alpha_pattern": {"mlp": 2.0}}, r"adapter.alpha_pattern: 'mlp' matches none of the"),
-        ({"init": "pissa", "rank": 40}, r"init='pissa': rank 40 is above the smaller side of [kv]"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(changes: Any, message: str) -> None:

@@ -39,7 +39,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"rank": 4, "alpha": 12.0},
     {"rank": 4, "targets": "attention"},
     {"alpha": 8.0, "use_rslora": True, "rank_pattern": {"q": 2}, "alpha_pattern": {"up": 3.0}},
-    {"rank": 4, "init": "pissa"},
     {"rank": 4, "layers_to_transform": (1,)},
 ]
 

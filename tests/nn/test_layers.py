@@ -6,9 +6,9 @@ import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.cases import DORA
 from support.models import perturb, tiny_model
 
+from zflora_jax.adapters.dora import DoRA
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import fused_config
 from zflora_jax.core import trees
@@ -132,7 +132,7 @@ def test_what_the_backward_pass_keeps_changes_no_gradient(remat):
 
 def test_gradient_of_magnitudes_in_bfloat16() -> None:
     """A sum over all tokens: added up in bfloat16 it is 2% off."""
-    dense = Dense((64,), (64,), DORA, ("lora_a", "lora_b", "magnitude"))
+    dense = Dense((64,), (64,), DoRA((64,), (64,), 1.5, 6))
     keys = jax.random.split(jax.random.key(0), 5)
     kernel, a, b = (
         0.1 * jax.random.normal(k, s)

@@ -22,7 +22,7 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.ops import attention as attention_ops
-from zflora_jax.ops.attention import attention, attention_choice, attention_kernel
+from zflora_jax.ops.attention import attention, attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.remat import POLICIES
 from zflora_jax.parallel import devices
@@ -82,7 +82,7 @@ def on(monkeypatch):
 def test_the_kernel_of_a_device(kind, shape, dtype, mask, kernel, reason, on):
     on(kind)
     name, why = attention_choice(shape, 2, dtype, mask)
-    assert name == attention_kernel(shape, 2, dtype, mask) == kernel
+    assert name == kernel
     assert reason in why and bool(why) == (kernel == "blocks")
 
 

@@ -22,9 +22,7 @@ from zflora_jax.ops.quantized import (
     bytes_of,
     code_values,
     dequantize,
-    pair,
     quantize,
-    unpair,
 )
 from zflora_jax.ops.quantized_blocks import cut, paste, quantize_block, widen
 
@@ -131,18 +129,12 @@ def test_products_of_every_device_equal_the_dequantised(form, rows):
         )
         found += [products.eight_rows_product(x, grouped)]
         found += [products.quantized_linear(x[:, None], grouped)[:, 0]]
-    if KINDS[kind].bits == 4:
-        both = pair(by_rows)
-        for one, other in zip(jax.tree.leaves(unpair(both)), jax.tree.leaves(by_rows), strict=True):
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
-        assert bytes_of(both.codes) == bytes_of(by_rows.codes)
-        found += [products.paired_product(x, both)] if KINDS[kind].table is None else []
     for y in found:
         np.testing.assert_allclose(np.asarray(y), wanted, **close)
     if kind == "int8" and not group:  # 15 bits of the inputs: half a step of each, at most
         step = np.abs(np.asarray(x)).max() / 127 / 254
         bound = step * np.abs(np.asarray(dequantize(columns))).sum(axis=0).max()
-        found = products.int8_product(x, by_rows, products.adapter_codes(by_rows))
+        found = products.int8_product(x, by_rows)
         error = np.abs(np.asarray(found) - wanted).max()
         assert 0 < error < bound
     for w in (by_rows, columns):
@@ -168,7 +160,7 @@ def test_gradients_are_those_of_the_dequantised_kernel(kind):
 
 
 def test_rows_of_a_table_are_the_dequantised_and_nan_where_there_is_none():
-    table = pair(quantize(jnp.asarray(numbers(7, 64)), "q4_1", writes=0))
+    table = quantize(jnp.asarray(numbers(7, 64)), "q4_1", writes=0)
     rows = products.quantized_rows(table, jnp.asarray([[3, 6], [7, 0]]), 70, jnp.float32)
     np.testing.assert_array_equal(np.asarray(rows[0, 1, :64]), np.asarray(dequantize(table))[6])
     assert not rows[0, :, 64:].any() and jnp.isnan(rows[1, 0]).all()

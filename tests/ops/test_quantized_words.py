@@ -8,7 +8,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf.test_gguf_keep import gguf_file
@@ -23,7 +22,6 @@ from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.experiments.info import describe
 from zflora_jax.hf.card import model_card
 from zflora_jax.nn.quantize_model import dequantize_model
-from zflora_jax.ops.quantized import bytes_of, pair, quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim 32")  # a group that is not full
 
@@ -70,17 +68,9 @@ def test_generate_is_silent_of_a_file_without_blocks(
 
     assert told("F16") == ""
     assert (said := told("Q4_0")).startswith("base: q4_0: embed, ")
-    assert said.endswith("(--quantize none: as numbers, faster on a CPU)\n")
+    assert said.endswith(" (--quantize none: as floats)\n")
     load_model(tmp_path / "F16.gguf", quantize="keep")
     assert "F16" in caplog.text
-
-
-def test_bytes_are_those_of_a_gpu_and_of_pairs() -> None:
-    """On a CPU a code of 4 bits is a byte by itself, and half of one in pairs."""
-    table = quantize(jnp.ones((3, 64)), "q4_1", writes=0)
-    here = jnp.asarray(table.codes).nbytes
-    assert bytes_of(table.codes) == here // 2
-    assert bytes_of(pair(table).codes) == pair(table).codes.nbytes == here // 2
 
 
 def test_an_export_as_numbers_says_that_the_base_comes_back_as_numbers(tmp_path: Path) -> None:

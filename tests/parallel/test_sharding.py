@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from support.byte_tokenizer import byte_tokenizer
-from support.cases import DORA, PISSA, adapter_cases, case_id
+from support.cases import DORA, adapter_cases, case_id
 from support.checks import assert_trees_equal, compiled
 from support.grids import always
 from support.models import perturb
@@ -101,7 +101,7 @@ def rank_6(method):
 @pytest.mark.parametrize(
     "adapter",
     always(
-        [*map(rank_6, METHODS), DORA, PISSA],
+        [*map(rank_6, METHODS), DORA],
         # zflora-uniform has every kind of block that widens.
         lambda adapter: adapter in (rank_6("zflora-uniform"), rank_6("full"), DORA),
     ),

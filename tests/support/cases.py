@@ -15,7 +15,7 @@ LORA = AdapterConfig("lora", rank=4)
 # Of today's variants of LoRA each one once; ranks and scales differ between kernels.
 PATTERNS = {"rank_pattern": (("q|down", 4),), "alpha_pattern": (("v|up", 3.0),)}
 DORA = AdapterConfig("lora", rank=6, alpha=9.0, use_dora=True, **PATTERNS)
-PISSA = AdapterConfig("lora", rank=6, alpha=9.0, init="pissa", layers_to_transform=(1,), **PATTERNS)
+LAYERS = AdapterConfig("lora", rank=6, alpha=9.0, layers_to_transform=(1,), **PATTERNS)
 
 
 def changes_with(method: str, targets: str) -> bool:
@@ -45,7 +45,7 @@ def adapter_cases() -> list[AdapterConfig]:
         AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"),
         AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k"),
         DORA,
-        PISSA,
+        LAYERS,
     ]
     return cases
 
@@ -70,7 +70,7 @@ def is_few(adapter: AdapterConfig) -> bool:
     the widened heads, those without scores. `make soak` has the whole.
     """
     wider = adapter.extra_head_dim is not None and adapter.head_scores
-    return adapter.targets not in ("attention", "mlp") and adapter.init is None and not wider
+    return adapter.targets not in ("attention", "mlp") and adapter != LAYERS and not wider
 
 
 def case_id(adapter: AdapterConfig) -> str:
@@ -80,7 +80,7 @@ def case_id(adapter: AdapterConfig) -> str:
         "" if adapter.head_scores else "values",
         str(adapter.extra_head_dim or ""),
         "dora" if adapter.use_dora else "",
-        adapter.init or "",
+        "layers" if adapter.layers_to_transform else "",
     ]
     return "-".join(p for p in parts if p and p != "all")
 

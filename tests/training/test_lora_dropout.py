@@ -20,6 +20,7 @@ from support.sharded import OPTIM, batch, sharded_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.kernel_adapter import LowRank
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import MeshConfig
@@ -60,8 +61,8 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
     """Through factors that are the identity the output is what A sees; its gradient is that of what
     A saw.
     """
-    adapter, n = AdapterConfig("lora", rank=64, alpha=64.0, dropout=0.3), 64
-    dense = Dense((n,), (n,), adapter, ("lora_a", "lora_b"))
+    n = 64
+    dense = Dense((n,), (n,), LowRank((n,), (n,), 1.0, n, 0.3))
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (4, 32, n)), jnp.float32)
     variables = {
         "params": {"kernel": jnp.zeros((n, n))},

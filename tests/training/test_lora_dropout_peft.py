@@ -15,6 +15,7 @@ from support.checks import assert_logits_close
 from support.huggingface import TOKENS, hf_logits, hf_model
 
 from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.split_base import split_base
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
@@ -37,7 +38,7 @@ def test_dropout_drops_what_peft_drops(
     kind: str, base: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With half of every input in place of a random choice: DoRA's norms scale the base's product
-    of dropped inputs, and the part that PiSSA took off the base does not drop out.
+    of dropped inputs, and the base without PiSSA's part does not drop out.
     """
 
     class Half(torch.nn.Module):
@@ -50,7 +51,8 @@ def test_dropout_drops_what_peft_drops(
     theirs = peft.get_peft_model(hf_model(head_dim=16), config).train()
     settings: dict[str, Any] = {"use_dora": True} if kind == "dora" else {"init": "pissa"}
     adapter = LORA.replace(dropout=0.5, **settings)
-    leaves = trees.flatten(init_adapters(jax.random.key(0), base, adapter))
+    base, start = split_base(base, adapter)
+    leaves = trees.flatten(start or init_adapters(jax.random.key(0), base, adapter))
     for name, parameter in theirs.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1.3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from zflora_jax.adapters.methods import FROZEN, live_layers, resolve_adapter
+from zflora_jax.adapters.methods import live_layers, resolve_adapter
 from zflora_jax.adapters.shapes import block_shapes
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
@@ -17,8 +17,8 @@ def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
     `live_layers`).
 
     Args:
-      config: of the base.
-      adapter: of any method.
+      config: Config of the base.
+      adapter: Adapter of any method.
     """
     if METHODS[adapter.method].in_place == "full":
         return count_base(config)
@@ -28,7 +28,6 @@ def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
         len(layers) * math.prod(shapes[kernel][block])
         for kernel, names in live.items()
         for block, layers in names.items()
-        if block not in FROZEN
     )
 
 
@@ -39,10 +38,10 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
     hidden_size + r a multiple of the heads, run and export best; the result is not rounded to them.
 
     Args:
-      config: of the base.
-      adapter: the other settings; alpha / rank is kept (with use_rslora alpha), and a width that is
+      config: Config of the base.
+      adapter: The other settings; alpha / rank is kept (with use_rslora alpha), and a width that is
         None follows the rank.
-      budget: trainable parameters.
+      budget: Trainable parameters.
 
     Returns:
       `adapter` with that rank.
@@ -64,8 +63,6 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
         kept = adapter.alpha is None or adapter.use_rslora
         return adapter.replace(rank=rank, alpha=adapter.alpha if kept else adapter.scale * rank)
 
-    # Starts from the base limit the rank and change no count: only the rank that is found must fit.
-    start, adapter = adapter.init, adapter.replace(init=None)
     low, high = 1, 2
     require(
         count_params(config, at(low)) != count_params(config, at(high)),
@@ -85,6 +82,5 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
         f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget"
         f" of {budget:,} cannot be met. Change extra_mlp_units, extra_head_dim or targets.",
     )
-    best = best.replace(init=start)
     resolve_adapter(config, best)
     return best

@@ -11,21 +11,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from zflora_jax.adapters.blocks import (
-    Array,
-    block_values,
-    in_axis,
-    map_kernels,
-    pad_axis,
-    require_widened,
-    stored_values,
-    with_block,
-    with_codes,
-)
-from zflora_jax.adapters.methods import ResolvedAdapter, base_config, fused_config, resolve_adapter
+from zflora_jax.adapters.kernel_adapter import Widening
+from zflora_jax.adapters.methods import base_config, fused_config, resolve_adapter
 from zflora_jax.adapters.shapes import check_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -34,16 +22,13 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.copies import write_divided
-from zflora_jax.ops.quantized import QuantizedArray
-from zflora_jax.ops.quantized_blocks import cut, quantized_names, widen
-from zflora_jax.ops.tiling import tile
+from zflora_jax.ops.quantized_blocks import corner, padded, quantized_names, widen
 from zflora_jax.parallel.mesh import mesh_in_use, place_like
 from zflora_jax.parallel.sharding import constrain
 
 
 def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool = False) -> Model:
-    """Build adapters into the kernels of a base model.
+    """Builds adapters into the kernels of a base model.
 
     Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never
     recomputed. LoRA and FFA are added in float32 and cast once; "full" replaces the tree. On a mesh
@@ -51,11 +36,11 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
     that the mesh does not divide, see `parallel.sharding.spec`).
 
     Args:
-      model: the base, not packed; or one that an adapter was merged into by addition, which is an
-        ordinary model. `unfuse` then gives that one back, and nothing names where it came from.
-      adapter: of the adapters.
-      adapters: float32, of `init_adapters` or training.
-      donate: take each leaf out of `model.params` as it is fused, so that the two models are never
+      model: The base, not packed; or a model that another adapter was merged into by addition,
+        which is an ordinary model. `unfuse` then returns that one, without its source.
+      adapter: Config of the adapters.
+      adapters: Tree of `init_adapters` or training, float32.
+      donate: Take each leaf out of `model.params` as it is fused, so that the two models are never
         in memory together. `model` cannot be used afterwards.
 
     Returns:
@@ -78,18 +63,15 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
     with mesh_in_use(model.params):
         adapters = place_like(model.params, adapters)
         check_adapters(adapters, config, adapter)
-        params = (
-            _fuse_by_leaf(config, adapter, model.params, adapters)
-            if donate
-            else _fuse(config, adapter, model.params, adapters)
-        )
-    # The files of the source are not of a base that another adapter was merged into.
+        run = _fuse_by_leaf if donate else _fuse
+        params = run(config, adapter, model.params, adapters)
+    # The files of the source are not those of a base that another adapter was merged into.
     source, base = (model.source, model.base) if model.adapter is None else (None, None)
     return Model(fused_config(config, adapter), params, model.tokenizer, source, adapter, base)
 
 
 def _refuse_merging(adapter: AdapterConfig, params: Tree) -> None:
-    """ConfigError for a method that changes a base kernel's numbers, where those are codes."""
+    """ConfigError for a method that changes the floats of a base kernel stored as codes."""
     codes = quantized_names(params)
     require(
         METHODS[adapter.method].widens or not codes,
@@ -118,91 +100,40 @@ def _fuse_by_leaf(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
-    return constrain(_fused(config, adapter, params, adapters), fused=True)
-
-
-def _fused(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
-    row = METHODS[adapter.method]
-    if row.in_place == "full":
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
+    if METHODS[adapter.method].in_place == "full":
+        fused = jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
+        return constrain(fused, fused=True)
     flat, p = trees.flatten(adapters), resolve_adapter(config, adapter)
 
-    def visit(kernel: str, name: str, leaf: Any) -> Any:
-        names = p.blocks.get(kernel, ())
-        blocks = {b: flat[name.removesuffix("kernel") + b] for b in names}
-        if not row.widens:
-            if not names:
-                return leaf
-            if row.in_place == "lora":
-                return _with_lora(leaf, blocks, adapter.scale_of(kernel), in_axis(config, kernel))
-            product = tile(blocks["ffa_a"], int(np.prod(kernel_shapes(config)[kernel][1])))
-            return (leaf.astype(jnp.float32) + adapter.scale * product.reshape(leaf.shape)).astype(
-                leaf.dtype
-            )
-        if kernel:
-            return _widen_kernel(leaf, blocks, kernel, config, adapter, p)
+    def visit(name: str, leaf: Any) -> Any:
         module, parameter = name.split("/")[-2:]
+        if module in KERNELS and parameter == "kernel":
+            wide, beside = widen(leaf, in_axis(config, module), *p.extra(module)), p.kernels
+            if module not in beside:
+                return wide
+            own = {b: flat[name.removesuffix("kernel") + b] for b in beside[module].shapes}
+            return beside[module].fuse(wide, own)
         if parameter == "bias":  # of heads, whose adapter dims have none
-            return pad_axis(leaf, -1, p.heads, 0)
+            return padded(leaf, {-1: p.heads})
         if parameter == "scale":
-            return pad_axis(leaf, -1, p.heads if module in QK_NORMS else p.residual, 1)
+            extra = p.heads if module in QK_NORMS else p.residual
+            return padded(leaf, {-1: extra}, value=1)
         # The state starts at zero and is dropped before the head, which both keep the base's width.
         return leaf
 
-    return map_kernels(visit, params)
+    return constrain(trees.map_with_names(visit, params), fused=True)
 
 
-def _with_lora(leaf: Array, blocks: dict[str, Array], scale: float, axis: int) -> Array:
-    """A kernel with its low-rank product, and the norms of DoRA; `axis`: see `in_axis`."""
-    product = partial(jnp.matmul, precision="highest")
-    a, b = blocks["lora_a"], blocks["lora_b"]
-    if "start_a" in blocks:  # A B - A0 B0
-        a0, b0 = blocks["start_a"], blocks["start_b"]
-        delta = product(a - a0, b) + product(a0, b - b0)
-    else:
-        delta = product(a, b)
-    wide = leaf.astype(jnp.float32).reshape(delta.shape) + scale * delta
-    if "magnitude" in blocks:
-        norms = jnp.linalg.norm(wide, axis=-2, keepdims=True)
-        ratio = blocks["magnitude"][..., None, :] / norms
-        wide = wide * jnp.where(norms > 0, ratio, 1.0)
-    return wide.reshape(leaf.shape).astype(leaf.dtype)
-
-
-def _widen_kernel(
-    leaf: Any,
-    blocks: dict[str, Array],
-    kernel: str,
-    config: LlamaConfig,
-    adapter: AdapterConfig,
-    p: ResolvedAdapter,
-) -> Any:
-    axis = in_axis(config, kernel)
-    reads, writes = KERNELS[kernel]
-    if isinstance(leaf, QuantizedArray):
-        coded = widen(leaf, getattr(p, reads), getattr(p, writes))
-        for name, block in blocks.items():
-            values = stored_values(kernel, name, block, adapter)
-            coded = with_codes(coded, values, name, leaf.shape[-1], write_divided)
-        return coded
-    wide = pad_axis(pad_axis(leaf, axis, getattr(p, reads), 0), -1, getattr(p, writes), 0)
-    for name, block in blocks.items():
-        wide = with_block(
-            wide,
-            stored_values(kernel, name, block, adapter),
-            name,
-            axis,
-            leaf.shape[axis],
-            leaf.shape[-1],
-        )
-    return wide
+def in_axis(config: LlamaConfig, kernel: str) -> int:
+    """The last input axis of a kernel, stacked or not, negative."""
+    return -len(kernel_shapes(config)[kernel][1]) - 1
 
 
 def unfuse(fused: Model) -> tuple[Model, Tree]:
-    """Take the adapters out of a fused model.
+    """Takes the adapters out of a fused model.
 
     Args:
-      fused: of `fuse` or `load_model`, not packed.
+      fused: A model of `fuse` or `load_model`, not packed.
 
     Returns:
       (The base model, bit for bit the one that was fused; the adapters in float32, equal up to the
@@ -220,31 +151,31 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
     return Model(config, params, fused.tokenizer, fused.source, base=fused.base), adapters
 
 
-def _corner(leaf: Any, shape: tuple[int, ...]) -> Any:
-    """The base's part of a leaf, of this shape."""
-    if isinstance(leaf, QuantizedArray):
-        outputs = slice(0, shape[-1]) if leaf.writes else slice(None)
-        return cut(leaf, extra=False, outputs=outputs)
-    return leaf[tuple(slice(0, n) for n in shape)]
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[Tree, Tree]:
-    p, flat, shapes, back = (
-        resolve_adapter(config, adapter),
-        trees.flatten(params),
-        param_shapes(config),
-        {},
-    )
-    for name, leaf in flat.items():
-        kernel = name.split("/")[-2]
-        for block in p.blocks.get(kernel, ()) if name.endswith("kernel") else ():
-            axis = in_axis(config, kernel)
-            value = block_values(leaf, block, axis, shapes[name])
-            back[name.removesuffix("kernel") + block] = (
-                value / adapter.scale if block == "backward" else value
-            )
-    base = {name: _corner(leaf, shapes[name]) for name, leaf in flat.items()}
-    return constrain(trees.unflatten(base), fused=True), constrain(
-        trees.unflatten(back), fused=True
-    )
+    flat, shapes = trees.flatten(params), param_shapes(config)
+    base = {name: corner(leaf, shapes[name]) for name, leaf in flat.items()}
+    back: dict[str, Any] = {}
+    for kernel, beside in widenings(config, adapter).items():
+        for name in (name for name in flat if name.endswith(f"/{kernel}/kernel")):
+            blocks = beside.unfuse(flat[name]).items()
+            back |= {name.removesuffix("kernel") + block: value for block, value in blocks}
+    return tuple(constrain(trees.unflatten(found), fused=True) for found in (base, back))  # type: ignore[return-value]
+
+
+def widenings(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, Widening]:
+    """The adapters of a method that widens, by kernel."""
+    kernels = resolve_adapter(config, adapter).kernels.items()
+    return {kernel: beside for kernel, beside in kernels if isinstance(beside, Widening)}
+
+
+def require_widened(fused: Model, verb: str) -> AdapterConfig:
+    """The adapter of a fused model; ValueError unless it widens the model, as `verb` needs."""
+    if fused.adapter is None:
+        raise ValueError(f"cannot {verb}: this model is not fused (model.adapter is None).")
+    if not METHODS[fused.adapter.method].widens:
+        raise ValueError(
+            f"cannot {verb}: method {fused.adapter.method!r} was merged into the base kernels by"
+            " addition, which cannot be undone exactly; keep the base and the adapters."
+        )
+    return fused.adapter

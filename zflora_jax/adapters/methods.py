@@ -1,22 +1,22 @@
-"""Methods as integers: which streams are widened by how much, the blocks of each kernel,
-and where they are live.
+"""A method on a model: which streams it widens by how much, the adapter of each kernel, and the
+layers where its blocks are live.
 
 The methods and their construction are this project's reconstruction of zFLoRA (arXiv 2510.25784)
 and FLoRA (arXiv 2511.00050), whose method sections could not be obtained; see README.
 
-Letters: d residual width, H query heads, K key/value heads, k head dim, f MLP units; r, e, m the
-channels that an adapter adds to d, k, f.
+Letters: d residual width, k head dim, f MLP units; r, e, m the channels that an adapter adds to
+them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
+from zflora_jax.adapters.dora import DoRA
+from zflora_jax.adapters.kernel_adapter import KernelAdapter, LowRank, Tiled, Widening
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, kernel_shapes
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model_config import LlamaConfig
@@ -28,8 +28,6 @@ _NEEDS = {  # what a stream needs to be widened
     "heads": "head dims need v and o, or q and k with head_scores, and extra_head_dim above 0",
     "mlp": "MLP units need gate, up and down, and extra_mlp_units above 0",
 }
-
-FROZEN = ("start_a", "start_b")  # blocks that are never trained: what is taken off the base
 
 # Head sizes that the attention kernels of common servers are built for (docs/export.md).
 SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -43,13 +41,23 @@ class ResolvedAdapter:
       residual: r, extra channels of the residual stream.
       heads: e, extra dims of each head.
       mlp: m, extra MLP units.
-      blocks: kernel -> its block names, in the order of initialisation.
+      kernels: Adapter of each kernel that has one.
     """
 
     residual: int = 0
     heads: int = 0
     mlp: int = 0
-    blocks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, KernelAdapter] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> dict[str, tuple[str, ...]]:
+        """Kernel -> its block names, in the order of initialisation."""
+        return {kernel: tuple(beside.shapes) for kernel, beside in self.kernels.items()}
+
+    def extra(self, kernel: str) -> tuple[int, int]:
+        """The extra widths of the streams that a kernel reads and writes."""
+        reads, writes = KERNELS[kernel]
+        return getattr(self, reads), getattr(self, writes)
 
 
 def target_kernels(targets: str) -> tuple[str, ...]:
@@ -95,22 +103,22 @@ def default_extra_head_dim(head_dim: int) -> int:
 
 
 def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdapter:
-    """Resolve `adapter` on a base model: the extra widths and the blocks of each kernel.
+    """Resolves `adapter` on a base model: the extra widths and the adapter of each kernel.
 
     A stream is widened only where its adapter channels can carry something: a targeted kernel
     writes them and another reads them. The residual state needs one of o, down and one of q, k, v,
     gate, up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term).
 
     Args:
-      config: of the base.
-      adapter: of any method.
+      config: Config of the base.
+      adapter: Adapter of any method.
 
     Raises:
       ConfigError: the targets match no kernel or leave no stream to widen, or the method widens and
         the model is widened already.
     """
     row = METHODS[adapter.method]
-    chosen = set(target_kernels(adapter.targets))
+    chosen = [k for k in KERNELS if k in target_kernels(adapter.targets)]
     if row.in_place == "full":
         require(
             adapter.targets == "all",
@@ -118,41 +126,53 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
             " targets at 'all'.",
         )
         return ResolvedAdapter()
-    if row.in_place in ("lora", "ffa"):
-        names = _lora_blocks(config, adapter, chosen) if row.in_place == "lora" else ("ffa_a",)
-        return ResolvedAdapter(blocks={kernel: names for kernel in KERNELS if kernel in chosen})
+    if row.in_place == "ffa":
+        axes = kernel_shapes(config)
+        return ResolvedAdapter(
+            kernels={k: Tiled(*axes[k], adapter.scale, adapter.rank) for k in chosen}
+        )
+    if row.in_place == "lora":
+        return ResolvedAdapter(kernels=_low_rank(config, adapter, chosen))
     require(
         not config.widened,
         f"method {adapter.method!r} widens a base model, and this one is widened already: an"
         " adapter is fused into it. Use its base (`unfuse`); 'lora', 'ffa' and 'full' can run"
         " beside it, but are not fused into it.",
     )
-    widened = set()  # kernels that read or write the extra head dims
-    if {"v", "o"} <= chosen:
-        widened |= {"v", "o"}
-    if adapter.head_scores and {"q", "k"} <= chosen:
-        widened |= {"q", "k"}
-    widths = _extra_widths(config, adapter, chosen, heads=bool(widened))
+    return _widened(config, adapter, chosen)
+
+
+def _widened(config: LlamaConfig, adapter: AdapterConfig, chosen: list[str]) -> ResolvedAdapter:
+    """`resolve_adapter` of a method that widens."""
+    heads = set()  # kernels that read or write the extra head dims
+    if {"v", "o"} <= {*chosen}:
+        heads |= {"v", "o"}
+    if adapter.head_scores and {"q", "k"} <= {*chosen}:
+        heads |= {"q", "k"}
+    widths = _extra_widths(config, adapter, {*chosen}, heads=bool(heads))
+    row = METHODS[adapter.method]
     needs = "; ".join(text for stream, text in _NEEDS.items() if getattr(row, stream))
     require(
         any(widths.values()),
         f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen:"
         f" {needs}.",
     )
-    blocks = {}
-    for kernel, (reads, writes) in KERNELS.items():
-        if kernel not in chosen:
-            continue
-        r_in = widths[reads] if reads != "heads" or kernel in widened else 0
-        r_out = widths[writes] if writes != "heads" or kernel in widened else 0
-        present = {"forward": r_out, "backward": r_in, "cross": r_in and r_out}
-        if names := tuple(name for name, width in present.items() if width):
-            blocks[kernel] = names
-    return ResolvedAdapter(**widths, blocks=blocks)
+    kernels: dict[str, KernelAdapter] = {}
+    for kernel in chosen:
+        r_in, r_out = (
+            widths[stream] if stream != "heads" or kernel in heads else 0
+            for stream in KERNELS[kernel]
+        )
+        if r_in or r_out:
+            axes = kernel_shapes(config)[kernel]
+            kernels[kernel] = Widening(*axes, adapter.scale, r_in, r_out, kernel != "q")
+    return ResolvedAdapter(**widths, kernels=kernels)
 
 
-def _lora_blocks(config: LlamaConfig, adapter: AdapterConfig, chosen: set[str]) -> tuple[str, ...]:
-    """The blocks of each kernel of method lora; checks the settings that only it has."""
+def _low_rank(
+    config: LlamaConfig, adapter: AdapterConfig, chosen: list[str]
+) -> dict[str, KernelAdapter]:
+    """The adapters of method lora; checks the settings that only it has."""
     wrong = [i for i in adapter.layers_to_transform or () if i >= config.num_layers]
     require(
         not wrong,
@@ -163,21 +183,14 @@ def _lora_blocks(config: LlamaConfig, adapter: AdapterConfig, chosen: set[str]) 
         for pattern, _ in getattr(adapter, name):
             require(
                 any(re.fullmatch(pattern, kernel) for kernel in chosen),
-                f"adapter.{name}: {pattern!r} matches none of the kernels"
-                f" {', '.join(k for k in KERNELS if k in chosen)}, which adapter.targets="
-                f"{adapter.targets!r} selects. Give a regex of whole names, such as 'q|v'.",
+                f"adapter.{name}: {pattern!r} matches none of the kernels {', '.join(chosen)},"
+                f" which adapter.targets={adapter.targets!r} selects. Give a regex of whole names,"
+                " such as 'q|v'.",
             )
-    names: tuple[str, ...] = ("lora_a", "lora_b")
-    if adapter.init in OF_BASE:
-        for kernel in chosen:
-            side = min(math.prod(axes) for axes in kernel_shapes(config)[kernel])
-            require(
-                adapter.rank_of(kernel) <= side,
-                f"adapter.init={adapter.init!r}: rank {adapter.rank_of(kernel)} is above the"
-                f" smaller side of {kernel}, {side}.",
-            )
-        names += FROZEN
-    return (*names, "magnitude") if adapter.use_dora else names
+    make, axes = DoRA if adapter.use_dora else LowRank, kernel_shapes(config)
+    return {
+        k: make(*axes[k], adapter.scale_of(k), adapter.rank_of(k), adapter.dropout) for k in chosen
+    }
 
 
 def _extra_widths(
@@ -207,11 +220,11 @@ def _extra_widths(
 
 
 def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
-    """The LlamaConfig of the fused model: the base's with wider streams.
+    """The config of the fused model: the base's with wider streams.
 
     Args:
-      config: of the base.
-      adapter: of any method.
+      config: Config of the base.
+      adapter: Adapter of any method.
     """
     p = resolve_adapter(config, adapter)
     return config.replace(
@@ -227,8 +240,8 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
     """The inverse of `fused_config`.
 
     Args:
-      fused: of the fused model.
-      adapter: that was fused in.
+      fused: Config of the fused model.
+      adapter: The adapter that was fused in.
 
     Raises:
       ConfigError: `adapter` on no base gives `fused`.
@@ -259,8 +272,8 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
     `layers_to_transform` has them.
 
     Args:
-      config: of the base.
-      adapter: of any method.
+      config: Config of the base.
+      adapter: Adapter of any method.
 
     Returns:
       Kernel -> block name -> layers, for every block of `block_shapes`.

@@ -1,37 +1,38 @@
-"""The layout for decode: one subtree per layer, kernels that read the same input side by side."""
+"""The layout for decode: one subtree per layer, kernels that read the same input joined.
+
+Codes of quantised kernels are moved, never computed anew.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from zflora_jax.adapters.blocks import STATE_SCALE, map_kernels
 from zflora_jax.adapters.methods import base_config
-from zflora_jax.adapters.packing_quantized import (
-    filled_codes,
-    group_multiple,
-    joined,
-    packed_table,
-    side_by_side,
-)
 from zflora_jax.adapters.widths import multiples, this_kind
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, QK_NORMS, param_shapes
+from zflora_jax.core.architecture import KERNELS, PACKED, QK_NORMS, kernel_shapes, param_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.quantized import QuantizedArray
-from zflora_jax.ops.quantized_blocks import scaled_outputs
+from zflora_jax.ops.quantized import QuantizedArray, dequantize
+from zflora_jax.ops.quantized_blocks import filled, scaled_outputs
 from zflora_jax.ops.rope import paired_order
 from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 from zflora_jax.parallel.sharding import constrain
+
+# Factor of the residual state in packed kernels. Its square, 2^-48, is below the rounding of
+# float32, so RMSNorm may sum over all channels, as a base's does: compilers make one kernel of that
+# and two of a sum over a part. A power of two changes no product.
+STATE_SCALE = 2.0**-24
 
 
 def pack_for_decode(
@@ -41,48 +42,54 @@ def pack_for_decode(
     beside: AdapterConfig | None = None,
     donate: bool = False,
 ) -> Model:
-    """Bring a model, fused or not, into the layout for decode.
+    """Brings a model, fused or not, into the layout for decode.
 
     q|k|v are one kernel and gate|up another, and all kernels of layers are [out, in]: qkv [(H + 2K)
-    k, d], o [d, H k], gate_up [2f, d], down [d, f]; `ops.linear.packed_linear` reads them. A fused
-    model's residual and MLP streams are filled up with zero channels, which change no result, its
-    residual state is stored times `blocks.STATE_SCALE`, and the dims of its widened heads stand in
-    `ops.rope.paired_order` in q and k. A family's biases of q, k, v become one, too.
+    k, d], o [d, H k], gate_up [2f, d], down [d, f]. A fused model's residual and MLP streams are
+    padded with zero channels, which change no result, its residual state is stored times
+    `STATE_SCALE`, and the dims of its widened heads are in `ops.rope.paired_order` in q and k. The
+    biases of q, k, v become one, too. On a CPU, codes other than int8 with one scale per output are
+    dequantised, because products with them are slower than with floats (results/quantised.md).
 
-    The kernels stay apart, and only stacked layers become subtrees, on a mesh (divided by
-    `parallel.sharding.RULES`; side by side, a slice of one would lie where another's belongs), and
-    of a fused model in float16, whose range is too small, or with adapters beside it; of any with
-    DoRA beside it, which reads the norms of single kernels; or where kernels that read the same
-    input are stored as codes of different kinds.
+    Kernels stay separate, and only stacked layers become subtrees: on a mesh (divided by
+    `parallel.sharding.RULES`; a slice of a joined kernel would lie where another's belongs); for a
+    fused model in float16, whose range is too small, or next to unfused adapters; for any model
+    next to DoRA, which reads the norms of single kernels; and where kernels that read the same
+    input are stored as codes of different types.
 
     Args:
-      model: a base or fused model; an already packed one is returned as it is.
-      kind: of devices that the widths are for (`adapters.widths`): "cpu", "gpu" or "tpu". None:
-        this process's.
-      beside: the config of adapters that are to run beside the model.
-      donate: take each layer of a model that has a subtree for each out of `model.params` as it is
+      model: A base or fused model; a packed one is returned as it is.
+      kind: Type of device that the widths are for (`adapters.widths`): "cpu", "gpu" or "tpu". None
+        for this process's.
+      beside: Config of adapters that are to run next to the model.
+      donate: Take each layer of a model that has a subtree for each out of `model.params` as it is
         packed, so that no two copies are in memory. `model` cannot be used afterwards.
     """
-    if model.config.execution.packed:
+    config, kind = model.config, kind or this_kind()
+    if config.execution.packed:
         return model
-    fused = model.config.widened or model.adapter is not None
-    narrow = model.config.execution.dtype == "float16"
-    apart = apart_for(model, beside) or not side_by_side(model.params)
-    if mesh_of(model.params) is not None or (fused and narrow) or apart:
-        if not model.config.execution.scan_layers:
+    fused = config.widened or model.adapter is not None
+    narrow = fused and config.execution.dtype == "float16"
+    if (
+        mesh_of(model.params) is not None
+        or narrow
+        or apart_for(model, beside)
+        or not _joinable(model.params, kind)
+    ):
+        if not config.execution.scan_layers:
             return model
         with mesh_in_use(model.params):
-            params = _unstack(model.config, model.params)
-        config = model.config.replace(scan_layers=False)
+            params = _unstack(config, model.params)
+        config = config.replace(scan_layers=False)
     else:
-        kind, whole = kind or this_kind(), group_multiple(model.params)
-        config = packed_config(model.config, kind, model.adapter, whole)
+        group = 1 if kind == "cpu" else group_multiple(model.params)
+        config = packed_config(config, kind, model.adapter, group)
         params = _pack(config, kind, model.params, donate)
     return dataclasses.replace(model, config=config, params=params)
 
 
 def apart_for(model: Model, beside: AdapterConfig | None) -> bool:
-    """Whether adapters beside a model ask that its kernels stay apart; see `pack_for_decode`."""
+    """Whether adapters next to a model need its kernels separate; see `pack_for_decode`."""
     fused = model.config.widened or model.adapter is not None
     return beside is not None and (fused or beside.use_dora)
 
@@ -93,10 +100,10 @@ def packed_config(
     """The config of a model that `pack_for_decode` packs.
 
     Args:
-      config: of the model, base or fused.
-      kind: of devices, as there.
-      adapter: that the model was fused from; None for a base.
-      group: inputs of a group of a quantised model, see `packing_quantized.group_multiple`.
+      config: Config of the model, base or fused.
+      kind: Type of device, as for `pack_for_decode`.
+      adapter: Adapter that the model was fused from; None for a base.
+      group: Inputs of a group of a quantised model, see `group_multiple`.
     """
     config = config.replace(scan_layers=False, packed=True)
     if adapter is None or not METHODS[adapter.method].widens:
@@ -109,8 +116,16 @@ def packed_config(
     )
 
 
+def group_multiple(params: Tree) -> int:
+    """The multiple that fused streams are padded to, so that all groups are whole; 1 for a float
+    model.
+    """
+    leaves = trees.flatten(params).values()
+    return math.lcm(*(leaf.group or 1 for leaf in leaves if isinstance(leaf, QuantizedArray)))
+
+
 def split_layers(model: Model) -> Model:
-    """Give each layer of a stacked model a subtree, which is the layout for decode on a mesh.
+    """Gives each layer of a stacked model a subtree, which is the layout for decode on a mesh.
 
     Each leaf is taken out of `model.params`, so that no two copies are in memory: `model` cannot be
     used afterwards.
@@ -132,21 +147,47 @@ def _unstack(config: LlamaConfig, params: Tree) -> Tree:
     return constrain(trees.unstack_layers(params, config.num_layers), fused=True)
 
 
+def _for_device(leaf: Any, kind: str, dtype: str) -> Any:
+    """A leaf with the codes that a type of device multiplies with, else floats."""
+    if kind != "cpu" or not isinstance(leaf, QuantizedArray) or leaf.one_scale:
+        return leaf
+    return dequantize(leaf, dtype)
+
+
+def _joinable(params: Tree, kind: str) -> bool:
+    """Whether the kernels that read one input are all float on a type of device, or of one type of
+    codes and group size.
+    """
+    forms: dict[str, set[Any]] = {}
+    for name, leaf in trees.flatten(params).items():
+        if name.endswith("/kernel") and not name.startswith("lm_head"):
+            layer, group, kernel, _ = name.split("/")
+            coded = isinstance(leaf, QuantizedArray) and (kind != "cpu" or leaf.one_scale)
+            form = (leaf.kind, leaf.group) if coded else None
+            forms.setdefault("/".join((layer, group, KERNELS[kernel][0])), set()).add(form)
+    return all(len(found) == 1 for found in forms.values())
+
+
 def _pack(config: LlamaConfig, kind: str, params: Tree, donate: bool) -> Tree:
     """A whole model, each layer by the same compiled program."""
+
+    def table(leaf: Any) -> Any:
+        leaf = _for_device(leaf, kind, config.execution.dtype)
+        return joined([leaf], 1, kind) if isinstance(leaf, QuantizedArray) and leaf.writes else leaf
+
     packed = {
-        module: {name: packed_table(leaf, kind) for name, leaf in part.items()}
+        module: {name: table(leaf) for name, leaf in part.items()}
         for module, part in params.items()
         if not module.startswith("layers")
     }
-    if not donate:  # what is packed is a model of its own, whose arrays `swap` may donate
+    if not donate:  # the packed model has its own arrays, which `swap` may donate
         packed = jax.tree.map(jnp.copy, packed)
     take = params.pop if donate else params.__getitem__
     for i in range(config.num_layers):
         layer = _row(params["layers"], i) if "layers" in params else take(f"layers_{i}")
         packed[f"layers_{i}"] = jax.block_until_ready(_pack_layer(config, kind, layer))
         del layer
-    scale = _filled(packed["final_norm"]["scale"], (config.stored.hidden_size,))
+    scale = filled(packed["final_norm"]["scale"], (config.stored.hidden_size,))
     return packed | {"final_norm": {"scale": scale}}
 
 
@@ -157,71 +198,93 @@ def _row(stacked: Tree, i: int) -> Tree:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _pack_layer(config: LlamaConfig, kind: str, layer: Tree) -> Tree:
-    shapes = param_shapes(config.stored)
-    layer = map_kernels(
-        lambda kernel, name, leaf: _filled(
-            _turned(config, name, _scaled(config, kernel, name, leaf)), shapes[name]
-        ),
-        {"layers_0": layer},
-    )["layers_0"]
+    shapes, reads = param_shapes(config.stored), kernel_shapes(config)
 
-    def stacked(group_name: str, *kernels: str, axes: int = 1) -> dict[str, Any]:
-        """The kernels, whose first `axes` axes are their input's, below each other as [out, in]."""
-        parts = [layer[group_name][name] for name in kernels]
-        leaves = [part["kernel"] for part in parts]
-        found = {
-            "kernel": joined(leaves, kind)
-            if isinstance(leaves[0], QuantizedArray)
-            else jnp.concatenate(
-                [leaf.reshape(int(np.prod(leaf.shape[:axes])), -1).T for leaf in leaves]
-            )
-        }
-        if "bias" in parts[0]:
-            found["bias"] = jnp.concatenate([part["bias"].reshape(-1) for part in parts])
-        return found
+    def stored(name: str, leaf: Any) -> Any:
+        leaf = _for_device(leaf, kind, config.execution.dtype)
+        return filled(_outputs(config, name, leaf), shapes[f"layers_0/{name}"])
 
-    attention = {"qkv": stacked("attn", *ATTENTION[:3]), "o": stacked("attn", "o", axes=2)}
-    return {
-        "attn_norm": layer["attn_norm"],
-        "mlp_norm": layer["mlp_norm"],
-        "attn": attention | {n: layer["attn"][n] for n in QK_NORMS if n in layer["attn"]},
-        "mlp": {"gate_up": stacked("mlp", *MLP[:2]), "down": stacked("mlp", "down")},
-    }
+    flat = {name: stored(name, leaf) for name, leaf in trees.flatten(layer).items()}
+    packed = {name: leaf for name, leaf in flat.items() if name.endswith("/scale")}
+    for name, kernels in PACKED.items():
+        group, count = name.split("/")[0], len(reads[kernels[0]][0])
+        leaves = [flat[f"{group}/{kernel}/kernel"] for kernel in kernels]
+        packed[f"{name}/kernel"] = joined(leaves, count, kind)
+        biases = [flat[b] for kernel in kernels if (b := f"{group}/{kernel}/bias") in flat]
+        if biases:
+            packed[f"{name}/bias"] = jnp.concatenate([bias.reshape(-1) for bias in biases])
+    return trees.unflatten(packed)
 
 
-def _turned(config: LlamaConfig, name: str, leaf: Any) -> Any:
-    """What writes or norms the heads of q or k, with widened heads in `paired_order`, others as
-    they are: a rotation of whole heads takes no more operations than the base's. Where the heads
-    are normed, their adapter dims are as small as the residual state.
+def state_scale(config: LlamaConfig, module: str) -> float:
+    """The factor of the adapter channels that a kernel writes, or a norm's gain has, in a packed
+    model: they are small where a norm follows, whose gain then undoes it.
     """
+    if config.base_hidden_size is not None:
+        if module in ("attn_norm", "mlp_norm"):
+            return 1 / STATE_SCALE
+        if module in KERNELS and KERNELS[module][1] == "residual":
+            return STATE_SCALE
+    if config.base_head_dim is not None and config.traits.qk_norm:
+        if module in QK_NORMS:
+            return 1 / STATE_SCALE
+        if module in ("q", "k"):
+            return STATE_SCALE
+    return 1.0
+
+
+def head_order(config: LlamaConfig, module: str) -> Any:
+    """The native index of each place of a kernel's last axis in a packed model; None if they agree.
+    Whole widened heads of q and k are rotated, which takes no more operations than a base's.
+    """
+    if config.base_head_dim is None or module not in ("q", "k", *QK_NORMS):
+        return None
+    return paired_order(config.rotary_dim, config.head_dim)
+
+
+def _outputs(config: LlamaConfig, name: str, leaf: Any) -> Any:
+    """A leaf of one layer with its last axis scaled by `state_scale` and in `head_order`."""
     module = name.split("/")[-2]
-    if module not in ("q", "k", *QK_NORMS) or config.base_head_dim is None:
-        return leaf
-    if config.traits.qk_norm:
-        scale = 1 / STATE_SCALE if module in QK_NORMS else STATE_SCALE
-        is_state = jnp.arange(config.head_dim) >= config.rotary_dim
-        scales = jnp.where(is_state, scale, 1.0)
-        leaf = scaled_outputs(leaf, scales)
-    order = paired_order(config.rotary_dim, config.head_dim)
-    return jax.tree.map(lambda part: part[..., order], leaf)
+    if (scale := state_scale(config, module)) != 1:
+        heads = module in ("q", "k", *QK_NORMS)
+        base = config.rotary_dim if heads else config.norm_dim
+        is_state = jnp.arange(leaf.shape[-1]) >= base
+        leaf = scaled_outputs(leaf, jnp.where(is_state, scale, 1.0))
+    if (order := head_order(config, module)) is not None:
+        leaf = jax.tree.map(lambda part: part[..., order], leaf)
+    return leaf
 
 
-def _scaled(config: LlamaConfig, kernel: str, name: str, leaf: Any) -> Any:
-    """What writes the residual state with its columns times `STATE_SCALE`, and the norms before
-    what reads it, which undo that; other leaves of one layer as they are.
+def joined(leaves: Sequence[Any], reads: int, kind: str) -> Any:
+    """Kernels below each other, as packed products read them on a type of device.
+
+    Args:
+      leaves: Kernels of one layer that read the same inputs: all float, or of one type of codes and
+        group size and `filled`.
+      reads: Number of their input axes.
+      kind: "cpu", "gpu" or "tpu".
+
+    Returns:
+      [out, in]; codes in groups on a TPU [groups, inputs of a group, out], as XLA's TPU compiler
+      reads them inside a product (docs/quantised-bases.md).
     """
-    writes = bool(kernel) and KERNELS[kernel][1] == "residual"
-    norm = name.endswith(("attn_norm/scale", "mlp_norm/scale"))
-    if config.base_hidden_size is None or not (writes or norm):
-        return leaf
-    is_state = jnp.arange(config.hidden_size) >= config.norm_dim
-    scale = STATE_SCALE if writes else 1 / STATE_SCALE
-    return scaled_outputs(leaf, jnp.where(is_state, scale, 1.0))
 
+    def side_by_side(*parts: Any) -> Any:
+        # Scales of what a norm follows may be wider, see `scaled_outputs`.
+        dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+        flat = [part.reshape(math.prod(part.shape[:reads]), -1).astype(dtype) for part in parts]
+        return jnp.concatenate(flat, axis=1)
 
-def _filled(leaf: Any, shape: tuple[int, ...]) -> Any:
-    """`leaf` with zeros behind it along every axis, up to `shape`."""
-    if isinstance(leaf, QuantizedArray):
-        return filled_codes(leaf, shape)
-    pads = [(0, wide - width) for wide, width in zip(shape, leaf.shape, strict=True)]
-    return jnp.pad(leaf, pads) if leaf.shape != shape else leaf
+    whole, first = jax.tree.map(side_by_side, *leaves), leaves[0]
+    if not isinstance(first, QuantizedArray):
+        return whole.T
+    whole = replace(whole, reads=1, writes=1, inner=first.shape[reads - 1])
+    if kind == "tpu" and first.group:
+        return replace(
+            whole,
+            codes=whole.codes.reshape(-1, first.group, whole.shape[-1]),
+            scales=whole.scales[:, None],
+            mins=None if whole.mins is None else whole.mins[:, None],
+            reads=2,
+        )
+    return replace(jax.tree.map(lambda part: part.T, whole), writes=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import KERNELS, group, kernel_shapes, param_shapes
+from zflora_jax.core.architecture import group, param_shapes
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 
@@ -24,46 +23,25 @@ def block_shapes(
 
     forward is [*in, *out_z], backward [*in_z, *out], cross [*in_z, *out_z]; the z axes have the
     same heads and, in place of the stream's width, its extra width. Low-rank factors are over
-    flattened axes: lora_a and start_a [in, r], lora_b and start_b [r, out], ffa_a [in, r],
-    magnitude [out].
+    flattened axes: lora_a [in, r], lora_b [r, out], ffa_a [in, r], magnitude [out].
 
     Args:
-      config: of the base.
-      adapter: of any method.
+      config: Config of the base.
+      adapter: Adapter of any method.
 
     Returns:
       Kernel -> block name -> shape.
     """
-    p = resolve_adapter(config, adapter)
-    extra = {"residual": p.residual, "heads": p.heads, "mlp": p.mlp}
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for kernel, names in p.blocks.items():
-        reads, writes = KERNELS[kernel]
-        axes_in, axes_out = kernel_shapes(config)[kernel]
-        z_in, z_out = axes_in[:-1] + (extra[reads],), axes_out[:-1] + (extra[writes],)
-        factor_a = (math.prod(axes_in), adapter.rank_of(kernel))
-        factor_b = (adapter.rank_of(kernel), math.prod(axes_out))
-        every = {
-            "lora_a": factor_a,
-            "lora_b": factor_b,
-            "start_a": factor_a,
-            "start_b": factor_b,
-            "magnitude": (math.prod(axes_out),),
-            "ffa_a": (math.prod(axes_in), adapter.rank),
-            "forward": axes_in + z_out,
-            "backward": z_in + axes_out,
-            "cross": z_in + z_out,
-        }
-        shapes[kernel] = {name: every[name] for name in names}
-    return shapes
+    kernels = resolve_adapter(config, adapter).kernels
+    return {kernel: beside.shapes for kernel, beside in kernels.items()}
 
 
 def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
     """The leaves of the `adapters` collection.
 
     Args:
-      config: of the base.
-      adapter: of any method.
+      config: Config of the base.
+      adapter: Adapter of any method.
 
     Returns:
       Name -> shape, named and stacked as the base's parameters are ("layers/attn/q/forward": [L,

@@ -15,7 +15,7 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig
 
-SCALED = ("backward", "lora_b", "start_b")  # the blocks that the adapter's scale multiplies
+SCALED = ("backward", "lora_b")  # the blocks that the adapter's scale multiplies
 
 
 def pad_adapters(

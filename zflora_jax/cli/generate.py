@@ -42,8 +42,8 @@ def add_options(parser: CommandParser) -> None:
         "--quantize",
         choices=STORED,
         help="how the kernels of --model are stored (default: keep, as they are, of a FILE.gguf"
-        " with blocks of Q8_0, Q4_0 or Q4_1; else none, as numbers, also of smollm2-135m; numbers"
-        " are faster on a CPU than what a .gguf file keeps)",
+        " with blocks of Q8_0, Q4_0 or Q4_1, which a CPU decodes as floats; else none, as numbers,"
+        " also of smollm2-135m)",
     )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="answer this")
@@ -284,8 +284,7 @@ def _model_of(args: argparse.Namespace) -> Model:
     # A tree per layer (`split_layers`), of which each is packed in turn: there is no second copy.
     model = load_model(args.model, dtype, scan_layers=False, mesh=mesh, quantize=how)
     if is_quantized(model):
-        numbers = "as numbers" if how == "int8" else "as numbers, faster on a CPU"
-        print(f"base: {stored_text(model)} (--quantize none: {numbers})", file=sys.stderr)
+        print(f"base: {stored_text(model)} (--quantize none: as floats)", file=sys.stderr)
     if args.adapter:
         require(
             model.adapter is None or not METHODS[model.adapter.method].widens,

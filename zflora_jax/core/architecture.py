@@ -25,12 +25,16 @@ KERNELS: dict[str, tuple[Stream, Stream]] = {
 
 
 ATTENTION = ("q", "k", "v", "o")
-
-
 MLP = ("gate", "up", "down")
-
-
 QK_NORMS = ("q_norm", "k_norm")
+
+# The leaf of a model packed for decode -> the kernels whose outputs are its rows, in this order.
+PACKED = {
+    "attn/qkv": ("q", "k", "v"),
+    "attn/o": ("o",),
+    "mlp/gate_up": ("gate", "up"),
+    "mlp/down": ("down",),
+}
 
 
 def group(kernel: str) -> str:
@@ -51,6 +55,17 @@ def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple
         "up": ((d,), (f,)),
         "down": ((f,), (d,)),
     }
+
+
+def packed_rows(config: LlamaConfig) -> dict[str, tuple[str, int, int]]:
+    """kernel -> (the `PACKED` leaf that holds it, its first row there, the row after its last)."""
+    shapes, found = kernel_shapes(config.stored), {}
+    for leaf, kernels in PACKED.items():
+        end = 0
+        for kernel in kernels:
+            start, end = end, end + math.prod(shapes[kernel][1])
+            found[kernel] = leaf, start, end
+    return found
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], int | None]]:

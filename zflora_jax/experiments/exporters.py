@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import RunConfig
 
@@ -195,14 +195,29 @@ def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
     """LoRA adapters as a PEFT directory. Args and report: as in `export_run`."""
     from zflora_jax.hf.peft import save_peft
 
-    return save_peft(out, run.model, run.config.adapter, run.adapters)
+    return save_peft(out, *_lora(run))
 
 
 def write_gguf_lora(out: str | Path, run: TrainedRun) -> dict[str, Any]:
     """LoRA adapters as a GGUF file for llama.cpp. Args and report: as in `export_run`."""
     from zflora_jax.hf.gguf_lora import save_gguf_lora
 
-    return save_gguf_lora(out, run.model, run.config.adapter, run.adapters)
+    return save_gguf_lora(out, *_lora(run))
+
+
+def _lora(run: TrainedRun) -> tuple[Model, AdapterConfig, Tree]:
+    """The base as it was loaded, and LoRA adapters for it."""
+    from zflora_jax.adapters.split_base import plain_lora, split_base
+    from zflora_jax.experiments.base import load_base
+    from zflora_jax.parallel.mesh import mesh_of
+
+    adapter = run.config.adapter
+    if adapter.init not in OF_BASE:
+        return run.model, adapter, run.adapters
+    model = load_base(run.config, mesh_of(run.model.params))
+    _, start = split_base(model, adapter)
+    assert start is not None
+    return model, *plain_lora(adapter, run.adapters, start)
 
 
 def check_gguf_lora(out: Path) -> None:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.packing import split_layers
+from zflora_jax.adapters.split_base import split_base
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
@@ -43,7 +44,7 @@ def load_run(
         their devices.
 
     Returns:
-      (config, base model, adapters, finished steps).
+      (config, base model that the adapters were trained next to, adapters, finished steps).
 
     Raises:
       ConfigError: there is no such checkpoint, or it was trained on another base.
@@ -58,14 +59,15 @@ def load_run(
     with Checkpoints(workdir, create=False) as checkpoints:
         # Of process 0: where the run goes on meanwhile, each would find another newest one.
         number = from_process_0(_number(run, workdir, checkpoints, step))
-        like = jax.eval_shape(lambda: fresh_state(run, model))
+        base, start = split_base(model, run.adapter)
+        like = jax.eval_shape(lambda: fresh_state(run, base, start))
         if mesh is not None:
             like = jax.tree.map(
                 lambda x, where: x.update(sharding=where), like, state_shardings(like, mesh)
             )
         state, saved = checkpoints.restore(like, number)
     require_same(saved, "base", fingerprint(model), workdir)
-    return run, model, state.adapters, int(state.step)
+    return run, base, state.adapters, int(state.step)
 
 
 def _number(

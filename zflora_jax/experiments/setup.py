@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from zflora_jax.adapters.split_base import split_base
 from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
@@ -29,7 +30,7 @@ class Setup:
     Attributes:
       run: its settings.
       mesh: the devices that it runs on.
-      model: its base, divided over the mesh.
+      model: its base, divided over the mesh; without `start`, if there is one.
       train_set: the training rows; packed ones hold several examples.
       examples: how many training examples there are.
       plain: whether they are texts as they stand, whatever data.prompt_style says.
@@ -37,6 +38,7 @@ class Setup:
       fingerprints: of base and data, under the names that checkpoints and reports have for them.
       seconds: what loading the base and preparing the data took.
       state_shardings: where the leaves of the state lie, a TrainState of NamedShardings.
+      start: first adapters that `split_base` took out of the base; None where they are random.
     """
 
     run: RunConfig
@@ -49,21 +51,19 @@ class Setup:
     fingerprints: dict[str, str]
     seconds: dict[str, float]
     state_shardings: Any
+    start: Tree | None = None
+
+    def _fresh_state(self, params: Tree, start: Tree | None) -> TrainState:
+        return fresh_state(self.run, replace(self.model, params=params), start)
 
     def fresh_state(self) -> TrainState:
         """The state before the first step. Each device makes its own part."""
-        fresh = jax.jit(
-            lambda params: fresh_state(self.run, replace(self.model, params=params)),
-            out_shardings=self.state_shardings,
-        )
-        return fresh(self.model.params)
+        fresh = jax.jit(self._fresh_state, out_shardings=self.state_shardings)
+        return fresh(self.model.params, self.start)
 
     def state_like(self) -> TrainState:
         """ShapeDtypeStructs of the state, with where each leaf belongs; nothing is computed."""
-        shapes = jax.eval_shape(
-            lambda params: fresh_state(self.run, replace(self.model, params=params)),
-            self.model.params,
-        )
+        shapes = jax.eval_shape(self._fresh_state, self.model.params, self.start)
         like = jax.ShapeDtypeStruct
         return jax.tree.map(
             lambda x, s: like(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
@@ -100,10 +100,11 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> 
         "data_fingerprint": train_set.fingerprint(),
     }
     model = replace(model, params=shard(model.params, mesh))
-    where = state_shardings(jax.eval_shape(lambda: fresh_state(run, model)), mesh)
+    model, start = split_base(model, run.adapter)
+    where = state_shardings(jax.eval_shape(lambda: fresh_state(run, model, start)), mesh)
     seconds = {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded}
     return Setup(
-        run, mesh, model, train_set, examples, plain, eval_set, fingerprints, seconds, where
+        run, mesh, model, train_set, examples, plain, eval_set, fingerprints, seconds, where, start
     )
 
 

@@ -52,9 +52,6 @@ def save_peft(
 ) -> dict[str, Any]:
     """Write LoRA adapters as a PEFT directory that peft and vLLM load.
 
-    Factors that started as a part of the base (PiSSA, OLoRA) become plain LoRA of twice the rank,
-    [A - A0, A0] and [B; B - B0]: A B - A0 B0 in a form that readers may round to bfloat16.
-
     Args:
       path: the directory to write. An earlier export of this function is replaced; a directory with
         any other file is refused. Of processes that share the adapters process 0 writes.
@@ -68,12 +65,18 @@ def save_peft(
       {"path", "parameters", "files", "rank"}; a rank above 16 needs vLLM's --max-lora-rank.
 
     Raises:
-      ConfigError: the method is not "lora".
+      ConfigError: the method is not "lora", or the adapters start as a part of the base.
       ValueError: adapters are missing, unexpected, misshapen or not finite.
     """
     from safetensors.numpy import save_file
 
     target = export_target(path)
+    require(
+        adapter.init not in OF_BASE,
+        f"adapter.init={adapter.init!r} was taken out of the base, which readers load whole:"
+        " convert the adapters with zf.plain_lora(adapter, adapters, start), start being those of"
+        " zf.split_base, and give the model before it was split.",
+    )
     if adapter.use_dora or adapter.rank_pattern or adapter.alpha_pattern:
         warnings.warn(
             "vLLM refuses PEFT directories with use_dora, and ignores rank_pattern and"
@@ -104,13 +107,8 @@ def save_peft(
         "path": str(target),
         "parameters": sum(t.size for t in tensors.values()),
         "files": [CONFIG, WEIGHTS],
-        "rank": adapter.rank * _factors(adapter),
+        "rank": adapter.rank,
     }
-
-
-def _factors(adapter: AdapterConfig) -> int:
-    """How many pairs of factors PEFT's file holds side by side."""
-    return 2 if adapter.init in OF_BASE else 1
 
 
 def peft_tensors(
@@ -139,10 +137,6 @@ def peft_tensors(
                 name: trees.on_host(leaf).astype(np.float32)
                 for name, leaf in layers[f"layers_{layer}"][group(kernel)][kernel].items()
             }
-            if "start_a" in own:
-                a, b, a0, b0 = (own[n] for n in ("lora_a", "lora_b", "start_a", "start_b"))
-                own["lora_a"] = np.concatenate([a - a0, a0], axis=1)
-                own["lora_b"] = np.concatenate([b, b - b0])
             for leaf in _leaves(adapter.use_dora):
                 name = peft_name(module_name(layer, kernel), leaf)
                 tensors[name] = np.ascontiguousarray(own[leaf].T)
@@ -161,9 +155,8 @@ def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) ->
         source = HUB_IDS.get(model.source or "", model.source or "")
     if is_hub_id(source):
         source, _, revision = source.partition("@")
-    times = _factors(adapter)
-    rank = times * adapter.rank
-    ranks = {f"{k}_proj": times * adapter.rank_of(k) for k in kernels}
+    rank = adapter.rank
+    ranks = {f"{k}_proj": adapter.rank_of(k) for k in kernels}
     alphas = {name: alpha(adapter.scale_of(name[:-5]), r) for name, r in ranks.items()}
     whole = alpha(adapter.scale, rank)
     layers = adapter.layers_to_transform

@@ -7,15 +7,13 @@ residual width, k head dim; r, e the channels an adapter adds to d, k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from zflora_jax.adapters.methods import ResolvedAdapter, resolve_adapter
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.architecture import has_bias, kernel_shapes
+from zflora_jax.core.architecture import PACKED, has_bias, kernel_shapes, packed_rows
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.nn.kv_cache import KVCache, LayerCache
 from zflora_jax.nn.layers import Channels, Dense, RMSNorm, swiglu
@@ -36,8 +34,7 @@ class Attention(nn.Module):
         c, adapter = self.config, self.adapter
         self.extra = resolved(c, adapter).heads
         if c.execution.packed:
-            width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-            self.qkv = Dense((c.hidden_size,), (width,), bias=has_bias(c, "q"), flat=True)
+            self.qkv = packed_dense(c, "attn/qkv")
         self.q, self.k, self.v = (dense(c, adapter, name) for name in "qkv")
         self.o = dense(c, adapter, "o")
         if c.traits.qk_norm:
@@ -58,25 +55,22 @@ class Attention(nn.Module):
 
     def project(self, h: Channels) -> tuple[Array, Array, Array]:
         """Queries [B, T, H, k+e], keys and values [B, T, K, k+e]."""
-        packed: Sequence[Array | None] = (None, None, None)
+        packed: dict[str, Array] = {}
         if self.config.execution.packed:
-            packed = split_heads(self.qkv(h[0])[0], self.config)
-        x = beside(h[0])
-        q, k, v = (
-            kernel(*h, base, x)
-            for kernel, base in zip((self.q, self.k, self.v), packed, strict=True)
-        )
+            packed = unpacked(self.config, "attn/qkv", self.qkv(h[0])[0])
+        x, kernels = beside(h[0]), {"q": self.q, "k": self.k, "v": self.v}
+        q, k, v = (kernel(*h, packed.get(name), x) for name, kernel in kernels.items())
         if self.config.traits.qk_norm:
             q, k = self.q_norm(*q), self.k_norm(*k)
         return self._widened(*q), self._widened(*k), self._widened(*v)
 
     def merge(self, out: Array) -> Channels:
-        """What the heads [B, T, H, k+e] write to the residual stream."""
+        """Output projection of the heads [B, T, H, k+e] to the residual stream."""
         k = self.config.head_dim
         return self.o(out[..., :k], out[..., k:]) if self.extra else self.o(out)
 
     def _widened(self, base: Array, extra: Array | None) -> Array:
-        """Base and adapter dims of heads side by side; heads that the adapter leaves alone
+        """Base and adapter dims of heads side by side; heads without adapter dims
         (head_scores=False) get zeros.
         """
         if not self.extra:
@@ -84,12 +78,6 @@ class Attention(nn.Module):
         if extra is None:
             extra = jnp.zeros((*base.shape[:-1], self.extra), base.dtype)
         return jnp.concatenate([base, extra], axis=-1)
-
-
-def split_heads(qkv: Array, config: LlamaConfig) -> list[Array]:
-    """q, k, v [B, T, heads, k] of the packed product [B, T, (H + 2K) k]."""
-    heads = qkv.reshape(*qkv.shape[:2], -1, config.head_dim)
-    return jnp.split(heads, (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
 
 
 class MLP(nn.Module):
@@ -101,24 +89,25 @@ class MLP(nn.Module):
     def setup(self) -> None:
         c = self.config
         if c.execution.packed:
-            self.gate_up = Dense((c.hidden_size,), (2 * c.intermediate_size,), flat=True)
+            self.gate_up = packed_dense(c, "mlp/gate_up")
         self.gate, self.up, self.down = (
             dense(c, self.adapter, name) for name in ("gate", "up", "down")
         )
 
     def __call__(self, h: Channels) -> Channels:
-        packed: Sequence[Array | None] = (None, None)
+        packed: dict[str, Array] = {}
         if self.config.execution.packed:
-            packed = jnp.split(self.gate_up(h[0])[0], 2, axis=-1)
+            packed = unpacked(self.config, "mlp/gate_up", self.gate_up(h[0])[0])
         x = beside(h[0])
-        (gate, gate_z), (up, up_z) = self.gate(*h, packed[0], x), self.up(*h, packed[1], x)
+        gate, gate_z = self.gate(*h, packed.get("gate"), x)
+        up, up_z = self.up(*h, packed.get("up"), x)
         units = None if gate_z is None or up_z is None else swiglu(gate_z, up_z)
         return self.down(swiglu(gate, up), units)
 
 
 class Block(nn.Module):
-    """One layer. The carry is the residual stream; `turned` says whether the layer has RoPE, None
-    of a model whose layers all do.
+    """One layer. The carry is the residual stream; `turned` is False in a layer without RoPE, None
+    where all layers have it.
     """
 
     config: LlamaConfig
@@ -144,16 +133,30 @@ class Block(nn.Module):
 
 
 def resolved(config: LlamaConfig, adapter: AdapterConfig | None) -> ResolvedAdapter:
-    """What the adapter widens, nothing without one."""
+    """The adapter on this model; without one, nothing is widened."""
     return resolve_adapter(config, adapter) if adapter else ResolvedAdapter()
 
 
 def dense(config: LlamaConfig, adapter: AdapterConfig | None, kernel: str) -> Dense:
-    """The layer of a kernel, with the blocks that the adapter has for it."""
-    axes_in, axes_out = kernel_shapes(config)[kernel]
-    blocks = resolved(config, adapter).blocks.get(kernel, ())
-    bias = has_bias(config, kernel)
-    return Dense(axes_in, axes_out, adapter, blocks, bias, config.execution.packed)
+    """The layer of a kernel, with its adapter."""
+    axes = kernel_shapes(config)[kernel]
+    beside = resolved(config, adapter).kernels.get(kernel)
+    return Dense(*axes, beside, has_bias(config, kernel), config.execution.packed)
+
+
+def packed_dense(config: LlamaConfig, leaf: str) -> Dense:
+    """The layer of kernels that are packed in one leaf."""
+    kernel, width = PACKED[leaf][0], packed_rows(config)[PACKED[leaf][-1]][2]
+    inputs, _ = kernel_shapes(config)[kernel]
+    return Dense(inputs, (width,), bias=has_bias(config, kernel), flat=True)
+
+
+def unpacked(config: LlamaConfig, leaf: str, y: Array) -> dict[str, Array]:
+    """The products [B, T, *out_axes] of the kernels in a packed leaf, of theirs [B, T, out]."""
+    rows, shapes = packed_rows(config), kernel_shapes(config)
+    ends = [rows[kernel][2] for kernel in PACKED[leaf]]
+    parts = zip(PACKED[leaf], jnp.split(y, ends[:-1], axis=-1), strict=True)
+    return {kernel: part.reshape(*y.shape[:2], *shapes[kernel][1]) for kernel, part in parts}
 
 
 def add(stream: Channels, update: Channels) -> Channels:

@@ -1,6 +1,6 @@
 """Grouped-query attention, by the kernel that suits the device: splash attention on TPUs, cuDNN's
 on NVIDIA GPUs, plain products in blocks elsewhere and where those two do not apply.
-`attention_kernel` alone chooses. The plain operation is `plain_attention`.
+`attention_choice` chooses. The plain operation is `plain_attention`.
 
 Legend: B batch, T query positions, S key positions, H query heads, K key/value heads, k head dim.
 """
@@ -33,14 +33,14 @@ def attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -
       q: [B, T, H, k].
       k: [B, K, k, S].
       v: [B, K, S, k].
-      mask: what attends to what.
-      scale: of the scores.
+      mask: What attends to what.
+      scale: Factor of the scores.
 
     Returns:
       [B, T, H, k], equal to `plain_attention` but at padding, where it is any finite number.
     """
     q, k, v = (save_for_backward(x, "heads") for x in (q, k, v))
-    kernel = attention_kernel(q.shape, k.shape[1], q.dtype, mask, scale)
+    kernel, _ = attention_choice(q.shape, k.shape[1], q.dtype, mask, scale)
     if kernel == "blocks":
         return block_attention(q, k, v, mask, scale)
 
@@ -69,28 +69,6 @@ def plain_attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: fl
     return jnp.einsum("BHTS,BHSk->BTHk", weights, jnp.repeat(v, group, axis=1))
 
 
-def attention_kernel(
-    shape: tuple[int, ...],
-    kv_heads: int,
-    dtype: Any,
-    mask: AttentionMask,
-    scale: float | None = None,
-) -> str:
-    """The name of the kernel that attention runs on the device in use (`devices.device_in_use`).
-
-    Args:
-      shape: (B, T, H, k) of the queries.
-      kv_heads: K.
-      dtype: of queries, keys and values.
-      mask: of the attention, of arrays or ShapeDtypeStructs; packed rows have int32 `queries`.
-      scale: of the scores; None for k**-0.5.
-
-    Returns:
-      "splash", "cudnn" or "blocks".
-    """
-    return attention_choice(shape, kv_heads, dtype, mask, scale)[0]
-
-
 def attention_choice(
     shape: tuple[int, ...],
     kv_heads: int,
@@ -98,7 +76,18 @@ def attention_choice(
     mask: AttentionMask,
     scale: float | None = None,
 ) -> tuple[str, str]:
-    """(`attention_kernel`, why it is no flash kernel: "" where it is one); arguments as there."""
+    """Chooses the attention kernel for the device in use (`devices.device_in_use`).
+
+    Args:
+      shape: (B, T, H, k) of the queries.
+      kv_heads: Number of key/value heads, K.
+      dtype: Data type of queries, keys and values.
+      mask: Mask of arrays or ShapeDtypeStructs; packed rows have int32 `queries`.
+      scale: Factor of the scores; None for k**-0.5.
+
+    Returns:
+      ("splash", "cudnn" or "blocks", why it is not a flash kernel or "").
+    """
     rows, length, _, width = shape
     device = device_in_use()
     flash = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform)

@@ -1,6 +1,6 @@
-"""Grouped-query attention by plain products, in spans of queries that leave out the keys behind
-them, and those in blocks, with a backward pass of its own: for every device, shape and mask. The
-flash kernels of TPUs and GPUs are in `attention_splash` and `attention_cudnn`.
+"""Grouped-query attention by plain products, with its own backward pass, for every device, shape
+and mask: up to 1,024 queries in spans that skip the keys behind them, more in a loop over blocks.
+The flash kernels of TPUs and GPUs are in `attention_splash` and `attention_cudnn`.
 
 Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
 query heads of a key head, q their G*T queries, k head dim.
@@ -54,26 +54,24 @@ def spans(length: int, mask: AttentionMask) -> list[tuple[int, int]]:
     """Equal spans of the queries, each of which needs no key behind its end.
 
     Args:
-      length: number of queries, T.
-      mask: what they see.
+      length: Number of queries, T.
+      mask: What they see.
 
     Returns:
-      (first query, end) of each: four spans, or three, or two, of a multiple of 128 queries each;
-      one where no such division exists, as for 640, where T is above 1024, or where keys are not of
-      the same tokens.
+      (first query, end) of each: four, three or two spans of a multiple of 128 queries; one if no
+      such division exists, if T is above 1024, or if queries follow a cache.
     """
-    # Four spans multiply 10 of 16 squares; eight, 36 of 64, in a longer program. Their scores may
-    # exist at one time (on TPUs they do), so long sequences are left to a loop over blocks.
+    # Four spans multiply 10 of 16 squares; eight, 36 of 64, in a longer program. Unrolled spans of
+    # long sequences would hold all their scores at one time, so those are left to a loop.
     several = mask.same_tokens and length <= 1024
     n = next((n for n in (4, 3, 2) if length % (128 * n) == 0), 1) if several else 1
     return [(i * length // n, (i + 1) * length // n) for i in range(n)]
 
 
 def query_blocks(length: int) -> int:
-    """Into how many equal blocks the queries of a span are cut: of at most 512 from 1025 tokens on,
-    where the length has such a divisor.
+    """The number of equal blocks of a loop over the queries: of at most 512 from 1025 queries on,
+    where the length has such a divisor. T/n x S scores per head exist at one time.
     """
-    # T/n x S scores per head exist at one time (see tests/test_attention.py).
     if length <= 1024:
         return 1
     return next(
@@ -168,13 +166,13 @@ def _attention_backward(
 def _gradients(
     q: Array, k: Array, v: Array, mask: AttentionMask, out: Array, d_out: Array, scale: float
 ) -> tuple[Array, Array, Array]:
-    """Of one span: of q [B, K, G, t, k], and float32 of k [B, K, k, s] and v, as k [B, K, k, s].
+    """Gradients of one span: of q [B, K, G, t, k], and in float32 of k and v [B, K, k, s].
 
     As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again
-    instead of kept: T x S numbers per head and layer.
-
-    The products over queries have their narrow operand on the left; `linear.matmul` says why.
+    instead of kept: T x S floats per head and layer.
     """
+    # The products over queries have their narrow operand on the left; `linear.matmul` says why.
+    f32 = jnp.float32
 
     def block_gradients(
         q: Array, block: AttentionMask, out: Array, d_out: Array
@@ -182,14 +180,12 @@ def _gradients(
         shape = q.shape
         p = _probabilities(q, k, replace(block, keys=mask.keys), scale)
         q, out, d_out = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q, out, d_out))
-        d_v = jnp.einsum(
-            "BKqk,BKqS->BKkS", d_out, p.astype(q.dtype), preferred_element_type=jnp.float32
-        )
-        d_p = jnp.einsum("BKqk,BKSk->BKqS", d_out, v, preferred_element_type=jnp.float32)
-        mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-        # p is zero where nothing is attended to: no query attends to nothing at all.
+        d_v = jnp.einsum("BKqk,BKqS->BKkS", d_out, p.astype(q.dtype), preferred_element_type=f32)
+        d_p = jnp.einsum("BKqk,BKSk->BKqS", d_out, v, preferred_element_type=f32)
+        mean = jnp.sum(d_out.astype(f32) * out.astype(f32), axis=-1, keepdims=True)
+        # p is zero where nothing is attended to: no row is fully masked.
         d_scores = (p * (d_p - mean) * scale).astype(q.dtype)
-        d_k = jnp.einsum("BKqk,BKqS->BKkS", q, d_scores, preferred_element_type=jnp.float32)
+        d_k = jnp.einsum("BKqk,BKqS->BKkS", q, d_scores, preferred_element_type=f32)
         return jnp.einsum("BKqS,BKkS->BKqk", d_scores, k).reshape(shape), d_k, d_v
 
     n = query_blocks(q.shape[3])
@@ -202,7 +198,7 @@ def _gradients(
         d_q, d_k, d_v = block_gradients(*block)
         return (total[0] + d_k, total[1] + d_v), d_q
 
-    zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32))
+    zero = jnp.zeros(k.shape, f32), jnp.zeros(v.swapaxes(2, 3).shape, f32)
     cut_q, cut_out, cut_d = (_cut(x, n, 3) for x in (q, out, d_out))
     blocks = (cut_q, mask.query_blocks(n, q.shape[3]), cut_out, cut_d)
     (d_k, d_v), d_q = jax.lax.scan(add, zero, blocks)

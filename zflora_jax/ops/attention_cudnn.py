@@ -1,10 +1,10 @@
 """Attention by cuDNN's flash kernel for NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-cuDNN knows causal attention by a flag. Padding is moved behind the real tokens, where none of them
-sees it. The segments of packed rows cuDNN would know by a dense bias of T x T, or by the offsets of
-its packed layout, which jax 0.10 keeps private, computes for equal numbers of query and key heads
-only, and gives sums of the softmax of T numbers per *possible* segment. So they are said in
-channels that are added to the heads (`segment_channels`).
+cuDNN has a flag for causal attention. Padding is moved behind the real tokens, which then do not
+see it. The segments of packed rows are encoded in channels that are added to the heads: cuDNN would
+take them as a dense T x T bias, whose gradient it computes too, or as offsets of its packed layout,
+which jax 0.10 keeps private. Compiled for an H100 and 2,048 tokens, the channels take a ninth of
+the memory of plain products (results/attention.md). Not run on a GPU by this project.
 
 Legend: B batch, T positions, H query heads, K key/value heads, k head dim.
 """
@@ -22,6 +22,7 @@ from zflora_jax.parallel.devices import allow_absent_cudnn, widest_head
 
 GAP = 512.0  # a score of another segment is lower by at least so much, after the scale
 MAX_SEGMENT_BITS = 15
+SEGMENT_CHANNELS = MAX_SEGMENT_BITS + 1
 
 
 def cudnn_refuses(length: int, width: int, dtype: Any, packed: bool, scale: float) -> str:
@@ -54,18 +55,15 @@ def cudnn_attention(
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
     """Causal attention of T tokens within their segments and a window; see `attention.attention`.
-    Padding attends to padding and to what is real.
-
-    Memory grows with T: no scores are kept (results/attention.md). Not timed on a GPU by this
-    project.
+    Padding attends to padding and to real tokens.
 
     Args:
       q: [B, T, H, k].
       k: [B, K, k, T].
       v: [B, K, T, k].
-      segments: [B, T] int32 or bool, see `AttentionMask.queries`; None: one.
-      scale: of the scores.
-      window: see `AttentionMask.window`.
+      segments: `AttentionMask.queries`, [B, T] int32 or bool; None for one segment.
+      scale: Factor of the scores.
+      window: `AttentionMask.window`.
       implementation: "xla" computes the same without cuDNN, for tests.
     """
     width, k, v = q.shape[3], k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
@@ -76,35 +74,30 @@ def cudnn_attention(
         q, k, v = (_reordered(x, order, back) for x in (q, k, v))
     elif segments is not None:
         of_queries, of_keys = segment_channels(segments, scale, q.dtype)
-        q, k = (_widened(x, more) for x, more in ((q, of_queries), (k, of_keys)))
+        q, k = _widened(q, of_queries), _widened(k, of_keys)
         v = _widened(v, jnp.zeros_like(of_keys))
     allow_absent_cudnn()
-    before = None if window is None else (window - 1, 0)
     out = jax.nn.dot_product_attention(
         *(q, k, v),
         scale=scale,
         is_causal=True,
-        local_window_size=before,
+        local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
     )
     return out[..., :width] if back is None else _reordered(out, back, order)
 
 
-SEGMENT_CHANNELS = MAX_SEGMENT_BITS + 1
-
-
 def segment_channels(segments: Array, scale: float, dtype: Any) -> tuple[Array, Array]:
-    """Channels [B, T, 16] of queries and of keys whose product is 0 within a segment, exactly, and
-    at most -GAP / scale between two: their weights are zero in float32, unless the scores of one
-    query differ by hundreds.
+    """Channels [B, T, 16] of queries and of keys whose product is exactly 0 within a segment and at
+    most -GAP / scale between two, so that weights between segments are zero in float32.
 
     The number of a segment is written in bits of 1 and -1. Two numbers that differ in n of 15 bits
-    have the product 15 - 2 n; one more channel takes off 15.
+    have the product 15 - 2 n; one more channel subtracts 15.
 
     Args:
       segments: [B, T] int32; each run of equal ones is a segment.
-      scale: of the scores.
-      dtype: of the channels.
+      scale: Factor of the scores.
+      dtype: Data type of the channels.
     """
     changes = jnp.concatenate(
         [jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
@@ -117,31 +110,25 @@ def segment_channels(segments: Array, scale: float, dtype: Any) -> tuple[Array, 
     return of_queries, of_keys * jnp.asarray(_step(scale), dtype)
 
 
-@jax.custom_vjp
-def _reordered(x: Array, order: Array, back: Array) -> Array:
-    """Tokens of x [B, T, heads, k] in another order, [B, T] int32; `back` is its inverse."""
-    return jnp.take_along_axis(x, order[:, :, None, None], axis=1, mode="promise_in_bounds")
-
-
-def _reordered_forward(x: Array, order: Array, back: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _reordered(x, order, back), (order, back)
-
-
-def _reordered_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, None, None]:
-    order, back = saved
-    return _reordered(d, back, order), None, None  # a gather, where jax would add one by one
-
-
-_reordered.defvjp(_reordered_forward, _reordered_backward)
-
-
 def _step(scale: float) -> float:
-    """What one bit that differs takes off, halved: a power of two, exact in all dtypes."""
+    """Half of what a differing bit subtracts: a power of two, exact in all dtypes."""
     return 2.0 ** math.ceil(math.log2(GAP / 2 / scale))
 
 
 def _widened(x: Array, channels: Array) -> Array:
     """x [B, T, heads, k] with channels [B, T, n] at the end of each head."""
-    return jnp.concatenate(
-        [x, jnp.broadcast_to(channels[:, :, None], (*x.shape[:3], channels.shape[-1]))], axis=-1
-    )
+    wide = jnp.broadcast_to(channels[:, :, None], (*x.shape[:3], channels.shape[-1]))
+    return jnp.concatenate([x, wide], axis=-1)
+
+
+@jax.custom_vjp
+def _reordered(x: Array, order: Array, back: Array) -> Array:
+    """Tokens of x [B, T, heads, k] in another order [B, T] int32; `back` is its inverse."""
+    return jnp.take_along_axis(x, order[:, :, None, None], axis=1, mode="promise_in_bounds")
+
+
+_reordered.defvjp(
+    lambda x, order, back: (_reordered(x, order, back), (order, back)),
+    # A gather, where jax's own gradient would add token by token.
+    lambda saved, d: (_reordered(d, saved[1], saved[0]), None, None),
+)

@@ -1,5 +1,4 @@
-"""What attends to what, said by a few numbers a token; the dense mask is made of them where a
-product needs one.
+"""Attention masks as a few integers per token; the dense mask is built where a product needs it.
 
 Letters: B batch, T query positions, S key slots, n blocks of queries.
 """
@@ -19,17 +18,17 @@ class AttentionMask:
     """A query attends to the keys of its own segment, up to its own slot, and no further back than
     the window.
 
-    Every query is a key too, so none attends to nothing: padding, whose segment is its own, attends
-    to padding. What a kernel gives for padding may differ from that, but is finite.
+    Every query is a key too, so no row is fully masked: padding is a segment of its own and attends
+    to padding. The output at padding is unspecified, but finite.
 
     Attributes:
-      queries: [B, T], the segment of each query: int32 of packed rows, bool (real or padding)
-        else; None means that all are real (True).
-      keys: [B, S], of each key, in the same terms; None as in `queries`.
-      first: int32, the slot of the first query; None means that queries and keys are of the same T
-        tokens, which flash kernels need to know while a program is compiled.
-      window: how many tokens a query attends to at most, its own the last; None: all. Padding is
-        not counted where it lies between real tokens behind a cache.
+      queries: Segment of each query [B, T]: int32 for packed rows, else bool (real or padding);
+        None if all are real.
+      keys: Segment of each key [B, S], in the same terms.
+      first: Slot of the first query, int32. None if queries and keys are the same T tokens, which
+        flash kernels need to know statically.
+      window: Most tokens that a query attends to, including its own; None for all. Padding between
+        real tokens behind a cache is not counted.
     """
 
     queries: Array | None = None
@@ -38,7 +37,7 @@ class AttentionMask:
     window: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def within(self, window: int | None, slots: int) -> AttentionMask:
-        """The same with a window, which limits nothing where it has room for all slots."""
+        """The mask with a window, which is dropped where it covers all slots."""
         return replace(self, window=None if window is None or window >= slots else window)
 
     @property
@@ -50,8 +49,8 @@ class AttentionMask:
         """[B or 1, 1, T, S] bool, True where a query attends to a slot.
 
         Args:
-          length: T.
-          slots: S.
+          length: Number of queries, T.
+          slots: Number of key slots, S.
         """
         first = jnp.zeros((), jnp.int32) if self.first is None else self.first
         at = first + jnp.arange(length, dtype=jnp.int32)
@@ -83,8 +82,8 @@ class AttentionMask:
         )
 
     def query_blocks(self, blocks: int, length: int) -> AttentionMask:
-        """Of `blocks` equal blocks of the T = `length` queries, on a new leading axis n of
-        `queries` and `first`; `keys` are left out, as all blocks share them.
+        """The masks of `blocks` equal blocks of the T = `length` queries, on a new leading axis n
+        of `queries` and `first`; `keys`, which all blocks share, are left out.
         """
         starts = jnp.arange(blocks, dtype=jnp.int32) * (length // blocks)
         first = starts if self.first is None else self.first + starts

@@ -1,4 +1,4 @@
-"""What a layer does with a frozen kernel or table, whether it is float or quantised."""
+"""The products of a frozen kernel or table: float, quantised, or packed for decode."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ from zflora_jax.ops.quantized_linear import quantized_linear, quantized_rows, qu
 Array = jax.Array
 
 
-def frozen_product(x: Array, kernel: Any, axes: int) -> Array:
-    """The last `axes` axes of x [B, T, ...] against the first of a kernel, which gets no gradient
-    if it is quantised.
+def kernel_product(x: Array, kernel: Any, axes: int, packed: bool = False) -> Array:
+    """x W of a frozen kernel.
+
+    Args:
+      x: Inputs [B, T, *inputs].
+      kernel: W [*inputs, *outputs], or packed for decode [outputs, inputs], both flattened; float
+        or quantised. A quantised one gets no gradient.
+      axes: Number of input axes.
+      packed: Whether the kernel is packed.
+
+    Returns:
+      [B, T, *outputs] in x's dtype.
     """
-    if isinstance(kernel, QuantizedArray):
+    quantised = isinstance(kernel, QuantizedArray)
+    if packed:
+        flat = x.reshape(*x.shape[:-axes], -1)
+        if quantised:
+            return quantized_linear(flat, kernel)
+        return packed_linear(flat, kernel.astype(x.dtype))
+    if quantised:
         return quantized_tensordot(x, kernel)
     return jnp.tensordot(x, kernel.astype(x.dtype), axes)  # no gradient to arrange
 
 
-def packed_product(x: Array, kernel: Any) -> Array:
-    """x [B, T, i] against a kernel packed for decode -> [B, T, j]."""
-    if isinstance(kernel, QuantizedArray):
-        return quantized_linear(x, kernel)
-    return packed_linear(x, kernel.astype(x.dtype))
-
-
 def output_logits(x: Array, kernel: Any, tied: bool) -> Array:
-    """Logits [B, T, V] float32 of x [B, T, d]; kernel and tied as `ops.head.head_logits` has
-    them.
-    """
+    """Logits [B, T, V] float32 of x [B, T, d]; kernel and tied as for `ops.head.head_logits`."""
     if isinstance(kernel, QuantizedArray):
         return quantized_linear(x, kernel, jnp.float32)
     return head_logits(x, kernel.astype(x.dtype), tied)

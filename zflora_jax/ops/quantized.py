@@ -8,7 +8,7 @@ they were. The plain operation of everything here is `dequantize`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ KINDS = {
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "mins"],
-    meta_fields=["kind", "reads", "writes", "group", "base", "inner", "paired"],
+    meta_fields=["kind", "reads", "writes", "group", "base", "inner"],
 )
 @dataclass(frozen=True)
 class QuantizedArray:
@@ -92,7 +92,6 @@ class QuantizedArray:
         beside the base's.
       inner: size of the last input axis where several are one, as heads are when packed; 0: of that
         axis itself.
-      paired: two codes of 4 bits are a byte of `codes`, see `pair`.
     """
 
     codes: Any
@@ -104,13 +103,11 @@ class QuantizedArray:
     group: int = 0
     base: int = 0
     inner: int = 0
-    paired: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the numbers."""
-        *axes, last = self.codes.shape
-        return (*axes, 2 * last if self.paired else last)
+        """Shape of the floats."""
+        return tuple(self.codes.shape)
 
     @property
     def ndim(self) -> int:
@@ -133,14 +130,19 @@ class QuantizedArray:
         return -self.writes - 1
 
     @property
+    def one_scale(self) -> bool:
+        """Whether an output has one scale for all inputs of the base, times plain integers."""
+        return not self.group and KINDS[self.kind].table is None
+
+    @property
     def inputs(self) -> int:
         """How many numbers an output sums."""
         return math.prod(self.shape[self.ndim - self.writes - self.reads : self.ndim - self.writes])
 
 
 def bytes_of(leaf: Any) -> int:
-    """The bytes of a leaf on a GPU or TPU, where two codes of 4 bits share a byte. On a CPU each of
-    them takes a byte, unless they are in pairs, as those of packed models are (`pair`).
+    """Bytes of a leaf on a GPU or TPU, where two codes of 4 bits share a byte (on a CPU they do
+    not).
 
     Args:
       leaf: an array, a ShapeDtypeStruct or a `QuantizedArray`.
@@ -181,7 +183,6 @@ def group_counts(width: int, base: int, group: int) -> list[int]:
 
 def dequantize(w: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Array:
     """The numbers of a quantised array, computed in float32 and cast once."""
-    w = unpair(w)
     values = code_values(w.kind, w.codes) * spread(w, w.scales)
     return (values if w.mins is None else values + spread(w, w.mins)).astype(dtype)
 
@@ -215,28 +216,6 @@ def _chosen(table: tuple[float, ...], codes: Array) -> Array:
     for code, value in enumerate(table[1:], 1):
         values = jnp.where(codes == code, jnp.float32(value), values)
     return values
-
-
-def pair(w: QuantizedArray) -> QuantizedArray:
-    """Codes of 4 bits [.., i] as bytes [.., i/2]: in each group, of g inputs, input n in the low
-    half beside input n + g/2 in the high one; counted from the lowest code. Groups are whole.
-    """
-    least = int(jnp.iinfo(w.codes.dtype).min)
-    codes = (w.codes.astype(jnp.int8) - jnp.int8(least)).astype(jnp.uint8)
-    low, high = jnp.split(codes.reshape(*codes.shape[:-1], -1, 2, w.group // 2), 2, axis=-2)
-    pairs = (low | (high << jnp.uint8(4))).reshape(*codes.shape[:-1], -1)
-    return replace(w, codes=pairs, paired=True)
-
-
-def unpair(w: QuantizedArray) -> QuantizedArray:
-    """The inverse of `pair`; an array that is not in pairs is returned as it is."""
-    if not w.paired:
-        return w
-    dtype = jnp.dtype(KINDS[w.kind].codes)
-    bytes_ = w.codes.reshape(*w.codes.shape[:-1], -1, 1, w.group // 2)
-    both = jnp.concatenate([bytes_ & jnp.uint8(15), bytes_ >> jnp.uint8(4)], axis=-2)
-    codes = both.astype(jnp.int8) + jnp.int8(jnp.iinfo(dtype).min)
-    return replace(w, codes=codes.reshape(w.shape).astype(dtype), paired=False)
 
 
 def base_inputs(w: QuantizedArray) -> np.ndarray:

@@ -17,28 +17,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from zflora_jax.ops.linear import column_product, plain_product
-from zflora_jax.ops.quantized import (
-    KINDS,
-    QuantizedArray,
-    base_inputs,
-    code_values,
-    dequantize,
-    unpair,
-)
+from zflora_jax.ops.quantized import QuantizedArray, base_inputs, code_values, dequantize
 
 Array = jax.Array
 
-# Tokens up to which a product reads codes; for more a kernel is dequantised first. On CPUs, whose
-# sums over groups are slow, more than one is enough.
-FEW_ROWS, FEW_ON_CPU = 8, 1
+FEW_ROWS = 8  # tokens up to which a product reads codes; for more the kernel is dequantised first
 
 
 @jax.custom_vjp
 def quantized_tensordot(x: Array, w: QuantizedArray) -> Array:
     """x [B, T, *inputs] against a kernel [*inputs, *outputs] -> [B, T, *outputs].
 
-    The kernel gets no gradient. The backward pass dequantises it anew: kept from the forward pass,
-    the numbers of all layers would be in memory together.
+    The kernel gets no gradient. The backward pass dequantises it again: kept from the forward pass,
+    the floats of all layers would be in memory together.
     """
     return jnp.tensordot(x, dequantize(w, x.dtype), w.reads)
 
@@ -67,8 +58,7 @@ def quantized_rows(table: QuantizedArray, rows: Array, width: int, dtype: DTypeL
     """Rows of a table [V, d] in `dtype`, zeros from d up to `width`; NaN for a row that does not
     exist.
     """
-    parts = jax.tree.map(lambda part: jnp.take(part, rows, axis=0, mode="clip"), table)
-    x = dequantize(parts)
+    x = dequantize(jax.tree.map(lambda part: jnp.take(part, rows, axis=0, mode="clip"), table))
     x = jnp.pad(x, [(0, 0)] * rows.ndim + [(0, width - x.shape[-1])])
     exist = (rows >= 0) & (rows < len(table.codes))
     return jnp.where(exist[..., None], x, jnp.nan).astype(dtype)
@@ -76,56 +66,43 @@ def quantized_rows(table: QuantizedArray, rows: Array, width: int, dtype: DTypeL
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
-    """x [B, T, i] against a packed kernel or a head, in the form for the device.
+    """x [B, T, i] against a packed kernel or a head, in the fastest form for the device.
 
     Args:
-      x: inputs.
-      w: as `adapters.packing_quantized.joined` lays it out, or a head [i, j]; it gets no gradient.
-      dtype: of the result; None: x's.
+      x: Inputs.
+      w: A packed kernel (`adapters.packing.joined`), or a head [i, j]; it gets no gradient.
+      dtype: Data type of the result; None for x's.
 
     Returns:
-      [B, T, j], equal to `plain_quantized_linear`; on a CPU up to the rounding of x to 15 bits
-      where the codes are int8 in one group.
+      [B, T, j], equal to `plain_quantized_linear`; on a CPU, int8 in one group rounds x to 15 bits.
     """
     dtype = x.dtype if dtype is None else dtype
     plain = partial(plain_quantized_linear, dtype=dtype)
     in_turn = partial(product_in_turn, dtype=dtype)
-    count = x.shape[0] * x.shape[1]
-    if count > FEW_ROWS:
+    if x.shape[0] * x.shape[1] > FEW_ROWS:
         return jax.lax.platform_dependent(x, w, cpu=in_turn, default=plain)
-    by_rows = not w.writes
-    whole = not w.group and KINDS[w.kind].table is None and not w.paired
 
     def flat(product: Any, x: Array, w: QuantizedArray) -> Array:
         rows = _filled(x, w).reshape(-1, w.inputs)
         return product(rows, w).reshape(*x.shape[:2], -1).astype(dtype)
 
-    def from_codes(x: Array, w: QuantizedArray) -> Array:
-        # The barrier keeps XLA's CPU compiler from computing what codes stand for once, ahead of a
-        # loop of tokens. Of an adapter's few inputs it may.
-        few = partial(int8_product, beside=adapter_codes(w)) if whole else None
-        cpu = few or (paired_product if w.paired else multiply_and_sum)
-        return flat(cpu, *jax.lax.optimization_barrier((x, w)))
-
-    on_cpu = by_rows and (whole or (count <= FEW_ON_CPU and KINDS[w.kind].table is None))
-    tpu = eight_rows_product if whole or w.reads == 2 else None
+    by_rows = not w.writes
     return jax.lax.platform_dependent(
         x,
         w,
-        cpu=from_codes if on_cpu else in_turn,
-        tpu=partial(flat, tpu) if tpu else plain,
+        cpu=partial(flat, int8_product) if by_rows and w.one_scale else in_turn,
+        tpu=partial(flat, eight_rows_product) if w.one_scale or w.reads == 2 else plain,
         default=partial(flat, multiply_and_sum) if by_rows else plain,
     )
 
 
 def _filled(x: Array, w: QuantizedArray) -> Array:
-    """x [B, T, i] with zeros behind the dims of each head, where groups have filled those up."""
+    """x [B, T, i] with zeros behind the dims of each head, where those fill no whole groups."""
     if x.shape[-1] == w.inputs:
         return x
-    heads = w.inputs // w.inner
-    apart = x.reshape(*x.shape[:-1], heads, -1)
-    pads = ((0, 0), (0, 0), (0, 0), (0, w.inner - apart.shape[-1]))
-    return jnp.pad(apart, pads).reshape(*x.shape[:-1], w.inputs)
+    heads = x.reshape(*x.shape[:-1], w.inputs // w.inner, -1)
+    pads = ((0, 0), (0, 0), (0, 0), (0, w.inner - heads.shape[-1]))
+    return jnp.pad(heads, pads).reshape(*x.shape[:-1], w.inputs)
 
 
 def _linear_forward(
@@ -159,7 +136,7 @@ def plain_quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None 
 def product_in_turn(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
     """`plain_quantized_linear`, whose kernel XLA dequantises when x is there."""
     # Its CPU compiler else dequantises the kernels of all layers ahead of the first product, and
-    # takes barriers away before it plans that. No number is above infinity.
+    # removes barriers before it plans that. No value is above infinity.
     never = x[(0,) * x.ndim] > jnp.asarray(jnp.inf, x.dtype)
     codes = jnp.where(never, jnp.zeros_like(w.codes), w.codes)
     return plain_quantized_linear(x, replace(w, codes=codes), dtype)
@@ -167,32 +144,20 @@ def product_in_turn(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None)
 
 def _parts(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] as [n, p, i]: the base's inputs and zeros, and zeros and the adapter's."""
-    width = x.shape[-1]
-    if w.base == (w.inner or width):
+    if w.base == (w.inner or x.shape[-1]):
         return x[:, None]
     is_base = base_inputs(w)[None]
     zero = jnp.zeros_like(x)
     return jnp.stack([jnp.where(is_base, x, zero), jnp.where(is_base, zero, x)], axis=1)
 
 
-def adapter_codes(w: QuantizedArray) -> Array | None:
-    """The codes of an adapter's inputs of a packed kernel [j, i], as float32 [j, those]; None
-    where there are none.
-    """
-    width = w.inner or w.shape[-1]
-    if w.base == width:
-        return None
-    codes = w.codes.reshape(len(w.codes), -1, width)[..., w.base :]
-    return codes.reshape(len(w.codes), -1).astype(jnp.float32)
-
-
-def int8_product(x: Array, w: QuantizedArray, beside: Array | None) -> Array:
+def int8_product(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against int8 codes [j, i] with one scale for the base's inputs of an output and one
-    for an adapter's -> [n, j] float32. x is rounded to 15 bits. beside: `adapter_codes`.
+    for an adapter's -> [n, j] float32. x is rounded to 15 bits.
     """
     # XLA's CPU compiler multiplies int8 with int8 as it lies only for two rows or more, and
-    # converts whole kernels to multiply with float. So x goes as two rows of 8 bits, the second of
-    # which is what the first has rounded away (docs/quantised-bases.md).
+    # converts whole kernels to multiply with float. So x becomes two rows of 8 bits; the second is
+    # the rounding error of the first (docs/quantised-bases.md).
     x, scales = x.astype(jnp.float32), w.scales.astype(jnp.float32).T[None]
     base = _parts(x, w)[:, 0]
     scale = jnp.maximum(jnp.max(jnp.abs(base), -1, keepdims=True), 1e-30) / 127
@@ -202,18 +167,22 @@ def int8_product(x: Array, w: QuantizedArray, beside: Array | None) -> Array:
     y = jnp.einsum("ni,ji->nj", rows, w.codes, preferred_element_type=jnp.int32)
     y = y.astype(jnp.float32).reshape(2, len(x), -1)
     y = (y[0] + y[1] / 254) * scale * scales[:, 0]
-    if beside is None:
+    width = w.inner or x.shape[-1]
+    if w.base == width:
         return y
     # The adapter's few inputs in float32: two more rows would take as long as the base's.
-    extra = x.reshape(len(x), -1, w.inner or x.shape[-1])[..., w.base :].reshape(len(x), -1)
-    return y + jnp.einsum("ni,ji->nj", extra, beside) * scales[:, 1]
+    x, codes = (
+        part.reshape(len(part), -1, width)[..., w.base :].reshape(len(part), -1)
+        for part in (x, w.codes)
+    )
+    return y + jnp.einsum("ni,ji->nj", x, codes.astype(jnp.float32)) * scales[:, 1]
 
 
 def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against codes [j, i] -> [n, j] float32, one sum over the inputs of each output."""
     # XLA's GPU compiler makes one kernel of it that reads the codes; as a product it writes the
     # dequantised kernel to memory first (docs/quantised-bases.md).
-    x, w = x.astype(jnp.float32), unpair(w)
+    x = x.astype(jnp.float32)
     if not w.group:
         return jnp.sum(x[:, None] * dequantize(w)[None], axis=-1)
     groups = x.reshape(len(x), 1, -1, w.group)
@@ -224,30 +193,13 @@ def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
     return jnp.sum(groups * values[None], axis=(-2, -1))
 
 
-def paired_product(x: Array, w: QuantizedArray) -> Array:
-    """x [n, i] against codes of 4 bits in pairs [j, i/2] -> [n, j] float32."""
-    # By arithmetic in float32: XLA's CPU compiler makes one kernel of it, and with operations on
-    # bits writes codes to memory first (docs/quantised-bases.md).
-    x = x.astype(jnp.float32).reshape(len(x), 1, -1, 2, w.group // 2)
-    low, high = x[..., 0, :], x[..., 1, :]
-    both = w.codes.astype(jnp.float32).reshape(len(w.codes), -1, w.group // 2)[None]
-    top = jnp.floor(both * (1 / 16))
-    scales = w.scales.astype(jnp.float32)[None, ..., None]
-    shift = scales * float(jnp.iinfo(KINDS[w.kind].codes).min)
-    if w.mins is not None:
-        shift = shift + w.mins.astype(jnp.float32)[None, ..., None]
-    terms = (low * both + (high - 16 * low) * top) * scales + (low + high) * shift
-    return jnp.sum(terms, axis=(-2, -1))
-
-
 def eight_rows_product(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against codes, as a product of at least eight rows -> [n, j] float32."""
-    # XLA's TPU compiler multiplies fewer rows on the vector unit; it reads codes [G, g, j], scales
-    # on an axis of their own, inside the product (docs/quantised-bases.md).
-    parts = _parts(x, w) if not w.group else x[:, None]
+    # XLA's TPU compiler multiplies fewer rows on the vector unit; it reads codes [G, g, j] with
+    # scales [G, 1, j] inside the product (docs/quantised-bases.md).
+    parts, f32 = _parts(x, w) if not w.group else x[:, None], jnp.float32
     rows = parts.reshape(-1, x.shape[-1])
     rows = jnp.pad(rows, ((0, max(0, 8 - len(rows))), (0, 0)))
-    f32 = jnp.float32
     if w.group:
         return plain_quantized_linear(rows[:, None], w, f32)[: len(x), 0]
     into = "ni,ij->nj" if w.writes else "ni,ji->nj"

@@ -54,11 +54,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/down/forward", ("tensor", None)),
     (r"mlp/down/backward", (None, "fsdp")),
     (r"mlp/(gate|up|down)/cross", (None, None)),
-    (r"(attn/[qkv]|mlp/(gate|up))/(lora_a|start_a|ffa_a)", ("fsdp", None)),
-    (r"(attn/[qkv]|mlp/(gate|up))/(lora_b|start_b)", (None, "tensor")),
+    (r"(attn/[qkv]|mlp/(gate|up))/(lora_a|ffa_a)", ("fsdp", None)),
+    (r"(attn/[qkv]|mlp/(gate|up))/lora_b", (None, "tensor")),
     (r"(attn/[qkv]|mlp/(gate|up))/magnitude", ("tensor",)),
-    (r"(attn/o|mlp/down)/(lora_a|start_a|ffa_a)", ("tensor", None)),
-    (r"(attn/o|mlp/down)/(lora_b|start_b)", (None, "fsdp")),
+    (r"(attn/o|mlp/down)/(lora_a|ffa_a)", ("tensor", None)),
+    (r"(attn/o|mlp/down)/lora_b", (None, "fsdp")),
     (r"(attn/o|mlp/down)/magnitude", ("fsdp",)),
 )
 

@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
 """optim.optimizer -> how gradients become a direction, to which `make_optimizer` adds the rest."""
 
 
-KEPT = ("/scale", "/bias", "/start_a", "/start_b")  # leaves that do not decay
+KEPT = ("/scale", "/bias")  # leaves that do not decay
 
 
 def require_optimizer(name: str) -> None:

@@ -71,10 +71,13 @@ def init_state(adapters: Tree, optim: OptimConfig, steps: int) -> TrainState:
     )
 
 
-def fresh_state(run: RunConfig, model: Model) -> TrainState:
-    """The state before the first step of `run` on the base `model`."""
-    adapters = init_adapters(jax.random.key(run.train.seed), model, run.adapter)
-    return init_state(adapters, run.optim, run.train.steps)
+def fresh_state(run: RunConfig, model: Model, start: Tree | None = None) -> TrainState:
+    """The state before the first step of `run` on the base `model`; start: adapters of
+    `split_base`, None where they are drawn at random.
+    """
+    if start is None:
+        start = init_adapters(jax.random.key(run.train.seed), model, run.adapter)
+    return init_state(start, run.optim, run.train.steps)
 
 
 def make_train_step(
