@@ -51,7 +51,7 @@ def check(name: str, method: str, quant: str, args: argparse.Namespace) -> dict[
     from zflora_jax import generate_tokens, quantize_model, save_hf
     from zflora_jax.core.quantize_config import QuantizeConfig
     from zflora_jax.evaluation.export_gap import export_gap
-    from zflora_jax.hf.compressed_types import QUANTS
+    from zflora_jax.hf.compressed import QUANTS
     from zflora_jax.hf.restore import load_stock
 
     base, ids, std = make(name)
@@ -61,7 +61,7 @@ def check(name: str, method: str, quant: str, args: argparse.Namespace) -> dict[
     report = save_hf(export, model, quant=quant, dtype="float32")
     gap = export_gap(model, export, ids)
     ours = generate_tokens(load_stock(export), ids, max_new_tokens=NEW_TOKENS, stop_token_ids=())
-    told = ("bytes", "widths", "filled with zeros", "eps_z", "error of the state's rows")
+    told = ("bytes", "widths", "filled with zeros", "eps_z")
     row: dict[str, Any] = {"model": name, "method": method, "quant": quant}
     row |= {key: report[key] for key in told if key in report} | gap
     job = {"export": str(export), "ids": ids}

@@ -1,4 +1,4 @@
-"""Exported directories: what they replace, what lies beside the tensors, what does not match."""
+"""Exported directories: replacement, companion files, files that do not match."""
 
 from __future__ import annotations
 
@@ -6,44 +6,66 @@ import json
 import os
 import shutil
 import stat
-import warnings
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from safetensors.numpy import load_file, save_file
 from support.byte_tokenizer import byte_tokenizer
-from support.checks import assert_logits_close
-from support.exports import WIDENED, fused_model
-from support.huggingface import TOKENS
+from support.checks import assert_trees_equal
+from support.exports import WIDENED, fused_model, perturbed_adapters
+from support.huggingface import open_stock
 
-from zflora_jax.core import trees
+from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.swapping import swap
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.evaluation.export_gap import export_gap
+from zflora_jax.experiments.base import as_base
 from zflora_jax.hf.load import load_model, model_config
+from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.restore import SIDE_FILE, SIDE_FOLDER
 from zflora_jax.hf.save import save_hf
-from zflora_jax.nn.llama import forward
 
+LORA = AdapterConfig("lora", rank=2)
 # Widths that no server has kernels for are fine here.
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
+
+
+@pytest.fixture(scope="module")
+def fused(bases: dict[str, Model]) -> Model:
+    return fused_model(bases["plain"], WIDENED["zflora-uniform"])
+
+
+@pytest.fixture(scope="module")
+def exported(fused: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "out"
+    save_hf(path, fused)
+    return path
+
+
+@pytest.fixture
+def out(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "out"))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def test_only_our_own_exports_are_replaced(bases: dict[str, Model], tmp_path: Path) -> None:
     model, out = bases["plain"], tmp_path / "out"
     out.mkdir()
     save_hf(out, model)  # an empty directory is no loss
-    first = (out / "model.safetensors").stat().st_ino
+    first = (out / "model.safetensors").stat()
     save_hf(out, model)
-    assert (out / "model.safetensors").stat().st_ino != first and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["out"]
-    assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == stat.S_IMODE(
-        (out / "config.json").stat().st_mode
-    )
+    second, config = ((out / n).stat() for n in ("model.safetensors", "config.json"))
+    assert second.st_ino != first.st_ino and names(tmp_path) == {"out"}
+    assert stat.S_IMODE(second.st_mode) == stat.S_IMODE(config.st_mode)
 
     (out / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"did not write there: notes\.txt"):
@@ -51,18 +73,14 @@ def test_only_our_own_exports_are_replaced(bases: dict[str, Model], tmp_path: Pa
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
     (out / "zflora.json").write_text('{"format": "something else"}')
-    with pytest.raises(CheckpointError, match="not written by this project"):
-        save_hf(out, model)
-    foreign = tmp_path / "foreign"
-    shutil.copytree(str(model.source), foreign)
-    with pytest.raises(CheckpointError, match="not written by this project"):
-        save_hf(foreign, model)
-    assert {p.name for p in foreign.iterdir()} == {
-        p.name for p in Path(str(model.source)).iterdir()
-    }
+    foreign = shutil.copytree(str(model.source), tmp_path / "foreign")
+    for folder in (out, foreign):
+        with pytest.raises(CheckpointError, match="not written by this project"):
+            save_hf(folder, model)
+    assert names(foreign) == names(Path(str(model.source)))
     with pytest.raises(CheckpointError, match="is a file"):
         save_hf(foreign / "config.json", model)
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "foreign"}
+    assert names(tmp_path) == {"out", "foreign"}
 
 
 @pytest.mark.parametrize("moment", ["write", "first rename", "second rename"])
@@ -74,114 +92,72 @@ def test_a_failed_replacement_keeps_the_old_export(
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     calls, rename = [], os.rename
 
-    def failing(source: Any, target: Any) -> None:
-        calls.append(source)
-        if len(calls) == (1 if moment == "first rename" else 2):
+    def failing(*paths: Any, **_: Any) -> None:
+        calls.append(paths)
+        if len(calls) == (2 if moment == "second rename" else 1):
             raise OSError(28, "No space left on device")
-        rename(source, target)
+        rename(*paths)
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    if moment == "write":
-        monkeypatch.setattr("zflora_jax.hf.save.write_tensors", full)
-    else:
-        monkeypatch.setattr("os.rename", failing)
+    monkeypatch.setattr(
+        "zflora_jax.hf.save.write_tensors" if moment == "write" else "os.rename", failing
+    )
     with pytest.raises(OSError, match="No space left"):
         save_hf(out, bases["llama3"])
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["out"]
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert names(tmp_path) == {"out"}
 
 
 def test_tokenizer_and_generation_config(bases: dict[str, Model], tmp_path: Path) -> None:
     """Byte for byte from the base's directory; from the tokenizer object where there is no
     directory; the same ids either way.
     """
-    source = tmp_path / "base"
+    source, tokenizer = tmp_path / "base", byte_tokenizer()
     shutil.copytree(str(bases["plain"].source), source)
-    tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(source)
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 3],   "do_sample": true}')
     model = load_model(source)
     assert model.config.eos_token_ids == (2, 3)
     save_hf(tmp_path / "out", model)
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    )
-    copied = [name for name in names if (source / name).exists()]
-    assert len(copied) >= 3 and all(
-        (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in copied
-    )
+    candidates = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    copied = [n for n in (*candidates, "generation_config.json") if (source / n).exists()]
+    assert len(copied) >= 3
+    for name in copied:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert load_model(tmp_path / "out").config == model.config
 
     save_hf(tmp_path / "written", Model(model.config, model.params, tokenizer))
     settings = json.loads((tmp_path / "written" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["chat_template"]
-    assert json.loads((tmp_path / "written" / "generation_config.json").read_text()) == {
-        "bos_token_id": 1,
-        "eos_token_id": [2, 3],
-        "pad_token_id": 0,
-    }
-    chat = [{"role": "user", "content": "1 + 1?"}]
+    generation = json.loads((tmp_path / "written" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
+    chat, text = [{"role": "user", "content": "1 + 1?"}], "héllo  12 <eos>\n"
     for path in ("out", "written"):
         again = transformers.AutoTokenizer.from_pretrained(tmp_path / path)
-        assert (
-            again("héllo  12 <eos>\n")["input_ids"] == tokenizer("héllo  12 <eos>\n")["input_ids"]
-        )
-        assert (again.eos_token_id, again.pad_token_id) == (
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-        )
-        assert again.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(
-            chat, tokenize=False
-        )
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+        for token in ("eos_token_id", "pad_token_id"):
+            assert getattr(again, token) == getattr(tokenizer, token)
+        prompts = [t.apply_chat_template(chat, tokenize=False) for t in (again, tokenizer)]
+        assert prompts[0] == prompts[1]
     gap = export_gap(model, tmp_path / "out", ["hello", "12 + 30 = 42"])
     assert gap["max_abs_dlogit"] == 0 and gap["top1_agreement"] == 1
 
 
 def test_config_is_read_alike_by_both_spellings(bases: dict[str, Model], tmp_path: Path) -> None:
-    """4 reads rope_theta and rope_scaling, 5 reads rope_parameters: both must say the same, and
-    widened heads turn at the base frequencies.
+    """transformers 4 reads rope_theta and rope_scaling, 5 reads rope_parameters; widened heads
+    rotate at the base's frequencies.
     """
-    fused = fused_model(bases["llama3"], WIDENED["zflora-uniform"])
-    save_hf(tmp_path / "out", fused)
+    save_hf(tmp_path / "out", fused_model(bases["llama3"], WIDENED["zflora-uniform"]))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["rope_parameters"] == {
-        "rope_theta": written["rope_theta"],
-        **written["rope_scaling"],
-    }
-    assert (
-        written["torch_dtype"] == written["dtype"] == "float32"
-        and written["hidden_size"] % written["num_attention_heads"] == 0
+    rope = {"rope_theta": written["rope_theta"], **written["rope_scaling"]}
+    assert written["rope_parameters"] == rope
+    assert written["torch_dtype"] == written["dtype"] == "float32"
+    assert written["hidden_size"] % written["num_attention_heads"] == 0
+    rotary, base = (
+        open_stock(Path(path)).model.rotary_emb.inv_freq.numpy()
+        for path in (tmp_path / "out", str(bases["llama3"].source))
     )
-    rotary = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out"
-    ).model.rotary_emb.inv_freq.numpy()
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        str(bases["llama3"].source)
-    ).model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(rotary[: len(base)], base, rtol=3e-7)
     assert (np.abs(rotary[len(base) :]) < 1e-29).all()
-
-
-def test_without_the_side_file_arithmetic_takes_over(
-    bases: dict[str, Model], tmp_path: Path
-) -> None:
-    fused = fused_model(bases["plain"], WIDENED["zflora-uniform"])
-    save_hf(tmp_path / "out", fused)
-    shutil.rmtree(tmp_path / "out" / "zflora")
-    with pytest.warns(UserWarning, match="recovered by arithmetic") as warned:
-        again = load_model(tmp_path / "out")
-    assert warned[0].filename == __file__
-    for name, leaf in trees.flatten(again.params).items():
-        np.testing.assert_allclose(leaf, trees.flatten(fused.params)[name], rtol=2e-7, atol=1e-9)
-    assert_logits_close(
-        forward(again, jnp.asarray(TOKENS)), np.asarray(forward(fused, jnp.asarray(TOKENS)))
-    )
 
 
 @pytest.mark.parametrize(
@@ -200,49 +176,60 @@ def test_without_the_side_file_arithmetic_takes_over(
     ],
 )
 def test_files_that_do_not_belong_together(
-    file: str, change: dict[str, Any], words: str, bases: dict[str, Model], tmp_path: Path
+    file: str, change: dict[str, Any], words: str, out: Path
 ) -> None:
-    save_hf(tmp_path / "out", fused_model(bases["plain"], WIDENED["zflora-uniform"]))
-    path = tmp_path / "out" / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=words), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load_model(tmp_path / "out")
+    values = json.loads((out / file).read_text())
+    (out / file).write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=words):
+        load_model(out)
 
 
-def test_card(bases: dict[str, Model], tmp_path: Path) -> None:
+def test_a_missing_side_file_and_a_state_in_the_embedding_are_refused(
+    fused: Model, out: Path
+) -> None:
+    """The state starts at zero: other software put a value there, and it would be dropped."""
+    (out / SIDE_FOLDER).rename(out / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"lacks zflora/restore\.safetensors.*copy it"):
+        load_model(out)
+    (out / "elsewhere").rename(out / SIDE_FOLDER)
+    tensors, name = load_file(out / "model.safetensors"), "model.embed_tokens.weight"
+    tensors[name][3, fused.config.norm_dim] = 0.5
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} has channels from .* that are not zero"):
+        load_model(out)
+
+
+def test_card(bases: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> str:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     fused = fused_model(bases["plain"], WIDENED["zflora-minimal"])
     fused.source = "some-org/some-llama"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "huggingface_hub.snapshot_download",
-            lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")),
-        )
-        save_hf(tmp_path / "out", fused, card={"accuracy after": 0.71234, "task": "arithmetic"})
+    save_hf(tmp_path / "out", fused, card={"accuracy after": 0.71234, "task": "arithmetic"})
     text = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "base_model: some-org/some-llama" in text
-        and "| accuracy after | 0.7123 |" in text
-        and "zflora-minimal" in text
-        and "reconstruction of zFLoRA (arXiv 2510.25784)" in text
-    )
+    for words in (
+        *("base_model: some-org/some-llama\n", "| accuracy after | 0.7123 |", "zflora-minimal"),
+        "reconstruction of zFLoRA (arXiv 2510.25784)",
+    ):
+        assert words in text
     assert str(tmp_path) not in text + (tmp_path / "out" / "zflora.json").read_text()
 
 
-def test_an_export_on_the_hub_is_the_export_on_disk(bases: Any, tmp_path: Path) -> None:
+def test_an_export_on_the_hub_is_the_export_on_disk(
+    fused: Model, exported: Path, tmp_path: Path
+) -> None:
     """In the hub's cache each file is a link into the blobs; one to elsewhere is refused."""
-    fused = fused_model(bases["plain"], WIDENED["zflora-uniform"])
-    save_hf(tmp_path / "export", fused)
     home = tmp_path / "models--org--name"
     (home / "blobs").mkdir(parents=True)
     there = home / "snapshots" / "abc"
-    for i, file in enumerate(path for path in (tmp_path / "export").rglob("*") if path.is_file()):
-        link = there / file.relative_to(tmp_path / "export")
+    for i, file in enumerate(path for path in exported.rglob("*") if path.is_file()):
+        link = there / file.relative_to(exported)
         link.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, home / "blobs" / str(i))
-        link.symlink_to(home / "blobs" / str(i))
+        link.symlink_to(os.path.relpath(home / "blobs" / str(i), link.parent))
     loaded = load_model(there)
-    assert trees.fingerprint(loaded.params) == trees.fingerprint(fused.params)
+    assert_trees_equal(loaded.params, fused.params)
     assert model_config(there) == loaded.config  # of the model, not of its stock form
     side = there / SIDE_FOLDER / SIDE_FILE
     shutil.copy(side, tmp_path / "away")
@@ -250,3 +237,39 @@ def test_an_export_on_the_hub_is_the_export_on_disk(bases: Any, tmp_path: Path) 
     side.symlink_to(tmp_path / "away")
     with pytest.raises(CheckpointError, match="is a link that leads out of"):
         load_model(there)
+
+
+def test_an_export_saved_again_by_transformers(
+    fused: Model, exported: Path, tmp_path: Path
+) -> None:
+    """Its zflora.json is gone; with the files of the first export it is restored."""
+    open_stock(exported).save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match=r"'longrope' is not supported.*copy zflora\.json"):
+        load_model(tmp_path / "again")
+    shutil.copy(exported / "zflora.json", tmp_path / "again")
+    shutil.copytree(exported / "zflora", tmp_path / "again" / "zflora")
+    model = load_model(tmp_path / "again")
+    assert model.adapter == fused.adapter and model.config == fused.config
+    assert_trees_equal(model.params, fused.params)
+
+
+def test_the_base_of_an_export_is_not_called_as_the_export(
+    bases: dict[str, Model], exported: Path, tmp_path: Path
+) -> None:
+    """Adapters on it belong to the base; saved again, the export has the same base."""
+    fused = load_model(exported)
+    assert fused.source == str(exported) and fused.base == "plain"
+    base, adapters = unfuse(fused)
+    assert (base.source, base.base) == (fused.source, "plain")  # its other files are there still
+    assert unfuse(swap(fuse(base, fused.adapter, adapters), adapters))[0].base == "plain"
+    save_peft(tmp_path / "peft", base, LORA, perturbed_adapters(base, LORA))
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "plain"
+    save_hf(tmp_path / "again", load_model(exported))
+    manifest = json.loads((tmp_path / "again" / "zflora.json").read_text())
+    assert manifest["base"]["name"] == "plain"
+    base.tokenizer = byte_tokenizer()
+    run = RunConfig("x", data=DataConfig(bucket_lengths=(16,)), adapter=LORA)
+    assert as_base(run, base).base == "plain"
+    again = unfuse(fuse(bases["plain"], fused.adapter, adapters))[0]
+    assert (again.source, again.base) == (bases["plain"].source, None)

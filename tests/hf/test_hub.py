@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import jax
 import pytest
 from support.checks import assert_trees_equal
-from support.models import needs_smollm2, perturb, tiny_model
+from support.exports import fused_model, perturbed_adapters
+from support.models import needs_smollm2, tiny_model
 
-from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
@@ -57,21 +55,16 @@ def test_a_model_at_a_revision(base: Model, tmp_path: Path, asked: Any) -> None:
     assert asked == [("org/llama", "v1.0")] and model.source == "org/llama@v1.0"
     assert base_name(model) == "org/llama@v1.0"
     assert "base_model: org/llama\n" in model_card(model, FACTS, {})
-    fused = fuse(model, LORA, perturb(init_adapters(jax.random.key(0), model, LORA)))
-    save_hf(tmp_path / "fused", fused)  # which knows the revision, and tells PEFT
-    save_peft(
-        tmp_path / "lora",
-        load_model(tmp_path / "fused"),
-        LORA,
-        init_adapters(jax.random.key(0), model, LORA),
-    )
+    save_hf(tmp_path / "fused", fused_model(model, LORA))  # which passes the revision to PEFT
+    again = load_model(tmp_path / "fused")
+    save_peft(tmp_path / "lora", again, LORA, perturbed_adapters(base, LORA))
     told = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (told["base_model_name_or_path"], told["revision"]) == ("org/llama", "v1.0")
     assert load_model("org/llama").source == "org/llama" and asked[-1] == ("org/llama", None)
 
 
 def test_an_adapter_on_the_hub(base: Model, tmp_path: Path, asked: Any) -> None:
-    adapters = perturb(init_adapters(jax.random.key(0), base, LORA))
+    adapters = perturbed_adapters(base, LORA)
     save_peft(tmp_path / "hub" / "org" / "lora", base, LORA, adapters)
     _, found = load_peft("org/lora@abc123", base)
     assert_trees_equal(found, adapters)
@@ -90,7 +83,7 @@ def test_what_is_here_is_no_hub_id(
 ) -> None:
     """A relative path of two parts looks like one."""
     save_hf(tmp_path / "runs" / "llama", base)
-    save_peft(tmp_path / "runs" / "lora", base, LORA, init_adapters(jax.random.key(0), base, LORA))
+    save_peft(tmp_path / "runs" / "lora", base, LORA, perturbed_adapters(base, LORA))
     monkeypatch.chdir(tmp_path)
     assert_trees_equal(load_model("runs/llama").params, base.params)
     assert load_peft("runs/lora", base)[0].targets == "q|v"
@@ -106,9 +99,9 @@ def test_a_packaged_preset_is_not_the_hubs_model(
     model = Model(base.config, base.params, source="smollm2-135m")
     name = HUB_IDS["smollm2-135m"]
     assert not _same_source("smollm2-135m", name) and _same_source("smollm2-135m", "smollm2-135m")
-    assert f"{name}, of the numbers that the blocks of" in model_card(model, FACTS, {})
-    with pytest.warns(UserWarning, match=f"have fewer bits than the weights of {name}"):
-        save_peft(tmp_path / "a", model, LORA, init_adapters(jax.random.key(0), base, LORA))
+    assert f"{name}, as the blocks of" in model_card(model, FACTS, {})
+    with pytest.warns(UserWarning, match=f"have fewer bits than those of {name}"):
+        save_peft(tmp_path / "a", model, LORA, perturbed_adapters(base, LORA))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2-135m").mkdir()  # a directory of that name goes before the package
     assert packaged("smollm2-135m") is None
@@ -118,13 +111,12 @@ def test_a_packaged_preset_is_not_the_hubs_model(
     assert packaged("smollm2-135m") is None
     assert _same_source("smollm2-135m", name)
     assert f"| base | {name} |" in model_card(model, FACTS, {})
-    save_peft(tmp_path / "a", model, LORA, init_adapters(jax.random.key(0), base, LORA))
+    save_peft(tmp_path / "a", model, LORA, perturbed_adapters(base, LORA))
 
 
 def test_targets_stay_in_their_cell(base: Model) -> None:
     """Of the card's table."""
-    adapted = Model(base.config, base.params, adapter=LORA)
-    card = model_card(adapted, FACTS, {})
+    card = model_card(Model(base.config, base.params, adapter=LORA), FACTS, {})
     assert r"| adapter.targets | q\|v |" in card
 
 

@@ -1,6 +1,4 @@
-"""eps_z: chosen from the weights, named by the user, read from old exports; what it does
-to int8.
-"""
+"""eps_z: chosen from the weights or by the user; its effect on int8."""
 
 from __future__ import annotations
 
@@ -13,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.cases import case_id
-from support.checks import TOLERANCE
-from support.models import perturb, tiny_model
+from support.checks import TOLERANCE, assert_trees_equal
+from support.exports import perturbed_adapters
+from support.models import tiny_model
 
 from zflora_jax.adapters.fuse import fuse, unfuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -37,11 +35,9 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
 
 
 def trained_like(seed: int = 0, std: float = 0.02, **changes: object) -> Model:
-    """Forward as it is initialised, what reads the state moved by noise, as training moves it."""
+    """Adapters near their initialisation, as training leaves them."""
     model = tiny_model(seed, num_layers=3, **changes)
-    adapters = init_adapters(jax.random.key(seed), model, MINIMAL)
-    moved = perturb(adapters, seed, std)
-    return fuse(model, MINIMAL, moved)
+    return fuse(model, MINIMAL, perturbed_adapters(model, MINIMAL, std))
 
 
 def saved_eps(path: Path) -> float:
@@ -52,7 +48,7 @@ def saved_eps(path: Path) -> float:
 def test_the_chosen_scale_keeps_float32_logits(adapter, tmp_path):
     """Also of adapters moved by noise of 0.1, which is more than training moves them."""
     model = tiny_model(num_layers=2, tie_word_embeddings=False)
-    fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
+    fused = fuse(model, adapter, perturbed_adapters(model, adapter, 0.1))
     report = save_hf(tmp_path / "out", fused)
     assert report["eps_z"] == saved_eps(tmp_path / "out") == choose_eps_z(fused, "float32")
     gap = export_gap(fused, tmp_path / "out", TOKENS)
@@ -112,14 +108,11 @@ def _stock(model: Model, eps: float) -> Model:
 
 @pytest.mark.parametrize("eps", [2.0**-10, 0.0625, 1.0])
 def test_a_named_scale_is_written_and_read_back(eps, tmp_path):
-    """2^-10 is what every export had before it was chosen: those load as they did."""
     fused = trained_like()
     assert (
         save_hf(tmp_path / "out", fused, eps_z=eps)["eps_z"] == saved_eps(tmp_path / "out") == eps
     )
-    again = load_model(tmp_path / "out")
-    for name, leaf in trees.flatten(fused.params).items():
-        np.testing.assert_array_equal(trees.flatten(again.params)[name], leaf, err_msg=name)
+    assert_trees_equal(load_model(tmp_path / "out").params, fused.params)
     gap = export_gap(fused, tmp_path / "out", TOKENS)
     assert (gap["max_abs_dlogit"] > TOLERANCE * gap["logit_scale"]) == (eps > 2**-7)
 

@@ -77,8 +77,7 @@ def test_an_export_as_numbers_says_that_the_base_comes_back_as_numbers(tmp_path:
     base = quantized_tiny("q4_1", num_layers=1)
     fused = dataclasses.replace(base, adapter=WIDENED["zflora-minimal"])
     card = model_card(fused, {"parameters": 1, "dtype": "bfloat16"}, {})
-    assert "bit for bit" not in card and "stored as codes (q4_1: " in card
-    assert "the numbers that these codes stand for, in bfloat16." in card
+    assert "bit for bit" not in card and "the base in bfloat16, as its codes (q4_1: " in card
     save_hf(tmp_path / "x", base, dtype="bfloat16")
     found = json.loads((tmp_path / "x" / "zflora.json").read_text())["base"]
     codes = trees.fingerprint(base.params)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from support.huggingface import LLAMA3, hf_model
-from support.models import perturb
+from support.models import perturb, tiny_model
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
+from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.model import Model
 from zflora_jax.hf.load import load_model
 
@@ -36,9 +39,22 @@ WIDENED = {
 }
 
 
+def perturbed_adapters(base: Model, adapter: AdapterConfig, std: float = 0.05) -> trees.Tree:
+    """Adapters with every leaf perturbed, so that no block is zero."""
+    return perturb(init_adapters(jax.random.key(0), base, adapter), std=std)
+
+
 def fused_model(base: Model, adapter: AdapterConfig) -> Model:
-    """Fused with every adapter leaf perturbed, so that no block is zero."""
-    return fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter), std=0.05))
+    """`base` fused with `perturbed_adapters`."""
+    return fuse(base, adapter, perturbed_adapters(base, adapter))
+
+
+def tiny_family(family: str, **changes: Any) -> Model:
+    """A tiny model with all traits of its family."""
+    traits = FAMILIES[family]
+    window, nope = 5 if traits.window else None, (1,) if traits.nope else ()
+    own = {"family": family, "rms_norm_eps": 1e-6, "sliding_window": window, "nope_layers": nope}
+    return tiny_model(**(own | changes))
 
 
 def saved_bases(folder: Path) -> dict[str, Model]:

@@ -72,6 +72,13 @@ def hf_logits(model: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:
         return model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
 
+def open_stock(folder: Path) -> Any:
+    """The model in a directory, in float32, as transformers loads it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
 def write_gguf(
     path: Path, model: Any, tokenizer: Any = True, edit: Any = None, **metadata: Any
 ) -> None:

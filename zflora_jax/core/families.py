@@ -1,38 +1,70 @@
-"""Families of decoders, as data: what sets each apart from Llama, and how others spell it."""
+"""Model families as data: their differences from Llama, their names elsewhere, their formats."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from zflora_jax.core.fields import require
+
+# Hugging Face directories, those with compressed-tensors kernels, llama.cpp files, LoRA directories
+FORMATS = ("hf", "compressed", "gguf", "peft")
+Refusals = Mapping[str, str | None]
+"""Format -> why it cannot hold a model; None where it can. Has every key of `FORMATS`."""
+
+_EVERY: dict[str, str | None] = dict.fromkeys(FORMATS)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family. All are decoders with RMSNorm before attention and a gated MLP.
+    """A family of decoders with RMSNorm before attention and a gated MLP.
 
     Attributes:
-      architecture: transformers' class, in config.json.
-      title: in texts.
-      qkv_bias: whether q, k and v have biases.
-      qk_norm: whether the heads of q and k go through an RMSNorm each, before RoPE.
-      window: whether attention may be limited to a sliding window.
-      nope: whether some layers may be without RoPE.
-      gguf: llama.cpp's name of the architecture.
-      gguf_pairs: whether llama.cpp stores the two halves of rotated heads interleaved.
-      defaults: what transformers takes for keys that config.json lacks, where it is not Llama's.
+      architecture: Class in transformers, as config.json names it.
+      title: Name in texts.
+      refused: Formats that cannot hold the family.
+      refused_heads: Formats that cannot hold it with heads wider than its base's.
+      qkv_bias: Whether q, k and v have biases.
+      qk_norm: Whether each head of q and k goes through an RMSNorm before RoPE.
+      window: Whether attention may be limited to a sliding window.
+      window_switch: Whether config.json switches the window on (use_sliding_window) and lists the
+        layers that have it (layer_types); False: `sliding_window` says it all.
+      nope: Whether some layers may be without RoPE.
+      joined: Module in transformers -> the kernels whose rows its tensor holds, in their order.
+      heads_divide: Whether transformers refuses a hidden size that the heads do not divide.
+      gguf: Architecture in llama.cpp.
+      gguf_as_llama: Whether llama.cpp's architecture "llama" can hold the family too.
+      gguf_pairs: Whether llama.cpp stores the two halves of rotated heads interleaved.
+      defaults: Values that transformers takes for keys missing in config.json, unless Llama's.
     """
 
     architecture: str
     title: str
+    refused: Refusals = field(default_factory=_EVERY.copy)
+    refused_heads: Refusals = field(default_factory=_EVERY.copy)
     qkv_bias: bool = False
     qk_norm: bool = False
     window: bool = False
+    window_switch: bool = False
     nope: bool = False
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    heads_divide: bool = False
     gguf: str = "llama"
+    gguf_as_llama: bool = False
     gguf_pairs: bool = True
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+_FUSE = "Fuse a method that leaves the heads alone (zflora-minimal, lora, ffa, full)"
+_GGUF_HEADS = _EVERY | {
+    "gguf": "heads wider than the base's need RoPE divisors, which llama.cpp reads for llama,"
+    f" mistral and qwen2 alone. {_FUSE}, or export a Hugging Face directory (--format hf)."
+}
+_PHI3_HEADS = (
+    "transformers' Phi3Config takes RoPE factors only for heads of hidden_size /"
+    f" num_attention_heads dims, not for heads wider than the base's. {_FUSE}."
+)
 _QWEN_DEFAULTS = {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
@@ -43,7 +75,7 @@ _QWEN_DEFAULTS = {
 
 # model_type in config.json -> its family. The defaults are those of transformers 5.24.
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "Llama"),
+    "llama": Family("LlamaForCausalLM", "Llama", heads_divide=True),
     "mistral": Family(
         "MistralForCausalLM",
         "Mistral",
@@ -59,15 +91,19 @@ FAMILIES: dict[str, Family] = {
         "Qwen2",
         qkv_bias=True,
         window=True,
+        window_switch=True,
         gguf="qwen2",
+        gguf_as_llama=True,
         gguf_pairs=False,
         defaults=_QWEN_DEFAULTS,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         "Qwen3",
+        refused_heads=_GGUF_HEADS,
         qk_norm=True,
         window=True,
+        window_switch=True,
         gguf="qwen3",
         gguf_pairs=False,
         defaults=_QWEN_DEFAULTS | {"head_dim": 128},
@@ -75,6 +111,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(
         "SmolLM3ForCausalLM",
         "SmolLM3",
+        refused_heads=_GGUF_HEADS,
         nope=True,
         gguf="smollm3",
         defaults={
@@ -87,4 +124,49 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
         },
     ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        "Phi-3",
+        refused=_EVERY
+        | {
+            "gguf": "GGUF files of phi3, with its joined kernels, are neither read nor written."
+            " Export a Hugging Face directory (--format hf) and convert it with llama.cpp's"
+            " convert_hf_to_gguf.py.",
+            "peft": "PEFT adapts phi3's joined qkv_proj and gate_up_proj, while native LoRA adapts"
+            " q, k, v, gate and up separately. Merge the adapter into its base (fuse, or peft's"
+            " merge_and_unload) and use the model.",
+        },
+        refused_heads=_EVERY | {"hf": _PHI3_HEADS, "compressed": _PHI3_HEADS},
+        window=True,
+        joined={"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")},
+        gguf="phi3",
+        gguf_pairs=False,
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
+    ),
 }
+
+
+def refusal(family: str, name: str, wide_heads: bool = False) -> str | None:
+    """The reason why a format cannot hold a model.
+
+    Args:
+      family: Key of `FAMILIES`.
+      name: Name of the format, one of `FORMATS`.
+      wide_heads: Whether the model's heads are wider than its base's.
+
+    Returns:
+      The text of the refusal; None where the format can hold the model.
+    """
+    row = FAMILIES[family]
+    return row.refused[name] or (row.refused_heads[name] if wide_heads else None)
+
+
+def require_format(family: str, name: str, wide_heads: bool = False) -> None:
+    """ConfigError with the text of `refusal` where there is one; the same arguments."""
+    text = refusal(family, name, wide_heads)
+    require(text is None, f"family {family!r} in format {name!r}: {text}")

@@ -75,7 +75,7 @@ def check_hf(
     """ConfigError where `write_fused` would raise it for `quant`, or for `dtype` with it; and for
     an `out` that is the name of a file.
     """
-    from zflora_jax.hf.compressed_types import check_quant
+    from zflora_jax.hf.compressed import check_quant
 
     check_directory(out)
     if quant is not None:

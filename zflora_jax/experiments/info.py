@@ -27,12 +27,11 @@ from zflora_jax.core.storage import as_path, is_url
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.experiments.run_report import read_report
 from zflora_jax.hf.bucket import headers
-from zflora_jax.hf.compressed_read import CODES
+from zflora_jax.hf.compressed import CODES
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.hub import packaged
 from zflora_jax.hf.load import model_config
-from zflora_jax.hf.peft import WEIGHTS, refuse_pickled
-from zflora_jax.hf.peft_settings import CONFIG
+from zflora_jax.hf.peft import CONFIG, WEIGHTS, refuse_pickled
 from zflora_jax.hf.restore import MANIFEST, read_manifest, stored_config
 from zflora_jax.hf.shards import FLOATS, Shards, read_json
 from zflora_jax.reporting.metrics import METRICS_FILE, read_metrics

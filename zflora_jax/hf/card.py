@@ -24,10 +24,7 @@ def project_version() -> str:
 
 def base_name(model: Model) -> str | None:
     """The base's name in files that others read: its hub id, with "@revision" where one was given,
-    else the last part of its path.
-
-    Returns:
-      None where the model has no source, or is of an export that does not know its base.
+    else the last part of its path; None where it is not known.
     """
     if model.base is not None:
         return model.base or None
@@ -37,52 +34,21 @@ def base_name(model: Model) -> str | None:
     return source if is_hub_id(source) else Path(source).name
 
 
-def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    """Write the README.md of an export.
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [zflora]
+{hub}---
 
-    Args:
-      model: the exported model.
-      report: "parameters" and "dtype" of the export; "quant" where its kernels are codes.
-      rows: more lines of the table, such as {"accuracy after": 0.71}.
+# {title}
 
-    Returns:
-      Markdown with the hub's metadata on top.
-    """
-    base, adapter = base_name(model), model.adapter
-    hub = [f"base_model: {base.partition('@')[0]}"] if base and "/" in base else []
-    title = f"# {base or model.config.traits.title}"
-    title += f", {adapter.method} adapter fused in" if adapter else ""
-    table = {
-        "base": f"{base or 'not recorded'}{_as_packaged(model)}",
-        "parameters": f"{report['parameters']:,}",
-        "dtype": report["dtype"],
-        **({"kernels": report["quant"]} if "quant" in report else {}),
-        **_adapter_rows(model),
-        **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows.items()},
-    }
-    lines = [
-        *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [zflora]"),
-        *(*hub, "---", "", title, "", *_description(model, report), ""),
-        *("| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in table.items())),
-        _USE.format(needs=_NEEDS if "quant" in report else ""),
-    ]
-    return "\n".join(lines)
+{description}
 
+| | |
+|---|---|
+{table}
 
-def _as_packaged(model: Model) -> str:
-    file = packaged(model.source or "")
-    return f", of the numbers that the blocks of {file.name} stand for" if file else ""
-
-
-def _cell(value: Any) -> str:
-    """A bar, as of the targets "q|v", would end the cell."""
-    return str(value).replace("|", "\\|")
-
-
-_NEEDS = (
-    "The kernels are codes in the compressed-tensors format: `pip install compressed-tensors`.\n\n"
-)
-_USE = """
 {needs}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("<this directory>")
@@ -93,42 +59,73 @@ With vLLM: `vllm serve <this directory>`.
 
 These weights derive from the base model; its licence and terms apply to them.
 """
-
-_FUSED = """\
-A {title} fine-tuned with a {method} adapter by zflora_jax. The adapter is fused: it lives in extra\
- channels of the ordinary
-kernels, so this is a stock {stock} with slightly wider layers and needs no custom code."""
-_UNFUSED = """\
-zflora_jax can take the adapter out again (`load_model`, then `unfuse`), which gives back the base\
- model bit for bit."""
-
-_UNFUSED_CODES = """\
-The base was stored as codes ({stored}). zflora_jax can take the adapter out again (`load_model`,\
- then `unfuse`), which gives
-back the numbers that these codes stand for, in {dtype}."""
-
-_SOURCE = "The method is a reconstruction of {source}, not the paper's own code."
-
+_NEEDS = (
+    "The kernels are codes in the compressed-tensors format: `pip install compressed-tensors`.\n\n"
+)
+_BASE = "A {title} saved by zflora_jax, {change}."
 _MERGED = (
     "A {title} fine-tuned by zflora_jax (method {method}), merged into the base kernels: a stock"
     " {stock} of the base's shape."
 )
+_FUSED = (
+    "A {title} fine-tuned with a {method} adapter by zflora_jax. The adapter is fused: it lives in"
+    " extra channels\nof the ordinary kernels, so this is a stock {stock} with slightly wider"
+    " layers and needs no custom code."
+)
+_UNFUSED = (
+    "\nzflora_jax can take the adapter out again (`load_model`, then `unfuse`), which gives back"
+    " {base}."
+)
+_SOURCE = "\nThe method is a reconstruction of {source}, not the paper's own code."
 
 
-def _description(model: Model, report: Mapping[str, Any]) -> list[str]:
+def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+    """Write the README.md of an export.
+
+    Args:
+      model: The exported model.
+      report: "parameters" and "dtype" of the export; "quant" where its kernels are codes.
+      rows: More rows of the table, such as {"accuracy after": 0.71}.
+
+    Returns:
+      Markdown with the hub's metadata on top.
+    """
+    base, adapter, file = base_name(model), model.adapter, packaged(model.source or "")
+    title = base or model.config.traits.title
+    origin = f", as the blocks of {file.name} store it" if file else ""
+    table = {
+        "base": f"{base or 'not recorded'}{origin}",
+        "parameters": f"{report['parameters']:,}",
+        "dtype": report["dtype"],
+        **({"kernels": report["quant"]} if "quant" in report else {}),
+        **_adapter_rows(model),
+        **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows.items()},
+    }
+    bars = {key: str(value).replace("|", "\\|") for key, value in table.items()}
+    return _CARD.format(
+        hub=f"base_model: {base.partition('@')[0]}\n" if base and "/" in base else "",
+        title=f"{title}, {adapter.method} adapter fused in" if adapter else title,
+        description=_description(model, report),
+        table="\n".join(f"| {key} | {value} |" for key, value in bars.items()),
+        needs=_NEEDS if "quant" in report else "",
+    )
+
+
+def _description(model: Model, report: Mapping[str, Any]) -> str:
     family, quantised = model.config.traits, "quant" in report
     if model.adapter is None:
         change = "with quantised kernels" if quantised else "unchanged but for its dtype"
-        return [f"A {family.title} saved by zflora_jax, {change}."]
+        return _BASE.format(title=family.title, change=change)
     method = model.adapter.method
     row = METHODS[method]
-    text = (_FUSED if row.widens else _MERGED).format(
-        method=method, title=family.title, stock=family.architecture
-    )
+    text = _FUSED if row.widens else _MERGED
+    text = text.format(method=method, title=family.title, stock=family.architecture)
     if row.widens and not quantised:
-        codes = _UNFUSED_CODES.format(stored=stored_text(model), dtype=report["dtype"])
-        text += f"\n{codes if is_quantized(model) else _UNFUSED}"
-    return [text, _SOURCE.format(source=row.source)] if row.source else [text]
+        base = "the base model bit for bit"
+        if is_quantized(model):
+            base = f"the base in {report['dtype']}, as its codes ({stored_text(model)}) define it"
+        text += _UNFUSED.format(base=base)
+    return text + _SOURCE.format(source=row.source) if row.source else text
 
 
 def _adapter_rows(model: Model) -> dict[str, Any]:

@@ -1,116 +1,415 @@
-"""Exports with quantised kernels, in the compressed-tensors format: codes, scales and config.json
-of stock form, for vLLM and transformers.
+"""Exports with quantised kernels in the compressed-tensors format, for vLLM and transformers.
+
+Codes that the model has are copied. Floats are quantised as `ops.quantized.quantize` does it, the
+base's inputs separately from an adapter's.
+
+int4 has groups of inputs, so the rows that read an adapter's channels have their own. int8 has one
+scale for each output channel: the adapter's rows share it with the base's, whose codes stay as they
+are. An adapter's channel may be stored times any power of two if the rows that read it are divided
+by it; the power with the smallest error of these rows is chosen. The residual state has one power,
+eps_z; each adapter unit of the MLP and each adapter dim of the values has its own.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
-from zflora_jax.core.architecture import KERNELS, count_base
+from zflora_jax.adapters.methods import base_config
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.architecture import KERNELS, count_base, kernel_shapes
+from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
-from zflora_jax.hf.compressed_form import CompressedForm, compressed_form
-from zflora_jax.hf.compressed_rows import MOST, Split, split_kernel, with_shared_scales
-from zflora_jax.hf.compressed_types import PLAIN, pack, packed_shape, quantization_config
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.hf.config import to_hf_config
-from zflora_jax.hf.keys import as_finite, hf_table
-from zflora_jax.hf.stock import module_of, native_tensor
-from zflora_jax.hf.stored import Stored
+from zflora_jax.hf.keys import Slices, as_finite, hf_shapes, hf_table, members
+from zflora_jax.hf.quantized_leaves import quantized
+from zflora_jax.hf.shards import FLOATS, Shards, Spec
+from zflora_jax.hf.state_scale import CHOICES, scales_state, state_share
+from zflora_jax.hf.stock import (
+    StockForm,
+    Stored,
+    module_of,
+    native_leaf,
+    native_tensor,
+    round_up,
+    stock_form,
+    widths_report,
+)
+from zflora_jax.nn.quantize_model import group_of
+from zflora_jax.ops.quantized import KINDS, QuantizedArray, dequantize
+from zflora_jax.ops.quantized_blocks import cut, quantize_block
+
+PACKED, PLAIN = "pack-quantized", "int-quantized"
+DTYPES = ("float32", "bfloat16")  # of unquantised tensors; vLLM casts scales to it too
+CODES = ("I8", "I32", "I64")  # safetensors' dtypes of codes, words and shapes
+MOST = 127  # the largest code of 8 bits that has a negative
+_WORD = 4  # codes of 8 bits in a word, which rows fill
+# Powers that a unit may be stored times; 1 first, so that rows of zeros leave it as it is.
+_UNITS = tuple(sorted((2.0**k for k in range(-10, 11)), key=lambda power: abs(np.log2(power))))
+
+
+@dataclass(frozen=True)
+class Quant:
+    """A way to store the layers' kernels.
+
+    Attributes:
+      kind: Type of their codes, a key of `KINDS`.
+      text: Description for messages and help.
+      group: Inputs of a group; None: the type's default, or the groups of the model's codes.
+      format: compressed-tensors' name of the layout.
+      activations: Whether the consumer rounds activations to 8 bits, token by token.
+    """
+
+    kind: str
+    text: str
+    group: int | None = None
+    format: str = PACKED
+    activations: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return KINDS[self.kind].bits
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of a kernel's tensors, in place of "weight"; the codes come first."""
+        codes = ("weight",) if self.format == PLAIN else ("weight_packed", "weight_shape")
+        return (*codes, "weight_scale")
+
+
+QUANTS = {
+    "int8": Quant("int8", "W8A16, one scale for each output channel"),
+    "w8a8": Quant(
+        "int8", "the codes of int8, activations rounded to 8 bits", format=PLAIN, activations=True
+    ),
+    "int4": Quant("int4", "W4A16 in groups of 64, or of the codes that the model has"),
+    **{f"int4-g{n}": Quant("int4", f"W4A16 in groups of {n}", n) for n in KINDS["int4"].groups},
+}
+
+
+def check_quant(quant: str, dtype: str | None = None) -> Quant:
+    """Look up a quantisation; ConfigError if there is none of this name, or if it does not go with
+    the dtype of the unquantised tensors.
+    """
+    require(
+        quant in QUANTS,
+        f"quant={quant!r} of a Hugging Face directory: {nearest(quant, QUANTS)}. The types of"
+        " llama.cpp (q8_0, q4_k_m, ...) go with --format gguf.",
+    )
+    require(
+        dtype is None or dtype in DTYPES,
+        f"quant={quant!r} with dtype={dtype!r}: scales become too small for it. Choose"
+        f" {' or '.join(DTYPES)}, or leave dtype out.",
+    )
+    return QUANTS[quant]
+
+
+# --- the form of the model ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompressedForm:
+    """The form of a model in a compressed-tensors directory.
+
+    Attributes:
+      quant: Quantisation of the kernels.
+      groups: Kernel -> inputs of a group, 0: all.
+      native: The model's config.
+      base: Its base's config.
+      stock: Stock form of the model with filled heads and MLP units.
+      units: Kernel that reads them ("o", "down") -> powers that an adapter's units are stored
+        times, for each layer [kv heads or 1, channels].
+    """
+
+    quant: Quant
+    groups: dict[str, int]
+    native: LlamaConfig
+    base: LlamaConfig
+    stock: StockForm
+    units: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    def report(self, quant: str) -> dict[str, Any]:
+        """Quantisation, widths, filled channels and groups."""
+        report: dict[str, Any] = {"parameters": count_base(self.stock.config)}
+        report |= {"quant": f"{quant}: {self.quant.text}"}
+        report |= widths_report(self.native, self.stock.config)
+        if self.quant.kind == "int4":
+            sizes = sorted(set(self.groups.values()), reverse=True)
+            report["quant"] = f"{quant}: W4A16 in groups of {' and '.join(map(str, sizes))}"
+            of = {n: ", ".join(k for k in KERNELS if self.groups[k] == n) for n in sizes}
+            report["groups of inputs"] = "; ".join(f"{n}: {kernels}" for n, kernels in of.items())
+        return report | ({"eps_z": self.stock.eps_z} if scales_state(self.native) else {})
+
+
+def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -> CompressedForm:
+    """The form of a model in such a directory; arguments and errors as for `compressed`."""
+    row, config = check_quant(quant, dtype), model.config
+    widened = model.adapter is not None and METHODS[model.adapter.method].widens
+    base = base_config(config, model.adapter) if widened and model.adapter else config
+    groups = _groups(model, quant, row, base)
+    chosen = stock_form(model, dtype, eps_z).eps_z
+    inputs = round_up(config.intermediate_size, groups["down"] or _WORD)
+    native = config.replace(intermediate_size=inputs)
+    if config.base_head_dim is not None:
+        native = native.replace(head_dim=round_up(config.head_dim, groups["o"] or 2))
+    multiple = [groups[k] or _WORD for k in KERNELS if KERNELS[k][0] == "residual"]
+    multiple += [config.num_heads] * config.traits.heads_divide
+    stock = StockForm(native, chosen, math.lcm(*multiple))
+    form = CompressedForm(row, groups, config, base, stock)
+    return form if row.kind == "int4" or base == config else _shared_scales(form, model, eps_z)
+
+
+def _groups(model: Model, quant: str, row: Quant, base: LlamaConfig) -> dict[str, int]:
+    """The group size of every kernel: that of its codes, or one that divides the base's inputs."""
+    how = QuantizeConfig(row.kind, group=row.group)  # type: ignore[arg-type]
+    found: dict[str, int] = {}
+    for name, leaf in trees.flatten(model.params).items():
+        kernel = name.split("/")[-2]
+        if kernel not in KERNELS or not name.endswith("/kernel"):
+            continue
+        if not isinstance(leaf, QuantizedArray):
+            found[kernel] = group_of(name, row.kind, how, kernel_shapes(base)[kernel][0][-1])
+            continue
+        found[kernel] = wanted = leaf.group
+        if row.group is not None and leaf.kind == row.kind:
+            wanted = group_of(name, row.kind, how, leaf.base)
+        require(
+            leaf.kind == row.kind
+            and bool(leaf.group) == (row.kind == "int4")
+            and leaf.group == wanted,
+            f"quant={quant!r} is {row.text}, and {name} is stored as {leaf.kind}, a scale for"
+            f" {leaf.group or 'all'} inputs. Choose the quant of these codes (int8 without groups:"
+            " 'int8' or 'w8a8'; int4: 'int4'), quantise the base otherwise, or make floats of it"
+            " (zf.dequantize_model), which are then rounded a second time.",
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel of one layer, the inputs of the base separate from an adapter's.
+
+    R, N: the leading input and output axes (heads), else 1; w, e, o: the last axes.
+
+    Attributes:
+      codes: Codes of the base's rows, [R, w, N, o] int8, with the columns of an adapter's outputs.
+      scales: Their scales, [R or 1, groups, N, o] float32.
+      rows: An adapter's rows, [R, e, N, o] float32.
+      own: Codes and scales of these rows if they have their own groups (int4), else None.
+      outputs: Number of the base's outputs in o.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    rows: np.ndarray
+    own: tuple[np.ndarray, np.ndarray] | None
+    outputs: int
+
+    @property
+    def shared(self) -> np.ndarray:
+        """[N, o]: whether the rows have to take the base's scale. Outputs without codes of the base
+        have none, and an adapter's outputs may be rounded again.
+        """
+        used = np.max(np.abs(self.codes), axis=(0, 1), initial=0) > 0
+        used[:, self.outputs :] = False
+        return used
+
+
+def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
+    """Split a kernel, given by a name of `hf_table`; floats are quantised here. Processes that
+    share the model call this together.
+    """
+    place = hf_table(form.native)[name]
+    base = hf_table(form.base)[name].shape
+    kernel, leaf, reads = module_of(place), native_leaf(model, place), place.in_axes or 1
+    writes, width, kind = len(place.shape) - reads, base[reads - 1], form.quant.kind
+    extra: Any = None
+    rows: Any = np.zeros((*place.shape[: reads - 1], 0, *place.shape[reads:]))
+    if isinstance(leaf, QuantizedArray):
+        if not np.isfinite(np.asarray(leaf.scales, np.float32)).all():
+            raise CheckpointError(
+                f"the model: the scales of {name} hold NaN or infinite values; quantise the base"
+                " again."
+            )
+        top = cut(leaf, extra=False)
+        if leaf.base < leaf.shape[leaf.axis]:
+            extra = cut(leaf, extra=True)
+            rows = dequantize(extra)
+    else:
+        x, at = as_finite(leaf, np.float32, name, "the model"), (slice(None),) * (reads - 1)
+        axes = {"reads": reads, "writes": writes, "group": form.groups[kernel]}
+        top = quantized(x[(*at, slice(width))], kind, **axes)
+        rows = x[(*at, slice(width, None))]
+        if rows.size and kind == "int4":
+            extra = jax.jit(quantize_block)(rows, top)
+
+    def plain(part: Any, dtype: Any) -> np.ndarray:
+        shape = [1] * (2 - reads) + list(part.shape[:reads]) + [1] * (2 - writes)
+        return np.asarray(part).astype(dtype).reshape(*shape, *part.shape[reads:])
+
+    own = None
+    if kind == "int4" and extra is not None:
+        own = plain(extra.codes, np.int8), plain(extra.scales, np.float32)
+    codes, scales = plain(top.codes, np.int8), plain(top.scales, np.float32)
+    return _Kernel(codes, scales, plain(rows, np.float32), own, base[-1])
+
+
+def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> CompressedForm:
+    """The form with the powers of units and, unless the user gave it, eps_z.
+
+    A few rows meet an output whose scale is small, and clipping those costs less than rounding all
+    others more coarsely: so a power is judged by the whole error of its rows. eps_z has the
+    smallest relative error of a layer's products: that of the rows times their inputs, plus the
+    state's part in what a norm divides by.
+    """
+    units: dict[str, list[np.ndarray]] = {}
+    error, energy, counts = np.zeros(len(CHOICES)), 0.0, np.zeros(2)
+    for name, place in hf_table(form.native).items():
+        kernel = module_of(place)
+        parts = _kernel(form, model, name) if kernel in KERNELS else None
+        if parts is None or not parts.rows.size:
+            continue
+        state = KERNELS[kernel][0] == "residual"
+        rows, scales = parts.rows[..., parts.shared], parts.scales[0, 0][parts.shared]
+        found = np.stack([_error(rows, p * scales) for p in (CHOICES if state else _UNITS)])
+        if state:
+            base = parts.codes[..., parts.shared] * scales
+            error += found.reshape(len(found), -1).sum(axis=1)
+            energy, counts = energy + float(np.sum(base**2)), counts + (rows.size, base.size)
+            continue
+        if kernel == "o":  # the heads of a group read one value
+            found = found.reshape(len(_UNITS), form.native.num_kv_heads, -1, found.shape[-1]).sum(2)
+        best = np.asarray(_UNITS, np.float32)[found.argmin(axis=0)]
+        units.setdefault(kernel, []).append(best)
+    stock = form.stock
+    if eps_z is None and counts[0]:
+        share, each = state_share(model), (error / counts[0]) / (energy / counts[1])
+        effect = np.sqrt(share * each) + share * np.square(CHOICES) / 2
+        stock = replace(stock, eps_z=CHOICES[int(effect.argmin())])
+    return replace(form, stock=stock, units=units)
+
+
+def _error(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The squared errors [R, e] of rows [R, e, outputs] that are stored with these scales."""
+    stored = np.clip(np.rint(rows / scales), -MOST, MOST) * scales
+    return np.sum((stored - rows) ** 2, axis=-1)
+
+
+# --- tensors --------------------------------------------------------------------------------------
 
 
 def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Stored:
-    """What a directory of a quantised model holds.
-
-    Codes that the model has are copied; numbers are quantised as `ops.quantized.quantize` does it,
-    the base's inputs apart from an adapter's.
+    """The content of a directory with quantised kernels.
 
     Args:
-      model: a base or fused model, not packed.
+      model: A base or fused model, not packed.
       quant: "int8": W8A16, one scale for each output channel; "w8a8": the same codes for consumers
         that round activations to 8 bits; "int4": W4A16 in the groups that the model's codes have,
-        else of 64 inputs; "int4-g32", "int4-g64", "int4-g128": in groups of so many.
-      dtype: of embedding, head, norms and biases.
-      eps_z: None: chosen from the weights.
+        else of 64 inputs; "int4-g32", "int4-g64", "int4-g128": in groups of that many.
+      dtype: Data type of embedding, head, norms and biases.
+      eps_z: Scale of the stored state; None: chosen from the weights.
 
     Raises:
-      ConfigError: a setting is wrong, or the kernels cannot be stored so.
-      CheckpointError: a number or scale is not finite.
+      ConfigError: A setting is wrong, or the kernels cannot be stored so.
+      CheckpointError: A value or scale is not finite.
     """
-    form = with_shared_scales(compressed_form(model, quant, dtype, eps_z), model, eps_z)
-    row, table = form.quant, hf_table(form.config)
-    scales = "bfloat16" if row.kind == "int4" and dtype == "bfloat16" else "float32"
-    specs = _specs(form, dtype, scales)
+    form = compressed_form(model, quant, dtype, eps_z)
+    row, table = form.quant, hf_table(form.stock.config)
+    names, specs = members(table), dict[str, Spec]()
+    scale_dtype = "bfloat16" if row.kind == "int4" and dtype == "bfloat16" else "float32"
+    part_of: dict[str, tuple[str, str]] = {}  # tensor -> (tensor of floats, part)
+    for name, shape in hf_shapes(table).items():
+        kernel = module_of(table[names[name][0]])
+        if kernel not in KERNELS:
+            specs[name] = shape, dtype
+            continue
+        (rows, width), group = shape, form.groups[kernel]
+        parts = {
+            "weight": (shape, "int8"),
+            "weight_packed": ((rows, -(-width * row.bits // 32)), "int32"),
+            "weight_scale": ((rows, width // group if group else 1), scale_dtype),
+            "weight_shape": ((2,), "int64"),
+        }
+        for part in row.parts:
+            tensor_name = name.removesuffix("weight") + part
+            specs[tensor_name], part_of[tensor_name] = parts[part], (name, part)
 
     @lru_cache(maxsize=1)  # the tensors of a kernel are asked for one after the other
-    def kernel(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return _kernel(form, model, name)
+    def kernel_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+        made = [_stock_kernel(form, model, part) for part in names[name]]
+        codes, scales = (np.concatenate(parts) for parts in zip(*made, strict=True))
+        return codes, scales
 
     def tensor(name: str) -> np.ndarray:
-        stem, _, part = name.rpartition(".")
-        whole = f"{stem}.weight"
-        if whole not in table or module_of(table[whole]) not in KERNELS or part == "bias":
+        if name not in part_of:
             return as_finite(_plain(form, model, name), np.dtype(dtype), name, "the model")
-        codes, found = kernel(whole)
+        whole, part = part_of[name]
+        codes, scales = kernel_of(whole)
         if part == "weight_shape":
             return np.array(codes.shape, np.int64)
         if part == "weight_scale":
-            return as_finite(found, np.dtype(scales), name, "the model")
+            return as_finite(scales, np.dtype(scale_dtype), name, "the model")
         return codes if row.format == PLAIN else pack(codes, row.bits)
 
-    config = to_hf_config(form.config, dtype, form.stock.rope)
-    config["quantization_config"] = quantization_config(row, form.groups)
-    manifest = {
-        "quant": quant,
-        "stored_config": form.stock.native.flat(),
-        "multiple": form.stock.multiple,
-    }
-    report = {"parameters": count_base(form.config), "quant": f"{quant}: {form.text}"}
-    report |= form.report()
-    return Stored(form.stock, config, specs, tensor, report, manifest)
-
-
-def _specs(form: CompressedForm, dtype: str, scales: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype) of every tensor of the directory."""
-    specs: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name, place in hf_table(form.config).items():
-        shape = place.hf_shape
-        if module_of(place) not in KERNELS:
-            specs[name] = (shape, dtype)
-            continue
-        size = form.groups[module_of(place)]
-        stored = {
-            "weight": (shape, "int8"),
-            "weight_packed": (packed_shape(shape, form.quant.bits), "int32"),
-            "weight_scale": ((shape[0], shape[1] // size if size else 1), scales),
-            "weight_shape": ((2,), "int64"),
-        }
-        stem = name.removesuffix("weight")
-        specs |= {stem + part: stored[part] for part in form.quant.parts}
-    return specs
+    config = to_hf_config(form.stock.config, dtype, form.stock.rope)
+    config["quantization_config"] = _quantization_config(form)
+    stored = {"stored_config": form.stock.native.flat(), "multiple": form.stock.multiple}
+    manifest = {"quant": quant, **stored}
+    return Stored(form.stock, config, specs, tensor, form.report(quant), manifest)
 
 
 def _plain(form: CompressedForm, model: Model, name: str) -> np.ndarray:
     """A tensor that is not quantised, in stock form, float32."""
     place, x = native_tensor(model, name)
-    wanted = hf_table(form.stock.native)[name].shape
-    x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
-    return hf_table(form.config)[name].to_hf(form.stock.forward(module_of(place), x))
+    for axis, size in enumerate(hf_table(form.stock.native)[name].shape):
+        x = _filled(x, axis, size, 0)
+    return hf_table(form.stock.config)[name].to_hf(form.stock.forward(module_of(place), x))
 
 
-def _kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _filled(part: np.ndarray, axis: int, size: int, value: int) -> np.ndarray:
+    """`part` with an axis filled up to a size."""
+    pads = [(0, 0)] * part.ndim
+    pads[axis] = (0, size - part.shape[axis])
+    return np.pad(part, pads, constant_values=value)
+
+
+def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Codes [out, in] int8 and scales [out, groups] float32 of a kernel in stock form."""
-    place = hf_table(form.config)[name]
+    place = hf_table(form.stock.config)[name]
     kernel, layer = module_of(place), int(name.split(".")[2])
-    parts = split_kernel(form, model, name)
-    build = _in_groups if form.quant.kind == "int4" else _shared
-    divisor = _divisor(form, kernel, layer, parts)
-    reads = place.in_axes or 1
-    codes, scales = build(parts, divisor, place.shape[reads - 1], form.groups[kernel])
-    scales = scales * _columns(form, kernel, layer, codes.shape[2:])
-    more = place.shape[-1] - codes.shape[-1]
-    codes, scales = _filled(codes, -1, more, 0), _filled(scales, -1, more, 1)
-    if form.native.base_head_dim is not None and kernel in ("q", "k"):
+    parts = _kernel(form, model, name)
+    codes, scales, native = parts.codes, parts.scales, form.native
+    powers = _units(form, kernel, layer, len(codes))  # that an adapter's inputs are stored times
+    if parts.own is not None:
+        codes = np.concatenate([codes, parts.own[0]], axis=1)
+        scales = np.concatenate([scales, parts.own[1] / powers], axis=1)
+    elif parts.rows.size:
+        codes, scales = _rows_on_base_scales(parts, parts.rows / powers)
+    width, group = place.shape[(place.in_axes or 1) - 1], form.groups[kernel]
+    codes = _filled(codes, 1, width, 0)
+    scales = _filled(scales, 1, width // group if group else 1, 1)
+    columns = np.ones(codes.shape[2:], np.float32)
+    if KERNELS[kernel][1] == "residual":
+        columns[:, native.norm_dim :] = form.stock.eps_z
+    elif kernel in ("v", "up") and (reader := "o" if kernel == "v" else "down") in form.units:
+        found = form.units[reader][layer]
+        columns[:, columns.shape[1] - found.shape[-1] :] = found
+    elif form.stock.turned(kernel):
+        columns *= form.stock.head_scale(kernel, form.stock.eps_z)[: columns.shape[1]]
+    codes = _filled(codes, -1, place.shape[-1], 0)
+    scales = _filled(scales * columns, -1, place.shape[-1], 1)
+    if form.stock.turned(kernel):
         codes, scales = codes[..., form.stock.head_order], scales[..., form.stock.head_order]
 
     def flat(part: np.ndarray) -> np.ndarray:
@@ -120,61 +419,112 @@ def _kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.ndarray, 
     return flat(codes), flat(scales)
 
 
-def _filled(part: np.ndarray, axis: int, more: int, value: int) -> np.ndarray:
-    pads = [(0, 0)] * part.ndim
-    pads[axis] = (0, more)
-    return np.pad(part, pads, constant_values=value)
+def _units(form: CompressedForm, kernel: str, layer: int, heads: int) -> np.ndarray:
+    """The powers that an adapter's inputs of a kernel are stored times, as [R, e, 1, 1]."""
+    if KERNELS[kernel][0] == "residual":
+        return np.full((1, 1, 1, 1), form.stock.eps_z, np.float32)
+    if kernel not in form.units:
+        return np.ones((1, 1, 1, 1), np.float32)
+    found = form.units[kernel][layer]
+    return np.repeat(found, heads // len(found), axis=0)[..., None, None]
 
 
-def _in_groups(
-    parts: Split, divisor: np.ndarray, width: int, group: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales in groups: the base's, the adapter's, and zeros up to `width` inputs."""
+def _rows_on_base_scales(parts: _Kernel, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales if an adapter's `rows`, as stored, share the scales of the base's."""
     codes, scales = parts.codes, parts.scales
-    if parts.row_codes is not None and parts.row_scales is not None:
-        codes = np.concatenate([codes, parts.row_codes], axis=1)
-        scales = np.concatenate([scales, parts.row_scales / divisor.max()], axis=1)
-    codes = _filled(codes, 1, width - codes.shape[1], 0)
-    return codes, _filled(scales, 1, width // group - scales.shape[1], 1)
-
-
-def _shared(
-    parts: Split, divisor: np.ndarray, width: int, group: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales where all inputs of an output share one scale."""
-    codes, rows, scales = parts.codes, parts.rows / divisor, parts.scales
-    need = np.abs(rows).max(axis=(0, 1), initial=0.0) / MOST
+    need = np.abs(rows).max(axis=(0, 1)) / MOST
     wider = ~parts.shared & (need > scales[0, 0])
     if wider.any():
         again = np.rint(codes * (scales / np.where(wider, need, 1)))
         codes = np.where(wider, again, codes).astype(np.int8)
         scales = np.where(wider, need, scales).astype(np.float32)
-    own = np.rint(rows / np.where(scales > 0, scales, 1))
-    codes = np.concatenate([codes, np.clip(own, -MOST, MOST).astype(np.int8)], axis=1)
-    return _filled(codes, 1, width - codes.shape[1], 0), scales
+    own = np.clip(np.rint(rows / np.where(scales > 0, scales, 1)), -MOST, MOST)
+    return np.concatenate([codes, own.astype(np.int8)], axis=1), scales
 
 
-def _divisor(form: CompressedForm, kernel: str, layer: int, parts: Split) -> np.ndarray:
-    """What an adapter's rows are divided by, [R, e, 1, 1]."""
-    units = {"o": "v", "down": "up"}.get(kernel)
-    if units is None:
-        return np.full((1, 1, 1, 1), form.stock.eps_z, np.float32)
-    if units not in form.units:
-        return np.ones((1, 1, 1, 1), np.float32)
-    found = form.units[units][layer]
-    if kernel == "o":
-        found = np.repeat(found, parts.codes.shape[0] // len(found), axis=0)
-    return found[..., None, None]
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [out, in] int8 as words [out, in * bits / 32] int32: the first code in the lowest bits,
+    counted from the lowest code; zeros behind the last code of a row.
+    """
+    each = 32 // bits
+    counted = (codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint32)
+    counted = np.pad(counted, [(0, 0), (0, -codes.shape[1] % each)])
+    shifts = np.arange(each, dtype=np.uint32) * np.uint32(bits)
+    words = counted.reshape(len(codes), -1, each) << shifts
+    return np.bitwise_or.reduce(words, axis=-1).view(np.int32)
 
 
-def _columns(form: CompressedForm, kernel: str, layer: int, shape: tuple[int, ...]) -> np.ndarray:
-    """What the columns of a kernel are stored times, broadcasting against [N, o] of `shape`."""
-    native, columns = form.native, np.ones(shape, np.float32)
-    if kernel in form.units:
-        found = form.units[kernel][layer]
-        columns[:, shape[-1] - found.shape[-1] :] = found
-    elif KERNELS[kernel][1] == "residual":
-        columns[:, native.norm_dim :] = form.stock.eps_z
-    elif kernel in ("q", "k") and native.base_head_dim is not None:
-        columns *= form.stock.head_scale(kernel, form.stock.eps_z)[: shape[-1]]
-    return columns
+def unpack(words: np.ndarray, bits: int, width: int) -> np.ndarray:
+    """The inverse of `pack`: int8 codes [out, width]."""
+    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+    counted = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+    codes = counted.astype(np.int16) - (1 << (bits - 1))
+    return codes.astype(np.int8).reshape(len(words), -1)[:, :width]
+
+
+def _quantization_config(form: CompressedForm) -> dict[str, Any]:
+    """The quantization_config of config.json, as llm-compressor writes it."""
+    row, joined = form.quant, form.native.traits.joined
+    module = {kernel: name for name, kernels in joined.items() for kernel in kernels}
+    targets: dict[int, dict[str, None]] = {n: {} for n in sorted(set(form.groups.values()))[::-1]}
+    for kernel in KERNELS:
+        targets[form.groups[kernel]][f"re:.*{module.get(kernel, kernel)}_proj$"] = None
+    common: dict[str, Any] = {"actorder": None, "block_structure": None, "observer_kwargs": {}}
+    common |= {"symmetric": True, "type": "int"}
+    rounded = {"num_bits": 8, "strategy": "token", "group_size": None, "dynamic": True}
+    schemes = [
+        {
+            "format": row.format,
+            "input_activations": common | rounded | {"observer": None} if row.activations else None,
+            "output_activations": None,
+            "targets": [*names] if len(targets) > 1 else ["Linear"],
+            "weights": common
+            | {"num_bits": row.bits, "strategy": "group" if size else "channel"}
+            | {"group_size": size or None, "dynamic": False, "observer": "minmax"},
+        }
+        for size, names in targets.items()
+    ]
+    return {
+        "config_groups": {f"group_{i}": scheme for i, scheme in enumerate(schemes)},
+        "format": row.format,
+        "global_compression_ratio": None,
+        "ignore": ["lm_head", "model.embed_tokens", "re:.*norm$"],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+class CompressedShards(Shards):
+    """The tensors of an export with quantised kernels, as floats under the names of a float one."""
+
+    def __init__(self, directory: Path, quant: str) -> None:
+        super().__init__(directory, dtypes=(*FLOATS, *CODES))
+        self._quant = check_quant(quant)
+        scaled = [name for name in self.shapes if name.endswith(".weight_scale")]
+        self._stems = {name.removesuffix("weight_scale") for name in scaled}
+        for stem in self._stems:
+            found = [self.shapes.pop(stem + part) for part in self._quant.parts]
+            rows, width = shape = found[0]
+            if self._quant.format != PLAIN:
+                shape = tuple(map(int, super().read(stem + "weight_shape")))
+                if shape[0] != rows or -(-shape[1] * self._quant.bits // 32) != width:
+                    raise CheckpointError(
+                        f"{directory}: {stem}weight_packed is {rows} x {width} words, and"
+                        f" {stem}weight_shape says {shape}."
+                    )
+            self.shapes[stem + "weight"] = shape
+
+    def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
+        """Read a tensor, or a block of it: for a quantised one code times scale, float32."""
+        stem = name.removesuffix("weight")
+        if stem not in self._stems:
+            return super().read(name, slices)
+        rows, columns = slices or (slice(None), slice(None))
+        width = self.shapes[name][1]
+        scales = super().read(stem + "weight_scale")[rows].astype(np.float32)
+        codes = super().read(stem + self._quant.parts[0])[rows]
+        if self._quant.format != PLAIN:
+            codes = unpack(codes, self._quant.bits, width)
+        values = codes * np.repeat(scales, width // scales.shape[1], axis=1)
+        return np.asarray(values[:, columns], np.float32)

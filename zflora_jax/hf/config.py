@@ -7,13 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zflora_jax.core.families import FAMILIES
-from zflora_jax.core.fields import ConfigError, from_dict, require
+from zflora_jax.core.families import FAMILIES, require_format
+from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
-from zflora_jax.hf.rope import turned_dims, with_turned_dims
 
-# Features that the forward pass has no code for: key -> the values that leave the features off. The
-# other keys of a config.json do not change the forward pass.
+# Features without code in the forward pass: key -> values that leave them off. Other keys of a
+# config.json do not change the forward pass.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu", "swish", None),
@@ -22,34 +21,39 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0, None),
     "is_encoder_decoder": (False, None),
 }
+# LlamaConfig's field -> key of config.json
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
 
 
 def from_hf_config(
     hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, rope: bool = True
 ) -> LlamaConfig:
-    """Read a config.json.
-
-    Keys that do not change the forward pass are ignored.
+    """Read a config.json. Keys that do not change the forward pass are ignored.
 
     Args:
-      hf: the object in config.json.
-      generation: the object in generation_config.json; its stop tokens win, as in transformers'
+      hf: Object in config.json.
+      generation: Object in generation_config.json; its stop tokens win, as in transformers'
         generate.
-      rope: whether the RoPE settings are read. False for exports of this project, which keep them
+      rope: Whether the RoPE settings are read. False for exports of this project, which keep them
         in zflora.json.
 
     Returns:
-      The config; where a key is missing, the default of the family's config in transformers.
+      The config; for missing keys, the default of the family's config in transformers.
 
     Raises:
-      ConfigError: the forward pass has no code for a feature (other biases, activations and RoPE
-        types, windows in some layers only, quantised weights, custom modelling code, ...); it is
-        named.
+      ConfigError: The forward pass has no code for a feature (other biases, activations and RoPE
+        types, windows in some layers only, quantised weights, custom modelling code, ...), which
+        is named.
     """
     _refuse(hf)
-    hf = FAMILIES[hf["model_type"]].defaults | dict(hf)
-    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
-    head_dim = hf.get("head_dim")
+    hf = {**FAMILIES[hf["model_type"]].defaults, **hf}
+    heads, hidden, head_dim = hf["num_attention_heads"], hf["hidden_size"], hf.get("head_dim")
     if head_dim is None:
         require(
             heads >= 1 and hidden % heads == 0,
@@ -57,14 +61,9 @@ def from_hf_config(
             " and there is no head_dim.",
         )
         head_dim = hidden // heads
-    theta, scaling, turned = _rope(hf) if rope else (10000.0, None, None)
+    theta, scaling = _rope(hf) if rope else (10000.0, None)
     kv_heads = hf.get("num_key_value_heads")
-    values = {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hidden,
-        "intermediate_size": hf["intermediate_size"],
-        "num_layers": hf["num_hidden_layers"],
-        "num_heads": heads,
+    values = {field: hf[key] for field, key in _SIZES.items()} | {
         "num_kv_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
@@ -72,19 +71,18 @@ def from_hf_config(
         "rope_scaling": scaling,
         "max_position_embeddings": hf.get("max_position_embeddings", 2048),
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "bos_token_id": _token(hf, generation, "bos_token_id", 1),
-        "eos_token_ids": _tokens(hf, generation),
-        "pad_token_id": _token(hf, generation, "pad_token_id", None),
+        "bos_token_id": (*_tokens(hf, generation, "bos_token_id", 1), None)[0],
+        "eos_token_ids": _tokens(hf, generation, "eos_token_id", 2),
+        "pad_token_id": (*_tokens(hf, generation, "pad_token_id", None), None)[0],
         "family": hf["model_type"],
         "sliding_window": _window(hf),
         "nope_layers": _nope_layers(hf),
     }
-    config = from_dict(LlamaConfig, values, "config.json")
-    return config if turned is None else with_turned_dims(config, _rope_table(hf), turned)
+    return from_dict(LlamaConfig, values, "config.json")
 
 
 def _refuse(hf: Mapping[str, Any]) -> None:
-    """ConfigError that names what the forward pass has no code for."""
+    """ConfigError that names a feature without code in the forward pass."""
     require(
         not {"adapter", "train"} <= hf.keys(),
         "config.json holds the settings of a training run, not a model: give its directory with"
@@ -104,23 +102,21 @@ def _refuse(hf: Mapping[str, Any]) -> None:
             f"config.json: {key}={hf.get(key)!r} is not supported; only"
             f" {' or '.join(map(repr, allowed))}.",
         )
+    require_format(hf["model_type"], "hf")
     stock = FAMILIES[hf["model_type"]].architecture
     architectures = hf.get("architectures") or [stock]
     require(
         stock in architectures,
         f"config.json: architectures={architectures!r} is not supported; only {[stock]}.",
     )
+    code = hf.get("auto_map")
+    custom = code.get("AutoModelForCausalLM", stock) if isinstance(code, Mapping) else stock
     require(
-        "AutoModelForCausalLM" not in (hf.get("auto_map") or {}),
-        f"config.json: auto_map names custom modelling code; only the stock {stock} is supported.",
+        str(custom).rpartition(".")[2] == stock,  # Phi-3's files name a copy of the stock class
+        f"config.json: auto_map names custom modelling code, {custom}; only the stock {stock} is"
+        " supported.",
     )
-    for key in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ):
+    for key in _SIZES.values():
         require(
             isinstance(hf.get(key), int),
             f"config.json: {key}={hf.get(key)!r}: expected a whole number.",
@@ -129,17 +125,17 @@ def _refuse(hf: Mapping[str, Any]) -> None:
 
 def _window(hf: Mapping[str, Any]) -> int | None:
     """The sliding window of all layers, None without one."""
-    family, window, layers = hf["model_type"], hf.get("sliding_window"), hf["num_hidden_layers"]
-    kinds = hf.get("layer_types")
-    if not FAMILIES[family].window:
-        used = hf.get("use_sliding_window", bool(window))
+    window, layers, kinds = hf.get("sliding_window"), hf["num_hidden_layers"], hf.get("layer_types")
+    family = FAMILIES[hf["model_type"]]
+    used = hf.get("use_sliding_window", bool(window) and not family.window_switch)
+    if not family.window:
         require(
             not (used and window),
-            f"config.json: sliding_window={window!r} is not supported for {family}; only None.",
+            f"config.json: sliding_window={window!r} is not supported for {hf['model_type']}; only"
+            " None.",
         )
         return None
-    if family != "mistral":
-        used = hf.get("use_sliding_window", False) and window is not None
+    if family.window_switch:
         if kinds is None:
             first = hf.get("max_window_layers", 28)
             kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
@@ -176,33 +172,22 @@ def _nope_layers(hf: Mapping[str, Any]) -> list[int]:
     return [i for i in range(layers) if not given[i]]
 
 
-def _token(
+def _tokens(
     hf: Mapping[str, Any], generation: Mapping[str, Any] | None, key: str, default: int | None
-) -> int | None:
+) -> list[Any]:
+    """The token ids of a key; those of generation_config.json win."""
     value = (generation or {}).get(key)
     value = hf.get(key, default) if value is None else value
-    return None if value == -1 else value  # -1: older files' spelling of "none"
-
-
-def _tokens(hf: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Any]:
-    value = (generation or {}).get("eos_token_id")
-    value = hf.get("eos_token_id", 2) if value is None else value
     found = value if isinstance(value, list) else [value]
-    return [token for token in found if token not in (None, -1)]  # -1: as for `_token`
+    return [token for token in found if token not in (None, -1)]  # -1: "none" in older files
 
 
-def _rope_table(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The RoPE settings; a non-empty rope_scaling wins over rope_parameters."""
+def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling). A non-empty rope_scaling wins over rope_parameters, and a missing theta is
+    read from the top level of config.json.
+    """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     require(isinstance(rope, Mapping), f"config.json: rope_scaling={rope!r}: expected a table.")
-    return rope
-
-
-def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]:
-    """(theta, scaling, number of rotated head dims); the last is None but for an export of this
-    project with widened heads. A missing theta is read from the top level of config.json.
-    """
-    rope = _rope_table(hf)
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(
@@ -211,22 +196,17 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]
         " supported; only 1.",
     )
     if kind == "default":
-        return theta, None, None
-    if kind == "longrope" and (turned := turned_dims(rope)) is not None:
-        return theta, None, turned
+        return theta, None
     require(
         kind == "llama3",
-        f"config.json: rope_type {kind!r} is not supported; only 'default' and 'llama3' (and"
-        " exports of this project).",
+        f"config.json: rope_type {kind!r} is not supported; only 'default' and 'llama3'."
+        + " (If other software saved an export of this project again: copy zflora.json and the"
+        " folder zflora/ of the export into the directory.)" * (kind == "longrope"),
     )
     fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     missing = [name for name in fields if name not in rope]
     require(not missing, f"config.json: rope_type 'llama3' needs {', '.join(missing)}.")
-    return (
-        theta,
-        from_dict(RopeScaling, {name: rope[name] for name in fields}, "rope_scaling"),
-        None,
-    )
+    return theta, from_dict(RopeScaling, {name: rope[name] for name in fields}, "rope_scaling")
 
 
 def to_hf_config(
@@ -235,28 +215,24 @@ def to_hf_config(
     """Make the config.json of the family's stock class, for transformers 4 and 5.
 
     Args:
-      config: of a model in stock form.
-      dtype: of the stored tensors.
-      rope: the rope_scaling to write in place of the config's own.
+      config: Config of a model in stock form.
+      dtype: Data type of the stored tensors.
+      rope: The rope_scaling to write in place of the config's own.
 
     Raises:
       ConfigError: base_hidden_size or base_head_dim is set.
     """
-    if config.base_hidden_size is not None or config.base_head_dim is not None:
+    if config.widened:
         raise ConfigError(
-            "config.json has no words for base_hidden_size and base_head_dim; export with save_hf,"
+            "config.json cannot express base_hidden_size and base_head_dim; export with save_hf,"
             " which puts a fused model into stock form."
         )
-    if rope is None and (s := config.rope_scaling) is not None:
-        rope = {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_position_embeddings,
-        }
+    if rope is None and config.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **to_dict(config.rope_scaling)}
     eos = config.eos_token_ids
-    return _own_keys(config) | {
+    return {
+        **{key: getattr(config, field) for field, key in _SIZES.items()},
+        **_family_keys(config),
         "architectures": [config.traits.architecture],
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -265,42 +241,34 @@ def to_hf_config(
         "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
-        "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_position_embeddings,
         "mlp_bias": False,
         "model_type": config.family,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
         "pad_token_id": config.pad_token_id,
         "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps,
-        # Both spellings: transformers 4 reading a version-5 file silently falls back to theta 10000
-        # and no scaling.
+        # Both spellings: transformers 4 reads a file without its own as theta 10000, unscaled.
         "rope_parameters": {"rope_theta": config.rope_theta, **(rope or {"rope_type": "default"})},
         "rope_scaling": dict(rope) if rope else None,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
         "use_cache": True,
-        "vocab_size": config.vocab_size,
     }
 
 
-def _own_keys(config: LlamaConfig) -> dict[str, Any]:
-    """The keys that not every family has."""
-    window, layers = config.sliding_window, config.num_layers
-    found: dict[str, Any] = {}
-    if config.traits.window:
-        found["sliding_window"] = window
-    if config.traits.window and config.family != "mistral":
+def _family_keys(config: LlamaConfig) -> dict[str, Any]:
+    """The keys that only some families have."""
+    window, layers, traits = config.sliding_window, config.num_layers, config.traits
+    found: dict[str, Any] = {"sliding_window": window} if traits.window else {}
+    if traits.window_switch:
         kind = "full_attention" if window is None else "sliding_attention"
         found["use_sliding_window"] = window is not None
         found["max_window_layers"] = layers if window is None else 0
         found["layer_types"] = [kind] * layers
-    if config.traits.nope:
+    if traits.nope:
         found["no_rope_layers"] = [int(i not in config.nope_layers) for i in range(layers)]
         found["no_rope_layer_interval"] = 4
         found["layer_types"] = ["full_attention"] * layers

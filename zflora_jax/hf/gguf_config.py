@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.families import FAMILIES
+from zflora_jax.core.families import FAMILIES, require_format
 from zflora_jax.core.fields import from_dict, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.gguf_names import ATTENTION_FACTOR, ROPE_DIVISORS
@@ -93,11 +93,13 @@ def gguf_family(file: GGUFFile) -> str:
     )
     architecture = _need(file, "general.architecture")
     known = [name for name, family in FAMILIES.items() if family.gguf == architecture]
-    names = ", ".join(dict.fromkeys(repr(family.gguf) for family in FAMILIES.values()))
+    readable = [family.gguf for family in FAMILIES.values() if family.refused["gguf"] is None]
+    names = ", ".join(map(repr, dict.fromkeys(readable)))
     require(
         bool(known),
         f"{file.path}: architecture {architecture!r} is not supported; only {names}.",
     )
+    require_format(known[0], "gguf")
     biases = {f"blk.0.attn_{kernel}.bias" for kernel in "qkv"}
     return "qwen2" if architecture == "llama" and biases <= file.tensors.keys() else known[0]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.core.families import FAMILIES
+from zflora_jax.core.families import FAMILIES, require_format
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -36,7 +36,6 @@ from zflora_jax.hf.stock import (
     widths_report,
 )
 
-_AS_LLAMA = ("qwen2",)  # families that llama.cpp's llama can hold
 BLOCK = 32  # numbers of a block; K-quants have super-blocks of 256 and fall back
 
 
@@ -65,7 +64,7 @@ class GGUFForm:
         config, native = self.config, self.stock.native
         stock = config.num_heads * config.head_dim == config.hidden_size
         stock = stock and native.base_head_dim is None and native.rope_scaling is None
-        return "llama" if config.family in _AS_LLAMA and not stock else config.traits.gguf
+        return "llama" if config.traits.gguf_as_llama and not stock else config.traits.gguf
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -193,16 +192,9 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
 
 def _require_readable(config: LlamaConfig) -> None:
     """ConfigError for what llama.cpp has no code for."""
-    layers = config.num_layers
-    takes = [name for name, family in FAMILIES.items() if family.gguf == "llama"]
-    takes += _AS_LLAMA
-    require(
-        config.base_head_dim is None or config.family in takes,
-        f"heads wider than the base's need RoPE divisors, which llama.cpp reads for"
-        f" {', '.join(takes)}, not for {config.family}. Fuse a method that leaves the heads"
-        " alone (zflora-minimal, lora, ffa, full), or export a Hugging Face directory (--format"
-        " hf).",
-    )
+    require_format(config.family, "gguf", config.base_head_dim is not None)
+    layers, row = config.num_layers, FAMILIES
+    takes = [name for name in row if row[name].gguf == "llama" or row[name].gguf_as_llama]
     require(
         config.rope_scaling is None or config.family in takes,
         f"Llama-3's RoPE scaling needs RoPE divisors, which llama.cpp reads for"

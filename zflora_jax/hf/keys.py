@@ -1,7 +1,7 @@
 """Tensors of Hugging Face's models and leaves of the native tree: names, layouts, strict checks.
 
 Hugging Face stores a linear layer as [out, in] over flattened axes; a native kernel is [*in, *out]
-with heads on an axis of their own.
+with an axis for heads. In families with joined kernels, one tensor holds the rows of several.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ TOP_NAMES = {
     "lm_head/kernel": "lm_head.weight",
 }
 
-# Buffers that old files carry; transformers computes them from the config and never reads them.
+# Buffers in old files; transformers computes them from the config and never reads them.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")  # the start of a layer's tensors, with its index
@@ -58,136 +58,146 @@ def slices_shape(slices: Slices) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a Hugging Face tensor lies in the native tree.
+    """Rows of a Hugging Face tensor, and their place in the native tree.
 
     Attributes:
-      leaf: name of the native leaf.
-      layer: its index in a stacked leaf ("layers/..."); None for other leaves.
-      shape: native shape, without the layer axis.
-      in_axes: number of leading axes of `shape` that the kernel reads from; 0 for a bias; None for
+      leaf: Name of the native leaf.
+      layer: Index in a stacked leaf ("layers/..."); None for other leaves.
+      shape: Native shape, without the layer axis.
+      in_axes: Number of leading axes of `shape` that the kernel reads from; 0 for a bias; None for
         norm gains and the embedding, which have the same layout in both.
+      tensor: Name of the tensor.
+      row: First of its rows in the tensor; not 0 for joined kernels only.
     """
 
     leaf: str
     layer: int | None
     shape: tuple[int, ...]
     in_axes: int | None = None
+    tensor: str = ""
+    row: int = 0
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """The shape of the Hugging Face tensor."""
+        """The shape of the rows."""
         if self.in_axes is None:
             return self.shape
         writes = math.prod(self.shape[self.in_axes :])
         return (writes, math.prod(self.shape[: self.in_axes])) if self.in_axes else (writes,)
 
     def to_native(self, array: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """Bring a Hugging Face tensor into native layout.
-
-        Args:
-          array: the tensor, or a block of it.
-          shape: native shape of the block; None: the whole tensor.
-
-        Returns:
-          A view of `array`.
-        """
+        """A view of the rows, or of a block of them with native `shape`, in native layout."""
         if self.in_axes is None:
             return array
         return array.T.reshape(self.shape if shape is None else shape)  # .T of a bias is itself
-
-    def hf_slices(self, slices: Slices) -> Slices:
-        """The slices of the Hugging Face tensor that hold the native slices `slices`.
-
-        Raises:
-          ValueError: they are not one block; of axes that Hugging Face flattens only the first may
-            be cut.
-        """
-        if self.in_axes is None:
-            return slices
-
-        def joined(start: int, stop: int) -> slice:
-            first, *rest = slices[start:stop]
-            if any(
-                cut != slice(0, size)
-                for cut, size in zip(rest, self.shape[start + 1 : stop], strict=True)
-            ):
-                raise ValueError(
-                    f"{self.leaf}: {slices} of {self.shape} is no block of rows and columns in"
-                    " Hugging Face's layout."
-                )
-            inner = math.prod(self.shape[start + 1 : stop])
-            return slice(first.start * inner, first.stop * inner)
-
-        writes = joined(self.in_axes, len(self.shape))
-        return (writes, joined(0, self.in_axes)) if self.in_axes else (writes,)
-
-    def block(self, slices: Slices) -> tuple[Slices, Slices]:
-        """The smallest block of rows and columns in Hugging Face's layout that holds `slices`.
-
-        Returns:
-          (its native slices, which `hf_slices` takes; where `slices` lie in it).
-        """
-        outer, reads = list(slices), self.in_axes or 0
-        for start, stop in (
-            ((0, reads), (reads, len(self.shape))) if self.in_axes is not None else ()
-        ):
-            for axis in range(start + 1, stop):
-                outer[axis] = slice(0, self.shape[axis])
-        inner = tuple(
-            slice(cut.start - of.start, cut.stop - of.start)
-            for cut, of in zip(slices, outer, strict=True)
-        )
-        return tuple(outer), inner
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_native`; a view where the axes allow it."""
         return array if self.in_axes is None else array.reshape(self.hf_shape[::-1]).T
 
+    def hf_slices(self, slices: Slices) -> Slices:
+        """The slices of the Hugging Face tensor that hold the native slices `slices`; ValueError
+        unless they are one block: of axes that Hugging Face flattens, only the first may be cut.
+        """
+        if self.in_axes is None:
+            return slices
 
-def hf_table(config: LlamaConfig) -> dict[str, Place]:
-    """Hugging Face name -> Place, for every parameter of an unpacked model of this config."""
+        def flat(start: int, stop: int, first: int) -> slice:
+            cut, *rest = slices[start:stop]
+            if tuple(rest) != whole(self.shape[start + 1 : stop]):
+                raise ValueError(
+                    f"{self.leaf}: {slices} of {self.shape} is no block of rows and columns in"
+                    " Hugging Face's layout."
+                )
+            inner = math.prod(self.shape[start + 1 : stop])
+            return slice(first + cut.start * inner, first + cut.stop * inner)
+
+        rows = flat(self.in_axes, len(self.shape), self.row)
+        return (rows, flat(0, self.in_axes, 0)) if self.in_axes else (rows,)
+
+    def block(self, slices: Slices) -> tuple[Slices, Slices]:
+        """The native slices, which `hf_slices` takes, of the smallest block of rows and columns
+        that holds `slices`, and the place of `slices` in it.
+        """
+        whole_axes = (
+            set() if self.in_axes is None else {*range(len(self.shape))} - {0, self.in_axes}
+        )
+        outer = tuple(
+            slice(0, n) if axis in whole_axes else cut
+            for axis, (cut, n) in enumerate(zip(slices, self.shape, strict=True))
+        )
+        inner = tuple(
+            slice(cut.start - of.start, cut.stop - of.start)
+            for cut, of in zip(slices, outer, strict=True)
+        )
+        return outer, inner
+
+
+@functools.lru_cache(maxsize=16)
+def hf_table(config: LlamaConfig) -> Mapping[str, Place]:
+    """Hugging Face name -> Place, for every parameter of an unpacked model of this config. Joined
+    kernels have the names that they would have separately, in the order of their rows.
+    """
     d, b, v = config.hidden_size, config.norm_dim, config.vocab_size
-    table = {
-        TOP_NAMES["embed/embedding"]: Place("embed/embedding", None, (v, b)),
-        TOP_NAMES["final_norm/scale"]: Place("final_norm/scale", None, (d,)),
-    }
+    places = [
+        ("embed/embedding", Place("embed/embedding", None, (v, b))),
+        ("final_norm/scale", Place("final_norm/scale", None, (d,))),
+    ]
     if not config.tie_word_embeddings:
-        table[TOP_NAMES["lm_head/kernel"]] = Place("lm_head/kernel", None, (b, v), 1)
-    shapes = layer_shapes(config)
+        places.append(("lm_head/kernel", Place("lm_head/kernel", None, (b, v), 1)))
+    table = {TOP_NAMES[name]: replace(place, tensor=TOP_NAMES[name]) for name, place in places}
+    joined = {kernel: name for name, of in config.traits.joined.items() for kernel in of}
     for layer in range(config.num_layers):
-        for native, (shape, in_axes) in shapes.items():
-            leaf, row = (
-                (f"layers/{native}", layer)
-                if config.execution.scan_layers
-                else (f"layers_{layer}/{native}", None)
-            )
-            hf = LAYER_NAMES[native]
-            table[f"model.layers.{layer}.{hf}"] = Place(leaf, row, shape, in_axes)
+        rows: dict[str, int] = {}
+        for native, (shape, in_axes) in layer_shapes(config).items():
+            stacked = config.execution.scan_layers
+            leaf = f"layers/{native}" if stacked else f"layers_{layer}/{native}"
+            place = Place(leaf, layer if stacked else None, shape, in_axes)
+            name = f"model.layers.{layer}.{LAYER_NAMES[native]}"
+            kernel = native.split("/")[-2]
+            tensor = name.replace(f".{kernel}_proj.", f".{joined.get(kernel, kernel)}_proj.")
+            table[name] = replace(place, tensor=tensor, row=rows.get(tensor, 0))
+            rows[tensor] = rows.get(tensor, 0) + place.hf_shape[0]
     return table
+
+
+def hf_shapes(table: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
+    """Tensor -> shape, of all tensors of a table."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place in table.values():
+        rows, *columns = place.hf_shape
+        shapes[place.tensor] = place.row + rows, *columns
+    return shapes
+
+
+def members(table: Mapping[str, Place]) -> dict[str, list[str]]:
+    """Tensor -> the names of its places, in the order of their rows."""
+    names: dict[str, list[str]] = {}
+    for name, place in table.items():
+        names.setdefault(place.tensor, []).append(name)
+    return names
 
 
 def check_tensors(
     table: Mapping[str, Place], given: Mapping[str, tuple[int, ...]], what: str, num_layers: int
 ) -> None:
-    """Check that a file holds exactly the expected tensors.
+    """CheckpointError that names missing, unexpected and misshapen tensors.
 
     Args:
-      table: the expected tensors by Hugging Face name.
-      given: name -> shape of the tensors in the file.
-      what: the file's name in messages.
-      num_layers: of the model, for messages.
-
-    Raises:
-      CheckpointError: tensors are missing, unexpected or misshapen; each is named.
+      table: Places of the expected tensors.
+      given: Name -> shape of the tensors in the file.
+      what: The file's name in messages.
+      num_layers: Number of layers of the model, for messages.
     """
-    if diff := difference(table, given):
+    shapes = hf_shapes(table)
+    if diff := difference(shapes, given):
         raise CheckpointError(
             f"{what} does not hold the tensors of its config's {num_layers} layers:\n{diff}"
         )
     wrong = [
-        f"{name}: {tuple(given[name])}, expected {place.hf_shape}"
-        for name, place in table.items()
-        if tuple(given[name]) != place.hf_shape
+        f"{name}: {tuple(given[name])}, expected {shape}"
+        for name, shape in shapes.items()
+        if tuple(given[name]) != shape
     ]
     if wrong:
         more = f"\n... and {len(wrong) - 12} more" if len(wrong) > 12 else ""
@@ -197,15 +207,8 @@ def check_tensors(
 
 
 def check_layer_count(names: Iterable[str], num_layers: int, what: str) -> None:
-    """Check that a file has the layers that its config announces, before a table of them is built.
-
-    Args:
-      names: Hugging Face's, of the tensors in the file.
-      num_layers: of the config.
-      what: the file's name in messages.
-
-    Raises:
-      CheckpointError: the file has fewer layers.
+    """CheckpointError if the named tensors of the file `what` belong to fewer layers than its
+    config announces; checked before a table of so many is built.
     """
     found = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     if num_layers > len(found):
@@ -215,16 +218,8 @@ def check_layer_count(names: Iterable[str], num_layers: int, what: str) -> None:
 
 
 def as_finite(array: np.ndarray, dtype: Any, name: str, what: str) -> np.ndarray:
-    """Cast a tensor and check that it is finite.
-
-    Args:
-      array: of a floating-point dtype.
-      dtype: of the result.
-      name: the tensor's name in messages.
-      what: the file's name in messages.
-
-    Raises:
-      CheckpointError: `array` is not floating point, or a value is not finite in `dtype`.
+    """Cast the tensor `name` of the file `what`; CheckpointError if it is not floating point, or a
+    value is not finite in `dtype`.
     """
     if array.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         raise CheckpointError(
@@ -243,29 +238,32 @@ def as_finite(array: np.ndarray, dtype: Any, name: str, what: str) -> np.ndarray
     return cast
 
 
+Read = Callable[[str, Place, Slices], np.ndarray]
+"""(Hugging Face name, place, native slices) -> that block in native layout, of any float dtype."""
+
+
 def gather(
     table: Mapping[str, Place],
-    read: Callable[[str, Place, Slices], np.ndarray],
+    read: Read,
     dtype: Any,
     sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
     whole_leaf: Callable[[str, list[tuple[str, Place]]], Any] | None = None,
 ) -> dict[str, Any]:
     """Assemble the native leaves of a model.
 
-    One leaf is assembled at a time and handed to jax, so only the largest leaf is in memory twice.
+    Each leaf is assembled and handed to jax in turn, so only the largest one is in memory twice.
 
     Args:
       table: Hugging Face name -> Place.
-      read: (Hugging Face name, place, slices) -> that block of a tensor, in native layout and any
-        floating-point dtype.
-      dtype: of the leaves.
+      read: Reader of blocks.
+      dtype: Data type of the leaves.
       sharding: (leaf name, shape) -> sharding of a leaf; only the blocks that this process's
         devices hold are read then. None: whole, on the first device.
-      whole_leaf: (leaf name, its tensors) -> the leaf where it is not assembled from numbers, else
-        None.
+      whole_leaf: (leaf name, its places by name) -> the leaf where it is not assembled from floats,
+        else None.
 
     Returns:
-      Leaf name -> jax array, or what `whole_leaf` gave.
+      Leaf name -> jax array, or the result of `whole_leaf`.
     """
     by_leaf: dict[str, list[tuple[str, Place]]] = {}
     for name, place in table.items():
@@ -273,28 +271,22 @@ def gather(
     leaves = {}
     for leaf, members in sorted(by_leaf.items()):
         made = None if whole_leaf is None else whole_leaf(leaf, members)
-        if made is not None:
-            leaves[leaf] = made
-            continue
-        stacked = members[0][1].layer is not None
-        shape = (len(members),) * stacked + members[0][1].shape
-        assemble = _assembler(
-            {place.layer: (name, place) for name, place in members}, shape, read, dtype
-        )
-        leaves[leaf] = (
-            jax.device_put(assemble(None))
-            if sharding is None
-            else jax.make_array_from_callback(shape, sharding(leaf, shape), assemble)
-        )
+        if made is None:
+            stacked = members[0][1].layer is not None
+            shape = (len(members),) * stacked + members[0][1].shape
+            assemble = _assembler({p.layer: (name, p) for name, p in members}, shape, read, dtype)
+            made = (
+                jax.device_put(assemble(None))
+                if sharding is None
+                else jax.make_array_from_callback(shape, sharding(leaf, shape), assemble)
+            )
+        leaves[leaf] = made
     return leaves
 
 
 def _assembler(
-    rows: Mapping[int | None, tuple[str, Place]],
-    shape: tuple[int, ...],
-    read: Callable[[str, Place, Slices], np.ndarray],
-    dtype: Any,
-) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+    rows: Mapping[int | None, tuple[str, Place]], shape: tuple[int, ...], read: Read, dtype: Any
+) -> Callable[[Slices | None], np.ndarray]:
     """A function index -> that block of a leaf. Blocks are kept until the leaf is done: copies of
     the model on several devices ask for the same one.
     """
@@ -310,9 +302,8 @@ def _assembler(
             buffer[i - slices[0].start] = read(*rows[i], slices[1:])
         return buffer
 
-    def assemble(index: tuple[slice, ...] | None) -> np.ndarray:
-        return at(
-            tuple(cut.indices(n)[:2] for cut, n in zip(index or whole(shape), shape, strict=True))
-        )
+    def assemble(index: Slices | None) -> np.ndarray:
+        cuts = zip(index or whole(shape), shape, strict=True)
+        return at(tuple(cut.indices(n)[:2] for cut, n in cuts))
 
     return assemble

@@ -19,8 +19,7 @@ from typing import Any
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
-from zflora_jax.hf.compressed_form import compressed_form
-from zflora_jax.hf.compressed_rows import with_shared_scales
+from zflora_jax.hf.compressed import compressed_form
 from zflora_jax.hf.directory import folder_beside, put_in_place
 from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z, scales_state
@@ -179,9 +178,7 @@ def int8_eps_z(model: Model) -> float:
     """
     numbers = dequantize_model(model, "float32") if is_quantized(model) else model
     form = compressed_form(numbers, "int8", "float32", None)
-    return max(
-        with_shared_scales(form, numbers, None).stock.eps_z, choose_eps_z(numbers, "bfloat16")
-    )
+    return max(form.stock.eps_z, choose_eps_z(numbers, "bfloat16"))
 
 
 def _eps_z(model: Model, quant: str, eps_z: float | None) -> float:

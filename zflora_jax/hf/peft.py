@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,29 +23,64 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import OF_BASE, AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.families import require_format
+from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.directory import export_target, local_copy, whole_directory
 from zflora_jax.hf.hub import HUB_IDS, fetched, is_hub_id, not_here, packaged
-from zflora_jax.hf.keys import as_finite
-from zflora_jax.hf.peft_settings import CONFIG, ModuleLora, module_name, read_settings
-from zflora_jax.hf.shards import Shards
+from zflora_jax.hf.keys import LAYER_NAMES, as_finite
+from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.parallel.distributed import on_main
 from zflora_jax.reporting.files import write_json
 
-WEIGHTS, WRITER = "adapter_model.safetensors", "zflora_jax"
+CONFIG, WEIGHTS, WRITER = "adapter_config.json", "adapter_model.safetensors", "zflora_jax"
+_LEAVES = {
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+}
+# Settings without a native counterpart: all values but None and empty ones are refused.
+_UNSUPPORTED = (
+    *("modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters"),
+    *("trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("velora_config", "monteclora_config", "arrow_config", "kasa_config"),
+)
+# Settings that this module reads, and those that do not change the function.
+_KNOWN = (
+    *("peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias"),
+    *("lora_dropout", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+    *("auto_mapping", "peft_version", "layers_pattern", "megatron_config", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    "ensure_weight_tying",
+)
+# Initialisations that move a part of the base into the adapter, so the saved factors belong to a
+# changed base.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_NOT_LORA = ("lm_head", "model.embed_tokens")  # modules outside of the layers that peft may adapt
+_MERGE = "merge the adapter into its base with peft and load the result"
+
+
+class _Lora(NamedTuple):
+    """The LoRA of one module: y += scale * B A x with `rank` rows of A."""
+
+    rank: int
+    scale: float
+
+
+def module_name(layer: int, kernel: str) -> str:
+    """Hugging Face's name of a kernel's module: (0, "q") -> "model.layers.0.self_attn.q_proj"."""
+    name = LAYER_NAMES[f"{group(kernel)}/{kernel}/kernel"].removesuffix(".weight")
+    return f"model.layers.{layer}.{name}"
 
 
 def peft_name(module: str, leaf: str) -> str:
     """PEFT's name of a leaf: lora_a, lora_b or magnitude."""
-    names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-    return f"base_model.model.{module}.{names.get(leaf, 'lora_magnitude_vector')}"
+    return f"base_model.model.{module}.{_LEAVES[leaf]}"
 
 
-def _leaves(dora: bool) -> tuple[str, ...]:
-    """The leaves of a module that PEFT's files hold."""
-    return ("lora_a", "lora_b", "magnitude") if dora else ("lora_a", "lora_b")
+# --- written --------------------------------------------------------------------------------------
 
 
 def save_peft(
@@ -53,11 +89,11 @@ def save_peft(
     """Write LoRA adapters as a PEFT directory that peft and vLLM load.
 
     Args:
-      path: the directory to write. An earlier export of this function is replaced; a directory with
-        any other file is refused. Of processes that share the adapters process 0 writes.
-      model: the base that the adapters were trained on; its source (a preset's hub id) becomes
+      path: The directory to write. An earlier export of this function is replaced; a directory with
+        any other file is refused. Process 0 of those that share the adapters writes.
+      model: The base that the adapters were trained on; its source (a preset's hub id) becomes
         base_model_name_or_path.
-      adapter: of method "lora".
+      adapter: Config of method "lora".
       adapters: {"layers": {"attn": {"q": {"lora_a" [L, in, r], "lora_b" [L, r, out]}}, ...}}, or
         one subtree per layer; float32.
 
@@ -65,8 +101,9 @@ def save_peft(
       {"path", "parameters", "files", "rank"}; a rank above 16 needs vLLM's --max-lora-rank.
 
     Raises:
-      ConfigError: the method is not "lora", or the adapters start as a part of the base.
-      ValueError: adapters are missing, unexpected, misshapen or not finite.
+      ConfigError: The method is not "lora", the adapters start as a part of the base, or PEFT
+        cannot adapt the family's kernels separately.
+      ValueError: Adapters are missing, unexpected, misshapen or not finite.
     """
     from safetensors.numpy import save_file
 
@@ -83,23 +120,24 @@ def save_peft(
             " alpha_pattern: for it, fuse the adapter and use save_hf.",
             stacklevel=2,
         )
-    if adapter.method != "lora":
-        raise ConfigError(
-            f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
-            " adapter into the model and use save_hf."
-        )
+    require(
+        adapter.method == "lora",
+        f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
+        " adapter into the model and use save_hf.",
+    )
+    require_format(model.config.family, "peft")
     if (file := packaged(model.source or "")) is not None:
         warnings.warn(
-            f"the adapter was trained beside the numbers of {file.name}, whose blocks have fewer"
-            f" bits than the weights of {HUB_IDS[str(model.source)]}, which readers will load.",
+            f"the adapter was trained with the weights of {file.name}, whose blocks have fewer"
+            f" bits than those of {HUB_IDS[str(model.source)]}, which readers will load.",
             stacklevel=2,
         )
-    kernels = tuple(resolve_adapter(model.config, adapter).blocks)
+    settings = _settings(model, adapter)
     tensors = peft_tensors(model.config, adapter, adapters)
 
     def write() -> None:
         with whole_directory(target, _own_files, CONFIG) as staging:
-            write_json(staging / CONFIG, _settings(model, adapter, kernels))
+            write_json(staging / CONFIG, settings)
             save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "writer": WRITER})
 
     on_main(write)
@@ -107,7 +145,7 @@ def save_peft(
         "path": str(target),
         "parameters": sum(t.size for t in tensors.values()),
         "files": [CONFIG, WEIGHTS],
-        "rank": adapter.rank,
+        "rank": settings["r"],
     }
 
 
@@ -117,33 +155,30 @@ def peft_tensors(
     """LoRA adapters under PEFT's names, transposed, float32.
 
     Args:
-      config: of the base.
-      adapter: of method "lora".
-      adapters: as for `save_peft`.
+      config: The base's config.
+      adapter: Config of method "lora".
+      adapters: As for `save_peft`.
 
     Raises:
-      ValueError: adapters are missing, unexpected, misshapen or not finite.
+      ValueError: Adapters are missing, unexpected, misshapen or not finite.
     """
     config = config.replace(scan_layers="layers" in adapters, packed=False)
-    expected = {
-        name: np.empty(shape, np.void) for name, shape in adapter_shapes(config, adapter).items()
-    }
-    trees.check_like(adapters, trees.unflatten(expected), "adapters of method 'lora'")
+    shapes = adapter_shapes(config, adapter).items()
+    expected = trees.unflatten({name: np.empty(shape, np.void) for name, shape in shapes})
+    trees.check_like(adapters, expected, "adapters of method 'lora'")
     layers = trees.unstack_layers(adapters, config.num_layers)
     tensors = {}
     for kernel, blocks in live_layers(config, adapter).items():
         for layer in blocks["lora_a"]:
-            own = {
-                name: trees.on_host(leaf).astype(np.float32)
-                for name, leaf in layers[f"layers_{layer}"][group(kernel)][kernel].items()
-            }
-            for leaf in _leaves(adapter.use_dora):
+            leaves = layers[f"layers_{layer}"][group(kernel)][kernel]
+            own = {n: trees.on_host(leaf).astype(np.float32) for n, leaf in leaves.items()}
+            for leaf in (leaf for leaf in _LEAVES if leaf in own):
                 name = peft_name(module_name(layer, kernel), leaf)
                 tensors[name] = np.ascontiguousarray(own[leaf].T)
     return tensors
 
 
-def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) -> dict[str, Any]:
+def _settings(model: Model, adapter: AdapterConfig) -> dict[str, Any]:
     """adapter_config.json."""
 
     def alpha(scale: float, rank: int) -> float:
@@ -155,15 +190,14 @@ def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) ->
         source = HUB_IDS.get(model.source or "", model.source or "")
     if is_hub_id(source):
         source, _, revision = source.partition("@")
-    rank = adapter.rank
+    rank, kernels = adapter.rank, resolve_adapter(model.config, adapter).blocks
     ranks = {f"{k}_proj": adapter.rank_of(k) for k in kernels}
     alphas = {name: alpha(adapter.scale_of(name[:-5]), r) for name, r in ranks.items()}
     whole = alpha(adapter.scale, rank)
-    layers = adapter.layers_to_transform
     special = {
         "use_rslora": adapter.use_rslora,
         "use_dora": adapter.use_dora,
-        "layers_to_transform": None if layers is None else list(layers),
+        "layers_to_transform": list(adapter.layers_to_transform or ()),
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != whole},
     }
@@ -179,7 +213,7 @@ def _settings(model: Model, adapter: AdapterConfig, kernels: tuple[str, ...]) ->
         "peft_type": "LORA",
         "r": rank,
         "revision": revision or None,
-        "target_modules": sorted(f"{kernel}_proj" for kernel in kernels),
+        "target_modules": sorted(ranks),
         "task_type": "CAUSAL_LM",
     }
 
@@ -197,28 +231,31 @@ def _own_files(directory: Path) -> set[str] | None:
         return None
 
 
+# --- read -----------------------------------------------------------------------------------------
+
+
 def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig, trees.Tree]:
     """Read a PEFT LoRA directory as native adapters.
 
-    Ranks, scales and layers that are the same for all modules of a kernel become those of the
-    AdapterConfig. Others (a rank_pattern or alpha_pattern of single layers) become one rank and one
-    scale: factors are padded with zeros to the largest rank, and where scales differ, each is
-    folded into its B; modules and layers that the directory does not adapt get zeros.
+    The AdapterConfig has one rank and one scale for each kernel. Where a rank_pattern or
+    alpha_pattern names single layers, factors are padded with zeros to the kernel's largest rank,
+    and different scales are folded into B. Layers that the directory does not adapt get zeros.
 
     Args:
-      path: the directory, its URL, or its hub id "org/name" or "org/name@revision".
-      model: the base that the adapters are for.
+      path: The directory, its URL, or its hub id "org/name" or "org/name@revision".
+      model: The base that the adapters are for.
 
     Returns:
       (The adapter's config, the adapters in float32, their layers stacked if the model's are.)
 
     Raises:
-      ConfigError: native LoRA cannot express a setting (bias, modules_to_save, DoRA of some layers,
-        ...), or a pattern matches no module.
-      CheckpointError: a file cannot be read, or tensors are missing, unexpected, misshapen for this
+      ConfigError: Native LoRA cannot express a setting (bias, modules_to_save, DoRA of some layers,
+        ...), a pattern matches no module, or PEFT cannot adapt the family's kernels separately.
+      CheckpointError: A file cannot be read, or tensors are missing, unexpected, misshapen for this
         model or not finite.
     """
-    name = os.fspath(path)
+    config, name = model.config, os.fspath(path)
+    require_format(config.family, "peft")
     on_hub, files = is_hub_id(name), [CONFIG, "adapter_model.*"]
     directory = fetched(name, files, not_here(name)) if on_hub else local_copy(path)
     if not directory.is_dir():
@@ -228,22 +265,26 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
             f" wrote, with {CONFIG} and {WEIGHTS} in it, or its URL."
         )
     refuse_pickled(directory)
-    config = model.config
-    settings, modules = read_settings(directory, config)
-    shards = Shards(directory, [WEIGHTS])
-    leaves = _leaves(bool(settings.get("use_dora")))
-    expected = [peft_name(module, leaf) for module in modules for leaf in leaves]
-    if diff := trees.difference(expected, shards.shapes):
+    if not (directory / CONFIG).is_file():
+        named = ", ".join(sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG}")))
         raise CheckpointError(
-            f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} announces for this"
-            f" {config.num_layers}-layer model:\n{diff}"
+            f"{directory} has no {CONFIG}, so it is no PEFT directory"
+            + (f"; its adapters have names: give {named}." if named else ".")
         )
-    adapter = _adapter_config(directory, settings, modules, config.num_layers)
-    native = _to_native(shards, config, adapter, modules)
-    tree = jax.device_put(trees.unflatten(native))
-    return adapter, tree if config.execution.scan_layers else trees.unstack_layers(
-        tree, config.num_layers
-    )
+    settings, where = read_json(directory / CONFIG), str(directory / CONFIG)
+    try:
+        _refuse(where, settings)
+        modules = _resolve(where, settings, config.num_layers)
+    # A list where a number belongs, a pattern that is not a regex, ...
+    except (TypeError, AttributeError, OverflowError, re.error) as error:
+        raise CheckpointError(
+            f"{where} has a setting of the wrong type ({error}); peft writes numbers, names and"
+            " tables there."
+        ) from None
+    adapter = _adapter_config(where, settings, modules, config.num_layers)
+    tree = jax.device_put(trees.unflatten(_to_native(directory, config, adapter, modules)))
+    scan = config.execution.scan_layers
+    return adapter, tree if scan else trees.unstack_layers(tree, config.num_layers)
 
 
 def refuse_pickled(directory: Path) -> None:
@@ -255,88 +296,148 @@ def refuse_pickled(directory: Path) -> None:
         )
 
 
-def _kernels(modules: Mapping[str, ModuleLora]) -> list[str]:
-    """The kernels that are adapted in any layer, in the order of KERNELS."""
-    adapted = {module.split(".")[-1].removesuffix("_proj") for module in modules}
-    return [kernel for kernel in KERNELS if kernel in adapted]
+def _refuse(where: str, settings: Mapping[str, Any]) -> None:
+    """ConfigError for a setting that native LoRA cannot express."""
+    require(
+        settings.get("peft_type") == "LORA",
+        f"{where}: peft_type={settings.get('peft_type')!r} is not supported; only 'LORA'.",
+    )
+    plain = {"bias": settings.get("bias") in ("none", None)}
+    plain |= {key: settings.get(key) in (None, False, [], {}) for key in _UNSUPPORTED}
+    for key, supported in plain.items():
+        require(supported, f"{where}: {key}={settings.get(key)!r} is not supported; {_MERGE}.")
+    init = settings.get("init_lora_weights", True)
+    require(
+        not (isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)),
+        f"{where}: init_lora_weights={init!r} changed the base model; convert the adapter to plain"
+        " LoRA with peft's path_initial_model_for_weight_conversion first.",
+    )
+    if unknown := sorted(settings.keys() - {*_UNSUPPORTED, *_KNOWN}):
+        warnings.warn(
+            f"{where}: keys that this reader does not know are ignored: {', '.join(unknown)}.",
+            stacklevel=3,
+        )
 
 
-def _scale(modules: Mapping[str, ModuleLora]) -> float:
-    """The scale of all modules; 1 where they differ."""
-    scales = {module.scale for module in modules.values()}
-    return scales.pop() if len(scales) == 1 else 1.0
+def _resolve(where: str, settings: Mapping[str, Any], count: int) -> dict[str, _Lora]:
+    """Module name -> its LoRA, for every module that the settings target by PEFT's rules."""
+    every = [module_name(layer, kernel) for layer in range(count) for kernel in KERNELS]
+    targets = settings.get("target_modules") or ["q_proj", "v_proj"]
+    valid = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    require(
+        valid or isinstance(targets, str),
+        f"{where}: target_modules={targets!r}: expected a list of module names, or a regex.",
+    )
+    excluded = settings.get("exclude_modules") or []
+    others = [m for m in _NOT_LORA if _selected(m, targets) and not _selected(m, excluded)]
+    require(
+        not others,
+        f"{where}: target_modules={targets!r} names {', '.join(others)}, which native LoRA does not"
+        f" adapt; {_MERGE}.",
+    )
+    chosen = [m for m in every if targets == "all-linear" or _selected(m, targets)]
+    chosen = [m for m in chosen if not _selected(m, excluded)]
+    if (layers := settings.get("layers_to_transform")) not in (None, []):  # PEFT: all
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        chosen = [m for m in chosen if int(m.split(".")[2]) in wanted]
+    require(bool(chosen), f"{where}: target_modules={targets!r} match no module of this model.")
+    tables = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, pattern in [(key, p) for key, table in tables.items() for p in table]:
+        require(
+            any(_matches(pattern, m) for m in chosen),
+            f"{where}: {key} {pattern!r} matches no targeted module.",
+        )
+    resolved = {}
+    for module in chosen:
+        rank, alpha = (
+            next((v for p, v in table.items() if _matches(p, module)), settings.get(key, 8))
+            for table, key in zip(tables.values(), ("r", "lora_alpha"), strict=True)
+        )
+        require(
+            isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float),
+            f"{where}: r={rank!r}, lora_alpha={alpha!r} of {module}: expected positive numbers.",
+        )
+        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+        resolved[module] = _Lora(rank, alpha / divisor)
+    return resolved
+
+
+def _selected(module: str, targets: str | Iterable[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == t or module.endswith(f".{t}") for t in targets)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _adapter_config(
-    directory: Path, settings: Mapping[str, Any], modules: Mapping[str, ModuleLora], count: int
+    where: str, settings: Mapping[str, Any], modules: Mapping[str, _Lora], count: int
 ) -> AdapterConfig:
-    """One config for all modules, with the largest of their ranks; `count` layers."""
-    rank, kernels = max(module.rank for module in modules.values()), _kernels(modules)
-    names = {k: {module_name(i, k): i for i in range(count)} for k in kernels}
-    of_kernel = {k: {n: i for n, i in names[k].items() if n in modules} for k in kernels}
-    adapted = {tuple(found.values()) for found in of_kernel.values()}
-    loras = {kernel: {modules[name] for name in of_kernel[kernel]} for kernel in kernels}
-    regular = len(adapted) == 1 and all(
-        len(found) == 1 and lora.scale > 0 for found in loras.values() for lora in found
-    )
-    dora = bool(settings.get("use_dora"))
+    """One config for all modules of `count` layers: for each kernel the largest rank, and the scale
+    where its layers agree on one, else 1.
+    """
+    names = {k: {i: module_name(i, k) for i in range(count)} for k in KERNELS}
+    loras = {k: {i: modules[n] for i, n in of.items() if n in modules} for k, of in names.items()}
+    loras = {kernel: found for kernel, found in loras.items() if found}
+    layers, dora = {tuple(found) for found in loras.values()}, bool(settings.get("use_dora"))
+    every = layers == {tuple(range(count))}
     require(
-        not dora or adapted == {tuple(range(count))},
-        f"{directory / CONFIG}: use_dora=True for some layers alone is not supported; merge the"
-        " adapter into its base with peft and load the result.",
+        every or not dora,
+        f"{where}: use_dora=True for some layers only is not supported; {_MERGE}.",
     )
-    named = {"all": set(KERNELS), "attention": set(ATTENTION), "mlp": set(MLP)}
-    targets = next((name for name, of in named.items() if of == set(kernels)), "|".join(kernels))
+    ranks = {kernel: max(lora.rank for lora in of.values()) for kernel, of in loras.items()}
+    sets = {"all": set(KERNELS), "attention": set(ATTENTION), "mlp": set(MLP)}
+    targets = next((name for name, of in sets.items() if of == loras.keys()), "|".join(loras))
     found = AdapterConfig(
-        *("lora", rank, 1.0, targets),
+        *("lora", max(ranks.values()), 1.0, targets),
         dropout=settings.get("lora_dropout") or 0.0,
         use_rslora=bool(settings.get("use_rslora")),
         use_dora=dora,
+        layers_to_transform=None if every or len(layers) > 1 else layers.pop(),
     )
-    if not regular:
-        return found.replace(alpha=_scale(modules) * found.divisor)
-    layers, own = adapted.pop(), {kernel: loras[kernel].pop() for kernel in kernels}
-    alphas = {k: lora.scale * found.divisor_of(lora.rank) for k, lora in own.items()}
-    alpha = next(alphas[k] for k, lora in own.items() if lora.rank == rank)
+    scales = {kernel: {lora.scale for lora in of.values()} for kernel, of in loras.items()}
+    alphas = {
+        kernel: (max(of) if len(of) == 1 and max(of) > 0 else 1.0) * found.divisor_of(ranks[kernel])
+        for kernel, of in scales.items()
+    }
+    alpha = next(alphas[kernel] for kernel, rank in ranks.items() if rank == found.rank)
     return found.replace(
         alpha=alpha,
-        layers_to_transform=None if layers == tuple(range(count)) else layers,
-        rank_pattern=tuple((k, lora.rank) for k, lora in own.items() if lora.rank != rank),
+        rank_pattern=tuple((k, rank) for k, rank in ranks.items() if rank != found.rank),
         alpha_pattern=tuple((k, a) for k, a in alphas.items() if a != alpha),
     )
 
 
 def _to_native(
-    shards: Shards,
-    config: LlamaConfig,
-    adapter: AdapterConfig,
-    modules: Mapping[str, ModuleLora],
+    directory: Path, config: LlamaConfig, adapter: AdapterConfig, modules: Mapping[str, _Lora]
 ) -> dict[str, np.ndarray]:
     """The stacked native leaves, float32, zeros where a module is not adapted."""
-    what = str(shards.directory / WEIGHTS)
-    leaves = {
-        name: np.zeros(shape, np.float32)
-        for name, shape in adapter_shapes(config.replace(scan_layers=True), adapter).items()
-    }
-    for layer in range(config.num_layers):
-        for kernel in _kernels(modules):
-            module = module_name(layer, kernel)
-            if module not in modules:
-                continue
-            rank, scale = modules[module]
-            inputs, outputs = (math.prod(axes) for axes in kernel_shapes(config)[kernel])
-            ratio = np.float32(scale / adapter.scale_of(kernel))
-            shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank), "magnitude": (outputs,)}
-            for leaf_name in _leaves(adapter.use_dora):
-                name, shape = peft_name(module, leaf_name), shapes[leaf_name]
-                if shards.shapes[name] != shape:
-                    raise CheckpointError(
-                        f"{what}: {name} has shape {shards.shapes[name]}, expected {shape} for this"
-                        f" model and {CONFIG}."
-                    )
-                value = as_finite(shards.read(name), np.float32, name, what).T
-                leaf = leaves[f"layers/{group(kernel)}/{kernel}/{leaf_name}"]
-                if leaf_name == "lora_b":
-                    value = value * ratio
-                leaf[layer][tuple(slice(0, n) for n in value.shape)] = value
+    what, shards = str(directory / WEIGHTS), Shards(directory, [WEIGHTS])
+    names = [leaf for leaf in _LEAVES if adapter.use_dora or leaf != "magnitude"]
+    expected = [peft_name(module, leaf) for module in modules for leaf in names]
+    if diff := trees.difference(expected, shards.shapes):
+        raise CheckpointError(
+            f"{what} does not hold the tensors that {CONFIG} announces for this"
+            f" {config.num_layers}-layer model:\n{diff}"
+        )
+    shapes = adapter_shapes(config.replace(scan_layers=True), adapter).items()
+    leaves = {name: np.zeros(shape, np.float32) for name, shape in shapes}
+    for module, (rank, scale) in modules.items():
+        layer, kernel = int(module.split(".")[2]), module.split(".")[-1].removesuffix("_proj")
+        inputs, outputs = (math.prod(axes) for axes in kernel_shapes(config)[kernel])
+        hf_shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank), "magnitude": (outputs,)}
+        for leaf in names:
+            name = peft_name(module, leaf)
+            if shards.shapes[name] != hf_shapes[leaf]:
+                raise CheckpointError(
+                    f"{what}: {name} has shape {shards.shapes[name]}, expected {hf_shapes[leaf]}"
+                    f" for this model and {CONFIG}."
+                )
+            value = as_finite(shards.read(name), np.float32, name, what).T
+            if leaf == "lora_b":
+                value = value * np.float32(scale / adapter.scale_of(kernel))
+            stacked = leaves[f"layers/{group(kernel)}/{kernel}/{leaf}"]
+            stacked[layer][tuple(slice(0, n) for n in value.shape)] = value
     return leaves

@@ -13,42 +13,41 @@ import numpy as np
 
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
-from zflora_jax.hf.keys import Place, Slices, whole
+from zflora_jax.hf.keys import Place, Read, whole
 from zflora_jax.nn.quantize_model import check_tables, group_of, kernel_axes, stored_as
 from zflora_jax.ops.quantized import QuantizedArray, quantize
 from zflora_jax.parallel.devices import on_cpu
 from zflora_jax.parallel.sharding import specs
 
-Members = list[tuple[str, Place]]  # Hugging Face names of a leaf's tensors
+Members = list[tuple[str, Place]]  # names and places of a leaf's tensors
 
 
 @dataclass(frozen=True)
 class QuantizedLeaves:
-    """What a loader makes codes of instead of numbers: the `whole_leaf` of `keys.gather`.
+    """The leaves that a loader stores as codes: the `whole_leaf` of `keys.gather`.
 
     Attributes:
-      config: of the model.
-      how: what is stored how.
-      mesh: that leaves are divided over; None: whole, on the first device.
-      read: as for `keys.gather`.
-      in_file: a tensor's own type, and why its blocks cannot be kept: None where they can, "" where
-        the type says it.
-      blocks: those blocks in native layout.
-      left: collects the leaves that `how` asks to keep and that are read as numbers, each with its
-        types in the file and the reason.
+      config: The model's config.
+      how: Types of the leaves.
+      mesh: Mesh that leaves are divided over; None: whole, on the first device.
+      read: Reader of floats, as for `keys.gather`.
+      in_file: A tensor's type in the file, and why its blocks cannot be kept: None if they can, ""
+        if the type says it.
+      blocks: Reader of these blocks in native layout.
+      left: Collects the leaves that should be kept and are read as floats, with the reasons.
     """
 
     config: LlamaConfig
     how: QuantizeConfig
     mesh: Any
-    read: Callable[[str, Place, Slices], np.ndarray]
+    read: Read
     in_file: Callable[[str, Place], tuple[str, str | None]] = lambda *_: ("numbers", "")
     blocks: Callable[[str, Place], QuantizedArray] | None = None
     left: dict[str, str] = field(default_factory=dict)
 
     @property
     def left_text(self) -> str:
-        """What was left, and why, by module."""
+        """The modules in `left`, by reason."""
         modules: dict[str, dict[str, None]] = {}
         for leaf, reason in self.left.items():
             modules.setdefault(reason, {})[leaf.split("/")[-2]] = None
@@ -58,7 +57,7 @@ class QuantizedLeaves:
         check_tables(self.config, self.how)
 
     def __call__(self, leaf: str, members: Members) -> QuantizedArray | None:
-        """The leaf as codes, or None where it is to be numbers."""
+        """The leaf as codes, or None where it is to be floats."""
         kind = stored_as(leaf, self.how)
         if kind == "none":
             return None
@@ -67,14 +66,14 @@ class QuantizedLeaves:
             if reason is not None or self.blocks is None:
                 self.left[leaf] = reason or ""
                 return None
-            return quantized_leaf(leaf, members, self.blocks, self.mesh)
+            return _leaf(leaf, members, self.blocks, self.mesh)
         axes = kernel_axes(self.config, leaf)
         group = group_of(leaf, kind, self.how, members[0][1].shape[-axes["writes"] - 1])
 
         def made(name: str, place: Place) -> QuantizedArray:
             return quantized(self.read(name, place, whole(place.shape)), kind, group=group, **axes)
 
-        return quantized_leaf(leaf, members, made, self.mesh)
+        return _leaf(leaf, members, made, self.mesh)
 
     def _why_not_kept(self, members: Members) -> str | None:
         """The types of a leaf's tensors, and why their blocks are no leaf; None where they are."""
@@ -87,18 +86,11 @@ class QuantizedLeaves:
         return ", ".join(sorted(found)) + "".join(sorted(reasons))
 
 
-def quantized_leaf(
+def _leaf(
     leaf: str, members: Members, made: Callable[[str, Place], QuantizedArray], mesh: Any
 ) -> QuantizedArray:
-    """One leaf of a model. The numbers of one tensor are in memory at a time, and on the host the
-    codes of one leaf.
-
-    Args:
-      leaf: its name.
-      members: the tensors that make it up.
-      made: the codes of one of them, in native layout.
-      mesh: that the leaf is divided over; None: whole, on the first device. Every process reads the
-        whole of a tensor, because groups may go across its slices.
+    """One leaf of a model from the codes of its tensors; only one tensor is in memory as floats.
+    Every process reads whole tensors, because groups may go across slices of the mesh.
     """
     buffers: QuantizedArray | None = None
     for name, place in members:
@@ -123,7 +115,7 @@ def quantized_leaf(
 
 def quantized(x: np.ndarray, kind: str, *, reads: int, writes: int, group: int) -> QuantizedArray:
     """`quantize` on the CPU, whatever the devices are: a run knows its base by its codes, and GPUs
-    divide in fewer steps, so that a number between two codes can get the other one there.
+    divide in fewer steps, which can round a value between two codes to the other one.
     """
     with on_cpu():
         return _quantized(x, kind, reads=reads, writes=writes, group=group)
@@ -136,19 +128,19 @@ def _quantized(x: np.ndarray, kind: str, *, reads: int, writes: int, group: int)
 
 
 def whole_groups(place: Place, group: int) -> bool:
-    """Whether no group of a tensor holds numbers of two heads."""
+    """Whether no group of a tensor holds values of two heads."""
     return place.in_axes is None or place.shape[place.in_axes - 1] % group == 0
 
 
 def native_blocks(blocks: QuantizedArray, place: Place) -> QuantizedArray:
-    """A tensor's codes and scales [out, in] in native layout.
+    """A tensor's codes and scales in native layout.
 
     Args:
-      blocks: with `writes` 0: groups run along the last axis.
-      place: of the tensor.
+      blocks: Codes [out, in], with `writes` 0: groups run along the last axis.
+      place: Place of the tensor; `whole_groups` is true of it.
 
     Returns:
-      The kernel [*in, *out], or a table as it is. `whole_groups` is true of the place.
+      The kernel [*in, *out], or a table as it is.
     """
     reads = place.in_axes
     if reads is None:

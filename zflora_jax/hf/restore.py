@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,22 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import from_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.trees import unflatten
-from zflora_jax.hf.compressed_read import CompressedShards
+from zflora_jax.hf.compressed import CompressedShards
 from zflora_jax.hf.config import from_hf_config, to_hf_config
-from zflora_jax.hf.keys import (
-    Place,
-    Slices,
-    as_finite,
-    check_layer_count,
-    check_tensors,
-    gather,
-    hf_table,
-    slices_shape,
-)
-from zflora_jax.hf.shards import Shards, accept_tied_head, read_json
+from zflora_jax.hf.keys import Place, Slices, check_tensors, gather, hf_table
+from zflora_jax.hf.shards import Shards, checked_table, read_block, read_json
 from zflora_jax.hf.stock import TABLES, StockForm, module_of
 from zflora_jax.parallel.sharding import placement
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
-# In a folder of its own, because servers load every *.safetensors beside config.json.
+# In a separate folder, because servers load every *.safetensors next to config.json.
 SIDE_FOLDER, SIDE_FILE = "zflora", "restore.safetensors"
+# Keys of config.json that may differ from the export's: none changes the forward pass.
+_FREE = (
+    *("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *("initializer_range", "attention_dropout", "architectures"),
+)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -55,226 +50,188 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_export(
-    directory: Path, hf: Mapping[str, Any], dtype: str, scan_layers: bool, mesh: Any = None
-) -> Model:
-    """Load the native fused model that an export was made from.
+@dataclass(frozen=True)
+class Export:
+    """An export by its zflora.json, checked against its config.json.
 
-    `unfuse` of it gives the base bit for bit. Without the side file, the numbers that stock form
-    rounds are computed back, with a warning.
+    Attributes:
+      native: Config of the fused model.
+      adapter: Adapter that was fused; None for a base.
+      form: Stock form of the stored model, whose widths may be filled with zeros.
+      dtype: Data type of the stored tensors.
+      quant: Quantisation of the kernels; None: floats.
+      base: Name of the base; "" where it is not known.
+    """
+
+    native: LlamaConfig
+    adapter: AdapterConfig | None
+    form: StockForm
+    dtype: str
+    quant: str | None
+    base: str
+
+
+def read_export(directory: Path, *, quantised: bool = False) -> Export:
+    """Read zflora.json and check config.json.
 
     Args:
-      directory: the export.
-      hf: its config.json.
-      dtype: of the parameters.
-      scan_layers: whether the layers are stacked.
-      mesh: that the parameters are divided over; None: whole, on the first device.
+      directory: The export.
+      quantised: Whether quantised kernels are taken, too.
 
     Raises:
-      CheckpointError: zflora.json, config.json and the tensors do not belong together.
+      ConfigError: The kernels are quantised, or config.json asks for an unsupported feature.
+      CheckpointError: A file is damaged, or the two do not belong together.
     """
-    manifest = read_manifest(directory)
-    what = str(directory)
-    native, adapter, form = _read_form(directory, manifest, hf)
-    native = native.replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
-    form = StockForm(native, form.eps_z)
-    shards = Shards(directory)
-    check_layer_count(shards.shapes, native.num_layers, what)
-    stock, table = hf_table(form.config), hf_table(native)
-    check_tensors(stock, accept_tied_head(shards, form.config), what, native.num_layers)
-    kept = {name for name, place in table.items() if form.restored(module_of(place))}
-    side = (
-        Shards(directory / SIDE_FOLDER, [SIDE_FILE])
-        if kept and (directory / SIDE_FOLDER / SIDE_FILE).exists()
-        else None
-    )
-    if side is not None:
-        check_tensors(
-            {name: table[name] for name in kept},
-            side.shapes,
-            str(directory / SIDE_FOLDER / SIDE_FILE),
-            native.num_layers,
-        )
-    elif kept:
-        warnings.warn(
-            f"{directory} lacks {SIDE_FOLDER}/{SIDE_FILE}:"
-            f" {', '.join(sorted({module_of(table[name]) for name in kept}))} are recovered by"
-            " arithmetic, equal to the base up to rounding.",
-            stacklevel=4,
-        )
+    manifest, hf = read_manifest(directory), read_json(directory / "config.json")
+    if quantised and manifest.get("quant") is not None:
+        hf.pop("quantization_config", None)
+    try:
+        native = from_dict(LlamaConfig, manifest["native_config"], f"{MANIFEST}: native_config")
+        stored = manifest.get("stored_config", manifest["native_config"])
+        stored = from_dict(LlamaConfig, stored, f"{MANIFEST}: stored_config")
+        form = StockForm(stored, float(manifest["eps_z"]), manifest.get("multiple"))
+        adapter = manifest["adapter"]
+        if adapter is not None:
+            adapter = from_dict(AdapterConfig, adapter, f"{MANIFEST}: adapter")
+        base = manifest["base"].get("name") or ""
+        export = Export(native, adapter, form, manifest["dtype"], manifest.get("quant"), base)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST} is incomplete or damaged ({error!r})."
+        ) from None
+    if adapter is not None and METHODS[adapter.method].widens:
+        base_config(native, adapter)  # raises where the widths are not this adapter's
+    _check_config(directory, hf, form)
+    return export
 
-    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
-        block, inner = place.block(slices)
-        if side is not None and name in kept:
-            return _block(side, name, place, block, dtype)[inner]
-        if module_of(place) in TABLES and native.base_hidden_size is not None:
-            _require_no_state(shards, name, stock[name], place, block)
-        x = _block(shards, name, stock[name], block)
-        return form.inverse(module_of(place), x, block)[inner]
 
-    where = None if mesh is None else partial(placement, mesh, fused=adapter is not None)
-    base = None if adapter is None else manifest["base"].get("name") or ""
-    return Model(native, unflatten(gather(table, read, dtype, where)), adapter=adapter, base=base)
+def _check_config(directory: Path, hf: Mapping[str, Any], form: StockForm) -> None:
+    """CheckpointError unless config.json is the one of `form`, but for `_FREE` keys."""
+    from_hf_config(hf, rope=False)  # refuses unsupported features by name
+    wrong = [
+        f"{key}={hf.get(key)!r}, expected {value!r}"
+        for key, value in to_hf_config(form.config, "", form.rope).items()
+        if key not in _FREE and hf.get(key, value) != value
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{directory}: config.json does not fit {MANIFEST}; one of them was changed after the"
+            f" export. {'; '.join(wrong)[:600]}"
+        )
 
 
 def stored_config(directory: Path) -> LlamaConfig:
-    """The config of the stock model that an export holds, with quantised kernels or without."""
-    return _stored(directory, read_manifest(directory))[1].config
+    """The config of the stock model in an export, with quantised kernels or without."""
+    return read_export(directory, quantised=True).form.config
 
 
-def _stored(directory: Path, manifest: Mapping[str, Any]) -> tuple[LlamaConfig, StockForm]:
-    """`_read_stored`, of an export with quantised kernels, too."""
-    hf = read_json(directory / "config.json")
-    if manifest.get("quant") is not None:
-        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
-    return _read_stored(directory, manifest, hf)
+def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None) -> Model:
+    """Load the native fused model that an export was made from.
+
+    `unfuse` of it gives the base bit for bit: the side file holds the floats that stock form
+    rounds.
+
+    Args:
+      directory: The export.
+      dtype: Data type of the parameters.
+      scan_layers: Whether the layers are stacked.
+      mesh: Mesh that the parameters are divided over; None: whole, on the first device.
+
+    Raises:
+      ConfigError: The kernels are quantised.
+      CheckpointError: zflora.json, config.json and the tensors do not belong together.
+    """
+    export = read_export(directory)
+    native = export.native.replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
+    form = StockForm(native, export.form.eps_z)
+    shards = Shards(directory)
+    stock, table = checked_table(shards, form.config), hf_table(native)
+    kept = {
+        name: replace(place, tensor=name, row=0)
+        for name, place in table.items()
+        if form.restored(module_of(place))
+    }
+    if kept:
+        if not (directory / SIDE_FOLDER / SIDE_FILE).exists():
+            raise CheckpointError(
+                f"{directory} lacks {SIDE_FOLDER}/{SIDE_FILE}, which restores the base bit for bit:"
+                f" copy it from the export. Without {MANIFEST} too, the directory loads as an"
+                " ordinary model."
+            )
+        side = Shards(directory / SIDE_FOLDER, [SIDE_FILE])
+        check_tensors(kept, side.shapes, str(side.directory / SIDE_FILE), native.num_layers)
+
+    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
+        block, inner = place.block(slices)
+        if name in kept:
+            return read_block(side, name, kept[name], block, dtype)[inner]
+        if module_of(place) in TABLES and native.base_hidden_size is not None:
+            _require_no_state(shards, name, stock[name], place, block)
+        x = read_block(shards, name, stock[name], block)
+        return form.inverse(module_of(place), x, block)[inner]
+
+    where = None if mesh is None else partial(placement, mesh, fused=export.adapter is not None)
+    base = None if export.adapter is None else export.base
+    params = unflatten(gather(table, read, dtype, where))
+    return Model(native, params, adapter=export.adapter, base=base)
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
-    """Load an export as stock transformers computes it: norm and scale over the full widths; of
-    quantised kernels the numbers that their codes and scales stand for.
+    """Load an export as stock transformers computes it: norms and scores over the full widths; for
+    quantised kernels, the floats that their codes and scales stand for.
 
-    For measuring the cost of stock form; use `load_model` to work with the model. Two things differ
+    It measures the cost of stock form; use `load_model` to work with the model. Two things differ
     from transformers: this project's RoPE reads no longrope factors, so q and k of widened heads
     are in native order (the factors are compared with config.json); and norms of widened heads add
     rms_norm_eps to a mean over the base's dims.
 
     Args:
-      directory: the export.
-      scan_layers: whether the layers are stacked.
-      mesh: parameters are divided over it; None: whole, on the first device.
+      directory: The export.
+      scan_layers: Whether the layers are stacked.
+      mesh: Mesh that the parameters are divided over; None: whole, on the first device.
 
     Returns:
-      The model. Parameters have the dtype of the export where that keeps their numbers: not those
-      of codes, or of heads whose scale is undone, which are float32. Activations are bfloat16 for a
-      bfloat16 export, else float32, because few of jax's backends have float16 kernels.
+      The model. Parameters have the dtype of the export if that is exact: codes, and heads whose
+      scale is undone, become float32. Activations are bfloat16 for a bfloat16 export, else float32,
+      because few of jax's backends have float16 kernels.
 
     Raises:
-      CheckpointError: as for `load_export`.
+      CheckpointError: As for `load_export`.
     """
-    manifest, what = read_manifest(directory), str(directory)
-    (native, form), quant = _stored(directory, manifest), manifest.get("quant")
+    export = read_export(directory, quantised=True)
+    form, quant = export.form, export.quant
     config = form.config.replace(
-        base_head_dim=native.base_head_dim,
-        dtype="bfloat16" if manifest["dtype"] == "bfloat16" else "float32",
+        base_head_dim=form.native.base_head_dim,
+        dtype="bfloat16" if export.dtype == "bfloat16" else "float32",
         scan_layers=scan_layers,
         joint_head_norms=True,
     )
     shards = Shards(directory) if quant is None else CompressedShards(directory, quant)
-    table = hf_table(config)
-    check_tensors(table, accept_tied_head(shards, config), what, config.num_layers)
+    table = checked_table(shards, config)
 
     def read(name: str, place: Place, slices: Slices) -> np.ndarray:
         block, inner = place.block(slices)
-        x = _block(shards, name, place, block)
+        x = read_block(shards, name, place, block)
         return form.inverse_heads(module_of(place), x, state=False)[inner]
 
     where = None if mesh is None else partial(placement, mesh, fused=True)
-    computed = {name for name, place in table.items() if quant or form.turned(module_of(place))}
-    leaves = gather({name: table[name] for name in computed}, read, np.float32, where)
+    computed = {n for n, place in table.items() if quant or form.turned(module_of(place))}
+    leaves = gather({n: table[n] for n in computed}, read, np.float32, where)
     stored = {name: place for name, place in table.items() if name not in computed}
-    leaves |= gather(stored, read, np.dtype(manifest["dtype"]), where)
+    leaves |= gather(stored, read, np.dtype(export.dtype), where)
     return Model(config, unflatten(leaves))
 
 
-def _block(
-    shards: Shards, name: str, place: Place, block: Slices, dtype: Any = np.float32
-) -> np.ndarray:
-    """A block of a tensor, which alone is read, in the layout of `place` (native or stock form)."""
-    x = as_finite(shards.read(name, place.hf_slices(block)), dtype, name, str(shards.directory))
-    return place.to_native(x, slices_shape(block))
-
-
 def _require_no_state(shards: Shards, name: str, stock: Place, place: Place, block: Slices) -> None:
-    """CheckpointError unless the channels of a table behind the base's are zero in `block`'s rows:
-    the adapter's state starts there at zero, and the head does not read it.
+    """CheckpointError unless a table's channels behind the base's are zero in `block`'s rows: the
+    adapter's state starts there at zero, and the head does not read it.
     """
     axis = 0 if place.in_axes else 1
     behind = list(block)
     behind[axis] = slice(place.shape[axis], stock.shape[axis])
-    if block[axis].start == 0 and _block(shards, name, stock, tuple(behind)).any():
+    if block[axis].start == 0 and read_block(shards, name, stock, tuple(behind)).any():
         raise CheckpointError(
             f"{shards.directory}: {name} has channels from {place.shape[axis]} on that are not"
             " zero. They are the adapter's state, which other software has changed. Without"
             f" {MANIFEST} the directory loads as an ordinary model."
-        )
-
-
-def _read_form(
-    directory: Path, manifest: Mapping[str, Any], hf: Mapping[str, Any]
-) -> tuple[LlamaConfig, AdapterConfig | None, StockForm]:
-    """(native config, adapter, stock form) of an export, checked against its config.json."""
-    try:
-        native = from_dict(LlamaConfig, manifest["native_config"], f"{MANIFEST}: native_config")
-        adapter = (
-            None
-            if manifest["adapter"] is None
-            else from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(directory, error) from None
-    if adapter is not None and METHODS[adapter.method].widens:
-        base_config(native, adapter)  # raises where the widths are not this adapter's
-    return native, adapter, _read_stored(directory, manifest, hf)[1]
-
-
-def export_config(directory: Path, hf: Mapping[str, Any]) -> LlamaConfig:
-    """The model's config, of an export with a manifest.
-
-    Args:
-      directory: of the export.
-      hf: its config.json, which describes the stock form of the model.
-
-    Raises:
-      CheckpointError: manifest or config.json is damaged or was changed.
-    """
-    return _read_form(directory, read_manifest(directory), hf)[0]
-
-
-def _read_stored(
-    directory: Path, manifest: Mapping[str, Any], hf: Mapping[str, Any]
-) -> tuple[LlamaConfig, StockForm]:
-    """(native config with the widths that were filled, stock form) of an export, checked against
-    its config.json.
-    """
-    try:
-        key = "stored_config" if "stored_config" in manifest else "native_config"
-        native = from_dict(LlamaConfig, manifest[key], f"{MANIFEST}: {key}")
-        form = StockForm(native, float(manifest["eps_z"]), manifest.get("multiple"))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(directory, error) from None
-    _check_config(str(directory), hf, form)
-    return native, form
-
-
-def _damaged(directory: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{directory / MANIFEST} is incomplete or damaged ({error!r}).")
-
-
-def _check_config(what: str, hf: Mapping[str, Any], form: StockForm) -> None:
-    """CheckpointError unless config.json is what `form` writes, in all that changes the forward
-    pass.
-    """
-    from_hf_config(hf, rope=False)  # refuses unsupported features by name
-    expected = to_hf_config(form.config, str(hf.get("dtype")), form.rope)
-    free = (
-        "dtype",
-        "torch_dtype",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "use_cache",
-        "initializer_range",
-        "attention_dropout",
-        "architectures",
-    )
-    wrong = [
-        f"{key}={hf.get(key)!r}, expected {value!r}"
-        for key, value in expected.items()
-        if key not in free and hf.get(key, value) != value
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{what}: config.json does not fit {MANIFEST}; one of them was changed after the"
-            f" export. {'; '.join(wrong)[:600]}"
         )

@@ -16,6 +16,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import count_base, param_shapes
 from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -23,13 +24,11 @@ from zflora_jax.hf.card import base_name, model_card, project_version
 from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
 from zflora_jax.hf.hub import locate
-from zflora_jax.hf.keys import as_finite, hf_table
+from zflora_jax.hf.keys import as_finite, hf_shapes, hf_table
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
-from zflora_jax.hf.shards import INDEX, SINGLE
+from zflora_jax.hf.shards import INDEX, SINGLE, tensor_bytes, write_tensors
 from zflora_jax.hf.state_scale import scales_state
-from zflora_jax.hf.stock import StockForm, module_of, native_tensor, stock_form, to_stock
-from zflora_jax.hf.stored import Stored
-from zflora_jax.hf.tensor_file import tensor_bytes, write_tensors
+from zflora_jax.hf.stock import StockForm, Stored, module_of, native_tensor, stock_form, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.nn.quantize_model import is_quantized
 from zflora_jax.ops.quantized import QuantizedArray
@@ -58,40 +57,43 @@ def save_hf(
     this together: they gather one tensor of one layer at a time, and process 0 writes it.
 
     Args:
-      path: the directory to write, or its URL (s3://, gs://).
-      model: not packed; its layers may be stacked or not.
-      dtype: of the stored tensors, "float32", "bfloat16" or "float16"; None: the parameters' own.
-        Arithmetic is in float32, cast once.
-      base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json. Where the
-        method widens it is computed from the model; the methods lora, ffa and full need it given.
-        Of a base of codes that is exported as numbers it goes by the name codes_fingerprint.
-      max_shard_bytes: size limit of a file, in bytes.
-      card: figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
-      eps_z: scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
-        that disturbs the logits less than rounding to `dtype`, estimated from the weights. What
-        quantises to int8 by channel or token needs at least 2^-4.
+      path: The directory to write, or its URL (s3://, gs://).
+      model: A model that is not packed; its layers may be stacked or not.
+      dtype: Data type of the stored tensors, "float32", "bfloat16" or "float16"; None: the
+        parameters' own. Arithmetic is in float32, cast once.
+      base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json. For methods
+        that widen it is computed from the model; for lora, ffa and full it must be given. For a
+        quantised base exported as floats it is recorded as codes_fingerprint.
+      max_shard_bytes: Size limit of a file, in bytes.
+      card: Figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
+      eps_z: Scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
+        that disturbs the logits less than rounding to `dtype`, estimated from the weights. Tools
+        that quantise an export to int8 by channel or token need at least 2^-4.
       quant: "int8", "w8a8", "int4", "int4-g32", "int4-g64" or "int4-g128" (see `compressed`):
-        kernels as codes, in a directory that `load_model` does not read. None: as numbers.
+        kernels as codes, in a directory that `load_model` does not read. None: as floats.
 
     Returns:
       {"path", "dtype", "parameters", "widths", "bytes", "files"}; "eps_z" where there is a state;
-      with `quant` also "quant", "filled with zeros" and what is told of groups and rows.
+      with `quant` also "quant", "filled with zeros", and notes on groups and rows.
 
     Raises:
-      ConfigError: the model is packed, or dtype, eps_z or quant cannot be used.
-      CheckpointError: a value is not finite in `dtype`, or the directory must not be replaced.
+      ConfigError: The model is packed, its family cannot be stored so, or dtype, eps_z or quant
+        cannot be used.
+      CheckpointError: A value is not finite in `dtype`, or the directory must not be replaced.
     """
     target = export_target(path)
     dtype = dtype or _own_dtype(model)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
+    wide_heads = model.config.base_head_dim is not None
+    require_format(model.config.family, "compressed" if quant else "hf", wide_heads)
     stored = _stored(model, dtype, quant, eps_z)
     report: dict[str, Any] = {"path": str(target), "dtype": dtype, **stored.report}
     with contextlib.ExitStack() as stack:
         # None in all processes but the one that writes; they help to gather the tensors.
         whole = whole_directory(target, _own_files, MANIFEST)
         staging = on_main(lambda: stack.enter_context(whole))
-        _write_tensors(staging, stored, max_shard_bytes)
+        _write_shards(staging, stored, max_shard_bytes)
         if quant is None:
             _write_side_file(staging, model, stored.form, dtype)
         manifest = _manifest(model, stored, dtype, base_fingerprint or _base_fingerprint(model))
@@ -108,14 +110,21 @@ def _finish(
     report: Mapping[str, Any],
     manifest: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write what is beside the tensors; last the manifest, with the list of files. Returns that
-    list, and their bytes.
+    """Write all files but the tensors', the manifest last. Returns its list of files, and their
+    bytes.
     """
-    assert folder is not None  # of process 0
+    assert folder is not None  # in process 0
     write_json(folder / "config.json", hf_config)
     text = model_card(model, report, manifest["figures"])
     (folder / "README.md").write_text(text, encoding="utf-8")
-    _write_companions(folder, model)
+    try:
+        base = None if model.source is None else locate(model.source)[0]
+    except CheckpointError:  # moved away, or the hub cannot be reached
+        base = None
+    base = base if base is not None and base.is_dir() else None
+    write_tokenizer_files(folder, model.tokenizer, base)
+    values = {"bos_token_id": model.config.bos_token_id, "pad_token_id": model.config.pad_token_id}
+    write_generation_config(folder, base, values, model.config.eos_token_ids)
     written = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     files = sorted([*written, MANIFEST])
     write_json(folder / MANIFEST, {**manifest, "files": files})
@@ -123,47 +132,37 @@ def _finish(
 
 
 def _own_dtype(model: Model) -> str:
-    """The dtype of the parameters; of a model whose table is codes that of its activations."""
-    table = trees.flatten(model.params)["embed/embedding"]
+    """The dtype of the parameters; of the activations if the embedding is stored as codes."""
+    table = model.params["embed"]["embedding"]
     return model.config.execution.dtype if isinstance(table, QuantizedArray) else str(table.dtype)
 
 
 def _stored(model: Model, dtype: str, quant: str | None, eps_z: float | None) -> Stored:
-    """What the directory holds."""
+    """The content of the directory."""
     if quant is not None:
         return compressed(model, quant, dtype, eps_z)
     form = stock_form(model, dtype, eps_z)
     config, tensor = to_stock(model, form, dtype)
-    specs = {name: (place.hf_shape, dtype) for name, place in hf_table(form.config).items()}
+    specs = {name: (shape, dtype) for name, shape in hf_shapes(hf_table(form.config)).items()}
     report: dict[str, Any] = {"parameters": count_base(form.config), "widths": _widths(form.config)}
     report |= {"eps_z": form.eps_z} if scales_state(form.native) else {}
     return Stored(form, config, specs, tensor, report)
 
 
 def _widths(config: LlamaConfig) -> str:
-    """The stored widths, with a note on those that are not a multiple of GGUF's blocks of 32."""
-    inputs = {
-        "hidden": config.hidden_size,
-        "heads": config.num_heads * config.head_dim,
-        "MLP": config.intermediate_size,
-    }
-    odd = [name for name, width in inputs.items() if width % 32]
-    advice = (
-        f"; {', '.join(odd)}: no multiple of 32, as GGUF's blocks want (zflora export --format"
-        " gguf fills them)"
-        if odd
-        else ""
+    """The stored widths, with a note on those that are no multiple of GGUF's blocks of 32."""
+    heads, inputs = config.num_heads * config.head_dim, config.intermediate_size
+    widths = {"hidden": config.hidden_size, "heads": heads, "MLP": inputs}
+    odd = ", ".join(name for name, width in widths.items() if width % 32)
+    text = (
+        f"hidden {config.hidden_size}, heads {config.num_heads} x {config.head_dim}, MLP {inputs}"
     )
-    return (
-        f"hidden {config.hidden_size}, heads {config.num_heads} x {config.head_dim}, MLP"
-        f" {config.intermediate_size}{advice}"
-    )
+    advice = "no multiple of 32, as GGUF's blocks want (zflora export --format gguf fills them)"
+    return f"{text}; {odd}: {advice}" if odd else text
 
 
 def _own_files(directory: Path) -> set[str] | None:
-    """The files that an export of this project wrote into `directory`, by its own list; None for
-    any other directory.
-    """
+    """The files that an export lists in its manifest; None for any other directory."""
     try:
         files = read_manifest(directory).get("files")
     except CheckpointError:
@@ -171,18 +170,17 @@ def _own_files(directory: Path) -> set[str] | None:
     return {str(name) for name in files} if isinstance(files, list) else None
 
 
-# --- tensors --------------------------------------------------------------------------------------
-
-
-def _write_tensors(folder: Path | None, stored: Stored, limit: int) -> None:
+def _write_shards(folder: Path | None, stored: Stored, limit: int) -> None:
     """Write model.safetensors, or shards with an index; nothing where `folder` is None."""
-    specs = stored.specs
-    sizes = {name: tensor_bytes(spec) for name, spec in specs.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > limit:
+    specs, total, room = stored.specs, 0, 0
+    shards: list[list[str]] = []
+    for name, spec in specs.items():
+        size = tensor_bytes(spec)
+        if not shards or room < size:
             shards.append([])
+            room = limit
         shards[-1].append(name)
+        room, total = room - size, total + size
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -190,21 +188,14 @@ def _write_tensors(folder: Path | None, stored: Stored, limit: int) -> None:
         write_tensors(path, {n: specs[n] for n in names}, stored.tensor, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1 and folder is not None:
-        count = count_base(stored.form.config)
-        write_json(
-            folder / INDEX,
-            {
-                "metadata": {"total_parameters": count, "total_size": sum(sizes.values())},
-                "weight_map": weight_map,
-            },
-        )
+        metadata = {"total_parameters": count_base(stored.form.config), "total_size": total}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: str) -> None:
-    """Store the native numbers that stock form rounds, so that `load_model` restores them bit for
+    """Store the native floats that stock form rounds, so that `load_model` restores them bit for
     bit: norm gains, and where heads are widened q and its bias, or k's norm.
     """
-
     table = hf_table(model.config).items()
     specs = {n: (place.hf_shape, dtype) for n, place in table if form.restored(module_of(place))}
     if not specs:
@@ -220,13 +211,8 @@ def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: 
     write_tensors(path, specs, tensor)
 
 
-# --- files beside the tensors ---------------------------------------------------------------------
-
-
 def _base_of(model: Model) -> LlamaConfig | None:
-    """The config of the base whose numbers the model holds unchanged; None where a merge by
-    addition has changed them.
-    """
+    """The config of the base that the model holds unchanged; None if a merge has changed it."""
     if model.adapter is None:
         return model.config
     widened = METHODS[model.adapter.method].widens
@@ -234,7 +220,7 @@ def _base_of(model: Model) -> LlamaConfig | None:
 
 
 def _base_fingerprint(model: Model) -> str | None:
-    """Of the base, in the corner of wide leaves. Processes that share the model call this."""
+    """The base's, in the corner of wide leaves. Processes that share the model call this."""
     base = _base_of(model)
     if base is None:
         return None
@@ -247,9 +233,10 @@ def _base_fingerprint(model: Model) -> str | None:
 def _manifest(
     model: Model, stored: Stored, dtype: str, base_fingerprint: str | None
 ) -> dict[str, Any]:
+    """The content of zflora.json but for its figures and files."""
     base, form = _base_of(model) or model.config, stored.form
     fingerprints = {"fingerprint": base_fingerprint}
-    if is_quantized(model) and "quant" not in stored.manifest:  # the base comes back as numbers
+    if is_quantized(model) and "quant" not in stored.manifest:  # the base comes back as floats
         fingerprints = {"fingerprint": None, "codes_fingerprint": base_fingerprint}
     return {
         "format": FORMAT,
@@ -269,19 +256,3 @@ def _manifest(
         "eps_z": form.eps_z,
         **stored.manifest,
     }
-
-
-def _write_companions(folder: Path, model: Model) -> None:
-    """Write the tokenizer files and generation_config.json: the base's, as far as the model still
-    has the base's tokenizer and stop tokens.
-    """
-    base: Path | None = None
-    if model.source is not None:
-        try:
-            base = locate(model.source)[0]
-        except CheckpointError:  # moved away, or the hub cannot be reached
-            base = None
-    base = base if base is not None and base.is_dir() else None
-    write_tokenizer_files(folder, model.tokenizer, base)
-    values = {"bos_token_id": model.config.bos_token_id, "pad_token_id": model.config.pad_token_id}
-    write_generation_config(folder, base, values, model.config.eos_token_ids)

@@ -1,8 +1,9 @@
-"""Safetensors files of a Hugging Face directory, single or sharded; headers are checked first."""
+"""Safetensors files: directories of them read with strict checks, single ones written."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,26 @@ import numpy as np
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import difference
-from zflora_jax.hf.keys import IGNORED, TOP_NAMES, Slices
+from zflora_jax.hf.keys import (
+    IGNORED,
+    TOP_NAMES,
+    Place,
+    Slices,
+    as_finite,
+    check_layer_count,
+    check_tensors,
+    hf_table,
+    slices_shape,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
+_NAMES = {
+    **{"float32": "F32", "bfloat16": "BF16", "float16": "F16"},
+    **{"int8": "I8", "int32": "I32", "int64": "I64"},
+}
+Spec = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,23 +55,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def inside(directory: Path, name: str) -> Path:
     """The path of a file in a model directory.
 
-    Links are followed within the directory and, in the hub's cache, into the repository's blob
-    folder.
+    Links are followed within the directory and, in the hub's cache, into the repository's blobs.
 
     Raises:
-      CheckpointError: `name` is not a plain file name, does not exist, or is a link to another
-        place.
+      CheckpointError: `name` is not a plain file name, does not exist, or links to another place.
     """
     path, root = directory / name, directory.resolve()
     # The hub's models--OWNER--NAME/snapshots/REVISION, or the folder zflora/ in it.
     found = (x.parent.parent for x in (root, root.parent) if x.parent.name == "snapshots")
-    home = next(found, root)
     if Path(name).name != name or "\\" in name:
         raise CheckpointError(
             f"{directory}: {name!r} is not a plain file name; shards must lie in the model"
             " directory itself."
         )
-    if not path.resolve().is_relative_to(home):
+    if not path.resolve().is_relative_to(next(found, root)):
         raise CheckpointError(
             f"{path} is a link that leads out of {directory}; copy the file there, or load the"
             " directory it lives in."
@@ -68,12 +82,12 @@ class Shards:
     """The tensors of a model directory, read by name.
 
     Attributes:
-      directory: the directory.
-      shapes: name -> shape of every tensor; buffers that are ignored are left out.
+      directory: The directory.
+      shapes: Name -> shape of every tensor but the ignored buffers.
 
     Raises:
-      CheckpointError: a header is broken, weights are pickled, an index disagrees with its shards,
-        a tensor is stored twice, or its dtype is not floating point.
+      CheckpointError: A header is broken, weights are pickled, an index disagrees with its shards,
+        a tensor is stored twice, or its dtype is not one of `dtypes`.
     """
 
     def __init__(
@@ -83,12 +97,12 @@ class Shards:
         dtypes: tuple[str, ...] = FLOATS,
     ) -> None:
         self.directory = directory
-        weight_map = self._weight_map() if files is None else None
+        weight_map = _weight_map(directory) if files is None else None
         self._files: dict[str, tuple[Path, Any]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(weight_map.values())) if weight_map else files or [SINGLE]:
             path = inside(directory, file)
-            handle = self._open(path)
+            handle = _open(path)
             for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
                 if name in self._files:
                     raise CheckpointError(
@@ -119,8 +133,8 @@ class Shards:
         """Copy a tensor, or a block of it, out of the file; no more than that is read.
 
         Args:
-          name: of the tensor.
-          slices: the block; None: the whole tensor.
+          name: Name of the tensor.
+          slices: The block; None: the whole tensor.
 
         Returns:
           The array in its stored dtype (bfloat16 of ml_dtypes).
@@ -131,56 +145,66 @@ class Shards:
         except Exception as error:  # the library raises several types for damaged data
             raise CheckpointError(f"{path}: {name} cannot be read: {error}.") from error
 
-    def _weight_map(self) -> dict[str, str] | None:
-        if (self.directory / INDEX).exists():
-            if (self.directory / SINGLE).exists():
-                raise CheckpointError(
-                    f"{self.directory} holds both {SINGLE} and {INDEX}; remove the one that is out"
-                    " of date."
-                )
-            weight_map = read_json(self.directory / INDEX).get("weight_map")
-            if (
-                not isinstance(weight_map, dict)
-                or not weight_map
-                or not all(isinstance(file, str) for file in weight_map.values())
-            ):
-                raise CheckpointError(
-                    f"{self.directory / INDEX}: weight_map must be a table of tensor name -> file"
-                    " name."
-                )
-            return weight_map
-        if not (self.directory / SINGLE).exists():
-            pickled = sorted(
-                p.name
-                for pattern in ("*.bin", "*.pt", "*.pth")
-                for p in self.directory.glob(pattern)
-            )
-            if pickled:
-                raise CheckpointError(
-                    f"{self.directory} holds pickled weights ({pickled[0]}), which can run code"
-                    " when they are read. Convert them to safetensors with transformers'"
-                    " save_pretrained, or download the model's safetensors files."
-                )
-            raise CheckpointError(
-                f"{self.directory} has neither {SINGLE} nor {INDEX}; expected a Hugging Face model"
-                " directory. (A model on the hub may have pickled weights, *.bin, alone, which are"
-                " not downloaded: convert it with transformers' save_pretrained, and load that"
-                " directory.)"
-            )
-        return None
 
-    @staticmethod
-    def _open(path: Path) -> Any:
-        import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
-        from safetensors import safe_open
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """Tensor -> file by the index; None for a single file."""
+    if not (directory / INDEX).exists():
+        if (directory / SINGLE).exists():
+            return None
+        pickled = [p.name for end in ("*.bin", "*.pt", "*.pth") for p in directory.glob(end)]
+        raise CheckpointError(
+            f"{directory} has neither {SINGLE} nor {INDEX}"
+            + (f", but pickled weights ({min(pickled)}), which can run code" if pickled else "")
+            + ". Expected a Hugging Face model directory with safetensors files: download them, or"
+            " convert a model that has only pickled weights (*.bin, which are not downloaded) with"
+            " transformers' save_pretrained."
+        )
+    if (directory / SINGLE).exists():
+        raise CheckpointError(
+            f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is out of date."
+        )
+    found = read_json(directory / INDEX).get("weight_map")
+    valid = isinstance(found, dict) and all(isinstance(file, str) for file in found.values())
+    if not found or not valid:
+        raise CheckpointError(
+            f"{directory / INDEX}: weight_map must be a table of tensor name -> file name."
+        )
+    return dict(found)
 
-        try:
-            return safe_open(path, framework="np", backend="pread")
-        except Exception as error:
-            raise CheckpointError(
-                f"{path} is not a readable safetensors file ({error}); it is truncated or damaged."
-                " Download or export it again."
-            ) from error
+
+def _open(path: Path) -> Any:
+    import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
+    from safetensors import safe_open
+
+    try:
+        return safe_open(path, framework="np", backend="pread")
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); it is truncated or damaged."
+            " Download or export it again."
+        ) from error
+
+
+def checked_table(shards: Shards, config: LlamaConfig) -> Mapping[str, Place]:
+    """The table of a config's tensors.
+
+    A tied model's file may repeat the embedding as lm_head.
+
+    Raises:
+      CheckpointError: The directory does not hold exactly these tensors.
+    """
+    what, shapes = str(shards.directory), dict(shards.shapes)
+    head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
+    repeated = config.tie_word_embeddings and {head, embedding} <= shapes.keys()
+    if repeated and (shapes.pop(head) != shapes[embedding] or not _equal(shards, head, embedding)):
+        raise CheckpointError(
+            f"{what}: config.json ties the head to the embedding, but {head} differs from"
+            f" {embedding}. Set tie_word_embeddings to false in config.json if the head is to be"
+            " used, or remove the tensor."
+        )
+    check_layer_count(shapes, config.num_layers, what)
+    check_tensors(hf_table(config), shapes, what, config.num_layers)
+    return hf_table(config)
 
 
 def _equal(shards: Shards, one: str, other: str) -> bool:
@@ -191,23 +215,64 @@ def _equal(shards: Shards, one: str, other: str) -> bool:
     return all(np.array_equal(shards.read(one, at), shards.read(other, at)) for at in pieces)
 
 
-def accept_tied_head(shards: Shards, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of a directory without the redundant lm_head that some files of tied models hold.
+def read_block(
+    shards: Shards, name: str, place: Place, block: Slices, dtype: Any = np.float32
+) -> np.ndarray:
+    """Read a block of a tensor's rows in native layout; CheckpointError where it is not finite.
 
-    Raises:
-      CheckpointError: the lm_head differs from the embedding.
+    Args:
+      shards: The tensors.
+      name: Name of the place, for messages.
+      place: Place of the rows.
+      block: Native slices of the block, see `Place.block`.
+      dtype: Data type of the result.
     """
-    head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
-    if (
-        not config.tie_word_embeddings
-        or head not in shards.shapes
-        or embedding not in shards.shapes
-    ):
-        return shards.shapes
-    if shards.shapes[head] != shards.shapes[embedding] or not _equal(shards, head, embedding):
-        raise CheckpointError(
-            f"{shards.directory}: config.json ties the head to the embedding, but {head} differs"
-            f" from {embedding}. Set tie_word_embeddings to false in config.json if the head is to"
-            " be used, or remove the tensor."
-        )
-    return {name: shape for name, shape in shards.shapes.items() if name != head}
+    x = shards.read(place.tensor, place.hf_slices(block))
+    return place.to_native(as_finite(x, dtype, name, str(shards.directory)), slices_shape(block))
+
+
+def write_tensors(
+    path: Path | None,
+    specs: Mapping[str, Spec],
+    tensor: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file tensor by tensor, so that only one of them is in memory.
+
+    For tensors of one dtype the bytes are those of `safetensors.numpy.save_file`; for several
+    dtypes only the order may differ.
+
+    Args:
+      path: The file; None where another process writes it: all processes help to gather the
+        tensors.
+      specs: Name -> (shape, dtype) of each tensor of the file.
+      tensor: Name -> tensor; called once for each, in the order of their names.
+      metadata: Texts for the header.
+    """
+    names, at = sorted(specs), 0
+    if path is None:
+        for name in names:
+            tensor(name)
+        return
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name in names:
+        (shape, dtype), end = specs[name], at + tensor_bytes(specs[name])
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            value, (shape, dtype) = tensor(name), specs[name]
+            if value.shape != shape or value.dtype != np.dtype(dtype):
+                raise ValueError(
+                    f"{name} is {value.shape} {value.dtype}; announced: {shape} {dtype}."
+                )
+            file.write(np.ascontiguousarray(value).view(np.uint8).data)
+
+
+def tensor_bytes(spec: Spec) -> int:
+    """The bytes of a tensor."""
+    shape, dtype = spec
+    return int(np.prod(shape)) * np.dtype(dtype).itemsize

@@ -3,7 +3,7 @@
 A stock norm counts the scaled state in its mean square, so its output is smaller by a relative
 eps_z^2 share / 2, where share = |z|^2 / |x|^2 of the native state and base channels. A large eps_z
 disturbs the norms. A small one divides the rows that read the state by a small number, and software
-with one int8 scale per channel or token then rounds the base's own numbers away.
+with one int8 scale per channel or token then rounds the base's weights away.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FLOAT16_LEAST = 2.0**-4
 # the logits of a whole model (SmolLM2-135M: 1.8e-6 of the largest), a fifth of the difference that
 # two implementations may have; for other dtypes half a unit in the last place.
 _ERROR = {"float32": 2.0**-19, "bfloat16": 2.0**-9, "float16": 2.0**-12}
-# How far the effect may exceed the estimate. SmolLM2-135M with a trained adapter: 1.4 times, at
-# most 3 for random models with adapters moved by noise.
+# How far the effect may exceed the estimate. SmolLM2-135M with a trained adapter: 1.4 times; random
+# models with perturbed adapters: at most 3.
 _SAFETY = 4.0
 
 
@@ -37,8 +37,8 @@ def choose_eps_z(model: Model, dtype: str) -> float:
     """Choose eps_z for an export.
 
     Args:
-      model: a fused model.
-      dtype: of the export.
+      model: A fused model.
+      dtype: Data type of the export.
 
     Returns:
       The largest power of two in 2^-10..1 whose effect on the logits, estimated by `state_share`
@@ -51,13 +51,13 @@ def choose_eps_z(model: Model, dtype: str) -> float:
 
 
 def state_share(model: Model) -> float:
-    """Estimate |z|^2 / |x|^2 in the residual stream of a fused model, from its weights alone.
+    """Estimate |z|^2 / |x|^2 in the residual stream of a fused model from its weights.
 
     The o and down kernel of each sublayer maps one input to the state z (columns forward and cross)
-    and to the base channels x. For inputs without a preferred direction, the energies of the two
-    are as the squared Frobenius norms of the columns, and a sum of contributions has at most the
-    largest share of a single one. The embedding adds to x alone, so it only makes the share
-    smaller. The same of the adapter dims of heads that are normed, from the q and k kernels.
+    and to the base channels x. For inputs without a preferred direction, the ratio of the energies
+    is that of the squared Frobenius norms of the columns, and a sum of contributions has at most
+    the largest share of a single one. The embedding adds to x only, so it makes the share smaller.
+    Normed heads get the same estimate of their adapter dims, from the q and k kernels.
     """
     config, shares = model.config, [0.0]
     # kernel -> (channels of the base that it writes, axes of them)
@@ -75,8 +75,8 @@ def state_share(model: Model) -> float:
 
 
 def scales_state(config: LlamaConfig) -> bool:
-    """Whether stock form stores anything of a model times eps_z: a residual state, or adapter dims
-    of heads that are normed.
+    """Whether a model has a residual state or adapter dims of normed heads, which stock form stores
+    times eps_z.
     """
     heads = config.traits.qk_norm and config.base_head_dim is not None
     return heads or config.base_hidden_size is not None
@@ -89,13 +89,8 @@ def _energy(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
 
 
 def check_eps_z(model: Model, eps_z: float) -> float:
-    """Check an eps_z that the user has given.
-
-    Returns:
-      `eps_z`.
-
-    Raises:
-      ConfigError: it is not a power of two in 2^-10..1, or the model has no state.
+    """Return a user's eps_z; ConfigError unless it is a power of two in 2^-10..1 and the model has
+    a state.
     """
     require(
         eps_z in CHOICES,

@@ -2,7 +2,7 @@
 
 A native fused model takes its RMSNorm over the base channels, rotates the base dims of a head and
 divides scores by sqrt(k). Stock classes do all three over the full width. Stock form gets the same
-function by changing numbers only:
+function by changing weights and settings only:
 
 - residual d+r: padded with zero channels to a width D that the heads divide; the adapter state
   stored times eps_z (see `state_scale`), so that it hardly counts in the mean square; norm gains
@@ -11,18 +11,19 @@ function by changing numbers only:
   k/2), in q and k alike; q times sqrt((k+e)/k); the wanted frequencies written as `longrope`
   factors, 1e30 (no rotation) for adapter pairs.
 - norms of heads (q_norm, k_norm): adapter dims of q and k stored times eps_z, their gains divided
-  by it; gains of k times sqrt(k/(k+e)), which for those of q and the scale of scores cancel. There
-  is one rms_norm_eps, the residual stream's; that of heads is off by less than itself, in sums of
-  squares that it is far below.
+  by it; gains of k times sqrt(k/(k+e)): the factors of q and of the scores cancel. There is one
+  rms_norm_eps, the residual stream's; the error in the heads' is far below their sums of squares.
 
-Letters: d residual width, k head dim, r and e what an adapter adds to them, D padded width.
+Letters: d residual width, k head dim, r and e the channels that an adapter adds, D padded width.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -34,18 +35,16 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
-from zflora_jax.hf.keys import Place, Slices, as_finite, hf_table
+from zflora_jax.hf.keys import Place, Slices, as_finite, hf_table, members
 from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
 from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
 from zflora_jax.ops.quantized import float_values
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
-_READS, _WRITES, _NORMS = (
-    ("q", "k", "v", "gate", "up"),
-    ("o", "down"),
-    ("attn_norm", "mlp_norm", "final_norm"),
-)
-_TURNED = ("q", "k", "q_bias", "k_bias", *QK_NORMS)  # what has the order of heads' dims
+_READS = ("q", "k", "v", "gate", "up")
+_WRITES = ("o", "down")
+_NORMS = ("attn_norm", "mlp_norm", "final_norm")
+_ROTATED = ("q", "k", "q_bias", "k_bias", *QK_NORMS)  # leaves with the order of heads' dims
 TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with zeros
 
 
@@ -53,16 +52,16 @@ TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with 
 class StockForm:
     """The stock form of a native model.
 
-    `module` in the methods is that of `module_of`: "q", "embed", ...
+    `module` in the methods is the result of `module_of`: "q", "embed", ...
 
     Attributes:
-      native: the native config.
-      eps_z: scale of the stored residual state and of the adapter dims of normed heads, a power of
+      native: Native config.
+      eps_z: Scale of the stored residual state and of the adapter dims of normed heads, a power of
         two.
-      multiple: the stored hidden size is a multiple of it. None: of the number of heads, as
-        transformers 5 refuses one that the heads do not divide.
-      scores_in_rope: the factor sqrt((k+e)/k) of scores is left out of q, because the file has its
-        root beside the RoPE settings, for q and k alike (GGUF).
+      multiple: Divisor of the stored hidden size. None: the number of heads, as transformers 5
+        refuses a size that the heads do not divide.
+      scores_in_rope: Whether the factor sqrt((k+e)/k) of scores is left out of q, because the file
+        has its root among the RoPE settings, for q and k alike (GGUF).
     """
 
     native: LlamaConfig
@@ -72,23 +71,20 @@ class StockForm:
 
     @property
     def wider(self) -> float:
-        """sqrt((k+e)/k), by which stock classes divide the scores too much."""
+        """sqrt((k+e)/k), the factor that stock classes divide the scores by too much."""
         return math.sqrt(self.native.head_dim / self.native.rotary_dim)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
-        """D, the stored hidden size. A residual stream that is not widened is left alone."""
-        n, multiple = self.native, self.multiple or self.native.num_heads
-        return (
-            n.hidden_size
-            if n.base_hidden_size is None
-            else -(-n.hidden_size // multiple) * multiple
-        )
+        """D, the stored hidden size. A residual stream that is not widened is left as it is."""
+        n = self.native
+        widened = n.base_hidden_size is not None
+        return round_up(n.hidden_size, (self.multiple or n.num_heads) if widened else 1)
 
-    @property
+    @functools.cached_property
     def config(self) -> LlamaConfig:
-        """The config with stock widths and rms_norm_eps. Its RoPE settings are the base's; `rope`
-        has those to write instead.
+        """The config with stock widths and rms_norm_eps, and the base's RoPE settings; `rope` has
+        the settings to write instead.
         """
         eps = self.native.rms_norm_eps * self.native.norm_dim / self.width
         return self.native.replace(
@@ -98,23 +94,22 @@ class StockForm:
     @property
     def rope(self) -> dict[str, Any] | None:
         """The rope_scaling that gives widened heads the frequencies of the base, else None."""
-        n = self.native
-        if n.base_head_dim is None:
+        if self.native.base_head_dim is None:
             return None
         factors = self.rope_divisors.tolist()
         return {
             "rope_type": "longrope",
             "factor": 1.0,
             "attention_factor": 1.0,
-            "original_max_position_embeddings": n.max_position_embeddings,
+            "original_max_position_embeddings": self.native.max_position_embeddings,
             "short_factor": factors,
             "long_factor": factors,
         }
 
     @property
     def rope_divisors(self) -> np.ndarray:
-        """[(k+e)/2] float64: what divides the plain inverse frequencies of a head of k+e dims, so
-        that they are those of the base.
+        """Divisors [(k+e)/2] float64 that make the inverse frequencies of a head of k+e dims the
+        base's.
         """
         powers, wanted = longrope_powers(self.native), rope_frequencies(self.native)
         divisors = np.full(len(powers), NO_ROTATION)
@@ -127,25 +122,19 @@ class StockForm:
         return paired_order(self.native.rotary_dim, self.native.head_dim)
 
     def restored(self, module: str) -> bool:
-        """Whether stock form rounds this module's numbers, so that the native ones are stored
-        beside the export.
-        """
-        rounded = ("k_norm",) if self.native.traits.qk_norm else ("q", "q_bias")
-        return (module in _NORMS and self.native.base_hidden_size is not None) or (
-            module in rounded and self.native.base_head_dim is not None
-        )
+        """Whether stock form rounds a module, so that an export stores its native floats too."""
+        n = self.native
+        if module in _NORMS:
+            return n.base_hidden_size is not None
+        rounded = ("k_norm",) if n.traits.qk_norm else ("q", "q_bias")
+        return module in rounded and n.base_head_dim is not None
 
     def forward(self, module: str, x: np.ndarray) -> np.ndarray:
-        """Bring a native leaf of one layer into stock form.
-
-        Args:
-          module: its name by `module_of`.
-          x: float32, in native layout.
-        """
-        n = self.native
-        if n.base_head_dim is not None and module in _TURNED:
+        """Bring a native leaf of one layer, float32, into stock form."""
+        if self.turned(module):
             x = (x * self.head_scale(module, self.eps_z))[..., self.head_order]
-        if n.base_hidden_size is None or (axis := _residual_axis(module, x.ndim)) is None:
+        axis = _residual_axis(module, x.ndim)
+        if self.native.base_hidden_size is None or axis is None:
             return x
         padding = [(0, self.width - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
         return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
@@ -154,19 +143,19 @@ class StockForm:
         """The inverse of `forward` on a block of a leaf; exact except where `restored` is true.
 
         Args:
-          module: its name by `module_of`.
-          x: the block, float32; of heads it holds all dims.
-          at: its slices, in the native leaf and in stock form alike: padding comes last.
+          module: Name of its module.
+          x: The block, float32, with all dims of heads.
+          at: Its slices, in the native leaf and in stock form: padding comes last.
         """
-        n = self.native
-        if n.base_hidden_size is not None and (axis := _residual_axis(module, x.ndim)) is not None:
+        n, axis = self.native, _residual_axis(module, x.ndim)
+        if n.base_hidden_size is not None and axis is not None:
             scale = self._scale(module, n.hidden_size, axis, x.ndim)
             x = x / np.take(scale, range(at[axis].start, at[axis].stop), axis)
         return self.inverse_heads(module, x)
 
     def turned(self, module: str) -> bool:
         """Whether a leaf has dims of widened heads, reordered and scaled for stock RoPE."""
-        return self.native.base_head_dim is not None and module in _TURNED
+        return self.native.base_head_dim is not None and module in _ROTATED
 
     def inverse_heads(self, module: str, x: np.ndarray, *, state: bool = True) -> np.ndarray:
         """The part of `inverse` that concerns heads. state: whether eps_z is undone."""
@@ -189,11 +178,30 @@ class StockForm:
         scale, d = np.ones(width, np.float32), self.native.norm_dim
         if module in _NORMS:
             scale[:] = math.sqrt(d / self.width)
-        elif module in _READS:
-            scale[d:] = 1 / self.eps_z
-        elif module in _WRITES:
-            scale[d:] = self.eps_z
+        elif module not in TABLES:
+            scale[d:] = 1 / self.eps_z if module in _READS else self.eps_z
         return scale.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The content of a Hugging Face directory, before it is written.
+
+    Attributes:
+      form: Stock form of the model.
+      config: Content of config.json.
+      specs: Name -> (shape, dtype) of every tensor.
+      tensor: Name -> tensor. Processes that share the model's arrays call it together.
+      report: Entries of the report.
+      manifest: Entries of zflora.json that only some exports have.
+    """
+
+    form: StockForm
+    config: Mapping[str, Any]
+    specs: Mapping[str, tuple[tuple[int, ...], str]]
+    tensor: Callable[[str], np.ndarray]
+    report: Mapping[str, Any]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _residual_axis(module: str, ndim: int) -> int | None:
@@ -213,21 +221,20 @@ def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockFor
     """The stock form of a model.
 
     Args:
-      model: a base or fused model, not packed.
-      dtype: of the export.
-      eps_z: None: chosen from the weights for `dtype`.
+      model: A base or fused model, not packed.
+      dtype: Data type of the export.
+      eps_z: Scale of the stored state; None: chosen from the weights for `dtype`.
 
     Raises:
-      ConfigError: the model is packed, or eps_z cannot be used.
+      ConfigError: The model is packed, or eps_z cannot be used.
     """
     if model.config.execution.packed:
         raise ConfigError(
             "a packed model is a layout for decode and cannot be exported; export the model it was"
             " packed from."
         )
-    return StockForm(
-        model.config, choose_eps_z(model, dtype) if eps_z is None else check_eps_z(model, eps_z)
-    )
+    chosen = choose_eps_z(model, dtype) if eps_z is None else check_eps_z(model, eps_z)
+    return StockForm(model.config, chosen)
 
 
 def round_up(width: int, multiple: int) -> int:
@@ -236,7 +243,7 @@ def round_up(width: int, multiple: int) -> int:
 
 
 def widths_report(native: LlamaConfig, stored: LlamaConfig) -> dict[str, str]:
-    """What a report says of the stored widths, and of what was filled with zeros up to them."""
+    """The stored widths, and the streams filled with zeros up to them, for a report."""
     widths = {
         "hidden": (native.hidden_size, stored.hidden_size),
         "head": (native.head_dim, stored.head_dim),
@@ -250,8 +257,16 @@ def widths_report(native: LlamaConfig, stored: LlamaConfig) -> dict[str, str]:
     }
 
 
+def native_leaf(model: Model, place: Place) -> Any:
+    """A native leaf of one layer on the host, as floats or codes. Processes that share the model's
+    arrays call this together.
+    """
+    leaf = functools.reduce(operator.getitem, place.leaf.split("/"), model.params)
+    return jax.tree.map(lambda part: trees.on_host(part, place.layer), leaf)
+
+
 def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
-    """The place of a Hugging Face tensor, and its native leaf of one layer in float32. Processes
+    """The place of a name of `hf_table`, and its native leaf of one layer in float32. Processes
     that share the model's arrays call this together.
     """
     place = hf_table(model.config)[name]
@@ -259,36 +274,33 @@ def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
     return place, np.asarray(values).astype(np.float32, copy=False)
 
 
-def native_leaf(model: Model, place: Place) -> Any:
-    """A native leaf of one layer on the host, as numbers or codes. Processes that share the model's
-    arrays call this together.
-    """
-    leaf = trees.flatten(model.params)[place.leaf]
-    return jax.tree.map(lambda part: trees.on_host(part, place.layer), leaf)
-
-
 def to_stock(
     model: Model, form: StockForm, dtype: str
 ) -> tuple[dict[str, Any], Callable[[str], np.ndarray]]:
     """Bring a model into stock form.
 
-    Arithmetic is in float32 with one cast at the end; numbers that stock form does not change are
+    Arithmetic is in float32 with one cast at the end; values that stock form does not change are
     copied bit for bit.
 
     Args:
-      model: a base or fused model.
-      form: of `stock_form`.
-      dtype: of the tensors.
+      model: A base or fused model.
+      form: Its stock form.
+      dtype: Data type of the tensors.
 
     Returns:
-      (config.json as a dict, a function from a Hugging Face name to the tensor). The function
-      raises CheckpointError for a tensor that is not finite in `dtype`.
+      (config.json as a dict, a function from a tensor's name to the tensor). The function raises
+      CheckpointError for a tensor that is not finite in `dtype`.
     """
     table = hf_table(form.config)
+    names = members(table)
 
-    def tensor(name: str) -> np.ndarray:
+    def rows(name: str) -> np.ndarray:
         place, x = native_tensor(model, name)
         array = table[name].to_hf(form.forward(module_of(place), x))
         return as_finite(array, np.dtype(dtype), name, "the model")
+
+    def tensor(name: str) -> np.ndarray:
+        first, *others = map(rows, names[name])
+        return np.concatenate([first, *others]) if others else first
 
     return to_hf_config(form.config, dtype, form.rope), tensor

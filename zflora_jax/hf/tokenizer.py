@@ -1,7 +1,5 @@
 """Tokenizer files of an export: the base's, byte for byte, or written from the tokenizer if it
-differs.
-
-They are written so that transformers 4 and 5 read the same tokenizer.
+differs, so that transformers 4 and 5 read the same tokenizer.
 """
 
 from __future__ import annotations
@@ -17,15 +15,9 @@ from zflora_jax.hf.shards import read_json
 from zflora_jax.reporting.files import write_json
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
@@ -40,12 +32,10 @@ def load_tokenizer(directory: Path) -> Any:
       The tokenizer; None where the directory has no tokenizer files.
 
     Raises:
-      CheckpointError: the files cannot be loaded.
+      CheckpointError: The files cannot be loaded.
     """
-    if not any(
-        (directory / name).exists()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    ):
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((directory / name).exists() for name in names):
         return None
     from transformers import AutoTokenizer
 
@@ -62,50 +52,18 @@ def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> No
     """Write the files of a tokenizer.
 
     Args:
-      folder: the export.
-      tokenizer: the model's.
-      base: the directory that the model came from, whose files are copied if they give this
-        tokenizer.
+      folder: The export.
+      tokenizer: The model's tokenizer.
+      base: Directory that the model came from; its files are copied if they give this tokenizer.
     """
     names = [name for name in TOKENIZER_FILES if base and (base / name).is_file()]
-    named = sorted((base / TEMPLATES).glob("*.jinja")) if base else []
     if base is not None and names and (tokenizer is None or _is_of(tokenizer, base)):
-        for name in names:
-            shutil.copyfile(base / name, folder / name)
-        if named:
-            (folder / TEMPLATES).mkdir()
-        for path in named:
-            shutil.copyfile(path, folder / TEMPLATES / path.name)
+        for path in (*(base / name for name in names), *(base / TEMPLATES).glob("*.jinja")):
+            copy = folder / path.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     elif tokenizer is not None:
         write_tokenizer(folder, tokenizer)
-
-
-def write_generation_config(
-    folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]
-) -> None:
-    """Write generation_config.json.
-
-    Args:
-      folder: the export.
-      base: the directory that the model came from; its file is copied byte for byte if it names
-        every id of `stop`, else with the missing ids added.
-      values: the settings to write where the base has no file; None values are left out.
-      stop: token ids that end an answer.
-    """
-    stop = list(stop)
-    if base is not None and (base / GENERATION).is_file():
-        settings = read_json(base / GENERATION)
-        given = settings.get("eos_token_id")
-        if given is None:
-            given = read_json(base / "config.json").get("eos_token_id")
-        given = list(given) if isinstance(given, list) else [] if given is None else [given]
-        if set(stop) <= set(given):
-            shutil.copyfile(base / GENERATION, folder / GENERATION)
-            return
-        stop = [*given, *(token for token in stop if token not in given)]
-        values = settings
-    values = values | {"eos_token_id": stop if len(stop) > 1 else stop[0] if stop else None}
-    write_json(folder / GENERATION, {k: v for k, v in values.items() if v is not None})
 
 
 def _is_of(tokenizer: Any, base: Path) -> bool:
@@ -117,12 +75,35 @@ def _is_of(tokenizer: Any, base: Path) -> bool:
     return own is not None and tokenizer_state(own) == tokenizer_state(tokenizer)
 
 
-def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
-    """The behaviour and settings of a tokenizer, comparable by value.
+def write_generation_config(
+    folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]
+) -> None:
+    """Write generation_config.json.
 
-    Returns:
-      None for no tokenizer.
+    Args:
+      folder: The export.
+      base: Directory that the model came from; its file is copied byte for byte if it names every
+        id of `stop`, else with the missing ids added.
+      values: Settings to write where the base has no file; None values are left out.
+      stop: Token ids that end an answer.
     """
+    ids = list(stop)
+    if base is not None and (base / GENERATION).is_file():
+        values = read_json(base / GENERATION)
+        given = values.get("eos_token_id")
+        if given is None:
+            given = read_json(base / "config.json").get("eos_token_id")
+        given = given if isinstance(given, list) else [] if given is None else [given]
+        if set(ids) <= set(given):
+            shutil.copyfile(base / GENERATION, folder / GENERATION)
+            return
+        ids = [*given, *(token for token in ids if token not in given)]
+    values = values | {"eos_token_id": ids if len(ids) > 1 else ids[0] if ids else None}
+    write_json(folder / GENERATION, {k: v for k, v in values.items() if v is not None})
+
+
+def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
+    """The behaviour and settings of a tokenizer, comparable by value; None for no tokenizer."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -131,15 +112,17 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
         "class": type(tokenizer).__name__,
         "backend": None if backend is None else json.loads(_plain(backend).to_str()),
         "vocabulary": len(tokenizer),
-        "added": {i: _fields(token) for i, token in tokenizer.added_tokens_decoder.items()},
+        "added": _added(tokenizer),
         "special": {name: getattr(tokenizer, f"{name}_token") for name in _NAMED},
         "more": sorted(tokenizer.all_special_tokens),
         **{name: getattr(tokenizer, name) for name in names},
     }
 
 
-def _fields(token: Any) -> dict[str, Any]:
-    return {name: getattr(token, name) for name in _ADDED}
+def _added(tokenizer: Any) -> dict[str, Any]:
+    """The added tokens, as tokenizer_config.json lists them."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    return {str(i): {name: getattr(token, name) for name in _ADDED} for i, token in tokens}
 
 
 def _plain(backend: Any) -> Any:
@@ -163,22 +146,15 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
         return
     _plain(backend).save(str(folder / "tokenizer.json"))
-    named = {
-        f"{name}_token": str(token)
-        for name in _NAMED
-        if (token := getattr(tokenizer, f"{name}_token")) is not None
-    }
-    more = [
-        str(token) for token in tokenizer.all_special_tokens if str(token) not in named.values()
-    ]
+    special = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in _NAMED}
+    named = {name: str(token) for name, token in special.items() if token is not None}
+    more = [t for token in tokenizer.all_special_tokens if (t := str(token)) not in named.values()]
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name; the file lists them
         template = [{"name": name, "template": text} for name, text in template.items()]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {
-            str(i): _fields(token) for i, token in tokenizer.added_tokens_decoder.items()
-        },
+        "added_tokens_decoder": _added(tokenizer),
         "clean_up_tokenization_spaces": False,
         # Version 4 would add token_type_ids, which a Llama does not take.
         "model_input_names": ["input_ids", "attention_mask"],

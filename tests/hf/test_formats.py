@@ -1,0 +1,122 @@
+"""Every family in every format: its consumer computes the model, or the table's text refuses it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import peft
+import pytest
+from safetensors import safe_open
+from support.byte_tokenizer import byte_tokenizer
+from support.checks import assert_logits_close, assert_trees_equal
+from support.exports import perturbed_adapters, tiny_family
+from support.grids import always
+from support.huggingface import TOKENS, hf_logits, open_stock
+
+from zflora_jax import forward, fuse, load_model, load_peft, save_gguf, save_hf, save_peft, unfuse
+from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.families import FAMILIES, FORMATS, refusal, require_format
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.hf.restore import load_stock
+
+NARROW, WIDE = AdapterConfig("zflora-minimal", rank=6), AdapterConfig("ffba", rank=4)
+LORA = AdapterConfig("lora", rank=4)
+# Settings that a GGUF file can express: no window, every fourth layer without RoPE
+GGUF: dict[Any, dict[str, Any]] = {
+    "gguf": {"sliding_window": None},
+    ("smollm3", "gguf"): {"num_layers": 4, "nope_layers": (3,)},
+}
+CELLS = [
+    (family, name, adapter)
+    for family in FAMILIES
+    for name in FORMATS
+    for adapter in ((LORA,) if name == "peft" else (NARROW, WIDE))
+]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:head_dim"),
+    pytest.mark.filterwarnings("ignore:.torch.jit"),  # in what compressed-tensors imports
+]
+
+
+def write(name: str, out: Path, base: Model, adapter: AdapterConfig, adapters: Any) -> Model:
+    """Write a format; returns the fused model."""
+    fused = fuse(base, adapter, adapters)
+    if name == "peft":
+        save_hf(out / "base", base)
+        save_peft(out / "x", base, adapter, adapters)
+    elif name == "gguf":
+        fused.tokenizer = byte_tokenizer()
+        save_gguf(out / "x.gguf", fused, "f32")
+    else:
+        save_hf(out / "x", fused, quant="int8" if name == "compressed" else None)
+    return fused
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "adapter"),
+    # Wide heads of the other families are stored as llama's.
+    always(CELLS, lambda cell: cell[2] != WIDE or cell[0] in ("llama", "qwen3", "phi3")),
+    ids=[f"{family}-{name}-{adapter.method}" for family, name, adapter in CELLS],
+)
+def test_a_format_holds_a_family_or_says_why_not(
+    family: str, name: str, adapter: AdapterConfig, tmp_path: Path
+) -> None:
+    base = tiny_family(family, vocab_size=260, **GGUF.get((family, name), GGUF.get(name, {})))
+    adapters = perturbed_adapters(base, adapter, std=0.02)
+    text = refusal(family, name, adapter.method == "ffba")
+    if text is not None:
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            write(name, tmp_path, base, adapter, adapters)
+        assert not list(tmp_path.glob("x*"))
+        return
+    fused = write(name, tmp_path, base, adapter, adapters)
+    wanted = np.asarray(forward(fused, TOKENS))
+    if name == "hf":
+        model = open_stock(tmp_path / "x")
+        assert type(model).__name__ == FAMILIES[family].architecture
+        assert_logits_close(hf_logits(model), wanted)
+        again = load_model(tmp_path / "x")
+        assert_trees_equal(again.params, fused.params)
+        assert_trees_equal(unfuse(again)[0].params, base.params)
+    elif name == "compressed":
+        ours = forward(load_stock(tmp_path / "x"), TOKENS)  # of the same codes
+        assert_logits_close(hf_logits(open_stock(tmp_path / "x")), ours, share=2e-5)
+        assert np.abs(ours - wanted).mean() < 0.05 * np.abs(wanted).mean()
+    elif name == "gguf":
+        reader = gguf.GGUFReader(tmp_path / "x.gguf")
+        known = set(gguf.MODEL_TENSORS[gguf.MODEL_ARCH[FAMILIES[family].gguf.upper()]])
+        names = {gguf.TENSOR_NAMES[tensor].format(bid=0) for tensor in known}
+        first = {re.sub(r"^blk\.\d+", "blk.0", t.name).rpartition(".")[0] for t in reader.tensors}
+        assert first <= names
+        assert_logits_close(forward(load_model(tmp_path / "x.gguf"), TOKENS), wanted)
+    else:
+        theirs = peft.PeftModel.from_pretrained(open_stock(tmp_path / "base"), tmp_path / "x")
+        assert_logits_close(hf_logits(theirs.eval()), wanted)
+        assert_trees_equal(load_peft(tmp_path / "x", base)[1], adapters)
+
+
+def test_every_family_says_something_of_every_format() -> None:
+    for row in FAMILIES.values():
+        assert set(row.refused) == set(row.refused_heads) == set(FORMATS)
+    with pytest.raises(ConfigError, match=r"'phi3' in format 'peft': .*Merge the adapter"):
+        require_format("phi3", "peft")
+
+
+def test_joined_kernels_are_stored_joined(tmp_path: Path) -> None:
+    """Phi-3's qkv_proj has the rows of q, k and v, gate_up_proj those of gate and up."""
+    base = tiny_family("phi3")
+    save_hf(tmp_path / "x", base)
+    with safe_open(tmp_path / "x" / "model.safetensors", "np") as file:
+        names = {name.split(".")[4] for name in file.keys() if "_proj" in name}  # noqa: SIM118
+        assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+        rows = file.get_tensor("model.layers.1.self_attn.qkv_proj.weight")
+        up = file.get_tensor("model.layers.1.mlp.gate_up_proj.weight")[96:]
+    attn, mlp = base.params["layers"]["attn"], base.params["layers"]["mlp"]
+    parts = [np.asarray(attn[k]["kernel"][1]).reshape(64, -1).T for k in "qkv"]
+    np.testing.assert_array_equal(rows, np.concatenate(parts))
+    np.testing.assert_array_equal(up, np.asarray(mlp["up"]["kernel"][1]).T)
