@@ -129,7 +129,7 @@ def test_a_model_without_a_state_takes_no_scale(tmp_path):
         save_hf(tmp_path / "out", tiny_model(), eps_z=0.0625)
     report = save_hf(tmp_path / "out", tiny_model())
     assert "eps_z" not in report and saved_eps(tmp_path / "out") == 1
-    assert report["widths"] == "hidden 64, heads 4 x 16, MLP 96"  # all multiples of 32: no advice
+    assert report["widths"] == "hidden 64, heads 4 x 16, MLP 96"
 
 
 # --- int8 ---------------------------------------------------------------------------------------

@@ -20,9 +20,8 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
-from zflora_jax.hf import stock
-from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.load import load_model
+from zflora_jax.hf.stock import to_stock
 from zflora_jax.nn.llama import forward
 
 MINIMAL = AdapterConfig("zflora-minimal", rank=16)
@@ -49,11 +48,11 @@ def gaps(
     want = np.asarray(forward(model, jnp.asarray(tokens)), np.float64)
     llama, found = None, {}
     for n in exponents:
-        form = stock.stock_form(model, "float32", 2.0**-n)
-        config, tensor = stock.to_stock(model, form, "float32")
-        tensors = {name: np.ascontiguousarray(tensor(name)) for name in hf_table(model.config)}
+        stored = to_stock(model, "float32", 2.0**-n)
+        tensors = {name: np.ascontiguousarray(stored.tensor(name)) for name in stored.specs}
         # eps_z changes tensors only.
-        llama = llama or transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+        config = transformers.LlamaConfig(**stored.config)
+        llama = llama or transformers.LlamaForCausalLM(config).eval()
         missing, unexpected = llama.load_state_dict(
             {name: torch.from_numpy(x) for name, x in tensors.items()}, strict=False
         )

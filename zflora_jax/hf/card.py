@@ -80,15 +80,12 @@ _SOURCE = "\nThe method is a reconstruction of {source}, not the paper's own cod
 
 
 def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    """Write the README.md of an export.
+    """The README.md of an export, with the hub's metadata on top.
 
     Args:
       model: The exported model.
-      report: "parameters" and "dtype" of the export; "quant" where its kernels are codes.
+      report: Report of the export: "parameters", "dtype"; "quant" of quantised kernels.
       rows: More rows of the table, such as {"accuracy after": 0.71}.
-
-    Returns:
-      Markdown with the hub's metadata on top.
     """
     base, adapter, file = base_name(model), model.adapter, packaged(model.source or "")
     title = base or model.config.traits.title

@@ -24,7 +24,7 @@ import numpy as np
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
-from zflora_jax.core.architecture import KERNELS, count_base, kernel_shapes
+from zflora_jax.core.architecture import KERNELS, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
@@ -34,7 +34,7 @@ from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Slices, as_finite, hf_shapes, hf_table, members
 from zflora_jax.hf.quantized_leaves import quantized
 from zflora_jax.hf.shards import FLOATS, Shards, Spec
-from zflora_jax.hf.state_scale import CHOICES, scales_state, state_share
+from zflora_jax.hf.state_scale import CHOICES, state_share
 from zflora_jax.hf.stock import (
     StockForm,
     Stored,
@@ -43,7 +43,6 @@ from zflora_jax.hf.stock import (
     native_tensor,
     round_up,
     stock_form,
-    widths_report,
 )
 from zflora_jax.nn.quantize_model import group_of
 from zflora_jax.ops.quantized import KINDS, QuantizedArray, dequantize
@@ -140,16 +139,14 @@ class CompressedForm:
     units: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def report(self, quant: str) -> dict[str, Any]:
-        """Quantisation, widths, filled channels and groups."""
-        report: dict[str, Any] = {"parameters": count_base(self.stock.config)}
-        report |= {"quant": f"{quant}: {self.quant.text}"}
-        report |= widths_report(self.native, self.stock.config)
+        """Widths, filled channels, quantisation and groups."""
+        report = self.stock.report(self.native) | {"quant": f"{quant}: {self.quant.text}"}
         if self.quant.kind == "int4":
             sizes = sorted(set(self.groups.values()), reverse=True)
             report["quant"] = f"{quant}: W4A16 in groups of {' and '.join(map(str, sizes))}"
             of = {n: ", ".join(k for k in KERNELS if self.groups[k] == n) for n in sizes}
             report["groups of inputs"] = "; ".join(f"{n}: {kernels}" for n, kernels in of.items())
-        return report | ({"eps_z": self.stock.eps_z} if scales_state(self.native) else {})
+        return report
 
 
 def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -> CompressedForm:
@@ -399,14 +396,15 @@ def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.nda
     width, group = place.shape[(place.in_axes or 1) - 1], form.groups[kernel]
     codes = _filled(codes, 1, width, 0)
     scales = _filled(scales, 1, width // group if group else 1, 1)
-    columns = np.ones(codes.shape[2:], np.float32)
+    outputs = codes.shape[-1]
+    columns = np.ones((codes.shape[-2], outputs), np.float32)
     if KERNELS[kernel][1] == "residual":
         columns[:, native.norm_dim :] = form.stock.eps_z
     elif kernel in ("v", "up") and (reader := "o" if kernel == "v" else "down") in form.units:
         found = form.units[reader][layer]
-        columns[:, columns.shape[1] - found.shape[-1] :] = found
+        columns[:, outputs - found.shape[-1] :] = found
     elif form.stock.turned(kernel):
-        columns *= form.stock.head_scale(kernel, form.stock.eps_z)[: columns.shape[1]]
+        columns *= form.stock.head_scale(kernel, form.stock.eps_z)[:outputs]
     codes = _filled(codes, -1, place.shape[-1], 0)
     scales = _filled(scales * columns, -1, place.shape[-1], 1)
     if form.stock.turned(kernel):

@@ -212,15 +212,12 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 def to_hf_config(
     config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Make the config.json of the family's stock class, for transformers 4 and 5.
+    """The config.json of the family's stock class, for transformers 4 and 5.
 
     Args:
-      config: Config of a model in stock form.
+      config: Config of a model in stock form; ConfigError where it is widened.
       dtype: Data type of the stored tensors.
       rope: The rope_scaling to write in place of the config's own.
-
-    Raises:
-      ConfigError: base_hidden_size or base_head_dim is set.
     """
     if config.widened:
         raise ConfigError(

@@ -68,15 +68,9 @@ def model_files(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "")
 
 
 def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
-    """The local copy of a hub repository.
-
-    Args:
-      hub_id: "org/name" or "org/name@revision", a branch, tag or commit.
-      files: Patterns of the files to fetch.
-      hint: End of the error message.
-
-    Raises:
-      CheckpointError: It could not be fetched.
+    """The local copy of a hub repository, "org/name" or "org/name@revision" (a branch, tag or
+    commit), with the files that match the patterns; CheckpointError, which ends in `hint`, if it
+    fails.
     """
     name, _, revision = hub_id.partition("@")
     try:
@@ -100,16 +94,11 @@ def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
 
 
 def locate(source: str) -> tuple[Path, str]:
-    """Find the files of a model; a hub id is downloaded.
-
-    Args:
-      source: As for `load.load_model`.
+    """Find the files of a model, given as for `load.load_model`; a hub id is downloaded.
 
     Returns:
-      (The directory or file with the weights, the name to record as the model's source.)
-
-    Raises:
-      CheckpointError: There is no such model.
+      (The directory or file with the weights, the name to record as the model's source);
+      CheckpointError if there is no such model.
     """
     if is_url(source):
         return local_copy(source), source

@@ -82,14 +82,8 @@ def load_model(
 
 
 def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
-    """Read the LlamaConfig of a model without its weights.
-
-    Args:
-      source: As for `load_model`. A preset needs no file; from a hub id only config.json is
-        fetched, and from an export its manifest.
-
-    Raises:
-      ConfigError, CheckpointError: As for `load_model`.
+    """The LlamaConfig of a model, given as for `load_model`, without its weights: a preset needs no
+    file, from a hub id only config.json and an export's manifest are fetched.
     """
     source = os.fspath(source)
     if source in PRESETS and not Path(source).exists():
@@ -113,17 +107,7 @@ def _stopping(config: LlamaConfig, hf: Any, settings: Any = None) -> LlamaConfig
 
 
 def model_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """Load the tokenizer of a model without its weights.
-
-    Args:
-      source: As for `load_model`.
-
-    Returns:
-      The tokenizer; None where the model has none.
-
-    Raises:
-      ConfigError, CheckpointError: As for `load_model`.
-    """
+    """The tokenizer of a model, given as for `load_model`; None where it has none."""
     source = os.fspath(source)
     path = as_path(source, "model").expanduser()
     hub = HUB_IDS.get(source, source)

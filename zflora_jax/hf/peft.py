@@ -152,15 +152,8 @@ def save_peft(
 def peft_tensors(
     config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree
 ) -> dict[str, np.ndarray]:
-    """LoRA adapters under PEFT's names, transposed, float32.
-
-    Args:
-      config: The base's config.
-      adapter: Config of method "lora".
-      adapters: As for `save_peft`.
-
-    Raises:
-      ValueError: Adapters are missing, unexpected, misshapen or not finite.
+    """LoRA adapters, given as for `save_peft`, under PEFT's names, transposed, float32; ValueError
+    if they are missing, unexpected, misshapen or not finite.
     """
     config = config.replace(scan_layers="layers" in adapters, packed=False)
     shapes = adapter_shapes(config, adapter).items()

@@ -133,14 +133,8 @@ def whole_groups(place: Place, group: int) -> bool:
 
 
 def native_blocks(blocks: QuantizedArray, place: Place) -> QuantizedArray:
-    """A tensor's codes and scales in native layout.
-
-    Args:
-      blocks: Codes [out, in], with `writes` 0: groups run along the last axis.
-      place: Place of the tensor; `whole_groups` is true of it.
-
-    Returns:
-      The kernel [*in, *out], or a table as it is.
+    """The kernel [*in, *out] of codes and scales [out, in], whose groups run along the last axis,
+    if `whole_groups` is true of its place; a table as it is.
     """
     reads = place.in_axes
     if reads is None:

@@ -72,15 +72,9 @@ class Export:
 
 
 def read_export(directory: Path, *, quantised: bool = False) -> Export:
-    """Read zflora.json and check config.json.
-
-    Args:
-      directory: The export.
-      quantised: Whether quantised kernels are taken, too.
-
-    Raises:
-      ConfigError: The kernels are quantised, or config.json asks for an unsupported feature.
-      CheckpointError: A file is damaged, or the two do not belong together.
+    """Read zflora.json and check config.json: ConfigError for unsupported features, quantised
+    kernels among them unless `quantised` is set; CheckpointError if a file is damaged or they do
+    not match.
     """
     manifest, hf = read_manifest(directory), read_json(directory / "config.json")
     if quantised and manifest.get("quant") is not None:
@@ -126,20 +120,10 @@ def stored_config(directory: Path) -> LlamaConfig:
 
 
 def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None) -> Model:
-    """Load the native fused model that an export was made from.
+    """Load the native fused model that an export was made from; see `load_model`.
 
     `unfuse` of it gives the base bit for bit: the side file holds the floats that stock form
-    rounds.
-
-    Args:
-      directory: The export.
-      dtype: Data type of the parameters.
-      scan_layers: Whether the layers are stacked.
-      mesh: Mesh that the parameters are divided over; None: whole, on the first device.
-
-    Raises:
-      ConfigError: The kernels are quantised.
-      CheckpointError: zflora.json, config.json and the tensors do not belong together.
+    rounds. CheckpointError if zflora.json, config.json and the tensors do not belong together.
     """
     export = read_export(directory)
     native = export.native.replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
@@ -185,18 +169,10 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
     are in native order (the factors are compared with config.json); and norms of widened heads add
     rms_norm_eps to a mean over the base's dims.
 
-    Args:
-      directory: The export.
-      scan_layers: Whether the layers are stacked.
-      mesh: Mesh that the parameters are divided over; None: whole, on the first device.
-
     Returns:
       The model. Parameters have the dtype of the export if that is exact: codes, and heads whose
       scale is undone, become float32. Activations are bfloat16 for a bfloat16 export, else float32,
       because few of jax's backends have float16 kernels.
-
-    Raises:
-      CheckpointError: As for `load_export`.
     """
     export = read_export(directory, quantised=True)
     form, quant = export.form, export.quant

@@ -21,13 +21,8 @@ def longrope_powers(config: LlamaConfig) -> np.ndarray:
 
 
 def rotated_dims(divisors: np.ndarray) -> int | None:
-    """The number of head dims that RoPE rotates if `divisors` divide its frequencies.
-
-    Args:
-      divisors: One for each pair of dims, float64.
-
-    Returns:
-      k; None unless the last pairs, and only they, are switched off.
+    """The number of head dims that RoPE rotates if `divisors`, one for each pair of dims, divide
+    its frequencies; None unless the last pairs, and only they, are switched off.
     """
     off = divisors >= NO_ROTATION / 10
     ours = divisors.ndim == 1 and off.any() and not off.all() and np.all(off[:-1] <= off[1:])
@@ -35,16 +30,9 @@ def rotated_dims(divisors: np.ndarray) -> int | None:
 
 
 def with_frequencies(config: LlamaConfig, wanted: np.ndarray, rtol: float) -> LlamaConfig | None:
-    """Find the RoPE scaling that gives certain frequencies.
-
-    Args:
-      config: Config; its own scaling is ignored.
-      wanted: Inverse frequencies of the rotated head dims, [k/2] float64.
-      rtol: Relative tolerance of the frequencies.
-
-    Returns:
-      The config without scaling or with Llama-3's (low_freq_factor 1 and high_freq_factor 4, as in
-      all published models); None where neither gives `wanted`.
+    """The config without RoPE scaling, or with Llama-3's (low_freq_factor 1 and high_freq_factor 4,
+    as in all published models), that gives the inverse frequencies `wanted` [k/2] of the rotated
+    dims within a relative tolerance; None where neither does.
     """
     plain = rope_frequencies(config.replace(rope_scaling=None)).astype(np.float64)
     if plain.shape != wanted.shape or not np.isfinite(wanted).all() or not (wanted > 0).all():

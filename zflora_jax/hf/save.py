@@ -24,11 +24,10 @@ from zflora_jax.hf.card import base_name, model_card, project_version
 from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
 from zflora_jax.hf.hub import locate
-from zflora_jax.hf.keys import as_finite, hf_shapes, hf_table
+from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE, tensor_bytes, write_tensors
-from zflora_jax.hf.state_scale import scales_state
-from zflora_jax.hf.stock import StockForm, Stored, module_of, native_tensor, stock_form, to_stock
+from zflora_jax.hf.stock import StockForm, Stored, module_of, native_tensor, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.nn.quantize_model import is_quantized
 from zflora_jax.ops.quantized import QuantizedArray
@@ -73,8 +72,8 @@ def save_hf(
         kernels as codes, in a directory that `load_model` does not read. None: as floats.
 
     Returns:
-      {"path", "dtype", "parameters", "widths", "bytes", "files"}; "eps_z" where there is a state;
-      with `quant` also "quant", "filled with zeros", and notes on groups and rows.
+      {"path", "dtype", "parameters", "widths", "filled with zeros", "bytes", "files"}; "eps_z"
+      where there is a state; with `quant` also "quant" and its groups.
 
     Raises:
       ConfigError: The model is packed, its family cannot be stored so, or dtype, eps_z or quant
@@ -87,7 +86,7 @@ def save_hf(
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
     wide_heads = model.config.base_head_dim is not None
     require_format(model.config.family, "compressed" if quant else "hf", wide_heads)
-    stored = _stored(model, dtype, quant, eps_z)
+    stored = compressed(model, quant, dtype, eps_z) if quant else to_stock(model, dtype, eps_z)
     report: dict[str, Any] = {"path": str(target), "dtype": dtype, **stored.report}
     with contextlib.ExitStack() as stack:
         # None in all processes but the one that writes; they help to gather the tensors.
@@ -135,30 +134,6 @@ def _own_dtype(model: Model) -> str:
     """The dtype of the parameters; of the activations if the embedding is stored as codes."""
     table = model.params["embed"]["embedding"]
     return model.config.execution.dtype if isinstance(table, QuantizedArray) else str(table.dtype)
-
-
-def _stored(model: Model, dtype: str, quant: str | None, eps_z: float | None) -> Stored:
-    """The content of the directory."""
-    if quant is not None:
-        return compressed(model, quant, dtype, eps_z)
-    form = stock_form(model, dtype, eps_z)
-    config, tensor = to_stock(model, form, dtype)
-    specs = {name: (shape, dtype) for name, shape in hf_shapes(hf_table(form.config)).items()}
-    report: dict[str, Any] = {"parameters": count_base(form.config), "widths": _widths(form.config)}
-    report |= {"eps_z": form.eps_z} if scales_state(form.native) else {}
-    return Stored(form, config, specs, tensor, report)
-
-
-def _widths(config: LlamaConfig) -> str:
-    """The stored widths, with a note on those that are no multiple of GGUF's blocks of 32."""
-    heads, inputs = config.num_heads * config.head_dim, config.intermediate_size
-    widths = {"hidden": config.hidden_size, "heads": heads, "MLP": inputs}
-    odd = ", ".join(name for name, width in widths.items() if width % 32)
-    text = (
-        f"hidden {config.hidden_size}, heads {config.num_heads} x {config.head_dim}, MLP {inputs}"
-    )
-    advice = "no multiple of 32, as GGUF's blocks want (zflora export --format gguf fills them)"
-    return f"{text}; {odd}: {advice}" if odd else text
 
 
 def _own_files(directory: Path) -> set[str] | None:

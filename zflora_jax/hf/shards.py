@@ -53,12 +53,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The path of a file in a model directory.
-
-    Links are followed within the directory and, in the hub's cache, into the repository's blobs.
-
-    Raises:
-      CheckpointError: `name` is not a plain file name, does not exist, or links to another place.
+    """The path of a file in a model directory. Links are followed within it and, in the hub's
+    cache, into the repository's blobs. CheckpointError if `name` is no plain file name, does not
+    exist, or links to another place.
     """
     path, root = directory / name, directory.resolve()
     # The hub's models--OWNER--NAME/snapshots/REVISION, or the folder zflora/ in it.
@@ -130,14 +127,8 @@ class Shards:
             )
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
-        """Copy a tensor, or a block of it, out of the file; no more than that is read.
-
-        Args:
-          name: Name of the tensor.
-          slices: The block; None: the whole tensor.
-
-        Returns:
-          The array in its stored dtype (bfloat16 of ml_dtypes).
+        """Copy a tensor, or only a block of it, out of the file, in its stored dtype (bfloat16 of
+        ml_dtypes).
         """
         path, handle = self._files[name]
         try:
@@ -186,12 +177,8 @@ def _open(path: Path) -> Any:
 
 
 def checked_table(shards: Shards, config: LlamaConfig) -> Mapping[str, Place]:
-    """The table of a config's tensors.
-
-    A tied model's file may repeat the embedding as lm_head.
-
-    Raises:
-      CheckpointError: The directory does not hold exactly these tensors.
+    """The table of a config's tensors; CheckpointError unless the directory holds exactly these. A
+    tied model's file may repeat the embedding as lm_head.
     """
     what, shapes = str(shards.directory), dict(shards.shapes)
     head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
@@ -218,14 +205,8 @@ def _equal(shards: Shards, one: str, other: str) -> bool:
 def read_block(
     shards: Shards, name: str, place: Place, block: Slices, dtype: Any = np.float32
 ) -> np.ndarray:
-    """Read a block of a tensor's rows in native layout; CheckpointError where it is not finite.
-
-    Args:
-      shards: The tensors.
-      name: Name of the place, for messages.
-      place: Place of the rows.
-      block: Native slices of the block, see `Place.block`.
-      dtype: Data type of the result.
+    """Read a block, given by native slices, of the rows of a place, in native layout;
+    CheckpointError with the place's `name` where a value is not finite.
     """
     x = shards.read(place.tensor, place.hf_slices(block))
     return place.to_native(as_finite(x, dtype, name, str(shards.directory)), slices_shape(block))
@@ -237,14 +218,11 @@ def write_tensors(
     tensor: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file tensor by tensor, so that only one of them is in memory.
-
-    For tensors of one dtype the bytes are those of `safetensors.numpy.save_file`; for several
-    dtypes only the order may differ.
+    """Write a safetensors file tensor by tensor, so that only one of them is in memory; the bytes
+    are those of `safetensors.numpy.save_file` but for the order of several dtypes.
 
     Args:
-      path: The file; None where another process writes it: all processes help to gather the
-        tensors.
+      path: The file; None where another process writes it: all help to gather the tensors.
       specs: Name -> (shape, dtype) of each tensor of the file.
       tensor: Name -> tensor; called once for each, in the order of their names.
       metadata: Texts for the header.

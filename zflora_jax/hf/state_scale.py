@@ -34,15 +34,9 @@ _SAFETY = 4.0
 
 
 def choose_eps_z(model: Model, dtype: str) -> float:
-    """Choose eps_z for an export.
-
-    Args:
-      model: A fused model.
-      dtype: Data type of the export.
-
-    Returns:
-      The largest power of two in 2^-10..1 whose effect on the logits, estimated by `state_share`
-      with a safety factor of 4, is below the rounding of `dtype`; 1 for a model without a state.
+    """The largest power of two in 2^-10..1 whose effect on a fused model's logits, estimated by
+    `state_share` with a safety factor of 4, is below the rounding of the export's `dtype`; 1 for a
+    model without a state.
     """
     share = state_share(model)
     fits = [eps for eps in CHOICES if _SAFETY * share * eps**2 / 2 <= _ERROR[dtype]]

@@ -30,14 +30,14 @@ import jax
 import numpy as np
 
 from zflora_jax.core import trees
-from zflora_jax.core.architecture import QK_NORMS
+from zflora_jax.core.architecture import QK_NORMS, count_base
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
-from zflora_jax.hf.keys import Place, Slices, as_finite, hf_table, members
+from zflora_jax.hf.keys import Place, Slices, as_finite, hf_shapes, hf_table, members
 from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
-from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z
+from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z, scales_state
 from zflora_jax.ops.quantized import float_values
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
@@ -121,6 +121,12 @@ class StockForm:
         """[k+e]: the native head dim at each stock position, base halves first in each half."""
         return paired_order(self.native.rotary_dim, self.native.head_dim)
 
+    def report(self, native: LlamaConfig) -> dict[str, Any]:
+        """Parameters, widths, filled channels and eps_z of the stored form of a native config."""
+        eps_z = {"eps_z": self.eps_z} if scales_state(native) else {}
+        parameters = {"parameters": count_base(self.config)}
+        return parameters | widths_report(native, self.config) | eps_z
+
     def restored(self, module: str) -> bool:
         """Whether stock form rounds a module, so that an export stores its native floats too."""
         n = self.native
@@ -140,12 +146,8 @@ class StockForm:
         return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
 
     def inverse(self, module: str, x: np.ndarray, at: Slices) -> np.ndarray:
-        """The inverse of `forward` on a block of a leaf; exact except where `restored` is true.
-
-        Args:
-          module: Name of its module.
-          x: The block, float32, with all dims of heads.
-          at: Its slices, in the native leaf and in stock form: padding comes last.
+        """The inverse of `forward` on a block of a leaf, float32, with all dims of heads, at slices
+        `at` in the native leaf and in stock form (padding comes last); exact unless `restored`.
         """
         n, axis = self.native, _residual_axis(module, x.ndim)
         if n.base_hidden_size is not None and axis is not None:
@@ -218,15 +220,8 @@ def module_of(place: Place) -> str:
 
 
 def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockForm:
-    """The stock form of a model.
-
-    Args:
-      model: A base or fused model, not packed.
-      dtype: Data type of the export.
-      eps_z: Scale of the stored state; None: chosen from the weights for `dtype`.
-
-    Raises:
-      ConfigError: The model is packed, or eps_z cannot be used.
+    """The stock form of a model that is not packed, with eps_z as given or chosen from the weights
+    for the export's `dtype`; ConfigError if it is packed or eps_z cannot be used.
     """
     if model.config.execution.packed:
         raise ConfigError(
@@ -274,25 +269,15 @@ def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
     return place, np.asarray(values).astype(np.float32, copy=False)
 
 
-def to_stock(
-    model: Model, form: StockForm, dtype: str
-) -> tuple[dict[str, Any], Callable[[str], np.ndarray]]:
-    """Bring a model into stock form.
+def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
+    """A base or fused model in stock form; arguments and errors as for `stock_form`.
 
-    Arithmetic is in float32 with one cast at the end; values that stock form does not change are
-    copied bit for bit.
-
-    Args:
-      model: A base or fused model.
-      form: Its stock form.
-      dtype: Data type of the tensors.
-
-    Returns:
-      (config.json as a dict, a function from a tensor's name to the tensor). The function raises
-      CheckpointError for a tensor that is not finite in `dtype`.
+    Arithmetic is in float32 with one cast to `dtype` at the end; values that stock form does not
+    change are copied bit for bit. Tensors raise CheckpointError if not finite in `dtype`.
     """
+    form = stock_form(model, dtype, eps_z)
     table = hf_table(form.config)
-    names = members(table)
+    names, specs = members(table), {n: (shape, dtype) for n, shape in hf_shapes(table).items()}
 
     def rows(name: str) -> np.ndarray:
         place, x = native_tensor(model, name)
@@ -303,4 +288,5 @@ def to_stock(
         first, *others = map(rows, names[name])
         return np.concatenate([first, *others]) if others else first
 
-    return to_hf_config(form.config, dtype, form.rope), tensor
+    config = to_hf_config(form.config, dtype, form.rope)
+    return Stored(form, config, specs, tensor, form.report(model.config))

@@ -26,13 +26,8 @@ _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Load the transformers tokenizer of a directory. Custom code is never run.
-
-    Returns:
-      The tokenizer; None where the directory has no tokenizer files.
-
-    Raises:
-      CheckpointError: The files cannot be loaded.
+    """Load the transformers tokenizer of a directory, None where it has no tokenizer files; custom
+    code is never run. CheckpointError if the files cannot be loaded.
     """
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((directory / name).exists() for name in names):
@@ -49,12 +44,8 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> None:
-    """Write the files of a tokenizer.
-
-    Args:
-      folder: The export.
-      tokenizer: The model's tokenizer.
-      base: Directory that the model came from; its files are copied if they give this tokenizer.
+    """Write a tokenizer into the folder of an export: copies of the files of `base`, the directory
+    that the model came from, if they give this tokenizer, else from the tokenizer.
     """
     names = [name for name in TOKENIZER_FILES if base and (base / name).is_file()]
     if base is not None and names and (tokenizer is None or _is_of(tokenizer, base)):
@@ -78,14 +69,9 @@ def _is_of(tokenizer: Any, base: Path) -> bool:
 def write_generation_config(
     folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]
 ) -> None:
-    """Write generation_config.json.
-
-    Args:
-      folder: The export.
-      base: Directory that the model came from; its file is copied byte for byte if it names every
-        id of `stop`, else with the missing ids added.
-      values: Settings to write where the base has no file; None values are left out.
-      stop: Token ids that end an answer.
+    """Write generation_config.json: that of `base`, the directory that the model came from, byte
+    for byte if it names every id of `stop`, else with the missing ids added; without one, `values`
+    but None.
     """
     ids = list(stop)
     if base is not None and (base / GENERATION).is_file():
@@ -136,10 +122,8 @@ def _plain(backend: Any) -> Any:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write tokenizer.json and tokenizer_config.json.
-
-    transformers 5 writes a class name that transformers 4 does not know; the name written here is
-    known to both.
+    """Write tokenizer.json, and tokenizer_config.json with a class name known to transformers 4 and
+    5 (5 writes one that 4 does not know).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
