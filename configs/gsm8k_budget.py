@@ -2,7 +2,7 @@
 
   zflora sweep --config configs/gsm8k_budget.py --set data.data_dir=DIR --workdir runs/gsm8k_budget
 
-DIR holds GSM8K's train.jsonl and test.jsonl. Result: results/gsm8k_budget.md. 16 runs, about 5 to 8
+DIR/gsm8k/ has train.jsonl and test.jsonl. Result: results/gsm8k_budget.md. 16 runs, about 5 to 8
 minutes each on 2 CPU cores.
 
 Question: does zflora-minimal reach LoRA's held-out loss at LoRA's number of parameters, and does it

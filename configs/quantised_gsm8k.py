@@ -2,7 +2,7 @@
 
   zflora sweep --config configs/quantised_gsm8k.py --set data.data_dir=DIR --workdir runs/quantised
 
-DIR holds GSM8K's train.jsonl and test.jsonl. Result: results/quantised_gsm8k.md. 12 runs, about a
+DIR/gsm8k has GSM8K's train.jsonl, test.jsonl. Result: results/quantised_gsm8k.md. 12 runs, about a
 minute each on 2 CPU cores.
 
 Question: is the held-out loss on a base of codes within the seeds' spread of that on a base of

@@ -1,63 +1,65 @@
 """Multiple choice in cloze form: the question alone, the options' texts as its continuations."""
 
-import json
-
 import pytest
+from support.tasks import write_questions
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig, EvalConfig
-from zflora_jax.data.builders import wording
+from zflora_jax.data.builders.published import FORMATS, answers
 from zflora_jax.data.cloze import as_cloze, listed_options
 from zflora_jax.data.encoding import encode_examples, encode_options
-from zflora_jax.data.task import Example, options_of
-from zflora_jax.data.tasks import TASKS, load_examples
+from zflora_jax.data.tasks import TASKS, Example, load_examples
 from zflora_jax.evaluation.contamination import contaminated, questions
 from zflora_jax.evaluation.records import _chosen, likelihood_records
 
 
 def example(row: dict) -> Example:
-    options = options_of(row["instruction"], row["output"], row["answer"])
-    return Example(row["instruction"], row["output"], row["answer"], options=options)
+    return TASKS["arc_easy"].example(row)
 
 
+OVEN = {"sentence": "It did not fit in the oven as the _ was big.", "label": "0"}
+ICE = {"goal": "ice box", "sol1": "add water\n\nto it", "sol2": "add soda to it", "label": 0}
+JUMP = {"activity_label": "High jump", "ctx": "A boy runs. the boy", "label": 1}
+QUESTION = "Question: {}\nAnswer:"
+# Rows, the form of their prompts, and the prompt, the options and the target of their cloze form.
 ROWS = {
     "arc": (
-        wording.answer_choice("Which is soft?", ["a rock", "fur: Answer1: yes", "ice"], 1),
-        "Question: {}\nAnswer:",
+        answers("Which is soft?", ["a rock", "fur: Answer1: yes", "ice"], 1),
+        QUESTION,
         "Question: Which is soft?\nAnswer:",
         (" a rock", " fur: Answer1: yes", " ice"),
         1,
     ),
     "a question with a label in it": (
-        wording.answer_choice("Answer1: was it? Is it Answer2: or", ["no", "yes"], 1),
+        answers("Answer1: was it? Is it Answer2: or", ["no", "yes"], 1),
         "{}",
         "Answer1: was it? Is it Answer2: or",
         (" no", " yes"),
         1,
     ),
     "piqa": (
-        wording.piqa("ice box", ["add water\n\nto it", "add soda to it"], 0),
-        "Question: {}\nAnswer:",
+        FORMATS["piqa"].read(ICE),
+        QUESTION,
         "Question: ice box\nAnswer:",
         (" add water\n\nto it", " add soda to it"),
         0,
     ),
     "hellaswag": (
-        wording.hellaswag("High jump", "A boy runs. the boy", ["sits.", "jumps.", "a", "b"], 1),
+        FORMATS["hellaswag"].read(JUMP | {"endings": ["sits.", "jumps.", "a", "b"]}),
         "{}",
         "High jump: A boy runs. the boy",
         (" sits.", " jumps.", " a", " b"),
         1,
     ),
     "winogrande": (
-        wording.winogrande("It did not fit in the oven as the _ was big.", ["cake", "oven"], 0),
+        FORMATS["winogrande"].read(OVEN | {"option1": "cake", "option2": "oven"}),
         "{}",
         "It did not fit in the oven as the",
         (" cake was big.", " oven was big."),
         0,
     ),
     "a blank that is no option's": (
-        wording.answer_choice("The sun is a _ of light.", ["source", "sink"], 0),
+        answers("The sun is a _ of light.", ["source", "sink"], 0),
         "{}",
         "The sun is a _ of light.",
         (" source", " sink"),
@@ -68,7 +70,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_options_become_continuations(name):
-    row, form, prompt, options, gold = ROWS[name]
+    [row], form, prompt, options, gold = ROWS[name]
     letters = example(row)
     found = as_cloze(letters, form)
     assert (found.prompt, found.options) == (prompt, options)
@@ -79,20 +81,15 @@ def test_options_become_continuations(name):
     assert contaminated([letters], questions([found])) == [True]
 
 
+LISTED = "Please choose the correct answer to the question: x\n\nAnswer1: a"
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
         ("Which is soft? Answer1: a", "this row is 'Which is soft"),
-        (
-            "Please choose the correct answer to the question: x\n\nAnswer1: a\n\nAnswer format:"
-            " answer1/answer2",
-            "this row lists no 'Answer2'",
-        ),
-        (
-            "Please choose the correct answer to the question: x\n\nAnswer1: a Answer2:\n\nAnswer"
-            " format: answer1/answer2",
-            "an option of .* is empty",
-        ),
+        (f"{LISTED}\n\nAnswer format: answer1/answer2", "this row lists no 'Answer2'"),
+        (f"{LISTED} Answer2:\n\nAnswer format: answer1/answer2", "an option of .* is empty"),
     ],
 )
 def test_rows_in_other_words_are_refused(prompt, message):
@@ -101,13 +98,13 @@ def test_rows_in_other_words_are_refused(prompt, message):
 
 
 def test_tasks_in_cloze_form_read_the_same_files(tmp_path, model):
-    folder = tmp_path / "ARC-Easy"
-    folder.mkdir()
-    rows = [
-        wording.answer_choice(f"What is {i}?", [f"{i}", f"{i + 1}", "no"], i % 3) for i in range(12)
+    questions = [f"Please choose the correct answer to the question: {i}?" for i in range(12)]
+    questions = [
+        f"{q}\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2" for q in questions
     ]
+    fields = {"answer": "answer2", "output": "the correct answer is answer2"}
     for split in ("train", "test"):
-        (folder / f"{split}.json").write_text(json.dumps(rows))
+        write_questions(tmp_path / "ARC-Easy" / f"{split}.json", questions, **fields)
     data = DataConfig(data_dir=str(tmp_path))
     letters = load_examples("arc_easy", "test", data)[3]
     cloze = load_examples("arc_easy_cloze", "test", data)[3]
@@ -121,7 +118,7 @@ def test_tasks_in_cloze_form_read_the_same_files(tmp_path, model):
 
 def test_likelihoods_are_divided_by_the_characters_of_the_option_alone():
     """The space that separates an option from the prompt is no character of it."""
-    cloze = as_cloze(example(ROWS["arc"][0]), "{}")  # " a rock", " fur: Answer1: yes", " ice"
+    cloze = as_cloze(example(*ROWS["arc"][0]), "{}")  # " a rock", " fur: Answer1: yes", " ice"
     assert [len(option) - 1 for option in cloze.options] == [6, 17, 3]
     # Per character -1.0, -1.005 and -1.1; with the space -0.857, -0.949 and -0.825.
     found = _chosen([-6.0, -17.085, -3.3], cloze)
@@ -141,19 +138,19 @@ class PrefixSpace:
 
 def test_options_are_tokenised_as_training_tokenises_them():
     """As one text with the prompt: no second space, and tokens that join both are the option's."""
-    cloze = as_cloze(example(ROWS["piqa"][0]), "{}")
+    cloze = as_cloze(example(*ROWS["piqa"][0]), "{}")
     prompt = [ord(c) for c in f" {cloze.prompt}"]
     start, options = encode_options(cloze, prompt, PrefixSpace())
     assert start == prompt
     assert ["".join(map(chr, ids)) for ids in options] == list(cloze.options)
     start, options = encode_options(cloze, [*prompt[:-1], 1000], PrefixSpace())  # joined with what
     assert start == prompt[:-1] and options[0][0] == prompt[-1]  # follows
-    letters = example(ROWS["piqa"][0])
+    letters = example(*ROWS["piqa"][0])
     assert encode_options(letters, prompt, PrefixSpace())[1][0][0] == ord(" ")
 
 
 def test_likelihoods_of_cloze_examples_are_computed(model):
-    cloze = as_cloze(example(ROWS["arc"][0]), "{}")
+    cloze = as_cloze(example(*ROWS["arc"][0]), "{}")
     settings = EvalConfig(batch_size=2, max_new_tokens=4)
     (record,) = likelihood_records(model, [cloze], DataConfig(), settings)
     sums = record["log_likelihoods"]

@@ -26,9 +26,9 @@ from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data import conversations
-from zflora_jax.data.conversations import cut_at_a_turn, encode_conversations
-from zflora_jax.data.encoding import encode_prompts
+from zflora_jax.data import encoding
+from zflora_jax.data.encoding import cut_to_fit, encode_examples, encode_prompts
+from zflora_jax.data.tasks import Example
 from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.evaluation.contamination import contaminated, question, questions
 
@@ -130,7 +130,7 @@ def test_one_of_several_templates(tmp_path):
 
 
 def test_answers_that_do_not_end_are_said(tmp_path, caplog):
-    conversations._warn.cache_clear()
+    encoding._warn.cache_clear()
     endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     endless += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     rows_of(tmp_path, *messages(SHORT, LONG), template=endless)
@@ -138,7 +138,7 @@ def test_answers_that_do_not_end_are_said(tmp_path, caplog):
 
 
 def test_marks_behind_other_tokens_than_generation_starts_from_are_said(tmp_path, caplog):
-    conversations._warn.cache_clear()
+    encoding._warn.cache_clear()
     rows_of(tmp_path, *messages(SHORT))
     assert "chat template" not in caplog.text
     late = CHATML.replace("assistant\n' -}}{%- endif", "assistant\n<think>' -}}{%- endif")
@@ -176,9 +176,10 @@ def test_a_long_conversation_is_cut_behind_an_answer(tmp_path, caplog):
     data = DataConfig(bucket_lengths=(len(shortened.tokens),))  # to the token
     _, exact = rows_of(tmp_path, *messages(LONG), data=data)
     assert exact.rows[0].tokens.tolist() == shortened.tokens.tolist()
-
-    first = np.flatnonzero(~whole.rows[0].loss_mask)  # up to the first answer's last token alone
-    assert cut_at_a_turn(whole.rows[0].tokens, whole.rows[0].loss_mask, int(first[0]) + 9) is None
+    tokens, mask, _ = whole.rows[0]
+    data = DataConfig(bucket_lengths=(int(np.flatnonzero(mask)[0]) + 9,))  # one token less
+    (example,) = _examples([LONG])
+    assert cut_to_fit(example, (tokens, mask), tokenizer, data) is None
 
 
 def test_the_first_answer_of_a_conversation_must_fit(tmp_path):
@@ -189,53 +190,6 @@ def test_the_first_answer_of_a_conversation_must_fit(tmp_path):
 
 
 # --- what is refused ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": []}, r"row 1: 'messages' is empty.*Remove the row"),
-        ({"messages": "Hi"}, r"'messages' must be a list of turns.*got str 'Hi'"),
-        ({"messages": [turn("user", "Hi")]}, r"'messages' has no turn of the assistant"),
-        ({"messages": ["Hi"]}, r"'messages', turn 1: expected an object, got 'Hi'"),
-        ({"messages": [{"content": "Hi"}]}, r"turn 1 has no role: expected 'role' \(or 'from'\)"),
-        ({"messages": [turn("user", "Hi"), {"role": "assistant"}]}, r"turn 2 has no text"),
-        ({"messages": [turn("usr", "Hi")]}, r"turn 1: unknown role 'usr': did you mean 'user'\?"),
-        ({"conversations": [{"from": "gtp", "value": "a"}]}, r"'gtp': did you mean 'gpt'\?"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            r"turn 1 has content of type 'image_url'; the models here read text alone",
-        ),
-        ({"prompt": "a", "completion": " "}, r"the completion is empty"),
-        ({"prompt": "a"}, r"no field 'completion'"),
-        ({"prompt": SHORT[:1], "completion": []}, r"'completion' is empty"),
-        ({"prompt": SHORT[:1], "completion": "Hi!"}, r"'completion' must be a list of turns"),
-        ({"prompt": "a", "completion": SHORT[1:]}, r"field 'completion' must be a string"),
-        ({"messages": [SHORT[0], turn("assistant", " ")]}, r"turn 2 is an empty answer"),
-        ({"messages": [SHORT[0], {**SHORT[1], "weight": 0}]}, r"turn 2 has a weight other than 1"),
-        ({"messages": SHORT, "tools": "none"}, r"'tools' must be a list of JSON schemas"),
-        ({"messages": SHORT, "chat_template_kwargs": 3}, r"'chat_template_kwargs' must be an obj"),
-        ({"messages": SHORT, "chat_template_kwargs": [{}]}, r"must be an object, got \[\{\}\]"),
-        ({"messages": SHORT, "system": 3}, r"a system column must be text; got 3"),
-        ({"prompt": "a", "completion": "b", "system": "c"}, r"would leave out 'system'\. Put it"),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, r"leave out 'history'"),
-        ({"question": "a", "answer": "#### 1", "context": "c"}, r"'question' would leave out 'con"),
-        ({"text": "a", "system": "b"}, r"'text' would leave out 'system'"),
-        (
-            {"messages": WITH_SYSTEM, "system_prompt": "Be long."},
-            r"a system turn and another text in a column",
-        ),
-        (
-            {"conversations": [{"from": "function_call", "value": "f()"}]},
-            r"'function_call' is not read: give the call as a turn of the assistant",
-        ),
-        ({"text": ""}, r"the text is empty"),
-        ({"chosen": "a", "rejected": "b"}, r"'chosen', 'rejected' are of no form that is known"),
-    ],
-)
-def test_malformed_rows(row, message, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        load("rows", "train", write(tmp_path / "train.jsonl", row))
 
 
 CALL = [
@@ -275,9 +229,9 @@ def test_an_answer_that_merges_with_the_template():
     tokenizer = byte_tokenizer(chat_template=unmarked(CHATML), pair="\u010a\u010a")
     (example,) = _examples([[turn("user", "Hi"), turn("assistant", "\nHo")]])
     with pytest.raises(ConfigError, match=r"before turn 2 the model is given other.*: strip it"):
-        encode_conversations(tokenizer, [example])
-    (stripped,) = _examples([SHORT])
-    assert encode_conversations(tokenizer, [stripped])[0][1].any()
+        encode_examples([example], tokenizer, ROOM)
+    [(_, mask)] = encode_examples(_examples([SHORT]), tokenizer, ROOM)
+    assert mask.any()
 
 
 def test_a_completion_that_merges_with_its_prompt(tmp_path):
@@ -290,9 +244,7 @@ def test_a_completion_that_merges_with_its_prompt(tmp_path):
 
 
 def _examples(conversations):
-    from zflora_jax.data.tasks import Example
-
-    return [Example("", "", "", turns=tuple(turns)) for turns in conversations]
+    return [Example("", "", turns=tuple(turns)) for turns in conversations]
 
 
 def test_conversations_are_for_the_chat_template(tmp_path):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,8 +20,9 @@ from support.models import tiny_model
 from support.runs import EVAL, TASK_DATA, small_run
 
 from zflora_jax.core.model import Model
-from zflora_jax.core.run_config import RunConfig, TrainConfig
-from zflora_jax.data.prompts import encode, end_token
+from zflora_jax.core.run_config import TrainConfig
+from zflora_jax.data.encoding import encode_examples
+from zflora_jax.data.prompts import end_token
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation.records import generation_records
 from zflora_jax.experiments.export import export_run
@@ -32,13 +32,8 @@ from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.text import answer_text, generate, stop_ids, stream
 
-NAMES = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
+NAMES = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
+NAMES = tuple(f"<|{name}|>" for name in NAMES)
 BOS, EOS, HEADER, HEADER_END, EOT = range(256, 261)
 TEMPLATE = (
     "{{- bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] +"
@@ -78,14 +73,8 @@ def write_directory(path: Path, special: bool = True) -> Path:
     """A base as the hub has it: its own tokenizer files and generation_config.json, made by
     transformers.
     """
-    model = tiny_model(
-        num_layers=2,
-        vocab_size=261,
-        bos_token_id=BOS,
-        eos_token_ids=(EOS,),
-        pad_token_id=None,
-        tie_word_embeddings=False,
-    )
+    ids = {"vocab_size": 261, "bos_token_id": BOS, "eos_token_ids": (EOS,), "pad_token_id": None}
+    model = tiny_model(num_layers=2, tie_word_embeddings=False, **ids)
     model.params = jax.tree.map(lambda x: x / 4, model.params)
     save_hf(path, model)
     for name in ("zflora.json", "README.md"):
@@ -101,18 +90,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_directory(tmp_path_factory.mktemp("llama3") / "base")
 
 
-def llama3_run(directory: Path) -> RunConfig:
-    run = small_run(str(directory))
-    return dataclasses.replace(
-        run, train=TrainConfig(steps=3, save_every=None, log_every=1, loss_chunk=128)
-    )
-
-
 @pytest.mark.parametrize("special", [True, False])
 def test_the_end_of_turn_may_be_in_added_tokens_alone(special):
     tokenizer = llama3_tokenizer(special)
     assert end_token(tokenizer, "chat") == EOT and end_token(tokenizer, "alpaca") == EOS
-    assert encode(tokenizer, "chat", ["q"], ["a"])[0][0][-1] == EOT
+    [(tokens, _)] = encode_examples([Example("q", "a")], tokenizer, TASK_DATA)
+    assert tokens[-1] == EOT
     tokenizer.chat_template = (  # ordinary text ends its turns
         "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     )
@@ -147,24 +130,20 @@ def test_an_export_stops_at_what_was_trained(directory, tmp_path, monkeypatch):
     """As a new user would: train, export, load with stock transformers, generate."""
     # Other tests have what it says of the export's numbers.
     monkeypatch.setattr("zflora_jax.evaluation.export_gap.export_gap", lambda *_, **__: {})
-    run = llama3_run(directory)
+    settings = TrainConfig(steps=3, save_every=None, log_every=1, loss_chunk=128)
+    run = dataclasses.replace(small_run(str(directory)), train=settings)
     trained = train(run, tmp_path / "run", console=False)
     assert trained.model.config.eos_token_ids == (EOS, EOT)
     assert load_fused(tmp_path / "run")[0].config.eos_token_ids == (EOS, EOT)
     report = export_run(tmp_path / "run", tmp_path / "out")
     out = tmp_path / "out"
-    settings = json.loads((out / "generation_config.json").read_text())
-    assert settings == {
-        "bos_token_id": BOS,
-        "eos_token_id": [EOS, EOT],
-        "temperature": 0.6,
-        "do_sample": True,
-    }
+    wanted = {"bos_token_id": BOS, "eos_token_id": [EOS, EOT]}
+    wanted |= {"temperature": 0.6, "do_sample": True}
+    assert json.loads((out / "generation_config.json").read_text()) == wanted
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == [EOS, EOT]
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (out / name).read_bytes() == (directory / name).read_bytes() and name in report[
-            "files"
-        ]
+        assert (out / name).read_bytes() == (directory / name).read_bytes()
+        assert name in report["files"]
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     chat = [{"role": "user", "content": "1 + 1?"}]
@@ -189,28 +168,20 @@ def test_an_export_stops_at_what_was_trained(directory, tmp_path, monkeypatch):
 
 
 def test_files_that_need_no_change_stay_byte_for_byte(directory, tmp_path):
-    text = '{"eos_token_id": [260,  257, 9],   "do_sample": true}'
-    base = write_directory(tmp_path / "base")
-    (base / "generation_config.json").write_text(text)
-    model = load_model(base)
-    save_hf(tmp_path / "out", model)
-    assert (tmp_path / "out" / "generation_config.json").read_text() == text
-    # config.json says where it stops.
-    (base / "generation_config.json").write_text('{"do_sample": true}')
-    save_hf(tmp_path / "out", load_model(base))
-    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"do_sample": true}'
+    base, out = write_directory(tmp_path / "base"), tmp_path / "out"
+    # The second says nothing of it: config.json says where it stops.
+    for text in ('{"eos_token_id": [260,  257, 9],   "do_sample": true}', '{"do_sample": true}'):
+        (base / "generation_config.json").write_text(text)
+        model = load_model(base)
+        save_hf(out, model)
+        assert (out / "generation_config.json").read_text() == text
     model.config = model.config.replace(eos_token_ids=(EOS, EOT))
-    save_hf(tmp_path / "out", model)
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
-        "do_sample": True,
-        "eos_token_id": [EOS, EOT],
-    }
+    save_hf(out, model)
+    found = json.loads((out / "generation_config.json").read_text())
+    assert found == {"do_sample": True, "eos_token_id": [EOS, EOT]}
     (base / "generation_config.json").unlink()
-    save_hf(tmp_path / "out", model)
-    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [
-        EOS,
-        EOT,
-    ]
+    save_hf(out, model)
+    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [EOS, EOT]
 
 
 def test_an_export_whose_stop_tokens_were_edited_stops_as_stock_software_does(directory, tmp_path):
@@ -255,22 +226,15 @@ def test_a_changed_tokenizer_is_written_and_read_back(change, directory, tmp_pat
     change(model.tokenizer)
     save_hf(tmp_path / "out", model)
     again, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), model.tokenizer
-    for name in (
-        "chat_template",
-        "eos_token",
-        "eos_token_id",
-        "pad_token_id",
-        "padding_side",
-        "model_max_length",
-    ):
+    names = ("chat_template", "eos_token", "eos_token_id", "pad_token_id", "padding_side")
+    for name in (*names, "model_max_length"):
         assert getattr(again, name) == getattr(ours, name), name
     text = "ab<tool><note> <|eot_id|>1"
     assert again(text)["input_ids"] == ours(text)["input_ids"] and len(again) == len(ours)
     assert sorted(again.all_special_ids) == sorted(ours.all_special_ids)
     chat = [{"role": "user", "content": "hi"}]
-    assert again.apply_chat_template(chat, tokenize=False) == ours.apply_chat_template(
-        chat, tokenize=False
-    )
+    written = [x.apply_chat_template(chat, tokenize=False) for x in (again, ours)]
+    assert written[0] == written[1]
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # what transformers 4 knows too
 
@@ -282,49 +246,36 @@ def test_use_does_not_change_a_tokenizer(directory, tmp_path):
     save_hf(tmp_path / "fresh", model)
     model.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
     save_hf(tmp_path / "used", model)
-    fresh, used = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("fresh", "used"))
-    assert (
-        fresh == used
-        and json.loads(used)["padding"] is None
-        and json.loads(used)["truncation"] is None
-    )
     model = load_model(directory)
     model.tokenizer(["a" * 100], truncation=True, max_length=2)
     save_hf(tmp_path / "same", model)
-    assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (
-        directory / "tokenizer.json"
-    ).read_bytes()
+    fresh, used, same, there = (
+        (folder / "tokenizer.json").read_bytes()
+        for folder in (*(tmp_path / name for name in ("fresh", "used", "same")), directory)
+    )
+    assert fresh == used and same == there
+    assert json.loads(used)["padding"] is json.loads(used)["truncation"] is None
 
 
 def test_several_templates_by_name(directory, tmp_path):
     model = load_model(directory)
-    model.tokenizer.chat_template = {"default": TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
+    templates = {"default": TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
+    model.tokenizer.chat_template = templates
     save_hf(tmp_path / "out", model)
-    assert (
-        transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-        == model.tokenizer.chat_template
-    )
-    # As transformers writes them: a folder beside the default one.
+    # As transformers writes them: a folder next to the default one.
     base = write_directory(tmp_path / "base")
     model.tokenizer.save_pretrained(base)
     assert (base / "additional_chat_templates" / "rag.jinja").is_file()
     report = save_hf(tmp_path / "copied", load_model(base))
     assert "additional_chat_templates/rag.jinja" in report["files"]
-    assert (
-        transformers.AutoTokenizer.from_pretrained(tmp_path / "copied").chat_template
-        == model.tokenizer.chat_template
-    )
+    for name in ("out", "copied"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.chat_template == templates
 
 
 def test_without_a_tokenizer_the_base_s_files_are_kept(directory, tmp_path):
     model = load_model(directory)
-    save_hf(tmp_path / "out", Model(model.config, model.params, None, model.source))
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
-        directory / "tokenizer.json"
-    ).read_bytes()
-    assert np.all(
-        [
-            (tmp_path / "out" / name).exists()
-            for name in ("chat_template.jinja", "generation_config.json")
-        ]
-    )
+    out = tmp_path / "out"
+    save_hf(out, Model(model.config, model.params, None, model.source))
+    assert (out / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+    assert (out / "chat_template.jinja").exists() and (out / "generation_config.json").exists()

@@ -1,116 +1,130 @@
-"""Tasks: rows to examples, splits, parsing and scoring."""
+"""Tasks: where their files are looked for, splits, and rows to examples."""
 
 import itertools
 import json
 
 import pytest
-from support.tasks import prompts_of, write_questions
+from support.tasks import load, prompts_of, write_questions
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.splits import normalise
-from zflora_jax.data.tasks import (
-    GROUPS,
-    HOLD_OUT,
-    SPLITS,
-    TASKS,
-    Example,
-    get_task,
-    load_examples,
-    numbers,
-)
-
-# --- answers --------------------------------------------------------------------------------------
+from zflora_jax.data.tasks import GROUPS, HOLD_OUT, SPLITS, TASKS, Example, load_examples
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("5-3 = 2, 1,234.5 and -7", ["5", "3", "2", "1234.5", "-7"]),
-        ("$.50, 10% of 1,000,000; 3,4", [".50", "10", "1000000", "3", "4"]),
-        ("solution1, v2, 4th", ["4"]),
-        ("", []),
-    ],
-)
-def test_numbers(text, found):
-    assert numbers(text) == found
+def test_the_papers_18_tasks():
+    sizes = {name: len(tasks) for name, tasks in GROUPS.items()}
+    assert sizes == {"commonsense": 8, "math": 6, "summary": 4}
+    for group, names in GROUPS.items():
+        assert all(TASKS[name].group == group for name in names)
+    assert "mawps" not in GROUPS["math"] and TASKS["mawps"].group == "math"
+    assert {task.group for task in TASKS.values()} == {*GROUPS, "other"}
+    assert all(name == task.name for name, task in TASKS.items())
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("completion", "parsed"),
-    [
-        ("2 + 2 = 4. The answer is 4.", "4"),
-        ("The answer is $1,250.50 in 3 days.", "1250.50"),
-        ("The answer is 49 - 34 = 15 customers.", "15"),
-        ("The answer is 3. No: the answer is -7.\nAsk 9 more.", "-7"),
-        ("THE ANSWER IS: **12**", "12"),
-        ("The answer is\n5", "5"),
-        ("First 3, then 8 apples.", "8"),
-        ("The answer is unknown, as 3 is 4.\n6", "3"),
-        ("no idea", ""),
-    ],
+    "below", ["", "AQuA", "dataset/AQuA", "llm_adapters/dataset/AQuA", "llm_adapters/AQuA"]
 )
-def test_parse_number(completion, parsed):
-    assert TASKS["gsm8k"].parse(completion) == TASKS["arithmetic"].parse(completion) == parsed
+def test_the_folder_of_a_task_is_found(tmp_path, below):
+    root = tmp_path / "aqua"
+    write_questions(root / below / "test.jsonl", ["q"], answer="B")
+    # For below="", root is the folder itself, in another case.
+    assert prompts_of("test", root, "aqua") == ["q"]
+
+
+def test_the_first_folder_that_has_files_is_read(tmp_path):
+    write_questions(tmp_path / "dataset" / "gsm8k" / "test.json", ["LLM-Adapters"])
+    assert prompts_of("test", tmp_path, "gsm8k") == ["LLM-Adapters"]
+    write_questions(tmp_path / "gsm8k" / "test.json", ["published"])
+    write_questions(tmp_path / "test.json", ["stray"])
+    assert prompts_of("test", tmp_path, "gsm8k") == ["published"]
+    assert prompts_of("test", tmp_path / "gsm8k", "gsm8k") == ["published"]
+    assert prompts_of("test", tmp_path) == ["stray"]
+
+
+def test_training_sets_are_found_by_name(tmp_path):
+    path = tmp_path / "ft-training_set" / "commonsense_15k.json"
+    write_questions(path, [f"q{i}" for i in range(40)])
+    for given in (tmp_path, path.parent):
+        sizes = {split: len(prompts_of(split, given, "commonsense_15k")) for split in SPLITS}
+        assert sizes == {"train": 32, "validation": 4, "test": 4}
+
+
+FIX = r"Set data.data_dir to \(--data-dir\) the folder that holds"
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answer", "right"),
+    ("task", "split", "files", "below", "message"),
     [
-        ("4", "4.0", True),
-        ("4.0009", "4", True),
-        ("4.0011", "4", False),
-        ("1012", "1,012", True),
-        ("-4", "4", False),
-        ("", "4", False),
-        ("x", "4", False),
+        (
+            "rows",
+            "test",
+            [],
+            None,
+            r"reads files, but data.data_dir is not set. Set data.data_dir to",
+        ),
+        ("woz", "test", [], None, rf"data.data_dir is not set. {FIX} woz/"),
+        ("rows", "train", [], "", r"Files may be .json, .jsonl, .csv, .parquet.*hub:OWNER"),
+        ("gsm8k", "test", [], "nowhere", r"nowhere' does not exist"),
+        ("gsm8k", "test", [], "", r"no train, validation or test file in .*grade-school-math"),
+        (
+            "addsub",
+            "test",
+            ["test"],  # not in a folder of the task's
+            "",
+            r"Tried: \S+/AddSub, \S+/dataset/AddSub, \S+/llm_adapters/dataset/AddSub, .*"
+            rf"{FIX} AddSub/.*AddSub/\{{test.json\(l\)\}}.*AGI-Edgerunners/LLM-Adapters",
+        ),
+        ("addsub", "test", ["test"], "test.json", r"test.json' is a file. Set data.data_dir to"),
+        ("dialogsum", "test", [], "", r"dialogsum/\{dialogsum.train.json\(l\), .*cylnlp/dialogsum"),
+        ("woz", "test", [], "", r"woz_train_en.json\(l\).*nmrksic/neural-belief-tracker"),
+        (
+            "math_10k",
+            "train",
+            [],
+            "",
+            r"Tried: .*ft-training_set.*math_10k.json\(l\).*LLM-Adapters",
+        ),
+        (
+            "gsm8k",
+            "validation",
+            ["gsm8k/test"],
+            "",
+            r"no train file beside .*test.json. The validation split needs train.json\(l\) or"
+            r" validation.json\(l\)",
+        ),
+        ("gsm8k", "train", ["gsm8k/test"], "", r"The train split needs train.json\(l\) there"),
+        (
+            "piqa",
+            "train",
+            ["piqa/test"],
+            "",
+            r"no train file beside \S+test.json. .*LLM-Adapters.* has none for this task, only test"
+            r" rows: train on another",
+        ),
+        (
+            "gsm8k",
+            "validation",
+            ["gsm8k/train"],
+            "",
+            r"train.json has 2 rows, too few different ones to hold out validation",
+        ),
+        ("rows", "train", ["train", "train.jsonl"], "", r"both train.json and train.jsonl"),
+        ("gsm8", "train", [], "", r"unknown task 'gsm8': did you mean 'gsm8k'\? Allowed: addsub, "),
+        ("rows", "tests", [], "", r"unknown split 'tests': did you mean 'test'"),
     ],
 )
-def test_score_number(prediction, answer, right):
-    assert TASKS["gsm8k"].score(prediction, answer) is right
+def test_missing_files(task, split, files, below, message, tmp_path):
+    for name in files:
+        write_questions(tmp_path / (name if "." in name else f"{name}.json"), ["a", "b"])
+    with pytest.raises(ConfigError, match=message):
+        load(task, split, None if below is None else tmp_path / below)
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer", "right"),
-    [
-        ("the correct answer is solution1", "solution1", True),
-        ("the correct answer is solution2", "solution1", False),
-        ("solution1", "solution1", True),
-        ("The correct answer is True.", "true", True),
-        ("The answer is untrue", "true", False),
-        ("So the answer is (B).", "B", True),
-        ("Because the answer is (D).", "B", False),
-        ("so 16 - 12 = 4 kids. The answer is 16 - 12 = 4 kids.", "4.0", True),
-        ("it makes 4", "4.0", True),
-        ("The answer is New York, I think", "new york", True),
-        ("", "true", False),
-        ("", "4", False),
-    ],
-)
-def test_json_answers_are_numbers_or_words(completion, answer, right):
-    task = TASKS["rows"]
-    assert task.score(task.parse(completion), answer) is right
-
-
-# --- examples and splits --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_arithmetic_targets_score_as_right_and_wrong_answers_do_not(split):
-    task, examples = TASKS["arithmetic"], load_examples("arithmetic", split, DataConfig())
-    assert len(examples) == (4000 if split == "train" else 400)
-    for example in examples[:100]:
-        assert task.score(task.parse(example.target), example.answer)
-        assert not task.score(
-            task.parse(example.target.replace(f"is {example.answer}.", "is 9999.")), example.answer
-        )
-
-
-def test_arithmetic_data_can_be_kept_elsewhere(tmp_path):
-    assert (
-        len(load_examples("arithmetic", "test", DataConfig(data_dir=str(tmp_path / "kept")))) == 400
-    )
-    assert (tmp_path / "kept" / "arithmetic").is_dir()
+# --- examples -------------------------------------------------------------------------------------
 
 
 def test_examples_are_a_sequence(tmp_path):
@@ -123,23 +137,56 @@ def test_examples_are_a_sequence(tmp_path):
         examples[3]
 
 
-def test_gsm8k_rows(tmp_path):
-    (tmp_path / "test.jsonl").write_text(
-        json.dumps({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"})
-    )
-    (example,) = load_examples("gsm8k", "test", DataConfig(data_dir=str(tmp_path)))
-    assert example == Example("q", "1+1=2\nThe answer is 2.", "2")
+def choice(directory, answer="answer2", output="the correct answer is answer2", allowed=3):
+    formats = ["a/b", "/".join(f"answer{i}" for i in range(1, allowed + 1))]
+    rows = [
+        {"instruction": f"Which?\n\nAnswer format: {a}", "input": "", "output": o, "answer": w}
+        for a, o, w in zip(formats, ["a", output], ["a", answer], strict=True)
+    ]
+    (directory / "ARC-Easy").mkdir(exist_ok=True)
+    (directory / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
+    return load_examples("arc_easy", "test", DataConfig(data_dir=str(directory)))
+
+
+def test_options_have_the_form_of_the_target(tmp_path):
+    wanted = tuple(f"the correct answer is answer{i}" for i in (1, 2, 3))
+    assert choice(tmp_path)[1].options == wanted
+    bare = choice(tmp_path, output="answer2.", allowed=2)[1]
+    assert bare.options == ("answer1.", "answer2.") and bare.target in bare.options
+
+
+def test_an_answer_that_is_no_option_is_an_error_with_its_row(tmp_path):
+    examples = choice(tmp_path, answer="answer4")
+    assert examples[0].options == ("a", "b")
+    message = r"'arc_easy': \S+test.json, row 2: the answer is 'answer4'.*not one of .*answer1, an"
+    with pytest.raises(ConfigError, match=message):
+        examples[1]
+    message = r"row 2: the output 'two' does not state the answer 'answer2'"
+    with pytest.raises(ConfigError, match=message):
+        choice(tmp_path, output="two")[-1]
+
+
+def test_rows_without_an_answer_are_for_tasks_that_need_none(tmp_path):
+    row = {"instruction": "Which?\n\nAnswer format: yes/no", "output": "yes"}
+    (tmp_path / "gsm8k").mkdir()
+    for folder in (tmp_path, tmp_path / "gsm8k"):
+        (folder / "train.json").write_text(json.dumps([row] * 9))
+    own = load("rows", "train", tmp_path)[0]
+    assert (own.target, own.answer, own.options) == ("yes", "", ())
+    message = r"row \d: the answer is empty, and 'gsm8k' is scored by it.*task 'rows'"
+    with pytest.raises(ConfigError, match=message):
+        load("gsm8k", "train", tmp_path)
+
+
+# --- splits ---------------------------------------------------------------------------------------
 
 
 def test_missing_splits_are_held_out_of_train(tmp_path):
     questions = [f"q{i}" for i in range(100)]
     write_questions(tmp_path / "train.jsonl", questions)
     parts = {split: prompts_of(split, tmp_path) for split in SPLITS}
-    assert {split: len(rows) for split, rows in parts.items()} == {
-        "train": 80,
-        "validation": 10,
-        "test": 10,
-    }
+    sizes = {split: len(rows) for split, rows in parts.items()}
+    assert sizes == {"train": 80, "validation": 10, "test": 10}
     assert sorted(itertools.chain(*parts.values())) == sorted(questions)
     # Not a matter of the run's seed.
     assert parts == {split: prompts_of(split, tmp_path, seed=5) for split in SPLITS}
@@ -160,115 +207,23 @@ def test_what_is_held_out_has_no_twin_in_train(tmp_path):
     """Questions that differ in case and marks alone hash apart; the one held out is then
     left out.
     """
-    rows = [
-        {
-            "instruction": f"How many is {i % 200}{'?' * (i // 200)}",
-            "input": "",
-            "output": str(i),
-            "answer": str(i),
-        }
-        for i in range(300)
-    ]
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    data = DataConfig(task="rows", data_dir=str(tmp_path))
-    train, *held = (load_examples("rows", split, data) for split in SPLITS)
-    plain = {normalise(train[i].prompt) for i in range(len(train))}
-    for part in held:
-        assert len(part) < 30 and not plain & {normalise(part[i].prompt) for i in range(len(part))}
-    assert sum(map(len, held)) > 0
+    questions = [f"How many is {i % 200}{'?' * (i // 200)}" for i in range(300)]
+    write_questions(tmp_path / "train.json", questions)
+    train, *held = ({normalise(q) for q in prompts_of(split, tmp_path)} for split in SPLITS)
+    assert all(len(part) < 30 and not train & part for part in held) and any(held)
 
 
 def test_a_hold_out_has_a_bound_and_keeps_equal_questions_together(tmp_path):
     write_questions(tmp_path / "train.json", [f"q{i // 3}" for i in range(3 * 1000)])
-    parts = {split: prompts_of(split, tmp_path) for split in SPLITS}
-    assert (
-        HOLD_OUT <= len(parts["validation"]) < HOLD_OUT + 3
-        and HOLD_OUT <= len(parts["test"]) < HOLD_OUT + 3
-    )
-    assert sum(map(len, parts.values())) == 3000
-    assert not set(parts["train"]) & set(parts["validation"]) and not set(parts["train"]) & set(
-        parts["test"]
-    )
-    assert not set(parts["validation"]) & set(parts["test"])
+    train, *held = (prompts_of(split, tmp_path) for split in SPLITS)
+    assert all(HOLD_OUT <= len(part) < HOLD_OUT + 3 for part in held)
+    assert len(train) + sum(map(len, held)) == 3000
+    assert not {*train} & {*held[0]} and not {*train} & {*held[1]} and not {*held[0]} & {*held[1]}
 
 
 def test_train_limit_takes_a_nested_sample_of_train_alone(tmp_path):
     write_questions(tmp_path / "train.json", [f"q{i}" for i in range(100)])
-    few, more = (
-        prompts_of("train", tmp_path, train_limit=5),
-        prompts_of("train", tmp_path, train_limit=20),
-    )
+    few, more = (prompts_of("train", tmp_path, train_limit=limit) for limit in (5, 20))
     assert more[:5] == few and len(more) == 20
     assert len(prompts_of("test", tmp_path, train_limit=5)) == 10
     assert len(prompts_of("train", tmp_path, train_limit=10**6)) == 80
-
-
-# --- options --------------------------------------------------------------------------------------
-
-
-def choice(
-    directory,
-    answer="answer2",
-    output="the correct answer is answer2",
-    allowed="answer1/answer2/answer3",
-):
-    (directory / "ARC-Easy").mkdir(exist_ok=True)
-    rows = [
-        {"instruction": f"Which?\n\nAnswer format: {a}", "input": "", "output": o, "answer": w}
-        for a, o, w in [("a/b", "a", "a"), (allowed, output, answer)]
-    ]
-    (directory / "ARC-Easy" / "test.json").write_text(json.dumps(rows))
-    return load_examples("arc_easy", "test", DataConfig(data_dir=str(directory)))
-
-
-def test_options_have_the_form_of_the_target(tmp_path):
-    assert choice(tmp_path)[1].options == tuple(
-        f"the correct answer is answer{i}" for i in (1, 2, 3)
-    )
-    bare = choice(tmp_path, output="answer2.", allowed="answer1/answer2")[1]
-    assert bare.options == ("answer1.", "answer2.") and bare.target in bare.options
-
-
-def test_an_answer_that_is_no_option_is_an_error_with_its_row(tmp_path):
-    examples = choice(tmp_path, answer="answer4")
-    assert examples[0].options == ("a", "b")
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"'arc_easy': \S+test.json, row 2: the answer is 'answer4'.*not one of .*answer1,"
-            r" answer2, answer3"
-        ),
-    ):
-        examples[1]
-    with pytest.raises(
-        ConfigError, match=r"row 2: the output 'two' does not state the answer 'answer2'"
-    ):
-        choice(tmp_path, output="two")[-1]
-
-
-def test_rows_without_an_answer_are_for_tasks_that_need_none(tmp_path):
-    row = {"instruction": "Which?\n\nAnswer format: yes/no", "output": "yes"}
-    (tmp_path / "train.json").write_text(json.dumps([row] * 9))
-    data = DataConfig(data_dir=str(tmp_path))
-    own = load_examples("rows", "train", data)[0]
-    assert (own.target, own.answer, own.options) == ("yes", "", ())
-    with pytest.raises(
-        ConfigError, match=r"row \d: the answer is empty, and 'gsm8k' is scored by it.*task 'rows'"
-    ):
-        load_examples("gsm8k", "train", data)[0]
-
-
-# --- the registry ---------------------------------------------------------------------------------
-
-
-def test_the_papers_18_tasks():
-    assert {name: len(tasks) for name, tasks in GROUPS.items()} == {
-        "commonsense": 8,
-        "math": 6,
-        "summary": 4,
-    }
-    for group, names in GROUPS.items():
-        assert all(get_task(name).group == group for name in names)
-    assert "mawps" not in GROUPS["math"] and TASKS["mawps"].group == "math"
-    assert {task.group for task in TASKS.values()} == {*GROUPS, "other"}
-    assert all(name == task.name for name, task in TASKS.items())

@@ -199,11 +199,11 @@ def test_rows_are_compared_with_themselves_alone():
 
 def test_records_keep_the_scores_of_their_rows():
     records = [
-        {"correct": True, "correct_legacy": False, "rougeL": 0.123456},
-        {"correct": False, "correct_legacy": False, "rougeL": 0.5},
+        {"correct": True, "correct_sum": False, "rougeL": 0.123456},
+        {"correct": False, "correct_sum": False, "rougeL": 0.5},
         {"correct": True, "rougeL": 1.0},
     ]
-    scores = {"accuracy": "101", "accuracy_legacy": "00", "rougeL": [0.1235, 0.5, 1.0]}
+    scores = {"accuracy": "101", "likelihood_sum": "00", "rougeL": [0.1235, 0.5, 1.0]}
     assert row_scores(records) == scores  # some rows may have no answer
     assert row_scores([]) == {}
     runs = [{"seed": 0, "scores": run({"a": "1"})}, {"seed": 1, "scores": {"a": {}}}, {"seed": 2}]

@@ -84,9 +84,8 @@ def test_correct_norm_divides_by_characters(model, monkeypatch):
 
 def test_the_legend_says_where_the_two_likelihood_scores_differ():
     """By the labels themselves: options that are equally long are ordered alike by both scores."""
-    words = (answers.TRUE_FALSE, answers.ANSWERS, answers.SOLUTIONS, answers.ENDINGS)
-    unequal = [w for w in (*words, answers.OPTIONS) if len(set(map(len, w))) > 1]
-    assert unequal == [answers.TRUE_FALSE]
+    unequal = [words for words in answers.CHOICES if len(set(map(len, words))) > 1]
+    assert unequal == [("true", "false")]
     legend = summary.score_legend(["likelihood_sum"])
     assert "two scores equal, but for boolq's true and false" in legend
     assert "in cloze form what lm-evaluation-harness calls acc and acc_norm" in legend
@@ -105,11 +104,7 @@ def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):
         (record,) = generation_records(
             model, "gsm8k", example, TASK_DATA, dataclasses.replace(EVAL, prompt_style=style)
         )
-        assert (record["output"], record["correct"], record["correct_legacy"]) == (
-            text,
-            correct,
-            correct,
-        )
+        assert (record["output"], record["correct"]) == (text, correct)
 
 
 def test_rouge_is_rouge_score_s_and_takes_the_best_reference(model, monkeypatch):

@@ -126,7 +126,6 @@ def test_clean_rows_are_scored_apart(model, arc, tmp_path):
     for name, key in (
         ("accuracy", "correct"),
         ("likelihood_sum", "correct_sum"),
-        ("accuracy_legacy", "correct_legacy"),
     ):
         assert result[name] == pytest.approx(np.mean([row[key] for row in rows]))
         assert result[f"{name}_clean"] == pytest.approx(np.mean([row[key] for row in rows[:9]]))

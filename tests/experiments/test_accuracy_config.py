@@ -14,7 +14,7 @@ from support.paths import ROOT
 from zflora_jax.adapters.counts import count_params
 from zflora_jax.cli.inputs import load_config
 from zflora_jax.core.presets import preset
-from zflora_jax.data.builders.steps import LEVELS
+from zflora_jax.data.builders.generated import LEVELS
 from zflora_jax.evaluation.paired import paired_difference, seed_difference
 from zflora_jax.evaluation.statistics import ROWS, UNITS
 

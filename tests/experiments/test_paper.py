@@ -103,7 +103,7 @@ def test_a_table_on_a_tiny_model(
     data = tmp_path / "DATA"
     files = {data / "llm_adapters" / "ft-training_set" / f"{plan.base.data.task}.json": rows}
     for name in plan.tasks:
-        folder = TASKS[name].source.folder  # type: ignore[attr-defined]
+        folder = TASKS[name].folder
         answer = "A" if name == "aqua" else "7"
         found = [
             row | {"instruction": f"{name} {i}?", "answer": answer}

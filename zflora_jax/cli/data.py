@@ -19,11 +19,7 @@ def add_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)"
     )
-    parser.add_argument(
-        "--out",
-        metavar="PATH",
-        help="write PATH.json too, and the histogram of lengths as PATH.png and PATH.svg",
-    )
+    parser.add_argument("--out", metavar="PATH", help="also write the counts to PATH.json")
     add_settings(parser)
 
 
@@ -35,7 +31,6 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.experiments.data_view import data_view
     from zflora_jax.hf.load import model_config, model_tokenizer
     from zflora_jax.reporting.files import write_json
-    from zflora_jax.reporting.plots import grouped_bars
 
     config = run_config(args)
     vocab_size = model_config(config.model).vocab_size
@@ -48,12 +43,11 @@ def run(args: argparse.Namespace) -> None:
     for number, row in enumerate(view.rows, 1):
         text = Text()
         for part, trained in row:
-            shown = f"{begin}{part}{end}" if trained else part
-            text.append(shown, style="bold green" if trained else "dim")
+            text.append(
+                f"{begin}{part}{end}" if trained else part, "bold green" if trained else "dim"
+            )
         console.print(f"row {number}, trained tokens {how}:", style="cyan")
         console.print(text, end="\n\n")
     if args.out:
         facts = {"facts": view.facts, "histogram": view.histogram}
         write_json(f"{args.out}.json", facts | {"config": to_dict(config)})
-        bars = {"sequences": {name: float(count) for name, count in view.histogram.items()}}
-        grouped_bars(bars, args.out, "Lengths of training sequences, tokens", "sequences")

@@ -1,21 +1,21 @@
 """Multiple choice in cloze form: the text of an option completes the question.
 
-A row in LLM-Adapters' words lists its options and asks for a label ("answer2"), which a small model
-answers by habit. In cloze form the model sees the question alone, and each option is scored by its
-likelihood as the continuation, as lm-evaluation-harness does. The prompts of ARC, OpenBookQA, PIQA
-and Social IQa are those of its tasks. HellaSwag's text is as the rows have it, where the harness
-also tidies it, and of WinoGrande the whole end of the sentence is scored, where the harness scores
-what follows the blank alone.
+In LLM-Adapters' words a row lists its options and asks for a label ("answer2"), which a small model
+answers by habit. In cloze form the model sees only the question, and each option is scored by its
+likelihood as the continuation. The prompts are those of lm-evaluation-harness, which also tidies
+HellaSwag's text, and of WinoGrande scores only what follows the blank.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from zflora_jax.core.fields import require
-from zflora_jax.data.splits import Record
-from zflora_jax.data.task import Example, FileTask
+
+if TYPE_CHECKING:
+    from zflora_jax.data.task import Example
 
 _HEAD = re.compile(
     r"Please choose the correct \w+ to (?:the question|(?:fill in the blank to )?complete the given"
@@ -26,49 +26,26 @@ BLANK = "_"  # of WinoGrande
 CLOZE = "_cloze"  # ends the name of a task in cloze form
 
 
-@dataclass(frozen=True)
-class ClozeTask(FileTask):
-    """A multiple-choice task in cloze form.
-
-    Attributes:
-      form: the prompt, with {} in place of the question.
-    """
-
-    form: str = "{}"
-
-    @property
-    def dataset(self) -> str:
-        return self.name.removesuffix(CLOZE)
-
-    def example(self, record: Record) -> Example:
-        return as_cloze(super().example(record), self.form)
-
-
 def as_cloze(example: Example, form: str) -> Example:
-    """Turn a multiple-choice example into its cloze form.
+    """Returns the cloze form of a multiple-choice example in LLM-Adapters' words; ConfigError if it
+    is in other words.
+
+    A question with a blank ("_") ends before it, and its options go on with what follows. Options
+    begin with the space that separates them from the prompt.
 
     Args:
-      example: in LLM-Adapters' words, with its options listed.
-      form: the prompt, with {} in place of the question. A question with a blank ("_") ends before
-        it, and its options go on with what follows the blank.
-
-    Returns:
-      An example of plain texts: its options begin with the space that separates them from the
-      prompt.
-
-    Raises:
-      ConfigError: the question is in other words.
+      example: An example with its options listed.
+      form: The prompt, with {} in place of the question.
     """
     question, texts = listed_options(example.prompt)
     before, blank, after = question.partition(BLANK)
     if blank and example.answer.startswith("option"):
         question, texts = before.rstrip(), [f"{text}{after}" for text in texts]
-    prompt = form.format(question)
     options = tuple(f" {text}" for text in texts)
     target = options[example.options.index(example.target)]
     return replace(
         example,
-        prompt=prompt,
+        prompt=form.format(question),
         target=target,
         answer=target.strip(),
         options=options,
@@ -78,10 +55,8 @@ def as_cloze(example: Example, form: str) -> Example:
 
 
 def listed_options(prompt: str) -> tuple[str, list[str]]:
-    """(Question, texts of its options) of a prompt in LLM-Adapters' words.
-
-    Raises:
-      ConfigError: the prompt is in other words.
+    """Splits a prompt in LLM-Adapters' words into its question and the texts of its options;
+    ConfigError if it is in other words.
     """
     head, ending = _HEAD.match(prompt), _FORMAT.search(prompt)
     expected = (
@@ -90,10 +65,9 @@ def listed_options(prompt: str) -> tuple[str, list[str]]:
     )
     require(bool(head and ending), f"{expected}; this row is {prompt[:80]!r}.")
     assert head and ending
-    labels = [label.title() for label in ending.group(1).split("/")]
     rest, parts = prompt[head.end() : ending.start()], []
     # From the last label to the first: a question may contain the words "Answer1:".
-    for label in reversed(labels):
+    for label in reversed([label.title() for label in ending.group(1).split("/")]):
         rest, found, text = rest.rpartition(f"{label}:")
         require(bool(found), f"{expected}; this row lists no {label!r}.")
         parts.append(text.strip())

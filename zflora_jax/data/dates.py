@@ -9,34 +9,24 @@ from datetime import date as Date, datetime
 
 from zflora_jax.core.run_config import RunConfig
 
-_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+# Names in English, whatever the locale.
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _MONTHS = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
+    "January February March April May June July August September October November December".split()
 )
 
 
 def today() -> str:
-    """The local date, such as "2026-11-26", which is what transformers tells a chat template."""
+    """Returns the local date, such as "2026-11-26", which transformers tells a chat template."""
     return Date.today().isoformat()
 
 
 def dated(run: RunConfig, date: str | None = None) -> RunConfig:
-    """Set data.date of a run that has none.
+    """Sets data.date of a run that has none.
 
     Args:
-      run: the settings.
-      date: None: today.
+      run: The settings.
+      date: The date; None for today.
     """
     if run.data.date is not None:
         return run
@@ -44,15 +34,15 @@ def dated(run: RunConfig, date: str | None = None) -> RunConfig:
 
 
 def pin_date(template: str, date: str) -> str:
-    """Make a chat template see a fixed date, whatever the clock and the locale of this machine are.
+    """Makes a chat template see a fixed date, whatever the clock and the locale of this machine.
 
     transformers gives templates the function `strftime_now`. An argument of apply_chat_template
     cannot replace it (transformers 5.24 turns functions into text), but a macro of that name before
     the template takes precedence.
 
     Args:
-      template: a Jinja chat template.
-      date: such as "2026-11-26"; the time is midnight.
+      template: A Jinja chat template.
+      date: The date, such as "2026-11-26"; the time is midnight.
 
     Returns:
       The template with the macro; unchanged if it does not ask for the date.
@@ -66,19 +56,12 @@ def pin_date(template: str, date: str) -> str:
 
 
 def _directives(date: str) -> dict[str, str]:
-    """strftime's directives of `date` in the C locale: {"%d": "26", "%B": "November", ...}."""
+    """Returns strftime's directives of `date` in the C locale: {"%d": "26", "%B": "November"}."""
     moment = datetime.fromisoformat(date)
     plain = {code: moment.strftime(f"%{code}") for code in "CDFGHIMRSTUVWYdefgjmuwyzZ"}
     unpadded = {f"-{code}": plain[code].lstrip(" 0") or "0" for code in "HIMSdejmy"}
     day, month = _DAYS[moment.weekday()], _MONTHS[moment.month - 1]
-    clock = {"X": plain["T"], "p": "AM", "r": f"{plain['T'].replace('00', '12', 1)} AM"}
-    named = {
-        "A": day,
-        "a": day[:3],
-        "B": month,
-        "b": month[:3],
-        "h": month[:3],
-        "x": plain["D"],
-    } | clock
-    named["c"] = f"{named['a']} {named['b']} {plain['e']} {plain['T']} {plain['Y']}"
+    named = {"A": day, "a": day[:3], "B": month, "b": month[:3], "h": month[:3], "x": plain["D"]}
+    named |= {"X": plain["T"], "p": "AM", "r": f"{plain['T'].replace('00', '12', 1)} AM"}
+    named["c"] = f"{day[:3]} {month[:3]} {plain['e']} {plain['T']} {plain['Y']}"
     return {f"%{code}": value for code, value in (plain | unpadded | named).items()}

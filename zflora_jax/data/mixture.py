@@ -9,16 +9,16 @@ from pathlib import Path
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data.joined import Joined
+from zflora_jax.data.lazy import Joined
 from zflora_jax.data.sources import files_digest, find_files
-from zflora_jax.data.task import FileTask
-from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples, open_split
+from zflora_jax.data.splits import open_split
+from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples
 
-_PART = re.compile(r"(?P<name>[^*+]+?)(?:\*(?P<weight>[^*+]+))?")
+_PART = re.compile(r"\s*(?P<name>[^*+]+?)\s*(?:\*(?P<weight>[^*+]+))?")
 
 
 def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-    """Parse the text of `data.task`.
+    """Parses the text of `data.task`.
 
     Args:
       text: "boolq+arc_easy", or with weights "boolq*1+arc_easy*3".
@@ -27,30 +27,27 @@ def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]
       (Task names, their weights or None.)
 
     Raises:
-      ConfigError: a task is unknown or named twice, a weight is not a positive number, or only some
+      ConfigError: A task is unknown or named twice, a weight is not a positive number, or only some
         tasks have one.
     """
-    parts = [_PART.fullmatch(part.strip()) for part in text.split("+")]
+    parts = [_PART.fullmatch(part) for part in text.split("+")]
     require(
         all(parts),
         f"data.task={text!r}: expected a task, or a mixture such as 'boolq+arc_easy' or, with"
         " weights for all, 'boolq*1+arc_easy*3'.",
     )
-    names = tuple(part["name"].strip() for part in parts if part)
-    names = tuple(get_task(name).name for name in names)  # of today
+    names = tuple(get_task(part["name"]).name for part in parts if part)
     require(
         len(set(names)) == len(names),
         f"data.task={text!r} names a task twice; give it a weight instead.",
     )
-    written = [part["weight"] for part in parts if part and part["weight"] is not None]
-    if not written:
-        return names, None
+    weights = tuple(_weight(part["weight"], text) for part in parts if part and part["weight"])
     require(
-        len(written) == len(names),
+        len(weights) in (0, len(names)),
         f"data.task={text!r}: weights for some tasks only. Give one to each, or to none (then all"
         " rows are used).",
     )
-    return names, tuple(_weight(w, text) for w in written)
+    return names, weights or None
 
 
 def _weight(written: str, text: str) -> float:
@@ -58,64 +55,62 @@ def _weight(written: str, text: str) -> float:
         weight = float(written)
     except ValueError:
         weight = -1.0
-    if not 0 < weight < float("inf"):
-        raise ConfigError(f"data.task={text!r}: weight {written!r} is not a positive number.")
+    require(
+        0 < weight < float("inf"),
+        f"data.task={text!r}: weight {written!r} is not a positive number.",
+    )
     return weight
 
 
 def has_own_rows(names: Iterable[str]) -> bool:
-    """Whether a task of these names has rows of the user's own."""
+    """Returns whether a task of these names has rows of the user's own."""
     return any(get_task(name).own for name in names)
 
 
 def own_rows_digest(data: DataConfig, names: Iterable[str]) -> str | None:
-    """A hash of the files, of all splits, that tasks of these names read as the user's own rows.
-
-    Returns:
-      None if there are no such tasks, or data.data_dir is no place here (a named dataset, or gone).
-
-    Raises:
-      ConfigError: files are there, and it is not clear which are meant.
+    """Returns a hash of the files, of all splits, that tasks of these names read as the user's own
+    rows; None if there are no such tasks, or data.data_dir is no place here (a named dataset, or
+    gone). ConfigError if files are there, and it is not clear which are meant.
     """
-    if data.data_dir is None or not Path(data.data_dir).expanduser().exists():
+    here = data.data_dir is not None and Path(data.data_dir).expanduser().exists()
+    if not here or not has_own_rows(names):
         return None
-    files = [
-        find_files(task.name, task.source, data.data_dir)
-        for task in map(get_task, sorted(set(names)))
-        if isinstance(task, FileTask) and task.own
-    ]
-    paths = [path for splits in files for _, found in splits.values() for path in found]
-    return files_digest(paths) if paths else None
+    files = find_files(get_task("rows"), data.data_dir)
+    return files_digest(path for _, paths in files.values() for path in paths)
 
 
-@dataclass(frozen=True)
 class Mixture(Joined[Example]):
     """The examples of several tasks, one task after the other.
 
     Attributes:
-      names: of the tasks.
-      parts: the examples of each task.
-      weights: how often training draws from each task; None: by number of rows.
+      names: The tasks.
+      parts: The examples of each task.
+      weights: How often training draws from each task; None: by number of rows.
     """
 
-    names: tuple[str, ...]
-    parts: tuple[Sequence[Example], ...]
-    weights: tuple[float, ...] | None = None
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        parts: Sequence[Sequence[Example]],
+        weights: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__(parts)
+        self.names, self.parts, self.weights = names, parts, weights
 
 
 def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixture:
-    """Load a split of `data.task`, a task or a mixture of tasks.
+    """Loads a split of `data.task`, a task or a mixture of tasks.
 
     Args:
       data: task, data_dir, row_format and train_limit are read; train_limit holds for each task,
-        row_format for rows of one's own.
+        row_format for the user's own rows.
       split: "train", "validation" or "test".
-      limit: number of examples in all: the first of each task, the same number from each as far as
-        it has them. None: all.
+      limit: The number of examples in all: the first of each task, the same number from each as far
+        as it has them. None: all.
 
     Raises:
-      ConfigError: as for `parse_mixture` and `data.tasks.load_examples`; to train with a row_format
-        and without rows of one's own.
+      ConfigError: As for `parse_mixture` and `data.tasks.load_examples`; to train with a row_format
+        and without rows of the user's own.
     """
     names, weights = parse_mixture(data.task)
     require(
@@ -126,13 +121,11 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
     parts = [load_examples(name, split, data) for name in names]
     if limit is not None:
         left = limit
-        shares = {}
-        # Short tasks come first and leave their room to the others.
+        # Short tasks come first and leave what they lack to the others.
         for done, i in enumerate(sorted(range(len(parts)), key=lambda i: len(parts[i]))):
-            shares[i] = min(len(parts[i]), -(-left // (len(parts) - done)))
-            left -= shares[i]
-        parts = [part[: shares[i]] for i, part in enumerate(parts)]
-    return Mixture(names, tuple(parts), weights if split == "train" else None)
+            parts[i] = parts[i][: -(-left // (len(parts) - done))]
+            left -= len(parts[i])
+    return Mixture(names, parts, weights if split == "train" else None)
 
 
 @dataclass(frozen=True)
@@ -140,8 +133,8 @@ class TrainedOn:
     """Training data in which test questions are looked for.
 
     Attributes:
-      data: its settings.
-      here: whether this project trained on it, and so left out the rows that it holds out; a model
+      data: Its settings.
+      here: Whether this project trained on it, and so left out the rows that it holds out; a model
         trained elsewhere may have seen every row of the files.
     """
 
@@ -150,10 +143,8 @@ class TrainedOn:
 
 
 def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:
-    """Open every split that comes from the same files or datasets as the train split of
-    `data.task`.
-
-    With the rows held out of those files, these are all rows in them.
+    """Opens every split that comes from the same files or datasets as the train split of
+    `data.task`. With the rows held out of those files, these are all rows in them.
 
     Args:
       data: task and data_dir are read.

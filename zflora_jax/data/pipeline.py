@@ -1,11 +1,13 @@
-"""Sequences to batches: shuffled by grain, padded to a few fixed lengths.
+"""Sequences to batches: packed, shuffled by grain, padded to a few fixed lengths.
 
 The order is a function of (seed, step). Shapes below: B rows of a batch, T tokens of a row.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -25,10 +27,50 @@ is learned (the loss shifts by one); segments [B, T] int32, the number of the ex
 _EPOCHS = 2**30
 
 
+def pack_sequences(encoded: Encoded, capacity: int) -> Encoded:
+    """Joins sequences into rows, best fit by decreasing length, within each task.
+
+    The loss is that of the separate sequences. Nothing predicts the first token of a sequence; in a
+    packed row a token of another example precedes it, so it is masked.
+
+    Args:
+      encoded: Unpacked sequences of at most `capacity` tokens.
+      capacity: The largest number of tokens of a row.
+
+    Returns:
+      The same tokens in fewer rows, whose `segments` number the examples.
+    """
+    packed: list[TokenizedExample] = []
+    parts, start = [], 0
+    for size in encoded.parts:
+        rows = encoded.rows[start : start + size]
+        start += size
+        room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+        bins: list[list[TokenizedExample]] = []
+        for i in sorted(range(size), key=lambda i: (-len(rows[i].tokens), i)):
+            need = len(rows[i].tokens)
+            at = bisect.bisect_left(room, (need, -1))
+            free, target = room.pop(at) if at < len(room) else (capacity, len(bins))
+            if target == len(bins):
+                bins.append([])
+            bins[target].append(rows[i])
+            bisect.insort(room, (free - need, target))
+        packed += [_join(rows) for rows in bins]
+        parts.append(len(bins))
+    return replace(encoded, rows=tuple(packed), parts=tuple(parts), kept=())
+
+
+def _join(rows: Sequence[TokenizedExample]) -> TokenizedExample:
+    masks = [row.loss_mask & (np.arange(len(row.tokens)) > 0) for row in rows]
+    segments = [np.full(len(row.tokens), i, np.int32) for i, row in enumerate(rows, 1)]
+    tokens = np.concatenate([row.tokens for row in rows])
+    return TokenizedExample(tokens, np.concatenate(masks), np.concatenate(segments))
+
+
 def train_batches(
     encoded: Encoded, data: DataConfig, start_step: int = 0, own: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Iterate over training batches, without an end.
+    """Iterates over training batches, without an end.
 
     The batch of a step is a pure function of (sequences, data.seed, step): a run that resumes at
     step k passes start_step=k and sees the batches of the uninterrupted run. Every epoch is a new
@@ -36,26 +78,22 @@ def train_batches(
     dataset smaller than a batch works. With weights, each task has its own permutations and epochs.
 
     Args:
-      encoded: the sequences.
+      encoded: The sequences.
       data: batch_size, bucket_lengths and seed are read.
-      start_step: the step of the first batch, from 0.
-      own: the rows of each batch to return, for a process of several; None: all. They are padded to
+      start_step: The step of the first batch, from 0.
+      own: The rows of each batch to return, for a process of several; None: all. They are padded to
         the length of the whole batch.
 
     Yields:
       Batches of `data.batch_size` rows, or of those in `own`.
 
     Raises:
-      ConfigError: there is no sequence, or start_step or the seed is negative.
+      ConfigError: There is no sequence, or start_step is negative.
     """
     import grain
 
     require(len(encoded) > 0, "the dataset is empty: there is nothing to train on.")
     require(start_step >= 0, f"start_step={start_step}: must be at least 0.")
-    require(data.seed >= 0, f"data.seed={data.seed}: must be at least 0.")
-
-    def collate(rows: Sequence[TokenizedExample]) -> Batch:
-        return pad(rows, data.bucket_lengths, encoded.pad_id, own)
 
     def endless(rows: Sequence[TokenizedExample]) -> Any:
         return grain.MapDataset.source(rows).seed(data.seed).shuffle().repeat(_EPOCHS)
@@ -63,60 +101,54 @@ def train_batches(
     if encoded.weights is None:
         examples = endless(encoded.rows)
     else:
-        ends = accumulate(encoded.parts)
         tasks = [
             endless(encoded.rows[end - size : end])
-            for end, size in zip(ends, encoded.parts, strict=True)
+            for end, size in zip(accumulate(encoded.parts), encoded.parts, strict=True)
         ]
         examples = grain.MapDataset.mix(tasks, encoded.weights)
-    batches = examples.batch(data.batch_size, batch_fn=collate)
+    batches = examples.batch(
+        data.batch_size, batch_fn=lambda x: pad(x, data.bucket_lengths, encoded.pad_id, own)
+    )
     # One thread is plenty (a batch is a few copies) and keeps the other cores for the step; its
     # buffer hides the copies behind the step.
-    return iter(
-        batches.slice(slice(start_step, None)).to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        )
-    )
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(batches.slice(slice(start_step, None)).to_iter_dataset(options))
 
 
 def one_sequence_a_row(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of rows that were not packed, without its segments: a row is one sequence then,
-    padded on the right, and attention is causal alone, which flash kernels take best.
+    """Returns a batch of rows that were not packed without its segments. A row is then one
+    sequence, padded on the right, and causal attention is enough, which flash kernels do fastest.
     """
     return {name: x for name, x in batch.items() if name != "segments"}
 
 
 def eval_batches(encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> Iterator[Batch]:
-    """Iterate over all sequences once, in order.
+    """Iterates over all sequences once, in order.
 
     The last batch is filled up with copies of its last row whose loss_mask is False: a row of
     padding alone would have undefined attention.
 
     Args:
-      encoded: the sequences.
-      batch_size: rows of each batch.
-      lengths: allowed values of T.
+      encoded: The sequences.
+      batch_size: Rows of each batch.
+      lengths: Allowed values of T.
 
     Yields:
       Batches of `batch_size` rows.
 
     Raises:
-      ConfigError: there is no sequence, batch_size is below 1, or a sequence is longer than
+      ConfigError: There is no sequence, batch_size is below 1, or a sequence is longer than
         max(lengths).
     """
     require(len(encoded) > 0, "the dataset is empty: there is nothing to evaluate.")
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
-    return (
-        _fill(encoded.rows[i : i + batch_size], batch_size, lengths, encoded.pad_id)
-        for i in range(0, len(encoded), batch_size)
-    )
 
+    def batch(start: int) -> Batch:
+        rows = encoded.rows[start : start + batch_size]
+        idle = rows[-1]._replace(loss_mask=np.zeros_like(rows[-1].loss_mask))
+        return pad([*rows, *[idle] * (batch_size - len(rows))], lengths, encoded.pad_id)
 
-def _fill(
-    rows: Sequence[TokenizedExample], batch_size: int, lengths: Sequence[int], pad_id: int
-) -> Batch:
-    idle = rows[-1]._replace(loss_mask=np.zeros_like(rows[-1].loss_mask))
-    return pad([*rows, *[idle] * (batch_size - len(rows))], lengths, pad_id)
+    return map(batch, range(0, len(encoded), batch_size))
 
 
 def pad(
@@ -125,19 +157,8 @@ def pad(
     pad_id: int,
     own: Sequence[int] | None = None,
 ) -> Batch:
-    """Make one Batch of sequences.
-
-    Args:
-      rows: the sequences of the batch.
-      lengths: allowed values of T; the smallest that holds the longest sequence is taken.
-      pad_id: the token id at padding.
-      own: indices of the rows to return; None: all.
-
-    Returns:
-      The batch, padded on the right.
-
-    Raises:
-      ConfigError: a sequence is longer than max(lengths).
+    """Makes one Batch of sequences, padded on the right to the smallest of `lengths` that holds the
+    longest one; of these, the rows in `own` (None: all). ConfigError if none holds it.
     """
     longest = max(len(row.tokens) for row in rows)
     fitting = [length for length in lengths if length >= longest]

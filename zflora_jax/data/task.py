@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import json
+import contextlib
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from zflora_jax.core.fields import ConfigError, nearest, require
-from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data import answers
-from zflora_jax.data.answers import PARSERS, Kind, Rule
-from zflora_jax.data.sources import NAMED, Source
-from zflora_jax.data.splits import Record, Split, read_split
+from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.data.answers import ANY, Answers
+from zflora_jax.data.cloze import CLOZE, as_cloze
+
+SPLITS = ("train", "validation", "test")
+SPLIT_WORDS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "validate", "dev"),
+    "test": ("test",),
+}
+LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder dataset/"
+_FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -23,37 +27,37 @@ class Example:
     """One question with its answer.
 
     Attributes:
-      prompt: the user's text.
-      target: the completion to learn, without EOS.
-      answer: the right answer, which a parsed completion is compared with; "" if there is no single
+      prompt: The user's text.
+      target: The completion to learn, without EOS.
+      answer: The right answer, which a parsed completion is compared with; "" if there is no single
         right one.
-      input: more of the user's text, such as a document.
-      options: completions to compare by likelihood, each in the target's form ("the correct answer
-        is answer2"); the target is one of them.
-      references: texts to compare a completion with by ROUGE; the target is the first.
-      document: whether `input` is a long text that may be cut at its end.
-      turns: of a conversation, as chat templates read them; prompt and target are then the user's
-        and the assistant's last ones.
-      tools: that a chat template is told, for such a conversation.
-      settings: other arguments of the template (chat_template_kwargs).
-      context: number of its first turns that are given and not learned.
-      plain: whether prompt and target are texts as they are, in no template.
-      form: of a row of one's own, a key of `builders.rows.FORMS`.
-      asked: what identifies the question, where `prompt` is another form of it.
-      unit: what rows that belong together share, such as those of one dialogue; "" of others.
-      where: the row's position, for messages.
+      input: More of the user's text, such as a document.
+      options: Completions to compare by likelihood, worded as the target ("the correct answer is
+        answer2"); the target is one of them.
+      references: Texts to compare a completion with by ROUGE; the target is the first.
+      document: Whether `input` is a long text that may be cut at its end.
+      turns: The turns of a conversation, as chat templates read them; prompt and target are then
+        the last ones of the user and the assistant.
+      tools: The tools of a conversation, for the chat template.
+      settings: Other arguments of the template (chat_template_kwargs).
+      context: The number of first turns that are given and not learned.
+      plain: Whether prompt and target are texts as they are, in no template.
+      form: The form of a row of the user's own, a key of `builders.own.FORMS`.
+      asked: The text that identifies the question, where `prompt` is another form of it.
+      unit: What rows that belong together share, such as those of one dialogue; "" for others.
+      where: The row's position, for messages.
     """
 
     prompt: str
     target: str
-    answer: str
+    answer: str = ""
     input: str = ""
     options: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     document: bool = False
     turns: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Any, ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     context: int = 0
     plain: bool = False
     form: str = ""
@@ -63,185 +67,90 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Files:
+    """Files of a format of `builders.published.FORMATS`, and their names: split -> stems."""
+
+    format: str
+    names: Mapping[str, tuple[str, ...]]
+
+
+def named(format: str, pattern: str = "{}") -> Files:
+    """Returns `Files` named by `pattern`, with SPLIT_WORDS in place of {}."""
+    names = {split: tuple(map(pattern.format, words)) for split, words in SPLIT_WORDS.items()}
+    return Files(format, names)
+
+
+@dataclass(frozen=True)
 class Task:
-    """A task. Subclasses say where its rows come from.
+    """A task: a row of `tasks.TASKS`.
 
     Attributes:
-      name: its key in `TASKS`.
+      name: Its key in `TASKS`.
       group: "commonsense", "math", "summary" or "other".
-      kind: the form of its answers.
+      answers: How its answers are read and scored.
+      folder: The folder of its files.
+      files: The formats of its files, tried in this order for each split.
+      origin: Where people get the files.
+      source: "files": files, or the public dataset of the same name; "own": the user's own rows, in
+        files of any name and type or a dataset that data.data_dir names; "generated".
+      test_only: Whether no training rows are published with it.
+      document: Whether the input of its examples is a text that may be cut.
+      cloze: The prompt of a task in cloze form, with {} in place of the question; "" for others.
     """
 
     name: str
     group: str
-    kind: Kind
+    answers: Answers
+    folder: str = ""
+    files: tuple[Files, ...] = (named("llm_adapters"),)
+    origin: str = LLM_ADAPTERS
+    source: Literal["files", "own", "generated"] = "files"
+    test_only: bool = False
+    document: bool = False
+    cloze: str = ""
 
     @property
     def dataset(self) -> str:
         """The task whose rows it has, which is also the name of their public dataset."""
-        return self.name
+        return self.name.removesuffix(CLOZE)
 
     @property
     def own(self) -> bool:
         """Whether its rows are the user's own, so that data.data_dir says which they are."""
-        return False
-
-    def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
-        """Open the rows of a split.
-
-        Args:
-          split: "train", "validation" or "test".
-          data: data_dir is read.
-          folders: of all tasks, in lower case; files are not looked for in another task's folder.
-
-        Raises:
-          ConfigError: there is no such split, or its files cannot be read.
-        """
-        raise NotImplementedError
-
-    def example(self, record: Record) -> Example:
-        """The example of a row; ConfigError where the row does not fit the task."""
-        raise NotImplementedError
-
-    def rule(self, parser: str) -> Rule:
-        """How answers are read and scored: "legacy" is LLM-Adapters' way, "fixed" corrects
-        it; see `data.answers`.
-        """
-        require(parser in PARSERS, f"unknown parser {parser!r}: {nearest(parser, PARSERS)}.")
-        return self.kind.legacy if parser == "legacy" else self.kind.fixed
-
-    def parse_as(self, text: str, parser: str) -> str:
-        """Read the answer of a completion; "" if it gives none."""
-        return self.rule(parser).parse(text)
-
-    def score_as(self, prediction: str, answer: str, parser: str) -> bool:
-        """Whether an answer that the same parser has read is right."""
-        return self.rule(parser).score(prediction, answer)
+        return self.source == "own"
 
     def parse(self, text: str) -> str:
-        return self.parse_as(text, "fixed")
+        """Reads the answer of a completion; "" if it gives none."""
+        return self.answers.parse(text)
 
     def score(self, prediction: str, answer: str) -> bool:
-        return self.score_as(prediction, answer, "fixed")
+        """Returns whether an answer that `parse` has read is right."""
+        return self.answers.score(prediction, answer)
 
-    def gold(self, example: Example) -> str:
-        """A completion that states the right answer and that both parsers read."""
-        return self.kind.state(example.answer) if example.answer else example.target
-
-
-@dataclass(frozen=True)
-class Generated(Task):
-    """Generated word problems; no question is in two splits. `data.data_dir`, if it is set, is the
-    directory that keeps them.
-
-    Attributes:
-      builder: the module of its builder in `data.builders`, and the class, "module:Class".
-    """
-
-    builder: str
-
-    def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
-        from zflora_jax.data.builders import open_prepared
-
-        module, _, name = self.builder.partition(":")
-        make = getattr(importlib.import_module(f"zflora_jax.data.builders.{module}"), name)
-        folder = data.data_dir
-        if folder and (folder.startswith(NAMED) or Path(folder).expanduser().is_file()):
-            folder = None  # where the rows of another task are, and nothing can be kept
-        rows = open_prepared(make, split, folder)
-        return Split(rows, range(len(rows)), f"{self.name}, {split}")
-
-    def example(self, record: Record) -> Example:
-        return Example(
-            _text(record["question"]), _text(record["rationale"]), _text(record["answer"])
-        )
-
-
-@dataclass(frozen=True)
-class FileTask(Task):
-    """Rows of files, or of the public dataset of the same name.
-
-    Attributes:
-      source: where the rows come from.
-      document: whether the input of its examples is a text that may be cut.
-    """
-
-    source: Source
-    document: bool = False
-
-    @property
-    def own(self) -> bool:
-        return self.source.own
-
-    def split(self, split: str, data: DataConfig, folders: Collection[str] = ()) -> Split:
-        form = data.row_format or ""
-        found = self.source, split, data.data_dir, folders, form if self.own else ""
-        return read_split(self.name, *found, dataset=self.dataset)
-
-    def example(self, record: Record) -> Example:
-        prompt, target, answer, extra = (
-            _text(record.get(name, "")) for name in ("instruction", "output", "answer", "input")
-        )
-        references = tuple(map(_text, record.get("references", ())))
+    def example(self, row: Mapping[str, Any], where: str = "") -> Example:
+        """Returns the example of a row, a mapping of some of its fields; ConfigError where the row
+        does not fit the task.
+        """
+        fields: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in row.items()
+        }
+        example = Example(**fields, document=self.document, where=where)
         require(
-            bool(answer or references) or self.kind is answers.ANY,
+            bool(example.answer or example.references) or self.answers is ANY,
             f"the answer is empty, and {self.name!r} is scored by it. Rows without an answer can be"
             " trained on as task 'rows'.",
         )
-        form, unit = _text(record.get("form", "")), _text(record.get("unit", ""))
-        if messages := _text(record.get("messages", "")):
-            settings = json.loads(_text(record["settings"]) or "{}")
-            return Example(
-                prompt,
-                target,
-                "",
-                turns=tuple(json.loads(messages)),
-                tools=tuple(json.loads(_text(record["tools"]) or "[]")),
-                settings=tuple(settings.items()),
-                context=int(_text(record["context"])),
-                form=form,
-                unit=unit,
-            )
-        plain = form in ("text", "prompt-completion")
-        return Example(
-            prompt,
-            target,
-            answer,
-            extra,
-            () if plain else self._options(prompt, target, answer),
-            references,
-            self.document,
-            plain=plain,
-            form=form,
-            unit=unit,
-        )
-
-    def _options(self, prompt: str, target: str, answer: str) -> tuple[str, ...]:
-        try:
-            return options_of(prompt, target, answer)
-        except ConfigError:  # rows of one's own may say "Answer format: DD/MM/YYYY"
-            if self.own:
-                return ()
-            raise
+        if not example.plain and not example.turns:
+            # The user's rows may say "Answer format: DD/MM/YYYY".
+            with contextlib.suppress(*[ConfigError] if self.own else []):
+                options = _options_of(example.prompt, example.target, example.answer)
+                example = replace(example, options=options)
+        return as_cloze(example, self.cloze) if self.cloze else example
 
 
-_FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*\Z")
-
-
-def options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
-    """The completions that a question allows.
-
-    Args:
-      prompt: the question; its last line may be "Answer format: answer1/answer2".
-      target: the right completion.
-      answer: the right answer, which is a part of the target.
-
-    Returns:
-      The target with each allowed answer in place of the right one; empty if the prompt has no such
-      line or there is no answer.
-
-    Raises:
-      ConfigError: the right answer is not an allowed one, or the target does not state it.
+def _options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
+    """Returns the completions that a question allows: the target with each answer of the line
+    "Answer format: answer1/answer2" in place of the right one; none without such a line.
     """
     found = _FORMAT.search(prompt)
     if not found or not answer:
@@ -255,7 +164,3 @@ def options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
     before, stated_answer, after = target.rpartition(answer)
     require(bool(stated_answer), f"the output {target!r} does not state the answer {answer!r}.")
     return tuple(f"{before}{option}{after}" for option in allowed)
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

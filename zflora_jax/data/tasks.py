@@ -9,149 +9,101 @@ so are the multiple-choice tasks in cloze form (`data.cloze`).
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, overload
 
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
-from zflora_jax.data.answers import PARSERS, Kind, numbers, parse_number, same_number, stated
-from zflora_jax.data.cloze import CLOZE, ClozeTask
-from zflora_jax.data.sources import SPLITS, TRAINING_SETS, Format, Source, named
-from zflora_jax.data.splits import HOLD_OUT, Split
-from zflora_jax.data.task import Example, FileTask, Generated, Task
+from zflora_jax.data.cloze import CLOZE
+from zflora_jax.data.lazy import Lazy
+from zflora_jax.data.splits import HOLD_OUT, open_split
+from zflora_jax.data.task import LLM_ADAPTERS, SPLITS, Example, Files, Task, named
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "GROUPS",
-    "HOLD_OUT",
-    "PARSERS",
-    "SPLITS",
-    "TASKS",
-    "Example",
-    "Task",
-    "get_task",
-    "load_examples",
-]
-__all__ += ["numbers", "parse_number", "same_number", "stated"]
+__all__ = ["GROUPS", "HOLD_OUT", "SPLITS", "TASKS", "Example", "Task", "get_task", "load_examples"]
 
-
-# --- rows of the table ---------------------------------------------------------------------------
-
-
-def _commonsense(
-    name: str,
-    words: Sequence[str],
-    folder: str = "",
-    *formats: Format,
-    public: bool = True,
-    test_only: bool = False,
-) -> Task:
-    source = Source(
-        folder or name, (named("local_json"), *formats), public=public, test_only=test_only
-    )
-    return FileTask(name, "commonsense", answers.words(*words), source)
-
-
-def _math(
-    name: str, folder: str, kind: Kind = answers.NUMBER, *formats: Format, test_only: bool = True
-) -> Task:
-    return FileTask(
-        name, "math", kind, Source(folder, (named("local_json"), *formats), test_only=test_only)
-    )
-
-
-def _summary(
-    name: str,
-    format: Format,
-    origin: str,
-    kind: Kind = answers.TEXT,
-    *,
-    folder: str = "",
-    public: bool = True,
-    document: bool = False,
-) -> Task:
-    return FileTask(
-        name,
-        "summary",
-        kind,
-        Source(folder or name, (format, named(format.builder)), origin=origin, public=public),
-        document,
-    )
-
-
-def _training(name: str) -> Task:
-    source = Source(
-        "ft-training_set",
-        (Format("local_json", {"train": (name,)}),),
-        anywhere=True,
-        origin=TRAINING_SETS,
-    )
-    return FileTask(name, "other", answers.ANY, source)
-
-
-# Test labels are not public.
-_PUBLISHED_HELLASWAG = Format(
-    "hellaswag_json", {"train": ("hellaswag_train",), "test": ("hellaswag_val",)}
-)
-_MAWPS_EQUATIONS = Format("mawps_json", {"train": ("trainset",)})
-_SUMMARIES, _DIALOGUES = named("summary_json"), named("dialogue_json")
-_DIALOGSUM = named("summary_json", "dialogsum.{}")
-# Trained on its 500 dev rows, where the 12,460 of train are too many or not there.
-_DEV = Format("summary_json", {"train": ("dialogsum.dev",), "test": ("dialogsum.test",)})
-_SAMSUM = "https://arxiv.org/src/1911.12237v2/anc/corpus.7z"
 _GITHUB = "https://github.com/"
-_GSM8K = Source("gsm8k", anywhere=True, origin=_GITHUB + "openai/grade-school-math", public=True)
-_WOZ = _GITHUB + "nmrksic/neural-belief-tracker"
+_TRAINING_SETS = LLM_ADAPTERS.replace("dataset/", "ft-training_set/")
+_DIALOGSUM = _GITHUB + "cylnlp/dialogsum"
+# The published test rows have no labels.
+_HELLASWAG = Files("hellaswag", {"train": ("hellaswag_train",), "test": ("hellaswag_val",)})
+# Trained on the 500 rows of dev, where the 12,460 of train are too many or not there.
+_DEV = Files("summary", {"train": ("dialogsum.dev",), "test": ("dialogsum.test",)})
+
+_commonsense = functools.partial(Task, group="commonsense")
+_math = functools.partial(Task, group="math", answers=answers.NUMBER, test_only=True)
+_generated = functools.partial(Task, group="other", answers=answers.NUMBER, source="generated")
+_summary = functools.partial(
+    Task, group="summary", answers=answers.TEXT, files=(named("summary"),), document=True
+)
+_dialogue = functools.partial(
+    Task, group="summary", answers=answers.TEXT, files=(named("dialogue"),)
+)
+
+
+def _training_set(name: str) -> Task:
+    files = (Files("llm_adapters", {"train": (name,)}),)
+    return Task(name, "other", answers.ANY, "ft-training_set", files, _TRAINING_SETS)
+
 
 _ROWS: tuple[Task, ...] = (
-    Generated("arithmetic", "other", answers.NUMBER, "arithmetic:Arithmetic"),
-    Generated("arithmetic_steps", "other", answers.NUMBER, "steps:ArithmeticSteps"),
-    FileTask("rows", "other", answers.ANY, Source("", (named("rows"),), anywhere=True)),
-    _commonsense("boolq", answers.TRUE_FALSE),
-    _commonsense("piqa", answers.SOLUTIONS, test_only=True),
-    _commonsense("social_i_qa", answers.ANSWERS, test_only=True),
-    _commonsense("hellaswag", answers.ENDINGS, "", _PUBLISHED_HELLASWAG, test_only=True),
-    _commonsense("winogrande", answers.OPTIONS, test_only=True),
-    _commonsense("arc_easy", answers.ANSWERS, "ARC-Easy"),
-    _commonsense("arc_challenge", answers.ANSWERS, "ARC-Challenge"),
-    _commonsense("openbookqa", answers.ANSWERS),
-    _math("addsub", "AddSub"),
-    _math("aqua", "AQuA", answers.LETTER),
-    _math("multiarith", "MultiArith"),
-    FileTask("gsm8k", "math", answers.NUMBER, _GSM8K),
-    _math("singleeq", "SingleEq"),
-    _math("svamp", "SVAMP"),
-    _math("mawps", "mawps", answers.NUMBER, _MAWPS_EQUATIONS, test_only=False),
-    _summary("cnn_dailymail", _SUMMARIES, _GITHUB + "abisee/cnn-dailymail", document=True),
-    _summary("xsum", _SUMMARIES, _GITHUB + "EdinburghNLP/XSum", document=True),
-    _summary("samsum", _SUMMARIES, _SAMSUM, document=True),
-    _summary("dialogsum", _DIALOGSUM, _GITHUB + "cylnlp/dialogsum", document=True),
-    _summary(
-        "dialogsum_dev",
-        _DEV,
-        _GITHUB + "cylnlp/dialogsum",
-        folder="dialogsum",
-        public=False,
-        document=True,
+    _generated("arithmetic"),
+    _generated("arithmetic_steps"),
+    Task("rows", "other", answers.ANY, files=(named("own"),), source="own"),
+    _commonsense("boolq", answers=answers.TRUE_FALSE, folder="boolq"),
+    _commonsense("piqa", answers=answers.SOLUTIONS, folder="piqa", test_only=True),
+    _commonsense("social_i_qa", answers=answers.ANSWERS, folder="social_i_qa", test_only=True),
+    _commonsense(
+        "hellaswag",
+        answers=answers.ENDINGS,
+        folder="hellaswag",
+        files=(named("llm_adapters"), _HELLASWAG),
+        test_only=True,
     ),
-    _summary("dailydialog", _DIALOGUES, "http://yanran.li/dailydialog"),
-    _summary("multiwoz", _DIALOGUES, _GITHUB + "budzianowski/multiwoz"),
-    _summary("woz", named("woz_json", "woz_{}_en"), _WOZ, answers.BELIEF, public=False),
-    _training("math_data"),
-    _training("math_7k"),
-    _training("math_10k"),
-    _training("math_14k"),
-    _training("math_50k"),
-    _training("commonsense_15k"),
-    _training("commonsense_170k"),
+    _commonsense("winogrande", answers=answers.OPTIONS, folder="winogrande", test_only=True),
+    _commonsense("arc_easy", answers=answers.ANSWERS, folder="ARC-Easy"),
+    _commonsense("arc_challenge", answers=answers.ANSWERS, folder="ARC-Challenge"),
+    _commonsense("openbookqa", answers=answers.ANSWERS, folder="openbookqa"),
+    _math("addsub", folder="AddSub"),
+    _math("aqua", folder="AQuA", answers=answers.LETTER),
+    _math("multiarith", folder="MultiArith"),
+    _math("gsm8k", folder="gsm8k", origin=_GITHUB + "openai/grade-school-math", test_only=False),
+    _math("singleeq", folder="SingleEq"),
+    _math("svamp", folder="SVAMP"),
+    _math(
+        "mawps",
+        folder="mawps",
+        files=(named("llm_adapters"), Files("mawps", {"train": ("trainset",)})),
+        test_only=False,
+    ),
+    _summary("cnn_dailymail", folder="cnn_dailymail", origin=_GITHUB + "abisee/cnn-dailymail"),
+    _summary("xsum", folder="xsum", origin=_GITHUB + "EdinburghNLP/XSum"),
+    _summary("samsum", folder="samsum", origin="https://arxiv.org/src/1911.12237v2/anc/corpus.7z"),
+    _summary(
+        "dialogsum",
+        folder="dialogsum",
+        files=(named("summary", "dialogsum.{}"), named("summary")),
+        origin=_DIALOGSUM,
+    ),
+    _summary("dialogsum_dev", folder="dialogsum", files=(_DEV,), origin=_DIALOGSUM),
+    _dialogue("dailydialog", folder="dailydialog", origin="http://yanran.li/dailydialog"),
+    _dialogue("multiwoz", folder="multiwoz", origin=_GITHUB + "budzianowski/multiwoz"),
+    _dialogue(
+        "woz",
+        answers=answers.BELIEF,
+        folder="woz",
+        files=(named("woz", "woz_{}_en"), named("woz")),
+        origin=_GITHUB + "nmrksic/neural-belief-tracker",
+    ),
+    *map(_training_set, ("math_data", "math_7k", "math_10k", "math_14k", "math_50k")),
+    *map(_training_set, ("commonsense_15k", "commonsense_170k")),
 )
 _QUESTION = "Question: {}\nAnswer:"
-# Of a task in cloze form its prompt.
-_FORMS = {
+_CLOZE_PROMPTS = {
     "piqa": _QUESTION,
     "social_i_qa": "Q: {}\nA:",
     "hellaswag": "{}",
@@ -161,47 +113,30 @@ _FORMS = {
     "openbookqa": "{}",
 }
 _IN_CLOZE_FORM = tuple(
-    ClozeTask(task.name + CLOZE, task.group, answers.TEXT, task.source, form=_FORMS[task.name])
+    replace(task, name=task.name + CLOZE, answers=answers.TEXT, cloze=_CLOZE_PROMPTS[task.name])
     for task in _ROWS
-    if isinstance(task, FileTask) and task.name in _FORMS
+    if task.name in _CLOZE_PROMPTS
 )
 TASKS: dict[str, Task] = {task.name: task for task in (*_ROWS, *_IN_CLOZE_FORM)}
-RENAMED = {"json": "rows"}  # names of before
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "commonsense": (
-        "boolq",
-        "piqa",
-        "social_i_qa",
-        "hellaswag",
-        "winogrande",
-        "arc_easy",
-        "arc_challenge",
-        "openbookqa",
-    ),
+    "commonsense": tuple(task.name for task in _ROWS if task.group == "commonsense"),
     "math": ("addsub", "aqua", "multiarith", "gsm8k", "singleeq", "svamp"),
     "summary": ("cnn_dailymail", "xsum", "dailydialog", "multiwoz"),
 }
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; ConfigError that suggests the nearest name where there is none."""
-    name = RENAMED.get(name, name)
+    """Returns the task of that name; ConfigError names the nearest one if there is none."""
     require(name in TASKS, f"unknown task {name!r}: {nearest(name, TASKS)}.")
     return TASKS[name]
 
 
-def open_split(task: Task, split: str, data: DataConfig) -> Split:
-    """Open the rows of a split of `task`; see `Task.split`."""
-    folders = {t.source.folder.lower() for t in TASKS.values() if isinstance(t, FileTask)}
-    return task.split(split, data, folders)
-
-
 def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequence[Example]:
-    """Open the examples of one split; each is read when it is indexed.
+    """Opens the examples of one split; each is read when it is indexed.
 
     Args:
-      task_name: a key of `TASKS`.
+      task_name: A key of `TASKS`.
       split: "train", "validation" or "test".
       data_config: data_dir, row_format and train_limit are read. The last keeps the first rows of
         the train split; other splits are not limited.
@@ -211,7 +146,7 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
       file and number.
 
     Raises:
-      ConfigError: the task or the split is unknown, a directory or file is missing, a row is
+      ConfigError: The task or the split is unknown, a directory or file is missing, a row is
         malformed, or there is no example.
     """
     task = get_task(task_name)
@@ -223,31 +158,16 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
         len(indices) > 0,
         f"task {task_name!r}: the {split} split is empty. Give a file with at least one row.",
     )
-    examples = _Examples(task, Split(rows, indices, origin))
+
+    def example(index: int) -> Example:
+        where = f"{origin}, row {index + 1}"
+        try:
+            return task.example(rows[index], where)
+        except ConfigError as error:
+            raise ConfigError(f"task {task_name!r}: {where}: {error}") from error
+
+    examples = Lazy(example, indices)
     if task.own:
-        form = examples[0].form  # of the first; `zflora data` counts those of all files
+        form = examples[0].form  # of the first row; `zflora data` counts those of all files
         log.info("%s, %s: rows of the form %r (data.row_format)", origin, split, form)
     return examples
-
-
-class _Examples(Sequence[Example]):
-    def __init__(self, task: Task, split: Split) -> None:
-        self._task, self._split = task, split
-
-    def __len__(self) -> int:
-        return len(self._split.indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: Any) -> Any:
-        rows, indices, origin = self._split
-        if isinstance(index, slice):
-            return _Examples(self._task, Split(rows, indices[index], origin))
-        number = indices[index]
-        where = f"{origin}, row {number + 1}"
-        try:
-            return replace(self._task.example(rows[number]), where=where)
-        except ConfigError as error:
-            raise ConfigError(f"task {self._task.name!r}: {where}: {error}") from error

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zflora_jax.data.conversations import last_answer
+from zflora_jax.data.encoding import last_answer
 from zflora_jax.data.splits import normalise
 from zflora_jax.data.tasks import Example
 

@@ -21,7 +21,6 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import DataConfig, EvalConfig
 from zflora_jax.core.textfile import lines_of
-from zflora_jax.data.answers import PARSERS
 from zflora_jax.data.encoding import encode_options, encode_prompts, fit_documents
 from zflora_jax.data.tasks import Example, Task, get_task
 from zflora_jax.inference.batching import check_prompts
@@ -61,9 +60,9 @@ def generation_records(
 
     Returns:
       One record per example, in their order, whatever the batch size: output, new_tokens, cut
-      (whether max_new_tokens ended it); per parser prediction and correct ("fixed"),
-      prediction_legacy and correct_legacy; the F-measures of ROUGE where the example has
-      references; document_cut where it has a document (True: cut to fit the prompt).
+      (whether max_new_tokens ended it); prediction and correct where the example has an answer; the
+      F-measures of ROUGE where it has references; document_cut where it has a document (True: cut
+      to fit the prompt).
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
     prompts, cut = _prompts_to_answer(model, examples, style, evaluation, data.date)
@@ -104,13 +103,11 @@ def _answer(model: Model, ids: Sequence[int], stop: Sequence[int]) -> Record:
 
 
 def _judged(task: Task, text: str, example: Example) -> Record:
-    """What an answer is worth: ROUGE against references, and each parser's verdict."""
+    """ROUGE of an answer against references, and whether it is right."""
     found: Record = dict(rouge(text, example.references)) if example.references else {}
-    for parser in PARSERS if example.answer else ():
-        suffix = "" if parser == "fixed" else f"_{parser}"
-        prediction = task.parse_as(text, parser)
-        found[f"prediction{suffix}"] = prediction
-        found[f"correct{suffix}"] = bool(task.score_as(prediction, example.answer, parser))
+    if example.answer:
+        found["prediction"] = task.parse(text)
+        found["correct"] = task.score(found["prediction"], example.answer)
     return found
 
 

@@ -20,7 +20,6 @@ from zflora_jax.evaluation.units import Column, by_unit
 # Key of a record -> name of the score.
 SCORES = {
     "correct": "accuracy",
-    "correct_legacy": "accuracy_legacy",
     "correct_sum": "likelihood_sum",
     "correct_norm": "likelihood_norm",
     **{name: name for name in ROUGE},

@@ -12,7 +12,6 @@ from zflora_jax.reporting.tables import markdown_table
 # Score -> what it is, and what it differs in from others.
 _LEGENDS = {
     "accuracy": "accuracy: the generated answer by this project's parser.",
-    "accuracy_legacy": "accuracy_legacy: the generated answer by LLM-Adapters' rules.",
     "likelihood_sum": (
         "likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens'"
         " log-probabilities, or by that sum over its characters; in cloze form what"

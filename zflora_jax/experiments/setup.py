@@ -14,11 +14,10 @@ from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.mixture import load_mixture
-from zflora_jax.data.packing import pack_sequences
-from zflora_jax.data.tokenization import Encoded, Share, tokenize_examples
+from zflora_jax.data.pipeline import pack_sequences
+from zflora_jax.data.tokenization import Encoded, tokenize_examples
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
-from zflora_jax.parallel.distributed import gather_bytes
 from zflora_jax.parallel.sharding import shard, state_shardings
 from zflora_jax.training.trainer import TrainState, fresh_state
 
@@ -88,9 +87,8 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> 
     """
     model = load_base(run, mesh) if model is None else given_base(run, model)
     loaded = time.perf_counter()
-    share = Share(jax.process_index(), jax.process_count(), gather_bytes)
     rows = load_mixture(run.data, "train")
-    train_set = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size, share)
+    train_set = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size)
     examples, plain = len(train_set), all(part[0].plain for part in rows.parts)
     if run.data.packing:
         train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])

@@ -1,15 +1,10 @@
-"""Public datasets by name, for tasks without local files: TFDS where it prepares them without
-TensorFlow (4.9.10), else the Hugging Face hub.
+"""Public datasets of TFDS and the Hugging Face hub: those of tasks, and any that data.data_dir
+names.
 
-TFDS has builders of cnn_dailymail, xsum and samsum, but all three read their source files with
-`tf.io.gfile`, so that preparing them needs TensorFlow, which this project does without (a test sees
-to it that this is still so). xsum and samsum also need files that one fetches by hand; those of
-samsum (train.json, val.json, test.json) are read from data.data_dir as they are. The hub is read
-through `datasets`.
-
-Rows are converted when read to the fields of the file builders, in LLM-Adapters' wording; `splits`
-follow its files, whose test rows are the published validation rows wherever the published test rows
-have no labels.
+A task's dataset comes from TFDS where its builder runs without TensorFlow (4.9.10). The builders of
+cnn_dailymail, xsum and samsum need `tf.io.gfile`, so these come from the hub, through `datasets`.
+Splits follow LLM-Adapters' files, whose test rows are the published validation rows wherever the
+published test rows have no labels.
 """
 
 from __future__ import annotations
@@ -17,18 +12,18 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.resources
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.data.builders import cache_dir, open_prepared, prepared, wording
-from zflora_jax.data.builders.wording import Fields
-
-Raw = Mapping[str, Any]
-TEST_IS_VALIDATION = {"train": "train", "test": "validation"}
-ALL = {"train": "train", "validation": "validation", "test": "test"}
+from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.data.builders.files import plain
+from zflora_jax.data.builders.own import form_of, read_own
+from zflora_jax.data.builders.published import FORMATS, Row
+from zflora_jax.data.lazy import Lazy
+from zflora_jax.data.sources import HOW
 
 
 @dataclass(frozen=True)
@@ -36,47 +31,41 @@ class Tfds:
     """A dataset of TFDS.
 
     Attributes:
-      name: of the dataset.
-      host: probed first, to see whether there is a network; "": unknown.
-      convert: a row of the dataset -> a row of the task.
-      splits: split -> its name in the dataset.
-      module: registers the dataset, where TFDS itself does so only with tensorflow.
+      name: Its name, with its config if it has several: "glue/cola".
+      host: The host of its files, probed before a download: without a network TFDS would try for
+        minutes. "" if it is unknown.
+      module: The module that registers it, where TFDS itself does so only with TensorFlow.
     """
 
     name: str
-    host: str
-    convert: Callable[[Raw], Fields]
-    splits: Mapping[str, str]
+    host: str = ""
     module: str = ""
 
-    def names(self) -> list[str]:
-        """The names of its splits; prepared and refused as for `open`."""
-        return list(self._prepared(prepared).info.splits)
+    def splits(self) -> list[str]:
+        """Returns the names of its splits; errors as for `open`."""
+        return list(self._prepared().info.splits)
 
-    def open(self, split: str) -> Sequence[Fields]:
-        """Open a split, downloaded and prepared under `cache_dir()` on first use.
+    def open(self, split: str) -> Sequence[Any]:
+        """Opens a split, downloaded and prepared on first use; ConfigError if that fails."""
+        return self._prepared().as_data_source(split)
 
-        Raises:
-          ConfigError: it cannot be downloaded or prepared.
-        """
-        rows = self._prepared(functools.partial(open_prepared, split=self.splits[split]))
-        return Converted(rows, self.convert)
-
-    def _prepared(self, how: Callable[..., Any]) -> Any:
+    def _prepared(self) -> Any:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+        from zflora_jax.data.builders.prepared import cache_dir, prepared
 
         # TFDS reads its checksums through this backport, which it does not install; the standard
         # library's has the same interface.
         sys.modules.setdefault("importlib_resources", importlib.resources)
         if self.module:
-            importlib.import_module(self.module)
+            importlib.import_module(f"tensorflow_datasets.text.{self.module}")
         make = functools.partial(tfds.builder, self.name, try_gcs=False)
         try:
             builder = make(data_dir=cache_dir(), file_format="array_record")
             if self.host and not builder.is_prepared():
-                _require_network(self.host, self.name)
-            return how(make)
+                _require_network(self.host, f"{self.name!r} is not in {cache_dir()}")
+            return prepared(make)
         except (
             ImportError,
             tfds.core.registered.DatasetNotFoundError,
@@ -88,203 +77,143 @@ class Tfds:
             ) from error
 
 
-def _require_network(host: str, name: str) -> None:
-    """ConfigError at once without a network; TFDS itself would try for minutes."""
+def _require_network(host: str, missing: str) -> None:
     import requests
 
     try:
         requests.head(f"https://{host}", timeout=10)
     except requests.RequestException as error:
         raise ConfigError(
-            f"the TFDS dataset {name!r} is not in {cache_dir()} and cannot be downloaded: no"
-            f" connection to {host}."
+            f"the TFDS dataset {missing} and cannot be downloaded: no connection to {host}."
         ) from error
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset of the Hugging Face hub.
-
-    Attributes:
-      name: of the repository.
-      convert: a row of the dataset -> a row of the task, or several (of a dialogue).
-      splits: split -> its name in the dataset.
-      config: of the dataset.
-      revision: of the repository.
+    """A dataset of the Hugging Face hub: its repository, its config if it has several, and the
+    revision (None for main).
     """
 
     name: str
-    convert: Callable[[Raw], Fields | list[Fields]]
-    splits: Mapping[str, str]
     config: str | None = None
     revision: str | None = None
 
-    def names(self) -> list[str]:
-        """The names of its splits; ConfigError where they cannot be had."""
-        return list(self._read("get_dataset_split_names", self.config))
+    def splits(self) -> list[str]:
+        """Returns the names of its splits; ConfigError where they cannot be read."""
+        return list(self._call("get_dataset_split_names"))
 
-    def open(self, split: str) -> Sequence[Fields]:
-        """Open a split; ConfigError where that is not possible."""
-        options = {"split": self.splits[split], "revision": self.revision}
-        rows = self._read("load_dataset", self.config, **options)
-        if self.convert is not _dialogue:
-            return Converted(rows, self.convert)
-        return [reply for row in rows for reply in _dialogue(row)]
+    def open(self, split: str) -> Sequence[Any]:
+        """Opens a split; ConfigError where it cannot be read."""
+        return self._call("load_dataset", split=split, revision=self.revision)
 
-    def _read(self, function: str, *given: Any, **options: Any) -> Any:
+    def _call(self, function: str, **options: Any) -> Any:
         try:
             import datasets
-        except ImportError as error:
-            raise ConfigError(
-                f"the dataset {self.name!r} is read from the Hugging Face hub with `datasets`: pip"
-                " install datasets"
-            ) from error
-        try:
-            return getattr(datasets, function)(self.name, *given, **options)
+
+            return getattr(datasets, function)(self.name, self.config, **options)
         # Its errors (no network, no such dataset, no access, ...) have no common class.
         except Exception as error:
+            fix = " Install `datasets`: pip install datasets." * isinstance(error, ImportError)
             raise ConfigError(
                 f"the dataset {self.name!r} cannot be read from the Hugging Face hub:"
-                f" {type(error).__name__}: {error}"
+                f" {type(error).__name__}: {error}.{fix}"
             ) from error
 
 
-class Converted(Sequence[Fields]):
-    """Rows that are converted when they are indexed."""
-
-    def __init__(self, rows: Sequence[Any], convert: Callable[[Any], Any]) -> None:
-        self._rows, self._convert = rows, convert
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Fields: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Fields]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._convert(self._rows[index])
+# --- datasets of tasks ----------------------------------------------------------------------------
 
 
-# --- conversions ----------------------------------------------------------------------------------
+class Public(NamedTuple):
+    """The public dataset of a task: its source, the format of its rows, and the names of the task's
+    splits there.
+    """
+
+    source: Tfds | Hub
+    format: str
+    splits: Mapping[str, str]
+
+    def open(self, split: str) -> Sequence[Row]:
+        """Opens the rows of a split, a key of `splits`; ConfigError where it cannot be read."""
+        raw = self.source.open(self.splits[split])
+
+        def read(index: int) -> list[Row]:
+            where = f"{self.source.name}, row {index + 1}"
+            return FORMATS[self.format].rows(plain(raw[index]), where)
+
+        if self.format != "dialogue":
+            return Lazy(lambda i: read(i)[0], range(len(raw)))
+        return [reply for i in range(len(raw)) for reply in read(i)]
 
 
-def text(value: Any) -> str:
-    """A field as str: TFDS gives bytes, `datasets` gives str."""
-    return value.decode() if isinstance(value, bytes) else str(value)
+_ALL = {"train": "train", "validation": "validation", "test": "test"}
+_TEST_IS_VALIDATION = {"train": "train", "test": "validation"}
+_ARC_HOST, _OPENBOOKQA_HOST = (
+    f"{name}s3-us-west-2.amazonaws.com" for name in ("ai2-public-datasets.", "")
+)
+_GOOGLE, _GITHUB = "storage.googleapis.com", "raw.githubusercontent.com"
+_WINOGRANDE = {"train": "train_xl", "test": "validation"}
+# The hub's conversion of datasets whose loading scripts `datasets` no longer runs.
+_XSUM, _DAILYDIALOG, _MULTIWOZ = (
+    Hub(name, revision="refs/convert/parquet")
+    for name in ("EdinburghNLP/xsum", "li2017dailydialog/daily_dialog", "pfb30/multi_woz_v22")
+)
 
-
-def _texts(row: Raw, *names: str) -> list[str]:
-    return [text(row[name]) for name in names]
-
-
-def _boolq(row: Raw) -> Fields:
-    return wording.boolq(text(row["question"]), bool(row["answer"]))
-
-
-def _piqa(row: Raw) -> Fields:
-    return wording.piqa(text(row["goal"]), _texts(row, "sol1", "sol2"), int(row["label"]))
-
-
-def _arc(row: Raw) -> Fields:
-    """A row of ARC: the options in the file's order; the key is one of their labels."""
-    labels = [int(label) for label in row["choices"]["label"]]
-    return wording.answer_choice(
-        text(row["question"]),
-        [text(t) for t in row["choices"]["text"]],
-        labels.index(int(row["answerKey"])),
-    )
-
-
-def _openbookqa(row: Raw) -> Fields:
-    question = row["question"]
-    return wording.answer_choice(
-        text(question["stem"]),
-        _texts(question, "choice_A", "choice_B", "choice_C", "choice_D"),
-        int(row["answerKey"]),
-    )
-
-
-def _hellaswag(row: Raw) -> Fields:
-    return wording.hellaswag(
-        text(row["activity_label"]),
-        text(row["context"]),
-        [text(t) for t in row["endings"]],
-        int(row["label"]),
-    )
-
-
-def _winogrande(row: Raw) -> Fields:
-    return wording.winogrande(
-        text(row["sentence"]), _texts(row, "option1", "option2"), int(row["label"])
-    )
-
-
-def _gsm8k(row: Raw) -> Fields:
-    from zflora_jax.data.builders.formats import gsm8k_row
-
-    return gsm8k_row(text(row["question"]), text(row["answer"]), "gsm8k")
-
-
-def _social_i_qa(row: Raw) -> Fields:
-    question = f"{text(row['context'])} {text(row['question'])}"
-    return wording.answer_choice(
-        question, _texts(row, "answerA", "answerB", "answerC"), int(row["label"]) - 1
-    )
-
-
-def _summary(what: str, source: str, target: str) -> Callable[[Raw], Fields]:
-    return lambda row: wording.summary(what, text(row[source]).strip(), [text(row[target]).strip()])
-
-
-def _dialogue(row: Raw) -> list[Fields]:
-    turns = row["turns"]["utterance"] if "turns" in row else row["dialog"]
-    return wording.replies(turns, unit=" ".join(turns[:2]))
-
-
-_ARC_HOST = "ai2-public-datasets.s3-us-west-2.amazonaws.com"
-# The hub's own conversion of datasets whose loading scripts `datasets` no longer runs
-_SCRIPTLESS = "refs/convert/parquet"
-
-PUBLIC: dict[str, Tfds | Hub] = {
-    "boolq": Tfds("bool_q", "storage.googleapis.com", _boolq, TEST_IS_VALIDATION),
-    "piqa": Tfds("piqa", "storage.googleapis.com", _piqa, TEST_IS_VALIDATION),
-    "arc_easy": Tfds("ai2_arc/ARC-Easy", _ARC_HOST, _arc, ALL),
-    "arc_challenge": Tfds("ai2_arc/ARC-Challenge", _ARC_HOST, _arc, ALL),
-    "openbookqa": Tfds("openbookqa", "s3-us-west-2.amazonaws.com", _openbookqa, ALL),
-    "hellaswag": Tfds(
-        "hellaswag",
-        "raw.githubusercontent.com",
-        _hellaswag,
-        TEST_IS_VALIDATION,
-        "tensorflow_datasets.text.hellaswag",
-    ),
-    "winogrande": Tfds(
-        "winogrande",
-        "storage.googleapis.com",
-        _winogrande,
-        {"train": "train_xl", "test": "validation"},
-        "tensorflow_datasets.text.winogrande",
-    ),
-    "gsm8k": Tfds(
-        "gsm8k",
-        "raw.githubusercontent.com",
-        _gsm8k,
-        {"train": "train", "test": "test"},
-        "tensorflow_datasets.text.gsm8k.gsm8k",
+PUBLIC: dict[str, Public] = {
+    "boolq": Public(Tfds("bool_q", _GOOGLE), "boolq", _TEST_IS_VALIDATION),
+    "piqa": Public(Tfds("piqa", _GOOGLE), "piqa", _TEST_IS_VALIDATION),
+    "arc_easy": Public(Tfds("ai2_arc/ARC-Easy", _ARC_HOST), "arc", _ALL),
+    "arc_challenge": Public(Tfds("ai2_arc/ARC-Challenge", _ARC_HOST), "arc", _ALL),
+    "openbookqa": Public(Tfds("openbookqa", _OPENBOOKQA_HOST), "openbookqa", _ALL),
+    "hellaswag": Public(Tfds("hellaswag", _GITHUB, "hellaswag"), "hellaswag", _TEST_IS_VALIDATION),
+    "winogrande": Public(Tfds("winogrande", _GOOGLE, "winogrande"), "winogrande", _WINOGRANDE),
+    "gsm8k": Public(
+        Tfds("gsm8k", _GITHUB, "gsm8k.gsm8k"), "gsm8k", {"train": "train", "test": "test"}
     ),
     # allenai/social_i_qa without its script.
-    "social_i_qa": Hub("lighteval/siqa", _social_i_qa, TEST_IS_VALIDATION),
-    "cnn_dailymail": Hub(
-        "abisee/cnn_dailymail", _summary("article", "article", "highlights"), ALL, config="3.0.0"
-    ),
-    "xsum": Hub(
-        "EdinburghNLP/xsum", _summary("article", "document", "summary"), ALL, revision=_SCRIPTLESS
-    ),
-    "samsum": Hub("knkarthick/samsum", _summary("dialogue", "dialogue", "summary"), ALL),
-    "dialogsum": Hub("knkarthick/dialogsum", _summary("dialogue", "dialogue", "summary"), ALL),
-    "dailydialog": Hub("li2017dailydialog/daily_dialog", _dialogue, ALL, revision=_SCRIPTLESS),
-    "multiwoz": Hub("pfb30/multi_woz_v22", _dialogue, ALL, revision=_SCRIPTLESS),
+    "social_i_qa": Public(Hub("lighteval/siqa"), "social_i_qa", _TEST_IS_VALIDATION),
+    "cnn_dailymail": Public(Hub("abisee/cnn_dailymail", "3.0.0"), "summary", _ALL),
+    "xsum": Public(_XSUM, "summary", _ALL),
+    "samsum": Public(Hub("knkarthick/samsum"), "summary", _ALL),
+    "dialogsum": Public(Hub("knkarthick/dialogsum"), "summary", _ALL),
+    "dailydialog": Public(_DAILYDIALOG, "dialogue", _ALL),
+    "multiwoz": Public(_MULTIWOZ, "dialogue", _ALL),
 }
+
+
+# --- datasets that data.data_dir names ------------------------------------------------------------
+
+_NAME = re.compile(r"(hub|tfds):([^:@]+)(?::([^@]+))?(?:@(.*\{\}.*))?")
+
+
+class Named(NamedTuple):
+    """A dataset of the user's own rows: its source, the names of its splits with {} for train,
+    validation or test, and its name for messages.
+    """
+
+    source: Tfds | Hub
+    pattern: str
+    name: str
+
+    def open(self, split: str, form: str = "") -> Sequence[Row]:
+        """Opens the rows of a split of the dataset, of a form of `own.FORMS` or that of the first
+        row; ConfigError if it cannot be read.
+        """
+        raw = self.source.open(split)
+        require(len(raw) > 0, f"{self.name}: the split {split!r} is empty.")
+        form = form or form_of(plain(raw[0]), f"{self.name}, {split}, row 1")
+
+        def read(index: int) -> Row:
+            where = f"{self.name}, {split}, row {index + 1}"
+            return next(read_own([(where, plain(raw[index]))], form))
+
+        return Lazy(read, range(len(raw)))
+
+
+def named_dataset(data_dir: str) -> Named:
+    """Returns the dataset that a data.data_dir names; ConfigError where it names none."""
+    found = _NAME.fullmatch(data_dir)
+    if not found:
+        raise ConfigError(f"data.data_dir={data_dir!r} names no dataset. Expected {HOW}.")
+    library, name, config, pattern = found.groups()
+    source = Hub(name, config) if library == "hub" else Tfds("/".join(filter(None, (name, config))))
+    return Named(source, pattern or "{}", data_dir.partition("@")[0])

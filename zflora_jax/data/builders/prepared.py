@@ -1,0 +1,144 @@
+"""Rows as TFDS datasets: written once as ArrayRecord files, read at random without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.data.lazy import Lazy
+
+Row = dict[str, Any]
+Splits = Mapping[str, Iterable[Row]]
+
+
+@dataclasses.dataclass
+class RowsConfig(tfds.core.BuilderConfig):
+    """A config of `Rows`; its name identifies the rows that `read` returns."""
+
+    read: Callable[[], Splits] = dict
+
+
+class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Rows in their order, each as JSON in the feature `row`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # No downloads, so no checksums. TFDS would look for their file through a package that it does
+    # not install.
+    url_infos: ClassVar[dict[str, Any]] = {}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({"row": tfds.features.Text()}),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterator[Any]]:
+        # A list: TFDS would hide the errors of a generator.
+        splits = self.builder_config.read()
+        return {split: self._generate_examples(list(rows)) for split, rows in splits.items()}
+
+    def _generate_examples(self, rows: list[Row]) -> Iterator[tuple[int, dict[str, str]]]:
+        yield from ((i, {"row": json.dumps(row)}) for i, row in enumerate(rows))
+
+
+def open_rows(
+    name: str,
+    read: Callable[[], Splits],
+    split: str,
+    root: str | None = None,
+    file: Path | None = None,
+) -> Sequence[Row]:
+    """Opens the rows of one split of `read`, prepared on first use below `root` (None for
+    `cache_dir()`).
+
+    Prepared rows are named by the format or generator (`name`), and a hash of `file` and of the
+    code that makes rows. They are found again if the file moves, and never reused after either
+    changes.
+
+    Raises:
+      ConfigError: The directory cannot be written, or `read` refuses its source.
+    """
+    digest = _code().copy()
+    if file is not None:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    config = RowsConfig(name=f"{name}-{digest.hexdigest()[:20]}", read=read)
+    builder = prepared(functools.partial(Rows, config=config), root)
+    with _quiet():
+        source = builder.as_data_source(split)
+    return Lazy(lambda i: json.loads(source[i]["row"]), range(len(source)))
+
+
+@functools.cache
+def _code() -> hashlib._Hash:
+    """The hash of the code that makes rows."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest
+
+
+def cache_dir() -> Path:
+    """Returns the directory of prepared data: $ZFLORA_CACHE, or ~/.cache/zflora_jax/tfds."""
+    return Path(os.environ.get("ZFLORA_CACHE") or "~/.cache/zflora_jax/tfds").expanduser()
+
+
+def prepared(make: Callable[..., Any], root: str | os.PathLike[str] | None = None) -> Any:
+    """Makes a TFDS builder, called with `data_dir` and `file_format`, and prepares its data.
+
+    Two processes may prepare the same data at once: each writes into its own directory and renames
+    it at the end. The second finds the name in use and reads the equal rows of the first.
+
+    Raises:
+      ConfigError: The directory cannot be written, or the builder refuses its source.
+    """
+    directory = Path(root).expanduser() if root is not None else cache_dir()
+    with _quiet():
+        builder = make(data_dir=directory, file_format="array_record")
+        if not builder.is_prepared():
+            try:
+                builder.download_and_prepare()
+            except OSError as error:
+                builder = make(data_dir=directory, file_format="array_record")
+                if not builder.is_prepared():
+                    raise ConfigError(
+                        f"cannot prepare the dataset {builder.name!r} under {directory}: {error}."
+                        " Set the environment variable ZFLORA_CACHE (or data.data_dir of a"
+                        " generated task) to a directory that can be written."
+                    ) from error
+        return builder
+
+
+# All threads of a process share stdout, and a sweep may load several runs at once.
+_QUIET = threading.RLock()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences TFDS, which prints to stdout, draws a bar per split and warns about custom configs.
+    Commands print their results to stdout.
+    """
+    with _QUIET:
+        absl = logging.getLogger("absl")
+        level = absl.level
+        absl.setLevel(logging.ERROR)
+        tfds.disable_progress_bar()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield
+        finally:
+            tfds.enable_progress_bar()
+            absl.setLevel(level)
