@@ -106,13 +106,6 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypat
     assert not (tmp_path / "report.json").exists()
 
 
-def test_the_metrics_hold_no_flag(run, tmp_path):
-    from zflora_jax.reporting.metrics import read_metrics
-
-    train(override(run, {"train.steps": 3}), tmp_path, console=False)
-    assert all("finite" not in record for record in read_metrics(tmp_path / "metrics.jsonl"))
-
-
 # --- choices --------------------------------------------------------------------------------------
 
 

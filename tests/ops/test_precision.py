@@ -89,11 +89,6 @@ def test_training_losses_decode_and_likelihoods_agree(precision):
     assert found == {name: {precision.upper()} for name in found}
 
 
-def test_default_is_what_jax_is_set_to():
-    with jax.default_matmul_precision("highest"):
-        assert precisions(programs("default")["likelihood"]) == {"HIGHEST"}
-
-
 @pytest.mark.parametrize("method", ["lora", "zflora-uniform"])
 def test_what_must_be_exact_is_highest_whatever_the_setting(method, monkeypatch):
     """The forward for parity, and what fuse adds to a kernel."""

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hf.test_gguf_keep import gguf_file
 from support.models import tiny_model
-from support.quantized import WIDENED, how, quantized_tiny
+from support.quantized import WIDENED, quantized_tiny
 
-from zflora_jax import load_model, quantize_model, save_gguf, save_hf
+from zflora_jax import load_model, save_gguf, save_hf
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.fields import to_dict
@@ -89,11 +89,6 @@ def test_an_export_as_numbers_says_that_the_base_comes_back_as_numbers(tmp_path:
         np.testing.assert_array_equal(back[name], leaf.astype("bfloat16"), err_msg=name)
 
 
-def test_the_report_of_an_export_prints_its_groups(tmp_path: Path) -> None:
-    model = quantize_model(tiny_model(head_dim=32, num_layers=1), how("int4", 32))
-    assert save_hf(tmp_path / "x", model, quant="int4")["quant"] == "int4: W4A16 in groups of 32"
-
-
 @pytest.mark.parametrize(
     ("quantize", "words"),
     [
@@ -108,18 +103,3 @@ def test_info_says_how_the_base_of_a_run_is_stored(
     run = RunConfig(model="tiny", quantize=quantize)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(run)))
     assert describe(tmp_path)["base stored as"] == words
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("generate", "else none, as numbers, also of smollm2-135m"),
-        ("eval", "quantize.kernels=keep"),
-    ],
-)
-def test_help_says_when_blocks_are_kept(
-    command: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    assert words in " ".join(capsys.readouterr().out.split("settings, changed by")[0].split())

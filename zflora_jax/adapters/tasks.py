@@ -15,22 +15,22 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig
 
-SCALED = ("backward", "lora_b")  # the blocks that the adapter's scale multiplies
+SCALED = ("backward", "lora_b")  # blocks that the adapter's scale multiplies
 
 
 def pad_adapters(
     config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree, to: AdapterConfig
 ) -> trees.Tree:
-    """Turn adapters into adapters of a wider config that compute the same.
+    """Pads adapters to a wider config, so that they compute the same.
 
     Blocks that only `to` has are zero, the others are padded with zeros at the ends of their extra
     axes. Where the scales differ, `backward` and `lora_b` are multiplied by their ratio.
 
     Args:
-      config: of the base.
-      adapter: of `adapters`.
-      adapters: float32, layers stacked or not.
-      to: of the result.
+      config: Config of the base.
+      adapter: Config of `adapters`.
+      adapters: Adapters, float32, layers stacked or not.
+      to: Config of the result.
 
     Raises:
       ConfigError: `to` is narrower, lacks a block, or one of the methods is ffa or full, which have
@@ -71,7 +71,7 @@ def _require_room(
     to: AdapterConfig,
     wanted: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Refuse a `to`, with blocks of the shapes `wanted`, that does not hold all of `adapter`'s."""
+    """ConfigError if `to`, with blocks of the shapes `wanted`, does not hold all of `adapter`'s."""
     both = f"adapters of {adapter.method} r={adapter.rank} as {to.method} r={to.rank}"
     missing = flat.keys() - wanted.keys()
     lacking = sorted({f"{name.split('/')[-1]} of {name.split('/')[-2]}" for name in missing})
@@ -104,10 +104,10 @@ def _require_room(
 
 
 def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:
-    """Stack the adapters of several tasks, for `rows_of`.
+    """Stacks the adapters of several tasks, for `rows_of`.
 
     Args:
-      tasks: adapters of the same AdapterConfig (see `pad_adapters`).
+      tasks: Adapters of the same AdapterConfig (see `pad_adapters`).
 
     Returns:
       Leaves [N, ...] for N tasks.
@@ -121,7 +121,7 @@ def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:
     for i, task in enumerate(tasks):
         shapes = {name: leaf.shape for name, leaf in trees.flatten(task).items()}
         if diff := trees.difference(first, shapes):
-            raise ValueError(f"task {i} has not the leaves of task 0:\n{diff}")
+            raise ValueError(f"Tasks {i} and 0 have different parameters:\n{diff}")
         wrong = [name for name in first if shapes[name] != first[name]]
         require(
             not wrong,
@@ -132,11 +132,11 @@ def stack_tasks(tasks: Sequence[trees.Tree]) -> trees.Tree:
 
 
 def rows_of(stacked: trees.Tree, tasks: Sequence[int] | np.ndarray) -> trees.Tree:
-    """Choose the adapters of each row of a batch.
+    """Chooses the adapters of each row of a batch.
 
     Args:
-      stacked: leaves [N, ...], of `stack_tasks`.
-      tasks: [B] integers; row i uses task tasks[i].
+      stacked: Leaves [N, ...] of `stack_tasks`.
+      tasks: Integers [B]; row i uses task tasks[i].
 
     Returns:
       Leaves [B, ...].

@@ -1,4 +1,4 @@
-"""Widths that a kind of device likes: packed models are filled up to them, adapters rounded."""
+"""Widths that suit a type of device: packed models are padded to them, adapters rounded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zflora_jax.core.model_config import LlamaConfig
 
 @dataclass(frozen=True)
 class Multiples:
-    """What the widths of the streams should be multiples of."""
+    """The multiples that the widths of the streams should be of."""
 
     residual: int
     mlp: int
@@ -28,37 +28,32 @@ MULTIPLES = {"cpu": Multiples(8, 8), "gpu": Multiples(32, 128), "tpu": Multiples
 
 
 def multiples(kind: str) -> Multiples:
-    """The row of `MULTIPLES` for a kind of device.
-
-    Raises:
-      ConfigError: another kind.
-    """
+    """The row of `MULTIPLES` for a type of device; ConfigError for an unknown one."""
     require(kind in MULTIPLES, f"device kind {kind!r}: {nearest(kind, MULTIPLES)}.")
     return MULTIPLES[kind]
 
 
 def this_kind() -> str:
-    """The kind of this process's devices; "cpu" for one that `MULTIPLES` does not know."""
+    """The type of this process's devices; "cpu" for one that `MULTIPLES` does not have."""
     backend = jax.default_backend()
     return backend if backend in MULTIPLES else "cpu"
 
 
 def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> AdapterConfig:
-    """An adapter whose fused widths suit a kind of device; each is the next above the given one.
+    """Rounds an adapter's fused widths up to those that suit a type of device.
 
-    The scale alpha / rank stays as it is. Heads are left alone: their sizes are those that
-    attention kernels know.
+    The scale alpha / rank stays. Heads stay too: their sizes are those that attention kernels know.
 
     Args:
-      config: of the base.
-      adapter: of any method; one that does not widen is returned as it is.
-      kind: "cpu", "gpu" or "tpu".
+      config: Config of the base.
+      adapter: Adapter of any method; one that does not widen is returned as it is.
+      kind: Type of device, "cpu", "gpu" or "tpu".
 
     Returns:
-      The same adapter with another rank and extra_mlp_units.
+      The adapter with another rank and extra_mlp_units.
 
     Raises:
-      ConfigError: another kind of device.
+      ConfigError: unknown type of device.
     """
     wanted = multiples(kind)
     if not METHODS[adapter.method].widens:
@@ -68,7 +63,7 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
     mlp = -wide.intermediate_size % wanted.mlp if widths.mlp else 0
     if residual == mlp == 0:
         return adapter
-    if widths.mlp:  # by its number: left alone, it would follow the rank
+    if widths.mlp:  # explicit: unset, it would follow the rank
         adapter = adapter.replace(extra_mlp_units=widths.mlp + mlp)
     if not residual:
         return adapter
@@ -77,15 +72,7 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
 
 
 def width_advice(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, str]:
-    """What an adapter's widths cost on kinds of devices that fill them up.
-
-    Args:
-      config: of the base.
-      adapter: of any method.
-
-    Returns:
-      Kind of device -> a sentence with the better numbers; only kinds for which there are any.
-    """
+    """Type of device -> a sentence with better widths for it, where padding could be trained."""
     found, wide = {}, fused_config(config, adapter)
     for kind in MULTIPLES:
         better = round_widths(config, adapter, kind)

@@ -17,27 +17,32 @@ from zflora_jax.core.fields import (
     require,
 )
 
-# What an adapter's random blocks are drawn from, or what part of the base LoRA starts as.
+# The distribution of an adapter's random blocks, or the part of the base that LoRA starts as.
 Start = Literal["kaiming_uniform", "normal", "pissa", "olora"]
 OF_BASE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table in docs/method.md: which streams are widened, or how a kernel is changed
-    in place; how its random blocks start; where it comes from.
+    """One row of the table in docs/method.md.
+
+    Attributes:
+      residual, heads, mlp: Whether the stream is widened.
+      in_place: How kernels are changed instead.
+      start: Distribution of the random blocks; None if nothing is random.
+      source: Publication that a method that widens reconstructs; its exports name it.
     """
 
     residual: bool = False
     heads: bool = False
     mlp: bool = False
     in_place: Literal["none", "lora", "ffa", "full"] = "none"
-    start: Start | None = "normal"  # None: nothing is random
-    source: str = ""  # the publication that a method that widens reconstructs; its exports name it
+    start: Start | None = "normal"
+    source: str = ""
 
     @property
     def widens(self) -> bool:
-        """Whether it adds channels beside the base kernels, instead of changing them in place."""
+        """Whether it adds channels next to the base kernels, instead of changing them in place."""
         return self.in_place == "none"
 
 
@@ -79,8 +84,8 @@ class AdapterConfig:
     init: Start | None = None
     """Distribution of the random blocks: kaiming_uniform, within +-1/sqrt(inputs), as PEFT starts
     LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others;
-    ffa and full draw nothing. lora may also start as a part of the base: pissa (arXiv 2404.02948),
-    by singular values, or olora (2406.01775), by QR."""
+    ffa and full draw nothing. lora may also start as a part that is taken out of the base: pissa
+    (arXiv 2404.02948), by singular values, or olora (2406.01775), by QR."""
     dropout: float = 0.0
     """Share of the inputs of LoRA's A that a training step drops (PEFT's lora_dropout); the others
     are divided by 1 - dropout. Only for lora."""
@@ -159,7 +164,7 @@ class AdapterConfig:
         )
 
     def _check_lora(self, lora: bool) -> None:
-        """The settings that only method lora has."""
+        """Checks the settings that only method lora has."""
         layers = self.layers_to_transform
         given = {
             "use_dora": self.use_dora,
@@ -200,11 +205,11 @@ class AdapterConfig:
                     ) from None
 
     def rank_of(self, kernel: str) -> int:
-        """r of a kernel, by `rank_pattern`."""
+        """r of a kernel."""
         return _first(self.rank_pattern, kernel, self.rank)
 
     def scale_of(self, kernel: str) -> float:
-        """s of a kernel, by its rank and `alpha_pattern`."""
+        """s of a kernel."""
         alpha = _first(self.alpha_pattern, kernel, self.alpha)
         return 2.0 if alpha is None else alpha / self.divisor_of(self.rank_of(kernel))
 
@@ -215,18 +220,19 @@ class AdapterConfig:
 
     @property
     def divisor(self) -> float:
-        """What alpha is divided by."""
+        """The divisor of alpha."""
         return self.divisor_of(self.rank)
 
     def divisor_of(self, rank: int) -> float:
-        """What alpha is divided by at a rank."""
+        """The divisor of alpha at a rank."""
         return math.sqrt(rank) if self.use_rslora else float(rank)
 
     def explicit(self) -> AdapterConfig:
-        """The same with `init` by its name where it was left to the method."""
+        """The config with `init` set where it was left to the method."""
         return self.replace(init=self.init or METHODS[self.method].start)
 
     def replace(self, **changes: Any) -> AdapterConfig:
+        """The config with other values of fields."""
         return dataclasses.replace(self, **current_names(type(self), changes))
 
 

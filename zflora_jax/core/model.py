@@ -1,4 +1,4 @@
-"""Model: what the public functions pass around; its fingerprint; whether a run can use it."""
+"""Model, its fingerprint, and whether a run can use it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from zflora_jax.core.trees import Tree
 
 @dataclass(eq=False)
 class Model:
-    """A model: base, fused or packed alike.
+    """A base, fused or packed model.
 
-    Treat it as immutable once used: the packed form that decoding runs is kept beside it.
+    Treat it as immutable once used: decoding keeps a packed copy for it.
 
     Attributes:
-      config: shape and execution.
-      params: the `params` collection, a nested dict of arrays (`core.architecture.param_shapes`).
-      tokenizer: a transformers tokenizer, or None.
-      source: where the weights came from (a directory, file or hub id), or None.
-      adapter: the AdapterConfig that a fused model was fused from; None for a base model.
-      base: where `source` is an export that an adapter is fused in, the name of the base that its
-        files record, "" for none; None where `source` names the base itself.
+      config: Shape and execution.
+      params: The `params` collection, a nested dict of arrays (`core.architecture.param_shapes`).
+      tokenizer: A transformers tokenizer, or None.
+      source: Directory, file or hub id that the weights came from, or None.
+      adapter: The AdapterConfig that a fused model was fused from; None for a base.
+      base: If `source` is an export with an adapter fused in, the base's name in its files, "" for
+        none; None if `source` names the base itself.
     """
 
     config: LlamaConfig
@@ -42,7 +42,7 @@ _fingerprints: weakref.WeakKeyDictionary[Model, tuple[Tree, str]] = weakref.Weak
 
 
 def fingerprint(model: Model) -> str:
-    """`trees.fingerprint` of the model's parameters, computed once as long as it has these."""
+    """`trees.fingerprint` of the model's parameters, computed once for these."""
     if model not in _fingerprints or _fingerprints[model][0] is not model.params:
         _fingerprints[model] = model.params, trees.fingerprint(model.params)
     return _fingerprints[model][1]

@@ -1,4 +1,4 @@
-"""How the base's kernels are stored: as numbers, or as codes and scales."""
+"""How the base's kernels are stored: as floats, or as codes and scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from zflora_jax.core.fields import check_types, require
 
-# "none": as numbers of the run's dtype; "keep": as the codes that a GGUF file has; else a kind of
+# "none": floats of the run's dtype; "keep": the codes of a GGUF file; else a row of
 # `ops.quantized.KINDS`.
 Stored = Literal["none", "keep", "int8", "int4", "nf4", "q8_0", "q4_0", "q4_1"]
 STORED: tuple[str, ...] = get_args(Stored)
@@ -15,7 +15,7 @@ STORED: tuple[str, ...] = get_args(Stored)
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How the base is stored. What is quantised is frozen: adapters train beside it."""
+    """How the base is stored. What is quantised is frozen: adapters train next to it."""
 
     kernels: Stored = "none"
     """Of the layers' kernels. none: numbers of train.dtype; int8: one scale for each output; int4,
@@ -58,7 +58,7 @@ class QuantizeConfig:
 
 
 def quantize_config(given: QuantizeConfig | str | None) -> QuantizeConfig:
-    """The settings of a short form: "keep" keeps all codes of a file, another kind is that of the
+    """The settings for a name: "keep" keeps all codes of a file, another type is that of the
     kernels; None quantises nothing.
     """
     if given is None:

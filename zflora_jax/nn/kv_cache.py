@@ -1,5 +1,4 @@
-"""The key/value cache of decode: its arrays, their axes, and how many slots they have. Nothing else
-knows the layout.
+"""The key/value cache of decode. Nothing else knows the layout of its arrays.
 
 Letters: B batch, T new tokens, S cache slots, K key/value heads, k head dim, L layers; e the dims
 that an adapter adds to k.
@@ -36,7 +35,7 @@ class LayerCache:
     values: Array
 
     def map(self, change: Callable[[Array, int], Array]) -> LayerCache:
-        """change(x, axis) for keys and values x; axis, negative, is that of the slots."""
+        """change(x, negative axis of the slots) for keys and values x."""
         return LayerCache(change(self.keys, KEY_SLOTS), change(self.values, VALUE_SLOTS))
 
 
@@ -45,10 +44,10 @@ class KVCache:
     """Keys and values of past positions.
 
     Attributes:
-      layers: a LayerCache per layer; with scan_layers one, stacked on a leading axis L.
-      valid: [B, S] bool, the slots that hold a real token (padding does not).
+      layers: A LayerCache per layer; with scan_layers one, stacked on a leading axis L.
+      valid: [B, S] bool, True for slots that hold a real token (padding does not).
       index: int32, the slot that the next token goes to, the same in all rows.
-      empty: whether it is known, while a program is compiled, that nothing was written yet.
+      empty: True if the cache is statically known to be empty.
     """
 
     layers: Any
@@ -60,18 +59,18 @@ class KVCache:
     def update(
         layer: LayerCache | None, k: Array, v: Array, index: Array | None, alone: bool
     ) -> tuple[LayerCache, LayerCache | None]:
-        """Write the keys and values of new tokens into one layer's cache.
+        """Writes keys and values [B, T, K, k+e] of new tokens into one layer's cache.
 
         Args:
-          layer: of the cache, None without one.
-          k: keys [B, T, K, k+e] of the new tokens.
-          v: their values, of the same shape.
+          layer: The layer's cache, None without one.
+          k: Keys of the new tokens.
+          v: Values of the new tokens.
           index: int32, the slot of the first of them; None without a cache.
-          alone: whether they attend to each other only.
+          alone: Whether they attend to each other only.
 
         Returns:
-          What attention reads: the T new positions if they are alone, else all S slots; and the
-          updated layer.
+          (The keys and values that attention reads: the T new positions if they are alone, else all
+          S slots; the updated layer.)
         """
         new = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
         if layer is None or index is None:
@@ -100,9 +99,7 @@ class KVCache:
         return int(self.stacked)
 
     def map_layers(self, change: Callable[[Array, int], Array]) -> Any:
-        """`layers` with change(x, axis) for each of its arrays x; axis, negative, is that of the
-        slots.
-        """
+        """`layers` with change(x, axis of the slots) for each of its arrays x."""
         if self.stacked:
             return self.layers.map(change)
         return [layer.map(change) for layer in self.layers]
@@ -130,11 +127,8 @@ class KVCache:
         return KVCache(layers, jnp.repeat(self.valid, count, axis=0), self.index)
 
     def reorder_rows(self, rows: Array, start: int) -> KVCache:
-        """The slots from `start` on taken from row rows[i] for row i; those before stay.
-
-        Args:
-          rows: [B] int32; a row and the one that it takes from agree before `start`.
-          start: the first slot that moves.
+        """The slots from `start` on are taken from row rows[i] for row i; rows [B] int32. A row and
+        the one that it takes from agree before `start`.
         """
         take = partial(jnp.take, axis=self.row_axis, mode="clip")
 
@@ -145,8 +139,8 @@ class KVCache:
         return replace(self, layers=self.map_layers(moved))
 
     def continue_rows(self, rows: Array, slots: int) -> KVCache:
-        """Rows `rows` [N] int32 of a cache whose slots are all written, each with room for `slots`
-        more. The layers stand apart.
+        """Rows `rows` [N] int32 of a cache whose slots are all written, each with `slots` more. The
+        layers are not stacked.
         """
 
         def extended(x: Array, axis: int) -> Array:
@@ -161,21 +155,17 @@ class KVCache:
 def init_cache(
     config: LlamaConfig, batch: int, slots: int, adapter: AdapterConfig | None = None
 ) -> KVCache:
-    """An empty cache.
-
-    On a mesh its rows are divided over data and its heads over tensor.
+    """An empty cache. On a mesh its rows are divided over data and its heads over tensor.
 
     Args:
-      config: of the model; heads are as wide as the model's.
-      batch: rows.
-      slots: positions that there is room for.
-      adapter: of adapters beside the model, whose head dims are counted in.
+      config: Config of the model.
+      batch: Number of rows, B.
+      slots: Number of positions, S.
+      adapter: Config of unfused adapters, whose head dims are added.
     """
     width = config.head_dim + (resolve_adapter(config, adapter).heads if adapter else 0)
-    head, stacked = (
-        (batch, config.num_kv_heads),
-        (config.num_layers,) if config.execution.scan_layers else (),
-    )
+    head = batch, config.num_kv_heads
+    stacked = (config.num_layers,) if config.execution.scan_layers else ()
 
     def empty(*shape: int) -> Array:
         x = jnp.zeros((*stacked, *head, *shape), config.execution.dtype)
@@ -191,7 +181,7 @@ def init_cache(
 
 
 def cache_slots(tokens: int) -> int:
-    """How many slots the cache for `tokens` positions gets: a multiple of 64, so that how a prompt
-    is computed does not depend on how many tokens follow.
+    """Slots of a cache for `tokens` positions: a multiple of 64, so that a prompt's computation
+    does not depend on the number of tokens that follow.
     """
     return -(-tokens // 64) * 64

@@ -39,8 +39,8 @@ class Llama(nn.Module):
     """A Llama-style decoder, of any of `core.families.FAMILIES`.
 
     Attributes:
-      config: shape and execution.
-      adapter: None for a base, fused or packed tree; else of the `adapters` collection.
+      config: Shape and execution.
+      adapter: Config of the `adapters` collection; None for a base, fused or packed tree.
     """
 
     config: LlamaConfig
@@ -51,9 +51,9 @@ class Llama(nn.Module):
         if execution.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
             raise ValueError("method 'full' cannot replace packed kernels: fuse first, then pack.")
         if execution.packed and adapter is not None and adapter.use_dora:
-            raise ValueError("DoRA reads the norms of kernels, which packed ones have not apart.")
+            raise ValueError("DoRA needs per-kernel norms, which packing merges.")
         if execution.packed and adapter is not None and (c.widened or execution.fill_mlp):
-            raise ValueError("adapters run beside a fused model as it was before it was packed.")
+            raise ValueError("Adapters need the unpacked fused model.")
         self.embed = Embed(c)
         policy = POLICIES[execution.remat]
         block: Any = nn.remat(Block, prevent_cse=not execution.scan_layers, policy=policy)
@@ -82,13 +82,13 @@ class Llama(nn.Module):
         """Logits of tokens.
 
         Args:
-          tokens: [B, T] int32.
-          padding_mask: [B, T] bool, True at real tokens, False at padding (left or right); None
-            means all real. Padding is never attended to and takes no position.
-          cache: of what comes before. The T tokens go to its slots index .. index + T - 1 and
-            attend to all valid slots before them.
+          tokens: Token ids [B, T] int32.
+          padding_mask: [B, T] bool, True at real tokens, False at padding (left or right); None if
+            all are real. Padding is never attended to and takes no position.
+          cache: Keys and values of earlier positions. The T tokens go to its slots index .. index +
+            T - 1 and attend to all valid slots before them.
           segment_ids: [B, T] int32 of packed rows, each id one run of tokens (0: padding), in place
-            of padding_mask: a token attends to its own segment, positions start anew there.
+            of padding_mask: a token attends to its own segment, where positions start at 0.
 
         Returns:
           Logits [B, T, V] float32; with a cache, (logits, updated cache).
@@ -113,7 +113,7 @@ class Llama(nn.Module):
         cos, sin = rope_tables(self.config, positions, slots.shape[1])
         context = Context(cos, sin, mask, None if cache is None else cache.index)
 
-        # Of a fused model outside a scan XLA would gather all kernels ahead of the first layer.
+        # Outside a scan, XLA would gather all kernels of a fused model ahead of the first layer.
         rows = cache is None and (self.config.execution.scan_layers or self.adapter is not None)
         x = divide_embeddings(self.embed(tokens), rows=rows)
         width = resolved(self.config, self.adapter).residual
@@ -145,8 +145,8 @@ def random_model(config: LlamaConfig, key: Array) -> Model:
     """A Model for tests, latency (which does not depend on values) and training from scratch.
 
     Args:
-      config: the shape.
-      key: a jax random key, of float32 kernels with standard deviation 0.02.
+      config: Shape of the model.
+      key: A jax random key; kernels are float32 with standard deviation 0.02.
     """
     variables = jax.jit(Llama(config).init)(key, jnp.zeros((1, 1), jnp.int32))
     return Model(config, variables["params"])
@@ -168,12 +168,12 @@ def forward(
     fewer bits unless told not to).
 
     Args:
-      model: base, fused or packed.
-      tokens: [B, T] int32.
-      adapter: of adapters or row_adapters.
-      adapters: of all rows.
+      model: Base, fused or packed model.
+      tokens: Token ids [B, T] int32.
+      adapter: Config of adapters or row_adapters.
+      adapters: Adapters of all rows.
       padding_mask: [B, T] bool, True at real tokens; as in `Llama.__call__`, as is segment_ids.
-      row_adapters: of each row, leaves [B, ...] (`adapters.tasks.rows_of`).
+      row_adapters: Adapters of each row, leaves [B, ...] (`adapters.tasks.rows_of`).
 
     Raises:
       ConfigError: tokens of another shape, or ids that the embedding has no row for (not of traced
@@ -216,5 +216,7 @@ def _forward(
     segment_ids: Array | None,
 ) -> Array:
     llama = Llama(config, adapter)
+    if "row_adapters" not in variables:
+        return llama.apply(variables, tokens, padding_mask, None, segment_ids)  # type: ignore[return-value]
     hidden, _ = hidden_states(llama, variables, tokens, padding_mask, None, segment_ids)
     return llama.apply(variables, hidden, method="logits")  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Which position each token has, and which slots it attends to.
+"""Positions of tokens, and the slots that they attend to.
 
 Letters: B batch, T tokens, S cache slots, k base head dim.
 """
@@ -39,22 +39,16 @@ def positions_and_mask(
     segment_ids: Array | None,
     cache: KVCache | None,
 ) -> tuple[Array, AttentionMask, Array]:
-    """Positions and attention mask of tokens [B, T].
-
-    Args:
-      shape: (B, T).
-      padding_mask: [B, T] bool, True at real tokens; None means all.
-      segment_ids: [B, T] int32 of packed rows, in place of padding_mask.
-      cache: what comes before the tokens.
+    """Positions and attention mask of tokens of shape (B, T); other arguments as `Llama.__call__`.
 
     Returns:
-      Positions [B, T] int32, what each token attends to, and which slots now hold a real token,
-      [B, S] bool: the slots of the cache, without one the tokens.
+      Positions [B, T] int32, the mask, and the slots that now hold a real token, [B, S] bool: slots
+      of the cache, or the tokens without one.
 
     Raises:
       ConfigError: a padding mask that is not bool, or one or segment ids of another shape; segment
-        ids beside a mask, or beside a cache; more tokens than the cache has slots for (not where
-        its index is traced: then the last slots would be written over).
+        ids with a mask or a cache; more tokens than the cache has slots for (not checked where its
+        index is traced: then the last slots would be written over).
     """
     for name, given in (("padding_mask", padding_mask), ("segment_ids", segment_ids)):
         require(

@@ -1,4 +1,4 @@
-"""A model's kernels and tables as codes and scales, and as numbers again."""
+"""A model's kernels and tables as codes and scales, and as floats again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from zflora_jax.parallel.sharding import constrain
 
 
 def stored_as(name: str, how: QuantizeConfig) -> str:
-    """How a leaf is stored: "none", "keep" or a kind. Norms and biases are numbers always."""
+    """How a leaf is stored: "none", "keep" or a type. Norms and biases are always floats."""
     module, parameter = name.split("/")[-2:]
     if parameter == "embedding":
         return how.embedding
@@ -40,8 +40,8 @@ def stored_as(name: str, how: QuantizeConfig) -> str:
 
 
 def kernel_axes(config: LlamaConfig, name: str) -> dict[str, int]:
-    """How many axes of a kernel or table, behind those of layers, are inputs ("reads") and outputs
-    ("writes"). A table's rows are looked up, and its inputs are those of a tied head.
+    """Number of input axes ("reads") and output axes ("writes") of a kernel or table, whose inputs
+    are those of a tied head.
     """
     module, parameter = name.split("/")[-2:]
     if parameter == "embedding":
@@ -53,17 +53,12 @@ def kernel_axes(config: LlamaConfig, name: str) -> dict[str, int]:
 
 
 def group_of(name: str, kind: str, how: QuantizeConfig, width: int) -> int:
-    """The group size of a leaf: `how.group`, or the next smaller one that divides its inputs, as
-    for `o` where heads are smaller than a group. GGUF's kinds have their own.
-
-    Args:
-      name: of the leaf.
-      kind: of its codes.
-      how: of the model.
-      width: of the axis that groups run along.
+    """The group size of leaf `name` whose groups run along an axis of `width`: `how.group`, or the
+    next smaller one that divides the axis, as for `o` where heads are smaller than a group. GGUF's
+    types have their own.
 
     Raises:
-      ConfigError: `how.group` is not one of the kind's, or none divides the axis.
+      ConfigError: the type does not have `how.group`, or no group size divides the axis.
     """
     group = check_kind(kind, None if kind.startswith("q") else how.group)
     fits = [g for g in KINDS[kind].groups if g <= group and (width % g == 0 if g else not group)]
@@ -76,7 +71,7 @@ def group_of(name: str, kind: str, how: QuantizeConfig, width: int) -> int:
 
 
 def check_tables(config: LlamaConfig, how: QuantizeConfig) -> None:
-    """ConfigError for a kind of a head that the model does not have."""
+    """ConfigError for a setting of a head that the model does not have."""
     require(
         not config.tie_word_embeddings or how.head in ("none", "keep"),
         f"quantize.head={how.head}: this model's head is its embedding; set quantize.embedding.",
@@ -84,8 +79,8 @@ def check_tables(config: LlamaConfig, how: QuantizeConfig) -> None:
 
 
 def require_stored_as(model: Model, how: QuantizeConfig) -> None:
-    """ConfigError where a leaf of a model is stored otherwise than `how` says: what reads a run
-    later loads its base as `how` says.
+    """ConfigError if a leaf of a model is not stored as `how` says: evaluation and export of a run
+    load its base by `how`.
     """
     for name, leaf in trees.flatten(model.params).items():
         wanted, found = stored_as(name, how), "none"
@@ -106,15 +101,16 @@ def require_stored_as(model: Model, how: QuantizeConfig) -> None:
 
 
 def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
-    """Quantise a model in memory; `hf.load.load_model` quantises tensor by tensor.
+    """Quantises a model in memory; `hf.load.load_model` quantises tensor by tensor.
 
     Args:
-      model: a base, not packed, on one device, whose codes are made on the CPU as load_model makes
-        them, or on a mesh, whose divided parts stay where they are.
-      how: what is stored how; a kind alone is that of the kernels.
+      model: A base, not packed. On one device its codes are made on the CPU, as load_model makes
+        them; on a mesh divided parts stay where they are.
+      how: Types of codes; a name sets that of the kernels.
 
     Returns:
-      A Model whose chosen leaves are `ops.quantized.QuantizedArray`s; the others are `model`'s own.
+      A Model whose chosen leaves are `ops.quantized.QuantizedArray`s; the others are shared with
+      `model`.
 
     Raises:
       ConfigError: a packed or fused model, one that is stored as other codes already, or groups
@@ -138,7 +134,7 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
 
 
 def _quantized_on_cpu(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
-    """`_quantized`; of a whole leaf on the CPU: other devices may round a code otherwise."""
+    """`_quantized`; a whole leaf on the CPU, because other devices may round a code differently."""
     whole = isinstance(leaf, jax.Array) and len(leaf.devices()) == 1
     if not whole or stored_as(name, how) == "none":
         return _quantized(config, how, name, leaf)
@@ -171,11 +167,7 @@ def _quantize(name: str, kind: str, leaf: Any, group: int, reads: int, writes: i
 
 
 def quantized_shapes(config: LlamaConfig, how: QuantizeConfig, params: trees.Tree) -> trees.Tree:
-    """The ShapeDtypeStructs of a quantised tree.
-
-    Raises:
-      ConfigError: `how` keeps a file's blocks, whose kind only the file says.
-    """
+    """The ShapeDtypeStructs of a quantised tree; ConfigError if `how` keeps a file's blocks."""
     require(
         "keep" not in (how.kernels, how.embedding, how.head),
         "quantize 'keep' takes what the file has, which a plan does not read: name the kind of its"
@@ -188,11 +180,11 @@ def quantized_shapes(config: LlamaConfig, how: QuantizeConfig, params: trees.Tre
 
 
 def dequantize_model(model: Model, dtype: str | None = None) -> Model:
-    """A model of numbers alone, which merging by addition and training of the base need.
+    """A model of floats, which merging by addition and training of the base need.
 
     Args:
-      model: with quantised leaves or without.
-      dtype: of the numbers; None: of the model's activations.
+      model: A model with or without quantised leaves.
+      dtype: Data type of the floats; None for that of the activations.
 
     Raises:
       ConfigError: a packed model, whose codes are laid out for decode.
@@ -222,7 +214,7 @@ def is_quantized(model: Model) -> bool:
 
 
 def stored_text(model: Model) -> str:
-    """How the kernels and tables of a model are stored, in words."""
+    """A list of the kernels and tables of a model by the type they are stored as."""
     kinds: dict[str, list[str]] = {}
     for name, leaf in trees.flatten(model.params).items():
         module, parameter = name.split("/")[-2:]

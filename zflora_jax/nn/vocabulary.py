@@ -33,11 +33,11 @@ def resize_vocab(
     (method "full" does). Give `rows` where they were trained elsewhere.
 
     Args:
-      model: a base or fused model, stacked or per-layer, on one device or on a mesh; not packed.
-      tokenizer_or_size: a tokenizer, which becomes the model's own and whose ids all get a row (a
-        larger embedding stays as it is), or the number of rows.
-      rows: [n, d] of the n new tokens, d the base's residual width; they also are a tied head's.
-      head_rows: [n, d], what an untied head reads for them.
+      model: A base or fused model, stacked or per layer, on one device or on a mesh; not packed.
+      tokenizer_or_size: A tokenizer, which becomes the model's and whose ids all get a row (a
+        larger embedding keeps its size), or the number of rows.
+      rows: Rows [n, d] of the n new tokens, d the base's residual width; also for a tied head.
+      head_rows: Rows [n, d] of an untied head.
 
     Returns:
       A new Model; `model` is left as it is.
@@ -74,7 +74,7 @@ def resize_vocab(
 
 
 def _new_size(model: Model, tokenizer_or_size: Any) -> tuple[int, Any]:
-    """How many tokens the vocabulary is to have, and the tokenizer of the model then."""
+    """The new size of the vocabulary, and the model's tokenizer then."""
     config = model.config
     if isinstance(tokenizer_or_size, int | np.integer):
         size, tokenizer = int(tokenizer_or_size), model.tokenizer

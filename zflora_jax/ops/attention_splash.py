@@ -7,6 +7,7 @@ dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,17 +39,16 @@ def splash_attention(
     interpret: bool = False,
 ) -> Array:
     """Causal attention of T tokens within their segments and a window; see `attention.attention`.
-
     Memory grows with T: no scores are kept (results/attention.md).
 
     Args:
       q: [B, T, H, k].
       k: [B, K, k, T].
       v: [B, K, T, k].
-      segments: [B, T] int32 or bool, see `AttentionMask.queries`; None: one.
-      scale: of the scores.
-      window: see `AttentionMask.window`.
-      interpret: run the kernel's steps as plain operations, for tests on a CPU.
+      segments: `AttentionMask.queries`, [B, T] int32 or bool; None for one segment.
+      scale: Factor of the scores.
+      window: `AttentionMask.window`.
+      interpret: Run the kernel's steps as plain operations, for tests on a CPU.
     """
     (B, T, H, width), K = q.shape, k.shape[1]
     queries = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, H // K, width)
@@ -94,14 +94,12 @@ _splash.defvjp(_splash_forward, _splash_backward)
 
 def _traced(q: Array, function: Callable[[], Any]) -> Any:
     """function(), traced with the settings of jax that the kernel is written for."""
-    # Products of bfloat16 numbers have one precision on a TPU, and the compiler refuses the names
-    # of others; those of float32 keep the precision that is set.
-    precision = None if q.dtype == jnp.float32 else "default"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        if precision is None:
-            return function()
-        with jax.default_matmul_precision(precision):
-            return function()
+    # bfloat16 products have one precision on a TPU, and the compiler refuses the names of others;
+    # float32 products keep the precision that is set.
+    exact = q.dtype == jnp.float32
+    precision = nullcontext() if exact else jax.default_matmul_precision("default")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), precision:
+        return function()
 
 
 def _kernel(

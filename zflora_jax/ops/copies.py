@@ -1,5 +1,5 @@
-"""Bitwise copies: numbers picked from arrays and written into them, never computed with. The plain
-operation of each is the gather or the update that it is named after.
+"""Bitwise copies: elements picked from arrays and written into them. The plain operation of each
+is the gather or the update that it is named after.
 """
 
 from __future__ import annotations
@@ -18,15 +18,8 @@ Array = jax.Array
 def copy_bits(
     placed: Callable[..., Array], arrays: tuple[Array, ...], at: tuple[Array, ...] = ()
 ) -> Array:
-    """A gather or an update, on a CPU by the bits of its bfloat16 numbers.
-
-    Args:
-      placed: only picks or places numbers of `arrays`, or zeros, at integer positions `at`.
-      arrays: all of one dtype.
-      at: the positions.
-
-    Returns:
-      placed(*arrays, *at).
+    """placed(*arrays, *at), on a CPU by the bits of bfloat16 arrays. `placed` only picks or places
+    elements of `arrays`, all of one dtype, or zeros, at integer positions `at`.
     """
     # XLA's CPU compiler would convert the whole of `arrays` to float32 for it, and back (by the
     # compiled text, test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache).
@@ -50,15 +43,8 @@ def _copy_bits_jvp(
 
 
 def take_rows(table: Array, rows: Array, width: int | None = None) -> Array:
-    """Rows of a table.
-
-    Args:
-      table: [n, d].
-      rows: int32 [...].
-      width: of the result; zeros fill it up from d on. None: d.
-
-    Returns:
-      [*rows, width]; NaN for a row that does not exist.
+    """Rows, int32 [...], of a table [n, d] -> [*rows, width], zeros from d on; NaN for a row that
+    does not exist.
     """
     # The test for rows that do not exist stands behind the zeros: XLA's GPU compiler then fuses
     # all of it into what reads the rows (results/target_variants.md).
@@ -91,10 +77,8 @@ def write_pieces(x: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, 
 
 
 def write_divided(x: Array, value: Array, spans: Mapping[int, slice]) -> Array:
-    """`x` with `value` written where each axis, negative, is within its span: in the form for
-    arrays that are divided over devices.
-    """
-    # Chosen number by number, which is divided as x is: XLA gathers the whole of a divided array to
+    """`x`, divided over devices, with `value` written in the spans {negative axis: span}."""
+    # An elementwise choice is divided as x is: XLA would gather the whole of a divided array to
     # write into a part of it (by the compiled text, test_no_program_holds_a_whole_kernel).
     pads, inside = [(0, 0)] * x.ndim, jnp.ones((1,) * x.ndim, bool)
     for axis, span in spans.items():

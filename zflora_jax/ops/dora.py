@@ -12,16 +12,8 @@ Array = jax.Array
 
 
 def column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    """The norm of each column of W + s A B, without that matrix.
-
-    Args:
-      kernel: W [i, j].
-      a: A [i, r].
-      b: B [r, j].
-      scale: s.
-
-    Returns:
-      [j] float32, equal to `plain_column_norms`.
+    """The norm of each column of W [i, j] + s A [i, r] B [r, j] without that matrix, float32 [j],
+    equal to `plain_column_norms`.
     """
     # |w + s A b|^2 = |w|^2 + 2 s (A^T w) b + s^2 b^T (A^T A) b: products as those of r tokens,
     # where the matrix would be as large as the kernel, in every layer.

@@ -28,18 +28,11 @@ def plain_logits(x: Array, kernel: Array, tied: bool) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def head_logits(x: Array, kernel: Array, tied: bool) -> Array:
-    """Logits of hidden states, added up and given in float32, with either head.
+    """Logits [B, T, V] of hidden states x [B, T, d], summed in float32, equal to `plain_logits`.
 
     Gradients are taken in the dtype of the operands: float32 cotangents times a bfloat16 kernel
-    would run at float32 speed.
-
-    Args:
-      x: [B, T, d].
-      kernel: an embedding table [V, d] if tied, else [d, V]; of x's dtype.
-      tied: which of them it is.
-
-    Returns:
-      [B, T, V] float32, equal to `plain_logits`.
+    would run at float32 speed. kernel: an embedding table [V, d] if tied, else [d, V]; of x's
+    dtype.
     """
     if x.shape[1] > 1:
         return plain_logits(x, kernel, tied)

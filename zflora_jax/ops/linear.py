@@ -22,26 +22,16 @@ SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, f
 
 
 def packed_linear(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """x [B, T, i] against the rows of a packed kernel, in the fastest form for the device.
-
-    Args:
-      x: inputs.
-      kernel: [j, i].
-      dtype: of the result; None for that of the operands.
-
-    Returns:
-      [B, T, j], equal to `plain_product`.
+    """x [B, T, i] against the rows of a packed kernel [j, i], in the fastest form for the device ->
+    [B, T, j] in `dtype` (None for that of the operands), equal to `plain_product`.
     """
     # On a CPU from the right: for several rows two thirds of the time that x kernel^T takes; one
     # row takes a SMALL kernel in halves, for two cores (results/decode_variants.md).
-    halved = x.shape[:2] == (1, 1) and kernel.nbytes < SMALL and len(kernel) % 2 == 0
-    on_cpu = (
-        bfloat16_product
-        if x.dtype == jnp.bfloat16
-        else product_in_halves
-        if halved
-        else product_from_the_right
-    )
+    on_cpu = product_from_the_right
+    if x.dtype == jnp.bfloat16:
+        on_cpu = bfloat16_product
+    elif x.shape[:2] == (1, 1) and kernel.nbytes < SMALL and len(kernel) % 2 == 0:
+        on_cpu = product_in_halves
     return jax.lax.platform_dependent(
         x,
         kernel,
@@ -99,8 +89,8 @@ def bfloat16_product(
     dtype: DTypeLike | None = None,
     product: Callable[..., Array] = plain_product,
 ) -> Array:
-    """`product` of bfloat16 numbers, added up in float32."""
-    # XLA's CPU compiler reads bfloat16 as it lies only for two rows or more and results in float32;
+    """`product` of bfloat16 arrays, summed in float32."""
+    # XLA's CPU compiler reads bfloat16 as it lies only for two rows or more and float32 results;
     # else it converts whole kernels first, so one row gets a second, of zeros. The barrier keeps
     # transposed copies of kernels out of a loop of tokens (results/decode_variants.md).
     x, kernel = jax.lax.optimization_barrier((x, kernel))
@@ -119,13 +109,11 @@ def project(x: Array, block: Array, axes: int = 1) -> Array:
 
 @jax.custom_vjp
 def beside(x: Array) -> Array:
-    """x, for the adapters' products of several kernels that read it.
-
-    Gradients of x are added up in the order of its uses. Those of the base's products are parts of
-    sums over tensor-parallel devices: side by side, XLA adds them before the devices do, once for
-    all kernels, as Megatron-LM does (arXiv 1909.08053); between them an adapter's, which is whole,
-    would keep them apart (results/target_variants.md).
-    """
+    """x, for the adapters' products of several kernels that read it."""
+    # Gradients of x are summed in the order of its uses. Those of the base's products are partial
+    # sums over tensor-parallel devices: XLA adds adjacent ones before one all-reduce, as
+    # Megatron-LM does (arXiv 1909.08053). An adapter gradient in between would split the
+    # all-reduce (results/target_variants.md).
     return x
 
 
@@ -134,12 +122,11 @@ beside.defvjp(lambda x: (x, None), lambda _, dx: (dx,))
 
 @jax.custom_vjp
 def matmul(x: Array, w: Array) -> Array:
-    """x [..., i] @ w [i, j] in x's dtype. The gradient of w has w's dtype: of a float32 w beside
-    bfloat16 x it is summed over rows, and over devices, in float32. Its compiled form transposes
-    the narrower of its two operands.
+    """x [..., i] @ w [i, j] in x's dtype. The gradient of w has w's dtype: for a float32 w and
+    bfloat16 x it is summed over rows, and over devices, in float32.
     """
-    # XLA's CPU compiler transposes the left operand of a product over rows, fused with what makes
-    # it: with the wide gradient there, a LoRA step of SmolLM2-135M spent a third of its time so.
+    # The gradient's narrow operand is on the left: XLA's CPU compiler transposes that one, and with
+    # the wide one there a LoRA step of SmolLM2-135M spent a third of its time so.
     return x @ w.astype(x.dtype)
 
 

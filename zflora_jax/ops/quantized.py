@@ -1,8 +1,8 @@
-"""Quantised kernels and tables: codes and scales in place of numbers.
+"""Quantised kernels and tables: codes and scales in place of floats.
 
-A kind is a row of `KINDS`. Groups of numbers share a scale; they run along the axis that a product
-sums over, so that a fused adapter's inputs have groups of their own and a base's codes stay what
-they were. The plain operation of everything here is `dequantize`.
+A type of codes is a row of `KINDS`. Groups of codes share a scale; they run along the axis that a
+product sums over, so that a fused adapter's inputs have their own groups and a base's codes stay as
+they are. The plain operation of everything here is `dequantize`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to store numbers.
+    """A type of codes.
 
     Attributes:
-      codes: dtype of the codes, of 8 or 4 bits.
-      group: how many inputs share a scale where it is not chosen; 0: all.
-      groups: what it may be chosen from.
-      scales: dtype of the scales.
-      has_mins: a number is code x scale + min, else code x scale.
-      table: what the codes stand for; None: for themselves.
+      codes: Data type of the codes, of 8 or 4 bits.
+      group: Default number of inputs that share a scale; 0 for all.
+      groups: Allowed values of group.
+      scales: Data type of the scales.
+      has_mins: A float is code x scale + min, else code x scale.
+      table: Value of each code; None if it is the code itself.
     """
 
     codes: str
@@ -75,23 +75,22 @@ KINDS = {
 )
 @dataclass(frozen=True)
 class QuantizedArray:
-    """A kernel or table as codes and scales: a node of a parameter tree where a float one has a
-    leaf. Its numbers are `dequantize`'s.
+    """A kernel or table as codes and scales: a node of a parameter tree where a float one is a
+    leaf. It stands for the floats of `dequantize`.
 
     Attributes:
-      codes: [*layers, *inputs, *outputs], of jax or numpy; of a table [V, d] the last axis is its
-        inputs.
-      scales: the same axes, with the groups of the last input axis in place of that axis. Where one
+      codes: [*layers, *inputs, *outputs], of jax or numpy; the inputs of a table [V, d] are its
+        last axis.
+      scales: The same axes, with the groups of the last input axis in place of that axis. If one
         group is all inputs, the other input axes have size 1.
-      mins: as scales; None where the kind has none.
-      kind: a key of `KINDS`.
-      reads: how many axes are inputs.
-      writes: how many axes follow them.
-      group: inputs of a group; 0: one group of all, and a second one of a fused adapter's.
-      base: how much of the last input axis is the base's. A group never holds an adapter's inputs
-        beside the base's.
-      inner: size of the last input axis where several are one, as heads are when packed; 0: of that
-        axis itself.
+      mins: As scales; None if the type has none.
+      kind: A key of `KINDS`.
+      reads: Number of input axes.
+      writes: Number of output axes.
+      group: Inputs of a group; 0 for one group of all, and a second one of a fused adapter's.
+      base: Inputs of the last input axis that are the base's. No group holds both the base's and an
+        adapter's.
+      inner: Size of the last input axis if several are flattened, as heads are when packed; else 0.
     """
 
     codes: Any
@@ -111,17 +110,17 @@ class QuantizedArray:
 
     @property
     def ndim(self) -> int:
-        """Number of axes."""
+        """Number of axes of the codes."""
         return len(self.codes.shape)
 
     @property
     def dtype(self) -> str:
-        """The kind: what a float leaf's dtype is for messages and checks."""
+        """The type of codes, in place of a float leaf's dtype."""
         return self.kind
 
     @property
     def nbytes(self) -> int:
-        """What its parts take on a GPU or TPU; see `bytes_of`."""
+        """Bytes on a GPU or TPU; see `bytes_of`."""
         return sum(bytes_of(part) for part in jax.tree.leaves(self))
 
     @property
@@ -136,16 +135,13 @@ class QuantizedArray:
 
     @property
     def inputs(self) -> int:
-        """How many numbers an output sums."""
+        """Number of inputs that an output sums."""
         return math.prod(self.shape[self.ndim - self.writes - self.reads : self.ndim - self.writes])
 
 
 def bytes_of(leaf: Any) -> int:
     """Bytes of a leaf on a GPU or TPU, where two codes of 4 bits share a byte (on a CPU they do
     not).
-
-    Args:
-      leaf: an array, a ShapeDtypeStruct or a `QuantizedArray`.
     """
     if isinstance(leaf, QuantizedArray):
         return leaf.nbytes
@@ -156,11 +152,7 @@ def bytes_of(leaf: Any) -> int:
 
 
 def check_kind(kind: str, group: int | None) -> int:
-    """The group size of a kind, `group` or its own.
-
-    Raises:
-      ConfigError: no such kind, or a group size that it does not have.
-    """
+    """The group size, `group` or the type's default; ConfigError for an unknown type or size."""
     require(kind in KINDS, f"quantised kind {kind!r}: {nearest(kind, KINDS)}.")
     row = KINDS[kind]
     require(
@@ -172,7 +164,7 @@ def check_kind(kind: str, group: int | None) -> int:
 
 
 def group_counts(width: int, base: int, group: int) -> list[int]:
-    """How many inputs each group has, of `width` inputs whose first `base` are the base's."""
+    """Number of inputs in each group, of `width` inputs whose first `base` are the base's."""
 
     def counts(size: int) -> list[int]:
         each = group or size
@@ -182,36 +174,34 @@ def group_counts(width: int, base: int, group: int) -> list[int]:
 
 
 def dequantize(w: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Array:
-    """The numbers of a quantised array, computed in float32 and cast once."""
+    """The floats of a quantised array, computed in float32 and cast once."""
     values = code_values(w.kind, w.codes) * spread(w, w.scales)
     return (values if w.mins is None else values + spread(w, w.mins)).astype(dtype)
 
 
 def float_values(leaf: Any) -> Array:
-    """The numbers of a leaf: a float one itself, or what a quantised one stands for."""
+    """The floats of a leaf: itself, or what a quantised one stands for."""
     return dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
 
 
 def code_values(kind: str, codes: Array) -> Array:
-    """What codes stand for, float32, before they are scaled."""
+    """The values of codes before they are scaled, float32."""
     table = KINDS[kind].table
     if table is None:
         return codes.astype(jnp.float32)
+
+    def looked_up(codes: Array) -> Array:
+        return jnp.take(jnp.asarray(table, jnp.float32), codes, mode="clip")
+
+    # On a TPU a lookup is not fused into the product that reads it, on a GPU a chain of choices is
+    # not (docs/quantised-bases.md).
     return jax.lax.platform_dependent(
-        codes.astype(jnp.int32),
-        tpu=partial(_chosen, table),
-        default=partial(_looked_up, table),
+        codes.astype(jnp.int32), tpu=partial(_chosen, table), default=looked_up
     )
 
 
-def _looked_up(table: tuple[float, ...], codes: Array) -> Array:
-    return jnp.take(jnp.asarray(table, jnp.float32), codes, mode="clip")
-
-
 def _chosen(table: tuple[float, ...], codes: Array) -> Array:
-    """`_looked_up` one by one: on a TPU a lookup is no part of the product that reads it, and on a
-    GPU this is none (docs/quantised-bases.md).
-    """
+    """The value of each code, by a chain of choices."""
     values = jnp.full(codes.shape, table[0], jnp.float32)
     for code, value in enumerate(table[1:], 1):
         values = jnp.where(codes == code, jnp.float32(value), values)
@@ -219,7 +209,7 @@ def _chosen(table: tuple[float, ...], codes: Array) -> Array:
 
 
 def base_inputs(w: QuantizedArray) -> np.ndarray:
-    """Which inputs of an array are the base's, bool; a constant, as XLA's GPU compiler would make
+    """A bool for each input, True for the base's; a constant, because XLA's GPU compiler would make
     a kernel of it in every token.
     """
     width = w.shape[w.axis]
@@ -227,7 +217,7 @@ def base_inputs(w: QuantizedArray) -> np.ndarray:
 
 
 def spread(w: QuantizedArray, scales: Array) -> Array:
-    """`scales` of groups as one for each code, float32; broadcasts against the codes."""
+    """`scales` of groups repeated for each code, float32; broadcasts against the codes."""
     scales, width, axis = scales.astype(jnp.float32), w.shape[w.axis], w.ndim + w.axis
     if scales.shape[axis] == 1:
         return scales
@@ -252,29 +242,24 @@ def spread(w: QuantizedArray, scales: Array) -> Array:
 
 
 def quantize(
-    x: Array,
-    kind: str,
-    *,
-    reads: int = 1,
-    writes: int = 1,
-    group: int | None = None,
+    x: Array, kind: str, *, reads: int = 1, writes: int = 1, group: int | None = None
 ) -> QuantizedArray:
-    """Quantise a kernel or table, each group by itself.
+    """Quantises a kernel or table, each group separately.
 
     int8, int4 and nf4 are qwix's; GGUF's blocks are rounded as llama.cpp rounds them.
 
     Args:
       x: [*layers, *inputs, *outputs], float.
-      kind: a key of `KINDS`.
-      reads: how many axes are inputs.
-      writes: how many axes follow them.
-      group: inputs of a group, of the last input axis; None: the kind's own.
+      kind: A key of `KINDS`.
+      reads: Number of input axes.
+      writes: Number of output axes.
+      group: Inputs of a group, along the last input axis; None for the default.
 
     Returns:
-      A `QuantizedArray` that is the base's throughout.
+      A `QuantizedArray` whose inputs are all the base's.
 
     Raises:
-      ConfigError: no such kind or group size, or groups that do not divide the axis.
+      ConfigError: no such type or group size, or groups that do not divide the axis.
     """
     group, axis = check_kind(kind, group), x.ndim - writes - 1
     width = x.shape[axis]

@@ -35,15 +35,11 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def paired_order(base: int, width: int) -> np.ndarray:
-    """The order of a widened head's dims in which RoPE can turn the whole head: [width] int, the
-    native dim at each place.
+    """The order of a widened head's dims in which RoPE can rotate the whole head: [width] int, the
+    native dim at each place. base (the first dims) and width are even.
 
-    The base's pairs (i, i + base/2) become (i, i + width/2), the others are pairs of adapter dims,
+    The base's pairs (i, i + base/2) become (i, i + width/2); the others are pairs of adapter dims,
     which a frequency of 0 leaves as they are.
-
-    Args:
-      base: dims of the base, the first in native order.
-      width: of the head; base and width are even.
     """
     middle = base + (width - base) // 2
     halves = ((0, base // 2), (base, middle), (base // 2, base), (middle, width))
@@ -51,15 +47,11 @@ def paired_order(base: int, width: int) -> np.ndarray:
 
 
 def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Array, Array]:
-    """The rotations of positions, as angles in float32: bfloat16 cannot tell position 257 from 256.
-
-    Args:
-      config: of the model.
-      positions: [B, T] int32, below `length`.
-      length: how many positions there may be.
+    """The rotations of positions [B, T] int32 below `length`, as angles in float32: bfloat16 cannot
+    tell position 257 from 256.
 
     Returns:
-      cos and sin, [B, T, 1, k/2] float32, equal to `plain_rope_tables`; of a packed model over all
+      cos and sin, [B, T, 1, k/2] float32, equal to `plain_rope_tables`; for a packed model over all
       dims of a head, which are in `paired_order` there.
     """
     if length > ROPE_ROWS:
@@ -81,30 +73,22 @@ def plain_rope_tables(config: LlamaConfig, positions: Array) -> tuple[Array, Arr
 
 
 def _frequencies(config: LlamaConfig) -> np.ndarray:
-    """`rope_frequencies`, of a packed model with 0 for the pairs of adapter dims."""
+    """`rope_frequencies`; for a packed model with 0 for the pairs of adapter dims."""
     frequencies = rope_frequencies(config)
     pairs = (config.head_dim if config.execution.packed else config.rotary_dim) // 2
     return np.pad(frequencies, (0, pairs - len(frequencies)))
 
 
 def apply_rope(x: Array, cos: Array, sin: Array, turned: Array | None = None) -> Array:
-    """Turn the first k dims of heads x [B, T, heads, k or more]; pairs are (i, i + k/2). Dims
-    beyond k carry no position and pass through.
-
-    Args:
-      x: heads.
-      cos: of `rope_tables`, as sin.
-      sin: as cos.
-      turned: bool, False where nothing is turned (a layer without RoPE); None: turned.
+    """Rotates the first k dims of heads x [B, T, heads, k or more] by `rope_tables`, in pairs
+    (i, i + k/2). Other dims carry no position and pass through, as all do if `turned`, bool, is
+    False (a layer without RoPE).
     """
     if turned is not None:
         cos, sin = jnp.where(turned, cos, 1.0), jnp.where(turned, sin, 0.0)
     half = cos.shape[-1]
-    first, second, rest = (
-        x[..., :half].astype(jnp.float32),
-        x[..., half : 2 * half].astype(jnp.float32),
-        x[..., 2 * half :],
-    )
+    first = x[..., :half].astype(jnp.float32)
+    second, rest = x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     rotated = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x.dtype)

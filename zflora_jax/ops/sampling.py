@@ -17,18 +17,12 @@ NON_FINITE = -2  # the logits of the row are no finite numbers
 
 
 def greedy(logits: Array) -> Array:
-    """The first of the largest logits of each row, as `plain_greedy`.
-
-    Two plain reductions, because XLA's CPU compiler makes a slow loop of argmax (0.28 ms against
-    0.15 ms for one row of 49152, results/decode_variants.md). They go down columns, in which
-    `head.head_logits` computes float32 logits on a CPU.
-
-    Args:
-      logits: [B, V].
-
-    Returns:
-      Tokens [B] int32; NON_FINITE for a row that has NaN or +infinity.
+    """The first of the largest logits [B, V] of each row, int32 [B], as `plain_greedy`; NON_FINITE
+    for a row with NaN or +infinity.
     """
+    # Two plain reductions, because XLA's CPU compiler makes a slow loop of argmax (0.28 ms against
+    # 0.15 ms for one row of 49152, results/decode_variants.md). They go down columns, in which
+    # `head.head_logits` computes float32 logits on a CPU.
     columns = logits.T
     token = jnp.arange(columns.shape[0], dtype=jnp.int32)[:, None]
     top = jnp.max(columns, axis=0, keepdims=True)
@@ -53,16 +47,12 @@ def nucleus_of_sorted(logits: Array, top_p: float) -> Array:
 def nucleus(logits: Array, top_p: float) -> Array:
     """The smallest set of likeliest tokens whose probabilities sum to at least top_p.
 
-    The threshold is found by bisection, because XLA's CPU compiler sorts slowly (9.1 ms against
-    0.8 ms for one row of 49152, results/decode_variants.md).
-
-    Args:
-      logits: [B, V] float32.
-      top_p: within (0, 1).
-
     Returns:
-      The logits [B, V], -inf outside the set. Tokens as likely as the set's last belong to it.
+      The logits [B, V] float32, -inf outside the set. Tokens as likely as the set's last belong to
+      it.
     """
+    # The threshold is found by bisection, because XLA's CPU compiler sorts slowly (9.1 ms against
+    # 0.8 ms for one row of 49152, results/decode_variants.md).
     probability = jax.nn.softmax(logits, axis=-1)
     return jnp.where(probability >= _nucleus_floor(probability, top_p), logits, -jnp.inf)
 
