@@ -31,16 +31,17 @@ def measure(dtype: str) -> dict[str, float]:
     """Name -> milliseconds, by the zflora_jax that is imported first."""
     import jax
     import numpy as np
-    from zflora_jax.bench.latency import decode_latency
 
     import zflora_jax as zf
     from zflora_jax.adapters.init import init_adapters
 
+    try:
+        from zflora_jax.experiments.latency import decode_latency
+    except ImportError:  # a checkout from before it moved
+        from zflora_jax.bench.latency import decode_latency
+    from zflora_jax.training.trainer import init_state, make_train_step
+
     checkout = Path(os.environ["PYTHONPATH"])
-    if (checkout / "zflora_jax" / "trainer.py").is_file():  # an older one: no packages yet
-        from zflora_jax.trainer import init_state, make_train_step
-    else:
-        from zflora_jax.training.trainer import init_state, make_train_step
     if not Path(zf.__file__).is_relative_to(checkout):
         raise RuntimeError(f"measured would be {zf.__file__}, which is not in {checkout}")
     model, found = zf.load_model("smollm2-135m", dtype=dtype), {}

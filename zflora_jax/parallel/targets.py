@@ -29,7 +29,6 @@ class Chip:
       link: Bytes per second to its neighbours, all links together, one way.
       clock: Clock of the matrix units, in Hz; 0 where the compiler estimates no cycles.
       topologies: Shapes of one slice of TPUs, or numbers of GPUs in one machine.
-      source: Source of the rates.
       compiler_config: XLA's description of an absent GPU, a GpuTargetConfigProto.
     """
 
@@ -39,13 +38,11 @@ class Chip:
     link: float
     clock: float
     topologies: tuple[str, ...]
-    source: str
     compiler_config: str = ""
 
 
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-_TPU_PAGE = "cloud.google.com/tpu/docs/"
 
 _H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -60,21 +57,13 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 11 } runtime_version { 
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-CHIPS: dict[str, Chip] = {
-    "tpu:v5e": Chip(
-        *(int(15.75 * GIB), 197 * TERA, 819 * GIGA, 200 * GIGA, 1.5e9, _SQUARES, _TPU_PAGE + "v5e")
-    ),
-    "tpu:v5p": Chip(
-        *(int(95.74 * GIB), 459 * TERA, 2765 * GIGA, 600 * GIGA, 1.75e9, _CUBES, _TPU_PAGE + "v5p")
-    ),
-    "tpu:v6e": Chip(
-        *(int(31.25 * GIB), 918 * TERA, 1640 * GIGA, 400 * GIGA, 1.75e9, _SQUARES),
-        _TPU_PAGE + "v6e",
-    ),
+# Rates: cloud.google.com/tpu/docs/v5e, v5p, v6e; NVIDIA's H100 datasheet (SXM).
+CHIPS = {
+    "tpu:v5e": Chip(int(15.75 * GIB), 197 * TERA, 819 * GIGA, 200 * GIGA, 1.5e9, _SQUARES),
+    "tpu:v5p": Chip(int(95.74 * GIB), 459 * TERA, 2765 * GIGA, 600 * GIGA, 1.75e9, _CUBES),
+    "tpu:v6e": Chip(int(31.25 * GIB), 918 * TERA, 1640 * GIGA, 400 * GIGA, 1.75e9, _SQUARES),
     "cuda:h100": Chip(
-        *(84978434048, 989 * TERA, 3352 * GIGA, 450 * GIGA, 0.0, ("1", "2", "4", "8")),
-        "NVIDIA H100 datasheet (SXM)",
-        _H100,
+        84978434048, 989 * TERA, 3352 * GIGA, 450 * GIGA, 0.0, ("1", "2", "4", "8"), _H100
     ),
 }
 
