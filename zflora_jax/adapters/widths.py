@@ -20,10 +20,10 @@ class Multiples:
     mlp: int
 
 
-# cpu: the float32 of a 256-bit vector; XLA goes through the rest number by number
-# (results/decode_variants.md). gpu: in every token XLA's GPU compiler copies a kernel whose inputs
-# it cannot divide into 16 sums, and has two more kernels a layer for other residual widths, from 8
-# rows on. tpu: tiles have 128 columns, filled or not (both: results/target_variants.md).
+# cpu: the float32 of a 256-bit vector; XLA goes through the rest number by number.
+# gpu: in every token XLA's GPU compiler copies a kernel whose inputs it cannot divide into 16 sums,
+# and has two more kernels a layer for other residual widths, from 8 rows on. tpu: tiles have 128
+# columns, filled or not (both: by the compilers, benchmarks/accelerators.py).
 MULTIPLES = {"cpu": Multiples(8, 8), "gpu": Multiples(32, 128), "tpu": Multiples(128, 128)}
 
 

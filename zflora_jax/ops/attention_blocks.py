@@ -46,7 +46,7 @@ def one_query_as_eight(
     eight.
     """
     # XLA's TPU compiler multiplies one query with the cache on the vector unit: with 8 rows of
-    # Llama-2-7B a fifth more cycles a token, with heads of 160 70% (results/target_variants.md).
+    # Llama-2-7B a fifth more cycles a token, with heads of 160 70%.
     return attend(jnp.pad(q, ((0, 0), (0, 0), (0, 7), (0, 0), (0, 0))), k, v, mask)[:, :, :1]
 
 

@@ -4,7 +4,7 @@ cuDNN has a flag for causal attention. Padding is moved behind the real tokens, 
 see it. The segments of packed rows are encoded in channels that are added to the heads: cuDNN would
 take them as a dense T x T bias, whose gradient it computes too, or as offsets of its packed layout,
 which jax 0.10 keeps private. Compiled for an H100 and 2,048 tokens, the channels take a ninth of
-the memory of plain products (results/attention.md). Not run on a GPU by this project.
+the memory of plain products. Not run on a GPU by this project.
 
 Legend: B batch, T positions, H query heads, K key/value heads, k head dim.
 """

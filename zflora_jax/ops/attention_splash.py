@@ -39,7 +39,7 @@ def splash_attention(
     interpret: bool = False,
 ) -> Array:
     """Causal attention of T tokens within their segments and a window; see `attention.attention`.
-    Memory grows with T: no scores are kept (results/attention.md).
+    Memory grows with T: no scores are kept.
 
     Args:
       q: [B, T, H, k].

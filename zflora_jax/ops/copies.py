@@ -47,7 +47,7 @@ def take_rows(table: Array, rows: Array, width: int | None = None) -> Array:
     does not exist.
     """
     # The test for rows that do not exist stands behind the zeros: XLA's GPU compiler then fuses
-    # all of it into what reads the rows (results/target_variants.md).
+    # all of it into what reads the rows.
     x = copy_bits(partial(jnp.take, axis=0, mode="clip"), (table,), (rows,))
     if width is not None and width > table.shape[1]:
         x = jnp.pad(x, [(0, 0)] * rows.ndim + [(0, width - table.shape[1])])

@@ -37,7 +37,7 @@ def head_logits(x: Array, kernel: Array, tied: bool) -> Array:
     if x.shape[1] > 1:
         return plain_logits(x, kernel, tied)
     # One token a row, as in decode: `packed_linear` gives a tied head's logits as `greedy` reads
-    # them (results/decode_variants.md); a training step takes 15% longer with it.
+    # them; a training step takes 15% longer with it.
     if tied:
         return packed_linear(x, kernel, jnp.float32)
     by_columns = {"dtype": jnp.float32, "product": column_product}

@@ -26,7 +26,7 @@ def packed_linear(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Ar
     [B, T, j] in `dtype` (None for that of the operands), equal to `plain_product`.
     """
     # On a CPU from the right: for several rows two thirds of the time that x kernel^T takes; one
-    # row takes a SMALL kernel in halves, for two cores (results/decode_variants.md).
+    # row takes a SMALL kernel in halves, for two cores.
     on_cpu = product_from_the_right
     if x.dtype == jnp.bfloat16:
         on_cpu = bfloat16_product
@@ -75,7 +75,7 @@ def product_of_eight_rows(
 ) -> Array:
     """`product` of x with rows of zeros up to eight."""
     # XLA's TPU compiler multiplies fewer rows on the vector unit, at four times the time that
-    # reading the kernel takes by its own estimate (results/target_variants.md).
+    # reading the kernel takes by its own estimate.
     rows = x.shape[0] * x.shape[1]
     if rows >= 8:
         return product(x, kernel, dtype)
@@ -92,7 +92,7 @@ def bfloat16_product(
     """`product` of bfloat16 arrays, summed in float32."""
     # XLA's CPU compiler reads bfloat16 as it lies only for two rows or more and float32 results;
     # else it converts whole kernels first, so one row gets a second, of zeros. The barrier keeps
-    # transposed copies of kernels out of a loop of tokens (results/decode_variants.md).
+    # transposed copies of kernels out of a loop of tokens.
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     rows = jnp.pad(x, ((0, 1), (0, 0), (0, 0))) if x.shape[:2] == (1, 1) else x
     return product(rows, kernel, jnp.float32)[: len(x)].astype(dtype or x.dtype)
@@ -113,7 +113,7 @@ def beside(x: Array) -> Array:
     # Gradients of x are summed in the order of its uses. Those of the base's products are partial
     # sums over tensor-parallel devices: XLA adds adjacent ones before one all-reduce, as
     # Megatron-LM does (arXiv 1909.08053). An adapter gradient in between would split the
-    # all-reduce (results/target_variants.md).
+    # all-reduce.
     return x
 
 

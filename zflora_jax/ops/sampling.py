@@ -21,7 +21,7 @@ def greedy(logits: Array) -> Array:
     for a row with NaN or +infinity.
     """
     # Two plain reductions, because XLA's CPU compiler makes a slow loop of argmax (0.28 ms against
-    # 0.15 ms for one row of 49152, results/decode_variants.md). They go down columns, in which
+    # 0.15 ms for one row of 49152). They go down columns, in which
     # `head.head_logits` computes float32 logits on a CPU.
     columns = logits.T
     token = jnp.arange(columns.shape[0], dtype=jnp.int32)[:, None]
@@ -52,7 +52,7 @@ def nucleus(logits: Array, top_p: float) -> Array:
       it.
     """
     # The threshold is found by bisection, because XLA's CPU compiler sorts slowly (9.1 ms against
-    # 0.8 ms for one row of 49152, results/decode_variants.md).
+    # 0.8 ms for one row of 49152).
     probability = jax.nn.softmax(logits, axis=-1)
     return jnp.where(probability >= _nucleus_floor(probability, top_p), logits, -jnp.inf)
 

@@ -33,7 +33,7 @@ def run_pinned(command: Sequence[str], workers: int) -> list[int]:
 
     A program of XLA's CPU backend takes as many threads as its process may use cores. Two processes
     of one core each trained 6 to 14% more tokens than one of two (measured twice, on two
-    generations of a CPU, `results/step_profile.md` and docs/experiments.md).
+    generations of a CPU, docs/experiments.md).
 
     Args:
       command: a program and its arguments.
