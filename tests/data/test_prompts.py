@@ -1,5 +1,7 @@
 """Prompts follow the style of a run, and the loss mask covers the target alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
@@ -24,16 +26,12 @@ def test_alpaca_text_byte_for_byte():
         f" context. Write a response that appropriately completes the request. \n\n{s}###"
         f" Instruction:\n{s}Add.\n{s}\n{s}### Input:\n{s}1 2\n{s}\n{s}### Response:\n{s}"
     )
-    assert prompts.render(None, "alpaca", "Add\n1 and 2.") == plain
-    assert prompts.render(None, "alpaca", "Add.", "1 2") == with_input
-    # The evaluation scripts: one space less at the end of each header, and nothing on the lines
-    # between.
-    assert prompts.render(None, "alpaca-eval", "Add\n1 and 2.") == plain.replace(
-        "request.  ", "request. "
-    ).replace(f"\n{s}\n", "\n\n")
-    assert prompts.render(None, "alpaca-eval", "Add.", "1 2") == with_input.replace(
-        "request. ", "request."
-    ).replace(f"\n{s}\n", "\n\n")
+    for wanted, texts in ((plain, ("Add\n1 and 2.",)), (with_input, ("Add.", "1 2"))):
+        assert prompts.render(None, "alpaca", *texts) == wanted
+        # The evaluation scripts: one space less at the end of each header, and nothing on the
+        # lines between.
+        other = wanted.replace("request. ", "request.").replace(f"\n{s}\n", "\n\n")
+        assert prompts.render(None, "alpaca-eval", *texts) == other
 
 
 def test_chat_uses_the_tokenizers_template(tokenizer):
@@ -49,19 +47,15 @@ def test_wrong_styles_are_refused():
 
 
 def test_the_end_token_is_the_one_the_template_puts_after_an_answer():
-    template = (
-        "{% for m in messages %}<bos>{{ m['role'] + '\n' + m['content'] + ' <pad>\n' }}{% endfor %}"
-    )
+    template = "{% for m in messages %}<bos>{{ m['role'] + m['content'] + ' <pad>' }}{% endfor %}"
+    bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     # Here <pad> plays <|eot_id|>.
-    assert prompts.end_token(byte_tokenizer(chat_template=template), "chat") == PAD
-    assert prompts.end_token(byte_tokenizer(chat_template=template), "alpaca") == EOS
-    assert (
-        prompts.end_token(
-            byte_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-            "chat",
-        )
-        == EOS
-    )
+    for text, style, token in (
+        (template, "chat", PAD),
+        (template, "alpaca", EOS),
+        (bare, "chat", EOS),
+    ):
+        assert prompts.end_token(byte_tokenizer(chat_template=text), style) == token
     without_eos = byte_tokenizer(chat_template=None)
     without_eos.eos_token = None
     with pytest.raises(ConfigError, match="no EOS"):
@@ -71,14 +65,9 @@ def test_the_end_token_is_the_one_the_template_puts_after_an_answer():
 @pytest.mark.parametrize("style", ["chat", "alpaca", "alpaca-eval"])
 def test_the_loss_mask_covers_the_target_and_its_end_and_nothing_else(tokenizer, style):
     examples = [Example("2 and 3?", "2 + 3 = 5.", "5"), Example("é?", "日本", "1", input="x")]
-    encoded = tokenize_examples(
-        examples, tokenizer, DataConfig(prompt_style=style, bucket_lengths=(512,))
-    )
-    on_prompt = tokenize_examples(
-        examples,
-        tokenizer,
-        DataConfig(prompt_style=style, bucket_lengths=(512,), train_on_prompt=True),
-    )
+    data = DataConfig(prompt_style=style, bucket_lengths=(512,))
+    encoded = tokenize_examples(examples, tokenizer, data)
+    on_prompt = tokenize_examples(examples, tokenizer, replace(data, train_on_prompt=True))
     generation = encode_prompts(examples, tokenizer, style)
     for example, (tokens, mask, _), (_, full_mask, _), prompt in zip(
         examples, encoded.rows, on_prompt.rows, generation, strict=True
@@ -91,20 +80,11 @@ def test_the_loss_mask_covers_the_target_and_its_end_and_nothing_else(tokenizer,
         assert full_mask.all()
 
 
-@pytest.mark.parametrize("writes_bos", [True, False])
+@pytest.mark.parametrize("writes_bos", ["<bos>", ""])
 def test_exactly_one_bos_if_the_tokenizer_adds_one(writes_bos):
-    template = (
-        "<bos>" if writes_bos else ""
-    ) + "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-    example = [Example("q", "t", "1")]
-    for style in ("chat", "alpaca"):
-        tokens, mask, _ = tokenize_examples(
-            example,
-            byte_tokenizer(add_bos=True, chat_template=template),
-            DataConfig(prompt_style=style),
-        ).rows[0]
-        assert tokens.tolist().count(BOS) == 1 and tokens[0] == BOS and not mask[0]
-    tokens, *_ = tokenize_examples(
-        example, byte_tokenizer(chat_template=template), DataConfig(prompt_style="alpaca")
-    ).rows[0]
-    assert BOS not in tokens
+    template = writes_bos + "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    for style, add_bos in (("chat", True), ("alpaca", True), ("alpaca", False)):
+        tokenizer = byte_tokenizer(add_bos=add_bos, chat_template=template)
+        data = DataConfig(prompt_style=style)
+        [(tokens, mask, _)] = tokenize_examples([Example("q", "t", "1")], tokenizer, data).rows
+        assert tokens.tolist().count(BOS) == int(add_bos) == int(tokens[0] == BOS) and not mask[0]

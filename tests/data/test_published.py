@@ -6,7 +6,6 @@ import functools
 import hashlib
 import http.server
 import importlib
-import importlib.util
 import json
 import re
 import sys
@@ -439,24 +438,6 @@ def test_tfds_downloads_and_prepares_without_tensorflow(tmp_path, no_download, m
     assert found == [("is 0 even", "true"), ("is 1 even", "false"), ("is 2 even", "true")]
     assert len(load("boolq", "train")) == 18  # prepared once, the server is gone
     assert "tensorflow" not in sys.modules
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is not None, reason="tensorflow is installed"
-)
-@pytest.mark.parametrize("task", ["cnn_dailymail", "xsum", "samsum"])
-def test_the_builders_of_tfds_that_are_passed_over_need_tensorflow(task, tmp_path):
-    """If this fails, that task can come from TFDS like the others."""
-    module = importlib.import_module(f"tensorflow_datasets.summarization.{task}")
-    builder = getattr(module, task.title().replace("_", ""))(data_dir=tmp_path)
-    path = str(write(tmp_path / "1.data", {}))
-    source = {
-        "cnn_dailymail": {"files": {"cnn": [path]}},
-        "xsum": {"split_ids": ["1"], "path": str(tmp_path)},
-        "samsum": {"path": path},
-    }
-    with pytest.raises(ImportError, match="tensorflow"):
-        list(builder._generate_examples(**source[task]))
 
 
 SIQA = {"context": "Al ran.", "question": "Why?", "label": "2"}

@@ -53,75 +53,37 @@ def test_training_sets_are_found_by_name(tmp_path):
         assert sizes == {"train": 32, "validation": 4, "test": 4}
 
 
-FIX = r"Set data.data_dir to \(--data-dir\) the folder that holds"
+ADDSUB = r"Tried: \S+/AddSub, \S+/dataset/AddSub, \S+/llm_adapters/dataset/AddSub, .*that holds"
+ADDSUB += r" AddSub/.*AddSub/\{train.json\(l\), .*AGI-Edgerunners/LLM-Adapters"
+NEEDS = r"no train file beside \S+test.json. The (\w+) split needs train.json\(l\)"
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "files", "below", "message"),
+    ("asked", "file", "below", "message"),
     [
-        (
-            "rows",
-            "test",
-            [],
-            None,
-            r"reads files, but data.data_dir is not set. Set data.data_dir to",
-        ),
-        ("woz", "test", [], None, rf"data.data_dir is not set. {FIX} woz/"),
-        ("rows", "train", [], "", r"Files may be .json, .jsonl, .csv, .parquet.*hub:OWNER"),
-        ("gsm8k", "test", [], "nowhere", r"nowhere' does not exist"),
-        ("gsm8k", "test", [], "", r"no train, validation or test file in .*grade-school-math"),
-        (
-            "addsub",
-            "test",
-            ["test"],  # not in a folder of the task's
-            "",
-            r"Tried: \S+/AddSub, \S+/dataset/AddSub, \S+/llm_adapters/dataset/AddSub, .*"
-            rf"{FIX} AddSub/.*AddSub/\{{test.json\(l\)\}}.*AGI-Edgerunners/LLM-Adapters",
-        ),
-        ("addsub", "test", ["test"], "test.json", r"test.json' is a file. Set data.data_dir to"),
-        ("dialogsum", "test", [], "", r"dialogsum/\{dialogsum.train.json\(l\), .*cylnlp/dialogsum"),
-        ("woz", "test", [], "", r"woz_train_en.json\(l\).*nmrksic/neural-belief-tracker"),
-        (
-            "math_10k",
-            "train",
-            [],
-            "",
-            r"Tried: .*ft-training_set.*math_10k.json\(l\).*LLM-Adapters",
-        ),
-        (
-            "gsm8k",
-            "validation",
-            ["gsm8k/test"],
-            "",
-            r"no train file beside .*test.json. The validation split needs train.json\(l\) or"
-            r" validation.json\(l\)",
-        ),
-        ("gsm8k", "train", ["gsm8k/test"], "", r"The train split needs train.json\(l\) there"),
-        (
-            "piqa",
-            "train",
-            ["piqa/test"],
-            "",
-            r"no train file beside \S+test.json. .*LLM-Adapters.* has none for this task, only test"
-            r" rows: train on another",
-        ),
-        (
-            "gsm8k",
-            "validation",
-            ["gsm8k/train"],
-            "",
-            r"train.json has 2 rows, too few different ones to hold out validation",
-        ),
-        ("rows", "train", ["train", "train.jsonl"], "", r"both train.json and train.jsonl"),
-        ("gsm8", "train", [], "", r"unknown task 'gsm8': did you mean 'gsm8k'\? Allowed: addsub, "),
-        ("rows", "tests", [], "", r"unknown split 'tests': did you mean 'test'"),
+        ("rows test", "", None, r"reads files, but data.data_dir is not set. Set data.data_dir to"),
+        ("woz test", "", None, r"data.data_dir is not set. .* the folder that holds woz/"),
+        ("rows train", "", "", r"Files may be .json, .jsonl, .csv, .parquet.*hub:OWNER"),
+        ("gsm8k test", "", "nowhere", r"nowhere' does not exist"),
+        ("gsm8k test", "", "", r"no train, validation or test file in .*grade-school-math"),
+        ("addsub test", "test.json", "", ADDSUB),  # not in a folder of the task's
+        ("addsub test", "test.json", "test.json", r"test.json' is a file. Set data.data_dir to"),
+        ("dialogsum test", "", "", r"dialogsum/\{dialogsum.train.json\(l\), .*cylnlp/dialogsum"),
+        ("woz test", "", "", r"woz_train_en.json\(l\).*nmrksic/neural-belief-tracker"),
+        ("math_10k train", "", "", r"Tried: .*ft-training_set.*math_10k.json\(l\).*LLM-Adapters"),
+        ("gsm8k validation", "gsm8k/test.json", "", NEEDS + r" or validation.json\(l\)"),
+        ("piqa train", "piqa/test.json", "", NEEDS + " there. Or train on another task"),
+        ("gsm8k validation", "gsm8k/train.json", "", r"train.json has 2 rows, too few different"),
+        ("rows train", "train.jsonl", "", r"both train.json and train.jsonl"),
+        ("gsm8 train", "", "", r"unknown task 'gsm8': did you mean 'gsm8k'\? Allowed: addsub, "),
+        ("rows tests", "", "", r"unknown split 'tests': did you mean 'test'"),
     ],
 )
-def test_missing_files(task, split, files, below, message, tmp_path):
-    for name in files:
-        write_questions(tmp_path / (name if "." in name else f"{name}.json"), ["a", "b"])
+def test_missing_files(asked, file, below, message, tmp_path):
+    for name in [file, "train.json"] if file == "train.jsonl" else [file] if file else []:
+        write_questions(tmp_path / name, ["a", "b"])
     with pytest.raises(ConfigError, match=message):
-        load(task, split, None if below is None else tmp_path / below)
+        load(*asked.split(), None if below is None else tmp_path / below)
 
 
 # --- examples -------------------------------------------------------------------------------------

@@ -138,10 +138,8 @@ def _warn(problem: str) -> None:
     log.warning("chat template: the last answer of some conversations %s", problem)
 
 
-def _write(tokenizer: Any, example: Example, date: str | None, answered: bool) -> str:
-    return prompts.render_turns(
-        tokenizer, example.turns, date, example.tools, example.settings, answered
-    )
+def _write(tokenizer: Any, e: Example, date: str | None, answered: bool) -> str:
+    return prompts.render_turns(tokenizer, e.turns, date, e.tools, e.settings, answered)
 
 
 def last_answer(example: Example) -> int:

@@ -64,8 +64,7 @@ def _fix(task: Task, public: bool) -> str:
             f" {HOW}."
         )
     names = task.files[0].names
-    splits = ("test",) if task.test_only else SPLITS
-    files = ", ".join(f"{names[split][0]}.json(l)" for split in splits if split in names)
+    files = ", ".join(f"{names[split][0]}.json(l)" for split in SPLITS if split in names)
     return (
         f"Set data.data_dir to (--data-dir) the folder that holds {task.folder}/, or"
         f" dataset/{task.folder}/, or {task.folder} itself. The files"

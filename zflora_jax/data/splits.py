@@ -147,14 +147,13 @@ def _files(
 def _require_train(task: Task, split: str, places: _Places) -> None:
     names = task.files[0].names
     wanted = [f"{names[x][0]}.json(l)" for x in dict.fromkeys(("train", split)) if x in names]
-    fix = f"The {split} split needs {' or '.join(wanted)} there."
-    if task.test_only:
-        fix = (
-            f"{task.origin} has none for this task, only test rows: train on another one, such as"
-            " commonsense_170k, math_10k or gsm8k."
-        )
     found = ", ".join(origin for origin, _ in places.values())
-    require("train" in places, f"task {task.name!r}: no train file beside {found}. {fix}")
+    require(
+        "train" in places,
+        f"task {task.name!r}: no train file beside {found}. The {split} split needs"
+        f" {' or '.join(wanted)} there. Or train on another task: many have only published test"
+        " rows.",
+    )
 
 
 def _part(

@@ -93,7 +93,6 @@ class Task:
       origin: Where people get the files.
       source: "files": files, or the public dataset of the same name; "own": the user's own rows, in
         files of any name and type or a dataset that data.data_dir names; "generated".
-      test_only: Whether no training rows are published with it.
       document: Whether the input of its examples is a text that may be cut.
       cloze: The prompt of a task in cloze form, with {} in place of the question; "" for others.
     """
@@ -105,7 +104,6 @@ class Task:
     files: tuple[Files, ...] = (named("llm_adapters"),)
     origin: str = LLM_ADAPTERS
     source: Literal["files", "own", "generated"] = "files"
-    test_only: bool = False
     document: bool = False
     cloze: str = ""
 

@@ -35,7 +35,7 @@ _HELLASWAG = Files("hellaswag", {"train": ("hellaswag_train",), "test": ("hellas
 _DEV = Files("summary", {"train": ("dialogsum.dev",), "test": ("dialogsum.test",)})
 
 _commonsense = functools.partial(Task, group="commonsense")
-_math = functools.partial(Task, group="math", answers=answers.NUMBER, test_only=True)
+_math = functools.partial(Task, group="math", answers=answers.NUMBER)
 _generated = functools.partial(Task, group="other", answers=answers.NUMBER, source="generated")
 _summary = functools.partial(
     Task, group="summary", answers=answers.TEXT, files=(named("summary"),), document=True
@@ -55,30 +55,28 @@ _ROWS: tuple[Task, ...] = (
     _generated("arithmetic_steps"),
     Task("rows", "other", answers.ANY, files=(named("own"),), source="own"),
     _commonsense("boolq", answers=answers.TRUE_FALSE, folder="boolq"),
-    _commonsense("piqa", answers=answers.SOLUTIONS, folder="piqa", test_only=True),
-    _commonsense("social_i_qa", answers=answers.ANSWERS, folder="social_i_qa", test_only=True),
+    _commonsense("piqa", answers=answers.SOLUTIONS, folder="piqa"),
+    _commonsense("social_i_qa", answers=answers.ANSWERS, folder="social_i_qa"),
     _commonsense(
         "hellaswag",
         answers=answers.ENDINGS,
         folder="hellaswag",
         files=(named("llm_adapters"), _HELLASWAG),
-        test_only=True,
     ),
-    _commonsense("winogrande", answers=answers.OPTIONS, folder="winogrande", test_only=True),
+    _commonsense("winogrande", answers=answers.OPTIONS, folder="winogrande"),
     _commonsense("arc_easy", answers=answers.ANSWERS, folder="ARC-Easy"),
     _commonsense("arc_challenge", answers=answers.ANSWERS, folder="ARC-Challenge"),
     _commonsense("openbookqa", answers=answers.ANSWERS, folder="openbookqa"),
     _math("addsub", folder="AddSub"),
     _math("aqua", folder="AQuA", answers=answers.LETTER),
     _math("multiarith", folder="MultiArith"),
-    _math("gsm8k", folder="gsm8k", origin=_GITHUB + "openai/grade-school-math", test_only=False),
+    _math("gsm8k", folder="gsm8k", origin=_GITHUB + "openai/grade-school-math"),
     _math("singleeq", folder="SingleEq"),
     _math("svamp", folder="SVAMP"),
     _math(
         "mawps",
         folder="mawps",
         files=(named("llm_adapters"), Files("mawps", {"train": ("trainset",)})),
-        test_only=False,
     ),
     _summary("cnn_dailymail", folder="cnn_dailymail", origin=_GITHUB + "abisee/cnn-dailymail"),
     _summary("xsum", folder="xsum", origin=_GITHUB + "EdinburghNLP/XSum"),

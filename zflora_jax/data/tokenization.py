@@ -24,12 +24,9 @@ _SLOW = 5000  # examples; fewer are tokenised in about a second
 
 
 class TokenizedExample(NamedTuple):
-    """One training sequence: an example, or several that are packed together.
-
-    Attributes:
-      tokens: Token ids, [n] int32.
-      loss_mask: True where the token at that position is learned, [n] bool.
-      segments: The number of the example that a token belongs to, from 1, [n] int32.
+    """One training sequence, of an example or of several that are packed together: token ids [n]
+    int32, loss mask [n] bool, True where the token at that position is learned, and the number of
+    each token's example, from 1, [n] int32.
     """
 
     tokens: np.ndarray
@@ -47,8 +44,7 @@ class Encoded:
       dropped: The number of examples that were too long.
       pad_id: The token id that fills short rows of a batch.
       truncated: The number of documents and conversations that were cut to fit.
-      parts: The number of sequences of each task of a mixture; `rows` holds one task after the
-        other.
+      parts: The number of sequences of each task of a mixture, whose rows follow each other.
       weights: How often a training step draws from each task; None: by number of sequences.
     """
 
