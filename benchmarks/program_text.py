@@ -1,7 +1,7 @@
-"""What the text of a compiled program says: its operations, copies, cycles and collectives.
+"""Reads the text of a compiled program: its operations, copies, cycles and collectives.
 
-The text is XLA's optimized HLO, `compiled.as_text()`. Loops count as often as they run, where the
-compiler knows it. Cycles are the TPU compiler's own estimates.
+The text is XLA's optimized HLO, `compiled.as_text()`. Loops count as often as they run, if the
+compiler knows it. Cycles are the TPU compiler's estimates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 
 BETWEEN_SLICES = "between slices"
 
-# They move no numbers and run no kernel.
+# Operations that run no kernel.
 _FREE = (
     *("get-tuple-element", "constant", "bitcast", "tuple", "parameter", "after-all", "while"),
     *("conditional", "call", "partition-id"),
@@ -39,10 +39,10 @@ class Op:
     """One operation of a computation.
 
     Attributes:
-      name: its own.
-      code: what it is: "fusion", "copy", ...
-      shape: of its result, as text.
-      line: the whole of it.
+      name: Its name.
+      code: Its opcode: "fusion", "copy", ...
+      shape: Shape of its result, as text.
+      line: Its whole text.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Op:
 
     @property
     def elements(self) -> int:
-        """Elements of the largest array of its result."""
+        """Number of elements of the largest array of its result."""
         return max((math.prod(dims) for _, dims in _arrays(self.shape)), default=0)
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate; 0 where it gives none."""
+        """The compiler's estimate; 0 without one."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.line)
         return int(found[1]) if found else 0
 
     @property
     def is_async(self) -> bool:
-        """Whether it starts or ends a copy beside other work, or names the copy's result."""
+        """Whether it starts or ends a copy in the background, or names the copy's result."""
         return self.code.endswith(("-start", "-done")) or '"ConcatBitcast"' in self.line
 
 
@@ -71,9 +71,9 @@ class Program:
     """The computations of a compiled program.
 
     Attributes:
-      computations: name -> its operations, in the order in which they run.
-      entry: the name of the first.
-      devices: that it runs on.
+      computations: Name -> its operations, in the order in which they run.
+      entry: Name of the first computation.
+      devices: Number of devices that the program runs on.
     """
 
     def __init__(self, text: str) -> None:
@@ -94,7 +94,8 @@ class Program:
                     self.computations[name].append(Op(found[1], code[1], shape, line))
 
     def loop(self, called: str) -> list[Op]:
-        """The body of the loop whose source path ends with `called`, "decode_until)/while".
+        """Returns the body of the loop whose source path ends with `called`, such as
+        "decode_until)/while".
 
         Raises:
           ValueError: there is no such loop.
@@ -109,10 +110,10 @@ class Program:
         raise ValueError(f"the program has no loop {called!r}.")
 
     def runs(self, *, fused: bool = False) -> Iterator[tuple[Op, int]]:
-        """Yield every operation that runs, and how often.
+        """Yields every operation that runs, and how often.
 
         Args:
-          fused: whether those inside fusions, which do not run by themselves, are among them.
+          fused: Whether to include the operations inside fusions.
         """
         enters = ("while", "conditional", "call", *(["fusion", "async-start"] if fused else []))
         pending = [(self.entry, 1)]
@@ -125,17 +126,17 @@ class Program:
                 called = _CALLED.findall(op.line)
                 if branches := re.search(r"branch_computations=\{([^}]*)\}", op.line):
                     called = re.findall(r"%([\w.\-]+)", branches[1])
-                if op.code == "conditional":  # one branch runs: the longest, whichever is taken
+                if op.code == "conditional":  # the longest branch counts
                     called = [max(called, key=lambda name: len(self.computations.get(name, [])))]
                 inner = times * self._trips(op)
                 pending += [(callee, inner) for callee in called]
 
     def collectives(self) -> dict[str, int]:
-        """Kind -> bytes that one device sends in a run: a ring's cost of each collective.
+        """Returns type -> bytes that one device sends per run, if each collective is a ring.
 
         A TPU's compiler spreads a collective over several fusions, which share its channel: it
-        counts once, as often as the least of them runs. What crosses slices of TPUs is a transfer
-        by the host: `BETWEEN_SLICES`.
+        counts once, as often as the least frequent of them runs. Transfers between slices of TPUs
+        go through the host: `BETWEEN_SLICES`.
         """
         found: dict[tuple[str, str], int] = {}
         for op, times in self.runs(fused=True):
@@ -158,14 +159,14 @@ class Program:
         parameters: Collection[tuple[int, ...]],
         caches: Collection[tuple[int, ...]],
     ) -> list[Op]:
-        """The operations that write a whole kernel, table or cache anew.
+        """Returns the operations that rewrite a whole kernel, table or cache.
 
         Args:
-          ops: of this program.
-          parameters: shapes of the kernels and tables. What writes as many elements as the smallest
-            has is a copy of one of them: for a loop, whose activations are smaller.
-          caches: shapes of the cache's arrays, or others. What writes an array of these dimensions,
-            in any order, is a copy, unless it updates a part in place.
+          ops: Operations of this program.
+          parameters: Shapes of kernels and tables. An operation that writes as many elements as the
+            smallest of them is a copy, because the activations of a loop are smaller.
+          caches: Shapes of the cache's arrays, or others. An operation that writes an array of
+            these dimensions, in any order, is a copy, unless it updates a part in place.
         """
         smallest = min(map(math.prod, parameters), default=math.inf)
         like_caches = {_dims(shape) for shape in caches}
@@ -177,9 +178,7 @@ class Program:
         return [op for op in kernels(ops) if whole(op) and not self._updates(op)]
 
     def _updates(self, op: Op) -> bool:
-        """Whether it writes into a part of the array that it gives, in place: an update, or a
-        fusion around one.
-        """
+        """Whether it updates a part of its result in place: an update, or a fusion of one."""
         if op.code == "dynamic-update-slice":
             return True
         if op.code != "fusion":
@@ -202,8 +201,8 @@ class Program:
         return int(per_byte[kind] * size)
 
     def _trips(self, op: Op) -> int:
-        """How often a loop's body runs: as the compiler says, else by what its condition compares
-        the count with; 1 of another operation, or where neither is known.
+        """How often a loop's body runs, by the compiler's statement or the limit in its condition;
+        1 for other operations, or if neither is known.
         """
         if op.code != "while":
             return 1
@@ -231,15 +230,14 @@ class Program:
 
 
 def kernels(ops: Collection[Op]) -> list[Op]:
-    """The operations that run a kernel or, on a TPU, a bundle of instructions of their own.
-
-    Free operations, and copies that the compiler starts ahead beside other work, are left out.
+    """Returns the operations that run a kernel or, on a TPU, a bundle of instructions; copies that
+    the compiler starts ahead in the background are left out.
     """
     return [op for op in ops if op.code not in _FREE and not op.is_async]
 
 
 def async_bytes(ops: Collection[Op]) -> int:
-    """Bytes of the copies that run beside other work."""
+    """Returns the bytes of the copies in the background."""
     return sum(_bytes(_arrays(op.shape)) for op in ops if op.code in ("copy-done", "slice-done"))
 
 
@@ -255,7 +253,7 @@ def _constant(op: Op) -> int | None:
 
 
 def _first_shape(text: str) -> str:
-    """The shape that `text` begins with: a word, or all up to the bracket that closes a tuple."""
+    """The shape at the start of `text`: a word, or a tuple up to its closing bracket."""
     if not text.startswith("("):
         return text.split(" ", 1)[0]
     depth = 0
@@ -275,13 +273,13 @@ def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _bytes(arrays: list[tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of arrays: a dtype's bits are the first number of its name, f8e4m3fn and s4 alike."""
+    """Bytes of arrays; the first number in a dtype's name, as in f8e4m3fn or s4, is its bits."""
     bits = {name: int((re.search(r"\d+", name) or "8")[0]) for name, _ in arrays}
     return sum(math.prod(dims) * bits[name] for name, dims in arrays) // 8
 
 
 def _result_bytes(op: Op) -> int:
-    """Bytes of a collective's result; one that only starts names its operands before it."""
+    """Bytes of a collective's result; an operation that starts one names its operands, too."""
     arrays = [array for array in _arrays(op.shape) if array[1]]
     if op.code == "send":  # its operand, and a context without dimensions
         arrays = arrays[:1]
@@ -291,9 +289,7 @@ def _result_bytes(op: Op) -> int:
 
 
 def _members(line: str, devices: int) -> int:
-    """How many devices take part in a collective, by whichever way its line says so; `devices`
-    where it names no groups.
-    """
+    """Number of devices of a collective, in any of the notations; `devices` without groups."""
     if "replica_groups={}" in line:
         return devices
     found = _GROUPS.search(line)

@@ -217,7 +217,7 @@ def test_the_command_compiles_for_a_target(
 
 @needs_libtpu
 def test_too_few_devices() -> None:
-    with pytest.raises(ConfigError, match=r"needs 8 devices; target tpu:v5e:2x2 has 4"):
+    with pytest.raises(ConfigError, match=r"needs 8 devices; there are 4"):
         memory_plan(replace(RUN, mesh=MeshConfig(fsdp=8)), TINY, target("tpu:v5e:2x2"))
 
 
