@@ -105,7 +105,7 @@ def test_adapters_beside_the_base_that_cannot_be():
             adapters=init_adapters(jax.random.key(0), model, full),
         )
     with pytest.raises(
-        ValueError, match=r"the adapters are not those of AdapterConfig\(method='lora', rank=3"
+        ValueError, match=r"the `adapters` collection of AdapterConfig\(method='lora', rank=3"
     ):
         generate_tokens(
             model,

@@ -63,6 +63,11 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
     }
 
 
+def _expected(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = adapter_shapes(config, adapter).items()
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
+
+
 def check_collection(
     config: LlamaConfig, adapter: AdapterConfig | None, given: Mapping[str, Any] | None
 ) -> None:
@@ -79,21 +84,10 @@ def check_collection(
             f"Llama has adapter method {adapter.method!r} but no `adapters` collection:"
             " apply({'params': ..., 'adapters': ...}, tokens)."
         )
-    shapes = {name: leaf.shape for name, leaf in trees.flatten(given).items()}
-    expected = adapter_shapes(config, adapter)
-    if diff := trees.difference(expected, shapes):
-        raise ValueError(f"the adapters are not those of {adapter}:\n{diff}")
-    if wrong := [name for name in expected if shapes[name] != expected[name]]:
-        raise ValueError(
-            f"the adapters are not those of {adapter}: {wrong[0]} has shape {shapes[wrong[0]]},"
-            f" expected {expected[wrong[0]]}."
-        )
+    what = f"the `adapters` collection of {adapter}"
+    trees.check_like(given, _expected(config, adapter), what, finite=False)
 
 
 def check_adapters(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
     """ValueError unless the adapters have the leaves and shapes of the method and are finite."""
-    expected = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in adapter_shapes(config, adapter).items()
-    }
-    trees.check_like(adapters, trees.unflatten(expected), f"adapters of method {adapter.method!r}")
+    trees.check_like(adapters, _expected(config, adapter), f"adapters of method {adapter.method!r}")

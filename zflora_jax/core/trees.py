@@ -89,9 +89,11 @@ def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -
     return "\n".join(lines[:limit] + more)
 
 
-def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or not finite,
-    compared with `expected` (arrays or ShapeDtypeStructs).
+def check_like(
+    given: Mapping[str, Any], expected: Mapping[str, Any], what: str, finite: bool = True
+) -> None:
+    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or, if
+    `finite`, not finite, compared with `expected` (arrays or ShapeDtypeStructs).
     """
     have, want = flatten(given), flatten(expected)
     if diff := difference(want, have):
@@ -101,7 +103,7 @@ def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], what: str)
             raise ValueError(
                 f"{what}: {name} has shape {tuple(leaf.shape)}, expected {tuple(want[name].shape)}."
             )
-    if wrong := _not_finite(have):
+    if finite and (wrong := _not_finite(have)):
         raise ValueError(f"{what}: {wrong} holds NaN or infinite values.")
 
 

@@ -7,6 +7,8 @@ residual width, k head dim; r, e the channels an adapter adds to d, k.
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -152,11 +154,12 @@ def packed_dense(config: LlamaConfig, leaf: str) -> Dense:
 
 
 def unpacked(config: LlamaConfig, leaf: str, y: Array) -> dict[str, Array]:
-    """The products [B, T, *out_axes] of the kernels in a packed leaf, of theirs [B, T, out]."""
-    rows, shapes = packed_rows(config), kernel_shapes(config)
-    ends = [rows[kernel][2] for kernel in PACKED[leaf]]
-    parts = zip(PACKED[leaf], jnp.split(y, ends[:-1], axis=-1), strict=True)
-    return {kernel: part.reshape(*y.shape[:2], *shapes[kernel][1]) for kernel, part in parts}
+    """The products [B, T, *out_axes] of the kernels in a packed leaf, from theirs [B, T, out]."""
+    rows, (_, *head) = packed_rows(config), kernel_shapes(config)[PACKED[leaf][0]][1]
+    # Split by heads: compilers make more kernels of flat parts that are reshaped.
+    heads = y.reshape(*y.shape[:2], -1, *head)
+    ends = [rows[kernel][2] // math.prod(head) for kernel in PACKED[leaf]]
+    return dict(zip(PACKED[leaf], jnp.split(heads, ends[:-1], axis=2), strict=True))
 
 
 def add(stream: Channels, update: Channels) -> Channels:
