@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make quickstart   install, then train, fuse, check, decode and export SmolLM2-135M into runs/quickstart"
 	@echo "make test         install with the test tools, then run the tests"
-	@echo "make soak         install with the test tools, then all tests with their long forms; then runs killed, stopped and damaged"
+	@echo "make soak         install with the test tools, then all tests with their long forms"
 	@echo "make docs         install with the test tools, then build the documentation into build/site"
 	@echo "make lint         ruff, mypy and the order of imports"
 	@echo "make clean        delete .venv and caches (runs/ and results/ stay)"
@@ -33,7 +33,6 @@ test: $(TEST)
 
 soak: $(TEST)
 	ZFLORA_TEST_XLA=default $(PY) -m pytest -m 'soak or not soak'
-	$(PY) tests/soak.py
 
 docs: $(TEST)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

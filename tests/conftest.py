@@ -129,15 +129,14 @@ def optimised():
 @pytest.fixture
 def own_programs():
     """As a process starts: without the directory that the tests share, or a program in memory."""
-    shared, least, of_xla = (
+    shared, least = (
         jax.config.jax_compilation_cache_dir,
         jax.config.jax_persistent_cache_min_compile_time_secs,
-        jax.config.jax_persistent_cache_enable_xla_caches,
     )
-    cache_module._use(None, 1.0, of_xla)
+    cache_module._use(None, 1.0)
     jax.clear_caches()
     yield
-    cache_module._use(shared, least, of_xla)
+    cache_module._use(shared, least)
 
 
 @pytest.fixture

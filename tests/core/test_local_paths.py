@@ -102,7 +102,6 @@ def test_every_function_that_writes(run):
         ["plot", "runs", "--out", OTHER],
         ["quickstart", "--workdir", URL],
         ["bench", "latency", "--out", URL],
-        ["bench", "train", "--out", URL],
     ],
 )
 def test_every_command_that_writes(command, tmp_path, capsys):

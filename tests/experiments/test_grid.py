@@ -21,6 +21,7 @@ import numpy as np
 import pandas
 import pytest
 from support.fake_train import FakeTrain, loss_of
+from support.runs import mark_saved
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.errors import NonFiniteError, Preempted
@@ -135,7 +136,7 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
     assert len(fake.runs) == 8
     # Where steps are saved, the rate of a longer run would jump.
     for run, (name, _) in zip(fake.runs[4:], combinations(base, GRID), strict=True):
-        (tmp_path / "s" / name / "checkpoints" / "9").mkdir(parents=True)
+        mark_saved(tmp_path / "s" / name, 9)
         (tmp_path / "s" / name / "config.json").write_text(json.dumps(to_dict(run)))
     rows = run_grid(override(base, {"train.steps": 20}), GRID, tmp_path / "s", console=False)
     assert len(fake.runs) == 8

@@ -1,38 +1,28 @@
-"""Slices of devices: the mesh lies so that only sums over the data axis cross between them."""
+"""Slices of devices: the mesh lies so that only sums over the data axis cross between them. That
+no other collective does is shown on TPU programs, in test_plan.py.
+"""
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from support.checks import compiled
-from support.sharded import OPTIM, batch, sharded_model
 
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, from_dict
 from zflora_jax.core.run_config import MeshConfig, RunConfig
-from zflora_jax.parallel import mesh as mesh_module, slices
-from zflora_jax.parallel.sharding import make_mesh, put_rows, shard, state_shardings
+from zflora_jax.parallel import mesh as mesh_module
 from zflora_jax.parallel.slices import arrange
-from zflora_jax.training.objective import CrossEntropy
-from zflora_jax.training.trainer import init_state, make_train_step
 
 
 def devices(count, slice_of=None, process_of=lambda i: 0):
+    kind = {"platform": "cpu", "device_kind": "cpu"}
     return [
-        SimpleNamespace(id=i, platform="cpu", device_kind="cpu", process_index=process_of(i))
-        if slice_of is None
-        else SimpleNamespace(
+        SimpleNamespace(
             id=i,
-            platform="cpu",
-            device_kind="cpu",
             process_index=process_of(i),
-            slice_index=slice_of(i),
+            **({} if slice_of is None else {"slice_index": slice_of(i)}),
+            **kind,
         )
         for i in range(count)
     ]
@@ -125,88 +115,3 @@ def test_slices_that_nobody_asked_for_are_named(caplog):
 def test_a_run_of_two_slices_is_loaded_onto_one(monkeypatch):
     """Eight devices of one process, which are no two slices."""
     assert mesh_module.mesh_if_there(MeshConfig(data=2, fsdp=4, slices=2)).shape["data"] == 2
-
-
-# --- what crosses from slice to slice, in a compiled train step -----------------------------------
-
-
-def by_parity(monkeypatch):
-    """As if odd and even devices were two slices."""
-    monkeypatch.setattr(
-        slices,
-        "slice_groups",
-        lambda devices, count: [[d for d in devices if d.id % 2 == odd] for odd in range(2)],
-    )
-
-
-def numbers(shape, order):
-    """Device numbers as XLA writes them: [4,2]T(1,0) is their range, in that shape, transposed."""
-    sizes = [int(n) for n in shape.split(",")]
-    axes = [int(n) for n in order.split(",")] if order else range(len(sizes))
-    return np.arange(np.prod(sizes)).reshape(sizes).transpose(*axes)
-
-
-def groups_of(line):
-    """The groups of devices of a collective, in the three forms that XLA has for them."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
-        return [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])]
-    if found := re.search(r"groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        return numbers(found[3], found[4]).reshape(int(found[1]), int(found[2])).tolist()
-    of = r"groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
-    found = re.search(of, line)
-    assert found, line
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    sizes = [int(size) for size in axes.values()]
-    ids = numbers(found[2], found[3]) if found[2] else np.arange(np.prod(sizes))
-    inner = [list(axes).index(name) for name in re.findall(r"'(\w+)'", found[4])]
-    last = np.moveaxis(ids.reshape(sizes), inner, range(-len(inner), 0))
-    return last.reshape(-1, np.prod([sizes[i] for i in inner])).tolist()
-
-
-def crossing(text, same_slice):
-    """(operation, its result types) of each collective that has devices of both slices in a group.
-
-    same_slice: numbers of devices -> whether they are of one.
-    """
-    kinds = r"= (.*?) (all-\w+|reduce-scatter|collective-permute)(?:-start)?\("
-    found = [(re.search(kinds, line), line) for line in text.splitlines()]
-    return [
-        (operation[2], operation[1])
-        for operation, line in found
-        if operation and not all(same_slice(group) for group in groups_of(line))
-    ]
-
-
-def elements(types):
-    """How many numbers the arrays of an HLO type have."""
-    shapes = re.findall(r"\w+\[([\d,]*)\]", types)
-    return sum(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
-
-
-@pytest.mark.soak  # test_plan.py holds it on TPU programs
-def test_only_sums_of_gradients_cross_slices(monkeypatch):
-    by_parity(monkeypatch)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, slices=2))
-    assert {d.id % 2 for d in mesh.devices[0].ravel()} == {0}
-    model, adapter = sharded_model(num_layers=1), AdapterConfig("zflora-minimal", rank=8)
-    adapters = init_adapters(jax.random.key(0), model, adapter)
-    state = init_state(adapters, OPTIM, 10)
-    where = state_shardings(state, mesh)
-    step = make_train_step(
-        model.config, adapter, OPTIM, 10, objective=CrossEntropy(64), state_sharding=where
-    )
-    with jax.set_mesh(mesh):
-        text = compiled(
-            step.lower(
-                shard(model.params, mesh), jax.device_put(state, where), put_rows(batch(), 8, mesh)
-            )
-        ).as_text()
-    # Groups number the devices by their place in the mesh: the first four are the first slice.
-    found = crossing(text, lambda group: len({number // 4 for number in group}) == 1)
-    assert found and {operation for operation, _ in found} == {"all-reduce"}
-    sent = sum(elements(types) for _, types in found)
-    own = sum(
-        leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(shard(adapters, mesh))
-    )
-    assert own <= sent <= own + 64, (sent, own)  # and a few scalars
-    assert trees.size(model.params) > 10 * sent

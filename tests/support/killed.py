@@ -1,4 +1,8 @@
-"""Runs in processes of their own, which are killed."""
+"""Training runs that are killed, in processes of their own.
+
+`python killed.py CONFIG.json WORKDIR NAME NTH WHEN`: a run that kills itself (SIGKILL) "before" or
+"after" the NTH time that a file whose path ends with NAME appears, on disk or in a bucket.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,38 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-
-import jax
-
-from zflora_jax.core.run_config import RunConfig
-from zflora_jax.reporting.metrics import read_metrics
+from typing import Any
 
 
-def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes]:
-    """`run` trained by a process of its own, compiled as in this one (conftest.py)."""
-    program = (
-        "import sys, json, zflora_jax as zf; from zflora_jax.core.fields import from_dict;"
-        " zf.train(from_dict(zf.RunConfig, json.loads(sys.argv[1])), sys.argv[2], console=False)"
-    )
+def kill_at(name: str, nth: int, when: str) -> None:
+    """Kills this process at the point of the arguments."""
+    from zflora_jax.core import storage
+
+    seen = 0
+
+    def killing(place: Any) -> Any:
+        def placed(source: Any, target: Any) -> None:
+            nonlocal seen
+            hit = os.fspath(target).endswith(name)
+            seen += hit
+            if hit and seen == nth and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            place(source, target)
+            if hit and seen == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return placed
+
+    # `whole_file` and `Mirror` place every file by one of these.
+    storage.os.replace = killing(os.replace)
+    storage.put_file = killing(storage.put_file)
+
+
+def killed_run(run: Any, workdir: Any, name: str, nth: int = 1, when: str = "before") -> None:
+    """Trains `run` in a process, compiled as in this one (conftest.py), that is killed."""
+    import jax
+
     env = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_PLATFORMS": "cpu",
@@ -33,22 +54,17 @@ def train_in_subprocess(run: RunConfig, workdir: Path) -> subprocess.Popen[bytes
         # It reads the kept programs, and writes none, of which a kill might leave half.
         least = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
         env |= {"JAX_COMPILATION_CACHE_DIR": str(kept), least: "1e9"}
-    return subprocess.Popen(
-        [sys.executable, "-c", program, json.dumps(dataclasses.asdict(run)), str(workdir)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+    words = [json.dumps(dataclasses.asdict(run)), str(workdir), name, str(nth), when]
+    process = subprocess.run(
+        [sys.executable, __file__, *words], env=env, capture_output=True, text=True, timeout=300
     )
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
 
 
-def kill_while_training(run: RunConfig, workdir: Path, after: int) -> None:
-    """Train `run` in a process of its own, and kill -9 it once `after` steps are logged."""
-    process = train_in_subprocess(run, workdir)
-    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and any(r["step"] >= after for r in read_metrics(metrics)):
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[0].decode()[-2000:]
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+if __name__ == "__main__":
+    import zflora_jax as zf
+    from zflora_jax.core.fields import from_dict
+
+    config, workdir, name, nth, when = sys.argv[1:]
+    kill_at(name, int(nth), when)
+    zf.train(from_dict(zf.RunConfig, json.loads(config)), workdir, console=False)

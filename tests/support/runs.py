@@ -18,6 +18,7 @@ from zflora_jax.experiments.train import Trained, train
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.trainer import fresh_state
+from zflora_jax.training.workdir import CHECKPOINTS, META
 
 TASK_DATA = DataConfig(bucket_lengths=(256, 512))
 EVAL = EvalConfig(limit=None, batch_size=4, max_new_tokens=6)
@@ -86,6 +87,12 @@ def real_data(relative: str = "") -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
     return path
+
+
+def mark_saved(workdir: Path, step: int) -> None:
+    """Lets `workdir` look as if the state after `step` were saved there."""
+    (workdir / CHECKPOINTS / str(step)).mkdir(parents=True)
+    (workdir / CHECKPOINTS / str(step) / META).write_text("{}")
 
 
 def saved_state(run: RunConfig, workdir: Path) -> trees.Tree:

@@ -221,7 +221,7 @@ def test_without_dropout_nothing_is_drawn():
     assert "threefry" in text(DROPPED) and "threefry" not in text(LORA)
 
 
-@pytest.mark.soak  # twins: the tests of draws here, and test_run_killed
+@pytest.mark.soak  # twins: the tests of draws here, and test_killed_runs
 def test_a_run_with_dropout_resumes_bit_for_bit(run, tmp_path):
     run = override(run, {"adapter.method": "lora", "adapter.dropout": 0.2, "train.max_to_keep": 4})
     whole = train(run, tmp_path / "whole", console=False)

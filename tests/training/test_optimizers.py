@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from support.grids import always
 from support.models import perturb, tiny_model
+from support.runs import mark_saved
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -144,7 +144,7 @@ def test_a_name_without_a_row_is_refused_before_anything_is_made(key, value, mes
 
 def test_a_run_keeps_its_optimizer(run, tmp_path):
     claim(tmp_path, run)
-    Path(tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    mark_saved(tmp_path, 2)
     other = dataclasses.replace(run, optim=dataclasses.replace(run.optim, optimizer="lion"))
     with pytest.raises(ConfigError, match=r"optim\.optimizer: 'adamw' there, 'lion' now"):
         adopt(tmp_path, other)

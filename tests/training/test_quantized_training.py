@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.checks import assert_trees_equal
 from support.grids import always
-from support.killed import kill_while_training
+from support.killed import killed_run
 from support.models import needs_smollm2, tiny_model
 from support.quantized import how, moved
 from support.runs import quiet_train, saved_state
@@ -104,12 +104,12 @@ def test_fuse_and_decode_on_a_mesh_are_those_of_one_device():
     assert generate_tokens(both, prompts, max_new_tokens=6) == made
 
 
-@pytest.mark.soak  # test_run_killed.py kills the same loop on numbers
+@pytest.mark.soak  # test_killed_runs.py kills the same loop on floats
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
     """As for a float base; and the run is loaded, fused, as it was trained."""
     settings = {"train.steps": 40, "eval.limit": 2, "quantize.kernels": "int8"}
     run = override(run, settings)
-    kill_while_training(run, tmp_path / "killed", after=6)
+    killed_run(run, tmp_path / "killed", "6/meta.json")
     for name in ("whole", "killed"):
         quiet_train(run, tmp_path / name)
     assert json.loads((tmp_path / "killed" / "report.json").read_text())["resumed_from"] >= 2

@@ -1,27 +1,24 @@
-"""What a resumed run may change and what it keeps: rounding and length, the report of a finished
-run, locks that a file system lacks.
+"""What a resumed run may change and what it keeps: rounding, length and files; the report of a
+finished run.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import shutil
 from pathlib import Path
 
 import pytest
 from support.checks import assert_trees_equal
-from support.runs import quiet_train
+from support.runs import mark_saved, quiet_train
 
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training import lock as locks, workdir as workdirs
-from zflora_jax.training.lock import locked
-from zflora_jax.training.workdir import adopt, claim, read_config, read_starts
+from zflora_jax.training import workdir as workdirs
+from zflora_jax.training.workdir import adopt, claim, read_config, read_starts, require_no_jump
 
 
 def records(workdir: Path, name: str) -> dict[int, float]:
@@ -134,39 +131,6 @@ def test_another_length_says_what_becomes_of_the_learning_rate(
     assert words in note and "eval" not in note
 
 
-@pytest.mark.parametrize(("schedule", "refused"), [("cosine", True), ("constant", False)])
-def test_a_run_is_cut_short_only_at_a_constant_rate(run, tmp_path, monkeypatch, schedule, refused):
-    """Elsewhere the learning rate has not come down, as in a run of so many steps."""
-    run = override(run, {"optim.schedule": schedule})
-    workdirs.claim(tmp_path, adopt(tmp_path, run)[0])
-    monkeypatch.setattr(workdirs, "saved_steps", lambda workdir: [4])
-    shorter = override(run, {"train.steps": 4})
-    if refused:
-        with pytest.raises(ConfigError, match=r"train\.steps: 8 there, 4 now\n  \(4 steps are fin"):
-            adopt(tmp_path, shorter)
-    else:
-        assert adopt(tmp_path, shorter)[0].train.steps == 4
-
-
-def test_what_changes_the_numbers_is_refused_still(run, workdir):
-    run = override(
-        run,
-        {
-            "optim.schedule": "constant",
-            "train.remat": "block",
-            "data.batch_size": 8,
-            "train.dtype": "bfloat16",
-        },
-    )
-    with pytest.raises(ConfigError) as error:
-        adopt(workdir, run)
-    assert (
-        "data.batch_size: 4 there, 8 now" in str(error.value)
-        and "train.dtype" in str(error.value)
-        and "remat" not in str(error.value)
-    )
-
-
 @pytest.mark.parametrize("first", [3, 4], ids=["not saved otherwise", "saved and evaluated"])
 def test_a_stop_at_a_step_that_is_due_loses_no_evaluation(run, tmp_path, monkeypatch, first):
     """The stop itself evaluates nothing. The evaluation follows before the next step, once."""
@@ -248,55 +212,45 @@ def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
     )
 
 
-# --- locks ----------------------------------------------------------------------------------------
+# --- what a run that goes on may change ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, code):
-    def refuse(*_: object) -> None:
-        raise OSError(code, "no locks here")
-
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
-    with locked(tmp_path), locked(tmp_path):
-        pass
-    [record] = caplog.records
-    assert (
-        record.levelno == logging.WARNING
-        and "no other process can be kept out of it" in record.message
-        and str(tmp_path) in record.message
-    )
+BEST = {"train.keep_best": True, "train.eval_every": 2, "eval.split": "validation"}
+DROPOUT = {"adapter.method": "lora", "adapter.dropout": 0.1}
+OWN_ROWS = {"data.task": "rows", "data.data_dir": "old"}
 
 
-def test_a_run_without_locks_is_trained(run, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(
-        locks.fcntl,
-        "flock",
-        lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "Function not implemented")),
-    )
-    assert quiet_train(override(run, {"train.steps": 3}), tmp_path).report["steps"] == 3
-    assert len([r for r in caplog.records if "kept out" in r.message]) == 1
-
-
-def test_other_failures_of_a_lock_keep_their_message(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        locks.fcntl,
-        "flock",
-        lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
-    )
-    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
-        pass
-    with pytest.raises(ConfigError, match=r"cannot write to workdir .*Input/output error"):
-        workdirs.claim(tmp_path, run)
-
-
-def test_with_dropout_the_micro_batches_stay(run, tmp_path):
-    """What drops out is drawn for each micro-batch, so another number of them is another run."""
-    run = override(run, {"adapter.method": "lora", "adapter.dropout": 0.1})
-    claim(tmp_path, run)
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"data\.grad_accum_steps: 2 there, 4 now"):
-        adopt(tmp_path, override(run, {"data.grad_accum_steps": 4}))
-    assert adopt(tmp_path, override(run, {"train.remat": True}))[0].train.remat == "block"
+@pytest.mark.parametrize(
+    ("there", "now", "message"),
+    [
+        ({}, {"adapter.rank": 2}, r"adapter\.rank: 4 there, 2 now"),
+        ({}, {"train.dtype": "bfloat16"}, r"train\.dtype: 'float32' there, 'bfloat16' now"),
+        ({}, {"train.remat": "block", "train.loss_chunk": 64, "data.grad_accum_steps": 4}, None),
+        # What drops out is drawn for each micro-batch.
+        (DROPOUT, {"data.grad_accum_steps": 4}, r"data\.grad_accum_steps: 2 there, 4 now"),
+        (DROPOUT, {"train.remat": "block"}, None),
+        # Elsewhere the learning rate has not come down, as in a run of so many steps.
+        ({"optim.schedule": "constant"}, {"train.steps": 4}, None),
+        ({}, {"train.steps": 4}, r"train\.steps: 8 there, 4 now\n  \(4 steps are finished there; "),
+        # The place of a known task's files says nothing about its rows.
+        (OWN_ROWS | {"data.task": "arc_easy"}, {"data.data_dir": "new"}, None),
+        (OWN_ROWS, {"data.data_dir": "new"}, r"data\.data_dir: 'old' there, 'new' now"),
+        # Losses of other rows are not compared with those that are saved.
+        ({}, {"eval.limit": 2}, None),
+        (BEST, {"eval.limit": 2}, r"eval\.limit: 4 there, 2 now"),
+        ({}, BEST, r"eval\.split: 'test' there, 'validation' now"),
+    ],
+)
+def test_changes_once_a_step_is_saved(run, tmp_path, there, now, message):
+    there = override(run, there)
+    claim(tmp_path, adopt(tmp_path, there)[0])
+    mark_saved(tmp_path, 4)
+    if message is None:
+        adopted, changed = adopt(tmp_path, override(there, now))
+        assert changed.keys() == now.keys() and adopted == override(read_config(tmp_path), now)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            adopt(tmp_path, override(there, now))
 
 
 def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):
@@ -311,7 +265,7 @@ def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):
     assert adopted.adapter.rank == 2 and changes["train.dtype"] == ("float32", "bfloat16")
     claim(tmp_path, adopted)
     assert read_config(tmp_path) == adopted
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    mark_saved(tmp_path, 2)
     with pytest.raises(ConfigError, match=r"adapter\.rank: 2 there, 4 now"):
         adopt(tmp_path, run)
 
@@ -345,3 +299,38 @@ def test_a_finished_run_keeps_what_its_numbers_were_computed_with(run, workdir):
     quiet_train(run, workdir)
     after = read_config(workdir)
     assert after == override(before, {"eval.limit": 3})
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_longer_run_is_not_made_of_one_whose_rate_came_down(schedule, run, tmp_path):
+    """As a sweep asks for it; at a constant rate it is the same run."""
+    steps = run.train.steps
+    longer = override(run, {"train.steps": steps + 4, "optim.schedule": schedule})
+    require_no_jump(tmp_path, longer)  # nothing is there
+    workdirs.claim(tmp_path, run)
+    require_no_jump(tmp_path, longer)  # no step is saved
+    mark_saved(tmp_path, 2)
+    for fewer in (steps, steps - 1):
+        require_no_jump(tmp_path, override(longer, {"train.steps": fewer}))
+    if schedule == "constant":
+        require_no_jump(tmp_path, longer)
+        return
+    with pytest.raises(ConfigError, match=rf"a run of {steps} steps, of which 2 .* at step 2\."):
+        require_no_jump(tmp_path, longer)
+
+
+def test_a_finished_run_is_there_on_a_mesh_that_does_not_divide_its_micro_batches(run, tmp_path):
+    """Nothing is left to train, so how the batch was divided does not matter."""
+    run = override(run, {"data.batch_size": 4, "data.grad_accum_steps": 4})
+    workdirs.claim(tmp_path, run)
+    mark_saved(tmp_path, run.train.steps)
+    wide = override(run, {"data.grad_accum_steps": 1, "mesh.data": 4, "train.loss_chunk": 64})
+    found, changed = adopt(tmp_path, wide)
+    assert changed.keys() == {"mesh.data", "data.grad_accum_steps"}
+    assert (found.mesh.data, found.data.grad_accum_steps) == (4, 1)
+    assert found.train.loss_chunk == run.train.loss_chunk
+    assert adopt(tmp_path, override(wide, {"mesh.data": 1}))[0].data.grad_accum_steps == 4
+    dropping = override(run, {"adapter.method": "lora", "adapter.dropout": 0.1})
+    workdirs.claim(tmp_path / "b", dropping)
+    mark_saved(tmp_path / "b", run.train.steps)
+    assert adopt(tmp_path / "b", override(dropping, {"data.grad_accum_steps": 1}))

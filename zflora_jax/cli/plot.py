@@ -8,7 +8,7 @@ import os
 from zflora_jax.cli.inputs import damage_is_input
 from zflora_jax.cli.options import CommandParser
 from zflora_jax.core.fields import require
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import as_path
 
 SUMMARY = "Draw loss, learning rate, tokens/s and gradient norm of runs, several over each other."
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.reporting.metrics import METRICS_FILE
     from zflora_jax.reporting.plots import training_curves
 
-    folders = [as_path(run if is_url(run) else os.path.abspath(run)) for run in args.runs]
+    folders = [as_path(os.path.normpath(as_path(run).absolute())) for run in args.runs]
     paths = [os.path.join(*folder.parts) for folder in folders]  # of a URL /s3/BUCKET/...
     # What all have in common says nothing in a legend, unless it is only the root.
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])

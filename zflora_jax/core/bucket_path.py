@@ -1,4 +1,4 @@
-"""Paths in buckets: etils.epath's, with what it does not do well for objects."""
+"""Paths in buckets: etils.epath's, changed where objects differ from files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ class BucketPath(PosixGPath):  # type: ignore[misc]
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8")
 
+    def mkdir(self, *_: Any, **__: Any) -> None:
+        """Does nothing: a bucket has no directories."""
+
     def resolve(self, strict: bool = False) -> Any:
-        return self  # epath puts the current directory before it
+        return self  # epath would prepend the current directory
 
     def absolute(self) -> Any:
+        return self
+
+    def expanduser(self) -> Any:
         return self

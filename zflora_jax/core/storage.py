@@ -1,16 +1,20 @@
-"""Where runs and exports may lie: local paths, and URLs of object storage (s3://, gs://).
+"""Places of runs and exports: local paths, and URLs of object storage (s3://, gs://).
 
-`as_path` turns both into objects with the methods of pathlib, so most code does not see which one
-it has. Buckets have no append, no rename and no lock: a single object is replaced at once by a put,
-and whatever consists of several counts only when its last object is there.
+`as_path` turns both into objects with pathlib's methods. The rest of this module hides what buckets
+lack: nothing can be appended to an object or renamed, so files are written locally and uploaded
+whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +28,8 @@ _CREDENTIALS = {
     " machine's service account",
 }
 _ENDPOINT = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}
-# A listing that is kept would hide what other processes write. Without a limit of attempts, a store
-# that cannot be reached is waited for many minutes.
+# A cached listing would hide what other processes write. Without a limit of attempts, an
+# unreachable store is waited for many minutes.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "s3": {
         "use_listings_cache": False,
@@ -37,8 +41,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gs": {"use_listings_cache": False},
 }
-# What their libraries raise beside OSError.
+# Their exceptions are not all OSErrors.
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
+
+
+# --- paths ----------------------------------------------------------------------------------------
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -47,21 +54,21 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
-    """Turn a local path or a URL of object storage into an object with pathlib's methods.
+    """Turns a local path or a URL of object storage into an object with pathlib's methods.
 
     The first use of a bucket checks that it can be listed.
 
     Args:
-      path: "runs/a", "s3://bucket/run", "gs://bucket/run", or what this function has returned.
-      name: of the path in messages, such as "workdir".
+      path: "runs/a", "s3://bucket/run", "gs://bucket/run", or a result of this function.
+      name: Name of the path in messages, such as "workdir".
 
     Returns:
       A pathlib.Path, or for a URL a `bucket_path.BucketPath`, which has the same methods.
 
     Raises:
-      ConfigError: a URL of something else, its package is not installed, or its bucket cannot be
-        used: it does not exist, credentials are missing or not allowed to list it, or its endpoint
-        cannot be reached.
+      ConfigError: The scheme is unknown, its package is not installed, or the bucket cannot be
+        used: it does not exist, credentials are missing or may not list it, or its endpoint cannot
+        be reached.
     """
     match = _URL.match(os.fspath(path))
     if match is None:
@@ -79,25 +86,23 @@ def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
         f"{name} {url}: expected {scheme}://BUCKET/FOLDER, a folder in a bucket.",
     )
     _connect(scheme, bucket, key)
-    from zflora_jax.core.bucket_path import BucketPath  # etils takes a while
+    from zflora_jax.core.bucket_path import BucketPath  # importing etils is slow
 
     return cast(Path, BucketPath(url))
 
 
 @functools.cache
 def _check_installed(scheme: str) -> None:
-    """Refuse a scheme whose package is missing; set how stores are spoken to."""
+    """Refuses a scheme whose package is missing; sets the defaults of its file system."""
     package = PACKAGES[scheme]
     require(
         importlib.util.find_spec(package) is not None,
         f"{scheme}:// needs the package {package}: pip install 'zflora-jax[storage]'.",
     )
-    os.environ.setdefault("EPATH_USE_TF", "false")  # else epath prefers tensorflow where it is
-    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):  # under tensorstore's name for it
-        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
+    os.environ.setdefault("EPATH_USE_TF", "false")  # else epath prefers an installed tensorflow
     from fsspec.config import conf
 
-    given = conf.setdefault(scheme, {})  # what the user has set for fsspec stays
+    given = conf.setdefault(scheme, {})  # the user's settings for fsspec stay
     for key, value in _SETTINGS[scheme].items():
         given.setdefault(key, value)
 
@@ -106,7 +111,7 @@ _reached: set[tuple[str, str]] = set()  # (scheme, bucket)
 
 
 def _connect(scheme: str, bucket: str, key: str) -> None:
-    """Check that a bucket can be listed, once per process."""
+    """Checks that a bucket can be listed, once per process."""
     _check_installed(scheme)
     if (scheme, bucket) in _reached:
         return
@@ -118,7 +123,7 @@ def _connect(scheme: str, bucket: str, key: str) -> None:
 
 
 def _unusable(scheme: str, bucket: str, error: Exception) -> str:
-    """Why a bucket cannot be used, and what to do."""
+    """The message about a bucket that cannot be used: the reason and the remedy."""
     kind, text = type(error).__name__, first_line(error).rstrip(".")
     if isinstance(error, FileNotFoundError):
         why = f"there is no such bucket ({text}). Make it, or correct the URL"
@@ -144,6 +149,9 @@ def is_store_error(error: BaseException) -> bool:
     return any(kind.__module__.partition(".")[0] in _LIBRARIES for kind in type(error).__mro__)
 
 
+# --- objects of a bucket --------------------------------------------------------------------------
+
+
 def file_system(path: str | os.PathLike[str]) -> Any:
     """fsspec's file system of a URL."""
     import fsspec
@@ -151,18 +159,27 @@ def file_system(path: str | os.PathLike[str]) -> Any:
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
 
 
+def create(path: Path, data: bytes) -> bool:
+    """Writes an object unless there is one; returns whether this call wrote it."""
+    try:
+        file_system(path).pipe_file(os.fspath(path), data, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
 def put(path: Path, data: bytes) -> None:
-    """Write one object of a bucket; a reader sees the old content or the new one."""
+    """Writes an object; a reader sees the old content or the new one."""
     file_system(path).pipe_file(os.fspath(path), data)
 
 
 def put_file(file: Path, path: Path) -> None:
-    """Upload a local file as one object."""
+    """Uploads a local file as one object."""
     file_system(path).put_file(os.fspath(file), os.fspath(path))
 
 
 def objects(path: Path) -> dict[str, dict[str, Any]]:
-    """The objects under a URL: name relative to it -> what the store says of each."""
+    """The objects under a URL: name relative to it -> size, ETag and time as the store has them."""
     store, url = file_system(path), os.fspath(path)
     root = store._strip_protocol(url) + "/"
     found = store.find(url, detail=True)
@@ -170,18 +187,126 @@ def objects(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def remove(path: Path) -> None:
-    """Delete all objects under a URL, and the one at it, if there are any."""
-    store = file_system(path)
-    names = store.find(os.fspath(path))
-    if names:
-        store.rm(names)
+    """Deletes a file or a directory, or all objects under a URL and at it, if there are any."""
+    if is_url(path):
+        store = file_system(path)
+        if names := store.find(os.fspath(path)):
+            store.rm(names)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def modified(path: Path) -> float:
-    """When an object was written, in seconds of the store's clock.
+# --- files that are whole or absent ---------------------------------------------------------------
 
-    Raises:
-      FileNotFoundError: there is no such object.
+
+def cache_dir() -> Path:
+    """The local cache: $ZFLORA_CACHE, or ~/.cache/zflora_jax."""
+    return Path(os.environ.get("ZFLORA_CACHE") or "~/.cache/zflora_jax").expanduser()
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary directory in the local cache; /tmp may be smaller than a model."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=cache_dir()) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Writes a file so that a reader, or a crash, sees the old content or the new one.
+
+    Args:
+      path: Path of the file, whose directory is made if missing; or URL of an object.
+
+    Yields:
+      A local path to write to. When the block succeeds, that file takes the place of `path`.
     """
-    when: float = file_system(path).modified(os.fspath(path)).timestamp()
-    return when
+    if is_url(path):
+        with scratch() as folder:
+            yield folder / path.name
+            put_file(folder / path.name, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def local_file(path: Path) -> Iterator[Path]:
+    """The file itself, or a temporary copy of the object at a URL."""
+    if not is_url(path):
+        yield path
+        return
+    with scratch() as folder:
+        file_system(path).get_file(os.fspath(path), os.fspath(folder / path.name))
+        yield folder / path.name
+
+
+def local_folder(path: Path) -> Path:
+    """A local directory for files that may be lost: `path`, or for a URL a directory of its name
+    in the local cache.
+    """
+    return cache_dir() / path.name if is_url(path) else path.absolute()
+
+
+class Mirror:
+    """A local folder to write in, whose files are uploaded by `sync`; for programs that append to
+    files, and libraries that write only local ones. Without a URL it is the folder itself.
+
+    Files that were not uploaded when the process was killed are lost.
+
+    Args:
+      target: The folder, or its URL.
+      names: Files at the URL to begin with, where they exist.
+    """
+
+    def __init__(self, target: Path, names: Sequence[str] = ()) -> None:
+        self._target = self.path = target
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # file -> its size and time by then
+        if not is_url(target):
+            target.mkdir(parents=True, exist_ok=True)
+            return
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        self._temporary = Path(tempfile.mkdtemp(prefix=".mirror-", dir=cache_dir()))
+        self.path = self._temporary / target.name
+        self.path.mkdir()
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / name).write_bytes((target / name).read_bytes())
+
+    def sync(self) -> None:
+        """Uploads the files that have changed.
+
+        Raises:
+          OSError: An upload failed.
+        """
+        if self.path is self._target:
+            return
+        for file in sorted(self.path.rglob("*")):
+            if file.is_symlink() or not file.is_file():
+                continue
+            now = (file.stat().st_size, file.stat().st_mtime_ns)
+            if self._uploaded.get(file) != now:
+                to = self._target / file.relative_to(self.path).as_posix()
+                try:
+                    put_file(file, to)
+                except Exception as error:
+                    if not isinstance(error, OSError) and not is_store_error(error):
+                        raise
+                    raise OSError(f"{to} could not be uploaded: {error}") from error
+                self._uploaded[file] = now
+
+    def close(self) -> None:
+        """Removes temporary files. It does not upload."""
+        if self.path is not self._target:
+            shutil.rmtree(self._temporary, ignore_errors=True)

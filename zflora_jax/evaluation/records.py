@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import DataConfig, EvalConfig
+from zflora_jax.core.storage import Mirror
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.encoding import encode_options, encode_prompts, fit_documents
 from zflora_jax.data.tasks import Example, Task, get_task
@@ -28,7 +29,7 @@ from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.text import answer_text, stop_ids
 from zflora_jax.parallel import distributed
-from zflora_jax.reporting.growing import GrowingFile, uploading, warning
+from zflora_jax.reporting.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +261,7 @@ def _in_batches(
     """
     done: dict[int, Record] = {}
     with contextlib.ExitStack() as stack:
-        kept: GrowingFile | None = None
+        keep: Callable[[list[Record]], None] | None = None
         if partial is not None:
             name = hashlib.sha256(
                 repr((fingerprint(model), [list(p) for p in prompts], key)).encode()
@@ -275,9 +276,7 @@ def _in_batches(
                 on_batch(len(done))
             begin: list[Record] = [{"key": name}]
             begin += [{"index": i} | record for i, record in done.items()]
-            kept = distributed.on_main(lambda: GrowingFile(partial, _json_lines(begin)))
-            if kept is not None:
-                stack.callback(kept.close)
+            keep = distributed.on_main(lambda: stack.enter_context(_answers_file(partial, begin)))
         left = sorted(
             (i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i)
         )
@@ -285,21 +284,32 @@ def _in_batches(
             rows = left[start : start + size]
             fresh = dict(zip(rows, work(rows), strict=True))
             done |= fresh
-            if kept is not None:
-                kept.add(_json_lines([{"index": i} | record for i, record in fresh.items()]))
-                if kept.is_due():
-                    with warning():
-                        _upload(kept)
+            if keep is not None:
+                keep([{"index": i} | record for i, record in fresh.items()])
             on_batch(len(rows))
-        if partial is not None:
-            distributed.on_main(lambda: _upload(kept))
     return [done[i] for i in range(len(prompts))]
 
 
-def _upload(kept: GrowingFile | None) -> None:
-    assert kept is not None  # of process 0
-    with uploading("the answers so far"):
-        kept.sync()
+@contextlib.contextmanager
+def _answers_file(path: Path, lines: Sequence[Record]) -> Iterator[Callable[[list[Record]], None]]:
+    """Begins the file of an evaluation's answers so far, at a path or URL, with `lines`.
+
+    Yields:
+      A function that adds lines.
+    """
+    mirror = Mirror(path.parent)
+    atomic_write(mirror.path / path.name, _json_lines(lines).encode())
+    try:
+        with open(mirror.path / path.name, "a", encoding="utf-8") as file:
+
+            def add(lines: list[Record]) -> None:
+                file.write(_json_lines(lines))
+                file.flush()
+                mirror.sync()
+
+            yield add
+    finally:
+        mirror.close()
 
 
 def _json_lines(values: Sequence[Record]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from zflora_jax.core.fields import nearest, require
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import as_path
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS, TrainedRun
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel.distributed import require_shared
@@ -66,8 +66,7 @@ def export_run(
     _require_taken(format, given)
     settings = {name: value for name, value in given.items() if name in exporter.settings}
     exporter.check(target, **settings)
-    if not is_url(target):  # all hosts see a bucket
-        require_shared(target.expanduser().absolute().parent, "the directory of out,")
+    require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
     _refuse_base(target, run.config.model)
     return exporter.write(out, run, **settings)
@@ -78,13 +77,8 @@ def _refuse_base(target: Path, model: str) -> None:
     without it the run is of no use.
     """
     there = as_path(model, "model")
-    same = (
-        there == target
-        if is_url(target) or is_url(there)
-        else there.expanduser().resolve() == target.expanduser().resolve()
-    )
     require(
-        not same,
+        there.expanduser().resolve() != target.expanduser().resolve(),
         f"out={str(target)!r} is the model that this run was trained on (model={model!r}), and the"
         " run needs it. Choose another path.",
     )

@@ -23,11 +23,11 @@ from zflora_jax.core.fields import ConfigError, from_dict
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import as_path
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.experiments.run_report import read_report
-from zflora_jax.hf.bucket import headers
 from zflora_jax.hf.compressed import CODES
+from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.gguf_reader import GGUFFile
 from zflora_jax.hf.hub import packaged
 from zflora_jax.hf.load import model_config
@@ -54,10 +54,12 @@ def describe(path: str | os.PathLike[str]) -> Facts:
       ConfigError: there is nothing of these kinds at the path; the message says what was found.
     """
     source = as_path(path).expanduser()
-    in_bucket = is_url(path) and source.suffix != ".gguf"
-    if in_bucket and not (source / STARTS_FILE).is_file():
-        with headers(source) as copy:
-            return describe(copy) | {"path": str(source)}
+    # A model in a bucket is copied without its weights.
+    there = source if (source / STARTS_FILE).is_file() else local_copy(path, weights=False)
+    return _described(there, path) | {"path": str(source)}
+
+
+def _described(source: Path, path: str | os.PathLike[str]) -> Facts:
     if source.is_dir():
         if (source / MANIFEST).is_file():
             return _export(source)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.core.run_config import EvalConfig, RunConfig
-from zflora_jax.core.storage import is_url
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.data.mixture import own_rows_digest, parse_mixture
 from zflora_jax.data.sources import files_digest
@@ -97,7 +96,7 @@ def model_digest(model: str) -> str | None:
     preset, a hub id, a bucket or what is gone.
     """
     place = Path(model).expanduser()
-    if is_url(model) or not place.exists():
+    if not place.exists():
         return None
     found = (
         [place]

@@ -14,26 +14,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.storage import as_path, is_url, objects
-from zflora_jax.hf.bucket import MARKER, download, listed, scratch, upload
+from zflora_jax.core.storage import as_path, is_url, objects, scratch
+from zflora_jax.hf.bucket import MARKER, download, listed, upload
 
 log = logging.getLogger(__name__)
 
 
 def export_target(path: str | os.PathLike[str]) -> Path:
     """The directory, or URL, that an export is written to."""
-    target = as_path(path, "export directory")
-    return target if is_url(target) else target.expanduser().resolve()
+    return as_path(path, "export directory").expanduser().resolve()
 
 
-def local_copy(source: str | os.PathLike[str]) -> Path:
-    """A local directory or file: `source` itself, or a verified copy of what is at a URL.
+def local_copy(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
+    """A local directory or file: `source` itself, or a verified copy of the model at a URL.
+
+    Args:
+      source: Path or URL.
+      weights: Whether a copy has the tensors, see `bucket.download`.
 
     Raises:
-      CheckpointError: there is nothing at the URL, or an export that is not whole.
+      CheckpointError: There is nothing at the URL, or an export that is not whole.
     """
     path = as_path(source, "model")
-    return download(path) if is_url(path) else path.expanduser()
+    return download(path, weights=weights) if is_url(path) else path.expanduser()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import first_line, nearest
 from zflora_jax.core.presets import PRESETS
-from zflora_jax.core.storage import is_url
 from zflora_jax.hf.bucket import MODEL_FILES, OTHER_FILES
 from zflora_jax.hf.directory import local_copy
 
@@ -93,16 +92,18 @@ def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
         ) from error
 
 
-def locate(source: str) -> tuple[Path, str]:
+def locate(source: str, *, weights: bool = True) -> tuple[Path, str]:
     """Find the files of a model, given as for `load.load_model`; a hub id is downloaded.
+
+    Args:
+      source: Name or path of the model.
+      weights: Whether the tensors of a model in a bucket are copied, see `bucket.download`.
 
     Returns:
       (The directory or file with the weights, the name to record as the model's source);
       CheckpointError if there is no such model.
     """
-    if is_url(source):
-        return local_copy(source), source
-    path = Path(source).expanduser()
+    path = local_copy(source, weights=weights)
     if path.exists():
         return path, source
     if (file := packaged(source)) is not None:

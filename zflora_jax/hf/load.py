@@ -14,9 +14,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import PRESETS
 from zflora_jax.core.quantize_config import QuantizeConfig, quantize_config
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import unflatten
-from zflora_jax.hf.bucket import headers
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.gguf import load_gguf
 from zflora_jax.hf.gguf_config import gguf_config
@@ -88,11 +87,10 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
     source = os.fspath(source)
     if source in PRESETS and not Path(source).exists():
         return PRESETS[source]
-    path = as_path(source, "model").expanduser()
     if is_hub_id(source):
         path = model_files(source, ["config.json", MANIFEST], not_here(source))
-    elif not (is_url(source) and path.is_dir()):  # in a bucket, only these are read
-        path, _ = locate(source)
+    else:
+        path, _ = locate(source, weights=False)
     if not path.is_dir():
         return gguf_config(GGUFFile(path))
     hf = read_json(path / "config.json")
@@ -113,10 +111,7 @@ def model_tokenizer(source: str | os.PathLike[str]) -> Any:
     hub = HUB_IDS.get(source, source)
     if not path.exists() and source not in PACKAGED and is_hub_id(hub):
         return load_tokenizer(fetched(hub, [*TOKENIZER_FILES, "additional_chat_templates/*"]))
-    if is_url(source) and path.is_dir():
-        with headers(path) as copy:
-            return load_tokenizer(copy)
-    path, _ = locate(source)
+    path, _ = locate(source, weights=False)
     if path.is_dir():
         return load_tokenizer(path)
     file = GGUFFile(path)

@@ -1,4 +1,4 @@
-"""How activations are divided over the mesh in use.
+"""How activations are divided over the mesh in use. Without a mesh they stay unchanged.
 
 Shapes: B rows of a batch, T tokens, d residual width.
 """
@@ -14,37 +14,33 @@ from zflora_jax.parallel.sharding import BATCH, batch_shards, own_mesh
 
 
 def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
-    """Divide embeddings as the layers compute them; without a mesh they stay as they are.
+    """Divides embeddings as the layers compute them.
 
-    The rows are divided in a second step, an all-to-all along fsdp: asked for them in one step, XLA
-    replicates the embeddings of the whole batch on meshes of several axes.
+    Rows are divided over fsdp in a second step, an all-to-all: in one step XLA would replicate the
+    embeddings of the whole batch on meshes of several axes.
 
     Args:
-      x: [B, T, d], from a lookup in a table whose d is divided over fsdp.
-      rows: divide the rows over fsdp too, as in training, where each layer gathers its kernels.
-        Else d stays divided over fsdp: kernels stay in place and products are summed, which moves
-        less data for few tokens, as in decode.
+      x: Rows of a table whose d is divided over fsdp, [B, T, d].
+      rows: Whether to divide the rows over fsdp, as in training, where each layer gathers its
+        kernels. Otherwise d stays divided: kernels stay in place and products are summed, which
+        moves less data for few tokens, as in decode.
     """
     x = divide(x, "data", None, "fsdp")
     return divide_rows(x) if rows and x.shape[0] % batch_shards() == 0 else x
 
 
 def divide_rows(x: jax.Array) -> jax.Array:
-    """Divide x [B, ...] by rows over data and fsdp; without a mesh it stays as it is."""
+    """Divides x [B, ...] by rows over data and fsdp."""
     return divide(x, BATCH)
 
 
 def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Divide the first dimensions of an array over axes of the mesh in use, where the axes divide
-    them.
+    """Divides the first dimensions of an array over axes of the mesh in use, if the axes divide
+    their sizes.
 
     Args:
-      x: an array in a compiled function.
-      axes: for each of the first dimensions one axis, several, or None; the dimensions that follow
-        are not divided.
-
-    Returns:
-      x; without a mesh it stays as it is.
+      x: An array in a compiled function.
+      axes: One axis, several, or None for each of the first dimensions.
     """
     if (mesh := own_mesh()) is None:
         return x

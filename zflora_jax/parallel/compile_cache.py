@@ -10,14 +10,14 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import as_path, local_folder
 
 KEPT_FROM_SECONDS = 0.2  # programs that compile faster are not cached
 
 
 @contextmanager
 def compile_cache(directory: str | Path) -> Iterator[None]:
-    """Keep compiled programs in a directory, and reuse those that are there.
+    """Keeps compiled programs in a directory, and reuses those that are there.
 
     A cache that is in use already stays in use. JAX_COMPILATION_CACHE_DIR names another directory,
     JAX_ENABLE_COMPILATION_CACHE=false switches it off. Entries are machine code that JAX runs:
@@ -25,22 +25,18 @@ def compile_cache(directory: str | Path) -> Iterator[None]:
     warning and is compiled again.
 
     Args:
-      directory: of the cache, or its URL.
+      directory: Directory of the cache. For a URL, programs are kept in the local cache instead.
     """
     config: Any = jax.config  # its values have no types
     if config.jax_compilation_cache_dir is not None:
         yield
         return
     least = config.jax_persistent_cache_min_compile_time_secs
-    place, more = as_path(directory), config.jax_persistent_cache_enable_xla_caches
-    # Beside its own cache jax has XLA keep what it measured on a GPU, in the same directory; XLA
-    # opens no URL, and ends the first program with an error.
-    of_xla = "none" if is_url(place) else more
-    _use(str(place.absolute()), min(least, KEPT_FROM_SECONDS), of_xla)
+    _use(str(local_folder(as_path(directory))), min(least, KEPT_FROM_SECONDS))
     try:
         yield
     finally:
-        _use(None, least, more)
+        _use(None, least)
 
 
 @contextmanager
@@ -60,8 +56,7 @@ def _enable(cached: bool) -> None:
     compilation_cache.reset_cache()  # type: ignore[no-untyped-call]
 
 
-def _use(directory: str | None, least: float, of_xla: str | None) -> None:
+def _use(directory: str | None, least: float) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_enable_xla_caches", of_xla)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     compilation_cache.reset_cache()  # type: ignore[no-untyped-call]  # else the first directory of a process is used for good

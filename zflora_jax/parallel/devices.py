@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,14 @@ ASSUMED_CUDNN = 91100  # of an absent GPU; jax 0.10 ships with a newer one
 
 @dataclass(frozen=True)
 class Device:
-    """What programs are made for.
+    """The device that programs are made for.
 
     Attributes:
-      platform: "tpu", "gpu" (NVIDIA's alone) or "cpu"; another as jax names it.
-      kind: as jax names it, "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
-      capability: a GPU's compute capability, (9, 0) for Hopper; None of others, and where an absent
-        GPU is not known.
-      here: whether this process has such a device.
+      platform: "tpu", "gpu" (NVIDIA's only) or "cpu"; another as jax names it.
+      kind: jax's name of the device: "TPU v5 lite", "NVIDIA H100 80GB HBM3".
+      capability: A GPU's compute capability, (9, 0) for Hopper; None for others, and for an absent
+        GPU that is not in GPUS.
+      here: Whether this process has such a device.
     """
 
     platform: str
@@ -45,20 +46,22 @@ class Device:
 
 def device_in_use() -> Device:
     """The device of the mesh in use (`jax.set_mesh`), which may be absent (a program is compiled
-    for it, not run); else the default device.
+    for it, not run); without one, the default device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     wanted: Any = None if mesh.empty else mesh.abstract_device
     backend = jax.extend.backend.get_backend()
-    here = _default_device(backend)
+    given: Any = getattr(jax.config, "jax_default_device", None)
+    if isinstance(given, str):
+        given = jax.local_devices(backend=given)[0]
+    here: Any = given or backend.local_devices()[0]
     if wanted is not None and wanted.device_kind != here.device_kind:
         return named_device(wanted.platform, wanted.device_kind)
-    platform, capability = here.platform, None
-    if platform == "gpu" and "cuda" in backend.platform_version:
-        capability = _capability(here.compute_capability)
-    elif platform == "gpu":
-        platform = "rocm"
-    return Device(platform, here.device_kind, capability)
+    if here.platform != "gpu":
+        return Device(here.platform, here.device_kind)
+    if "cuda" not in backend.platform_version:
+        return Device("rocm", here.device_kind)
+    return Device("gpu", here.device_kind, _capability(here.compute_capability))
 
 
 def named_device(platform: str, kind: str) -> Device:
@@ -66,7 +69,7 @@ def named_device(platform: str, kind: str) -> Device:
 
     Args:
       platform: "tpu" or "gpu", as jax names it.
-      kind: as jax names the device.
+      kind: jax's name of the device.
     """
     known = (GPUS[part] for part in GPUS if platform == "gpu" and part in kind)
     return Device(platform, kind, next(known, None), here=False)
@@ -86,13 +89,13 @@ def widest_head() -> int:
 def widest_cudnn_head(capability: tuple[int, int], cudnn: int) -> int:
     """The widest head, in channels, of 16-bit attention forward and backward; 0 for none.
 
-    Narrower than what jax lets through (256 since Hopper, 128 since Ampere; nothing on 10.3 before
-    cuDNN 9.11): by cuDNN's table of support the backward pass of Blackwell has 128, as Ampere's and
-    Ada's have (and 256 itself in its newest releases), and Hopper's has 256 since cuDNN 9.5.
+    Narrower than jax's own check (256 since Hopper, 128 since Ampere; nothing on 10.3 before cuDNN
+    9.11): by cuDNN's table of support the backward pass takes 128 on Blackwell, as on Ampere and
+    Ada (256 itself in its newest releases), and 256 on Hopper since cuDNN 9.5.
 
     Args:
-      capability: the GPU's compute capability, (9, 0) for Hopper.
-      cudnn: the library's version, 91100 for 9.11.0; 0 where it is not known.
+      capability: The GPU's compute capability, (9, 0) for Hopper.
+      cudnn: The library's version, 91100 for 9.11.0; 0 if unknown.
     """
     if capability < (8, 0) or (capability == (10, 3) and cudnn < 91100):
         return 0
@@ -100,8 +103,8 @@ def widest_cudnn_head(capability: tuple[int, int], cudnn: int) -> int:
 
 
 def allow_absent_cudnn() -> None:
-    """Let jax trace cuDNN's attention for the absent GPU of the mesh in use: jax asks the library
-    and the first GPU of this process what they take, and has no public way to tell it. Where the
+    """Lets jax trace cuDNN's attention for the absent GPU of the mesh in use. jax asks the library
+    and the first GPU of this process for their limits, and has no public way to be told. If the
     device in use is here, it still asks them.
     """
     if device_in_use().here:
@@ -110,38 +113,26 @@ def allow_absent_cudnn() -> None:
 
     if hasattr(theirs.check_cudnn_version, "knows_absent"):
         return
-    version, at_least, equal = (
-        theirs.check_cudnn_version,
-        theirs.check_compute_capability,
-        theirs.is_cuda_compute_capability_equal,
-    )
 
-    def absent() -> tuple[int, int] | None:
-        device = device_in_use()
-        return None if device.here else device.capability
+    def replace(name: str, of_absent: Callable[..., Any]) -> None:
+        original = getattr(theirs, name)
 
-    def check_cudnn_version() -> int:
-        return ASSUMED_CUDNN if absent() else int(version())
+        def answer(*wanted: Any) -> Any:
+            device = device_in_use()
+            if device.here or device.capability is None:
+                return original(*wanted)
+            return of_absent(device.capability, *wanted)
 
-    def check_compute_capability(wanted: str) -> bool:
-        have = absent()
-        return have >= _capability(wanted) if have else bool(at_least(wanted))
+        answer.knows_absent = True  # type: ignore[attr-defined]
+        setattr(theirs, name, answer)
 
-    def is_cuda_compute_capability_equal(wanted: str) -> bool:
-        have = absent()
-        return have == _capability(wanted) if have else bool(equal(wanted))
-
-    check_cudnn_version.knows_absent = True  # type: ignore[attr-defined]
-    for function in (
-        check_cudnn_version,
-        check_compute_capability,
-        is_cuda_compute_capability_equal,
-    ):
-        setattr(theirs, function.__name__, function)
+    replace("check_cudnn_version", lambda have: ASSUMED_CUDNN)
+    replace("check_compute_capability", lambda have, wanted: have >= _capability(wanted))
+    replace("is_cuda_compute_capability_equal", lambda have, wanted: have == _capability(wanted))
 
 
 def on_cpu() -> AbstractContextManager[None]:
-    """A context in which arrays are made on the host's CPU, for results that must not depend on the
+    """A context that makes arrays on the host's CPU, for results that must not depend on the
     device; on the default device where JAX_PLATFORMS leaves the CPU out.
     """
     try:
@@ -149,14 +140,6 @@ def on_cpu() -> AbstractContextManager[None]:
     except RuntimeError:
         return nullcontext()
     return jax.default_device(cpu)
-
-
-def _default_device(backend: Any) -> Any:
-    """jax's default device: as set, else the first of the backend."""
-    given: Any = getattr(jax.config, "jax_default_device", None)
-    if isinstance(given, str):
-        return jax.local_devices(backend=given)[0]
-    return given or backend.local_devices()[0]
 
 
 def _capability(text: str) -> tuple[int, int]:

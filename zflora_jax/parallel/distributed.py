@@ -1,7 +1,7 @@
-"""Several processes as one run, with JAX's distributed runtime; stopping all of them between two
-steps.
+"""Several processes as one run, with JAX's distributed runtime; stopping all of them after the same
+step.
 
-Every process runs the same program on the same global arrays; process 0 alone writes logs, metrics
+Every process runs the same program on the same global arrays; only process 0 writes logs, metrics
 and reports. A run that is asked to stop (SIGTERM, SIGINT) finishes its step, saves, and raises
 `Preempted`.
 """
@@ -28,12 +28,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from zflora_jax.core.fields import ConfigError, first_line, require
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import as_path
 
 T = TypeVar("T")
 
-PIECE = 1 << 23  # bytes of a process that are exchanged at one time
-SHARED_WITHIN = 10.0  # seconds that a new file may take to be seen by every process
+PIECE = 1 << 23  # bytes that a process sends at a time
+SHARED_WITHIN = 10.0  # seconds until every process must see a new file
 
 ENVIRONMENT = {
     "coordinator": "ZFLORA_COORDINATOR",
@@ -49,21 +49,21 @@ def start(
     *,
     detect: bool = False,
 ) -> None:
-    """Join the processes of a run. Call it before anything touches a device; a run of one process
-    does nothing.
+    """Joins the processes of a run. Call it before anything touches a device. A run of one process,
+    or a process that has joined already, does nothing.
 
     Each of the first three can come from the environment instead (see `ENVIRONMENT`); all or none
-    must be given. A process that has joined already stays as it is.
+    must be given.
 
     Args:
       coordinator: "host:port" of process 0, which all processes can reach.
-      num_processes: of the run.
-      process_id: of this process, from 0.
-      detect: let JAX find the three itself: SLURM, Open MPI, Kubernetes (needs the package
+      num_processes: Number of processes.
+      process_id: Number of this process, from 0.
+      detect: Whether JAX finds the three itself: SLURM, Open MPI, Kubernetes (needs the package
         `kubernetes`), Cloud TPU.
 
     Raises:
-      ConfigError: only some of the three are given, a value is impossible, or the runtime does not
+      ConfigError: Only some of the three are given, a value is impossible, or the runtime does not
         start.
     """
     if jax.distributed.is_initialized():
@@ -85,9 +85,14 @@ def start(
     )
     options = ", ".join(f"--{name.replace('_', '-')} (or {ENVIRONMENT[name]})" for name in missing)
     require(not missing, f"a run of several processes needs {options} too.")
-    count, number = (_whole(name, values[name]) for name in ("num_processes", "process_id"))
+    for name in ("num_processes", "process_id"):
+        require(
+            str(values[name]).isdigit(),
+            f"--{name.replace('_', '-')} {values[name]!r}: expected a whole number.",
+        )
+    count, number = int(str(values["num_processes"])), int(str(values["process_id"]))
     require(
-        count >= 1 and 0 <= number < count,
+        number < count,
         f"--process-id {number} of --num-processes {count}: processes are numbered from 0 to"
         f" {count - 1}.",
     )
@@ -101,29 +106,15 @@ def start(
         _initialize(address, count, number)
 
 
-def _whole(name: str, value: object) -> int:
-    try:
-        return int(str(value))
-    except ValueError:
-        raise ConfigError(
-            f"--{name.replace('_', '-')} {value!r}: expected a whole number."
-        ) from None
-
-
 def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
-        where = (
-            f"with coordinator {coordinator}"
-            if coordinator
-            else "by detection (SLURM, Open MPI, Kubernetes, Cloud TPU)"
-        )
-        hint = (
-            "Check that process 0 runs and that its port can be reached."
-            if coordinator
-            else "Give --coordinator, --num-processes, --process-id."
-        )
+        where = f"with coordinator {coordinator}"
+        hint = "Check that process 0 runs and that its port can be reached."
+        if coordinator is None:
+            where = "by detection (SLURM, Open MPI, Kubernetes, Cloud TPU)"
+            hint = "Give --coordinator, --num-processes, --process-id."
         raise ConfigError(
             f"JAX's distributed runtime did not start {where}: {first_line(error).rstrip('.')}."
             f" {hint}"
@@ -138,13 +129,13 @@ def is_main() -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Run `action` on process 0; the others wait for it.
+    """Runs `action` on process 0; the others wait for it.
 
     Returns:
       Its result on process 0, None on the others.
 
     Raises:
-      Exception: on process 0 what `action` raises, on the others then a ConfigError.
+      Exception: On process 0 the error of `action`, on the others then a ConfigError.
     """
     result, error = None, None
     try:
@@ -159,7 +150,7 @@ def on_main(action: Callable[[], T]) -> T | None:
 
 
 def gather_bytes(own: bytes) -> list[bytes]:
-    """The bytes of every process, in the order of their numbers; all processes call this."""
+    """The bytes of every process, in order; all processes call this."""
     if jax.process_count() == 1:
         return [own]
     sizes = _gather_size(len(own))
@@ -174,14 +165,14 @@ def gather_bytes(own: bytes) -> list[bytes]:
 
 
 def _gather_size(own: int) -> list[int]:
-    """The sizes of all processes. As bytes: jax's own integers have 32 bits."""
+    """The sizes of all processes, sent as bytes: jax's own integers have 32 bits."""
     rows = multihost_utils.process_allgather(np.frombuffer(own.to_bytes(8, "little"), np.uint8))
     return [int.from_bytes(row.tobytes(), "little") for row in rows]
 
 
 def from_process_0(value: Any) -> Any:
-    """A JSON value of process 0, in all processes; all of them call this, and what the others give
-    does not count. One process gets its value as it is.
+    """A JSON value of process 0, in all processes; all of them call this, and the values of the
+    others are ignored. One process gets its value unchanged.
     """
     if jax.process_count() == 1:
         return value
@@ -189,24 +180,21 @@ def from_process_0(value: Any) -> Any:
 
 
 def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> None:
-    """Check that all processes read what process 0 writes into `folder`; one process alone needs
-    no check.
-
-    Without it, processes with a workdir of their own would wait for each other for ever at the
-    first save.
+    """Checks that all processes see the files that process 0 writes into `folder`. Otherwise the
+    first save would make processes with different workdirs wait for each other forever.
 
     Args:
-      folder: a directory.
-      name: what it is, in the message.
+      folder: The directory or URL.
+      name: Its name in the message.
 
     Raises:
-      ConfigError: in every process, if one of them does not see the file.
+      ConfigError: In every process, if one of them does not see the file.
     """
     if jax.process_count() == 1:
         return
-    # No file of an earlier start can be taken for this one.
+    # A file of an earlier start has another name.
     nonce = from_process_0(secrets.randbelow(2**31))
-    file = as_path(folder, name) / f".shared-{nonce:08x}"
+    file = as_path(f"{os.fspath(folder)}/.shared-{nonce:08x}", name)
     on_main(lambda: _write_nonce(file))
     try:
         sees = np.asarray(_appears(file, SHARED_WITHIN))
@@ -226,8 +214,7 @@ def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> Non
 
 def _write_nonce(file: Path) -> None:
     try:
-        if not is_url(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(file.name, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
@@ -237,7 +224,7 @@ def _write_nonce(file: Path) -> None:
 
 
 def _appears(file: Path, seconds: float) -> bool:
-    """Whether `file` is readable within `seconds`; network file systems are late."""
+    """Whether `file` becomes readable within `seconds`; network file systems are late."""
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
@@ -249,8 +236,8 @@ def _appears(file: Path, seconds: float) -> bool:
 
 
 def leave(code: int, error: Exception | None = None) -> None:
-    """End this process at once if it is one of several: the others are blocked in a collective, and
-    JAX ends them when it is gone. The traceback of `error` is printed before.
+    """Ends this process at once if it is one of several, after printing the traceback of `error`:
+    the others are blocked in a collective, and JAX ends them when it is gone.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         if error is not None:
@@ -261,12 +248,11 @@ def leave(code: int, error: Exception | None = None) -> None:
 
 
 class StopSignals:
-    """A context in which SIGTERM and SIGINT ask for a stop instead of ending the process; a second
-    signal changes nothing.
+    """A context in which SIGTERM and SIGINT ask for a stop instead of ending the process.
 
-    Of several processes, it is enough to signal one: JAX's preemption service, which takes SIGTERM
-    there, makes all of them stop after the same step. Outside the main thread, where Python has no
-    signals, the signals that the main thread catches count.
+    With several processes one signal to one of them is enough: JAX's preemption service, which
+    handles SIGTERM there, stops all of them after the same step. Outside the main thread, where
+    Python has no signals, the signals that the main thread catches count.
     """
 
     _of_main: StopSignals | None = None
@@ -282,10 +268,8 @@ class StopSignals:
         return self._asked or (self._shared is not None and self._shared._asked)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`.
-
-        With several processes it must be called for every step, and it is true in all of them at
-        the same step.
+        """Whether to stop after `step`: the same answer in all processes, which call this for every
+        step.
         """
         if jax.process_count() == 1:
             return self.asked

@@ -1,4 +1,4 @@
-"""The mesh of a model: found from its arrays, and entered by the code that runs it."""
+"""The mesh of a model: found from its arrays, entered by the code that runs it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 
 def mesh_if_there(config: MeshConfig) -> Mesh | None:
-    """The mesh that a run was trained on, if this process has enough devices.
+    """The mesh that a run was trained on, if there are enough devices.
 
     Args:
-      config: of the run; here its devices may be in other slices.
+      config: The run's mesh; its devices may be in other slices here.
 
     Returns:
-      The mesh; None for one device, and, with a line in the log, where there are fewer devices.
+      The mesh; None for one device, and, with a warning, if there are fewer devices.
 
     Raises:
-      ConfigError: there are several processes, and the mesh does not use all of their devices.
+      ConfigError: There are several processes, and the mesh does not use all of their devices.
     """
     need, have = config.devices, jax.device_count()
     if 1 < need <= have or jax.process_count() > 1:
@@ -46,7 +46,7 @@ def mesh_if_there(config: MeshConfig) -> Mesh | None:
 
 
 def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
-    """The mesh that the arrays of `tree` are divided over; None on one device."""
+    """The mesh that the arrays of `tree` are on; None for one device."""
     leaf = next(iter(jax.tree.leaves(tree)), None)
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return None
@@ -58,10 +58,8 @@ def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
 
 @contextmanager
 def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
-    """Compute on the mesh of the arrays of `tree` (`jax.set_mesh`); on one device this does
-    nothing.
-
-    The code that runs a model enters this, so that it computes where the parameters are.
+    """Computes on the mesh of the arrays of `tree` (`jax.set_mesh`), where there is one. The code
+    that runs a model enters this.
     """
     mesh = mesh_of(tree)
     if mesh is None:
@@ -72,11 +70,11 @@ def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
 
 
 def place_like(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
-    """Put adapters on the mesh of a model's parameters; on one device they stay where they are.
+    """Puts adapters on the mesh of a model's parameters; on one device they stay.
 
     Args:
-      params: of the model.
-      adapters: for it, of all rows, or with leading axes of rows or tasks.
+      params: The model's parameters.
+      adapters: Its adapters, for all rows, or with leading axes of rows or tasks.
     """
     mesh = mesh_of(params)
     return dict(adapters) if mesh is None else shard(adapters, mesh, fused=True)
@@ -90,7 +88,7 @@ def several_devices() -> bool:
 
 def batch_axes(rows: int) -> tuple[str, ...] | None:
     """The axes of the mesh in use that divide a batch of `rows`: data and fsdp, as in training,
-    else data alone, as in decode; None where neither does, or the mesh has other axes.
+    else only data, as in decode; None if neither does, or the mesh has other axes.
     """
     if (mesh := own_mesh()) is None:
         return None
@@ -101,14 +99,14 @@ def batch_axes(rows: int) -> tuple[str, ...] | None:
 
 
 def has_values_here(array: Any) -> bool:
-    """Whether this process can read the values now: it cannot read those of a traced array, nor all
-    of an array that several processes share.
+    """Whether this process can read the values now: not of a traced array, nor of one that several
+    processes share.
     """
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
 def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",)) -> int:
-    """The smallest number, at least `rows`, that the mesh of `tree` divides along `axes`."""
+    """The smallest number of rows, at least `rows`, that the mesh of `tree` divides by `axes`."""
     mesh = mesh_of(tree)
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
     return -(-rows // parts) * parts

@@ -1,11 +1,11 @@
 """Sharding: one mesh of three axes, and one table from parameter names to axes of the mesh.
 
 data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the
-base is stored in slices: the compiler gathers a layer's kernels where they are used, one layer at a
-time, because the rows are divided over the same axis (a constraint that asks for the gather would
-make the backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the
-vocabulary are divided, as in Megatron-LM (arXiv 1909.08053). Adapter blocks stay apart from their
-kernels in training, so an adapter's width need not be divisible by the mesh.
+weights are stored in slices. XLA gathers one layer's kernels at a time where they are used, because
+the rows are divided over the same axis (a constraint that asks for the gather would make the
+backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the vocabulary
+are divided, as in Megatron-LM (arXiv 1909.08053). Adapter blocks are separate from their kernels in
+training, so the mesh need not divide an adapter's width.
 
 Shapes: B rows of a batch, T tokens.
 """
@@ -64,26 +64,26 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make the mesh of a run.
+    """Makes the mesh of a run.
 
     Args:
-      config: the number of devices along data, fsdp and tensor, and the slices they are in.
-      devices: the first of them are used; None: all devices, and idle ones are logged.
+      config: Number of devices along data, fsdp and tensor, and of slices.
+      devices: Devices, of which the first are used; None for all devices, and idle ones are logged.
 
     Raises:
-      ConfigError: there are fewer devices, or they are in other slices.
+      ConfigError: There are fewer devices, or they are in other slices.
     """
     need, have = config.devices, jax.devices() if devices is None else list(devices)
+    axes = f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor}"
     require(
         need <= len(have),
-        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs"
-        f" {need} devices; there are {len(have)}. Lower one of them, or start on more devices.",
+        f"{axes} needs {need} devices; there are {len(have)}. Lower one of them, or start on more"
+        " devices.",
     )
     require(
         need == len(have) or jax.process_count() == 1,
-        f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is {need}"
-        f" devices of {len(have)} in {jax.process_count()} processes: a run of several processes"
-        " uses all of them. Raise mesh.data or mesh.fsdp.",
+        f"{axes} is {need} devices of {len(have)} in {jax.process_count()} processes: a run of"
+        " several processes uses all of them. Raise mesh.data or mesh.fsdp.",
     )
     if devices is None and need < len(have):
         times = len(have) // need
@@ -116,15 +116,15 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
     """The PartitionSpec of a leaf.
 
     Args:
-      name: of the leaf, as in `axes_of`.
-      shape: of the leaf; layers may be stacked on a leading axis.
-      mesh: a Mesh or an AbstractMesh.
-      fused: whether the leaf is of a fused model. Its widths depend on the adapter, so an axis of
-        the mesh that does not divide its dimension goes to another dimension of the leaf.
+      name: The leaf's name, as in `axes_of`.
+      shape: The leaf's shape; layers may be stacked on a leading axis.
+      mesh: A Mesh or an AbstractMesh.
+      fused: Whether the leaf is of a fused model. Its widths depend on the adapter, so an axis of
+        the mesh that does not divide its dimension moves to another dimension of the leaf.
 
     Raises:
-      ConfigError: an axis of the mesh does not divide its dimension of a base or adapter leaf,
-        other than the vocabulary, which then is whole on every device along that axis.
+      ConfigError: An axis of the mesh does not divide its dimension of a base or adapter leaf. (If
+        it is the vocabulary, every device along that axis holds it whole.)
     """
     axes = axes_of(name)
     first = len(shape) - len(axes)  # stacked layers stay whole: scan takes one at a time
@@ -169,12 +169,12 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
 
 
 def specs(name: str, leaf: Any, mesh: Any, *, fused: bool = False) -> Any:
-    """The PartitionSpec of each array of a leaf, in the leaf's own form: one, or those of codes and
-    of scales. A scale lies beside the numbers that it scales where its axis can be divided so.
+    """The PartitionSpec of each array of a leaf, as a tree of the leaf's structure: one, or those
+    of codes and scales. A scale is divided like its codes where the axis divides it.
 
     Args:
-      name, mesh, fused: as in `spec`.
-      leaf: of arrays or ShapeDtypeStructs.
+      name, mesh, fused: As in `spec`.
+      leaf: Leaf of arrays or ShapeDtypeStructs.
     """
     whole = spec(name, tuple(leaf.shape), mesh, fused=fused)
 
@@ -208,9 +208,9 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> tr
     """The sharding of every leaf of a tree.
 
     Args:
-      tree: parameters or adapters, as arrays or ShapeDtypeStructs.
-      mesh: that they go to.
-      fused: as in `spec`.
+      tree: Parameters or adapters, as arrays or ShapeDtypeStructs.
+      mesh: The mesh that they go to.
+      fused: As in `spec`.
     """
 
     def place(name: str, leaf: Any) -> Any:
@@ -220,19 +220,17 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> tr
 
 
 def own_mesh() -> Any:
-    """The mesh in use (`jax.set_mesh`) if it has the axes of `make_mesh`; None without one, and in
-    a mesh of other axes, which says nothing about this project's arrays.
-    """
+    """The mesh in use (`jax.set_mesh`) if it has the axes of `make_mesh`; otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if set(mesh.axis_names) == set(AXES) else None
 
 
 def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
-    """Divide a tree over the mesh in use, in a compiled function; without a mesh it stays as it is.
+    """Divides a tree over the mesh in use, in a compiled function; without a mesh it stays.
 
     Args:
-      tree: parameters or adapters.
-      fused: as in `spec`.
+      tree: Parameters or adapters.
+      fused: As in `spec`.
     """
     if (mesh := own_mesh()) is None:
         return dict(tree)
@@ -244,13 +242,13 @@ def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
 
 
 def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
-    """Put a tree on the devices of a mesh, divided as `spec` says.
+    """Puts a tree on the devices of a mesh, divided by `spec`.
 
     Args:
-      tree: parameters or adapters. With several processes, each has the whole tree, or has loaded
+      tree: Parameters or adapters. With several processes, each has the whole tree, or has loaded
         it on this mesh.
-      mesh: that they go to.
-      fused: as in `spec`.
+      mesh: The mesh that they go to.
+      fused: As in `spec`.
     """
 
     def place(leaf: Any, where: NamedSharding) -> jax.Array:
@@ -293,12 +291,12 @@ def own_rows(rows: int, mesh: Mesh) -> list[int]:
 
 
 def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Put a batch on a mesh.
+    """Puts a batch on a mesh.
 
     Args:
-      batch: arrays [own, T] of the rows that `own_rows` lists, in that order.
-      rows: B, of the whole batch.
-      mesh: that it goes to.
+      batch: Arrays [own, T] of the rows that `own_rows` lists, in that order.
+      rows: Rows of the whole batch, B.
+      mesh: The mesh that it goes to.
 
     Returns:
       Arrays [B, T].
@@ -323,9 +321,8 @@ def batch_shards() -> int:
 
 
 def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
-    """Gather the leaf `name` along fsdp, in a compiled function; without a mesh it stays as it is.
-
-    For leaves that a loop reads in every iteration: XLA would gather them in each of them.
+    """Gathers the leaf `name` along fsdp, in a compiled function; without a mesh it stays. For
+    leaves that a loop reads: XLA would gather them in each iteration.
     """
     if (mesh := own_mesh()) is None:
         return leaf

@@ -1,7 +1,7 @@
-"""The devices of a mesh in order: those of a slice are neighbours along every axis but data.
+"""Order of the devices of a mesh: those of a slice are neighbours along every axis but data.
 
-A slice is a group of devices with fast links among them (a TPU slice and its ICI); slices are
-connected by the data centre's network (DCN), which is slower.
+A slice is a group of devices with fast links (a TPU slice and its ICI). Slices are connected by the
+slower network of the data centre (DCN).
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def slice_groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
-    """The devices of each of `slices` slices: by the slice that a TPU names, or else by processes,
-    as many neighbours in each slice.
+    """The devices of each slice, by `slice_index` of TPUs, otherwise by neighbouring processes.
 
     Returns:
-      The groups in order; fewer or more than `slices` where the devices are not in so many.
+      The groups in order; fewer or more than `slices` if the devices are not in that many.
     """
     for attribute in ("slice_index", "process_index"):
         found: dict[int, list[Any]] = {}
@@ -41,17 +40,17 @@ def slice_groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
 
 
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """Arrange the devices of a mesh.
+    """Arranges the devices of a mesh.
 
     Args:
-      config: the axes.
-      devices: as many as the mesh has.
+      config: The sizes of the axes.
+      devices: As many devices as the mesh has.
 
     Returns:
-      Devices [data, fsdp, tensor]; slices one after the other along data.
+      Devices [data, fsdp, tensor]; slices follow each other along data.
 
     Raises:
-      ConfigError: the devices are not in mesh.slices slices of one size.
+      ConfigError: The devices are not in mesh.slices slices of equal size.
     """
     shape = (config.data // config.slices, config.fsdp, config.tensor)
     if config.slices == 1:
@@ -76,8 +75,8 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 
 
 def _neighbours(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """Devices of `shape`, those along an axis linked to each other where the torus has such links;
-    as they are given where they fill no box of it.
+    """Devices of `shape`, linked along each axis where the torus allows it; in the given order if
+    they fill no box of it.
     """
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

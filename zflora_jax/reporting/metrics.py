@@ -15,10 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import Mirror, as_path
 from zflora_jax.core.textfile import lines_of
-from zflora_jax.reporting.files import plain
-from zflora_jax.reporting.growing import GrowingFile, GrowingFolder, uploading, warning
+from zflora_jax.reporting.files import atomic_write, plain
 from zflora_jax.reporting.progress import training_progress
 from zflora_jax.reporting.trackers import RUN_ID, Tracker, make_trackers
 
@@ -38,7 +37,8 @@ class MetricWriter:
         dropped, since it is about to be computed again; 0 starts the files anew.
       report_to: rows of `trackers.TRACKERS`.
       config: the settings that trackers show beside the numbers.
-      before_upload: called before files of a bucket are replaced; what it raises keeps them.
+      before_upload: Called before files are uploaded to a bucket; an exception from it prevents
+        that.
 
     Raises:
       ConfigError: a tracker did not start.
@@ -57,15 +57,17 @@ class MetricWriter:
         path = as_path(workdir, "workdir") / METRICS_FILE
         there = _parse(path) if start_step > 0 and path.exists() else []
         kept = [r for r in there if r["step"] <= start_step]
-        self._before_upload, self._in_bucket = before_upload, is_url(path)
-        self._file = GrowingFile(path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._before_upload = before_upload
         self._restored = {(r["step"], r["split"]) for r in kept}
-        self._folder = GrowingFolder(workdir, (RUN_ID,))
+        self._mirror = Mirror(path.parent, (RUN_ID,))
+        file = self._mirror.path / METRICS_FILE
+        atomic_write(file, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115
         try:  # they may refuse
-            self._trackers = make_trackers(report_to, self._folder.path, start_step, config or {})
+            self._trackers = make_trackers(report_to, self._mirror.path, start_step, config or {})
         except BaseException:
-            self._folder.close()
             self._file.close()
+            self._mirror.close()
             raise
         self._progress = training_progress(total_steps, start_step) if console else None
         self._closed = False
@@ -89,10 +91,8 @@ class MetricWriter:
                 f"metric names {sorted(clash)} are taken by the record itself; rename them."
             )
         numbers = {name: float(value) for name, value in values.items()}
-        self._file.add(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
-        if self._file.is_due():
-            with warning():
-                self.sync()
+        self._file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
+        self._file.flush()
         self._show(
             lambda tracker: tracker.write(
                 int(step), {f"{split}/{name}": value for name, value in numbers.items()}
@@ -107,17 +107,13 @@ class MetricWriter:
             self._progress.update(step, loss, tokens_per_s)
 
     def sync(self) -> None:
-        """Upload what has been written, if the run is in a bucket.
+        """Uploads what has been written, if the run is in a bucket.
 
         Raises:
-          OSError: it did not get there.
+          OSError: An upload failed.
         """
-        if not self._in_bucket:
-            return
-        with uploading("metrics"):
-            self._before_upload()
-            self._file.sync()
-            self._folder.sync()  # trackers write when they like, also when they are closed
+        self._before_upload()
+        self._mirror.sync()
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
@@ -127,10 +123,12 @@ class MetricWriter:
         if self._progress is not None:
             self._progress.close()
         self._show(lambda tracker: tracker.close())
-        with warning():
-            self.sync()
         self._file.close()
-        self._folder.close()
+        try:
+            self.sync()  # trackers write when they are closed, too
+        except OSError as error:
+            log.warning("%s", error)
+        self._mirror.close()
 
     def _show(self, call: Callable[[Tracker], None]) -> None:
         """Call every tracker. Drop one that raises: a full disk or a lost connection there must not

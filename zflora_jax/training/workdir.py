@@ -15,7 +15,7 @@ from typing import Any
 
 from zflora_jax.core.fields import ConfigError, require, to_dict
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.core.storage import as_path, is_url
+from zflora_jax.core.storage import as_path
 from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
@@ -26,7 +26,7 @@ from zflora_jax.training.lock import locked
 STARTS_FILE = "starts.jsonl"
 REPORT_FILE = "report.json"
 CHECKPOINTS = "checkpoints"  # a folder per saved step in it, see `checkpoint`
-COMMIT = "commit.json"  # in a bucket: makes the checkpoint of its folder count
+META = "meta.json"  # in such a folder; makes it count
 
 Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was, what it is now)
 
@@ -104,7 +104,7 @@ def _require_may_change(
     """Refuse changes of settings that must stay once `finished` steps are done."""
     # Fewer steps than asked for before: the learning rate did not decay to there.
     least = finished if run.optim.schedule == "constant" else there.train.steps
-    longer = ("train/steps",) if run.train.steps >= least or _ended(workdir, run, finished) else ()
+    longer = ("train/steps",) if run.train.steps >= least else ()
     moved = ("data/data_dir",) if same_files(there, run) else ()  # its rows are compared, too
     free = (*FREE, *ROUNDING, *longer, *moved)
     refused = [key for key in changed if not key.startswith(free)]
@@ -126,18 +126,6 @@ def _require_may_change(
             )
         advice = "Use another --workdir, or the same settings to resume it."
         raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
-
-
-def _ended(workdir: Path, run: RunConfig, finished: int) -> bool:
-    """Whether the last saved state is the end of a run of as many steps as `run` asks for: a longer
-    one was asked for since, and saved nothing.
-    """
-    path = workdir / REPORT_FILE
-    if run.train.steps == finished and path.is_file():
-        with contextlib.suppress(ValueError):  # damaged
-            report = json.loads(path.read_text(encoding="utf-8"))
-            return isinstance(report, dict) and report.get("steps") == finished
-    return False
 
 
 def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
@@ -165,16 +153,8 @@ def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
 
 def saved_steps(workdir: str | Path) -> list[int]:
     """The numbers of the steps whose state is saved in `workdir`, in increasing order."""
-    return committed_steps(as_path(workdir, "workdir") / CHECKPOINTS)
-
-
-def committed_steps(folder: Path) -> list[int]:
-    """`saved_steps`, of the folder of the checkpoints."""
-    if is_url(folder):
-        found = [path.parent for path in folder.glob(f"*/{COMMIT}")]
-    else:
-        found = list(folder.glob("*"))
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    found = (as_path(workdir, "workdir") / CHECKPOINTS).glob(f"*/{META}")
+    return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
 
 
 def change_notes(changed: Changes, run: RunConfig) -> list[str]:
@@ -216,8 +196,7 @@ def claim(workdir: str | Path, run: RunConfig) -> None:
     adopt(workdir, run)
     workdir = as_path(workdir, "workdir")
     try:
-        if not is_url(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
+        workdir.mkdir(parents=True, exist_ok=True)
         with locked(workdir):
             write_json(workdir / "config.json", to_dict(run))
     except OSError as error:
