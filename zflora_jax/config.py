@@ -12,7 +12,6 @@ from zflora_jax.core.run_config import (
     RunConfig,
     TrainConfig,
 )
-from zflora_jax.core.stored_config import from_file
 
 __all__ = [
     "METHODS",
@@ -28,6 +27,5 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "TrainConfig",
-    "from_file",
     "preset",
 ]

@@ -104,9 +104,6 @@ def test_what_draws_nothing_has_no_start(method):
         AdapterConfig("lora", init="gaussian")
 
 
-# --- files from before the start could be chosen --------------------------------------------------
-
-
 @pytest.mark.parametrize("second", ["lora", "zflora-minimal"])
 def test_a_second_adapter_is_fused_into_a_merged_model(second):
     """A merged LoRA left an ordinary base: preference tuning after supervised tuning, say."""

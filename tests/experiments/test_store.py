@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from support.paths import ROOT
-from support.settings import OLD_NAMES
 
 from zflora_jax.cli.inputs import load_config
 from zflora_jax.cli.main import main
@@ -179,38 +178,6 @@ def test_a_record_without_the_numbers_that_are_asked_for_is_not_enough(tmp_path)
     assert read_result(job(path)) and read_result(asked) is None
     write_record(job(path), {"validation_loss": 1.5, EXTRA: {"mine": 1}})
     assert read_result(asked) == {"validation_loss": 1.5, EXTRA: {"mine": 1}}
-
-
-def by_old_names(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        group: {OLD_NAMES.get(group, {}).get(key, key): value for key, value in values.items()}
-        if isinstance(values, dict)
-        else values
-        for group, values in config.items()
-    }
-
-
-@pytest.mark.parametrize("kind", ["row", "result"])
-def test_records_of_earlier_versions_are_read(kind, tmp_path):
-    """A grid's row and a comparison's result, their settings by the names of then, and without
-    those that came later.
-    """
-    config = by_old_names(to_dict(RUN))
-    assert "lengths" in config["data"] and "head_rank" in config["adapter"]
-    del config["eval"]["num_beams"], config["mesh"]
-    numbers = {"test_loss": 1.5, "commit": "abc"}
-    saved = {"status": "finished", **numbers} if kind == "row" else numbers
-    path = tmp_path / "row.json"
-    path.write_text(json.dumps({"config": config, kind: saved}))
-    assert read_result(job(path)) == numbers
-    for key, value in {
-        "data.bucket_lengths": [64],
-        "adapter.extra_mlp_units": 16,
-        "adapter.extra_head_dim": 8,
-        "eval.num_beams": 4,
-    }.items():
-        assert read_result(job(path, override(RUN, {key: value}))) is None
-    assert read_result(job(path, override(RUN, {"train.max_to_keep": 9}))) == numbers
 
 
 def test_a_failed_row_of_earlier_versions_is_a_failed_result(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs whose settings differ from the defaults, and the names that settings once had."""
+"""Runs whose settings differ from the defaults."""
 
 from __future__ import annotations
 
@@ -24,13 +24,6 @@ RUNS = [
         ),
         data=DataConfig("rows", "some/dir", "alpaca", 12, 3, (7, 9), True, 5, 4),
         optim=OptimConfig(1e-4, "linear", 0, 0.1, 0.01, 0.8, 0.9, 1e-6, None),
-        train=TrainConfig(7, 1, "bfloat16", True, 3, 2, None, 4, 1),
+        train=TrainConfig(7, 1, "bfloat16", "block", 3, 2, None, 4, 1),
     ),
 ]
-
-OLD_NAMES = {
-    "adapter": {"extra_head_dim": "head_rank", "extra_mlp_units": "mlp_rank"},
-    "data": {"grad_accum_steps": "accumulate", "bucket_lengths": "lengths"},
-    "train": {"max_to_keep": "keep"},
-}
-"""Section -> the name of a setting -> the one it had before."""

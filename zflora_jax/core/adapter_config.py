@@ -8,14 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zflora_jax.core.fields import (
-    ConfigError,
-    check_types,
-    current_names,
-    nearest,
-    renamed,
-    require,
-)
+from zflora_jax.core.fields import ConfigError, check_types, nearest, require
 
 # The distribution of an adapter's random blocks, or the part of the base that LoRA starts as.
 Start = Literal["kaiming_uniform", "normal", "pissa", "olora"]
@@ -58,7 +51,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-@renamed(mlp_rank="extra_mlp_units", head_rank="extra_head_dim")
 @dataclass(frozen=True)
 class AdapterConfig:
     """An adapter: a method, its widths in channels, and the kernels that it may touch."""
@@ -104,7 +96,7 @@ class AdapterConfig:
     """Other alphas for some kernels, in the same form. Only for lora."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, "adapter")
         require(
             self.method in METHODS,
             f"unknown adapter method {self.method!r}: {nearest(self.method, METHODS)}.",
@@ -233,7 +225,7 @@ class AdapterConfig:
 
     def replace(self, **changes: Any) -> AdapterConfig:
         """The config with other values of fields."""
-        return dataclasses.replace(self, **current_names(type(self), changes))
+        return dataclasses.replace(self, **changes)
 
 
 def _first(table: tuple[tuple[str, Any], ...], kernel: str, otherwise: Any) -> Any:

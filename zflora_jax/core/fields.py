@@ -12,7 +12,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -25,11 +25,11 @@ class ConfigError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or the name of its type."""
+    """The first line of an exception's message, or the name of its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def nearest(name: str, allowed: typing.Iterable[str]) -> str:
+def nearest(name: str, allowed: Iterable[str]) -> str:
     """A sentence for error messages: the closest allowed name if there is one, and all of them."""
     names = sorted(allowed)
     whatever_case = {allowed_name.lower(): allowed_name for allowed_name in names}
@@ -39,39 +39,138 @@ def nearest(name: str, allowed: typing.Iterable[str]) -> str:
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
-# --- dataclass <-> dict, dotted overrides ---------------------------------------------------------
+def require_at_least(
+    least: int, config: Any, *names: str, section: str = "", none: str = ""
+) -> None:
+    """Refuses fields of `config` below `least`.
 
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def check_types(config: Any) -> None:
-    """Hold every field to its declared type, also where a config is built by keyword in Python: the
-    first line of each __post_init__.
+    Args:
+      least: The smallest allowed value.
+      config: A dataclass.
+      names: Names of its fields.
+      section: The section of its settings, for messages.
+      none: What None means where a field may be None, for messages.
     """
-    hints: dict[str, Any] = _hints(typing.cast(Any, type(config)))
-    section = {
-        "AdapterConfig": "adapter.",
-        "DataConfig": "data.",
-        "OptimConfig": "optim.",
-        "TrainConfig": "train.",
-        "EvalConfig": "eval.",
-        "MeshConfig": "mesh.",
-        "QuantizeConfig": "quantize.",
-        "Comparison": "comparison.",
-    }
-    prefix = section.get(type(config).__name__, "")
+    for name in names:
+        value = getattr(config, name)
+        require(
+            value >= least if value is not None else bool(none),
+            f"{_dotted(section, name)}={value}: must be at least {least}"
+            f"{f', or None for {none}' if none else ''}.",
+        )
+
+
+def check_types(config: Any, section: str = "") -> None:
+    """Holds every field to its declared type, also where a config is built by keyword in Python:
+    the first line of each __post_init__.
+
+    Args:
+      config: A dataclass.
+      section: The section of its settings, for messages: "train" for train.steps.
+    """
+    hints = _hints(type(config))
     for f in dataclasses.fields(config):
         if f.init:
-            object.__setattr__(
-                config, f.name, _coerce(getattr(config, f.name), hints[f.name], prefix + f.name)
+            value = _coerce(getattr(config, f.name), hints[f.name], _dotted(section, f.name))
+            object.__setattr__(config, f.name, value)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], name: str = "") -> T:
+    """Builds the dataclass `cls` from a plain dict (nested for nested dataclasses).
+
+    Args:
+      cls: The dataclass.
+      values: Its fields as JSON has them.
+      name: The name of `values`, for messages.
+
+    Raises:
+      ConfigError: Unknown or missing keys, wrong types, impossible values.
+    """
+    what = name or cls.__name__
+    require(
+        isinstance(values, Mapping),
+        f"{what}={values!r}: expected a table of {cls.__name__} fields.",
+    )
+    hints, fields = _hints(cls), _fields(cls)
+    for key in values:
+        require(key in fields, f"unknown key {_dotted(name, key)!r}: {nearest(str(key), fields)}.")
+    missing = [
+        key
+        for key, f in fields.items()
+        if key not in values and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    require(
+        not missing,
+        f"{what} is incomplete or damaged: {', '.join(missing)} missing, and {cls.__name__} has no"
+        " default for it.",
+    )
+    return cls(**{k: _coerce(v, hints[k], _dotted(name, k)) for k, v in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`, JSON-ready (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {name: plain(getattr(value, name)) for name in _fields(type(value))}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def override(config: T, changes: Mapping[str, Any], name: str = "") -> T:
+    """`config` with dotted changes, e.g. {"train.steps": "50"}.
+
+    All changes to one nested config are made together, so that fields which constrain each other
+    can be changed in one call.
+
+    Args:
+      config: A dataclass; it stays unchanged.
+      changes: Value by dotted name. A string is parsed as a Python literal where the field is not a
+        string; a single number stands for a list of it.
+      name: The name of `config` in a larger one, for messages.
+
+    Raises:
+      ConfigError: An unknown name, or a value that cannot be used.
+    """
+    cls = type(config)
+    nested: dict[str, dict[str, Any]] = {}
+    flat: dict[str, Any] = {}
+    hints, fields = _hints(cls), _fields(cls)
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        require(head in fields, f"unknown key {key!r} of {cls.__name__}: {nearest(head, fields)}.")
+        if rest:
+            require(
+                dataclasses.is_dataclass(getattr(config, head)),
+                f"{key!r}: {head!r} has no fields of its own.",
             )
+            nested.setdefault(head, {})[rest] = value
+        else:
+            flat[head] = _coerce(_parse(value, hints[head]), hints[head], _dotted(name, key))
+    for head, inner in nested.items():
+        flat[head] = override(flat.get(head, getattr(config, head)), inner, head)
+    return dataclasses.replace(config, **flat)  # type: ignore[type-var]
+
+
+def _dotted(section: str, name: Any) -> Any:
+    return f"{section}.{name}" if section else name
+
+
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
+def _init_fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
+_fields: Callable[[Any], dict[str, dataclasses.Field[Any]]] = functools.cache(_init_fields)
+_UNIONS = (typing.Union, types.UnionType)
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
@@ -79,20 +178,11 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     nothing else changes.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if hint is Any or (value is None and type(None) in args):
         return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        errors = []
-        for option in (a for a in args if a is not type(None)):
-            try:
-                return _coerce(value, option, name)
-            except ConfigError as error:
-                errors.append(str(error))
-        raise ConfigError(errors[-1])
+    if origin in _UNIONS:
+        return _coerce_any(value, args, name)
     if origin is Literal:
-        value = _FORMER.get(hint, {}).get(str(value), value)
         require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
@@ -103,14 +193,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             _coerce(key, args[0], f"{name}, key {key!r}"): _coerce(of, args[1], f"{name}[{key!r}]")
             for key, of in value.items()
         }
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        require(
-            isinstance(value, dict),
-            f"{name}={value!r}: expected a table of {hint.__name__} fields.",
-        )
-        return from_dict(hint, value, name)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, name)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             number = float(value)
@@ -118,13 +202,24 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             number = math.inf
         require(math.isfinite(number), f"{name}={value!r}: expected a finite number.")
         return number
-    is_plain_int = isinstance(value, int) and not isinstance(value, bool)
     wanted = "bool (True or False)" if hint is bool else hint.__name__
     require(
-        is_plain_int if hint is int else isinstance(value, hint),
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
         f"{name}={value!r}: expected {wanted}, got {type(value).__name__}.",
     )
     return value
+
+
+def _coerce_any(value: Any, options: tuple[Any, ...], name: str) -> Any:
+    """`value` as the first of several types that takes it."""
+    errors = []
+    for option in options:
+        if option is not type(None):
+            try:
+                return _coerce(value, option, name)
+            except ConfigError as error:
+                errors.append(error)
+    raise errors[-1]
 
 
 def _coerce_tuple(value: Any, args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
@@ -135,11 +230,11 @@ def _coerce_tuple(value: Any, args: tuple[Any, ...], name: str) -> tuple[Any, ..
     if isinstance(value, dict):  # a table is the list of its pairs
         value = list(value.items())
     pairs = typing.get_origin(args[0]) is tuple
-    kind = "names" if names else "pairs" if pairs else args[0].__name__
-    form = "{'NAME': VALUE}" if pairs else f"[{value}]"
+    what = "names" if names else "pairs" if pairs else args[0].__name__
+    written = "{'NAME': VALUE}" if pairs else f"[{value}]"
     require(
         isinstance(value, list | tuple | range),
-        f"{name}={value!r}: expected a list of {kind}, written as {form}.",
+        f"{name}={value!r}: expected a list of {what}, written as {written}.",
     )
     if args[-1] is not Ellipsis:
         wanted = ", ".join(one.__name__ for one in args)
@@ -148,160 +243,11 @@ def _coerce_tuple(value: Any, args: tuple[Any, ...], name: str) -> tuple[Any, ..
     return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
 
 
-_FORMER: dict[Any, dict[str, Any]] = {}  # a Literal -> its former values, as text
-
-
-def respelt(literal: Any, former: Mapping[Any, str]) -> None:
-    """Values of a Literal that had another spelling are still taken by it.
-
-    Args:
-      literal: the type.
-      former: old value -> new one.
-    """
-    _FORMER[literal] = {str(old): new for old, new in former.items()}
-
-
-def renamed(**names: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator for a dataclass: fields that had another name are still taken by it, from
-    keywords, files and the command line.
-
-    Args:
-      names: old name = new name; "nested.field" for a field of the dataclass in field `nested`.
-    """
-
-    def decorate(cls: type[T]) -> type[T]:
-        init: Any = cls.__init__
-
-        @functools.wraps(init)
-        def with_old_names(self: Any, *args: Any, **kwargs: Any) -> None:
-            init(self, *args, **current_names(cls, kwargs))
-
-        setattr(cls, "__init__", with_old_names)  # noqa: B010 (mypy knows no other way)
-        setattr(cls, _RENAMED, names)
-        return cls
-
-    return decorate
-
-
-_RENAMED = "__renamed_fields__"
-
-
-def current_names(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` of fields of `cls`, each under the name that it has now (see `renamed`)."""
-    names = getattr(cls, _RENAMED, {})
-    twice = [old for old in values if old in names and names[old] in values]
-    require(
-        not twice,
-        "; ".join(
-            f"{old} is the name of before of {names[old]}, which is given too" for old in twice
-        )
-        + ": give one of them (dataclasses.replace gives every field: use the new name there).",
-    )
-    found = {names.get(name, name): value for name, value in values.items()}
-    for path in [name for name in names.values() if "." in name and name in found]:
-        outer, _, inner = path.partition(".")
-        value, nested = {inner: found.pop(path)}, found.get(outer, {})
-        if isinstance(nested, Mapping):
-            found[outer] = {**nested, **value}
-        elif dataclasses.is_dataclass(nested) and not isinstance(nested, type):
-            found[outer] = dataclasses.replace(nested, **value)
-    return found
-
-
-def from_dict(cls: type[T], values: dict[str, Any], name: str = "") -> T:
-    """Build the dataclass `cls` from a plain dict (nested for nested dataclasses). Raises
-    ConfigError on unknown keys or wrong types.
-    """
-    require(
-        isinstance(values, dict),
-        f"{name or cls.__name__}={values!r}: expected a table of {cls.__name__} fields.",
-    )
-    hints, values = _hints(typing.cast(Any, cls)), current_names(cls, values)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise ConfigError(
-                f"unknown key {f'{name}.{key}' if name else key!r}: {nearest(str(key), fields)}."
-            )
-    missing = [
-        k
-        for k, f in fields.items()
-        if k not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    require(
-        not missing,
-        f"{name or cls.__name__} is incomplete or damaged: {', '.join(missing)} missing, and"
-        f" {cls.__name__} has no default for it.",
-    )
-    return cls(**{k: _coerce(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`, JSON-ready (tuples become lists)."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {
-                f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
-            }
-        return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-    return plain(config)
-
-
-def override(config: T, changes: dict[str, Any], name: str = "") -> T:
-    """`config` with dotted changes, e.g. {"train.steps": "50"}.
-
-    All changes to one nested config are made together, so that fields which constrain each other
-    can be changed in one call.
-
-    Args:
-      config: a dataclass; it stays as it is.
-      changes: value by dotted name. A string is parsed as a Python literal where the field is not a
-        string; one number stands for a list of it.
-      name: of `config` in a greater one, for messages.
-
-    Raises:
-      ConfigError: an unknown name, a field given by two names, or a value that cannot be used.
-    """
-    nested: dict[str, dict[str, Any]] = {}
-    flat: dict[str, Any] = {}
-    hints = _hints(typing.cast(Any, type(config)))
-    known = [f.name for f in dataclasses.fields(config) if f.init]  # type: ignore[arg-type]
-    for key, value in changes.items():
-        head, _, rest = key.partition(".")
-        head = next(iter(current_names(type(config), {head: None})))
-        if head not in known:
-            raise ConfigError(
-                f"unknown key {key!r} of {type(config).__name__}: {nearest(head, known)}."
-            )
-        if rest:
-            require(
-                dataclasses.is_dataclass(getattr(config, head)),
-                f"{key!r}: {head!r} has no fields of its own.",
-            )
-            nested.setdefault(head, {})[rest] = value
-        else:
-            path = f"{name}.{key}" if name else key
-            require(
-                head not in flat, f"{path}: {head} is given by another name too: give one of them."
-            )
-            flat[head] = _coerce(_parse(value, hints[head]), hints[head], path)
-    for head, inner in nested.items():
-        flat[head] = override(flat.get(head, getattr(config, head)), inner, head)
-    return dataclasses.replace(config, **flat)  # type: ignore[type-var]
-
-
 def _parse(value: Any, hint: Any) -> Any:
+    """A value of the command line as a Python literal, unless the field takes text."""
     if not isinstance(value, str):
         return value
-    options = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (typing.Union, types.UnionType)
-        else (hint,)
-    )
+    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
     text_allowed = any(
         o is str or (typing.get_origin(o) is Literal and isinstance(typing.get_args(o)[0], str))
         for o in options

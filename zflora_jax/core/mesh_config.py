@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zflora_jax.core.fields import check_types, require
+from zflora_jax.core.fields import check_types, require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,8 @@ class MeshConfig:
     sends the sums of the adapter's gradients alone."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("data", "fsdp", "tensor", "slices"):
-            require(
-                getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)}: must be at least 1."
-            )
+        check_types(self, "mesh")
+        require_at_least(1, self, "data", "fsdp", "tensor", "slices", section="mesh")
         require(
             self.data % self.slices == 0,
             f"mesh.data={self.data} is not a multiple of mesh.slices={self.slices}: every slice"

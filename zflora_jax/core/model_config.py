@@ -7,20 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from zflora_jax.core.families import FAMILIES, Family
-from zflora_jax.core.fields import (
-    check_types,
-    current_names,
-    nearest,
-    renamed,
-    require,
-    respelt,
-    to_dict,
-)
+from zflora_jax.core.fields import check_types, nearest, require
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["default", "high", "highest"]  # of float32 products: ops.precision
 Remat = Literal["none", "dots", "block", "offload"]  # what the backward pass keeps: ops.remat
-respelt(Remat, {False: "dots", True: "block"})
 
 
 @dataclass(frozen=True)
@@ -80,11 +71,6 @@ class Execution:
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must be at least 0.")
 
 
-@renamed(
-    norm_dim="base_hidden_size",
-    rope_dim="base_head_dim",
-    **{f.name: f"execution.{f.name}" for f in dataclasses.fields(Execution)},
-)
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a model of any of `core.families.FAMILIES`, and how it is run. A fused model is the
@@ -98,8 +84,7 @@ class LlamaConfig:
     channels, RoPE turns the first `base_head_dim` dims of a head, and attention divides by
     sqrt(base_head_dim). None means all of them (a base model).
 
-    The fields of `execution` are also taken by their own names: LlamaConfig(..., dtype="bfloat16"),
-    config.replace(scan_layers=False), and files in which they stand beside the others.
+    `replace` takes the fields of `execution` too: config.replace(scan_layers=False).
     """
 
     vocab_size: int
@@ -214,13 +199,11 @@ class LlamaConfig:
 
     def replace(self, **changes: Any) -> LlamaConfig:
         """The same with other values of fields, those of `execution` included."""
-        given = {"execution": self.execution} | changes
-        if "num_layers" in given and "nope_layers" not in given:
-            given["nope_layers"] = tuple(i for i in self.nope_layers if i < given["num_layers"])
-        return dataclasses.replace(self, **current_names(type(self), given))
-
-    def flat(self) -> dict[str, Any]:
-        """As files hold it, JSON-ready: the fields of `execution` beside the others."""
-        values = to_dict(self)
-        execution = values.pop("execution")
-        return values | execution
+        how = {f.name for f in dataclasses.fields(Execution)} & changes.keys()
+        if how:
+            run = changes.get("execution", self.execution)
+            changes["execution"] = dataclasses.replace(run, **{k: changes.pop(k) for k in how})
+        if "num_layers" in changes and "nope_layers" not in changes:
+            kept = (i for i in self.nope_layers if i < changes["num_layers"])
+            changes["nope_layers"] = tuple(kept)
+        return dataclasses.replace(self, **changes)

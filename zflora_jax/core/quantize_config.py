@@ -30,7 +30,7 @@ class QuantizeConfig:
     """Of an output head that is not tied."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, "quantize")
         require(
             self.group in (None, 0, 32, 64, 128),
             f"quantize.group={self.group}: 32, 64 or 128 inputs share a scale, or 0 for all.",

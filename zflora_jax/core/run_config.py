@@ -1,18 +1,17 @@
 """Settings of a run: one frozen dataclass per concern, each field declared, defaulted, explained
-and checked here. `core.settings` reads the line under a field for the help of the command line.
+and checked here. `core.settings` reads the string under a field for the help of the command line.
 """
 
 from __future__ import annotations
 
 import datetime
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import check_types, renamed, require
+from zflora_jax.core.fields import check_types, require, require_at_least
 from zflora_jax.core.mesh_config import MeshConfig as MeshConfig
-from zflora_jax.core.model_config import Precision, Remat
+from zflora_jax.core.model_config import LlamaConfig, Precision, Remat
 from zflora_jax.core.quantize_config import QuantizeConfig as QuantizeConfig
 
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval", "plain"]
@@ -28,7 +27,10 @@ def _is_date(text: str) -> bool:
         return False
 
 
-@renamed(accumulate="grad_accum_steps", lengths="bucket_lengths")
+def _require_seed(seed: int, name: str) -> None:
+    require(0 <= seed < 2**32, f"{name}={seed}: must be from 0 to 2**32 - 1.")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which examples are read, and how they are batched."""
@@ -64,29 +66,21 @@ class DataConfig:
     """Form of the rows of task rows; None means that their columns say it."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: must be at least 1.")
-        require(
-            self.grad_accum_steps >= 1,
-            f"data.grad_accum_steps={self.grad_accum_steps}: must be at least 1.",
-        )
+        check_types(self, "data")
+        require_at_least(1, self, "batch_size", "grad_accum_steps", section="data")
+        require_at_least(1, self, "train_limit", section="data", none="all rows")
+        require_at_least(0, self, "seed", section="data")
         require(
             self.batch_size % self.grad_accum_steps == 0,
             f"data.batch_size={self.batch_size} is not a multiple of"
             f" data.grad_accum_steps={self.grad_accum_steps}; micro-batches must be equal.",
         )
+        lengths = list(self.bucket_lengths)
         require(
-            len(self.bucket_lengths) > 0
-            and list(self.bucket_lengths) == sorted(set(self.bucket_lengths))
-            and self.bucket_lengths[0] >= 1,
-            f"data.bucket_lengths={list(self.bucket_lengths)}: expected increasing positive"
-            " lengths, e.g. [128, 256].",
+            bool(lengths) and lengths == sorted(set(lengths)) and lengths[0] >= 1,
+            f"data.bucket_lengths={lengths}: expected increasing positive lengths, e.g. [128,"
+            " 256].",
         )
-        require(
-            self.train_limit is None or self.train_limit >= 1,
-            f"data.train_limit={self.train_limit}: must be at least 1, or None for all rows.",
-        )
-        require(self.seed >= 0, f"data.seed={self.seed}: must be at least 0.")
         require(
             self.date is None or _is_date(self.date),
             f"data.date={self.date!r}: expected a day as YYYY-MM-DD, e.g. 2026-11-26, or None for"
@@ -129,21 +123,15 @@ class OptimConfig:
     lion, b1 is the momentum of sgd, and eps is of adamw."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, "optim")
         require(
-            0 < self.learning_rate < math.inf,
+            self.learning_rate > 0,
             f"optim.learning_rate={self.learning_rate}: must be positive and finite.",
         )
-        require(
-            self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must be at least 0."
-        )
+        require_at_least(0, self, "warmup_steps", "weight_decay", section="optim")
         require(
             0 <= self.final_lr_fraction <= 1,
             f"optim.final_lr_fraction={self.final_lr_fraction}: must be within 0..1.",
-        )
-        require(
-            0 <= self.weight_decay < math.inf,
-            f"optim.weight_decay={self.weight_decay}: must be at least 0.",
         )
         for name in ("b1", "b2"):
             require(
@@ -152,7 +140,7 @@ class OptimConfig:
                 " and below 1.",
             )
         require(
-            0 < self.loraplus_ratio < math.inf,
+            self.loraplus_ratio > 0,
             f"optim.loraplus_ratio={self.loraplus_ratio}: must be positive (1.0: the same rate"
             " everywhere).",
         )
@@ -163,7 +151,6 @@ class OptimConfig:
         )
 
 
-@renamed(keep="max_to_keep")
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop: its length, number formats, evaluation, checkpoints and logs."""
@@ -200,23 +187,22 @@ class TrainConfig:
     with TF32 round the operands; highest is float32 throughout."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("steps", "loss_chunk", "log_every", "max_to_keep"):
-            require(
-                getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1."
-            )
-        require(0 <= self.seed < 2**32, f"train.seed={self.seed}: must be from 0 to 2**32 - 1.")
-        for name in ("eval_every", "save_every"):
-            value = getattr(self, name)
-            require(
-                value is None or value >= 1,
-                f"train.{name}={value}: must be at least 1, or None for the end only.",
-            )
+        check_types(self, "train")
+        counts = ("steps", "loss_chunk", "log_every", "max_to_keep")
+        require_at_least(1, self, *counts, section="train")
+        require_at_least(1, self, "eval_every", "save_every", section="train", none="the end only")
+        _require_seed(self.seed, "train.seed")
         each, saved = self.eval_every, self.save_every
         require(
             not self.keep_best or (each is not None and saved is not None and saved % each == 0),
             "train.keep_best=True needs the loss of every checkpoint: set train.eval_every to a"
             f" divisor of train.save_every (they are {each} and {saved}).",
+        )
+
+    def applied_to(self, config: LlamaConfig) -> LlamaConfig:
+        """`config` as a run computes with it: with its dtype, remat and matmul_precision."""
+        return config.replace(
+            dtype=self.dtype, remat=self.remat, matmul_precision=self.matmul_precision
         )
 
 
@@ -251,22 +237,12 @@ class EvalConfig:
     """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        require(
-            self.limit is None or self.limit >= 1,
-            f"eval.limit={self.limit}: must be at least 1, or None for all examples.",
-        )
-        for name in ("batch_size", "max_new_tokens", "num_beams"):
-            require(
-                getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)}: must be at least 1."
-            )
-        limit = self.max_prompt_tokens
-        require(
-            limit is None or limit >= 1,
-            f"eval.max_prompt_tokens={limit}: must be at least 1, or None for what the context"
-            " holds.",
-        )
-        require(0 <= self.seed < 2**32, f"eval.seed={self.seed}: must be from 0 to 2**32 - 1.")
+        check_types(self, "eval")
+        require_at_least(1, self, "limit", section="eval", none="all examples")
+        require_at_least(1, self, "batch_size", "max_new_tokens", "num_beams", section="eval")
+        rest = "the context less max_new_tokens"
+        require_at_least(1, self, "max_prompt_tokens", section="eval", none=rest)
+        _require_seed(self.seed, "eval.seed")
 
 
 @dataclass(frozen=True)
@@ -296,14 +272,14 @@ class RunConfig:
             "train.keep_best=True chooses by the held-out loss: set eval.split=validation, so that"
             " the test split stays unseen.",
         )
-        split = METHODS[self.adapter.method].in_place not in ("ffa", "full")
+        method = METHODS[self.adapter.method]
         require(
-            split or self.optim.loraplus_ratio == 1,
+            method.in_place not in ("ffa", "full") or self.optim.loraplus_ratio == 1,
             f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has"
             " no blocks of two kinds; leave it at 1.",
         )
         require(
-            METHODS[self.adapter.method].in_place != "full" or not self.quantize.active,
+            method.in_place != "full" or not self.quantize.active,
             "method 'full' trains the base's numbers, and quantize.* stores them as codes, which"
             " have no gradient: leave quantize.* at none, or train an adapter.",
         )

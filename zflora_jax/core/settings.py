@@ -1,7 +1,6 @@
 """The settings of a run as a list: dotted name, allowed values, default and meaning of each.
 
-The meaning of a setting is the string under its field in the dataclass. The help of the command
-line and docs/settings.md are made from this list.
+The help of the command line and docs/settings.md are made from this list.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.run_config import RunConfig
@@ -23,59 +20,58 @@ from zflora_jax.core.run_config import RunConfig
 TABLES = {"adapter.method": METHODS}  # settings whose values are the names of a table
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a run, as a user reads it."""
+class Setting(NamedTuple):
+    """One setting of a run, as a user reads it.
+
+    Attributes:
+      name: Dotted, as `--set` takes it: adapter.rank.
+      allowed: Its type, or its possible values.
+      default: Its value in `RunConfig()`.
+      meaning: The string under its field in the dataclass, on one line.
+    """
 
     name: str
-    """Dotted, as `--set` takes it: adapter.rank."""
     allowed: str
-    """Type, or the values that there are."""
     default: str
-    """Value in `RunConfig()`."""
     meaning: str
-    """One sentence or more."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """The settings of one dataclass."""
+class Section(NamedTuple):
+    """The settings of one dataclass.
+
+    Attributes:
+      name: adapter, data, ...; run for those without a dot.
+      title: The docstring of the dataclass.
+      settings: In the order of declaration.
+    """
 
     name: str
-    """adapter, data, ...; run for those without a dot."""
     title: str
-    """The docstring of the dataclass."""
     settings: tuple[Setting, ...]
 
 
 def sections() -> list[Section]:
     """All settings, by section, in the order in which `RunConfig` declares them."""
     run = RunConfig()
-    nested = [f.name for f in dataclasses.fields(run) if _is_config(getattr(run, f.name))]
+    values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+    nested = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
     return [
-        _section("run", run),
-        *(_section(name, getattr(run, name), f"{name}.") for name in nested),
+        _section("run", run, ""),
+        *(_section(name, value, f"{name}.") for name, value in nested.items()),
     ]
 
 
-def _section(name: str, config: Any, prefix: str = "") -> Section:
-    hints = typing.get_type_hints(type(config))
-    meanings = field_docs(type(config))
-    listed = (f.name for f in dataclasses.fields(config) if not _is_config(getattr(config, f.name)))
-    settings = tuple(
-        Setting(
-            prefix + f,
-            " | ".join(TABLES.get(prefix + f, ())) or allowed(hints[f]),
-            shown(getattr(config, f)),
-            meanings.get(f, ""),
-        )
-        for f in listed
-    )
-    return Section(name, " ".join((type(config).__doc__ or "").split()), settings)
-
-
-def _is_config(value: Any) -> bool:
-    return dataclasses.is_dataclass(value)
+def _section(name: str, config: Any, prefix: str) -> Section:
+    cls = type(config)
+    hints, meanings = typing.get_type_hints(cls), field_docs(cls)
+    settings = []
+    for field in dataclasses.fields(config):
+        value, dotted = getattr(config, field.name), prefix + field.name
+        if not dataclasses.is_dataclass(value):
+            values = " | ".join(TABLES.get(dotted, ())) or allowed(hints[field.name])
+            default = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+            settings.append(Setting(dotted, values, default, meanings.get(field.name, "")))
+    return Section(name, " ".join((cls.__doc__ or "").split()), tuple(settings))
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -84,18 +80,16 @@ def field_docs(cls: type) -> dict[str, str]:
         source = inspect.getsource(cls)
     except OSError:
         return {}
-    definition = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(source)).body[0])
-    return dict(_documented(definition.body))
-
-
-def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    found = {}
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(source)).body[0]).body
     for field, below in itertools.pairwise(body):
         match field, below:
             case (
                 ast.AnnAssign(target=ast.Name(id=name)),
                 ast.Expr(value=ast.Constant(value=str(text))),
             ):
-                yield name, " ".join(text.split())
+                found[name] = " ".join(text.split())
+    return found
 
 
 def allowed(hint: Any) -> str:
@@ -112,8 +106,3 @@ def allowed(hint: Any) -> str:
     if origin is tuple:
         return f"list of {allowed(args[0])}"
     return {str: "text", bool: "True | False"}.get(hint, hint.__name__)
-
-
-def shown(value: Any) -> str:
-    """A value as `--set` takes it."""
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

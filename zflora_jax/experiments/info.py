@@ -24,7 +24,6 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.core.stored_config import from_file
 from zflora_jax.experiments.run_report import read_report
 from zflora_jax.hf.compressed import CODES
 from zflora_jax.hf.directory import local_copy
@@ -151,7 +150,7 @@ def _export(directory: Path) -> Facts:
         "written by": f"zflora_jax {manifest['project_version']}",
     }
     if manifest["adapter"] is not None:
-        adapter = from_file(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
+        adapter = from_dict(AdapterConfig, manifest["adapter"], f"{MANIFEST}: adapter")
         facts |= _settings(adapter) | {"widths": _widths(manifest["base"], native)}
     facts |= {"base": manifest["base"].get("name"), **manifest.get("figures", {})}
     if codes := manifest["base"].get("codes_fingerprint"):

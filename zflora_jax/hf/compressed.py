@@ -26,7 +26,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import KERNELS, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import nearest, require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
@@ -361,7 +361,7 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
 
     config = to_hf_config(form.stock.config, dtype, form.stock.rope)
     config["quantization_config"] = _quantization_config(form)
-    stored = {"stored_config": form.stock.native.flat(), "multiple": form.stock.multiple}
+    stored = {"stored_config": to_dict(form.stock.native), "multiple": form.stock.multiple}
     manifest = {"quant": quant, **stored}
     return Stored(form.stock, config, specs, tensor, form.report(quant), manifest)
 

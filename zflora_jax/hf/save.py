@@ -226,7 +226,7 @@ def _manifest(
             "intermediate_size": base.intermediate_size,
             **fingerprints,
         },
-        "native_config": model.config.flat(),
+        "native_config": to_dict(model.config),
         "padding": form.width - model.config.hidden_size,
         "eps_z": form.eps_z,
         **stored.manifest,

@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.core.fields import ConfigError, require, to_dict
+from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.core.stored_config import from_file
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
@@ -57,7 +56,7 @@ def read_config(workdir: str | Path) -> RunConfig:
         raise ConfigError(
             f"{workdir} holds a model, not a training run: give it with --model (zf.load_model)."
         )
-    return from_file(RunConfig, values)
+    return from_dict(RunConfig, values)
 
 
 def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
