@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,10 +25,9 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
-from zflora_jax.core.errors import Preempted
+from zflora_jax.core.errors import NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.data.dates import dated
-from zflora_jax.data.pipeline import train_batches
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.restore import load_fused, load_run
@@ -39,7 +37,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
-from zflora_jax.training.trainer import NonFiniteError, step_of
+from zflora_jax.training.trainer import step_of
 from zflora_jax.training.workdir import read_config
 
 
@@ -111,9 +109,7 @@ def test_a_finished_run_is_loaded_not_trained(run, finished, caplog):
 
 @pytest.mark.usefixtures("own_programs")
 def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
-    """The step alone takes longer to compile than what is not kept. Batches that come late are seen
-    as waiting.
-    """
+    """The step alone takes longer to compile than what is not kept."""
     report = quiet_train(run, tmp_path / "run").report
     assert report == json.loads((tmp_path / "run" / "report.json").read_text())
     assert [
@@ -126,25 +122,6 @@ def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
         < report["first_step_seconds"]
         < report["seconds"]
     )
-    assert 0 <= report["data_wait_share"] < 0.5
-    shares = [
-        r["data_wait_share"]
-        for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
-        if r["split"] == "train"
-    ]
-    assert shares and all(0 <= share <= 1 for share in shares)
-
-
-def test_late_batches_are_waited_for_and_counted(run, tmp_path, monkeypatch):
-    batches = train_batches
-
-    def late(*args):
-        for batch in batches(*args):
-            time.sleep(0.3)
-            yield batch
-
-    monkeypatch.setattr("zflora_jax.experiments.train.train_batches", late)
-    assert 0.5 < quiet_train(run, tmp_path).report["data_wait_share"] <= 1
 
 
 def test_another_config_is_refused_and_nothing_is_lost(run, finished):

@@ -57,7 +57,6 @@ class FakeTrain:
             "steps": run.train.steps,
             "seconds": 1.5,
             "first_step_seconds": 0.5,
-            "data_wait_share": 0.1,
             "train_rows": 9,
             "train_rows_dropped": 1,
             "train_documents_cut": 0,

@@ -18,12 +18,12 @@ class Recorder(Hook):
     def on_batch(self, step, batch):
         self.calls.append((self.name, "batch", step, int(batch["tokens"][0])))
 
-    def on_metrics(self, step, metrics, timing):
-        assert timing.waited >= 0 and timing.seconds > 0
+    def on_metrics(self, step, metrics, seconds):
+        assert seconds > 0
         self.calls.append((self.name, "metrics", step, metrics["loss"]))
 
-    def is_due(self, step):
-        return self.every is not None and step % self.every == 0
+    def is_due(self, step, stopping):
+        return self.every is not None and (stopping or step % self.every == 0)
 
     def on_state(self, step, state, results):
         self.calls.append((self.name, "state", step, int(state.step), dict(results)))
@@ -31,9 +31,6 @@ class Recorder(Hook):
 
     def should_stop(self, step):
         return step == self.stop_at
-
-    def on_stop(self, step, state):
-        self.calls.append((self.name, "stop", step, int(state.step)))
 
 
 def run(steps, *hooks, first=0):
@@ -74,13 +71,17 @@ def test_the_state_comes_after_its_metrics_and_results_go_from_hook_to_hook():
     ]
 
 
-def test_a_stop_comes_instead_of_what_is_due_but_not_after_the_last_step():
+def test_a_stop_ends_training_with_the_state_for_who_wants_it():
     calls = []
-    assert run(8, Recorder("a", calls, every=3, stop_at=3)) == 3
-    assert calls[-2:] == [("a", "metrics", 3, 60.0), ("a", "stop", 3, 3)]
+    assert run(8, Recorder("a", calls, every=5, stop_at=3), Recorder("b", calls)) == 3
+    assert calls[-3:] == [
+        ("a", "metrics", 3, 60.0),
+        ("b", "metrics", 3, 60.0),
+        ("a", "state", 3, 3, {}),
+    ]
     calls.clear()
-    assert run(3, Recorder("a", calls, every=3, stop_at=3)) == 3
-    assert calls[-1][:3] == ("a", "state", 3)
+    assert run(8, Recorder("a", calls, stop_at=3)) == 3
+    assert calls[-1] == ("a", "metrics", 3, 60.0)
 
 
 def test_a_resumed_run_numbers_its_steps_on_and_a_finished_one_does_nothing():

@@ -203,7 +203,6 @@ def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
         "load_seconds",
         "data_seconds",
         "first_step_seconds",
-        "data_wait_share",
         "seconds",
     }
     assert {key for key in before if before[key] != after.get(key)} <= lost

@@ -1,6 +1,4 @@
-"""The base model of a run: what may be trained on, whether it was loaded for the run or
-handed in.
-"""
+"""The base model of a run, whether it was loaded for the run or handed in."""
 
 from __future__ import annotations
 
@@ -19,17 +17,19 @@ from zflora_jax.core.model import Model, require_fit
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import flatten
-from zflora_jax.hf.gguf_config import gguf_config
-from zflora_jax.hf.gguf_reader import GGUFFile
-from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
 from zflora_jax.hf.hub import HUB_IDS, packaged
-from zflora_jax.hf.load import load_model, load_tokenizer, locate, model_config
+from zflora_jax.hf.load import load_model, model_config, model_tokenizer
 from zflora_jax.hf.tokenizer import tokenizer_state
 from zflora_jax.inference.text import stop_as_trained
 from zflora_jax.nn.quantize_model import require_stored_as
 from zflora_jax.ops.quantized import QuantizedArray
 
 log = logging.getLogger(__name__)
+
+_WIDTHS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers"),
+    *("num_heads", "num_kv_heads", "head_dim"),
+)
 
 
 def load_base(run: RunConfig, mesh: Mesh | None = None) -> Model:
@@ -41,48 +41,42 @@ def load_base(run: RunConfig, mesh: Mesh | None = None) -> Model:
 def as_base(run: RunConfig, model: Model) -> Model:
     """`model`, loaded here or given, as the base of `run`.
 
-    It gets the remat and matmul_precision of the run, and stops where the run trains answers to
-    end.
+    Its config is how the run computes (`TrainConfig.applied_to`), and it stops where the run trains
+    answers to end.
 
     Raises:
-      ConfigError: a model that is packed or has a tree per layer, has an adapter fused in that
+      ConfigError: A model that is packed or has a tree per layer, has an adapter fused in that
         widens it, is of another dtype than train.dtype, or does not fit other settings of the run.
     """
-    if model.adapter is not None:
-        require(
-            not METHODS[model.adapter.method].widens,
-            f"model {model.source or run.model!r} has {model.adapter.method} fused in; an adapter"
-            " on top of it could not be fused. Train on its base.",
-        )
+    merged, execution = model.adapter, model.config.execution
     require(
-        not model.config.execution.packed,
-        "the model is packed for decoding, and that form cannot be trained; give the one that it"
+        merged is None or not METHODS[merged.method].widens,
+        f"model {model.source or run.model!r} has {merged.method if merged else ''} fused in; an"
+        " adapter on top of it could not be fused. Train on its base.",
+    )
+    require(
+        not execution.packed,
+        "the model is packed for decoding, and that layout cannot be trained; give the one that it"
         " was packed from.",
     )
     require(
-        model.config.execution.scan_layers,
+        execution.scan_layers,
         "the model has a tree per layer, and checkpoints are of stacked ones; load it without"
         " scan_layers=False.",
     )
-    found: dict[str, set[str]] = {
-        "params": {
-            str(leaf.dtype)
-            for leaf in flatten(model.params).values()
-            if not isinstance(leaf, QuantizedArray)
-        },
-        "activations": {model.config.execution.dtype},
-    }
-    for what, dtypes in found.items():
+    leaves = flatten(model.params).values()
+    stored = {str(leaf.dtype) for leaf in leaves if not isinstance(leaf, QuantizedArray)}
+    for name, dtypes in ("params", stored), ("activations", {str(execution.dtype)}):
         require(
             dtypes == {run.train.dtype},
-            f"the model's {what} are {', '.join(sorted(dtypes))}, and train.dtype is"
+            f"the model's {name} are {', '.join(sorted(dtypes))}, and train.dtype is"
             f" {run.train.dtype}: load it with load_model(..., dtype={run.train.dtype!r}), or set"
             " train.dtype.",
         )
     require_stored_as(model, run.quantize)
     # An adapter merged by addition left an ordinary base.
-    base = model.base if model.adapter is None else None
-    config = numerics(run, model.config)
+    base = model.base if merged is None else None
+    config = run.train.applied_to(model.config)
     model = Model(config, model.params, model.tokenizer, model.source, base=base)
     # Targets that match nothing are refused here, before anything slow.
     resolve_adapter(model.config, run.adapter)
@@ -97,11 +91,11 @@ def given_base(run: RunConfig, model: Model) -> Model:
     model that was loaded from elsewhere, or made in memory, gets a warning.
 
     Raises:
-      ConfigError: as for `as_base`; or the model is not the one that run.model names, since an
+      ConfigError: As for `as_base`; or the model is not the one that run.model names, since an
         adapter is merged into it, it was resized, or its tokenizer was changed.
     """
-    advice = "Save it with zf.save_hf(DIR, model), and train with run.model=DIR."
     base = as_base(run, model)
+    advice = "Save it with zf.save_hf(DIR, model), and train with run.model=DIR."
     require(
         model.adapter is None,
         f"the model has {getattr(model.adapter, 'method', '')} merged in, which {run.model!r} has"
@@ -114,20 +108,15 @@ def given_base(run: RunConfig, model: Model) -> Model:
             "was made in memory" if model.source is None else f"was loaded from {model.source}",
             run.model,
         )
-        return base
-    if (there := _on_disk(model.source)) is not None:
-        widths, tokenizer = there
-        wrong = [
-            f"{k}={v} here, {widths[k]} there"
-            for k, v in _widths(model.config).items()
-            if v != widths[k]
-        ]
+    elif (there := _on_disk(model.source)) is not None:
+        config, tokenizer = there
+        widths = ((name, getattr(model.config, name), getattr(config, name)) for name in _WIDTHS)
+        wrong = [f"{name}={mine} here, {its} there" for name, mine, its in widths if mine != its]
         require(
             not wrong, f"the model is not what {run.model!r} holds: {', '.join(wrong)}. {advice}"
         )
-        more = ""
-        if len(model.tokenizer) > model.config.vocab_size:
-            more = ", more than the embedding has rows: see zf.resize_vocab"
+        large = len(model.tokenizer) > model.config.vocab_size
+        more = ", more than the embedding has rows: see zf.resize_vocab" if large else ""
         require(
             tokenizer == tokenizer_state(model.tokenizer),
             f"the model's tokenizer is not that of {run.model!r}: a chat template or tokens were"
@@ -136,35 +125,13 @@ def given_base(run: RunConfig, model: Model) -> Model:
     return base
 
 
-def _widths(config: LlamaConfig) -> dict[str, int]:
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-    )
-    return {name: getattr(config, name) for name in (*names, "head_dim")}
-
-
 @functools.lru_cache(maxsize=4)  # a sweep hands one model to many runs
-def _on_disk(source: str) -> tuple[dict[str, int], Any] | None:
-    """(widths, tokenizer's state) of what a model was loaded from; None where it is gone."""
+def _on_disk(source: str) -> tuple[LlamaConfig, Any] | None:
+    """(config, tokenizer's state) of a model's files; None if they are gone."""
     try:
-        path, _ = locate(source)
-        if path.is_dir():
-            return _widths(model_config(source)), tokenizer_state(load_tokenizer(path))
-        file = GGUFFile(path)
-        config = gguf_config(file)
-        return _widths(config), tokenizer_state(gguf_tokenizer(file, config))
+        return model_config(source), tokenizer_state(model_tokenizer(source))
     except (ConfigError, CheckpointError):
         return None
-
-
-def numerics(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
-    """`config` with the settings of `run` that say how it is computed, not what it is."""
-    return config.replace(remat=run.train.remat, matmul_precision=run.train.matmul_precision)
 
 
 def _same_source(a: str, b: str) -> bool:
@@ -172,6 +139,4 @@ def _same_source(a: str, b: str) -> bool:
     paths of one place.
     """
     hub = [name if packaged(name) else HUB_IDS.get(name, name) for name in (a, b)]
-    if hub[0] == hub[1]:
-        return True
-    return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+    return hub[0] == hub[1] or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()

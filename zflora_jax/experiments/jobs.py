@@ -58,7 +58,6 @@ _KEPT = (
     "steps",
     "seconds",
     "first_step_seconds",
-    "data_wait_share",
     "train_rows",
     "train_rows_dropped",
     "train_documents_cut",

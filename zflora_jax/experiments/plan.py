@@ -26,7 +26,6 @@ from zflora_jax.core.architecture import count_base, param_shapes
 from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.base import numerics
 from zflora_jax.nn.quantize_model import quantized_shapes
 from zflora_jax.ops.attention import attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
@@ -229,7 +228,7 @@ def shaped_config(run: RunConfig, config: LlamaConfig) -> LlamaConfig:
         f"data.bucket_lengths goes up to {longest}, beyond the model's context of {limit}; leave"
         " out lengths above it.",
     )
-    return numerics(run, config).replace(dtype=run.train.dtype)
+    return run.train.applied_to(config)
 
 
 def abstract_arguments(

@@ -1,11 +1,10 @@
-"""Load what a run has trained."""
+"""Loads what a run has trained."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from zflora_jax.adapters.fuse import fuse
@@ -18,12 +17,11 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.base import load_base
+from zflora_jax.experiments.setup import state_like
 from zflora_jax.nn.quantize_model import dequantize_model, is_quantized
 from zflora_jax.parallel.distributed import from_process_0
 from zflora_jax.parallel.mesh import mesh_if_there, mesh_of
-from zflora_jax.parallel.sharding import state_shardings
 from zflora_jax.training.checkpoint import Checkpoints, require_same
-from zflora_jax.training.trainer import fresh_state
 from zflora_jax.training.workdir import CHECKPOINTS, read_config
 
 log = logging.getLogger(__name__)
@@ -32,22 +30,22 @@ log = logging.getLogger(__name__)
 def load_run(
     workdir: str | Path, step: int | str | None = None, *, mesh: Mesh | None = None
 ) -> tuple[RunConfig, Model, Tree, int]:
-    """Load a checkpoint of a run.
+    """Loads a checkpoint of a run.
 
     Processes that share the model call this together; each reads what its devices hold.
 
     Args:
-      workdir: of the run.
-      step: number of the checkpoint, "best" (train.keep_best), or None for the newest.
-      mesh: what base and adapters are divided over (`sharding.make_mesh`). None: the mesh of the
-        run if its devices are there, else one device. Several processes always need a mesh of all
-        their devices.
+      workdir: The run's directory or URL.
+      step: Number of the checkpoint, "best" (train.keep_best), or None for the newest.
+      mesh: The mesh that base and adapters are divided over (`sharding.make_mesh`). None: the mesh
+        of the run if its devices are there, else one device. Several processes always need a mesh
+        of all their devices.
 
     Returns:
       (config, base model that the adapters were trained next to, adapters, finished steps).
 
     Raises:
-      ConfigError: there is no such checkpoint, or it was trained on another base.
+      ConfigError: There is no such checkpoint, or it was trained on another base.
     """
     run = read_config(workdir)
     require(
@@ -60,12 +58,7 @@ def load_run(
         # Of process 0: where the run goes on meanwhile, each would find another newest one.
         number = from_process_0(_number(run, workdir, checkpoints, step))
         base, start = split_base(model, run.adapter)
-        like = jax.eval_shape(lambda: fresh_state(run, base, start))
-        if mesh is not None:
-            like = jax.tree.map(
-                lambda x, where: x.update(sharding=where), like, state_shardings(like, mesh)
-            )
-        state, saved = checkpoints.restore(like, number)
+        state, saved = checkpoints.restore(state_like(run, base, start, mesh), number)
     require_same(saved, "base", fingerprint(model), workdir)
     return run, base, state.adapters, int(state.step)
 
@@ -95,16 +88,15 @@ def _number(
 def fuse_trained(
     model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool = True
 ) -> Model:
-    """`fuse` of what a run has trained, by default with the base's arrays freed. Of a base of
-    codes, a method that merges by addition gets the numbers that they stand for: what it was
-    trained beside.
+    """`fuse` of what a run has trained, by default with the base's arrays freed. A method that
+    merges by addition gets a quantised base dequantised: the weights that it was trained with.
     """
     if is_quantized(model) and not METHODS[adapter.method].widens:
+        dtype = model.config.execution.dtype
         log.warning(
-            "%s is added to the numbers that the base's codes stand for, so the model takes the"
-            " memory of %s numbers",
+            "%s is added to the dequantised base, so the model takes the memory of %s weights",
             adapter.method,
-            model.config.execution.dtype,
+            dtype,
         )
         model = dequantize_model(model)
     return fuse(model, adapter, adapters, donate=donate)
@@ -117,12 +109,12 @@ def load_fused(
     mesh: Mesh | None = None,
     decode: bool = False,
 ) -> tuple[Model, str]:
-    """Load a checkpoint of a run (see `load_run`), fused. No two copies of the base are in memory.
+    """Loads a checkpoint of a run (see `load_run`), fused. No two copies of the base are in memory.
 
     Args:
-      workdir, step, mesh: as for `load_run`.
-      decode: on a mesh, give the model the layout that decoding needs, which would be a second copy
-        beside stacked layers.
+      workdir, step, mesh: As for `load_run`.
+      decode: On a mesh, give the model the layout that decoding needs, which would be a second copy
+        next to stacked layers.
 
     Returns:
       (fused model, a label for result files, e.g. "step120").

@@ -15,7 +15,6 @@ from zflora_jax.adapters.counts import count_params
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.storage import as_path
-from zflora_jax.experiments.plan import step_attention
 from zflora_jax.experiments.setup import Setup
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json
@@ -34,13 +33,6 @@ def read_report(workdir: str | Path) -> Report | None:
     return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None
 
 
-def write_report(workdir: Path, report: Report) -> Report:
-    """Write `report`, in the process that writes. Returns it."""
-    if distributed.is_main():
-        write_json(workdir / REPORT_FILE, report)
-    return report
-
-
 def new_report(
     setup: Setup,
     workdir: Path,
@@ -48,29 +40,40 @@ def new_report(
     loss: Mapping[str, float],
     env: Report,
     timings: Mapping[str, float | None],
+    processes: int | None = None,
 ) -> Report:
-    """Write the report of a run that was trained to its end.
+    """Writes the report of a run that was trained to its end.
 
     Args:
-      setup: base and data of the run.
-      workdir: where report.json goes.
-      first: the step that this start went on from.
-      loss: the held-out loss after the last step, see `loss.held_out_loss`.
-      env: of this process, see `provenance.environment`.
-      timings: in seconds, and data_wait_share.
+      setup: Base and data of the run.
+      workdir: The directory of report.json.
+      first: The step that the last start went on from.
+      loss: The held-out loss after the last step, see `loss.held_out_loss`.
+      env: The environment of the training, see `provenance.environment`.
+      timings: Seconds by name.
+      processes: Number of processes that trained; None: those of this run.
     """
-    return write_report(
-        workdir,
-        {
-            **_facts(setup),
-            "steps": setup.run.train.steps,
-            "resumed_from": first,
-            **_loss_fields(setup, loss),
-            **timings,
-            "processes": jax.process_count(),
-            "environment": env,
-        },
-    )
+    run, config = setup.run, setup.model.config
+    report = {
+        "method": run.adapter.method,
+        "params_base": count_base(config),
+        "params_trainable": count_params(config, run.adapter),
+        "train_rows": setup.examples,
+        "train_rows_dropped": setup.train_set.dropped,
+        "train_documents_cut": setup.train_set.truncated,
+        "train_rows_packed": len(setup.train_set) if run.data.packing else None,
+        "train_on_prompt": run.data.train_on_prompt,
+        "attention": setup.attention[0],
+        **setup.fingerprints,
+        "config": to_dict(run),
+        "steps": run.train.steps,
+        "resumed_from": first,
+        **_loss_fields(setup, loss),
+        **timings,
+        "processes": processes or jax.process_count(),
+        "environment": env,
+    }
+    return _write(workdir, report)
 
 
 def finished_report(
@@ -83,73 +86,46 @@ def finished_report(
     """The report of a finished run that is run again. Every process of the run calls this.
 
     The report that is there keeps its commit, device, date and timings. Its held-out loss is
-    computed again if eval.split, eval.limit or the rows themselves have changed. A report that is
-    missing, damaged or of fewer steps is written again, with the environment that the last start of
-    training recorded.
+    computed again if the rows have changed, by eval.split, eval.limit or themselves. A report that
+    is missing, damaged or of fewer steps is written again, with the environment that the last start
+    of training recorded.
 
     Args:
-      setup: base and data of the run.
-      workdir: of the run.
-      seconds: of training, as the last checkpoint has them.
-      env: of this process, for a run that recorded no start.
-      evaluate: gives the held-out loss, see `loss.held_out_loss`.
+      setup: Base and data of the run.
+      workdir: The run's directory.
+      seconds: Seconds of training, as the last checkpoint has them.
+      env: The environment of this process, for a run that recorded no start.
+      evaluate: Computes the held-out loss, see `loss.held_out_loss`.
     """
     run, stored = setup.run, read_report(workdir)
     identity = {"steps": run.train.steps, **setup.fingerprints}
     if stored is None or any(stored.get(key) != value for key, value in identity.items()):
-        trained = [
-            start
-            for start in read_starts(workdir)
-            if start.get("step", run.train.steps) < run.train.steps
-        ]
-        start = trained[-1] if trained else env
-        report = {
-            **_facts(setup),
-            "steps": run.train.steps,
-            "resumed_from": run.train.steps,
-            "processes": start.get("processes", 1),
-            "seconds": seconds,
-            "environment": {
-                key: value
-                for key, value in start.items()
-                if key not in ("step", "changed", "processes")
-            },
-            **_loss_fields(setup, evaluate()),
-        }
-        return write_report(workdir, report)
-    now, then = to_dict(run.eval), stored["config"]["eval"]
-    same = all(now[key] == then.get(key) for key in ("split", "limit"))
-    rows = setup.eval_set.fingerprint()
-    same = same and stored.get(_EVAL_ROWS, rows) == rows  # an older report does not say
-    if same and stored.get(f"{run.eval.split}_loss") is not None:
+        starts = [start for start in read_starts(workdir) if start["step"] < run.train.steps]
+        start = starts[-1] if starts else env
+        env = {key: value for key, value in start.items() if key not in _OF_START}
+        timings, processes = {"seconds": seconds}, start.get("processes", 1)
+        return new_report(setup, workdir, run.train.steps, evaluate(), env, timings, processes)
+    rows_there, loss_there = stored.get(_EVAL_ROWS), stored.get(f"{run.eval.split}_loss")
+    if rows_there == setup.eval_set.fingerprint() and loss_there is not None:
         return stored
-    config = stored["config"] | {"eval": now}
-    return write_report(workdir, stored | _loss_fields(setup, evaluate()) | {"config": config})
+    config = stored["config"] | {"eval": to_dict(run.eval)}
+    return _write(workdir, stored | _loss_fields(setup, evaluate()) | {"config": config})
 
 
-def _facts(setup: Setup) -> Report:
-    """What the report says of settings, base, adapter and data."""
-    run = setup.run
-    return {
-        "method": run.adapter.method,
-        "params_base": count_base(setup.model.config),
-        "params_trainable": count_params(setup.model.config, run.adapter),
-        "train_rows": setup.examples,
-        "train_rows_dropped": setup.train_set.dropped,
-        "train_documents_cut": setup.train_set.truncated,
-        "train_rows_packed": len(setup.train_set) if run.data.packing else None,
-        "train_on_prompt": run.data.train_on_prompt,
-        "attention": step_attention(run, setup.model.config, setup.mesh)[0],
-        **setup.fingerprints,
-        "config": to_dict(run),
-    }
+_OF_START = ("step", "changed", "processes", "plain_texts")  # see `workdir.record_start`
 
 
 def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:
-    """The held-out loss under the names that the report has for it, and which rows it is of."""
+    """The held-out loss under its names in the report, and which rows it is of."""
     split = setup.run.eval.split
     return {
         f"{split}_loss": loss["loss"],
         f"{split}_rows": int(loss["rows"]),
         _EVAL_ROWS: setup.eval_set.fingerprint(),
     }
+
+
+def _write(workdir: Path, report: Report) -> Report:
+    if distributed.is_main():
+        write_json(workdir / REPORT_FILE, report)
+    return report

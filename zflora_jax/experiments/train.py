@@ -1,4 +1,4 @@
-"""Train a run, or go on with one: checks, base and data, the loop with its hooks, the report."""
+"""Trains a run from start to report, or resumes it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import require, to_dict
@@ -21,7 +21,6 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.pipeline import one_sequence_a_row, train_batches
 from zflora_jax.evaluation.task import one_day
-from zflora_jax.experiments.plan import step_attention
 from zflora_jax.experiments.run_report import Report, finished_report, new_report
 from zflora_jax.experiments.setup import Setup, prepare
 from zflora_jax.parallel import distributed
@@ -40,6 +39,7 @@ from zflora_jax.training.hooks import (
 )
 from zflora_jax.training.lock import locked
 from zflora_jax.training.loop import Hook, fit
+from zflora_jax.training.objective import objective_of
 from zflora_jax.training.optim import require_optimizer
 from zflora_jax.training.trainer import TrainState, step_of
 from zflora_jax.training.workdir import (
@@ -59,12 +59,12 @@ class Trained:
     """The outcome of a run.
 
     Attributes:
-      model: the base model.
-      adapters: the trained tree beside it.
-      report: as in <workdir>/report.json.
-      run: its settings, with those that it took from the run that was there (`workdir.adopt`), and
+      model: The base model.
+      adapters: The trained tree, unmerged.
+      report: As in <workdir>/report.json.
+      run: Its settings, with those that it took from the run that was there (`workdir.adopt`), and
         the day that a chat template was told in training (data.date).
-      signalled: whether a signal came too late to stop a step, after the last one.
+      signalled: Whether a signal came too late to stop a step, after the last one.
     """
 
     model: Model
@@ -83,7 +83,7 @@ def train(
     resume: bool = False,
     console: bool = True,
 ) -> Trained:
-    """Train `run` in `workdir`, or go on with the run that is there.
+    """Trains `run` in `workdir`, or goes on with the run that is there.
 
     A finished run is loaded, with the report that is there. Every process of a run of several
     calls this (after `distributed.start`). Files in `workdir`: config.json, checkpoints/,
@@ -91,19 +91,19 @@ def train(
     train.report_to, and compile_cache/ unless JAX_COMPILATION_CACHE_DIR or a caller set one.
 
     Args:
-      run: the settings.
-      workdir: directory or URL, shared by all processes; None for runs/<task>-<method>.
-      model: the run's base if it is loaded already, see `base.given_base`.
-      devices: of the mesh, None for all.
-      resume: refuse a `workdir` without a run.
-      console: show progress.
+      run: The settings.
+      workdir: Directory or URL, shared by all processes; None for runs/<task>-<method>.
+      model: The run's base if it is loaded already, see `base.given_base`.
+      devices: Devices of the mesh, None for all.
+      resume: Refuse a `workdir` without a run.
+      console: Show progress.
 
     Raises:
-      ConfigError: settings that cannot be used, a `workdir` of another config, or one that another
+      ConfigError: Settings that cannot be used, a `workdir` of another config, or one that another
         process is training.
-      NonFiniteError: the loss stopped being a number; the last checkpoint is intact.
+      NonFiniteError: The loss is NaN or infinite; the last checkpoint is intact.
       Preempted: SIGTERM or SIGINT came; the state after the step that ran then is saved.
-      SaveError: a checkpoint could not be written; the ones before it are intact.
+      SaveError: A checkpoint could not be written; the ones before it are intact.
     """
     # Before all else: the commit that runs, not the one checked out when it ends.
     started, env = time.perf_counter(), environment()
@@ -120,18 +120,29 @@ def train(
             evaluate = functools.partial(setup.held_out_loss, state.adapters)
             report = finished_report(setup, workdir, spent, env, evaluate)
             return Trained(setup.model, state.adapters, report, run, signals.asked)
-        writer = _open_logs(stack, setup, workdir, console, first, env, changed, held)
-        metrics = LogMetrics(writer, run.train, started)
+        writer = _open_logs(stack, setup, workdir, console, first, env, held)
+        start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
+        distributed.on_main(lambda: record_start(workdir, first, env, **start))
+        metrics = LogMetrics(writer, run.train, objective_of(run).unit, started)
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
         meta = {**setup.fingerprints, "data_seed": run.data.seed}
         save = SaveCheckpoints(checkpoints, run.train, meta, started - spent, writer)
         # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
         measured = [loss, save] if run.train.keep_best else [save, loss]
-        hooks = [RequireFinite(), metrics, *measured, StopOnSignal(signals)]
         _evaluate_if_missed(loss, writer, state, checkpoints)
+        hooks = [RequireFinite(), metrics, *measured, StopOnSignal(signals)]
         state = _train_steps(setup, state, hooks)
-    _require_finished(int(state.step), run, workdir)
-    timings = {"seconds": spent + time.perf_counter() - started, **setup.seconds, **metrics.timings}
+    if int(state.step) < run.train.steps:  # the last checkpoint is written by now
+        raise Preempted(
+            f"stopped by a signal after step {state.step} of {run.train.steps}, which is saved in"
+            f" {workdir}; the same command goes on from there."
+        )
+    seconds = spent + time.perf_counter() - started
+    timings = {
+        "seconds": seconds,
+        **setup.seconds,
+        "first_step_seconds": metrics.first_step_seconds,
+    }
     report = new_report(setup, workdir, first, loss.last, env, timings)
     return Trained(setup.model, state.adapters, report, run, signals.asked)
 
@@ -142,27 +153,23 @@ def _admit(
     """The checks that come before anything slow. Returns the workdir, the settings as the run
     starts or goes on with them there, and which of them change.
     """
-    workdir = (
-        Path("runs") / f"{run.data.task}-{run.adapter.method}"
-        if workdir is None
-        else as_path(workdir, "workdir")
-    )
+    default = Path("runs") / f"{run.data.task}-{run.adapter.method}"
+    workdir = default if workdir is None else as_path(workdir, "workdir")
     require_trackers(run.train.report_to)
     require_optimizer(run.optim.optimizer)
     distributed.require_shared(workdir)
     run, changed = adopt(workdir, run)
-    run = one_day(run)
     require(
         not resume or (workdir / "config.json").is_file(),
         f"{workdir} holds no run to resume. Leave out --resume to start one there.",
     )
-    return workdir, run, changed
+    return workdir, one_day(run), changed
 
 
 def _open(
     stack: ExitStack, setup: Setup, workdir: Path
 ) -> tuple[distributed.StopSignals, Checkpoints, Callable[[], None]]:
-    """Take the workdir, until `stack` is closed. The function raises if the lock was lost."""
+    """Takes the workdir, until `stack` is closed. The function raises if the lock was lost."""
     train = setup.run.train
     stack.enter_context(compile_cache(workdir / "compile_cache"))
     # Left after the checkpoints: until then the newest one may still be being written.
@@ -182,7 +189,7 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple
     newest = distributed.from_process_0(checkpoints.latest)
     if newest is None:
         return setup.fresh_state(), 0.0
-    state, saved = checkpoints.restore(setup.state_like(), newest)
+    state, saved = checkpoints.restore(setup.state_like, newest)
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
     step, steps = int(state.step), setup.run.train.steps
@@ -198,32 +205,27 @@ def _open_logs(
     console: bool,
     first: int,
     env: Report,
-    changed: Changes,
     held: Callable[[], None],
 ) -> MetricWriter | None:
-    """Open metrics.jsonl and what train.report_to names until `stack` is closed, and record the
-    start. None in processes that write nothing.
+    """Opens metrics.jsonl and what train.report_to names until `stack` is closed. None in processes
+    that write nothing.
     """
-    run = setup.run
-    shown = to_dict(run) | {"environment": env}
-    writer = distributed.on_main(
+    train, shown = setup.run.train, to_dict(setup.run) | {"environment": env}
+    return distributed.on_main(
         lambda: stack.enter_context(
-            MetricWriter(workdir, run.train.steps, console, first, run.train.report_to, shown, held)
+            MetricWriter(workdir, train.steps, console, first, train.report_to, shown, held)
         )
     )
-    more = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
-    distributed.on_main(lambda: record_start(workdir, first, env, **more))
-    return writer
 
 
 def _evaluate_if_missed(
     loss: HeldOutLoss, writer: MetricWriter | None, state: TrainState, checkpoints: Checkpoints
 ) -> None:
-    """Evaluate a restored state that was due for it but has no record of it, since a signal ended
+    """Evaluates a restored state that was due for it but has no record of it, since a signal ended
     the run at that step.
     """
     step = int(state.step)
-    if step == 0 or not loss.is_due(step):
+    if step == 0 or not loss.is_due(step, stopping=False):
         return
     if distributed.from_process_0(writer is not None and not writer.restored(step, "eval")):
         loss.on_state(step, state, {"checkpoint": checkpoints.folder / str(step)})
@@ -231,31 +233,14 @@ def _evaluate_if_missed(
 
 def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> TrainState:
     """The loop over the steps that `state` lacks."""
-    run, rows = setup.run, setup.run.data.batch_size
-    step_fn = step_of(run, setup.model.config, setup.state_shardings)
-    first, own = int(state.step), own_rows(rows, setup.mesh)
-    kernel, reason = step_attention(run, setup.model.config, setup.mesh)
-    if kernel == "blocks" and setup.mesh.devices.flat[0].platform in ("gpu", "tpu"):
+    data, rows, mesh = setup.run.data, setup.run.data.batch_size, setup.mesh
+    kernel, reason = setup.attention
+    if kernel == "blocks" and mesh.devices.flat[0].platform in ("gpu", "tpu"):
         log.warning("attention runs as plain products, not as a flash kernel: %s", reason)
 
-    def place(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return put_rows(batch if run.data.packing else one_sequence_a_row(batch), rows, setup.mesh)
+    def place(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        return put_rows(batch if data.packing else one_sequence_a_row(batch), rows, mesh)
 
-    return fit(
-        step_fn,
-        setup.model.params,
-        state,
-        train_batches(setup.train_set, run.data, first, own),
-        run.train.steps,
-        hooks,
-        place=place,
-    )
-
-
-def _require_finished(step: int, run: RunConfig, workdir: Path) -> None:
-    """Say that a signal stopped the run after `step`. By then the last checkpoint is written."""
-    if step < run.train.steps:
-        raise Preempted(
-            f"stopped by a signal after step {step} of {run.train.steps}, which is saved in"
-            f" {workdir}; the same command goes on from there."
-        )
+    batches = train_batches(setup.train_set, data, int(state.step), own_rows(rows, mesh))
+    step_fn = step_of(setup.run, setup.model.config, setup.shardings)
+    return fit(step_fn, setup.model.params, state, batches, setup.run.train.steps, hooks, place)

@@ -11,15 +11,14 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import Mirror, as_path
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.reporting.files import atomic_write, plain
-from zflora_jax.reporting.progress import training_progress
-from zflora_jax.reporting.trackers import RUN_ID, Tracker, make_trackers
+from zflora_jax.reporting.progress import TrainingProgress
+from zflora_jax.reporting.trackers import RUN_ID, TRACKERS, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +29,18 @@ class MetricWriter:
     """Writes a run's metrics under `workdir`; use it as a context manager.
 
     Args:
-      workdir: the run's directory, made if missing.
-      total_steps: where the progress bar ends.
-      console: whether to show progress; a bar on a terminal, a line every few seconds elsewhere.
-      start_step: the step restored from a checkpoint. What a killed run wrote about later steps is
-        dropped, since it is about to be computed again; 0 starts the files anew.
-      report_to: rows of `trackers.TRACKERS`.
-      config: the settings that trackers show beside the numbers.
+      workdir: The run's directory or URL, made if missing.
+      total_steps: Where the progress bar ends.
+      console: Whether to show progress; a bar on a terminal, a line every few seconds elsewhere.
+      start_step: The step restored from a checkpoint. Records that a killed run wrote about later
+        steps are dropped, since they are about to be computed again; 0 starts the files anew.
+      report_to: Rows of `trackers.TRACKERS`.
+      config: The settings that trackers show next to the metrics.
       before_upload: Called before files are uploaded to a bucket; an exception from it prevents
         that.
 
     Raises:
-      ConfigError: a tracker did not start.
+      ConfigError: A tracker did not start.
     """
 
     def __init__(
@@ -63,13 +62,15 @@ class MetricWriter:
         file = self._mirror.path / METRICS_FILE
         atomic_write(file, "".join(json.dumps(r) + "\n" for r in kept).encode())
         self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115
+        self._trackers: list[Tracker] = []
         try:  # they may refuse
-            self._trackers = make_trackers(report_to, self._mirror.path, start_step, config or {})
+            for name in report_to:
+                self._trackers += [TRACKERS[name](self._mirror.path, start_step, config or {})]
         except BaseException:
             self._file.close()
             self._mirror.close()
             raise
-        self._progress = training_progress(total_steps, start_step) if console else None
+        self._progress = TrainingProgress(total_steps, start_step) if console else None
         self._closed = False
 
     def restored(self, step: int, split: str) -> bool:
@@ -77,13 +78,13 @@ class MetricWriter:
         return (step, split) in self._restored
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Append one record.
+        """Appends one record.
 
         Args:
-          step: number of finished steps.
-          split: "train", "eval".
-          values: numbers by name, Python's or scalars of numpy or jax. Those that are NaN or
-            infinite become null in the file.
+          step: Number of finished steps.
+          split: "train" or "eval".
+          values: Numbers by name, Python's or scalars of numpy or jax. NaN and infinity become null
+            in the file.
         """
         clash = {"step", "split"} & set(values)
         if clash:
@@ -93,18 +94,13 @@ class MetricWriter:
         numbers = {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
         self._file.flush()
-        self._show(
-            lambda tracker: tracker.write(
-                int(step), {f"{split}/{name}": value for name, value in numbers.items()}
-            )
-        )
+        shown = {f"{split}/{name}": value for name, value in numbers.items()}
+        self._show(lambda tracker: tracker.write(int(step), shown))
 
-    def progress(
-        self, step: int, loss: float | None = None, tokens_per_s: float | None = None
-    ) -> None:
-        """Show that `step` steps are complete."""
+    def progress(self, step: int, text: str) -> None:
+        """Shows that `step` steps are complete."""
         if self._progress is not None:
-            self._progress.update(step, loss, tokens_per_s)
+            self._progress.update(step, text)
 
     def sync(self) -> None:
         """Uploads what has been written, if the run is in a bucket.
@@ -116,7 +112,7 @@ class MetricWriter:
         self._mirror.sync()
 
     def close(self) -> None:
-        """Flush and close everything; safe to call twice."""
+        """Flushes and closes everything; safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -131,8 +127,8 @@ class MetricWriter:
         self._mirror.close()
 
     def _show(self, call: Callable[[Tracker], None]) -> None:
-        """Call every tracker. Drop one that raises: a full disk or a lost connection there must not
-        end the training.
+        """Calls every tracker. Drops one that raises: a full disk or a lost connection there must
+        not end the training.
         """
         for tracker in tuple(self._trackers):
             try:
@@ -146,12 +142,7 @@ class MetricWriter:
     def __enter__(self) -> MetricWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -172,12 +163,10 @@ def _parse(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not (
-                isinstance(record, dict)
-                and isinstance(record.get("step"), int)
-                and isinstance(record.get("split"), str)
-            ):
-                raise ValueError("no step or no split")
+            if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+                raise ValueError("no step")
+            if not isinstance(record.get("split"), str):
+                raise ValueError("no split")
         except ValueError as error:
             if number == len(lines):
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 
@@ -13,109 +14,77 @@ def progress_bar(total: int, description: str, console: bool) -> Any:
     """A progress bar on stderr.
 
     Args:
-      total: number of steps.
-      description: its text.
-      console: whether it is drawn; never without a terminal.
+      total: Number of steps.
+      description: Text in front of the bar.
+      console: Whether it is drawn; never without a terminal.
 
     Yields:
       advance(n), which moves it on.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import console as screens, progress
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    screen = Console(stderr=True)
-    with Progress(
-        *columns, console=screen, disable=not (console and screen.is_terminal), transient=True
-    ) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda n: progress.advance(task, n)
+    screen = screens.Console(stderr=True)
+    with progress.Progress(
+        "{task.description}",
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        console=screen,
+        disable=not (console and screen.is_terminal),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)
 
 
-def training_progress(total: int, start: int) -> _Bar | _Lines:
-    """Progress of training, of which `start` of `total` steps are done: a bar on a terminal, lines
-    elsewhere.
+class TrainingProgress:
+    """Steps, a text and the remaining time: a live bar on a terminal; elsewhere a line at most
+    every 10 seconds, and one for the last step.
+
+    Args:
+      total: Number of steps of the run.
+      start: Number of steps that are finished.
     """
-    return _Bar(total, start) if sys.stdout.isatty() else _Lines(total, start)
 
-
-def _describe(loss: float | None, tokens_per_s: float | None) -> str:
-    parts = ([] if loss is None else [f"loss {loss:.4f}"]) + (
-        [] if tokens_per_s is None else [f"{tokens_per_s:,.0f} tokens/s"]
-    )
-    return "  ".join(parts)
-
-
-class _Bar:
-    """A live bar: steps, loss, tokens/s, elapsed and remaining time."""
+    EVERY = 10.0
 
     def __init__(self, total: int, start: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[info]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-        )
-        self._rich = Progress(*columns, TimeRemainingColumn())
-        self._task = self._rich.add_task("", total=total, completed=start, info="")
-        self._rich.start()
-
-    def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
-        self._rich.update(self._task, completed=step, info=_describe(loss, tokens_per_s))
-
-    def close(self) -> None:
-        self._rich.stop()
-
-
-class _Lines:
-    """The same for logs and pipes: a line at most every `every` seconds, and one for the last
-    step.
-    """
-
-    def __init__(self, total: int, start: int, every: float = 10.0) -> None:
-        self._total, self._every = total, every
-        self._printed = -every
+        self._total, self._printed = total, -self.EVERY
         self._first: tuple[int, float] | None = None
+        self._bar: Any = None
+        if sys.stdout.isatty():
+            from rich import progress
 
-    def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
+            self._bar = progress.Progress(
+                "step",
+                progress.MofNCompleteColumn(),
+                progress.BarColumn(),
+                "{task.fields[text]}",
+                progress.TimeElapsedColumn(),
+                "ETA",
+                progress.TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task("", total=total, completed=start, text="")
+            self._bar.start()
+
+    def update(self, step: int, text: str) -> None:
+        """Shows that `step` steps are complete."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+            return
         now = time.monotonic()
-        if self._first is None:
-            # Speed is measured from here on: the steps before it include compilation.
-            self._first = step, now
-        if step < self._total and now - self._printed < self._every:
+        # Speed is measured from the first update on: the steps before it include compilation.
+        first, began = self._first = self._first or (step, now)
+        if step < self._total and now - self._printed < self.EVERY:
             return
         self._printed = now
-        done, seconds = step - self._first[0], now - self._first[1]
-        left = f"ETA {_clock(seconds / done * (self._total - step))}" if done > 0 else ""
-        parts = (f"step {step}/{self._total}", _describe(loss, tokens_per_s), left)
-        print("  ".join(p for p in parts if p), flush=True)
+        parts = [f"step {step}/{self._total}", text]
+        if step > first:
+            left = (now - began) / (step - first) * (self._total - step)
+            parts.append(f"ETA {timedelta(seconds=round(left))}")
+        print("  ".join(parts), flush=True)
 
     def close(self) -> None:
-        pass
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.stop()

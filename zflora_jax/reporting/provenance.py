@@ -16,16 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# What decides a result. Other files (notes, results being written right now) do not make a commit
-# "dirty".
+# The code behind a result. Other files (notes, results being written) do not make a commit "dirty".
 _CODE = (
-    "zflora_jax",
-    "configs",
-    "benchmarks",
-    "train.py",
-    "eval.py",
-    "pyproject.toml",
-    "constraints.txt",
+    *("zflora_jax", "configs", "benchmarks", "studies", "train.py", "eval.py"),
+    *("pyproject.toml", "constraints.txt"),
 )
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])/[^\s,=:'\"]+")  # not the slashes of a/b, ./a, ~/a or a URL
 
@@ -37,7 +31,7 @@ def environment() -> dict[str, Any]:
     import jax
 
     commit, dirty = _git_state(Path(__file__).resolve().parents[2])
-    devices = jax.devices()
+    devices, linux = jax.devices(), hasattr(os, "sched_getaffinity")
     return {
         "command": command_line(),
         "commit": commit,
@@ -46,7 +40,8 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": devices[0].device_kind,
         "device_count": len(devices),
-        "cpu_count": _cpu_count(),
+        # Those that this process may use; containers see more.
+        "cpu_count": len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1,
         "cpu": _cpu_model(),
         "xla_flags": relative_paths(os.environ.get("XLA_FLAGS", "")),
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -55,11 +50,7 @@ def environment() -> dict[str, Any]:
 
 
 def origin_line(env: Mapping[str, Any]) -> str:
-    """The last line of a page: the environment as a sentence.
-
-    Args:
-      env: of `environment`.
-    """
+    """The last line of a page: the `environment` as a sentence."""
     return (
         f"Command: `{env['command']}`; commit {commit_text(env)}; device {device_line(env)}; jax"
         f" {env['jax']}; {env['date']}."
@@ -67,22 +58,15 @@ def origin_line(env: Mapping[str, Any]) -> str:
 
 
 def commit_text(env: Mapping[str, Any]) -> str:
-    """The commit, and whether the code had local changes; "unknown" if no commit was recorded.
-
-    Args:
-      env: of `environment`, or a result that kept its "commit" and "dirty".
+    """The commit of an `environment`, and whether the code had local changes; "unknown" outside a
+    checkout.
     """
-    changed = " with local changes" if env.get("dirty") else ""
-    return f"{env.get('commit') or 'unknown'}{changed}"
+    return f"{env.get('commit') or 'unknown'}{' with local changes' if env.get('dirty') else ''}"
 
 
 def device_line(env: Mapping[str, Any]) -> str:
-    """The device and the CPUs beside it, such as "cpu, 2 CPUs (AMD EPYC, family 25, model 17)".
-
-    Args:
-      env: of `environment`.
-    """
-    cpu = f" ({env['cpu']})" if env.get("cpu") else ""  # results of before it was recorded lack it
+    """The device and CPUs of an `environment`: "cpu, 2 CPUs (AMD EPYC, family 25, model 17)"."""
+    cpu = f" ({env['cpu']})" if env.get("cpu") else ""
     return f"{env['device']}, {env['cpu_count']} CPUs{cpu}"
 
 
@@ -99,8 +83,8 @@ def command_line() -> str:
 
 
 def relative_paths(text: str) -> str:
-    """Make absolute paths in a text relative to the working directory, or cut them to their last
-    part where they lie outside it.
+    """Makes absolute paths in a text relative to the working directory, or cuts those outside it to
+    their last part.
     """
     here = Path.cwd()
 
@@ -126,16 +110,10 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
         # is irrelevant.
         if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != root:
             return None, None
-        return git("rev-parse", "HEAD").strip(), bool(
-            git("status", "--porcelain", "--", *_CODE).strip()
-        )
+        changed = git("status", "--porcelain", "--", *_CODE).strip()
+        return git("rev-parse", "HEAD").strip(), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None, None
-
-
-def _cpu_count() -> int:
-    """The CPUs that this process may use, which decide its speed; containers see more."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str | None:
@@ -147,9 +125,6 @@ def _cpu_model() -> str | None:
         return platform.processor() or None
     text = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
-    parts = [
-        f"{short}{found[name]}"
-        for name, short in (("model name", ""), ("cpu family", "family "), ("model", "model "))
-        if name in found
-    ]
+    shown = {"model name": "", "cpu family": "family ", "model": "model "}
+    parts = [f"{short}{found[name]}" for name, short in shown.items() if name in found]
     return ", ".join(parts) or platform.machine() or None

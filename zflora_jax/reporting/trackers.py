@@ -1,4 +1,4 @@
-"""Trackers show a run's numbers elsewhere: TensorBoard, Weights & Biases, trackio.
+"""Trackers show a run's metrics elsewhere: TensorBoard, Weights & Biases, trackio.
 
 A tracker is a class with the methods of `Tracker` and a row in `TRACKERS`, at the end of this file.
 The record of a run is metrics.jsonl (see `metrics`), so a tracker may fail without loss.
@@ -17,15 +17,16 @@ from typing import Any, ClassVar, Protocol
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.reporting.files import atomic_write
 
-TENSORBOARD_DIR, RUN_ID = "tensorboard", "tracker_id"
+RUN_ID = "tracker_id"  # a file in the workdir
 PROJECT = "zflora_jax"  # WANDB_PROJECT and TRACKIO_PROJECT name another one
 
 
 class Tracker(Protocol):
-    """Shows the numbers of one run; see `make_trackers` for its arguments.
+    """Shows the metrics of one run. It is made from the run's directory, the step restored from a
+    checkpoint (0 for a run from the start), and the settings that are shown next to the metrics.
 
     Attributes:
-      package: the optional package that it needs, "" if it needs none.
+      package: The optional package that it needs, "" if it needs none.
     """
 
     package: ClassVar[str]
@@ -44,10 +45,10 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         self._events = SummaryWriter(
-            str(workdir / TENSORBOARD_DIR),
+            str(workdir / "tensorboard"),
             # TensorBoard hides events of this step and later that were written before.
             purge_step=start_step + 1 if start_step else 0,
-            # File names count whole seconds: a quick restart would overwrite its predecessor's
+            # File names count whole seconds: a quick restart would overwrite its predecessor's.
             filename_suffix=f".{start_step}",
             flush_secs=10,
         )
@@ -60,13 +61,13 @@ class TensorBoard:
         self._events.close()
 
 
-class _WandbLike:
-    """Packages with wandb's interface. A resumed run goes on in the same place. Keys, entities,
-    spaces and offline mode are set by the package's own environment variables (WANDB_MODE=offline,
-    TRACKIO_SPACE_ID, ...).
+class Trackio:
+    """trackio, and the interface that it shares with wandb. A resumed run goes on in the same
+    place. Keys, entities, spaces and offline mode are set by the package's own environment
+    variables (WANDB_MODE=offline, TRACKIO_SPACE_ID, ...).
     """
 
-    package: ClassVar[str]
+    package: ClassVar[str] = "trackio"
 
     def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None:
         module = importlib.import_module(self.package)
@@ -74,15 +75,14 @@ class _WandbLike:
         if start_step == 0 or not remembered.is_file():  # a run from the start is another run
             atomic_write(remembered, secrets.token_hex(4).encode())
         identity = remembered.read_text(encoding="utf-8")
-        settings: dict[str, Any] = {
-            "name": f"{workdir.resolve().name}-{identity}",
-            "config": dict(config),
-            "resume": "allow",
-            **self._settings(workdir, identity),
-        }
-        project = os.environ.get(f"{self.package.upper()}_PROJECT", PROJECT)
         try:
-            self._run = module.init(project=project, **settings)
+            self._run = module.init(
+                project=os.environ.get(f"{self.package.upper()}_PROJECT", PROJECT),
+                name=f"{workdir.resolve().name}-{identity}",
+                config=dict(config),
+                resume="allow",
+                **self._settings(workdir, identity),
+            )
         except Exception as error:  # each has its own: no key, no network, ...
             raise ConfigError(
                 f"train.report_to: {self.package} did not start: {error} (WANDB_MODE=offline keeps"
@@ -99,13 +99,7 @@ class _WandbLike:
         self._run.finish()
 
 
-class Trackio(_WandbLike):
-    """trackio."""
-
-    package: ClassVar[str] = "trackio"
-
-
-class Wandb(_WandbLike):
+class Wandb(Trackio):
     """Weights & Biases."""
 
     package: ClassVar[str] = "wandb"
@@ -132,10 +126,10 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that cannot be used, before anything slow.
+    """Refuses trackers that cannot be used, before anything slow.
 
     Raises:
-      ConfigError: a name has no row in `TRACKERS`, or its package is missing.
+      ConfigError: A name has no row in `TRACKERS`, or its package is missing.
     """
     for i, name in enumerate(names):
         require(name in TRACKERS, f"train.report_to[{i}]={name!r}: {nearest(name, TRACKERS)}.")
@@ -145,17 +139,3 @@ def require_trackers(names: Sequence[str]) -> None:
             f"train.report_to names {name!r}, which is not installed: pip install {package}, or"
             " leave it out of train.report_to.",
         )
-
-
-def make_trackers(
-    names: Sequence[str], workdir: Path, start_step: int, config: Mapping[str, Any]
-) -> list[Tracker]:
-    """A tracker for each name.
-
-    Args:
-      names: rows of `TRACKERS`.
-      workdir: directory of the run.
-      start_step: the step restored from a checkpoint, 0 for a run from the start.
-      config: settings that are shown beside the numbers.
-    """
-    return [TRACKERS[name](workdir, start_step, config) for name in names]

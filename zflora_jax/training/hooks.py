@@ -1,6 +1,6 @@
 """The hooks of a run: stop at NaN, log metrics, measure the held-out loss, save, stop on a signal.
 
-See `loop.Hook` for when each method is called.
+`loop.Hook` says when each method is called.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from zflora_jax.core.errors import NonFiniteError
@@ -17,172 +18,146 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.metrics import MetricWriter
 from zflora_jax.training.checkpoint import Checkpoints
-from zflora_jax.training.loop import Hook, Timing
-from zflora_jax.training.trainer import TrainState, non_finite
-
-
-def is_due(step: int, period: int | None, steps: int) -> bool:
-    """Whether `step` is a multiple of `period`, or the last of `steps`. With a period of None only
-    the last step is due.
-    """
-    return step == steps or (period is not None and step % period == 0)
+from zflora_jax.training.loop import Hook
+from zflora_jax.training.trainer import TrainState
 
 
 class RequireFinite(Hook):
-    """End the run when the loss, the gradient or the adapters are NaN or infinite. Put this hook
+    """Ends the run when the loss, the gradient or the adapters are NaN or infinite. Put this hook
     first, so that nothing of such a step is logged or saved.
 
     Raises:
-      NonFiniteError: with the number of the step.
+      NonFiniteError: With the number of the step.
     """
 
-    def on_metrics(self, step: int, metrics: Mapping[str, float], timing: Timing) -> None:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                raise non_finite(f"{name} is {metrics[name]} at step {step}")
+    def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        wrong = [
+            f"{name} is {metrics[name]} at step {step}"
+            for name in ("loss", "grad_norm")
+            if not math.isfinite(metrics[name])
+        ]
         if not metrics["finite"]:
-            raise non_finite(f"the adapters are NaN or infinite after the update of step {step}")
+            wrong.append(f"the adapters are NaN or infinite after the update of step {step}")
+        if wrong:
+            raise NonFiniteError(
+                f"{wrong[0]}; training stopped, the last checkpoint is from an earlier step and"
+                " intact. Try a lower learning rate, or float32 instead of bfloat16."
+            )
 
 
+@dataclass
 class LogMetrics(Hook):
-    """Log every train.log_every-th step, show progress, and measure where the run spends its time.
-
-    Args:
-      writer: None in processes that write nothing.
-      settings: of the run.
-      started: time.perf_counter() at the start of the run.
+    """Logs every train.log_every-th step, and shows progress.
 
     Attributes:
-      timings: "first_step_seconds", the time from `started` until the metrics of the first step
-        were there; "data_wait_share", the share of the time after the first step in which the
-        device waited for batches. A value is None until it can be measured.
+      writer: None in processes that write nothing.
+      settings: The run's train.* settings.
+      unit: What speed counts, see `Objective.unit`.
+      started: time.perf_counter() at the start of the run.
+      first_step_seconds: Seconds from `started` until the metrics of the first step were there.
     """
 
-    def __init__(self, writer: MetricWriter | None, settings: TrainConfig, started: float) -> None:
-        self._writer, self._settings, self._started = writer, settings, started
-        # By step, of batches whose metrics are not there yet.
-        self._checksums: dict[int, int] = {}
-        self._waited = self._trained = 0.0
-        self.timings: dict[str, float | None] = {
-            "first_step_seconds": None,
-            "data_wait_share": None,
-        }
+    writer: MetricWriter | None
+    settings: TrainConfig
+    unit: str
+    started: float
+    first_step_seconds: float | None = None
+    _checksums: dict[int, int] = field(default_factory=dict)  # by step, until its metrics are there
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
         # Shows whether two runs have seen the same data.
         self._checksums[step] = zlib.crc32(batch["tokens"].tobytes())
 
-    def on_metrics(self, step: int, metrics: Mapping[str, float], timing: Timing) -> None:
-        if self.timings["first_step_seconds"] is None:
-            self.timings["first_step_seconds"] = time.perf_counter() - self._started
-        else:
-            self._waited += timing.waited
-            self._trained += timing.seconds
-            self.timings["data_wait_share"] = self._waited / self._trained
-        checksum, rate = self._checksums.pop(step), metrics["tokens"] / timing.seconds
-        if self._writer is None:
+    def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        if self.first_step_seconds is None:
+            self.first_step_seconds = time.perf_counter() - self.started
+        checksum, rate = self._checksums.pop(step), metrics[self.unit] / seconds
+        if self.writer is None:
             return
-        self._writer.progress(step, loss=metrics["loss"], tokens_per_s=rate)
-        if step % self._settings.log_every == 0 or step in (1, self._settings.steps):
-            numbers = {name: value for name, value in metrics.items() if name != "finite"}
-            speed = {
-                "target_tokens_per_s": rate,
-                "data_wait_share": timing.waited / timing.seconds,
-            }
-            self._writer.write(step, "train", numbers | speed | {"batch_crc32": checksum})
+        self.writer.progress(step, f"loss {metrics['loss']:.4f}  {rate:,.0f} {self.unit}/s")
+        if step % self.settings.log_every == 0 or step in (1, self.settings.steps):
+            record = {name: value for name, value in metrics.items() if name != "finite"}
+            more = {f"target_{self.unit}_per_s": rate, "batch_crc32": checksum}
+            self.writer.write(step, "train", record | more)
 
 
+@dataclass
 class HeldOutLoss(Hook):
-    """Measure and log the held-out loss every train.eval_every steps, and at the end.
-
-    Args:
-      evaluate: adapters -> {"loss": ..., "tokens": ..., "rows": ...}.
-      writer: None in processes that write nothing.
-      settings: of the run.
+    """Measures and logs the held-out loss every train.eval_every steps, and at the end.
 
     Attributes:
-      last: the result of the last evaluation.
+      evaluate: adapters -> {"loss": ..., "rows": ..., ...}.
+      writer: None in processes that write nothing.
+      settings: The run's train.* settings.
+      last: The result of the last evaluation.
 
     Raises:
-      NonFiniteError: the loss is NaN or infinite; the message says whether the state is saved.
+      NonFiniteError: The loss is NaN or infinite; the message says whether the state is saved.
     """
 
-    def __init__(
-        self,
-        evaluate: Callable[[Tree], dict[str, float]],
-        writer: MetricWriter | None,
-        settings: TrainConfig,
-    ) -> None:
-        self._evaluate, self._writer, self._settings = evaluate, writer, settings
-        self.last: dict[str, float] = {}
+    evaluate: Callable[[Tree], dict[str, float]]
+    writer: MetricWriter | None
+    settings: TrainConfig
+    last: dict[str, float] = field(default_factory=dict)
 
-    def is_due(self, step: int) -> bool:
-        return is_due(step, self._settings.eval_every, self._settings.steps)
+    def is_due(self, step: int, stopping: bool) -> bool:
+        every, last = self.settings.eval_every, self.settings.steps
+        return not stopping and (step == last or (every is not None and step % every == 0))
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
         try:
-            self.last = self._evaluate(state.adapters)
+            self.last = self.evaluate(state.adapters)
         except NonFiniteError as error:
-            saved = (
-                f"; the checkpoint of step {step} is saved: remove {results['checkpoint']} to go on"
-                " from an earlier one"
-                if "checkpoint" in results
-                else ""
+            saved = results.get("checkpoint")
+            advice = (
+                f"; the checkpoint of step {step} is saved: remove {saved} to go on from an earlier"
+                " one"
             )
-            raise NonFiniteError(f"after step {step} {error}{saved}") from error
+            raise NonFiniteError(f"after step {step} {error}{advice if saved else ''}") from error
         results["loss"] = self.last["loss"]
-        if self._writer is not None:
-            self._writer.write(step, "eval", self.last)
+        if self.writer is not None:
+            self.writer.write(step, "eval", self.last)
 
 
+@dataclass
 class SaveCheckpoints(Hook):
-    """Save the state every train.save_every steps, at the end, and before the run stops early.
+    """Saves the state every train.save_every steps, at the end, and before the run stops early.
 
     It saves the held-out loss with the state if an earlier hook put "loss" into the results of the
     step, and puts the folder there as "checkpoint".
 
-    Args:
-      checkpoints: where to save.
-      settings: of the run.
-      meta: saved beside each state.
+    Attributes:
+      checkpoints: The checkpoints of the run.
+      settings: The run's train.* settings.
+      meta: Values that are saved with each state.
       began: time.perf_counter() at the start of this process, minus the seconds that earlier
         processes of the run trained.
-      writer: whose records of the steps so far have to be there before the checkpoint is.
+      writer: Its records of the steps so far must be there before the checkpoint is.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        settings: TrainConfig,
-        meta: Mapping[str, Any],
-        began: float,
-        writer: MetricWriter | None = None,
-    ) -> None:
-        self._checkpoints, self._settings = checkpoints, settings
-        self._meta, self._began, self._writer = meta, began, writer
+    checkpoints: Checkpoints
+    settings: TrainConfig
+    meta: Mapping[str, Any]
+    began: float
+    writer: MetricWriter | None = None
 
-    def is_due(self, step: int) -> bool:
-        return is_due(step, self._settings.save_every, self._settings.steps)
+    def is_due(self, step: int, stopping: bool) -> bool:
+        every, last = self.settings.save_every, self.settings.steps
+        return stopping or step == last or (every is not None and step % every == 0)
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
-        self._save(step, state, results.get("loss"))
-        results["checkpoint"] = self._checkpoints.folder / str(step)
-
-    def on_stop(self, step: int, state: TrainState) -> None:
-        self._save(step, state, None)
-
-    def _save(self, step: int, state: TrainState, loss: float | None) -> None:
-        if self._writer is not None:
-            self._writer.sync()
-        position = {"next_step": step, "seconds": time.perf_counter() - self._began}
-        self._checkpoints.save(step, state, {**self._meta, **position}, loss)
+        if self.writer is not None:
+            self.writer.sync()
+        position = {"next_step": step, "seconds": time.perf_counter() - self.began}
+        self.checkpoints.save(step, state, {**self.meta, **position}, results.get("loss"))
+        results["checkpoint"] = self.checkpoints.folder / str(step)
 
 
+@dataclass
 class StopOnSignal(Hook):
-    """End the run after the step during which a process of the run received SIGTERM or SIGINT."""
+    """Ends the run after the step during which a process of the run received SIGTERM or SIGINT."""
 
-    def __init__(self, signals: StopSignals) -> None:
-        self._signals = signals
+    signals: StopSignals
 
     def should_stop(self, step: int) -> bool:
-        return self._signals.requested(step)
+        return self.signals.requested(step)

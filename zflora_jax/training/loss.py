@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-# Rows [g, c, d], the token each is to predict [g, c] int32, whether it counts [g, c] bool.
-Part = tuple[Array, Array, Array]
 
 
 def masked_cross_entropy(
@@ -29,19 +27,19 @@ def masked_cross_entropy(
 ) -> tuple[Array, Array]:
     """Sum of -log p over the chosen tokens, and their number.
 
-    Chosen positions are gathered to the front, `chunk` at a time go through the head, and chunks
+    Chosen positions are gathered to the front and go through the head, `chunk` at a time; chunks
     without any are skipped. One chunk of logits is alive at a time, and each is computed once: see
     `_summed`.
 
     Args:
-      logits_fn: the head, [1, chunk, d] -> [1, chunk, V] float32.
-      hidden: [B, T, d], what the head is applied to.
-      tokens: [B, T] int32.
+      logits_fn: The head, [1, chunk, d] -> [1, chunk, V] float32.
+      hidden: Inputs of the head, [B, T, d].
+      tokens: Token ids, [B, T] int32.
       loss_mask: [B, T] bool. Position t counts if the token *at t* is to be predicted, from
         hidden[:, t - 1].
-      chunk: positions of a group whose logits exist at one time.
-      groups: into how many equal parts the rows are divided, each gathered for itself: the number
-        of devices that hold rows, so that no device needs the rows of another.
+      chunk: Positions of a group whose logits exist at one time.
+      groups: Number of equal parts of the rows, each gathered on its own: the number of devices
+        that hold rows, so that no device needs the rows of another.
 
     Returns:
       (sum in nats, number of tokens), float32 scalars.
@@ -63,8 +61,8 @@ def masked_cross_entropy(
     parts = jax.tree.map(
         lambda a: a.reshape(groups, chunks, chunk, *a.shape[2:]).swapaxes(0, 1), chosen
     )
-    # What the head is made of becomes an argument, so that its gradient can be asked for; of one
-    # group, so that each can have its own.
+    # The head's weights become an argument, so that they can have a gradient; of one group, so that
+    # each can have its own.
     convertible, head = jax.closure_convert(
         logits_fn, jax.ShapeDtypeStruct((1, chunk, x.shape[-1]), x.dtype)
     )
@@ -74,6 +72,7 @@ def masked_cross_entropy(
 def _chunk_loss(
     logits_fn: Callable[..., Array], head: Sequence[Array], rows: Array, wanted: Array, keep: Array
 ) -> Array:
+    """Loss of a chunk: rows [g, c, d], the tokens to predict [g, c] int32, which count [g, c]."""
     logits = (
         logits_fn(rows, *head)
         if len(rows) == 1
@@ -81,11 +80,27 @@ def _chunk_loss(
     )
     # A sum over the vocabulary instead of a gather: where the vocabulary is divided over devices,
     # each sums its part.
-    chosen = jnp.sum(
-        jnp.where(jnp.arange(logits.shape[-1])[None, None] == wanted[..., None], logits, 0.0),
-        axis=-1,
-    )
+    is_wanted = jnp.arange(logits.shape[-1])[None, None] == wanted[..., None]
+    chosen = jnp.sum(jnp.where(is_wanted, logits, 0.0), axis=-1)
     return jnp.sum(jnp.where(keep, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0))
+
+
+def _over_chunks(compute: Callable[..., Any], *parts: Array) -> tuple[Any, Any]:
+    """(sum, stack) over the chunks of what `compute(rows, wanted, live)` returns; it is zero where
+    no token counts.
+    """
+    shapes = jax.eval_shape(
+        compute, *(jax.ShapeDtypeStruct(part.shape[1:], part.dtype) for part in parts)
+    )
+
+    def zeros(*_: Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(total: Any, part: Sequence[Array]) -> tuple[Any, Any]:
+        summed, stacked = jax.lax.cond(jnp.any(part[2]), compute, zeros, *part)
+        return jax.tree.map(jnp.add, total, summed), stacked
+
+    return jax.lax.scan(body, zeros()[0], parts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,54 +113,33 @@ def _summed(
     are there (as the fused cross-entropy of Liger Kernel, arXiv 2410.10989, section 3.2): a loss is
     a scalar, so the backward pass only scales it, and no logits are kept or computed again.
     """
-
-    def body(total: Array, part: Part) -> tuple[Array, None]:
-        loss = partial(_chunk_loss, logits_fn, head)
-        return (
-            total
-            + jax.lax.cond(jnp.any(part[2]), loss, lambda *_: jnp.zeros((), jnp.float32), *part),
-            None,
-        )
-
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), (rows, wanted, live))[0]
+    loss = partial(_chunk_loss, logits_fn, head)
+    return _over_chunks(lambda *part: (loss(*part), ()), rows, wanted, live)[0]
 
 
 def _summed_forward(
     logits_fn: Callable[..., Array], head: Any, rows: Any, wanted: Any, live: Any
 ) -> tuple[Array, tuple[Any, Array]]:
-    trained = any(leaf.perturbed for leaf in head)  # a frozen head gets no gradient
-    values, groups = [leaf.value for leaf in head], rows.value.shape[1]
+    trained, values = any(leaf.perturbed for leaf in head), [leaf.value for leaf in head]
     loss_of = partial(_chunk_loss, logits_fn)
 
-    def of_group(rows: Array, wanted: Array, keep: Array) -> Any:
+    def of_group(*part: Array) -> tuple[Array, Any, Array]:
         loss, (d_head, d_rows) = jax.value_and_grad(loss_of, argnums=(0, 1))(
-            values, rows[None], wanted[None], keep[None]
+            values, *(x[None] for x in part)
         )
         return loss, d_head, d_rows[0]
 
-    def gradient(*part: Array) -> tuple[Array, Any, Array]:
-        """Loss, gradient of the head, and of the rows [g, c, d].
-
-        The head's is summed in every group for itself, [g, *head]: with groups on different devices
-        one sum over them, after the last chunk, is enough.
-        """
+    def gradient(*part: Array) -> tuple[tuple[Array, Any], Array]:
+        """((loss, gradient of the head), gradient of the rows [g, c, d])."""
         if not trained:
             loss, d_rows = jax.value_and_grad(loss_of, argnums=1)(values, *part)
-            return loss, [], d_rows
+            return (loss, []), d_rows
+        # Every group has its own gradient of the head, [g, *head]: with groups on different devices
+        # one all-reduce after the last chunk is enough.
         loss, d_head, d_rows = jax.vmap(of_group)(*part)
-        return jnp.sum(loss), d_head, d_rows
+        return (jnp.sum(loss), d_head), d_rows
 
-    zero_head = [jnp.zeros((groups, *leaf.shape), leaf.dtype) for leaf in values] if trained else []
-
-    def body(carry: tuple[Array, Any], part: Part) -> tuple[tuple[Array, Any], Array]:
-        def nothing(rows: Array, *_: Array) -> tuple[Array, Any, Array]:
-            return jnp.zeros((), jnp.float32), zero_head, jnp.zeros_like(rows)
-
-        loss, d_head, d_rows = jax.lax.cond(jnp.any(part[2]), gradient, nothing, *part)
-        return jax.tree.map(jnp.add, carry, (loss, d_head)), d_rows
-
-    start = jnp.zeros((), jnp.float32), zero_head
-    (total, d_head), d_rows = jax.lax.scan(body, start, (rows.value, wanted.value, live.value))
+    (total, d_head), d_rows = _over_chunks(gradient, rows.value, wanted.value, live.value)
     return total, ([jnp.sum(leaf, axis=0) for leaf in d_head], d_rows)
 
 

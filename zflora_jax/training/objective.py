@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class Sums(NamedTuple):
     metrics: dict[str, Array]
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What a run minimises. The train step, the held-out loss and the plan of a run's memory take
     one. Compiled steps are cached by it: instances are immutable and hashable.
 
@@ -45,13 +46,12 @@ class Objective(Protocol):
       metrics: Names of the further sums, whose means are reported next to the loss.
     """
 
-    @property
-    def unit(self) -> str: ...
-    @property
-    def metrics(self) -> tuple[str, ...]: ...
+    unit: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays that a batch must have.
+        """Shapes and dtypes of the arrays of a batch; "tokens" is one of them.
 
         Args:
           rows: Rows of the batch.
@@ -59,6 +59,7 @@ class Objective(Protocol):
           packed: Whether a row holds several sequences.
         """
 
+    @abstractmethod
     def __call__(
         self,
         config: LlamaConfig,
@@ -72,15 +73,15 @@ class Objective(Protocol):
         Args:
           config: The base's config.
           adapter: The config of variables["adapters"]; None for a model without adapters.
-          variables: {"params": ..., "adapters": ...}. The base is {"params": ...} with adapter
-            None, e.g. for an objective that compares with it.
+          variables: {"params": ..., "adapters": ...}. An objective that compares with the base
+            applies it with {"params": ...} and adapter None.
           batch: The arrays that `arrays` lists.
           rngs: {"dropout": key} in training with dropout.
         """
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Objective):
     """Cross-entropy in nats of the tokens that loss_mask chooses.
 
     Its batches: tokens [B, T] int32, loss_mask [B, T] bool and, if packed, segments [B, T] int32.
@@ -92,7 +93,6 @@ class CrossEntropy:
 
     chunk: int = 256
     unit: ClassVar[str] = "tokens"
-    metrics: ClassVar[tuple[str, ...]] = ()
 
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
         dtypes = {"tokens": jnp.int32, "loss_mask": jnp.bool_}

@@ -23,18 +23,13 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
     ),
     "sgd": lambda optim: optax.trace(optim.b1),
 }
-"""optim.optimizer -> how gradients become a direction, to which `make_optimizer` adds the rest."""
-
+"""optim.optimizer -> how gradients become a direction; `make_optimizer` adds the rest."""
 
 KEPT = ("/scale", "/bias")  # leaves that do not decay
 
 
 def require_optimizer(name: str) -> None:
-    """Refuse an optimizer that has no row.
-
-    Raises:
-      ConfigError: with the nearest name.
-    """
+    """Refuses an optimizer without a row in `OPTIMIZERS`, with the nearest name."""
     require(name in OPTIMIZERS, f"optim.optimizer={name!r}: {nearest(name, OPTIMIZERS)}.")
 
 
@@ -52,30 +47,26 @@ def learning_rate_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     }[optim.schedule]
     if not warmup:
         return decay
-    return optax.join_schedules(
-        [optax.linear_schedule(peak / warmup, peak, warmup), decay], [warmup]
-    )
+    rise = optax.linear_schedule(peak / warmup, peak, warmup)
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer that `optim` describes, for a run of `steps` steps.
 
     It clips gradients by their global norm, lets the row of `OPTIMIZERS` choose a direction, adds
-    weight decay (norm gains, biases and what is frozen have none), and scales by the learning rate;
-    with LoRA+ the blocks that write to the base's channels are scaled once more. It has state for
-    the trainable tree alone.
+    weight decay (norm gains, biases and frozen leaves have none), and scales by the learning rate.
+    With LoRA+ the blocks that write to the base's channels are scaled once more.
 
     Raises:
       ConfigError: optim.optimizer has no row.
     """
 
-    def decayed(params: Any) -> Any:
-        return trees.map_with_names(lambda name, _: not name.endswith(KEPT), params)
-
-    def writes_base(params: Any) -> Any:
-        return trees.map_with_names(lambda name, _: name.endswith(("/lora_b", "/backward")), params)
+    def named(wanted: Callable[[str], bool]) -> Callable[[Any], Any]:
+        return lambda params: trees.map_with_names(lambda name, _: wanted(name), params)
 
     require_optimizer(optim.optimizer)
+    decayed = named(lambda name: not name.endswith(KEPT))
     # A chain of its own, as optax.adamw is: checkpoints have the state in this form.
     parts = [
         optax.chain(
@@ -87,5 +78,6 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     if optim.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))
     if optim.loraplus_ratio != 1:
+        writes_base = named(lambda name: name.endswith(("/lora_b", "/backward")))
         parts.append(optax.masked(optax.scale(optim.loraplus_ratio), writes_base))
     return optax.chain(*parts) if len(parts) > 1 else parts[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -19,41 +20,26 @@ import optax
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import OptimConfig, RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.ops.precision import at_config_precision, at_precision
-from zflora_jax.training.objective import (
-    CROSS_ENTROPY,
-    Batch,
-    Objective,
-    Sums,
-    objective_of,
-)
+from zflora_jax.training.objective import CROSS_ENTROPY, Batch, Objective, Sums, objective_of
 from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
 
 Array = jax.Array
 Metrics = dict[str, Array]  # float32 scalars by name
 
 
-def non_finite(what: str) -> NonFiniteError:
-    """The error that ends training because of `what`."""
-    return NonFiniteError(
-        f"{what}; training stopped, the last checkpoint is from an earlier step and intact. "
-        "Try a lower learning rate, or float32 instead of bfloat16."
-    )
-
-
 @flax.struct.dataclass
 class TrainState:
-    """What training changes.
+    """The state that training changes.
 
     Attributes:
-      step: int32 scalar, the number of finished steps.
-      adapters: the trainable tree, float32.
-      opt_state: of the optax optimizer.
+      step: Number of finished steps, an int32 scalar.
+      adapters: The trainable tree, float32.
+      opt_state: The state of the optax optimizer.
     """
 
     step: Array
@@ -66,9 +52,8 @@ StepFn = Callable[[Tree, TrainState, Batch], tuple[TrainState, Metrics]]
 
 def init_state(adapters: Tree, optim: OptimConfig, steps: int) -> TrainState:
     """The state before the first of `steps` steps, with these `adapters`."""
-    return TrainState(
-        jnp.zeros((), jnp.int32), adapters, make_optimizer(optim, steps).init(adapters)
-    )
+    opt_state = make_optimizer(optim, steps).init(adapters)
+    return TrainState(jnp.zeros((), jnp.int32), adapters, opt_state)
 
 
 def fresh_state(run: RunConfig, model: Model, start: Tree | None = None) -> TrainState:
@@ -80,52 +65,117 @@ def fresh_state(run: RunConfig, model: Model, start: Tree | None = None) -> Trai
     return init_state(start, run.optim, run.train.steps)
 
 
-def make_train_step(
-    config: LlamaConfig,
-    adapter: AdapterConfig,
-    optim: OptimConfig,
-    steps: int,
-    *,
-    objective: Objective = CROSS_ENTROPY,
-    grad_accum_steps: int = 1,
-    state_sharding: Any = None,
-    seed: int = 0,
-) -> StepFn:
-    """Compiles one training step. The same arguments give the same function, so that runs of one
-    process that differ in their data only trace and compile it once.
+@dataclass(frozen=True)
+class TrainStep:
+    """One training step as a function (params, state, batch) -> (state, metrics).
 
     Losses and gradients of the micro-batches are summed, and divided by the objective's divisor
-    once: the result does not depend on `grad_accum_steps`, except for the draws of dropout.
+    once: the result does not depend on `grad_accum_steps`, except for the draws of dropout. The
+    metrics are float32 scalars: loss (mean), the divisor under `objective.unit`, the means of
+    `objective.metrics`, grad_norm (before clipping), learning_rate, and finite (1.0 if all new
+    adapter weights are finite, else 0.0).
 
-    Args:
+    Attributes:
       config: The base's config.
       adapter: The config of the trained adapters.
       optim: The optimizer and its learning rate.
       steps: Steps of the whole run, which the learning rate follows.
       objective: The loss, and the arrays that a batch has.
       grad_accum_steps: Number of micro-batches of a batch; divides its rows.
-      state_sharding: Where the new state lies (`sharding.state_shardings`); None on one device.
       seed: Seed of dropout, which draws by seed, step and number of the micro-batch only.
+    """
+
+    config: LlamaConfig
+    adapter: AdapterConfig
+    optim: OptimConfig
+    steps: int
+    objective: Objective = CROSS_ENTROPY
+    grad_accum_steps: int = 1
+    seed: int = 0
+
+    def __call__(self, params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with at_precision(self.config.execution.matmul_precision):
+            sums, grads = self._accumulated(params, state, batch)
+
+        def mean(x: Array) -> Array:
+            # A maximum for each: XLA divides by a shared one with other rounding.
+            return x / jnp.maximum(sums.divisor, 1.0)
+
+        grads = jax.tree.map(mean, grads)
+        optimizer = make_optimizer(self.optim, self.steps)
+        # optax mixes Python floats with int32 counters; our own code also runs under "strict".
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+            adapters = optax.apply_updates(state.adapters, updates)
+            norm = optax.tree.norm(grads)
+            rate = learning_rate_schedule(self.optim, self.steps)(state.step)
+        metrics = {
+            "loss": mean(sums.loss),
+            self.objective.unit: sums.divisor,
+            **jax.tree.map(mean, sums.metrics),
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(rate, jnp.float32),
+            "finite": _all_finite(adapters).astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, adapters, opt_state), metrics
+
+    def _accumulated(self, params: Tree, state: TrainState, batch: Batch) -> tuple[Sums, Tree]:
+        """Sums over the micro-batches: the objective's, and of gradients of the adapters."""
+        count = self.grad_accum_steps
+        # Every count-th row, so that each device's rows are spread over the micro-batches evenly.
+        micros = {k: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+        rngs = _dropout_keys(self.seed, state.step, count) if self.adapter.dropout else None
+
+        def sums_of(adapters: Tree, micro: Batch, rngs: Any) -> tuple[Array, Sums]:
+            variables = {"params": params, "adapters": adapters}
+            sums = self.objective(self.config, self.adapter, variables, micro, rngs)
+            return sums.loss, sums
+
+        def add(total: tuple[Sums, Tree], part: tuple[Batch, Any]) -> Any:
+            (_, sums), grads = jax.value_and_grad(sums_of, has_aux=True)(state.adapters, *part)
+            return jax.tree.map(jnp.add, total, (sums, grads)), None
+
+        zero = Sums(
+            jnp.zeros(()), jnp.zeros(()), {n: jnp.zeros(()) for n in self.objective.metrics}
+        )
+        start = zero, jax.tree.map(jnp.zeros_like, state.adapters)
+        return jax.lax.scan(add, start, (micros, rngs))[0]
+
+
+def make_train_step(
+    config: LlamaConfig,
+    adapter: AdapterConfig,
+    optim: OptimConfig,
+    steps: int,
+    *,
+    state_sharding: Any = None,
+    **settings: Any,
+) -> StepFn:
+    """Compiles a `TrainStep`. The same arguments give the same function, so that runs of one
+    process that differ in their data only trace and compile it once.
+
+    Args:
+      config, adapter, optim, steps, settings: The attributes of `TrainStep`.
+      state_sharding: Where the new state lies (`sharding.state_shardings`); None on one device.
 
     Returns:
-      A jitted function (params, state, batch) -> (state, metrics); `state` is donated. metrics are
-      float32 scalars: loss (mean), the divisor under `objective.unit`, the means of
-      `objective.metrics`, grad_norm (before clipping), learning_rate, and finite (1.0 if all new
-      adapter weights are finite, else 0.0).
+      A jitted function (params, state, batch) -> (state, metrics); `state` is donated.
     """
+    if not adapter.dropout:
+        settings["seed"] = 0
     leaves, form = jax.tree.flatten(state_sharding)
-    seed = seed if adapter.dropout else 0
-    return _train_step(
-        config,
-        adapter,
-        optim,
-        steps,
-        objective,  # type: ignore[arg-type]  # hashable, as Objective says
-        grad_accum_steps,
-        seed,
-        form,
-        tuple(leaves),
-    )
+    return _jitted(TrainStep(config, adapter, optim, steps, **settings), form, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(step: TrainStep, form: Any, leaves: tuple[Any, ...]) -> StepFn:
+    """`step` compiled; `form` and `leaves` are the state's sharding, hashable."""
+
+    def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return step(params, state, batch)
+
+    where = jax.tree.unflatten(form, leaves)
+    return jax.jit(train_step, donate_argnums=1, out_shardings=(where, None))
 
 
 def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:
@@ -137,62 +187,9 @@ def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> 
         run.train.steps,
         objective=objective_of(run),
         grad_accum_steps=run.data.grad_accum_steps,
-        state_sharding=state_sharding,
         seed=run.train.seed,
+        state_sharding=state_sharding,
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _train_step(
-    config: LlamaConfig,
-    adapter: AdapterConfig,
-    optim: OptimConfig,
-    steps: int,
-    objective: Objective,
-    grad_accum_steps: int,
-    seed: int,
-    form: Any,
-    leaves: tuple[Any, ...],
-) -> StepFn:
-    """`make_train_step`; `form` and `leaves` are the state's sharding, hashable."""
-    optimizer, schedule = make_optimizer(optim, steps), learning_rate_schedule(optim, steps)
-
-    def sums_of(adapters: Tree, params: Tree, micro: Batch, rngs: Any) -> tuple[Array, Sums]:
-        variables = {"params": params, "adapters": adapters}
-        sums = objective(config, adapter, variables, micro, rngs)
-        return sums.loss, sums
-
-    @jax.jit(donate_argnums=1, out_shardings=(jax.tree.unflatten(form, leaves), None))
-    def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rngs = _dropout_keys(seed, state.step, grad_accum_steps) if adapter.dropout else None
-        zero = jnp.zeros(())
-        start = Sums(zero, zero, dict.fromkeys(objective.metrics, zero))
-        with at_precision(config.execution.matmul_precision):
-            sums, grads = _accumulated(
-                sums_of, start, params, state.adapters, batch, rngs, grad_accum_steps
-            )
-
-        def mean(x: Array) -> Array:
-            # A maximum for each: XLA divides by a shared one with other rounding.
-            return x / jnp.maximum(sums.divisor, 1.0)
-
-        grads = jax.tree.map(mean, grads)
-        # optax mixes Python floats with int32 counters; our own code also runs under "strict".
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-            adapters = optax.apply_updates(state.adapters, updates)
-            norm, rate = optax.tree.norm(grads), schedule(state.step)
-        metrics = {
-            "loss": mean(sums.loss),
-            objective.unit: sums.divisor,
-            **jax.tree.map(mean, sums.metrics),
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(rate, jnp.float32),
-            "finite": _all_finite(adapters).astype(jnp.float32),
-        }
-        return TrainState(state.step + 1, adapters, opt_state), metrics
-
-    return train_step
 
 
 def _dropout_keys(seed: int, step: Array, count: int) -> dict[str, Array]:
@@ -200,27 +197,6 @@ def _dropout_keys(seed: int, step: Array, count: int) -> dict[str, Array]:
     stream = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"dropout")))
     own = jax.random.fold_in(stream, step)
     return {"dropout": jax.vmap(functools.partial(jax.random.fold_in, own))(jnp.arange(count))}
-
-
-def _accumulated(
-    sums_of: Callable[..., tuple[Array, Sums]],
-    start: Sums,
-    params: Tree,
-    adapters: Tree,
-    batch: Batch,
-    rngs: dict[str, Array] | None,
-    count: int,
-) -> tuple[Sums, Tree]:
-    """Sums over `count` micro-batches: those of the objective, and of gradients of `adapters`."""
-    # Every count-th row, so that each device's rows are spread over the micro-batches evenly.
-    micros = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-
-    def add(total: tuple[Sums, Tree], part: tuple[Batch, Any]) -> tuple[tuple[Sums, Tree], None]:
-        (_, sums), grads = jax.value_and_grad(sums_of, has_aux=True)(adapters, params, *part)
-        return jax.tree.map(jnp.add, total, (sums, grads)), None
-
-    zero = start, jax.tree.map(jnp.zeros_like, adapters)
-    return jax.lax.scan(add, zero, (micros, rngs))[0]
 
 
 def _all_finite(tree: Tree) -> Array:
