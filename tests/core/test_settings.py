@@ -42,11 +42,8 @@ def test_defaults_are_written_as_set_takes_them():
     assert override(run, {name: s.default for name, s in SETTINGS.items()}) == run
 
 
-def test_the_methods_are_named():
+def test_methods_trackers_and_optimizers_are_named():
     assert SETTINGS["adapter.method"].allowed.split(" | ") == list(METHODS)
-
-
-def test_the_trackers_and_the_optimizers_are_named():
     for name, table in (("train.report_to", TRACKERS), ("optim.optimizer", OPTIMIZERS)):
         for row in table:
             assert re.search(rf"\b{row}\b", SETTINGS[name].meaning), f"{row}: name it in {name}"
@@ -82,11 +79,8 @@ def test_a_meaning_is_the_string_under_the_field():
             """Not this either."""
 
     assert field_docs(Config) == {"second": "Over two lines."}
-
-
-def test_without_source_code_there_are_no_meanings():
     made = dataclasses.make_dataclass("Made", [("first", int, 1)])
-    made.__module__ = types.__name__
+    made.__module__ = types.__name__  # Python has no source code of it
     assert field_docs(made) == {}
 
 
@@ -96,10 +90,7 @@ def test_without_source_code_there_are_no_meanings():
 @pytest.mark.parametrize(
     ("command", "begin"),
     [
-        ("train", ""),
-        ("sweep", ""),
-        ("plan", ""),
-        ("quickstart", ""),
+        *((command, "") for command in ("train", "sweep", "plan", "quickstart")),
         ("eval", ("data.", "eval.", "mesh.", *OF_MODEL)),
         ("generate", "mesh."),
         ("export", "mesh."),

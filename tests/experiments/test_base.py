@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import pytest
-from support.models import perturb, tiny_model
+from support.models import perturb
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -31,36 +31,33 @@ def fused(model: Model, method: str) -> Model:
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.widens])
 def test_a_fused_model_is_refused_by_name(run, base_dir, tmp_path, method):
-    with pytest.raises(
-        ConfigError, match=rf"has {method} fused in; an adapter on top of it could not be fused"
-    ):
-        model = dataclasses.replace(
-            load_model(base_dir), adapter=AdapterConfig(method, rank=4)
-        )  # as `fuse` notes it
+    model = fused(load_model(base_dir), method)
+    message = rf"has {method} fused in; an adapter on top of it could not be fused"
+    with pytest.raises(ConfigError, match=message):
         train(run, tmp_path / "run", model=model, console=False)
+    save_hf(tmp_path / "out", model)
+    with pytest.raises(ConfigError, match=message):
+        train(override(run, {"model": str(tmp_path / "out")}), tmp_path / "run", console=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_merged_model_is_an_ordinary_base_where_it_was_saved(run, base_dir, tmp_path):
     """In memory it is not what run.model names, and the run could not be loaded."""
     model = fused(load_model(base_dir), "lora")
-    with pytest.raises(
-        ConfigError,
-        match=r"lora merged in.*zf\.save_hf\(DIR, model\), and train with run\.model=DIR",
-    ):
+    message = r"lora merged in.*zf\.save_hf\(DIR, model\), and train with run\.model=DIR"
+    with pytest.raises(ConfigError, match=message):
         given_base(run, model)
     save_hf(tmp_path / "merged", model)
     run = override(run, {"model": str(tmp_path / "merged")})
     assert given_base(run, as_base(run, load_model(run.model))).adapter is None
 
 
-def test_a_model_that_was_changed_in_memory_is_refused(run, base_dir, tmp_path):
+def test_a_model_that_was_changed_in_memory_is_refused(run, base_dir):
     """Its rows or its tokenizer: eval, generate and export would load the directory as it is."""
     model = load_model(base_dir)
     given_base(run, model)
-    with pytest.raises(
-        ConfigError, match=r"vocab_size=300 here, 259 there\. Save it with zf\.save_hf"
-    ):
+    message = r"vocab_size=300 here, 259 there\. Save it with zf\.save_hf"
+    with pytest.raises(ConfigError, match=message):
         given_base(run, resize_vocab(model, 300))
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(ConfigError, match=r"tokenizer is not that of .*Save it with zf\.save_hf"):
@@ -75,60 +72,60 @@ def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir,
     run = override(run, {"model": str(tmp_path / "wide"), "train.steps": 3})
     trained = train(run, tmp_path / "run", console=False)
     loaded = load_run(tmp_path / "run")[1]
-    assert (
-        loaded.config.vocab_size == trained.model.config.vocab_size == len(model.tokenizer) == 260
-    )
+    sizes = {loaded.config.vocab_size, trained.model.config.vocab_size, len(model.tokenizer)}
+    assert sizes == {260}
     assert loaded.tokenizer.convert_tokens_to_ids("<|new|>") == 259
 
 
-def test_forms_that_cannot_be_trained_are_refused(run, base_dir):
-    model = load_model(base_dir)
-    with pytest.raises(ConfigError, match="packed for decoding"):
-        as_base(run, pack_for_decode(model))
-    with pytest.raises(ConfigError, match=r"a tree per layer.*without scan_layers=False"):
-        as_base(run, load_model(base_dir, scan_layers=False))
-    model.tokenizer = None
-    with pytest.raises(ConfigError, match="without a tokenizer"):
-        as_base(run, model)
-    with pytest.raises(ConfigError, match="beyond the model's context"):
-        as_base(override(run, {"data.bucket_lengths": [1024]}), load_model(base_dir))
-
-
-def test_another_dtype_is_refused_with_both_and_the_fix(run, base_dir):
-    model, narrow = load_model(base_dir), load_model(base_dir, dtype="bfloat16")
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"params are bfloat16, and train\.dtype is float32: load it with load_model\(...,"
-            r" dtype='float32'\)"
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pack_for_decode, "packed for decoding"),
+        (
+            lambda model: load_model(model.source, scan_layers=False),
+            r"a tree per layer.*without scan_layers=False",
         ),
-    ):
-        as_base(run, narrow)
+        (lambda model: dataclasses.replace(model, tokenizer=None), "without a tokenizer"),
+        (
+            lambda model: load_model(model.source, dtype="bfloat16"),
+            r"params are bfloat16, and train\.dtype is float32: load it with load_model\(...,"
+            r" dtype='float32'\)",
+        ),
+        (
+            lambda model: dataclasses.replace(model, config=model.config.replace(dtype="bfloat16")),
+            r"activations are bfloat16, and train\.dtype is float32",
+        ),
+    ],
+)
+def test_models_that_the_run_cannot_train_are_refused(run, base_dir, change, message):
+    with pytest.raises(ConfigError, match=message):
+        as_base(run, change(load_model(base_dir)))
+
+
+def test_settings_that_the_model_does_not_admit_are_refused(run, base_dir):
+    model = load_model(base_dir)
+    with pytest.raises(ConfigError, match="beyond the model's context"):
+        as_base(override(run, {"data.bucket_lengths": [1024]}), model)
     with pytest.raises(ConfigError, match=r"params are float32, and train\.dtype is bfloat16"):
         as_base(override(run, {"train.dtype": "bfloat16"}), model)
-    mixed = Model(model.config.replace(dtype="bfloat16"), model.params, model.tokenizer)
-    with pytest.raises(ConfigError, match=r"activations are bfloat16, and train\.dtype is float32"):
-        as_base(run, mixed)
-    assert (
-        as_base(override(run, {"train.dtype": "bfloat16"}), narrow).config.execution.dtype
-        == "bfloat16"
-    )
 
 
-def test_remat_of_the_run_is_applied(run, base_dir, tmp_path, monkeypatch):
-    """The step is made for it, not for what the model was loaded with."""
+def test_settings_of_the_run_reach_the_step(run, base_dir, tmp_path, monkeypatch):
+    """The step is made for them, not for what the model was loaded with."""
 
     def made(run, config, *_):
-        raise LookupError(config.execution.remat)
+        execution = config.execution
+        raise LookupError(execution.remat, execution.matmul_precision, execution.dtype)
 
     monkeypatch.setattr("zflora_jax.experiments.train.step_of", made)
-    run = override(run, {"train.remat": "block"})
-    with pytest.raises(LookupError, match="block"):
-        train(run, tmp_path / "run", model=load_model(base_dir), console=False)
+    changes = {"remat": "block", "matmul_precision": "highest", "dtype": "bfloat16"}
+    run = override(run, {f"train.{name}": value for name, value in changes.items()})
+    with pytest.raises(LookupError, match=r"'block', 'highest', 'bfloat16'"):
+        model = load_model(base_dir, dtype="bfloat16")
+        train(run, tmp_path / "run", model=model, console=False)
 
 
 def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, monkeypatch):
-    given_base(run, load_model(base_dir))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(base_dir)
     given_base(override(run, {"model": "link"}), load_model(base_dir))
@@ -138,19 +135,10 @@ def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, mo
     given_base(override(run, {"model": "smollm2-360m"}), model)
     assert caplog.text == ""
     given_base(run, model)
-    assert (
-        "the base was loaded from HuggingFaceTB/SmolLM2-360M-Instruct, but the run says"
-        f" model={base_dir}" in caplog.text
-    )
-
-
-def test_a_model_made_in_memory_is_warned_of(run, caplog):
-    model = tiny_model(max_position_embeddings=512)
-    model.tokenizer = load_model(run.model).tokenizer
-    assert (
-        given_base(run, model).source is None
-        and "the base was made in memory, but the run says model=" in caplog.text
-    )
+    model.source = None
+    given_base(run, model)
+    for origin in ("loaded from HuggingFaceTB/SmolLM2-360M-Instruct", "made in memory"):
+        assert f"the base was {origin}, but the run says model={base_dir}" in caplog.text
 
 
 def test_a_model_of_a_gguf_file_may_be_handed_in_as_it_is_loaded():

@@ -1,5 +1,5 @@
-"""Runs: training changes what it should, a killed run resumes bit for bit, bad states are refused.
-On a tiny model with real files on disk.
+"""Runs: training changes what it should, a stopped run goes on, bad states are refused. On a tiny
+model with real files on disk; bit-equal resume is in tests/training.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -22,7 +21,6 @@ from support.paths import ROOT
 from support.runs import quiet_train, small_run
 
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.errors import NonFiniteError, Preempted
@@ -41,18 +39,38 @@ from zflora_jax.training.trainer import step_of
 from zflora_jax.training.workdir import read_config
 
 
+def losses(workdir: Path) -> list[float]:
+    return [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"]
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """before_step(n, action) calls action(params) -> params ahead of step n of the next run."""
+
+    def set_action(number, action):
+        def wrapped(*args):
+            step = step_of(*args)
+
+            def run_step(params, state, batch):
+                params = action(params) if int(state.step) + 1 == number else params
+                return step(params, state, batch)
+
+            return run_step
+
+        monkeypatch.setattr("zflora_jax.experiments.train.step_of", wrapped)
+
+    return set_action
+
+
 @pytest.mark.parametrize("method", always(METHODS, lambda m: m == "zflora-uniform"))
 def test_every_method_learns_and_exports(method, run, tmp_path):
     run = override(run, {"adapter.method": method, "train.steps": 6})
     trained = quiet_train(run, tmp_path / "run")
-    losses = [
-        r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"
-    ]
-    assert losses[-1] < losses[0] - 0.05
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0] - 0.05
     report = export_run(tmp_path / "run", tmp_path / "out")
-    assert (
-        report["top1_agreement"] == 1.0 and report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
-    )
+    assert report["top1_agreement"] == 1.0
+    assert report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
     tokens = np.asarray([[5, 6, 7, 8]], np.int32)
     assert_logits_close(
         forward(load_model(str(tmp_path / "out")), tokens),
@@ -66,21 +84,11 @@ def test_every_method_learns_and_exports(method, run, tmp_path):
 
 def test_the_loss_does_not_depend_on_accumulation(run, tmp_path):
     """Micro-batches hold different numbers of target tokens; a mean of means would differ."""
-    losses = []
-    run = override(run, {"train.steps": 4})
-    for accumulate in (1, 2, 4):
-        quiet_train(
-            override(run, {"data.grad_accum_steps": accumulate}), tmp_path / str(accumulate)
-        )
-        losses.append(
-            [
-                r["loss"]
-                for r in read_metrics(tmp_path / str(accumulate) / "metrics.jsonl")
-                if r["split"] == "train"
-            ]
-        )
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+    run, found = override(run, {"train.steps": 4}), []
+    for count in (1, 2, 4):
+        quiet_train(override(run, {"data.grad_accum_steps": count}), tmp_path / str(count))
+        found.append(losses(tmp_path / str(count)))
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +120,10 @@ def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
     """The step alone takes longer to compile than what is not kept."""
     report = quiet_train(run, tmp_path / "run").report
     assert report == json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [
-        entry.name.startswith("jit_train_step-")
-        for entry in (tmp_path / "run" / "compile_cache").glob("jit_train_step*")
-    ]
-    assert (
-        0
-        < report["load_seconds"] + report["data_seconds"]
-        < report["first_step_seconds"]
-        < report["seconds"]
-    )
+    kept = [path.name for path in (tmp_path / "run" / "compile_cache").glob("jit_train_step*")]
+    assert kept and all(name.startswith("jit_train_step-") for name in kept)
+    prepared = report["load_seconds"] + report["data_seconds"]
+    assert 0 < prepared < report["first_step_seconds"] < report["seconds"]
 
 
 def test_another_config_is_refused_and_nothing_is_lost(run, finished):
@@ -129,10 +131,8 @@ def test_another_config_is_refused_and_nothing_is_lost(run, finished):
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.01 there, 0\.002 now"):
         quiet_train(override(run, {"optim.learning_rate": 2e-3}), workdir)
     assert read_config(workdir) == dated(run)
-    assert_trees_equal(
-        quiet_train(override(run, {"eval.limit": 2, "train.log_every": 3}), workdir).adapters,
-        adapters,
-    )
+    free = override(run, {"eval.limit": 2, "train.log_every": 3})
+    assert_trees_equal(quiet_train(free, workdir).adapters, adapters)
 
 
 def test_another_base_is_refused(finished, base_dir, tmp_path):
@@ -145,26 +145,34 @@ def test_another_base_is_refused(finished, base_dir, tmp_path):
         load_run(tmp_path / "run")
 
 
+def test_other_data_is_refused(run, tmp_path):
+    """A run on a JSON file that has changed since does not go on with it in silence."""
+    rows = [
+        {"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"}
+        for i in range(40)
+    ]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.json").write_text(json.dumps(rows))
+    run = override(run, {"data.task": "rows", "data.data_dir": str(data), "train.steps": 4})
+    quiet_train(run, tmp_path / "run")
+    rows[3]["output"] = "something else"
+    (data / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(ConfigError, match="was trained on another data"):
+        quiet_train(run, tmp_path / "run")
+
+
 def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(
-    run, tmp_path, monkeypatch
+    run, tmp_path, before_step, monkeypatch
 ):
-    """A batch that makes the loss NaN at step 6: steps 1 to 5 were good, step 4 was saved."""
-    real = step_of
+    """The loss is NaN at step 6: steps 1 to 5 were good, step 4 was saved."""
 
-    def poisoned(*args, **kwargs):
-        step = real(*args, **kwargs)
+    def poisoned(params):
+        return trees.map_with_names(
+            lambda name, x: x * np.float32("nan") if name == "final_norm/scale" else x, params
+        )
 
-        def run_step(params, state, batch):
-            if int(state.step) == 5:
-                params = trees.map_with_names(
-                    lambda name, x: x * np.float32("nan") if name == "final_norm/scale" else x,
-                    params,
-                )
-            return step(params, state, batch)
-
-        return run_step
-
-    monkeypatch.setattr("zflora_jax.experiments.train.step_of", poisoned)
+    before_step(6, poisoned)
     with pytest.raises(NonFiniteError, match="loss is nan at step 6"):
         quiet_train(run, tmp_path)
     monkeypatch.undo()
@@ -184,71 +192,14 @@ def test_lora_run_exports_to_peft_and_back(run, base_dir, tmp_path):
 
 
 def test_bfloat16_run_trains_float32_adapters(run, tmp_path):
+    run = override(run, {"train.dtype": "bfloat16", "train.remat": "block"})
     with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes dtypes in bfloat16
-        trained = quiet_train(
-            override(run, {"train.dtype": "bfloat16", "train.remat": "block"}), tmp_path
-        )
-        assert all(x.dtype == np.float32 for x in jax.tree.leaves(trained.adapters))
-        assert all(
-            str(x.dtype) == "bfloat16"
-            for x in jax.tree.leaves(fuse(trained.model, run.adapter, trained.adapters).params)
-        )
-    losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
-    assert losses[-1] < losses[0]
-
-
-def test_other_data_is_refused(run, tmp_path):
-    """A run on a JSON file that has changed since does not go on with it in silence."""
-    rows = [
-        {"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"}
-        for i in range(40)
-    ]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.json").write_text(json.dumps(rows))
-    run = override(
-        run, {"data.task": "rows", "data.data_dir": str(tmp_path / "data"), "train.steps": 4}
-    )
-    quiet_train(run, tmp_path / "run")
-    rows[3]["output"] = "something else"
-    (tmp_path / "data" / "train.json").write_text(json.dumps(rows))
-    with pytest.raises(ConfigError, match="was trained on another data"):
-        quiet_train(run, tmp_path / "run")
-
-
-def test_two_processes_on_one_workdir(run, tmp_path):
-    with (
-        locked_by_another_process(tmp_path),
-        pytest.raises(ConfigError, match="is being trained by another process"),
-    ):
-        quiet_train(run, tmp_path)
-    assert not (tmp_path / "config.json").exists()  # what the other process wrote stays
-
-
-@contextmanager
-def locked_by_another_process(workdir: Path):
-    program = (
-        "import sys, time; from zflora_jax.training.lock import locked\nwith"
-        " locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(workdir)],
-        env=env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
-        assert process.stdout.readline() == b"held\n"  # type: ignore[union-attr]
-        yield
-        process.stdin.close()  # type: ignore[union-attr]
-
-
-def test_an_export_with_widened_streams_is_no_base(run, tmp_path):
-    model = load_model(run.model)
-    adapters = init_adapters(jax.random.key(0), model, run.adapter)
-    save_hf(tmp_path / "out", fuse(model, run.adapter, adapters))
-    with pytest.raises(ConfigError, match="zflora-minimal fused in"):
-        quiet_train(override(run, {"model": str(tmp_path / "out")}), tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+        trained = quiet_train(run, tmp_path)
+        fused = fuse(trained.model, run.adapter, trained.adapters)
+    assert {str(x.dtype) for x in jax.tree.leaves(trained.adapters)} == {"float32"}
+    assert {str(x.dtype) for x in jax.tree.leaves(fused.params)} == {"bfloat16"}
+    found = losses(tmp_path)
+    assert found[-1] < found[0]
 
 
 def test_bad_targets_claim_no_workdir(run, tmp_path):
@@ -257,22 +208,34 @@ def test_bad_targets_claim_no_workdir(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(run, tmp_path, monkeypatch):
+def test_two_processes_on_one_workdir(run, tmp_path):
+    program = (
+        "import sys; from zflora_jax.training.lock import locked\n"
+        "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdin and other.stdout and other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="is being trained by another process"):
+            quiet_train(run, tmp_path)
+        other.stdin.close()
+    assert not (tmp_path / "config.json").exists()  # what the other process wrote stays
+
+
+def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(
+    run, tmp_path, before_step, monkeypatch
+):
+    def signalled(params):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return params
+
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    real = step_of
-
-    def signalled(*args, **kwargs):
-        step = real(*args, **kwargs)
-
-        def run_step(params, state, batch):
-            if int(state.step) == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(params, state, batch)
-
-        return run_step
-
-    monkeypatch.setattr("zflora_jax.experiments.train.step_of", signalled)
+    before_step(3, signalled)
     with pytest.raises(Preempted, match="stopped by a signal after step 3 of 8, which is saved in"):
         quiet_train(run, tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

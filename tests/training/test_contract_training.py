@@ -29,11 +29,7 @@ def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
         perturb(init_adapters(jax.random.key(1), model, adapter)), OptimConfig(warmup_steps=0), 3
     )
     start = jax.tree.map(np.array, state.adapters)
-    batch = {
-        "tokens": tokens,
-        "loss_mask": jnp.ones(tokens.shape, bool),
-        "segments": jnp.ones(tokens.shape, jnp.int32),
-    }
+    batch = {"tokens": tokens, "loss_mask": tokens >= 0, "segments": jnp.ones_like(tokens)}
     step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3)
     state, metrics = step(model.params, state, batch)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -59,12 +55,7 @@ def test_no_product_forms_a_base_gradient(adapter):
     state = jax.eval_shape(
         lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100)
     )
-    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
-    batch = {
-        "tokens": tokens,
-        "loss_mask": jax.ShapeDtypeStruct((2, 24), bool),
-        "segments": jax.ShapeDtypeStruct((2, 24), jnp.int32),
-    }
+    batch = CrossEntropy().arrays(2, 24, packed=True)
     step = make_train_step(model.config, adapter, OptimConfig(), 100)
     shapes: set[tuple[int, ...]] = set()
 
@@ -95,11 +86,7 @@ def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
     """
     model, adapter = tiny_model(num_layers=3), AdapterConfig("zflora-minimal", rank=6)
     adapters = init_adapters(jax.random.key(1), model, adapter)
-    batch = {
-        "tokens": tokens,
-        "loss_mask": jnp.ones(tokens.shape, bool),
-        "segments": jnp.ones(tokens.shape, jnp.int32),
-    }
+    batch = {"tokens": tokens, "loss_mask": tokens >= 0, "segments": jnp.ones_like(tokens)}
     grads = jax.jit(
         jax.grad(
             lambda a: (

@@ -1,21 +1,23 @@
-"""Every row of OPTIMIZERS trains, goes on from a checkpoint bit for bit, is divided over a mesh and
-counted in the plan; names without a row are refused before anything slow.
+"""An optimizer does what its settings say. Every row of OPTIMIZERS trains, goes on from a
+checkpoint bit for bit, is divided over a mesh and counted in the plan.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from support.grids import always
 from support.models import perturb, tiny_model
-from support.runs import mark_saved
 
 from zflora_jax.adapters.init import init_adapters
+from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import MeshConfig, OptimConfig, RunConfig
@@ -24,9 +26,8 @@ from zflora_jax.experiments.train import train
 from zflora_jax.parallel import sharding
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.objective import CrossEntropy
-from zflora_jax.training.optim import OPTIMIZERS
+from zflora_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
 from zflora_jax.training.trainer import TrainState, init_state, make_train_step
-from zflora_jax.training.workdir import adopt, claim
 
 STEPS = 5
 # Wide enough that Adafactor keeps sums over rows and columns.
@@ -42,11 +43,7 @@ def settings(optimizer: str) -> OptimConfig:
 
 def batch() -> dict[str, np.ndarray]:
     tokens = np.random.default_rng(0).integers(0, 250, (4, 16)).astype(np.int32)
-    return {
-        "tokens": tokens,
-        "loss_mask": np.ones_like(tokens, bool),
-        "segments": np.ones_like(tokens),
-    }
+    return {"tokens": tokens, "loss_mask": tokens >= 0, "segments": np.ones_like(tokens)}
 
 
 def training(
@@ -123,16 +120,8 @@ def test_adafactor_keeps_less_than_one_number_a_parameter():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (
-            "optim.optimizer",
-            "adam",
-            r"optim\.optimizer='adam': did you mean 'adamw'\? Allowed: adafactor, adamw, lion, sgd",
-        ),
-        (
-            "train.report_to",
-            "tensorboard,wandbb",
-            r"report_to\[1\]='wandbb': did you mean 'wandb'\? Allowed: tensorboard, trackio, wandb",
-        ),
+        ("optim.optimizer", "adam", r"='adam': did you mean 'adamw'\? Allowed: adafactor, adamw"),
+        ("train.report_to", "tensorboard,wandbb", r"to\[1\]='wandbb': did you mean 'wandb'\? All"),
     ],
 )
 def test_a_name_without_a_row_is_refused_before_anything_is_made(key, value, message, tmp_path):
@@ -142,9 +131,77 @@ def test_a_name_without_a_row_is_refused_before_anything_is_made(key, value, mes
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_keeps_its_optimizer(run, tmp_path):
-    claim(tmp_path, run)
-    mark_saved(tmp_path, 2)
-    other = dataclasses.replace(run, optim=dataclasses.replace(run.optim, optimizer="lion"))
-    with pytest.raises(ConfigError, match=r"optim\.optimizer: 'adamw' there, 'lion' now"):
-        adopt(tmp_path, other)
+# --- one update -----------------------------------------------------------------------------------
+
+
+def rates(steps: int, **changes: object) -> list[float]:
+    schedule = learning_rate_schedule(OptimConfig(**changes), steps)  # type: ignore[arg-type]
+    with jax.numpy_dtype_promotion("standard"):
+        return [float(schedule(step)) for step in range(steps + 1)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_warm_up_rises_from_a_part_to_the_peak(schedule):
+    values = rates(30, schedule=schedule, learning_rate=0.8, warmup_steps=8)
+    np.testing.assert_allclose(values[:9], np.linspace(0.1, 0.8, 9), rtol=1e-5)
+    assert max(values) <= 0.8 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_decay_ends_at_the_final_fraction(schedule, warmup):
+    rate = {"learning_rate": 2.0, "warmup_steps": warmup, "final_lr_fraction": 0.1}
+    values = rates(warmup + 20, schedule=schedule, **rate)
+    done = np.arange(21) / 20
+    left = {"cosine": (1 + np.cos(np.pi * done)) / 2, "linear": 1 - done, "constant": 1 + 0 * done}
+    np.testing.assert_allclose(values[warmup:], 2 * (0.1 + 0.9 * left[schedule]), rtol=1e-5)
+
+
+def one_update(optim: OptimConfig, params: trees.Tree, grads: trees.Tree) -> tuple[Any, Any]:
+    """(updates by name, the optimizer's state)."""
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer = make_optimizer(optim, 10_000)
+        updates, state = optimizer.update(grads, optimizer.init(params), params)
+    return trees.flatten(updates), state
+
+
+PLAIN = OptimConfig(learning_rate=0.1, schedule="constant", warmup_steps=0)
+
+
+def test_weight_decay_skips_norm_gains_and_biases():
+    q = {name: jnp.ones(3) for name in ("kernel", "forward", "bias")}
+    params = {"final_norm": {"scale": jnp.ones(4)}, "layers": {"attn": {"q": q}}}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = one_update(replace(PLAIN, weight_decay=0.5), params, zero)
+    for name, update in updates.items():
+        wanted = 0.0 if name.endswith(("scale", "bias")) else -0.05
+        np.testing.assert_allclose(update, wanted, rtol=1e-6, err_msg=name)
+
+
+def test_adam_first_step_is_the_learning_rate_in_sign():
+    grads = {"a": jnp.asarray([3.0, -0.2, 0.0])}
+    updates, _ = one_update(replace(PLAIN, clip_norm=None), {"a": jnp.zeros(3)}, grads)
+    np.testing.assert_allclose(updates["a"], [-0.1, 0.1, 0.0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_lora_plus_ratio_is_of_the_blocks_that_write_to_the_base(clip):
+    names = ("lora_a", "lora_b", "forward", "backward", "cross")
+    params = {"layers": {"attn": {"q": {name: jnp.zeros(2) for name in names}}}}
+    grads, optim = jax.tree.map(jnp.ones_like, params), replace(PLAIN, clip_norm=clip)
+    plain, _ = one_update(optim, params, grads)
+    plus, _ = one_update(replace(optim, loraplus_ratio=4.0), params, grads)
+    for name, update in plain.items():
+        times = 4 if name.endswith(("lora_b", "backward")) else 1
+        np.testing.assert_allclose(plus[name], update * times, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("clip", [0.5, 2.0, None])
+def test_gradients_are_clipped_by_their_global_norm(clip):
+    """Seen through Adam's first moment, which is (1 - b1) * clipped gradient after one step."""
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    grads = {"a": jnp.asarray([0.6, 0.0]), "b": jnp.asarray([0.8])}  # norm 1
+    _, state = one_update(OptimConfig(clip_norm=clip, b1=0.5), params, grads)
+    moment = optax.tree_utils.tree_get(state, "mu")
+    wanted = 0.5 * min(1.0, clip or 1.0) * np.asarray([0.6, 0.0, 0.8])
+    np.testing.assert_allclose(np.concatenate([moment["a"], moment["b"]]), wanted, rtol=1e-6)
