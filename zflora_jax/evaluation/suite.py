@@ -196,13 +196,8 @@ def _refuse_other(path: Path, origin: Result, run: RunConfig, tasks: Sequence[st
     if not path.is_file():
         return
     found = json.loads(path.read_text(encoding="utf-8"))
-    # Of settings that are younger than the file.
-    defaults = {f"eval.{key}": value for key, value in to_dict(EvalConfig()).items()}
-    # A summary of an earlier version, or of tasks whose files may lie anywhere, names no folder.
-    folder = {key: value for key, value in origin.items() if key == "data.data_dir"}
-    there = folder | defaults | found.get("origin", {})
     now = json.loads(json.dumps(origin))
-    other = [key for key, value in now.items() if there.get(key) != value]
+    other = [key for key, value in now.items() if found["origin"].get(key) != value]
     require(
         not other,
         f"{path} holds scores of other settings ({', '.join(other)}); give another --out, or"

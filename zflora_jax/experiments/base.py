@@ -64,19 +64,18 @@ def as_base(run: RunConfig, model: Model) -> Model:
         "the model has a tree per layer, and checkpoints are of stacked ones; load it without"
         " scan_layers=False.",
     )
-    leaves = flatten(model.params).values()
+    config, leaves = run.train.applied_to(model.config), flatten(model.params).values()
+    wanted = str(config.execution.dtype)
     stored = {str(leaf.dtype) for leaf in leaves if not isinstance(leaf, QuantizedArray)}
     for name, dtypes in ("params", stored), ("activations", {str(execution.dtype)}):
         require(
-            dtypes == {run.train.dtype},
-            f"the model's {name} are {', '.join(sorted(dtypes))}, and train.dtype is"
-            f" {run.train.dtype}: load it with load_model(..., dtype={run.train.dtype!r}), or set"
-            " train.dtype.",
+            dtypes == {wanted},
+            f"the model's {name} are {', '.join(sorted(dtypes))}, and train.dtype is {wanted}:"
+            f" load it with load_model(..., dtype={wanted!r}), or set train.dtype.",
         )
     require_stored_as(model, run.quantize)
     # An adapter merged by addition left an ordinary base.
     base = model.base if merged is None else None
-    config = run.train.applied_to(model.config)
     model = Model(config, model.params, model.tokenizer, model.source, base=base)
     # Targets that match nothing are refused here, before anything slow.
     resolve_adapter(model.config, run.adapter)

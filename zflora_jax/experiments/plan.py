@@ -185,7 +185,7 @@ def step_attention(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> tuple[str
     ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32) if run.data.packing else None
     head_dim = widths.head_dim + resolve_adapter(widths, run.adapter).heads
     shape = (rows, length, widths.num_heads, head_dim)
-    dtype, scale = jnp.dtype(run.train.dtype), widths.rotary_dim**-0.5
+    dtype, scale = jnp.dtype(widths.execution.dtype), widths.rotary_dim**-0.5
     with jax.set_mesh(mesh):
         return attention_choice(shape, widths.num_kv_heads, dtype, AttentionMask(ids, ids), scale)
 
