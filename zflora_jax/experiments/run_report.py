@@ -73,7 +73,7 @@ def new_report(
         "processes": processes or jax.process_count(),
         "environment": env,
     }
-    return _write(workdir, report)
+    return write_report(workdir, report)
 
 
 def finished_report(
@@ -109,7 +109,7 @@ def finished_report(
     if rows_there == setup.eval_set.fingerprint() and loss_there is not None:
         return stored
     config = stored["config"] | {"eval": to_dict(run.eval)}
-    return _write(workdir, stored | _loss_fields(setup, evaluate()) | {"config": config})
+    return write_report(workdir, stored | _loss_fields(setup, evaluate()) | {"config": config})
 
 
 _OF_START = ("step", "changed", "processes", "plain_texts")  # see `workdir.record_start`
@@ -125,7 +125,8 @@ def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:
     }
 
 
-def _write(workdir: Path, report: Report) -> Report:
+def write_report(workdir: Path, report: Report) -> Report:
+    """Writes `report`, in the process that writes. Returns it."""
     if distributed.is_main():
         write_json(workdir / REPORT_FILE, report)
     return report
