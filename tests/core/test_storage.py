@@ -111,7 +111,7 @@ def test_a_mirror_uploads_the_files_that_have_changed(folder, tmp_path, monkeypa
 
 def test_metrics_are_uploaded_at_saves_and_at_the_end(folder, monkeypatch):
     class Tracker:
-        def __init__(self, folder: Path) -> None:
+        def __init__(self, folder: Path, *_: object) -> None:
             self.folder = folder
 
         def write(self, *_: object) -> None:
@@ -120,7 +120,7 @@ def test_metrics_are_uploaded_at_saves_and_at_the_end(folder, monkeypatch):
         def close(self) -> None:
             (self.folder / "events").write_text("last")
 
-    monkeypatch.setattr(metrics, "make_trackers", lambda names, folder, *_: [Tracker(folder)])
+    monkeypatch.setattr(metrics, "TRACKERS", {"tensorboard": Tracker})
     path = folder / "metrics.jsonl"
     with MetricWriter(folder, 9, console=False) as writer:
         writer.write(1, "train", {"loss": 1.0})
