@@ -1,10 +1,10 @@
-"""eps_z: chosen from the weights or by the user; its effect on int8."""
+"""eps_z: chosen from the weights or by the user; its effect on float32 logits and on int8."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,33 +44,37 @@ def saved_eps(path: Path) -> float:
     return json.loads((path / "zflora.json").read_text())["eps_z"]
 
 
+def as_stock(model: Model, eps: float, path: Path) -> Model:
+    save_hf(path, model, eps_z=eps)
+    return load_stock(path)
+
+
+def logits(model: Model) -> np.ndarray:
+    return np.asarray(forward(model, TOKENS), np.float64)
+
+
 @pytest.mark.parametrize("adapter", STATE, ids=case_id)
-def test_the_chosen_scale_keeps_float32_logits(adapter, tmp_path):
-    """Also of adapters moved by noise of 0.1, which is more than training moves them."""
+def test_the_chosen_scale_keeps_float32_logits(adapter: AdapterConfig, tmp_path: Path) -> None:
+    """Also of adapters perturbed by 0.1, which is more than training moves them."""
     model = tiny_model(num_layers=2, tie_word_embeddings=False)
     fused = fuse(model, adapter, perturbed_adapters(model, adapter, 0.1))
-    report = save_hf(tmp_path / "out", fused)
-    assert report["eps_z"] == saved_eps(tmp_path / "out") == choose_eps_z(fused, "float32")
+    eps_z = save_hf(tmp_path / "out", fused)["eps_z"]
+    assert eps_z == saved_eps(tmp_path / "out") == choose_eps_z(fused, "float32")
     gap = export_gap(fused, tmp_path / "out", TOKENS)
     assert gap["max_abs_dlogit"] <= TOLERANCE * gap["logit_scale"]
-    assert (
-        2**-10 <= report["eps_z"] <= 2**-6
-        and choose_eps_z(fused, "bfloat16") >= 16 * report["eps_z"]
-    )
+    assert 2**-10 <= eps_z <= 2**-6 and choose_eps_z(fused, "bfloat16") >= 16 * eps_z
 
 
-def test_the_choice_follows_the_weights():
+def test_the_choice_follows_the_weights() -> None:
     fused = trained_like()
-    share = state_share(fused)
-    d = fused.config.norm_dim
+    share, d = state_share(fused), fused.config.norm_dim
 
     def scaled(factor: float) -> Model:
-        """The state, times `factor`: as a larger adapter would write it."""
+        """The state times `factor`: as a larger adapter would write it."""
 
         def visit(name: str, x: jax.Array) -> jax.Array:
-            return (
-                x.at[..., d:].multiply(factor) if name.endswith(("o/kernel", "down/kernel")) else x
-            )
+            written = name.endswith(("o/kernel", "down/kernel"))
+            return x.at[..., d:].multiply(factor) if written else x
 
         return Model(fused.config, trees.map_with_names(visit, fused.params), adapter=MINIMAL)
 
@@ -79,52 +83,42 @@ def test_the_choice_follows_the_weights():
         assert choose_eps_z(scaled(0.25), dtype) == 4 * choose_eps_z(fused, dtype)
     assert choose_eps_z(scaled(0.0), "float32") == 1.0
     assert choose_eps_z(scaled(1e6), "float32") == CHOICES[-1] == 2.0**-10
-    assert choose_eps_z(scaled(1e6), "float16") == 2.0**-4  # below that float16 has no room
+    assert choose_eps_z(scaled(1e6), "float16") == 2.0**-4  # float16 cannot hold less
     flat = Model(fused.config.replace(scan_layers=False), trees.unstack_layers(fused.params, 3))
     assert state_share(flat) == pytest.approx(share, rel=1e-6)
     assert state_share(tiny_model()) == 0.0 and choose_eps_z(tiny_model(), "float32") == 1.0
 
 
-def test_the_estimate_bounds_the_share_of_every_token():
-    """The safety factor covers what single tokens have over the estimate from the weights."""
-    for seed in range(2):
-        fused = trained_like(seed, tie_word_embeddings=False)
-        want = np.asarray(forward(fused, TOKENS), np.float64)
-        gained = {}
-        for eps in (0.5, 0.25):  # large enough to be seen above the rounding of float32
-            shown = _stock(fused, eps)
-            gained[eps] = (
-                np.abs(np.asarray(forward(shown, TOKENS)) - want).max() / np.abs(want).max()
-            )
-            assert gained[eps] <= 4 * state_share(fused) * eps**2 / 2
-        assert gained[0.5] / gained[0.25] == pytest.approx(4, rel=0.3)  # the square of eps_z
-
-
-def _stock(model: Model, eps: float) -> Model:
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder) / "out", model, eps_z=eps)
-        return load_stock(Path(folder) / "out")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_estimate_bounds_the_share_of_every_token(seed: int, tmp_path: Path) -> None:
+    """The safety factor covers the excess of single tokens over the estimate from the weights."""
+    fused = trained_like(seed, tie_word_embeddings=False)
+    want, gained = logits(fused), {}
+    for eps in (0.5, 0.25):  # large enough to be seen above the rounding of float32
+        wrong = np.abs(logits(as_stock(fused, eps, tmp_path / "out")) - want)
+        gained[eps] = wrong.max() / np.abs(want).max()
+        assert gained[eps] <= 4 * state_share(fused) * eps**2 / 2
+    assert gained[0.5] / gained[0.25] == pytest.approx(4, rel=0.3)  # the square of eps_z
 
 
 @pytest.mark.parametrize("eps", [2.0**-10, 0.0625, 1.0])
-def test_a_named_scale_is_written_and_read_back(eps, tmp_path):
+def test_a_named_scale_is_written_and_read_back(eps: float, tmp_path: Path) -> None:
     fused = trained_like()
-    assert (
-        save_hf(tmp_path / "out", fused, eps_z=eps)["eps_z"] == saved_eps(tmp_path / "out") == eps
-    )
+    assert save_hf(tmp_path / "out", fused, eps_z=eps)["eps_z"] == eps
+    assert saved_eps(tmp_path / "out") == eps
     assert_trees_equal(load_model(tmp_path / "out").params, fused.params)
     gap = export_gap(fused, tmp_path / "out", TOKENS)
     assert (gap["max_abs_dlogit"] > TOLERANCE * gap["logit_scale"]) == (eps > 2**-7)
 
 
 @pytest.mark.parametrize("eps", [0.1, 2.0, 2.0**-11, 0.0, -0.5, float("nan")])
-def test_scales_that_cannot_be_used_are_refused(eps, tmp_path):
+def test_other_scales_are_refused(eps: float, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"power of two from 2\^-10.*int8"):
         save_hf(tmp_path / "out", trained_like(), eps_z=eps)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_without_a_state_takes_no_scale(tmp_path):
+def test_a_model_without_a_state_takes_no_scale(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="this model has none"):
         save_hf(tmp_path / "out", tiny_model(), eps_z=0.0625)
     report = save_hf(tmp_path / "out", tiny_model())
@@ -132,13 +126,10 @@ def test_a_model_without_a_state_takes_no_scale(tmp_path):
     assert report["widths"] == "hidden 64, heads 4 x 16, MLP 96"
 
 
-# --- int8 ---------------------------------------------------------------------------------------
-
-
-def int8_by_channel(model: Model) -> Model:
+def test_int8_by_channel_of_the_bfloat16_choice_is_as_good_as_of_the_base(tmp_path: Path) -> None:
     """Every matrix rounded to int8 with one scale for each output channel."""
 
-    def visit(name: str, x: jax.Array) -> jax.Array:
+    def rounded(name: str, x: jax.Array) -> jax.Array:
         if name.endswith("scale"):
             return x
         first = int(name.startswith("layers/"))
@@ -148,24 +139,18 @@ def int8_by_channel(model: Model) -> Model:
         step = jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), 1e-30) / 127
         return jnp.round(x / step) * step
 
-    return Model(model.config, trees.map_with_names(visit, model.params))
+    def divergence(model: Model, want: Model) -> float:
+        """Mean KL (nats) from `want` to `model` with int8 kernels."""
+        int8 = Model(model.config, trees.map_with_names(rounded, model.params))
+        p, q = (jax.nn.log_softmax(jnp.asarray(forward(m, TOKENS)) / 8) for m in (want, int8))
+        return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
 
-
-def divergence(model: Model, want: Model) -> float:
-    """Mean KL (nats) from the probabilities of `want` to those of `model`."""
-    p, q = (jax.nn.log_softmax(jnp.asarray(forward(m, TOKENS)) / 8) for m in (want, model))
-    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
-
-
-def test_int8_by_channel_of_the_bfloat16_choice_is_as_good_as_of_the_base():
     fused = trained_like(std=0.004, tie_word_embeddings=False)
-    base = unfuse(fused)[0]
-    ours = divergence(int8_by_channel(base), base)
-    chosen = choose_eps_z(fused, "bfloat16")
+    base: Any = unfuse(fused)[0]
+    ours, chosen = divergence(base, base), choose_eps_z(fused, "bfloat16")
     found = {
-        eps: divergence(int8_by_channel(_stock(fused, eps)), fused)
+        eps: divergence(as_stock(fused, eps, tmp_path / "out"), fused)
         for eps in (chosen, 0.0625, 2.0**-10)
     }
-    print(ours, chosen, found)
     assert chosen >= 0.0625 and 0 < found[chosen] < 2 * ours and found[0.0625] < 2 * ours
-    assert found[2.0**-10] > 20 * ours
+    assert found[2.0**-10] > 20 * ours, (ours, chosen, found)

@@ -26,6 +26,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import KERNELS, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import nearest, require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -152,6 +153,7 @@ class CompressedForm:
 def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -> CompressedForm:
     """The form of a model in such a directory; arguments and errors as for `compressed`."""
     row, config = check_quant(quant, dtype), model.config
+    require_format(config.family, "compressed", config.base_head_dim is not None)
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
     base = base_config(config, model.adapter) if widened and model.adapter else config
     groups = _groups(model, quant, row, base)
@@ -278,10 +280,11 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
         if parts is None or not parts.rows.size:
             continue
         state = KERNELS[kernel][0] == "residual"
-        rows, scales = parts.rows[..., parts.shared], parts.scales[0, 0][parts.shared]
+        shared = parts.shared
+        rows, scales = parts.rows[..., shared], parts.scales[0, 0][shared]
         found = np.stack([_error(rows, p * scales) for p in (CHOICES if state else _UNITS)])
         if state:
-            base = parts.codes[..., parts.shared] * scales
+            base = parts.codes[..., shared] * scales
             error += found.reshape(len(found), -1).sum(axis=1)
             energy, counts = energy + float(np.sum(base**2)), counts + (rows.size, base.size)
             continue

@@ -108,30 +108,7 @@ def save_peft(
     from safetensors.numpy import save_file
 
     target = export_target(path)
-    require(
-        adapter.init not in OF_BASE,
-        f"adapter.init={adapter.init!r} was taken out of the base, which readers load whole:"
-        " convert the adapters with zf.plain_lora(adapter, adapters, start), start being those of"
-        " zf.split_base, and give the model before it was split.",
-    )
-    if adapter.use_dora or adapter.rank_pattern or adapter.alpha_pattern:
-        warnings.warn(
-            "vLLM refuses PEFT directories with use_dora, and ignores rank_pattern and"
-            " alpha_pattern: for it, fuse the adapter and use save_hf.",
-            stacklevel=2,
-        )
-    require(
-        adapter.method == "lora",
-        f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
-        " adapter into the model and use save_hf.",
-    )
-    require_format(model.config.family, "peft")
-    if (file := packaged(model.source or "")) is not None:
-        warnings.warn(
-            f"the adapter was trained with the weights of {file.name}, whose blocks have fewer"
-            f" bits than those of {HUB_IDS[str(model.source)]}, which readers will load.",
-            stacklevel=2,
-        )
+    _check_writable(model, adapter)
     settings = _settings(model, adapter)
     tensors = peft_tensors(model.config, adapter, adapters)
 
@@ -147,6 +124,34 @@ def save_peft(
         "files": [CONFIG, WEIGHTS],
         "rank": settings["r"],
     }
+
+
+def _check_writable(model: Model, adapter: AdapterConfig) -> None:
+    """ConfigError for adapters without a PEFT form; warns of readers that lack something."""
+    require(
+        adapter.init not in OF_BASE,
+        f"adapter.init={adapter.init!r} was taken out of the base, which readers load whole:"
+        " convert the adapters with zf.plain_lora(adapter, adapters, start), start being those of"
+        " zf.split_base, and give the model before it was split.",
+    )
+    if adapter.use_dora or adapter.rank_pattern or adapter.alpha_pattern:
+        warnings.warn(
+            "vLLM refuses PEFT directories with use_dora, and ignores rank_pattern and"
+            " alpha_pattern: for it, fuse the adapter and use save_hf.",
+            stacklevel=3,
+        )
+    require(
+        adapter.method == "lora",
+        f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
+        " adapter into the model and use save_hf.",
+    )
+    require_format(model.config.family, "peft")
+    if (file := packaged(model.source or "")) is not None:
+        warnings.warn(
+            f"the adapter was trained with the weights of {file.name}, whose blocks have fewer"
+            f" bits than those of {HUB_IDS[str(model.source)]}, which readers will load.",
+            stacklevel=3,
+        )
 
 
 def peft_tensors(

@@ -16,7 +16,6 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import count_base, param_shapes
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -84,8 +83,6 @@ def save_hf(
     dtype = dtype or _own_dtype(model)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
-    wide_heads = model.config.base_head_dim is not None
-    require_format(model.config.family, "compressed" if quant else "hf", wide_heads)
     stored = compressed(model, quant, dtype, eps_z) if quant else to_stock(model, dtype, eps_z)
     report: dict[str, Any] = {"path": str(target), "dtype": dtype, **stored.report}
     with contextlib.ExitStack() as stack:

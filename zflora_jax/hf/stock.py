@@ -31,6 +31,7 @@ import numpy as np
 
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import QK_NORMS, count_base
+from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -275,6 +276,7 @@ def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
     Arithmetic is in float32 with one cast to `dtype` at the end; values that stock form does not
     change are copied bit for bit. Tensors raise CheckpointError if not finite in `dtype`.
     """
+    require_format(model.config.family, "hf", model.config.base_head_dim is not None)
     form = stock_form(model, dtype, eps_z)
     table = hf_table(form.config)
     names, specs = members(table), {n: (shape, dtype) for n, shape in hf_shapes(table).items()}
