@@ -314,9 +314,7 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
 
     Args:
       model: A base or fused model, not packed.
-      quant: "int8": W8A16, one scale for each output channel; "w8a8": the same codes for consumers
-        that round activations to 8 bits; "int4": W4A16 in the groups that the model's codes have,
-        else of 64 inputs; "int4-g32", "int4-g64", "int4-g128": in groups of that many.
+      quant: Key of `QUANTS`. Without a group, int4 has the groups of the model's codes, else 64.
       dtype: Data type of embedding, head, norms and biases.
       eps_z: Scale of the stored state; None: chosen from the weights.
 

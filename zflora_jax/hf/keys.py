@@ -181,13 +181,8 @@ def members(table: Mapping[str, Place]) -> dict[str, list[str]]:
 def check_tensors(
     table: Mapping[str, Place], given: Mapping[str, tuple[int, ...]], what: str, num_layers: int
 ) -> None:
-    """CheckpointError that names missing, unexpected and misshapen tensors.
-
-    Args:
-      table: Places of the expected tensors.
-      given: Name -> shape of the tensors in the file.
-      what: The file's name in messages.
-      num_layers: Number of layers of the model, for messages.
+    """CheckpointError that names missing, unexpected and misshapen tensors of the file `what`,
+    compared with the places of the expected ones; `num_layers` is for the message.
     """
     shapes = hf_shapes(table)
     if diff := difference(shapes, given):
@@ -249,21 +244,17 @@ def gather(
     sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
     whole_leaf: Callable[[str, list[tuple[str, Place]]], Any] | None = None,
 ) -> dict[str, Any]:
-    """Assemble the native leaves of a model.
-
-    Each leaf is assembled and handed to jax in turn, so only the largest one is in memory twice.
+    """Assemble the native leaves of a model. Each leaf is assembled and handed to jax in turn, so
+    only the largest one is in memory twice.
 
     Args:
       table: Hugging Face name -> Place.
       read: Reader of blocks.
       dtype: Data type of the leaves.
-      sharding: (leaf name, shape) -> sharding of a leaf; only the blocks that this process's
-        devices hold are read then. None: whole, on the first device.
-      whole_leaf: (leaf name, its places by name) -> the leaf where it is not assembled from floats,
-        else None.
-
-    Returns:
-      Leaf name -> jax array, or the result of `whole_leaf`.
+      sharding: (leaf name, shape) -> sharding of a leaf; only the blocks of this process's devices
+        are read then. None: whole, on the first device.
+      whole_leaf: (leaf name, its places by name) -> a leaf that is not assembled from floats, which
+        is returned as it is; else None.
     """
     by_leaf: dict[str, list[tuple[str, Place]]] = {}
     for name, place in table.items():

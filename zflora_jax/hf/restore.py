@@ -161,18 +161,16 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
-    """Load an export as stock transformers computes it: norms and scores over the full widths; for
-    quantised kernels, the floats that their codes and scales stand for.
+    """Load an export as stock transformers computes it, for measuring the cost of stock form: norms
+    and scores over the full widths; for quantised kernels, the floats that their codes stand for.
 
-    It measures the cost of stock form; use `load_model` to work with the model. Two things differ
-    from transformers: this project's RoPE reads no longrope factors, so q and k of widened heads
-    are in native order (the factors are compared with config.json); and norms of widened heads add
-    rms_norm_eps to a mean over the base's dims.
+    Two things differ from transformers. RoPE here reads no longrope factors, so q and k of widened
+    heads are in native order (the factors are compared with config.json). Norms of widened heads
+    add rms_norm_eps to a mean over the base's dims.
 
-    Returns:
-      The model. Parameters have the dtype of the export if that is exact: codes, and heads whose
-      scale is undone, become float32. Activations are bfloat16 for a bfloat16 export, else float32,
-      because few of jax's backends have float16 kernels.
+    Parameters have the dtype of the export if that is exact: codes, and heads whose scale is
+    undone, become float32. Activations are bfloat16 for a bfloat16 export, else float32: few of
+    jax's backends have float16 kernels.
     """
     export = read_export(directory, quantised=True)
     form, quant = export.form, export.quant

@@ -67,7 +67,7 @@ def save_hf(
       eps_z: Scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
         that disturbs the logits less than rounding to `dtype`, estimated from the weights. Tools
         that quantise an export to int8 by channel or token need at least 2^-4.
-      quant: "int8", "w8a8", "int4", "int4-g32", "int4-g64" or "int4-g128" (see `compressed`):
+      quant: "int8", "w8a8", "int4", "int4-g32", "int4-g64" or "int4-g128" (`compressed.QUANTS`):
         kernels as codes, in a directory that `load_model` does not read. None: as floats.
 
     Returns:
