@@ -71,13 +71,6 @@ def test_wrong_usage(argv, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_the_former_name_of_an_option_is_taken():
-    parser = _parser()
-    for option in ("--baselines", "--peers"):
-        assert parser.parse_args(["bench", "latency", option]).baselines is True
-    assert parser.parse_args(["bench", "latency"]).baselines is False
-
-
 def test_a_command_is_named_after_its_module():
     assert list(subcommands()) == [c.__name__.removeprefix("zflora_jax.cli.") for c in COMMANDS]
 

@@ -110,7 +110,7 @@ def test_what_a_notebook_uses_is_there(path):
 def test_the_cells_of_a_notebook_run(path, base_dir, tmp_path, monkeypatch, capsys):
     """Within this process, which has the package and its programs already; `make soak` runs all of
     them, and in a kernel too. What the others call runs in test_docs.py, test_grid.py and
-    test_bench.py.
+    test_latency.py.
     """
     monkeypatch.chdir(tmp_path)
     names, pictures = {"__name__": "notebook"}, 0
