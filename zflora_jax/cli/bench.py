@@ -13,7 +13,9 @@ _LATENCY = "TTFT and TPOT of the base, unmerged LoRA and fused models, by turns.
 
 
 def add_options(parser: CommandParser) -> None:
-    commands = parser.add_subparsers(dest="measurement", required=True, metavar="MEASUREMENT")
+    commands = parser.add_subparsers(
+        dest="measurement", required=True, metavar="MEASUREMENT", help="it has its own --help"
+    )
     latency = commands.add_parser("latency", help=_LATENCY, description=_LATENCY)
     latency.add_argument(
         "--model",
