@@ -53,21 +53,25 @@ def test_dropout_drops_what_peft_drops(
     adapter = LORA.replace(dropout=0.5, **settings)
     base, start = split_base(base, adapter)
     leaves = trees.flatten(start or init_adapters(jax.random.key(0), base, adapter))
+    kernels = trees.flatten(base.params)
     for name, parameter in theirs.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1.3
-        if kind == "pissa" and "lora_" in name:  # of one SVD, so of the same rounding
-            parts = name.split(".")
-            layer, kernel = int(parts[parts.index("layers") + 1]), parts[-4].removesuffix("_proj")
-            for own in [n for n in leaves if f"/{kernel}/" in n and n[-1] == parts[-3][-1].lower()]:
-                leaves[own] = leaves[own].at[layer].set(parameter.data.numpy().T)
+        if kind == "pissa" and "_proj." in name:  # of one SVD, so of the same rounding
+            parts, found = name.split("."), leaves if "lora_" in name else kernels
+            layer = int(parts[parts.index("layers") + 1])
+            kernel = next(part for part in parts if part.endswith("_proj")).removesuffix("_proj")
+            block = f"lora_{parts[-3][-1].lower()}" if "lora_" in name else "kernel"
+            (own,) = [n for n in found if n.endswith(f"/{kernel}/{block}")]
+            value = parameter.data.numpy().T.reshape(found[own].shape[1:])
+            found[own] = jnp.asarray(found[own]).at[layer].set(value)
     for module in theirs.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = Half()
 
     monkeypatch.setattr(Dense, "_dropped", lambda self, x: 0.5 * x)
     leaves = {n: 1.3 * x if n.endswith("magnitude") else x for n, x in leaves.items()}
-    variables = {"params": base.params, "adapters": trees.unflatten(leaves)}
+    variables = {"params": trees.unflatten(kernels), "adapters": trees.unflatten(leaves)}
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(Llama(base.config, adapter).apply(variables, jnp.asarray(TOKENS)))
     assert_logits_close(hf_logits(theirs), ours)

@@ -27,7 +27,6 @@ from zflora_jax.core.model import fingerprint
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, QuantizeConfig, RunConfig
 from zflora_jax.experiments.base import load_base
-from zflora_jax.experiments.latency import contender
 from zflora_jax.experiments.plan import lowered_step, stored_bytes
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.hf.gguf_reader import GGUFFile
@@ -183,18 +182,7 @@ def test_a_files_own_blocks_are_kept_and_are_its_numbers(tmp_path):
     for name, tensor in old.tensors.items():
         assert tensor.kind == new.tensors[name].kind
         np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
-    packed = pack_for_decode(kept, "cpu")
-    held = sum(part.nbytes for part in trees.arrays(packed.params).values())
+    packed = pack_for_decode(kept, "gpu")
+    held = sum(bytes_of(leaf) for leaf in trees.flatten(packed.params).values())
     assert held < 1.2 * locate("smollm2-135m")[0].stat().st_size
     assert jnp.dtype(trees.flatten(kept.params)["final_norm/scale"].dtype) == jnp.float32
-
-
-@pytest.mark.soak  # twin: test_quantized_use's test_generate_runs_a_files_own_blocks
-@needs_smollm2
-def test_a_files_own_blocks_answer_in_little_more_memory_than_the_file():
-    kept = load_model("smollm2-135m", quantize="keep")
-    program = contender(pack_for_decode(kept, "cpu"), 1, 64, 48).extra["memory_mb"]
-    assert program < 1.3 * locate("smollm2-135m")[0].stat().st_size / 1e6
-    ids = kept.tokenizer("The capital of France is")["input_ids"]
-    answer = generate_tokens(kept, [ids], max_new_tokens=4)
-    assert "Paris" in kept.tokenizer.decode(answer[0])
