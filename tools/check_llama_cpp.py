@@ -1,10 +1,10 @@
-"""Checks that llama.cpp computes from GGUF files what this project computes from the same numbers.
+"""Checks that llama.cpp computes from GGUF files what this project computes from the same weights.
 
 Command: python tools/check_llama_cpp.py --python ENV/bin/python FILE.gguf ...
 (ENV: an environment with `pip install xllamacpp numpy`). For each file: greedy tokens after three
 prompts, and the perplexity of a text in pieces of 512 tokens, by llama.cpp and by this project's
 loader and forward pass in float32. llama.cpp rounds activations to 8 bits where the weights are
-quantised, so the two differ there. --out NAME writes NAME.json and NAME.md.
+quantised, so the two differ there.
 """
 
 from __future__ import annotations
@@ -21,44 +21,38 @@ from consumer_workers import NEW_TOKENS
 CHUNK = 512
 
 
-def pieces(ids: list[int]) -> list[list[int]]:
-    """`ids` in pieces of `CHUNK` tokens, without a rest that is shorter."""
-    whole = len(ids) // CHUNK * CHUNK
-    return [ids[i : i + CHUNK] for i in range(0, whole, CHUNK)]
-
-
 def nll(model: Any, chunks: list[list[int]]) -> float:
     """The mean negative log-likelihood of the tokens of each chunk but its first, in nats."""
     from zflora_jax import forward
 
-    total = 0.0
+    losses = []
     for chunk in chunks:
         logits = np.asarray(forward(model, np.asarray([chunk], np.int32)), np.float64)[0, :-1]
         logits -= logits.max(-1, keepdims=True)
         picked = logits[np.arange(len(logits)), chunk[1:]]
-        total += float((np.log(np.exp(logits).sum(-1)) - picked).sum())
-    return total / sum(len(chunk) - 1 for chunk in chunks)
+        losses.append(np.log(np.exp(logits).sum(-1)) - picked)
+    return float(np.mean(np.concatenate(losses)))
 
 
 def check(file: Path, python: str, text: str) -> dict[str, Any]:
-    """Run a file by both; a row of the table."""
+    """Runs a file in both; returns a row of the table."""
     from zflora_jax import generate_tokens, load_model
 
     model = load_model(file)
-    read = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731
-    ids, chunks = [read(prompt) for prompt in PROMPTS], pieces(read(text))
+    ids, whole = ([model.tokenizer(one)["input_ids"] for one in part] for part in (PROMPTS, [text]))
+    chunks = [whole[0][i : i + CHUNK] for i in range(0, len(whole[0]) - CHUNK + 1, CHUNK)]
     found = ask(python, "llama.cpp", {"gguf": str(file), "ids": ids, "chunks": chunks})
     row: dict[str, Any] = {"file": file.name, "MB": file.stat().st_size / 1e6}
     if "error" in found:
         return row | {"llama.cpp": found["error"]}
     tokens = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS, stop_token_ids=())
-    parts = [
-        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), NEW_TOKENS)
-        for x, y in zip(found["tokens"], [list(map(int, t)) for t in tokens], strict=True)
+    same = [
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != int(b)), NEW_TOKENS)
+        for x, y in zip(found["tokens"], tokens, strict=True)
     ]
     ours, theirs = math.exp(nll(model, chunks)), math.exp(found["nll"])
     return row | {
-        f"same greedy tokens of {NEW_TOKENS}": ", ".join(map(str, parts)),
+        f"same greedy tokens of {NEW_TOKENS}": ", ".join(map(str, same)),
         "perplexity, llama.cpp": theirs,
         "this project": ours,
         "ratio": theirs / ours,
@@ -72,27 +66,14 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.gguf")
     parser.add_argument("--python", required=True, metavar="FILE", help="one that has xllamacpp")
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: 20 kB of docs/")
-    parser.add_argument("--out", metavar="NAME", help="write NAME.json and NAME.md")
     args = parser.parse_args()
-    from zflora_jax.reporting.files import write_result
-    from zflora_jax.reporting.provenance import environment, origin_line
     from zflora_jax.reporting.tables import markdown_table
 
     docs = sorted(Path(__file__).resolve().parent.parent.glob("docs/*.md"))
     texts = [path.read_text(encoding="utf-8") for path in ([args.text] if args.text else docs)]
     text = "\n".join(texts) if args.text else "\n".join(texts)[:20_000]
-    rows = []
-    for file in args.files:
-        rows.append(check(file, args.python, text))
-        print(rows[-1], flush=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = markdown_table(rows, columns)
-    print(table)
-    if args.out:
-        env = environment()
-        page = ["# GGUF files in llama.cpp", "", *(__doc__ or "").splitlines()[2:], "", table]
-        page += ["", origin_line(env), ""]
-        write_result(args.out, {"rows": rows, "environment": env}, "\n".join(page))
+    rows = [check(file, args.python, text) for file in args.files]
+    print(markdown_table(rows, list(dict.fromkeys(key for row in rows for key in row))))
 
 
 if __name__ == "__main__":

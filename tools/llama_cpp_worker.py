@@ -11,7 +11,7 @@ import ctypes
 import importlib.util
 from typing import Any
 
-THREADS = 1  # more of them wait for each other in loops, which is slow beside other work
+THREADS = 1  # more of them wait for each other in loops, which is slow next to other work
 
 
 def greedy(file: str, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -36,8 +36,8 @@ def greedy(file: str, prompts: list[list[int]], new_tokens: int) -> list[list[in
 
 
 class _Settings(ctypes.Structure):
-    """llama.cpp's settings of a model or a context: more bytes than either has. The library fills
-    them, except for the first three numbers of a context.
+    """llama.cpp's settings of a model or a context: more bytes than either has. Their content is
+    the library's own, but for the first three numbers of a context.
     """
 
     _fields_ = [("numbers", ctypes.c_uint32 * 512)]
@@ -58,6 +58,7 @@ class _Batch(ctypes.Structure):
 
 
 def _library() -> Any:
+    """llama.cpp's C functions."""
     spec = importlib.util.find_spec("xllamacpp.xllamacpp")
     if spec is None or spec.origin is None:
         raise SystemExit("xllamacpp is not installed here: pip install xllamacpp")
@@ -82,52 +83,34 @@ def _library() -> Any:
     return lib
 
 
-class Loaded:
-    """A model in llama.cpp that runs in one thread, with float16 keys and values, its default."""
-
-    def __init__(self, file: str, longest: int) -> None:
-        self.lib = lib = _library()
-        lib.llama_backend_init()
-        model = lib.llama_model_load_from_file(file.encode(), lib.llama_model_default_params())
-        if not model:
-            raise SystemExit(f"error: llama.cpp cannot load {file}")
-        settings = lib.llama_context_default_params()
-        for i in range(3):  # n_ctx, n_batch, n_ubatch
-            settings.numbers[i] = longest
-        self.context = lib.llama_init_from_model(model, settings)
-        lib.llama_set_n_threads(self.context, THREADS, THREADS)
-        self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-        self.batch = lib.llama_batch_init(longest, 0, 1)
-
-    def clear(self) -> None:
-        """Forgets all tokens."""
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-
-    def logits(self, tokens: list[int]) -> Any:
-        """Returns the logits [n, V] after each of `tokens`, from position 0."""
-        import numpy as np
-
-        batch = self.batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, True
-        if self.lib.llama_decode(self.context, batch):
-            raise SystemExit(f"error: llama.cpp cannot decode {len(tokens)} tokens")
-        shape = len(tokens), self.vocab
-        return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), shape)
-
-
 def score(file: str, chunks: list[list[int]]) -> float:
-    """The mean negative log-likelihood of the tokens of each chunk but its first, in nats."""
+    """The mean negative log-likelihood of the tokens of each chunk but its first, in nats. Keys and
+    values are float16, llama.cpp's default.
+    """
     import numpy as np
 
-    loaded, total = Loaded(file, max(map(len, chunks))), 0.0
+    lib, longest = _library(), max(map(len, chunks))
+    lib.llama_backend_init()
+    model = lib.llama_model_load_from_file(file.encode(), lib.llama_model_default_params())
+    if not model:
+        raise SystemExit(f"error: llama.cpp cannot load {file}")
+    settings = lib.llama_context_default_params()
+    for i in range(3):  # n_ctx, n_batch, n_ubatch
+        settings.numbers[i] = longest
+    context = lib.llama_init_from_model(model, settings)
+    lib.llama_set_n_threads(context, THREADS, THREADS)
+    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    batch, losses = lib.llama_batch_init(longest, 0, 1), []
     for chunk in chunks:
-        loaded.clear()
-        logits = loaded.logits(chunk)
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        batch.n_tokens = len(chunk)
+        for i, token in enumerate(chunk):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, True
+        if lib.llama_decode(context, batch):
+            raise SystemExit(f"error: llama.cpp cannot decode {len(chunk)} tokens")
+        logits = np.ctypeslib.as_array(lib.llama_get_logits(context), (len(chunk), vocab))
         rows = logits[:-1].astype(np.float64)
         rows -= rows.max(-1, keepdims=True)
-        picked = rows[np.arange(len(rows)), chunk[1:]]
-        total += float((np.log(np.exp(rows).sum(-1)) - picked).sum())
-    return total / sum(len(chunk) - 1 for chunk in chunks)
+        losses.append(np.log(np.exp(rows).sum(-1)) - rows[np.arange(len(rows)), chunk[1:]])
+    return float(np.mean(np.concatenate(losses)))

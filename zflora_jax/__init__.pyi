@@ -35,9 +35,7 @@ from .experiments.grid import Grid as Grid, run_grid as run_grid, sweep as sweep
 from .experiments.info import describe as describe
 from .experiments.restore import load_run as load_run
 from .experiments.train import train as train
-from .hf.gguf_lora import save_gguf_lora as save_gguf_lora
-from .hf.gguf_save import save_gguf as save_gguf
-from .hf.litert_save import save_litert as save_litert
+from .hf.gguf.write import save_gguf as save_gguf
 from .hf.load import load_model as load_model
 from .hf.peft import load_peft as load_peft, save_peft as save_peft
 from .hf.save import save_hf as save_hf

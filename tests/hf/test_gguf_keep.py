@@ -1,5 +1,5 @@
 """save_gguf(..., "keep"): every block of the base's file is in the new one, byte for byte, and the
-adapter's beside them give the fused model's function.
+adapter's next to them give the fused model's function.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close
+from support.gguf_files import gguf_file, kept_file
 from support.grids import always
 from support.models import tiny_model
 from support.quantized import WIDENED, moved, quantized_tiny
@@ -27,9 +28,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.train import train
-from zflora_jax.hf.gguf_form import gguf_form
-from zflora_jax.hf.gguf_names import ATTENTION_FACTOR, tensor_kind
-from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.gguf.file import GGUFFile
+from zflora_jax.hf.gguf.names import ATTENTION_FACTOR, tensor_module
 from zflora_jax.nn.quantize_model import is_quantized
 from zflora_jax.ops.quantized import QuantizedArray
 
@@ -39,46 +39,17 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 
 
-def gguf_file(path: Path, model: Model, kinds: dict[str, str], rest: str) -> Path:
-    """`model` as the gguf package writes it: matrices quantised as `kinds` says of their name or
-    their tensor's kind, the others as `rest`.
-    """
-    form = gguf_form(model, "float32")
-    writer = gguf.GGUFWriter(path, form.architecture)
-    for key, value in form.metadata().items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
-    for name, array in (*form.tensors(model), *form.rope_divisors.items()):
-        found = kinds.get(name, kinds.get(tensor_kind(name), rest)) if array.ndim > 1 else "F32"
-        kind = gguf.GGMLQuantizationType[found]
-        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
-    return path
-
-
-def kept_file(path: Path, kind: str, **changes: Any) -> Model:
-    """A base of blocks of `kind`, its table of Q8_0, loaded with them."""
-    model = tiny_model(**({"head_dim": 32} | changes))
-    gguf_file(path, model, {"token_embd": "Q8_0", "output": "Q8_0"}, kind.upper())
-    return load_model(path, quantize="keep")
-
-
 def assert_blocks_kept(before: Path, after: Path, model: Model) -> None:
     """Every block of the file `before` is in `after` at its place; `model` is the base."""
     old, new, c = GGUFFile(before), GGUFFile(after), model.config
     counts = {"attn_q": c.num_heads, "attn_k": c.num_kv_heads, "attn_v": c.num_kv_heads}
     checked = 0
     for name, was in old.tensors.items():
-        now, kind = new.tensors[name], tensor_kind(name)
-        assert now.kind == was.kind, name
+        now, kind = new.tensors[name], tensor_module(name)
+        assert now.type == was.type, name
         if len(was.shape) == 1:
             continue
-        size, rows = BLOCK_BYTES[was.kind.name], now.data
+        size, rows = BLOCK_BYTES[was.type.name], now.data
         if kind in counts:
             wider = rows.reshape(counts[kind], -1, rows.shape[-1])
             places = np.arange(c.head_dim)
@@ -119,9 +90,9 @@ def test_a_base_alone_is_its_file(kind: str, tmp_path: Path) -> None:
     assert old.tensors.keys() == new.tensors.keys()
     for name, tensor in old.tensors.items():
         found = new.tensors[name]
-        assert (found.kind, found.shape) == (tensor.kind, tensor.shape), name
+        assert (found.type, found.shape) == (tensor.type, tensor.shape), name
         np.testing.assert_array_equal(found.data, tensor.data, err_msg=name)
-    assert report["numbers, not blocks"] == "none" and kind.upper() in report["types"]
+    assert report["not kept"] == "none" and kind.upper() in report["types"]
     want = gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
     assert new.get("general.file_type") == int(want)
 
@@ -144,27 +115,33 @@ KEPT = [
         lambda case: case in KEPT,
     ),
 )
-def test_an_adapters_blocks_stand_beside_the_bases(
+def test_an_adapters_blocks_stand_next_to_the_bases(
     kind: str, method: str, tied: bool, tmp_path: Path
 ) -> None:
     base = kept_file(tmp_path / "base.gguf", kind, tie_word_embeddings=tied)
     fused = fuse(base, WIDENED[method], moved(base, WIDENED[method]))
     report = save_gguf(tmp_path / "x.gguf", fused, "keep")
-    assert report["fallback"] == report["numbers, not blocks"] == "none"
+    assert report["fallback"] == report["not kept"] == "none"
     assert_blocks_kept(tmp_path / "base.gguf", tmp_path / "x.gguf", base)
     assert_computes(tmp_path / "x.gguf", fused, report.get("eps_z"))
 
 
 def test_what_is_read_back_is_written_again_the_same(tmp_path: Path) -> None:
-    """Wider heads too, whose rows are in the order of stock form."""
+    """Wider heads too, whose rows are in the order of stock form; the factor of their scores is
+    next to the RoPE settings.
+    """
     base = kept_file(tmp_path / "base.gguf", "q4_1")
     adapter = WIDENED["zflora-uniform"]
-    save_gguf(tmp_path / "x.gguf", fuse(base, adapter, moved(base, adapter)), "keep")
+    fused = fuse(base, adapter, moved(base, adapter))
+    save_gguf(tmp_path / "x.gguf", fused, "keep")
     again = load_model(tmp_path / "x.gguf", quantize="keep")
     save_gguf(tmp_path / "y.gguf", again, "keep")
     old, new = GGUFFile(tmp_path / "x.gguf"), GGUFFile(tmp_path / "y.gguf")
     for name, tensor in old.tensors.items():
         np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
+    assert old.get(f"llama.{ATTENTION_FACTOR}") == pytest.approx((64 / 32) ** 0.25)
+    save_gguf(tmp_path / "z.gguf", fused, "q8_0")
+    assert GGUFFile(tmp_path / "z.gguf").get(f"llama.{ATTENTION_FACTOR}") is None
 
 
 @pytest.mark.parametrize(
@@ -188,33 +165,10 @@ def test_families(changes: dict[str, Any], method: str, tmp_path: Path) -> None:
     assert_computes(tmp_path / "x.gguf", fused, eps_z)
 
 
-def test_the_factor_of_scores_is_beside_the_rope_settings(tmp_path: Path) -> None:
-    base = kept_file(tmp_path / "base.gguf", "q8_0")
-    adapter = WIDENED["ffba"]
-    fused = fuse(base, adapter, moved(base, adapter))
-    save_gguf(tmp_path / "x.gguf", fused, "keep")
-    save_gguf(tmp_path / "y.gguf", fused, "q8_0")
-    kept, other = GGUFFile(tmp_path / "x.gguf"), GGUFFile(tmp_path / "y.gguf")
-    assert kept.get(f"llama.{ATTENTION_FACTOR}") == pytest.approx((64 / 32) ** 0.25)
-    assert other.get(f"llama.{ATTENTION_FACTOR}") is None
+# --- floats ---------------------------------------------------------------------------------------
 
 
-def test_another_factor_of_scores_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    model = tiny_model(head_dim=32)
-    real = type(gguf_form(model, "float32")).metadata
-    monkeypatch.setattr(
-        "zflora_jax.hf.gguf_form.GGUFForm.metadata",
-        lambda self: real(self) | {f"llama.{ATTENTION_FACTOR}": 1.25},
-    )
-    save_gguf(tmp_path / "x.gguf", model, "f32")
-    with pytest.raises(ConfigError, match=r"attn_factor=1\.25 is not supported; only 1\.0"):
-        load_model(tmp_path / "x.gguf")
-
-
-# --- numbers that are no blocks -------------------------------------------------------------------
-
-
-def test_numbers_have_the_type_of_their_file_or_q8_0(tmp_path: Path) -> None:
+def test_floats_have_the_type_of_their_file_or_q8_0(tmp_path: Path) -> None:
     """Of Q5_0 and the like, codes that are not kept; heads of 16 dims, two in a block of o."""
     model = tiny_model(head_dim=16, tie_word_embeddings=False)
     kinds = {"attn_v": "Q5_0", "output": "F16", "token_embd": "BF16", "ffn_up": "F32"}
@@ -222,12 +176,12 @@ def test_numbers_have_the_type_of_their_file_or_q8_0(tmp_path: Path) -> None:
     base = load_model(tmp_path / "base.gguf", quantize="keep")
     report = save_gguf(tmp_path / "x.gguf", base, "keep")
     for text in ("attn_v as Q8_0", "attn_output as Q8_0", "output as F16", "token_embd as BF16"):
-        assert text in report["numbers, not blocks"]
+        assert text in report["not kept"]
     old, new = GGUFFile(tmp_path / "base.gguf"), GGUFFile(tmp_path / "x.gguf")
     for name, tensor in old.tensors.items():
-        if tensor_kind(name) not in ("attn_v", "attn_output"):
+        if tensor_module(name) not in ("attn_v", "attn_output"):
             np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
-    assert new.tensors["blk.0.attn_v.weight"].kind.name == "Q8_0"
+    assert new.tensors["blk.0.attn_v.weight"].type.name == "Q8_0"
 
 
 def test_codes_made_in_memory_are_kept_too(tmp_path: Path) -> None:
@@ -252,7 +206,7 @@ def test_a_model_of_codes_is_written_as_other_types(quant: str, tmp_path: Path) 
 
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     for model, words in (
-        (tiny_model(), r"numbers alone.*quantize='keep'.*quantize\.kernels=keep.*q8_0"),
+        (tiny_model(), r"only floats.*quantize='keep'.*quantize\.kernels=keep.*q8_0"),
         (quantized_tiny("int8"), "is stored as int8, and a GGUF file has q8_0, q4_0, q4_1"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -300,7 +254,7 @@ def test_scales_beyond_float16_make_eps_z_larger(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The base's file, and runs on it: "keep" beside its blocks, "none" on numbers."""
+    """The base's file, and runs on it: "keep" on its blocks, "none" on floats."""
     folder = tmp_path_factory.mktemp("runs")
     model = tiny_model(head_dim=32, max_position_embeddings=512)
     model.params = jax.tree.map(lambda x: x / 4, model.params)
@@ -312,10 +266,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("base.gguf", "keep", "none")}
 
 
-def test_a_run_beside_kept_blocks_is_exported_with_them(
+def test_a_run_on_kept_blocks_is_exported_with_them(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its table is numbers, which become the file's codes again."""
+    """Its table is floats, which become the file's codes again."""
     out = tmp_path / "x.gguf"
     command = ["export", "--workdir", str(runs["keep"]), "--out", str(out), "--format", "gguf"]
     assert main([*command, "--quant", "keep"]) == 0
@@ -326,7 +280,7 @@ def test_a_run_beside_kept_blocks_is_exported_with_them(
     assert report["max_abs_dlogit"] <= 1e-3 * report["logit_scale"]
 
 
-def test_a_run_on_numbers_is_refused(
+def test_a_run_on_floats_is_refused(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zflora_jax.adapters.fuse.fuse", lambda *_: pytest.fail("fused"))

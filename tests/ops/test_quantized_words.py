@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf.test_gguf_keep import gguf_file
+from support.gguf_files import gguf_file
 from support.models import tiny_model
 from support.quantized import WIDENED, quantized_tiny
 
@@ -35,13 +35,14 @@ def test_what_cannot_be_kept_is_named_with_its_reason(
     base = load_model(path, quantize="keep")
     [said] = caplog.messages
     assert said.endswith(
-        "read as float32 numbers, as blocks of Q8_0, Q4_0, Q4_1 alone are kept:"
+        "dequantised to float32, as only blocks of Q8_0, Q4_0, Q4_1 are kept:"
         " o: Q4_0, whose blocks of 32 go across heads of 16;"
         " q: F16; v, up: Q5_0;"
         " down: Q4_0, Q4_1, each in some of the layers, which are one array"
     )
-    written = save_gguf(tmp_path / "x.gguf", base, "keep")["numbers, not blocks"]
-    assert "ffn_down as Q8_0 (Q4_0, Q4_1 in the base's file)" in written
+    written = save_gguf(tmp_path / "x.gguf", base, "keep")["not kept"]
+    for kind in ("Q4_0", "Q4_1"):
+        assert f"ffn_down as Q8_0 ({kind} in the base's file)" in written
     assert "attn_q as F16" in written and "F16 in the" not in written
     caplog.clear()
     apart = load_model(path, scan_layers=False, quantize="keep")
@@ -57,7 +58,7 @@ def test_generate_is_silent_of_a_file_without_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It asks for none; where blocks run, their price is on stderr."""
-    monkeypatch.setattr("zflora_jax.hf.gguf.gguf_tokenizer", lambda *_: None)
+    monkeypatch.setattr("zflora_jax.hf.gguf.read.gguf_tokenizer", lambda *_: None)
     monkeypatch.setattr("zflora_jax.inference.text.stream", lambda *_, **settings: [])
     monkeypatch.setattr("zflora_jax.adapters.packing.pack_for_decode", lambda model, **_: model)
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from check_llama_cpp import CHUNK, nll, pieces
+import sys
+from types import SimpleNamespace
+
+import litert
+import pytest
+from check_llama_cpp import nll
 from support.models import tiny_model
 from tiny_model import main as write_tiny_model
 
@@ -16,8 +21,25 @@ def test_the_tiny_model_of_contributing_fits_the_byte_tokenizer(tmp_path):
 
 
 def test_perplexities_count_every_token_but_the_first_of_a_piece():
-    chunks = pieces(list(range(200)) * 6)
-    assert [len(chunk) for chunk in chunks] == [CHUNK, CHUNK]
-    short, model = [chunk[:9] for chunk in chunks], tiny_model()
+    short, model = [list(range(9)), list(range(100, 109))], tiny_model()
     want = option_log_likelihoods(model, [c[:1] for c in short], [[c[1:]] for c in short])
     assert abs(nll(model, short) + sum(float(row[0]) for row in want) / 16) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [("x.gguf", "ends in .litertlm"), ("old.tflite", "exists"), ("x.tflite", "no config.json")],
+)
+def test_a_litert_file_is_refused_before_it_is_made(out, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "old.tflite").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["litert.py", str(tmp_path), str(tmp_path / out)])
+    with pytest.raises(SystemExit):
+        litert.main()
+    assert words in capsys.readouterr().err and (tmp_path / "old.tflite").read_text() == "mine"
+
+
+def test_longrope_becomes_a_table_of_frequencies():
+    rope, other = SimpleNamespace(rope_type="longrope"), SimpleNamespace(rope_type="llama3")
+    source = SimpleNamespace(model=SimpleNamespace(modules=lambda: [object(), rope, other]))
+    assert litert.fix_rope(source, None, "made") == "made"
+    assert (rope.rope_type, other.rope_type) == ("default", "llama3")

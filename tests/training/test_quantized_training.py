@@ -29,8 +29,8 @@ from zflora_jax.core.run_config import DataConfig, MeshConfig, QuantizeConfig, R
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.plan import lowered_step, stored_bytes
 from zflora_jax.experiments.restore import load_fused
-from zflora_jax.hf.gguf_reader import GGUFFile
-from zflora_jax.hf.gguf_save import save_gguf
+from zflora_jax.hf.gguf.file import GGUFFile
+from zflora_jax.hf.gguf.write import save_gguf
 from zflora_jax.hf.load import load_model, locate
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.llama import forward
@@ -180,7 +180,7 @@ def test_a_files_own_blocks_are_kept_and_are_its_numbers(tmp_path):
     old, new = GGUFFile(locate("smollm2-135m")[0]), GGUFFile(tmp_path / "x.gguf")
     assert old.tensors.keys() == new.tensors.keys()
     for name, tensor in old.tensors.items():
-        assert tensor.kind == new.tensors[name].kind
+        assert tensor.type == new.tensors[name].type
         np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
     packed = pack_for_decode(kept, "gpu")
     held = sum(bytes_of(leaf) for leaf in trees.flatten(packed.params).values())

@@ -18,8 +18,8 @@ from zflora_jax.cli.stopping import terminated
 from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS
 
 SUMMARY = (
-    "Write a trained run for other software: a fused Hugging Face directory, a GGUF or LiteRT file,"
-    " or a PEFT adapter directory (LoRA)."
+    "Write a trained run for other software: a fused Hugging Face directory, a GGUF file, or a PEFT"
+    " adapter directory (LoRA)."
 )
 
 
@@ -29,8 +29,8 @@ def add_options(parser: CommandParser) -> None:
         "--out",
         required=True,
         metavar="PATH",
-        help="a new directory or s3:// or gs:// URL (gguf: a new .gguf file; litert: a new"
-        " .litertlm or .tflite file), or an earlier export to replace (not litert)",
+        help="a new directory or s3:// or gs:// URL (gguf: a new .gguf file), or an earlier export"
+        " to replace",
     )
     add_checkpoint(parser)
     parser.add_argument(
@@ -50,11 +50,10 @@ def add_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--quant",
         metavar="TYPE",
-        help="gguf: type of the weights, f32, f16, bf16, q8_0 (default), q4_0, q4_1, q4_k_m, or"
+        help="gguf: type of the weights, f32, f16, bf16, q8_0 (default), q4_0, q4_1, or"
         " keep: the base's own blocks, of a run with quantize.kernels=keep; hf: kernels as codes"
         " for vLLM and transformers (compressed-tensors), int8 (W8A16), w8a8, int4 (W4A16, groups"
-        " of 64), int4-g32, int4-g64 or int4-g128 (default: as numbers); litert: f32 or int8"
-        " (default)",
+        " of 64), int4-g32, int4-g64 or int4-g128 (default: as numbers)",
     )
     parser.add_argument(
         "--eps",
@@ -65,13 +64,6 @@ def add_options(parser: CommandParser) -> None:
             " weights for --dtype or --quant); 0.0625 for software that makes int8 of an export by"
             " itself"
         ),
-    )
-    parser.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        help="litert: tokens of prompt and answer together (default 1024), all of which"
-        " attention runs over for every token",
     )
     add_mesh(parser)
     add_processes(parser)
@@ -92,7 +84,6 @@ def run(args: argparse.Namespace) -> None:
             quant=args.quant,
             checkpoint=args.checkpoint,
             eps_z=args.eps,
-            context=args.context,
             mesh=mesh,
         )
     if main:

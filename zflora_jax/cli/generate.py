@@ -267,7 +267,7 @@ def _model_of(args: argparse.Namespace) -> Model:
     from zflora_jax.adapters.packing import pack_for_decode, split_layers
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.experiments.restore import load_fused
-    from zflora_jax.hf.gguf import has_blocks
+    from zflora_jax.hf.gguf.read import has_blocks
     from zflora_jax.hf.load import load_model, locate
     from zflora_jax.hf.peft import load_peft
     from zflora_jax.nn.quantize_model import is_quantized, stored_text

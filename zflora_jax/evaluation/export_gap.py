@@ -15,8 +15,6 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import gathered
 from zflora_jax.hf.directory import local_copy
-from zflora_jax.hf.litert_run import LiteRTModel
-from zflora_jax.hf.litert_save import SUFFIXES
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.inference.batching import padded_length
@@ -33,7 +31,7 @@ def export_gap(
 ) -> dict[str, float]:
     """Logits of `model` in float32 against those of the export at `path`: the stored stock-form
     tensors, run in the dtype they are stored in (float16 exports and GGUF files: the rounded
-    tensors, in float32). A LiteRT file is run by LiteRT itself, as far as its cache reaches.
+    tensors, in float32).
 
     Processes that share the model call this together, and all of them can read the export.
 
@@ -66,9 +64,9 @@ def export_gap(
         file.seek(0)
         logits_of, gaps = _load(local_copy(path), stacked, mesh), []
         for ids in rows:
-            found, exact_ones = logits_of(ids), np.load(file)
+            found, wanted = logits_of(ids), np.load(file)
             _require_finite(found, f"export at {path}", "export in float32 or bfloat16")
-            gaps.append(_gap(exact_ones[: len(found)], found))
+            gaps.append(_gap(wanted, found))
     worst, total, scale, same, sizes, positions = zip(*gaps, strict=True)
     return {
         "max_abs_dlogit": max(worst),
@@ -80,9 +78,6 @@ def export_gap(
 
 def _load(path: Path, stacked: bool, mesh: Any) -> Callable[[Sequence[int]], np.ndarray]:
     """A function from a prompt of T tokens to the export's logits [T, V]."""
-    if path.suffix in SUFFIXES:
-        file = LiteRTModel(path)
-        return lambda ids: file.logits(list(ids[: file.context]))
     if path.suffix == ".gguf":
         model = load_model(path, scan_layers=stacked, mesh=mesh)
     else:

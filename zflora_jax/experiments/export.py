@@ -24,7 +24,6 @@ def export_run(
     quant: str | None = None,
     checkpoint: int | str | None = None,
     eps_z: float | None = None,
-    context: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Export what a run has trained.
@@ -34,23 +33,19 @@ def export_run(
 
     Args:
       workdir: of the run.
-      out: directory to write; of "gguf", "gguf-lora" and "litert" a file.
+      out: directory to write; of "gguf" a file.
       format: a row of `EXPORTERS`: "hf", a fused Hugging Face directory; "gguf", the fused model as
-        a file for llama.cpp; "gguf-lora", LoRA adapters as a file for llama.cpp; "litert", the
-        fused model as a file for LiteRT; "peft", LoRA adapters as a directory.
+        a file for llama.cpp; "peft", LoRA adapters as a directory.
       dtype: of the "hf" weights, as `save_hf` takes it; None for that of the run.
-      quant: of the "gguf" weights, as `save_gguf` takes it, None: "q8_0"; of the "litert" weights,
-        as `save_litert` takes it, None: "int8"; of the "hf" kernels, as `save_hf` takes it, None:
-        as numbers.
+      quant: of the "gguf" weights, as `save_gguf` takes it, None: "q8_0"; of the "hf" kernels,
+        as `save_hf` takes it, None: as numbers.
       checkpoint: which one, as the step of `load_run`.
-      eps_z: scale of the residual state in "hf", "gguf" and "litert", as `save_hf`, `save_gguf`
-        and `save_litert` take it; None: as they choose.
-      context: tokens that the cache of a "litert" file holds, as `save_litert` takes it; None: its
-        default.
+      eps_z: scale of the residual state in "hf" and "gguf", as `save_hf` and `save_gguf` take it;
+        None: as they choose.
       mesh: as in `load_run`.
 
     Returns:
-      A report of what was written. For "hf", "gguf" and "litert" it says how far the export's
+      A report of what was written. For "hf" and "gguf" it says how far the export's
       logits are from those of the fused model in float32: max and mean |dlogit|, and top-1
       agreement, on the prompts of held-out rows, or on built-in texts if the data is gone
       ("gap_prompts" says which).
@@ -62,7 +57,7 @@ def export_run(
     target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     exporter = EXPORTERS[format]
-    given = {"dtype": dtype, "quant": quant, "eps_z": eps_z, "context": context}
+    given = {"dtype": dtype, "quant": quant, "eps_z": eps_z}
     _require_taken(format, given)
     settings = {name: value for name, value in given.items() if name in exporter.settings}
     exporter.check(target, **settings)
@@ -86,7 +81,7 @@ def _refuse_base(target: Path, model: str) -> None:
 
 def _require_taken(format: str, given: Mapping[str, Any]) -> None:
     """Refuse settings that `format` does not have."""
-    options = {"dtype": "--dtype", "quant": "--quant", "eps_z": "--eps", "context": "--context"}
+    options = {"dtype": "--dtype", "quant": "--quant", "eps_z": "--eps"}
     for name, option in options.items():
         taken_by = [other for other, exporter in EXPORTERS.items() if name in exporter.settings]
         require(

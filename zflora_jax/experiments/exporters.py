@@ -84,14 +84,10 @@ def check_hf(
 
 def check_directory(out: Path) -> None:
     """ConfigError where `out`, which is to be a directory, is named as a file of another format."""
-    from zflora_jax.hf.litert_save import SUFFIXES
-
-    formats = {".gguf": "gguf"} | dict.fromkeys(SUFFIXES, "litert")
-    other = formats.get(out.suffix)
     require(
-        other is None,
+        out.suffix != ".gguf",
         f"out={str(out)!r} is the name of a file, and a directory is to be written: add --format"
-        f" {other} (format={other!r}), or give the name of a directory.",
+        " gguf (format='gguf'), or give the name of a directory.",
     )
 
 
@@ -101,16 +97,17 @@ def write_gguf(
     """The fused model as a GGUF file, and how far its logits are from the fused model's. Args and
     report: as in `export_run`. The base of `run` cannot be used afterwards.
     """
-    from zflora_jax.hf.gguf_keep import require_blocks
-    from zflora_jax.hf.gguf_save import save_gguf
-    from zflora_jax.hf.gguf_types import KEEP
+    from zflora_jax.hf.gguf.keep import require_blocks
+    from zflora_jax.hf.gguf.types import KEEP
+    from zflora_jax.hf.gguf.write import save_gguf
 
     if quant == KEEP:
         method = run.config.adapter.method
         require(
             METHODS[method].widens,
             f"quant 'keep' writes the base's blocks, and {method!r} changes them: export the"
-            " adapter alone (format 'gguf-lora'), or choose another quant, such as 'q8_0'.",
+            " adapter (format 'peft') and convert it with llama.cpp's convert_lora_to_gguf.py, or"
+            " choose another quant, such as 'q8_0'.",
         )
         require_blocks(run.model)
     return _write_and_compare(
@@ -120,41 +117,9 @@ def write_gguf(
 
 def check_gguf(out: Path, *, quant: str | None = None, eps_z: float | None = None) -> None:
     """ConfigError or CheckpointError where `write_gguf` would raise it for `out` or `quant`."""
-    from zflora_jax.hf.gguf_save import check_target
+    from zflora_jax.hf.gguf.write import check_target
 
     check_target(out, quant or "q8_0")
-
-
-def write_litert(
-    out: str | Path,
-    run: TrainedRun,
-    *,
-    quant: str | None = None,
-    eps_z: float | None = None,
-    context: int | None = None,
-) -> dict[str, Any]:
-    """The fused model as a LiteRT file, and how far its logits are from the fused model's. Args and
-    report: as in `export_run`. The base of `run` cannot be used afterwards.
-    """
-    from zflora_jax.hf.litert_save import save_litert
-
-    settings = {"context": context, "eps_z": eps_z}
-    return _write_and_compare(
-        out,
-        run,
-        lambda fused: save_litert(out, fused, quant or "int8", **settings),  # type: ignore[arg-type]
-    )
-
-
-def check_litert(
-    out: Path, *, quant: str | None = None, eps_z: float | None = None, context: int | None = None
-) -> None:
-    """ConfigError or CheckpointError where `write_litert` would raise it for `out`, `quant` or
-    `context`, or because packages are missing.
-    """
-    from zflora_jax.hf.litert_save import check_target
-
-    check_target(out, quant or "int8", context)
 
 
 def _write_and_compare(
@@ -198,13 +163,6 @@ def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
     return save_peft(out, *_lora(run))
 
 
-def write_gguf_lora(out: str | Path, run: TrainedRun) -> dict[str, Any]:
-    """LoRA adapters as a GGUF file for llama.cpp. Args and report: as in `export_run`."""
-    from zflora_jax.hf.gguf_lora import save_gguf_lora
-
-    return save_gguf_lora(out, *_lora(run))
-
-
 def _lora(run: TrainedRun) -> tuple[Model, AdapterConfig, Tree]:
     """The base as it was loaded, and LoRA adapters for it."""
     from zflora_jax.adapters.split_base import plain_lora, split_base
@@ -220,27 +178,11 @@ def _lora(run: TrainedRun) -> tuple[Model, AdapterConfig, Tree]:
     return model, *plain_lora(adapter, run.adapters, start)
 
 
-def check_gguf_lora(out: Path) -> None:
-    """ConfigError or CheckpointError where `write_gguf_lora` would raise it for `out`."""
-    from zflora_jax.hf.gguf_save import check_path
-
-    check_path(out)
-
-
 DEFAULT = "hf"
 EXPORTERS = {
     "hf": Exporter("the fused model", write_fused, ("dtype", "quant", "eps_z"), check_hf),
     "gguf": Exporter(
         "the fused model as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
-    ),
-    "gguf-lora": Exporter(
-        "LoRA adapters as a file for llama.cpp (--lora)", write_gguf_lora, check=check_gguf_lora
-    ),
-    "litert": Exporter(
-        "the fused model as a file for LiteRT and LiteRT-LM",
-        write_litert,
-        ("quant", "eps_z", "context"),
-        check_litert,
     ),
     "peft": Exporter("LoRA adapters beside their base", write_peft, check=check_directory),
 }

@@ -27,7 +27,7 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.experiments.run_report import read_report
 from zflora_jax.hf.compressed import CODES
 from zflora_jax.hf.directory import local_copy
-from zflora_jax.hf.gguf_reader import GGUFFile
+from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.hub import packaged
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import CONFIG, WEIGHTS, refuse_pickled
@@ -136,7 +136,7 @@ def _model(source: str, kind: str) -> Facts:
 
 def _blocks(file: Path) -> Facts:
     """The types of the tensors of a .gguf file, most of which have few bits."""
-    kinds = Counter(tensor.kind.name for tensor in GGUFFile(file).tensors.values())
+    kinds = Counter(tensor.type.name for tensor in GGUFFile(file).tensors.values())
     return {"file": file.name, "tensors": ", ".join(f"{n} {k}" for k, n in kinds.most_common())}
 
 

@@ -105,7 +105,7 @@ def check_quant(quant: str, dtype: str | None = None) -> Quant:
     require(
         quant in QUANTS,
         f"quant={quant!r} of a Hugging Face directory: {nearest(quant, QUANTS)}. The types of"
-        " llama.cpp (q8_0, q4_k_m, ...) go with --format gguf.",
+        " llama.cpp (q8_0, q4_0, ...) go with --format gguf.",
     )
     require(
         dtype is None or dtype in DTYPES,

@@ -17,10 +17,9 @@ from zflora_jax.core.quantize_config import QuantizeConfig, quantize_config
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config
-from zflora_jax.hf.gguf import load_gguf
-from zflora_jax.hf.gguf_config import gguf_config
-from zflora_jax.hf.gguf_reader import GGUFFile
-from zflora_jax.hf.gguf_tokenizer import gguf_tokenizer
+from zflora_jax.hf.gguf.file import GGUFFile
+from zflora_jax.hf.gguf.read import gguf_config, load_gguf
+from zflora_jax.hf.gguf.tokenizer import gguf_tokenizer
 from zflora_jax.hf.hub import HUB_IDS, PACKAGED, fetched, is_hub_id, locate, model_files, not_here
 from zflora_jax.hf.keys import Place, Slices, gather
 from zflora_jax.hf.quantized_leaves import QuantizedLeaves

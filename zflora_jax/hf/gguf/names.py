@@ -1,4 +1,4 @@
-"""Names of tensors in GGUF files, and llama.cpp's order of the rows of q and k."""
+"""Names of tensors and settings in GGUF files, and llama.cpp's order of the rows of q and k."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from zflora_jax.core.families import FAMILIES
 # A metadata key: llama.cpp multiplies q and k by it when it rotates them, every dim of a head.
 ATTENTION_FACTOR = "rope.scaling.attn_factor"
 ROPE_DIVISORS = "rope_freqs.weight"  # divisors of the inverse frequencies, one for each pair
+
+# Metadata key of the architecture -> field of LlamaConfig.
+SETTINGS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_heads",
+    "attention.head_count_kv": "num_kv_heads",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
 
 # GGUF name -> Hugging Face name.
 _LAYER = {
@@ -35,19 +48,17 @@ _TO_GGUF = {hf: name for name, hf in (_LAYER | _TOP).items()}
 
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; a name that has none stays as it is."""
+    """Returns the Hugging Face name of a GGUF tensor; a name that has none stays as it is."""
     if name in _TOP:
         return _TOP[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    return (
-        f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-        if match and match[2] in _LAYER
-        else name
-    )
+    if match is None or match[2] not in _LAYER:
+        return name
+    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face tensor."""
+    """Returns the GGUF name of a Hugging Face tensor."""
     if name in _TO_GGUF:
         return _TO_GGUF[name]
     layer, rest = name.removeprefix("model.layers.").split(".", 1)
@@ -55,8 +66,8 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_TO_GGUF[module]}.{parameter}"
 
 
-def tensor_kind(name: str) -> str:
-    """What a GGUF tensor is, whatever its layer: "attn_q", "token_embd", ..."""
+def tensor_module(name: str) -> str:
+    """Returns the module of a GGUF tensor without its layer: "attn_q", "token_embd", ..."""
     return name.split(".")[-2]
 
 
@@ -66,10 +77,13 @@ def has_pairs(architecture: str) -> bool:
 
 
 def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Put the rows of q or k, [heads * k, in], or their bias, from llama.cpp's order into Hugging
-    Face's.
+    """Reorders the rows of q or k from llama.cpp's order into Hugging Face's.
 
     llama.cpp interleaves the two halves of each rotated head: rows 0, k/2, 1, k/2+1, ...
+
+    Args:
+      rows: Kernel [heads * k, in], or bias [heads * k].
+      heads: Number of heads.
     """
     pairs = rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,249 @@
+"""Tokenizers of GGUF files: read as llama.cpp reads them, written so that texts are cut in the same
+way, and refused where the format cannot say it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from support.byte_tokenizer import byte_tokenizer
+from support.gguf_files import PIECES, byte_level, sentencepiece
+from support.huggingface import hf_model, write_gguf
+from support.models import tiny_model
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from zflora_jax import load_model, resize_vocab, save_gguf, save_hf
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.hf.gguf.file import GGUFFile
+from zflora_jax.hf.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer
+
+TEXT = "xyz don't 12345  THE the\n\nend"
+NAMES = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken")
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [
+        ({}, ["<s>", "▁ab", "b"]),
+        ({"add_bos_token": False}, ["▁ab", "b"]),
+        ({"add_bos_token": True, "add_eos_token": True}, ["<s>", "▁ab", "b", "</s>"]),
+        ({"add_space_prefix": False}, ["<s>", "ab", "b"]),
+    ],
+    ids=["silent", "no BOS", "both", "no space"],
+)
+def test_sentencepiece_files_start_texts_as_llama_cpp_does(
+    flags: dict[str, bool], tokens: list[str], tmp_path: Path
+) -> None:
+    """Here, and in the export that stock transformers reads. llama-vocab.cpp: add_bos and
+    add_space_prefix are true unless the file says no.
+    """
+    model = model_with(tmp_path / "x.gguf", lambda writer: sentencepiece(writer, **flags))
+    assert (model.config.bos_token_id, model.config.eos_token_ids) == (1, (2,))
+    special = ("bos_token_id", "eos_token_id", "unk_token_id")
+    assert [getattr(model.tokenizer, name) for name in special] == [1, 2, 0]
+    save_hf(tmp_path / "out", model)
+    for tokenizer in (model.tokenizer, stock(tmp_path / "out")):
+        found = tokenizer("abb")["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(found) == tokens
+        assert tokenizer.decode(found, skip_special_tokens=True) == "abb"
+        plain = tokenizer("abb", add_special_tokens=False)["input_ids"]
+        assert plain == [i for i in found if i not in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "flag", "starts"),
+    [
+        ("default", None, False),
+        ("llama-bpe", None, True),
+        ("llama-bpe", False, False),
+        ("default", True, True),
+    ],
+)
+def test_byte_level_files_start_texts_as_llama_cpp_does(
+    pre: str, flag: bool | None, starts: bool, tmp_path: Path
+) -> None:
+    """llama-vocab.cpp: add_bos is true for Llama 3's pre-tokenizer and some others, unless the file
+    says otherwise.
+    """
+    model = model_with(tmp_path / "x.gguf", lambda writer: byte_level(writer, pre, flag), 259)
+    save_hf(tmp_path / "out", model)
+    for tokenizer in (model.tokenizer, stock(tmp_path / "out")):
+        assert tokenizer("ab")["input_ids"] == [256] * starts + [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pre", "words"),
+    [("mystery", "default", "mystery"), ("gpt2", "viking", "pre-tokenizer 'viking' is not known")],
+)
+def test_an_unknown_tokenizer_is_left_out(kind: str, pre: str, words: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=words):
+        model = model_with(
+            tmp_path / "x.gguf", lambda writer: byte_level(writer, pre, kind=kind), 259
+        )
+    assert model.tokenizer is None
+
+
+def model_with(path: Path, vocabulary: Any, size: int = len(PIECES)) -> Model:
+    """A model loaded from a file with the vocabulary that a function writes."""
+    write_gguf(path, hf_model(vocab_size=size), tokenizer=vocabulary)
+    return load_model(path)
+
+
+def stock(directory: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def merging(name: str = "gpt-2", cut: str = "", normalizer: Any = None) -> Any:
+    """A byte-level tokenizer that merges "t h", "th e" and digits, with texts cut as llama.cpp does
+    under a name, or by a regular expression.
+    """
+    tokenizer, row = byte_tokenizer(), PRE_TOKENIZERS[name]
+    vocab = tokenizer.get_vocab()
+    chars = sorted((c for c in vocab if vocab[c] < 256), key=vocab.get)
+    merges = [("t", "h"), ("th", "e"), ("1", "2"), ("12", "3"), ("3", "4")]
+    tokens = [*chars, *("".join(merge) for merge in merges), "xyz"]  # which no merge makes
+    ids = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=row.keeps_tokens))
+    backend.pre_tokenizer = pre_tokenizer(name)
+    if cut:
+        split = pre_tokenizers.Split(Regex(cut), behavior="isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    backend.decoder, backend.normalizer = tokenizer.backend_tokenizer.decoder, normalizer
+    backend.add_special_tokens(["<bos>", "<eos>", "<pad>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+def with_tokenizer(tokenizer: Any) -> Model:
+    model = tiny_model(vocab_size=len(tokenizer) + 3, eos_token_ids=(tokenizer.eos_token_id,))
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_byte_level_tokenizers_make_the_round(name: str, tmp_path: Path) -> None:
+    model = with_tokenizer(merging(name))
+    report = save_gguf(tmp_path / "x.gguf", model, "f32")
+    assert f"pre-tokenizer {name}" in report["tokenizer"]
+    file, found = GGUFFile(tmp_path / "x.gguf"), load_model(tmp_path / "x.gguf")
+    assert file.get("tokenizer.ggml.pre") == name
+    assert file.get("tokenizer.ggml.tokens")[-1].startswith("[PAD")  # ids without a token
+    assert file.get("tokenizer.ggml.token_type")[-6:] == [3, 3, 3, 5, 5, 5]
+    for text in (TEXT, "one <eos> two"):
+        assert found.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+
+
+def test_pre_tokenizers_differ_in_what_they_merge() -> None:
+    """Otherwise the test above could not fail."""
+    counts = {name: len(merging(name)(TEXT)["input_ids"]) for name in NAMES}
+    assert counts["smollm"] > counts["gpt-2"] < counts["qwen2"] != counts["smaug-bpe"]
+    assert counts["llama-bpe"] == counts["smaug-bpe"] - 2  # "xyz" is left unmerged
+    cuts = {name: row.cut for name, row in PRE_TOKENIZERS.items()}
+    same = cuts.keys() & GGUF_PRE_TOKENIZER_SPLITS.keys()
+    assert len(same) > 9 and all(cuts[name] == GGUF_PRE_TOKENIZER_SPLITS[name] for name in same)
+
+
+def test_a_byte_tokenizer_with_bos_makes_the_round(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.tokenizer = byte_tokenizer(add_bos=True)
+    report = save_gguf(tmp_path / "x.gguf", model, "f32")
+    assert "llama.cpp refuses one without merges" in report["tokenizer"]
+    found = load_model(tmp_path / "x.gguf")
+    assert found.tokenizer("aé 1<eos>")["input_ids"] == model.tokenizer("aé 1<eos>")["input_ids"]
+    assert found.tokenizer.chat_template == model.tokenizer.chat_template
+    assert found.config.eos_token_ids == (257,) and found.config.bos_token_id == 256
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_sentencepiece_vocabularies_are_copied(space: bool, tmp_path: Path) -> None:
+    old, new = tmp_path / "old.gguf", tmp_path / "new.gguf"
+    model = model_with(old, lambda writer: sentencepiece(writer, add_space_prefix=space))
+    report = save_gguf(new, model)
+    assert report["tokenizer"].startswith("copied from the base's file")
+    keys = GGUFFile(old).below("tokenizer.") | {"tokenizer.ggml.eos_token_id": 2}
+    assert GGUFFile(new).below("tokenizer.") == keys  # llama.cpp assumes that id
+    found = load_model(new)
+    for text in ("abb a ab", "b"):
+        assert found.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+    model.source = None
+    with pytest.raises(ConfigError, match=r"no byte-level BPE.*base from a \.gguf.*convert_hf_to"):
+        save_gguf(tmp_path / "other.gguf", model)
+
+
+def spaced() -> Any:
+    """A special token that takes the space before it: a GGUF file has no word for that."""
+    tokenizer, token = merging(), AddedToken("<tool>", lstrip=True, special=True)
+    tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.add_special_tokens({"sep_token": AddedToken("<tool>", lstrip=True)})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        (lambda: merging(cut=r"\w+|\W+"), r"pre_tokenizer.*none that can be named.*llama-bpe"),
+        (lambda: merging(normalizer=normalizers.Lowercase()), "normalises texts.*Lowercase"),
+        (spaced, "'one <tool> two' gives"),
+        (object, r"tokenizer \(object.*no byte-level BPE.*model\.tokenizer = None"),
+        (lambda: merging("llama-bpe"), r"has the id 2.*vocabulary only 259"),
+    ],
+)
+def test_what_a_file_cannot_express_is_refused(tokenizer: Any, words: str, tmp_path: Path) -> None:
+    found = tokenizer()
+    model = tiny_model() if type(found) is object or "259" in words else with_tokenizer(found)
+    model.tokenizer = found
+    with pytest.raises(ConfigError, match=words):
+        save_gguf(tmp_path / "x.gguf", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_end_tokens_and_templates_are_the_models(tmp_path: Path) -> None:
+    model = with_tokenizer(byte_tokenizer())
+    model.config = model.config.replace(eos_token_ids=(257, 65, 66, 67))
+    model.tokenizer.chat_template = {"default": "{{ 'a' }}", "tools": "{{ 'b' }}"}
+    report = save_gguf(tmp_path / "x.gguf", model)
+    assert "end tokens without a place in the file: [67]" in report["tokenizer"]
+    file = GGUFFile(tmp_path / "x.gguf")
+    names = ("eos", "eot", "eom")
+    assert [file.get(f"tokenizer.ggml.{name}_token_id") for name in names] == [257, 65, 66]
+    assert file.get("tokenizer.chat_templates") == ["tools"]
+    assert file.get("tokenizer.chat_template.tools") == "{{ 'b' }}"
+    again = load_model(tmp_path / "x.gguf")
+    assert again.tokenizer.chat_template == model.tokenizer.chat_template
+    assert save_gguf(tmp_path / "z.gguf", again)["tokenizer"].startswith("copied")
+    assert GGUFFile(tmp_path / "z.gguf").get("tokenizer.chat_template.tools") == "{{ 'b' }}"
+    del model.tokenizer.chat_template["default"]
+    save_gguf(tmp_path / "w.gguf", model)
+    assert load_model(tmp_path / "w.gguf").tokenizer.chat_template == {"tools": "{{ 'b' }}"}
+    # A copy of a file's own keys takes the changed ones.
+    again.tokenizer.chat_template, again.config = "new", again.config.replace(eos_token_ids=(65,))
+    assert save_gguf(tmp_path / "y.gguf", again)["tokenizer"].startswith("copied")
+    file = GGUFFile(tmp_path / "y.gguf")
+    assert file.get("tokenizer.chat_template") == "new"
+    ends = [file.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+    assert ends == [65, None, None]
+
+
+def test_a_vocabulary_of_a_file_may_be_made_longer(tmp_path: Path) -> None:
+    """By a number: the new rows have names, whether the file's own keys are copied or not."""
+    model = with_tokenizer(byte_tokenizer())
+    size = model.config.vocab_size + 12
+    save_gguf(tmp_path / "a.gguf", model)
+    longer = resize_vocab(load_model(tmp_path / "a.gguf"), size)
+    assert save_gguf(tmp_path / "b.gguf", longer)["tokenizer"].startswith("copied")
+    file = GGUFFile(tmp_path / "b.gguf")
+    tokens, types = (file.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    assert len(tokens) == len(types) == size and tokens[-1] == f"[PAD{size - 1}]"
+    assert load_model(tmp_path / "b.gguf").config.vocab_size == size

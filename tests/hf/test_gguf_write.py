@@ -1,0 +1,274 @@
+"""save_gguf: the file's function is the model's, its values are the type's nearest, and nothing is
+padded, left out or replaced in silence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from support.checks import assert_logits_close
+from support.grids import pairwise
+from support.models import perturb, tiny_model
+
+from zflora_jax import AdapterConfig, forward, fuse, init_adapters, load_model, save_gguf
+from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import RopeScaling
+from zflora_jax.hf import stock
+from zflora_jax.hf.gguf import write
+from zflora_jax.hf.gguf.file import GGUFFile
+from zflora_jax.hf.gguf.form import gguf_form
+from zflora_jax.hf.gguf.names import gguf_name, half_split, hf_name, interleave
+from zflora_jax.hf.gguf.types import QUANTS
+from zflora_jax.nn.llama import random_model
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
+WIDER = ["ffba", "zflora-minimal", "zflora-uniform"]
+LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
+
+
+def fused_by(method: str, rank: int = 5, **changes: Any) -> Model:
+    """A tiny base, or fused with perturbed adapters of a method."""
+    base = tiny_model(**changes)
+    if method == "base":
+        return base
+    adapter = AdapterConfig(method, rank=rank)
+    return fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter)))
+
+
+def written(path: Path, model: Model, quant: str = "f32") -> tuple[dict[str, Any], GGUFFile, Model]:
+    """The report, the file and the model that it holds, which computes what `model` does."""
+    report = save_gguf(path / "x.gguf", model, quant)
+    found = load_model(path / "x.gguf")
+    assert_logits_close(forward(found, TOKENS), forward(model, TOKENS))
+    return report, GGUFFile(path / "x.gguf"), found
+
+
+@pytest.mark.parametrize(("method", "tied"), pairwise(WIDER, [True, False]))
+def test_widths_are_padded_and_the_function_stays(method: str, tied: bool, tmp_path: Path) -> None:
+    """No width of the model is a multiple of 32."""
+    widths = {"hidden_size": 72, "intermediate_size": 100}
+    fused = fused_by(method, **widths, tie_word_embeddings=tied)
+    report, file, _ = written(tmp_path, fused)
+    assert ("output.weight" in file.tensors) == (not tied)
+    assert f"hidden {fused.config.hidden_size} -> 96" in report["filled with zeros"]
+    assert "MLP" in report["filled with zeros"] and "hidden 96" in report["widths"]
+    for key in ("embedding_length", "feed_forward_length"):
+        assert file.get(f"llama.{key}") % 32 == 0
+    heads = 16 if method == "zflora-minimal" else 32
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        assert file.get(f"llama.{key}") == heads
+    assert ("rope_freqs.weight" in file.tensors) == (heads == 32)
+    for tensor in file.tensors.values():  # 4 heads of 16 dims are a multiple too
+        assert tensor.name == "rope_freqs.weight" or tensor.shape[-1] % 32 == 0, tensor.name
+
+
+def test_each_wider_head_is_padded(tmp_path: Path) -> None:
+    """Heads of 64 dims and 16 more: 96 in the file, whose rows of o keep blocks of a head whole."""
+    report, file, found = written(tmp_path, fused_by("ffba", 4, head_dim=64))
+    assert "head 80 -> 96" in report["filled with zeros"]
+    assert (found.config.head_dim, found.config.base_head_dim) == (96, 64)
+    values = file.dequantised(file.tensors["blk.0.attn_output.weight"]).reshape(-1, 4, 96)
+    assert not values[..., 80:].any() and values[..., :80].all()
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "architecture", "loaded", "changes"),
+    [
+        ("llama", "lora", "llama", "llama", {}),
+        ("llama", "base", "llama", "llama", {"rope_scaling": LLAMA3, "head_dim": 32}),
+        ("llama", "ffba", "llama", "llama", {"rope_scaling": LLAMA3, "head_dim": 32}),
+        ("mistral", "zflora-minimal", "llama", "llama", {}),
+        ("qwen2", "base", "qwen2", "qwen2", {}),
+        # llama.cpp's qwen2 refuses heads that are not as wide as the residual stream.
+        ("qwen2", "zflora-minimal", "llama", "qwen2", {}),
+        ("qwen2", "zflora-uniform", "llama", "qwen2", {}),
+        ("qwen3", "zflora-minimal", "qwen3", "qwen3", {}),
+        ("smollm3", "zflora-minimal", "smollm3", "smollm3", {"num_layers": 4, "nope_layers": (3,)}),
+    ],
+)
+def test_every_family(
+    family: str,
+    method: str,
+    architecture: str,
+    loaded: str,
+    changes: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    report, file, found = written(tmp_path, fused_by(method, family=family, **changes))
+    assert file.get("general.architecture") == architecture and found.config.family == loaded
+    assert ("architecture" in report) == (architecture == "llama" and family == "qwen2")
+    assert (found.config.rope_scaling is not None) == ("rope_scaling" in changes)
+
+
+def test_names_and_row_orders_invert_each_other() -> None:
+    for name in ("blk.3.attn_q_norm.weight", "blk.0.attn_k.bias", "output.weight"):
+        assert gguf_name(hf_name(name)) == name
+    # Every name is llama.cpp's own for the architecture.
+    for arch in ("LLAMA", "QWEN2", "QWEN3", "SMOLLM3"):
+        known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], 1)
+        for module in ("self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm"):
+            hf = f"model.layers.0.{module}"
+            assert gguf_name(f"{hf}.weight") == known.get_name(hf) + ".weight"
+    rows = np.arange(24).reshape(24, 1)
+    np.testing.assert_array_equal(half_split(interleave(rows, 2), 2), rows)
+    assert interleave(rows, 2)[:4, 0].tolist() == [0, 6, 1, 7]
+
+
+def test_a_window_limits_the_context_and_the_report_says_so(tmp_path: Path) -> None:
+    report, file, _ = written(tmp_path, tiny_model(family="mistral", sliding_window=32))
+    assert report["context"].startswith("32 of 512: the sliding window")
+    assert file.get("llama.context_length") == 32
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+# The largest error as a share of the range (largest less smallest, 0 among them) of the weights
+# that share a scale: half a step.
+STEPS = {
+    "F32": 0.0,
+    "F16": 2.0**-11,
+    "BF16": 2.0**-8,
+    "Q8_0": 0.51 / 127,
+    "Q4_0": 1.01 / 8,  # one end has eight steps, the other seven
+    "Q4_1": 0.51 / 15,
+}
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_values_are_within_a_step_of_the_model(quant: str, tmp_path: Path) -> None:
+    config = tiny_model().config.replace(hidden_size=256, intermediate_size=512, head_dim=64)
+    model = random_model(config, jax.random.key(3))
+    report = save_gguf(tmp_path / "x.gguf", model, quant)
+    assert report["fallback"] == "none" and report["quant"] == quant
+    want = dict(gguf_form(model, QUANTS[quant].dtype).tensors(model))
+    file = GGUFFile(tmp_path / "x.gguf")
+    assert list(want) == list(file.tensors)
+    kinds = {name: tensor.type.name for name, tensor in file.tensors.items()}
+    for name, tensor in file.tensors.items():
+        x = want[name].reshape(-1, 32)
+        low, high = np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
+        error = np.abs(file.dequantised(tensor).reshape(x.shape) - x).max(-1)
+        assert (error <= STEPS[kinds[name]] * (high - low) + 1e-9).all(), name
+    tables = "Q8_0" if quant.startswith("q") else quant.upper()
+    assert kinds["blk.1.attn_norm.weight"] == "F32"
+    assert kinds["blk.1.ffn_up.weight"] == quant.upper() and kinds["token_embd.weight"] == tables
+
+
+def test_a_fallback_is_named(tmp_path: Path) -> None:
+    """Heads that are left alone read 48 rows of o, which no block divides."""
+    report = save_gguf(tmp_path / "x.gguf", fused_by("zflora-minimal", head_dim=12, num_layers=8))
+    assert report["fallback"] == "attn_output as F16 (rows of 48)"
+    kinds = {t.name: t.type.name for t in GGUFFile(tmp_path / "x.gguf").tensors.values()}
+    assert kinds["blk.0.attn_output.weight"] == "F16" and kinds["blk.0.attn_q.weight"] == "Q8_0"
+
+
+def test_values_beyond_the_type_are_named(tmp_path: Path) -> None:
+    model = tiny_model()
+    kernel = model.params["layers"]["mlp"]["up"]["kernel"]
+    model.params["layers"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].set(1e6)
+    for quant in ("f16", "q8_0"):
+        with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_up\.weight.*range of float16"):
+            save_gguf(tmp_path / "x.gguf", model, quant)
+    assert not list(tmp_path.iterdir())
+    save_gguf(tmp_path / "x.gguf", model, "bf16")
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "out", "settings", "words"),
+    [
+        ("ffba", {"family": "qwen3"}, "x.gguf", {}, "qwen3.*llama, mistral and qwen2 alone"),
+        (
+            "zflora-uniform",
+            {"family": "qwen3"},
+            "x.gguf",
+            {},
+            "qwen3.*leaves the heads.*zflora-minimal",
+        ),
+        (
+            "base",
+            {"family": "qwen3", "rope_scaling": LLAMA3},
+            "x.gguf",
+            {},
+            "Llama-3's RoPE scaling.*not for qwen3",
+        ),
+        (
+            "base",
+            {"family": "smollm3", "nope_layers": (1,)},
+            "x.gguf",
+            {},
+            r"nope_layers=\(1,\)",
+        ),
+        ("base", {}, "x.gguf", {"quant": "q4_k_m"}, "quant='q4_k_m'.*f16.*llama-quantize FILE"),
+        ("base", {}, "x.bin", {}, r"ends in \.gguf"),
+        ("base", {}, "s3://bucket/x.gguf", {}, "is a URL"),
+        ("base", {}, "x.gguf", {"eps_z": 0.5}, "eps_z"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    method: str,
+    changes: dict[str, Any],
+    out: str,
+    settings: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+) -> None:
+    path = out if "://" in out else tmp_path / out
+    with pytest.raises(ConfigError, match=words):
+        save_gguf(path, fused_by(method, 4, **changes), **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_files_of_this_project_are_replaced(tmp_path: Path) -> None:
+    model, target = tiny_model(), tmp_path / "x.gguf"
+    save_gguf(target, model, "f32")
+    size = save_gguf(target, model, "q8_0")["bytes"]
+    assert target.stat().st_size == size and GGUFFile(target).get(write.MARK)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        step()
+    (tmp_path / "text.gguf").write_text("mine")
+    (tmp_path / "folder.gguf").mkdir()
+    for name in ("other", "text", "folder"):
+        with pytest.raises(CheckpointError, match=f"{name}.gguf exists and is no GGUF file"):
+            save_gguf(tmp_path / f"{name}.gguf", model)
+    assert (tmp_path / "text.gguf").read_text() == "mine"
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_gguf(tmp_path / "text.gguf" / "x.gguf", model)
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, target = tiny_model(), tmp_path / "x.gguf"
+    save_gguf(target, model, "f32")
+    before = target.read_bytes()
+    real = write.Planned.encode
+    encode = lambda self, array: 1 / 0 if "output_norm" in self.name else real(self, array)  # noqa: E731
+    monkeypatch.setattr(write.Planned, "encode", encode)
+    with pytest.raises(ZeroDivisionError):
+        save_gguf(target, model, "q8_0")
+    assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_processes_that_do_not_write_still_gather(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process goes through all tensors; only process 0 has a path."""
+    seen, real = [], stock.trees.on_host
+    monkeypatch.setattr(stock.trees, "on_host", lambda *args: seen.append(1) or real(*args))
+    monkeypatch.setattr(write, "on_main", lambda action: None)
+    model = tiny_model()
+    save_gguf(tmp_path / "x.gguf", model)
+    assert len(seen) == len(gguf_form(model, "float32").shapes) and not list(tmp_path.iterdir())
