@@ -26,14 +26,8 @@ def export_target(path: str | os.PathLike[str]) -> Path:
 
 
 def local_copy(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
-    """A local directory or file: `source` itself, or a verified copy of the model at a URL.
-
-    Args:
-      source: Path or URL.
-      weights: Whether a copy has the tensors, see `bucket.download`.
-
-    Raises:
-      CheckpointError: There is nothing at the URL, or an export that is not whole.
+    """A local directory or file: `source` itself, or a verified copy of the model at a URL, with
+    its tensors if `weights` is set. CheckpointError if nothing, or no whole export, is at the URL.
     """
     path = as_path(source, "model")
     return download(path, weights=weights) if is_url(path) else path.expanduser()
@@ -43,26 +37,17 @@ def local_copy(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
 def whole_directory(
     target: Path, own_files: Callable[[Path], set[str] | None], sign: str
 ) -> Iterator[Path]:
-    """Write a directory in one step.
+    """Write a directory in one step; yields a temporary directory next to `target` for the files.
 
-    The block writes into a temporary directory beside `target`. If it succeeds, that directory is
-    flushed to disk and renamed to `target`; if not, it is removed. During a replacement the old
-    directory lies whole beside the new one. At a URL, the files are uploaded under a marker that
-    says whether they are whole, see `bucket`.
+    If the block succeeds, that directory is flushed to disk and renamed to `target`; if not, it is
+    removed. A directory that is replaced stays whole until then. At a URL, the files are uploaded
+    under a marker that says whether they are whole, see `bucket`.
 
     Args:
-      target: the directory to make, or its URL. An existing one is replaced only if `own_files`
-        lists every file.
-      own_files: directory -> the files that this project wrote there; None: it is not this
-        project's.
-      sign: name of a file that exports of this kind alone have; at a URL, where an upload may have
-        been stopped, it tells by the marker's list what `own_files` tells by content.
-
-    Yields:
-      The temporary directory.
-
-    Raises:
-      CheckpointError: `target` must not be replaced; nothing is written then.
+      target: The directory to make, or its URL. An existing one is replaced only if `own_files`
+        lists every file, else nothing is written and CheckpointError raised.
+      own_files: Directory -> the files that this project wrote there, None for a foreign directory.
+      sign: Name of a file that marks an export of this type at a URL, in the list of its marker.
     """
     _refuse_foreign(target, own_files, sign)
     if is_url(target):
@@ -76,10 +61,8 @@ def whole_directory(
     try:
         yield staging
         mask = _umask()
-        for entry in [
-            *staging.rglob("*"),
-            staging,
-        ]:  # mkdtemp and safetensors leave them readable by the owner alone
+        # mkdtemp and safetensors make files that only the owner can read.
+        for entry in [*staging.rglob("*"), staging]:
             os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~mask)
             fsync(entry)
         _refuse_foreign(target, own_files, sign)
@@ -136,7 +119,7 @@ def _rename(staging: Path, target: Path) -> None:
 
 
 def _folder_beside(target: Path) -> Path:
-    """A new temporary directory beside `target`; warns of those that killed exports left."""
+    """A new temporary directory next to `target`; warns of those that killed exports left."""
     prefix, names = f".{target.name}.", "[!.]" * 8  # which mkdtemp puts between
     found = target.parent.glob(f"{glob.escape(prefix)}{names}.*")
     left = sorted(path for path in found if path.suffix in (".tmp", ".old"))
@@ -154,11 +137,8 @@ def _folder_beside(target: Path) -> Path:
 
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary directory on the file system of a file that is to be written, gone with the
-    context.
-
-    Raises:
-      CheckpointError: there is no writing there.
+    """A temporary directory on the file system of a file that is to be written, removed with the
+    context; CheckpointError if that place cannot be written to.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
