@@ -20,8 +20,6 @@ PAGES = {  # result -> module in benchmarks/ or tools/
     "accelerators": "accelerators",
     "cost_quality": "cost_quality",
     "latency": "latency",
-    "paired_intervals": "paired_intervals",
-    "paper_plan": "paper",
     "quantised": "quantised",
     "task_switch": "task_switch",
     "lm_eval": "check_lm_eval",

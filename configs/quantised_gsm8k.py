@@ -1,14 +1,15 @@
-"""GSM8K on a base of numbers and on bases of codes: zflora-minimal r=16, 60 steps, three seeds.
+"""GSM8K on float and quantised bases: zflora-minimal r=16, 60 steps, three seeds.
 
   zflora sweep --config configs/quantised_gsm8k.py --set data.data_dir=DIR --workdir runs/quantised
 
 DIR/gsm8k has GSM8K's train.jsonl, test.jsonl. Result: results/quantised_gsm8k.md. 12 runs, about a
 minute each on 2 CPU cores.
 
-Question: is the held-out loss on a base of codes within the seeds' spread of that on a base of
-bfloat16? The packaged model is itself of 4 bits (Q4_1), so its numbers are rounded a second time.
+Question: is the held-out loss on a quantised base within the seeds' spread of that on a bfloat16
+base? The packaged model has 4 bits itself (Q4_1), so its weights are rounded a second time.
 """
 
+from zflora_jax import Grid
 from zflora_jax.config import (
     AdapterConfig,
     DataConfig,
@@ -17,7 +18,6 @@ from zflora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from zflora_jax.experiments.grid import Grid
 
 # quantize.kernels, train.dtype
 STORED = (
@@ -42,4 +42,4 @@ def get_sweep() -> Grid:
         for seed in (0, 1, 2)
         for kernels, dtype in STORED
     ]
-    return Grid("quantised_gsm8k", base, settings)
+    return Grid(base, settings)

@@ -290,26 +290,6 @@ def two_steps(model, arc, tmp_path):
     )
 
 
-@pytest.fixture
-def fake_train(model, monkeypatch):
-    """Runs are not trained; their losses are `fake_train.loss` of their settings."""
-    from support.fake_train import FakeTrain
-
-    from zflora_jax.experiments import compare, jobs
-
-    fake = FakeTrain()
-    monkeypatch.setattr(jobs, "train", fake)
-    monkeypatch.setattr(jobs, "fuse_trained", lambda model, *_, **__: model)
-    monkeypatch.setattr(compare, "load_base", lambda *_: model)
-    for module in (compare, jobs):
-        monkeypatch.setattr(
-            module,
-            "split_loss",
-            lambda run, *_: {"loss": fake.loss(run), "rows": 4.0, "tokens": 40.0},
-        )
-    return fake
-
-
 def pytest_collection_finish() -> None:
     """What was imported stays, so the garbage collector leaves it out of its rounds."""
     gc.freeze()

@@ -12,8 +12,12 @@ from .adapters.tasks import (
 )
 from .adapters.widths import round_widths as round_widths
 from .core.adapter_config import AdapterConfig as AdapterConfig
-from .core.errors import NonFiniteError as NonFiniteError
-from .core.fields import ConfigError as ConfigError
+from .core.errors import (
+    CheckpointError as CheckpointError,
+    NonFiniteError as NonFiniteError,
+    Preempted as Preempted,
+)
+from .core.fields import ConfigError as ConfigError, override as override
 from .core.model import Model as Model
 from .core.model_config import LlamaConfig as LlamaConfig
 from .core.presets import PRESETS as PRESETS, preset as preset
@@ -25,15 +29,16 @@ from .core.run_config import (
     RunConfig as RunConfig,
     TrainConfig as TrainConfig,
 )
+from .data.mixture import TrainedOn as TrainedOn
 from .evaluation.export_gap import export_gap as export_gap
 from .evaluation.suite import evaluate_tasks as evaluate_tasks
 from .evaluation.task import evaluate as evaluate
-from .experiments.compare import compare_methods as compare_methods
-from .experiments.comparison import Comparison as Comparison
+from .experiments.base import load_base as load_base
 from .experiments.export import export_run as export_run
 from .experiments.grid import Grid as Grid, run_grid as run_grid, sweep as sweep
 from .experiments.info import describe as describe
-from .experiments.restore import load_run as load_run
+from .experiments.restore import fuse_trained as fuse_trained, load_run as load_run
+from .experiments.setup import split_loss as split_loss
 from .experiments.train import train as train
 from .hf.gguf.write import save_gguf as save_gguf
 from .hf.load import load_model as load_model
@@ -51,5 +56,10 @@ from .nn.quantize_model import (
     quantize_model as quantize_model,
 )
 from .nn.vocabulary import resize_vocab as resize_vocab
+from .parallel.sharding import make_mesh as make_mesh
+from .reporting.files import atomic_write as atomic_write
+from .reporting.provenance import environment as environment
+from .reporting.tables import markdown_table as markdown_table
+from .training.lock import BusyError as BusyError, locked as locked
 
 __version__: str

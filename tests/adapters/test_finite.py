@@ -23,7 +23,6 @@ from zflora_jax.evaluation import export_gap as gap_module, loss as loss_module,
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.evaluation.records import likelihood_records
 from zflora_jax.experiments import quickstart
-from zflora_jax.experiments.rates import choose_rate
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
@@ -126,15 +125,6 @@ def test_the_best_checkpoint_has_a_loss(tmp_path):
             checkpoints.save(step, {"leaf": jax.numpy.zeros(4)}, {"loss": loss})
     with Checkpoints(tmp_path, max_to_keep=3, create=False) as checkpoints:
         assert checkpoints.best == 3
-
-
-def test_a_rate_whose_loss_is_no_number_is_not_picked():
-    results = {1e-1: {"validation_loss": float("nan")}, 1e-3: {"validation_loss": 2.0}}
-    assert choose_rate("lora", results).rate == 1e-3
-    assert choose_rate("lora", results | {1e-2: {"failed": "the loss is nan"}}).rate == 1e-3
-    for lost in ({"validation_loss": float("inf")}, {"validation_loss": None}):
-        with pytest.raises(ConfigError, match="diverged at every learning rate"):
-            choose_rate("lora", results | {1e-3: lost})
 
 
 def test_quickstart_needs_what_it_reports():

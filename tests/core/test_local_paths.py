@@ -17,8 +17,6 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import as_path
 from zflora_jax.evaluation.suite import evaluate_tasks
 from zflora_jax.evaluation.task import evaluate
-from zflora_jax.experiments.compare import compare_methods
-from zflora_jax.experiments.comparison import Comparison
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.grid import run_grid
 from zflora_jax.experiments.quickstart import quickstart
@@ -71,13 +69,10 @@ def test_local_paths_are_taken(path):
 
 def test_every_function_that_writes(run):
     model, adapter = tiny_model(), AdapterConfig("lora", rank=4)
-    plan = Comparison("plan", run, {"lora": adapter}, (1e-3,), (0,))
     calls = [
         lambda: train(run, OTHER),
         lambda: export_run("nowhere", OTHER),
         lambda: run_grid(run, {"train.seed": [1]}, URL),
-        lambda: compare_methods(plan, URL, "results"),
-        lambda: compare_methods(plan, "runs", URL),
         lambda: evaluate(run, model, out=OTHER),
         lambda: evaluate_tasks(run, model, ["arithmetic"], OTHER, "label"),
         lambda: quickstart(run, URL),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +16,10 @@ from zflora_jax.evaluation import records as records_module
 from zflora_jax.evaluation.statistics import (
     as_dicts,
     group_scores,
-    rows_kept,
     scores_of,
-    suite_score,
 )
 from zflora_jax.evaluation.suite import evaluate_tasks
 from zflora_jax.evaluation.task import evaluate
-from zflora_jax.experiments import page
 
 
 def test_scores_have_bootstrap_intervals():
@@ -291,19 +287,3 @@ def test_rows_of_another_folder_do_not_replace_an_evaluation(model, tmp_path):
     with pytest.raises(ConfigError, match=r"other settings \(data.data_dir\); give another --out"):
         evaluate_tasks(runs[1], model, ["rows"], out, "tiny", console=False)
     assert '"prompt": "a 0?' in (out / "rows-test-tiny.jsonl").read_text()
-
-
-def test_a_suite_counts_the_rows_that_a_score_is_over():
-    """Of own rows some may have no short answer; records of long ago keep no scores of rows."""
-    row = {"prompt": "a", "input": "", "answer": "b"}
-    rows = [row | {"correct_sum": i % 2 == 0} for i in range(6)]
-    for row in rows[:4]:
-        row["correct"] = False
-    scores = {"clean": as_dicts(scores_of(rows))}
-    kept = {"clean_rows": 6, "scores": scores} | rows_kept(rows)
-    found = suite_score([{"rows": kept}], "accuracy")
-    assert found.counted == {"accuracy": {"rows": 4}, "likelihood_sum": {"rows": 6}}
-    cells = page._score_cells(SimpleNamespace(tasks=("rows",), transfer=()), found, "accuracy")
-    assert "rows (4)" in cells
-    old = suite_score([{"rows": {"clean_rows": 6, "scores": scores}}], "accuracy")
-    assert old.counted["accuracy"] == {"rows": 6}

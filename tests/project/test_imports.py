@@ -70,7 +70,6 @@ def test_no_heavy_library_is_imported_before_it_is_needed():
         "experiments.train",
         "experiments.restore",
         "experiments.export",
-        "experiments.compare",
         "experiments.grid",
         "experiments.info",
         "cli.main",

@@ -1,4 +1,4 @@
-"""`train` without training, for the bookkeeping of sweeps."""
+"""`train` without training, for the bookkeeping of sweeps and studies."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from zflora_jax.core.fields import override, to_dict
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.jobs import Trained
+from zflora_jax.experiments.train import Trained
 
 ENVIRONMENT = {
+    "command": "zflora sweep",
     "commit": "c0ffee",
     "dirty": False,
     "date": "2026-11-26T00:00:00+00:00",
@@ -28,7 +29,7 @@ def loss_of(run: RunConfig) -> float:
 
 
 class FakeTrain:
-    """Reports `loss` of the settings at once.
+    """Reports `loss` of the settings at once, and leaves the files of a finished run.
 
     Attributes:
       runs, devices: of each call.
@@ -50,7 +51,6 @@ class FakeTrain:
     ) -> Trained:
         self.runs.append(run)
         self.devices.append(devices)
-        workdir.mkdir(parents=True, exist_ok=True)
         report = {
             "params_trainable": 7,
             f"{run.eval.split}_loss": self.loss(run),
@@ -62,4 +62,8 @@ class FakeTrain:
             "train_documents_cut": 0,
             "environment": ENVIRONMENT | {"more": "of it"},
         }
-        return Trained(model, {}, report, override(run, {"data.date": "2026-11-26"}))
+        run = override(run, {"data.date": "2026-11-26"})
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(to_dict(run)))
+        (workdir / "report.json").write_text(json.dumps(report | {"config": to_dict(run)}))
+        return Trained(model, {}, report, run)

@@ -1,6 +1,4 @@
-"""What a table of records scores: means with their 95% intervals, of one task, of several, and of a
-method over its seeds.
-"""
+"""What a table of records scores: means with their 95% intervals, of one task and of several."""
 
 from __future__ import annotations
 
@@ -8,12 +6,10 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
-from zflora_jax.core.fields import require
 from zflora_jax.evaluation.records import ROUGE, Record
 from zflora_jax.evaluation.units import Column, by_unit
 
@@ -156,122 +152,3 @@ def bootstrap(columns: Sequence[Column], seed: int) -> Score:
         reach = _Z**2 / (len(columns[0].rows) + _Z**2)  # Wilson's interval, which needs no draws
         low, high = (0.0, reach) if found[0] == 0.0 else (1 - reach, 1.0)
     return Score(float(np.mean(found)), float(low), float(high))
-
-
-# --- a suite of tasks, over seeds -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SuiteScore:
-    """What a model scored on the clean rows of several tasks, or what a method did: the mean over
-    its models of several seeds.
-
-    Attributes:
-      headline: the score that the tasks' mean is taken of.
-      table: score -> task -> value and interval, in percent.
-      rows: task -> clean rows.
-      counted: score -> task -> those of them that have the score, which it is over.
-      mean: of the headline over the tasks, in percent.
-      std: the standard deviation of the seeds' means; None of one seed.
-      answers_cut: task -> answers that reached the limit of new tokens.
-      chance: task -> percent right by guessing.
-    """
-
-    headline: str
-    table: dict[str, dict[str, Score]]
-    rows: dict[str, int]
-    counted: dict[str, dict[str, int]]
-    mean: float
-    std: float | None
-    answers_cut: dict[str, float]
-    chance: dict[str, float]
-
-    @property
-    def headline_scores(self) -> dict[str, Score]:
-        return self.table[self.headline]
-
-    def fields(self) -> dict[str, Any]:
-        """As the JSON of a comparison holds it."""
-        return {
-            "scores": {task: score.mean for task, score in self.headline_scores.items()},
-            "all scores": {
-                kind: {task: score.mean for task, score in tasks.items()}
-                for kind, tasks in self.table.items()
-            },
-            "intervals": {
-                kind: {task: [score.low, score.high] for task, score in tasks.items()}
-                for kind, tasks in self.table.items()
-            },
-            "headline": self.headline,
-            "mean": self.mean,
-            "std": self.std,
-            "rows": self.rows,
-            "cut": self.answers_cut,
-            "chance": self.chance,
-        }
-
-
-def suite_score(
-    seeds: Sequence[Mapping[str, Any]], measure: str = "", over: Sequence[str] = ()
-) -> SuiteScore:
-    """The scores of one method.
-
-    Args:
-      seeds: per seed, task -> what its record keeps (`suite.kept_scores`). At least one.
-      measure: the headline; "": accuracy where answers were generated, else the first score.
-      over: the tasks that the mean is over; empty: all of them.
-
-    Raises:
-      ConfigError: no task was scored at all, or none has the measure.
-    """
-    first = seeds[0]
-    clean = [{task: found["scores"]["clean"] for task, found in one.items()} for one in seeds]
-    kinds = list(dict.fromkeys(kind for scores in clean[0].values() for kind in scores))
-    require(
-        bool(kinds),
-        "nothing was scored: no task has a clean row, or scoring switches off all that the tasks"
-        " have.",
-    )
-
-    def over_seeds(task: str, kind: str) -> Score:
-        return Score(
-            *(100 * mean(one[task][kind][end] for one in clean) for end in ("mean", "low", "high"))
-        )
-
-    table = {
-        kind: {task: over_seeds(task, kind) for task in first if kind in clean[0][task]}
-        for kind in kinds
-    }
-    head = measure or ("accuracy" if "accuracy" in kinds else kinds[0])
-    require(
-        head in table,
-        f"measure {head!r}: the tasks were scored by {', '.join(kinds)} alone. Choose one of them,"
-        " or switch on what it needs (eval.generate, eval.likelihood).",
-    )
-    without = [task for task in over if task not in table[head]]
-    require(
-        not without,
-        f"measure {head!r}: {', '.join(without)} has no such score on clean rows. Compare tasks of"
-        " one kind, with questions that are not in the training data.",
-    )
-    counted = [task for task in table[head] if task in (over or table[head])]
-    means = [100 * mean(one[task][head]["mean"] for task in counted) for one in clean]
-    return SuiteScore(
-        headline=head,
-        table=table,
-        rows={task: found["clean_rows"] for task, found in first.items()},
-        counted={kind: {t: _counted(first[t], kind) for t in of} for kind, of in table.items()},
-        mean=mean(means),
-        std=stdev(means) if len(means) > 1 else None,
-        answers_cut={
-            task: mean(one[task]["answers_cut"] for one in seeds)
-            for task, found in first.items()
-            if "answers_cut" in found
-        },
-        chance={task: 100 * found["chance"] for task, found in first.items() if "chance" in found},
-    )
-
-
-def _counted(found: Mapping[str, Any], kind: str) -> int:
-    """How many clean rows of a task have a score; records without those of rows: all clean rows."""
-    return len(found[ROWS][kind]) if kind in found.get(ROWS, {}) else found["clean_rows"]

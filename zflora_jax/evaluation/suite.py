@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint
@@ -18,9 +17,6 @@ from zflora_jax.data.sources import NAMED
 from zflora_jax.data.tasks import GROUPS, get_task
 from zflora_jax.evaluation.contamination import questions
 from zflora_jax.evaluation.statistics import (
-    DIGEST,
-    ROWS,
-    UNITS,
     as_dicts,
     group_scores,
     rows_kept,
@@ -114,24 +110,6 @@ def evaluate_tasks(
 def _result(done: Evaluated, checked: bool) -> Result:
     """The result of a task; where contamination was checked, with the scores of each clean row."""
     return done.result | (rows_kept(done.clean_records()) if checked else {})
-
-
-def kept_scores(summary: Mapping[str, Any]) -> dict[str, Result]:
-    """What the record of a sweep's run keeps of a summary: task -> its rows and scores."""
-    kept = (
-        "rows",
-        "clean_rows",
-        "questions",
-        "contaminated",
-        "answers_cut",
-        "chance",
-        "scores",
-        "seconds",
-        ROWS,
-        DIGEST,
-        UNITS,
-    )
-    return {r["task"]: {key: r[key] for key in kept if key in r} for r in summary["tasks"]}
 
 
 def _seen_by_task(

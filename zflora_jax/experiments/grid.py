@@ -1,7 +1,5 @@
 """Grids: a run and a row per combination of settings, failures among them; for notebooks and
 ablations.
-
-`compare` compares methods at rates chosen on validation, with tables for publication.
 """
 
 from __future__ import annotations
@@ -11,27 +9,34 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import queue
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError, override, require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.base import as_base
-from zflora_jax.experiments.jobs import FAILURES, Devices, run_jobs
-from zflora_jax.experiments.page import grid_page, write_page
-from zflora_jax.experiments.store import EXTRA, Extra, Job, Result, model_digest, status
+from zflora_jax.data.dates import dated
+from zflora_jax.experiments.run_report import read_report
+from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
-from zflora_jax.reporting.files import local_path, plain
+from zflora_jax.parallel.distributed import StopSignals
+from zflora_jax.reporting.files import local_path, plain, write_result
 from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
-from zflora_jax.reporting.provenance import environment
-from zflora_jax.training.identity import settings as settings_of
+from zflora_jax.reporting.provenance import environment, origin_line
+from zflora_jax.reporting.tables import markdown_table
+from zflora_jax.training.identity import same_numbers, settings as settings_of
+from zflora_jax.training.lock import BusyError, locked
+from zflora_jax.training.workdir import read_config, require_no_jump
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -40,29 +45,31 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Settings = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
-RECORD = "row.json"
-# What a result holds beside the columns of its row.
-_NOT_IN_ROWS = (
-    "failed",
-    "train_rows",
-    "train_rows_dropped",
-    "train_documents_cut",
-    "cpu_count",
-    EXTRA,
+Devices = Sequence[jax.Device]
+FINISHED = "finished"
+POLL = 5.0  # seconds between looks at runs that other processes are training
+# Errors of one run that leave the others alone: settings or a model that cannot be used, a loss
+# that is not a number, memory.
+_FAILURES = (
+    ConfigError,
+    CheckpointError,
+    NonFiniteError,
+    jax.errors.JaxRuntimeError,
+    MemoryError,
 )
+_REPORTED = ("params_trainable", "steps", "seconds", "first_step_seconds")
+_ORIGIN = ("commit", "dirty", "date", "device", "cpu", "jax")
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A grid that `zflora sweep --config` runs where get_sweep() returns one.
+    """A grid that `zflora sweep` runs, returned by a config file's get_sweep().
 
     Attributes:
-      name: of its page.
-      base: the settings that every run shares.
-      settings: what changes, as `combinations` takes it.
+      base: Settings that every run shares.
+      settings: Settings that change, see `combinations`.
     """
 
-    name: str
     base: RunConfig
     settings: Settings
 
@@ -72,14 +79,13 @@ def sweep(
     grid: Settings,
     workdir: str | Path,
     *,
-    extra: Extra | None = None,
     parallel: int | None = None,
     console: bool = False,
 ) -> DataFrame:
-    """`run_grid` as a pandas DataFrame, a row per run.
+    """`run_grid` as a pandas DataFrame, one row per run.
 
     Args:
-      base: as the other arguments, see `run_grid`.
+      base: Settings that the runs share; the other arguments as for `run_grid`.
 
     Raises:
       ConfigError: pandas is not installed; or as for `run_grid`.
@@ -88,20 +94,18 @@ def sweep(
         import pandas
     except ImportError:
         raise ConfigError(
-            "sweep returns a pandas DataFrame: pip install pandas, or call"
-            " zflora_jax.experiments.grid.run_grid for plain rows."
+            "sweep returns a pandas DataFrame: pip install pandas, or call zf.run_grid for plain"
+            " rows."
         ) from None
-    return pandas.DataFrame(
-        run_grid(base, grid, workdir, extra=extra, parallel=parallel, console=console)
-    )
+    return pandas.DataFrame(run_grid(base, grid, workdir, parallel=parallel, console=console))
 
 
 def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, Any]]]:
     """The runs of a grid.
 
     Args:
-      base: the settings that they share.
-      grid: a table of lists, of which every combination is a run, or a list of tables, each a run.
+      base: Settings that they share.
+      grid: A table of lists, of which every combination is a run, or a list of tables, each a run.
         Settings are dotted: "adapter.rank".
 
     Returns:
@@ -110,47 +114,37 @@ def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, A
     Raises:
       ConfigError: a setting that does not exist, an empty list, or a combination given twice.
     """
-    every = [plain(changes) for changes in _tables(grid)]  # numpy's numbers too
+    if isinstance(grid, Mapping):
+        for key, values in grid.items():
+            require(
+                not isinstance(values, str) and hasattr(values, "__len__") and len(values) > 0,
+                f"grid[{key!r}]: give a list of at least one value.",
+            )
+        products = itertools.product(*grid.values())
+        tables = [dict(zip(grid, values, strict=True)) for values in products]
+    else:
+        require(len(grid) > 0, "the grid is empty: give at least one combination of settings.")
+        tables = [dict(changes) for changes in grid]
+    every = [plain(changes) for changes in tables]  # numpy's scalars, too
     known = [key.replace("/", ".") for key in settings_of(base)]
-    wrong = sorted({key for changes in every for key in changes if key not in known})
-    inner = [key for key in known if wrong and key.startswith(f"{wrong[0]}.")]
-    if inner:
-        raise ConfigError(f"{wrong[0]!r} is a group of settings, not one; give e.g. {inner[0]!r}.")
-    if wrong:
-        override(base, {wrong[0]: "0"})  # says what is near
+    for key in sorted({key for changes in every for key in changes if key not in known}):
+        inner = [name for name in known if name.startswith(f"{key}.")]
+        require(not inner, f"{key!r} is a group of settings; give one, such as {inner[:1]}.")
+        override(base, {key: "0"})  # names the nearest setting
     named = [(_name(changes), changes) for changes in every]
-    twice = sorted({name for name, _ in named if sum(name == other for other, _ in named) > 1})
+    names = [name for name, _ in named]
+    twice = [name for name in names if names.count(name) > 1]
     require(not twice, f"the grid has {twice[:1]} twice; each combination runs once.")
     return named
 
 
-def _tables(grid: Settings) -> list[dict[str, Any]]:
-    if isinstance(grid, Mapping):
-        empty = [
-            key
-            for key, values in grid.items()
-            if isinstance(values, str) or not hasattr(values, "__len__") or len(values) == 0
-        ]
-        if empty:
-            raise ConfigError(f"grid[{empty[0]!r}]: give a list of at least one value.")
-        return [
-            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-        ]
-    require(len(grid) > 0, "the grid is empty: give at least one combination of settings.")
-    return [dict(changes) for changes in grid]
-
-
 def _name(changes: Mapping[str, Any]) -> str:
-    """A directory's name that says what was changed; of what is too long, its beginning and a
-    hash.
-    """
+    """A directory name from the changed settings; a long one is cut and ends in a hash."""
     text = ",".join(f"{key}={value}" for key, value in changes.items()) or "base"
     safe = re.sub(r"[^\w.,=+-]", "_", text)
-    return (
-        safe
-        if safe == text and len(safe) <= 120
-        else f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    )
+    if safe == text and len(safe) <= 120:
+        return safe
+    return f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def run_grid(
@@ -158,73 +152,139 @@ def run_grid(
     grid: Settings,
     workdir: str | Path,
     *,
-    extra: Extra | None = None,
     parallel: int | None = None,
-    page: Path | None = None,
     console: bool = True,
 ) -> list[Row]:
-    """Train every combination of `grid` in <workdir>/<its name>.
+    """Trains every combination of `grid` in <workdir>/<its name>.
 
-    Finished runs are not run again, nor those whose loss was no number; what was stopped goes on. A
-    run under <workdir> that had other settings is refused. A signal stops what trains after its
-    step, saved. A run that another process trains is waited for. <workdir>/rows.json and rows.md
-    are written after every run, <workdir>/curves at the end; <workdir>/compile_cache is shared.
+    Finished runs are not trained again, stopped ones go on, failed ones are tried again. A signal
+    stops the runs that are training after their step, saved. A run that another process trains is
+    waited for. <workdir>/rows.json and rows.md are written after every run, <workdir>/curves at
+    the end; the runs share <workdir>/compile_cache.
 
     Args:
-      base: the settings that the runs share.
-      grid: what changes, as `combinations` takes it.
-      workdir: of the runs.
-      extra: (settings, what was trained) -> columns of its row, before others of the same names.
-      parallel: how many run at one time, each on the devices of its mesh; None: all that fit.
-      page: a second place of the page: this Markdown file, and its JSON.
-      console: whether a run that is alone shows its progress.
+      base: Settings that the runs share.
+      grid: Settings that change, see `combinations`.
+      workdir: Directory of the runs.
+      parallel: Number of runs at one time, each on the devices of its mesh; None: all that fit.
+      console: Whether a run shows its progress if it is the only one at a time.
 
     Returns:
-      a row per run, in the order of `combinations`: run (its name), the settings that the grid
+      A row per run, in the order of `combinations`: run (its name), the settings that the grid
       changes, status ("finished", or "failed: why"), params_trainable, the held-out loss
-      (validation_loss or test_loss, as eval.split says), steps, seconds, where it ran (commit,
-      device, ...), and what `extra` returned. Failed are settings or models that cannot be used,
-      other settings than the run in that place had, a loss that is no number, and too much memory.
+      (validation_loss or test_loss, as eval.split says), steps, seconds, and where it was trained
+      (commit, device, ...). Runs fail whose settings or model cannot be used, whose directory holds
+      a run of other settings, whose loss is not a number, and that need too much memory.
 
     Raises:
-      ConfigError: as for `combinations`, or `parallel` is more than fits.
+      ConfigError: as for `combinations`, or more runs at one time than fit.
       Preempted: a signal came.
     """
     workdir, named = local_path(workdir, "workdir"), combinations(base, grid)
     slots, env, bases = _slots(base, named, parallel), environment(), _Bases()
-    jobs, results = _jobs(base, named, workdir, extra)
-    title = page.stem if page else workdir.resolve().name
+    done: dict[str, Row] = {}
 
-    def rows() -> list[Row]:
-        return [_row(name, changes, results[name]) for name, changes in named if name in results]
-
-    def write() -> None:
-        values = {"rows": rows(), "base": to_dict(base), "environment": env}
-        for path in (workdir / "rows.md", *([page] if page else [])):
-            write_page(path, grid_page(title, rows(), len(named), env), values)
+    def attempt(name: str, changes: dict[str, Any], devices: Devices) -> Row | None:
+        try:
+            run = override(base, changes)
+            alone = console and len(slots) == 1
+            return _finished(run, workdir / name) or _train(
+                run, workdir / name, bases, devices, alone
+            )
+        except BusyError:
+            return None
+        except _FAILURES as error:
+            return {"status": f"failed: {error or type(error).__name__}"}
 
     with compile_cache(workdir / "compile_cache"):
-        if results:
-            write()
-        settings: Any = {"loaded": bases.digests, "failures": FAILURES, "console": console}
-        for job, result in run_jobs(jobs, bases.of, slots, **settings):
-            results[job.name] = result
-            log.info("%s: %s", job.name, status(result))
-            write()
-    _draw(workdir, [name for name, _ in named])
-    return rows()
+        left = dict(named)
+        while left:
+            for name, found in _each(attempt, left.items(), slots):
+                if found is not None:
+                    done[name] = {"run": name, **left[name], **found}
+                    log.info("%s: %s", name, found["status"])
+                    rows = [done[name] for name, _ in named if name in done]
+                    _write(workdir, base, rows, len(named), env)
+            left = {name: changes for name, changes in named if name not in done}
+            if left:
+                time.sleep(POLL)
+    curves = {n: path for n, _ in named if (path := workdir / n / METRICS_FILE).is_file()}
+    with contextlib.suppress(ValueError):  # no run came to its first number
+        training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
+    return [done[name] for name, _ in named]
+
+
+def _finished(run: RunConfig, folder: Path) -> Row | None:
+    """The row of a run that is finished with these settings, from its report; else None."""
+    report = read_report(folder)
+    if report is None or f"{run.eval.split}_loss" not in report:
+        return None
+    there = read_config(folder)
+    same = report["steps"] == run.train.steps and same_numbers(there, dated(run, there.data.date))
+    return _row(run, report) if same else None
+
+
+def _train(run: RunConfig, folder: Path, bases: _Bases, devices: Devices, console: bool) -> Row:
+    """Trains a run, or goes on with it, and returns its row."""
+    if folder.is_dir():
+        with locked(folder):  # raises BusyError before anything slow
+            require_no_jump(folder, run)
+    model = bases.of(run, devices)
+    trained = train(run, folder, model=model, devices=devices, console=console)
+    if trained.signalled:
+        raise Preempted(
+            f"stopped by a signal after {folder.name} was trained, which is saved in {folder}; the"
+            " same command goes on from there."
+        )
+    return _row(run, trained.report)
+
+
+def _row(run: RunConfig, report: Mapping[str, Any]) -> Row:
+    """The columns of a finished run."""
+    measured = {key: report[key] for key in (f"{run.eval.split}_loss", *_REPORTED) if key in report}
+    origin = {key: report["environment"].get(key) for key in _ORIGIN}
+    return {"status": FINISHED} | measured | origin
+
+
+def _each(
+    attempt: Callable[[str, dict[str, Any], Devices], Row | None],
+    runs: Iterable[tuple[str, dict[str, Any]]],
+    slots: Sequence[Devices],
+) -> Iterator[tuple[str, Row | None]]:
+    """Yields (name, row) of each attempt: in this thread, or with several slots in a pool."""
+    free: queue.SimpleQueue[Devices] = queue.SimpleQueue()
+    for devices in slots:
+        free.put(devices)
+
+    def one(name: str, changes: dict[str, Any]) -> tuple[str, Row | None]:
+        devices = free.get()
+        try:
+            return name, attempt(name, changes, devices)
+        finally:
+            free.put(devices)
+
+    if len(slots) == 1:
+        yield from itertools.starmap(one, runs)
+        return
+    with StopSignals(), ThreadPoolExecutor(len(slots)) as pool:
+        try:
+            for done in as_completed([pool.submit(one, *run) for run in runs]):
+                yield done.result()
+        # A signal, or an error that is no result: begin no more runs. Those that train end.
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _slots(
     base: RunConfig, named: Sequence[tuple[str, Mapping[str, Any]]], parallel: int | None
 ) -> list[Devices]:
-    """The devices of each run that goes on at one time."""
+    """The devices of each run that trains at one time."""
     size, count = base.mesh.devices, jax.device_count()
     if any(key.startswith("mesh.") for _, changes in named for key in changes):
         size = count  # meshes that differ take turns
-    slots: list[Devices] = [
-        jax.devices()[i : i + size] for i in range(0, count - size + 1, size)
-    ] or [jax.devices()]
+    firsts = range(0, count - size + 1, size)
+    slots: list[Devices] = [jax.devices()[i : i + size] for i in firsts] or [jax.devices()]
     require(
         parallel is None or 1 <= parallel <= len(slots),
         f"parallel={parallel}: must be within 1..{len(slots)}, for runs of {size} devices.",
@@ -232,56 +292,35 @@ def _slots(
     return slots[: parallel or len(slots)]
 
 
-def _jobs(
-    base: RunConfig,
-    named: Sequence[tuple[str, dict[str, Any]]],
-    workdir: Path,
-    extra: Extra | None,
-) -> tuple[list[Job], dict[str, Result]]:
-    """The runs that can be tried, and the results of those whose settings are refused."""
-    jobs, refused = [], {}
-    for name, changes in named:
-        try:
-            run = override(base, changes)
-        except ConfigError as error:
-            refused[name] = {"failed": str(error)}
-            log.info("%s: %s", name, status(refused[name]))
-            continue
-        # No older run, of another start, is taken for it.
-        run = dataclasses.replace(run, adapter=run.adapter.explicit())
-        jobs.append(Job(name, run, workdir / name, workdir / name / RECORD, extra=extra))
-    return jobs, refused
-
-
-def _row(name: str, changes: Mapping[str, Any], result: Result) -> Row:
-    measured = {key: value for key, value in result.items() if key not in _NOT_IN_ROWS}
-    return {"run": name, **changes, "status": status(result), **measured, **result.get(EXTRA, {})}
-
-
-def _draw(workdir: Path, names: Sequence[str]) -> None:
-    curves = {name: path for name in names if (path := workdir / name / METRICS_FILE).is_file()}
-    with contextlib.suppress(ValueError):  # no run came to its first number
-        training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
-
-
 class _Bases:
-    """The base model that a device has: loaded once for all runs in a row that share it."""
+    """The base model on each device, loaded once for consecutive runs that share it."""
 
     def __init__(self) -> None:
-        self._loaded: dict[Any, tuple[Any, Model]] = {}
-        self.digests: dict[str, str | None] = {}  # of their files, before they were loaded
+        self._loaded: dict[jax.Device, tuple[Any, Model]] = {}
 
     def of(self, run: RunConfig, devices: Devices) -> Model | None:
-        """None where several devices share the base: then each run loads its slices."""
-        if devices is None or len(devices) > 1:
+        """The base of a run; None on several devices, where each run loads its slices."""
+        if len(devices) > 1:
             return None
         [device], key = devices, (run.model, run.train.dtype, run.quantize)
         if self._loaded.get(device, (None,))[0] != key:
             self._loaded.pop(device, None)  # before the next one needs its memory
-            self.digests[run.model] = model_digest(run.model)
             with jax.default_device(device):
-                self._loaded[device] = (
-                    key,
-                    load_model(run.model, run.train.dtype, quantize=run.quantize),
-                )
-        return as_base(run, self._loaded[device][1])
+                model = load_model(run.model, run.train.dtype, quantize=run.quantize)
+            self._loaded[device] = key, model
+        return self._loaded[device][1]
+
+
+def _write(
+    workdir: Path, base: RunConfig, rows: Sequence[Row], total: int, env: Mapping[str, Any]
+) -> None:
+    """Writes rows.json and rows.md."""
+    shown = [{k: v for k, v in row.items() if k not in ("run", *_ORIGIN)} for row in rows]
+    columns = list(dict.fromkeys(key for row in shown for key in row))
+    blocks = [
+        f"# {workdir.resolve().name}",
+        markdown_table(shown, columns),
+        f"{len(rows)} of {total} runs. {origin_line(env)}",
+    ]
+    values = {"rows": rows, "base": to_dict(base), "environment": env}
+    write_result(workdir / "rows", values, "\n\n".join(blocks) + "\n")

@@ -129,3 +129,23 @@ def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:
     require_fit(run, model)
     examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
     return tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
+
+
+def split_loss(
+    run: RunConfig, model: Model, split: str, adapters: Tree | None = None
+) -> dict[str, float]:
+    """Mean cross-entropy on the held-out rows of a run's task, at most eval.limit of them.
+
+    Args:
+      run: The run's settings.
+      model: The base or a fused model, see `load_base`.
+      split: "validation" or "test".
+      adapters: The run's trained adapters; None: the model without adapters.
+
+    Returns:
+      {"loss": nats per target token, "tokens": target tokens, "rows": rows}.
+
+    Raises:
+      NonFiniteError: the loss is not finite.
+    """
+    return held_out_loss(run, model, held_out(run, model, split), adapters)

@@ -1,0 +1,4 @@
+"""Studies of the methods with `zflora_jax`: comparisons over seeds, their statistics and pages.
+
+They use the public names of the package alone.
+"""

@@ -1,0 +1,353 @@
+"""Writes the result pages of studies again from their records, without training anything.
+
+Command: python -m studies.pages [--check]
+A page is its text in studies/notes and the tables that its studies' records give. With --check
+nothing is written: it fails where a page differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import zflora_jax as zf
+from studies.plots import forest
+from studies.records import RECORDS, read_lines
+from studies.statistics import Difference, holm, verdict
+from studies.study import BASE, Study, studies
+from studies.tables import ENDS, MEAN, Table, headline, informative
+
+RESULTS = Path(__file__).parent.parent / "results"
+NOTES = Path(__file__).parent / "notes"
+OVERVIEW = "accuracy"  # the page over all studies whose names begin so
+# Pages of plain rows, without a study: page -> its columns.
+ROWS = {
+    "quantised_gsm8k": ("quantize.kernels", "train.dtype", "train.seed", "status")
+    + ("params_trainable", "test_loss", "steps", "seconds", "first_step_seconds"),
+    "paired_intervals": ("seeds", "seed", "row", "answer", "rows", "width", "holds 0")
+    + ("as good by 3 points", "°", "holds 0, of °"),
+}
+LEGEND = """Differences: over the same rows and seeds, with 95% intervals over rows and seeds, of a
+single seed over rows (`studies/statistics.py`). base: the untrained model. °: these seeds vary no
+more than single answers do, so the interval counts test rows only and may be too narrow. As good:
+the whole interval lies above a loss of the margin, fixed before the runs. Inferior: it lies below.
+Worse: it lies below 0 and reaches across the margin. Undecided: it reaches across both. Test loss:
+nats per target token on held-out rows of the training task; its differences have the interval of
+Student's t over seeds. No p and no interval is corrected for their number.{}"""
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table with the columns of the longest row first: others can have fewer seeds."""
+    fullest = sorted(rows, key=len, reverse=True)
+    columns = dict.fromkeys(key for row in fullest for key in row)
+    return zf.markdown_table(rows, list(columns)) if rows else ""
+
+
+def note(name: str) -> str:
+    """The hand-written text of a page."""
+    path = NOTES / f"{name}.md"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def joined(blocks: Iterable[str]) -> str:
+    """A page of its blocks; empty ones are left out."""
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+# --- the page of studies --------------------------------------------------------------------------
+
+
+def study_page(name: str, tables: Sequence[Table]) -> str:
+    """The page of one study or of several."""
+    blocks = [f"# {name}", note(name)]
+    for table in tables:
+        blocks += [f"## {table.study.name}" if len(tables) > 1 else ""]
+        blocks += [
+            *difference_blocks(table),
+            table_of([loss_row(table, label) for label in table.labels]),
+        ]
+        blocks += [*score_blocks(table), setting(table)]
+    margins = {t.study.margin for t in tables if t.study.margin}
+    if any(table.differences for table in tables):
+        blocks.append(LEGEND.format("".join(f" Margin: {margin:g} points." for margin in margins)))
+    return joined([*blocks, places(tables), "Command: `python -m studies.pages`."])
+
+
+def loss_row(table: Table, label: str) -> dict[str, Any]:
+    """A method's parameters, rate, validation and test losses, seconds."""
+    choice, found = table.choices[label], table.results(label)
+    losses = found["test_loss"]
+    row = {"method": label, "trainable": trainable(table, label), "learning rate": choice.rate}
+    row |= {f"validation, lr {rate:g}": value(loss, ".4f") for rate, loss in choice.losses.items()}
+    row |= {f"test, seed {seed}": value(loss, ".4f") for seed, loss in losses.items()}
+    if losses.count() > 1:
+        row |= {"test mean": value(losses.mean(), ".4f"), "test std": value(losses.std(), ".4f")}
+    return row | {"seconds, fastest run": value(found["seconds"].min())}
+
+
+def trainable(table: Table, label: str) -> int:
+    """A method's number of trainable parameters."""
+    return 0 if label == BASE else int(table.results(label)["params_trainable"].max())
+
+
+def value(number: float, text: str = "") -> Any:
+    """A number of a table, formatted if a format is given; None of one that is missing."""
+    return None if pd.isna(number) else format(number, text) if text else float(number)
+
+
+def difference_blocks(table: Table) -> list[str]:
+    """The differences to the reference and the contrasts."""
+    study, rows = table.study, []
+    for label, gaps in table.differences.items():
+        gap, loss = headline(gaps), table.loss_difference(label)
+        tells = label != BASE
+        row = {"method": label} | {task: str(one) for task, one in gaps.items()}
+        row |= {"seeds": gap.seeds if tells else None, "p": gap.p if tells else None}
+        row |= {"verdict": said(table, label, gap) or None} if study.margin else {}
+        rows.append(row | {"test loss": loss.losses() if loss else None})
+    contrasts = [
+        {"methods": pair}
+        | {task: str(one) for task, one in gaps.items()}
+        | {"seeds": headline(gaps).seeds, "p": headline(gaps).p}
+        for pair, gaps in table.contrasts.items()
+    ]
+    head = f"{study.measure} minus that of {study.reference}, points of 100:"
+    return [head, table_of(rows), table_of(contrasts)] if rows else []
+
+
+def said(table: Table, label: str, gap: Difference) -> str:
+    """What a difference says by the margin; "" of the base."""
+    margin = table.study.margin
+    return "" if margin is None or label == BASE else verdict(gap, margin)
+
+
+def score_blocks(table: Table) -> list[str]:
+    """A table per score, chance, and the answers that were cut."""
+    frame, study, blocks, shown = table.scores, table.study, list[str](), dict[str, Any]()
+    for score in sorted(frame["score"].unique(), key=lambda score: score != study.measure):
+        ours = frame[frame["score"] == score]
+        means = ours.groupby(["method", "task"], sort=False)[[*ENDS, "rows"]].mean()
+        if same := [name for name, earlier in shown.items() if earlier.equals(means)]:
+            blocks.append(f"{score}: the same figures as {same[0]}.")
+            continue
+        shown[score], rows = means, []
+        for label in ours["method"].unique():
+            tasks = means.loc[label]
+            cells = {
+                task: f"{one['mean']:.1f} [{one['low']:.1f}, {one['high']:.1f}]"
+                for task, one in tasks.iterrows()
+            }
+            counted = [task for task in study.tasks if task in cells]
+            std = table.headline(label)[1] if score == study.measure else None
+            cells[MEAN] = f"{tasks['mean'][counted].mean():.1f}{deviation(std)}"
+            names = {task: f"{task} ({tasks['rows'][task]:.0f})" for task in tasks.index}
+            order = [
+                *counted,
+                *([MEAN] if counted else []),
+                *(t for t in names if t not in counted),
+            ]
+            row = {"method": label, "trainable": trainable(table, label)}
+            rows.append(row | {names.get(key, key): cells[key] for key in order})
+        blocks += [f"{score}, percent:", table_of(rows)]
+    chance = frame.groupby("task", sort=False)["chance"].first().dropna()
+    cut = frame.groupby(["method", "task"], sort=False)["cut"].mean()
+    texts = {m: [f"{t} {n:.4g}" for t, n in cut[m].items() if n] for m in frame["method"].unique()}
+    limit = "; ".join(f"{label}: {', '.join(of)}" for label, of in texts.items() if of)
+    return [
+        *blocks,
+        f"Chance: {', '.join(f'{t} {n:.1f}' for t, n in chance.items())}." if len(chance) else "",
+        f"Answers that reached the limit of new tokens, mean of seeds: {limit}." if limit else "",
+    ]
+
+
+def deviation(std: float | None) -> str:
+    """A standard deviation of seeds as a table shows it."""
+    return "" if std is None else f" ± {std:.1f}"
+
+
+def setting(table: Table) -> str:
+    """How a study was run, and what is missing."""
+    study, run, scoring = table.study, table.study.base, table.study.scoring
+    some = next((r["result"] for r in table.runs.values() if "test_rows" in r["result"]), {})
+    lines = [
+        f"{run.model}, {run.train.dtype}; trained on `{run.data.task}`, {run.train.steps} steps of"
+        f" {run.data.batch_size} {'packed ' if run.data.packing else ''}rows, examples up to"
+        f" {run.data.bucket_lengths[-1]} tokens ({some.get('train_rows')} train examples,"
+        f" {some.get('train_rows_dropped')} longer ones left out,"
+        f" {some.get('train_documents_cut')} cut to fit)."
+    ]
+    if BASE in table.runs:
+        base = table.runs[BASE]["result"]
+        lines.append(
+            f"Untrained: validation {base['validation_loss']:.4f}, test {base['test_loss']:.4f}"
+            f" ({some.get('test_rows')} rows, {some.get('test_tokens')} target tokens)."
+        )
+    if scoring:
+        limit = f"the first {scoring.limit}" if scoring.limit else "all"
+        tokens = f", at most {scoring.max_new_tokens} new tokens" if scoring.generate else ""
+        lines.append(
+            f"Scores: means over seeds on {limit} clean rows of each test set (number in brackets),"
+            f" 95% intervals over rows, ± the standard deviation of seeds{tokens}."
+        )
+    length = f"runs of {study.pick_steps} steps" if study.pick_steps else "whole runs"
+    lines.append(f"Learning rates: chosen on validation with seed {study.seeds[0]}, by {length}.")
+    choices = [(m, table.choices[m]) for m in table.labels]
+    lines += [f"{m}: the rate {c.rate:g} is {c.untuned}." for m, c in choices if c.untuned]
+    weak = set(study.tasks) - set(informative(study.tasks, table.differences.get(BASE)))
+    if weak:
+        lines.append(
+            f"{study.reference} does not clearly beat the untrained model on"
+            f" {', '.join(sorted(weak))}: they say nothing about methods and are compared by none."
+        )
+    lines += [f"Not all runs are there: {m}." for m in study.methods if m not in table.labels]
+    failed = {
+        name: r["result"]["failed"] for name, r in table.runs.items() if "failed" in r["result"]
+    }
+    return "\n".join([*lines, *(f"Failed: {name}: {why}." for name, why in failed.items())])
+
+
+def places(tables: Sequence[Table]) -> str:
+    """Where the runs behind tables were made."""
+    runs = {
+        (table.study.name, record["run"]): record["result"]
+        for table in tables
+        for label in table.labels
+        for record in (*table.tried[label].values(), *table.chosen[label].values())
+    }
+    made = Counter(
+        ", ".join(
+            [
+                f"commit {of['commit']}{' with local changes' if of.get('dirty') else ''}",
+                *(f"{key} {of[key]}" for key in ("device", "cpu", "jax") if of.get(key)),
+            ]
+        )
+        for of in runs.values()
+        if of.get("commit")
+    )
+    return f"Runs made at {'; '.join(f'{text} ({n})' for text, n in made.items())}."
+
+
+# --- the page over several studies ----------------------------------------------------------------
+
+
+def overview(name: str, tables: Sequence[Table], picture: Path | None) -> str:
+    """The page over several studies: their differences, settings and scores.
+
+    Args:
+      name: Name of the page.
+      tables: The studies' tables.
+      picture: The PNG file of the forest plot; None draws nothing.
+    """
+    heads = [{m: headline(g) for m, g in table.differences.items()} for table in tables]
+    planned = [(t, m) for t in range(len(tables)) for m in tables[t].study.methods]
+    planned = [(t, m) for t, m in planned if m != tables[t].study.reference]
+    # A comparison without all its runs counts as p = 1: no star goes when it comes.
+    p = holm({key: heads[key[0]][key[1]].p if key[1] in heads[key[0]] else 1.0 for key in planned})
+    cells, panels = dict[str, dict[str, str]](), dict[str, dict[str, Difference]]()
+    for t, table in enumerate(tables):
+        for label, gap in heads[t].items():
+            text = f", {said(table, label, gap)}" if said(table, label, gap) else ""
+            star = " *" if p.get((t, label), 1.0) < 0.05 else ""
+            row = cells.setdefault(label, {"method": label})
+            row[table.study.title] = f"{gap}{star}{text}"
+            if label != BASE:
+                mark = " °" if gap.of_rows_only else ""
+                panels.setdefault(table.study.title, {})[f"{label}{mark}{text}"] = gap
+    if picture:
+        forest(panels, picture, {t.study.title: t.study.margin or 0.0 for t in tables})
+    links = {t.study.title: f"[{t.study.title}]({_page(t.study)}.md)" for t in tables}
+    star = f' "*": p < 0.05 after Holm\'s correction over all {len(planned)} planned comparisons.'
+    return joined(
+        [
+            f"# {name.capitalize()}",
+            note(name),
+            "## Differences",
+            zf.markdown_table(list(cells.values()), {"method": "method"} | links),
+            f"Scores minus lora's, points of 100. {LEGEND.format(star)}",
+            f"![Differences]({name}.png)",
+            "## Scores",
+            table_of([score_row(t, m) for t in tables for m in t.scores["method"].unique()]),
+            "Score: mean over tasks and seeds, ± the standard deviation of seeds. Seconds: of the"
+            " fastest run, on whatever CPU it ran: they compare no methods.",
+        ]
+    )
+
+
+def score_row(table: Table, label: str) -> dict[str, Any]:
+    """A method's parameters, rate, score and loss; of `BASE` those of the untrained model."""
+    (mean, std), choice = table.headline(label), table.choices.get(label)
+    row = {"table": table.study.title, "method": label, "parameters": trainable(table, label)}
+    if choice is None:
+        loss = table.runs[BASE]["result"]["test_loss"]
+        return row | {"learning rate": None, "score": f"{mean:.1f}", "test loss": loss}
+    remark, found = choice.untuned.partition(", so")[0], table.results(label)
+    gap = table.loss_difference(label)
+    return row | {
+        "learning rate": f"{choice.rate:g}{', ' if remark else ''}{remark}",
+        "score": f"{mean:.1f}{deviation(std)}",
+        "test loss": value(found["test_loss"].mean()),
+        "test loss minus the reference's": gap.losses() if gap else None,
+        "seconds": value(found["seconds"].min()),
+    }
+
+
+# --- all pages ------------------------------------------------------------------------------------
+
+
+def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[str, str]:
+    """Page -> its text, of the studies that have records.
+
+    Args:
+      chosen: The studies.
+      records: Folder of their records.
+      picture: Folder of pictures; None draws nothing.
+    """
+    tables = [table for study in chosen if (table := Table.read(study, records)).labels]
+    by_page = dict[str, list[Table]]()
+    for table in tables:
+        by_page.setdefault(_page(table.study), []).append(table)
+    found = {name: study_page(name, of) for name, of in by_page.items()}
+    if over := [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]:
+        found[OVERVIEW] = overview(OVERVIEW, over, picture and picture / f"{OVERVIEW}.png")
+    return found
+
+
+def _page(study: Study) -> str:
+    return study.page or study.name
+
+
+def write(found: Mapping[str, str], out: Path) -> None:
+    """Writes pages to a folder."""
+    for name, text in found.items():
+        zf.atomic_write(out / f"{name}.md", text.encode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes or checks every page; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m studies.pages", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where a page differs")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pages")
+    args = parser.parse_args(argv)
+    found = pages(studies(), args.records, None if args.check else args.out)
+    for name, columns in ROWS.items():
+        rows = read_lines(args.records / f"{name}.jsonl.gz")
+        found[name] = joined([f"# {name}", note(name), zf.markdown_table(rows, columns)])
+    if not args.check:
+        write(found, args.out)
+        return 0
+    there = {name: args.out / f"{name}.md" for name in found}
+    differ = [n for n, p in there.items() if not p.is_file() or p.read_text("utf-8") != found[n]]
+    if differ:
+        print(f"pages differ from their records: {', '.join(differ)}", file=sys.stderr)
+    return int(bool(differ))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

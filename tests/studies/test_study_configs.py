@@ -1,0 +1,134 @@
+"""The definitions of studies: public names alone, equal budgets, the tables that
+docs/experiments.md announces, wrong fields.
+"""
+
+import ast
+import re
+from dataclasses import replace
+
+import pytest
+from support.paths import ROOT
+
+import zflora_jax as zf
+from studies.study import Study, studies
+
+BASE = zf.RunConfig()
+LORA = {"lora": zf.AdapterConfig("lora")}
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Study]:
+    return {study.name: study for study in studies()}
+
+
+def test_studies_use_public_names_alone():
+    """And the package does not know of them."""
+    for path in (ROOT / "studies").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.startswith("zflora_jax.")], path
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "zf":
+                assert node.attr in zf.__all__, f"{path}: zf.{node.attr}"
+    for path in (ROOT / "zflora_jax").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) studies", path.read_text(), re.MULTILINE), path
+
+
+def test_methods_have_the_same_number_of_parameters(known):
+    """Within 3.3% of LoRA's, 5% at rank 4, 1% of zflora-minimal's changes; ffa has half."""
+    config = zf.preset("smollm2-135m")
+    budgets = {"accuracy_rank4": 1_221_120, "accuracy_rank64": 19_537_920}
+    budgets |= dict.fromkeys(("minimal_cloze", "minimal_cloze_plus"), 4_946_193)
+    for name, study in known.items():
+        if study.base.model != "smollm2-135m" or name == "gsm8k_budget":
+            continue
+        within = 0.05 if name == "accuracy_rank4" else 0.01 if "minimal" in name else 0.033
+        for label, adapter in study.methods.items():
+            share = zf.count_params(config, adapter) / budgets.get(name, 4_884_480)
+            assert label == "ffa" or abs(share - 1) < within or "rate" in name, (name, label)
+
+
+def test_accuracy_is_as_the_page_announces(known):
+    found = {n.removeprefix("accuracy_"): s for n, s in known.items() if n.startswith("accuracy_")}
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    assert all(re.search(rf"\b{name}\b", page) for name in found) and len(found) == 7
+    assert all(s.margin == (1.5 if s.measure == "rougeL" else 3.0) for s in found.values())
+    rates = {name: study.learning_rates for name, study in found.items()}
+    assert rates.pop("rank4") == (1.5e-3, 4.5e-3) and rates.pop("rank64") == (5e-4, 1.5e-3)
+    assert set(rates.values()) == {(5e-4, 1.5e-3, 4.5e-3)}
+    seeds = {name: len(study.seeds_of("zflora-minimal")) for name, study in found.items()}
+    assert [n for n, count in seeds.items() if count == 6] == ["cloze", "arithmetic", "woz"]
+    assert set(seeds.values()) == {3, 6}
+    data = [study.base.data for study in found.values()]
+    assert {of.batch_size * of.bucket_lengths[-1] for of in data} == {1024}
+    assert {study.base.train.steps for study in found.values()} == {240}
+
+
+def test_other_studies_share_the_runs_of_cloze(known):
+    cloze, letters = known["accuracy_cloze"], known["letter_form"]
+    assert tuple(f"{task}_cloze" for task in letters.tasks) == cloze.tasks
+    same = replace(letters.base, data=replace(letters.base.data, task=cloze.base.data.task))
+    assert same == cloze.base and letters.methods == cloze.methods
+    for name in ("minimal_cloze", "minimal_cloze_rate", "minimal_cloze_plus"):
+        assert known[name].base == cloze.base and not known[name].tasks
+    ratio = {"optim.loraplus_ratio": 16.0}
+    plus = known["accuracy_arithmetic"].settings
+    assert plus == {"loraplus": ratio, "zflora-minimal-plus": ratio}
+    assert known["minimal_cloze_plus"].settings == {"zflora-minimal-plus": ratio}
+
+
+def test_the_papers_tables_have_llm_adapters_settings(known):
+    """By math_running_commands and finetune.py of its repository."""
+    tables = [study for name, study in known.items() if name.startswith("paper_")]
+    assert [len(s.tasks) for s in tables] == [8] * 3 + [6] * 3 + [4] * 3
+    for study in tables:
+        config = zf.preset(study.base.model)
+        counts = [zf.count_params(config, adapter) for adapter in study.methods.values()]
+        assert len(counts) == 5 and all(abs(n / counts[0] - 1) < 0.025 for n in counts)
+    study = known["paper_math_7b"]
+    lora, base = study.methods["lora"], study.base
+    assert (lora.rank, lora.alpha, lora.dropout) == (32, 64.0, 0.05)
+    assert lora.targets == "q|k|v|up|down"
+    optim = (base.data.batch_size, base.optim.warmup_steps, base.optim.schedule)
+    assert optim == (16, 100, "linear")
+    assert base.train.steps == 3 * 9919 // 16 and 3e-4 in study.learning_rates
+    assert base.data.train_on_prompt and base.data.prompt_style == "alpaca"
+    assert (study.scoring.num_beams, study.scoring.prompt_style) == (4, "alpaca-eval")
+
+
+def test_runs_differ_by_method_rate_seed_and_length():
+    methods = LORA | {"plus": zf.AdapterConfig("lora")}
+    optim = {"plus": {"optim.loraplus_ratio": 4.0}}
+    study = Study("s", BASE, methods, (1e-3,), (0,), 20, settings=optim, more_seeds={"plus": (2,)})
+    [short] = study.rate_runs("lora").values()
+    assert (short.name, short.settings.train.steps) == ("lora-lr0.001-steps20-seed0", 20)
+    runs = study.seed_runs("plus", 1e-3)
+    assert [run.name for run in runs.values()] == ["plus-lr0.001-seed0", "plus-lr0.001-seed2"]
+    settings = runs[2].settings
+    assert settings.train.seed == settings.data.seed == 2 and settings.eval.split == "validation"
+    assert settings.optim.loraplus_ratio == 4.0 and short.settings.optim.loraplus_ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"methods": {"base": LORA["lora"]}}, "'base' is the untrained model's label"),
+        ({"tasks": ("boolq",)}, "tasks and scoring go together"),
+        ({"more_seeds": {"dora": (1,)}}, r"\['dora'\] are no labels of its methods \['lora'\]"),
+        ({"more_seeds": {"lora": (0,)}}, "give each seed once"),
+        ({"seeds": ()}, "give each seed once, and at least one"),
+        ({"settings": {"lora": {"train.steps": 3}}}, "may change optim"),
+        ({"settings": {"lora": {"optim.learning_rate": 1.0}}}, "except the learning rate"),
+        ({"margin": 3.0}, "margin and contrasts need a reference"),
+        ({"reference": "lora"}, "a reference needs tasks"),
+    ],
+)
+def test_wrong_studies(fields, message):
+    given = {"methods": LORA, "learning_rates": (1e-3,), "seeds": (0,)} | fields
+    with pytest.raises(zf.ConfigError, match=message):
+        Study("x", BASE, **given)
+
+
+def test_an_unknown_file_of_studies_is_named():
+    with pytest.raises(zf.ConfigError, match=r"no studies are called 'acuracy'\. Choose one of"):
+        studies("acuracy")
