@@ -3,21 +3,22 @@
 Command: python benchmarks/cost_quality.py [--parts quality decode compiled]
 (about 10 minutes on 2 CPU cores; `compiled` needs the extra target-cuda)
 Writes results/cost_quality.json, .md and .png. SmolLM2-135M with the adapters of
-configs/accuracy.py; a part that is not named keeps its values.
-quality: differences to LoRA from results/accuracy_arithmetic.json.
+studies/configs/accuracy.py; a part that is not named keeps its values.
+quality: differences to LoRA from the records of accuracy_arithmetic in studies/.
 decode: TPOT over the base's on this CPU, float32, batch 1, medians of turns in one process.
 compiled: kernels and bytes of a bfloat16 token, compiled for an H100 and not run.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from harness import RESULTS, ROOT, arguments, at_least, origins, perturbed, write_part
+from harness import ROOT, arguments, at_least, origins, perturbed, write_part
+
+sys.path.append(str(ROOT))  # studies/
 
 TABLE = "accuracy_arithmetic"
 MERGED, UNMERGED = "all merged by addition", "lora unmerged"
@@ -33,10 +34,9 @@ COLUMNS = {
 
 def methods() -> dict[str, Any]:
     """Label -> adapter of the accuracy tables."""
-    sys.path.insert(0, str(ROOT / "configs"))
-    import accuracy
+    from studies.configs.accuracy import ALL
 
-    return accuracy.ALL
+    return ALL
 
 
 def program_of(label: str, adapters: Mapping[str, Any]) -> str:
@@ -58,16 +58,19 @@ def programs() -> dict[str, Any]:
     return {MERGED: None, UNMERGED: found["lora"]} | {name: found[name] for name in sorted(used)}
 
 
-def quality(table: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """Label -> "points", the difference to LoRA with the ends of its interval, and "program".
-    Methods that lack a seed are left out: their interval would not cover other seeds.
+def quality(table: Any, adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """Label -> "points", the difference to LoRA with the ends of its interval, and "program", of the
+    methods with all their seeds.
+
+    Args:
+      table: The `studies.tables.Table` of one task.
+      adapters: Label -> adapter.
     """
-    missing = {name.partition(" (")[0] for name in table["missing"]}
     found = {"lora": {"points": [0.0] * 3, "program": MERGED}}
-    for label, differences in table["differences"].items():
-        if label != "base" and label not in missing:
+    for label, differences in table.differences.items():
+        if label != "base":
             (gap,) = differences.values()
-            points = [gap["mean"], gap["low"], gap["high"]]
+            points = [gap.mean, gap.low, gap.high]
             found[label] = {"points": points, "program": program_of(label, adapters)}
     return found
 
@@ -175,7 +178,7 @@ compiled: {origins(result, "compiled")}
 
 def draw(result: Mapping[str, Any], out: object) -> None:
     """Draws accuracy and the three costs of every method."""
-    from zflora_jax.reporting.plots import dots
+    from plots import dots
 
     panels = {
         "accuracy - LoRA's, points\n(arithmetic, 95% interval)": ("points", 0.0),
@@ -208,8 +211,11 @@ def main() -> None:
     result: dict[str, Any] = {}
     for part in sorted(args.parts, key=parts.index):
         if part == "quality":
-            table = json.loads((RESULTS / f"{TABLE}.json").read_text(encoding="utf-8"))
-            found: Any = quality(table, methods())
+            from studies.study import studies
+            from studies.tables import Table
+
+            [study] = [study for study in studies("accuracy") if study.name == TABLE]
+            found: Any = quality(Table.read(study), methods())
         else:
             found = decode(args.repeats) if part == "decode" else compiled()
         result = write_part(args.out, part, found, page)

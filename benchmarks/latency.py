@@ -126,7 +126,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def draw(result: Mapping[str, Any], out: object) -> None:
     """Draws TPOT over the base's in the first case."""
-    from zflora_jax.reporting.plots import bars
+    from plots import bars
 
     rows = result["rows"]
     first = [r for r in rows if all(r[k] == rows[0][k] for k in ("rank", "batch", "prompt"))]

@@ -5,21 +5,6 @@ import pytest
 from zflora_jax.reporting import plots
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The axes of the figures drawn in a test."""
-    seen = []
-    make = plots._figure
-
-    def keep(*args, **kwargs):
-        figure, axes = make(*args, **kwargs)
-        seen.append(axes)
-        return figure, axes
-
-    monkeypatch.setattr(plots, "_figure", keep)
-    return seen
-
-
 def _write(path, records):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
@@ -99,28 +84,6 @@ def test_training_curves_of_nothing_are_refused(tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
-def test_bars_draws_values_and_spread_in_order(tmp_path, drawn):
-    plots.bars(
-        {"base": 1.0, "lora": 1.13},
-        tmp_path / "b",
-        "TPOT",
-        spread={"lora": 0.05},
-        label="ratio to base",
-    )
-    assert _is_png(tmp_path / "b.png")
-    axes = drawn[0]
-    assert [p.get_width() for p in axes.patches] == [1.0, 1.13]
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["base", "lora"]
-    assert [t.get_text() for t in axes.texts] == ["1", "1.13 ± 0.05"]
-
-
-def test_bars_refuses_a_spread_without_value(tmp_path):
-    with pytest.raises(ValueError, match=r"\['lroa'\] have no value"):
-        plots.bars({"lora": 1.0}, tmp_path / "b", "t", spread={"lroa": 0.1})
-    with pytest.raises(ValueError, match="no values"):
-        plots.bars({}, tmp_path / "b", "t")
-
-
 @pytest.mark.parametrize("count", [6, 14])
 def test_the_names_of_many_runs_stand_below(tmp_path, figures, count):
     for i in range(count):
@@ -140,51 +103,13 @@ def test_the_names_of_many_runs_stand_below(tmp_path, figures, count):
     ]
 
 
-def test_a_forest_draws_each_difference_with_its_interval(tmp_path, figures):
-    groups = {
-        "one": {"a": (1.0, -0.5, 2.0), "b": (-2.0, -3.0, -1.0)},
-        "two": {"a": (0.5, 0.0, 1.0)},
-    }
-    plots.forest(groups, tmp_path / "f", "differences", "points", {"one": 3.0}, {("one", "b")})
-    assert _is_png(tmp_path / "f.png")
-    [figure] = figures
-    first, second = figure.axes
-    assert [t.get_text() for t in first.get_yticklabels()] == ["a", "b"]
-    assert [first.get_title(loc="left"), second.get_title(loc="left")] == ["one", "two"]
-    low, high = zip(*(c.get_segments()[0][:, 0] for c in first.collections), strict=True)
-    assert (low, high) == ((-0.5, -3.0), (2.0, -1.0))
-    greys = [container.lines[0].get_color() for container in first.containers]
-    assert greys == ["C0", "0.6"]
-    assert figure.get_supxlabel() == "points\n(shaded: the margin)"
-    for empty in ({}, {"one": {}}):
-        with pytest.raises(ValueError, match="no values to draw"):
-            plots.forest(empty, tmp_path / "g", "nothing", "points")
-    rounded = (83.33333333333333, 83.33333333333334, 83.33333333333334)  # of five 100 and a 0
-    plots.forest({"one": {"a": rounded}}, tmp_path / "h", "differences", "points")
-    long = {"one": {"zflora-minimal-plus, 1 of 3 seeds": (1.0, 0.0, 2.0)}}
-    label = "points of 100 of each table's measure (grey: not all seeds yet)"
-    plots.forest(long, tmp_path / "l", "differences", label, {"one": 3.0})
-    drawn, whole = figures[-1]._supxlabel.get_window_extent(), figures[-1].bbox
-    assert whole.x0 < drawn.x0 and drawn.x1 < whole.x1 and whole.y0 < drawn.y0
-
-
-def test_dots_share_their_rows_between_panels(tmp_path, figures):
-    panels = {"score": {"a": (2.0, 1.0, 4.0), "b": (2.0,)}, "cost": {"b": (5.0,), "c": (6.0,)}}
-    plots.dots(panels, tmp_path / "s", "quality and cost", {"score": 0.0})
-    assert _is_png(tmp_path / "s.png")
-    left, right = figures[0].axes
-    assert [t.get_text() for t in left.get_yticklabels()] == ["a", "b", "c"]
-    assert [line.get_xydata().tolist() for line in left.lines] == [
-        [[2.0, 0.0]],
-        [[2.0, 1.0]],
-        [[0.0, 0.0], [0.0, 1.0]],  # the mark, from the bottom of the panel to its top
-    ]
-    assert [line.get_xydata().tolist() for line in right.lines] == [[[5.0, 1.0]], [[6.0, 2.0]]]
-    assert (left.get_xlabel(), right.get_xlabel()) == ("score", "cost")
-    assert left.get_ylim() == right.get_ylim() == (2.5, -0.5)  # the first on top
-    [interval] = left.collections
-    assert interval.get_segments()[0].tolist() == [[1.0, 0.0], [4.0, 0.0]]
-    assert not right.collections
-    for empty in ({}, {"cost": {}}):
-        with pytest.raises(ValueError, match="no values to draw"):
-            plots.dots(empty, tmp_path / "t", "nothing")
+def test_grouped_bars_stand_next_to_each_other(tmp_path, figures):
+    values = {"lora": {"a": 1.0, "b": 2.0}, "ffa": {"b": 3.0}}
+    plots.grouped_bars(values, tmp_path / "g", "scores", "points")
+    assert _is_png(tmp_path / "g.png")
+    [axes] = figures[0].axes
+    assert [bar.get_height() for bar in axes.patches] == [1.0, 2.0, 3.0]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    assert middles == pytest.approx([-1 / 6, 5 / 6, 7 / 6])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b"]
+    assert axes.get_ylabel() == "points" and axes.get_title() == "scores"
