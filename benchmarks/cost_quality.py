@@ -59,8 +59,8 @@ def programs() -> dict[str, Any]:
 
 
 def quality(table: Any, adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """Label -> "points", the difference to LoRA with the ends of its interval, and "program", of the
-    methods with all their seeds.
+    """Label -> "points", the difference to LoRA with the ends of its interval, and "program".
+    Methods that lack a seed are left out.
 
     Args:
       table: The `studies.tables.Table` of one task.
