@@ -185,7 +185,7 @@ def test_a_stopped_sweep_goes_on(base, tmp_path, monkeypatch, fake):
     # A signal after the last step of a run stops the others, too.
     late = lambda *a, **k: dataclasses.replace(fake(*a, **k), signalled=True)  # noqa: E731
     monkeypatch.setattr(grid, "train", late)
-    with pytest.raises(Preempted, match="was trained, which is saved"):
+    with pytest.raises(Preempted, match="is saved, the same command goes on there"):
         run_grid(base, {"train.seed": [5, 6]}, tmp_path / "s", parallel=1, console=False)
     assert len(fake.runs) == 5
 

@@ -1,6 +1,4 @@
-"""Grids: a run and a row per combination of settings, failures among them; for notebooks and
-ablations.
-"""
+"""Grids: a run and a row per combination of settings, failures among them."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-import queue
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.errors import JaxRuntimeError
 
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError, override, require, to_dict
@@ -48,15 +46,8 @@ Settings = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 Devices = Sequence[jax.Device]
 FINISHED = "finished"
 POLL = 5.0  # seconds between looks at runs that other processes are training
-# Errors of one run that leave the others alone: settings or a model that cannot be used, a loss
-# that is not a number, memory.
-_FAILURES = (
-    ConfigError,
-    CheckpointError,
-    NonFiniteError,
-    jax.errors.JaxRuntimeError,
-    MemoryError,
-)
+# Errors of one run that leave the others alone. XLA's, of memory too, are JaxRuntimeErrors.
+_FAILURES = (ConfigError, CheckpointError, NonFiniteError, JaxRuntimeError, MemoryError)
 _REPORTED = ("params_trainable", "steps", "seconds", "first_step_seconds")
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu", "jax")
 
@@ -131,11 +122,10 @@ def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, A
         inner = [name for name in known if name.startswith(f"{key}.")]
         require(not inner, f"{key!r} is a group of settings; give one, such as {inner[:1]}.")
         override(base, {key: "0"})  # names the nearest setting
-    named = [(_name(changes), changes) for changes in every]
-    names = [name for name, _ in named]
+    names = [_name(changes) for changes in every]
     twice = [name for name in names if names.count(name) > 1]
     require(not twice, f"the grid has {twice[:1]} twice; each combination runs once.")
-    return named
+    return list(zip(names, every, strict=True))
 
 
 def _name(changes: Mapping[str, Any]) -> str:
@@ -157,10 +147,9 @@ def run_grid(
 ) -> list[Row]:
     """Trains every combination of `grid` in <workdir>/<its name>.
 
-    Finished runs are not trained again, stopped ones go on, failed ones are tried again. A signal
-    stops the runs that are training after their step, saved. A run that another process trains is
-    waited for. <workdir>/rows.json and rows.md are written after every run, <workdir>/curves at
-    the end; the runs share <workdir>/compile_cache.
+    Finished runs are not trained again, stopped ones go on, failed ones are tried again. A run that
+    another process trains is waited for. <workdir>/rows.json and rows.md are written after every
+    run, <workdir>/curves at the end; the runs share <workdir>/compile_cache.
 
     Args:
       base: Settings that the runs share.
@@ -178,7 +167,7 @@ def run_grid(
 
     Raises:
       ConfigError: as for `combinations`, or more runs at one time than fit.
-      Preempted: a signal came.
+      Preempted: a signal came; the runs that were training are saved after their step.
     """
     workdir, named = local_path(workdir, "workdir"), combinations(base, grid)
     slots, env, bases = _slots(base, named, parallel), environment(), _Bases()
@@ -186,15 +175,12 @@ def run_grid(
 
     def attempt(name: str, changes: dict[str, Any], devices: Devices) -> Row | None:
         try:
-            run = override(base, changes)
-            alone = console and len(slots) == 1
-            return _finished(run, workdir / name) or _train(
-                run, workdir / name, bases, devices, alone
-            )
+            run, folder, alone = override(base, changes), workdir / name, len(slots) == 1
+            return _finished(run, folder) or _train(run, folder, bases, devices, console and alone)
         except BusyError:
             return None
         except _FAILURES as error:
-            return {"status": f"failed: {error or type(error).__name__}"}
+            return {"status": f"failed: {str(error) or type(error).__name__}"}
 
     with compile_cache(workdir / "compile_cache"):
         left = dict(named)
@@ -232,10 +218,7 @@ def _train(run: RunConfig, folder: Path, bases: _Bases, devices: Devices, consol
     model = bases.of(run, devices)
     trained = train(run, folder, model=model, devices=devices, console=console)
     if trained.signalled:
-        raise Preempted(
-            f"stopped by a signal after {folder.name} was trained, which is saved in {folder}; the"
-            " same command goes on from there."
-        )
+        raise Preempted(f"stopped by a signal; {folder} is saved, the same command goes on there.")
     return _row(run, trained.report)
 
 
@@ -252,16 +235,14 @@ def _each(
     slots: Sequence[Devices],
 ) -> Iterator[tuple[str, Row | None]]:
     """Yields (name, row) of each attempt: in this thread, or with several slots in a pool."""
-    free: queue.SimpleQueue[Devices] = queue.SimpleQueue()
-    for devices in slots:
-        free.put(devices)
+    free = list(slots)  # list.pop and append are atomic
 
     def one(name: str, changes: dict[str, Any]) -> tuple[str, Row | None]:
-        devices = free.get()
+        devices = free.pop()
         try:
             return name, attempt(name, changes, devices)
         finally:
-            free.put(devices)
+            free.append(devices)
 
     if len(slots) == 1:
         yield from itertools.starmap(one, runs)
@@ -270,8 +251,7 @@ def _each(
         try:
             for done in as_completed([pool.submit(one, *run) for run in runs]):
                 yield done.result()
-        # A signal, or an error that is no result: begin no more runs. Those that train end.
-        except BaseException:
+        except BaseException:  # a signal, or an error that is no result: begin no more runs
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -315,12 +295,7 @@ def _write(
     workdir: Path, base: RunConfig, rows: Sequence[Row], total: int, env: Mapping[str, Any]
 ) -> None:
     """Writes rows.json and rows.md."""
-    shown = [{k: v for k, v in row.items() if k not in ("run", *_ORIGIN)} for row in rows]
-    columns = list(dict.fromkeys(key for row in shown for key in row))
-    blocks = [
-        f"# {workdir.resolve().name}",
-        markdown_table(shown, columns),
-        f"{len(rows)} of {total} runs. {origin_line(env)}",
-    ]
-    values = {"rows": rows, "base": to_dict(base), "environment": env}
-    write_result(workdir / "rows", values, "\n\n".join(blocks) + "\n")
+    columns = dict.fromkeys(key for row in rows for key in row if key not in ("run", *_ORIGIN))
+    table, origin = markdown_table(rows, list(columns)), origin_line(env)
+    page = f"# {workdir.resolve().name}\n\n{table}\n\n{len(rows)} of {total} runs. {origin}\n"
+    write_result(workdir / "rows", {"rows": rows, "base": to_dict(base), "environment": env}, page)
