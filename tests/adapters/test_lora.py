@@ -12,7 +12,6 @@ import pytest
 from support.cases import LORA
 from support.checks import assert_trees_equal
 from support.models import perturb, tiny_model
-from support.paths import ROOT
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -21,8 +20,6 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.nn.llama import forward
-
-RESULTS = ROOT / "results"
 
 
 def shape_of(model: Model, rank: int, **changes: object) -> dict[str, np.ndarray]:
