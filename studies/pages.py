@@ -123,8 +123,7 @@ def difference_blocks(table: Table) -> list[str]:
 
 def said(table: Table, label: str, gap: Difference) -> str:
     """What a difference says by the margin; "" of the base."""
-    margin = table.study.margin
-    return "" if margin is None or label == BASE else verdict(gap, margin)
+    return verdict(gap, table.study.margin) if table.study.margin and label != BASE else ""
 
 
 def score_blocks(table: Table) -> list[str]:
@@ -175,11 +174,11 @@ def setting(table: Table) -> str:
     """How a study was run, and what is missing."""
     study, run, scoring = table.study, table.study.base, table.study.scoring
     some = next((r["result"] for r in table.runs.values() if "test_rows" in r["result"]), {})
+    rows = f"{run.data.batch_size} {'packed ' if run.data.packing else ''}rows"
     lines = [
         f"{run.model}, {run.train.dtype}; trained on `{run.data.task}`, {run.train.steps} steps of"
-        f" {run.data.batch_size} {'packed ' if run.data.packing else ''}rows, examples up to"
-        f" {run.data.bucket_lengths[-1]} tokens ({some.get('train_rows')} train examples,"
-        f" {some.get('train_rows_dropped')} longer ones left out,"
+        f" {rows}, examples up to {run.data.bucket_lengths[-1]} tokens ({some.get('train_rows')}"
+        f" train examples, {some.get('train_rows_dropped')} longer ones left out,"
         f" {some.get('train_documents_cut')} cut to fit)."
     ]
     if BASE in table.runs:
@@ -197,18 +196,14 @@ def setting(table: Table) -> str:
         )
     length = f"runs of {study.pick_steps} steps" if study.pick_steps else "whole runs"
     lines.append(f"Learning rates: chosen on validation with seed {study.seeds[0]}, by {length}.")
-    choices = [(m, table.choices[m]) for m in table.labels]
-    lines += [f"{m}: the rate {c.rate:g} is {c.untuned}." for m, c in choices if c.untuned]
-    weak = set(study.tasks) - set(informative(study.tasks, table.differences.get(BASE)))
-    if weak:
-        lines.append(
-            f"{study.reference} does not clearly beat the untrained model on"
-            f" {', '.join(sorted(weak))}: they say nothing about methods and are compared by none."
-        )
+    edges = {label: table.choices[label] for label in table.labels}
+    lines += [f"{m}: the rate {c.rate:g} is {c.untuned}." for m, c in edges.items() if c.untuned]
+    told = informative(study.tasks, table.differences.get(BASE))
+    if weak := ", ".join(task for task in study.tasks if task not in told):
+        beaten = f"{study.reference} does not clearly beat the untrained model on {weak}"
+        lines.append(f"{beaten}: they say nothing about methods and are compared by none.")
     lines += [f"Not all runs are there: {m}." for m in study.methods if m not in table.labels]
-    failed = {
-        name: r["result"]["failed"] for name, r in table.runs.items() if "failed" in r["result"]
-    }
+    failed = {n: why for n, r in table.runs.items() if (why := r["result"].get("failed"))}
     return "\n".join([*lines, *(f"Failed: {name}: {why}." for name, why in failed.items())])
 
 
@@ -220,16 +215,11 @@ def places(tables: Sequence[Table]) -> str:
         for label in table.labels
         for record in (*table.tried[label].values(), *table.chosen[label].values())
     }
-    made = Counter(
-        ", ".join(
-            [
-                f"commit {of['commit']}{' with local changes' if of.get('dirty') else ''}",
-                *(f"{key} {of[key]}" for key in ("device", "cpu", "jax") if of.get(key)),
-            ]
-        )
-        for of in runs.values()
-        if of.get("commit")
-    )
+    made = Counter[str]()
+    for of in runs.values():
+        commit = f"{of.get('commit')}{' with local changes' if of.get('dirty') else ''}"
+        known = [f"{key} {of[key]}" for key in ("device", "cpu", "jax") if of.get(key)]
+        made[", ".join([f"commit {commit}", *known])] += 1
     return f"Runs made at {'; '.join(f'{text} ({n})' for text, n in made.items())}."
 
 
@@ -261,7 +251,7 @@ def overview(name: str, tables: Sequence[Table], picture: Path | None) -> str:
                 panels.setdefault(table.study.title, {})[f"{label}{mark}{text}"] = gap
     if picture:
         forest(panels, picture, {t.study.title: t.study.margin or 0.0 for t in tables})
-    links = {t.study.title: f"[{t.study.title}]({_page(t.study)}.md)" for t in tables}
+    links = {t.study.title: f"[{t.study.title}]({t.study.page or t.study.name}.md)" for t in tables}
     star = f' "*": p < 0.05 after Holm\'s correction over all {len(planned)} planned comparisons.'
     return joined(
         [
@@ -311,15 +301,11 @@ def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[
     tables = [table for study in chosen if (table := Table.read(study, records)).labels]
     by_page = dict[str, list[Table]]()
     for table in tables:
-        by_page.setdefault(_page(table.study), []).append(table)
+        by_page.setdefault(table.study.page or table.study.name, []).append(table)
     found = {name: study_page(name, of) for name, of in by_page.items()}
     if over := [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]:
         found[OVERVIEW] = overview(OVERVIEW, over, picture and picture / f"{OVERVIEW}.png")
     return found
-
-
-def _page(study: Study) -> str:
-    return study.page or study.name
 
 
 def write(found: Mapping[str, str], out: Path) -> None:
