@@ -90,7 +90,6 @@ def test_every_function_that_writes(run):
         ["train", "--config", "CONFIG", "--workdir", OTHER],
         ["train", "--resume", "--workdir", OTHER],
         ["sweep", "--config", "CONFIG", "--workdir", URL],
-        ["sweep", "--config", "CONFIG", "--workdir", "runs", "--out", URL],
         ["eval", "--model", "nowhere", "--out", OTHER],
         ["export", "--workdir", "nowhere", "--out", OTHER],
         ["plan", "--config", "CONFIG", "--out", OTHER],

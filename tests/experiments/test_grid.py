@@ -21,6 +21,7 @@ import numpy as np
 import pandas
 import pytest
 from support.fake_train import FakeTrain, loss_of
+from support.runs import mark_saved
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.errors import NonFiniteError, Preempted
@@ -114,7 +115,7 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
     assert [run.train.steps for run in fake.runs[4:]] == [9] * 4 + [2] * 4
     # Where steps are saved, the rate of a longer run would jump.
     for name, _ in combinations(base, GRID):
-        (tmp_path / "s" / name / "checkpoints" / "2").mkdir(parents=True)
+        mark_saved(tmp_path / "s" / name, 2)
     longer = run_grid(override(base, {"train.steps": 20}), GRID, tmp_path / "s", console=False)
     message = "2 steps, of which 2 are done, and this one has train.steps=20"
     assert len(fake.runs) == 12 and all(message in row["status"] for row in longer)

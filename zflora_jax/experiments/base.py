@@ -33,7 +33,15 @@ _WIDTHS = (
 
 
 def load_base(run: RunConfig, mesh: Mesh | None = None) -> Model:
-    """The base of `run` in its dtype, divided over `mesh` if one is given; see `as_base`."""
+    """Loads the base model of a run in its dtype.
+
+    Args:
+      run: The run's settings.
+      mesh: Mesh that the model is sharded over, see `make_mesh`; None: one device.
+
+    Raises:
+      ConfigError: as for `as_base`.
+    """
     model = load_model(run.model, run.train.dtype, mesh=mesh, quantize=run.quantize)
     return as_base(run, model)
 

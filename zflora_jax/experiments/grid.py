@@ -194,9 +194,7 @@ def run_grid(
             left = {name: changes for name, changes in named if name not in done}
             if left:
                 time.sleep(POLL)
-    curves = {n: path for n, _ in named if (path := workdir / n / METRICS_FILE).is_file()}
-    with contextlib.suppress(ValueError):  # no run came to its first number
-        training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
+    _draw(workdir, named)
     return [done[name] for name, _ in named]
 
 
@@ -254,6 +252,12 @@ def _each(
         except BaseException:  # a signal, or an error that is no result: begin no more runs
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _draw(workdir: Path, named: Sequence[tuple[str, Any]]) -> None:
+    curves = {n: path for n, _ in named if (path := workdir / n / METRICS_FILE).is_file()}
+    with contextlib.suppress(ValueError):  # no run came to its first number
+        training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
 
 
 def _slots(

@@ -88,8 +88,14 @@ def _number(
 def fuse_trained(
     model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool = True
 ) -> Model:
-    """`fuse` of what a run has trained, by default with the base's arrays freed. A method that
-    merges by addition gets a quantised base dequantised: the weights that it was trained with.
+    """Fuses trained adapters into the base. A method that merges by addition gets the floats of a
+    quantised base, which it was trained with.
+
+    Args:
+      model: The base model.
+      adapter: The adapter's config.
+      adapters: The trained adapters.
+      donate: Whether the base's arrays are freed.
     """
     if is_quantized(model) and not METHODS[adapter.method].widens:
         dtype = model.config.execution.dtype

@@ -37,6 +37,9 @@ def locked(workdir: str | Path) -> Iterator[Callable[[], None]]:
     The lock of a killed process ends at once on disk, and after STALE seconds in a bucket. On a
     file system without locks this only warns.
 
+    Args:
+      workdir: The directory, or URL of a folder in a bucket.
+
     Yields:
       A function that raises OSError if the lock was lost, which happens only in a bucket. Call it
       before a write that must not come from two processes.
