@@ -85,12 +85,7 @@ def start(
     )
     options = ", ".join(f"--{name.replace('_', '-')} (or {ENVIRONMENT[name]})" for name in missing)
     require(not missing, f"a run of several processes needs {options} too.")
-    for name in ("num_processes", "process_id"):
-        require(
-            str(values[name]).isdigit(),
-            f"--{name.replace('_', '-')} {values[name]!r}: expected a whole number.",
-        )
-    count, number = int(str(values["num_processes"])), int(str(values["process_id"]))
+    count, number = (_whole(name, values[name]) for name in ("num_processes", "process_id"))
     require(
         number < count,
         f"--process-id {number} of --num-processes {count}: processes are numbered from 0 to"
@@ -104,6 +99,11 @@ def start(
     )
     if count > 1:
         _initialize(address, count, number)
+
+
+def _whole(name: str, value: object) -> int:
+    require(str(value).isdigit(), f"--{name.replace('_', '-')} {value!r}: expected a whole number.")
+    return int(str(value))
 
 
 def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
