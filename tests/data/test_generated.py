@@ -90,16 +90,8 @@ def test_every_worked_answer_is_right(rows):
     assert seen == set("+-*/")
 
 
-def test_the_task_keeps_its_rows_where_it_is_told(tmp_path, monkeypatch):
-    kept = str(tmp_path / "kept")
-    sizes = {s: len(load_examples("arithmetic", s, DataConfig(data_dir=kept))) for s in SPLITS}
-    assert sizes == SIZES and (tmp_path / "kept" / "rows").is_dir()
-    # Not where the rows of another task of a mixture are.
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.jsonl").touch()
-    for folder in ("hub:owner/name", "a.jsonl"):
-        assert len(load_examples("arithmetic", "test", DataConfig(data_dir=folder))) == 400
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "kept"]
+def test_the_rows_are_a_task():
+    assert {x: len(load_examples("arithmetic", x, DataConfig())) for x in SPLITS} == SIZES
 
 
 def test_round_trip_through_array_record_without_tensorflow(tmp_path):
@@ -112,14 +104,14 @@ from functools import partial
 from zflora_jax.data.builders.generated import generate
 from zflora_jax.data.builders.prepared import open_rows
 for split, rows in generate("arithmetic").items():
-    source = open_rows("arithmetic", partial(generate, "arithmetic"), split, sys.argv[1])
+    source = open_rows("arithmetic", partial(generate, "arithmetic"), split)
     assert [*source] == rows and len(source) == len(rows)
 import grain
 print("tensorflow" in sys.modules)
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "cache")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    processes = [subprocess.Popen(command, text=True, cwd=ROOT, **pipes) for _ in range(2)]
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    given["env"] = os.environ | {"ZFLORA_CACHE": str(tmp_path / "cache")}
+    processes = [subprocess.Popen([sys.executable, "-c", code], **given) for _ in range(2)]
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -129,7 +121,7 @@ print("tensorflow" in sys.modules)
     assert [path.name for path in config.iterdir()] == ["1.0.0"]
 
 
-def test_a_preparation_that_lost_the_race_reads_what_the_winner_wrote(tmp_path):
+def test_a_preparation_that_lost_the_race_reads_what_the_winner_wrote(own_data_cache):
     config = RowsConfig(name="a", read=lambda: {"test": [{"prompt": "1"}, {"prompt": "2"}]})
 
     def make(**arguments):
@@ -142,10 +134,11 @@ def test_a_preparation_that_lost_the_race_reads_what_the_winner_wrote(tmp_path):
             builder.download_and_prepare = lose_the_race
         return builder
 
-    assert len(prepared(make, tmp_path).as_data_source("test")) == 2
+    assert len(prepared(make).as_data_source("test")) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"cannot prepare.*file.*ZFLORA_CACHE"):
-        open_rows("a", lambda: {"test": [{"prompt": "1"}]}, "test", str(tmp_path / "file"))
+        open_rows("a", lambda: {"test": [{"prompt": "1"}]}, "test")

@@ -37,7 +37,7 @@ def sequence(tokens, mask=None):
 def encoded_rows(count):
     """Rows whose only token values are their own index, of lengths 2 to 6."""
     rows = tuple(sequence([i] * (2 + i % 5)) for i in range(count))
-    return Encoded(rows, tuple(range(count)), 0, PAD, parts=(count,))
+    return Encoded(rows, 0, PAD, parts=(count,))
 
 
 def random_rows(count, longest, seed=0):
@@ -68,7 +68,8 @@ def assert_same_batches(left, right):
 def test_long_rows_are_dropped_counted_and_reported(tokenizer, caplog):
     examples = [Example("q", "t" * n, "1") for n in (1, 200, 2, 300)]
     encoded = tokenize_examples(examples, tokenizer, DataConfig(bucket_lengths=(64, 128)))
-    assert (len(encoded), encoded.kept, encoded.dropped, encoded.pad_id) == (2, (0, 2), 2, PAD)
+    assert (len(encoded), encoded.dropped, encoded.pad_id) == (2, 2, PAD)
+    assert [int(row.loss_mask.sum()) for row in encoded.rows] == [2, 3]
     assert "dropped 2 of 4 examples longer than 128 tokens" in caplog.text
     message = r"all 2 examples are longer.*data.bucket_lengths=\[8\].*data.bucket_lengths=\[8, 64\]"
     with pytest.raises(ConfigError, match=message):
@@ -86,7 +87,7 @@ def test_documents_are_cut_and_targets_never(caplog):
         Example("Sum up.", "t" * 200, "", input="text " * 20, document=True),  # the target alone
     ]
     encoded = tokenize_examples(examples, tokenizer, data)
-    assert (encoded.truncated, encoded.dropped, encoded.kept) == (1, 1, (0, 1))
+    assert (encoded.truncated, encoded.dropped, len(encoded)) == (1, 1, 2)
     assert "cut 1 of 3 documents" in caplog.text
     tokens, mask, _ = encoded.rows[0]
     assert 120 < len(tokens) <= 128
@@ -185,7 +186,7 @@ def test_evaluation_counts_every_row_once_whatever_the_batch_size(batch_size):
 
 def test_packing_keeps_every_row_whole_and_fills_well():
     rows = random_rows(300, 40)
-    encoded = Encoded(rows, tuple(range(300)), 0, PAD, parts=(200, 100))
+    encoded = Encoded(rows, 0, PAD, parts=(200, 100))
     packed = pack_sequences(encoded, 64)
     assert all(len(row.tokens) <= 64 for row in packed.rows)
     assert sum(packed.parts) == len(packed) <= 1.1 * sum(len(row.tokens) for row in rows) / 64
@@ -211,7 +212,7 @@ def test_the_packed_loss_is_the_loss_of_the_separate_rows(method):
         variables["adapters"] = perturb(init_adapters(jax.random.key(0), model, adapter), 1)
     rows = random_rows(7, 20)
     rows = tuple(sequence(row.tokens) if i % 2 else row for i, row in enumerate(rows))
-    encoded = Encoded(rows, tuple(range(7)), 0, PAD, parts=(7,))
+    encoded = Encoded(rows, 0, PAD, parts=(7,))
     packed = pack_sequences(encoded, 48)
     assert len(packed) < 4
     (loss, count), (packed_loss, packed_count) = (
@@ -230,7 +231,7 @@ def test_segment_positions_start_anew():
 
 def test_packed_logits_do_not_see_other_segments():
     model = tiny_model()
-    encoded = Encoded(random_rows(3, 12, seed=4), (0, 1, 2), 0, PAD, parts=(3,))
+    encoded = Encoded(random_rows(3, 12, seed=4), 0, PAD, parts=(3,))
     packed = pack_sequences(encoded, 40).rows[0]
     batch = pad([packed], (40,), PAD)
     logits = np.asarray(forward(model, batch["tokens"], segment_ids=batch["segments"]))[0]
@@ -294,7 +295,7 @@ def test_a_mixture_is_its_tasks_one_after_the_other(two_tasks):
 def test_weights_set_how_often_a_task_is_drawn():
     """Two tasks of 10 and 1000 rows at 1 to 3; resuming goes on as if uninterrupted."""
     rows = tuple(sequence([int(i >= 10)] * 2) for i in range(1010))
-    encoded = Encoded(rows, tuple(range(1010)), 0, PAD, parts=(10, 1000), weights=(1.0, 3.0))
+    encoded = Encoded(rows, 0, PAD, parts=(10, 1000), weights=(1.0, 3.0))
     data = DataConfig(batch_size=4, bucket_lengths=(2,), seed=1)
     batches = first(train_batches(encoded, data), 50)
     assert np.mean(row_ids(batches)) == pytest.approx(0.75, abs=0.01)

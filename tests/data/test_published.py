@@ -43,23 +43,18 @@ HELLASWAG = {
 }
 MAWPS = {"original_text": "a ? ", "equation": "X=(1.0+1.0)", "ans": 2.0}
 SUMMARY, DIALOGUE = {"dialogue": "a", "summary": "b"}, {"dialog": ["a", "b"]}
+
+
+def woz_turn(system, user, **acts):
+    state = [{"act": act, "slots": slots} for act, slots in acts.items()]
+    return {"system_transcript": system, "transcript": user, "belief_state": state}
+
+
+CHEAP, EAST = ["price range", "cheap"], ["area", "east"]
 TURNS = [
-    {
-        "system_transcript": "",
-        "transcript": "A cheap\n place?",
-        "belief_state": [{"act": "inform", "slots": [["price range", "cheap"]]}],
-    },
-    {
-        "system_transcript": "Which area?",
-        "transcript": "East. Phone?",
-        "belief_state": [
-            {"act": "request", "slots": [["slot", "phone"]]},
-            {"act": "inform", "slots": [["price range", "cheap"]]},
-            {"act": "inform", "slots": [["area", "east"]]},
-            {"act": "inform", "slots": [["area", "east"]]},
-        ],
-    },
-    {"system_transcript": "123", "transcript": "Bye", "belief_state": []},
+    woz_turn("", "A cheap\n place?", inform=[CHEAP]),
+    woz_turn("Area?", "East. Phone?", request=[["slot", "phone"]], inform=[CHEAP, EAST, EAST]),
+    woz_turn("123", "Bye"),
 ]
 WOZ = {"dialogue_idx": 7, "dialogue": TURNS}
 
@@ -107,12 +102,7 @@ def test_hellaswag(tmp_path):
         ("cnn_dailymail", "val.json", {"article": "Long.", "highlights": "Short. "}, "article"),
         ("xsum", "val.json", {"document": "Long.", "summary": "Short."}, "article"),
         ("samsum", "val.json", {"dialogue": "Long.", "summary": "Short."}, "dialogue"),
-        (
-            "dialogsum",
-            "dialogsum.dev.jsonl",
-            {"dialogue": "Long.", "summary": "Short."},
-            "dialogue",
-        ),
+        ("dialogsum", "dialogsum.dev.json", {"dialogue": "Long.", "summary": "Short."}, "dialogue"),
     ],
 )
 def test_summaries(task, name, row, what, tmp_path):
@@ -135,7 +125,7 @@ def test_woz_asks_for_the_state_after_each_user_turn(tmp_path):
     state = "area: east; price range: cheap; request: phone"
     assert [e.target for e in examples] == ["price range: cheap", state, "none"]
     assert examples[0].input == "User: A cheap place?"
-    assert examples[1].input == "User: A cheap place?\nSystem: Which area?\nUser: East. Phone?"
+    assert examples[1].input == "User: A cheap place?\nSystem: Area?\nUser: East. Phone?"
     assert all(e.answer == e.target and e.references == (e.target,) for e in examples)
     assert not any(e.document for e in examples)
     told = task.parse("request: phone; Price Range: cheap; area: east")

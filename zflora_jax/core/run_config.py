@@ -39,8 +39,8 @@ class DataConfig:
     """A task, or a mixture of tasks: boolq+arc_easy takes all rows of both, boolq*1+arc_easy*3 one
     row of boolq to three of arc_easy."""
     data_dir: str | None = None
-    """Directory of files that a task reads, or where generated data is kept. Of task rows also a
-    file (JSON, JSONL, CSV or Parquet), or the name of a dataset: hub:OWNER/NAME, tfds:NAME."""
+    """Directory of files that a task reads. Of task rows also a file (JSON, JSONL, CSV or Parquet),
+    or the name of a dataset: hub:OWNER/NAME, tfds:NAME."""
     prompt_style: PromptStyle = "chat"
     """Form of the prompts. chat: the tokenizer's chat template; alpaca: LLM-Adapters' prompt in the
     whitespace of its training script; alpaca-eval: in that of its evaluation script; plain: texts

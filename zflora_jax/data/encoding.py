@@ -27,6 +27,7 @@ from zflora_jax.data.task import Example
 log = logging.getLogger(__name__)
 
 Pair = tuple[np.ndarray, np.ndarray]  # tokens [n] int32; mask [n] bool, True at what is learned
+_Write = Callable[[int, bool], str]  # (number of turns, whether they are answered) -> their text
 
 _CONVERSATION = "conversation"  # a style next to `prompts.STYLES`
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -121,9 +122,10 @@ def _conversation(tokenizer: Any, example: Example, date: str | None) -> Pair:
     try:
         text = write(len(example.turns), True)
         _require_all_written(tokenizer, example, text, date)
-        marked = _MARKS.search(prompts.chat_template(tokenizer, example.tools))
-        by = _by_marks if marked else _by_prefixes
-        tokens, mask = by(tokenizer, example, text, write, date)
+        if _MARKS.search(prompts.chat_template(tokenizer, example.tools)):
+            tokens, mask = _by_marks(tokenizer, example, write, date)
+        else:
+            tokens, mask = _by_prefixes(tokenizer, example, write, text)
     except ConfigError as error:
         where = example.where or f"conversation {example.turns[0]['content'][:60]!r}"
         raise ConfigError(f"{where}: {error}") from error
@@ -171,9 +173,7 @@ def _require_all_written(tokenizer: Any, example: Example, text: str, date: str 
         )
 
 
-def _by_marks(
-    tokenizer: Any, example: Example, text: str, write: Callable[[int, bool], str], date: str | None
-) -> Pair:
+def _by_marks(tokenizer: Any, example: Example, write: _Write, date: str | None) -> Pair:
     """Masks what the template marks."""
     require(
         tokenizer.is_fast,
@@ -201,9 +201,7 @@ def _by_marks(
     return np.asarray(tokens, np.int32), mask
 
 
-def _by_prefixes(
-    tokenizer: Any, example: Example, text: str, write: Callable[[int, bool], str], date: str | None
-) -> Pair:
+def _by_prefixes(tokenizer: Any, example: Example, write: _Write, text: str) -> Pair:
     """Masks what each answer adds to the conversation before it."""
     answers = [i for i, turn in enumerate(example.turns) if turn["role"] == "assistant"]
     answers = [i for i in answers if i >= example.context]

@@ -57,7 +57,7 @@ def pack_sequences(encoded: Encoded, capacity: int) -> Encoded:
             bisect.insort(room, (free - need, target))
         packed += [_join(rows) for rows in bins]
         parts.append(len(bins))
-    return replace(encoded, rows=tuple(packed), parts=tuple(parts), kept=())
+    return replace(encoded, rows=tuple(packed), parts=tuple(parts))
 
 
 def _join(rows: Sequence[TokenizedExample]) -> TokenizedExample:

@@ -60,7 +60,7 @@ def open_split(task: Task, split: str, data: DataConfig) -> Split:
     """
     form = (data.row_format or "") if task.own else ""
     if task.source == "generated":
-        places = _generated(task.name, data.data_dir)
+        places = _generated(task.name)
     elif task.own and (data.data_dir or "").startswith(NAMED):
         places = _named(data.data_dir or "", form)
     elif data.data_dir is None and task.dataset in PUBLIC:
@@ -79,17 +79,12 @@ def open_split(task: Task, split: str, data: DataConfig) -> Split:
     return Split(rows, _part(task, rows, held_out, split, origin), origin)
 
 
-def _generated(name: str, folder: str | None) -> _Places:
-    """Generated rows, kept in `folder` unless the rows of another task are there."""
+def _generated(name: str) -> _Places:
+    """The splits of a generated task."""
     from zflora_jax.data.builders.prepared import open_rows
 
-    if folder and (folder.startswith(NAMED) or Path(folder).expanduser().is_file()):
-        folder = None
     make = partial(generate, name)
-    return {
-        split: (f"{name}, {split}", partial(open_rows, name, make, split, folder))
-        for split in SPLITS
-    }
+    return {x: (f"{name}, {x}", partial(open_rows, name, make, x)) for x in SPLITS}
 
 
 def _named(data_dir: str, form: str) -> _Places:

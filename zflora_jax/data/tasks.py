@@ -10,7 +10,6 @@ so are the multiple-choice tasks in cloze form (`data.cloze`).
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,8 +20,6 @@ from zflora_jax.data.cloze import CLOZE
 from zflora_jax.data.lazy import Lazy
 from zflora_jax.data.splits import HOLD_OUT, open_split
 from zflora_jax.data.task import LLM_ADAPTERS, SPLITS, Example, Files, Task, named
-
-log = logging.getLogger(__name__)
 
 __all__ = ["GROUPS", "HOLD_OUT", "SPLITS", "TASKS", "Example", "Task", "get_task", "load_examples"]
 
@@ -164,8 +161,4 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
         except ConfigError as error:
             raise ConfigError(f"task {task_name!r}: {where}: {error}") from error
 
-    examples = Lazy(example, indices)
-    if task.own:
-        form = examples[0].form  # of the first row; `zflora data` counts those of all files
-        log.info("%s, %s: rows of the form %r (data.row_format)", origin, split, form)
-    return examples
+    return Lazy(example, indices)

@@ -40,7 +40,6 @@ class Encoded:
 
     Attributes:
       rows: The sequences.
-      kept: The source's index of each sequence; empty if they are packed.
       dropped: The number of examples that were too long.
       pad_id: The token id that fills short rows of a batch.
       truncated: The number of documents and conversations that were cut to fit.
@@ -49,7 +48,6 @@ class Encoded:
     """
 
     rows: tuple[TokenizedExample, ...]
-    kept: tuple[int, ...]
     dropped: int
     pad_id: int
     truncated: int = 0
@@ -109,7 +107,7 @@ def tokenize_examples(
             segments = np.ones(len(tokens), np.int32)
             rows.append(TokenizedExample(tokens, mask | data.train_on_prompt, segments))
             truncated += cut is not None
-    kept = tuple(i for i, row in enumerate(rows) if len(row.tokens) <= limit)
+    kept = [i for i, row in enumerate(rows) if len(row.tokens) <= limit]
     _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data)
     pad_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -129,7 +127,7 @@ def tokenize_examples(
         " leave it out.",
     )
     fitting = tuple(rows[i] for i in kept)
-    return Encoded(fitting, kept, len(rows) - len(kept), pad_id, truncated, parts, weights)
+    return Encoded(fitting, len(rows) - len(kept), pad_id, truncated, parts, weights)
 
 
 def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: DataConfig) -> None:

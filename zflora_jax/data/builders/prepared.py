@@ -59,11 +59,9 @@ def open_rows(
     name: str,
     read: Callable[[], Splits],
     split: str,
-    root: str | None = None,
     file: Path | None = None,
 ) -> Sequence[Row]:
-    """Opens the rows of one split of `read`, prepared on first use below `root` (None for
-    `cache_dir()`).
+    """Opens the rows of one split of `read`, prepared on first use.
 
     Prepared rows are named by the format or generator (`name`), and a hash of `file` and of the
     code that makes rows. They are found again if the file moves, and never reused after either
@@ -76,7 +74,7 @@ def open_rows(
     if file is not None:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     config = RowsConfig(name=f"{name}-{digest.hexdigest()[:20]}", read=read)
-    builder = prepared(functools.partial(Rows, config=config), root)
+    builder = prepared(functools.partial(Rows, config=config))
     with _quiet():
         source = builder.as_data_source(split)
     return Lazy(lambda i: json.loads(source[i]["row"]), range(len(source)))
@@ -96,8 +94,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ZFLORA_CACHE") or "~/.cache/zflora_jax/tfds").expanduser()
 
 
-def prepared(make: Callable[..., Any], root: str | os.PathLike[str] | None = None) -> Any:
-    """Makes a TFDS builder, called with `data_dir` and `file_format`, and prepares its data.
+def prepared(make: Callable[..., Any]) -> Any:
+    """Makes a TFDS builder, called with `data_dir` and `file_format`, and prepares its data in
+    `cache_dir()`.
 
     Two processes may prepare the same data at once: each writes into its own directory and renames
     it at the end. The second finds the name in use and reads the equal rows of the first.
@@ -105,7 +104,7 @@ def prepared(make: Callable[..., Any], root: str | os.PathLike[str] | None = Non
     Raises:
       ConfigError: The directory cannot be written, or the builder refuses its source.
     """
-    directory = Path(root).expanduser() if root is not None else cache_dir()
+    directory = cache_dir()
     with _quiet():
         builder = make(data_dir=directory, file_format="array_record")
         if not builder.is_prepared():
@@ -116,8 +115,8 @@ def prepared(make: Callable[..., Any], root: str | os.PathLike[str] | None = Non
                 if not builder.is_prepared():
                     raise ConfigError(
                         f"cannot prepare the dataset {builder.name!r} under {directory}: {error}."
-                        " Set the environment variable ZFLORA_CACHE (or data.data_dir of a"
-                        " generated task) to a directory that can be written."
+                        " Set the environment variable ZFLORA_CACHE to a directory that can be"
+                        " written."
                     ) from error
         return builder
 

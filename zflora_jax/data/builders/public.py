@@ -14,12 +14,12 @@ import importlib
 import importlib.resources
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from zflora_jax.core.fields import ConfigError, require
-from zflora_jax.data.builders.files import plain
+from zflora_jax.data.builders.files import Raw, plain
 from zflora_jax.data.builders.own import form_of, read_own
 from zflora_jax.data.builders.published import FORMATS, Row
 from zflora_jax.data.lazy import Lazy
@@ -135,14 +135,14 @@ class Public(NamedTuple):
     def open(self, split: str) -> Sequence[Row]:
         """Opens the rows of a split, a key of `splits`; ConfigError where it cannot be read."""
         raw = self.source.open(self.splits[split])
+        rows = _converted(raw, self.source.name, FORMATS[self.format].rows)
+        if self.format == "dialogue":
+            return [reply for replies in rows for reply in replies]
+        return Lazy(lambda i: rows[i][0], range(len(rows)))
 
-        def read(index: int) -> list[Row]:
-            where = f"{self.source.name}, row {index + 1}"
-            return FORMATS[self.format].rows(plain(raw[index]), where)
 
-        if self.format != "dialogue":
-            return Lazy(lambda i: read(i)[0], range(len(raw)))
-        return [reply for i in range(len(raw)) for reply in read(i)]
+def _converted(raw: Sequence[Any], name: str, read: Callable[[Raw, str], Any]) -> Sequence[Any]:
+    return Lazy(lambda i: read(plain(raw[i]), f"{name}, row {i + 1}"), range(len(raw)))
 
 
 _ALL = {"train": "train", "validation": "validation", "test": "test"}
@@ -202,11 +202,10 @@ class Named(NamedTuple):
         require(len(raw) > 0, f"{self.name}: the split {split!r} is empty.")
         form = form or form_of(plain(raw[0]), f"{self.name}, {split}, row 1")
 
-        def read(index: int) -> Row:
-            where = f"{self.name}, {split}, row {index + 1}"
-            return next(read_own([(where, plain(raw[index]))], form))
+        def read(row: Raw, where: str) -> Row:
+            return next(read_own([(where, row)], form))
 
-        return Lazy(read, range(len(raw)))
+        return _converted(raw, f"{self.name}, {split}", read)
 
 
 def named_dataset(data_dir: str) -> Named:
