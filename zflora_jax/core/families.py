@@ -57,10 +57,10 @@ class Family:
 
 
 _FUSE = "Fuse a method that leaves the heads alone (zflora-minimal, lora, ffa, full)"
-_GGUF_HEADS = (
-    "heads wider than the base's need RoPE divisors, which llama.cpp reads for llama, mistral,"
-    f" qwen2, not for {{}}. {_FUSE}, or export a Hugging Face directory (--format hf)."
-)
+_GGUF_HEADS = _EVERY | {
+    "gguf": "heads wider than the base's need RoPE divisors, which llama.cpp reads for llama,"
+    f" mistral and qwen2 alone. {_FUSE}, or export a Hugging Face directory (--format hf)."
+}
 _PHI3_HEADS = (
     "transformers' Phi3Config takes RoPE factors only for heads of hidden_size /"
     f" num_attention_heads dims, not for heads wider than the base's. {_FUSE}."
@@ -100,7 +100,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         "Qwen3ForCausalLM",
         "Qwen3",
-        refused_heads=_EVERY | {"gguf": _GGUF_HEADS.format("qwen3")},
+        refused_heads=_GGUF_HEADS,
         qk_norm=True,
         window=True,
         window_switch=True,
@@ -111,7 +111,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(
         "SmolLM3ForCausalLM",
         "SmolLM3",
-        refused_heads=_EVERY | {"gguf": _GGUF_HEADS.format("smollm3")},
+        refused_heads=_GGUF_HEADS,
         nope=True,
         gguf="smollm3",
         defaults={
