@@ -83,7 +83,7 @@ def test_one_scale_for_all_inputs_goes_over_heads():
 def packed(kind, group, width=96, extra=10):
     """A kernel [5, width + extra] with an adapter's inputs, as decode reads it."""
     base = quantize(jnp.asarray(numbers(width, 5)), kind, group=group)
-    wide = widen(base, extra, 0)
+    wide = widen(base, base.axis, extra, 0)
     block = quantize_block(jnp.asarray(numbers(extra, 5)), wide)
 
     def write(x, value, spans):
