@@ -15,10 +15,9 @@ from support.tasks import write
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.evaluation import gap_prompts
+from zflora_jax.evaluation import export_gap as gap_module
 from zflora_jax.experiments import restore
-from zflora_jax.experiments.export import export_run
-from zflora_jax.experiments.exporters import EXPORTERS, Exporter
+from zflora_jax.experiments.export import EXPORTERS, Exporter, export_run
 from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
@@ -115,7 +114,7 @@ def test_processes_load_the_checkpoint_that_process_0_chose(trained, monkeypatch
 
 def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):
     workdir, _ = trained
-    monkeypatch.setattr(gap_prompts, "load_mixture", lambda *_: 1 / 0)  # as a fault of ours would
+    monkeypatch.setattr(gap_module, "load_mixture", lambda *_: 1 / 0)  # as a fault of ours would
     with pytest.raises(ZeroDivisionError):
         export_run(workdir, tmp_path / "out")
     monkeypatch.setattr(
@@ -184,5 +183,5 @@ def test_prompts_of_an_export_fit_the_context(base_dir, tmp_path):
     model = load_model(base_dir)
     for longest, wanted in ((320, 320), (1024, model.config.max_position_embeddings)):
         run = override(small_run(base_dir), changes | {"data.bucket_lengths": [longest]})
-        (prompt,), kind = gap_prompts.gap_prompts(run, model)
+        (prompt,), kind = gap_module.gap_prompts(run, model)
         assert len(prompt) == wanted and kind == "1 held-out rows"

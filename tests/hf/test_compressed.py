@@ -25,7 +25,7 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.evaluation.export_gap import export_gap
-from zflora_jax.experiments.exporters import EXPORTERS
+from zflora_jax.experiments.export import EXPORTERS
 from zflora_jax.hf.compressed import pack, unpack
 from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.restore import load_stock

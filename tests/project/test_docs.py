@@ -22,7 +22,7 @@ import zflora_jax
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli.main import _parser, main
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.evaluation import gap_prompts
+from zflora_jax.evaluation import export_gap as gap_module
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import save_peft
 
@@ -65,7 +65,7 @@ def commands(page: str) -> list[str]:
 def place(tmp_path, base_dir, monkeypatch):
     """A working directory as the documentation assumes it; returns what a text of it is here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gap_prompts, "ROWS", 1)
+    monkeypatch.setattr(gap_module, "ROWS", 1)
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "tiny.py").write_text(CONFIG.format(model=base_dir))

@@ -15,7 +15,7 @@ from zflora_jax.cli.options import (
 )
 from zflora_jax.cli.output import print_table
 from zflora_jax.cli.stopping import terminated
-from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS
+from zflora_jax.experiments.export import DEFAULT, EXPORTERS
 
 SUMMARY = (
     "Write a trained run for other software: a fused Hugging Face directory, a GGUF file, or a PEFT"

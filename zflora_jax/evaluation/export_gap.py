@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,15 +12,32 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import gathered
+from zflora_jax.data.encoding import encode_prompts, fit_documents
+from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.prompts import encode_prompt_texts
 from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.inference.batching import padded_length
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_of
+
+log = logging.getLogger(__name__)
+
+TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "A baker has 24 boxes with 13 cakes each and sells 57 of them. How many are left?",
+    "def add(a, b):\n    return a + b\n",
+    (
+        "Question: which of these is a liquid at room temperature?\nA. iron\nB. water\nC."
+        " salt\nAnswer: B"
+    ),
+)
+ROWS = 8
 
 
 def export_gap(
@@ -74,6 +92,27 @@ def export_gap(
         "logit_scale": max(scale),
         "top1_agreement": sum(same) / sum(positions),
     }
+
+
+def gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
+    """Returns (token ids of the prompts that an export of `run` is compared on, their origin): the
+    first held-out rows, or `TEXTS` where the run's data cannot be read any more or has no prompts.
+    No prompt is longer than the model's context, or than the run's rows could be.
+    """
+    data = run.data
+    try:
+        whole = load_mixture(data, run.eval.split, ROWS)
+        longest = min(data.bucket_lengths[-1], model.config.max_position_embeddings)
+        rows = fit_documents(whole, model.tokenizer, data.prompt_style, longest, data.date)
+        prompts = encode_prompts(rows, model.tokenizer, data.prompt_style, data.date)
+        return [ids[:longest] for ids in prompts], f"{len(rows)} held-out rows"
+    except (ConfigError, OSError) as error:
+        log.warning(
+            "the export is compared on built-in texts, as the run's held-out rows give no prompts:"
+            " %s",
+            error,
+        )
+        return encode_prompt_texts(model.tokenizer, TEXTS), f"{len(TEXTS)} built-in texts"
 
 
 def _load(path: Path, stacked: bool, mesh: Any) -> Callable[[Sequence[int]], np.ndarray]:

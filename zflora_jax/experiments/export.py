@@ -1,90 +1,241 @@
-"""Export what a run has trained, and say how far the export is from the trained model."""
+"""Export formats, a row of `EXPORTERS` each, and the export of a trained run.
+
+The command line reads the table, so modules that import jax are imported where a format is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jax.sharding import Mesh
-
+from zflora_jax.core.adapter_config import METHODS, OF_BASE
 from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.experiments.exporters import DEFAULT, EXPORTERS, TrainedRun
-from zflora_jax.experiments.restore import load_run
-from zflora_jax.parallel.distributed import require_shared
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from zflora_jax.core.model import Model
+    from zflora_jax.core.trees import Tree
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run whose weights have been loaded.
+
+    Attributes:
+      workdir: Directory of the run.
+      config: Its settings.
+      model: The base; an exporter may free its arrays.
+      adapters: The trained adapters.
+      step: Training steps behind the adapters.
+    """
+
+    workdir: Path
+    config: RunConfig
+    model: Model
+    adapters: Tree
+    step: int
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """An export format.
+
+    Attributes:
+      text: What it writes, for the help of the command line.
+      write: (out, run, **settings) -> report.
+      settings: The settings of `export_run` that it has.
+      check: (out, **settings); raises for what cannot be written, before the run is loaded.
+    """
+
+    text: str
+    write: Callable[..., dict[str, Any]]
+    settings: tuple[str, ...] = ()
+    check: Callable[..., None] = lambda out, **settings: None
 
 
 def export_run(
     workdir: str | Path,
     out: str | Path,
     *,
-    format: str = DEFAULT,
+    format: str = "hf",
     dtype: str | None = None,
     quant: str | None = None,
     checkpoint: int | str | None = None,
     eps_z: float | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Export what a run has trained.
+    """Exports a trained run.
 
     Processes that share the model call this together, with an `out` that all of them can read;
     process 0 writes.
 
     Args:
-      workdir: of the run.
-      out: directory to write; of "gguf" a file.
-      format: a row of `EXPORTERS`: "hf", a fused Hugging Face directory; "gguf", the fused model as
+      workdir: Directory or URL of the run.
+      out: Directory to write; a file for "gguf".
+      format: A row of `EXPORTERS`: "hf", a fused Hugging Face directory; "gguf", the fused model as
         a file for llama.cpp; "peft", LoRA adapters as a directory.
-      dtype: of the "hf" weights, as `save_hf` takes it; None for that of the run.
-      quant: of the "gguf" weights, as `save_gguf` takes it, None: "q8_0"; of the "hf" kernels,
-        as `save_hf` takes it, None: as numbers.
-      checkpoint: which one, as the step of `load_run`.
-      eps_z: scale of the residual state in "hf" and "gguf", as `save_hf` and `save_gguf` take it;
-        None: as they choose.
-      mesh: as in `load_run`.
+      dtype: Data type of the "hf" weights, as for `save_hf`; None: that of the run.
+      quant: Type of the "gguf" weights, as for `save_gguf` (None: "q8_0"), or of the "hf" kernels,
+        as for `save_hf` (None: floats).
+      checkpoint: The checkpoint, as the step of `load_run`.
+      eps_z: Scale of the stored residual state for "hf" and "gguf"; None: chosen from the weights.
+      mesh: Mesh of the model, as for `load_run`.
 
     Returns:
-      A report of what was written. For "hf" and "gguf" it says how far the export's
-      logits are from those of the fused model in float32: max and mean |dlogit|, and top-1
-      agreement, on the prompts of held-out rows, or on built-in texts if the data is gone
-      ("gap_prompts" says which).
+      A report of what was written. For "hf" and "gguf" it holds the distance of the export's logits
+      from those of the fused model in float32: max and mean |dlogit|, and top-1 agreement, on
+      held-out prompts, or on built-in texts where the data is gone ("gap_prompts" names which).
 
     Raises:
-      ConfigError: there is no such checkpoint, it cannot be exported like this, or a setting is
-        given that the format does not have.
+      ConfigError: There is no such checkpoint, the run cannot be exported in this format, or the
+        format does not have a setting.
     """
+    from zflora_jax.experiments.restore import load_run
+    from zflora_jax.parallel.distributed import require_shared
+
     target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     exporter = EXPORTERS[format]
-    given = {"dtype": dtype, "quant": quant, "eps_z": eps_z}
-    _require_taken(format, given)
-    settings = {name: value for name, value in given.items() if name in exporter.settings}
+    options = {"dtype": "--dtype", "quant": "--quant", "eps_z": "--eps"}
+    settings = {"dtype": dtype, "quant": quant, "eps_z": eps_z}
+    for name, option in options.items():
+        formats = [other for other, row in EXPORTERS.items() if name in row.settings]
+        require(
+            settings[name] is None or format in formats,
+            f"{option} goes with --format {' or '.join(formats)}: {format} does not have it.",
+        )
+    settings = {name: settings[name] for name in exporter.settings}
     exporter.check(target, **settings)
     require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
-    _refuse_base(target, run.config.model)
+    base = run.config.model
+    require(
+        as_path(base, "model").expanduser().resolve() != target.expanduser().resolve(),
+        f"out={str(target)!r} is the model that this run was trained on (model={base!r}), and the"
+        " run needs it. Choose another path.",
+    )
     return exporter.write(out, run, **settings)
 
 
-def _refuse_base(target: Path, model: str) -> None:
-    """Refuse to write over what a run was trained on, which `save_hf` or `save_gguf` may have made:
-    without it the run is of no use.
+def write_hf(out: str | Path, run: TrainedRun, **settings: Any) -> dict[str, Any]:
+    """Writes the fused model as a Hugging Face directory. Of base, fused model and export one is in
+    memory at a time, so the base of `run` cannot be used afterwards.
     """
-    there = as_path(model, "model")
-    require(
-        there.expanduser().resolve() != target.expanduser().resolve(),
-        f"out={str(target)!r} is the model that this run was trained on (model={model!r}), and the"
-        " run needs it. Choose another path.",
+    from zflora_jax.core.model import fingerprint
+    from zflora_jax.hf.save import save_hf
+
+    base, card = fingerprint(run.model), _card(run)
+    return _write_and_compare(
+        out, run, lambda fused: save_hf(out, fused, base_fingerprint=base, card=card, **settings)
     )
 
 
-def _require_taken(format: str, given: Mapping[str, Any]) -> None:
-    """Refuse settings that `format` does not have."""
-    options = {"dtype": "--dtype", "quant": "--quant", "eps_z": "--eps"}
-    for name, option in options.items():
-        taken_by = [other for other, exporter in EXPORTERS.items() if name in exporter.settings]
+def check_hf(out: Path, *, quant: str | None = None, dtype: str | None = None, **_: Any) -> None:
+    """Refuses a file name as `out`, and a `quant` that does not exist or contradicts `dtype`."""
+    from zflora_jax.hf.compressed import check_quant
+
+    check_directory(out)
+    if quant is not None:
+        check_quant(quant, dtype)
+
+
+def check_directory(out: Path) -> None:
+    """Refuses an `out` that is named as a file of another format."""
+    require(
+        out.suffix != ".gguf",
+        f"out={str(out)!r} is the name of a file, and a directory is to be written: add --format"
+        " gguf (format='gguf'), or give the name of a directory.",
+    )
+
+
+def write_gguf(
+    out: str | Path, run: TrainedRun, *, quant: str | None, eps_z: float | None
+) -> dict[str, Any]:
+    """Writes the fused model as a GGUF file. The base of `run` cannot be used afterwards."""
+    from zflora_jax.hf.gguf.keep import require_blocks
+    from zflora_jax.hf.gguf.types import KEEP
+    from zflora_jax.hf.gguf.write import save_gguf
+
+    if quant == KEEP:
+        method = run.config.adapter.method
         require(
-            given[name] is None or format in taken_by,
-            f"{option} goes with --format {' or '.join(taken_by)}: {format} does not have it.",
+            METHODS[method].widens,
+            f"quant 'keep' writes the base's blocks, and {method!r} changes them: export the"
+            " adapter (format 'peft') and convert it with llama.cpp's convert_lora_to_gguf.py, or"
+            " choose another quant, such as 'q8_0'.",
         )
+        require_blocks(run.model)
+    return _write_and_compare(
+        out, run, lambda fused: save_gguf(out, fused, quant or "q8_0", eps_z=eps_z)
+    )
+
+
+def check_gguf(out: Path, *, quant: str | None = None, **_: Any) -> None:
+    """Refuses an `out` or `quant` that cannot be written."""
+    from zflora_jax.hf.gguf.write import check_target
+
+    check_target(out, quant or "q8_0")
+
+
+def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
+    """Writes LoRA adapters as a PEFT directory."""
+    from zflora_jax.adapters.split_base import plain_lora, split_base
+    from zflora_jax.experiments.base import load_base
+    from zflora_jax.hf.peft import save_peft
+    from zflora_jax.parallel.mesh import mesh_of
+
+    model, adapter, adapters = run.model, run.config.adapter, run.adapters
+    if adapter.init in OF_BASE:  # trained over the rest of the base; PEFT has the whole base
+        model = load_base(run.config, mesh_of(run.model.params))
+        _, start = split_base(model, adapter)
+        assert start is not None
+        adapter, adapters = plain_lora(adapter, adapters, start)
+    return save_peft(out, model, adapter, adapters)
+
+
+def _write_and_compare(
+    out: str | Path, run: TrainedRun, save: Callable[[Model], dict[str, Any]]
+) -> dict[str, Any]:
+    """Fuses, saves, and measures the distance of the logits. The base's arrays are freed."""
+    from zflora_jax.evaluation.export_gap import export_gap, gap_prompts
+    from zflora_jax.experiments.restore import fuse_trained
+    from zflora_jax.parallel.distributed import from_process_0, on_main
+
+    # Before anything is written; process 0 reads them, since other hosts may lack the data.
+    prompts, origin = from_process_0(on_main(lambda: gap_prompts(run.config, run.model)))
+    fused = fuse_trained(run.model, run.config.adapter, run.adapters)
+    report = save(fused)
+    return report | {"gap_prompts": origin} | export_gap(fused, out, prompts, donate=True)
+
+
+def _card(run: TrainedRun) -> dict[str, Any]:
+    """Returns the figures for the model card of an export."""
+    from zflora_jax.adapters.counts import count_params
+    from zflora_jax.experiments.run_report import read_report
+
+    config = run.config
+    card = {
+        "task": config.data.task,
+        "steps": run.step,
+        "trainable parameters": count_params(run.model.config, config.adapter),
+    }
+    report = read_report(run.workdir) or {}
+    loss = report.get(f"{config.eval.split}_loss")
+    if report.get("steps") == run.step and loss is not None:
+        card[f"{config.eval.split} loss"] = loss
+    return card
+
+
+EXPORTERS = {
+    "hf": Exporter("the fused model", write_hf, ("dtype", "quant", "eps_z"), check_hf),
+    "gguf": Exporter(
+        "the fused model as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
+    ),
+    "peft": Exporter("LoRA adapters without their base", write_peft, check=check_directory),
+}
+DEFAULT = "hf"
